@@ -1,0 +1,37 @@
+"""Packaging. Nothing is probed, compiled or downloaded here: Triton compiles the kernels when they first run."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "soul_kernels" / "__init__.py").read_text()).group(1)
+
+HF = ["transformers>=4.51", "tokenizers>=0.21", "safetensors>=0.4.3", "peft>=0.15", "datasets>=3.0", "tqdm>=4.60"]
+EVAL = ["scipy>=1.11", "scikit-learn>=1.4", "rouge-score>=0.1.2"]
+PLOTS = ["matplotlib>=3.8"]
+TEST = ["pytest>=8.0", "numpy>=1.26"]
+
+setup(
+    name="soul-kernels",
+    version=VERSION,
+    description="Fused Triton kernels for second-order unlearning of large language models",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["soul", "soul.*", "soul_kernels", "soul_kernels.*"]),
+    install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
+    extras_require={
+        "hf": HF,
+        "eval": EVAL,
+        "plots": PLOTS,
+        "bench": [*PLOTS, "pytest-benchmark>=4.0"],
+        "test": TEST,
+        # One version of the linter, the same on every machine and in CI.
+        "lint": ["ruff==0.17.6"],
+        "all": [*HF, *EVAL, *PLOTS],
+    },
+    entry_points={"console_scripts": ["soul = soul.cli:main"]},
+)

@@ -1,0 +1,11 @@
+"""Second-order unlearning of large language models: optimizers, objectives, and the loop that puts them together.
+
+The kernels are in ``soul_kernels``. Importing this package needs torch alone; what works on models and data
+(``soul.unlearn``, ``soul.study``, the ``soul`` command) needs the extra ``hf``.
+"""
+
+from soul import losses
+from soul.optimizer import SOUL, SophiaG
+from soul_kernels import __version__
+
+__all__ = ["SOUL", "SophiaG", "losses", "__version__"]

@@ -1,0 +1,12 @@
+"""Fused Triton kernels for second-order unlearning, each with a pure-PyTorch reference.
+
+Reading ``__all__`` is reading the architecture: every op lives in the module of its own stem, its definition in
+``soul_kernels.reference`` under the same stem.
+"""
+
+from soul_kernels.hessian_ema import hessian_ema
+from soul_kernels.linear_loss import TokenBatch, linear_logprob, linear_objective
+from soul_kernels.sophia_step import sophia_step
+
+__version__ = "0.1.0"
+__all__ = ["sophia_step", "hessian_ema", "linear_logprob", "linear_objective", "TokenBatch"]
