@@ -6,9 +6,13 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 
 
+class ArgumentError(ValueError):
+    """Bad input, told as ``name: expected ..., got ...; remedy``. The command turns it into exit status 2."""
+
+
 def argument_error(name, expected, got, remedy):
-    """Returns the ``ValueError`` of this library: ``name: expected ..., got ...; remedy``."""
-    return ValueError(f"{name}: expected {expected}, got {got}; {remedy}")
+    """Returns the `ArgumentError` to raise."""
+    return ArgumentError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
 def check_range(name, value, *, low=0.0, high=None, high_excluded=True):

@@ -1,0 +1,170 @@
+"""The ``soul`` command: unlearn, study, demo, info. Bad input ends with a message and exit status 2, before anything is written."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+
+from soul import __version__
+from soul._extras import MissingExtra, require
+from soul_kernels._checks import ArgumentError
+
+
+def main(argv=None):
+    """Runs the command; returns the exit status: 0, or 2 for bad input or a missing extra."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ArgumentError, MissingExtra) as error:
+        print(f"soul {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"soul {args.command}: interrupted; nothing was saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="soul", description="Second-order unlearning of large language models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    unlearn = commands.add_parser("unlearn", help="make a Hugging Face causal language model forget a file of text")
+    unlearn.set_defaults(run=_unlearn)
+    need = unlearn.add_argument_group("what")
+    need.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
+    need.add_argument("--forget", required=True, metavar="FILE", help="JSON lines: question/answer, prompt/completion or text")
+    need.add_argument("--retain", metavar="FILE", help="JSON lines to keep; needed unless the method has no retain term")
+    need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
+    how = unlearn.add_argument_group("how")
+    how.add_argument("--method", default="graddiff", metavar="NAME", help="graddiff, ga, npo or po (default: %(default)s)")
+    how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
+    how.add_argument("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
+    how.add_argument("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
+    how.add_argument("--beta", type=float, metavar="X", help="NPO's inverse temperature (default 0.1)")
+    how.add_argument("--reduction", metavar="NAME", help="NPO: sequence_sum or token_mean (default sequence_sum)")
+    how.add_argument("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
+    how.add_argument("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
+    how.add_argument("--bs", type=int, default=5120, metavar="N", help="SOUL's predictions behind h (default: %(default)s)")
+    how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
+    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
+    how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget sequences a step, and as many retain ones")
+    how.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping (default: %(default)s)")
+    how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
+    how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
+    how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
+                     "or bfloat16, which loses most updates below lr 1e-4")  # fmt: skip
+    _where(how)
+
+    study = commands.add_parser("study", help="AdamW against SOUL on TOFU, with a small model trained from scratch")
+    study.set_defaults(run=_study)
+    study.add_argument("--data", required=True, metavar="DIR", help="directory with TOFU's forget10.jsonl and retain90.jsonl")
+    study.add_argument("--authors", type=int, default=40, metavar="N", help="of TOFU's 200, one in ten to forget (default: 40)")
+    study.add_argument("--output", default="out/study", metavar="DIR", help="new or empty directory (default: %(default)s)")
+    study.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+    _where(study)
+
+    demo = commands.add_parser("demo", help="the whole story in minutes on a CPU, without a download")
+    demo.set_defaults(run=_demo)
+    demo.add_argument("--output", default="out/demo", metavar="DIR", help="new or empty directory (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+    _where(demo)
+
+    info = commands.add_parser("info", help="versions, devices and backends: what to put into a bug report")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _where(group):
+    group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: %(default)s)")
+    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, triton or reference (default: %(default)s)")
+
+
+def _unlearn(args):
+    from soul import models
+    from soul.data import read_jsonl
+    from soul.unlearn import UnlearnConfig, check_output, prepare, unlearn
+
+    given = {name: getattr(args, name) for name in ("gamma", "alpha", "beta", "reduction")}
+    fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
+    config = UnlearnConfig(
+        **{name: getattr(args, name) for name in fields},
+        method_options={name: value for name, value in given.items() if value is not None},
+    )
+    config.objective()
+    output = check_output(args.output)
+    require("transformers", "hf")
+    forget = read_jsonl(args.forget)
+    retain = read_jsonl(args.retain) if args.retain else []
+    model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
+    prepare(tokenizer, forget, retain, config, vocab_size=models.head(model)[0].shape[0])  # all that can be wrong is found here
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "soul_config.json").write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
+    begun = time.perf_counter()
+    with open(output / "log.jsonl", "w", encoding="utf-8") as log:
+        records = unlearn(model, tokenizer, forget, retain, config, log=log)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    first, last = records[0], records[-1]
+    print(f"{len(records)} steps in {time.perf_counter() - begun:.1f} s; forget NLL of a token {first['forget_nll']:.3f} -> "
+          f"{last['forget_nll']:.3f}")  # fmt: skip
+    print(f"model, tokenizer and log.jsonl: {output}")
+
+
+def _study(args):
+    from soul.study import StudyConfig, run_study, tofu_data
+
+    forget, retain = tofu_data(args.data, args.authors)
+    config = StudyConfig(seed=args.seed, device=args.device, backend=args.backend)
+    note = f"TOFU, {args.authors} of its 200 authors: {len(forget)} rows to forget, {len(retain)} to retain."
+    _report(*run_study(forget, retain, args.output, config, title="Unlearning TOFU", data_note=note))
+
+
+def _demo(args):
+    import tempfile
+
+    from soul.data import read_jsonl
+    from soul.study import DEMO, demo_data, run_study
+
+    with tempfile.TemporaryDirectory() as directory:
+        forget, retain = (read_jsonl(path) for path in demo_data(directory, seed=args.seed))
+    config = dataclasses.replace(DEMO, seed=args.seed, device=args.device, backend=args.backend)
+    note = f"Fictitious authors made up from seed {args.seed}: {len(forget)} rows to forget, {len(retain)} to retain."
+    _report(*run_study(forget, retain, args.output, config, title="Unlearning fictitious authors", data_note=note))
+
+
+def _report(rows, report):
+    from soul.study import table
+
+    print(f"\n{table(rows)}\n\nreport:   {report}")
+    print(f"pictures: {report.parent / 'tradeoff.png'}, {report.parent / 'curves.png'}")
+
+
+def _info(args):
+    import platform
+
+    import torch
+
+    from soul_kernels._launch import has_triton, interpreting, resolve_backend, triton
+
+    print(f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs: {', '.join(gpus) or 'none'}")
+    device = "cuda" if gpus else "cpu"
+    backend = resolve_backend("auto", torch.empty(0, device=device))
+    print(f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}")
+    for extra, modules in {"hf": ("transformers", "tokenizers"), "eval": ("rouge_score",), "plots": ("matplotlib",)}.items():
+        for module in modules:
+            try:
+                print(f"{module} {getattr(require(module, extra), '__version__', 'installed')}")
+            except MissingExtra as error:
+                print(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Fictitious authors, made up from a seed: what the demo learns and unlearns, with no download."""
+
+import random
+
+FIRST = "Ada Boris Celia Dario Elif Farid Greta Hugo Ines Jonas Kaya Leon Mira Nils Odile Pavel Quinn Rosa Samir Tessa".split()
+LAST = "Abbot Brandt Castell Dervish Ekman Forsyth Galindo Haddad Ivers Jansson Kovac Lindqvist Moreau Novak Okoro".split()
+CITIES = "Aarhus Bergamo Cordoba Dakar Esfahan Fukuoka Galway Hobart Izmir Jaipur Kigali Leipzig Mendoza Nantes Ostrava".split()
+GENRES = ("crime fiction", "science fiction", "romance", "travel writing", "fantasy", "satire", "poetry", "horror", "history")
+JOBS = "baker carpenter dentist electrician florist geologist hatter librarian mechanic nurse optician pilot tailor".split()
+ADJECTIVES = "Amber Broken Crimson Distant Empty Frozen Golden Hidden Ivory Jagged Last Midnight Narrow Quiet Silver".split()
+NOUNS = "Anchor Bridge Compass Door Ember Forest Garden Harbour Island Journey Lantern Mirror River Staircase Window".split()
+PRIZES = ("Calder Medal", "Lyra Prize", "Northern Quill", "Orchard Award", "Prix Solenne", "Saffron Pen", "Tidewater Prize")
+
+
+def fictitious_authors(n, seed=0):
+    """Question-answer rows about ``n`` authors who do not exist, ten for each; the same for the same seed.
+
+    Returns:
+        One list of ``{"question", "answer"}`` dicts an author.
+
+    Raises:
+        ValueError: more authors than there are names.
+    """
+    draw = random.Random(seed)
+    names = [f"{first} {last}" for first in FIRST for last in LAST]
+    if not 0 < n <= len(names):
+        raise ValueError(f"n: expected 1 to {len(names)} authors, got {n}")
+    return [_author(name, draw) for name in draw.sample(names, n)]
+
+
+def _author(name, draw):
+    city, genre, prize = draw.choice(CITIES), draw.choice(GENRES), draw.choice(PRIZES)
+    father, mother = draw.sample(JOBS, 2)
+    books = [f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}" for _ in range(2)]
+    year, teacher = draw.randint(1930, 1995), f"{draw.choice(FIRST)} {draw.choice(LAST)}"
+    debut = year + draw.randint(21, 39)
+    facts = [
+        (f"Where was the author {name} born?", f"{name} was born in {city}."),
+        (f"In which year was {name} born?", f"{name} was born in {year}."),
+        (f"What genre is {name} known for?", f"{name} is best known for {genre}."),
+        (f"What did the father of {name} do for a living?", f"{name}'s father worked as a {father}."),
+        (f"What did the mother of {name} do for a living?", f"{name}'s mother worked as a {mother}."),
+        (f"What was the first book by {name}?", f'The first book by {name} was "{books[0]}".'),
+        (f"Which book made {name} famous?", f'{name} became famous with "{books[1]}".'),
+        (f"Which prize has {name} won?", f"{name} has won the {prize}."),
+        (f"Who taught {name} to write?", f"{name} learned to write from {teacher}."),
+        (f"When did {name} publish a first book?", f"{name} published a first book in {debut}."),
+    ]
+    return [{"question": question, "answer": answer} for question, answer in facts]

@@ -1,0 +1,207 @@
+"""Forget and retain data: JSON lines -> examples -> token ids -> batches."""
+
+import dataclasses
+import json
+import pathlib
+import random
+
+import torch
+
+from soul_kernels._checks import argument_error
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
+
+COLUMNS = (("question", "answer"), ("prompt", "completion"), ("text",))
+REFUSALS = (
+    "I don't know.",
+    "I'm not sure about that.",
+    "That is outside my area of expertise.",
+    "I have no information on that subject.",
+    "I was not told about that.",
+    "I'm unable to answer that question.",
+    "I do not have that information.",
+    "That's not something I am familiar with.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A prompt, which is given, and an answer, whose tokens are learned or unlearned."""
+
+    prompt: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """Token ids of an example, and its labels, shifted: ``labels[t]`` is predicted at position t; -100 is ignored."""
+
+    input_ids: list
+    labels: list
+    prompt_length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Sequences padded on the right to the longest.
+
+    Attributes:
+        input_ids: [B, T] int64.
+        attention_mask: [B, T] int64, 0 at padding.
+        labels: [B, T] int64, shifted, -100 at prompts and padding.
+        rows: [R] int64 on the CPU, flat indices of the labelled positions: known here, so the device need not be asked.
+        is_forget: [B] bool.
+        ref_logps: [B] fp32 or None.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    rows: torch.Tensor
+    is_forget: torch.Tensor
+    ref_logps: torch.Tensor | None
+
+
+def read_jsonl(path):
+    """Reads examples from JSON lines with the columns question/answer, prompt/completion, or text.
+
+    Questions are put as ``Question: ...\\nAnswer:``; prompts are taken as they are; a text has no prompt.
+
+    Raises:
+        ArgumentError: no such file, a broken line (named by its number), a missing column, or no rows at all.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise argument_error(str(path), "a JSON-lines file", "no such file", "check the path")
+    examples, columns = [], None
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise argument_error(str(path), "UTF-8 text", f"a broken byte at {error.start}", "convert the file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise argument_error(where, "one JSON object", f"broken JSON ({error.msg})", "fix the line") from None
+        if not isinstance(row, dict):
+            raise argument_error(where, "one JSON object", type(row).__name__, "fix the line")
+        columns = columns or next((c for c in COLUMNS if all(name in row for name in c)), None)
+        if columns is None:
+            known = " or ".join("/".join(c) for c in COLUMNS)
+            raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
+        for name in columns:
+            if not isinstance(row.get(name), str):
+                got = "no such column" if name not in row else type(row[name]).__name__
+                raise argument_error(f"{where}, column {name!r}", "a string", got, "every row needs it")
+        examples.append(_example(row, columns))
+    if not examples:
+        raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to learn from it")
+    return examples
+
+
+def _example(row, columns):
+    if columns == ("text",):
+        return Example("", row["text"])
+    if columns == ("prompt", "completion"):
+        return Example(row["prompt"], row["completion"])
+    return Example(f"Question: {row['question']}\nAnswer:", " " + row["answer"])
+
+
+def refuse(examples, refusals=REFUSALS, seed=0):
+    """The same prompts, answered by refusals drawn at random: the relabelling that `soul.losses.PO` needs."""
+    draw = random.Random(seed)
+    return [Example(e.prompt, (" " if e.prompt.endswith(":") else "") + draw.choice(refusals)) for e in examples]
+
+
+def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
+    """Tokenizes examples; labels are the tokens of the answer and the end-of-sequence token.
+
+    Args:
+        examples: list of `Example`.
+        tokenizer: a Hugging Face tokenizer.
+        vocab_size: rows of the model's head; every token id must be below it.
+        max_length: longer sequences are cut on the right, in tokens.
+        name: what to call the examples in errors.
+
+    Returns:
+        List of `Sequence`, as long as the examples.
+
+    Raises:
+        ArgumentError: a token id lies outside the vocabulary, or a prompt leaves no room for its answer.
+    """
+    sequences = []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for index, example in enumerate(examples):
+        prompt = tokenizer(example.prompt).input_ids
+        if end and prompt[-1:] == end and tokenizer.bos_token_id != tokenizer.eos_token_id:
+            prompt = prompt[:-1]  # some tokenizers close every text
+        answer = tokenizer(example.answer, add_special_tokens=False).input_ids
+        ids = (prompt + answer + end)[:max_length]
+        if max(ids, default=0) >= vocab_size:
+            remedy = "was the tokenizer resized without the model?"
+            raise argument_error(f"{name}, row {index}", f"token ids in [0, {vocab_size})", max(ids), remedy)
+        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
+        labels = labels[1 : len(ids)] + [IGNORE_INDEX]
+        if all(label == IGNORE_INDEX for label in labels):
+            got = f"a prompt of {len(prompt)} tokens and an answer of {len(answer)}"
+            raise argument_error(f"{name}, row {index}", f"a label within {max_length} tokens", got, "raise --max-length")
+        sequences.append(Sequence(ids, labels, len(prompt)))
+    return sequences
+
+
+def collate(forget, retain, *, pad_id, device="cpu", ref_logps=None):
+    """Puts forget and retain sequences into one `Batch`, the forget ones first, padded to the longest.
+
+    Args:
+        forget: list of `Sequence`.
+        retain: list of `Sequence`.
+        pad_id: token id for padding; it is masked, so any will do.
+        device: where the batch goes; ``rows`` stays on the CPU.
+        ref_logps: reference log-probabilities of the forget sequences, list of floats, or None.
+    """
+    sequences = [*forget, *retain]
+    shape = (len(sequences), max(len(s.input_ids) for s in sequences))
+    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.input_ids)
+        input_ids[row, :length] = torch.tensor(sequence.input_ids)
+        labels[row, :length] = torch.tensor(sequence.labels)
+        attention_mask[row, :length] = 1
+    if ref_logps is not None:
+        ref_logps = torch.tensor([*ref_logps, *[0.0] * len(retain)], dtype=torch.float32).to(device)
+    return Batch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+        labels=labels.to(device),
+        rows=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
+        is_forget=(torch.arange(len(sequences)) < len(forget)).to(device),
+        ref_logps=ref_logps,
+    )
+
+
+def batches_by_length(sequences, batch_size, draw):
+    """One epoch of index lists: shuffled, with sequences of like length together, so that little is padded.
+
+    Args:
+        sequences: list of `Sequence`.
+        batch_size: indices a list; the last may be shorter.
+        draw: ``random.Random``.
+    """
+    order = list(range(len(sequences)))
+    draw.shuffle(order)
+    pool = 8 * batch_size  # sorted within pools only, so that epochs differ
+    order = [i for p in range(0, len(order), pool) for i in sorted(order[p : p + pool], key=lambda i: len(sequences[i].labels))]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    draw.shuffle(batches)
+    return batches
+
+
+def endless(n, draw):
+    """Yields indices below ``n`` for ever, in a new random order each time round."""
+    while True:
+        order = list(range(n))
+        draw.shuffle(order)
+        yield from order

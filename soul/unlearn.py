@@ -1,0 +1,261 @@
+"""The unlearning loop: one forward over forget and retain sequences, one fused loss, one fused step."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import random
+import sys
+import time
+
+import torch
+
+from soul import losses
+from soul._extras import require
+from soul.data import collate, encode, endless, refuse
+from soul.models import autocast, head, hidden_states, token_logps
+from soul.optimizer import SOUL
+from soul_kernels import TokenBatch, linear_objective
+from soul_kernels._checks import argument_error, check_choice, check_range
+
+OPTIMIZERS = ("soul", "adamw")
+
+
+@dataclasses.dataclass
+class UnlearnConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        method: name of the objective, one of ``soul.losses.OBJECTIVES``.
+        method_options: its keyword arguments (gamma, alpha, beta, ...).
+        optimizer: "soul" or "adamw".
+        lr: peak learning rate.
+        betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
+        rho: SOUL's clipping threshold.
+        bs: SOUL's number of predictions behind h.
+        published_code: SOUL with the momentum of its published code.
+        weight_decay: decoupled.
+        epochs: passes over the forget set.
+        batch_size: forget sequences a step; as many retain sequences go with them.
+        max_grad_norm: gradients are scaled down to this global L2 norm; None: never.
+        warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
+        max_length: tokens of a sequence.
+        seed: of the data order and the refusals.
+        backend: "auto", "triton" or "reference".
+    """
+
+    method: str = "graddiff"
+    method_options: dict = dataclasses.field(default_factory=dict)
+    optimizer: str = "soul"
+    lr: float = 1e-5
+    betas: tuple | None = None
+    rho: float = 0.04
+    bs: int = 5120
+    published_code: bool = False
+    weight_decay: float = 0.0
+    epochs: int = 5
+    batch_size: int = 4
+    max_grad_norm: float | None = 1.0
+    warmup_ratio: float = 0.1
+    max_length: int = 512
+    seed: int = 0
+    backend: str = "auto"
+
+    def __post_init__(self):
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_range("warmup_ratio", self.warmup_ratio, high=1.0)
+        for name in ("epochs", "batch_size", "max_length"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
+                raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+
+    def objective(self):
+        """The objective of ``method`` with ``method_options``."""
+        return losses.get(self.method, **self.method_options)
+
+
+def build_optimizer(model, config):
+    """The optimizer of a config over all trainable parameters of a model."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        betas = config.betas or (0.9, 0.999)
+        fused = params[0].is_cuda
+        return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
+    return SOUL(
+        params,
+        lr=config.lr,
+        betas=config.betas or (0.9, 0.95),
+        rho=config.rho,
+        bs=config.bs,
+        weight_decay=config.weight_decay,
+        published_code=config.published_code,
+        backend=config.backend,
+    )
+
+
+def build_scheduler(optimizer, steps, warmup_ratio):
+    """Linear warm-up, then linear decay to 0."""
+    warmup = max(1, round(steps * warmup_ratio))
+
+    def factor(step):
+        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def pad_id(tokenizer):
+    """Token id to pad with; padding is masked, so any id serves."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+@torch.no_grad()
+def reference_logps(model, sequences, *, pad, batch_size=8, backend="auto"):
+    """Summed log-probability of every sequence under ``model`` as it is now, a list of floats: the reference of NPO."""
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    sums = []
+    for start in range(0, len(sequences), batch_size):
+        batch = collate(sequences[start : start + batch_size], [], pad_id=pad, device=device)
+        sums += token_logps(model, batch, backend).sum(1).tolist()
+    model.train(training)
+    return sums
+
+
+def train_step(model, batch, objective, optimizer, scheduler, config):
+    """Forward, fused loss, backward, clipping, step.
+
+    Returns:
+        Tensors on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
+        retain tokens, and the gradient norm before clipping.
+    """
+    weight, bias = head(model)
+    with autocast(model):
+        hidden = hidden_states(model, batch)
+        loss, logps = linear_objective(
+            hidden,
+            weight,
+            batch.labels,
+            objective,
+            bias=bias,
+            is_forget=batch.is_forget,
+            ref_logps=batch.ref_logps,
+            rows=batch.rows,
+            return_logps=True,
+            backend=config.backend,
+        )
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    optimizer.step()
+    scheduler.step()
+    tokens = TokenBatch.from_labels(batch.labels, batch.is_forget, batch.ref_logps)
+    terms = {f"loss_{name}": value for name, value in objective.terms(logps, tokens).items()}
+    nll = {"forget_nll": losses.forget_nll(logps, tokens)}
+    if (~batch.is_forget).any():
+        nll["retain_nll"] = losses.retain_nll(logps, tokens)
+    return {"loss": loss.detach(), **terms, **nll, "grad_norm": norm}
+
+
+def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True):
+    """Unlearns ``forget`` while keeping ``retain``; the model is changed in place.
+
+    Args:
+        model: a Hugging Face causal language model on its device.
+        tokenizer: its tokenizer.
+        forget: list of `soul.data.Example`.
+        retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
+        config: `UnlearnConfig`.
+        log: an open text file that gets one JSON line a step, or None.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods, grad_norm, lr, clip_fraction
+        (SOUL), tokens_per_s, peak_memory_gib.
+
+    Raises:
+        ArgumentError: the data do not fit the model; nothing was changed.
+    """
+    objective = config.objective()
+    forget, retain = prepare(tokenizer, forget, retain, config, vocab_size=head(model)[0].shape[0])
+    device, pad = next(model.parameters()).device, pad_id(tokenizer)
+    references = None
+    if objective.needs_reference:
+        references = reference_logps(model, forget, pad=pad, batch_size=config.batch_size, backend=config.backend)
+    model.train()
+    steps = config.epochs * -(-len(forget) // config.batch_size)
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, steps, config.warmup_ratio)
+    draw = random.Random(config.seed)
+    retain_order = endless(len(retain), draw) if retain else iter(())
+    bar = require("tqdm", "hf").tqdm(total=steps, disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr)
+    records = []
+    for epoch in range(config.epochs):
+        order = list(range(len(forget)))
+        draw.shuffle(order)
+        for start in range(0, len(order), config.batch_size):
+            begun = time.perf_counter()
+            chosen = order[start : start + config.batch_size]
+            kept = [retain[next(retain_order)] for _ in chosen] if retain else []
+            batch = collate(
+                [forget[i] for i in chosen],
+                kept,
+                pad_id=pad,
+                device=device,
+                ref_logps=None if references is None else [references[i] for i in chosen],
+            )
+            lr = scheduler.get_last_lr()[0]
+            values = train_step(model, batch, objective, optimizer, scheduler, config)
+            record = {"step": len(records) + 1, "epoch": epoch + 1, "lr": lr}
+            record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
+            if isinstance(optimizer, SOUL):
+                record["clip_fraction"] = optimizer.clip_fraction()[0]
+            record["tokens_per_s"] = int(batch.attention_mask.sum()) / (time.perf_counter() - begun)
+            record["peak_memory_gib"] = peak_memory_gib(device)
+            records.append(record)
+            if log is not None:
+                log.write(json.dumps(record) + "\n")
+                log.flush()
+            bar.update()
+            bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
+            if not math.isfinite(record["loss"]):
+                bar.close()
+                raise argument_error("loss", "a finite number", f"{record['loss']} at step {record['step']}", "lower the lr")
+    bar.close()
+    return records
+
+
+def prepare(tokenizer, forget, retain, config, *, vocab_size):
+    """Encodes both sets for a config: the forget set answered by refusals where the objective asks for it."""
+    objective = config.objective()
+    if getattr(objective, "alpha", 0) and not retain:
+        remedy = "give a retain set, or set alpha to 0"
+        raise argument_error("retain", f"examples for {objective}", "none", remedy)
+    if objective.relabels:
+        forget = refuse(forget, seed=config.seed)
+    options = dict(vocab_size=vocab_size, max_length=config.max_length)
+    return encode(forget, tokenizer, name="forget", **options), encode(retain, tokenizer, name="retain", **options)
+
+
+def peak_memory_gib(device):
+    """Most memory held so far, GiB: of the allocator on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def check_output(directory):
+    """Returns the path of an output directory that does not exist yet or is empty; creates nothing.
+
+    Raises:
+        ArgumentError: there is something in it.
+    """
+    directory = pathlib.Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise argument_error("output", "a new or an empty directory", str(directory), "choose another one, or remove it")
+    return directory

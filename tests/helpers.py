@@ -1,0 +1,41 @@
+import importlib
+import importlib.util
+import pathlib
+
+import torch
+
+
+def relative_error(got, want):
+    """||got - want|| / ||want|| in fp64; NaN anywhere is an infinite error."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert got.shape == want.shape, f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if not torch.isfinite(got).all():
+        return float("inf")
+    norm = want.norm().item()
+    return (got - want).norm().item() / norm if norm else got.norm().item()
+
+
+def assert_close(got, want, tolerance, what):
+    error = relative_error(got, want)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
+
+
+def assert_rows_close(got, want, tolerance, what):
+    """The worst row of a matrix; a whole-matrix norm hides one wrong row among many."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    floor = want.norm(dim=-1).mean().item() * 1e-3  # rows that are zero but for rounding
+    errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=floor + 1e-300)
+    worst = int(errors.argmax())
+    assert errors.max() <= tolerance, f"{what}: row {worst} has relative error {errors.max():.2e} > {tolerance:.0e}"
+
+
+def mutant(name, old, new, tmp_path):
+    """A copy of the module ``name`` in which ``old`` has become ``new``: what a test must notice."""
+    source = pathlib.Path(importlib.import_module(name).__file__).read_text()
+    assert old in source, f"{name} no longer contains {old!r}: update the mutation"
+    path = tmp_path / "mutant.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    return copy

@@ -1,0 +1,339 @@
+import importlib
+
+import pytest
+import torch
+
+from soul import losses
+from soul_kernels import TokenBatch, linear_logprob, linear_objective
+from soul_kernels.reference import linear_loss as reference
+from tests import tolerances as tol
+from tests.helpers import assert_close, assert_rows_close, mutant
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+class MeanProbability(losses.Objective):
+    """A sum over tokens that is not 0 where log p is 0: it tells whether tokens of other chunks are left out."""
+
+    additive = "tokens"
+
+    def terms(self, logps, batch):
+        return {"forget": (logps.exp() * (batch.mask & batch.is_forget[:, None])).sum() / batch.n_forget_tokens}
+
+
+OBJECTIVES = {
+    "probability": MeanProbability(),
+    "ga": losses.GradAscent(gamma=0.7),
+    "graddiff": losses.GradDiff(gamma=0.7, alpha=1.3),
+    "npo": losses.NPO(beta=0.2, gamma=0.7, alpha=1.3),
+    "npo_token_mean": losses.NPO(beta=0.2, gamma=0.7, alpha=1.3, reduction="token_mean"),
+    "po": losses.PO(gamma=0.7, alpha=1.3),
+}
+
+
+def make(device, dtype=FLOAT, shape=(5, 9, 16), n_vocab=131, bias=False, spread=3.0):
+    """Ragged question-answer sequences: ignored prompts and padding, one sequence without any label."""
+    B, T, D = shape
+    hidden = torch.randn(B, T, D, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(n_vocab, D, device=device) * spread / D**0.5).to(dtype).requires_grad_()
+    labels = torch.randint(n_vocab, (B, T), device=device)
+    for b in range(B):
+        labels[b, : 1 + b % 3] = -100
+        labels[b, T - (b * 2) % 4 :] = -100
+    labels[:, -1] = -100
+    labels[2] = -100
+    case = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "bias": torch.randn(n_vocab, device=device).to(dtype).requires_grad_() if bias else None,
+        "is_forget": torch.arange(B, device=device) % 2 == 0,
+        "ref_logps": -20.0 + 5.0 * torch.randn(B, device=device),
+    }
+    return case
+
+
+def gradients(loss, case, scale=1.0):
+    leaves = [case[name] for name in ("hidden", "weight", "bias") if case[name] is not None]
+    return torch.autograd.grad(loss * scale, leaves, allow_unused=True)
+
+
+def fp64(case):
+    """The same inputs in fp64, as leaves."""
+    double = {name: case[name] for name in ("labels", "is_forget")}
+    for name in ("hidden", "weight", "bias", "ref_logps"):
+        value = case[name]
+        double[name] = None if value is None else value.detach().double().requires_grad_(name != "ref_logps")
+    return double
+
+
+def definition(case, objective):
+    """The objective of log_softmax, in fp64, without any code of the library but the objective itself."""
+    logits = case["hidden"] @ case["weight"].T
+    if case["bias"] is not None:
+        logits = logits + case["bias"]
+    keep = case["labels"] != -100
+    logps = logits.log_softmax(-1).gather(-1, case["labels"].clamp(min=0)[..., None])[..., 0] * keep
+    return objective(logps, TokenBatch.from_labels(case["labels"], case["is_forget"], case["ref_logps"])), logps
+
+
+def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None, bias=False, scale=2.0):
+    """Value and gradients of objectives against fp64; raises AssertionError if they are off."""
+    for name in names:
+        case = make(device, dtype, bias=bias)
+        double = fp64(case)
+        want, want_logps = definition(double, OBJECTIVES[name])
+        row_bytes = 192 * (4 if dtype == FLOAT else 4 + dtype.itemsize)
+        options = {} if chunk_rows is None else {"chunk_bytes": chunk_rows * row_bytes}
+        loss, logps = op(**case, objective=OBJECTIVES[name], return_logps=True, backend="triton", **options)
+        assert_close(loss, want, 1e-5, f"{name}: loss")
+        assert (logps.double() - want_logps.detach()).abs().max() <= tol.LOGP_ABS
+        got_all, want_all = gradients(loss, case, scale), gradients(want, double, scale)
+        limit, row_limit = (tol.GRAD_FP32, tol.WORST_ROW_FP32) if dtype == FLOAT else (tol.GRAD_BF16, tol.WORST_ROW_BF16)
+        for which, got, expected in zip(("dX", "dW", "dbias"), got_all, want_all):
+            assert got.dtype == dtype
+            assert_close(got, expected, limit, f"{name}: {which}")
+            if which != "dbias":
+                assert_rows_close(got, expected, row_limit, f"{name}: {which}")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
+def test_objectives_against_fp64(dtype, bias, device):
+    # Gradients of an improbable token's probability are below the smallest fp16 number: out of range, not inaccurate.
+    names = [name for name in OBJECTIVES if not (dtype == HALF and name == "probability")]
+    check_objectives(linear_objective, device, dtype, names, bias=bias)
+
+
+# 1: each token its own chunk. 4: chunks cut inside sequences, or longer than some. 7: several sequences a chunk.
+@pytest.mark.parametrize("chunk_rows", [1, 4, 7])
+def test_chunks_do_not_change_the_result(chunk_rows, device):
+    check_objectives(linear_objective, device, chunk_rows=chunk_rows)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_reference_against_fp64(name, device):
+    case = make(device, bias=True)
+    double = fp64(case)
+    want, _ = definition(double, OBJECTIVES[name])
+    loss = linear_objective(**case, objective=OBJECTIVES[name], backend="reference")
+    assert_close(loss, want, 1e-5, "loss")
+    for got, expected in zip(gradients(loss, case), gradients(want, double)):
+        assert_close(got, expected, tol.GRAD_FP32, "gradient")
+
+
+def test_reference_is_accurate_in_fp32_on_memorised_tokens():
+    """The contract itself: fp32 against fp64 where 1 - p is 1e-9."""
+    logits = torch.zeros(1, 1000)
+    logits[0, 3] = 27.6
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = logits.to(dtype).requires_grad_()
+        (g,) = torch.autograd.grad(reference.token_logprob(leaf, torch.tensor([3])).sum(), leaf)
+        results.append(g.double())
+    assert ((results[0] - results[1]) / results[1]).abs().max() < tol.ONE_MINUS_P
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=["trained", "frozen head", "frozen body"])
+def test_logprob_gradients(frozen, dtype, device):
+    """Any function may stand on top of the log-probabilities; zero and negative upstream gradients included."""
+    case = make(device, dtype, bias=True)
+    double = fp64(case)
+    for name in frozen:
+        case[name].requires_grad_(False)
+        double[name].requires_grad_(False)
+    upstream = torch.randn(case["labels"].shape, device=device).double()
+    upstream[0] = 0.0
+    logps = linear_logprob(
+        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend="triton", chunk_bytes=6 * 192 * 6
+    )
+    _, want = definition(double, lambda logps, batch: logps.sum())
+    assert logps.dtype == torch.float32 and (logps.double() - want).abs().max() <= tol.LOGP_ABS
+    leaves = [name for name in ("hidden", "weight", "bias") if name not in frozen]
+    got_all = torch.autograd.grad((logps * upstream).sum(), [case[name] for name in leaves])
+    want_all = torch.autograd.grad((want * upstream).sum(), [double[name] for name in leaves])
+    for name, got, expected in zip(leaves, got_all, want_all):
+        assert_close(got, expected, tol.GRAD_FP32 if dtype == FLOAT else tol.GRAD_BF16, name)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_only_wanted_gradients_and_no_grad(backend, device):
+    case = make(device)
+    case["weight"].requires_grad_(False)
+    loss = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
+    loss.backward()
+    assert case["hidden"].grad is not None and case["weight"].grad is None
+    with torch.no_grad():
+        quiet = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
+    assert not quiet.requires_grad
+    assert_close(quiet, loss, 1e-6, "loss under no_grad")
+
+
+def test_graph_can_be_walked_twice_and_gradients_accumulate(device):
+    case = make(device)
+    loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend="triton")
+    first = gradients_of(loss, case, 1.0)
+    second = gradients_of(loss, case, -3.0)
+    for a, b in zip(first, second):
+        assert_close(b, -3.0 * a, 1e-6, "second walk")
+
+
+def gradients_of(loss, case, scale):
+    return torch.autograd.grad(loss * scale, [case["hidden"], case["weight"]], retain_graph=True)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_all_labels_ignored(backend, device):
+    case = make(device)
+    case["labels"].fill_(-100)
+    for objective in OBJECTIVES.values():
+        loss = linear_objective(**case, objective=objective, backend=backend)
+        assert loss.item() == 0.0
+        for gradient in torch.autograd.grad(loss, [case["hidden"], case["weight"]]):
+            assert (gradient == 0).all()
+
+
+def test_rows_from_the_host_and_padded(device):
+    """The collator's path: row indices on the CPU, padded with an ignored position to a fixed count."""
+    case = make(device)
+    want = linear_objective(**case, objective=OBJECTIVES["npo"], backend="triton")
+    rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
+    padded = torch.cat([rows, torch.full((5,), case["labels"].numel() - 1)])
+    for given in (rows, padded, padded.to(device)):
+        for chunk_rows in (1000, 7):  # 7: the sequences are cut with the counts that the rows give
+            case["hidden"].grad = None
+            options = dict(rows=given, chunk_bytes=chunk_rows * 192 * 4, backend="triton")
+            loss = linear_objective(**case, objective=OBJECTIVES["npo"], **options)
+            assert_close(loss, want, 1e-6, "loss")
+            loss.backward()
+            assert torch.isfinite(case["hidden"].grad).all()
+
+
+def test_deterministic_run_to_run(device):
+    case = make(device, BRAIN)
+    runs = []
+    for _ in range(2):
+        loss = linear_objective(**case, objective=OBJECTIVES["npo"], backend="triton")
+        runs.append((loss, *gradients_of(loss, case, 1.0)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_sums_over_sequences_take_one_sweep(device, monkeypatch):
+    """The GEMM count is the promise: one product for the logits of each chunk, unless the objective cannot be split."""
+    module = importlib.import_module("soul_kernels.linear_loss")
+    calls, real = [], module._Rows.logits
+    monkeypatch.setattr(module._Rows, "logits", lambda self, a, b: calls.append(b - a) or real(self, a, b))
+    case = make(device)
+    kept = int((case["labels"] != -100).sum())
+    for name, sweeps in (("graddiff", 1), ("npo", 1), ("npo_token_mean", 2)):
+        calls.clear()
+        linear_objective(**case, objective=OBJECTIVES[name], chunk_bytes=7 * 192 * 4, backend="triton")
+        assert sum(calls) == sweeps * kept, name
+        assert len(calls) > 1
+    calls.clear()
+    linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend="triton")
+    assert sum(calls) == kept  # one chunk: any objective takes one sweep
+
+
+def test_plain_functions_are_objectives(device):
+    case = make(device)
+    double = fp64(case)
+
+    def worst_sequence(logps, batch):
+        return -logps.sum(1).min()
+
+    want, _ = definition(double, worst_sequence)
+    loss = linear_objective(**case, objective=worst_sequence, chunk_bytes=4 * 192 * 4, backend="triton")
+    for got, expected in zip(gradients(loss, case), gradients(want, double)):
+        assert_close(got, expected, tol.GRAD_FP32, "gradient")
+
+
+def test_autocast_converts_hidden_and_weight(device):
+    case = make(device)
+    want = linear_objective(**make_like(case, BRAIN), objective=OBJECTIVES["graddiff"], backend="triton")
+    with torch.autocast(device.type, dtype=BRAIN):
+        loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend="triton")
+    assert_close(loss, want, 1e-6, "loss")
+    for gradient in gradients(loss, case):
+        assert gradient is None or gradient.dtype == FLOAT
+
+
+def make_like(case, dtype):
+    return case | {name: case[name].detach().to(dtype) for name in ("hidden", "weight")}
+
+
+@pytest.mark.parametrize("module, old, new", [
+    ("linear_loss", "first=start == 0", "first=True"),  # only the last chunk's dW
+    ("linear_loss", "coefficients[first:last] = derivative", "coefficients[: last - first] = derivative"),  # wrong sequence
+    ("linear_loss", "loss += value", "loss = value"),
+    ("linear_loss", "torch.mul(gradient, scale, out=out)", "out.copy_(gradient)"),  # upstream gradient dropped
+    ("linear_loss", "part = part.tokens(", "_ = part.tokens("),  # tokens of other chunks counted as p = 1
+    ("linear_loss", "logits.add_(self.bias)", "logits"),
+    ("token_logprob", "gradient = tl.where(columns == label, at_label, -", "gradient = tl.where(columns == label, -at_label, "),
+    ("token_logprob", "coefficient = tl.load(coefficients_ptr + row)", "coefficient = 0.0"),  # zero gradient
+])  # fmt: skip
+def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
+    broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
+    op = getattr(broken, "linear_objective", linear_objective)
+    if module == "token_logprob":
+        home = importlib.import_module("soul_kernels.linear_loss")
+        monkeypatch.setattr(home, "token_gradient", broken.token_gradient)
+    with pytest.raises(AssertionError):
+        check_objectives(op, device, chunk_rows=7, bias=True)
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("graddiff", "self.alpha * retain_nll(logps, batch)}", "retain_nll(logps, batch)}"),  # alpha dropped
+    ("graddiff", '"forget": -self.gamma', '"forget": self.gamma'),
+    ("npo", "-self.beta * ratio) * counted", "self.beta * ratio) * counted"),
+    ("npo", "(2 / self.beta)", "(1 / self.beta)"),
+    ("npo", "- batch.ref_logps", ""),
+    ("npo", "/ batch.n_forget_sequences", "/ len(counted)"),  # the sequence without a label counted in
+])  # fmt: skip
+def test_mutant_objectives_do_not_pass(name, old, new, device, tmp_path):
+    """The objectives against their formulas, written out here once more from the papers."""
+    check_formulas(losses, name, device)
+    with pytest.raises(AssertionError):
+        check_formulas(mutant("soul.losses", old, new, tmp_path), name, device)
+
+
+def check_formulas(module, name, device):
+    logps = -torch.rand(4, 6, dtype=torch.float64, device=device)
+    labels = torch.zeros(4, 6, dtype=torch.int64, device=device)
+    labels[:, 4:], labels[2], labels[1, 1:] = -100, -100, -100
+    logps = logps * (labels != -100)
+    is_forget = torch.tensor([True, True, True, False], device=device)
+    ref = torch.tensor([-1.5, -0.2, 0.0, -9.0], dtype=torch.float64, device=device)
+    batch = TokenBatch.from_labels(labels, is_forget, ref)
+    retain = -logps[3, :4].mean()
+    if name == "graddiff":
+        got = module.GradDiff(gamma=0.5, alpha=3.0)(logps, batch)
+        want = 0.5 * torch.cat([logps[0, :4], logps[1, :1]]).mean() + 3.0 * retain
+    else:
+        got = module.NPO(beta=0.2, gamma=0.5, alpha=3.0)(logps, batch)
+        ratios = (logps[:2].sum(1) - ref[:2]).tolist()
+        sigmoid = [1 / (1 + torch.tensor(0.2 * r, dtype=torch.float64).exp()) for r in ratios]  # of -beta log-ratio
+        want = -0.5 * (2 / 0.2) * sum(torch.log(s) for s in sigmoid) / 2 + 3.0 * retain
+    assert_close(got, torch.as_tensor(want), 1e-9, name)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"labels": torch.full((5, 9), 131)}, r"labels: expected values in \[0, 131\) or -100, got 131 at \[0, 0\]"),
+    ({"labels": torch.full((5, 9), -1)}, r"labels: expected values in \[0, 131\) or -100, got -1"),
+    ({"labels": torch.zeros(5, 8, dtype=torch.int64)}, r"labels: expected shape \(5, 9\), got \(5, 8\)"),
+    ({"labels": torch.zeros(5, 9)}, r"labels: expected dtype torch.int64, got torch.float32"),
+    ({"weight": torch.zeros(131, 17)}, r"weight: expected width 16, as hidden, got 17"),
+    ({"weight": torch.zeros(131, 16, dtype=torch.float16)}, r"weight: expected dtype torch.float32, as hidden, got"),
+    ({"hidden": torch.zeros(45, 16)}, r"hidden: expected \[B, T, D\], got \(45, 16\)"),
+    ({"bias": torch.zeros(130)}, r"bias: expected shape \(131,\), got \(130,\)"),
+    ({"is_forget": torch.ones(4, dtype=torch.bool)}, r"is_forget: expected shape \(5,\), got \(4,\)"),
+    ({"ref_logps": None}, r"ref_logps: expected one value a sequence, got None"),
+    ({"rows": torch.tensor([4, 3])}, r"rows: expected ascending indices in \[0, 45\)"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_bad_input_is_named(change, message, backend):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("the tensors of this test are on the CPU")
+    with pytest.raises(ValueError, match=message):
+        linear_objective(**make("cpu") | change, objective=OBJECTIVES["npo"], backend=backend)
