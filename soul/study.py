@@ -69,7 +69,7 @@ class StudyConfig:
     batch_size: int = 8
     gamma: float = 1.0
     alpha: float = 1.0
-    lrs: dict = dataclasses.field(default_factory=lambda: {"adamw": [3e-5, 1e-4], "soul": [1e-5, 3e-5]})
+    lrs: dict = dataclasses.field(default_factory=lambda: {"adamw": [1e-4, 2e-4, 4e-4], "soul": [3e-5, 1e-4, 2e-4]})
     rho: float = 0.04
     bs: int = 5120
     generate: int = 80
@@ -87,11 +87,11 @@ DEMO = StudyConfig(
     train_lr=3e-3,
     epochs=5,
     batch_size=4,
-    lrs={"adamw": [1e-4, 3e-4], "soul": [3e-5, 1e-4]},
+    lrs={"adamw": [3e-4, 6e-4, 1e-3], "soul": [1e-4, 2e-4, 4e-4]},
 )
 
 
-def demo_data(directory, *, authors=24, forget_authors=4, seed=0):
+def demo_data(directory, *, authors=40, forget_authors=4, seed=0):
     """Writes the demo's corpus to ``forget.jsonl`` and ``retain.jsonl`` in ``directory``; returns the two paths."""
     people = corpus.fictitious_authors(authors, seed)
     paths = []
