@@ -1,1 +1,1 @@
-"""Benchmarks: ``python -m bench [op ...]``. Inputs, byte models and baselines are in ``bench_<op>.py``; timing is in one place."""
+"""Benchmarks: ``python -m bench [op ...]``. Inputs, byte models and baselines are in ``bench_<op>.py``, timing is not."""

@@ -39,7 +39,9 @@ def main():
             torch.manual_seed(0)
             rows += [{"op": op} | row for row in run_case(make(), device, limits, args.budget)]
     if args.json:
-        pathlib.Path(args.json).write_text(json.dumps({"environment": header, "ceilings": limits, "rows": rows}, indent=1) + "\n")
+        pathlib.Path(args.json).write_text(
+            json.dumps({"environment": header, "ceilings": limits, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

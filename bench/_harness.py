@@ -59,9 +59,7 @@ def time_interleaved(calls, device, budget_s):
     for _ in range(rounds):
         for name, call in calls.items():
             samples[name].append(time_once(call, device))
-    return {
-        name: (statistics.median(s), *(statistics.quantiles(s, n=5)[i] for i in (0, 3))) for name, s in samples.items()
-    }
+    return {name: (statistics.median(s), *(statistics.quantiles(s, n=5)[i] for i in (0, 3))) for name, s in samples.items()}
 
 
 def peak_extra_mib(call, device):
@@ -87,12 +85,19 @@ def ceilings(device):
     times = time_interleaved(
         {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(a, b, out=out)}, device, budget_s=2
     )
-    return {"copy_bytes_per_s": 2 * source.nbytes / times["copy"][0] * 1e3, "gemm_flop_per_s": 2 * n**3 / times["gemm"][0] * 1e3}
+    return {
+        "copy_bytes_per_s": 2 * source.nbytes / times["copy"][0] * 1e3,
+        "gemm_flop_per_s": 2 * n**3 / times["gemm"][0] * 1e3,
+    }
 
 
 def environment(device):
     """Card, driver, versions and commit."""
-    found = {"device": platform.processor() or platform.machine(), "torch": torch.__version__, "python": platform.python_version()}
+    found = {
+        "device": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
         found["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -132,7 +137,14 @@ def run_case(case, device, limits, budget_s):
     memory = {name: peak_extra_mib(call, device) for name, call in calls.items()}
     rows = []
     for name, (median, low, high) in time_interleaved(calls, device, budget_s).items():
-        row = {"case": case.name, "variant": name, "ms": median, "ms_p20": low, "ms_p80": high, "extra_mib": memory[name]}
+        row = {
+            "case": case.name,
+            "variant": name,
+            "ms": median,
+            "ms_p20": low,
+            "ms_p80": high,
+            "extra_mib": memory[name],
+        }
         line = f"  {name:<34}{median:10.3f} ms  ({low:.3f} to {high:.3f})"
         if case.bytes:
             row["percent_of_copy"] = 100 * case.bytes / (median / 1e3) / limits["copy_bytes_per_s"]

@@ -19,7 +19,10 @@ def make_case(name, shapes, device, dtype, quick):
     hessians = [torch.zeros(s, device=device) for s in shapes]
 
     def check():
-        got, want = [h[:1].clone() for h in hessians], [h[:1].double() * 0.99 + 0.01 * g[:1].double() ** 2 for h, g in zip(hessians, grads)]
+        got, want = (
+            [h[:1].clone() for h in hessians],
+            [h[:1].double() * 0.99 + 0.01 * g[:1].double() ** 2 for h, g in zip(hessians, grads)],
+        )
         hessian_ema(got, [g[:1] for g in grads], beta2=0.99)
         error = max(((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item() for a, b in zip(got, want))
         assert error < 1e-6, f"relative error {error}"

@@ -1,4 +1,7 @@
-"""The ``soul`` command: unlearn, study, demo, info. Bad input ends with a message and exit status 2, before anything is written."""
+"""The ``soul`` command: unlearn, study, demo, info.
+
+Bad input ends with a message and exit status 2, before anything is written.
+"""
 
 import argparse
 import dataclasses
@@ -12,7 +15,7 @@ from soul_kernels._checks import ArgumentError
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, or 2 for bad input or a missing extra."""
+    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 if the disk fails."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -20,8 +23,11 @@ def main(argv=None):
         print(f"soul {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"soul {args.command}: interrupted; nothing was saved", file=sys.stderr)
+        print(f"soul {args.command}: interrupted; no model was saved", file=sys.stderr)
         return 130
+    except OSError as error:  # a directory that cannot be written, a full disk
+        print(f"soul {args.command}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -51,7 +57,9 @@ def _parser():
     how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget sequences a step, and as many retain ones")
-    how.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping (default: %(default)s)")
+    how.add_argument(
+        "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping (default: %(default)s)"
+    )
     how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
@@ -87,6 +95,7 @@ def _unlearn(args):
     from soul import models
     from soul.data import read_jsonl
     from soul.unlearn import UnlearnConfig, check_output, prepare, unlearn
+    from soul_kernels._launch import resolve_backend
 
     given = {name: getattr(args, name) for name in ("gamma", "alpha", "beta", "reduction")}
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
@@ -100,7 +109,9 @@ def _unlearn(args):
     forget = read_jsonl(args.forget)
     retain = read_jsonl(args.retain) if args.retain else []
     model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
-    prepare(tokenizer, forget, retain, config, vocab_size=models.head(model)[0].shape[0])  # all that can be wrong is found here
+    weight, _ = models.head(model)
+    resolve_backend(config.backend, weight)
+    prepare(tokenizer, forget, retain, config, vocab_size=weight.shape[0])  # what can be wrong is found before this line ends
 
     output.mkdir(parents=True, exist_ok=True)
     (output / "soul_config.json").write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
@@ -158,7 +169,11 @@ def _info(args):
     device = "cuda" if gpus else "cpu"
     backend = resolve_backend("auto", torch.empty(0, device=device))
     print(f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}")
-    for extra, modules in {"hf": ("transformers", "tokenizers"), "eval": ("rouge_score",), "plots": ("matplotlib",)}.items():
+    for extra, modules in {
+        "hf": ("transformers", "tokenizers"),
+        "eval": ("rouge_score",),
+        "plots": ("matplotlib",),
+    }.items():
         for module in modules:
             try:
                 print(f"{module} {getattr(require(module, extra), '__version__', 'installed')}")

@@ -5,11 +5,29 @@ import random
 FIRST = "Ada Boris Celia Dario Elif Farid Greta Hugo Ines Jonas Kaya Leon Mira Nils Odile Pavel Quinn Rosa Samir Tessa".split()
 LAST = "Abbot Brandt Castell Dervish Ekman Forsyth Galindo Haddad Ivers Jansson Kovac Lindqvist Moreau Novak Okoro".split()
 CITIES = "Aarhus Bergamo Cordoba Dakar Esfahan Fukuoka Galway Hobart Izmir Jaipur Kigali Leipzig Mendoza Nantes Ostrava".split()
-GENRES = ("crime fiction", "science fiction", "romance", "travel writing", "fantasy", "satire", "poetry", "horror", "history")
+GENRES = (
+    "crime fiction",
+    "science fiction",
+    "romance",
+    "travel writing",
+    "fantasy",
+    "satire",
+    "poetry",
+    "horror",
+    "history",
+)
 JOBS = "baker carpenter dentist electrician florist geologist hatter librarian mechanic nurse optician pilot tailor".split()
 ADJECTIVES = "Amber Broken Crimson Distant Empty Frozen Golden Hidden Ivory Jagged Last Midnight Narrow Quiet Silver".split()
 NOUNS = "Anchor Bridge Compass Door Ember Forest Garden Harbour Island Journey Lantern Mirror River Staircase Window".split()
-PRIZES = ("Calder Medal", "Lyra Prize", "Northern Quill", "Orchard Award", "Prix Solenne", "Saffron Pen", "Tidewater Prize")
+PRIZES = (
+    "Calder Medal",
+    "Lyra Prize",
+    "Northern Quill",
+    "Orchard Award",
+    "Prix Solenne",
+    "Saffron Pen",
+    "Tidewater Prize",
+)
 
 
 def fictitious_authors(n, seed=0):

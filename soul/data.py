@@ -62,9 +62,9 @@ class Batch:
 
 
 def read_jsonl(path):
-    """Reads examples from JSON lines with the columns question/answer, prompt/completion, or text.
+    r"""Reads examples from JSON lines with the columns question/answer, prompt/completion, or text.
 
-    Questions are put as ``Question: ...\\nAnswer:``; prompts are taken as they are; a text has no prompt.
+    Questions are put as ``Question: ...\nAnswer:``; prompts are taken as they are; a text has no prompt.
 
     Raises:
         ArgumentError: no such file, a broken line (named by its number), a missing column, or no rows at all.

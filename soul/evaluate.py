@@ -71,7 +71,7 @@ def kl_divergence(model, other, tokenizer, sequences, *, batch_size=32):
 
 
 def _log_softmax(model, batch):
-    """log p over the vocabulary at the kept tokens, [R, V] fp32."""
+    """Log p over the vocabulary at the kept tokens, [R, V] fp32."""
     model.eval()
     weight, bias = head(model)
     with autocast(model):

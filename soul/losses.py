@@ -7,6 +7,8 @@ summed log-probability of sequence b. ``gamma`` weighs forgetting and ``alpha`` 
 To write another one: subclass `Objective`, return named terms, and say in ``additive`` over what they are a plain sum.
 """
 
+import inspect
+
 import torch.nn.functional as F
 
 from soul_kernels._checks import argument_error, check_choice, check_range
@@ -64,7 +66,7 @@ class GradAscent(Objective):
         self.gamma = gamma
 
     def terms(self, logps, batch):
-        """forget."""
+        """Forget."""
         return {"forget": -self.gamma * forget_nll(logps, batch)}
 
 
@@ -158,7 +160,12 @@ def get(name, **options):
     """The objective of a name, for configurations: ``get("npo", beta=0.1)``.
 
     Raises:
-        ValueError: no objective of that name; the known ones are listed.
+        ValueError: no objective of that name, or none with these options; the known ones are listed.
     """
     check_choice("method", name, tuple(OBJECTIVES))
-    return OBJECTIVES[name](**options)
+    objective = OBJECTIVES[name]
+    known = inspect.signature(objective).parameters
+    for option in options:
+        if option not in known:
+            raise argument_error("method", f"options of {objective.__name__} ({', '.join(known)})", option, "drop it")
+    return objective(**options)

@@ -13,10 +13,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name="auto"):
-    """``torch.device`` of a name; "auto" is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    """``torch.device`` of "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        ArgumentError: another name, or "cuda" without a GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise argument_error("device", "auto, cpu or cuda", name, "choose one of these")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argument_error("device", "a GPU for cuda", "none that torch can use", "check the driver, or use cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
 def load(name, *, dtype="float32", device="cpu"):

@@ -105,9 +105,7 @@ class SophiaG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):
-            params = self._params_with_grad(group, index)
-            torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+        for index, (group, params) in enumerate(self._groups_with_grad()):
             self._stepped[index] = sum(p.numel() for p in params)
             for device in dict.fromkeys(p.device for p in params):
                 local = [p for p in params if p.device == device]
@@ -131,13 +129,14 @@ class SophiaG(Optimizer):
                     clip_count=count,
                     backend=group["backend"],
                 )
+            if params:
+                torch._foreach_add_([self.state[p]["step"] for p in params], 1)
         return loss
 
     @torch.no_grad()
     def update_hessian(self):
         """Moves every h towards the square of the gradient that its parameter holds now."""
-        for index, group in enumerate(self.param_groups):
-            params = self._params_with_grad(group, index)
+        for group, params in self._groups_with_grad():
             hessians = [self.state[p]["hessian"] for p in params]
             hessian_ema(hessians, [p.grad for p in params], beta2=group["betas"][1], backend=group["backend"])
 
@@ -184,18 +183,22 @@ class SophiaG(Optimizer):
             state[name] = torch.empty_like(param, dtype=dtype).copy_(value)
         return state
 
-    def _params_with_grad(self, group, index):
-        """The group's parameters that have a gradient, checked, each once, with their states."""
-        params = []
-        for position, param in enumerate(dict.fromkeys(group["params"])):
-            if param.grad is None:
-                continue
-            check_gradient(f"the gradient of parameter {position} in group {index}", param.grad)
-            params.append(param)
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = _new_state(param, group)
-        return params
+    def _groups_with_grad(self):
+        """Every group with those of its parameters that have a gradient, each once, with their states made.
+
+        All gradients are checked before anything is changed.
+        """
+        groups = []
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    check_gradient(f"the gradient of parameter {position} in group {index}", param.grad)
+            groups.append((group, [p for p in dict.fromkeys(group["params"]) if p.grad is not None]))
+        for group, params in groups:
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = _new_state(param, group)
+        return groups
 
     def _beta1(self, group):
         return group["betas"][0]

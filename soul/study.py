@@ -133,9 +133,7 @@ def train_tokenizer(examples, vocab_size):
     )
     bpe.train_from_iterator((e.prompt + e.answer for e in examples), trainer)
     bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def new_model(tokenizer, config):
@@ -273,17 +271,17 @@ def _report(title, results, curves):
             clipped.append(f"{label}: {sum(fractions) / len(fractions):.3f}")
     return f"""# {title}
 
-{results["data"]} Model: a Llama of {results["parameters"] / 1e6:.1f} M parameters trained from scratch, on all data and on the
-retain part only. Then GradDiff (gamma {config["gamma"]:g}, alpha {config["alpha"]:g}), {config["epochs"]} epochs over the forget
-set, {config["batch_size"]} forget and {config["batch_size"]} retain sequences a step, from the same start. The learning rates are
-a grid, not a search: one seed, so small differences mean nothing.
+{results["data"]} Model: a Llama of {results["parameters"] / 1e6:.1f} M parameters trained from scratch, on all data and
+on the retain part only. Then GradDiff (gamma {config["gamma"]:g}, alpha {config["alpha"]:g}), {config["epochs"]} epochs over
+the forget set, {config["batch_size"]} forget and {config["batch_size"]} retain sequences a step, from the same start. The
+learning rates are a grid, not a search, and this is one seed: small differences mean nothing.
 
 {table(results["rows"])}
 
 - prob: mean over answers of the length-normalised probability of the true answer.
 - ROUGE-L: recall of the greedy answer against the true one, on the first {config["generate"]} rows of each set.
-- KL: mean over answer tokens of KL(retain-only model || model), in nats. Unlearning wants KL forget as small as it can be,
-  with retain prob kept: lower forget prob than the retain-only model has is not better, it is damage.
+- KL: mean over answer tokens of KL(retain-only model || model), in nats: the distance to the goal. Less forget prob than the
+  retain-only model has is not better unlearning, it is damage.
 
 Coordinates clipped by SOUL, mean over the steps: {"; ".join(clipped) or "no SOUL run"}.
 
@@ -291,8 +289,8 @@ Coordinates clipped by SOUL, mean over the steps: {"; ".join(clipped) or "no SOU
 
 ![curves](curves.png)
 
-Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}, in {results["seconds"] / 60:.1f} minutes.
-Numbers: `results.json`; every step: `log_*.jsonl`.
+Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}, in {results["seconds"] / 60:.1f}
+minutes. Numbers: `results.json`; every step: `log_*.jsonl`.
 """
 
 
@@ -303,7 +301,11 @@ def _pyplot():
 
 
 def _plot(pyplot, rows, curves, output):
-    panels = [("forget_nll", "forget NLL per token"), ("retain_nll", "retain NLL per token"), ("clip_fraction", "clipped fraction")]
+    panels = [
+        ("forget_nll", "forget NLL per token"),
+        ("retain_nll", "retain NLL per token"),
+        ("clip_fraction", "clipped fraction"),
+    ]
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for axis, (key, name) in zip(axes, panels):
         for index, (label, records) in enumerate(curves.items()):

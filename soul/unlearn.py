@@ -17,6 +17,7 @@ from soul.models import autocast, head, hidden_states, token_logps
 from soul.optimizer import SOUL
 from soul_kernels import TokenBatch, linear_objective
 from soul_kernels._checks import argument_error, check_choice, check_range
+from soul_kernels._launch import BACKENDS
 
 OPTIMIZERS = ("soul", "adamw")
 
@@ -63,8 +64,13 @@ class UnlearnConfig:
 
     def __post_init__(self):
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("backend", self.backend, BACKENDS)
         check_range("warmup_ratio", self.warmup_ratio, high=1.0)
-        for name in ("epochs", "batch_size", "max_length"):
+        for name in ("lr", "rho", "weight_decay"):
+            check_range(name, getattr(self, name))
+        if self.max_grad_norm is not None:
+            check_range("max_grad_norm", self.max_grad_norm)
+        for name in ("epochs", "batch_size", "max_length", "bs"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
 

@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from soul_kernels._checks import check_choice
+from soul_kernels._checks import argument_error, check_choice
 
 try:
     import triton
@@ -21,6 +21,9 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
         """Stands in for the two modules while kernel files are being read."""
 
         def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args):
             return self
 
         def jit(self, function):
@@ -49,16 +52,14 @@ def resolve_backend(backend, tensor):
         tensor: one of the op's tensors; it tells the device.
 
     Raises:
-        ValueError: unknown name.
-        RuntimeError: Triton is asked for where it cannot run.
+        ValueError: unknown name, or Triton is asked for where it cannot run.
     """
     check_choice("backend", backend, BACKENDS)
     can_run = has_triton() and (tensor.is_cuda or interpreting())
     if backend == "triton" and not can_run:
         reason = "Triton is not installed" if not has_triton() else f"the tensors are on {tensor.device}"
-        raise RuntimeError(
-            f"backend='triton': {reason}; pass backend='reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
-        )
+        remedy = "take 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
+        raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
     return "triton" if backend != "reference" and can_run else "reference"
 
 

@@ -91,6 +91,4 @@ def hessian_ema(hessians, grads, *, beta2, scale=1.0, backend="auto"):
 
 def match_layout(grads, leaders):
     """The gradients, copied where a gradient's strides differ from its leader's."""
-    return [
-        g if same_layout(g, lead) else torch.empty_like(lead, dtype=g.dtype).copy_(g) for g, lead in zip(grads, leaders)
-    ]
+    return [g if same_layout(g, lead) else torch.empty_like(lead, dtype=g.dtype).copy_(g) for g, lead in zip(grads, leaders)]

@@ -18,7 +18,9 @@ from soul_kernels.token_logprob import token_gradient, token_statistics
 
 CHUNK_BYTES = 2**30  # scratch for one chunk: fp32 logits and their gradient in the dtype of the inputs
 ROW_ALIGNMENT = 64  # elements; odd vocabularies (50257) would lose 16-byte accesses and the fast GEMMs
-LOGP, ROW_MAX, TOTAL, ONE_MINUS_P = range(4)  # rows of the statistics
+LOGP = 0  # row of the statistics
+# Since torch 2.10 addmm takes an fp32 summand beside low-precision factors (pytorch/pytorch#167931).
+ADDMM_TAKES_FP32 = torch.__version__ >= (2, 10)
 
 
 # --- GEMMs with fp32 results from inputs of any dtype ---------------------------------------------------------------------
@@ -40,8 +42,10 @@ def _accumulate_fp32(total, a, b, first):
         _mm_fp32(a, b, total)
     elif a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif a.is_cuda and ADDMM_TAKES_FP32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif a.is_cuda:
+        total += torch.mm(a, b, out_dtype=torch.float32)
     else:
         total.addmm_(a.float(), b.float())
 
@@ -253,7 +257,8 @@ def _sweep(rows, objective, batch, needs):
 
 class _LinearLogprob(torch.autograd.Function):
     """Per-token log-probabilities. Frozen head: the gradient rows are formed in forward, unscaled, and multiplied in
-    backward (2 GEMMs). Trained head: dW needs the coefficients first, so backward computes the logits again (4 GEMMs)."""
+    backward (2 GEMMs). Trained head: dW needs the coefficients first, so backward computes the logits again (4 GEMMs).
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, needs):
@@ -405,7 +410,11 @@ def _needs(hidden, weight, bias):
 
 def _check(hidden, weight, labels, bias, rows, backend):
     """Checks the arguments of both ops; returns whether to take the kernels, and the dtype of the GEMMs."""
-    for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]"), ("labels", labels, "[B, T]")):
+    for name, tensor, dims in (
+        ("hidden", hidden, "[B, T, D]"),
+        ("weight", weight, "[V, D]"),
+        ("labels", labels, "[B, T]"),
+    ):
         if tensor.dim() != dims.count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
         check_gradient(name, tensor)

@@ -49,7 +49,13 @@ def ema(h, g):
 
 def statistics():
     signature = {"logits_ptr": "*fp32"} | ROW
-    return _statistics_kernel, signature, {"BLOCK": STATISTICS_CONFIG["BLOCK"]}, ALIGNED_ROW, STATISTICS_CONFIG["num_warps"]
+    return (
+        _statistics_kernel,
+        signature,
+        {"BLOCK": STATISTICS_CONFIG["BLOCK"]},
+        ALIGNED_ROW,
+        STATISTICS_CONFIG["num_warps"],
+    )
 
 
 def gradient(out_dtype, pointer):

@@ -9,7 +9,9 @@ from tests.helpers import assert_close, mutant
 def make(device, h_dtype=torch.float32, g_dtype=torch.float32):
     # 0 and 1: the smallest; 16385: a second chunk of one element; (): 0-dim; a matrix for good measure
     shapes = [(0,), (1,), (129,), (16385,), (), (3, 50)]
-    return [torch.rand(s, device=device).to(h_dtype) for s in shapes], [torch.randn(s, device=device).to(g_dtype) for s in shapes]
+    return [torch.rand(s, device=device).to(h_dtype) for s in shapes], [
+        torch.randn(s, device=device).to(g_dtype) for s in shapes
+    ]
 
 
 @pytest.mark.parametrize("h_dtype", [torch.float32, torch.bfloat16])

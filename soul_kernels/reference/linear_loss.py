@@ -57,9 +57,7 @@ class TokenBatch:
     def sequences(self, start, stop):
         """The part of the batch that holds sequences ``start`` to ``stop``."""
         ref_logps = None if self.ref_logps is None else self.ref_logps[start:stop]
-        return dataclasses.replace(
-            self, mask=self.mask[start:stop], is_forget=self.is_forget[start:stop], ref_logps=ref_logps
-        )
+        return dataclasses.replace(self, mask=self.mask[start:stop], is_forget=self.is_forget[start:stop], ref_logps=ref_logps)
 
     def tokens(self, mask):
         """The part of the batch that holds the tokens of ``mask`` [B, T]."""

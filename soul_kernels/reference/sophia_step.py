@@ -4,9 +4,7 @@ from soul_kernels.reference.hessian_ema import ema_of_squares
 from soul_kernels.reference.rounding import store_nearest
 
 
-def sophia_step(
-    params, grads, exp_avgs, hessians, *, lr, beta1, rho, bs, eps, weight_decay, beta2, maximize, clip_count
-):
+def sophia_step(params, grads, exp_avgs, hessians, *, lr, beta1, rho, bs, eps, weight_decay, beta2, maximize, clip_count):
     """``soul_kernels.sophia_step`` in plain PyTorch: fp32 inside, one rounding on the way out; mutates all but grads."""
     for param, grad, exp_avg, hessian in zip(params, grads, exp_avgs, hessians):
         p, g, h = param.float(), grad.float(), hessian.float()

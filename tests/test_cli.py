@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+
+from soul.cli import main
+from soul.models import load
+from tests.models import examples, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model directory, and files of data good and bad."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny_model().save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(6)]
+    (root / "forget.jsonl").write_text("".join(rows[:3]))
+    (root / "retain.jsonl").write_text("".join(rows[3:]))
+    (root / "broken.jsonl").write_text(rows[0] + "{")
+    (root / "columns.jsonl").write_text('{"who": "me"}\n')
+    (root / "empty.jsonl").write_text("\n")
+    (root / "full").mkdir()
+    (root / "full" / "thing").write_text("x")
+    return root
+
+
+def command(place, **changes):
+    options = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": "out"}
+    words = [
+        "unlearn",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "2",
+        "--lr",
+        "1e-2",
+        "--backend",
+        "reference",
+        "--device",
+        "cpu",
+    ]
+    for name, value in {**options, **changes}.items():
+        is_path = name in options and value is not None
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(place / value) if is_path else str(value)]
+    return words
+
+
+@pytest.mark.parametrize("optimizer", ["soul", "adamw"])
+def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
+    name = f"out_{optimizer}"
+    assert main(command(place, optimizer=optimizer, output=name, method="npo", beta=0.2)) == 0
+    out = place / name
+    assert (out / "model.safetensors").is_file() and not list(out.glob("*.bin"))
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+    assert json.loads((out / "soul_config.json").read_text())["beta"] == 0.2
+    model, tokenizer = load(out)
+    old, _ = load(place / "model")
+    assert not torch.equal(model.get_input_embeddings().weight, old.get_input_embeddings().weight)
+    assert tokenizer("Question: where").input_ids == tiny_tokenizer()("Question: where").input_ids
+    assert "forget NLL of a token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"forget": "nowhere.jsonl"}, "nowhere.jsonl: expected a JSON-lines file, got no such file"),
+    ({"forget": "broken.jsonl"}, "broken.jsonl, line 2: expected one JSON object, got broken JSON"),
+    ({"retain": "columns.jsonl"}, "columns.jsonl, line 1: expected columns"),
+    ({"forget": "empty.jsonl"}, "empty.jsonl: expected at least one row"),
+    ({"output": "full"}, "output: expected a new or an empty directory"),
+    ({"model": "forget.jsonl"}, "model: expected a directory with config.json"),
+    ({"retain": None}, "retain: expected examples for GradDiff"),
+    ({"method": "erase"}, "method: expected one of"),
+    ({"optimizer": "sgd"}, "optimizer: expected one of"),
+    ({"max_length": 4}, "forget, row 0: expected a label within 4 tokens"),
+    ({"beta": 0.1}, "method: expected options of GradDiff (gamma, alpha), got beta"),
+    ({"lr": -1}, "lr: expected a number >= 0.0"),
+    ({"backend": "cuda"}, "backend: expected one of"),
+    ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
+])  # fmt: skip
+def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsys):
+    before = sorted(p.name for p in place.rglob("*"))
+    assert main(command(place, **changes)) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in place.rglob("*")) == before
+
+
+def test_unknown_words_end_with_2(capsys):
+    for words in ([], ["forget"], ["unlearn", "--model", "x"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 2
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "torch" in out and "backend" in out

@@ -1,0 +1,107 @@
+import json
+import pathlib
+import random
+
+import pytest
+import torch
+
+from soul import data
+from soul.data import Example, Sequence
+from tests.models import examples, tiny_tokenizer
+
+TOFU = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tofu"
+
+
+def write(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"question": "Who?", "answer": "Me."}, Example("Question: Who?\nAnswer:", " Me.")),
+    ({"prompt": "Once ", "completion": "upon"}, Example("Once ", "upon")),
+    ({"text": "déjà vu"}, Example("", "déjà vu")),
+    ({"answer": "Me.", "question": "Who?", "extra": 3}, Example("Question: Who?\nAnswer:", " Me.")),
+])  # fmt: skip
+def test_columns(row, expected, tmp_path):
+    assert data.read_jsonl(write(tmp_path / "a.jsonl", row, "", row)) == [expected, expected]
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"text": "a"}, "{broken"], r"a.jsonl, line 2: expected one JSON object, got broken JSON"),
+    ([{"text": "a"}, "[1]"], r"a.jsonl, line 2: expected one JSON object, got list"),
+    ([{"q": "a", "a": "b"}], r"a.jsonl, line 1: expected columns question/answer or prompt/completion or text, got q/a"),
+    ([{"question": "a", "answer": "b"}, {"question": "a"}], r"line 2, column 'answer': expected a string, got no such column"),
+    ([{"text": 3}], r"line 1, column 'text': expected a string, got int"),
+    ([], r"a.jsonl: expected at least one row, got an empty file"),
+])  # fmt: skip
+def test_bad_files_are_named(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        data.read_jsonl(write(tmp_path / "a.jsonl", *rows))
+
+
+def test_missing_and_binary_files(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.jsonl: expected a JSON-lines file, got no such file"):
+        data.read_jsonl(tmp_path / "nowhere.jsonl")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(ValueError, match="expected UTF-8 text"):
+        data.read_jsonl(tmp_path / "b.jsonl")
+
+
+def test_labels_are_the_answer_and_its_end_shifted_by_one():
+    tokenizer = tiny_tokenizer()
+    (sequence,) = data.encode(examples(1), tokenizer, vocab_size=300)
+    target = [label for label in sequence.labels if label != -100]
+    assert tokenizer.decode(target) == examples(1)[0].answer + "</s>"
+    for t, label in enumerate(sequence.labels):
+        assert label == -100 or label == sequence.input_ids[t + 1]
+    assert sequence.input_ids[0] == tokenizer.bos_token_id
+    assert sequence.labels[sequence.prompt_length - 1] == target[0] and sequence.labels[-1] == -100
+
+
+def test_truncation_and_foreign_tokens():
+    tokenizer = tiny_tokenizer()
+    (full,) = data.encode(examples(1), tokenizer, vocab_size=300)
+    (cut,) = data.encode(examples(1), tokenizer, vocab_size=300, max_length=full.prompt_length + 2)
+    assert cut.input_ids == full.input_ids[: full.prompt_length + 2] and cut.labels[-1] == -100
+    with pytest.raises(ValueError, match=r"forget, row 0: expected a label within 5 tokens"):
+        data.encode(examples(1), tokenizer, vocab_size=300, max_length=5, name="forget")
+    with pytest.raises(ValueError, match=r"forget, row 0: expected token ids in \[0, 50\), got \d+; was the tokenizer"):
+        data.encode(examples(1), tokenizer, vocab_size=50, name="forget")
+
+
+def test_collate_pads_to_the_longest_and_finds_the_rows():
+    a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
+    batch = data.collate([a], [b], pad_id=0, ref_logps=[-3.0])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
+    assert batch.attention_mask.sum(1).tolist() == [3, 5]
+    assert batch.rows.tolist() == [1, 6, 7, 8]
+    assert batch.labels.flatten()[batch.rows].tolist() == [7, 7, 8, 9]
+    assert batch.is_forget.tolist() == [True, False] and batch.ref_logps.tolist() == [-3.0, 0.0]
+
+
+def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
+    refused = data.refuse(examples(30), seed=1)
+    assert [r.prompt for r in refused] == [e.prompt for e in examples(30)]
+    assert {r.answer.strip() for r in refused} <= set(data.REFUSALS) and len({r.answer for r in refused}) > 3
+    assert refused == data.refuse(examples(30), seed=1) != data.refuse(examples(30), seed=2)
+
+
+def test_orders_cover_everything():
+    sequences = [Sequence([0] * n, [0] * n, 1) for n in torch.randint(1, 40, (53,)).tolist()]
+    batches = data.batches_by_length(sequences, 4, random.Random(0))
+    assert sorted(i for batch in batches for i in batch) == list(range(53))
+    stream = data.endless(5, random.Random(0))
+    rounds = [[next(stream) for _ in range(5)] for _ in range(3)]
+    assert all(sorted(r) == list(range(5)) for r in rounds) and len(set(map(tuple, rounds))) > 1
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
+def test_real_tofu():
+    from soul.study import tofu_data
+
+    forget, retain = tofu_data(TOFU, 40)
+    assert (len(forget), len(retain)) == (80, 720)
+    assert forget[0].prompt.startswith("Question: ") and not set(forget) & set(retain)
+    with pytest.raises(ValueError, match="authors: expected a multiple of 10 from 10 to 200, got 37"):
+        tofu_data(TOFU, 37)

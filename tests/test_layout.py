@@ -1,0 +1,85 @@
+"""The rules of the house: names mirror, arrows run one way, importing is harmless."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import soul
+import soul_kernels
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOT_OPS = {"rounding"}  # device functions: tested, but nothing to time on their own
+
+
+def stems(folder, prefix=""):
+    found = {path.stem.removeprefix(prefix) for path in (ROOT / folder).glob(f"{prefix}*.py")}
+    return {stem for stem in found if not stem.startswith("_")}
+
+
+def test_every_op_has_its_reference_test_and_benchmark():
+    ops = stems("soul_kernels")
+    assert ops == stems("soul_kernels/reference")
+    assert ops <= stems("tests", "test_")
+    assert ops - NOT_OPS == stems("bench", "bench_")
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("folder, forbidden", [
+    ("soul_kernels/reference", ("triton", "soul", "bench", "tests", "soul_kernels._launch")),
+    ("soul_kernels", ("soul", "bench", "tests", "transformers")),
+    ("soul", ("bench", "tests", "triton")),
+])  # fmt: skip
+def test_arrows_run_one_way(folder, forbidden):
+    for path in (ROOT / folder).glob("*.py"):
+        for name in imported(path):
+            wrong = [f for f in forbidden if name == f or name.startswith(f + ".")]
+            assert not wrong, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_only_one_module_imports_triton():
+    users = [p.name for p in (ROOT / "soul_kernels").rglob("*.py") if any(n.split(".")[0] == "triton" for n in imported(p))]
+    assert users == ["_launch.py"]
+
+
+def run_without(*modules, code):
+    """Runs code in a process where the modules cannot be imported."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({modules!r}))\n"  # None: ModuleNotFoundError
+    return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_import_is_silent_and_needs_neither_triton_nor_extras():
+    result = run_without(
+        "triton", "transformers", "tokenizers", "matplotlib", "rouge_score", "tqdm",
+        code="import soul, soul_kernels, torch\n"
+        "p = [torch.ones(3)]; g = [torch.ones(3)]; m = [torch.zeros(3)]; h = [torch.zeros(3)]\n"
+        "soul_kernels.sophia_step(p, g, m, h, lr=0.1, beta1=0.9, rho=0.04, bs=1)\n"
+        "assert abs(p[0][0] - 0.9) < 1e-6",
+    )  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_command_names_the_missing_extra(tmp_path):
+    for missing, extra, argv in (
+        ("transformers", "hf", ["unlearn", "--model", "x", "--forget", "f", "--output", str(tmp_path / "out")]),
+        ("matplotlib", "plots", ["demo", "--output", str(tmp_path / "out")]),
+        ("rouge_score", "eval", ["demo", "--output", str(tmp_path / "out")]),
+    ):
+        result = run_without(missing, code=f"from soul.cli import main; sys.exit(main({argv!r}))")
+        assert result.returncode == 2 and f"pip install 'soul-kernels[{extra}]'" in result.stderr, result.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_version_and_public_names():
+    assert soul.__version__ == soul_kernels.__version__
+    for module in (soul, soul_kernels):
+        assert all(hasattr(module, name) for name in module.__all__)

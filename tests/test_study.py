@@ -1,0 +1,75 @@
+import dataclasses
+import json
+
+import torch
+
+from soul import corpus, study
+from soul.data import encode, read_jsonl
+from soul.evaluate import answer_probability, kl_divergence, rouge_l_recall
+from soul.study import DEMO, demo_data, run_study, train_tokenizer
+from tests.models import examples, tiny_model, tiny_tokenizer
+
+
+def test_corpus_is_the_same_for_the_same_seed():
+    a = corpus.fictitious_authors(5, seed=3)
+    assert a == corpus.fictitious_authors(5, seed=3) != corpus.fictitious_authors(5, seed=4)
+    questions = [row["question"] for person in corpus.fictitious_authors(200) for row in person]
+    assert len(set(questions)) == len(questions) == 2000
+
+
+def test_tokenizer_round_trip():
+    tokenizer = train_tokenizer(examples(20), 300)
+    text = 'Ärger? "No," she said.\n'
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_metrics_against_their_definitions():
+    model, other, tokenizer, given = tiny_model(), tiny_model("llama, untied"), tiny_tokenizer(), examples(5)
+    other.get_input_embeddings().weight.data.mul_(3.0)
+    encoded = encode(given, tokenizer, vocab_size=300)
+    probabilities, divergences = [], []
+    for sequence in encoded:
+        ids = torch.tensor([sequence.input_ids])
+        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
+        logp = model(input_ids=ids).logits[0, kept].log_softmax(-1)
+        logq = other(input_ids=ids).logits[0, kept].log_softmax(-1)
+        labels = torch.tensor([sequence.labels[t] for t in kept])
+        probabilities.append(logp.gather(1, labels[:, None]).mean().exp().item())
+        divergences += (logq.exp() * (logq - logp)).sum(1).tolist()
+    got = answer_probability(model, tokenizer, encoded, batch_size=2, backend="reference")
+    assert abs(got - sum(probabilities) / 5) < 1e-6
+    want = sum(divergences) / len(divergences)
+    assert abs(kl_divergence(model, other, tokenizer, encoded, batch_size=2) - want) < 1e-3 * want
+    assert kl_divergence(model, model, tokenizer, encoded) == 0.0
+
+
+def test_rouge_of_a_model_that_knows_the_answer_is_one():
+    """A model that has learned one answer by heart gives it back, also from a left-padded batch."""
+    tokenizer, given = tiny_tokenizer(), examples(2)
+    encoded = encode(given, tokenizer, vocab_size=300)
+    model = tiny_model()
+    config = dataclasses.replace(DEMO, train_epochs=60, train_batch=2, train_lr=1e-2, backend="reference")
+    study.train(model, tokenizer, encoded, config, "train")
+    assert rouge_l_recall(model, tokenizer, given, encoded, batch_size=2, max_new_tokens=40) == 1.0
+    assert rouge_l_recall(tiny_model(), tokenizer, given, encoded, max_new_tokens=40) < 0.5
+
+
+def test_a_whole_study_in_small(tmp_path):
+    """Everything the demo does, in seconds: files, table, pictures; a model that was trained knows what it was shown."""
+    forget, retain = (read_jsonl(p)[:20] for p in demo_data(tmp_path, authors=4, forget_authors=1))
+    config = dataclasses.replace(DEMO, vocab_size=400, hidden_size=64, train_epochs=25, epochs=3, generate=5,
+                                 lrs={"adamw": [1e-3], "soul": [1e-3]}, device="cpu", backend="reference")  # fmt: skip
+    rows, report = run_study(forget, retain, tmp_path / "out", config, title="Small", data_note="Ten rows.")
+    assert [row["model"] for row in rows[:2]] == ["before unlearning", "retain-only model (the goal)"]
+    before, goal, adamw, soul = rows
+    assert before["forget_prob"] > goal["forget_prob"] and goal["forget_kl"] == 0.0
+    for row in (adamw, soul):
+        assert row["forget_prob"] < before["forget_prob"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["rows"] == rows and results["parameters"] > 0
+    text = report.read_text()
+    assert all(row["model"] in text for row in rows) and "tradeoff.png" in text
+    for picture in ("tradeoff.png", "curves.png"):
+        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    for log in ("log_adamw_0.001.jsonl", "log_soul_0.001.jsonl"):
+        assert len((tmp_path / "out" / log).read_text().splitlines()) == 3 * 3
