@@ -8,6 +8,7 @@ from soul_kernels._launch import launch, tl, triton, triton_dtype
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.rounding import round_nearest
 
+LOGP, ROW_MAX, TOTAL, ONE_MINUS_P = range(4)  # rows of the statistics
 IGNORED = tl.constexpr(IGNORE_INDEX)
 
 STATISTICS_CONFIG = {"BLOCK": 4096, "num_warps": 8}
@@ -36,7 +37,7 @@ def _statistics_kernel(
     logits_ptr,  # [n, V], row_stride elements from row to row
     labels_ptr,  # [n] int64
     statistics_ptr,  # [4, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label)
-    n_rows,
+    statistics_stride,
     n_vocab,
     row_stride,
     BLOCK: tl.constexpr,
@@ -70,9 +71,9 @@ def _statistics_kernel(
     elif label != IGNORED:
         logp = float("nan")  # outside the vocabulary: read nothing, and do not let it pass for a number
     tl.store(statistics_ptr + row, logp)
-    tl.store(statistics_ptr + n_rows + row, row_max)
-    tl.store(statistics_ptr + 2 * n_rows + row, total)
-    tl.store(statistics_ptr + 3 * n_rows + row, one_minus_p)
+    tl.store(statistics_ptr + statistics_stride + row, row_max)
+    tl.store(statistics_ptr + 2 * statistics_stride + row, total)
+    tl.store(statistics_ptr + 3 * statistics_stride + row, one_minus_p)
 
 
 @triton.jit
@@ -87,9 +88,9 @@ def _gradient_kernel(
     logits_ptr,  # [n, V], row_stride elements from row to row
     labels_ptr,  # [n] int64
     statistics_ptr,  # [4, n] fp32, from _statistics_kernel
+    statistics_stride,
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
     out_ptr,  # [n, V], out_stride elements from row to row: derivative of the objective by the logits; may be logits_ptr
-    n_rows,
     n_vocab,
     row_stride,
     out_stride,
@@ -99,9 +100,9 @@ def _gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     coefficient = tl.load(coefficients_ptr + row)
-    row_max = tl.load(statistics_ptr + n_rows + row)
-    total = tl.load(statistics_ptr + 2 * n_rows + row)
-    at_label = coefficient * tl.load(statistics_ptr + 3 * n_rows + row)
+    row_max = tl.load(statistics_ptr + statistics_stride + row)
+    total = tl.load(statistics_ptr + 2 * statistics_stride + row)
+    at_label = coefficient * tl.load(statistics_ptr + 3 * statistics_stride + row)
     scale = coefficient / total
     logits_row = logits_ptr + row * row_stride
     out_row = out_ptr + row * out_stride
@@ -126,7 +127,7 @@ def token_statistics(logits, labels, statistics):
     Args:
         logits: [n, V] fp32, bf16 or fp16, rows contiguous.
         labels: [n] int64. -100 gives log p = 0; any other value outside [0, V) gives NaN, and nothing is read for it.
-        statistics: [4, n] fp32, contiguous; mutated.
+        statistics: [4, n] fp32, rows contiguous; mutated.
     """
     n_rows, n_vocab = logits.shape
     launch(
@@ -136,7 +137,7 @@ def token_statistics(logits, labels, statistics):
         logits_ptr=logits,
         labels_ptr=labels,
         statistics_ptr=statistics,
-        n_rows=n_rows,
+        statistics_stride=statistics.stride(0),
         n_vocab=n_vocab,
         row_stride=logits.stride(0),
         **STATISTICS_CONFIG,
@@ -161,9 +162,9 @@ def token_gradient(logits, labels, statistics, coefficients, out):
         logits_ptr=logits,
         labels_ptr=labels,
         statistics_ptr=statistics,
+        statistics_stride=statistics.stride(0),
         coefficients_ptr=coefficients,
         out_ptr=out,
-        n_rows=n_rows,
         n_vocab=n_vocab,
         row_stride=logits.stride(0),
         out_stride=out.stride(0),

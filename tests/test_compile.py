@@ -32,7 +32,7 @@ TABLE = {"table_ptr": "*i64", "chunk_tensor_ptr": "*i32", "chunk_piece_ptr": "*i
 STEP = TABLE | {"clip_count_ptr": "*i64"} | dict.fromkeys(
     ["lr", "beta1", "beta1_rest", "beta2", "beta2_rest", "h_weight", "eps", "weight_decay"], "fp32"
 )  # fmt: skip
-ROW = {"labels_ptr": "*i64", "statistics_ptr": "*fp32", "n_rows": "i32", "n_vocab": "i32", "row_stride": "i32"}
+ROW = {"labels_ptr": "*i64", "statistics_ptr": "*fp32", "statistics_stride": "i32", "n_vocab": "i32", "row_stride": "i32"}
 ALIGNED_ROW = ("logits_ptr", "out_ptr", "row_stride", "out_stride")  # what the scratch of linear_loss promises
 
 

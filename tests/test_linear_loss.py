@@ -5,6 +5,7 @@ import torch
 
 from soul import losses
 from soul_kernels import TokenBatch, linear_logprob, linear_objective
+from soul_kernels._head_rows import HeadRows
 from soul_kernels.reference import linear_loss as reference
 from tests import tolerances as tol
 from tests.helpers import assert_close, assert_rows_close, mutant
@@ -221,9 +222,8 @@ def test_deterministic_run_to_run(device):
 
 def test_sums_over_sequences_take_one_sweep(device, monkeypatch):
     """The GEMM count is the promise: one product for the logits of each chunk, unless the objective cannot be split."""
-    module = importlib.import_module("soul_kernels.linear_loss")
-    calls, real = [], module._Rows.logits
-    monkeypatch.setattr(module._Rows, "logits", lambda self, a, b: calls.append(b - a) or real(self, a, b))
+    calls, real = [], HeadRows.logits
+    monkeypatch.setattr(HeadRows, "logits", lambda self, c: calls.append(c.stop - c.start) or real(self, c))
     case = make(device)
     kept = int((case["labels"] != -100).sum())
     for name, sweeps in (("graddiff", 1), ("npo", 1), ("npo_token_mean", 2)):
@@ -264,12 +264,14 @@ def make_like(case, dtype):
 
 
 @pytest.mark.parametrize("module, old, new", [
-    ("linear_loss", "first=start == 0", "first=True"),  # only the last chunk's dW
+    ("_head_rows", "first=chunk.start == 0", "first=True"),  # only the last chunk's dW
     ("linear_loss", "coefficients[first:last] = derivative", "coefficients[: last - first] = derivative"),  # wrong sequence
     ("linear_loss", "loss += value", "loss = value"),
-    ("linear_loss", "torch.mul(gradient, scale, out=out)", "out.copy_(gradient)"),  # upstream gradient dropped
+    ("linear_loss", "torch.mul(gradient, scale,", "torch.mul(gradient, torch.ones_like(scale),"),  # upstream gradient dropped
     ("linear_loss", "part = part.tokens(", "_ = part.tokens("),  # tokens of other chunks counted as p = 1
-    ("linear_loss", "logits.add_(self.bias)", "logits"),
+    ("_head_rows", "logits.add_(self.bias)", "logits"),
+    ("_head_rows", "dlogits.sum(0, dtype=torch.float32)", "0.0"),
+    ("_head_rows", "self.x[chunk.start : chunk.stop], self.weight", "self.x[: chunk.stop - chunk.start], self.weight"),
     ("token_logprob", "gradient = tl.where(columns == label, at_label, -", "gradient = tl.where(columns == label, -at_label, "),
     ("token_logprob", "coefficient = tl.load(coefficients_ptr + row)", "coefficient = 0.0"),  # zero gradient
 ])  # fmt: skip
@@ -277,8 +279,11 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
     op = getattr(broken, "linear_objective", linear_objective)
     if module == "token_logprob":
+        monkeypatch.setattr("soul_kernels._head_rows.token_gradient", broken.token_gradient)
+    elif module == "_head_rows":
         home = importlib.import_module("soul_kernels.linear_loss")
-        monkeypatch.setattr(home, "token_gradient", broken.token_gradient)
+        for name in ("HeadRows", "HeadGradients"):
+            monkeypatch.setattr(home, name, getattr(broken, name))
     with pytest.raises(AssertionError):
         check_objectives(op, device, chunk_rows=7, bias=True)
 
