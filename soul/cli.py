@@ -11,11 +11,12 @@ import time
 
 from soul import __version__
 from soul._extras import MissingExtra, require
+from soul.unlearn import Diverged
 from soul_kernels._checks import ArgumentError
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 if the disk fails."""
+    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -25,7 +26,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"soul {args.command}: interrupted; no model was saved", file=sys.stderr)
         return 130
-    except OSError as error:  # a directory that cannot be written, a full disk
+    except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
         print(f"soul {args.command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -26,7 +26,10 @@ def pick_device(name="auto"):
 
 
 def load(name, *, dtype="float32", device="cpu"):
-    """Loads model and tokenizer from a directory or a hub name. Code that comes with a model is never run.
+    """Loads model and tokenizer from a directory or a hub name.
+
+    Code that comes with a model is never run: weights are safetensors or, in old repositories, tensors only
+    (``weights_only=True``, the default of transformers).
 
     Args:
         name: directory, or name on the hub.
@@ -43,9 +46,7 @@ def load(name, *, dtype="float32", device="cpu"):
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True
-        )
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error

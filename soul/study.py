@@ -19,7 +19,7 @@ from soul import corpus
 from soul._extras import require
 from soul.data import batches_by_length, collate, encode, read_jsonl
 from soul.evaluate import evaluate
-from soul.losses import PO
+from soul.losses import GradDiff
 from soul.models import pick_device
 from soul.unlearn import UnlearnConfig, build_scheduler, check_output, pad_id, train_step, unlearn
 from soul_kernels._checks import argument_error
@@ -162,12 +162,12 @@ def train(model, tokenizer, sequences, config, title):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.0, fused=device.type == "cuda")
     scheduler = build_scheduler(optimizer, steps, warmup_ratio=0.05)
     options = UnlearnConfig(backend=config.backend)
-    objective = PO(gamma=1.0, alpha=0.0)  # cross-entropy of the sequences that stand in the forget place
+    objective = GradDiff(gamma=0.0)  # to learn is to retain: cross-entropy, and nothing to forget
     model.train()
     for _ in require("tqdm", "hf").trange(config.train_epochs, desc=title, file=sys.stderr):
         epoch = []
         for chosen in batches_by_length(sequences, config.train_batch, draw):
-            batch = collate([sequences[i] for i in chosen], [], pad_id=pad_id(tokenizer), device=device)
+            batch = collate([], [sequences[i] for i in chosen], pad_id=pad_id(tokenizer), device=device)
             epoch.append(train_step(model, batch, objective, optimizer, scheduler, options)["loss"])
         losses.append(torch.stack(epoch).mean().item())
     return losses

@@ -22,6 +22,10 @@ from soul_kernels._launch import BACKENDS
 OPTIMIZERS = ("soul", "adamw")
 
 
+class Diverged(RuntimeError):
+    """The loss is not finite any more; the model is worthless."""
+
+
 @dataclasses.dataclass
 class UnlearnConfig:
     """Everything that decides a run.
@@ -181,6 +185,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
 
     Raises:
         ArgumentError: the data do not fit the model; nothing was changed.
+        Diverged: the loss is not finite any more.
     """
     objective = config.objective()
     forget, retain = prepare(tokenizer, forget, retain, config, vocab_size=head(model)[0].shape[0])
@@ -226,7 +231,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
             if not math.isfinite(record["loss"]):
                 bar.close()
-                raise argument_error("loss", "a finite number", f"{record['loss']} at step {record['step']}", "lower the lr")
+                raise Diverged(f"the loss became {record['loss']} at step {record['step']}; lower the learning rate")
     bar.close()
     return records
 

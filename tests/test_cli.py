@@ -61,6 +61,18 @@ def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
     assert "forget NLL of a token" in capsys.readouterr().out
 
 
+def test_bf16_parameters_stay_bf16(place):
+    assert main(command(place, dtype="bfloat16", output="out_bf16")) == 0
+    model, _ = load(place / "out_bf16", dtype="bfloat16")
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def test_a_run_that_diverges_ends_with_1(place, capsys):
+    assert main(command(place, lr="1e30", output="out_nan", epochs="5")) == 1
+    assert "lower the learning rate" in capsys.readouterr().err
+    assert not (place / "out_nan" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"forget": "nowhere.jsonl"}, "nowhere.jsonl: expected a JSON-lines file, got no such file"),
     ({"forget": "broken.jsonl"}, "broken.jsonl, line 2: expected one JSON object, got broken JSON"),
