@@ -321,9 +321,9 @@ def _plot(pyplot, rows, curves, output):
     figure, axis = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     for row in rows:
         marker = {"adamw": "o", "soul": "s"}.get(row.get("optimizer"), "*")
-        axis.scatter(row["forget_kl"], row["retain_prob"], marker=marker, s=70, label=row["model"])
-    axis.set(xlabel="KL to the retain-only model on forget answers (nats; left is better)", ylabel="retain probability")
-    axis.set_xscale("symlog", linthresh=0.1)
+        axis.scatter(row["forget_prob"], row["retain_prob"], marker=marker, s=70, label=row["model"], alpha=0.8)
+    axis.set(xlabel="forget probability (left is forgotten)", ylabel="retain probability (up is kept)")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.savefig(output / "tradeoff.png", dpi=110)

@@ -66,7 +66,7 @@ def _statistics_kernel(
         exp_label = tl.exp(-gap)
         total = rest + exp_label
         one_minus_p = rest / total
-        # Label likeliest: log1p of the rest. Else another token adds exp(0) = 1 to the sum, and its logarithm is well conditioned.
+        # Label likeliest: log1p of the rest. Else another token adds exp(0) = 1 to the sum: its logarithm is well conditioned.
         logp = -tl.where(gap == 0.0, _log1p(rest), gap + tl.log(total))
     elif label != IGNORED:
         logp = float("nan")  # outside the vocabulary: read nothing, and do not let it pass for a number
