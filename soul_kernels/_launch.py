@@ -72,7 +72,7 @@ def launch(kernel, grid, device, **arguments):
     """Launches ``kernel`` on ``device``.
 
     Fused multiply-add is always off: Triton's default changes between versions, and without it a kernel's fp32 results
-    are those of its reference, bit for bit. These kernels wait for memory, so it costs nothing.
+    are those of its reference, bit for bit. These kernels are bound by memory, not by instructions.
     """
     with device_guard(device):
         kernel[grid](**arguments, enable_fp_fusion=False)

@@ -1,4 +1,6 @@
-"""Tiny models of the families that the command supports, with random weights."""
+"""Tiny models of the families that the command supports, with random weights; and where real data may be."""
+
+import pathlib
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PhiConfig, Qwen2Config
@@ -6,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from soul.data import Example, Sequence
 from soul.study import train_tokenizer
 
+TOFU = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tofu"  # beside the checkout, where it is at all
 COMMON = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
 FAMILIES = {
     "llama, untied": lambda: LlamaConfig(**COMMON, tie_word_embeddings=False),

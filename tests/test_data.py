@@ -1,5 +1,4 @@
 import json
-import pathlib
 import random
 
 import pytest
@@ -7,9 +6,7 @@ import torch
 
 from soul import data
 from soul.data import Example, Sequence
-from tests.models import examples, tiny_tokenizer
-
-TOFU = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tofu"
+from tests.models import TOFU, examples, tiny_tokenizer
 
 
 def write(path, *rows):

@@ -1,13 +1,14 @@
 import dataclasses
 import json
 
+import pytest
 import torch
 
 from soul import corpus, study
 from soul.data import encode, read_jsonl
 from soul.evaluate import answer_probability, kl_divergence, rouge_l_recall
 from soul.study import DEMO, demo_data, run_study, train_tokenizer
-from tests.models import examples, tiny_model, tiny_tokenizer
+from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 
 
 def test_corpus_is_the_same_for_the_same_seed():
@@ -73,3 +74,17 @@ def test_a_whole_study_in_small(tmp_path):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
     for log in ("log_adamw_0.001.jsonl", "log_soul_0.001.jsonl"):
         assert len((tmp_path / "out" / log).read_text().splitlines()) == 3 * 3
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
+def test_real_data_goes_through_the_whole_study(tmp_path):
+    """Ten authors of TOFU, two epochs: real names, quotes and lengths, from JSON lines to the report."""
+    config = dataclasses.replace(
+        DEMO, train_epochs=2, epochs=1, generate=4, lrs={"soul": [1e-4]}, device="cpu", backend="reference"
+    )
+    rows, report = run_study(*study.tofu_data(TOFU, 10), tmp_path / "out", config, title="TOFU", data_note="Ten authors.")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for losses in results["training_loss"].values():
+        assert losses[1] < losses[0] < 7.0  # log 1024 = 6.9
+    assert len(rows) == 3 and all(0 < row["forget_prob"] < 1 for row in rows)
+    assert len((tmp_path / "out" / "log_soul_0.0001.jsonl").read_text().splitlines()) == 5
