@@ -97,6 +97,24 @@ def _upload(values, device):
     return host.to(device, non_blocking=True)
 
 
+@triton.jit
+def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, ROLES: tl.constexpr, CHUNK: tl.constexpr):
+    """Which tensor this program works on, from which element (int64: tensors pass 2^31), and how many elements."""
+    tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
+    start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
+    count = tl.minimum(tl.load(table_ptr + ROLES * n_tensors + tensor) - start, CHUNK).to(tl.int32)
+    return tensor, start, count
+
+
+@triton.jit
+def chunk_pointer(table_ptr, entry, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to element ``start`` of the tensor whose address is the table's ``entry``."""
+    pointer = tl.load(table_ptr + entry).to(tl.pointer_type(DTYPE)) + start
+    if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
 def launch_over_tensors(kernel, tensors, *, chunk, **arguments):
     """Launches ``kernel`` once for every (device, dtypes, alignment) bucket of the tensors.
 
@@ -110,7 +128,7 @@ def launch_over_tensors(kernel, tensors, *, chunk, **arguments):
         kernel: the Triton kernel.
         tensors: role -> list of tensors; equal lengths, and equal shapes, strides and device at each index.
         chunk: elements that one program works on; a multiple of 16.
-        **arguments: passed on to the kernel.
+        **arguments: passed on to the kernel, which finds its work with `chunk_of_program` and `chunk_pointer`.
     """
     roles = list(tensors)
     buckets = {}

@@ -3,7 +3,7 @@
 import torch
 
 from soul_kernels._checks import PARAM_DTYPES, STATE_DTYPES, check_range, check_tensor_lists, same_layout
-from soul_kernels._launch import launch_over_tensors, resolve_backend, tl, triton
+from soul_kernels._launch import chunk_of_program, chunk_pointer, launch_over_tensors, resolve_backend, tl, triton
 from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
 from soul_kernels.rounding import round_nearest
 
@@ -37,14 +37,9 @@ def _hessian_ema_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
-    start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(table_ptr + 2 * n_tensors + tensor) - start, CHUNK).to(tl.int32)
-    h_ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(H_DTYPE)) + start
-    g_ptr = tl.load(table_ptr + n_tensors + tensor).to(tl.pointer_type(G_DTYPE)) + start
-    if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
-        h_ptr = tl.multiple_of(h_ptr, 16)
-        g_ptr = tl.multiple_of(g_ptr, 16)
+    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 2, CHUNK)
+    h_ptr = chunk_pointer(table_ptr, tensor, start, H_DTYPE, ALIGNED)
+    g_ptr = chunk_pointer(table_ptr, n_tensors + tensor, start, G_DTYPE, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     full = count // BLOCK
     for block in range(full):

@@ -11,7 +11,7 @@ from soul_kernels._checks import (
     check_state_layout,
     check_tensor_lists,
 )
-from soul_kernels._launch import launch_over_tensors, resolve_backend, tl, triton
+from soul_kernels._launch import chunk_of_program, chunk_pointer, launch_over_tensors, resolve_backend, tl, triton
 from soul_kernels.hessian_ema import ema_of_squares, match_layout
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
 from soul_kernels.rounding import ROUNDINGS, round_nearest, round_param
@@ -88,18 +88,11 @@ def _sophia_step_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
-    start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(table_ptr + 4 * n_tensors + tensor) - start, CHUNK).to(tl.int32)
-    p_ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(P_DTYPE)) + start
-    g_ptr = tl.load(table_ptr + n_tensors + tensor).to(tl.pointer_type(G_DTYPE)) + start
-    m_ptr = tl.load(table_ptr + 2 * n_tensors + tensor).to(tl.pointer_type(M_DTYPE)) + start
-    h_ptr = tl.load(table_ptr + 3 * n_tensors + tensor).to(tl.pointer_type(H_DTYPE)) + start
-    if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
-        p_ptr = tl.multiple_of(p_ptr, 16)
-        g_ptr = tl.multiple_of(g_ptr, 16)
-        m_ptr = tl.multiple_of(m_ptr, 16)
-        h_ptr = tl.multiple_of(h_ptr, 16)
+    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 4, CHUNK)
+    p_ptr = chunk_pointer(table_ptr, tensor, start, P_DTYPE, ALIGNED)
+    g_ptr = chunk_pointer(table_ptr, n_tensors + tensor, start, G_DTYPE, ALIGNED)
+    m_ptr = chunk_pointer(table_ptr, 2 * n_tensors + tensor, start, M_DTYPE, ALIGNED)
+    h_ptr = chunk_pointer(table_ptr, 3 * n_tensors + tensor, start, H_DTYPE, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     clipped = tl.zeros([BLOCK], tl.int32)  # kept per lane: one reduction a program, not one a block
     full = count // BLOCK
