@@ -58,14 +58,15 @@ def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_
 def kl_divergence(model, other, tokenizer, sequences, *, batch_size=32):
     """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
 
-    Summed as ``q (d + expm1(-d))`` with ``d = log q - log p``, which is never negative.
+    Summed as ``q (d + expm1(-d))`` with ``d = log q - log p``, which is never negative; where q is vanishing against p, so
+    that ``expm1(-d)`` would overflow, as ``q (d - 1) + p``, which is the same.
     """
     device, total, count = next(model.parameters()).device, 0.0, 0
     for part in _batches(sequences, batch_size):
         batch = collate(part, [], pad_id=pad_id(tokenizer), device=device)
         log_p, log_q = (_log_softmax(m, batch) for m in (model, other))
-        d = log_q - log_p
-        total += (log_q.exp() * (d + torch.expm1(-d))).sum().item()
+        d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
+        total += torch.where(d > -20, q * (d + torch.expm1(-d)), q * (d - 1) + p).sum().item()
         count += len(batch.rows)
     return total / count
 

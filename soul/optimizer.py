@@ -4,7 +4,7 @@ import torch
 from torch.optim import Optimizer
 
 from soul_kernels import hessian_ema, sophia_step
-from soul_kernels._checks import STATE_DTYPES, argument_error, check_choice, check_gradient, check_range, is_dense
+from soul_kernels._checks import PARAM_DTYPES, STATE_DTYPES, argument_error, check_choice, check_gradient, check_range, is_dense
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 
@@ -31,6 +31,7 @@ class SophiaG(Optimizer):
         eps: added to the denominator.
         maximize: ascend instead of descend.
         capturable: not supported; only False is accepted.
+        max_grad_norm: not supported; only None is accepted. Use ``torch.nn.utils.clip_grad_norm_``.
         param_rounding: how parameters below fp32 are stored: "nearest". "auto" takes the best one that there is.
         state_dtype: torch.float32 or torch.bfloat16 for both states. None: h in fp32, and m in bf16 for bf16 parameters,
             else in fp32.
@@ -52,6 +53,7 @@ class SophiaG(Optimizer):
         eps=1e-15,
         maximize=False,
         capturable=False,
+        max_grad_norm=None,
         param_rounding="auto",
         state_dtype=None,
         backend="auto",
@@ -65,12 +67,12 @@ class SophiaG(Optimizer):
             eps=eps,
             maximize=maximize,
             capturable=capturable,
+            max_grad_norm=max_grad_norm,
             param_rounding=param_rounding,
             state_dtype=state_dtype,
             backend=backend,
         )
-        self._clip_counts = {}  # (group index, device) -> int64 [], clipped coordinates of the last step
-        self._stepped = {}  # group index -> coordinates of the last step
+        self._clipped = {}  # group index -> (int64 [] of every device, clipped coordinates; all coordinates) of the last step
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group):
@@ -84,8 +86,7 @@ class SophiaG(Optimizer):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self.__dict__.setdefault("_clip_counts", {})
-        self.__dict__.setdefault("_stepped", {})
+        self.__dict__.setdefault("_clipped", {})
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -106,13 +107,9 @@ class SophiaG(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for index, (group, params) in enumerate(self._groups_with_grad()):
-            self._stepped[index] = sum(p.numel() for p in params)
-            for device in dict.fromkeys(p.device for p in params):
-                local = [p for p in params if p.device == device]
-                count = self._clip_counts.get((index, device))
-                if count is None:
-                    count = self._clip_counts[index, device] = torch.zeros((), dtype=torch.int64, device=device)
-                count.zero_()
+            counts = []
+            for local in _by_device(params):
+                counts.append(torch.zeros((), dtype=torch.int64, device=local[0].device))
                 sophia_step(
                     local,
                     [p.grad for p in local],
@@ -126,73 +123,77 @@ class SophiaG(Optimizer):
                     weight_decay=group["weight_decay"],
                     maximize=group["maximize"],
                     param_rounding=_rounding(group),
-                    clip_count=count,
+                    clip_count=counts[-1],
                     backend=group["backend"],
                 )
             if params:
                 torch._foreach_add_([self.state[p]["step"] for p in params], 1)
+            self._clipped[index] = counts, sum(p.numel() for p in params)
         return loss
 
     @torch.no_grad()
     def update_hessian(self):
         """Moves every h towards the square of the gradient that its parameter holds now."""
         for group, params in self._groups_with_grad():
-            hessians = [self.state[p]["hessian"] for p in params]
-            hessian_ema(hessians, [p.grad for p in params], beta2=group["betas"][1], backend=group["backend"])
+            for local in _by_device(params):
+                hessians = [self.state[p]["hessian"] for p in local]
+                hessian_ema(hessians, [p.grad for p in local], beta2=group["betas"][1], backend=group["backend"])
 
     def clip_fraction(self):
         """Fraction of the coordinates that the last ``step()`` clipped, so that they moved by the full lr: the number to tune
         ``rho`` by. Sophia's authors advise 0.5 to 0.9. Waits for the device.
 
         Returns:
-            One float a group; NaN before the first step.
+            One float a group; NaN where the last step moved nothing.
         """
         fractions = []
         for index in range(len(self.param_groups)):
-            clipped = sum(int(count) for (group, _), count in self._clip_counts.items() if group == index)
-            stepped = self._stepped.get(index, 0)
-            fractions.append(clipped / stepped if stepped else float("nan"))
+            counts, numel = self._clipped.get(index, ([], 0))
+            fractions.append(sum(int(count) for count in counts) / numel if numel else float("nan"))
         return fractions
 
     def load_state_dict(self, state_dict):
         """Loads ``state_dict()`` of this class or of the published one.
 
-        Unlike ``torch.optim.Optimizer`` this does not cast states to the dtype of their parameter: they keep the dtype that
-        they were saved in. A published checkpoint is brought to this optimizer's ``state_dtype``.
-        """
-        saved = state_dict["state"]
-        published = [group for group in state_dict["param_groups"] if "state_dtype" not in group]
-        super().load_state_dict({**state_dict, "state": {}})
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
-            for param, key in zip(group["params"], saved_group["params"]):
-                if key in saved:
-                    self.state[param] = self._load_state(param, group, saved[key], saved_group in published)
+        Differs from ``torch.optim.Optimizer``: states keep the dtype that they were saved in, where torch casts them to that
+        of their parameter (a published checkpoint is brought to this optimizer's ``state_dtype``); options that the checkpoint
+        does not have stay as they are; ``backend``, which belongs to the machine, stays in any case.
 
-    def _load_state(self, param, group, saved, cast):
-        state = _new_state(param, group)
-        step = saved.get("step", 0)
-        state["step"] = torch.tensor(float(step), dtype=torch.float32)
-        for name in STATES:
-            if name not in saved:
-                continue
-            value = saved[name]
-            if value.shape != param.shape:
-                remedy = "load the checkpoint of this model"
-                raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
-            dtype = state[name].dtype if cast or value.dtype not in STATE_DTYPES else value.dtype
-            state[name] = torch.empty_like(param, dtype=dtype).copy_(value)
-        return state
+        Raises:
+            ValueError: the checkpoint does not fit the parameters; nothing was changed.
+        """
+        current = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        states = {}
+
+        def take_over(optimizer, state_dict):  # runs after the user's own hooks, on what they made of the checkpoint
+            for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
+                for param, key in zip(group["params"], saved_group["params"]):
+                    if key in state_dict["state"]:
+                        options = group | saved_group
+                        cast = "state_dtype" not in saved_group
+                        states[param] = _load_state(param, options, state_dict["state"][key], cast)
+            missing = [c | saved | {"backend": c["backend"]} for c, saved in zip(current, state_dict["param_groups"])]
+            return state_dict | {"param_groups": missing if len(missing) == len(current) else state_dict["param_groups"]}
+
+        handle = self.register_load_state_dict_pre_hook(take_over)
+        place = self.register_load_state_dict_post_hook(lambda optimizer: self.state.update(states), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            place.remove()
 
     def _groups_with_grad(self):
         """Every group with those of its parameters that have a gradient, each once, with their states made.
 
-        All gradients are checked before anything is changed.
+        All options and gradients are checked before anything is changed.
         """
         groups = []
         for index, group in enumerate(self.param_groups):
+            _check_options(group)
             for position, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    check_gradient(f"the gradient of parameter {position} in group {index}", param.grad)
+                    _check_dtype(f"the gradient of parameter {position} in group {index}", param.grad)
             groups.append((group, [p for p in dict.fromkeys(group["params"]) if p.grad is not None]))
         for group, params in groups:
             for param in params:
@@ -256,17 +257,46 @@ def _new_state(param, group):
         m_dtype = torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32
         h_dtype = torch.float32
     return {
-        "step": torch.zeros((), dtype=torch.float32),
+        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
         "exp_avg": torch.zeros_like(param, dtype=m_dtype, memory_format=torch.preserve_format),
         "hessian": torch.zeros_like(param, dtype=h_dtype, memory_format=torch.preserve_format),
     }
 
 
-def _check_group(group, index):
+def _load_state(param, group, saved, cast):
+    """The states of one parameter from a checkpoint: in the dtype that they have there, or in that of the group's policy."""
+    state = _new_state(param, group)
+    state["step"] = torch.tensor(float(saved.get("step", 0)), dtype=torch.float32, device="cpu")
+    for name in STATES:
+        if name in saved:
+            value = saved[name]
+            if value.shape != param.shape:
+                remedy = "load the checkpoint of this model"
+                raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
+            dtype = state[name].dtype if cast or value.dtype not in STATE_DTYPES else value.dtype
+            state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format).copy_(value)
+    return state
+
+
+def _by_device(params):
+    """Splits a list of parameters by device."""
+    return [[p for p in params if p.device == device] for device in dict.fromkeys(p.device for p in params)]
+
+
+def _check_dtype(name, tensor):
+    check_gradient(name, tensor)
+    if tensor.dtype not in PARAM_DTYPES:
+        names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
+        raise argument_error(name, f"dtype {names}", tensor.dtype, "convert it first")
+
+
+def _check_options(group):
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
         raise argument_error("lr", "one number", f"a tensor of {lr.numel()}", "use one parameter group for each lr")
     check_range("lr", float(lr))
+    if len(group["betas"]) != 2:
+        raise argument_error("betas", "two numbers, of momentum and Hessian", group["betas"], "for instance (0.9, 0.95)")
     for position, beta in enumerate(group["betas"]):
         check_range(f"betas[{position}]", beta, high=1.0)
     for name in ("rho", "weight_decay", "eps"):
@@ -275,12 +305,18 @@ def _check_group(group, index):
         raise argument_error("bs", "a positive number", group["bs"], "pass the number of predictions in the Hessian batch")
     if group["capturable"]:
         raise argument_error("capturable", "False", True, "CUDA graph capture of the step is not supported")
+    if group["max_grad_norm"] is not None:
+        raise argument_error("max_grad_norm", "None", group["max_grad_norm"], "use torch.nn.utils.clip_grad_norm_")
     check_choice("param_rounding", group["param_rounding"], ("auto", *ROUNDINGS))
     check_choice("state_dtype", group["state_dtype"], (None, *STATE_DTYPES))
     check_choice("backend", group["backend"], BACKENDS)
+
+
+def _check_group(group, index):
+    _check_options(group)
     for position, param in enumerate(group["params"]):
         name = f"parameter {position} in group {index}"
-        check_gradient(name, param)
+        _check_dtype(name, param)
         if not is_dense(param):
             got = f"shape {tuple(param.shape)} with strides {param.stride()}"
             raise argument_error(name, "dense strides (no gaps, no overlap)", got, "make it contiguous first")

@@ -1,5 +1,7 @@
 """Argument errors: the name of the argument, what was expected, what came, and the remedy."""
 
+import math
+
 import torch
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -15,11 +17,10 @@ def argument_error(name, expected, got, remedy):
     return ArgumentError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
-def check_range(name, value, *, low=0.0, high=None, high_excluded=True):
-    """Raises unless ``low <= value < high`` (``<= high`` with ``high_excluded=False``); ``high=None`` is unbounded."""
-    inside = value >= low and (high is None or (value < high if high_excluded else value <= high))
-    if not inside:  # catches NaN as well
-        bound = f">= {low}" if high is None else f"in [{low}, {high}{')' if high_excluded else ']'}"
+def check_range(name, value, *, low=0.0, high=None):
+    """Raises unless ``low <= value < high``; without ``high``, any finite number from ``low`` on."""
+    if not low <= value < (math.inf if high is None else high):  # catches NaN as well
+        bound = f">= {low}" if high is None else f"in [{low}, {high})"
         raise argument_error(name, f"a number {bound}", value, "check the optimizer's arguments")
 
 

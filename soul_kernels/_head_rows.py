@@ -33,6 +33,8 @@ class HeadRows:
         weight: [V, D] the head, in that dtype.
         labels: [R] int64.
         indices: [R] int64, flat positions ``b * T + t``.
+        unit: power of two by which `linear_objective` multiplies its coefficients for fp16, where coefficient (about 1 / R)
+            times p (about 1 / V) underflows; it brings them to about 64. Divided out with the upstream gradient. Else 1.
         statistics: [4, R] fp32, filled chunk by chunk: see `soul_kernels.token_logprob.token_statistics`.
     """
 
@@ -50,6 +52,7 @@ class HeadRows:
         self.weight = weight.detach().to(compute_dtype)
         self.bias = None if bias is None else bias.detach().float()
         self.statistics = torch.empty((4, len(rows)), dtype=torch.float32, device=device)
+        self.unit = 2.0 ** (len(rows).bit_length() + 6) if compute_dtype == torch.float16 else 1.0
         self.n_vocab = weight.shape[0]
         self.row_width = -(-self.n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
         row_bytes = self.row_width * (4 if compute_dtype == torch.float32 else 4 + compute_dtype.itemsize)

@@ -84,16 +84,16 @@ def _chunk_map(numels, chunk, device):
 
     A pure function of sizes, so it can be cached; addresses never are, because the allocator hands them out again.
     """
-    counts = torch.tensor([-(-numel // chunk) for numel in numels])
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    counts = torch.tensor([-(-numel // chunk) for numel in numels], device="cpu")  # whatever the default device is
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
     first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    piece = torch.arange(len(tensor)) - first
+    piece = torch.arange(len(tensor), device="cpu") - first
     return tensor.to(device, torch.int32), piece.to(device, torch.int32)
 
 
 def _upload(values, device):
     """Copies a list of integers to the device without waiting for the work that is queued there."""
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 

@@ -6,10 +6,12 @@ once for statistics, and overwritten by its gradient, which feeds the two gradie
 known only after all chunks have been seen.
 """
 
+import copy
+
 import torch
 from torch.autograd.function import once_differentiable
 
-from soul_kernels._checks import PARAM_DTYPES, argument_error, check_gradient
+from soul_kernels._checks import PARAM_DTYPES, argument_error, check_choice, check_gradient
 from soul_kernels._head_rows import HeadGradients, HeadRows
 from soul_kernels._launch import resolve_backend
 from soul_kernels.reference import linear_loss as _reference
@@ -20,9 +22,10 @@ CHUNK_BYTES = 2**30  # scratch for one chunk: fp32 logits and their gradient in 
 
 
 def _sweep(rows, objective, batch, needs):
-    """Runs the objective over all chunks; returns the loss and the gradients (None if none is wanted)."""
+    """Runs the objective over all chunks; returns the loss and the gradients (None if none is wanted), times ``rows.unit``."""
     gradients = HeadGradients(rows, **needs) if any(needs.values()) else None
     additive = getattr(objective, "additive", None)
+    check_choice("objective.additive", additive, (None, "tokens", "sequences"))
     chunks = rows.even_chunks()
     if gradients is None or len(chunks) == 0 or (len(chunks) > 1 and additive is None):
         return _two_sweeps(rows, objective, batch, chunks, gradients)
@@ -43,7 +46,7 @@ def _sweep(rows, objective, batch, needs):
         loss += value
         coefficients = torch.zeros(rows.shape, dtype=torch.float32, device=logits.device)
         coefficients[first:last] = derivative
-        gradients.add(chunk, rows.gradient(chunk, logits, rows.gather(coefficients, start, stop)))
+        gradients.add(chunk, rows.gradient(chunk, logits, rows.unit * rows.gather(coefficients, start, stop)))
     return loss, gradients
 
 
@@ -53,7 +56,7 @@ def _two_sweeps(rows, objective, batch, chunks, gradients):
         rows.measure(chunk, rows.logits(chunk))
     loss, coefficients = _differentiate(objective, rows.log_probs(), batch)
     if gradients is not None:
-        _add_gradients(rows, gradients, chunks, rows.gather(coefficients))
+        _add_gradients(rows, gradients, chunks, rows.unit * rows.gather(coefficients))
     return loss, gradients
 
 
@@ -96,7 +99,7 @@ class _LinearObjective(torch.autograd.Function):
         if gradients is not None:  # saved, not kept on ctx: freed as soon as backward has used them
             ctx.save_for_backward(rows.indices, gradients.x, gradients.weight, gradients.bias)
         ctx.hidden_shape, ctx.hidden_dtype, ctx.weight_dtype = hidden.shape, hidden.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.bias_dtype, ctx.unit = None if bias is None else bias.dtype, rows.unit
         logps = rows.log_probs()
         ctx.mark_non_differentiable(logps)
         return loss, logps
@@ -105,6 +108,7 @@ class _LinearObjective(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale, _):
         indices, x, weight, bias = ctx.saved_tensors
+        scale = scale / ctx.unit
         hidden = None
         if x is not None:
             hidden = _to_hidden(indices, _scaled(x, scale, x.dtype), ctx.hidden_shape, ctx.hidden_dtype)
@@ -135,10 +139,13 @@ class _LinearLogprob(torch.autograd.Function):
         rows.free_scratch()
         if ctx.head_frozen:
             ctx.save_for_backward(rows.indices, None if gradients is None else gradients.x)
-        else:
-            ctx.rows = rows
-            ctx.save_for_backward(weight, bias)  # read through ctx.rows; saved so that a change in place is noticed
-        return rows.log_probs()
+            return rows.log_probs()
+        logps = rows.log_probs()
+        # The tensors are saved, not kept on ctx: freed after backward, and a change of the weight in place is noticed.
+        ctx.save_for_backward(rows.x, rows.weight, rows.bias, rows.statistics)
+        rows.x = rows.weight = rows.bias = rows.statistics = None
+        ctx.rows = rows
+        return logps
 
     @staticmethod
     @once_differentiable
@@ -148,12 +155,11 @@ class _LinearLogprob(torch.autograd.Function):
             indices, x = ctx.saved_tensors
             x = x * coefficients.reshape(-1).index_select(0, indices)[:, None]
             return _to_hidden(indices, x, ctx.hidden_shape, ctx.hidden_dtype), None, None, None, None
-        _ = ctx.saved_tensors
-        rows = ctx.rows
+        rows = copy.copy(ctx.rows)
+        rows.x, rows.weight, rows.bias, rows.statistics = ctx.saved_tensors
         gradients = HeadGradients(rows, **ctx.needs)
         with torch.autocast(dlogps.device.type, enabled=False):
             _add_gradients(rows, gradients, rows.even_chunks(), rows.gather(coefficients))
-        rows.free_scratch()
         hidden = None
         if gradients.x is not None:
             hidden = _to_hidden(rows.indices, gradients.x, ctx.hidden_shape, ctx.hidden_dtype)
@@ -174,9 +180,9 @@ def linear_logprob(hidden, weight, labels, *, bias=None, rows=None, chunk_bytes=
         weight: [V, D], the same dtype.
         labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         bias: [V] or None.
-        rows: [R] int64, ascending flat indices ``b * T + t`` of the tokens to compute; all that carry a label must be among
-            them, and ignored ones may be (to pad R to a fixed size). Known on the host (a CPU tensor), they spare a wait for
-            the device. None: found from the labels. Ignored by the reference.
+        rows: [R] int64, rising flat indices ``b * T + t`` of the tokens to compute: every token that carries a label, and any
+            ignored ones; the last index may repeat if its token is ignored, to pad R to a fixed size. Given as a CPU tensor
+            they spare a wait for the device. None: found from the labels. The reference checks them and needs none.
         chunk_bytes: scratch memory for one chunk, in bytes.
         backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
 
@@ -189,7 +195,7 @@ def linear_logprob(hidden, weight, labels, *, bias=None, rows=None, chunk_bytes=
     """
     fused, compute_dtype = _check(hidden, weight, labels, bias, rows, backend)
     if not fused:
-        return _reference.linear_logprob(hidden, weight, labels, bias=bias)
+        return _reference.linear_logprob(hidden.to(compute_dtype), weight.to(compute_dtype), labels, bias=bias)
     table = HeadRows(hidden, weight, bias, labels, rows, compute_dtype, chunk_bytes)
     return _LinearLogprob.apply(hidden, weight, bias, table, _needs(hidden, weight, bias))
 
@@ -239,10 +245,14 @@ def linear_objective(
         if value is not None and value.shape != labels.shape[:1]:
             remedy = "pass one value a sequence"
             raise argument_error(name, f"shape ({labels.shape[0]},)", tuple(value.shape), remedy)
+        _check_device(name, value, hidden)
+    if is_forget is not None and is_forget.dtype != torch.bool:
+        raise argument_error("is_forget", "dtype torch.bool", is_forget.dtype, "convert with is_forget.bool()")
     if not fused:
         loss, logps = _reference.linear_objective(
-            hidden, weight, labels, objective, bias=bias, is_forget=is_forget, ref_logps=ref_logps
-        )
+            hidden.to(compute_dtype), weight.to(compute_dtype), labels, objective, bias=bias, is_forget=is_forget,
+            ref_logps=ref_logps,
+        )  # fmt: skip
     else:
         table = HeadRows(hidden, weight, bias, labels, rows, compute_dtype, chunk_bytes)
         batch = TokenBatch.from_labels(labels, is_forget, ref_logps)
@@ -268,8 +278,8 @@ def _check(hidden, weight, labels, bias, rows, backend):
         if tensor.dim() != dims.count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
         check_gradient(name, tensor)
-        if tensor.device != hidden.device:
-            raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
+        _check_device(name, tensor, hidden)
+    _check_device("bias", bias, hidden)
     if hidden.shape[-1] != weight.shape[1]:
         remedy = "pass the hidden states that go into this head"
         raise argument_error("weight", f"width {hidden.shape[-1]}, as hidden", weight.shape[1], remedy)
@@ -281,7 +291,9 @@ def _check(hidden, weight, labels, bias, rows, backend):
     if bias is not None and bias.shape != weight.shape[:1]:
         raise argument_error("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape), "one value a vocabulary entry")
     if rows is not None and rows.device.type == "cpu":
-        _check_rows(rows, labels.numel())
+        _check_rows(rows, labels)
+    elif rows is not None:
+        _check_device("rows", rows, hidden)
     fused = resolve_backend(backend, hidden) == "triton"
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
@@ -300,12 +312,29 @@ def _check(hidden, weight, labels, bias, rows, backend):
     return fused, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
 
 
-def _check_rows(rows, n_tokens):
+def _check_device(name, tensor, hidden):
+    if tensor is not None and tensor.device != hidden.device:
+        raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
+
+
+def _check_rows(rows, labels):
+    """Checks row indices that are on the CPU; against the labels where these are on the CPU as well."""
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise argument_error("rows", "[R] int64", f"{tuple(rows.shape)} of {rows.dtype}", "pass flat token indices")
-    if rows.numel() and (rows[0] < 0 or rows[-1] >= n_tokens or (rows[1:] < rows[:-1]).any()):
-        expected = f"ascending indices in [0, {n_tokens})"
-        raise argument_error("rows", expected, f"{rows.min()} to {rows.max()}, in this order", "sort them")
+    if rows.numel() == 0:
+        found = labels.new_empty(0)
+    else:
+        rising = rows[: int((rows == rows[-1]).nonzero()[0]) + 1]  # the last index may repeat: padding
+        if rows[0] < 0 or rows[-1] >= labels.numel() or (rising[1:] <= rising[:-1]).any():
+            expected = f"rising indices in [0, {labels.numel()}), of which the last may repeat"
+            raise argument_error("rows", expected, f"{rows.min()} to {rows.max()}, in this order", "sort them, drop repeats")
+        found = labels.reshape(-1)[rows.to(labels.device)] if labels.device.type == "cpu" else None
+    if found is None:
+        return
+    kept = int((labels != IGNORE_INDEX).sum())
+    if int((found != IGNORE_INDEX).sum()) != kept:
+        got = f"{int((found != IGNORE_INDEX).sum())} of {kept}"
+        raise argument_error("rows", "every labelled token once", got, "pass (labels.flatten() != -100).nonzero()[:, 0]")
 
 
 __all__ = ["TokenBatch", "linear_logprob", "linear_objective"]

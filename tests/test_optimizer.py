@@ -248,6 +248,9 @@ def test_deepcopy_and_tied_parameters(device):
 @pytest.mark.parametrize("options, message", [
     ({"lr": -1.0}, "lr: expected a number >= 0.0, got -1.0"),
     ({"lr": torch.ones(2)}, "lr: expected one number"),
+    ({"betas": (0.9,)}, "betas: expected two numbers"),
+    ({"max_grad_norm": 1.0}, "max_grad_norm: expected None"),
+    ({"lr": float("inf")}, "lr: expected a number >= 0.0, got inf"),
     ({"betas": (1.0, 0.9)}, r"betas\[0\]: expected a number in \[0.0, 1.0\), got 1.0"),
     ({"rho": float("nan")}, "rho: expected"),
     ({"bs": 0}, "bs: expected a positive number, got 0"),
@@ -268,6 +271,8 @@ def test_bad_parameters_and_gradients_change_nothing():
         SOUL([good[0], torch.zeros(8)[::2].requires_grad_()])
     with pytest.raises(ValueError, match="parameter 0 in group 0: expected a real tensor"):
         SOUL([torch.zeros(3, dtype=torch.complex64).requires_grad_()])
+    with pytest.raises(ValueError, match="parameter 0 in group 0: expected dtype"):
+        SOUL([torch.zeros(3, dtype=torch.float64).requires_grad_()])
     opt = SOUL(good)
     with pytest.raises(ValueError, match="rho: expected"):
         opt.add_param_group({"params": make(), "rho": -1.0})
@@ -287,8 +292,73 @@ def test_checkpoint_of_another_shape_is_refused():
     a, b = SOUL(make()), SOUL(make(shapes=((4, 5), (7,), ())))
     give_gradients(a.param_groups[0]["params"])
     a.step()
+    b.param_groups[0]["lr"] = 0.5
+    give_gradients(b.param_groups[0]["params"])
+    b.step()
+    before = copy.deepcopy(b.state_dict())
     with pytest.raises(ValueError, match=r"state_dict exp_avg: expected shape \(4, 5\), got \(40, 5\)"):
         b.load_state_dict(a.state_dict())
+    after = b.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
+
+
+def test_loading_keeps_what_the_checkpoint_does_not_say():
+    params = make()
+    published = PublishedSophiaG(twin(params), lr=1e-3)
+    ours = SophiaG([{"params": params, "bs": 7}], backend="reference")
+    ours.load_state_dict(published.state_dict())
+    assert ours.param_groups[0]["bs"] == 7 and ours.param_groups[0]["backend"] == "reference"
+    other = SophiaG(twin(params), backend="auto", rho=0.5)
+    other.load_state_dict(ours.state_dict())
+    assert other.param_groups[0]["backend"] == "auto" and other.param_groups[0]["rho"] == 0.04
+
+
+def test_load_hooks_see_and_change_the_checkpoint():
+    params = make(dtype=BRAIN)
+    a, b = SOUL(params, lr=1e-3), SOUL(twin(params), lr=1e-3)
+    give_gradients(params)
+    a.step()
+    seen = []
+
+    def double_hessian(optimizer, state_dict):
+        for state in state_dict["state"].values():
+            state["hessian"] = 2 * state["hessian"]
+        return state_dict
+
+    b.register_load_state_dict_pre_hook(double_hessian)
+    b.register_load_state_dict_post_hook(lambda optimizer: seen.extend(s["hessian"].dtype for s in optimizer.state.values()))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert seen == [FLOAT] * 3  # the post-hook finds the states as they are going to stay
+    for p, q in zip(params, b.param_groups[0]["params"]):
+        assert torch.equal(b.state[q]["hessian"], 2 * a.state[p]["hessian"])
+
+
+def test_works_under_another_default_device():
+    params = make()
+    before = params[0].detach().clone()
+    torch.set_default_device("meta")
+    try:
+        opt = SOUL(params, lr=1e-3)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    finally:
+        torch.set_default_device(None)
+    assert opt.state[params[0]]["step"] == 1 and opt.clip_fraction() == [0.0]
+    assert (params[0] != before).all()
+
+
+def test_nothing_moves_when_a_later_group_is_wrong():
+    good, bad = make(), make()
+    opt = SOUL([{"params": good}, {"params": bad}], lr=1e-3)
+    give_gradients(good, bad)
+    before = [p.detach().clone() for p in good]
+    opt.param_groups[1]["rho"] = -1.0
+    with pytest.raises(ValueError, match="rho: expected"):
+        opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(good, before)) and not opt.state
 
 
 def test_learning_rate_may_be_a_tensor():
