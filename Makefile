@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := all,test,bench,lint
-# The interpreter is single-threaded numpy; torch's own threads would only compete with it.
 PYTEST := $(BIN)/python -m pytest
 
 .PHONY: help install demo test test-compile test-gpu bench lint clean

@@ -94,9 +94,9 @@ def _where(group):
 
 def _unlearn(args):
     from soul import models
-    from soul.data import read_jsonl
+    from soul.data import encode, read_jsonl
+    from soul.evaluate import answer_probability
     from soul.unlearn import UnlearnConfig, check_output, prepare, unlearn
-    from soul_kernels._launch import resolve_backend
 
     given = {name: getattr(args, name) for name in ("gamma", "alpha", "beta", "reduction")}
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
@@ -110,43 +110,43 @@ def _unlearn(args):
     forget = read_jsonl(args.forget)
     retain = read_jsonl(args.retain) if args.retain else []
     model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
-    weight, _ = models.head(model)
-    resolve_backend(config.backend, weight)
-    prepare(tokenizer, forget, retain, config, vocab_size=weight.shape[0])  # what can be wrong is found before this line ends
+    prepare(model, tokenizer, forget, retain, config)  # what can be wrong with the input has been found when this returns
 
     output.mkdir(parents=True, exist_ok=True)
     (output / "soul_config.json").write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
+    answers = encode(forget, tokenizer, vocab_size=models.head(model)[0].shape[0], max_length=args.max_length)
+    before = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
     begun = time.perf_counter()
     with open(output / "log.jsonl", "w", encoding="utf-8") as log:
         records = unlearn(model, tokenizer, forget, retain, config, log=log)
+    seconds = time.perf_counter() - begun
+    after = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    first, last = records[0], records[-1]
-    print(f"{len(records)} steps in {time.perf_counter() - begun:.1f} s; forget NLL of a token {first['forget_nll']:.3f} -> "
-          f"{last['forget_nll']:.3f}")  # fmt: skip
+    print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"model, tokenizer and log.jsonl: {output}")
 
 
 def _study(args):
-    from soul.study import StudyConfig, run_study, tofu_data
+    from soul.study import StudyConfig, check_ready, run_study, tofu_data
 
-    forget, retain = tofu_data(args.data, args.authors)
     config = StudyConfig(seed=args.seed, device=args.device, backend=args.backend)
+    output = check_ready(args.output, config)
+    forget, retain = tofu_data(args.data, args.authors)
     note = f"TOFU, {args.authors} of its 200 authors: {len(forget)} rows to forget, {len(retain)} to retain."
-    _report(*run_study(forget, retain, args.output, config, title="Unlearning TOFU", data_note=note))
+    _report(*run_study(forget, retain, output, config, title="Unlearning TOFU", data_note=note))
 
 
 def _demo(args):
-    import tempfile
-
     from soul.data import read_jsonl
-    from soul.study import DEMO, demo_data, run_study
+    from soul.study import DEMO, check_ready, demo_data, run_study
 
-    with tempfile.TemporaryDirectory() as directory:
-        forget, retain = (read_jsonl(path) for path in demo_data(directory, seed=args.seed))
     config = dataclasses.replace(DEMO, seed=args.seed, device=args.device, backend=args.backend)
+    output = check_ready(args.output, config)
+    output.mkdir(parents=True, exist_ok=True)
+    forget, retain = (read_jsonl(path) for path in demo_data(output, seed=args.seed))
     note = f"Fictitious authors made up from seed {args.seed}: {len(forget)} rows to forget, {len(retain)} to retain."
-    _report(*run_study(forget, retain, args.output, config, title="Unlearning fictitious authors", data_note=note))
+    _report(*run_study(forget, retain, output, config, title="Unlearning fictitious authors", data_note=note))
 
 
 def _report(rows, report):

@@ -70,11 +70,12 @@ def read_jsonl(path):
         ArgumentError: no such file, a broken line (named by its number), a missing column, or no rows at all.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise argument_error(str(path), "a JSON-lines file", "no such file", "check the path")
+    if not path.exists() or path.is_dir():
+        got = "a directory" if path.is_dir() else "no such file"
+        raise argument_error(str(path), "a JSON-lines file", got, "check the path")
     examples, columns = [], None
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise argument_error(str(path), "UTF-8 text", f"a broken byte at {error.start}", "convert the file") from None
     for number, line in enumerate(lines, 1):
@@ -95,6 +96,8 @@ def read_jsonl(path):
             if not isinstance(row.get(name), str):
                 got = "no such column" if name not in row else type(row[name]).__name__
                 raise argument_error(f"{where}, column {name!r}", "a string", got, "every row needs it")
+            if any("\ud800" <= character <= "\udfff" for character in row[name]):
+                raise argument_error(f"{where}, column {name!r}", "valid Unicode", "a lone surrogate", "fix the text")
         examples.append(_example(row, columns))
     if not examples:
         raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to learn from it")
@@ -110,13 +113,24 @@ def _example(row, columns):
 
 
 def refuse(examples, refusals=REFUSALS, seed=0):
-    """The same prompts, answered by refusals drawn at random: the relabelling that `soul.losses.PO` needs."""
+    """The same prompts, answered by refusals drawn at random: the relabelling that `soul.losses.PO` needs.
+
+    Raises:
+        ArgumentError: an example has no prompt; an unconditional refusal would unlearn nothing.
+    """
     draw = random.Random(seed)
-    return [Example(e.prompt, (" " if e.prompt.endswith(":") else "") + draw.choice(refusals)) for e in examples]
+    for index, example in enumerate(examples):
+        if not example.prompt:
+            remedy = "give question/answer or prompt/completion columns, or choose another method"
+            raise argument_error(f"forget, row {index}", "a prompt to refuse", "a text without one", remedy)
+    return [Example(e.prompt, ("" if e.prompt[-1].isspace() else " ") + draw.choice(refusals)) for e in examples]
 
 
 def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
     """Tokenizes examples; labels are the tokens of the answer and the end-of-sequence token.
+
+    Prompt and answer are tokenized as one text, as the model will meet them. The prompt's tokens are those that its own
+    tokenization shares with the whole; where the two melt into one token, it belongs to the answer.
 
     Args:
         examples: list of `Example`.
@@ -134,50 +148,53 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
     sequences = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, example in enumerate(examples):
-        prompt = tokenizer(example.prompt).input_ids
-        if end and prompt[-1:] == end and tokenizer.bos_token_id != tokenizer.eos_token_id:
-            prompt = prompt[:-1]  # some tokenizers close every text
-        answer = tokenizer(example.answer, add_special_tokens=False).input_ids
-        ids = (prompt + answer + end)[:max_length]
+        # A prompt from a chat template begins with its own begin-of-sequence token.
+        options = dict(add_special_tokens=not (tokenizer.bos_token and example.prompt.startswith(tokenizer.bos_token)))
+        prompt = tokenizer(example.prompt, **options).input_ids
+        whole = tokenizer(example.prompt + example.answer, **options).input_ids
+        prompt_length = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        closed = len(whole) > prompt_length and whole[-1:] == end  # some tokenizers close every text themselves
+        ids = (whole if closed else whole + end)[:max_length]
         if max(ids, default=0) >= vocab_size:
             remedy = "was the tokenizer resized without the model?"
             raise argument_error(f"{name}, row {index}", f"token ids in [0, {vocab_size})", max(ids), remedy)
-        labels = [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
+        labels = [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
         labels = labels[1 : len(ids)] + [IGNORE_INDEX]
         if all(label == IGNORE_INDEX for label in labels):
-            got = f"a prompt of {len(prompt)} tokens and an answer of {len(answer)}"
+            got = f"a prompt of {prompt_length} tokens and an answer of {len(whole) - prompt_length}"
             raise argument_error(f"{name}, row {index}", f"a label within {max_length} tokens", got, "raise --max-length")
-        sequences.append(Sequence(ids, labels, len(prompt)))
+        sequences.append(Sequence(ids, labels, prompt_length))
     return sequences
 
 
-def collate(forget, retain, *, pad_id, device="cpu", ref_logps=None):
+def collate(forget, retain, *, device="cpu", ref_logps=None):
     """Puts forget and retain sequences into one `Batch`, the forget ones first, padded to the longest.
+
+    Padding is masked, and its token id is 0: a padding token may have been added to the tokenizer without a row in the model.
 
     Args:
         forget: list of `Sequence`.
         retain: list of `Sequence`.
-        pad_id: token id for padding; it is masked, so any will do.
         device: where the batch goes; ``rows`` stays on the CPU.
         ref_logps: reference log-probabilities of the forget sequences, list of floats, or None.
     """
     sequences = [*forget, *retain]
     shape = (len(sequences), max(len(s.input_ids) for s in sequences))
-    input_ids, labels = torch.full(shape, pad_id), torch.full(shape, IGNORE_INDEX)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for row, sequence in enumerate(sequences):
-        length = len(sequence.input_ids)
-        input_ids[row, :length] = torch.tensor(sequence.input_ids)
-        labels[row, :length] = torch.tensor(sequence.labels)
-        attention_mask[row, :length] = 1
+    padded = [[], [], []]
+    for sequence in sequences:
+        length, rest = len(sequence.input_ids), shape[1] - len(sequence.input_ids)
+        padded[0].append(sequence.input_ids + [0] * rest)
+        padded[1].append(sequence.labels + [IGNORE_INDEX] * rest)
+        padded[2].append([1] * length + [0] * rest)
+    input_ids, labels, attention_mask = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in padded)
     if ref_logps is not None:
-        ref_logps = torch.tensor([*ref_logps, *[0.0] * len(retain)], dtype=torch.float32).to(device)
+        ref_logps = torch.tensor([*ref_logps, *[0.0] * len(retain)], dtype=torch.float32, device=device)
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         labels=labels.to(device),
         rows=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
-        is_forget=(torch.arange(len(sequences)) < len(forget)).to(device),
+        is_forget=torch.arange(len(sequences), device=device) < len(forget),
         ref_logps=ref_logps,
     )
 

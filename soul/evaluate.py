@@ -5,7 +5,6 @@ import torch
 from soul._extras import require
 from soul.data import collate
 from soul.models import autocast, head, hidden_states, token_logps
-from soul.unlearn import pad_id
 
 
 def _batches(sequences, size):
@@ -13,12 +12,12 @@ def _batches(sequences, size):
 
 
 @torch.no_grad()
-def answer_probability(model, tokenizer, sequences, *, batch_size=32, backend="auto"):
+def answer_probability(model, sequences, *, batch_size=32, backend="auto"):
     """Mean over sequences of ``exp(mean_t logp_t)``, the length-normalised probability of TOFU (arXiv 2401.06121)."""
     model.eval()
     device, total = next(model.parameters()).device, 0.0
     for part in _batches(sequences, batch_size):
-        batch = collate(part, [], pad_id=pad_id(tokenizer), device=device)
+        batch = collate(part, [], device=device)
         counts = (batch.labels >= 0).sum(1)
         total += (token_logps(model, batch, backend).sum(1) / counts).exp().sum().item()
     return total / len(sequences)
@@ -38,16 +37,17 @@ def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_
     """
     scorer = require("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"], use_stemmer=True)
     model.eval()
-    device, pad, scores = next(model.parameters()).device, pad_id(tokenizer), []
+    device, scores = next(model.parameters()).device, []
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # fills up answers that have ended
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
     for part in _batches(order, batch_size):
         prompts = [sequences[i].input_ids[: sequences[i].prompt_length] for i in part]
         width = max(len(p) for p in prompts)
-        ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # generation pads on the left
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # generation pads on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         with autocast(model):
             out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end
             )
         texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
         scores += [scorer.score(examples[i].answer, text)["rougeL"].recall for i, text in zip(part, texts)]
@@ -55,7 +55,7 @@ def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_
 
 
 @torch.no_grad()
-def kl_divergence(model, other, tokenizer, sequences, *, batch_size=32):
+def kl_divergence(model, other, sequences, *, batch_size=32):
     """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
 
     Summed as ``q (d + expm1(-d))`` with ``d = log q - log p``, which is never negative; where q is vanishing against p, so
@@ -63,7 +63,7 @@ def kl_divergence(model, other, tokenizer, sequences, *, batch_size=32):
     """
     device, total, count = next(model.parameters()).device, 0.0, 0
     for part in _batches(sequences, batch_size):
-        batch = collate(part, [], pad_id=pad_id(tokenizer), device=device)
+        batch = collate(part, [], device=device)
         log_p, log_q = (_log_softmax(m, batch) for m in (model, other))
         d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
         total += torch.where(d > -20, q * (d + torch.expm1(-d)), q * (d - 1) + p).sum().item()
@@ -98,8 +98,8 @@ def evaluate(model, tokenizer, sets, *, retain_model=None, generate=100, backend
     """
     result = {}
     for name, (examples, sequences) in sets.items():
-        result[f"{name}_prob"] = answer_probability(model, tokenizer, sequences, backend=backend)
+        result[f"{name}_prob"] = answer_probability(model, sequences, backend=backend)
         result[f"{name}_rouge"] = rouge_l_recall(model, tokenizer, examples[:generate], sequences[:generate])
         if retain_model is not None:
-            result[f"{name}_kl"] = kl_divergence(model, retain_model, tokenizer, sequences)
+            result[f"{name}_kl"] = kl_divergence(model, retain_model, sequences)
     return result

@@ -47,8 +47,8 @@ def load(name, *, dtype="float32", device="cpu"):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
     model.to(device)
     check_linear_head(model)
@@ -87,8 +87,13 @@ def token_logps(model, batch, backend="auto"):
 def check_linear_head(model):
     """Raises unless the model's own logits are ``hidden @ weight.T + bias``, by trying it on a few tokens.
 
-    Soft-capped (Gemma 2) and scaled (Cohere, Granite) logits do not pass: their probabilities would come out wrong.
+    Soft-capped (Gemma 2) and scaled (Cohere, Granite) logits do not pass: their probabilities would come out wrong. A cap is
+    looked up as well, because small logits do not show it.
     """
+    remedy = "models that cap or scale their logits are not supported"
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:
+        raise argument_error("model", "logits = hidden @ weight.T + bias", f"final_logit_softcapping {cap}", remedy)
     layer = model.get_output_embeddings()
     family = type(model).__name__
     if layer is None or not hasattr(layer, "weight"):
@@ -103,5 +108,4 @@ def check_linear_head(model):
     got = layer(hidden).float() if hidden.shape[-1] == layer.weight.shape[1] else None
     scale = expected.abs().max().clamp(min=1e-6)
     if got is None or got.shape != expected.shape or (got - expected).abs().max() > 1e-2 * scale:
-        remedy = "models that cap or scale their logits are not supported"
         raise argument_error("model", "logits = hidden @ weight.T + bias", f"other logits in {family}", remedy)

@@ -7,7 +7,6 @@ unlearns the forget part, by every optimizer at every learning rate of a grid, a
 import copy
 import dataclasses
 import json
-import math
 import pathlib
 import random
 import sys
@@ -21,8 +20,9 @@ from soul.data import batches_by_length, collate, encode, read_jsonl
 from soul.evaluate import evaluate
 from soul.losses import GradDiff
 from soul.models import pick_device
-from soul.unlearn import UnlearnConfig, build_scheduler, check_output, pad_id, train_step, unlearn
+from soul.unlearn import Diverged, UnlearnConfig, build_scheduler, check_output, train_step, unlearn
 from soul_kernels._checks import argument_error
+from soul_kernels._launch import resolve_backend
 
 COLUMNS = {
     "forget_prob": "forget prob",
@@ -155,7 +155,7 @@ def new_model(tokenizer, config):
     return transformers.LlamaForCausalLM(llama).to(pick_device(config.device))
 
 
-def train(model, tokenizer, sequences, config, title):
+def train(model, sequences, config, title):
     """Trains a model on sequences by AdamW, in place; returns the mean loss of every epoch."""
     device, draw, losses = next(model.parameters()).device, random.Random(config.seed), []
     steps = config.train_epochs * -(-len(sequences) // config.train_batch)
@@ -167,19 +167,33 @@ def train(model, tokenizer, sequences, config, title):
     for _ in require("tqdm", "hf").trange(config.train_epochs, desc=title, file=sys.stderr):
         epoch = []
         for chosen in batches_by_length(sequences, config.train_batch, draw):
-            batch = collate([], [sequences[i] for i in chosen], pad_id=pad_id(tokenizer), device=device)
+            batch = collate([], [sequences[i] for i in chosen], device=device)
             epoch.append(train_step(model, batch, objective, optimizer, scheduler, options)["loss"])
         losses.append(torch.stack(epoch).mean().item())
     return losses
 
 
+def check_ready(output, config):
+    """Finds what would stop a study, before anything is written or trained; returns the path of the output directory.
+
+    Raises:
+        ArgumentError: the output directory is not empty, or device or backend are not to be had.
+        MissingExtra: a package is not installed.
+    """
+    for module, extra in (("transformers", "hf"), ("rouge_score", "eval"), ("matplotlib", "plots")):
+        require(module, extra)
+    resolve_backend(config.backend, torch.empty(0, device=pick_device(config.device)))
+    return check_output(output)
+
+
 def run_study(forget, retain, output, config, *, title, data_note):
-    """Runs a whole study and writes ``report.md``, ``curves.png``, ``tradeoff.png`` and ``results.json``.
+    """Runs a whole study. Writes ``report.md``, ``curves.png``, ``tradeoff.png``, ``results.json``, a log of every run, and in
+    ``model/`` the model before unlearning.
 
     Args:
         forget: list of `soul.data.Example`.
         retain: list of `soul.data.Example`.
-        output: directory, new or empty.
+        output: path of a directory, from `check_ready`.
         config: `StudyConfig`.
         title: heading of the report.
         data_note: a sentence on the data.
@@ -187,9 +201,6 @@ def run_study(forget, retain, output, config, *, title, data_note):
     Returns:
         The rows of the table, a list of dicts; path of the report.
     """
-    pyplot = _pyplot()
-    require("rouge_score", "eval")
-    output = check_output(output)
     begun = time.perf_counter()
     tokenizer = train_tokenizer([*forget, *retain], config.vocab_size)
     encoded = [encode(part, tokenizer, vocab_size=len(tokenizer), name="study") for part in (forget, retain)]
@@ -198,9 +209,12 @@ def run_study(forget, retain, output, config, *, title, data_note):
 
     full, retain_only = (new_model(tokenizer, config) for _ in range(2))  # one initialization
     training = {
-        "full": train(full, tokenizer, [*encoded[0], *encoded[1]], config, "train on all data"),
-        "retain": train(retain_only, tokenizer, encoded[1], config, "train on retain data only"),
+        "full": train(full, [*encoded[0], *encoded[1]], config, "train on all data"),
+        "retain": train(retain_only, encoded[1], config, "train on retain data only"),
     }
+
+    full.save_pretrained(output / "model")
+    tokenizer.save_pretrained(output / "model")
 
     def measure(model, name, **labels):
         options = dict(generate=config.generate, backend=config.backend)
@@ -225,8 +239,12 @@ def run_study(forget, retain, output, config, *, title, data_note):
             )
             label = f"GradDiff, {'SOUL' if optimizer == 'soul' else 'AdamW'}, lr {lr:g}"
             start = time.perf_counter()
-            with open(output / f"log_{optimizer}_{lr:g}.jsonl", "w", encoding="utf-8") as log:
-                curves[label] = unlearn(model, tokenizer, forget, retain, options, log=log)
+            try:
+                with open(output / f"log_{optimizer}_{lr:g}.jsonl", "w", encoding="utf-8") as log:
+                    curves[label] = unlearn(model, tokenizer, forget, retain, options, log=log)
+            except Diverged as error:  # a result like any other
+                rows.append({"model": f"{label} (diverged: {error})", "optimizer": optimizer, "lr": lr})
+                continue
             seconds = time.perf_counter() - start
             rows.append(measure(model, label, optimizer=optimizer, lr=lr, unlearn_seconds=seconds))
 
@@ -240,7 +258,7 @@ def run_study(forget, retain, output, config, *, title, data_note):
         "rows": rows,
     }
     (output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    _plot(pyplot, rows, curves, output)
+    _plot(rows, curves, output)
     report = output / "report.md"
     report.write_text(_report(title, results, curves), encoding="utf-8")
     return rows, report
@@ -257,7 +275,7 @@ def table(rows):
     head = ["model", *COLUMNS.values()]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        cells = [row["model"], *(f"{row[name]:.3f}" for name in COLUMNS)]
+        cells = [row["model"], *(f"{row[name]:.3f}" if name in row else "" for name in COLUMNS)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -290,17 +308,14 @@ Coordinates clipped by SOUL, mean over the steps: {"; ".join(clipped) or "no SOU
 ![curves](curves.png)
 
 Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}, in {results["seconds"] / 60:.1f}
-minutes. Numbers: `results.json`; every step: `log_*.jsonl`.
+minutes. Numbers: `results.json`; every step: `log_*.jsonl`; the model before unlearning: `model/`.
 """
 
 
-def _pyplot():
+def _plot(rows, curves, output):
     matplotlib = require("matplotlib", "plots")
     matplotlib.use("Agg")
-    return require("matplotlib.pyplot", "plots")
-
-
-def _plot(pyplot, rows, curves, output):
+    pyplot = require("matplotlib.pyplot", "plots")
     panels = [
         ("forget_nll", "forget NLL per token"),
         ("retain_nll", "retain NLL per token"),
@@ -309,7 +324,7 @@ def _plot(pyplot, rows, curves, output):
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     for axis, (key, name) in zip(axes, panels):
         for index, (label, records) in enumerate(curves.items()):
-            values = [(r["step"], r[key]) for r in records if key in r and math.isfinite(r[key])]
+            values = [(r["step"], r[key]) for r in records if key in r]
             if values:
                 axis.plot(*zip(*values), label=label, color=f"C{index}", linewidth=1.2)
         axis.set(xlabel="step", title=name)
@@ -319,7 +334,7 @@ def _plot(pyplot, rows, curves, output):
     pyplot.close(figure)
 
     figure, axis = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    for row in rows:
+    for row in (row for row in rows if "forget_prob" in row):
         marker = {"adamw": "o", "soul": "s"}.get(row.get("optimizer"), "*")
         axis.scatter(row["forget_prob"], row["retain_prob"], marker=marker, s=70, label=row["model"], alpha=0.8)
     axis.set(xlabel="forget probability (left is forgotten)", ylabel="retain probability (up is kept)")

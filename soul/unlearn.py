@@ -17,7 +17,7 @@ from soul.models import autocast, head, hidden_states, token_logps
 from soul.optimizer import SOUL
 from soul_kernels import TokenBatch, linear_objective
 from soul_kernels._checks import argument_error, check_choice, check_range
-from soul_kernels._launch import BACKENDS
+from soul_kernels._launch import BACKENDS, resolve_backend
 
 OPTIMIZERS = ("soul", "adamw")
 
@@ -73,7 +73,8 @@ class UnlearnConfig:
         for name in ("lr", "rho", "weight_decay"):
             check_range(name, getattr(self, name))
         if self.max_grad_norm is not None:
-            check_range("max_grad_norm", self.max_grad_norm)
+            if not 0 < self.max_grad_norm:
+                raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "leave it out not to clip")
         for name in ("epochs", "batch_size", "max_length", "bs"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
@@ -112,20 +113,15 @@ def build_scheduler(optimizer, steps, warmup_ratio):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def pad_id(tokenizer):
-    """Token id to pad with; padding is masked, so any id serves."""
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
 @torch.no_grad()
-def reference_logps(model, sequences, *, pad, batch_size=8, backend="auto"):
+def reference_logps(model, sequences, *, batch_size=8, backend="auto"):
     """Summed log-probability of every sequence under ``model`` as it is now, a list of floats: the reference of NPO."""
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     sums = []
     for start in range(0, len(sequences), batch_size):
-        batch = collate(sequences[start : start + batch_size], [], pad_id=pad, device=device)
+        batch = collate(sequences[start : start + batch_size], [], device=device)
         sums += token_logps(model, batch, backend).sum(1).tolist()
     model.train(training)
     return sums
@@ -138,6 +134,7 @@ def train_step(model, batch, objective, optimizer, scheduler, config):
         Tensors on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
         retain tokens, and the gradient norm before clipping.
     """
+    optimizer.zero_grad(set_to_none=True)  # before the forward, which forms the gradient of the head: never two of them
     weight, bias = head(model)
     with autocast(model):
         hidden = hidden_states(model, batch)
@@ -153,7 +150,6 @@ def train_step(model, batch, objective, optimizer, scheduler, config):
             return_logps=True,
             backend=config.backend,
         )
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
@@ -188,11 +184,11 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         Diverged: the loss is not finite any more.
     """
     objective = config.objective()
-    forget, retain = prepare(tokenizer, forget, retain, config, vocab_size=head(model)[0].shape[0])
-    device, pad = next(model.parameters()).device, pad_id(tokenizer)
+    forget, retain = prepare(model, tokenizer, forget, retain, config)
+    device = next(model.parameters()).device
     references = None
     if objective.needs_reference:
-        references = reference_logps(model, forget, pad=pad, batch_size=config.batch_size, backend=config.backend)
+        references = reference_logps(model, forget, batch_size=config.batch_size, backend=config.backend)
     model.train()
     steps = config.epochs * -(-len(forget) // config.batch_size)
     optimizer = build_optimizer(model, config)
@@ -211,7 +207,6 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             batch = collate(
                 [forget[i] for i in chosen],
                 kept,
-                pad_id=pad,
                 device=device,
                 ref_logps=None if references is None else [references[i] for i in chosen],
             )
@@ -225,7 +220,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             record["peak_memory_gib"] = peak_memory_gib(device)
             records.append(record)
             if log is not None:
-                log.write(json.dumps(record) + "\n")
+                finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+                log.write(json.dumps(finite) + "\n")  # JSON knows no NaN
                 log.flush()
             bar.update()
             bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
@@ -233,19 +229,34 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
                 bar.close()
                 raise Diverged(f"the loss became {record['loss']} at step {record['step']}; lower the learning rate")
     bar.close()
+    optimizer.zero_grad(set_to_none=True)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise Diverged("a weight is not finite after the last step; lower the learning rate")
     return records
 
 
-def prepare(tokenizer, forget, retain, config, *, vocab_size):
-    """Encodes both sets for a config: the forget set answered by refusals where the objective asks for it."""
+def prepare(model, tokenizer, forget, retain, config):
+    """Encodes both sets for a config: the forget set answered by refusals where the objective asks for it.
+
+    Raises:
+        ArgumentError: the data do not fit the model or the objective, or the backend does not fit the model's device.
+    """
     objective = config.objective()
     if getattr(objective, "alpha", 0) and not retain:
         remedy = "give a retain set, or set alpha to 0"
         raise argument_error("retain", f"examples for {objective}", "none", remedy)
     if objective.relabels:
         forget = refuse(forget, seed=config.seed)
-    options = dict(vocab_size=vocab_size, max_length=config.max_length)
-    return encode(forget, tokenizer, name="forget", **options), encode(retain, tokenizer, name="retain", **options)
+    weight, _ = head(model)
+    resolve_backend(config.backend, weight)
+    options = dict(vocab_size=weight.shape[0], max_length=config.max_length)
+    encoded = encode(forget, tokenizer, name="forget", **options), encode(retain, tokenizer, name="retain", **options)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(sequence.input_ids) for part in encoded for sequence in part)
+    if positions and longest > positions:
+        remedy = f"pass --max-length {positions} to cut longer sequences"
+        raise argument_error("max_length", f"sequences of at most {positions} tokens", longest, remedy)
+    return encoded
 
 
 def peak_memory_gib(device):
@@ -267,6 +278,9 @@ def check_output(directory):
         ArgumentError: there is something in it.
     """
     directory = pathlib.Path(directory)
+    above = next((parent for parent in directory.absolute().parents if parent.exists()), directory)
+    if not above.is_dir():
+        raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise argument_error("output", "a new or an empty directory", str(directory), "choose another one, or remove it")
     return directory

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ def place(tmp_path_factory):
     (root / "retain.jsonl").write_text("".join(rows[3:]))
     (root / "broken.jsonl").write_text(rows[0] + "{")
     (root / "columns.jsonl").write_text('{"who": "me"}\n')
+    (root / "text.jsonl").write_text('{"text": "Once upon a time."}\n')
     (root / "empty.jsonl").write_text("\n")
     (root / "full").mkdir()
     (root / "full" / "thing").write_text("x")
@@ -58,7 +60,7 @@ def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
     old, _ = load(place / "model")
     assert not torch.equal(model.get_input_embeddings().weight, old.get_input_embeddings().weight)
     assert tokenizer("Question: where").input_ids == tiny_tokenizer()("Question: where").input_ids
-    assert "forget NLL of a token" in capsys.readouterr().out
+    assert re.search(r"probability of a forget answer: 0\.\d+ before, 0\.\d+ after", capsys.readouterr().out)
 
 
 def test_bf16_parameters_stay_bf16(place):
@@ -88,10 +90,26 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"lr": -1}, "lr: expected a number >= 0.0"),
     ({"backend": "cuda"}, "backend: expected one of"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
+    ({"output": "forget.jsonl/out"}, "output: expected a new or an empty directory"),
+    ({"method": "po", "forget": "text.jsonl"}, "forget, row 0: expected a prompt to refuse"),
 ])  # fmt: skip
 def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsys):
     before = sorted(p.name for p in place.rglob("*"))
     assert main(command(place, **changes)) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(p.name for p in place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [["demo"], ["study", "--data", "nowhere"]])
+@pytest.mark.parametrize("option, message", [
+    (["--device", "tpu"], "device: expected auto, cpu or cuda"),
+    (["--backend", "cuda"], "backend: expected one of"),
+    (["--output", "full"], "output: expected a new or an empty directory"),
+])  # fmt: skip
+def test_studies_check_before_they_write(place, words, option, message, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    before = sorted(p.name for p in place.rglob("*"))
+    assert main([*words, "--output", "study_out", *option]) == 2
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in place.rglob("*")) == before
 

@@ -1,5 +1,7 @@
 import json
 import random
+import re
+import types
 
 import pytest
 import torch
@@ -30,6 +32,7 @@ def test_columns(row, expected, tmp_path):
     ([{"q": "a", "a": "b"}], r"a.jsonl, line 1: expected columns question/answer or prompt/completion or text, got q/a"),
     ([{"question": "a", "answer": "b"}, {"question": "a"}], r"line 2, column 'answer': expected a string, got no such column"),
     ([{"text": 3}], r"line 1, column 'text': expected a string, got int"),
+    ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
     ([], r"a.jsonl: expected at least one row, got an empty file"),
 ])  # fmt: skip
 def test_bad_files_are_named(rows, message, tmp_path):
@@ -38,6 +41,10 @@ def test_bad_files_are_named(rows, message, tmp_path):
 
 
 def test_missing_and_binary_files(tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')  # as some editors save it
+    assert data.read_jsonl(tmp_path / "bom.jsonl") == [Example("", "a")]
+    with pytest.raises(ValueError, match="expected a JSON-lines file, got a directory"):
+        data.read_jsonl(tmp_path)
     with pytest.raises(ValueError, match="nowhere.jsonl: expected a JSON-lines file, got no such file"):
         data.read_jsonl(tmp_path / "nowhere.jsonl")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
@@ -56,6 +63,43 @@ def test_labels_are_the_answer_and_its_end_shifted_by_one():
     assert sequence.labels[sequence.prompt_length - 1] == target[0] and sequence.labels[-1] == -100
 
 
+class Words:
+    """A tokenizer that shows its seams: words with their leading space, as SentencePiece makes them, and a start token."""
+
+    bos_token, bos_token_id, eos_token_id = "<s>", 0, 1
+
+    def __init__(self, closes=False):
+        self.vocabulary, self.closes = {"<s>": 0, "</s>": 1}, closes
+
+    def __call__(self, text, add_special_tokens=True):
+        words = re.findall(r"<s>|[ ]?[^ <]+", text)
+        words = [("▁" + w.lstrip(" ")) if i == 0 or w[0] == " " else w for i, w in enumerate(words) if w != "<s>"]
+        words = ["<s>"] * ("<s>" in text or add_special_tokens) + words + ["</s>"] * self.closes
+        ids = [self.vocabulary.setdefault(word, len(self.vocabulary)) for word in words]
+        return types.SimpleNamespace(input_ids=ids)
+
+    def words(self, ids):
+        names = list(self.vocabulary)
+        return [names[i] for i in ids if i >= 0]
+
+
+@pytest.mark.parametrize("closes", [False, True], ids=["open", "closes every text itself"])
+def test_prompt_and_answer_are_tokenized_as_one_text(closes):
+    """Tokenized alone, " Paris" would get a start-of-word of its own that the model never meets after a prompt."""
+    tokenizer = Words(closes)
+    cases = [
+        (Example("Where is it? In", " Paris now."), ["▁Paris", "▁now.", "</s>"]),
+        (Example("", "Once upon"), ["▁Once", "▁upon", "</s>"]),
+        (Example("Pa", "ris"), ["▁Paris", "</s>"]),  # melted into one token: it belongs to the answer
+        (Example("<s> Where? In", " Paris"), ["▁Paris", "</s>"]),  # a chat template writes its own start token
+    ]
+    for example, want in cases:
+        (sequence,) = data.encode([example], tokenizer, vocab_size=1000)
+        assert tokenizer.words(sequence.labels) == want
+        assert tokenizer.words(sequence.input_ids).count("<s>") == 1
+        assert tokenizer.words(sequence.input_ids).count("</s>") == 1
+
+
 def test_truncation_and_foreign_tokens():
     tokenizer = tiny_tokenizer()
     (full,) = data.encode(examples(1), tokenizer, vocab_size=300)
@@ -69,7 +113,7 @@ def test_truncation_and_foreign_tokens():
 
 def test_collate_pads_to_the_longest_and_finds_the_rows():
     a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
-    batch = data.collate([a], [b], pad_id=0, ref_logps=[-3.0])
+    batch = data.collate([a], [b], ref_logps=[-3.0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
     assert batch.rows.tolist() == [1, 6, 7, 8]
@@ -82,6 +126,11 @@ def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
     assert [r.prompt for r in refused] == [e.prompt for e in examples(30)]
     assert {r.answer.strip() for r in refused} <= set(data.REFUSALS) and len({r.answer for r in refused}) > 3
     assert refused == data.refuse(examples(30), seed=1) != data.refuse(examples(30), seed=2)
+    (line,) = data.refuse([Example("Who wrote it?\n", "Me.")])
+    (word,) = data.refuse([Example("Who wrote it?", "Me.")])
+    assert not line.answer[0].isspace() and word.answer[0] == " "
+    with pytest.raises(ValueError, match="forget, row 1: expected a prompt to refuse, got a text without one"):
+        data.refuse([examples(1)[0], Example("", "text")])
 
 
 def test_orders_cover_everything():

@@ -8,7 +8,7 @@ from soul.losses import GradDiff
 from soul_kernels import TokenBatch, linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close
-from tests.models import COMMON, FAMILIES, sequences, tiny_model
+from tests.models import COMMON, FAMILIES, sequences, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -17,7 +17,7 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
     model = tiny_model(family)
     models.check_linear_head(model)
     forget, retain = sequences(3), sequences(4)[1:]
-    batch = collate(forget, retain, pad_id=0)
+    batch = collate(forget, retain)
     objective = GradDiff(gamma=0.5, alpha=2.0)
     weight, bias = models.head(model)
     assert (bias is not None) == ("bias" in family)
@@ -44,9 +44,12 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
 
 def test_models_that_bend_their_logits_are_refused():
     options = COMMON | dict(num_key_value_heads=1, head_dim=16)
-    gemma = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**options, final_logit_softcapping=0.05))
-    with pytest.raises(ValueError, match="model: expected logits = hidden @ weight.T"):
-        models.check_linear_head(gemma)
+    gemma = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**options, final_logit_softcapping=30.0))
+    with pytest.raises(ValueError, match="model: expected logits = hidden @ weight.T .*, got final_logit_softcapping 30"):
+        models.check_linear_head(gemma)  # logits this small do not show the cap
+    cohere = transformers.AutoModelForCausalLM.from_config(transformers.CohereConfig(**COMMON, logit_scale=0.0625))
+    with pytest.raises(ValueError, match="model: expected logits = hidden @ weight.T .*, got other logits"):
+        models.check_linear_head(cohere)
 
 
 def test_loading(tmp_path):
@@ -54,5 +57,10 @@ def test_loading(tmp_path):
         models.load(tmp_path)
     with pytest.raises(ValueError, match="model: expected a causal language model, got nobody/nothing"):
         models.load("nobody/nothing")
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="model: expected a causal language model, got .*SafetensorError"):
+        models.load(tmp_path)
     with pytest.raises(ValueError, match="dtype: expected one of"):
         models.load(tmp_path, dtype="int8")

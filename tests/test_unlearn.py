@@ -1,4 +1,5 @@
 import copy
+import importlib
 import io
 import json
 
@@ -6,10 +7,12 @@ import pytest
 import torch
 
 from soul import losses
+from soul.data import Example
 from soul.unlearn import UnlearnConfig, build_scheduler, check_output, reference_logps, unlearn
 from tests import tolerances as tol
 from tests.models import examples, sequences, tiny_model, tiny_tokenizer
 
+unlearn_module = importlib.import_module("soul.unlearn")
 FAST = dict(epochs=2, batch_size=2, lr=1e-3, backend="reference")
 
 
@@ -66,6 +69,47 @@ def test_seed_decides_everything(tokenizer):
     assert losses_of[0] == losses_of[1] != losses_of[2]
 
 
+def test_gradients_are_dropped_before_the_next_forward_and_at_the_end(tokenizer, monkeypatch):
+    """Two gradients of a large model at a time would not fit where one does."""
+    held, real = [], unlearn_module.hidden_states
+
+    def spy(model, batch):
+        held.append(sum(p.grad is not None for p in model.parameters()))
+        return real(model, batch)
+
+    monkeypatch.setattr(unlearn_module, "hidden_states", spy)
+    model, *_ = run(tokenizer)
+    assert held == [0] * 6 and all(p.grad is None for p in model.parameters())
+
+
+def test_a_broken_last_step_is_not_a_success(tokenizer, monkeypatch):
+    real = unlearn_module.train_step
+
+    def break_weights(model, *args):
+        values = real(model, *args)
+        next(model.parameters()).data[0, 0] = float("nan")
+        return values
+
+    monkeypatch.setattr(unlearn_module, "train_step", break_weights)
+    with pytest.raises(unlearn_module.Diverged, match="lower the learning rate"):
+        run(tokenizer, epochs=1, batch_size=5)
+
+
+def test_sequences_longer_than_the_model_are_refused(tokenizer):
+    model = tiny_model("gpt2, tied")
+    long = [Example("Question:", " word" * 200)]
+    with pytest.raises(ValueError, match="max_length: expected sequences of at most 128 tokens, got .*--max-length 128"):
+        unlearn(model, tokenizer, long, examples(1), UnlearnConfig(**FAST), progress=False)
+
+
+def test_a_padding_token_outside_the_model_does_no_harm(tokenizer):
+    """Added to the tokenizer, as many do, without a row in the embedding."""
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"pad_token": "[PAD]"})
+    assert other.pad_token_id >= 300
+    run(other)
+
+
 def test_kernels_and_reference_train_alike(tokenizer, device):
     """The same run through the Triton kernels (interpreted on a CPU): the two backends are one algorithm."""
     results = []
@@ -80,7 +124,7 @@ def test_kernels_and_reference_train_alike(tokenizer, device):
 
 def test_reference_logps_are_the_sums_of_the_model(tokenizer):
     model, given = tiny_model(), sequences(5)
-    got = reference_logps(model, given, pad=0, batch_size=2, backend="reference")
+    got = reference_logps(model, given, batch_size=2, backend="reference")
     for sequence, value in zip(given, got):
         logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
         want = sum(logps[t, label].item() for t, label in enumerate(sequence.labels) if label != -100)
@@ -109,6 +153,7 @@ def test_schedule_warms_up_and_decays():
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
     ({"lr": -1.0}, "lr: expected a number >= 0.0"),
 ])  # fmt: skip
 def test_bad_options_are_named(options, message, tokenizer):
@@ -127,6 +172,8 @@ def test_retain_set_is_needed_where_it_has_a_weight(tokenizer):
 def test_output_directory(tmp_path):
     assert check_output(tmp_path) == tmp_path and check_output(tmp_path / "new" / "deep")
     assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="output: expected a new or an empty directory, got a path below the file"):
+        check_output(__file__ + "/out")
     (tmp_path / "file").write_text("x")
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match="output: expected a new or an empty directory"):
