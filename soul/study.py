@@ -87,7 +87,7 @@ DEMO = StudyConfig(
     train_lr=3e-3,
     epochs=5,
     batch_size=4,
-    lrs={"adamw": [3e-4, 6e-4, 1e-3], "soul": [1e-4, 2e-4, 4e-4]},
+    lrs={"adamw": [2e-4, 3e-4, 6e-4], "soul": [1e-4, 2e-4, 4e-4]},
 )
 
 
