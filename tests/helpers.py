@@ -2,7 +2,10 @@ import importlib
 import importlib.util
 import pathlib
 
+import pytest
 import torch
+
+needs_rouge = pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="the extra eval is not installed")
 
 
 def relative_error(got, want):

@@ -9,6 +9,7 @@ from soul.data import encode, read_jsonl
 from soul.evaluate import answer_probability, kl_divergence, rouge_l_recall
 from soul.models import load
 from soul.study import DEMO, demo_data, run_study, train_tokenizer
+from tests.helpers import needs_rouge
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 
 
@@ -59,6 +60,7 @@ def test_divergence_of_models_that_exclude_each_other():
     assert abs(value - want) < 1e-4 * want
 
 
+@needs_rouge
 def test_rouge_of_a_model_that_knows_the_answer_is_one():
     """A model that has learned one answer by heart gives it back, also from a left-padded batch."""
     tokenizer, given = tiny_tokenizer(), examples(2)
@@ -70,6 +72,7 @@ def test_rouge_of_a_model_that_knows_the_answer_is_one():
     assert rouge_l_recall(tiny_model(), tokenizer, given, encoded, max_new_tokens=40) < 0.5
 
 
+@needs_rouge
 def test_a_whole_study_in_small(tmp_path):
     """Everything the demo does, in seconds: files, table, pictures; a model that was trained knows what it was shown."""
     forget, retain = (read_jsonl(p)[:20] for p in demo_data(tmp_path, authors=4, forget_authors=1))
@@ -95,6 +98,7 @@ def test_a_whole_study_in_small(tmp_path):
         assert len((tmp_path / "out" / log).read_text().splitlines()) == 3 * 3
 
 
+@needs_rouge
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
 def test_real_data_goes_through_the_whole_study(tmp_path):
     """Ten authors of TOFU, two epochs: real names, quotes and lengths, from JSON lines to the report."""

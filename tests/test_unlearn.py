@@ -119,7 +119,7 @@ def test_kernels_and_reference_train_alike(tokenizer, device):
         records = unlearn(model, tokenizer, examples(2), examples(4)[2:], config, progress=False)
         results.append((records[0]["loss"], records[0]["grad_norm"], model.state_dict()))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
-    assert results[0][1] == pytest.approx(results[1][1], rel=1e-3)
+    assert results[0][1] == pytest.approx(results[1][1], rel=5e-3)  # bf16 autocast on a GPU
 
 
 def test_reference_logps_are_the_sums_of_the_model(tokenizer):
