@@ -59,7 +59,7 @@ def _parser():
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
     how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget sequences a step, and as many retain ones")
     how.add_argument(
-        "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping (default: %(default)s)"
+        "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
     )
     how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
@@ -94,9 +94,9 @@ def _where(group):
 
 def _unlearn(args):
     from soul import models
-    from soul.data import encode, read_jsonl
+    from soul.data import read_jsonl
     from soul.evaluate import answer_probability
-    from soul.unlearn import UnlearnConfig, check_output, prepare, unlearn
+    from soul.unlearn import UnlearnConfig, check_output, encode_for, prepare, unlearn
 
     given = {name: getattr(args, name) for name in ("gamma", "alpha", "beta", "reduction")}
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
@@ -110,11 +110,11 @@ def _unlearn(args):
     forget = read_jsonl(args.forget)
     retain = read_jsonl(args.retain) if args.retain else []
     model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
-    prepare(model, tokenizer, forget, retain, config)  # what can be wrong with the input has been found when this returns
+    prepare(model, tokenizer, forget, retain, config)
+    answers = encode_for(model, tokenizer, forget, config, "forget")  # what can be wrong with the input has been found now
 
     output.mkdir(parents=True, exist_ok=True)
     (output / "soul_config.json").write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
-    answers = encode(forget, tokenizer, vocab_size=models.head(model)[0].shape[0], max_length=args.max_length)
     before = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
     begun = time.perf_counter()
     with open(output / "log.jsonl", "w", encoding="utf-8") as log:

@@ -84,8 +84,9 @@ def read_jsonl(path):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise argument_error(where, "one JSON object", f"broken JSON ({error.msg})", "fix the line") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", type(error).__name__)
+            raise argument_error(where, "one JSON object", f"broken JSON ({reason})", "fix the line") from None
         if not isinstance(row, dict):
             raise argument_error(where, "one JSON object", type(row).__name__, "fix the line")
         columns = columns or next((c for c in COLUMNS if all(name in row for name in c)), None)
@@ -98,6 +99,8 @@ def read_jsonl(path):
                 raise argument_error(f"{where}, column {name!r}", "a string", got, "every row needs it")
             if any("\ud800" <= character <= "\udfff" for character in row[name]):
                 raise argument_error(f"{where}, column {name!r}", "valid Unicode", "a lone surrogate", "fix the text")
+        if not row[columns[-1]].strip():
+            raise argument_error(f"{where}, column {columns[-1]!r}", "some text", "a blank one", "drop the line")
         examples.append(_example(row, columns))
     if not examples:
         raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to learn from it")
@@ -148,13 +151,15 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
     sequences = []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, example in enumerate(examples):
-        # A prompt from a chat template begins with its own begin-of-sequence token.
-        options = dict(add_special_tokens=not (tokenizer.bos_token and example.prompt.startswith(tokenizer.bos_token)))
-        prompt = tokenizer(example.prompt, **options).input_ids
-        whole = tokenizer(example.prompt + example.answer, **options).input_ids
+        text = example.prompt + example.answer
+        # What a chat template wrote begins with its own begin-of-sequence token.
+        options = dict(add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)))
+        prompt, whole = ([*tokenizer(t, **options).input_ids] for t in (example.prompt, text))
+        for tokens in (prompt, whole):  # some tokenizers close every text themselves, and some texts are closed already
+            while end and tokens[-1:] == end:
+                tokens.pop()
         prompt_length = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
-        closed = len(whole) > prompt_length and whole[-1:] == end  # some tokenizers close every text themselves
-        ids = (whole if closed else whole + end)[:max_length]
+        ids = (whole + end)[:max_length]
         if max(ids, default=0) >= vocab_size:
             remedy = "was the tokenizer resized without the model?"
             raise argument_error(f"{name}, row {index}", f"token ids in [0, {vocab_size})", max(ids), remedy)

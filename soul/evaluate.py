@@ -5,6 +5,7 @@ import torch
 from soul._extras import require
 from soul.data import collate
 from soul.models import autocast, head, hidden_states, token_logps
+from soul_kernels._checks import argument_error
 
 
 def _batches(sequences, size):
@@ -43,6 +44,8 @@ def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_
     for part in _batches(order, batch_size):
         prompts = [sequences[i].input_ids[: sequences[i].prompt_length] for i in part]
         width = max(len(p) for p in prompts)
+        if not all(prompts):
+            raise argument_error("sequences", "prompts to answer", "a row without one", "ROUGE needs questions and answers")
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # generation pads on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         with autocast(model):

@@ -8,6 +8,7 @@ To write another one: subclass `Objective`, return named terms, and say in ``add
 """
 
 import inspect
+import math
 
 import torch.nn.functional as F
 
@@ -126,7 +127,7 @@ class NPO(Objective):
     needs_reference = True
 
     def __init__(self, beta=0.1, gamma=1.0, alpha=1.0, reduction="sequence_sum"):
-        if not beta > 0:
+        if not 0 < beta < math.inf:
             raise argument_error("beta", "a positive number", beta, "0.1 is what the papers use")
         check_range("gamma", gamma)
         check_range("alpha", alpha)

@@ -4,8 +4,17 @@ import torch
 from torch.optim import Optimizer
 
 from soul_kernels import hessian_ema, sophia_step
-from soul_kernels._checks import PARAM_DTYPES, STATE_DTYPES, argument_error, check_choice, check_gradient, check_range, is_dense
-from soul_kernels._launch import BACKENDS
+from soul_kernels._checks import (
+    PARAM_DTYPES,
+    STATE_DTYPES,
+    argument_error,
+    check_choice,
+    check_gradient,
+    check_range,
+    is_dense,
+    same_layout,
+)
+from soul_kernels._launch import BACKENDS, resolve_backend
 from soul_kernels.rounding import ROUNDINGS
 
 STATES = ("exp_avg", "hessian")
@@ -106,6 +115,8 @@ class SophiaG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if bs is not None:
+            _check_bs(bs)
         for index, (group, params) in enumerate(self._groups_with_grad()):
             counts = []
             for local in _by_device(params):
@@ -166,17 +177,24 @@ class SophiaG(Optimizer):
         states = {}
 
         def take_over(optimizer, state_dict):  # runs after the user's own hooks, on what they made of the checkpoint
-            for group, saved_group in zip(self.param_groups, state_dict["param_groups"]):
+            saved_groups = state_dict["param_groups"]
+            if len(saved_groups) != len(current):
+                return state_dict  # torch says what is wrong
+            options = [c | saved | {"backend": c["backend"]} for c, saved in zip(current, saved_groups)]
+            for group, saved_group, merged in zip(self.param_groups, saved_groups, options):
+                _check_options(merged)
                 for param, key in zip(group["params"], saved_group["params"]):
-                    if key in state_dict["state"]:
-                        options = group | saved_group
+                    if state_dict["state"].get(key):
                         cast = "state_dtype" not in saved_group
-                        states[param] = _load_state(param, options, state_dict["state"][key], cast)
-            missing = [c | saved | {"backend": c["backend"]} for c, saved in zip(current, state_dict["param_groups"])]
-            return state_dict | {"param_groups": missing if len(missing) == len(current) else state_dict["param_groups"]}
+                        states[param] = _load_state(param, merged, state_dict["state"][key], cast)
+            return state_dict | {"param_groups": options}
+
+        def put_in_place(optimizer):  # runs before the user's own hooks
+            self.state.update(states)
+            self._clipped = {}
 
         handle = self.register_load_state_dict_pre_hook(take_over)
-        place = self.register_load_state_dict_post_hook(lambda optimizer: self.state.update(states), prepend=True)
+        place = self.register_load_state_dict_post_hook(put_in_place, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -193,7 +211,13 @@ class SophiaG(Optimizer):
             _check_options(group)
             for position, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    _check_dtype(f"the gradient of parameter {position} in group {index}", param.grad)
+                    name = f"parameter {position} in group {index}"
+                    _check_dtype(f"the gradient of {name}", param.grad)
+                    resolve_backend(group["backend"], param)
+                    for key in STATES:
+                        if key in self.state.get(param, ()) and not same_layout(self.state[param][key], param):
+                            got, remedy = f"{param.stride()}", "do not change the memory format of a model in training"
+                            raise argument_error(name, f"strides {self.state[param][key].stride()}, as its {key}", got, remedy)
             groups.append((group, [p for p in dict.fromkeys(group["params"]) if p.grad is not None]))
         for group, params in groups:
             for param in params:
@@ -265,16 +289,18 @@ def _new_state(param, group):
 
 def _load_state(param, group, saved, cast):
     """The states of one parameter from a checkpoint: in the dtype that they have there, or in that of the group's policy."""
+    if not all(name in saved for name in STATES):
+        got, remedy = f"{', '.join(sorted(saved))}", "is it the checkpoint of another optimizer?"
+        raise argument_error("state_dict", f"states {', '.join(STATES)}", got, remedy)
     state = _new_state(param, group)
     state["step"] = torch.tensor(float(saved.get("step", 0)), dtype=torch.float32, device="cpu")
     for name in STATES:
-        if name in saved:
-            value = saved[name]
-            if value.shape != param.shape:
-                remedy = "load the checkpoint of this model"
-                raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
-            dtype = state[name].dtype if cast or value.dtype not in STATE_DTYPES else value.dtype
-            state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format).copy_(value)
+        value = saved[name]
+        if value.shape != param.shape:
+            remedy = "load the checkpoint of this model"
+            raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
+        dtype = state[name].dtype if cast or value.dtype not in STATE_DTYPES else value.dtype
+        state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format).copy_(value)
     return state
 
 
@@ -290,6 +316,11 @@ def _check_dtype(name, tensor):
         raise argument_error(name, f"dtype {names}", tensor.dtype, "convert it first")
 
 
+def _check_bs(bs):
+    if not bs > 0:
+        raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the Hessian batch")
+
+
 def _check_options(group):
     lr = group["lr"]
     if isinstance(lr, torch.Tensor) and lr.numel() != 1:
@@ -301,8 +332,7 @@ def _check_options(group):
         check_range(f"betas[{position}]", beta, high=1.0)
     for name in ("rho", "weight_decay", "eps"):
         check_range(name, group[name])
-    if not group["bs"] > 0:
-        raise argument_error("bs", "a positive number", group["bs"], "pass the number of predictions in the Hessian batch")
+    _check_bs(group["bs"])
     if group["capturable"]:
         raise argument_error("capturable", "False", True, "CUDA graph capture of the step is not supported")
     if group["max_grad_norm"] is not None:

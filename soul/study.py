@@ -183,6 +183,8 @@ def check_ready(output, config):
     for module, extra in (("transformers", "hf"), ("rouge_score", "eval"), ("matplotlib", "plots")):
         require(module, extra)
     resolve_backend(config.backend, torch.empty(0, device=pick_device(config.device)))
+    if not 0 <= config.seed < 2**63:
+        raise argument_error("seed", "a whole number in [0, 2^63)", config.seed, "choose another one")
     return check_output(output)
 
 

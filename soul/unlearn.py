@@ -42,7 +42,7 @@ class UnlearnConfig:
         weight_decay: decoupled.
         epochs: passes over the forget set.
         batch_size: forget sequences a step; as many retain sequences go with them.
-        max_grad_norm: gradients are scaled down to this global L2 norm; None: never.
+        max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never.
         warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
         max_length: tokens of a sequence.
         seed: of the data order and the refusals.
@@ -74,7 +74,7 @@ class UnlearnConfig:
             check_range(name, getattr(self, name))
         if self.max_grad_norm is not None:
             if not 0 < self.max_grad_norm:
-                raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "leave it out not to clip")
+                raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "pass inf not to clip")
         for name in ("epochs", "batch_size", "max_length", "bs"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
@@ -245,18 +245,27 @@ def prepare(model, tokenizer, forget, retain, config):
     if getattr(objective, "alpha", 0) and not retain:
         remedy = "give a retain set, or set alpha to 0"
         raise argument_error("retain", f"examples for {objective}", "none", remedy)
+    if not forget:
+        raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
+    resolve_backend(config.backend, head(model)[0])
     if objective.relabels:
         forget = refuse(forget, seed=config.seed)
-    weight, _ = head(model)
-    resolve_backend(config.backend, weight)
-    options = dict(vocab_size=weight.shape[0], max_length=config.max_length)
-    encoded = encode(forget, tokenizer, name="forget", **options), encode(retain, tokenizer, name="retain", **options)
+    return tuple(encode_for(model, tokenizer, part, config, name) for name, part in (("forget", forget), ("retain", retain)))
+
+
+def encode_for(model, tokenizer, examples, config, name):
+    """Encodes examples and makes sure that the model has a place for every token.
+
+    Raises:
+        ArgumentError: naming the row, or the length that does not fit.
+    """
+    sequences = encode(examples, tokenizer, vocab_size=head(model)[0].shape[0], max_length=config.max_length, name=name)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(sequence.input_ids) for part in encoded for sequence in part)
+    longest = max((len(sequence.input_ids) for sequence in sequences), default=0)
     if positions and longest > positions:
         remedy = f"pass --max-length {positions} to cut longer sequences"
         raise argument_error("max_length", f"sequences of at most {positions} tokens", longest, remedy)
-    return encoded
+    return sequences
 
 
 def peak_memory_gib(device):

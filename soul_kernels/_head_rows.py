@@ -33,8 +33,6 @@ class HeadRows:
         weight: [V, D] the head, in that dtype.
         labels: [R] int64.
         indices: [R] int64, flat positions ``b * T + t``.
-        unit: power of two by which `linear_objective` multiplies its coefficients for fp16, where coefficient (about 1 / R)
-            times p (about 1 / V) underflows; it brings them to about 64. Divided out with the upstream gradient. Else 1.
         statistics: [4, R] fp32, filled chunk by chunk: see `soul_kernels.token_logprob.token_statistics`.
     """
 
@@ -52,7 +50,6 @@ class HeadRows:
         self.weight = weight.detach().to(compute_dtype)
         self.bias = None if bias is None else bias.detach().float()
         self.statistics = torch.empty((4, len(rows)), dtype=torch.float32, device=device)
-        self.unit = 2.0 ** (len(rows).bit_length() + 6) if compute_dtype == torch.float16 else 1.0
         self.n_vocab = weight.shape[0]
         self.row_width = -(-self.n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
         row_bytes = self.row_width * (4 if compute_dtype == torch.float32 else 4 + compute_dtype.itemsize)
@@ -135,31 +132,54 @@ class HeadRows:
 
 
 class HeadGradients:
-    """Sums what the chunks contribute to the gradients that are wanted; the others are None.
+    """Sums what the chunks contribute to the gradients that are wanted; the others are None. All are fp32, to be rounded once.
 
     Attributes:
-        x: [R, D] gradient of the rows, in the dtype of the GEMMs.
-        weight: [V, D] fp32.
-        bias: [V] fp32.
+        x: [R, D] gradient of the rows.
+        weight: [V, D].
+        bias: [V].
     """
 
     def __init__(self, rows, *, hidden, weight, bias):
         self.rows = rows
-        new = torch.empty if len(rows) else torch.zeros  # the first chunk overwrites
         options = dict(dtype=torch.float32, device=rows.x.device)
-        self.x = torch.empty_like(rows.x) if hidden else None
+        # The first chunk overwrites dW; but in fp16 every chunk is added, and without rows there is none.
+        self.fp16 = rows.x.dtype == torch.float16
+        new = torch.zeros if self.fp16 or not len(rows) else torch.empty
+        self.x = torch.empty(rows.x.shape, **options) if hidden else None
         self.weight = new(rows.weight.shape, **options) if weight else None
         self.bias = torch.zeros(rows.n_vocab, **options) if bias else None
 
-    def add(self, chunk, dlogits):
-        """Takes in the gradient [n, V] by the logits of a chunk; chunks come in order."""
+    def add(self, chunk, logits, coefficients):
+        """Takes in a measured chunk; chunks come in order. Overwrites ``logits`` in fp32.
+
+        Args:
+            chunk: its place.
+            logits: [n, V] of the chunk.
+            coefficients: [n] fp32, derivative of the objective by each log-probability.
+        """
         part = slice(chunk.start, chunk.stop)
+        if self.fp16:
+            # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest
+            # coefficient to between 32 and 64 and is divided out of the fp32 sums.
+            scale = torch.exp2(6 - torch.frexp(coefficients.abs().max()).exponent)
+            coefficients = coefficients * scale
+        dlogits = self.rows.gradient(chunk, logits, coefficients)
         if self.x is not None:
-            torch.mm(dlogits, self.rows.weight, out=self.x[part])
-        if self.weight is not None:
+            _mm_fp32(dlogits, self.rows.weight, self.x[part])
+        if self.weight is not None and not self.fp16:
             _accumulate_fp32(self.weight, dlogits.T, self.rows.x[part], first=chunk.start == 0)
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=torch.float32)
+        bias = None if self.bias is None else dlogits.sum(0, dtype=torch.float32)
+        if self.fp16:
+            if self.x is not None:
+                self.x[part] /= scale
+            if self.weight is not None:
+                weight = torch.empty_like(self.weight)
+                _mm_fp32(dlogits.T, self.rows.x[part], weight)
+                self.weight += weight.div_(scale)
+            bias = None if bias is None else bias / scale
+        if bias is not None:
+            self.bias += bias
 
 
 def _mm_fp32(a, b, out):

@@ -22,7 +22,7 @@ CHUNK_BYTES = 2**30  # scratch for one chunk: fp32 logits and their gradient in 
 
 
 def _sweep(rows, objective, batch, needs):
-    """Runs the objective over all chunks; returns the loss and the gradients (None if none is wanted), times ``rows.unit``."""
+    """Runs the objective over all chunks; returns the loss and the gradients (None if none is wanted)."""
     gradients = HeadGradients(rows, **needs) if any(needs.values()) else None
     additive = getattr(objective, "additive", None)
     check_choice("objective.additive", additive, (None, "tokens", "sequences"))
@@ -46,7 +46,7 @@ def _sweep(rows, objective, batch, needs):
         loss += value
         coefficients = torch.zeros(rows.shape, dtype=torch.float32, device=logits.device)
         coefficients[first:last] = derivative
-        gradients.add(chunk, rows.gradient(chunk, logits, rows.unit * rows.gather(coefficients, start, stop)))
+        gradients.add(chunk, logits, rows.gather(coefficients, start, stop))
     return loss, gradients
 
 
@@ -56,15 +56,14 @@ def _two_sweeps(rows, objective, batch, chunks, gradients):
         rows.measure(chunk, rows.logits(chunk))
     loss, coefficients = _differentiate(objective, rows.log_probs(), batch)
     if gradients is not None:
-        _add_gradients(rows, gradients, chunks, rows.unit * rows.gather(coefficients))
+        _add_gradients(rows, gradients, chunks, rows.gather(coefficients))
     return loss, gradients
 
 
 def _add_gradients(rows, gradients, chunks, coefficients):
     """Computes the logits of measured chunks again and adds up the gradients for given coefficients [R]."""
     for chunk in chunks:
-        dlogits = rows.gradient(chunk, rows.logits(chunk), coefficients[chunk.start : chunk.stop])
-        gradients.add(chunk, dlogits)
+        gradients.add(chunk, rows.logits(chunk), coefficients[chunk.start : chunk.stop])
 
 
 def _differentiate(objective, logps, batch):
@@ -72,6 +71,7 @@ def _differentiate(objective, logps, batch):
     with torch.enable_grad():
         leaf = logps.detach().requires_grad_()
         value = objective(leaf, batch)
+        _check_scalar(value)
         derivative = None
         if value.requires_grad:  # not if the objective looks at nothing here
             (derivative,) = torch.autograd.grad(value, leaf, allow_unused=True)
@@ -79,14 +79,14 @@ def _differentiate(objective, logps, batch):
 
 
 def _scaled(gradient, scale, dtype):
-    """``gradient * scale`` rounded once to ``dtype``; out of place, so that a graph can be walked twice."""
+    """fp32 ``gradient * scale`` rounded once to ``dtype``; out of place, so that a graph can be walked twice."""
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _to_hidden(indices, x_gradient, shape, dtype):
+def _to_hidden(indices, x_gradient, shape):
     """Gradient of the kept rows -> gradient of hidden [B, T, D], zeros at ignored tokens."""
-    full = torch.zeros((shape[0] * shape[1], shape[2]), dtype=dtype, device=x_gradient.device)
-    return full.index_copy_(0, indices, x_gradient.to(dtype)).view(shape)
+    full = x_gradient.new_zeros((shape[0] * shape[1], shape[2]))
+    return full.index_copy_(0, indices, x_gradient).view(shape)
 
 
 class _LinearObjective(torch.autograd.Function):
@@ -99,7 +99,7 @@ class _LinearObjective(torch.autograd.Function):
         if gradients is not None:  # saved, not kept on ctx: freed as soon as backward has used them
             ctx.save_for_backward(rows.indices, gradients.x, gradients.weight, gradients.bias)
         ctx.hidden_shape, ctx.hidden_dtype, ctx.weight_dtype = hidden.shape, hidden.dtype, weight.dtype
-        ctx.bias_dtype, ctx.unit = None if bias is None else bias.dtype, rows.unit
+        ctx.bias_dtype = None if bias is None else bias.dtype
         logps = rows.log_probs()
         ctx.mark_non_differentiable(logps)
         return loss, logps
@@ -108,10 +108,9 @@ class _LinearObjective(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale, _):
         indices, x, weight, bias = ctx.saved_tensors
-        scale = scale / ctx.unit
         hidden = None
         if x is not None:
-            hidden = _to_hidden(indices, _scaled(x, scale, x.dtype), ctx.hidden_shape, ctx.hidden_dtype)
+            hidden = _to_hidden(indices, _scaled(x, scale, ctx.hidden_dtype), ctx.hidden_shape)
         weight = None if weight is None else _scaled(weight, scale, ctx.weight_dtype)
         bias = None if bias is None else _scaled(bias, scale, ctx.bias_dtype)
         return hidden, weight, bias, None, None, None, None
@@ -135,7 +134,7 @@ class _LinearLogprob(torch.autograd.Function):
                 rows.measure(chunk, logits)
                 if gradients is not None:
                     ones = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
-                    gradients.add(chunk, rows.gradient(chunk, logits, ones))
+                    gradients.add(chunk, logits, ones)
         rows.free_scratch()
         if ctx.head_frozen:
             ctx.save_for_backward(rows.indices, None if gradients is None else gradients.x)
@@ -154,7 +153,7 @@ class _LinearLogprob(torch.autograd.Function):
         if ctx.head_frozen:
             indices, x = ctx.saved_tensors
             x = x * coefficients.reshape(-1).index_select(0, indices)[:, None]
-            return _to_hidden(indices, x, ctx.hidden_shape, ctx.hidden_dtype), None, None, None, None
+            return _to_hidden(indices, x.to(ctx.hidden_dtype), ctx.hidden_shape), None, None, None, None
         rows = copy.copy(ctx.rows)
         rows.x, rows.weight, rows.bias, rows.statistics = ctx.saved_tensors
         gradients = HeadGradients(rows, **ctx.needs)
@@ -162,7 +161,7 @@ class _LinearLogprob(torch.autograd.Function):
             _add_gradients(rows, gradients, rows.even_chunks(), rows.gather(coefficients))
         hidden = None
         if gradients.x is not None:
-            hidden = _to_hidden(rows.indices, gradients.x, ctx.hidden_shape, ctx.hidden_dtype)
+            hidden = _to_hidden(rows.indices, gradients.x.to(ctx.hidden_dtype), ctx.hidden_shape)
         weight = None if gradients.weight is None else gradients.weight.to(ctx.weight_dtype)
         bias = None if gradients.bias is None else gradients.bias.to(ctx.bias_dtype)
         return hidden, weight, bias, None, None
@@ -253,6 +252,7 @@ def linear_objective(
             hidden.to(compute_dtype), weight.to(compute_dtype), labels, objective, bias=bias, is_forget=is_forget,
             ref_logps=ref_logps,
         )  # fmt: skip
+        _check_scalar(loss)
     else:
         table = HeadRows(hidden, weight, bias, labels, rows, compute_dtype, chunk_bytes)
         batch = TokenBatch.from_labels(labels, is_forget, ref_logps)
@@ -294,6 +294,7 @@ def _check(hidden, weight, labels, bias, rows, backend):
         _check_rows(rows, labels)
     elif rows is not None:
         _check_device("rows", rows, hidden)
+        _check_rows_type(rows)
     fused = resolve_backend(backend, hidden) == "triton"
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
@@ -312,15 +313,24 @@ def _check(hidden, weight, labels, bias, rows, backend):
     return fused, torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
 
 
+def _check_scalar(loss):
+    if loss.dim() != 0:
+        raise argument_error("objective", "a loss of shape ()", f"shape {tuple(loss.shape)}", "sum over tokens and sequences")
+
+
 def _check_device(name, tensor, hidden):
     if tensor is not None and tensor.device != hidden.device:
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
 
 
-def _check_rows(rows, labels):
-    """Checks row indices that are on the CPU; against the labels where these are on the CPU as well."""
+def _check_rows_type(rows):
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise argument_error("rows", "[R] int64", f"{tuple(rows.shape)} of {rows.dtype}", "pass flat token indices")
+
+
+def _check_rows(rows, labels):
+    """Checks row indices that are on the CPU; against the labels where these are on the CPU as well."""
+    _check_rows_type(rows)
     if rows.numel() == 0:
         found = labels.new_empty(0)
     else:

@@ -22,6 +22,7 @@ def place(tmp_path_factory):
     (root / "broken.jsonl").write_text(rows[0] + "{")
     (root / "columns.jsonl").write_text('{"who": "me"}\n')
     (root / "text.jsonl").write_text('{"text": "Once upon a time."}\n')
+    (root / "long.jsonl").write_text(json.dumps({"question": "Who?", "answer": "me " * 3000}) + "\n")
     (root / "empty.jsonl").write_text("\n")
     (root / "full").mkdir()
     (root / "full" / "thing").write_text("x")
@@ -92,6 +93,7 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"backend": "cuda"}, "backend: expected one of"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
     ({"output": "forget.jsonl/out"}, "output: expected a new or an empty directory"),
+    ({"method": "po", "forget": "long.jsonl", "max_length": 9999}, "max_length: expected sequences of at most 2048 tokens"),
     ({"method": "po", "forget": "text.jsonl"}, "forget, row 0: expected a prompt to refuse"),
 ])  # fmt: skip
 def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsys):
@@ -106,6 +108,7 @@ def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsy
 @pytest.mark.parametrize("option, message", [
     (["--device", "tpu"], "device: expected auto, cpu or cuda"),
     (["--backend", "cuda"], "backend: expected one of"),
+    (["--seed", str(2**70)], "seed: expected a whole number"),
     (["--output", "full"], "output: expected a new or an empty directory"),
 ])  # fmt: skip
 def test_studies_check_before_they_write(place, words, option, message, capsys, monkeypatch):

@@ -33,6 +33,9 @@ def test_columns(row, expected, tmp_path):
     ([{"question": "a", "answer": "b"}, {"question": "a"}], r"line 2, column 'answer': expected a string, got no such column"),
     ([{"text": 3}], r"line 1, column 'text': expected a string, got int"),
     ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
+    (["[" * 100_000], r"a.jsonl, line 1: expected one JSON object, got broken JSON \(RecursionError\)"),
+    (['{"text": ' + "9" * 5000 + "}"], r"a.jsonl, line 1: expected one JSON object, got broken JSON"),
+    ([{"question": "Who?", "answer": " "}], r"line 1, column 'answer': expected some text, got a blank one"),
     ([], r"a.jsonl: expected at least one row, got an empty file"),
 ])  # fmt: skip
 def test_bad_files_are_named(rows, message, tmp_path):
@@ -92,6 +95,7 @@ def test_prompt_and_answer_are_tokenized_as_one_text(closes):
         (Example("", "Once upon"), ["▁Once", "▁upon", "</s>"]),
         (Example("Pa", "ris"), ["▁Paris", "</s>"]),  # melted into one token: it belongs to the answer
         (Example("<s> Where? In", " Paris"), ["▁Paris", "</s>"]),  # a chat template writes its own start token
+        (Example("", "<s> Once"), ["▁Once", "</s>"]),  # and may have written the whole text
     ]
     for example, want in cases:
         (sequence,) = data.encode([example], tokenizer, vocab_size=1000)

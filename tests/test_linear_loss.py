@@ -44,7 +44,7 @@ def make(device, dtype=FLOAT, shape=(5, 9, 16), n_vocab=131, bias=False, spread=
         labels[b, : 1 + b % 3] = -100
         labels[b, T - (b * 2) % 4 :] = -100
     labels[:, -1] = -100
-    labels[2] = -100
+    labels[2:3] = -100
     case = {
         "hidden": hidden,
         "weight": weight,
@@ -239,6 +239,12 @@ def test_sums_over_sequences_take_one_sweep(device, monkeypatch):
     assert sum(calls) == kept  # one chunk: any objective takes one sweep
 
 
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_an_objective_must_return_one_number(backend, device):
+    with pytest.raises(ValueError, match=r"objective: expected a loss of shape \(\), got shape \(5,\)"):
+        linear_objective(**make(device), objective=lambda logps, batch: logps.sum(1), backend=backend)
+
+
 def test_a_misspelt_additive_is_refused(device):
     objective = losses.GradAscent()
     objective.additive = "token"
@@ -283,6 +289,35 @@ def test_fp16_gradients_survive_small_weights(device):
     loss = linear_objective(**case, objective=objective, backend="triton")
     for got, expected in zip(gradients_of(loss, case, loss_scale), gradients_of(want, double, loss_scale)):
         assert_rows_close(got, expected, 1e-2, "gradient")
+
+
+@pytest.mark.parametrize("name", ["npo", "sum", "large gamma"])
+def test_fp16_gradients_do_not_overflow(name, device):
+    """Coefficients may be of any size: of the size of 1 where an objective sums over tokens, a thousand with a large weight."""
+    objective = {
+        "npo": losses.NPO(alpha=0.0),
+        "sum": lambda logps, batch: -logps.sum(),
+        "large gamma": losses.GradAscent(gamma=1000.0),
+    }[name]
+    case = make(device, HALF, shape=(1, 600, 16), n_vocab=50, bias=True)
+    double = fp64(case)
+    want, _ = definition(double, objective)
+    want_gradients = gradients(want, double)
+    for chunk_rows in (1000, 100):
+        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 6, backend="triton")
+        for got, expected in zip(gradients(loss, case), want_gradients):
+            assert_close(got, expected, 2e-3, "gradient")
+
+
+def test_an_upstream_factor_is_not_rounded_to_the_dtype_of_the_model(device):
+    """1/3 in bf16 is off by 0.1%, for every element alike."""
+    case = make(device, BRAIN)
+    double = fp64(case)
+    want, _ = definition(double, OBJECTIVES["graddiff"])
+    loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend="triton")
+    for name, got, expected in zip(("dX", "dW"), gradients_of(loss, case, 1 / 3), gradients_of(want, double, 1 / 3)):
+        bias = (got.double() * expected).sum() / (expected * expected).sum() - 1  # of the length along the right direction
+        assert abs(bias) < 5e-4, name
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN])

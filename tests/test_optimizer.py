@@ -304,6 +304,27 @@ def test_checkpoint_of_another_shape_is_refused():
         assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
 
 
+def test_checkpoints_of_other_optimizers_and_with_bad_options_are_refused():
+    params = make()
+    opt = SOUL(params, lr=1e-3)
+    give_gradients(params)
+    opt.step()
+    adam = torch.optim.AdamW(others := twin(params))
+    give_gradients(params, others)
+    adam.step()
+    bad = copy.deepcopy(opt.state_dict())
+    bad["param_groups"][0]["rho"] = -1.0
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="state_dict: expected states exp_avg, hessian, got exp_avg, exp_avg_sq, step"):
+        opt.load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match="rho: expected"):
+        opt.load_state_dict(bad)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+    assert torch.equal(opt.state[params[0]]["exp_avg"], before["state"][0]["exp_avg"])
+    opt.load_state_dict(before)
+    assert opt.clip_fraction() != opt.clip_fraction()  # NaN: the last step was another optimizer's
+
+
 def test_loading_keeps_what_the_checkpoint_does_not_say():
     params = make()
     published = PublishedSophiaG(twin(params), lr=1e-3)
@@ -359,6 +380,22 @@ def test_nothing_moves_when_a_later_group_is_wrong():
     with pytest.raises(ValueError, match="rho: expected"):
         opt.step()
     assert all(torch.equal(p, b) for p, b in zip(good, before)) and not opt.state
+    opt.param_groups[1]["rho"] = 0.04
+    with pytest.raises(ValueError, match="bs: expected a positive number, got 0"):
+        opt.step(bs=0)
+    assert not opt.state
+
+
+def test_nothing_moves_when_a_later_parameter_changed_its_layout():
+    good, image = make(), torch.randn(2, 3, 4, 5).requires_grad_()
+    opt = SOUL([{"params": good}, {"params": [image]}], lr=1e-3)
+    give_gradients([*good, image])
+    opt.step()
+    image.data = image.data.to(memory_format=torch.channels_last)
+    before = [p.detach().clone() for p in good]
+    with pytest.raises(ValueError, match="parameter 0 in group 1: expected strides"):
+        opt.step()
+    assert all(torch.equal(p, b) for p, b in zip(good, before))
 
 
 def test_learning_rate_may_be_a_tensor():

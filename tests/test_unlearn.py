@@ -151,6 +151,7 @@ def test_schedule_warms_up_and_decays():
     ({"optimizer": "sgd"}, "optimizer: expected one of 'soul', 'adamw', got 'sgd'"),
     ({"method": "erase"}, "method: expected one of 'ga', 'graddiff', 'npo', 'po', got 'erase'"),
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
+    ({"method": "npo", "method_options": {"beta": float("inf")}}, "beta: expected a positive number, got inf"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
@@ -165,6 +166,8 @@ def test_retain_set_is_needed_where_it_has_a_weight(tokenizer):
     model = tiny_model()
     with pytest.raises(ValueError, match="retain: expected examples for GradDiff"):
         unlearn(model, tokenizer, examples(2), [], UnlearnConfig(**FAST), progress=False)
+    with pytest.raises(ValueError, match="forget: expected at least one example, got none"):
+        unlearn(model, tokenizer, [], examples(2), UnlearnConfig(**FAST), progress=False)
     records = unlearn(model, tokenizer, examples(2), [], UnlearnConfig(**FAST, method="ga"), progress=False)
     assert "retain_nll" not in records[0]
 
