@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "soul_kernels" / "__init__.
 HF = ["transformers>=4.56", "tokenizers>=0.21", "safetensors>=0.4.3", "peft>=0.15", "datasets>=3.0", "tqdm>=4.60"]
 EVAL = ["scipy>=1.11", "scikit-learn>=1.4", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.8"]
-TEST = ["pytest>=8.0", "numpy>=1.26"]
+TEST = ["pytest>=8.0", "numpy>=1.26", "accelerate>=1.0"]
 
 setup(
     name="soul-kernels",
@@ -28,6 +28,7 @@ setup(
         "eval": EVAL,
         "plots": PLOTS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
+        "peers": ["torch-optimi>=0.3.3", "flashoptim>=0.1.4"],  # what the benchmarks compare with, where it is installed
         "test": TEST,
         # One version of the linter, the same on every machine and in CI.
         "lint": ["ruff==0.17.6"],

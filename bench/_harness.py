@@ -6,7 +6,10 @@ which all variants of a case take turns, so that clocks and temperature treat th
 
 import dataclasses
 import gc
+import importlib.metadata
+import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -20,17 +23,29 @@ class Case:
 
     Attributes:
         name: what is computed, on what.
-        variants: name -> function that allocates and returns the callable to time. The first one is ours.
+        variants: name -> function that allocates and returns the callable to time. Names of ours begin with "ours".
         check: () -> dict of errors by name; raises AssertionError where our result is wrong. Runs before any timing.
-        bytes: that one call must move, or None.
+        bytes: that one call must move, or None; a dict where they differ, by the name of the variant.
         flops: that one call must do, or None.
     """
 
     name: str
     variants: dict
     check: object
-    bytes: float | None = None
+    bytes: float | dict | None = None
     flops: float | None = None
+
+    def rates(self, variant, ms, limits):
+        """What a time means: rates, and percentages of what this machine reaches."""
+        found = {}
+        moved = self.bytes.get(variant) if isinstance(self.bytes, dict) else self.bytes
+        if moved:
+            found["gb_per_s"] = moved / ms / 1e6
+            found["percent_of_copy"] = 100 * moved / (ms / 1e3) / limits["copy_bytes_per_s"]
+        if self.flops:
+            found["tflop_per_s"] = self.flops / ms / 1e9
+            found["percent_of_gemm"] = 100 * self.flops / (ms / 1e3) / limits["gemm_flop_per_s"]
+        return found
 
 
 def synchronize(device):
@@ -92,25 +107,32 @@ def ceilings(device):
 
 
 def environment(device):
-    """Card, driver, versions and commit."""
-    found = {
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
+    """Card or CPU, driver, commit, and versions: of torch, Triton, and the peers that are installed."""
+    gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if gpu else cpu_model(),
+        "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "cpu": cpu_model() if gpu else None,
+        "threads": None if gpu else torch.get_num_threads(),
         "python": platform.python_version(),
+        **{package: version(package) for package in ("torch", "triton", "torch-optimi", "flashoptim")},
+        "commit": _run("git", "describe", "--always", "--dirty"),
     }
-    if device.type == "cuda":
-        found["device"] = torch.cuda.get_device_name(device)
-        found["driver"] = _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    else:
-        found["threads"] = torch.get_num_threads()
-    try:
-        import triton
 
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
-    found["commit"] = _run("git", "rev-parse", "--short", "HEAD")
-    return found
+
+def version(package):
+    """Version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model():
+    """The name of the processor."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _run(*command):
@@ -120,45 +142,46 @@ def _run(*command):
         return None
 
 
+def start(name, make):
+    """Makes a variant and calls it once: the callable, or None and the reason why it does not run here. Ours must."""
+    try:
+        call = make()
+        call()
+        return call, None
+    except Exception as error:  # a peer that does not run here is a line, not a crash
+        if name.startswith("ours"):
+            raise
+        if isinstance(error, ModuleNotFoundError):
+            return None, f"{error.name}: not installed"
+        return None, f"did not run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
+
+
 def run_case(case, device, limits, budget_s):
-    """Checks a case, times it, prints its rows; returns them as dicts."""
+    """Checks a case, times it, prints its rows; returns them as dicts. Rows of what did not run say why."""
     errors = case.check()
     print(f"\n{case.name}   " + "  ".join(f"{k} {v:.1e}" for k, v in errors.items()))
-    calls, missing = {}, {}
-    for name, make in case.variants.items():
-        try:
-            calls[name] = make()
-            calls[name]()
-        except Exception as error:  # a peer that does not run here is a line, not a crash
-            if name == next(iter(case.variants)):
-                raise
-            calls.pop(name, None)
-            missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    started = {name: start(name, make) for name, make in case.variants.items()}
+    calls = {name: call for name, (call, _) in started.items() if call}
     memory = {name: peak_extra_mib(call, device) for name, call in calls.items()}
+    width = max(34, *(len(name) + 2 for name in started))
     rows = []
     for name, (median, low, high) in time_interleaved(calls, device, budget_s).items():
-        row = {
-            "case": case.name,
-            "variant": name,
-            "ms": median,
-            "ms_p20": low,
-            "ms_p80": high,
-            "extra_mib": memory[name],
-        }
-        line = f"  {name:<34}{median:10.3f} ms  ({low:.3f} to {high:.3f})"
-        if case.bytes:
-            row["percent_of_copy"] = 100 * case.bytes / (median / 1e3) / limits["copy_bytes_per_s"]
-            line += f"  {case.bytes / median / 1e6:8.0f} GB/s  {row['percent_of_copy']:6.1f}% of copy"
-        if case.flops:
-            row["percent_of_gemm"] = 100 * case.flops / (median / 1e3) / limits["gemm_flop_per_s"]
-            line += f"  {case.flops / median / 1e9:8.1f} TFLOP/s  {row['percent_of_gemm']:6.1f}% of GEMM"
+        row = {"case": case.name, "variant": name, "ms": median, "ms_p20": low, "ms_p80": high, "extra_mib": memory[name]}
+        row |= case.rates(name, median, limits)
+        line = f"  {name:<{width}}{median:10.3f} ms  ({low:.3f} to {high:.3f})"
+        if "gb_per_s" in row:
+            line += f"  {row['gb_per_s']:8.0f} GB/s  {row['percent_of_copy']:6.1f}% of copy"
+        if "tflop_per_s" in row:
+            line += f"  {row['tflop_per_s']:8.1f} TFLOP/s  {row['percent_of_gemm']:6.1f}% of GEMM"
         if memory[name] is not None:
             line += f"  {memory[name]:8.0f} MiB"
-        rows.append(row | ({"errors": errors} if name == next(iter(case.variants)) else {}))
+        rows.append(row | ({"errors": errors} if name.startswith("ours") else {}))
         print(line, flush=True)
-    for name, reason in missing.items():
-        print(f"  {name:<34} did not run: {reason}")
-    del calls
+    for name, (_, reason) in started.items():
+        if reason:
+            rows.append({"case": case.name, "variant": name, "reason": reason})
+            print(f"  {name:<{width}}{reason}")
+    del calls, started
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

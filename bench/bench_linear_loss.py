@@ -89,7 +89,8 @@ def make_case(objective, n, d, n_vocab, frozen, device, quick):
 def cases(device, quick):
     """Functions that make the cases."""
     if device.type == "cpu":
-        sizes = [(GradDiff(), 256, 128, 4000, False), (NPO(), 256, 128, 4000, True)]
+        shape = (64, 64, 2000) if quick else (256, 128, 4000)
+        sizes = [(GradDiff(), *shape, False), (NPO(), *shape, True)]
     else:
         sizes = [
             (GradDiff(), 8192, 2048, 128256, False),

@@ -1,12 +1,16 @@
 """SophiaG and SOUL: states, groups and checkpoints. The arithmetic is in ``soul_kernels``."""
 
+import contextlib
+import functools
+import operator
+
 import torch
 from torch.optim import Optimizer
 
-from soul_kernels import hessian_ema, sophia_step
+from soul._plan import COUNTERS, Plan, is_sharded, local, place
+from soul_kernels import grad_norm, hessian_ema, sophia_step
 from soul_kernels._checks import (
     PARAM_DTYPES,
-    STATE_DTYPES,
     argument_error,
     check_choice,
     check_gradient,
@@ -15,40 +19,65 @@ from soul_kernels._checks import (
     same_layout,
 )
 from soul_kernels._launch import BACKENDS, resolve_backend
+from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, join
 from soul_kernels.rounding import ROUNDINGS
+from soul_kernels.sophia_step import EPS_MODES
 
 STATES = ("exp_avg", "hessian")
+ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that live on the device with capturable=True
+RHO_AT_START = 0.04  # of rho="auto"
+HESSIAN_NOISE = 1 << 62  # update_hessian draws other noise than step
+LONG_AGO = 1e6  # updates of a Hessian whose checkpoint does not say how many there were: no bias is left
+
+_read_grad = operator.attrgetter("grad")
+_is_not_none = functools.partial(operator.is_not, None)
 
 
 class SophiaG(Optimizer):
     """Sophia with the published two calls, each one pass over memory, per element in fp32::
 
         step():           m = b1 m + (1 - b1) g
-                          p = p - lr (weight_decay p + clamp(m / (rho bs h + eps), -1, 1))
+                          p = p - lr (weight_decay p + clamp(m / (rho bs max(h, 0) + eps), -1, 1))
         update_hessian(): h = b2 h + (1 - b2) g g
 
     Liu et al. 2023 (arXiv 2305.14342), algorithm 3, as coded in the published class, whose checkpoints load here. Call
-    ``update_hessian()`` every k steps while the gradients are those of a loss with labels sampled from the model.
+    ``update_hessian()`` every k steps while the gradients are those of a loss with labels sampled from the model, or let
+    ``soul.curvature`` do it.
+
+    Nothing in ``step()`` waits for the device.
 
     Args:
-        params: parameters or parameter groups: dense fp32, bf16 or fp16 tensors on any devices.
+        params: parameters or parameter groups: dense fp32, bf16 or fp16 tensors on any devices, or DTensors.
         lr: learning rate, a float or a tensor of one element.
         betas: decay of the momentum and of the Hessian estimate, each in [0, 1).
-        rho: scale of the clipping threshold: the larger, the fewer coordinates are clipped; see `clip_fraction`.
+        rho: scale of the clipping threshold: the larger, the fewer coordinates are clipped; see `clip_fraction`. "auto"
+            moves it, on the device, until the clipped fraction is ``clip_target``: ``rho *= exp(fraction - clip_target)``
+            after each step. The group then holds it as a tensor, and checkpoints carry it.
         weight_decay: decoupled weight decay.
         bs: number of predictions (tokens, for a language model) in the batch behind ``update_hessian``.
         eps: added to the denominator.
         maximize: ascend instead of descend.
-        capturable: not supported; only False is accepted.
-        max_grad_norm: not supported; only None is accepted. Use ``torch.nn.utils.clip_grad_norm_``.
-        param_rounding: how parameters below fp32 are stored: "nearest". "auto" takes the best one that there is.
-        state_dtype: torch.float32 or torch.bfloat16 for both states. None: h in fp32, and m in bf16 for bf16 parameters,
-            else in fp32.
+        capturable: the step can be captured in a CUDA graph: lr, weight_decay, rho and bs become fp32 tensors on the device in
+            the groups, where a scheduler fills them and a replay reads them. Run one step before the capture.
+        max_grad_norm: the gradients, all groups' together, are scaled to this L2 norm where theirs is larger, as
+            ``clip_grad_norm_`` does, but within the step: they are not changed, and nothing is rounded in between.
+        param_rounding: how parameters below fp32 are stored: "nearest", "stochastic" or "compensated" (8 more bits in the state
+            ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case.
+        state_dtype: torch.float32, torch.bfloat16 or "8bit" for both states. None: h in fp32, and m in bf16 for bf16
+            parameters, else in fp32. h in bf16, and both in 8 bits, are rounded stochastically.
         backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
+        skip_nonfinite: a step whose gradients, of any group, are not all finite changes nothing, and is counted in `telemetry`.
+            False lets NaN and inf through, as torch does.
+        clip_target: fraction of the coordinates to be clipped, with rho="auto" only (default 0.5).
+        bias_correction: h is divided by ``1 - b2^t``, t the number of its updates, where it is used.
+        eps_mode: "add" as published, or "max" as in the papers: ``m / max(rho bs h, eps)``.
+        seed: of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element).
 
     Raises:
         ValueError: naming the argument, what was expected, what came, and the remedy.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler leaves its scale and its verdict in grad_scale and found_inf
 
     def __init__(
         self,
@@ -66,6 +95,11 @@ class SophiaG(Optimizer):
         param_rounding="auto",
         state_dtype=None,
         backend="auto",
+        skip_nonfinite=False,
+        clip_target=None,
+        bias_correction=False,
+        eps_mode="add",
+        seed=0,
     ):
         defaults = dict(
             lr=lr,
@@ -80,26 +114,48 @@ class SophiaG(Optimizer):
             param_rounding=param_rounding,
             state_dtype=state_dtype,
             backend=backend,
+            skip_nonfinite=skip_nonfinite,
+            clip_target=clip_target,
+            bias_correction=bias_correction,
+            eps_mode=eps_mode,
+            seed=seed,
         )
-        self._clipped = {}  # group index -> (int64 [] of every device, clipped coordinates; all coordinates) of the last step
+        self._reset()
         super().__init__(params, defaults)
+
+    def _reset(self):
+        """Forgets what was derived from groups and states."""
+        self._plans = {}  # group index, or parameter -> plans
+        self._known_states = []  # the states that the plans were made for
+        self._places = {}  # parameter -> index of its group, and position there
+        self._stepped = {}  # group index -> plans of the last step, for telemetry
+        self._norm = self._skipped = None
+        self._release = None  # the GradientRelease that steps this optimizer
+
+    def __getstate__(self):
+        derived = ("_plans", "_known_states", "_places", "_stepped", "_norm", "_skipped", "_release")
+        return {name: value for name, value in super().__getstate__().items() if name not in derived}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._reset()
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch has put it there, and no checkpoint has it
+                    group.setdefault(name, value)
 
     def add_param_group(self, param_group):
         """Adds a group, as in ``torch.optim.Optimizer``; its options and parameters are checked."""
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            _check_group(self.param_groups[-1], len(self.param_groups) - 1)
+            _check_group(group, len(self.param_groups) - 1)
+            _settle(group)
         except ValueError:
             self.param_groups.pop()  # nothing is changed by a refused group
             raise
 
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.__dict__.setdefault("_clipped", {})
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
+    @torch._disable_dynamo  # torch.compile does not look inside: there is nothing in it to fuse
     @torch.no_grad()
     def step(self, closure=None, bs=None):
         """One optimization step.
@@ -110,6 +166,9 @@ class SophiaG(Optimizer):
 
         Returns:
             What the closure returned, or None.
+
+        Raises:
+            ValueError: an option or a gradient does not fit; nothing was changed.
         """
         loss = None
         if closure is not None:
@@ -117,58 +176,179 @@ class SophiaG(Optimizer):
                 loss = closure()
         if bs is not None:
             _check_bs(bs)
-        for index, (group, params) in enumerate(self._groups_with_grad()):
-            counts = []
-            for local in _by_device(params):
-                counts.append(torch.zeros((), dtype=torch.int64, device=local[0].device))
-                sophia_step(
-                    local,
-                    [p.grad for p in local],
-                    *([self.state[p][name] for p in local] for name in STATES),
-                    lr=float(group["lr"]),
-                    beta1=self._beta1(group),
-                    beta2=self._beta2_in_step(group),
-                    rho=group["rho"],
-                    bs=group["bs"] if bs is None else bs,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                    param_rounding=_rounding(group),
-                    clip_count=counts[-1],
-                    backend=group["backend"],
-                )
-            if params:
-                torch._foreach_add_([self.state[p]["step"] for p in params], 1)
-            self._clipped[index] = counts, sum(p.numel() for p in params)
+        if self._release is not None and getattr(self, "found_inf", None) is not None:
+            raise argument_error("GradScaler", "no scaler", "one", "gradients are released as they arrive: nothing can wait")
+        work = self._collect()
+        if self._release is None or any(plans for _, plans in work):
+            self._stepped = {index: [plan for plan, _ in plans] for index, (_, plans) in enumerate(work)}
+            self._run(work, bs)
         return loss
 
     @torch.no_grad()
-    def update_hessian(self):
-        """Moves every h towards the square of the gradient that its parameter holds now."""
-        for group, params in self._groups_with_grad():
-            for local in _by_device(params):
-                hessians = [self.state[p]["hessian"] for p in local]
-                hessian_ema(hessians, [p.grad for p in local], beta2=group["betas"][1], backend=group["backend"])
+    def _step_of(self, param):
+        """Steps one parameter, whose gradient has just arrived, for `release_gradients`."""
+        work = self._work_of(param)
+        plan = work[0][1][0][0]
+        stepped = self._stepped.setdefault(self._place[param][0], [])
+        if plan in stepped:  # the first parameter of another backward pass
+            stepped.clear()
+        stepped.append(plan)
+        self._run(work)
+
+    def _run(self, work, bs=None):
+        """Steps the plans in ``work``: [(group, [(plan, gradients)])]."""
+        norm, skip = self._norm_and_skip(work)
+        self._norm = norm
+        for group, plans in work:
+            for plan, grads in plans:
+                plan.telemetry.zero_()
+                in_step = self._beta2_in_step(group)
+                corrections = None
+                if group["bias_correction"]:
+                    updates = plan.count("hessian_step") if in_step is None else plan.count("step") + 1
+                    corrections = plan.corrections(group["betas"][1], updates)
+                sophia_step(
+                    plan.locals(plan.params),
+                    grads,
+                    **plan.lists(),
+                    lr=_option(group["lr"], plan.device),
+                    weight_decay=_option(group["weight_decay"], plan.device),
+                    rho=_option(group["rho"], plan.device),
+                    bs=_option(group["bs"] if bs is None else bs, plan.device),
+                    beta1=self._beta1(group),
+                    beta2=in_step,
+                    eps=group["eps"],
+                    maximize=group["maximize"],
+                    eps_mode=group["eps_mode"],
+                    param_rounding=_rounding(group),
+                    corrections=corrections,
+                    seed=group["seed"] + plan.shard(),
+                    tensor_ids=plan.tensor_ids,
+                    steps=plan.count("step"),
+                    grad_factor=self._factor(group, norm, plan.device),
+                    skip=_move(skip, plan.device),
+                    telemetry=plan.telemetry,
+                    table=plan.table,
+                    backend=group["backend"],
+                )
+            for plan, _ in plans:
+                plan.count("step").add_(1 if skip is None else 1 - _move(skip, plan.device))
+            if group["clip_target"] is not None and plans:
+                self._steer(group, [plan for plan, _ in plans], skip)
+        if skip is not None:
+            self._skipped = skip.double() if self._skipped is None else self._skipped + skip
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def update_hessian(self, *, probes=None, grad_scale=None):
+        """Moves every h towards the square of the gradient that its parameter holds now: ``h = b2 h + (1 - b2) g g``.
+
+        With ``skip_nonfinite`` it changes nothing where a gradient is not finite. ``max_grad_norm`` plays no part here:
+        clipping would change h by the square of the factor.
+
+        Args:
+            probes: parameter -> tensor u of its shape; the gradients are then products H u with the Hessian, and
+                ``h = b2 h + (1 - b2) u Hu`` (Hutchinson).
+            grad_scale: what the gradients are divided by first: a GradScaler's scale, a float or a tensor, unless
+                ``unscale_`` has been called. None: 1.
+
+        Raises:
+            ValueError: an option or a gradient does not fit; nothing was changed.
+        """
+        self._update_hessian(self._collect(), probes, grad_scale)
+
+    @torch.no_grad()
+    def _update_hessian_of(self, param):
+        """Updates h of one parameter, whose gradient has just arrived, for `soul.curvature`."""
+        self._update_hessian(self._work_of(param))
+
+    def _update_hessian(self, work, probes=None, grad_scale=None):
+        skip = None
+        if any(group["skip_nonfinite"] for group, _ in work):
+            skip = self._not_finite(self._total_norm(work))
+        for group, plans in work:
+            for plan, grads in plans:
+                factor = None
+                if grad_scale is not None:
+                    factor = torch.as_tensor(grad_scale, dtype=torch.float32).to(plan.device, non_blocking=True).reciprocal()
+                hessian_ema(
+                    **plan.lists("hessian", "hessian_scale"),
+                    grads=grads,
+                    probes=None if probes is None else plan.locals([probes[p] for p in plan.params]),
+                    beta2=group["betas"][1],
+                    seed=HESSIAN_NOISE + group["seed"] + plan.shard(),
+                    tensor_ids=plan.tensor_ids,
+                    steps=plan.count("hessian_step"),
+                    grad_factor=factor,
+                    skip=_move(skip, plan.device),
+                    table=plan.hessian_table,
+                    backend=group["backend"],
+                )
+            for plan, _ in plans:
+                plan.count("hessian_step").add_(1 if skip is None else 1 - _move(skip, plan.device))
 
     def clip_fraction(self):
         """Fraction of the coordinates that the last ``step()`` clipped, so that they moved by the full lr: the number to tune
-        ``rho`` by. Sophia's authors advise 0.5 to 0.9. Waits for the device.
+        ``rho`` by. Sophia's authors advise 0.5 to 0.9. Waits for the device; with DTensors every process must call it.
 
         Returns:
             One float a group; NaN where the last step moved nothing.
         """
-        fractions = []
-        for index in range(len(self.param_groups)):
-            counts, numel = self._clipped.get(index, ([], 0))
-            fractions.append(sum(int(count) for count in counts) / numel if numel else float("nan"))
-        return fractions
+        return [group["clip_fraction"] for group in self.telemetry()["groups"]]
+
+    def telemetry(self):
+        """What the last step left on the device; reading it waits for the device. With DTensors every process must call it: it
+        adds up over shards.
+
+        Returns:
+            A dict: ``groups``, for each group a dict of ``clip_fraction``, ``update_norm`` (the L2 norm of what was to be
+            subtracted), ``lost_fraction`` (coordinates where rounding to nearest lost it; 0 with other roundings) and ``rho``;
+            ``skipped_steps`` since the optimizer was made or loaded; and ``grad_norm``, before clipping, or None where the step
+            did not need it. NaN for a group that the last step did not move.
+        """
+        groups = []
+        for index, group in enumerate(self.param_groups):
+            plans = self._stepped.get(index, [])
+            totals = sum((plan.sum_over_shards(plan.telemetry.clone()).cpu() for plan in plans), torch.zeros(3).double())
+            clipped, lost, squares = totals.tolist()
+            numel = sum(plan.numel for plan in plans) or float("nan")
+            groups.append(
+                {
+                    "clip_fraction": clipped / numel,
+                    "update_norm": squares**0.5 if plans else float("nan"),
+                    "lost_fraction": lost / numel,
+                    "rho": float(group["rho"]),
+                }
+            )
+        skipped = 0 if self._skipped is None else int(self._skipped)
+        return {"groups": groups, "skipped_steps": skipped, "grad_norm": None if self._norm is None else float(self._norm)}
+
+    def export_fp32(self):
+        """The parameters in fp32: with the 8 more bits that "compensated" keeps, else as they are.
+
+        Returns:
+            A dict, parameter -> fp32 tensor, that is also a context manager: ``with optimizer.export_fp32():
+            evaluate(model)`` puts the fp32 values into the model and takes them out again; to save them, ``{n: fp32[p] for
+            n, p in named_parameters()}``. Values for shards (DTensors) are those of this process's shard.
+        """
+        exported = Fp32Parameters()
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    value, low = local(param.detach()), self.state[param].get("low_bits") if param in self.state else None
+                    if low is not None:
+                        exported[param] = join(value, local(low))
+                    else:
+                        exported[param] = value.to(torch.float32, copy=True)
+        return exported
 
     def load_state_dict(self, state_dict):
         """Loads ``state_dict()`` of this class or of the published one.
 
         Differs from ``torch.optim.Optimizer``: states keep the dtype that they were saved in, where torch casts them to that
         of their parameter (a published checkpoint is brought to this optimizer's ``state_dtype``); options that the checkpoint
-        does not have stay as they are; ``backend``, which belongs to the machine, stays in any case.
+        does not have stay as they are; ``backend`` and ``capturable``, which belong to the machine and to the run, stay in
+        any case.
 
         Raises:
             ValueError: the checkpoint does not fit the parameters; nothing was changed.
@@ -180,18 +360,24 @@ class SophiaG(Optimizer):
             saved_groups = state_dict["param_groups"]
             if len(saved_groups) != len(current):
                 return state_dict  # torch says what is wrong
-            options = [c | saved | {"backend": c["backend"]} for c, saved in zip(current, saved_groups)]
+            options = [
+                c | saved | {name: c[name] for name in ("backend", "capturable")} for c, saved in zip(current, saved_groups)
+            ]
             for group, saved_group, merged in zip(self.param_groups, saved_groups, options):
                 _check_options(merged)
                 for param, key in zip(group["params"], saved_group["params"]):
                     if state_dict["state"].get(key):
                         cast = "state_dtype" not in saved_group
-                        states[param] = _load_state(param, merged, state_dict["state"][key], cast)
+                        states[param] = self._load_state(param, merged, state_dict["state"][key], cast)
             return state_dict | {"param_groups": options}
 
         def put_in_place(optimizer):  # runs before the user's own hooks
             self.state.update(states)
-            self._clipped = {}
+            for group in self.param_groups:
+                _settle(group)
+            release = self._release
+            self._reset()
+            self._release = release
 
         handle = self.register_load_state_dict_pre_hook(take_over)
         place = self.register_load_state_dict_post_hook(put_in_place, prepend=True)
@@ -201,35 +387,219 @@ class SophiaG(Optimizer):
             handle.remove()
             place.remove()
 
-    def _groups_with_grad(self):
-        """Every group with those of its parameters that have a gradient, each once, with their states made.
+    def _collect(self):
+        """Every group with its plans and their gradients: [(group, [(plan, gradients)])].
 
-        All options and gradients are checked before anything is changed.
+        All options are checked, and all gradients that are not those of the last call in every respect, before anything is
+        changed; states are made for parameters that have none.
         """
-        groups = []
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        self._check_states()
+        work, fresh = [], {}
         for index, group in enumerate(self.param_groups):
             _check_options(group)
-            for position, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    name = f"parameter {position} in group {index}"
-                    _check_dtype(f"the gradient of {name}", param.grad)
-                    resolve_backend(group["backend"], param)
-                    for key in STATES:
-                        if key in self.state.get(param, ()) and not same_layout(self.state[param][key], param):
-                            got, remedy = f"{param.stride()}", "do not change the memory format of a model in training"
-                            raise argument_error(name, f"strides {self.state[param][key].stride()}, as its {key}", got, remedy)
-            groups.append((group, [p for p in dict.fromkeys(group["params"]) if p.grad is not None]))
-        for group, params in groups:
-            for param in params:
-                if not self.state[param]:
-                    self.state[param] = _new_state(param, group)
-        return groups
+            params = group["params"]
+            grads = list(map(_read_grad, params))
+            if capturing:
+                self._check_capture(group, index, grads)
+            plans = self._plans.get(index, ())
+            if len(plans) == 1 and all(map(_is_not_none, grads)) and plans[0].fits(params):
+                work.append((group, [(plans[0], plans[0].locals(grads))]))
+                continue
+            active = list(dict.fromkeys(p for p, grad in zip(params, grads) if grad is not None))
+            if not _all_fit(plans, active):
+                fresh[index] = active
+            work.append((group, [(plan, plan.locals(list(map(_read_grad, plan.params)))) for plan in plans]))
+        if fresh or sum(len(plans) for _, plans in work) > 1:  # one known plan is checked by the op, before it changes anything
+            for index, group in enumerate(self.param_groups):
+                for position, param in enumerate(group["params"]):
+                    self._check_gradient(param, index, position)
+        for index, active in fresh.items():
+            plans = self._plans[index] = self._make_plans(self.param_groups[index], index, active)
+            work[index] = self.param_groups[index], [(p, p.locals(list(map(_read_grad, p.params)))) for p in plans]
+        return work
+
+    def _work_of(self, param):
+        """The same for one parameter."""
+        self._check_states()
+        index, position = self._place[param]
+        group = self.param_groups[index]
+        _check_options(group)
+        self._check_gradient(param, index, position)
+        plans = self._plans.get(param, ())
+        if not _all_fit(plans, [param]):
+            plans = self._plans[param] = self._make_plans(group, index, [param])
+        return [(group, [(plans[0], plans[0].locals([param.grad]))])]
+
+    def _check_states(self):
+        """Drops the plans where states are not those that they were made for."""
+        states = list(self.state.values())
+        if len(states) != len(self._known_states) or not all(map(operator.is_, states, self._known_states)):
+            self._plans.clear()
+            self._known_states = states
+
+    @property
+    def _place(self):
+        """Parameter -> index of its group, and position there."""
+        if sum(len(group["params"]) for group in self.param_groups) != len(self._places):
+            self._places = {}
+            for index, group in reversed(list(enumerate(self.param_groups))):
+                self._places |= {p: (index, i) for i, p in reversed(list(enumerate(group["params"])))}
+        return self._places
+
+    def _make_plans(self, group, index, params):
+        first = sum(len(g["params"]) for g in self.param_groups[:index])
+        places = {}
+        for param in params:
+            if not self.state[param]:
+                self.state[param] = self._new_state(param, group)
+            places.setdefault(place(param), []).append(param)
+        self._known_states = list(self.state.values())
+        numbers = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
+        return [Plan(here, [self.state[p] for p in here], [numbers[id(p)] for p in here]) for here in places.values()]
+
+    def _check_gradient(self, param, index, position):
+        """Checks one gradient, and that parameter and states still lie in memory alike."""
+        if param.grad is None:
+            return
+        name = f"parameter {position} in group {index}"
+        _check_dtype(f"the gradient of {name}", param.grad)
+        resolve_backend(self.param_groups[index]["backend"], local(param))
+        for key in STATES:
+            if key in self.state.get(param, ()) and not same_layout(local(self.state[param][key]), local(param)):
+                got, remedy = f"{param.stride()}", "do not change the memory format of a model in training"
+                raise argument_error(name, f"strides {self.state[param][key].stride()}, as its {key}", got, remedy)
+
+    def _check_capture(self, group, index, grads):
+        """A replay repeats what is captured: options by value, and only the parameters that took part."""
+        if not group["capturable"]:
+            raise argument_error("capturable", "True in a CUDA graph", f"False in group {index}", "pass capturable=True")
+        missing = sum(grad is None for grad in grads)
+        if missing:
+            remedy = "replays would never move them: leave them out of the optimizer, or use them in the captured pass"
+            raise argument_error(
+                "CUDA graph", "a gradient for every parameter", f"{missing} without one in group {index}", remedy
+            )
+        if not all(self.state.get(p) for p in group["params"]):
+            remedy = "run one eager step before the capture"
+            raise argument_error("CUDA graph", "states that exist", f"none for some of group {index}", remedy)
+
+    def _total_norm(self, work):
+        """The norm of all gradients, fp32 [] on the device of the first plan; None without gradients."""
+        norms = []
+        for group, plans in work:
+            for plan, grads in plans:
+                norm = grad_norm(grads, table=plan.norm_table, backend=group["backend"])
+                if is_sharded(plan.params[0]):
+                    norm = plan.sum_over_shards(norm.double().square()).sqrt().float()
+                norms.append(norm)
+        if len(norms) > 1:
+            return torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms]).double().norm().float()
+        return norms[0] if norms else None
+
+    def _norm_and_skip(self, work):
+        """The norm of the unscaled gradients, where something needs it, and whether to skip the step: fp32, 0 or 1, or None."""
+        scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        norm = None
+        if any(group["max_grad_norm"] is not None or group["skip_nonfinite"] for group, _ in work):
+            norm = self._total_norm(work)
+        if norm is not None and any(group["skip_nonfinite"] for group, _ in work):
+            skip = self._not_finite(norm) if skip is None else torch.maximum(self._not_finite(norm), _move(skip, norm.device))
+        if norm is not None and scale is not None:
+            norm = norm / _move(scale, norm.device)
+        return norm, skip
+
+    @staticmethod
+    def _not_finite(norm):
+        return None if norm is None else 1 - norm.isfinite().float()
+
+    def _factor(self, group, norm, device):
+        """What the gradients are multiplied by: clipping and unscaling; None for 1."""
+        factor = None
+        if group["max_grad_norm"] is not None:
+            factor = (group["max_grad_norm"] / (_move(norm, device) + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_; NaN stays
+        if getattr(self, "grad_scale", None) is not None:
+            factor = (1.0 if factor is None else factor) / _move(self.grad_scale, device)
+        return factor
+
+    def _steer(self, group, plans, skip):
+        """Moves rho towards the clip target; not in a skipped step, nor with lr = 0, nor before there is a Hessian."""
+        rho = group["rho"]
+        clipped = sum(_move(plan.sum_over_shards(plan.telemetry[:1].clone()), rho.device) for plan in plans)
+        change = (clipped[0] / sum(plan.numel for plan in plans) - group["clip_target"]).float()
+        lr = group["lr"]
+        change = change * (lr.to(rho.device) != 0) if isinstance(lr, torch.Tensor) else change * (lr != 0)
+        if self._beta2_in_step(group) is None:
+            change = change * (_move(plans[0].count("hessian_step").amax(), rho.device) > 0)
+        if skip is not None:
+            change = change * (1 - _move(skip, rho.device))
+        rho.mul_(change.exp()).clamp_(1e-12, 1e12)
 
     def _beta1(self, group):
         return group["betas"][0]
 
     def _beta2_in_step(self, group):
         return None
+
+    def _new_state(self, param, group):
+        m_dtype = h_dtype = group["state_dtype"]
+        if m_dtype is None:
+            m_dtype = torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32
+            h_dtype = torch.float32
+        elif m_dtype == "8bit":
+            m_dtype = h_dtype = torch.uint8
+        else:
+            m_dtype = h_dtype = getattr(torch, m_dtype)
+        device = local(param).device
+        counters = COUNTERS if self._beta2_in_step(group) is None else COUNTERS[:1]
+        state = {name: torch.zeros((), dtype=torch.float32, device=device) for name in counters}
+        for name, dtype in zip(STATES, (m_dtype, h_dtype)):
+            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            if dtype == torch.uint8:
+                state[f"{name}_scale"] = torch.zeros(-(-param.numel() // GROUP), dtype=torch.float32, device=device)
+        if _rounding(group) == "compensated" and param.dtype != torch.float32:
+            state["low_bits"] = torch.zeros_like(
+                param, dtype=torch.int8, memory_format=torch.preserve_format, requires_grad=False
+            )
+        return state
+
+    def _load_state(self, param, group, saved, cast):
+        """The states of one parameter from a checkpoint: in the dtype that they have there, or in the group's."""
+        if not all(name in saved for name in STATES):
+            got, remedy = f"{', '.join(sorted(saved))}", "is it the checkpoint of another optimizer?"
+            raise argument_error("state_dict", f"states {', '.join(STATES)}", got, remedy)
+        state = self._new_state(param, group)
+        state["step"].fill_(float(saved.get("step", 0)))
+        if "hessian_step" in state:
+            state["hessian_step"].fill_(float(saved.get("hessian_step", LONG_AGO if state["step"] > 0 else 0)))
+        for name in STATES:
+            value, scale = saved[name], f"{name}_scale"
+            if value.shape != param.shape:
+                remedy = "load the checkpoint of this model"
+                raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
+            if value.dtype == torch.uint8:
+                shape = (-(-param.numel() // GROUP),)
+                if scale not in saved or saved[scale].shape != shape:
+                    got = tuple(saved[scale].shape) if scale in saved else "none"
+                    raise argument_error(f"state_dict {scale}", f"{shape} scales", got, "load the checkpoint of this model")
+                state[scale] = saved[scale].to(local(param).device, torch.float32, copy=True)
+            elif state[name].dtype == torch.uint8 and cast:
+                values = torch.empty_like(param, dtype=torch.float32).copy_(value)
+                half = torch.full((param.numel(),), 0x800800, device=param.device)  # noise in the middle: to nearest
+                code, state[scale] = encode(in_memory_order(values), half, name)
+                in_memory_order(state[name]).copy_(code)
+                continue
+            else:
+                state.pop(scale, None)
+            dtype = (
+                state[name].dtype if cast or value.dtype not in (torch.float32, torch.bfloat16, torch.uint8) else value.dtype
+            )
+            state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(
+                value
+            )
+        if "low_bits" in state and "low_bits" in saved:
+            state["low_bits"].copy_(saved["low_bits"])
+        return state
 
 
 class SOUL(SophiaG):
@@ -256,7 +626,7 @@ class SOUL(SophiaG):
         for group in self.param_groups:
             group.setdefault("published_code", published_code)
 
-    def update_hessian(self):
+    def update_hessian(self, **options):
         """Refuses: ``step()`` has done it already.
 
         Raises:
@@ -271,42 +641,60 @@ class SOUL(SophiaG):
         return group["betas"][1]
 
 
+class Fp32Parameters(dict, contextlib.AbstractContextManager):
+    """Parameter -> its value in fp32; as a context manager it puts the values into the parameters for a while."""
+
+    def __enter__(self):
+        if any(is_sharded(param) for param in self):
+            raise argument_error(
+                "export_fp32", "whole parameters in a with statement", "DTensors", "use the dict: values of shards"
+            )
+        self._kept = {param: param.data for param in self}
+        for param, value in self.items():
+            param.data = value
+        return self
+
+    def __exit__(self, *exception):
+        for param, value in self._kept.items():
+            param.data = value
+        del self._kept
+
+
 def _rounding(group):
-    return "nearest" if group["param_rounding"] == "auto" else group["param_rounding"]
+    return "compensated" if group["param_rounding"] == "auto" else group["param_rounding"]
 
 
-def _new_state(param, group):
-    m_dtype = h_dtype = group["state_dtype"]
-    if m_dtype is None:
-        m_dtype = torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32
-        h_dtype = torch.float32
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device="cpu"),
-        "exp_avg": torch.zeros_like(param, dtype=m_dtype, memory_format=torch.preserve_format),
-        "hessian": torch.zeros_like(param, dtype=h_dtype, memory_format=torch.preserve_format),
-    }
+def _all_fit(plans, params):
+    places = {}
+    for param in params:
+        places.setdefault(place(param), []).append(param)
+    return len(places) == len(plans) and all(plan.fits(here) for plan, here in zip(plans, places.values()))
 
 
-def _load_state(param, group, saved, cast):
-    """The states of one parameter from a checkpoint: in the dtype that they have there, or in that of the group's policy."""
-    if not all(name in saved for name in STATES):
-        got, remedy = f"{', '.join(sorted(saved))}", "is it the checkpoint of another optimizer?"
-        raise argument_error("state_dict", f"states {', '.join(STATES)}", got, remedy)
-    state = _new_state(param, group)
-    state["step"] = torch.tensor(float(saved.get("step", 0)), dtype=torch.float32, device="cpu")
-    for name in STATES:
-        value = saved[name]
-        if value.shape != param.shape:
-            remedy = "load the checkpoint of this model"
-            raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
-        dtype = state[name].dtype if cast or value.dtype not in STATE_DTYPES else value.dtype
-        state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format).copy_(value)
-    return state
+def _option(value, device):
+    """An option as the ops take it: a number, or an fp32 tensor on the device. A tensor on the CPU is read: no waiting."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.device.type == "cpu" and device.type != "cpu":
+        return float(value)
+    return value.to(device, torch.float32, non_blocking=True)
 
 
-def _by_device(params):
-    """Splits a list of parameters by device."""
-    return [[p for p in params if p.device == device] for device in dict.fromkeys(p.device for p in params)]
+def _move(tensor, device):
+    return None if tensor is None else tensor.to(device, non_blocking=True)
+
+
+def _settle(group):
+    """Brings the options that live on the device there."""
+    device = local(group["params"][0]).device if group["params"] else torch.device("cpu")
+    if group["rho"] == "auto":
+        group["rho"] = torch.tensor(RHO_AT_START)
+        if group["clip_target"] is None:
+            group["clip_target"] = 0.5
+    if isinstance(group["state_dtype"], torch.dtype):  # by name: torch.distributed.checkpoint gathers no dtypes
+        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+    for name in ON_DEVICE if group["capturable"] else ("rho",) if group["clip_target"] is not None else ():
+        group[name] = torch.as_tensor(group[name], dtype=torch.float32).reshape(()).to(device, copy=True)
 
 
 def _check_dtype(name, tensor):
@@ -322,23 +710,38 @@ def _check_bs(bs):
 
 
 def _check_options(group):
-    lr = group["lr"]
-    if isinstance(lr, torch.Tensor) and lr.numel() != 1:
-        raise argument_error("lr", "one number", f"a tensor of {lr.numel()}", "use one parameter group for each lr")
-    check_range("lr", float(lr))
+    for name in ON_DEVICE:
+        value = group[name]
+        if isinstance(value, torch.Tensor):
+            if value.numel() != 1:
+                raise argument_error(
+                    name, "one number", f"a tensor of {value.numel()}", f"use one parameter group for each {name}"
+                )
+            if value.device.type != "cpu":
+                continue  # its value is there, and reading it would wait
+            value = float(value)
+        if name == "bs":
+            _check_bs(value)
+        elif not isinstance(value, str):
+            check_range(name, value)
+        elif name != "rho" or value != "auto":
+            raise argument_error(
+                name, "a number" + " or 'auto'" * (name == "rho"), repr(value), "check the optimizer's arguments"
+            )
     if len(group["betas"]) != 2:
         raise argument_error("betas", "two numbers, of momentum and Hessian", group["betas"], "for instance (0.9, 0.95)")
     for position, beta in enumerate(group["betas"]):
         check_range(f"betas[{position}]", beta, high=1.0)
-    for name in ("rho", "weight_decay", "eps"):
-        check_range(name, group[name])
-    _check_bs(group["bs"])
-    if group["capturable"]:
-        raise argument_error("capturable", "False", True, "CUDA graph capture of the step is not supported")
-    if group["max_grad_norm"] is not None:
-        raise argument_error("max_grad_norm", "None", group["max_grad_norm"], "use torch.nn.utils.clip_grad_norm_")
+    check_range("eps", group["eps"])
+    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
+        raise argument_error("max_grad_norm", "a positive number or None", group["max_grad_norm"], "None does not clip")
+    if group["clip_target"] is not None:
+        check_range("clip_target", group["clip_target"], high=1.0)
+        if not isinstance(group["rho"], (str, torch.Tensor)):
+            raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
     check_choice("param_rounding", group["param_rounding"], ("auto", *ROUNDINGS))
-    check_choice("state_dtype", group["state_dtype"], (None, *STATE_DTYPES))
+    check_choice("state_dtype", group["state_dtype"], (None, torch.float32, torch.bfloat16, "8bit", "float32", "bfloat16"))
+    check_choice("eps_mode", group["eps_mode"], EPS_MODES)
     check_choice("backend", group["backend"], BACKENDS)
 
 
@@ -347,6 +750,16 @@ def _check_group(group, index):
     for position, param in enumerate(group["params"]):
         name = f"parameter {position} in group {index}"
         _check_dtype(name, param)
-        if not is_dense(param):
+        if is_sharded(param):
+            _check_sharded(name, param, group)
+        if not is_dense(local(param)):
             got = f"shape {tuple(param.shape)} with strides {param.stride()}"
             raise argument_error(name, "dense strides (no gaps, no overlap)", got, "make it contiguous first")
+
+
+def _check_sharded(name, param, group):
+    if any(placement.is_partial() for placement in param.placements):
+        raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), "redistribute it first")
+    if group["state_dtype"] == "8bit":
+        remedy = "their groups of 256 belong to one way of sharding, and a checkpoint could not be resharded; use bf16"
+        raise argument_error("state_dtype", "fp32 or bf16 for DTensors", "'8bit'", remedy)

@@ -4,8 +4,10 @@ import math
 
 import torch
 
+from soul_kernels.reference.rounding import GROUP
+
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-STATE_DTYPES = (torch.float32, torch.bfloat16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # uint8: codes of an 8-bit state
 
 
 class ArgumentError(ValueError):
@@ -56,19 +58,20 @@ def check_gradient(name, grad):
         raise argument_error(name, "a real tensor", f"dtype {grad.dtype}", "pass torch.view_as_real(parameter)")
 
 
-def check_tensor_lists(dtypes, **lists):
+def check_tensor_lists(dtypes, *, written=(), **lists):
     """Checks lists of tensors that are walked together.
 
     Args:
         dtypes: name of a list -> the dtypes that its tensors may have.
+        written: names of the lists whose tensors are changed; none of those may overlap another, and each must lie in memory as
+            the first list's does.
         **lists: the lists by argument name. The first one sets length, shapes and devices of all, and its tensors must
-            be dense (no gaps, no overlap) and be named once each.
+            be dense (no gaps, no overlap within).
 
     Raises:
         ValueError: naming the list and the index of the first tensor that does not fit.
     """
     lead_name, lead = next(iter(lists.items()))
-    addresses = {}
     for name, tensors in lists.items():
         if len(tensors) != len(lead):
             raise argument_error(name, f"{len(lead)} tensors, as many as {lead_name}", len(tensors), "pass equal lists")
@@ -86,21 +89,59 @@ def check_tensor_lists(dtypes, **lists):
             if tensor.device != first.device:
                 remedy = f"move it to where {lead_name}[{index}] is"
                 raise argument_error(where, f"device {first.device}", tensor.device, remedy)
-    for index, tensor in enumerate(lead):
-        where = f"{lead_name}[{index}]"
-        if not is_dense(tensor):
-            got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-            raise argument_error(where, "dense strides (no gaps, no overlap)", got, "pass tensor.contiguous()")
-        if tensor.numel():
-            twin = addresses.setdefault(tensor.data_ptr(), index)
-            if twin != index:
-                got = f"the memory of {lead_name}[{twin}]"
-                raise argument_error(where, "memory of its own", got, "pass a tied tensor once")
+            if name == lead_name and not is_dense(tensor):
+                got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                raise argument_error(where, "dense strides (no gaps, no overlap)", got, "pass tensor.contiguous()")
+            if name in written and not same_layout(tensor, first):
+                remedy = f"create it with torch.zeros_like({lead_name}[{index}])"
+                raise argument_error(where, f"strides {first.stride()}", tensor.stride(), remedy)
+    check_overlap({name: tensors for name, tensors in lists.items() if name in written})
 
 
-def check_state_layout(name, states, params):
-    """Raises unless every state lies in memory as its parameter does."""
-    for index, (state, param) in enumerate(zip(states, params)):
-        if not same_layout(state, param):
-            remedy = "create it with torch.zeros_like(param)"
-            raise argument_error(f"{name}[{index}]", f"strides {param.stride()}", state.stride(), remedy)
+def check_overlap(lists):
+    """Raises where two dense tensors of the named lists share memory: two programs would write there at once."""
+    spans = []
+    for name, tensors in lists.items():
+        for index, tensor in enumerate(tensors):
+            if tensor is not None and tensor.numel():
+                begin = tensor.data_ptr()
+                spans.append((str(tensor.device), begin, begin + tensor.numel() * tensor.element_size(), name, index))
+    spans.sort()
+    for (device, _, end, *first), (other_device, begin, _, *second) in zip(spans, spans[1:]):
+        if device == other_device and begin < end:
+            (name, index), (twin, twin_index) = second, first
+            got, remedy = f"the memory of {twin}[{twin_index}]", "pass a tied tensor once, and no views of one another"
+            raise argument_error(f"{name}[{index}]", "memory of its own", got, remedy)
+
+
+def check_scales(name, scales, states_name, states):
+    """Raises unless every 8-bit state has its scales, fp32 [ceil(numel / 256)], and no other state has any."""
+    for index, state in enumerate(states):
+        scale = None if scales is None else scales[index] if index < len(scales) else None
+        where, count = f"{name}[{index}]", -(-state.numel() // GROUP)
+        if state.dtype != torch.uint8:
+            if scale is not None:
+                raise argument_error(
+                    where, f"None beside {state.dtype} in {states_name}", "a tensor", "pass scales for uint8 only"
+                )
+        elif not isinstance(scale, torch.Tensor):
+            raise argument_error(
+                where, f"fp32 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
+            )
+        elif scale.dtype != torch.float32 or scale.shape != (count,) or not scale.is_contiguous():
+            got, remedy = f"{tuple(scale.shape)} of {scale.dtype}", f"one scale for {GROUP} values"
+            raise argument_error(where, f"({count},) of torch.float32", got, remedy)
+        elif scale.device != state.device:
+            raise argument_error(where, f"device {state.device}", scale.device, f"move it to where {states_name}[{index}] is")
+
+
+def check_on_device(name, tensor, devices, dtype=torch.float32, numel=1):
+    """Raises unless ``tensor`` has ``numel`` elements of ``dtype`` and is on the one device in ``devices``; None passes."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
+        got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise argument_error(name, f"{numel} elements of {dtype}", got, f"pass a contiguous tensor of {dtype}")
+    if devices != [tensor.device]:
+        expected = " and ".join(map(str, devices))
+        raise argument_error(name, f"device {expected}", tensor.device, "call once for each device, with a tensor there")

@@ -1,11 +1,10 @@
-"""Backend choice, device guard, pointer tables and chunk maps: everything between a public op and its kernel.
+"""Backend choice, device guard, launch: everything between a public op and its kernel; tables of tensors in ``_table.py``.
 
 Kernel modules import ``triton`` and ``tl`` from here, so that they can also be imported where Triton is not installed
 (the references serve there).
 """
 
 import contextlib
-import functools
 import os
 
 import torch
@@ -26,8 +25,8 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
         def __call__(self, *args):
             return self
 
-        def jit(self, function):
-            return function
+        def jit(self, function=None, **options):
+            return function if function is not None else lambda function: function
 
     triton = tl = _NoTriton()
 
@@ -68,33 +67,14 @@ def device_guard(device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch(kernel, grid, device, **arguments):
+def launch(kernel, grid, device, *, enable_fp_fusion=False, **arguments):
     """Launches ``kernel`` on ``device``.
 
-    Fused multiply-add is always off: Triton's default changes between versions, and without it a kernel's fp32 results
-    are those of its reference, bit for bit. These kernels are bound by memory, not by instructions.
+    Fused multiply-add is off where a kernel does not ask for it: Triton's default changes between versions, and without it a
+    kernel's fp32 results are those of its reference, bit for bit. Most kernels are bound by memory, not by instructions.
     """
     with device_guard(device):
-        kernel[grid](**arguments, enable_fp_fusion=False)
-
-
-@functools.lru_cache(maxsize=64)
-def _chunk_map(numels, chunk, device):
-    """Which tensor, and which piece of it, each program works on: two int32 tensors, one entry a program.
-
-    A pure function of sizes, so it can be cached; addresses never are, because the allocator hands them out again.
-    """
-    counts = torch.tensor([-(-numel // chunk) for numel in numels], device="cpu")  # whatever the default device is
-    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
-    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    piece = torch.arange(len(tensor), device="cpu") - first
-    return tensor.to(device, torch.int32), piece.to(device, torch.int32)
-
-
-def _upload(values, device):
-    """Copies a list of integers to the device without waiting for the work that is queued there."""
-    host = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+        kernel[grid](**arguments, enable_fp_fusion=enable_fp_fusion)
 
 
 @triton.jit
@@ -109,54 +89,24 @@ def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, RO
 @triton.jit
 def chunk_pointer(table_ptr, entry, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointer to element ``start`` of the tensor whose address is the table's ``entry``."""
-    pointer = tl.load(table_ptr + entry).to(tl.pointer_type(DTYPE)) + start
-    if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-def launch_over_tensors(kernel, tensors, *, chunk, **arguments):
-    """Launches ``kernel`` once for every (device, dtypes, alignment) bucket of the tensors.
-
-    The kernel receives, beside ``arguments``:
-        ``table_ptr`` [roles + 1, n_tensors] int64: the addresses, one row a role, and the element counts in the last row;
-        ``chunk_tensor_ptr``, ``chunk_piece_ptr`` [programs] int32: column of the table, and the piece of ``chunk`` elements;
-        ``n_tensors``; ``ALIGNED``: every address is a multiple of 16 bytes; ``CHUNK``; and one dtype a role, ``P_DTYPE`` for
-        the role "p".
-
-    Args:
-        kernel: the Triton kernel.
-        tensors: role -> list of tensors; equal lengths, and equal shapes, strides and device at each index.
-        chunk: elements that one program works on; a multiple of 16.
-        **arguments: passed on to the kernel, which finds its work with `chunk_of_program` and `chunk_pointer`.
-    """
-    roles = list(tensors)
-    buckets = {}
-    for column in zip(*tensors.values()):
-        if column[0].numel() == 0:
-            continue
-        addresses = [t.data_ptr() for t in column]
-        aligned = all(address % 16 == 0 for address in addresses)
-        key = (column[0].device, tuple(t.dtype for t in column), aligned)
-        buckets.setdefault(key, []).append((*addresses, column[0].numel()))
-    for (device, dtypes, aligned), columns in buckets.items():
-        rows = list(zip(*columns))
-        chunk_tensor, chunk_piece = _chunk_map(rows[-1], chunk, device)
-        launch(
-            kernel,
-            (len(chunk_tensor),),
-            device,
-            table_ptr=_upload(rows, device),
-            chunk_tensor_ptr=chunk_tensor,
-            chunk_piece_ptr=chunk_piece,
-            n_tensors=len(columns),
-            ALIGNED=aligned,
-            CHUNK=chunk,
-            **{f"{role.upper()}_DTYPE": triton_dtype(dtype) for role, dtype in zip(roles, dtypes)},
-            **arguments,
-        )
+    if DTYPE is None:  # an absent role: something that is never read (Triton 3.6 cannot return None)
+        return table_ptr
+    else:
+        pointer = tl.load(table_ptr + entry).to(tl.pointer_type(DTYPE)) + start
+        if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
 
 
 def triton_dtype(dtype):
-    """The Triton dtype of a torch dtype."""
-    return getattr(tl, {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype])
+    """The Triton dtype of a torch dtype; None stays None."""
+    return dtype and getattr(tl, str(dtype).removeprefix("torch."))
+
+
+@triton.jit
+def option(value, ON_DEVICE: tl.constexpr, BIT: tl.constexpr):
+    """A number that is an argument, or lies on the device where ``ON_DEVICE`` has ``BIT``; in fp32."""
+    if ON_DEVICE & BIT:
+        return tl.load(value).to(tl.float32)
+    else:
+        return tl.zeros([], tl.float32) + value

@@ -1,18 +1,40 @@
-"""Device functions that bring fp32 results to storage: the one place where precision is given up.
+"""Device functions between storage and fp32: the one place where precision is given up.
 
-Rounding is written out on bit patterns, because the interpreter truncates where the GPU rounds; written out, the two
-agree bit for bit. Other roundings (stochastic, 24-bit weights) join here, chosen by the ``ROUNDING`` of the caller.
+Each is the function of the same name in ``reference/rounding.py``, where formats, noise and reasons are explained, bit for bit.
 """
 
 from soul_kernels._launch import tl, triton
+from soul_kernels.reference.rounding import GROUP as _GROUP
 
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "stochastic", "compensated")
+GROUP = tl.constexpr(_GROUP)
+
+
+@triton.jit
+def mix(x):
+    """A bijection of 32-bit words that spreads every input bit."""
+    x = x * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def noise_key(salt, step, start):
+    """What the elements of one chunk share: a word from the tensor's salt, its step, and the upper half of the offset."""
+    key = mix(salt.to(tl.uint32) + step.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
+    return mix(key ^ (start >> 32).to(tl.uint32))
+
+
+@triton.jit
+def noise_words(key, start, offsets):
+    """One 32-bit word an element."""
+    return mix(key ^ (start.to(tl.uint32) + offsets.to(tl.uint32)))
 
 
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
     """fp32 -> ``DTYPE``, to nearest, ties to even; NaN stays NaN and overflow becomes inf, as in torch's ``to()``."""
-    if DTYPE == tl.bfloat16:
+    if DTYPE == tl.bfloat16:  # the interpreter truncates where a GPU rounds: hence on bits
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(x == x, bits, 0x7FC00000)
@@ -22,7 +44,124 @@ def round_nearest(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def round_param(x, DTYPE: tl.constexpr, ROUNDING: tl.constexpr):
-    """fp32 parameter -> storage by the rounding that the caller asked for."""
-    tl.static_assert(ROUNDING == "nearest", "unknown ROUNDING")
-    return round_nearest(x, DTYPE)
+def _words(x, DTYPE: tl.constexpr):
+    """fp32 bits, for fp16 moved to its exponent range and without the sign; one pattern for NaN."""
+    if DTYPE == tl.bfloat16:
+        return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+    else:
+        magnitude = (tl.abs(x) * 1.925929944387236e-34).to(tl.uint32, bitcast=True)  # 2^-112
+        return tl.where(x == x, tl.minimum(magnitude, 0x7C00 << 13), 0x7E00 << 13)
+
+
+@triton.jit
+def _assemble(pattern, x, DTYPE: tl.constexpr):
+    if DTYPE == tl.float16:
+        pattern |= x.to(tl.uint32, bitcast=True) >> 31 << 15
+    return pattern.to(tl.uint16).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def round_stochastic(x, noise, DTYPE: tl.constexpr):
+    """fp32 -> ``DTYPE``, up or down with the probabilities that make the mean right."""
+    if DTYPE == tl.float32:
+        return x
+    else:
+        DROPPED: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
+        return _assemble((_words(x, DTYPE) + (noise >> (32 - DROPPED))) >> DROPPED, x, DTYPE)
+
+
+@triton.jit
+def split(x, noise, DTYPE: tl.constexpr):
+    """fp32 -> a 16-bit number and the next 8 bits of a 24-bit weight."""
+    BELOW: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
+    weight = (_words(x, DTYPE) + (noise >> (32 - BELOW))) >> BELOW
+    return _assemble((weight + 0x80) >> 8, x, DTYPE), weight.to(tl.int8)  # the low byte is what was rounded away, signed
+
+
+@triton.jit
+def join(high, low, DTYPE: tl.constexpr):
+    """The fp32 value of a 24-bit weight."""
+    INFINITE: tl.constexpr = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00
+    pattern = high.to(tl.uint16, bitcast=True).to(tl.uint32)
+    counts = ((pattern & 0x7FFF) - 1) < (INFINITE - 1)
+    low = tl.where(counts, low.to(tl.int32), 0)
+    if DTYPE == tl.bfloat16:
+        return ((pattern << 16) + (low << 8).to(tl.uint32)).to(tl.float32, bitcast=True)
+    else:
+        magnitude = (((pattern & 0x7FFF) << 8) + low.to(tl.uint32)) << 5
+        value = magnitude.to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
+        value = tl.where(counts, value, tl.abs(high.to(tl.float32)))
+        return tl.where(pattern > 0x7FFF, -value, value)
+
+
+@triton.jit
+def _spread(scale, BLOCK: tl.constexpr):
+    """[BLOCK / GROUP] -> [BLOCK]"""
+    return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
+
+
+@triton.jit
+def encode(x, noise, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
+    """fp32 [BLOCK] -> 8-bit codes [BLOCK] and their scales [BLOCK / GROUP]; a NaN or an inf makes its group NaN."""
+    TOP: tl.constexpr = 16 if HESSIAN else 8
+    SHRINK: tl.constexpr = 1.925929944387236e-34 if HESSIAN else 7.52316384526264e-37  # 2^-112, 2^-120
+    if HESSIAN:
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    magnitude = tl.abs(x)
+    # As integers: the order is that of the numbers, with inf and NaN on top.
+    largest = tl.max(tl.reshape(magnitude.to(tl.int32, bitcast=True), [BLOCK // GROUP, GROUP]), 1)
+    exponent = tl.maximum(((largest + 0x100000) >> 23) - TOP, 1)
+    scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
+    inverse = _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), BLOCK)
+    field = (noise if HESSIAN else noise >> 12) & 0xFFF
+    code = ((magnitude * inverse * SHRINK).to(tl.uint32, bitcast=True) + ((field << 8) | 0x80)) >> 20
+    if not HESSIAN:
+        code = (code & 0x7F) | (x.to(tl.uint32, bitcast=True) >> 31 << 7)
+    return code.to(tl.uint8), scale
+
+
+@triton.jit
+def decode(code, scale, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
+    """8-bit codes [BLOCK] and their scales [BLOCK / GROUP] -> fp32 [BLOCK]."""
+    if HESSIAN:
+        value = (code.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
+    else:
+        signed = (code.to(tl.uint32) << 24).to(tl.int32) >> 4 & -0x78100000  # sign, 4 bits of nothing, 7 of magnitude
+        value = signed.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    return value * _spread(scale, BLOCK)
+
+
+@triton.jit
+def load(ptr, offsets, mask):
+    """Elements as they are stored; where ``mask`` is false, 0."""
+    if mask is None:  # an unmasked access is what becomes a 16-byte one
+        return tl.load(ptr + offsets)
+    else:
+        return tl.load(ptr + offsets, mask=mask, other=0)
+
+
+@triton.jit
+def load_state(ptr, scale_ptr, offsets, mask, group, groups, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of a state in fp32. ``group``: its first scale; ``groups``: how many scales the chunk has."""
+    stored = load(ptr, offsets, mask)
+    if DTYPE == tl.uint8:
+        index = group + tl.arange(0, BLOCK // GROUP)
+        return decode(stored, load(scale_ptr, index, None if mask is None else index < groups), HESSIAN, BLOCK)
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
+def store_state(
+    ptr, scale_ptr, x, noise, offsets, mask, group, groups, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Stores a block of a state. A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest."""
+    if DTYPE == tl.uint8:
+        code, scale = encode(x, noise, HESSIAN, BLOCK)
+        index = group + tl.arange(0, BLOCK // GROUP)
+        tl.store(scale_ptr + index, scale, mask=None if mask is None else index < groups)
+        tl.store(ptr + offsets, code, mask=mask)
+    elif HESSIAN:
+        tl.store(ptr + offsets, round_stochastic(x, noise << 16, DTYPE), mask=mask)
+    else:
+        tl.store(ptr + offsets, round_nearest(x, DTYPE), mask=mask)

@@ -7,17 +7,37 @@ from soul_kernels._checks import (
     STATE_DTYPES,
     argument_error,
     check_choice,
+    check_on_device,
+    check_overlap,
     check_range,
-    check_state_layout,
+    check_scales,
     check_tensor_lists,
+    same_layout,
 )
-from soul_kernels._launch import chunk_of_program, chunk_pointer, launch_over_tensors, resolve_backend, tl, triton
-from soul_kernels.hessian_ema import ema_of_squares, match_layout
+from soul_kernels._launch import chunk_of_program, chunk_pointer, option, resolve_backend, tl, triton
+from soul_kernels._table import TensorTable, noise_salts
+from soul_kernels.hessian_ema import ema, match_layout
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
-from soul_kernels.rounding import ROUNDINGS, round_nearest, round_param
+from soul_kernels.rounding import (
+    GROUP,
+    ROUNDINGS,
+    join,
+    load,
+    load_state,
+    noise_key,
+    noise_words,
+    round_nearest,
+    round_stochastic,
+    split,
+    store_state,
+)
 
-# Elements a program, elements a loop turn, warps. Sane choices differ by 1 to 2% (measured on an H100).
+# Elements a program, elements a loop turn, warps. Sane choices differ by 1 to 2% (measured on an H100). 8-bit states need more
+# registers an element.
 CONFIG = {"chunk": 16384, "BLOCK": 2048, "num_warps": 8}
+CONFIG_8BIT = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+SIDE = ("m_scale", "h_scale", "step", "correction")  # rows of the table that are not walked element by element
+EPS_MODES = ("add", "max")
 
 
 @triton.jit
@@ -26,8 +46,15 @@ def _step_block(
     g_ptr,
     m_ptr,
     h_ptr,
+    low_ptr,
+    m_scale_ptr,
+    h_scale_ptr,
     offsets,  # [BLOCK] int32, from the start of the chunk
     mask,  # [BLOCK] bool, or None in a full block: an unmasked access is what becomes a 16-byte one
+    group,  # the block's first group of 8-bit values, from the start of the chunk
+    groups,  # how many groups the chunk has
+    key,
+    start,
     lr,
     beta1,
     beta1_rest,
@@ -36,82 +63,155 @@ def _step_block(
     h_weight,
     eps,
     weight_decay,
+    factor,
     P_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     H_DTYPE: tl.constexpr,
     HESSIAN_IN_STEP: tl.constexpr,
+    ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Updates one block; returns which of its coordinates were clipped, [BLOCK] bool."""
-    p = tl.load(p_ptr + offsets, mask=mask).to(tl.float32)
-    g = tl.load(g_ptr + offsets, mask=mask).to(tl.float32)
-    m = tl.load(m_ptr + offsets, mask=mask).to(tl.float32)
-    h = tl.load(h_ptr + offsets, mask=mask).to(tl.float32)
+    """Updates one block; returns for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
+    stored = load(p_ptr, offsets, mask)
+    if ROUNDING == "compensated":
+        p = join(stored, load(low_ptr, offsets, mask), P_DTYPE)
+    else:
+        p = stored.to(tl.float32)
+    g = load(g_ptr, offsets, mask).to(tl.float32)
+    if factor is not None:
+        g = g * factor
+    m = load_state(m_ptr, m_scale_ptr, offsets, mask, group, groups, M_DTYPE, False, BLOCK)
+    h = load_state(h_ptr, h_scale_ptr, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
+    noise = 0
+    if key is not None:
+        noise = noise_words(key, start, offsets)
     m = beta1 * m + beta1_rest * g
     if HESSIAN_IN_STEP:
-        h = ema_of_squares(h, g, beta2, beta2_rest)
-        tl.store(h_ptr + offsets, round_nearest(h, H_DTYPE), mask=mask)
-    denominator = h_weight * h + eps
-    update = tl.div_rn(m, denominator)
-    # Comparisons, not tl.minimum: NaN must come through.
-    update = tl.where(update > 1.0, 1.0, update)
-    update = tl.where(update < -1.0, -1.0, update)
-    tl.store(m_ptr + offsets, round_nearest(m, M_DTYPE), mask=mask)
+        h = ema(h, g * g, beta2, beta2_rest)
+        store_state(h_ptr, h_scale_ptr, h, noise, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
+    # NaN must come through every clamp. Hutchinson's estimate may be negative.
+    curvature = h_weight * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ADD_EPS:
+        denominator = curvature + eps
+    else:
+        denominator = tl.maximum(curvature, eps, propagate_nan=tl.PropagateNan.ALL)
+    if M_DTYPE == tl.uint8:  # bound by instructions: 2 ulp are nothing beside 3 mantissa bits
+        update = m / denominator
+    else:
+        update = tl.div_rn(m, denominator)
+    clipped = tl.abs(update) >= 1.0
+    update = tl.minimum(update, 1.0, propagate_nan=tl.PropagateNan.ALL)
+    update = tl.maximum(update, -1.0, propagate_nan=tl.PropagateNan.ALL)
+    store_state(m_ptr, m_scale_ptr, m, noise, offsets, mask, group, groups, M_DTYPE, False, BLOCK)
     # Decay and step in one fp32 expression: (1 - lr wd) in fp32 would be off by 5% at lr wd = 5e-7.
-    p = p - lr * (weight_decay * p + update)
-    tl.store(p_ptr + offsets, round_param(p, P_DTYPE, ROUNDING), mask=mask)
-    return tl.abs(m) >= denominator
+    change = lr * (weight_decay * p + update)
+    if ROUNDING == "compensated":
+        new, low = split(p - change, noise, P_DTYPE)
+        tl.store(low_ptr + offsets, low, mask=mask)
+    elif ROUNDING == "stochastic":
+        new = round_stochastic(p - change, noise, P_DTYPE)
+    else:
+        new = round_nearest(p - change, P_DTYPE)
+    tl.store(p_ptr + offsets, new, mask=mask)
+    counts = clipped.to(tl.int32)
+    if ROUNDING == "nearest" and P_DTYPE != tl.float32:
+        counts += ((new.to(tl.float32) == p) & (change != 0.0)).to(tl.int32) << 16
+    return counts, change
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tensors"])
 def _sophia_step_kernel(
-    table_ptr,  # [5, n_tensors] int64: addresses of p, g, m, h; element counts
+    table_ptr,  # [11, n_tensors] int64: addresses of p, g, m, h, low bits, scales of m and h, step, correction; counts; salts
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
-    clip_count_ptr,  # [] int64: clipped coordinates are added here; None: not counted
+    telemetry_ptr,  # [3] fp64: clipped and lost coordinates and the update's squared norm are added here; None: not counted
+    factor_ptr,  # [] fp32: the gradients are multiplied by it; None: 1
+    skip_ptr,  # [] fp32: anything but 0 leaves all as it is; None: 0
     n_tensors,
-    lr,
+    lr,  # this and the next three: a number, or a pointer to one where ON_DEVICE says so
+    weight_decay,
+    rho,
+    bs,
     beta1,
     beta1_rest,  # 1 - beta1, or its negative to maximize; formed in double precision on the host
     beta2,
     beta2_rest,
-    h_weight,  # rho * bs
     eps,
-    weight_decay,
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     H_DTYPE: tl.constexpr,
+    LOW_DTYPE: tl.constexpr,
+    ON_DEVICE: tl.constexpr,  # bits: 1 lr, 2 weight_decay, 4 rho, 8 bs
     HESSIAN_IN_STEP: tl.constexpr,
+    ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
+    STEPS: tl.constexpr,  # the noise depends on a step of each tensor
+    CORRECTIONS: tl.constexpr,  # h is divided by a number of each tensor
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 4, CHUNK)
+    if skip_ptr is not None:
+        if tl.load(skip_ptr) != 0.0:
+            return
+    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 9, CHUNK)
     p_ptr = chunk_pointer(table_ptr, tensor, start, P_DTYPE, ALIGNED)
     g_ptr = chunk_pointer(table_ptr, n_tensors + tensor, start, G_DTYPE, ALIGNED)
     m_ptr = chunk_pointer(table_ptr, 2 * n_tensors + tensor, start, M_DTYPE, ALIGNED)
     h_ptr = chunk_pointer(table_ptr, 3 * n_tensors + tensor, start, H_DTYPE, ALIGNED)
+    low_ptr = chunk_pointer(table_ptr, 4 * n_tensors + tensor, start, LOW_DTYPE, ALIGNED)
+    M_SCALE: tl.constexpr = tl.float32 if M_DTYPE == tl.uint8 else None
+    H_SCALE: tl.constexpr = tl.float32 if H_DTYPE == tl.uint8 else None
+    m_scale_ptr = chunk_pointer(table_ptr, 5 * n_tensors + tensor, start // GROUP, M_SCALE, False)
+    h_scale_ptr = chunk_pointer(table_ptr, 6 * n_tensors + tensor, start // GROUP, H_SCALE, False)
+    # fp32 parameters are stored as they come out, whatever the caller asked for.
+    STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
+    key = None
+    if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
+        step = 0.0
+        if STEPS:
+            step = tl.load(tl.load(table_ptr + 7 * n_tensors + tensor).to(tl.pointer_type(tl.float32)))
+        key = noise_key(tl.load(table_ptr + 10 * n_tensors + tensor), step, start)
+    factor = None
+    if factor_ptr is not None:
+        factor = tl.load(factor_ptr)
+    lr = option(lr, ON_DEVICE, 1)
+    weight_decay = option(weight_decay, ON_DEVICE, 2)
+    h_weight = option(rho, ON_DEVICE, 4) * option(bs, ON_DEVICE, 8)
+    if CORRECTIONS:
+        h_weight = tl.div_rn(h_weight, tl.load(tl.load(table_ptr + 8 * n_tensors + tensor).to(tl.pointer_type(tl.float32))))
     lanes = tl.arange(0, BLOCK)
-    clipped = tl.zeros([BLOCK], tl.int32)  # kept per lane: one reduction a program, not one a block
+    groups = tl.cdiv(count, GROUP)
+    # Kept per lane: one reduction a program, not one a block. Both counts of a lane stay below 2^16.
+    counted = tl.zeros([BLOCK], tl.int32)
+    moved = tl.zeros([BLOCK], tl.float32)
     full = count // BLOCK
     for block in range(full):
-        hits = _step_block(
-            p_ptr, g_ptr, m_ptr, h_ptr, block * BLOCK + lanes, None, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight,
-            eps, weight_decay, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ROUNDING,
+        counts, change = _step_block(
+            p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, block * BLOCK + lanes, None,
+            block * (BLOCK // GROUP), groups, key, start, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
+            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, BLOCK,
         )  # fmt: skip
-        clipped += hits.to(tl.int32)
+        counted += counts
+        moved += change * change
     if full * BLOCK < count:
         offsets = full * BLOCK + lanes
         inside = offsets < count
-        hits = _step_block(
-            p_ptr, g_ptr, m_ptr, h_ptr, offsets, inside, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight,
-            eps, weight_decay, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ROUNDING,
+        counts, change = _step_block(
+            p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, offsets, inside,
+            full * (BLOCK // GROUP), groups, key, start, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
+            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, BLOCK,
         )  # fmt: skip
-        clipped += (hits & inside).to(tl.int32)
-    if clip_count_ptr is not None:
-        tl.atomic_add(clip_count_ptr, tl.sum(clipped, 0).to(tl.int64))  # integers: the order does not matter
+        counted += tl.where(inside, counts, 0)
+        moved += tl.where(inside, change * change, 0.0)
+    if telemetry_ptr is not None:
+        # Counts are integers, exact in fp64 in whatever order they are added.
+        tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64))
+        if STORED == "nearest" and P_DTYPE != tl.float32:
+            tl.atomic_add(telemetry_ptr + 1, tl.sum(counted >> 16, 0).to(tl.float64))
+        tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64))
 
 
 @torch.no_grad()
@@ -129,25 +229,46 @@ def sophia_step(
     weight_decay=0.0,
     beta2=None,
     maximize=False,
+    eps_mode="add",
     param_rounding="nearest",
-    clip_count=None,
+    low_bits=None,
+    exp_avg_scales=None,
+    hessian_scales=None,
+    corrections=None,
+    seed=0,
+    tensor_ids=None,
+    steps=None,
+    grad_factor=None,
+    skip=None,
+    telemetry=None,
+    table=None,
     backend="auto",
 ):
-    """One Sophia step in place. Per element, in fp32, rounded once to the dtype of each tensor::
+    """One Sophia step in place. Per element, in fp32, rounded once to the storage of each tensor::
 
         m = beta1 * m + (1 - beta1) * g
         h = beta2 * h + (1 - beta2) * g * g                      # only with beta2: SOUL, the Hessian in the same pass
-        p = p - lr * (weight_decay * p + clamp(m / (rho * bs * h + eps), -1, 1))
+        p = p - lr * (weight_decay * p + clamp(m / (rho * bs * max(h, 0) + eps), -1, 1))
 
     Without ``beta2`` this is ``SophiaG.step`` of the published class (Liu et al. 2023, arXiv 2305.14342, algorithm 3): its
     ``sign(m) min(|m| / (rho bs h + eps), 1)`` is the clamp. NaN and inf in a gradient propagate as they do in PyTorch.
 
+    **Rounding of parameters** below fp32. "nearest" loses an update smaller than half a unit in the last place: at
+    lr 5e-6 about 95% of it. "stochastic" rounds up or down so that the mean is right. "compensated" keeps the next 8 bits of
+    every parameter in ``low_bits``: a 24-bit weight, of which ``params`` is the nearest 16-bit number.
+
+    **8-bit states** are uint8 codes with one power-of-two scale for 256 consecutive elements in memory: m as sign, 4
+    exponent and 3 mantissa bits; h, never negative, as 5 exponent and 3 mantissa bits; rounded stochastically. Their
+    formats, and where the noise comes from, are defined in ``soul_kernels/reference/rounding.py``. m in bf16 is rounded to
+    nearest, h in bf16 stochastically.
+
     Args:
         params: list of dense tensors, any shapes, fp32, bf16 or fp16; mutated.
         grads: list of tensors of the same shapes, fp32, bf16 or fp16; not changed.
-        exp_avgs: list of momenta m, fp32 or bf16, laid out as the parameters; mutated.
-        hessians: list of diagonal Hessian estimates h, fp32 or bf16, laid out as the parameters; mutated with ``beta2`` only.
-        lr: learning rate, >= 0.
+        exp_avgs: list of momenta m, fp32, bf16 or 8-bit (uint8), laid out as the parameters; mutated.
+        hessians: list of diagonal Hessian estimates h, dtypes and layout likewise; mutated with ``beta2`` only.
+        lr: learning rate, >= 0. This, ``weight_decay``, ``rho`` and ``bs`` may be an fp32 tensor of one element on the
+            parameters' device instead; it is then read there, and its value is not checked.
         beta1: decay of the momentum, in [0, 1).
         rho: scale of the clipping threshold, >= 0 (the paper's gamma).
         bs: number of predictions in the batch that produced h, > 0.
@@ -155,64 +276,122 @@ def sophia_step(
         weight_decay: decoupled weight decay, >= 0.
         beta2: decay of the Hessian estimate, in [0, 1); None leaves it as it is.
         maximize: ascend instead of descend.
-        param_rounding: "nearest".
-        clip_count: int64 tensor of one element on the parameters' device; the number of clipped coordinates (those with
-            ``|m| >= rho bs h + eps``, which move by the full lr) is added to it. None: not counted.
+        eps_mode: "add" as in the published code, or "max" as in the papers: ``m / max(rho * bs * h, eps)``.
+        param_rounding: "nearest", "stochastic" or "compensated"; fp32 parameters are stored exactly in any case.
+        low_bits: list of int8 tensors, laid out as the parameters, with "compensated"; None for fp32 parameters. Mutated.
+        exp_avg_scales: list of fp32 [ceil(numel / 256)], the scales of 8-bit momenta; mutated.
+        hessian_scales: the same of 8-bit Hessians; mutated with ``beta2`` only.
+        corrections: fp32 [number of tensors] on the device: h is divided by it, for instance by ``1 - beta2^t``.
+        seed: of the noise of stochastic rounding. Where ``steps`` is not given, pass another one at every call.
+        tensor_ids: one int a tensor, its number in the noise; None: its position.
+        steps: fp32 [number of tensors] on the device: what distinguishes the noise of this call from that of others.
+        grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
+        skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
+        telemetry: fp64 [3] on the parameters' device, added to: the number of clipped coordinates (``|m| >=`` denominator:
+            they move by the full lr), the number of coordinates whose update was lost to rounding to nearest, and the squared
+            norm of ``lr * (...)``. None: not counted.
+        table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
         backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
 
     Raises:
         ValueError: an argument does not fit; nothing was changed.
     """
-    for name, value in (("lr", lr), ("rho", rho), ("eps", eps), ("weight_decay", weight_decay)):
-        check_range(name, value)
+    on_device = 0
+    for bit, (name, value) in enumerate((("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("bs", bs))):
+        if isinstance(value, torch.Tensor):
+            on_device |= 1 << bit
+        elif name == "bs" and not value > 0:
+            raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the batch behind h")
+        else:
+            check_range(name, value)
+    check_range("eps", eps)
     for name, value in (("beta1", beta1), ("beta2", 0.0 if beta2 is None else beta2)):
         check_range(name, value, high=1.0)
-    if not bs > 0:
-        raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the batch behind h")
     check_choice("param_rounding", param_rounding, ROUNDINGS)
+    check_choice("eps_mode", eps_mode, EPS_MODES)
+    roles = {
+        "p": params, "g": grads, "m": exp_avgs, "h": hessians, "low": low_bits, "m_scale": exp_avg_scales,
+        "h_scale": hessian_scales, "step": None if steps is None else [steps],
+        "correction": None if corrections is None else [corrections],
+    }  # fmt: skip
+    key = (seed, tensor_ids, param_rounding)
+    table = TensorTable() if table is None else table
+    if not table.unchanged(roles, key):
+        table.forget()
+        _check_tensors(params, grads, exp_avgs, hessians, low_bits, param_rounding)
+        check_scales("exp_avg_scales", exp_avg_scales, "exp_avgs", exp_avgs)
+        check_scales("hessian_scales", hessian_scales, "hessians", hessians)
+        if not params:
+            return
+        roles["g"] = match_layout(grads, params)
+        table.rebuild(roles, key, read_only="g", salts=noise_salts(seed, tensor_ids, params), side=SIDE)
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("bs", bs)):
+        if isinstance(value, torch.Tensor):
+            check_on_device(name, value, table.devices)
+    check_on_device("grad_factor", grad_factor, table.devices)
+    check_on_device("skip", skip, table.devices)
+    check_on_device("steps", steps, table.devices, numel=len(params))
+    check_on_device("corrections", corrections, table.devices, numel=len(params))
+    check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
+    if resolve_backend(backend, params[0]) == "reference":
+        _reference_sophia_step(
+            params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
+            beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
+            exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
+            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip, telemetry=telemetry,
+        )  # fmt: skip
+        return
+    table.launch(
+        _sophia_step_kernel,
+        telemetry_ptr=telemetry,
+        factor_ptr=grad_factor,
+        skip_ptr=skip,
+        lr=lr if on_device & 1 else float(lr),
+        weight_decay=weight_decay if on_device & 2 else float(weight_decay),
+        rho=rho if on_device & 4 else float(rho),
+        bs=bs if on_device & 8 else float(bs),
+        beta1=float(beta1),
+        beta1_rest=float(beta1 - 1 if maximize else 1 - beta1),
+        beta2=0.0 if beta2 is None else float(beta2),
+        beta2_rest=0.0 if beta2 is None else float(1 - beta2),
+        eps=float(eps),
+        ON_DEVICE=on_device,
+        HESSIAN_IN_STEP=beta2 is not None,
+        ADD_EPS=eps_mode == "add",
+        ROUNDING=param_rounding,
+        STEPS=steps is not None,
+        CORRECTIONS=corrections is not None,
+        **(CONFIG if exp_avg_scales is None and hessian_scales is None else CONFIG_8BIT),
+    )
+
+
+def _check_tensors(params, grads, exp_avgs, hessians, low_bits, param_rounding):
     check_tensor_lists(
         {"params": PARAM_DTYPES, "grads": PARAM_DTYPES, "exp_avgs": STATE_DTYPES, "hessians": STATE_DTYPES},
+        written=("params", "exp_avgs", "hessians"),
         params=params,
         grads=grads,
         exp_avgs=exp_avgs,
         hessians=hessians,
     )
-    check_state_layout("exp_avgs", exp_avgs, params)
-    check_state_layout("hessians", hessians, params)
-    if not params:
+    if param_rounding != "compensated":
+        if low_bits is not None:
+            raise argument_error("low_bits", "None", "a list", f"{param_rounding!r} rounding has none")
         return
-    _check_clip_count(clip_count, params)
-    if resolve_backend(backend, params[0]) == "reference":
-        _reference_sophia_step(
-            params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
-            beta2=beta2, maximize=maximize, clip_count=clip_count,
-        )  # fmt: skip
-        return
-    launch_over_tensors(
-        _sophia_step_kernel,
-        {"p": params, "g": match_layout(grads, params), "m": exp_avgs, "h": hessians},
-        clip_count_ptr=clip_count,
-        lr=float(lr),
-        beta1=float(beta1),
-        beta1_rest=float(beta1 - 1 if maximize else 1 - beta1),
-        beta2=0.0 if beta2 is None else float(beta2),
-        beta2_rest=0.0 if beta2 is None else float(1 - beta2),
-        h_weight=float(rho * bs),
-        eps=float(eps),
-        weight_decay=float(weight_decay),
-        HESSIAN_IN_STEP=beta2 is not None,
-        ROUNDING=param_rounding,
-        **CONFIG,
-    )
-
-
-def _check_clip_count(clip_count, params):
-    if clip_count is None:
-        return
-    if clip_count.dtype != torch.int64 or clip_count.numel() != 1:
-        got = f"{tuple(clip_count.shape)} of {clip_count.dtype}"
-        raise argument_error("clip_count", "one int64 element", got, "pass torch.zeros((), dtype=torch.int64)")
-    for index, param in enumerate(params):
-        if param.device != clip_count.device:
-            remedy = "call once for each device"
-            raise argument_error("clip_count", f"device {param.device} (params[{index}])", clip_count.device, remedy)
+    low_bits = [None] * len(params) if low_bits is None else low_bits
+    if len(low_bits) != len(params):
+        raise argument_error("low_bits", f"{len(params)} tensors, as many as params", len(low_bits), "pass equal lists")
+    for index, (param, low) in enumerate(zip(params, low_bits)):
+        name = f"low_bits[{index}]"
+        if param.dtype == torch.float32:
+            if low is not None:
+                raise argument_error(name, "None beside an fp32 parameter", "a tensor", "fp32 parameters have no low bits")
+        elif not isinstance(low, torch.Tensor) or low.dtype != torch.int8 or low.shape != param.shape:
+            got = f"{tuple(low.shape)} of {low.dtype}" if isinstance(low, torch.Tensor) else type(low).__name__
+            raise argument_error(name, f"{tuple(param.shape)} of torch.int8", got, "torch.zeros_like(p, dtype=torch.int8)")
+        elif low.device != param.device or not same_layout(low, param):
+            got = f"{low.stride()} on {low.device}"
+            raise argument_error(
+                name, f"strides {param.stride()} on {param.device}", got, "torch.zeros_like(p, dtype=torch.int8)"
+            )
+    check_overlap({"params": params, "low_bits": low_bits})

@@ -19,8 +19,8 @@ def make(device, h_dtype=torch.float32, g_dtype=torch.float32):
 def test_kernel_equals_reference_bit_for_bit(h_dtype, g_dtype, device):
     hessians, grads = make(device, h_dtype, g_dtype)
     want = [h.clone() for h in hessians]
-    hessian_ema(hessians, grads, beta2=0.99, scale=3.0, backend="triton")
-    hessian_ema(want, grads, beta2=0.99, scale=3.0, backend="reference")
+    hessian_ema(hessians, grads, beta2=0.99, scale=3.0, seed=5, backend="triton")
+    hessian_ema(want, grads, beta2=0.99, scale=3.0, seed=5, backend="reference")
     assert all(torch.equal(a, b) for a, b in zip(hessians, want))
 
 
@@ -40,8 +40,8 @@ def test_against_fp64(backend, device):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("g2_weight * (g * g)", "g2_weight * g"),
-    ("beta2 * h + ", "h + "),
+    ("products = g * g", "products = g"),
+    ("beta2 * h + weight", "h + weight"),
     ("(1 - beta2) * scale", "1 - beta2"),
 ])  # fmt: skip
 def test_mutants_do_not_pass(old, new, device, tmp_path):

@@ -1,0 +1,46 @@
+"""The norm of all gradients: one read of them, against torch's norm and its clipping, which reads and writes them again."""
+
+import functools
+
+import torch
+from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+from bench._harness import Case
+from bench.bench_sophia_step import gpt2, llama_1b, lora, make_params, tiny
+from soul_kernels import TensorTable, grad_norm
+
+
+def make_case(name, shapes, device, dtype):
+    params = make_params(shapes, device, dtype)
+    grads = [p.grad for p in params]
+    moved = dtype.itemsize * sum(g.numel() for g in grads)
+
+    def check():
+        want = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().item()
+        error = abs(grad_norm(grads).item() - want) / want
+        assert error < 1e-6, f"relative error {error}"
+        return {"relative error": error}
+
+    variants = {
+        "ours": lambda: functools.partial(grad_norm, grads, table=TensorTable()),
+        "torch get_total_norm": lambda: functools.partial(get_total_norm, grads),
+        # Ours leaves the scaling to the step, which reads the gradients anyway.
+        "torch clip_grad_norm_ (and scales)": lambda: functools.partial(clip_grad_norm_, params, 1e9),
+    }
+    rates = dict.fromkeys(variants, moved) | {"torch clip_grad_norm_ (and scales)": 3 * moved}
+    return Case(f"{name}, {str(dtype)[6:]}, {dtype.itemsize} B/gradient, to clip 3 times that", variants, check, bytes=rates)
+
+
+def cases(device, quick):
+    """Functions that make the cases."""
+    if device.type == "cpu":
+        sizes = [("tiny", tiny(quick), torch.float32)]
+    else:
+        sizes = [
+            ("Llama-3.2-1B", llama_1b(), torch.bfloat16),
+            ("GPT-2 124M", gpt2(), torch.float32),
+            ("GPT-2 124M", gpt2(), torch.bfloat16),
+            ("LoRA 128 x 32,768", lora(), torch.bfloat16),
+        ]
+    for name, shapes, dtype in sizes:
+        yield functools.partial(make_case, name, shapes, device, dtype)

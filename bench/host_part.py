@@ -1,0 +1,39 @@
+"""``python -m bench.host_part``: what a LoRA step costs on the host, on any machine. It is not a step time."""
+
+import statistics
+import time
+from unittest import mock
+
+import torch
+
+from bench._harness import cpu_model
+from bench.bench_sophia_step import lora, make_params
+from soul import SOUL
+
+
+def main(rounds=200):
+    """Times ``SOUL.step`` on LoRA's 128 tensors with the launch of the kernel replaced by nothing, and prints medians."""
+    params = make_params(lora(), torch.device("cpu"), torch.bfloat16)
+    grads = [[p.grad for p in params], [p.grad.clone() for p in params]]
+    opt = SOUL(params)
+    samples = {"gradients where they were": [], "gradients at new addresses": []}
+    with (
+        mock.patch("soul_kernels._table.launch", new=lambda *args, **arguments: None),
+        mock.patch("soul_kernels.sophia_step.resolve_backend", new=lambda *args: "triton"),
+    ):
+        opt.step()
+        for number in range(rounds):
+            for name, place in zip(samples, (number % 2, (number + 1) % 2)):
+                for p, g in zip(params, grads[place]):
+                    p.grad = g
+                begun = time.perf_counter()
+                opt.step()
+                samples[name].append((time.perf_counter() - begun) * 1e6)
+    machine = f"{cpu_model()}, torch {torch.__version__}"
+    print(f"host part of a step, launch left out, not a step time: {len(params)} tensors, {machine}")
+    for name, times in samples.items():
+        print(f"  {name:<28}{statistics.median(times):8.0f} us")
+
+
+if __name__ == "__main__":
+    main()

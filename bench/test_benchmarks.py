@@ -1,0 +1,53 @@
+"""The same cases for pytest-benchmark: ``python -m pytest bench --benchmark-only``; not part of ``make test``."""
+
+import importlib
+
+import pytest
+import torch
+
+from bench.__main__ import OPS
+from bench._harness import ceilings, start, synchronize
+
+pytest.importorskip("pytest_benchmark", reason="the extra bench is not installed")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+QUICK = DEVICE.type == "cpu"
+
+
+def variants():
+    """Every variant of every case. A case is made here to learn its name and variants, and dropped again."""
+    for op in OPS:
+        for make in importlib.import_module(f"bench.bench_{op}").cases(DEVICE, QUICK):
+            case = make()
+            yield from (pytest.param(make, name, id=f"{case.name}: {name}") for name in case.variants)
+            del case
+
+
+@pytest.fixture(scope="module")
+def limits():
+    return ceilings(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def case(request):
+    """The case, made and checked once for all of its variants."""
+    torch.manual_seed(0)
+    made = request.param()
+    made.check()
+    return made
+
+
+@pytest.mark.parametrize("case, variant", variants(), indirect=["case"])
+def test_variant(case, variant, limits, benchmark):
+    call, reason = start(variant, case.variants[variant])
+    if reason:
+        pytest.skip(reason)
+
+    def timed():
+        call()
+        synchronize(DEVICE)
+
+    benchmark.group = case.name
+    benchmark.pedantic(timed, rounds=5 if QUICK else 30, warmup_rounds=1 if QUICK else 3)
+    if benchmark.stats is not None:  # None with --benchmark-disable
+        benchmark.extra_info |= case.rates(variant, benchmark.stats.stats.median * 1e3, limits)

@@ -1,0 +1,244 @@
+"""Tables of tensors on the device: addresses, sizes and chunk maps, kept from call to call and never believed blindly."""
+
+import array
+import functools
+import itertools
+import operator
+
+import torch
+
+from soul_kernels._checks import argument_error
+from soul_kernels._launch import launch, triton_dtype
+from soul_kernels.reference.rounding import salt
+
+
+class TensorTable:
+    """What a launch over many tensors needs on the device, rebuilt only where something changed.
+
+    For every bucket of tensors that one launch can serve (device, dtypes, alignment) it holds a table [roles + 2, n_tensors]
+    int64: addresses, one row a role, then element counts and noise salts; and the chunk map. An allocator hands the same
+    address out for another tensor, so `unchanged` compares every tensor's address, dtype, device, shape and strides.
+    """
+
+    def __init__(self):
+        self._roles = self._key = None
+        self.salts, self.devices, self.buckets = [], [], []
+
+    def __reduce__(self):
+        return TensorTable, ()  # a copy starts empty: addresses mean nothing to it
+
+    def unchanged(self, roles, key=None):
+        """Tells whether ``roles`` are what `rebuild` last saw; tensors that are only read may lie at other addresses.
+
+        Args:
+            roles: name -> list of tensors, or None for an absent role; entries of a list may be None, but not in the first
+                role.
+            key: whatever else the table depends on; compared with ``==``.
+        """
+        if self._key != key or self._roles != {role: tensors and len(tensors) for role, tensors in roles.items()}:
+            return False
+        tensors = list(itertools.chain.from_iterable(filter(None, roles.values())))
+        if self._absent:  # positions of None
+            if [i for i, tensor in enumerate(tensors) if tensor is None] != self._absent:
+                return False
+            tensors = [tensor for tensor in tensors if tensor is not None]
+        if not self._same_metadata(tensors):
+            return False
+        addresses = list(map(torch.Tensor.data_ptr, tensors))
+        if addresses == self._addresses:
+            return True
+        begin, end = self._read_only
+        if addresses[:begin] != self._addresses[:begin] or addresses[end:] != self._addresses[end:]:
+            return False  # what is written to lies elsewhere: whether tensors overlap must be checked again
+        self._addresses = addresses
+        return all(bucket.take_addresses(addresses) for bucket in self.buckets)
+
+    def rebuild(self, roles, key=None, *, read_only, salts, side=()):
+        """Takes over tensors that were found to fit together.
+
+        Args:
+            roles: as in `unchanged`.
+            key: as in `unchanged`.
+            read_only: the role that is only read.
+            salts: one int a tensor, which its noise starts from; kept as an attribute.
+            side: roles that are not walked element by element, of a dtype that the kernel knows. A role that has one tensor
+                [number of tensors] in its list has a number for each.
+        """
+        self._roles = None  # nothing is known if anything below fails
+        lead = next(iter(roles.values()))
+        flat = []
+        place = {}  # role -> for each of its tensors, the place in the flat list (-1: absent) and an offset in bytes
+        for role, tensors in roles.items():
+            if role in side and tensors and len(tensors) == 1 and tensors[0].shape == (len(lead),):
+                place[role] = [(len(flat), position * tensors[0].element_size()) for position in range(len(lead))]
+                flat.append(tensors[0])
+                continue
+            place[role] = []
+            for tensor in tensors or [None] * len(lead):
+                place[role].append((-1 if tensor is None else len(flat), 0))
+                if tensor is not None:
+                    flat.append(tensor)
+        self._addresses = list(map(torch.Tensor.data_ptr, flat))
+        self._read_only = place[read_only][0][0], place[read_only][-1][0] + 1
+        columns = {}
+        for position, tensor in enumerate(lead):
+            if tensor.numel():
+                walked = {r: tensors and tensors[position] for r, tensors in roles.items() if r not in side}
+                aligned = all(t is None or t.data_ptr() % 16 == 0 for t in walked.values())
+                dtypes = tuple((role, None if t is None else t.dtype) for role, t in walked.items())
+                columns.setdefault((tensor.device, dtypes, aligned), []).append(position)
+        self.buckets = []
+        for (device, dtypes, aligned), positions in columns.items():
+            bucket = _Bucket(
+                device=device,
+                dtypes=dtypes,
+                aligned=aligned,
+                numels=tuple(lead[p].numel() for p in positions),
+                salts=[salts[p] for p in positions],
+                entries=[place[role][p] for role in roles for p in positions],
+                read_only=[place[read_only][p][0] for p in positions],
+            )
+            bucket.take_addresses(self._addresses)
+            self.buckets.append(bucket)
+        self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
+        self._guard = _guard(flat)
+        self._metadata = None if self._guard else _metadata(flat)
+        everything = itertools.chain.from_iterable(filter(None, roles.values()))
+        self._absent = [i for i, tensor in enumerate(everything) if tensor is None]
+        self._key, self.salts = key, salts
+        self._roles = {role: tensors and len(tensors) for role, tensors in roles.items()}
+
+    def forget(self):
+        """The next call of `unchanged` answers no."""
+        self._roles = None
+
+    def launch(self, kernel, *, chunk, **arguments):
+        """Launches ``kernel`` once for every bucket.
+
+        The kernel receives, beside ``arguments``: ``table_ptr``; ``chunk_tensor_ptr`` and ``chunk_piece_ptr`` [programs]
+            int32 (the
+        column of the table, and the piece of ``chunk`` elements); ``n_tensors``; ``ALIGNED``: every address is a multiple of 16
+        bytes; ``CHUNK``; and a dtype for each role that is walked: ``P_DTYPE`` for the role "p", None where it is absent.
+        """
+        for bucket in self.buckets:
+            bucket.launch(kernel, chunk=chunk, **arguments)
+
+    def _same_metadata(self, tensors):
+        if self._guard is not None:
+            return self._guard.check(*tensors)
+        return _metadata(tensors) == self._metadata
+
+
+class _Bucket:
+    """The tensors of one launch."""
+
+    def __init__(self, *, device, dtypes, aligned, numels, salts, entries, read_only):
+        self.device, self.aligned, self.numels = device, aligned, numels
+        self.dtypes = {f"{role.upper()}_DTYPE": triton_dtype(dtype) for role, dtype in dtypes}
+        self._tail = (*numels, *salts)
+        # Both always give tuples: an itemgetter of one index does not.
+        self._pick = operator.itemgetter(*(entry for entry, _ in entries), -1)
+        self._offsets = [(i, offset) for i, (_, offset) in enumerate(entries) if offset]
+        self._pick_read_only = operator.itemgetter(*read_only, read_only[0])
+        self._values = self._table = self._spare = None
+        self._captured = []  # what replays of a CUDA graph read
+        self._maps = {}
+
+    def take_addresses(self, addresses):
+        """Takes the addresses of the flat list; False where they no longer have the alignment of this bucket."""
+        if self.aligned and functools.reduce(operator.or_, self._pick_read_only(addresses)) % 16:
+            return False
+        values = [*self._pick([*addresses, 0]), *self._tail]  # entry -1: absent
+        values.pop(len(values) - len(self._tail) - 1)
+        for i, offset in self._offsets:
+            values[i] += offset
+        if values != self._values:
+            self._values, self._table = values, None
+        return True
+
+    def launch(self, kernel, *, chunk, **arguments):
+        """One launch, as `TensorTable.launch` describes it."""
+        chunk_tensor, chunk_piece = self.chunk_map(chunk)
+        if not self.aligned:  # one element an access: half a block keeps the addresses in registers
+            arguments["BLOCK"] //= 2
+        launch(
+            kernel,
+            (len(chunk_tensor),),
+            self.device,
+            table_ptr=self.on_device(),
+            chunk_tensor_ptr=chunk_tensor,
+            chunk_piece_ptr=chunk_piece,
+            n_tensors=len(self.numels),
+            ALIGNED=self.aligned,
+            CHUNK=chunk,
+            **self.dtypes,
+            **arguments,
+        )
+
+    def on_device(self):
+        """The table; uploaded where it changed, without waiting for the work that is queued on the device."""
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        table = self._table
+        if table is None:
+            host = torch.frombuffer(array.array("q", self._values), dtype=torch.int64)
+            if capturing:
+                # Nothing may be allocated on the host now; and a replay reads the buffer again, so it must not be used twice.
+                if self._spare is None:
+                    remedy = "run an eager step before the next capture"
+                    raise argument_error("CUDA graph", "one step of this optimizer in a captured graph", "another one", remedy)
+                pinned, self._spare = self._spare.copy_(host), None
+                self._captured.append(pinned)
+                table = pinned.to(self.device, non_blocking=True)
+            else:
+                table = self._table = _upload(host, self.device)
+                if self.device.type == "cuda" and self._spare is None:
+                    self._spare = torch.empty_like(host, pin_memory=True)
+        if capturing:
+            self._captured.append(table)
+        return table
+
+    def chunk_map(self, chunk):
+        """The chunk map of this bucket for pieces of ``chunk`` elements."""
+        if chunk not in self._maps:
+            self._maps[chunk] = _chunk_map(self.numels, chunk, self.device)
+        return self._maps[chunk]
+
+
+@functools.lru_cache(maxsize=64)
+def _chunk_map(numels, chunk, device):
+    """Which tensor, and which piece of it, each program works on: two int32 tensors, one entry a program.
+
+    A pure function of sizes, so it can be cached.
+    """
+    counts = torch.tensor([-(-numel // chunk) for numel in numels], device="cpu")  # whatever the default device is
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    piece = torch.arange(len(tensor), device="cpu") - first
+    return _upload(tensor.to(torch.int32), device), _upload(piece.to(torch.int32), device)
+
+
+def _upload(host, device):
+    """A copy on the device, without waiting for it: from pinned memory, which torch reuses when the device has read it."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def noise_salts(seed, tensor_ids, tensors):
+    """One salt a tensor: from the seed, and from the tensor's number or else its position."""
+    return [salt(seed, number) for number in (range(len(tensors)) if tensor_ids is None else tensor_ids)]
+
+
+def _metadata(tensors):
+    return [(t.dtype, t.device, t.shape, t.stride()) if isinstance(t, torch.Tensor) else None for t in tensors]
+
+
+def _guard(tensors):
+    """A check of dtype, device, shape and strides of all tensors in one call in C++, at an eighth of the cost in Python.
+
+    It is what torch.compile guards its graphs with, but not a public part of torch: None where it is missing or does not
+    work, and `_metadata` serves.
+    """
+    try:
+        guard = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return guard if guard.check(*tensors) is True else None
+    except Exception:
+        return None

@@ -1,0 +1,104 @@
+"""The global L2 norm of many gradients: one read of them, one launch, and a second of one program that adds up."""
+
+import torch
+
+from soul_kernels._checks import PARAM_DTYPES, argument_error, check_gradient, is_dense
+from soul_kernels._launch import chunk_of_program, chunk_pointer, launch, resolve_backend, tl, triton
+from soul_kernels._table import TensorTable, noise_salts
+from soul_kernels.reference.grad_norm import grad_norm as _reference_grad_norm
+from soul_kernels.rounding import load
+
+# Larger pieces than in the step: fewer partial sums, which one program adds up.
+CONFIG = {"chunk": 65536, "BLOCK": 2048, "num_warps": 8}
+SUM_CONFIG = {"BLOCK": 4096, "num_warps": 8}
+
+
+@triton.jit(do_not_specialize=["n_tensors"])
+def _squares_kernel(
+    table_ptr,  # [3, n_tensors] int64: addresses of g; element counts; salts (not used)
+    chunk_tensor_ptr,  # [programs] int32: the tensor of this program
+    chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
+    partial_ptr,  # [programs] fp64: the sum of squares of this piece is written here
+    n_tensors,
+    G_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 1, CHUNK)
+    g_ptr = chunk_pointer(table_ptr, tensor, start, G_DTYPE, ALIGNED)
+    lanes = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    full = count // BLOCK
+    for block in range(full):
+        g = load(g_ptr, block * BLOCK + lanes, None).to(tl.float32)
+        squares += g * g
+    if full * BLOCK < count:
+        offsets = full * BLOCK + lanes
+        g = load(g_ptr, offsets, offsets < count).to(tl.float32)
+        squares += g * g
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(squares.to(tl.float64), 0))
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _norm_kernel(
+    partial_ptr,  # [n_partials] fp64
+    norm_ptr,  # [] fp32: the square root of their sum is written here
+    n_partials,
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, n_partials, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        total += tl.load(partial_ptr + offsets, mask=offsets < n_partials, other=0.0)
+    tl.store(norm_ptr, tl.sqrt(tl.sum(total, 0)).to(tl.float32))
+
+
+@torch.no_grad()
+def grad_norm(grads, *, table=None, backend="auto"):
+    """The L2 norm of all gradients together, ``sqrt(sum_i ||g_i||^2)``, as ``torch.nn.utils.get_total_norm`` defines it.
+
+    Squares are summed in fp32 within a thread and in fp64 from there on, always in the same order: the result is the same at
+    every run. It is finite exactly if all gradients are (and their squares do not overflow fp32), so it also is the finite
+    flag.
+
+    Args:
+        grads: list of dense tensors, any shapes, fp32, bf16 or fp16, on any devices; not changed.
+        table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+
+    Returns:
+        fp32 tensor of shape () on the device of the first gradient; 0 without gradients. Nothing waits for the device.
+
+    Raises:
+        ValueError: a gradient is sparse, complex, or of a dtype that is not supported.
+    """
+    if not grads:
+        return torch.zeros((), dtype=torch.float32)
+    roles = {"g": grads}
+    table = TensorTable() if table is None else table
+    if not table.unchanged(roles):
+        table.forget()
+        for index, grad in enumerate(grads):
+            name = f"grads[{index}]"
+            if not isinstance(grad, torch.Tensor):
+                raise argument_error(name, "a tensor", type(grad).__name__, "leave it out")
+            check_gradient(name, grad)
+            if grad.dtype not in PARAM_DTYPES:
+                names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
+                raise argument_error(name, f"dtype {names}", grad.dtype, "convert it first")
+        roles = {"g": [grad if is_dense(grad) else grad.contiguous() for grad in grads]}
+        table.rebuild(roles, read_only="g", salts=noise_salts(0, None, grads))
+    if resolve_backend(backend, grads[0]) == "reference":
+        return _reference_grad_norm(grads)
+    partials = []
+    for bucket in table.buckets:
+        partials.append(torch.empty(len(bucket.chunk_map(CONFIG["chunk"])[0]), dtype=torch.float64, device=bucket.device))
+        bucket.launch(_squares_kernel, partial_ptr=partials[-1], **CONFIG)
+    device = grads[0].device
+    if not partials:  # all of them are empty
+        return torch.zeros((), device=device)
+    partial = partials[0] if len(partials) == 1 else torch.cat([p.to(device, non_blocking=True) for p in partials])
+    norm = torch.empty((), dtype=torch.float32, device=device)
+    launch(_norm_kernel, (1,), device, partial_ptr=partial, norm_ptr=norm, n_partials=len(partial), **SUM_CONFIG)
+    return norm

@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from soul import SOUL, SophiaG, curvature
+from tests.helpers import assert_close
+
+KINDS = (curvature.RetainFisher, curvature.GNB, curvature.Hutchinson)
+
+
+def quadratic(n=12):
+    """0.5 x A x with a symmetric A that is not diagonally dominant, and its parameter."""
+    root = torch.randn(n, n, dtype=torch.float64)
+    matrix = (root @ root.T / n + torch.diag(torch.linspace(-0.5, 2, n, dtype=torch.float64))).float()
+    x = torch.randn(n).requires_grad_()
+    return x, matrix, lambda: 0.5 * x @ matrix @ x
+
+
+def test_hutchinson_estimates_the_diagonal():
+    """Probes are +-1, both of them: with u always -1 the estimate is a row sum, a bug of a published class."""
+    x, matrix, loss = quadratic()
+    opt = SophiaG([x], betas=(0.9, 0.995), bias_correction=True, bs=1, backend="reference")
+    hutchinson = curvature.Hutchinson(opt, every=1)
+    for _ in range(3000):
+        hutchinson.step(loss)
+    h = opt.state[x]["hessian"]
+    assert_close(h, matrix.diagonal(), 0.1, "diagonal")  # the mean of about 400 draws of +-|off-diagonal|
+    assert (matrix.diagonal() < 0).any() == (h < 0).any()  # negative curvature is kept in h ...
+    assert x.grad is None
+    x.grad = torch.full_like(x, 1e-3)
+    before = x.detach().clone()
+    opt.param_groups[0].update(rho=1.0, weight_decay=0.0, lr=1e-2)
+    opt.step()
+    moved = (before - x.detach()) / 1e-2
+    assert (moved[h <= 0] == 1).all() and (moved > 0).all()  # ... and counts as 0: a full step downhill
+
+
+@pytest.mark.parametrize("kind", [curvature.RetainFisher, curvature.GNB])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_h_is_the_average_of_squared_gradients_of_the_closures_loss(kind, in_backward):
+    """And what the parameters' gradients were is there again afterwards."""
+    w, b = torch.randn(5, 3).requires_grad_(), torch.randn(3).requires_grad_()
+    unused = torch.randn(4).requires_grad_()
+    opt = SophiaG([w, b, unused], betas=(0.9, 0.8))
+    source = kind(opt, every=2, in_backward=in_backward)
+    w.grad = torch.ones(5, 3)
+    want = torch.zeros(5, 3)
+    refreshed = []
+    for index in range(5):
+        x = torch.randn(7, 5)
+        due = index % 2 == 0
+        if due:
+            (grad,) = torch.autograd.grad((x @ w + b).square().mean(), w)
+            want = 0.8 * want + 0.2 * grad * grad
+        refreshed.append(source.step(lambda x=x: (x @ w + b).square().mean()))
+    assert refreshed == [True, False, True, False, True]
+    assert_close(opt.state[w]["hessian"], want, 1e-5, "h")
+    assert torch.equal(w.grad, torch.ones(5, 3)) and b.grad is None
+    assert int(opt.state[w]["hessian_step"]) == 3 and unused not in opt.state
+
+
+def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
+    """B g g over draws from the model's own distribution has the mean sum x x (p - p^2) / B; true labels have another."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 6)
+    w = (torch.randn(6, 5) * 0.5).requires_grad_()
+    opt = SophiaG([w], betas=(0.9, 0.995), bias_correction=True, backend="reference")
+    gnb = curvature.GNB(opt, every=1)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss():
+        logits = x @ w
+        return torch.nn.functional.cross_entropy(logits, curvature.sample_labels(logits, generator=generator))
+
+    for _ in range(2000):
+        gnb.step(loss)
+    p = torch.softmax(x @ w.detach(), -1)
+    want = (x * x).T @ (p - p * p) / 40
+    assert_close(40 * opt.state[w]["hessian"], want, 0.12, "Gauss-Newton diagonal")
+
+
+def test_sampled_labels_follow_the_distribution():
+    """Chi-square over 20,000 draws; ignored positions stay ignored; a generator makes them reproducible."""
+    logits = torch.tensor([0.0, 1.0, 2.0, -3.0]).expand(20000, 4)
+    keep = torch.arange(20000) % 10 != 0
+    labels = curvature.sample_labels(logits, keep, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(labels, curvature.sample_labels(logits, keep, generator=torch.Generator().manual_seed(0)))
+    assert (labels[~keep] == -100).all()
+    counts = torch.bincount(labels[keep], minlength=4).double()
+    expected = torch.softmax(logits[0].double(), -1) * counts.sum()
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # p = 0.001 at 3 degrees of freedom
+
+
+def test_schedule_and_what_checkpoints_carry():
+    """A resumed run refreshes at the same steps, and h, its bias correction and its noise go on where they were."""
+
+    def run(stop_at=None):
+        torch.manual_seed(0)
+        w = torch.randn(300).requires_grad_()
+        opt = SophiaG([w], lr=1e-2, state_dtype="8bit", bias_correction=True, rho="auto")
+        source = curvature.RetainFisher(opt, every=3)
+        for index in range(8):
+            if index == stop_at:
+                saved = [opt.state_dict(), source.state_dict(), w.detach().clone()]
+                w = saved[2].requires_grad_()
+                opt = SophiaG([w])
+                source = curvature.RetainFisher(opt, every=3)
+                opt.load_state_dict(saved[0])
+                source.load_state_dict(saved[1])
+            generator = torch.Generator().manual_seed(index)
+            w.grad = torch.randn(300, generator=generator)
+            opt.step()
+            source.step(lambda generator=generator, w=w: (w * torch.randn(300, generator=generator)).sum())
+        return w
+
+    assert torch.equal(run(), run(stop_at=4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_arguments_are_named(kind):
+    w = torch.randn(3).requires_grad_()
+    with pytest.raises(ValueError, match="^optimizer: expected a SophiaG, got SOUL"):
+        kind(SOUL([w]))
+    with pytest.raises(ValueError, match="^optimizer: expected a SophiaG, got AdamW"):
+        kind(torch.optim.AdamW([w]))
+    for every in (0, 2.5):
+        with pytest.raises(ValueError, match="^every: expected an integer >= 1"):
+            kind(SophiaG([w]), every)
+
+
+def test_a_closure_that_fails_leaves_the_gradients():
+    w = torch.randn(3).requires_grad_()
+    w.grad = torch.ones(3)
+    opt = SophiaG([w])
+
+    def fails():
+        raise KeyError("no batch")
+
+    for source in (curvature.RetainFisher(opt, 1, in_backward=True), curvature.Hutchinson(opt, 1)):
+        with pytest.raises(KeyError):
+            source.step(fails)
+        assert torch.equal(w.grad, torch.ones(3)) and not opt.state
+    w.sum().backward()
+    assert not opt.state  # no hook was left behind

@@ -1,0 +1,358 @@
+"""The optimizers in two processes: DDP, FSDP2 and torch.distributed.checkpoint, over gloo on the CPU."""
+
+import copy
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from soul import SOUL, SophiaG
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+
+TIMEOUT = 120
+
+
+def run(folder, worker, *args, world=2):
+    """Calls ``worker(folder, *args)`` in ``world`` processes with a process group; returns what each of them returned.
+
+    A failed process ends the others, and its exception is raised here.
+    """
+    context = torch.multiprocessing.start_processes(
+        _start, (folder, world, worker, args), world, join=False, start_method="spawn"
+    )
+    end = time.monotonic() + TIMEOUT
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{worker.__name__} took more than {TIMEOUT} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _start(rank, folder, world, worker, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'init'}", rank=rank, world_size=world)
+    try:
+        torch.save(worker(folder, *args), folder / f"result{rank}.pt")
+        dist.barrier()
+    except dcp.api.CheckpointException as error:  # no Exception: it would not get through
+        raise RuntimeError(str(error)) from error
+    finally:
+        dist.destroy_process_group()
+
+
+class Net(torch.nn.Module):
+    """Over two processes, 7 and 5 rows make shards of unequal size, and one row leaves the second process with nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = torch.nn.Linear(6, 7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).tanh()).tanh())
+
+
+def make_net(dtype=torch.float32):
+    torch.manual_seed(1)
+    return Net().to(dtype)
+
+
+def batch(index, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 1, generator=generator).to(dtype)
+
+
+def backward(net, index, part=slice(None)):
+    x, y = (t[part] for t in batch(index, next(net.parameters()).dtype))
+    torch.nn.functional.mse_loss(net(x), y).backward()
+
+
+def train(net, opt, indices, part=slice(None)):
+    for index in indices:
+        backward(net, index, part)
+        if type(opt) is SophiaG:
+            opt.update_hessian()
+        opt.step()
+        opt.zero_grad()
+
+
+def whole(value):
+    """The value without its shards."""
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def outcome(net, opt):
+    """All that can be compared between processes and with one process: by name, whole."""
+    opt = getattr(opt, "optimizer", opt)
+    state = {}
+    for name, param in net.named_parameters():
+        name = name.removeprefix("module.")
+        state[name] = whole(param)
+        state |= {f"{name}.{key}": whole(value) for key, value in opt.state.get(param, {}).items()}
+    return {
+        "state": state,
+        "telemetry": opt.telemetry(),
+        "fraction": opt.clip_fraction(),
+        "rho": float(opt.param_groups[0]["rho"]),
+    }
+
+
+def differing(a, b, rtol=0.0, atol=0.0):
+    """Names of the tensors that differ by more than that."""
+    assert list(a) == list(b) and a
+    return [name for name in a if a[name].dtype != b[name].dtype or not torch.allclose(a[name], b[name], rtol, atol)]
+
+
+def ddp_worker(folder, cases):
+    results = []
+    part = slice(dist.get_rank(), None, 2)
+    for dtype, options in cases:
+        net = torch.nn.parallel.DistributedDataParallel(make_net(dtype))
+        opt = SOUL(net.parameters(), lr=0.01, **options)
+        train(net, opt, range(3), part)
+        results.append(outcome(net, opt))
+    return results
+
+
+def test_ddp(tmp_path):
+    """Two replicas, each with half of the data, are one process with all of it; and no noise ever drives them apart."""
+    cases = [
+        (torch.float32, {"max_grad_norm": 0.5}),
+        (torch.float32, {"rho": "auto"}),
+        (torch.bfloat16, {"param_rounding": "stochastic", "state_dtype": torch.bfloat16}),
+        (torch.bfloat16, {"param_rounding": "compensated", "state_dtype": "8bit"}),
+    ]
+    first, second = run(tmp_path, ddp_worker, cases)
+    for (dtype, options), a, b in zip(cases, first, second):
+        assert not differing(a["state"], b["state"]), options
+        assert (a["telemetry"], a["rho"]) == (b["telemetry"], b["rho"]), options
+        if dtype == torch.float32:
+            net = make_net()
+            opt = SOUL(net.parameters(), lr=0.01, **options)
+            train(net, opt, range(3))
+            one = outcome(net, opt)
+            assert not differing(a["state"], one["state"], rtol=1e-4, atol=1e-6), options
+            assert a["rho"] == pytest.approx(one["rho"], rel=1e-6), options
+
+
+def shard(net, mesh=None, **options):
+    """FSDP2: every layer, then the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh or init_device_mesh("cpu", (2,))
+    for layer in net.children():
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(net, mesh=mesh, **options)
+
+
+# With the same batch in both processes the averaged gradients are exactly those of one process.
+BOTH = {"max_grad_norm": 0.05, "rho": "auto", "bs": 8}
+SHARDED = [
+    ("all", SOUL, torch.float32, {"bs": 8}),
+    ("all", SophiaG, torch.float32, {"max_grad_norm": 0.05, "bs": 8}),
+    ("all", SophiaG, torch.float32, {"rho": "auto", "bs": 8, "bias_correction": True}),
+    ("all", SOUL, torch.float32, BOTH | {"skip_nonfinite": True, "capturable": True}),
+    ("all", SOUL, torch.bfloat16, {}),
+    # Sharded beside whole parameters, replicas of shards: each coordinate must count once in the norm and in the fraction.
+    ("some", SOUL, torch.float32, BOTH),
+    ("replicas", SOUL, torch.float32, BOTH),
+    ("replicas", SOUL, torch.bfloat16, {"param_rounding": "stochastic", "state_dtype": torch.bfloat16}),
+]
+
+
+def fsdp_worker(folder):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    results = []
+    replicas = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    for how, kind, dtype, options in SHARDED:
+        net = make_net(dtype)
+        shard(net, replicas if how == "replicas" else None, ignored_params=set(net.b.parameters()) if how == "some" else None)
+        opt = kind(net.parameters(), lr=0.01, **options)
+        train(net, opt, range(3))
+        results.append(outcome(net, opt))
+    with pytest.raises(ValueError) as error:
+        SOUL(net.parameters(), state_dtype="8bit")
+    # One process alone holds the coordinate that is not finite.
+    net = shard(make_net())
+    sizes = [param.to_local().numel() for param in net.parameters()]
+    opt = SOUL(net.parameters(), lr=0.01, skip_nonfinite=True)
+    backward(net, 0)
+    if dist.get_rank() == 0:
+        net.c.bias.grad.to_local().fill_(float("nan"))
+    before = {name: whole(param) for name, param in net.named_parameters()}
+    opt.step()
+    untouched = not differing(before, {name: whole(param) for name, param in net.named_parameters()})
+    return {
+        "results": results,
+        "sizes": sizes,
+        "refusal": str(error.value),
+        "skipped": (untouched, opt.telemetry()["skipped_steps"]),
+    }
+
+
+def test_fsdp2(tmp_path):
+    """Shards of unequal size and empty ones: states, global norm, rho and telemetry are those of one process."""
+    first, second = run(tmp_path, fsdp_worker)
+    assert first["sizes"][-1] == 1 and second["sizes"][-1] == 0 and second["sizes"][0] == 3 * 6  # of 7 rows
+    for result in (first, second):
+        assert "state_dtype: expected fp32 or bf16 for DTensors, got '8bit'; " in result["refusal"]
+        assert result["skipped"] == (True, 1)
+    for case, a, b in zip(SHARDED, first["results"], second["results"]):
+        how, kind, dtype, options = case
+        assert not differing(a["state"], b["state"]), case
+        assert (a["telemetry"], a["fraction"], a["rho"]) == (b["telemetry"], b["fraction"], b["rho"]), case
+        net = make_net(dtype)
+        opt = kind(net.parameters(), lr=0.01, **options)
+        train(net, opt, range(3))
+        one = outcome(net, opt)
+        exact = options == {"bs": 8} or (how, dtype) == ("replicas", torch.bfloat16)
+        tolerance = {} if exact else dict(rtol=1e-5, atol=1e-8) if dtype == torch.float32 else dict(rtol=3e-2, atol=1e-3)
+        low = {name for name in a["state"] if name.endswith("low_bits")}  # another noise in each shard
+        assert set(differing(a["state"], one["state"], **tolerance)) <= low, case
+        assert a["rho"] == pytest.approx(one["rho"], rel=1e-6) and (a["rho"] != 0.04) == ("rho" in options), case
+        if dtype == torch.float32:
+            assert a["fraction"] == pytest.approx(one["fraction"]) and a["fraction"][0] > 0, case
+            assert a["telemetry"]["skipped_steps"] == one["telemetry"]["skipped_steps"] == 0, case
+            norms = [result["telemetry"]["groups"][0]["update_norm"] for result in (a, one)]
+            assert norms[0] == pytest.approx(norms[1], rel=1e-5), case
+            if "max_grad_norm" in options:
+                norm = a["telemetry"]["grad_norm"]
+                assert norm == pytest.approx(one["telemetry"]["grad_norm"], rel=1e-6) and norm > options["max_grad_norm"], case
+
+
+def partial_worker(folder):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2,))
+    net = parallelize_module(torch.nn.LayerNorm(6), mesh, SequenceParallel())
+    net.extra = torch.nn.Parameter(distribute_tensor(torch.ones(3, 7), mesh, [Shard(1)]))
+    opt = SOUL(net.parameters(), lr=0.01, max_grad_norm=0.5, rho="auto")
+    for index in range(3):
+        x = distribute_tensor(batch(index)[0][None], mesh, [Shard(1)])
+        ((net(x) - x) ** 2).mean().backward()
+        (net.extra * net.extra).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    return outcome(net, opt)
+
+
+def test_gradients_with_other_placements_than_their_parameters(tmp_path):
+    """SequenceParallel leaves gradients that are still to be summed over the processes, for parameters that are replicated."""
+    first, second = run(tmp_path, partial_worker)
+    net = torch.nn.LayerNorm(6)
+    net.extra = torch.nn.Parameter(torch.ones(3, 7))
+    opt = SOUL(net.parameters(), lr=0.01, max_grad_norm=0.5, rho="auto")
+    for index in range(3):
+        x = batch(index)[0][None]
+        ((net(x) - x) ** 2).mean().backward()
+        (net.extra * net.extra).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    assert not differing(first["state"], second["state"])
+    assert not differing(first["state"], outcome(net, opt)["state"], rtol=1e-5, atol=1e-7)
+    assert first["telemetry"]["grad_norm"] == pytest.approx(opt.telemetry()["grad_norm"], rel=1e-5)
+
+
+CHECKPOINTED = [
+    (SophiaG, torch.float32, {"rho": "auto", "bs": 8, "bias_correction": True}),
+    (SOUL, torch.bfloat16, {"rho": "auto", "capturable": True}),  # low bits and noise, which depends on the step
+    (SOUL, torch.bfloat16, {"param_rounding": "stochastic", "state_dtype": torch.bfloat16}),
+]
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def state_dicts(net, opt):
+    return {"model": get_model_state_dict(net), "optim": get_optimizer_state_dict(net, opt)}
+
+
+def restore(net, opt, folder):
+    """As DCP wants it: into the state_dict of what is there."""
+    target = state_dicts(net, opt)
+    dcp.load(target, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_model_state_dict(net, target["model"])
+    set_optimizer_state_dict(net, opt, target["optim"])
+
+
+def checkpoint_worker(folder):
+    results = []
+    for number, (kind, dtype, options) in enumerate(CHECKPOINTED):
+        net = shard(make_net(dtype))
+        opt = kind(net.parameters(), lr=0.01, **options)
+        before = outcome(net, opt)
+        get_optimizer_state_dict(net, opt)
+        fresh = before, outcome(net, opt)
+        assert len(opt.state) == len(list(net.parameters()))  # DCP has made a step
+        opt = kind(net.parameters(), lr=0.01, **options)
+        train(net, opt, range(2))
+        dcp.save(state_dicts(net, opt), checkpoint_id=folder / str(number))
+        saved = outcome(net, opt)
+        full = copy.deepcopy(get_optimizer_state_dict(net, opt, options=FULL))
+        train(net, opt, range(2, 4))
+        end = outcome(net, opt)
+        net = shard(make_net(dtype))
+        opt = kind(net.parameters(), lr=0.01, **options)
+        restored = []
+        for _ in range(2):  # the second time from a state that is in use
+            restore(net, opt, folder / str(number))
+            train(net, opt, range(2, 4))
+            restored.append(outcome(net, opt))
+        results.append(dict(fresh=fresh, saved=saved, full=full, end=end, restored=restored))
+    return results
+
+
+def test_distributed_checkpoint(tmp_path):
+    """What DCP does to a fresh optimizer, a step with zero gradients and lr 0, moves nothing. A run restored into new shards,
+    or into one process, goes on as if nothing had been."""
+    first, second = run(tmp_path, checkpoint_worker)
+    for number, (case, a, b) in enumerate(zip(CHECKPOINTED, first, second)):
+        kind, dtype, options = case
+        for rank in (a, b):
+            before, after = rank["fresh"]
+            assert before["rho"] == after["rho"], case
+            for name, value in after["state"].items():
+                assert (
+                    torch.equal(value, before["state"][name]) if name in before["state"] else "step" in name or not value.any()
+                ), name
+            for restored in rank["restored"]:
+                assert not differing(restored["state"], rank["end"]["state"]), case
+                assert (restored["telemetry"]["groups"], restored["rho"]) == (
+                    rank["end"]["telemetry"]["groups"],
+                    rank["end"]["rho"],
+                ), case
+        assert differing(a["saved"]["state"], a["end"]["state"]), case
+
+        for source in ("files", "full_state_dict"):
+            net = make_net(dtype)
+            opt = kind(net.parameters(), lr=9.0, **options)
+            if source == "files":
+                restore(net, opt, tmp_path / str(number))
+            else:
+                net.load_state_dict({name: a["saved"]["state"][name] for name in net.state_dict()})
+                set_optimizer_state_dict(net, opt, a["full"], options=FULL)
+            one = outcome(net, opt)
+            assert not differing(one["state"], a["saved"]["state"]), (case, source)
+            assert one["rho"] == a["saved"]["rho"] and opt.param_groups[0]["lr"] == torch.tensor(0.01).item() or 0.01, (
+                case,
+                source,
+            )
+            if dtype == torch.float32:
+                train(net, opt, range(2, 4))
+                assert not differing(outcome(net, opt)["state"], a["end"]["state"]), (case, source)
