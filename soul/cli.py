@@ -65,7 +65,7 @@ def _parser():
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
-                     "or bfloat16, which loses most updates below lr 1e-4")  # fmt: skip
+                     "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
     _where(how)
 
     study = commands.add_parser("study", help="AdamW against SOUL on TOFU, with a small model trained from scratch")

@@ -270,7 +270,7 @@ class SophiaG(Optimizer):
             for plan, grads in plans:
                 factor = None
                 if grad_scale is not None:
-                    factor = torch.as_tensor(grad_scale, dtype=torch.float32).to(plan.device, non_blocking=True).reciprocal()
+                    factor = torch.ones((), device=plan.device) / _move(grad_scale, plan.device)
                 hessian_ema(
                     **plan.lists("hessian", "hessian_scale"),
                     grads=grads,
@@ -681,7 +681,7 @@ def _option(value, device):
 
 
 def _move(tensor, device):
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+    return tensor.to(device, non_blocking=True) if isinstance(tensor, torch.Tensor) else tensor
 
 
 def _settle(group):

@@ -91,7 +91,8 @@ def join(high, low, DTYPE: tl.constexpr):
         magnitude = (((pattern & 0x7FFF) << 8) + low.to(tl.uint32)) << 5
         value = magnitude.to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
         value = tl.where(counts, value, tl.abs(high.to(tl.float32)))
-        return tl.where(pattern > 0x7FFF, -value, value)
+        # The sign as a bit: older versions of Triton compute -0.0 as 0.0 - 0.0.
+        return (value.to(tl.uint32, bitcast=True) | (pattern >> 15 << 31)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

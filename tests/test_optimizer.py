@@ -790,3 +790,40 @@ def test_a_step_never_waits_for_the_device(options, device):
             opt.step(), opt.update_hessian()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_published_class_loads_our_checkpoint_and_goes_on():
+    params = make()
+    others = twin(params)
+    ours = SophiaG(params, lr=1e-3)
+    give_gradients(params)
+    ours.update_hessian(), ours.step()
+    others = twin(params)
+    published = PublishedSophiaG(others, lr=9.0)
+    published.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch would share the tensors
+    give_gradients(params, others)
+    ours.step(), published.step()
+    for p, q in zip(params, others):
+        assert_close(p, q, 1e-6, "p after loading")
+
+
+def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
+    """What Triton compiles for are the constants and the kinds of the arguments: numbers stay numbers, and are not looked at."""
+    seen = set()
+
+    def launch(kernel, grid, device, **arguments):
+        numbers = {"lr", "weight_decay", "rho", "bs", "beta1", "beta1_rest", "beta2", "beta2_rest", "eps"}
+        assert all(isinstance(arguments[name], float) for name in numbers)
+        constants = {name: value for name, value in arguments.items() if name not in numbers and not torch.is_tensor(value)}
+        seen.add(repr(constants))
+
+    monkeypatch.setattr("soul_kernels._table.launch", launch)
+    params = make(device, shapes=((300,),))
+    opt = SOUL(params, backend="auto")
+    for index in range(4):
+        give_gradients(params)
+        opt.param_groups[0].update(
+            lr=[1e-3, 0, 1.0, 1][index], weight_decay=[0.1, 0, 1, 2.0][index], rho=[1, 0.5, 0.04, 2][index]
+        )
+        opt.step(bs=[1, 16, 5120, 2.5][index])
+    assert len(seen) == 1
