@@ -236,7 +236,9 @@ class SophiaG(Optimizer):
             if group["clip_target"] is not None and plans:
                 self._steer(group, [plan for plan, _ in plans], skip)
         if skip is not None:
-            self._skipped = skip.double() if self._skipped is None else self._skipped + skip
+            if self._skipped is None:
+                self._skipped = torch.zeros_like(skip, dtype=torch.float64)
+            self._skipped.add_(skip)  # in place: a replay adds as well
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -410,6 +412,9 @@ class SophiaG(Optimizer):
             if not _all_fit(plans, active):
                 fresh[index] = active
             work.append((group, [(plan, plan.locals(list(map(_read_grad, plan.params)))) for plan in plans]))
+        if fresh and capturing:  # it would count its steps in memory that a replay sets back
+            remedy = "run one eager step before the capture"
+            raise argument_error("CUDA graph", "the parameters and states of the last step", "others", remedy)
         if fresh or sum(len(plans) for _, plans in work) > 1:  # one known plan is checked by the op, before it changes anything
             for index, group in enumerate(self.param_groups):
                 for position, param in enumerate(group["params"]):
@@ -500,6 +505,7 @@ class SophiaG(Optimizer):
     def _norm_and_skip(self, work):
         """The norm of the unscaled gradients, where something needs it, and whether to skip the step: fp32, 0 or 1, or None."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        skip = skip if isinstance(skip, torch.Tensor) else None  # without gradients GradScaler says 0
         norm = None
         if any(group["max_grad_norm"] is not None or group["skip_nonfinite"] for group, _ in work):
             norm = self._total_norm(work)

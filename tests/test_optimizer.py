@@ -736,6 +736,14 @@ def test_capture_refuses_what_replays_would_get_wrong(monkeypatch):
     with pytest.raises(ValueError, match="^CUDA graph: expected a gradient for every parameter, got 1 without one in group 0"):
         capturable.step()
     assert not plain.state and not capturable.state
+    resumed = SOUL(others := twin(params), capturable=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    plain.step()
+    resumed.load_state_dict(plain.state_dict())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    give_gradients(others)
+    with pytest.raises(ValueError, match="^CUDA graph: expected the parameters and states of the last step, got others"):
+        resumed.step()
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -808,7 +816,7 @@ def test_the_published_class_loads_our_checkpoint_and_goes_on():
 
 
 def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
-    """What Triton compiles for are the constants and the kinds of the arguments: numbers stay numbers, and are not looked at."""
+    """Triton compiles for constants and for kinds of arguments: numbers stay numbers, and are not looked at."""
     seen = set()
 
     def launch(kernel, grid, device, **arguments):
