@@ -27,6 +27,11 @@ def local(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def _splits(placement):
+    """Tells whether processes hold different parts (Shard, and the _StridedShard of FSDP over tensor parallelism)."""
+    return not placement.is_replicate() and not placement.is_partial()
+
+
 def place(param):
     """Where a parameter lies: its device, and how it is sharded. Parameters of one place are stepped together."""
     return (local(param).device, param.device_mesh, param.placements) if is_sharded(param) else (param.device, None, ())
@@ -63,6 +68,8 @@ class Plan:
 
     def _flatten(self, name):
         """Makes the counters of all states views of one vector, so that one addition moves them all."""
+        if len(self.states) == 1:  # nothing is moved: plans of one parameter come and go beside those of all
+            return self.states[0][name].view(1), [self.states[0][name]]
         flat = torch.stack([state[name].reshape(()) for state in self.states])
         views = list(flat.unbind())
         for state, view in zip(self.states, views):
@@ -111,13 +118,13 @@ class Plan:
         """A number for the part of the parameters that this process holds; replicas of one part have the same."""
         number = 0
         for dim, placement in enumerate(self._placements):
-            if placement.is_shard():
+            if _splits(placement):
                 number = number * self._mesh.size(dim) + self._mesh.get_local_rank(dim)
         return number
 
     def sum_over_shards(self, value):
         """Adds up, in place, a number that every process has for its own shards."""
         for dim, placement in enumerate(self._placements):
-            if placement.is_shard():
+            if _splits(placement):
                 torch.distributed.all_reduce(value, group=self._mesh.get_group(dim))
         return value

@@ -149,7 +149,7 @@ class GNB(Curvature):
 class Hutchinson(Curvature):
     """Hutchinson's estimate (Liu et al. 2023, algorithm 1): ``d = u * (H u)``, u of +-1; unbiased, may be negative.
 
-    h keeps the sign of its average, and counts as ``max(h, 0)`` where the step divides by it (8-bit states store 0). The
+    h keeps the sign of its average, and counts as ``max(h, 0)`` where the step divides by it (8-bit states are refused). The
     closure returns a loss whose operations can be differentiated twice (of the attention kernels the "math" one). The
     estimate is of the mean loss itself: use ``bs=1`` in the optimizer.
 
@@ -164,14 +164,22 @@ class Hutchinson(Curvature):
         self.generator = generator
 
     def _refresh(self, closure, params):
+        if any(group["state_dtype"] == "8bit" for group in self.optimizer.param_groups):
+            remedy = "8-bit states have no sign, and cutting negative estimates off would bias h upwards; use bf16"
+            raise argument_error("state_dtype", "fp32 or bf16 with Hutchinson's estimate", "'8bit'", remedy)
         params = [p for p in params if p.requires_grad]
         if any(is_sharded(p) for p in params):
             raise argument_error("parameters", "whole tensors", "DTensors", "use GNB: FSDP cannot differentiate twice")
         grads = torch.autograd.grad(closure(), params, create_graph=True, allow_unused=True)
-        probes = {p: self._probe(p) for p, g in zip(params, grads) if g is not None and g.requires_grad}
-        used = [(p, g) for p, g in zip(params, grads) if p in probes]
-        products = torch.autograd.grad([g for _, g in used], [p for p, _ in used], list(probes.values()), allow_unused=True)
-        for (p, _), product in zip(used, products):
+        probes = {p: self._probe(p) for p, g in zip(params, grads) if g is not None}
+        curved = [(p, g) for p, g in zip(params, grads) if g is not None and g.requires_grad]
+        products = {}
+        if curved:  # the gradient of a linear loss depends on nothing
+            inputs, outputs = zip(*curved)
+            found = torch.autograd.grad(outputs, inputs, [probes[p] for p in inputs], allow_unused=True)
+            products = dict(zip(inputs, found))
+        for p in probes:
+            product = products.get(p)
             p.grad = torch.zeros_like(p) if product is None else product
         self.optimizer.update_hessian(probes=probes)
 

@@ -14,12 +14,13 @@ from soul_kernels._checks import (
     argument_error,
     check_choice,
     check_gradient,
+    check_overlap,
     check_range,
     is_dense,
     same_layout,
 )
 from soul_kernels._launch import BACKENDS, resolve_backend
-from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, join
+from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, join, load_state
 from soul_kernels.rounding import ROUNDINGS
 from soul_kernels.sophia_step import EPS_MODES
 
@@ -62,7 +63,8 @@ class SophiaG(Optimizer):
         max_grad_norm: the gradients, all groups' together, are scaled to this L2 norm where theirs is larger, as
             ``clip_grad_norm_`` does, but within the step: they are not changed, and nothing is rounded in between.
         param_rounding: how parameters below fp32 are stored: "nearest", "stochastic" or "compensated" (8 more bits in the state
-            ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case.
+            ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case. Where
+            you write other values into a parameter, what is left in ``low_bits`` adds up to half a unit in its last place.
         state_dtype: torch.float32, torch.bfloat16 or "8bit" for both states. None: h in fp32, and m in bf16 for bf16
             parameters, else in fp32. h in bf16, and both in 8 bits, are rounded stochastically.
         backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
@@ -130,10 +132,12 @@ class SophiaG(Optimizer):
         self._places = {}  # parameter -> index of its group, and position there
         self._stepped = {}  # group index -> plans of the last step, for telemetry
         self._norm = self._skipped = None
+        self._versions = []  # of the plans' tables, when parameters were last checked for overlap
+        self._captured = set()  # plans of captured steps, whose memory replays use
         self._release = None  # the GradientRelease that steps this optimizer
 
     def __getstate__(self):
-        derived = ("_plans", "_known_states", "_places", "_stepped", "_norm", "_skipped", "_release")
+        derived = ("_plans", "_known_states", "_places", "_stepped", "_norm", "_skipped", "_versions", "_captured", "_release")
         return {name: value for name, value in super().__getstate__().items() if name not in derived}
 
     def __setstate__(self, state):
@@ -174,22 +178,34 @@ class SophiaG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if bs is not None:
-            _check_bs(bs)
-        if self._release is not None and getattr(self, "found_inf", None) is not None:
-            raise argument_error("GradScaler", "no scaler", "one", "gradients are released as they arrive: nothing can wait")
-        work = self._collect()
-        if self._release is None or any(plans for _, plans in work):
-            self._stepped = {index: [plan for plan, _ in plans] for index, (_, plans) in enumerate(work)}
-            self._run(work, bs)
+        try:
+            if bs is not None:
+                _check_bs(bs)
+            if self._release is not None:
+                self._check_released_step(bs)
+            work = self._collect(bs)
+            if self._release is None or any(plans for _, plans in work):
+                self._run(work, bs)
+                self._stepped = {index: [plan for plan, _ in plans] for index, (_, plans) in enumerate(work)}
+        except Exception:
+            for name in ("grad_scale", "found_inf"):  # GradScaler takes them back after a step that succeeds
+                self.__dict__.pop(name, None)
+            raise
         return loss
+
+    def _check_released_step(self, bs):
+        if getattr(self, "found_inf", None) is not None:
+            got = "one, and all parameters have been stepped with scaled gradients"
+            raise argument_error("GradScaler", "no scaler with gradient release", got, "train in bf16, which needs none")
+        if bs is not None:
+            raise argument_error("bs", "None with gradient release", bs, "the steps have been taken: set the groups' bs")
 
     @torch.no_grad()
     def _step_of(self, param):
         """Steps one parameter, whose gradient has just arrived, for `release_gradients`."""
         work = self._work_of(param)
         plan = work[0][1][0][0]
-        stepped = self._stepped.setdefault(self._place[param][0], [])
+        stepped = self._stepped.setdefault(self._place(param)[0], [])
         if plan in stepped:  # the first parameter of another backward pass
             stepped.clear()
         stepped.append(plan)
@@ -198,16 +214,17 @@ class SophiaG(Optimizer):
     def _run(self, work, bs=None):
         """Steps the plans in ``work``: [(group, [(plan, gradients)])]."""
         norm, skip = self._norm_and_skip(work)
-        self._norm = norm
+        calls = []
         for group, plans in work:
             for plan, grads in plans:
-                plan.telemetry.zero_()
                 in_step = self._beta2_in_step(group)
                 corrections = None
                 if group["bias_correction"]:
                     updates = plan.count("hessian_step") if in_step is None else plan.count("step") + 1
                     corrections = plan.corrections(group["betas"][1], updates)
-                sophia_step(
+                plan.telemetry.zero_()
+                call = functools.partial(
+                    sophia_step,
                     plan.locals(plan.params),
                     grads,
                     **plan.lists(),
@@ -231,6 +248,18 @@ class SophiaG(Optimizer):
                     table=plan.table,
                     backend=group["backend"],
                 )
+                calls.append(call)
+        if len(calls) > 1:
+            for call in calls:
+                call(check_only=True)
+            versions = [plan.table.version for _, plans in work for plan, _ in plans]
+            if versions != self._versions:  # the op has seen the tensors of one plan at a time
+                check_overlap({"parameters": [p for _, plans in work for plan, _ in plans for p in plan.locals(plan.params)]})
+                self._versions = versions
+        for call in calls:
+            call()
+        self._norm = norm
+        for group, plans in work:
             for plan, _ in plans:
                 plan.count("step").add_(1 if skip is None else 1 - _move(skip, plan.device))
             if group["clip_target"] is not None and plans:
@@ -238,7 +267,7 @@ class SophiaG(Optimizer):
         if skip is not None:
             if self._skipped is None:
                 self._skipped = torch.zeros_like(skip, dtype=torch.float64)
-            self._skipped.add_(skip)  # in place: a replay adds as well
+            self._skipped.add_(_move(skip, self._skipped.device))  # in place: a replay adds as well
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -266,17 +295,19 @@ class SophiaG(Optimizer):
 
     def _update_hessian(self, work, probes=None, grad_scale=None):
         skip = None
-        if any(group["skip_nonfinite"] for group, _ in work):
-            skip = self._not_finite(self._total_norm(work))
+        if grad_scale is not None or any(group["skip_nonfinite"] for group, _ in work):  # scaled gradients overflow as a matter
+            skip = self._not_finite(self._total_norm(work))  # of course, and inf would stay in h for good
+        calls = []
         for group, plans in work:
             for plan, grads in plans:
                 factor = None
                 if grad_scale is not None:
                     factor = torch.ones((), device=plan.device) / _move(grad_scale, plan.device)
-                hessian_ema(
+                call = functools.partial(
+                    hessian_ema,
                     **plan.lists("hessian", "hessian_scale"),
                     grads=grads,
-                    probes=None if probes is None else plan.locals([probes[p] for p in plan.params]),
+                    probes=None if probes is None else plan.locals([self._probe(probes, p) for p in plan.params]),
                     beta2=group["betas"][1],
                     seed=HESSIAN_NOISE + group["seed"] + plan.shard(),
                     tensor_ids=plan.tensor_ids,
@@ -286,15 +317,29 @@ class SophiaG(Optimizer):
                     table=plan.hessian_table,
                     backend=group["backend"],
                 )
+                calls.append(call)
+        if len(calls) > 1:
+            for call in calls:
+                call(check_only=True)
+        for call in calls:
+            call()
+        for _, plans in work:
             for plan, _ in plans:
                 plan.count("hessian_step").add_(1 if skip is None else 1 - _move(skip, plan.device))
+
+    def _probe(self, probes, param):
+        if param not in probes:
+            index, position = self._place(param)
+            got = f"none for parameter {position} in group {index}"
+            raise argument_error("probes", "one for every parameter with a gradient", got, "clear its gradient, or add a probe")
+        return probes[param]
 
     def clip_fraction(self):
         """Fraction of the coordinates that the last ``step()`` clipped, so that they moved by the full lr: the number to tune
         ``rho`` by. Sophia's authors advise 0.5 to 0.9. Waits for the device; with DTensors every process must call it.
 
         Returns:
-            One float a group; NaN where the last step moved nothing.
+            One float a group; NaN where the last step had no gradients, 0 where it was skipped.
         """
         return [group["clip_fraction"] for group in self.telemetry()["groups"]]
 
@@ -306,12 +351,15 @@ class SophiaG(Optimizer):
             A dict: ``groups``, for each group a dict of ``clip_fraction``, ``update_norm`` (the L2 norm of what was to be
             subtracted), ``lost_fraction`` (coordinates where rounding to nearest lost it; 0 with other roundings) and ``rho``;
             ``skipped_steps`` since the optimizer was made or loaded; and ``grad_norm``, before clipping, or None where the step
-            did not need it. NaN for a group that the last step did not move.
+            did not need it. NaN for a group without gradients in the last step.
         """
         groups = []
         for index, group in enumerate(self.param_groups):
             plans = self._stepped.get(index, [])
-            totals = sum((plan.sum_over_shards(plan.telemetry.clone()).cpu() for plan in plans), torch.zeros(3).double())
+            totals = sum(
+                (plan.sum_over_shards(plan.telemetry.clone()).cpu() for plan in plans),
+                torch.zeros(3, dtype=torch.float64, device="cpu"),
+            )
             clipped, lost, squares = totals.tolist()
             numel = sum(plan.numel for plan in plans) or float("nan")
             groups.append(
@@ -357,16 +405,17 @@ class SophiaG(Optimizer):
         """
         current = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         states = {}
+        release = self._release  # torch calls __setstate__, which forgets it
 
         def take_over(optimizer, state_dict):  # runs after the user's own hooks, on what they made of the checkpoint
             saved_groups = state_dict["param_groups"]
             if len(saved_groups) != len(current):
                 return state_dict  # torch says what is wrong
-            options = [
-                c | saved | {name: c[name] for name in ("backend", "capturable")} for c, saved in zip(current, saved_groups)
-            ]
+            options = [_merged(c, saved) for c, saved in zip(current, saved_groups)]
             for group, saved_group, merged in zip(self.param_groups, saved_groups, options):
                 _check_options(merged)
+                if release is not None:
+                    check_releasable(merged)
                 for param, key in zip(group["params"], saved_group["params"]):
                     if state_dict["state"].get(key):
                         cast = "state_dtype" not in saved_group
@@ -377,9 +426,7 @@ class SophiaG(Optimizer):
             self.state.update(states)
             for group in self.param_groups:
                 _settle(group)
-            release = self._release
             self._reset()
-            self._release = release
 
         handle = self.register_load_state_dict_pre_hook(take_over)
         place = self.register_load_state_dict_post_hook(put_in_place, prepend=True)
@@ -388,8 +435,9 @@ class SophiaG(Optimizer):
         finally:
             handle.remove()
             place.remove()
+            self._release = release
 
-    def _collect(self):
+    def _collect(self, bs=None):
         """Every group with its plans and their gradients: [(group, [(plan, gradients)])].
 
         All options are checked, and all gradients that are not those of the last call in every respect, before anything is
@@ -403,7 +451,7 @@ class SophiaG(Optimizer):
             params = group["params"]
             grads = list(map(_read_grad, params))
             if capturing:
-                self._check_capture(group, index, grads)
+                self._check_capture(group, index, grads, bs)
             plans = self._plans.get(index, ())
             if len(plans) == 1 and all(map(_is_not_none, grads)) and plans[0].fits(params):
                 work.append((group, [(plans[0], plans[0].locals(grads))]))
@@ -422,12 +470,14 @@ class SophiaG(Optimizer):
         for index, active in fresh.items():
             plans = self._plans[index] = self._make_plans(self.param_groups[index], index, active)
             work[index] = self.param_groups[index], [(p, p.locals(list(map(_read_grad, p.params)))) for p in plans]
+        if capturing:
+            self._captured.update(plan for _, plans in work for plan, _ in plans)
         return work
 
     def _work_of(self, param):
         """The same for one parameter."""
         self._check_states()
-        index, position = self._place[param]
+        index, position = self._place(param)
         group = self.param_groups[index]
         _check_options(group)
         self._check_gradient(param, index, position)
@@ -443,17 +493,23 @@ class SophiaG(Optimizer):
             self._plans.clear()
             self._known_states = states
 
-    @property
-    def _place(self):
-        """Parameter -> index of its group, and position there."""
-        if sum(len(group["params"]) for group in self.param_groups) != len(self._places):
+    def _place(self, param):
+        """Index of a parameter's group, and its position there."""
+        index, position = self._places.get(param, (0, 0))
+        params = self.param_groups[index]["params"]
+        if position >= len(params) or params[position] is not param:  # not known yet, or the groups were changed
             self._places = {}
             for index, group in reversed(list(enumerate(self.param_groups))):
                 self._places |= {p: (index, i) for i, p in reversed(list(enumerate(group["params"])))}
-        return self._places
+        return self._places[param]
 
     def _make_plans(self, group, index, params):
         first = sum(len(g["params"]) for g in self.param_groups[:index])
+        if len(params) > 1:  # counters would move to other memory than the one that replays add to
+            captured = {id(p) for plan in self._captured for p in plan.params}
+            if any(id(p) in captured for p in params):
+                remedy = "give all of them gradients, or load the optimizer's state into a new one"
+                raise argument_error("gradients", "those of the parameters in the captured step", "of others", remedy)
         places = {}
         for param in params:
             if not self.state[param]:
@@ -475,10 +531,16 @@ class SophiaG(Optimizer):
                 got, remedy = f"{param.stride()}", "do not change the memory format of a model in training"
                 raise argument_error(name, f"strides {self.state[param][key].stride()}, as its {key}", got, remedy)
 
-    def _check_capture(self, group, index, grads):
+    def _check_capture(self, group, index, grads, bs):
         """A replay repeats what is captured: options by value, and only the parameters that took part."""
         if not group["capturable"]:
             raise argument_error("capturable", "True in a CUDA graph", f"False in group {index}", "pass capturable=True")
+        for name, value in ((name, group[name]) for name in ON_DEVICE if name != "bs" or bs is None):
+            if not isinstance(value, torch.Tensor):
+                remedy = f"replays would keep it: use group[{name!r}].fill_() where it was a tensor"
+                raise argument_error(name, "a tensor in a CUDA graph", f"{value!r} in group {index}", remedy)
+        if bs is not None and not isinstance(bs, torch.Tensor):
+            raise argument_error("bs", "a tensor or None in a CUDA graph", repr(bs), "replays would keep it: fill the group's")
         missing = sum(grad is None for grad in grads)
         if missing:
             remedy = "replays would never move them: leave them out of the optimizer, or use them in the captured pass"
@@ -505,7 +567,8 @@ class SophiaG(Optimizer):
     def _norm_and_skip(self, work):
         """The norm of the unscaled gradients, where something needs it, and whether to skip the step: fp32, 0 or 1, or None."""
         scale, skip = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        skip = skip if isinstance(skip, torch.Tensor) else None  # without gradients GradScaler says 0
+        # Without gradients GradScaler says 0; otherwise it adds up the verdicts of devices or ranks.
+        skip = (skip.reshape(()) != 0).float() if isinstance(skip, torch.Tensor) else None
         norm = None
         if any(group["max_grad_norm"] is not None or group["skip_nonfinite"] for group, _ in work):
             norm = self._total_norm(work)
@@ -531,10 +594,11 @@ class SophiaG(Optimizer):
     def _steer(self, group, plans, skip):
         """Moves rho towards the clip target; not in a skipped step, nor with lr = 0, nor before there is a Hessian."""
         rho = group["rho"]
+        if not sum(plan.numel for plan in plans):
+            return
         clipped = sum(_move(plan.sum_over_shards(plan.telemetry[:1].clone()), rho.device) for plan in plans)
         change = (clipped[0] / sum(plan.numel for plan in plans) - group["clip_target"]).float()
-        lr = group["lr"]
-        change = change * (lr.to(rho.device) != 0) if isinstance(lr, torch.Tensor) else change * (lr != 0)
+        change = change * (_option(group["lr"], rho.device) != 0)
         if self._beta2_in_step(group) is None:
             change = change * (_move(plans[0].count("hessian_step").amax(), rho.device) > 0)
         if skip is not None:
@@ -580,6 +644,7 @@ class SophiaG(Optimizer):
             state["hessian_step"].fill_(float(saved.get("hessian_step", LONG_AGO if state["step"] > 0 else 0)))
         for name in STATES:
             value, scale = saved[name], f"{name}_scale"
+            values = None
             if value.shape != param.shape:
                 remedy = "load the checkpoint of this model"
                 raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
@@ -589,14 +654,19 @@ class SophiaG(Optimizer):
                     got = tuple(saved[scale].shape) if scale in saved else "none"
                     raise argument_error(f"state_dict {scale}", f"{shape} scales", got, "load the checkpoint of this model")
                 state[scale] = saved[scale].to(local(param).device, torch.float32, copy=True)
+                if not same_layout(value, param):  # groups are of neighbours in memory
+                    values = load_state(value.to(param.device), state[scale], name)
             elif state[name].dtype == torch.uint8 and cast:
-                values = torch.empty_like(param, dtype=torch.float32).copy_(value)
-                half = torch.full((param.numel(),), 0x800800, device=param.device)  # noise in the middle: to nearest
-                code, state[scale] = encode(in_memory_order(values), half, name)
-                in_memory_order(state[name]).copy_(code)
-                continue
+                values = value
             else:
                 state.pop(scale, None)
+            if values is not None:
+                values = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(values)
+                half = torch.full((param.numel(),), 0x800800, device=param.device)  # noise in the middle: to nearest
+                code, state[scale] = encode(in_memory_order(values), half, name)
+                state[name] = torch.empty_like(values, dtype=torch.uint8)
+                in_memory_order(state[name]).copy_(code)
+                continue
             dtype = (
                 state[name].dtype if cast or value.dtype not in (torch.float32, torch.bfloat16, torch.uint8) else value.dtype
             )
@@ -604,7 +674,11 @@ class SophiaG(Optimizer):
                 value
             )
         if "low_bits" in state and "low_bits" in saved:
-            state["low_bits"].copy_(saved["low_bits"])
+            low = saved["low_bits"]
+            if low.shape != param.shape or low.dtype != torch.int8:
+                got, remedy = f"{tuple(low.shape)} of {low.dtype}", "load the checkpoint of this model"
+                raise argument_error("state_dict low_bits", f"{tuple(param.shape)} of torch.int8", got, remedy)
+            state["low_bits"].copy_(low)
         return state
 
 
@@ -683,7 +757,23 @@ def _option(value, device):
         return value
     if value.device.type == "cpu" and device.type != "cpu":
         return float(value)
-    return value.to(device, torch.float32, non_blocking=True)
+    return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
+
+
+def _merged(current, saved):
+    """The options of a group and those of a checkpoint, which win but for what belongs to the machine and to the run."""
+    merged = current | saved | {name: current[name] for name in ("backend", "capturable")}
+    if "clip_target" not in saved and current["clip_target"] is not None:
+        merged["rho"] = current["rho"]  # a published checkpoint knows a fixed one only
+    return merged
+
+
+def check_releasable(group):
+    """Raises for an option that needs all gradients before the first parameter moves."""
+    for name, needs in (("max_grad_norm", "the norm of"), ("skip_nonfinite", "a look at"), ("clip_target", "the clips of")):
+        if group[name]:
+            remedy = f"it needs {needs} all gradients before the first parameter moves"
+            raise argument_error(name, "None or False with gradient release", group[name], remedy)
 
 
 def _move(tensor, device):
@@ -694,13 +784,17 @@ def _settle(group):
     """Brings the options that live on the device there."""
     device = local(group["params"][0]).device if group["params"] else torch.device("cpu")
     if group["rho"] == "auto":
-        group["rho"] = torch.tensor(RHO_AT_START)
+        group["rho"] = RHO_AT_START
         if group["clip_target"] is None:
             group["clip_target"] = 0.5
     if isinstance(group["state_dtype"], torch.dtype):  # by name: torch.distributed.checkpoint gathers no dtypes
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     for name in ON_DEVICE if group["capturable"] else ("rho",) if group["clip_target"] is not None else ():
-        group[name] = torch.as_tensor(group[name], dtype=torch.float32).reshape(()).to(device, copy=True)
+        value = group[name]
+        value = (
+            value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
+        )  # whatever the default device is
+        group[name] = value.detach().reshape(()).to(device, torch.float32, copy=True)
 
 
 def _check_dtype(name, tensor):
@@ -711,6 +805,8 @@ def _check_dtype(name, tensor):
 
 
 def _check_bs(bs):
+    if isinstance(bs, torch.Tensor) and bs.device.type != "cpu":
+        return  # its value is there, and reading it would wait
     if not bs > 0:
         raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the Hessian batch")
 
@@ -745,6 +841,8 @@ def _check_options(group):
         check_range("clip_target", group["clip_target"], high=1.0)
         if not isinstance(group["rho"], (str, torch.Tensor)):
             raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+        raise argument_error("seed", "an integer", repr(group["seed"]), "for instance 0")
     check_choice("param_rounding", group["param_rounding"], ("auto", *ROUNDINGS))
     check_choice("state_dtype", group["state_dtype"], (None, torch.float32, torch.bfloat16, "8bit", "float32", "bfloat16"))
     check_choice("eps_mode", group["eps_mode"], EPS_MODES)

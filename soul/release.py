@@ -4,7 +4,8 @@ import contextlib
 
 import torch
 
-from soul.optimizer import SophiaG
+from soul._plan import is_sharded
+from soul.optimizer import SophiaG, check_releasable
 from soul_kernels._checks import argument_error
 
 
@@ -25,7 +26,8 @@ def release_gradients(model, optimizer):
     Raises:
         ValueError: something needs all gradients at once: ``max_grad_norm`` and ``skip_nonfinite`` (a norm over all of
             them), ``rho="auto"`` (the clipped fraction of a whole step), DistributedDataParallel (it reduces gradients in
-            buckets, after the hooks); or the optimizer has parameters that are not the model's.
+            buckets, after the hooks); or the optimizer has parameters that are not the model's. A GradScaler is refused too,
+            but only in its ``step``, when parameters have already been stepped with scaled gradients: use none.
     """
     if not isinstance(optimizer, SophiaG):
         raise argument_error("optimizer", "a SophiaG or SOUL", type(optimizer).__name__, "other optimizers step all at once")
@@ -35,16 +37,19 @@ def release_gradients(model, optimizer):
     if wrapped:
         reason = "it averages gradients in buckets, after they were released; use FSDP"
         raise argument_error("model", "no DistributedDataParallel", "one", reason)
-    for index, group in enumerate(optimizer.param_groups):
-        for name, needs in (("max_grad_norm", "the norm of"), ("skip_nonfinite", "a look at"), ("clip_target", "the clips of")):
-            if group[name]:
-                remedy = f"it needs {needs} all gradients before the first parameter moves"
-                raise argument_error(name, "None or False with gradient release", f"{group[name]} in group {index}", remedy)
+    for group in optimizer.param_groups:
+        check_releasable(group)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = set(params) - set(model.parameters())
     if foreign:
         raise argument_error(
             "model", "the module of all the optimizer's parameters", f"{len(foreign)} are not in it", "pass it"
+        )
+    world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+    if world > 1 and not all(map(is_sharded, params)):
+        got = f"plain parameters in {world} processes"
+        raise argument_error(
+            "model", "one process, or sharded parameters", got, "nothing would average their gradients; use FSDP"
         )
     return GradientRelease(optimizer, params)
 

@@ -23,18 +23,25 @@ class TensorTable:
     def __init__(self):
         self._roles = self._key = None
         self.salts, self.devices, self.buckets = [], [], []
+        self.version = 0  # how often it was rebuilt
+        self._confirmed = None
+        self._captured = []  # what replays of a CUDA graph read: it must outlive every rebuild
 
     def __reduce__(self):
         return TensorTable, ()  # a copy starts empty: addresses mean nothing to it
 
-    def unchanged(self, roles, key=None):
+    def unchanged(self, roles, key=None, token=None):
         """Tells whether ``roles`` are what `rebuild` last saw; tensors that are only read may lie at other addresses.
 
         Args:
+            token: what `confirm` was given: if it is the same, the answer is yes, once.
             roles: name -> list of tensors, or None for an absent role; entries of a list may be None, but not in the first
                 role.
             key: whatever else the table depends on; compared with ``==``.
         """
+        if token is not None and token == self._confirmed:
+            self._confirmed = None
+            return True
         if self._key != key or self._roles != {role: tensors and len(tensors) for role, tensors in roles.items()}:
             return False
         tensors = list(itertools.chain.from_iterable(filter(None, roles.values())))
@@ -65,6 +72,7 @@ class TensorTable:
                 [number of tensors] in its list has a number for each.
         """
         self._roles = None  # nothing is known if anything below fails
+        self.version += 1
         lead = next(iter(roles.values()))
         flat = []
         place = {}  # role -> for each of its tensors, the place in the flat list (-1: absent) and an offset in bytes
@@ -97,6 +105,7 @@ class TensorTable:
                 salts=[salts[p] for p in positions],
                 entries=[place[role][p] for role in roles for p in positions],
                 read_only=[place[read_only][p][0] for p in positions],
+                captured=self._captured,
             )
             bucket.take_addresses(self._addresses)
             self.buckets.append(bucket)
@@ -108,9 +117,13 @@ class TensorTable:
         self._key, self.salts = key, salts
         self._roles = {role: tensors and len(tensors) for role, tensors in roles.items()}
 
+    def confirm(self, token):
+        """Spares the next call of `unchanged` with this token, which follows at once, its work."""
+        self._confirmed = token
+
     def forget(self):
         """The next call of `unchanged` answers no."""
-        self._roles = None
+        self._roles = self._confirmed = None
 
     def launch(self, kernel, *, chunk, **arguments):
         """Launches ``kernel`` once for every bucket.
@@ -132,7 +145,7 @@ class TensorTable:
 class _Bucket:
     """The tensors of one launch."""
 
-    def __init__(self, *, device, dtypes, aligned, numels, salts, entries, read_only):
+    def __init__(self, *, device, dtypes, aligned, numels, salts, entries, read_only, captured):
         self.device, self.aligned, self.numels = device, aligned, numels
         self.dtypes = {f"{role.upper()}_DTYPE": triton_dtype(dtype) for role, dtype in dtypes}
         self._tail = (*numels, *salts)
@@ -141,8 +154,9 @@ class _Bucket:
         self._offsets = [(i, offset) for i, (_, offset) in enumerate(entries) if offset]
         self._pick_read_only = operator.itemgetter(*read_only, read_only[0])
         self._values = self._table = self._spare = None
-        self._captured = []  # what replays of a CUDA graph read
-        self._maps = {}
+        self._stream = None  # on which the table was uploaded
+        self._captured = captured
+        self._maps = {}  # (chunk, stream) -> chunk map
 
     def take_addresses(self, addresses):
         """Takes the addresses of the flat list; False where they no longer have the alignment of this bucket."""
@@ -177,20 +191,21 @@ class _Bucket:
 
     def on_device(self):
         """The table; uploaded where it changed, without waiting for the work that is queued on the device."""
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        stream, capturing = _stream(self.device)
         table = self._table
-        if table is None:
+        if table is None or (stream != self._stream and not capturing):  # another stream would not wait for the upload
             host = torch.frombuffer(array.array("q", self._values), dtype=torch.int64)
             if capturing:
                 # Nothing may be allocated on the host now; and a replay reads the buffer again, so it must not be used twice.
                 if self._spare is None:
-                    remedy = "run an eager step before the next capture"
-                    raise argument_error("CUDA graph", "one step of this optimizer in a captured graph", "another one", remedy)
+                    expected = "one step a graph, with gradients laid out as their parameters"
+                    raise argument_error("CUDA graph", expected, "another table to upload", _EAGER_STEP)
                 pinned, self._spare = self._spare.copy_(host), None
                 self._captured.append(pinned)
                 table = pinned.to(self.device, non_blocking=True)
             else:
                 table = self._table = _upload(host, self.device)
+                self._stream = stream
                 if self.device.type == "cuda" and self._spare is None:
                     self._spare = torch.empty_like(host, pin_memory=True)
         if capturing:
@@ -199,16 +214,33 @@ class _Bucket:
 
     def chunk_map(self, chunk):
         """The chunk map of this bucket for pieces of ``chunk`` elements."""
-        if chunk not in self._maps:
-            self._maps[chunk] = _chunk_map(self.numels, chunk, self.device)
-        return self._maps[chunk]
+        stream, capturing = _stream(self.device)
+        if capturing:  # a capture begins on a device that is idle: the map of any stream has arrived
+            maps = [made for (size, _), made in self._maps.items() if size == chunk]
+            if not maps:
+                raise argument_error("CUDA graph", "the options of the last step", "others", _EAGER_STEP)
+            self._captured.append(maps[0])
+            return maps[0]
+        if (chunk, stream) not in self._maps:
+            self._maps[chunk, stream] = _chunk_map(self.numels, chunk, self.device, stream)
+        return self._maps[chunk, stream]
+
+
+_EAGER_STEP = "run one eager step before the capture"
+
+
+def _stream(device):
+    """The current stream of a device, as a number, and whether it is being captured."""
+    if device.type != "cuda":
+        return None, False
+    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=64)
-def _chunk_map(numels, chunk, device):
+def _chunk_map(numels, chunk, device, stream=None):
     """Which tensor, and which piece of it, each program works on: two int32 tensors, one entry a program.
 
-    A pure function of sizes, so it can be cached.
+    A pure function of sizes, so it can be cached; for each stream, because another would not wait for the upload.
     """
     counts = torch.tensor([-(-numel // chunk) for numel in numels], device="cpu")  # whatever the default device is
     tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)

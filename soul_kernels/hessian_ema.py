@@ -129,6 +129,7 @@ def hessian_ema(
     grad_factor=None,
     skip=None,
     table=None,
+    check_only=False,
     backend="auto",
 ):
     """Updates the diagonal Hessian estimate in place: ``h = beta2 * h + (1 - beta2) * scale * g * g``.
@@ -152,6 +153,7 @@ def hessian_ema(
         grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
         skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
+        check_only: check all arguments and prepare the ``table``, and change nothing.
         backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
 
     Raises:
@@ -164,7 +166,8 @@ def hessian_ema(
     roles = {"h": hessians, "g": grads, "u": probes, "h_scale": hessian_scales, "step": None if steps is None else [steps]}
     key = (seed, tensor_ids)
     table = TensorTable() if table is None else table
-    if not table.unchanged(roles, key):
+    token = (*map(id, (hessians, grads, probes, hessian_scales, steps)), key)
+    if not table.unchanged(roles, key, token):
         table.forget()
         lists = {"hessians": hessians, "grads": grads} | ({} if probes is None else {"probes": probes})
         dtypes = {"hessians": STATE_DTYPES, "grads": PARAM_DTYPES, "probes": PARAM_DTYPES}
@@ -176,7 +179,12 @@ def hessian_ema(
     check_on_device("grad_factor", grad_factor, table.devices)
     check_on_device("skip", skip, table.devices)
     check_on_device("steps", steps, table.devices, numel=len(hessians))
-    if resolve_backend(backend, hessians[0]) == "reference":
+    backend = resolve_backend(backend, hessians[0])
+    if check_only:
+        if roles["g"] is grads and roles["u"] is probes:  # copies do not outlive this call
+            table.confirm(token)
+        return
+    if backend == "reference":
         _reference_hessian_ema(
             hessians, grads, beta2=beta2, scale=scale, probes=probes, hessian_scales=hessian_scales,
             salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip,
@@ -194,5 +202,7 @@ def hessian_ema(
 
 
 def match_layout(grads, leaders):
-    """The gradients, copied where a gradient's strides differ from its leader's."""
+    """The gradients, copied where a gradient's strides differ from its leader's; the same list where none does."""
+    if all(map(same_layout, grads, leaders)):
+        return grads
     return [g if same_layout(g, lead) else torch.empty_like(lead, dtype=g.dtype).copy_(g) for g, lead in zip(grads, leaders)]

@@ -75,7 +75,12 @@ def split(x, noise, DTYPE: tl.constexpr):
     """fp32 -> a 16-bit number and the next 8 bits of a 24-bit weight."""
     BELOW: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
     weight = (_words(x, DTYPE) + (noise >> (32 - BELOW))) >> BELOW
-    return _assemble((weight + 0x80) >> 8, x, DTYPE), weight.to(tl.int8)  # the low byte is what was rounded away, signed
+    high = (weight + 0x80) >> 8
+    if DTYPE == tl.float16:
+        tiny = weight < 0x80
+        high = tl.where(tiny, (weight + ((noise >> 16) & 0xFF)) >> 8, high)
+        weight = tl.where(tiny, 0, weight)
+    return _assemble(high, x, DTYPE), weight.to(tl.int8)  # the low byte is what was rounded away, signed
 
 
 @triton.jit

@@ -242,6 +242,7 @@ def sophia_step(
     skip=None,
     telemetry=None,
     table=None,
+    check_only=False,
     backend="auto",
 ):
     """One Sophia step in place. Per element, in fp32, rounded once to the storage of each tensor::
@@ -291,6 +292,7 @@ def sophia_step(
             they move by the full lr), the number of coordinates whose update was lost to rounding to nearest, and the squared
             norm of ``lr * (...)``. None: not counted.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
+        check_only: check all arguments and prepare the ``table``, and change nothing.
         backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
 
     Raises:
@@ -316,7 +318,8 @@ def sophia_step(
     }  # fmt: skip
     key = (seed, tensor_ids, param_rounding)
     table = TensorTable() if table is None else table
-    if not table.unchanged(roles, key):
+    token = (*map(id, (params, grads, exp_avgs, hessians, low_bits, exp_avg_scales, hessian_scales, steps, corrections)), key)
+    if not table.unchanged(roles, key, token):
         table.forget()
         _check_tensors(params, grads, exp_avgs, hessians, low_bits, param_rounding)
         check_scales("exp_avg_scales", exp_avg_scales, "exp_avgs", exp_avgs)
@@ -333,7 +336,12 @@ def sophia_step(
     check_on_device("steps", steps, table.devices, numel=len(params))
     check_on_device("corrections", corrections, table.devices, numel=len(params))
     check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
-    if resolve_backend(backend, params[0]) == "reference":
+    backend = resolve_backend(backend, params[0])
+    if check_only:
+        if roles["g"] is grads:  # copies do not outlive this call
+            table.confirm(token)
+        return
+    if backend == "reference":
         _reference_sophia_step(
             params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
             beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,

@@ -127,6 +127,21 @@ def test_bad_arguments_are_named(kind):
             kind(SophiaG([w]), every)
 
 
+def test_hutchinson_of_a_linear_loss_and_in_8_bits():
+    linear, curved = torch.ones(3).requires_grad_(), torch.ones(3).requires_grad_()
+    opt = SophiaG([linear, curved], betas=(0.9, 0.5))
+    source = curvature.Hutchinson(opt, every=1)
+    for _ in range(2):
+        source.step(lambda: linear.sum() + (curved**2).sum())
+        source.step(lambda: linear.sum() + curved.sum())
+    assert int(opt.state[linear]["hessian_step"]) == 4 and not opt.state[linear]["hessian"].any()
+    assert_close(
+        opt.state[curved]["hessian"], torch.full((3,), 2 * (0.25 + 0.0625)), 1e-6, "h, halved where nothing was curved"
+    )
+    with pytest.raises(ValueError, match="^state_dtype: expected fp32 or bf16 with Hutchinson's estimate, got '8bit'"):
+        curvature.Hutchinson(SophiaG([curved], state_dtype="8bit"), every=1).step(lambda: (curved**2).sum())
+
+
 def test_a_closure_that_fails_leaves_the_gradients():
     w = torch.randn(3).requires_grad_()
     w.grad = torch.ones(3)

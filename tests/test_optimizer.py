@@ -4,7 +4,7 @@ import io
 import pytest
 import torch
 
-from soul import SOUL, SophiaG
+from soul import SOUL, SophiaG, curvature
 from soul_kernels.reference.rounding import load_state
 from tests import tolerances as tol
 from tests.helpers import assert_close
@@ -835,3 +835,172 @@ def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
         )
         opt.step(bs=[1, 16, 5120, 2.5][index])
     assert len(seen) == 1
+
+
+def scaled(opt, params, grad_scale, found_inf):
+    """A step as GradScaler calls it."""
+    opt.grad_scale, opt.found_inf = torch.tensor(grad_scale), torch.tensor(found_inf)
+    opt.step()
+    del opt.grad_scale, opt.found_inf
+
+
+def test_verdicts_of_several_devices_or_ranks_are_one_verdict():
+    """GradScaler adds them up: 2.0, in one element or none, is a skipped step, and one of them."""
+    params = make()
+    opt = SOUL(params, lr=1e-3, rho="auto")
+    give_gradients(params)
+    opt.step()
+    before = copy.deepcopy(opt.state_dict())
+    for found in (2.0, [1.0], 1.0):
+        scaled(opt, params, 4.0, found)
+    after = opt.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for index, state in after["state"].items():
+        assert all(torch.equal(value, before["state"][index][name]) for name, value in state.items())
+    assert opt.telemetry()["skipped_steps"] == 3
+
+
+def test_a_refused_step_leaves_nothing_of_the_scaler():
+    """torch multiplies by a grad_scale that it finds."""
+    (param,) = params = make(shapes=((5,),))
+    opt = SOUL(params, lr=1e-3)
+    param.grad = torch.ones(5)
+    opt.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match="^rho"):
+        scaled(opt, params, 65536.0, 0.0)
+    opt.param_groups[0]["rho"] = 1.0
+    opt.step()
+    assert_close(opt.state[param]["exp_avg"], torch.full((5,), 0.1), 1e-6, "m")
+
+
+def test_scaled_gradients_that_overflow_do_not_stay_in_the_hessian():
+    (param,) = params = make(shapes=((5,),))
+    opt = SophiaG(params)
+    for value, count in ((3.0 * 1024, 1), (float("inf"), 1), (3.0 * 1024, 2)):
+        param.grad = torch.full((5,), value)
+        opt.update_hessian(grad_scale=torch.tensor(1024.0))
+        assert int(opt.state[param]["hessian_step"]) == count
+    assert_close(opt.state[param]["hessian"], torch.full((5,), 9 * (1 - 0.99**2)), 1e-5, "h")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda a, b, opt: setattr(b, "data", torch.zeros(3, 2)), "shape"),  # the gradient's is another
+    (lambda a, b, opt: setattr(b, "data", a.data[1:7]), "memory of its own"),
+    (lambda a, b, opt: opt.param_groups[1].update(param_rounding="stochastic"), "low_bits: expected None"),
+    (lambda a, b, opt: opt.param_groups[1].update(seed=1.5), "seed: expected an integer, got 1.5"),
+], ids=["shape", "memory", "rounding", "seed"])  # fmt: skip
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_an_error_in_one_group_comes_before_another_moves(spoil, message, backend):
+    a, b = (torch.randn(n).bfloat16().requires_grad_() for n in (8, 6))
+    opt = SophiaG([{"params": [a]}, {"params": [b]}], lr=1e-2, backend=backend)
+    give_gradients([a, b])
+    opt.step()
+    spoil(a, b, opt)
+    kept = [a.detach().clone(), copy.deepcopy(opt.state_dict()["state"][0])]
+    for call in (opt.step, opt.update_hessian):
+        if call == opt.update_hessian and not message.startswith("seed"):
+            continue  # of the parameters it needs the gradients only
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"probes: expected one .* got none for parameter 0 in group 1|shape|memory|seed"):
+        opt.update_hessian(probes={a: torch.ones(8)})
+    assert torch.equal(a, kept[0]) and all(torch.equal(opt.state[a][n], v) for n, v in kept[1].items())
+
+
+def test_8_bit_states_load_into_another_memory_format():
+    """Groups are of neighbours in memory: codes that were copied by index would meet the wrong scales."""
+    params = make(shapes=((4, 6, 5, 7),))
+    opt = SOUL(params, state_dtype="8bit")
+    params[0].grad = torch.randn(4, 6, 5, 7) * torch.logspace(-4, 0, 6)[:, None, None]
+    opt.step()
+    (other,) = others = [params[0].detach().to(memory_format=torch.channels_last).requires_grad_()]
+    loaded = SOUL(others)
+    loaded.load_state_dict(opt.state_dict())
+    for name in ("exp_avg", "hessian"):
+        got, want = (
+            load_state(o.state[p][name], o.state[p][f"{name}_scale"], name) for o, p in ((loaded, other), (opt, params[0]))
+        )
+        assert_close(got, want, 0.04, name)
+
+
+def test_a_published_checkpoint_leaves_rho_auto():
+    params = make()
+    published = PublishedSophiaG(params, lr=1e-3, rho=0.5)
+    opt = SophiaG(twin(params), rho="auto", clip_target=0.3)
+    opt.load_state_dict(published.state_dict())
+    group = opt.param_groups[0]
+    assert group["clip_target"] == 0.3 and group["rho"].item() == pytest.approx(0.04) and group["lr"] == 1e-3
+
+
+def test_low_bits_of_another_model_are_refused():
+    params = make(dtype=BRAIN)
+    opt = SOUL(params)
+    give_gradients(params)
+    opt.step()
+    checkpoint = copy.deepcopy(opt.state_dict())
+    checkpoint["state"][0]["low_bits"] = torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"^state_dict low_bits: expected \(40, 5\) of torch.int8, got \(3,\)"):
+        opt.load_state_dict(checkpoint)
+
+
+def test_small_things_that_once_broke(device):
+    empty = SOUL([torch.zeros(0, device=device).requires_grad_()], rho="auto")
+    empty.param_groups[0]["params"][0].grad = torch.zeros(0, device=device)
+    empty.step()
+    assert empty.param_groups[0]["rho"].isfinite()  # 0 of 0 coordinates were clipped
+    for backend in ("auto", "reference"):
+        scalar = torch.tensor(1.0, device=device, requires_grad=True)
+        scalar.grad = torch.ones_like(scalar)
+        SOUL([scalar], lr=torch.tensor([0.1]), backend=backend).step()  # one element is one number
+        assert scalar.shape == () and scalar < 1
+    model = torch.nn.Linear(3, 3, device=device)
+    opt = SophiaG(model.parameters(), rho=0.5)
+    opt.param_groups[0]["params"][0] = model.weight = torch.nn.Parameter(torch.ones(3, 3, device=device))
+    curvature.RetainFisher(opt, every=1, in_backward=True).step(lambda: model(torch.ones(2, 3, device=device)).square().sum())
+    assert opt.state[model.weight]["hessian"].any()
+
+
+def test_another_default_device_changes_nothing():
+    """torch.set_default_device: scalars that are made on the way must not go there."""
+    outcomes = []
+    for default in ("cpu", "meta"):
+        torch.manual_seed(0)
+        for backend in ("auto", "reference"):
+            params = make(dtype=BRAIN)
+            give_gradients(params)
+            torch.set_default_device(default)
+            try:
+                opt = SophiaG(params, rho="auto", capturable=True, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+                opt.update_hessian(), opt.step()
+                outcomes.append((default, backend, opt.telemetry(), [p.detach().clone() for p in params]))
+            finally:
+                torch.set_default_device("cpu")
+    for (_, _, a, p), (_, _, b, q) in zip(outcomes[:2], outcomes[2:]):
+        assert a == b and all(torch.equal(x, y) for x, y in zip(p, q))
+
+
+def test_what_a_capture_uses_stays_where_it_is(monkeypatch):
+    """Eager calls between replays must not move the counters, nor drop the plans, that the graph goes on writing to."""
+    params = make()
+    opt = SophiaG(params, capturable=True)
+    give_gradients(params)
+    opt.update_hessian(), opt.step()
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    capturing[0] = True
+    opt.step()
+    opt.param_groups[0]["lr"], lr = 0.5, opt.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="^lr: expected a tensor in a CUDA graph, got 0.5 in group 0"):
+        opt.step()
+    opt.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match="^bs: expected a tensor or None in a CUDA graph, got 7"):
+        opt.step(bs=7)
+    capturing[0] = False
+    addresses = [state[name].data_ptr() for state in opt.state.values() for name in ("step", "hessian_step")]
+    curvature.RetainFisher(opt, every=1, in_backward=True).step(lambda: sum(p.sum() for p in params))
+    assert addresses == [state[name].data_ptr() for state in opt.state.values() for name in ("step", "hessian_step")]
+    params[0].grad = None  # another set of parameters would need counters of its own
+    with pytest.raises(ValueError, match="^gradients: expected those of the parameters in the captured step"):
+        opt.step()
+    assert addresses == [state[name].data_ptr() for state in opt.state.values() for name in ("step", "hessian_step")]

@@ -85,7 +85,7 @@ def test_hessian_passes_pause_it_and_hold_no_gradients():
 
 
 @pytest.mark.parametrize("options, message", [
-    ({"max_grad_norm": 1.0}, "max_grad_norm: expected None or False with gradient release, got 1.0 in group 0; it needs"),
+    ({"max_grad_norm": 1.0}, "max_grad_norm: expected None or False with gradient release, got 1.0; it needs"),
     ({"skip_nonfinite": True}, "skip_nonfinite: expected None or False with gradient release"),
     ({"rho": "auto"}, "clip_target: expected None or False with gradient release"),
 ])  # fmt: skip
@@ -95,6 +95,34 @@ def test_refuses_what_needs_all_gradients(options, message):
         release_gradients(model, SOUL(model.parameters(), **options))
     loss_of(model, 0).backward()
     assert alive(model) == len(list(model.parameters()))  # no hook was left behind
+
+
+def test_is_kept_when_a_checkpoint_is_loaded():
+    """Accelerate's prepare() loads one. Curvature must go on pausing the release, or it would train on its own batch."""
+    model = build()
+    opt = SophiaG(model.parameters(), lr=1e-3)
+    release_gradients(model, opt)
+    loss_of(model, 0).backward()
+    opt.load_state_dict(opt.state_dict())
+    kept = [p.detach().clone() for p in model.parameters()]
+    curvature.RetainFisher(opt, every=1).step(lambda: loss_of(model, 1))
+    assert all(torch.equal(p, k) for p, k in zip(model.parameters(), kept))
+    assert all(int(opt.state[p]["step"]) == int(opt.state[p]["hessian_step"]) == 1 for p in model.parameters())
+    clipping = SophiaG(build().parameters(), max_grad_norm=1.0).state_dict()
+    with pytest.raises(ValueError, match="^max_grad_norm: expected None or False with gradient release"):
+        opt.load_state_dict(clipping)
+    with pytest.raises(ValueError, match="^optimizer: expected one whose gradients are not released"):
+        release_gradients(model, opt)
+
+
+def test_refuses_replicas(monkeypatch):
+    """Of a DDP module's inner module one cannot see that it is one; but no plain parameter has a place in many processes."""
+    model = build()
+    opt = SOUL(model.parameters())
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match="^model: expected one process, or sharded parameters, got plain parameters in 2"):
+        release_gradients(model, opt)
 
 
 def test_refuses_scalers_foreign_parameters_and_doing_it_twice():
@@ -109,5 +137,8 @@ def test_refuses_scalers_foreign_parameters_and_doing_it_twice():
         release_gradients(model, opt)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss_of(model, 0)).backward()
-    with pytest.raises((ValueError, AssertionError)):  # ours, or the scaler's own, that there is no gradient
+    with pytest.raises(ValueError, match="^GradScaler: expected no scaler with gradient release"):
         scaler.step(opt)
+    opt.step()  # what the scaler had left is gone
+    with pytest.raises(ValueError, match="^bs: expected None with gradient release"):
+        opt.step(bs=8)

@@ -127,7 +127,8 @@ def test_24_bit_weights(dtype):
     noise = random_words(x.numel())
     high, low = split(x, noise, dtype)
     both = join(high, low)
-    kept = high != 0  # what rounds to 0 has no low bits: less than half the smallest subnormal number
+    smallest = torch.tensor(1, dtype=torch.int16).view(dtype).double()
+    kept = x.abs() > 0.51 * smallest  # below, it is 0 or the smallest number, without low bits
     assert kept.double().mean() > 0.8
     x, noise, high, low, both = x[kept], noise[kept], high[kept], low[kept], both[kept]
     ulp = (torch.nextafter(high.abs(), torch.tensor(INF, dtype=dtype)) - high.abs()).double()
@@ -140,6 +141,15 @@ def test_24_bit_weights(dtype):
     value = from_bits(bits(torch.tensor([0.0199])) & ~0x7)  # a multiple of what the words resolve
     high, low = split(value.expand(len(words)).contiguous(), words, dtype)
     assert join(high, low).double().mean().item() == pytest.approx(value.item(), rel=1e-9 if dtype == BRAIN else 1e-6)
+
+
+def test_fp16_weights_leave_zero():
+    """Half the smallest number is 3e-8: steps below it would never leave 0 if they were rounded to nearest."""
+    words = torch.arange(2**16) << 8  # both fields that count, in all combinations of their upper bits
+    for value in (2.0**-27, -(2.0**-26), 2.0**-32):
+        high, low = split(torch.full((2**16,), value), words, HALF)
+        assert join(high, low).double().mean().item() == pytest.approx(value, rel=1e-6)
+        assert set(high.abs().unique().tolist()) == {0.0, 2.0**-24}
 
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF])

@@ -13,7 +13,10 @@ def sophia_step(
     """``soul_kernels.sophia_step`` in plain PyTorch: fp32 inside, one rounding on the way out; mutates all but grads."""
     if skip is not None and skip.item():
         return
-    lr, weight_decay, rho, bs = (torch.as_tensor(x, dtype=torch.float32) for x in (lr, weight_decay, rho, bs))
+    lr, weight_decay, rho, bs = (
+        x.reshape(()) if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float32, device="cpu")
+        for x in (lr, weight_decay, rho, bs)
+    )
     for i, (param, grad, exp_avg, hessian) in enumerate(zip(params, grads, exp_avgs, hessians)):
         low = low_bits and low_bits[i]
         m_scale, h_scale = exp_avg_scales and exp_avg_scales[i], hessian_scales and hessian_scales[i]
