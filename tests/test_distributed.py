@@ -39,7 +39,7 @@ def run(folder, worker, *args, world=2):
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(folder / f"result{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def _start(rank, folder, world, worker, args):
@@ -277,6 +277,31 @@ CHECKPOINTED = [
     (SOUL, torch.bfloat16, {"param_rounding": "stochastic", "state_dtype": torch.bfloat16}),
 ]
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def tensor_parallel_worker(folder):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8))
+    parallelize_module(net, mesh["tensor"], {"0": ColwiseParallel()})
+    fully_shard(net, mesh=mesh["data"])
+    opt = SOUL(net.parameters(), lr=0.1, max_grad_norm=0.05, rho="auto", backend="reference")
+    net(batch(0)[0]).square().sum().backward()
+    norm = torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()]).norm().item()
+    opt.step()
+    plans = {plan.shard() for plan in opt._stepped[0]}
+    return {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "shards": sorted(plans)}
+
+
+def test_fsdp_over_tensor_parallelism(tmp_path):
+    """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
+    found = run(tmp_path, tensor_parallel_worker, world=4)
+    assert all(f["telemetry"] == found[0]["telemetry"] and f["rho"] == found[0]["rho"] for f in found)
+    assert found[0]["telemetry"]["grad_norm"] == pytest.approx(found[0]["norm"], rel=1e-6)
+    assert len({tuple(f["shards"]) for f in found}) == 4  # each draws noise of its own
 
 
 def state_dicts(net, opt):
