@@ -75,11 +75,12 @@ def split(x, noise, DTYPE: tl.constexpr):
     """fp32 -> a 16-bit number and the next 8 bits of a 24-bit weight."""
     BELOW: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
     weight = (_words(x, DTYPE) + (noise >> (32 - BELOW))) >> BELOW
-    high = (weight + 0x80) >> 8
     if DTYPE == tl.float16:
         tiny = weight < 0x80
-        high = tl.where(tiny, (weight + ((noise >> 16) & 0xFF)) >> 8, high)
+        high = (weight + tl.where(tiny, (noise >> 16) & 0xFF, 0x80)) >> 8
         weight = tl.where(tiny, 0, weight)
+    else:
+        high = (weight + 0x80) >> 8
     return _assemble(high, x, DTYPE), weight.to(tl.int8)  # the low byte is what was rounded away, signed
 
 

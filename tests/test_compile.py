@@ -1,4 +1,4 @@
-"""Every kernel, compiled for four targets without a GPU: no spills, wide accesses, and what the main loop costs on sm_90.
+"""Every kernel, compiled for four targets without a GPU: no spills in the main loop, wide accesses, and what the main loop costs on sm_90.
 
 Runs in a process of its own (``make test-compile``): the compiler cannot be used where the interpreter is on. The evidence for
 sm_90 is kept in ``compiled_kernels.json``; ``TRITON_INTERPRET=0 python -m tests.test_compile`` writes it anew.
@@ -168,7 +168,7 @@ def measure(name, target):
         assembly = compiled.asm["amdgcn"]
         spills = sum(int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", assembly))
         words = {kind: re.findall(rf"(?:global|buffer)_{kind}_dword(?:x(\d))?\b", assembly) for kind in ("load", "store")}
-        return {"spills": spills} | {
+        return {"spills": spills, "spills_in_the_loop": spills > 0} | {
             f"{kind}_bits": max((32 * int(n or 1) for n in found), default=0) for kind, found in words.items()
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -232,13 +232,11 @@ def _measure_or_error(pair):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles_without_spills_and_with_wide_accesses(name, target):
+def test_compiles_without_spills_in_the_loop_and_with_wide_accesses(name, target):
     found = measured()[name, target]
     assert isinstance(found, dict), found
-    # Other versions than the one of the evidence spill a few bytes around the rare path of a division.
-    assert found["spills"] == 0 or (triton.__version__ != EVIDENCE["triton"] and not found.get("spills_in_the_loop", True)), (
-        found
-    )
+    # Some bytes that a program spills once, around its loop, cost nothing; the evidence for sm_90 has none of them either.
+    assert not (found["spills"] and found["spills_in_the_loop"]), found
     # 16 bytes; with 64 lanes a warp, a bf16 thread of gfx942 has 8.
     least = 64 if target == "gfx942" else 128
     narrow = [kind for kind in KERNELS[name].wide if found[f"{kind}_bits"] < least]

@@ -92,12 +92,11 @@ def split(x, noise, dtype):
     """
     below = DROPPED[dtype] - 8
     weight = (_words(x, dtype) + (noise >> (32 - below))) >> below
-    high = (weight + 0x80) >> 8
+    tiny = torch.zeros_like(weight, dtype=torch.bool)
     if dtype == torch.float16:  # half the smallest number is 3e-8: what would become 0 goes up or down as chance has it
         tiny = weight < 0x80
-        high = torch.where(tiny, (weight + (noise >> 16 & 0xFF)) >> 8, high)
-        weight = torch.where(tiny, high << 8, weight)
-    return _assemble(high, x, dtype), (weight - (high << 8)).to(torch.int8)
+    high = (weight + torch.where(tiny, noise >> 16 & 0xFF, 0x80)) >> 8
+    return _assemble(high, x, dtype), torch.where(tiny, 0, weight - (high << 8)).to(torch.int8)
 
 
 def join(high, low):
