@@ -1,4 +1,4 @@
-"""Every kernel, compiled for four targets without a GPU: no spills in the main loop, wide accesses, and what the main loop costs on sm_90.
+"""Every kernel, compiled for four targets without a GPU: no spills in the main loop, wide accesses, and its cost on sm_90.
 
 Runs in a process of its own (``make test-compile``): the compiler cannot be used where the interpreter is on. The evidence for
 sm_90 is kept in ``compiled_kernels.json``; ``TRITON_INTERPRET=0 python -m tests.test_compile`` writes it anew.
