@@ -1,34 +1,31 @@
 """SophiaG and SOUL: states, groups and checkpoints. The arithmetic is in ``soul_kernels``."""
 
-import contextlib
 import functools
 import operator
 
 import torch
 from torch.optim import Optimizer
 
-from soul._plan import COUNTERS, Plan, is_sharded, local, place
-from soul_kernels import grad_norm, hessian_ema, sophia_step
-from soul_kernels._checks import (
-    PARAM_DTYPES,
-    argument_error,
-    check_choice,
-    check_gradient,
-    check_overlap,
-    check_range,
-    is_dense,
-    same_layout,
+from soul._options import (
+    ON_DEVICE,
+    check_bs,
+    check_group,
+    check_options,
+    check_param_dtype,
+    check_releasable,
+    merged_options,
+    option_on,
+    rounding_of,
+    settle_options,
 )
-from soul_kernels._launch import BACKENDS, resolve_backend
-from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, join, load_state
-from soul_kernels.rounding import ROUNDINGS
-from soul_kernels.sophia_step import EPS_MODES
+from soul._plan import COUNTERS, Plan, is_sharded, local, place
+from soul._states import STATES, Fp32Parameters, loaded_state, new_state
+from soul_kernels import grad_norm, hessian_ema, sophia_step
+from soul_kernels._checks import argument_error, check_overlap, same_layout
+from soul_kernels._launch import resolve_backend
+from soul_kernels.reference.rounding import join
 
-STATES = ("exp_avg", "hessian")
-ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that live on the device with capturable=True
-RHO_AT_START = 0.04  # of rho="auto"
 HESSIAN_NOISE = 1 << 62  # update_hessian draws other noise than step
-LONG_AGO = 1e6  # updates of a Hessian whose checkpoint does not say how many there were: no bias is left
 
 _read_grad = operator.attrgetter("grad")
 _is_not_none = functools.partial(operator.is_not, None)
@@ -153,8 +150,8 @@ class SophiaG(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, len(self.param_groups) - 1)
-            _settle(group)
+            check_group(group, len(self.param_groups) - 1)
+            settle_options(group)
         except ValueError:
             self.param_groups.pop()  # nothing is changed by a refused group
             raise
@@ -180,7 +177,7 @@ class SophiaG(Optimizer):
                 loss = closure()
         try:
             if bs is not None:
-                _check_bs(bs)
+                check_bs(bs)
             if self._release is not None:
                 self._check_released_step(bs)
             work = self._collect(bs)
@@ -228,16 +225,16 @@ class SophiaG(Optimizer):
                     plan.locals(plan.params),
                     grads,
                     **plan.lists(),
-                    lr=_option(group["lr"], plan.device),
-                    weight_decay=_option(group["weight_decay"], plan.device),
-                    rho=_option(group["rho"], plan.device),
-                    bs=_option(group["bs"] if bs is None else bs, plan.device),
+                    lr=option_on(group["lr"], plan.device),
+                    weight_decay=option_on(group["weight_decay"], plan.device),
+                    rho=option_on(group["rho"], plan.device),
+                    bs=option_on(group["bs"] if bs is None else bs, plan.device),
                     beta1=self._beta1(group),
                     beta2=in_step,
                     eps=group["eps"],
                     maximize=group["maximize"],
                     eps_mode=group["eps_mode"],
-                    param_rounding=_rounding(group),
+                    param_rounding=rounding_of(group),
                     corrections=corrections,
                     seed=group["seed"] + plan.shard(),
                     tensor_ids=plan.tensor_ids,
@@ -411,21 +408,21 @@ class SophiaG(Optimizer):
             saved_groups = state_dict["param_groups"]
             if len(saved_groups) != len(current):
                 return state_dict  # torch says what is wrong
-            options = [_merged(c, saved) for c, saved in zip(current, saved_groups)]
+            options = [merged_options(c, saved) for c, saved in zip(current, saved_groups)]
             for group, saved_group, merged in zip(self.param_groups, saved_groups, options):
-                _check_options(merged)
+                check_options(merged)
                 if release is not None:
                     check_releasable(merged)
                 for param, key in zip(group["params"], saved_group["params"]):
                     if state_dict["state"].get(key):
                         cast = "state_dtype" not in saved_group
-                        states[param] = self._load_state(param, merged, state_dict["state"][key], cast)
+                        states[param] = loaded_state(param, merged, self._counters(merged), state_dict["state"][key], cast)
             return state_dict | {"param_groups": options}
 
         def put_in_place(optimizer):  # runs before the user's own hooks
             self.state.update(states)
             for group in self.param_groups:
-                _settle(group)
+                settle_options(group)
             self._reset()
 
         handle = self.register_load_state_dict_pre_hook(take_over)
@@ -447,7 +444,7 @@ class SophiaG(Optimizer):
         self._check_states()
         work, fresh = [], {}
         for index, group in enumerate(self.param_groups):
-            _check_options(group)
+            check_options(group)
             params = group["params"]
             grads = list(map(_read_grad, params))
             if capturing:
@@ -479,7 +476,7 @@ class SophiaG(Optimizer):
         self._check_states()
         index, position = self._place(param)
         group = self.param_groups[index]
-        _check_options(group)
+        check_options(group)
         self._check_gradient(param, index, position)
         plans = self._plans.get(param, ())
         if not _all_fit(plans, [param]):
@@ -513,7 +510,7 @@ class SophiaG(Optimizer):
         places = {}
         for param in params:
             if not self.state[param]:
-                self.state[param] = self._new_state(param, group)
+                self.state[param] = new_state(param, group, self._counters(group))
             places.setdefault(place(param), []).append(param)
         self._known_states = list(self.state.values())
         numbers = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
@@ -524,7 +521,7 @@ class SophiaG(Optimizer):
         if param.grad is None:
             return
         name = f"parameter {position} in group {index}"
-        _check_dtype(f"the gradient of {name}", param.grad)
+        check_param_dtype(f"the gradient of {name}", param.grad)
         resolve_backend(self.param_groups[index]["backend"], local(param))
         for key in STATES:
             if key in self.state.get(param, ()) and not same_layout(local(self.state[param][key]), local(param)):
@@ -598,88 +595,22 @@ class SophiaG(Optimizer):
             return
         clipped = sum(_move(plan.sum_over_shards(plan.telemetry[:1].clone()), rho.device) for plan in plans)
         change = (clipped[0] / sum(plan.numel for plan in plans) - group["clip_target"]).float()
-        change = change * (_option(group["lr"], rho.device) != 0)
+        change = change * (option_on(group["lr"], rho.device) != 0)
         if self._beta2_in_step(group) is None:
             change = change * (_move(plans[0].count("hessian_step").amax(), rho.device) > 0)
         if skip is not None:
             change = change * (1 - _move(skip, rho.device))
         rho.mul_(change.exp()).clamp_(1e-12, 1e12)
 
+    def _counters(self, group):
+        """Names of the counters that a state has; h refreshed in the step needs none of its own."""
+        return COUNTERS if self._beta2_in_step(group) is None else COUNTERS[:1]
+
     def _beta1(self, group):
         return group["betas"][0]
 
     def _beta2_in_step(self, group):
         return None
-
-    def _new_state(self, param, group):
-        m_dtype = h_dtype = group["state_dtype"]
-        if m_dtype is None:
-            m_dtype = torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32
-            h_dtype = torch.float32
-        elif m_dtype == "8bit":
-            m_dtype = h_dtype = torch.uint8
-        else:
-            m_dtype = h_dtype = getattr(torch, m_dtype)
-        device = local(param).device
-        counters = COUNTERS if self._beta2_in_step(group) is None else COUNTERS[:1]
-        state = {name: torch.zeros((), dtype=torch.float32, device=device) for name in counters}
-        for name, dtype in zip(STATES, (m_dtype, h_dtype)):
-            state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-            if dtype == torch.uint8:
-                state[f"{name}_scale"] = torch.zeros(-(-param.numel() // GROUP), dtype=torch.float32, device=device)
-        if _rounding(group) == "compensated" and param.dtype != torch.float32:
-            state["low_bits"] = torch.zeros_like(
-                param, dtype=torch.int8, memory_format=torch.preserve_format, requires_grad=False
-            )
-        return state
-
-    def _load_state(self, param, group, saved, cast):
-        """The states of one parameter from a checkpoint: in the dtype that they have there, or in the group's."""
-        if not all(name in saved for name in STATES):
-            got, remedy = f"{', '.join(sorted(saved))}", "is it the checkpoint of another optimizer?"
-            raise argument_error("state_dict", f"states {', '.join(STATES)}", got, remedy)
-        state = self._new_state(param, group)
-        state["step"].fill_(float(saved.get("step", 0)))
-        if "hessian_step" in state:
-            state["hessian_step"].fill_(float(saved.get("hessian_step", LONG_AGO if state["step"] > 0 else 0)))
-        for name in STATES:
-            value, scale = saved[name], f"{name}_scale"
-            values = None
-            if value.shape != param.shape:
-                remedy = "load the checkpoint of this model"
-                raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
-            if value.dtype == torch.uint8:
-                shape = (-(-param.numel() // GROUP),)
-                if scale not in saved or saved[scale].shape != shape:
-                    got = tuple(saved[scale].shape) if scale in saved else "none"
-                    raise argument_error(f"state_dict {scale}", f"{shape} scales", got, "load the checkpoint of this model")
-                state[scale] = saved[scale].to(local(param).device, torch.float32, copy=True)
-                if not same_layout(value, param):  # groups are of neighbours in memory
-                    values = load_state(value.to(param.device), state[scale], name)
-            elif state[name].dtype == torch.uint8 and cast:
-                values = value
-            else:
-                state.pop(scale, None)
-            if values is not None:
-                values = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(values)
-                half = torch.full((param.numel(),), 0x800800, device=param.device)  # noise in the middle: to nearest
-                code, state[scale] = encode(in_memory_order(values), half, name)
-                state[name] = torch.empty_like(values, dtype=torch.uint8)
-                in_memory_order(state[name]).copy_(code)
-                continue
-            dtype = (
-                state[name].dtype if cast or value.dtype not in (torch.float32, torch.bfloat16, torch.uint8) else value.dtype
-            )
-            state[name] = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False).copy_(
-                value
-            )
-        if "low_bits" in state and "low_bits" in saved:
-            low = saved["low_bits"]
-            if low.shape != param.shape or low.dtype != torch.int8:
-                got, remedy = f"{tuple(low.shape)} of {low.dtype}", "load the checkpoint of this model"
-                raise argument_error("state_dict low_bits", f"{tuple(param.shape)} of torch.int8", got, remedy)
-            state["low_bits"].copy_(low)
-        return state
 
 
 class SOUL(SophiaG):
@@ -721,29 +652,6 @@ class SOUL(SophiaG):
         return group["betas"][1]
 
 
-class Fp32Parameters(dict, contextlib.AbstractContextManager):
-    """Parameter -> its value in fp32; as a context manager it puts the values into the parameters for a while."""
-
-    def __enter__(self):
-        if any(is_sharded(param) for param in self):
-            raise argument_error(
-                "export_fp32", "whole parameters in a with statement", "DTensors", "use the dict: values of shards"
-            )
-        self._kept = {param: param.data for param in self}
-        for param, value in self.items():
-            param.data = value
-        return self
-
-    def __exit__(self, *exception):
-        for param, value in self._kept.items():
-            param.data = value
-        del self._kept
-
-
-def _rounding(group):
-    return "compensated" if group["param_rounding"] == "auto" else group["param_rounding"]
-
-
 def _all_fit(plans, params):
     places = {}
     for param in params:
@@ -751,119 +659,5 @@ def _all_fit(plans, params):
     return len(places) == len(plans) and all(plan.fits(here) for plan, here in zip(plans, places.values()))
 
 
-def _option(value, device):
-    """An option as the ops take it: a number, or an fp32 tensor on the device. A tensor on the CPU is read: no waiting."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.device.type == "cpu" and device.type != "cpu":
-        return float(value)
-    return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
-
-
-def _merged(current, saved):
-    """The options of a group and those of a checkpoint, which win but for what belongs to the machine and to the run."""
-    merged = current | saved | {name: current[name] for name in ("backend", "capturable")}
-    if "clip_target" not in saved and current["clip_target"] is not None:
-        merged["rho"] = current["rho"]  # a published checkpoint knows a fixed one only
-    return merged
-
-
-def check_releasable(group):
-    """Raises for an option that needs all gradients before the first parameter moves."""
-    for name, needs in (("max_grad_norm", "the norm of"), ("skip_nonfinite", "a look at"), ("clip_target", "the clips of")):
-        if group[name]:
-            remedy = f"it needs {needs} all gradients before the first parameter moves"
-            raise argument_error(name, "None or False with gradient release", group[name], remedy)
-
-
 def _move(tensor, device):
     return tensor.to(device, non_blocking=True) if isinstance(tensor, torch.Tensor) else tensor
-
-
-def _settle(group):
-    """Brings the options that live on the device there."""
-    device = local(group["params"][0]).device if group["params"] else torch.device("cpu")
-    if group["rho"] == "auto":
-        group["rho"] = RHO_AT_START
-        if group["clip_target"] is None:
-            group["clip_target"] = 0.5
-    if isinstance(group["state_dtype"], torch.dtype):  # by name: torch.distributed.checkpoint gathers no dtypes
-        group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-    for name in ON_DEVICE if group["capturable"] else ("rho",) if group["clip_target"] is not None else ():
-        value = group[name]
-        value = (
-            value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
-        )  # whatever the default device is
-        group[name] = value.detach().reshape(()).to(device, torch.float32, copy=True)
-
-
-def _check_dtype(name, tensor):
-    check_gradient(name, tensor)
-    if tensor.dtype not in PARAM_DTYPES:
-        names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
-        raise argument_error(name, f"dtype {names}", tensor.dtype, "convert it first")
-
-
-def _check_bs(bs):
-    if isinstance(bs, torch.Tensor) and bs.device.type != "cpu":
-        return  # its value is there, and reading it would wait
-    if not bs > 0:
-        raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the Hessian batch")
-
-
-def _check_options(group):
-    for name in ON_DEVICE:
-        value = group[name]
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                raise argument_error(
-                    name, "one number", f"a tensor of {value.numel()}", f"use one parameter group for each {name}"
-                )
-            if value.device.type != "cpu":
-                continue  # its value is there, and reading it would wait
-            value = float(value)
-        if name == "bs":
-            _check_bs(value)
-        elif not isinstance(value, str):
-            check_range(name, value)
-        elif name != "rho" or value != "auto":
-            raise argument_error(
-                name, "a number" + " or 'auto'" * (name == "rho"), repr(value), "check the optimizer's arguments"
-            )
-    if len(group["betas"]) != 2:
-        raise argument_error("betas", "two numbers, of momentum and Hessian", group["betas"], "for instance (0.9, 0.95)")
-    for position, beta in enumerate(group["betas"]):
-        check_range(f"betas[{position}]", beta, high=1.0)
-    check_range("eps", group["eps"])
-    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
-        raise argument_error("max_grad_norm", "a positive number or None", group["max_grad_norm"], "None does not clip")
-    if group["clip_target"] is not None:
-        check_range("clip_target", group["clip_target"], high=1.0)
-        if not isinstance(group["rho"], (str, torch.Tensor)):
-            raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
-        raise argument_error("seed", "an integer", repr(group["seed"]), "for instance 0")
-    check_choice("param_rounding", group["param_rounding"], ("auto", *ROUNDINGS))
-    check_choice("state_dtype", group["state_dtype"], (None, torch.float32, torch.bfloat16, "8bit", "float32", "bfloat16"))
-    check_choice("eps_mode", group["eps_mode"], EPS_MODES)
-    check_choice("backend", group["backend"], BACKENDS)
-
-
-def _check_group(group, index):
-    _check_options(group)
-    for position, param in enumerate(group["params"]):
-        name = f"parameter {position} in group {index}"
-        _check_dtype(name, param)
-        if is_sharded(param):
-            _check_sharded(name, param, group)
-        if not is_dense(local(param)):
-            got = f"shape {tuple(param.shape)} with strides {param.stride()}"
-            raise argument_error(name, "dense strides (no gaps, no overlap)", got, "make it contiguous first")
-
-
-def _check_sharded(name, param, group):
-    if any(placement.is_partial() for placement in param.placements):
-        raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), "redistribute it first")
-    if group["state_dtype"] == "8bit":
-        remedy = "their groups of 256 belong to one way of sharding, and a checkpoint could not be resharded; use bf16"
-        raise argument_error("state_dtype", "fp32 or bf16 for DTensors", "'8bit'", remedy)

@@ -4,8 +4,9 @@ import contextlib
 
 import torch
 
+from soul._options import check_releasable
 from soul._plan import is_sharded
-from soul.optimizer import SophiaG, check_releasable
+from soul.optimizer import SophiaG
 from soul_kernels._checks import argument_error
 
 
