@@ -53,9 +53,8 @@ def settle_options(group):
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
     for name in ON_DEVICE if group["capturable"] else ("rho",) if group["clip_target"] is not None else ():
         value = group[name]
-        value = (
-            value if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
-        )  # whatever the default device is
+        if not isinstance(value, torch.Tensor):
+            value = torch.tensor(value, dtype=torch.float32, device="cpu")  # whatever the defaults are
         group[name] = value.detach().reshape(()).to(device, torch.float32, copy=True)
 
 

@@ -299,7 +299,7 @@ class SophiaG(Optimizer):
             for plan, grads in plans:
                 factor = None
                 if grad_scale is not None:
-                    factor = torch.ones((), device=plan.device) / _move(grad_scale, plan.device)
+                    factor = torch.ones((), dtype=torch.float32, device=plan.device) / _move(grad_scale, plan.device)
                 call = functools.partial(
                     hessian_ema,
                     **plan.lists("hessian", "hessian_scale"),

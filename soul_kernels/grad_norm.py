@@ -97,7 +97,7 @@ def grad_norm(grads, *, table=None, backend="auto"):
         bucket.launch(_squares_kernel, partial_ptr=partials[-1], **CONFIG)
     device = grads[0].device
     if not partials:  # all of them are empty
-        return torch.zeros((), device=device)
+        return torch.zeros((), dtype=torch.float32, device=device)
     partial = partials[0] if len(partials) == 1 else torch.cat([p.to(device, non_blocking=True) for p in partials])
     norm = torch.empty((), dtype=torch.float32, device=device)
     launch(_norm_kernel, (1,), device, partial_ptr=partial, norm_ptr=norm, n_partials=len(partial), **SUM_CONFIG)

@@ -960,8 +960,8 @@ def test_small_things_that_once_broke(device):
     assert opt.state[model.weight]["hessian"].any()
 
 
-def test_another_default_device_changes_nothing():
-    """torch.set_default_device: scalars that are made on the way must not go there."""
+def test_another_default_device_or_dtype_changes_nothing():
+    """torch.set_default_device and set_default_dtype, as models are loaded under: scalars on the way must not follow."""
     outcomes = []
     for default in ("cpu", "meta"):
         torch.manual_seed(0)
@@ -969,12 +969,14 @@ def test_another_default_device_changes_nothing():
             params = make(dtype=BRAIN)
             give_gradients(params)
             torch.set_default_device(default)
+            torch.set_default_dtype(BRAIN if default == "meta" else FLOAT)
             try:
                 opt = SophiaG(params, rho="auto", capturable=True, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
                 opt.update_hessian(), opt.step()
                 outcomes.append((default, backend, opt.telemetry(), [p.detach().clone() for p in params]))
             finally:
-                torch.set_default_device("cpu")
+                torch.set_default_device(None)
+                torch.set_default_dtype(FLOAT)
     for (_, _, a, p), (_, _, b, q) in zip(outcomes[:2], outcomes[2:]):
         assert a == b and all(torch.equal(x, y) for x, y in zip(p, q))
 
