@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from bench._harness import Case
-from bench.bench_sophia_step import gpt2, llama_1b, lora, make_params, tiny
+from bench.bench_sophia_step import make_params, models, tiny
 from soul_kernels import TensorTable, grad_norm
 
 
@@ -36,11 +36,6 @@ def cases(device, quick):
     if device.type == "cpu":
         sizes = [("tiny", tiny(quick), torch.float32)]
     else:
-        sizes = [
-            ("Llama-3.2-1B", llama_1b(), torch.bfloat16),
-            ("GPT-2 124M", gpt2(), torch.float32),
-            ("GPT-2 124M", gpt2(), torch.bfloat16),
-            ("LoRA 128 x 32,768", lora(), torch.bfloat16),
-        ]
+        sizes = models()
     for name, shapes, dtype in sizes:
         yield functools.partial(make_case, name, shapes, device, dtype)

@@ -55,6 +55,16 @@ def lora():
     return [(8, 4096), (4096, 8)] * 64
 
 
+def models():
+    """The models of the tables: name, shapes, dtype."""
+    return [
+        ("Llama-3.2-1B", llama_1b(), torch.bfloat16),
+        ("GPT-2 124M", gpt2(), torch.float32),
+        ("GPT-2 124M", gpt2(), torch.bfloat16),
+        ("LoRA 128 x 32,768", lora(), torch.bfloat16),
+    ]
+
+
 def tiny(quick):
     """Small tensors for a machine without a GPU."""
     return [(30, 40), (17,)] if quick else [(1000, 256), (256, 256), (256,)]
@@ -270,12 +280,7 @@ def cases(device, quick):
     if device.type == "cpu":
         sizes = [("tiny", tiny(quick), torch.float32), ("tiny", tiny(quick), torch.bfloat16)]
     else:
-        sizes = [
-            ("Llama-3.2-1B", llama_1b(), torch.bfloat16),
-            ("GPT-2 124M", gpt2(), torch.float32),
-            ("GPT-2 124M", gpt2(), torch.bfloat16),
-            ("LoRA 128 x 32,768", lora(), torch.bfloat16),
-        ]
+        sizes = models()
     for name, shapes, dtype in sizes:
         for optimizer in (SophiaG, SOUL):
             main = [dict(), dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
