@@ -61,6 +61,17 @@ def head(model):
     return layer.weight, getattr(layer, "bias", None)
 
 
+def transform(model):
+    """How the products of hidden states and head become logits, as keyword arguments of the ops: scaled and soft-capped."""
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    return {
+        "logit_scale": float(scale or 1.0) / float(divisor or 1.0),
+        "softcap": getattr(config, "final_logit_softcapping", None) or None,  # Gemma 2
+    }
+
+
 def hidden_states(model, batch):
     """Final hidden states [B, T, D], those that go into the head: after the last norm and any projection."""
     body = model.base_model

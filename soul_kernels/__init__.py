@@ -4,11 +4,30 @@ Reading ``__all__`` is reading the architecture: every op lives in the module of
 ``soul_kernels.reference`` under the same stem.
 """
 
+from soul_kernels._head_autograd import register_objective
 from soul_kernels._table import TensorTable
 from soul_kernels.grad_norm import grad_norm
 from soul_kernels.hessian_ema import hessian_ema
-from soul_kernels.linear_loss import TokenBatch, linear_logprob, linear_objective
+from soul_kernels.linear_gnb import linear_gnb
+from soul_kernels.linear_kl import linear_kl
+from soul_kernels.linear_loss import TokenBatch, linear_logprob, linear_objective, linear_statistics
+from soul_kernels.reference.kl_divergence import Divergence
+from soul_kernels.reference.token_logprob import TokenStatistics
 from soul_kernels.sophia_step import sophia_step
 
 __version__ = "0.1.0"
-__all__ = ["sophia_step", "hessian_ema", "grad_norm", "linear_logprob", "linear_objective", "TensorTable", "TokenBatch"]
+__all__ = [
+    "sophia_step",
+    "hessian_ema",
+    "grad_norm",
+    "linear_logprob",
+    "linear_objective",
+    "linear_kl",
+    "linear_gnb",
+    "linear_statistics",
+    "register_objective",
+    "Divergence",
+    "TensorTable",
+    "TokenBatch",
+    "TokenStatistics",
+]

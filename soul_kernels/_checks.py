@@ -145,3 +145,9 @@ def check_on_device(name, tensor, devices, dtype=torch.float32, numel=1):
     if devices != [tensor.device]:
         expected = " and ".join(map(str, devices))
         raise argument_error(name, f"device {expected}", tensor.device, "call once for each device, with a tensor there")
+
+
+def check_scalar(loss):
+    """Raises unless an objective has returned one number."""
+    if loss.dim() != 0:
+        raise argument_error("objective", "a loss of shape ()", f"shape {tuple(loss.shape)}", "sum over tokens and sequences")

@@ -1,19 +1,89 @@
 """The kept tokens of a batch against a language-model head, chunk by chunk: logits, statistics, gradients.
 
-What `linear_loss` is made of; nothing here knows of objectives or autograd.
+What the ops on hidden states are made of; nothing here knows of objectives or autograd.
 """
 
+import copy
 from typing import NamedTuple
 
 import torch
 
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
-from soul_kernels.token_logprob import LOGP, token_gradient, token_statistics
+from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, TokenStatistics
+from soul_kernels.token_logprob import (
+    ENTROPY,
+    HIT,
+    LOGP,
+    N_ALL,
+    N_BASIC,
+    ONE_MINUS_P,
+    ROW_MAX,
+    TOTAL,
+    VARIANCE,
+    draw_labels,
+    likeliest_statistics,
+    token_gradient,
+    token_statistics,
+)
 
 ROW_ALIGNMENT = 64  # elements; odd vocabularies (50257) would lose 16-byte accesses and the fast GEMMs
 TILE = 128  # rows; height of a GEMM tile
 # Since torch 2.10 addmm takes an fp32 summand beside low-precision factors (pytorch/pytorch#167931).
 ADDMM_TAKES_FP32 = torch.__version__ >= (2, 10)
+
+
+class Head(NamedTuple):
+    """A language-model head: logits are ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``.
+
+    Attributes:
+        weight: [V, D].
+        bias: [V] or None.
+        logit_scale: a number.
+        softcap: a number, or None: not capped.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def transform(self):
+        """Keyword arguments of the row kernels."""
+        return dict(logit_scale=self.logit_scale, softcap=self.softcap)
+
+
+class Reference(NamedTuple):
+    """A reference model, from which the divergence of some sequences is wanted.
+
+    Attributes:
+        hidden: [B, T, D'] its hidden states.
+        weight: [V, D'] its head.
+        bias: [V] or None.
+        needed: [B] bool, the sequences; where it is on the CPU, like ``rows``, the device need not be asked. None: all.
+        kind: "kl" or "soul_kl".
+        strengths: [B] fp32, how far its logit of the label is lowered, or None.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    needed: torch.Tensor | None = None
+    kind: str = "kl"
+    strengths: torch.Tensor | None = None
+
+
+class Options(NamedTuple):
+    """How to compute.
+
+    Attributes:
+        compute_dtype: of the factors of all GEMMs.
+        logits_dtype: fp32, or the compute dtype.
+        chunk_bytes: scratch memory of a chunk.
+    """
+
+    compute_dtype: torch.dtype
+    logits_dtype: torch.dtype
+    chunk_bytes: int
 
 
 class Chunk(NamedTuple):
@@ -24,41 +94,96 @@ class Chunk(NamedTuple):
     first: int
     last: int
 
+    @property
+    def part(self):
+        """Its rows, as a slice."""
+        return slice(self.start, self.stop)
+
 
 class HeadRows:
     """The kept tokens of one call.
 
     Attributes:
         x: [R, D] their hidden states, in the dtype of the GEMMs.
-        weight: [V, D] the head, in that dtype.
+        head: the `Head`, in that dtype.
         labels: [R] int64.
         indices: [R] int64, flat positions ``b * T + t``.
-        statistics: [4, R] fp32, filled chunk by chunk: see `soul_kernels.token_logprob.token_statistics`.
+        statistics: [4 or 7, R] fp32, filled chunk by chunk: see `soul_kernels.token_logprob.token_statistics`.
+        divergences: [2, R] fp32, with a reference: see `soul_kernels.kl_divergence.divergence_statistics`.
     """
 
-    def __init__(self, hidden, weight, bias, labels, rows, compute_dtype, chunk_bytes):
+    def __init__(self, hidden, head, labels, rows, options, *, reference=None, all_statistics=False):
         device = hidden.device
-        self.shape = labels.shape
+        self.shape, self.options = labels.shape, options
         self.host_indices = rows if rows is not None and rows.device.type == "cpu" else None
-        if rows is None:  # waits for the device; a collator that passes `rows` spares that
+        found = rows is None
+        if found:  # waits for the device; a collator that passes `rows` spares that
             rows = (labels.reshape(-1) != IGNORE_INDEX).nonzero()[:, 0]
         elif rows.device != device:
             rows = rows.pin_memory().to(device, non_blocking=True)
         self.indices = rows
         self.labels = labels.reshape(-1).index_select(0, rows)
-        self.x = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, rows).to(compute_dtype)
-        self.weight = weight.detach().to(compute_dtype)
-        self.bias = None if bias is None else bias.detach().float()
-        self.statistics = torch.empty((4, len(rows)), dtype=torch.float32, device=device)
-        self.n_vocab = weight.shape[0]
+        self.x = self._rows_of(hidden, rows)
+        self.head = self._converted(head)
+        self.n_vocab = head.weight.shape[0]
         self.row_width = -(-self.n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        row_bytes = self.row_width * (4 if compute_dtype == torch.float32 else 4 + compute_dtype.itemsize)
-        limit = max(1, chunk_bytes // row_bytes)
-        self.limit = limit // TILE * TILE or limit
-        self._logits = self._gradient = None
+        self.statistics = torch.empty((N_ALL if all_statistics else N_BASIC, len(rows)), dtype=torch.float32, device=device)
+        self.limit = self._limit(reference)
+        self._logits = self._ref_logits = self._gradient = None
+        self.reference = None
+        self._runs = [(0, len(rows), None)]
+        if reference is not None:
+            self._take_reference(reference, found)
+
+    def _rows_of(self, hidden, rows):
+        return hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, rows).to(self.options.compute_dtype)
+
+    def _converted(self, head):
+        bias = None if head.bias is None else head.bias.detach().float()
+        return head._replace(weight=head.weight.detach().to(self.options.compute_dtype), bias=bias)
+
+    def _limit(self, reference):
+        """Rows of a chunk: logits, those of the reference, and the gradient where it cannot take the place of the logits."""
+        compute, logits = self.options.compute_dtype, self.options.logits_dtype
+        element = logits.itemsize * (1 if reference is None else 2) + (0 if logits == compute else compute.itemsize)
+        limit = max(1, self.options.chunk_bytes // (self.row_width * element))
+        return limit // TILE * TILE or limit
+
+    def _take_reference(self, reference, found):
+        """Packs the rows of the reference, and cuts all rows into runs with and without one.
+
+        The two products of a run have the same shape, so that they are equal, bit for bit, where model and reference are.
+        """
+        rows, n = self.indices, len(self.indices)
+        sequences = rows // max(self.shape[1], 1)
+        self.reference = reference
+        if reference.needed is not None and (found or self.host_indices is not None):
+            host = rows.cpu() if self.host_indices is None else self.host_indices
+            mask = reference.needed.cpu()[host // max(self.shape[1], 1)]
+            counts = torch.unique_consecutive(mask, return_counts=True)
+            self._runs, start, packed = [], 0, 0
+            for has, count in zip(*(part.tolist() for part in counts)):
+                self._runs.append((start, start + count, packed if has else None))
+                start, packed = start + count, packed + count * has
+            picked = mask.nonzero()[:, 0].to(rows.device, non_blocking=True)
+            rows, sequences = rows.index_select(0, picked), sequences.index_select(0, picked)
+        elif n:  # of rows that only the device knows all get a reference; the objective leaves out what it does not need
+            self._runs = [(0, n, 0)]
+        self.ref_x = self._rows_of(reference.hidden, rows)
+        self.ref_head = self._converted(self.head._replace(weight=reference.weight, bias=reference.bias))
+        self.strengths = None
+        if reference.strengths is not None:
+            self.strengths = reference.strengths.to(rows.device, torch.float32).index_select(0, sequences)
+        self.ref_statistics = torch.empty((N_BASIC, len(rows)), dtype=torch.float32, device=rows.device)
+        self.divergences = torch.zeros((2, n), dtype=torch.float32, device=rows.device)
 
     def __len__(self):
         return len(self.indices)
+
+    @property
+    def has_all_statistics(self):
+        """Tells whether hits, entropies and variances are measured as well."""
+        return len(self.statistics) == N_ALL
 
     def even_chunks(self):
         """Cuts the rows into equal chunks within the budget, wherever that falls."""
@@ -67,12 +192,13 @@ class HeadRows:
         size = min(-(-n // max(count, 1) // TILE) * TILE if n > TILE else n, self.limit)
         return [Chunk(start, min(start + size, n), 0, self.shape[0]) for start in range(0, n, max(size, 1))]
 
-    def sequence_chunks(self):
-        """Cuts the rows between sequences, or returns None if a sequence is longer than a chunk may be."""
+    def sequence_chunks(self, together=1):
+        """Cuts the rows between sequences, ``together`` of which must not be parted; None if these are longer than a chunk."""
         indices = self.host_indices if self.host_indices is not None else self.indices.cpu()
         counts = torch.bincount(indices // max(self.shape[1], 1), minlength=self.shape[0]).tolist()
         chunks, start, stop, first = [], 0, 0, 0
-        for sequence, count in enumerate(counts):
+        for sequence in range(0, len(counts), together):
+            count = sum(counts[sequence : sequence + together])
             if count > self.limit:
                 return None
             if stop + count - start > self.limit:
@@ -81,40 +207,100 @@ class HeadRows:
             stop += count
         return [*chunks, Chunk(start, stop, first, len(counts))]
 
-    def logits(self, chunk):
-        """fp32 logits [n, V] of a chunk, in scratch memory that the next chunk overwrites."""
+    def load(self, chunk):
+        """Computes the raw products of a chunk, and of its reference rows, in scratch memory that the next chunk overwrites."""
         if self._logits is None:
-            self._logits = self.x.new_empty((min(self.limit, len(self)), self.row_width), dtype=torch.float32)
-        logits = self._logits[: chunk.stop - chunk.start, : self.n_vocab]
-        _mm_fp32(self.x[chunk.start : chunk.stop], self.weight.T, logits)
-        return logits if self.bias is None else logits.add_(self.bias)
+            self._logits = self._scratch(len(self), self.options.logits_dtype)
+            if self.reference is not None:
+                self._ref_logits = self._scratch(len(self.ref_x), self.options.logits_dtype)
+        self._loaded = self._logits[: chunk.stop - chunk.start, : self.n_vocab]
+        for start, stop, ref in self._runs_of(chunk):
+            local = slice(start - chunk.start, stop - chunk.start)
+            _product(self.x[start:stop], self.head, self._loaded[local])
+            if ref is not None:
+                _product(self.ref_x[ref], self.ref_head, self._of_reference(chunk, ref))
 
-    def measure(self, chunk, logits):
-        """Fills the chunk's part of the statistics."""
-        part = slice(chunk.start, chunk.stop)
-        token_statistics(logits, self.labels[part], self.statistics[:, part])
+    def _scratch(self, n_rows, dtype):
+        return self.x.new_empty((min(self.limit, n_rows), self.row_width), dtype=dtype)
 
-    def gradient(self, chunk, logits, coefficients):
-        """Gradient [n, V] by a chunk's logits, in the dtype of the GEMMs; in place of ``logits`` where that is fp32.
+    def _runs_of(self, chunk):
+        """The runs of a chunk: first and last row, and the rows of the reference as a slice, or None."""
+        for start, stop, ref in self._runs:
+            begin, end = max(start, chunk.start), min(stop, chunk.stop)
+            if begin < end:
+                yield begin, end, None if ref is None else slice(ref + begin - start, ref + end - start)
+
+    def _of_reference(self, chunk, ref):
+        """The loaded raw products of some rows of the reference."""
+        first = next(ref.start for _, _, ref in self._runs_of(chunk) if ref is not None)
+        return self._ref_logits[ref.start - first : ref.stop - first, : self.n_vocab]
+
+    def measure(self, chunk):
+        """Fills the loaded chunk's part of the statistics and divergences."""
+        token_statistics(self._loaded, self.labels[chunk.part], self.statistics[:, chunk.part], **self.head.transform())
+        for start, stop, ref in self._runs_of(chunk):
+            if ref is not None:
+                logits, labels = self._of_reference(chunk, ref), self.labels[start:stop]
+                token_statistics(logits, labels, self.ref_statistics[:, ref], **self.head.transform())
+                divergence_statistics(
+                    self._loaded[start - chunk.start : stop - chunk.start], logits, labels, self.statistics[:, start:stop],
+                    self.ref_statistics[:, ref], self.divergences[:, start:stop], **self._divergence_options(ref),
+                )  # fmt: skip
+
+    def gradient(self, chunk, coefficients, weights=None):
+        """Gradient [n, V] by the raw products of a loaded and measured chunk, in the dtype of the GEMMs.
+
+        It overwrites the raw products where these have the same dtype.
 
         Args:
-            chunk: measured before.
-            logits: of the chunk.
+            chunk: its place.
             coefficients: [n] fp32, derivative of the objective by each log-probability.
+            weights: [n] fp32, derivative of the objective by each divergence; with a reference only.
         """
-        if self.x.dtype == torch.float32:
-            out = logits
-        else:
-            if self._gradient is None:
-                self._gradient = torch.empty(self._logits.shape, dtype=self.x.dtype, device=logits.device)
-            out = self._gradient[: chunk.stop - chunk.start, : self.n_vocab]
-        part = slice(chunk.start, chunk.stop)
-        token_gradient(logits, self.labels[part], self.statistics[:, part], coefficients, out)
+        out = self._out()
+        for start, stop, ref in self._runs_of(chunk):
+            local = slice(start - chunk.start, stop - chunk.start)
+            labels, statistics = self.labels[start:stop], self.statistics[:, start:stop]
+            if ref is None:
+                token_gradient(
+                    self._loaded[local], labels, statistics, coefficients[local], out[local], **self.head.transform()
+                )
+            else:
+                divergence_gradient(
+                    self._loaded[local], self._of_reference(chunk, ref), labels, statistics, self.ref_statistics[:, ref],
+                    self.divergences[:, start:stop], coefficients[local], weights[local], out[local],
+                    **self._divergence_options(ref),
+                )  # fmt: skip
         return out
+
+    def bound(self, chunk, coefficients, weights=None):
+        """What no element of `gradient` exceeds by much, []: ``|c| (1 - p)``, plus the largest weight of a divergence."""
+        largest = (coefficients * self.statistics[ONE_MINUS_P, chunk.part]).abs().max()
+        return largest if weights is None else largest + weights.abs().max()
+
+    def _out(self):
+        """Where the gradient of the loaded chunk goes."""
+        if self.options.logits_dtype == self.options.compute_dtype:
+            return self._loaded
+        if self._gradient is None:
+            self._gradient = self._scratch(len(self), self.options.compute_dtype)
+        return self._gradient[: len(self._loaded), : self.n_vocab]
+
+    def _divergence_options(self, ref):
+        strengths = None if self.strengths is None else self.strengths[ref]
+        return dict(strengths=strengths, kind=self.reference.kind, **self.head.transform())
 
     def log_probs(self, start=0, stop=None):
         """Log-probabilities of the rows measured between ``start`` and ``stop``: [B, T] fp32, 0 at all other tokens."""
         return self.scatter(self.statistics[LOGP, start:stop], start, stop)
+
+    def token_statistics(self, start=0, stop=None):
+        """`TokenStatistics` [B, T] of the rows measured between ``start`` and ``stop``."""
+        rows = self.statistics[:, start:stop]
+        kept = self.labels[start:stop] != IGNORE_INDEX
+        lse = torch.where(kept, rows[ROW_MAX] + rows[TOTAL].log(), 0.0)
+        values = (rows[LOGP], lse, rows[HIT], rows[ENTROPY], rows[VARIANCE])
+        return TokenStatistics(*(self.scatter(value, start, stop) for value in values))
 
     def scatter(self, values, start=0, stop=None):
         """Puts the values of rows ``start`` to ``stop`` into a [B, T] tensor, 0 elsewhere."""
@@ -126,9 +312,60 @@ class HeadRows:
         """The values of rows ``start`` to ``stop`` in a [B, T] tensor."""
         return dense.reshape(-1).index_select(0, self.indices[start:stop])
 
+    def give_up_tensors(self):
+        """Hands out what a second sweep needs beside this object, for ``save_for_backward``; scratch memory is freed."""
+        self.free_scratch()
+        heads = [self.head] if self.reference is None else [self.head, self.ref_head]
+        tensors = [self.x, self.statistics] + [tensor for head in heads for tensor in (head.weight, head.bias)]
+        self.x = self.statistics = None
+        self.head = self.head._replace(weight=None, bias=None)
+        if self.reference is not None:
+            tensors += [self.ref_x, self.ref_statistics, self.divergences, self.strengths]
+            self.ref_x = self.ref_statistics = self.divergences = self.strengths = None
+            self.ref_head = self.ref_head._replace(weight=None, bias=None)
+            self.reference = Reference(None, None, kind=self.reference.kind)
+        return tensors
+
+    def with_tensors(self, tensors):
+        """A copy that has what `give_up_tensors` handed out."""
+        rows = copy.copy(self)
+        rows.x, rows.statistics, weight, bias, *tensors = tensors
+        rows.head = rows.head._replace(weight=weight, bias=bias)
+        if rows.reference is not None:
+            weight, bias, rows.ref_x, rows.ref_statistics, rows.divergences, rows.strengths = tensors
+            rows.ref_head = rows.ref_head._replace(weight=weight, bias=bias)
+        return rows
+
     def free_scratch(self):
         """Gives the scratch memory of the chunks back; it is made anew when needed."""
-        self._logits = self._gradient = None
+        self._logits = self._ref_logits = self._gradient = self._loaded = None
+
+
+class DrawnRows(HeadRows):
+    """Kept tokens whose labels are drawn from the model, from one uniform number each."""
+
+    def __init__(self, hidden, head, keep, rows, options, uniforms):
+        labels = torch.where(keep, 0, IGNORE_INDEX)  # of those that are kept no label is known yet
+        super().__init__(hidden, head, labels, rows, options)
+        self.uniforms = self.gather(uniforms)
+
+    def measure(self, chunk):
+        """Fills what `gradient` needs to know for drawing."""
+        statistics = self.statistics[:, chunk.part]
+        likeliest_statistics(self._loaded, self.labels[chunk.part], statistics, **self.head.transform())
+
+    def gradient(self, chunk, coefficients, weights=None):
+        """Draws the labels, fills in their log-probabilities, and returns the gradient."""
+        out = self._out()
+        draw_labels(
+            self._loaded, self.labels[chunk.part], self.uniforms[chunk.part], self.statistics[:, chunk.part], coefficients,
+            out, **self.head.transform(),
+        )  # fmt: skip
+        return out
+
+    def bound(self, chunk, coefficients, weights=None):
+        """As in `HeadRows`; no label is known yet, and 1 - p may be anything up to 1."""
+        return coefficients.abs().max()
 
 
 class HeadGradients:
@@ -147,26 +384,20 @@ class HeadGradients:
         self.fp16 = rows.x.dtype == torch.float16
         new = torch.zeros if self.fp16 or not len(rows) else torch.empty
         self.x = torch.empty(rows.x.shape, **options) if hidden else None
-        self.weight = new(rows.weight.shape, **options) if weight else None
+        self.weight = new(rows.head.weight.shape, **options) if weight else None
         self.bias = torch.zeros(rows.n_vocab, **options) if bias else None
 
-    def add(self, chunk, logits, coefficients):
-        """Takes in a measured chunk; chunks come in order. Overwrites ``logits`` in fp32.
-
-        Args:
-            chunk: its place.
-            logits: [n, V] of the chunk.
-            coefficients: [n] fp32, derivative of the objective by each log-probability.
-        """
-        part = slice(chunk.start, chunk.stop)
+    def add(self, chunk, coefficients, weights=None):
+        """Takes in a loaded and measured chunk; chunks come in order. Arguments as those of `HeadRows.gradient`."""
+        part, scale = chunk.part, None
         if self.fp16:
-            # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest
-            # coefficient to between 32 and 64 and is divided out of the fp32 sums.
-            scale = torch.exp2(6 - torch.frexp(coefficients.abs().max()).exponent)
-            coefficients = coefficients * scale
-        dlogits = self.rows.gradient(chunk, logits, coefficients)
+            # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest possible
+            # element to between 32 and 64 and is divided out of the fp32 sums.
+            scale = torch.exp2(6 - torch.frexp(self.rows.bound(chunk, coefficients, weights)).exponent)
+            coefficients, weights = coefficients * scale, None if weights is None else weights * scale
+        dlogits = self.rows.gradient(chunk, coefficients, weights)
         if self.x is not None:
-            _mm_fp32(dlogits, self.rows.weight, self.x[part])
+            _mm_fp32(dlogits, self.rows.head.weight, self.x[part])
         if self.weight is not None and not self.fp16:
             _accumulate_fp32(self.weight, dlogits.T, self.rows.x[part], first=chunk.start == 0)
         bias = None if self.bias is None else dlogits.sum(0, dtype=torch.float32)
@@ -180,6 +411,16 @@ class HeadGradients:
             bias = None if bias is None else bias / scale
         if bias is not None:
             self.bias += bias
+
+
+def _product(x, head, out):
+    """``out = x @ weight.T + bias``, in the dtype of ``out``: fp32, or that of the factors."""
+    if out.dtype == torch.float32:
+        _mm_fp32(x, head.weight.T, out)
+    else:
+        torch.mm(x, head.weight.T, out=out)
+    if head.bias is not None:
+        out.add_(head.bias)
 
 
 def _mm_fp32(a, b, out):

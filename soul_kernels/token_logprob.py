@@ -1,14 +1,17 @@
-"""Row kernels over a chunk of logits: statistics of each row, then the gradient by its logits.
+"""Row kernels over a chunk of logits: statistics of each row, then the gradient by its logits; or a label drawn from it.
 
-Two kernels, because the factor of a row's gradient (the derivative of the objective by its log-probability) may depend on
-the log-probabilities of other rows.
+Statistics and gradient are two kernels, because the factor of a row's gradient (the derivative of the objective by its
+log-probability) may depend on the log-probabilities of other rows. All read raw products of hidden states and head:
+scaling and soft-capping happen in registers.
 """
 
 from soul_kernels._launch import launch, tl, triton, triton_dtype
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.rounding import round_nearest
 
-LOGP, ROW_MAX, TOTAL, ONE_MINUS_P = range(4)  # rows of the statistics
+# Rows of the statistics; those from HIT on are filled on request.
+LOGP, ROW_MAX, TOTAL, ONE_MINUS_P, HIT, ENTROPY, VARIANCE = range(7)
+N_BASIC, N_ALL = 4, 7
 IGNORED = tl.constexpr(IGNORE_INDEX)
 
 # Columns a loop turn, warps: 31 to 74 registers and no spills with Triton 3.4, 3.6 and 3.9. With 8 warps the statistics spill
@@ -27,21 +30,93 @@ def _log1p(x):
 
 
 @triton.jit
-def _rest_block(z, columns, label, row_max, rest):
-    """Adds one block to the running maximum and to the sum of exp(z - max) over all columns but the label's."""
+def transformed(z, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """Raw products -> logits: ``softcap tanh(logit_scale z / softcap)``, or scaled only."""
+    if SCALED:
+        z = z * logit_scale
+    if CAPPED:
+        s = tl.exp(-2.0 * tl.abs(z) / softcap)
+        z = tl.where(z < 0, -softcap, softcap) * (1.0 - s) / (1.0 + s)
+    return z
+
+
+@triton.jit
+def times_slope(gradient, raw, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """Gradient by the logits -> by the raw products; 1 - tanh^2 without the subtraction."""
+    if CAPPED:
+        z = raw * logit_scale if SCALED else raw
+        s = tl.exp(-2.0 * tl.abs(z) / softcap)
+        gradient = gradient * (4.0 * s / ((1.0 + s) * (1.0 + s)))
+    if SCALED:
+        gradient = gradient * logit_scale
+    return gradient
+
+
+@triton.jit
+def load_raw(row_ptr, columns, n_vocab, WHOLE: tl.constexpr):
+    """Raw products of a block in fp32. Only a block that lies within the vocabulary is read without a mask, 16 bytes wide."""
+    if WHOLE:
+        return tl.load(row_ptr + columns).to(tl.float32)
+    else:
+        return tl.load(row_ptr + columns, mask=columns < n_vocab, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def logits_of(raw, columns, n_vocab, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr):
+    """Logits of a block; beyond the vocabulary -inf, put there last: a cap would turn it into -softcap."""
+    z = transformed(raw, logit_scale, softcap, SCALED, CAPPED)
+    return z if WHOLE else tl.where(columns < n_vocab, z, -float("inf"))
+
+
+@triton.jit
+def store_block(out_row, columns, values, n_vocab, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """Stores a block, rounded to nearest."""
+    if WHOLE:
+        tl.store(out_row + columns, round_nearest(values, OUT_DTYPE))
+    else:
+        tl.store(out_row + columns, round_nearest(values, OUT_DTYPE), mask=columns < n_vocab)
+
+
+@triton.jit
+def store_zeros(out_row, n_vocab, OUT_DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    """The gradient of an ignored row, whatever its logits hold."""
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, n_vocab, BLOCK):
+        tl.store(out_row + start + lanes, tl.zeros([BLOCK], OUT_DTYPE), mask=start + lanes < n_vocab)
+
+
+@triton.jit
+def _rest_block(z, columns, label, row_max, rest, sum1, sum2, left_max, ALL: tl.constexpr):
+    """Adds one block to what is known of all columns but the label's.
+
+    That is the maximum (of all), rest = sum of e = exp(z - max) and, with ALL, the sums of e (z - max) and e (z - max)^2, and
+    the largest logit to the left of the label.
+    """
     new_max = tl.maximum(row_max, tl.max(z, 0))
     exp = tl.where(columns == label, 0.0, tl.exp(z - new_max))
-    return new_max, rest * tl.exp(row_max - new_max) + tl.sum(exp, 0)
+    shift = tl.maximum(row_max - new_max, -200.0)  # exp(-200) is 0, and squares stay finite
+    rescale = tl.exp(shift)
+    if ALL:
+        gap = tl.where(exp > 0.0, z - new_max, 0.0)  # 0 times -inf is NaN
+        sum2 = rescale * (sum2 + shift * (2.0 * sum1 + shift * rest)) + tl.sum(exp * gap * gap, 0)
+        sum1 = rescale * (sum1 + shift * rest) + tl.sum(exp * gap, 0)
+        left_max = tl.maximum(left_max, tl.max(tl.where(columns < label, z, -float("inf")), 0))
+    return new_max, rescale * rest + tl.sum(exp, 0), sum1, sum2, left_max
 
 
 @triton.jit
 def _statistics_kernel(
-    logits_ptr,  # [n, V], row_stride elements from row to row
+    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64
-    statistics_ptr,  # [4, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label)
+    statistics_ptr,  # [4 or 7, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label); hit, entropy, variance
     statistics_stride,
     n_vocab,
     row_stride,
+    logit_scale,
+    softcap,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ALL: tl.constexpr,  # the last three as well
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # before it meets the stride: n * V passes 2^31
@@ -52,48 +127,76 @@ def _statistics_kernel(
     rest = 0.0
     total = 0.0
     one_minus_p = 0.0
+    sum1 = 0.0
+    sum2 = 0.0
+    left_max = -float("inf")
+    hit = 0.0
+    entropy = 0.0
+    variance = 0.0
     if (label >= 0) & (label < n_vocab):
         lanes = tl.arange(0, BLOCK)
         tail = (n_vocab // BLOCK) * BLOCK
         for start in range(0, tail, BLOCK):
-            z = tl.load(row_ptr + start + lanes).to(tl.float32)
-            row_max, rest = _rest_block(z, start + lanes, label, row_max, rest)
+            raw = load_raw(row_ptr, start + lanes, n_vocab, True)
+            z = logits_of(raw, start + lanes, n_vocab, logit_scale, softcap, SCALED, CAPPED, True)
+            row_max, rest, sum1, sum2, left_max = _rest_block(z, start + lanes, label, row_max, rest, sum1, sum2, left_max, ALL)
         if tail < n_vocab:
-            columns = tail + lanes
-            z = tl.load(row_ptr + columns, mask=columns < n_vocab, other=-float("inf")).to(tl.float32)
-            row_max, rest = _rest_block(z, columns, label, row_max, rest)
-        gap = row_max - tl.load(row_ptr + label).to(tl.float32)
+            raw = load_raw(row_ptr, tail + lanes, n_vocab, False)
+            z = logits_of(raw, tail + lanes, n_vocab, logit_scale, softcap, SCALED, CAPPED, False)
+            row_max, rest, sum1, sum2, left_max = _rest_block(z, tail + lanes, label, row_max, rest, sum1, sum2, left_max, ALL)
+        at_label = transformed(tl.load(row_ptr + label).to(tl.float32), logit_scale, softcap, SCALED, CAPPED)
+        gap = row_max - at_label
         exp_label = tl.exp(-gap)
         total = rest + exp_label
         one_minus_p = rest / total
         # Label likeliest: log1p of the rest. Else another token adds exp(0) = 1 to the sum: its logarithm is well conditioned.
-        logp = -tl.where(gap == 0.0, _log1p(rest), gap + tl.log(total))
+        log_total = tl.where(gap == 0.0, _log1p(rest), tl.log(total))
+        logp = -(gap + log_total)
+        if ALL:
+            hit = tl.where((gap == 0.0) & (left_max < at_label), 1.0, 0.0)
+            label_gap = tl.where(exp_label > 0.0, gap, 0.0)
+            mean = (sum1 - exp_label * label_gap) / total  # of z - max under p, <= 0
+            entropy = log_total - mean
+            variance = tl.maximum((sum2 + exp_label * label_gap * label_gap) / total - mean * mean, 0.0)
     elif label != IGNORED:
         logp = float("nan")  # outside the vocabulary: read nothing, and do not let it pass for a number
     tl.store(statistics_ptr + row, logp)
     tl.store(statistics_ptr + statistics_stride + row, row_max)
     tl.store(statistics_ptr + 2 * statistics_stride + row, total)
     tl.store(statistics_ptr + 3 * statistics_stride + row, one_minus_p)
+    if ALL:
+        tl.store(statistics_ptr + 4 * statistics_stride + row, hit)
+        tl.store(statistics_ptr + 5 * statistics_stride + row, entropy)
+        tl.store(statistics_ptr + 6 * statistics_stride + row, variance)
 
 
 @triton.jit
-def _gradient_block(logits_row, out_row, columns, mask, label, row_max, scale, at_label, OUT_DTYPE: tl.constexpr):
-    z = tl.load(logits_row + columns, mask=mask).to(tl.float32)
+def _gradient_block(
+    logits_row, out_row, columns, label, row_max, scale, at_label, n_vocab, logit_scale, softcap,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    raw = load_raw(logits_row, columns, n_vocab, WHOLE)
+    z = logits_of(raw, columns, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE)
     gradient = tl.where(columns == label, at_label, -tl.exp(z - row_max) * scale)
-    tl.store(out_row + columns, round_nearest(gradient, OUT_DTYPE), mask=mask)
+    gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
+    store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
 
 
 @triton.jit
 def _gradient_kernel(
-    logits_ptr,  # [n, V], row_stride elements from row to row
+    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64
     statistics_ptr,  # [4, n] fp32, from _statistics_kernel
     statistics_stride,
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
-    out_ptr,  # [n, V], out_stride elements from row to row: derivative of the objective by the logits; may be logits_ptr
+    out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
     n_vocab,
     row_stride,
     out_stride,
+    logit_scale,
+    softcap,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
     OUT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -110,24 +213,188 @@ def _gradient_kernel(
     tail = (n_vocab // BLOCK) * BLOCK
     if (label >= 0) & (label < n_vocab):
         for start in range(0, tail, BLOCK):
-            _gradient_block(logits_row, out_row, start + lanes, None, label, row_max, scale, at_label, OUT_DTYPE)
+            _gradient_block(
+                logits_row, out_row, start + lanes, label, row_max, scale, at_label, n_vocab, logit_scale, softcap,
+                SCALED, CAPPED, OUT_DTYPE, True,
+            )  # fmt: skip
         if tail < n_vocab:
-            columns = tail + lanes
-            mask = columns < n_vocab
-            _gradient_block(logits_row, out_row, columns, mask, label, row_max, scale, at_label, OUT_DTYPE)
-    else:  # an ignored row: zeros, whatever its logits hold
-        zeros = tl.zeros([BLOCK], OUT_DTYPE)
-        for start in range(0, n_vocab, BLOCK):
-            tl.store(out_row + start + lanes, zeros, mask=start + lanes < n_vocab)
+            _gradient_block(
+                logits_row, out_row, tail + lanes, label, row_max, scale, at_label, n_vocab, logit_scale, softcap,
+                SCALED, CAPPED, OUT_DTYPE, False,
+            )  # fmt: skip
+    else:
+        store_zeros(out_row, n_vocab, OUT_DTYPE, BLOCK)
 
 
-def token_statistics(logits, labels, statistics):
-    """Fills ``statistics`` [4, n] fp32 with log p(label), row maximum, sum of exp(z - max) and 1 - p(label).
+@triton.jit
+def _likeliest_block(z, row_max, rest, count):
+    """Adds one block to the maximum, to how many logits are equal to it, and to the sum of exp(z - max) over the others."""
+    new_max = tl.maximum(row_max, tl.max(z, 0))
+    is_max = z == new_max
+    rescale = tl.exp(row_max - new_max)
+    old = tl.where(row_max == new_max, 0.0, count)  # a maximum that is none any more belongs to the rest
+    rest = rescale * (rest + old) + tl.sum(tl.where(is_max, 0.0, tl.exp(z - new_max)), 0)
+    return new_max, rest, count - old + tl.sum(tl.where(is_max, 1.0, 0.0), 0)
+
+
+@triton.jit
+def _likeliest_kernel(
+    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
+    labels_ptr,  # [n] int64: -100 is an ignored row, anything else one that counts
+    statistics_ptr,  # [4, n] fp32: nothing, maximum, sum of exp(z - max), 1 - p of the likeliest label
+    statistics_stride,
+    n_vocab,
+    row_stride,
+    logit_scale,
+    softcap,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    row_max = -1.0e30
+    rest = 0.0
+    count = 0.0
+    if tl.load(labels_ptr + row) != IGNORED:
+        lanes = tl.arange(0, BLOCK)
+        tail = (n_vocab // BLOCK) * BLOCK
+        for start in range(0, tail, BLOCK):
+            raw = load_raw(row_ptr, start + lanes, n_vocab, True)
+            z = logits_of(raw, start + lanes, n_vocab, logit_scale, softcap, SCALED, CAPPED, True)
+            row_max, rest, count = _likeliest_block(z, row_max, rest, count)
+        if tail < n_vocab:
+            raw = load_raw(row_ptr, tail + lanes, n_vocab, False)
+            z = logits_of(raw, tail + lanes, n_vocab, logit_scale, softcap, SCALED, CAPPED, False)
+            row_max, rest, count = _likeliest_block(z, row_max, rest, count)
+    total = rest + count
+    tl.store(statistics_ptr + statistics_stride + row, row_max)
+    tl.store(statistics_ptr + 2 * statistics_stride + row, total)
+    tl.store(statistics_ptr + 3 * statistics_stride + row, (rest + (count - 1.0)) / total)
+
+
+@triton.jit
+def _of_drawn(z, row_max, total, likeliest_rest):
+    """Log p and 1 - p of a drawn label."""
+    gap = row_max - z
+    logp = -tl.where(gap == 0.0, _log1p(likeliest_rest * total), gap + tl.log(total))
+    return logp, tl.where(gap == 0.0, likeliest_rest, 1.0 - tl.exp(-gap) / total)
+
+
+@triton.jit
+def _draw_block(
+    logits_row, out_row, columns, row_max, total, likeliest_rest, coefficient, scale, target,
+    running, chosen, logp, last, last_raw, n_vocab, logit_scale, softcap,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    raw = load_raw(logits_row, columns, n_vocab, WHOLE)
+    z = logits_of(raw, columns, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE)
+    exp = tl.exp(z - row_max)
+    gradient = -exp * scale
+    before = running
+    running = running + tl.sum(exp, 0)
+    if chosen < 0:
+        if running > target:  # here: the only block that is scanned
+            passed = (before + tl.cumsum(exp, 0) > target) & (exp > 0.0)
+            found = tl.min(tl.where(passed, columns, n_vocab), 0)
+            if found < n_vocab:  # unless the scan, which adds in another order, falls short of the sum
+                chosen = found
+                z_found = tl.sum(tl.where(columns == found, z, 0.0), 0)
+                logp, rest = _of_drawn(z_found, row_max, total, likeliest_rest)
+                gradient = tl.where(columns == found, coefficient * rest, gradient)
+        if running > 0.999 * total:  # towards the end of the row: the last label that can be drawn
+            found = tl.max(tl.where(exp > 0.0, columns, -1), 0)
+            if found >= 0:
+                last = found
+                last_raw = tl.sum(tl.where(columns == found, raw, 0.0), 0)
+    gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
+    store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
+    return running, chosen, logp, last, last_raw
+
+
+@triton.jit
+def _draw_kernel(
+    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
+    labels_ptr,  # [n] int64: -100 is an ignored row; elsewhere the label that was drawn is written
+    uniforms_ptr,  # [n] fp32 in [0, 1)
+    statistics_ptr,  # [4, n] fp32, from _likeliest_kernel; log p of the drawn label and its 1 - p are written
+    statistics_stride,
+    coefficients_ptr,  # [n] fp32, derivative of the loss by log p of the drawn label
+    out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
+    n_vocab,
+    row_stride,
+    out_stride,
+    logit_scale,
+    softcap,
+    SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    OUT_DTYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    coefficient = tl.load(coefficients_ptr + row)
+    row_max = tl.load(statistics_ptr + statistics_stride + row)
+    total = tl.load(statistics_ptr + 2 * statistics_stride + row)
+    likeliest_rest = tl.load(statistics_ptr + 3 * statistics_stride + row)
+    target = tl.load(uniforms_ptr + row) * total
+    scale = coefficient / total
+    logits_row = logits_ptr + row * row_stride
+    out_row = out_ptr + row * out_stride
+    lanes = tl.arange(0, BLOCK)
+    tail = (n_vocab // BLOCK) * BLOCK
+    running = 0.0
+    chosen = -1
+    logp = 0.0
+    last = -1
+    last_raw = 0.0
+    if tl.load(labels_ptr + row) != IGNORED:
+        for start in range(0, tail, BLOCK):
+            running, chosen, logp, last, last_raw = _draw_block(
+                logits_row, out_row, start + lanes, row_max, total, likeliest_rest, coefficient, scale, target,
+                running, chosen, logp, last, last_raw, n_vocab, logit_scale, softcap,
+                SCALED, CAPPED, OUT_DTYPE, True,
+            )  # fmt: skip
+        if tail < n_vocab:
+            running, chosen, logp, last, last_raw = _draw_block(
+                logits_row, out_row, tail + lanes, row_max, total, likeliest_rest, coefficient, scale, target,
+                running, chosen, logp, last, last_raw, n_vocab, logit_scale, softcap,
+                SCALED, CAPPED, OUT_DTYPE, False,
+            )  # fmt: skip
+        if chosen < 0:  # the sums of this kernel, in another order than the total, stay below a target close to it
+            chosen = last
+            logp = float("nan")  # and so it remains for a row of NaN, which has no last label
+            if last >= 0:
+                z = transformed(last_raw, logit_scale, softcap, SCALED, CAPPED)
+                logp, rest = _of_drawn(z, row_max, total, likeliest_rest)
+                gradient = times_slope(coefficient * rest, last_raw, logit_scale, softcap, SCALED, CAPPED)
+                tl.debug_barrier()  # the block that holds it has been stored by other threads
+                tl.store(out_row + last, round_nearest(gradient, OUT_DTYPE))
+        tl.store(labels_ptr + row, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
+    else:
+        store_zeros(out_row, n_vocab, OUT_DTYPE, BLOCK)
+    tl.store(statistics_ptr + row, logp)
+
+
+def transform_arguments(logit_scale, softcap):
+    """Arguments of a row kernel that turn raw products into logits."""
+    return dict(
+        logit_scale=float(logit_scale),
+        softcap=1.0 if softcap is None else float(softcap),
+        SCALED=logit_scale != 1.0,
+        CAPPED=softcap is not None,
+    )
+
+
+def token_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap=None):
+    """Fills ``statistics`` with log p(label), row maximum, sum of exp(z - max) and 1 - p(label), in this order; if it has seven
+    rows also with hit, entropy and variance: see `TokenStatistics`.
 
     Args:
-        logits: [n, V] fp32, bf16 or fp16, rows contiguous.
-        labels: [n] int64. -100 gives log p = 0; any other value outside [0, V) gives NaN, and nothing is read for it.
-        statistics: [4, n] fp32, rows contiguous; mutated.
+        logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.
+        labels: [n] int64. -100 gives zeros; any other value outside [0, V) gives NaN, and nothing is read for it.
+        statistics: [4 or 7, n] fp32, rows contiguous; mutated.
+        logit_scale: the raw products are multiplied by it.
+        softcap: then capped: ``softcap tanh(z / softcap)``; None: not.
     """
     n_rows, n_vocab = logits.shape
     launch(
@@ -140,19 +407,24 @@ def token_statistics(logits, labels, statistics):
         statistics_stride=statistics.stride(0),
         n_vocab=n_vocab,
         row_stride=logits.stride(0),
+        ALL=len(statistics) == N_ALL,
+        **transform_arguments(logit_scale, softcap),
         **STATISTICS_CONFIG,
     )
 
 
-def token_gradient(logits, labels, statistics, coefficients, out):
-    """Fills ``out`` with ``coefficient (onehot(label) - softmax(logits))``, zeros in rows without a valid label.
+def token_gradient(logits, labels, statistics, coefficients, out, *, logit_scale=1.0, softcap=None):
+    """Fills ``out`` with the derivative by the raw products, without a transform ``coefficient (onehot(label) -
+    softmax(logits))``; zeros in rows without a valid label.
 
     Args:
-        logits: [n, V] fp32, bf16 or fp16, rows contiguous.
+        logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.
         labels: [n] int64.
-        statistics: [4, n] fp32, from `token_statistics`.
+        statistics: [4 or 7, n] fp32, from `token_statistics`.
         coefficients: [n] fp32, derivative of the objective by each log p(label).
         out: [n, V], fp32, bf16 or fp16, rows contiguous; mutated. ``logits`` itself where the dtype is the same.
+        logit_scale: as in `token_statistics`.
+        softcap: as in `token_statistics`.
     """
     n_rows, n_vocab = logits.shape
     launch(
@@ -169,5 +441,67 @@ def token_gradient(logits, labels, statistics, coefficients, out):
         row_stride=logits.stride(0),
         out_stride=out.stride(0),
         OUT_DTYPE=triton_dtype(out.dtype),
+        **transform_arguments(logit_scale, softcap),
+        **GRADIENT_CONFIG,
+    )
+
+
+def likeliest_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap=None):
+    """What `draw_labels` needs to know of each row: fills ``statistics`` with row maximum, sum of exp(z - max) and 1 - p of the
+    likeliest label; its first row is left alone.
+
+    Args:
+        logits: as in `token_statistics`.
+        labels: [n] int64, -100 where a row is ignored.
+        statistics: [4, n] fp32, rows contiguous; mutated.
+        logit_scale: as in `token_statistics`.
+        softcap: as in `token_statistics`.
+    """
+    n_rows, n_vocab = logits.shape
+    launch(
+        _likeliest_kernel,
+        (n_rows,),
+        logits.device,
+        logits_ptr=logits,
+        labels_ptr=labels,
+        statistics_ptr=statistics,
+        statistics_stride=statistics.stride(0),
+        n_vocab=n_vocab,
+        row_stride=logits.stride(0),
+        **transform_arguments(logit_scale, softcap),
+        **STATISTICS_CONFIG,
+    )
+
+
+def draw_labels(logits, labels, uniforms, statistics, coefficients, out, *, logit_scale=1.0, softcap=None):
+    """Draws a label from each row by inverse CDF and fills ``out`` as `token_gradient` would for it, in one read of the logits.
+
+    Args:
+        logits: as in `token_statistics`.
+        labels: [n] int64, -100 where a row is ignored; elsewhere the drawn labels are written. Mutated.
+        uniforms: [n] fp32 in [0, 1): the label is the first v with ``p_0 + ... + p_v > u`` and ``p_v > 0``.
+        statistics: [4, n] fp32, from `likeliest_statistics`; log p of the drawn labels is written to its first row. Mutated.
+        coefficients: [n] fp32, derivative of the loss by each log p(label).
+        out: as in `token_gradient`; mutated.
+        logit_scale: as in `token_statistics`.
+        softcap: as in `token_statistics`.
+    """
+    n_rows, n_vocab = logits.shape
+    launch(
+        _draw_kernel,
+        (n_rows,),
+        logits.device,
+        logits_ptr=logits,
+        labels_ptr=labels,
+        uniforms_ptr=uniforms,
+        statistics_ptr=statistics,
+        statistics_stride=statistics.stride(0),
+        coefficients_ptr=coefficients,
+        out_ptr=out,
+        n_vocab=n_vocab,
+        row_stride=logits.stride(0),
+        out_stride=out.stride(0),
+        OUT_DTYPE=triton_dtype(out.dtype),
+        **transform_arguments(logit_scale, softcap),
         **GRADIENT_CONFIG,
     )

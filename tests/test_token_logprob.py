@@ -117,11 +117,11 @@ def test_rows_beyond_two_to_the_31():
 
 @pytest.mark.parametrize("old, new", [
     ("tl.where(columns == label, 0.0, tl.exp(z - new_max))", "tl.exp(z - new_max)"),  # the label counted twice
-    ("rest * tl.exp(row_max - new_max) + ", "rest + "),
+    ("rescale * rest + ", "rest + "),
     ("at_label, -tl.exp(z - row_max) * scale", "at_label, tl.exp(z - row_max) * scale"),
     ("at_label = coefficient * tl.load", "at_label = tl.load"),
     ("tl.load(statistics_ptr + 3 * statistics_stride + row)", "(1.0 - tl.exp(tl.load(statistics_ptr + row)))"),  # softmax - 1
-    ("_log1p(rest), gap", "tl.log(1.0 + rest), gap"),
+    ("_log1p(rest), tl.log(total)", "tl.log(1.0 + rest), tl.log(total)"),
     ("columns == label", "columns == label + 1"),
     ("scale = coefficient / total", "scale = 1.0 / total"),
 ])  # fmt: skip

@@ -1,15 +1,16 @@
-"""Per-token log-probabilities from hidden states, and unlearning objectives as functions of them."""
+"""Per-token statistics from hidden states, and unlearning objectives as functions of them."""
 
 import dataclasses
 
 import torch
 
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, token_logprob
+from soul_kernels.reference.kl_divergence import entropy, kl_divergence, reference_distribution
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, TokenStatistics, token_logprob, token_statistics, transformed
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """What an objective knows of the log-probabilities that it is given.
+    """What an objective knows of the tokens, beside their log-probabilities.
 
     The counts are those of the **whole** batch, also where ``mask`` covers a part of it: an objective that divides by them,
     not by sums over ``mask``, can be evaluated part by part and added up.
@@ -18,19 +19,30 @@ class TokenBatch:
         mask: [B, T] bool, the tokens that count.
         is_forget: [B] bool, the sequences to be forgotten; the others are to be retained.
         ref_logps: [B] fp32, summed log-probability of each sequence under the reference model, or None.
+        lengths: [B] fp32, kept tokens of each sequence.
         n_forget_tokens: [] fp32, kept tokens of all forget sequences, at least 1.
         n_retain_tokens: [] fp32, kept tokens of all retain sequences, at least 1.
         n_forget_sequences: [] fp32, forget sequences with a kept token, at least 1.
         n_retain_sequences: [] fp32, retain sequences with a kept token, at least 1.
+        divergences: [B, T] fp32, from the reference's distribution, differentiable like the log-probabilities; only where the
+            objective's attribute ``divergence`` asks for them, 0 at other tokens.
+        ref_entropies: [B, T] fp32, entropy of the reference's distribution, where there are divergences.
+        statistics: `TokenStatistics` [B, T], without gradient; only where the objective's ``needs_statistics`` is true.
+        whole: the batch that this is a part of; itself, where it is whole.
     """
 
     mask: torch.Tensor
     is_forget: torch.Tensor
     ref_logps: torch.Tensor | None
+    lengths: torch.Tensor
     n_forget_tokens: torch.Tensor
     n_retain_tokens: torch.Tensor
     n_forget_sequences: torch.Tensor
     n_retain_sequences: torch.Tensor
+    divergences: torch.Tensor | None = None
+    ref_entropies: torch.Tensor | None = None
+    statistics: TokenStatistics | None = None
+    _whole: "TokenBatch | None" = None
 
     @classmethod
     def from_labels(cls, labels, is_forget=None, ref_logps=None):
@@ -38,6 +50,7 @@ class TokenBatch:
         mask = labels != IGNORE_INDEX
         if is_forget is None:
             is_forget = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        is_forget = is_forget.to(labels.device)
         tokens = mask.sum(1)
         sequences = tokens > 0
 
@@ -48,42 +61,119 @@ class TokenBatch:
             mask=mask,
             is_forget=is_forget,
             ref_logps=ref_logps,
+            lengths=tokens.float(),
             n_forget_tokens=count(tokens * is_forget),
             n_retain_tokens=count(tokens * ~is_forget),
             n_forget_sequences=count(sequences & is_forget),
             n_retain_sequences=count(sequences & ~is_forget),
         )
 
+    @property
+    def whole(self):
+        """The batch that this is a part of, or itself."""
+        return self if self._whole is None else self._whole
+
     def sequences(self, start, stop):
         """The part of the batch that holds sequences ``start`` to ``stop``."""
-        ref_logps = None if self.ref_logps is None else self.ref_logps[start:stop]
-        return dataclasses.replace(self, mask=self.mask[start:stop], is_forget=self.is_forget[start:stop], ref_logps=ref_logps)
+
+        def cut(values):
+            return None if values is None else values[start:stop]
+
+        return dataclasses.replace(
+            self,
+            **{name: cut(getattr(self, name)) for name in PER_SEQUENCE},
+            statistics=self.statistics and TokenStatistics(*map(cut, self.statistics)),
+            _whole=self.whole,
+        )
 
     def tokens(self, mask):
         """The part of the batch that holds the tokens of ``mask`` [B, T]."""
-        return dataclasses.replace(self, mask=self.mask & mask)
+        return dataclasses.replace(self, mask=self.mask & mask, _whole=self.whole)
 
 
-def linear_logprob(hidden, weight, labels, *, bias=None):
+PER_SEQUENCE = ("mask", "is_forget", "ref_logps", "lengths", "divergences", "ref_entropies")
+
+
+def head_logits(hidden, weight, bias=None, logit_scale=1.0, softcap=None):
+    """Logits [n, V] of hidden states [n, D], in fp32 or, for fp64 inputs, in fp64."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return transformed(logits, logit_scale, softcap)
+
+
+def scatter(keep, values):
+    """Values of the kept tokens -> [B, T], 0 elsewhere."""
+    return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(keep, values)
+
+
+def linear_logprob(hidden, weight, labels, *, bias=None, logit_scale=1.0, softcap=None):
     """``soul_kernels.linear_logprob`` in plain PyTorch: the logits of the kept tokens in fp32, all at once.
 
     fp64 inputs are computed in fp64, which makes this the oracle of its own accuracy.
     """
     keep = labels != IGNORE_INDEX
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        logits = hidden[keep].to(dtype) @ weight.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    zeros = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
-    return zeros.masked_scatter(keep, token_logprob(logits, labels[keep]))
+    return scatter(keep, token_logprob(head_logits(hidden[keep], weight, bias, logit_scale, softcap), labels[keep]))
 
 
-def linear_objective(hidden, weight, labels, objective, *, bias=None, is_forget=None, ref_logps=None):
-    """``soul_kernels.linear_objective`` in plain PyTorch: the objective of ``linear_logprob``, under autograd.
+def linear_statistics(hidden, weight, labels, *, bias=None, logit_scale=1.0, softcap=None):
+    """``soul_kernels.linear_statistics`` in plain PyTorch."""
+    keep = labels != IGNORE_INDEX
+    found = token_statistics(head_logits(hidden[keep].detach(), weight.detach(), bias, logit_scale, softcap), labels[keep])
+    return TokenStatistics(*(scatter(keep, values.detach()) for values in found))
+
+
+def linear_divergence(
+    hidden, weight, labels, ref_hidden, *, ref_weight=None, bias=None, ref_bias=None, kind="kl", strengths=None,
+    logit_scale=1.0, softcap=None,
+):  # fmt: skip
+    """Divergence of each kept token [B, T], differentiable, and the entropy of the reference there; 0 elsewhere.
+
+    ``strengths`` [B]: how far the reference's logit of the label is lowered in each sequence, or None.
+    """
+    keep = labels != IGNORE_INDEX
+    logits = head_logits(hidden[keep], weight, bias, logit_scale, softcap)
+    with torch.no_grad():
+        ref_weight = weight if ref_weight is None else ref_weight
+        ref_logits = head_logits(ref_hidden[keep], ref_weight, ref_bias, logit_scale, softcap)
+        if strengths is not None:
+            strengths = strengths[:, None].expand(labels.shape)[keep]
+        log_q = reference_distribution(ref_logits, labels[keep], strengths)
+    return scatter(keep, kl_divergence(logits, log_q, kind)), scatter(keep, entropy(log_q))
+
+
+def linear_objective(
+    hidden, weight, labels, objective, *, bias=None, is_forget=None, ref_logps=None, ref_hidden=None, ref_weight=None,
+    ref_bias=None, logit_scale=1.0, softcap=None,
+):  # fmt: skip
+    """``soul_kernels.linear_objective`` in plain PyTorch: the objective of log-probabilities and divergences, under autograd.
 
     Returns:
         The loss [] and the log-probabilities [B, T], detached.
     """
-    logps = linear_logprob(hidden, weight, labels, bias=bias)
-    return objective(logps, TokenBatch.from_labels(labels, is_forget, ref_logps)), logps.detach()
+    head = dict(bias=bias, logit_scale=logit_scale, softcap=softcap)
+    logps = linear_logprob(hidden, weight, labels, **head)
+    batch = TokenBatch.from_labels(labels, is_forget, ref_logps)
+    if getattr(objective, "needs_statistics", False):
+        batch = dataclasses.replace(batch, statistics=linear_statistics(hidden, weight, labels, **head))
+    divergence = getattr(objective, "divergence", None)
+    if divergence is not None:
+        needed = needed_sequences(divergence, batch.is_forget)
+        values, entropies = linear_divergence(
+            hidden, weight, labels.masked_fill(~needed[:, None], IGNORE_INDEX), ref_hidden, ref_weight=ref_weight,
+            ref_bias=ref_bias, kind=divergence.kind, strengths=sequence_strengths(divergence, batch.is_forget), **head,
+        )  # fmt: skip
+        batch = dataclasses.replace(batch, divergences=values, ref_entropies=entropies)
+    return objective(logps, batch), logps.detach()
+
+
+def needed_sequences(divergence, is_forget):
+    """[B] bool: the sequences whose divergence an objective needs."""
+    return {"forget": is_forget, "retain": ~is_forget, "all": torch.ones_like(is_forget)}[divergence.of]
+
+
+def sequence_strengths(divergence, is_forget):
+    """[B] fp32: how far the reference's logit of the label is lowered, or None where it is not."""
+    return divergence.strength * is_forget.float() if divergence.strength else None

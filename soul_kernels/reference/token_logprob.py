@@ -1,9 +1,39 @@
-"""log p(label) of each row of logits, accurate where p is close to 1."""
+"""What one row of logits says of its label: log p, accurate where p is close to 1, and the statistics that metrics need."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of each token under p = softmax(logits), all of one shape, 0 at ignored tokens.
+
+    Attributes:
+        logps: log p(label).
+        lse: logsumexp of the logits.
+        hits: 1.0 where the label is the argmax (the first, among equals), else 0.0: exact memorization, extraction strength.
+        entropies: ``-sum_v p_v log p_v``; the mean of log p under the model is its negative.
+        variances: ``sum_v p_v (log p_v)^2 - (sum_v p_v log p_v)^2``; Min-K++ is ``(logp + entropy) / sqrt(variance)``.
+    """
+
+    logps: torch.Tensor
+    lse: torch.Tensor
+    hits: torch.Tensor
+    entropies: torch.Tensor
+    variances: torch.Tensor
+
+
+def transformed(logits, logit_scale=1.0, softcap=None):
+    """Raw products of hidden states and head -> logits: ``softcap tanh(logit_scale z / softcap)``; without a cap, scaled only.
+
+    Gemma 2 caps at 30; Cohere multiplies by ``logit_scale``; Granite divides by ``logits_scaling``.
+    """
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def token_logprob(logits, labels):
@@ -26,3 +56,36 @@ def token_logprob(logits, labels):
         return 0.0 * logits[:, 0]
     rest = logits.scatter(1, label, -torch.inf).logsumexp(1)
     return F.logsigmoid(logits.gather(1, label)[:, 0] - rest)
+
+
+def token_statistics(logits, labels):
+    """`TokenStatistics` of each row, [n] each; no gradient.
+
+    Args:
+        logits: [n, V] floating point.
+        labels: [n] int64, each in [0, V).
+    """
+    logits = logits.detach()
+    logp = logits.log_softmax(1)
+    p = logp.exp()
+    surprise = torch.where(p > 0, -logp, 0.0)  # a vocabulary entry that is masked out adds nothing
+    entropies = (p * surprise).sum(1)
+    variances = (p * (surprise - entropies[:, None]) ** 2).sum(1)
+    hits = (logits.argmax(1) == labels).to(logits.dtype)
+    return TokenStatistics(token_logprob(logits, labels), logits.logsumexp(1), hits, entropies, variances)
+
+
+def draw_labels(logits, uniforms):
+    """A label of each row by inverse CDF: the first v with ``p_0 + ... + p_v > u`` and ``p_v > 0``; the last such v at the end.
+
+    Args:
+        logits: [n, V] floating point.
+        uniforms: [n], in [0, 1).
+
+    Returns:
+        [n] int64.
+    """
+    p = logits.detach().softmax(1)
+    passed = (p.cumsum(1) > uniforms.to(p.dtype)[:, None]) & (p > 0)
+    last = (p > 0).long() * torch.arange(p.shape[1], device=p.device)
+    return torch.where(passed.any(1), passed.long().argmax(1), last.argmax(1))

@@ -1,0 +1,192 @@
+"""Losses over the rows of a language-model head: one sweep over their chunks, or two, and what autograd sees of it."""
+
+import dataclasses
+import itertools
+import weakref
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from soul_kernels._checks import check_choice, check_scalar
+from soul_kernels._head_rows import HeadGradients
+
+TOGETHER = {"sequences": 1, "pairs": 2}  # sequences that no chunk may part, by what an objective is a sum over
+
+_objectives = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+def register_objective(objective):
+    """A number for an objective, by which an opaque op finds it under torch.compile, for as long as it lives.
+
+    An objective with this number as its attribute ``key`` is compiled without a graph break: those of ``soul.losses`` are.
+    """
+    number = next(_numbers)
+    _objectives[number] = objective
+    return number
+
+
+def sweep_objective(rows, objective, batch, needs):
+    """Runs the objective over all chunks; returns the loss and the gradients (None if none is wanted)."""
+    gradients = HeadGradients(rows, **needs) if any(needs.values()) else None
+    additive = getattr(objective, "additive", None)
+    check_choice("objective.additive", additive, (None, "tokens", *TOGETHER))
+    chunks = rows.even_chunks()
+    if gradients is None or len(chunks) == 0 or (len(chunks) > 1 and additive is None):
+        return _two_sweeps(rows, objective, batch, chunks, gradients)
+    if len(chunks) > 1 and additive in TOGETHER:
+        sequence_chunks = rows.sequence_chunks(TOGETHER[additive])
+        if sequence_chunks is None:
+            return _two_sweeps(rows, objective, batch, chunks, gradients)
+        chunks = sequence_chunks
+    loss = torch.zeros((), dtype=torch.float32, device=rows.x.device)
+    for chunk in chunks:
+        start, stop, first, last = chunk
+        rows.load(chunk)
+        rows.measure(chunk)
+        part = _measured(rows, batch, start, stop).sequences(first, last)
+        if len(chunks) > 1 and additive == "tokens":  # sequences are cut: leave the tokens of other chunks out
+            part = part.tokens(rows.scatter(torch.ones_like(rows.labels[start:stop]), start, stop).bool())
+        value, derivatives = _differentiate(objective, rows.log_probs(start, stop)[first:last], part)
+        loss += value
+        coefficients = []
+        for derivative in derivatives:
+            dense = torch.zeros(rows.shape, dtype=torch.float32, device=loss.device)
+            dense[first:last] = derivative
+            coefficients.append(rows.gather(dense, start, stop))
+        gradients.add(chunk, *coefficients)
+    return loss, gradients
+
+
+def _two_sweeps(rows, objective, batch, chunks, gradients):
+    """All log-probabilities first, then, where gradients are wanted, the logits once more."""
+    for chunk in chunks:
+        rows.load(chunk)
+        rows.measure(chunk)
+    loss, derivatives = _differentiate(objective, rows.log_probs(), _measured(rows, batch))
+    if gradients is not None:
+        add_gradients(rows, gradients, chunks, *map(rows.gather, derivatives))
+    return loss, gradients
+
+
+def add_gradients(rows, gradients, chunks, *coefficients):
+    """Computes the logits of measured chunks again and adds up the gradients for given coefficients, [R] each."""
+    for chunk in chunks:
+        rows.load(chunk)
+        gradients.add(chunk, *(values[chunk.part] for values in coefficients))
+
+
+def _measured(rows, batch, start=0, stop=None):
+    """The batch, with what was measured of rows ``start`` to ``stop`` beside their log-probabilities."""
+    if rows.reference is not None:
+        divergences, entropies = (rows.scatter(values[start:stop], start, stop) for values in rows.divergences)
+        batch = dataclasses.replace(batch, divergences=divergences, ref_entropies=entropies)
+    if rows.has_all_statistics:
+        batch = dataclasses.replace(batch, statistics=rows.token_statistics(start, stop))
+    return batch
+
+
+def _differentiate(objective, logps, batch):
+    """Value of the objective and, from its own code, its derivative by every log-probability, and by every divergence if there
+    are any.
+    """
+    with torch.enable_grad():
+        leaves = [logps.detach().requires_grad_()]
+        if batch.divergences is not None:
+            leaves.append(batch.divergences.detach().requires_grad_())
+            batch = dataclasses.replace(batch, divergences=leaves[1])
+        value = objective(leaves[0], batch)
+        check_scalar(value)
+        derivatives = [None] * len(leaves)
+        if value.requires_grad:  # not if the objective looks at nothing here
+            derivatives = torch.autograd.grad(value, leaves, allow_unused=True)
+    return value.detach().float(), [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, derivatives)]
+
+
+def _scaled(gradient, scale, dtype):
+    """fp32 ``gradient * scale`` rounded once to ``dtype``; out of place, so that a graph can be walked twice."""
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _to_hidden(indices, x_gradient, shape):
+    """Gradient of the kept rows -> gradient of hidden [B, T, D], zeros at ignored tokens."""
+    full = x_gradient.new_zeros((shape[0] * shape[1], shape[2]))
+    return full.index_copy_(0, indices, x_gradient).view(shape)
+
+
+class Swept(torch.autograd.Function):
+    """A loss whose gradients are formed in one forward sweep; backward only scales.
+
+    ``sweep()`` returns the loss, other outputs (not differentiable), the rows, and their `HeadGradients` or None.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, sweep):
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss, others, rows, gradients = sweep()
+        if gradients is not None:  # saved, not kept on ctx: freed as soon as backward has used them
+            ctx.save_for_backward(rows.indices, gradients.x, gradients.weight, gradients.bias)
+        ctx.hidden_shape, ctx.dtypes = hidden.shape, [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(*others)
+        ctx.set_materialize_grads(False)
+        return loss, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, *_):
+        if scale is None:
+            return (None,) * 4
+        indices, *gradients = ctx.saved_tensors
+        x, weight, bias = (g if g is None else _scaled(g, scale, dtype) for g, dtype in zip(gradients, ctx.dtypes))
+        return None if x is None else _to_hidden(indices, x, ctx.hidden_shape), weight, bias, None
+
+
+class PerToken(torch.autograd.Function):
+    """A number for each token, [B, T], under any function. Frozen head: the gradient rows are formed in forward, unscaled, and
+    multiplied in backward (2 GEMMs). Trained head: dW needs the coefficients first, so backward computes the logits again (4
+    GEMMs).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, needs):
+        ctx.hidden_shape, ctx.dtypes = hidden.shape, [None if t is None else t.dtype for t in (hidden, weight, bias)]
+        ctx.needs = needs
+        ctx.head_frozen = not (needs["weight"] or needs["bias"])
+        gradients = HeadGradients(rows, **needs) if needs["hidden"] and ctx.head_frozen else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in rows.even_chunks():
+                rows.load(chunk)
+                rows.measure(chunk)
+                if gradients is not None:
+                    ones = torch.ones(chunk.stop - chunk.start, dtype=torch.float32, device=hidden.device)
+                    gradients.add(chunk, *_coefficients_of(rows, ones))
+        values = rows.log_probs() if rows.reference is None else rows.scatter(rows.divergences[0])
+        if ctx.head_frozen:
+            rows.free_scratch()
+            ctx.save_for_backward(rows.indices, None if gradients is None else gradients.x)
+            return values
+        # The tensors are saved, not kept on ctx: freed after backward, and a change of the weight in place is noticed.
+        ctx.save_for_backward(*rows.give_up_tensors())
+        ctx.rows = rows
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        coefficients = upstream.float()
+        if ctx.head_frozen:
+            indices, x = ctx.saved_tensors
+            x = x * coefficients.reshape(-1).index_select(0, indices)[:, None]
+            return _to_hidden(indices, x.to(ctx.dtypes[0]), ctx.hidden_shape), None, None, None, None
+        rows = ctx.rows.with_tensors(ctx.saved_tensors)
+        gradients = HeadGradients(rows, **ctx.needs)
+        with torch.autocast(upstream.device.type, enabled=False):
+            add_gradients(rows, gradients, rows.even_chunks(), *_coefficients_of(rows, rows.gather(coefficients)))
+        found = (gradients.x, gradients.weight, gradients.bias)
+        x, weight, bias = (g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
+        return None if x is None else _to_hidden(rows.indices, x, ctx.hidden_shape), weight, bias, None, None
+
+
+def _coefficients_of(rows, values):
+    """Derivatives by log-probability and divergence where only the one that `PerToken` gives out counts."""
+    return (values,) if rows.reference is None else (torch.zeros_like(values), values)

@@ -1,0 +1,141 @@
+"""Arguments of the ops on hidden states and a head: checked, and put together."""
+
+import math
+
+import torch
+
+from soul_kernels._checks import PARAM_DTYPES, argument_error, check_choice, check_gradient
+from soul_kernels._head_rows import Head, Options, Reference
+from soul_kernels._launch import resolve_backend
+from soul_kernels.reference.kl_divergence import KINDS
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
+
+CHUNK_BYTES = 2**30  # scratch for one chunk: fp32 logits and their gradient in the dtype of the inputs
+
+
+def wanted(hidden, weight, bias):
+    """Which gradients to form: decided before autograd.Function, inside of which grad mode is always off."""
+    on = torch.is_grad_enabled()
+    named = (("hidden", hidden), ("weight", weight), ("bias", bias))
+    return {name: on and tensor is not None and tensor.requires_grad for name, tensor in named}
+
+
+def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend):
+    """Checks hidden states and head; returns whether to take the kernels, the `Head`, and the `Options`."""
+    for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]")):
+        if tensor.dim() != dims.count(",") + 1:
+            raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
+        check_gradient(name, tensor)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check_device(name, tensor, hidden)
+    if hidden.shape[-1] != weight.shape[1]:
+        remedy = "pass the hidden states that go into this head"
+        raise argument_error("weight", f"width {hidden.shape[-1]}, as hidden", weight.shape[1], remedy)
+    if weight.shape[0] == 0:
+        raise argument_error("weight", "a vocabulary", tuple(weight.shape), "pass a head with at least one row")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise argument_error("bias", f"shape ({weight.shape[0]},)", tuple(bias.shape), "one value a vocabulary entry")
+    if not 0 < abs(logit_scale) < math.inf:
+        raise argument_error("logit_scale", "a number other than 0", logit_scale, "1.0 leaves the logits as they are")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise argument_error("softcap", "a positive number or None", softcap, "None does not cap")
+    if not chunk_bytes > 0:
+        raise argument_error("chunk_bytes", "a positive number of bytes", chunk_bytes, f"the default is {CHUNK_BYTES}")
+    fused = resolve_backend(backend, hidden) == "triton"
+    device_type = hidden.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    if not autocast and hidden.dtype != weight.dtype:
+        raise argument_error("weight", f"dtype {hidden.dtype}, as hidden", weight.dtype, "convert one, or use autocast")
+    if fused and hidden.dtype not in PARAM_DTYPES:
+        names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
+        raise argument_error("hidden", f"dtype {names}", hidden.dtype, "convert it, or pass backend='reference'")
+    compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    if logits_dtype not in (torch.float32, compute_dtype):
+        choices = f"torch.float32 or {compute_dtype}, in which hidden is multiplied"
+        raise argument_error("logits_dtype", choices, logits_dtype, "torch.float32 is the accurate choice")
+    return fused, Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes)
+
+
+def check_labels(hidden, weight, labels, rows, fused):
+    """Checks labels [B, T] and row indices."""
+    if labels.shape != hidden.shape[:2]:
+        got = tuple(labels.shape)
+        raise argument_error(
+            "labels", f"[B, T] {tuple(hidden.shape[:2])}", got, "shift the labels, do not cut the hidden states"
+        )
+    check_device("labels", labels, hidden)
+    if labels.dtype != torch.int64:
+        raise argument_error("labels", "dtype torch.int64", labels.dtype, "convert with labels.long()")
+    check_rows(rows, labels != IGNORE_INDEX, hidden)
+    if not (fused and rows is not None and hidden.is_cuda):
+        bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))
+        if bad.any():
+            b, t = (int(i) for i in bad.nonzero()[0])
+            expected = f"values in [0, {weight.shape[0]}) or {IGNORE_INDEX}"
+            got = f"{int(labels[b, t])} at [{b}, {t}]"
+            raise argument_error("labels", expected, got, "was the tokenizer resized without the model?")
+
+
+def check_rows(rows, keep, hidden):
+    """Checks row indices; against the kept tokens [B, T] where that waits for no device."""
+    if rows is None:
+        return
+    if rows.dtype != torch.int64 or rows.dim() != 1:
+        raise argument_error("rows", "[R] int64", f"{tuple(rows.shape)} of {rows.dtype}", "pass flat token indices")
+    if rows.device.type != "cpu":
+        check_device("rows", rows, hidden)
+        return
+    if rows.numel():
+        rising = rows[: int((rows == rows[-1]).nonzero()[0]) + 1]  # the last index may repeat: padding
+        if rows[0] < 0 or rows[-1] >= keep.numel() or (rising[1:] <= rising[:-1]).any():
+            expected = f"rising indices in [0, {keep.numel()}), of which the last may repeat"
+            raise argument_error("rows", expected, f"{rows.min()} to {rows.max()}, in this order", "sort them, drop repeats")
+        if keep.device.type != "cpu":
+            return
+    found, kept = int(keep.reshape(-1)[rows].sum()), int(keep.sum())
+    if found != kept:
+        remedy = "pass (labels.flatten() != -100).nonzero()[:, 0]"
+        raise argument_error("rows", "every labelled token once", f"{found} of {kept}", remedy)
+
+
+def check_reference(hidden, head, options, ref_hidden, ref_weight, ref_bias, kind, needed=None, strengths=None):
+    """Checks a reference's hidden states and head; returns the `Reference`."""
+    check_choice("kind", kind, KINDS)
+    if ref_hidden is None:
+        remedy = "pass the hidden states of the reference model: soul.reference_hidden"
+        raise argument_error("ref_hidden", "[B, T, D] hidden states of the reference", None, remedy)
+    if ref_hidden.dim() != 3 or ref_hidden.shape[:2] != hidden.shape[:2]:
+        expected = f"[B, T, D] with [B, T] {tuple(hidden.shape[:2])}"
+        raise argument_error("ref_hidden", expected, tuple(ref_hidden.shape), "run the reference on the same batch")
+    if ref_weight is None:
+        if torch.is_grad_enabled() and head.weight.requires_grad:
+            remedy = "a trained head moves away from the reference's: pass a frozen copy"
+            raise argument_error("ref_weight", "the head of the reference beside a weight that is trained", None, remedy)
+        ref_weight, ref_bias = head.weight, head.bias
+    if ref_weight.shape != (head.weight.shape[0], ref_hidden.shape[-1]):
+        expected = (head.weight.shape[0], ref_hidden.shape[-1])
+        raise argument_error("ref_weight", f"shape {expected}", tuple(ref_weight.shape), "pass the reference's own head")
+    if ref_bias is not None and ref_bias.shape != ref_weight.shape[:1]:
+        expected = f"shape ({ref_weight.shape[0]},)"
+        raise argument_error("ref_bias", expected, tuple(ref_bias.shape), "one value a vocabulary entry")
+    for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        check_device(name, tensor, hidden)
+    return Reference(ref_hidden, ref_weight, ref_bias, needed, kind, strengths)
+
+
+def check_per_sequence(name, value, hidden, *, dtype=None, on_cpu=False):
+    """Raises unless ``value`` has one entry a sequence, where hidden is (or, with ``on_cpu``, on the CPU); None passes."""
+    if value is None:
+        return
+    if value.shape != hidden.shape[:1]:
+        raise argument_error(name, f"shape ({hidden.shape[0]},)", tuple(value.shape), "pass one value a sequence")
+    if dtype is not None and value.dtype != dtype:
+        raise argument_error(name, f"dtype {dtype}", value.dtype, f"convert with {name}.to({dtype})")
+    if not (on_cpu and value.device.type == "cpu"):
+        check_device(name, value, hidden)
+
+
+def check_device(name, tensor, hidden):
+    """Raises unless a tensor is where hidden is; None passes."""
+    if tensor is not None and tensor.device != hidden.device:
+        raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")

@@ -1,0 +1,83 @@
+"""Cross-entropy with labels drawn from the model, in the sweep that forms its gradients."""
+
+import torch
+
+from soul_kernels._checks import argument_error
+from soul_kernels._head_autograd import Swept
+from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, wanted
+from soul_kernels._head_rows import DrawnRows, HeadGradients
+from soul_kernels.reference import linear_gnb as _reference
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
+from soul_kernels.token_logprob import LOGP
+
+
+def linear_gnb(
+    hidden, weight, keep, *, uniforms=None, generator=None, bias=None, logit_scale=1.0, softcap=None, rows=None,
+    logits_dtype=torch.float32, chunk_bytes=CHUNK_BYTES, backend="auto",
+):  # fmt: skip
+    """The loss whose squared gradient is the Gauss-Newton-Bartlett estimate of Sophia (Liu et al. 2023, algorithm 2)::
+
+        logits = (hidden @ weight.T + bias).float()
+        labels = (logits.softmax(-1).cumsum(-1) > uniforms[..., None]).long().argmax(-1)    # drawn from the model itself
+        cross_entropy(logits[keep], labels[keep])
+
+    Each label is drawn by inverse CDF from one uniform number, while its row's gradient is formed. The uniforms belong to
+    positions in the batch, so the labels do not depend on how it is cut into chunks.
+
+    Args:
+        hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the weight.
+        weight: [V, D], the same dtype.
+        keep: [B, T] bool, the tokens that count: those that have a label in the loss whose curvature is wanted.
+        uniforms: [B, T] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
+        generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
+            `soul.curvature.gnb_generator`. None: torch's default one.
+        bias: [V] or None.
+        logit_scale: as in `linear_logprob`.
+        softcap: as in `linear_logprob`.
+        rows: as in `linear_logprob`: every token that is kept.
+        logits_dtype: as in `linear_logprob`.
+        chunk_bytes: scratch memory for one chunk, in bytes.
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+
+    Returns:
+        The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] int64, -100 where
+        nothing is kept.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+    fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    for name, value, dtype in (("keep", keep, torch.bool), ("uniforms", uniforms, torch.float32)):
+        if value is None:
+            continue
+        check_device(name, value, hidden)
+        if value.dtype != dtype or value.shape != hidden.shape[:2]:
+            got = f"{tuple(value.shape)} of {value.dtype}"
+            raise argument_error(name, f"{tuple(hidden.shape[:2])} of {dtype}", got, "pass one value a token")
+    check_rows(rows, keep, hidden)
+    if uniforms is None:
+        uniforms = torch.rand(keep.shape, dtype=torch.float32, device=hidden.device, generator=generator)
+    if not fused:
+        hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
+        return _reference.linear_gnb(hidden, weight, keep, uniforms, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    table = DrawnRows(hidden, head, keep, rows, options, uniforms)
+    needs = wanted(hidden, weight, bias)
+    return Swept.apply(hidden, weight, bias, lambda: _sweep(table, keep, needs))
+
+
+def _sweep(rows, keep, needs):
+    """Loss, labels, rows and gradients."""
+    gradients = HeadGradients(rows, **needs) if any(needs.values()) else None
+    share = 1 / keep.sum().clamp(min=1).float()
+    for chunk in rows.even_chunks():
+        rows.load(chunk)
+        rows.measure(chunk)
+        coefficients = (-share).expand(chunk.stop - chunk.start).contiguous()
+        if gradients is None:
+            rows.gradient(chunk, coefficients)  # for its labels
+        else:
+            gradients.add(chunk, coefficients)
+    loss = -(rows.statistics[LOGP].sum() * share)
+    labels = torch.full(rows.shape, IGNORE_INDEX, device=keep.device)
+    labels.view(-1).index_copy_(0, rows.indices, rows.labels)
+    return loss, (labels,), rows, gradients

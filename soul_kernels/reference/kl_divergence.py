@@ -1,0 +1,63 @@
+"""How far a model's distribution over the vocabulary is from that of a reference, row by row."""
+
+from typing import NamedTuple
+
+import torch
+
+KINDS = ("kl", "soul_kl")
+FLOOR = 1e-12  # SOUL's code adds it within the logarithm
+
+
+class Divergence(NamedTuple):
+    """Which divergence an objective needs, and of which sequences.
+
+    Attributes:
+        of: "forget", "retain" or "all".
+        kind: "kl" or "soul_kl": see `kl_divergence`.
+        strength: how far the reference's logit of the label is lowered in forget sequences (UNDIAL's beta).
+    """
+
+    of: str
+    kind: str = "kl"
+    strength: float = 0.0
+
+
+def reference_distribution(ref_logits, labels=None, strengths=None):
+    """Log q of a reference, [n, V]: log_softmax of its logits, of which the label's is lowered by ``strengths`` [n]."""
+    if strengths is not None:
+        ref_logits = ref_logits.scatter_add(1, labels[:, None], -strengths.to(ref_logits.dtype)[:, None])
+    return ref_logits.detach().log_softmax(1)
+
+
+def kl_divergence(logits, log_q, kind="kl"):
+    """Divergence of p = softmax(logits) from q, differentiable by the logits; q is constant.
+
+    ``"kl"``: KL(q || p), summed as ``q (d + expm1(-d))`` with ``d = log q - log p``: no term is negative, and where the two
+    are equal the value and its gradient ``p - q`` are exactly 0. Where q is vanishing against p, and expm1(-d) would overflow,
+    the same as ``q (d - 1) + p``.
+
+    ``"soul_kl"``: what SOUL's code calls KL (Jia et al. 2024, src/unlearn/KL.py): the cross-entropy ``-sum_v p_v log(q_v +
+    1e-12)``, whose gradient ``p (l - sum p l)``, l = -log(q + 1e-12), pulls p towards the argmax of q.
+
+    Args:
+        logits: [n, V] floating point.
+        log_q: [n, V], from `reference_distribution`.
+        kind: one of `KINDS`.
+
+    Returns:
+        [n], dtype of the logits, >= 0.
+    """
+    log_p, q = logits.log_softmax(1), log_q.exp()
+    if kind == "soul_kl":
+        return -(log_p.exp() * torch.log(q + FLOOR)).sum(1)
+    d = torch.where(q > 0, log_q - log_p, 0.0)
+    close = d > -20
+    near = q * (d + torch.expm1(-d.clamp(min=-20)))
+    far = q * (d - 1) + log_p.exp()
+    return torch.where(close & (q > 0), near, far).sum(1)
+
+
+def entropy(log_q):
+    """``-sum_v q_v log q_v`` of each row, [n]: what a cross-entropy ``-sum q log p`` is above KL(q || p)."""
+    q = log_q.exp()
+    return -(q * torch.where(q > 0, log_q, 0.0)).sum(1)

@@ -1,0 +1,18 @@
+"""Cross-entropy with labels drawn from the model itself: the Gauss-Newton-Bartlett estimate of Sophia."""
+
+import torch
+
+from soul_kernels.reference.linear_loss import head_logits
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, draw_labels, token_logprob
+
+
+def linear_gnb(hidden, weight, keep, uniforms, *, bias=None, logit_scale=1.0, softcap=None):
+    """``soul_kernels.linear_gnb`` in plain PyTorch.
+
+    Returns:
+        The loss [] and the labels [B, T] int64, -100 where nothing is kept.
+    """
+    logits = head_logits(hidden[keep], weight, bias, logit_scale, softcap)
+    drawn = draw_labels(logits, uniforms[keep])
+    labels = torch.full(keep.shape, IGNORE_INDEX, device=keep.device).masked_scatter(keep, drawn)
+    return -token_logprob(logits, drawn).sum() / keep.sum().clamp(min=1), labels
