@@ -9,6 +9,7 @@ from soul_kernels.reference.kl_divergence import FLOOR
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import (
     load_raw,
+    log1p,
     logits_of,
     store_block,
     store_zeros,
@@ -26,18 +27,21 @@ GRADIENT_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 @triton.jit
 def _reference_row(statistics_ptr, stride, strengths_ptr, row, HAS_STRENGTHS: tl.constexpr):
-    """Maximum, sum and 1 - q(label) of a reference row after its label's logit was lowered, and by how much that was."""
+    """Maximum, sum, 1 - q and log q of the label in a reference row whose label was lowered, and by how much it was."""
+    log_q = tl.load(statistics_ptr + row)
     row_max = tl.load(statistics_ptr + stride + row)
     total = tl.load(statistics_ptr + 2 * stride + row)
     rest = tl.load(statistics_ptr + 3 * stride + row)
     lowered = 0.0
     if HAS_STRENGTHS:
         lowered = tl.load(strengths_ptr + row)
-        if lowered != 0.0:  # what the label keeps of its share; the others were summed without it
+        if lowered != 0.0:  # the others were summed without the label, which keeps exp(-lowered) of its share
             others = rest * total
-            total = others + (total - others) * tl.exp(-lowered)
+            at_label = tl.exp(log_q - lowered) * total
+            total = others + at_label
             rest = others / total
-    return row_max, total, rest, lowered
+            log_q = -tl.where(others < at_label, log1p(others / at_label), tl.log(total) - tl.log(at_label))
+    return row_max, total, rest, log_q, lowered
 
 
 @triton.jit
@@ -54,15 +58,20 @@ def _both(
 
 
 @triton.jit
-def _divergence_block(gap, ref_gap, log_total, ref_log_total, SOUL: tl.constexpr):
+def _surprise(log_q):
+    """-log(q + 1e-12), accurate for q close to 1 as well: log(q + a) = log q + a / q, up to (a / q)^2."""
+    q = tl.exp(log_q)
+    return -tl.where(q > 1e-6, log_q + SMALLEST / q, tl.log(q + SMALLEST))
+
+
+@triton.jit
+def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
     """Sums over a block: of the divergence, and of the entropy of the reference."""
-    log_p = gap - log_total
-    log_q = ref_gap - ref_log_total
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     entropy = tl.sum(tl.where(q > 0.0, -q * log_q, 0.0), 0)
     if SOUL:
-        return tl.sum(-p * tl.log(q + SMALLEST), 0), entropy
+        return tl.sum(p * _surprise(log_q), 0), entropy
     else:
         # q (d + exp(-d) - 1), d = log q - log p. Close to 0 by its series: the next term is below 3e-9 of the sum.
         d = tl.where(q > 0.0, log_q - log_p, 0.0)
@@ -100,9 +109,10 @@ def _divergence_kernel(
     divergence = 0.0
     entropy = 0.0
     if label != IGNORED:
+        label_log_p = tl.load(statistics_ptr + row)
         row_max = tl.load(statistics_ptr + statistics_stride + row)
         log_total = tl.log(tl.load(statistics_ptr + 2 * statistics_stride + row))
-        ref_max, ref_total, _, lowered = _reference_row(
+        ref_max, ref_total, ref_rest, label_log_q, lowered = _reference_row(
             ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row, HAS_STRENGTHS
         )
         ref_log_total = tl.log(ref_total)
@@ -110,20 +120,22 @@ def _divergence_kernel(
         ref_row = ref_logits_ptr + row * ref_row_stride
         lanes = tl.arange(0, BLOCK)
         tail = (n_vocab // BLOCK) * BLOCK
-        for start in range(0, tail, BLOCK):
-            _, gap, ref_gap = _both(
-                logits_row, ref_row, start + lanes, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
-                SCALED, CAPPED, True,
-            )  # fmt: skip
-            of_divergence, of_entropy = _divergence_block(gap, ref_gap, log_total, ref_log_total, SOUL)
-            divergence += of_divergence
-            entropy += of_entropy
-        if tail < n_vocab:
-            _, gap, ref_gap = _both(
-                logits_row, ref_row, tail + lanes, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
-                SCALED, CAPPED, False,
-            )  # fmt: skip
-            of_divergence, of_entropy = _divergence_block(gap, ref_gap, log_total, ref_log_total, SOUL)
+        for start in range(0, n_vocab, BLOCK):
+            columns = start + lanes
+            if start < tail:
+                raw, gap, ref_gap = _both(
+                    logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
+                    SCALED, CAPPED, True,
+                )  # fmt: skip
+            else:
+                raw, gap, ref_gap = _both(
+                    logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
+                    SCALED, CAPPED, False,
+                )  # fmt: skip
+            # At the label, where p may be close to 1, as it was summed without it.
+            log_p = tl.where(columns == label, label_log_p, gap - log_total)
+            log_q = tl.where(columns == label, label_log_q, ref_gap - ref_log_total)
+            of_divergence, of_entropy = _divergence_block(log_p, log_q, SOUL)
             divergence += of_divergence
             entropy += of_entropy
     tl.store(divergences_ptr + row, divergence)
@@ -132,7 +144,7 @@ def _divergence_kernel(
 
 @triton.jit
 def _divergence_gradient_block(
-    logits_row, ref_row, out_row, columns, label, row_max, total, rest, ref_max, ref_total, ref_rest, lowered,
+    logits_row, ref_row, out_row, columns, label, row_max, total, rest, ref_max, ref_total, ref_rest, label_log_q, lowered,
     coefficient, weight, divergence, n_vocab, logit_scale, softcap,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SOUL: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
@@ -140,12 +152,13 @@ def _divergence_gradient_block(
         logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE
     )  # fmt: skip
     p = tl.exp(gap) / total
-    q = tl.exp(ref_gap) / ref_total
     is_label = columns == label
     gradient = coefficient * tl.where(is_label, rest, -p)
     if SOUL:
-        gradient += weight * p * (-tl.log(q + SMALLEST) - divergence)
+        log_q = tl.where(is_label, label_log_q, ref_gap - tl.log(ref_total))
+        gradient += weight * p * (_surprise(log_q) - divergence)
     else:  # at the label as a difference of 1 - q and 1 - p, which keep their accuracy where p and q are close to 1
+        q = tl.exp(ref_gap) / ref_total
         gradient += weight * tl.where(is_label, ref_rest - rest, p - q)
     gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
     store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
@@ -188,7 +201,7 @@ def _divergence_gradient_kernel(
         row_max = tl.load(statistics_ptr + statistics_stride + row)
         total = tl.load(statistics_ptr + 2 * statistics_stride + row)
         rest = tl.load(statistics_ptr + 3 * statistics_stride + row)
-        ref_max, ref_total, ref_rest, lowered = _reference_row(
+        ref_max, ref_total, ref_rest, label_log_q, lowered = _reference_row(
             ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row, HAS_STRENGTHS
         )
         logits_row = logits_ptr + row * row_stride
@@ -198,13 +211,13 @@ def _divergence_gradient_kernel(
         for start in range(0, tail, BLOCK):
             _divergence_gradient_block(
                 logits_row, ref_row, out_row, start + lanes, label, row_max, total, rest, ref_max, ref_total, ref_rest,
-                lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+                label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
                 SCALED, CAPPED, SOUL, OUT_DTYPE, True,
             )  # fmt: skip
         if tail < n_vocab:
             _divergence_gradient_block(
                 logits_row, ref_row, out_row, tail + lanes, label, row_max, total, rest, ref_max, ref_total, ref_rest,
-                lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+                label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
                 SCALED, CAPPED, SOUL, OUT_DTYPE, False,
             )  # fmt: skip
     else:

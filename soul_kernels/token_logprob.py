@@ -21,7 +21,7 @@ GRADIENT_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 
 
 @triton.jit
-def _log1p(x):
+def log1p(x):
     """log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
     s = x / (2.0 + x)  # log(1 + x) = 2 atanh(s), and s <= 1/3 for x <= 1: the next term is below 2e-8
     s2 = s * s
@@ -150,7 +150,7 @@ def _statistics_kernel(
         total = rest + exp_label
         one_minus_p = rest / total
         # Label likeliest: log1p of the rest. Else another token adds exp(0) = 1 to the sum: its logarithm is well conditioned.
-        log_total = tl.where(gap == 0.0, _log1p(rest), tl.log(total))
+        log_total = tl.where(gap == 0.0, log1p(rest), tl.log(total))
         logp = -(gap + log_total)
         if ALL:
             hit = tl.where((gap == 0.0) & (left_max < at_label), 1.0, 0.0)
@@ -277,7 +277,7 @@ def _likeliest_kernel(
 def _of_drawn(z, row_max, total, likeliest_rest):
     """Log p and 1 - p of a drawn label."""
     gap = row_max - z
-    logp = -tl.where(gap == 0.0, _log1p(likeliest_rest * total), gap + tl.log(total))
+    logp = -tl.where(gap == 0.0, log1p(likeliest_rest * total), gap + tl.log(total))
     return logp, tl.where(gap == 0.0, likeliest_rest, 1.0 - tl.exp(-gap) / total)
 
 

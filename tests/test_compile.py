@@ -22,10 +22,19 @@ from soul_kernels.grad_norm import SUM_CONFIG, _norm_kernel, _squares_kernel
 from soul_kernels.hessian_ema import CONFIG as EMA_CONFIG
 from soul_kernels.hessian_ema import CONFIG_8BIT as EMA_CONFIG_8BIT
 from soul_kernels.hessian_ema import _hessian_ema_kernel
+from soul_kernels.kl_divergence import DIVERGENCE_CONFIG, _divergence_gradient_kernel, _divergence_kernel
+from soul_kernels.kl_divergence import GRADIENT_CONFIG as DIVERGENCE_GRADIENT_CONFIG
 from soul_kernels.sophia_step import CONFIG as STEP_CONFIG
 from soul_kernels.sophia_step import CONFIG_8BIT as STEP_CONFIG_8BIT
 from soul_kernels.sophia_step import _sophia_step_kernel
-from soul_kernels.token_logprob import GRADIENT_CONFIG, STATISTICS_CONFIG, _gradient_kernel, _statistics_kernel
+from soul_kernels.token_logprob import (
+    GRADIENT_CONFIG,
+    STATISTICS_CONFIG,
+    _draw_kernel,
+    _gradient_kernel,
+    _likeliest_kernel,
+    _statistics_kernel,
+)
 
 if interpreting() or not has_triton():
     pytest.skip("needs Triton's compiler: run make test-compile", allow_module_level=True)
@@ -47,7 +56,11 @@ TABLE = {"table_ptr": "*i64", "chunk_tensor_ptr": "*i32", "chunk_piece_ptr": "*i
 FACTORS = {"factor_ptr": "*fp32", "skip_ptr": "*fp32"}
 OPTIONS = ("lr", "weight_decay", "rho", "bs")
 ROW = {"labels_ptr": "*i64", "statistics_ptr": "*fp32", "statistics_stride": "i32", "n_vocab": "i32", "row_stride": "i32"}
-ALIGNED_ROW = ("logits_ptr", "out_ptr", "row_stride", "out_stride")  # what the scratch of linear_loss promises
+ROW |= {"logit_scale": "fp32", "softcap": "fp32"}
+REFERENCE_ROW = {"ref_statistics_ptr": "*fp32", "ref_statistics_stride": "i32", "ref_row_stride": "i32"}
+REFERENCE_ROW |= {"strengths_ptr": "*fp32", "divergences_ptr": "*fp32"}
+# What the scratch of the ops promises.
+ALIGNED_ROW = ("logits_ptr", "ref_logits_ptr", "out_ptr", "row_stride", "ref_row_stride", "out_stride")
 
 
 @dataclasses.dataclass
@@ -99,15 +112,24 @@ def norm():
     return Variant(_norm_kernel, signature, {"BLOCK": SUM_CONFIG["BLOCK"]}, SUM_CONFIG, 64, (), ("partial_ptr",))
 
 
-def statistics():
-    constants = {"BLOCK": STATISTICS_CONFIG["BLOCK"]}
-    return Variant(_statistics_kernel, {"logits_ptr": "*fp32"} | ROW, constants, STATISTICS_CONFIG, 32, ("load",), ALIGNED_ROW)
+def rows(kernel, config, *, logits="fp32", out=None, transform=False, references=0, **constants):
+    """A kernel over rows of logits; ``references``: how many chunks beside the logits are read."""
+    signature = ROW | {"logits_ptr": f"*{logits}"}
+    if references:
+        signature |= REFERENCE_ROW | {"ref_logits_ptr": f"*{logits}"}
+    if out is not None:
+        signature |= {"coefficients_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": f"*{out}", "out_stride": "i32"}
+        constants["OUT_DTYPE"] = DTYPES[out]
+    signature |= {"uniforms_ptr": "*fp32", "divergences_stride": "i32"}
+    signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
+    constants |= {"BLOCK": config["BLOCK"], "SCALED": transform, "CAPPED": transform}
+    loaded = DTYPES[logits].primitive_bitwidth * (1 + references)
+    wide = ("load",) if out is None else ("load", "store")
+    return Variant(kernel, signature, constants, config, loaded, wide, ALIGNED_ROW)
 
 
-def gradient(out):
-    signature = {"logits_ptr": "*fp32", "coefficients_ptr": "*fp32", "out_ptr": f"*{out}", "out_stride": "i32"} | ROW
-    constants = {"OUT_DTYPE": DTYPES[out], "BLOCK": GRADIENT_CONFIG["BLOCK"]}
-    return Variant(_gradient_kernel, signature, constants, GRADIENT_CONFIG, 32, aligned=ALIGNED_ROW)
+def divergence(kernel, config, *, SOUL=False, **options):
+    return rows(kernel, config, references=1, HAS_STRENGTHS=not SOUL, SOUL=SOUL, **options)
 
 
 STEPS = [  # p and g, m, h, rounding, Hessian in the step
@@ -142,9 +164,24 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
     "grad_norm squares fp32": squares("fp32"),
     "grad_norm squares bf16": squares("bf16"),
     "grad_norm sum": norm(),
-    "token_logprob statistics": statistics(),
-    "token_logprob gradient fp32": gradient("fp32"),
-    "token_logprob gradient bf16": gradient("bf16"),
+    "token_logprob statistics": rows(_statistics_kernel, STATISTICS_CONFIG, ALL=False),
+    "token_logprob statistics bf16 logits": rows(_statistics_kernel, STATISTICS_CONFIG, logits="bf16", ALL=False),
+    "token_logprob statistics capped": rows(_statistics_kernel, STATISTICS_CONFIG, transform=True, ALL=False),
+    "token_logprob statistics all": rows(_statistics_kernel, STATISTICS_CONFIG, ALL=True),
+    "token_logprob gradient fp32": rows(_gradient_kernel, GRADIENT_CONFIG, out="fp32"),
+    "token_logprob gradient bf16": rows(_gradient_kernel, GRADIENT_CONFIG, out="bf16"),
+    "token_logprob gradient bf16 capped": rows(_gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True),
+    "token_logprob likeliest": rows(_likeliest_kernel, STATISTICS_CONFIG),
+    "token_logprob draw bf16": rows(_draw_kernel, GRADIENT_CONFIG, out="bf16"),
+    "kl_divergence statistics": divergence(_divergence_kernel, DIVERGENCE_CONFIG),
+    "kl_divergence statistics soul": divergence(_divergence_kernel, DIVERGENCE_CONFIG, SOUL=True),
+    "kl_divergence gradient bf16": divergence(_divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16"),
+    "kl_divergence gradient bf16 soul": divergence(
+        _divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", SOUL=True
+    ),
+    "kl_divergence gradient bf16 capped": divergence(
+        _divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", transform=True
+    ),
 }
 
 

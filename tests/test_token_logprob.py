@@ -121,7 +121,7 @@ def test_rows_beyond_two_to_the_31():
     ("at_label, -tl.exp(z - row_max) * scale", "at_label, tl.exp(z - row_max) * scale"),
     ("at_label = coefficient * tl.load", "at_label = tl.load"),
     ("tl.load(statistics_ptr + 3 * statistics_stride + row)", "(1.0 - tl.exp(tl.load(statistics_ptr + row)))"),  # softmax - 1
-    ("_log1p(rest), tl.log(total)", "tl.log(1.0 + rest), tl.log(total)"),
+    ("log1p(rest), tl.log(total)", "tl.log(1.0 + rest), tl.log(total)"),
     ("columns == label", "columns == label + 1"),
     ("scale = coefficient / total", "scale = 1.0 / total"),
 ])  # fmt: skip

@@ -17,6 +17,10 @@ GRAD_FP32 = 1e-5
 GRAD_BF16 = 4e-3
 # dW from bf16 inputs is rounded to bf16 at the end as well; accumulated in fp32 before.
 GRAD_BF16_WEIGHT = 4e-3
+# Gradients of objectives whose logits are of size 30: the rounding of z, 2e-6, is in every e^z.
+GRAD_OBJECTIVE = 2e-5
+# Worst row of dW where it is a difference p - q of a model and its reference: of some entries little is left.
+WORST_ROW_KL = 1e-3
 # Worst single row of dX or dW: rows of small norm see cancellation.
 WORST_ROW_FP32 = 1e-4
 WORST_ROW_BF16 = 1e-2
