@@ -206,7 +206,7 @@ def test_what_the_formulas_mean(name):
     ("kl", OU, "masked_fill(labels == IGNORE_INDEX, 0)", "clone()"),  # labelled positions only
     ("kl", None, "    if compat:\n        labels = labels.masked", "    if True:\n        labels = labels.masked"),
     ("undial", OU, "n_vocab + IGNORE_INDEX", "0"),
-    ("undial", OU, "labels[:, :-1] = labels[:, :-1].masked", "labels = labels.masked"),  # the last position as well
+    ("undial", OU, "labels[:, :-1]", "labels[:, :]"),  # the last position as well
     ("dpo", None, "zip(lose[:3], win[:3])", "zip(win[:3], lose[:3])"),
     ("dpo", OU, "labels if compat else", "labels if False else"),
     ("win", None, "-logps, -refs\n", "logps, refs\n"),
@@ -217,7 +217,7 @@ def test_what_the_formulas_mean(name):
 ])  # fmt: skip
 def test_mutants_do_not_pass(name, compat, old, new, tmp_path):
     broken = mutant("soul.functional", old, new, tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)):  # RuntimeError: nothing there to differentiate
+    with pytest.raises(AssertionError):
         check(broken, name, "llama, tied", compat)
 
 
