@@ -4,9 +4,9 @@ The kernels are in ``soul_kernels``. Importing this package needs torch alone; w
 (``soul.unlearn``, ``soul.study``, the ``soul`` command) needs the extra ``hf``.
 """
 
-from soul import curvature, losses
+from soul import curvature, functional, losses
 from soul.optimizer import SOUL, SophiaG
 from soul.release import release_gradients
 from soul_kernels import __version__
 
-__all__ = ["SOUL", "SophiaG", "curvature", "losses", "release_gradients", "__version__"]
+__all__ = ["SOUL", "SophiaG", "curvature", "functional", "losses", "release_gradients", "__version__"]

@@ -1,0 +1,328 @@
+"""The loss functions that open-unlearning's trainers call, under its names and signatures, on fused ops.
+
+    import trainer.utils, soul.functional
+    trainer.utils.compute_dpo_loss = soul.functional.compute_dpo_loss   # before trainer.unlearn is imported
+
+(``compute_batch_ceu`` is in ``trainer.unlearn.ceu``, the other six are in ``trainer.utils``;
+``functools.partial(function, compat="open-unlearning")`` keeps published numbers.) They take models and batches as the
+originals do and return the same pairs. No logits ``[B, T, V]`` are made: the head is replaced for the time of one forward by
+the ops of ``soul_kernels``, which get the hidden states that would have gone into it. So whatever is wrapped around the model
+(DDP, Accelerate's autocast, adapters, hooks) does its work, and sees the loss as the model's output. The formulas are those
+of `soul.losses`.
+
+Common to all:
+    model: a Hugging Face causal language model with a linear head, bare or in wrappers with a ``module``, with or without
+        adapters of peft (none on the head itself). It is called once per batch, in the mode it is in, and left as it was.
+    ref_model, target_model: another one, or the same, run without gradients. Its head must be whole: one that is cut up by
+        ZeRO-3 or FSDP is refused for its shape where vocabulary-wide distances need it (KL, UNDIAL).
+    inputs: dict of ``input_ids`` [B, T], ``attention_mask`` [B, T], ``labels`` [B, T] int64, not shifted, -100 ignored; further
+        entries go to the model as they are.
+    compat: None, what the formula means; "open-unlearning", the numbers of that code, oddities included. Each function lists
+        the differences; docs/objectives.md gives the arguments. In neither mode log-probabilities are rounded to the model's
+        dtype, as there in bf16 and fp16; and where nothing is labelled, the loss is 0 and attached to the graph, where a mean
+        over nothing there gives NaN.
+    outputs: a transformers ``CausalLMOutput`` with ``logits=None``; its ``loss`` is the mean cross-entropy of the tokens that
+        counted, as the model's own, but detached.
+
+Losses are fp32. Nothing is changed. ``ValueError`` (`ArgumentError`) where an argument does not fit.
+Source: locuslab/open-unlearning, src/trainer/utils.py and src/trainer/unlearn/ceu.py.
+"""
+
+import contextlib
+
+import torch
+
+from soul import losses, models
+from soul._extras import require
+from soul_kernels import TokenBatch, linear_logprob, linear_objective
+from soul_kernels._checks import argument_error, check_choice
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
+
+COMPAT = (None, "open-unlearning")
+
+
+def compute_kl_divergence(model, target_model, inputs, *, compat=None):
+    """``KL(target || model)`` over the vocabulary: a mean over the tokens that carry a label.
+
+    ``compat="open-unlearning"``: a mean over all B T positions, not shifted: prompts, padding and the position after the last
+    token count as well.
+
+    Args:
+        model: see the module; differentiated.
+        target_model: from which it is to keep close.
+        inputs: see the module.
+        compat: see the module.
+
+    Returns:
+        Loss [] and outputs.
+    """
+    check_choice("compat", compat, COMPAT)
+    labels = _shifted(inputs)
+    if compat:
+        labels = labels.masked_fill(labels == IGNORE_INDEX, 0)  # which label it is does not matter to KL
+    nothing = torch.zeros(len(labels), dtype=torch.bool)
+    objective = losses.KLMin(gamma=0.0, alpha=1.0)
+    return _objective(model, inputs, labels, objective, is_forget=nothing, **_reference(target_model, inputs))
+
+
+def compute_batch_nll(model, inputs, *, compat=None):
+    """Negative log-likelihood of each sequence, summed over its labelled tokens.
+
+    The same in both modes: `compat` is checked and ignored. (SimNPO's trainer divides this by the number of labels before the
+    shift; `soul.losses.SimNPO` by the number of those that are predicted, one less where a text has no prompt.)
+
+    Args:
+        model: see the module; differentiated.
+        inputs: see the module.
+        compat: see the module.
+
+    Returns:
+        [B] fp32, 0 (with zero gradient) for a sequence without label, and outputs.
+    """
+    check_choice("compat", compat, COMPAT)
+    labels, kept = _shifted(inputs), []
+
+    def sums(hidden, weight, bias, transform):
+        logps = linear_logprob(hidden, weight, labels.to(hidden.device), bias=bias, **transform)
+        kept.append(logps.detach())
+        return (-logps).sum(1)
+
+    return _at_head(model, inputs, sums), _outputs(kept[0], labels != IGNORE_INDEX)
+
+
+def compute_dpo_loss(model, ref_model, win_inputs=None, lose_inputs=None, beta=1.0, *, compat=None):
+    """DPO of the winning over the losing sequences; with one of them only, NPO of the losing, or its mirror image::
+
+        -(2 / beta) mean_b logsigmoid(beta ((S_w - ref_w) - (S_l - ref_l)))       S: summed log-probability of a sequence
+
+    with 0 in the place of what is not given. A mean over sequences (pairs) that have labels. The factor is 2 / beta in both
+    modes, as NPO has it (arXiv 2404.05868); the DPO paper and TRL have 1.
+
+    ``compat="open-unlearning"``: a mean over all B. A sequence without label counts there with log-ratio 0: alone it adds
+    ``(2 / beta) log 2 / B`` and thins out the others; in a pair the other side still learns.
+
+    `soul.losses.NPO` on `soul_kernels.linear_objective` spares one of the 4 GEMMs that this takes with a trained head.
+
+    Args:
+        model: see the module; differentiated.
+        ref_model: the reference.
+        win_inputs: the preferred sequences, as ``inputs`` in the module, or None.
+        lose_inputs: those to be forgotten, as many, or None.
+        beta: inverse temperature, > 0.
+        compat: see the module.
+
+    Returns:
+        Loss [] and the pair of outputs for winning and losing sequences, None where not given.
+
+    Raises:
+        ValueError: neither is given, or their numbers differ.
+    """
+    check_choice("compat", compat, COMPAT)
+    if win_inputs is None and lose_inputs is None:
+        raise argument_error("win_inputs", "a batch here or as lose_inputs", None, "pass at least one of them")
+    win = None if win_inputs is None else _side(model, ref_model, win_inputs, compat)
+    lose = None if lose_inputs is None else _side(model, ref_model, lose_inputs, compat)
+    if lose and win:
+        if len(lose[0]) != len(win[0]):
+            raise argument_error("lose_inputs", f"{len(win[0])} sequences, as win_inputs", len(lose[0]), "they form pairs")
+        objective = losses.DPO(beta=beta, factor="2/beta", alpha=0.0)
+        logps, refs, labels = (torch.stack(pair, 1).flatten() for pair in zip(lose[:3], win[:3]))
+    else:
+        objective = losses.NPO(beta=beta, alpha=0.0)
+        logps, refs, labels = (lose or win)[:3]
+        if win:  # a log-ratio of the other sign
+            logps, refs = -logps, -refs
+    # For the objective, a sequence is one token of its summed log-probability.
+    loss = objective(logps[:, None], TokenBatch.from_labels(labels[:, None], ref_logps=refs))
+    return loss, tuple(side and side[3] for side in (win, lose))
+
+
+def compute_undial_loss(model, ref_model, inputs, beta, *, compat=None):
+    """Self-distillation with adjusted logits: cross-entropy with the reference's softmax, the label's logit lowered by beta.
+
+    ``mean CE(softmax(z_ref - beta onehot(y)), softmax(z))`` over the tokens that carry a label; see `soul.losses.UNDIAL`.
+
+    ``compat="open-unlearning"``: a mean over all B (T - 1) predicted positions, prompts and padding included; and as -100
+    counts from the end there, at these the logit of token V - 100 is lowered.
+
+    Args:
+        model: see the module; differentiated.
+        ref_model: the teacher.
+        inputs: see the module.
+        beta: how far, >= 0.
+        compat: see the module.
+
+    Returns:
+        Loss [] and outputs.
+
+    Raises:
+        ValueError: in compatibility mode, a vocabulary of less than 100: there is no such token.
+    """
+    check_choice("compat", compat, COMPAT)
+    reference, labels = _reference(ref_model, inputs), _shifted(inputs)
+    if compat:
+        n_vocab = len(reference["ref_weight"])
+        if n_vocab < -IGNORE_INDEX:
+            raise argument_error("compat", f"a vocabulary of {-IGNORE_INDEX} or more", n_vocab, "pass compat=None")
+        labels[:, :-1] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, n_vocab + IGNORE_INDEX)
+    return _objective(model, inputs, labels, losses.UNDIAL(beta=beta, alpha=0.0), **reference)
+
+
+def compute_wga_loss(model, inputs, beta, *, compat=None):
+    """Weighted gradient ascent: ``mean(sg[p_t]^beta logp_t)`` over labelled tokens; see `soul.losses.WGA`.
+
+    The same in both modes, up to rounding to the model's dtype: `compat` is checked and ignored.
+
+    Args:
+        model: see the module; differentiated.
+        inputs: see the module.
+        beta: exponent, >= 0; 0 is gradient ascent.
+        compat: see the module.
+
+    Returns:
+        Loss [] and outputs.
+    """
+    check_choice("compat", compat, COMPAT)
+    return _objective(model, inputs, _shifted(inputs), losses.WGA(beta=beta, alpha=0.0))
+
+
+def compute_satimp_loss(model, inputs, beta1, beta2, *, compat=None):
+    """Saturation and importance: ``mean(sg[p_t]^beta1 (1 - sg[p_t])^beta2 logp_t)``; see `soul.losses.SatImp`.
+
+    The same in both modes, up to rounding: ``1 - exp(logp)`` is 0 there on memorised tokens, ``-expm1(logp)`` here is not.
+
+    Args:
+        model: see the module; differentiated.
+        inputs: see the module.
+        beta1: exponent of p, >= 0.
+        beta2: exponent of 1 - p, >= 0.
+        compat: see the module.
+
+    Returns:
+        Loss [] and outputs.
+    """
+    check_choice("compat", compat, COMPAT)
+    return _objective(model, inputs, _shifted(inputs), losses.SatImp(beta1=beta1, beta2=beta2, alpha=0.0))
+
+
+def compute_batch_ceu(model, inputs, ignore_first_n_answer_tokens=1, *, compat=None):
+    """Cross-entropy unlearning, a mean over labelled tokens but the first of each sequence; see `soul.losses.CEU`.
+
+    ``compat="open-unlearning"``: the first tokens are counted before the shift. Where a text has no prompt its first token,
+    which nothing predicts, is one of them, and one predicted token less is left out.
+
+    Args:
+        model: see the module; differentiated.
+        inputs: see the module.
+        ignore_first_n_answer_tokens: how many tokens to leave out, >= 0.
+        compat: see the module. In compatibility mode ``outputs.loss`` leaves them out as well.
+
+    Returns:
+        Loss [] and outputs.
+    """
+    check_choice("compat", compat, COMPAT)
+    objective, labels = losses.CEU(ignore_first=ignore_first_n_answer_tokens, alpha=0.0), _shifted(inputs)
+    if compat:
+        objective = losses.CEU(ignore_first=0, alpha=0.0)
+        kept = (inputs["labels"] != IGNORE_INDEX).cumsum(1) > ignore_first_n_answer_tokens
+        labels = _shifted({"labels": inputs["labels"].masked_fill(~kept, IGNORE_INDEX)})
+    return _objective(model, inputs, labels, objective)
+
+
+def _shifted(inputs):
+    """Labels as the ops want them: ``labels[:, t]`` is predicted at position t, nothing at the last. A copy."""
+    return torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _objective(model, inputs, labels, objective, **options):
+    """An objective of the model on one batch, and outputs."""
+    kept = []
+
+    def value(hidden, weight, bias, transform):
+        loss, logps = linear_objective(hidden, weight, labels.to(hidden.device), objective, bias=bias, return_logps=True,
+                                       **options, **transform)  # fmt: skip
+        kept.append(logps)
+        return loss
+
+    counted = (labels != IGNORE_INDEX) & (_shifted(inputs) != IGNORE_INDEX)  # compatibility fills in labels of its own
+    return _at_head(model, inputs, value), _outputs(kept[0], counted)
+
+
+def _outputs(logps, counted):
+    """What a trainer gets in the place of the model's output, of detached ``logps`` [B, T] and bool ``counted`` [B, T]."""
+    counted = counted.to(logps.device)
+    loss = -(logps * counted).sum() / counted.sum().clamp(min=1)
+    return require("transformers.modeling_outputs", "hf").CausalLMOutput(loss=loss, logits=None)
+
+
+def _side(model, ref_model, inputs, compat):
+    """Summed log-probabilities [B] under model and reference, labels [B] that say whether a sequence counts, and outputs."""
+    nll, outputs = compute_batch_nll(model, inputs)
+    with torch.no_grad():
+        ref_nll, _ = compute_batch_nll(ref_model, inputs)
+    counts = (_shifted(inputs) != IGNORE_INDEX).any(1).to(nll.device)
+    labels = torch.zeros_like(counts, dtype=torch.int64)
+    return -nll, -ref_nll.to(nll.device), labels if compat else labels.masked_fill(~counts, IGNORE_INDEX), outputs
+
+
+def _reference(model, inputs):
+    """Hidden states and head of a reference model, as arguments of the ops."""
+    found = {}
+
+    def keep(hidden, weight, bias, transform):
+        found.update(ref_hidden=hidden, ref_weight=weight.detach(), ref_bias=None if bias is None else bias.detach())
+        return hidden.new_zeros(())
+
+    with torch.no_grad():
+        _at_head(model, inputs, keep)
+    return found
+
+
+def _at_head(model, inputs, function):
+    """Calls the model with ``function(hidden, weight, bias, transform)`` in the place of its head; returns its value.
+
+    The value, [] or [B], travels through the model's output, so that DDP and hooks find the graph that they have to wait for;
+    as ``value - value`` with the gradient of the first, because a model may still scale and cap its logits: 0 stays 0 there,
+    and the slope is the scale.
+    """
+    inner = model
+    while isinstance(getattr(inner, "module", None), torch.nn.Module):
+        inner = inner.module
+    layer, transform, values = _head_of(inner), models.transform(inner), []
+
+    def forward(hidden):
+        value = function(hidden, *models.head(inner), transform)
+        values.append(value.detach())
+        return (value - value.detach()).reshape(1, 1, -1)
+
+    with _forward_replaced(layer, forward):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    if len(values) != 1:
+        got = f"{len(values)} calls of it in {type(inner).__name__}"
+        raise argument_error("model", "a forward that calls its head once", got, "this family is not supported")
+    return values[0] + outputs[0].reshape(values[0].shape) / transform["logit_scale"]
+
+
+def _head_of(model):
+    """The module that is the model's head."""
+    layer = model.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise argument_error("model", "a linear language-model head", type(model).__name__, "this family is not supported")
+    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+        remedy = "leave it out of target_modules; in modules_to_save it is trained as a whole"
+        raise argument_error("model", "a head without adapters", type(layer).__name__, remedy)
+    return layer
+
+
+@contextlib.contextmanager
+def _forward_replaced(module, forward):
+    """Sets ``module.forward`` for a while."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
