@@ -329,12 +329,11 @@ class CEU(Objective):
         counted = batch.mask & batch.is_forget[:, None] & (batch.mask.cumsum(1) > self.ignore_first)
         n_tokens = ((batch.whole.lengths - self.ignore_first).clamp(min=0) * batch.whole.is_forget).sum().clamp(min=1)
         logps = torch.where(counted, logps, -1.0)  # of the others nothing may reach a logarithm
-        rest = (-torch.expm1(logps)).clamp(min=1e-30)
-        known = logps.detach()
+        log_rest = _log1mexp(logps)
+        known, log_own = logps.detach(), log_rest.detach()
         # entropy(p) = binary entropy of p_y + (1 - p_y) entropy(q)
-        own = rest.detach()
-        entropy = (batch.statistics.entropies + torch.exp(known) * known) / own + own.log()
-        return ((entropy - rest.log()) * counted).sum() / n_tokens
+        entropy = (batch.statistics.entropies + torch.exp(known) * known) / log_own.exp() + log_own
+        return ((entropy - log_rest) * counted).sum() / n_tokens
 
 
 class UNDIAL(Objective):
@@ -369,6 +368,13 @@ class UNDIAL(Objective):
     def divergence(self):
         """That of the forget sequences from the adjusted reference; of all where the retain term is KL."""
         return Divergence("all" if super().divergence else "forget", "kl", self.beta)
+
+
+def _log1mexp(logps):
+    """log(1 - p), accurate in value and derivative, ``-p / (1 - p)``, for p close to 0 and close to 1."""
+    likely = logps > -math.log(2)
+    close_to_one = torch.log((-torch.expm1(torch.where(likely, logps, -1.0))).clamp(min=1e-30))
+    return torch.where(likely, close_to_one, torch.log1p(-torch.exp(torch.where(likely, -1.0, logps))))
 
 
 def _positive(name, value, remedy):

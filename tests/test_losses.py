@@ -2,6 +2,7 @@
 memorised text, where unlearning starts."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from soul import losses
-from soul_kernels import linear_objective
+from soul_kernels import TokenBatch, TokenStatistics, linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close, assert_rows_close, mutant
 
@@ -283,6 +284,17 @@ def test_limits(device):
     assert_close(gradient(losses.NPO(beta=1e-4)) - retain, 3 * (ascent - retain), 1e-3, "NPO")
 
 
+def test_ceu_of_improbable_labels(device):
+    """Its coefficient is p / (1 - p), down to p = 1e-9: expm1 alone rounds it to multiples of 6e-8."""
+    logps = torch.tensor([[-0.7, -0.69, -9.0, -12.0, -17.0, -20.0]], device=device, requires_grad=True)
+    zeros = torch.zeros_like(logps.detach())
+    batch = TokenBatch.from_labels(torch.zeros(1, 6, dtype=torch.int64, device=device))
+    batch = dataclasses.replace(batch, statistics=TokenStatistics(*[zeros] * 5))
+    (got,) = torch.autograd.grad(losses.CEU(ignore_first=0, alpha=0.0)(logps, batch), logps)
+    p = logps.detach().double().exp()
+    assert ((6 * got.double() * (1 - p) / p - 1).abs() < 1e-6).all()
+
+
 def test_copies_and_pickles_have_a_number_of_their_own():
     objective = losses.UNDIAL(beta=3.0)
     for twin in (copy.deepcopy(objective), copy.copy(objective), pickle.loads(pickle.dumps(objective))):
@@ -338,8 +350,8 @@ def test_an_objective_says_what_it_lacks(device):
     ("wga", "torch.exp(self.beta * logps.detach())", "torch.exp(self.beta * logps)"),  # differentiated
     ("satimp", "self.beta1 * known", "self.beta2 * known"),
     ("ceu", "batch.mask.cumsum(1) > self", "batch.mask.cumsum(1) >= self"),
-    ("ceu", "entropy - rest.log()", "-rest.log()"),
-    ("ceu", "-torch.expm1(logps)", "1 - torch.exp(logps)"),  # softmax - 1
+    ("ceu", "entropy - log_rest", "-log_rest"),
+    ("ceu", "-torch.expm1(torch.where(likely, logps, -1.0))", "1 - torch.exp(torch.where(likely, logps, -1.0))"),  # softmax - 1
     ("undial", "batch.divergences + batch.ref_entropies", "batch.divergences"),
     ("undial", '"kl", self.beta)', '"kl", 0.0)'),
 ])  # fmt: skip
