@@ -27,9 +27,6 @@ from soul_kernels.reference.rounding import join
 
 HESSIAN_NOISE = 1 << 62  # update_hessian draws other noise than step
 
-_read_grad = operator.attrgetter("grad")
-_is_not_none = functools.partial(operator.is_not, None)
-
 
 class SophiaG(Optimizer):
     """Sophia with the published two calls, each one pass over memory, per element in fp32::
@@ -182,7 +179,11 @@ class SophiaG(Optimizer):
                 self._check_released_step(bs)
             work = self._collect(bs)
             if self._release is None or any(plans for _, plans in work):
-                self._run(work, bs)
+                try:
+                    self._run(work, bs)
+                except ValueError:
+                    self._check_gradients()  # the ops know positions in their lists; this names the parameter, where it is one
+                    raise
                 self._stepped = {index: [plan for plan, _ in plans] for index, (_, plans) in enumerate(work)}
         except Exception:
             for name in ("grad_scale", "found_inf"):  # GradScaler takes them back after a step that succeeds
@@ -283,7 +284,12 @@ class SophiaG(Optimizer):
         Raises:
             ValueError: an option or a gradient does not fit; nothing was changed.
         """
-        self._update_hessian(self._collect(), probes, grad_scale)
+        work = self._collect()
+        try:
+            self._update_hessian(work, probes, grad_scale)
+        except ValueError:
+            self._check_gradients()  # as in step
+            raise
 
     @torch.no_grad()
     def _update_hessian_of(self, param):
@@ -446,27 +452,29 @@ class SophiaG(Optimizer):
         for index, group in enumerate(self.param_groups):
             check_options(group)
             params = group["params"]
-            grads = list(map(_read_grad, params))
+            grads = [p.grad for p in params]
             if capturing:
                 self._check_capture(group, index, grads, bs)
             plans = self._plans.get(index, ())
-            if len(plans) == 1 and all(map(_is_not_none, grads)) and plans[0].fits(params):
+            active = params
+            if [grad for grad in grads if grad is None]:  # the cheapest way to ask; `in` would compare tensors
+                active = [p for p in params if p.grad is not None]
+                grads = [p.grad for p in active]
+            if len(plans) == 1 and plans[0].fits(active):
                 work.append((group, [(plans[0], plans[0].locals(grads))]))
                 continue
-            active = list(dict.fromkeys(p for p, grad in zip(params, grads) if grad is not None))
+            active = list(dict.fromkeys(active))
             if not _all_fit(plans, active):
                 fresh[index] = active
-            work.append((group, [(plan, plan.locals(list(map(_read_grad, plan.params)))) for plan in plans]))
+            work.append((group, [(plan, plan.locals([p.grad for p in plan.params])) for plan in plans]))
         if fresh and capturing:  # it would count its steps in memory that a replay sets back
             remedy = "run one eager step before the capture"
             raise argument_error("CUDA graph", "the parameters and states of the last step", "others", remedy)
-        if fresh or sum(len(plans) for _, plans in work) > 1:  # one known plan is checked by the op, before it changes anything
-            for index, group in enumerate(self.param_groups):
-                for position, param in enumerate(group["params"]):
-                    self._check_gradient(param, index, position)
+        if fresh:  # known plans are checked by the ops, before anything is changed, at a tenth of the cost
+            self._check_gradients()
         for index, active in fresh.items():
             plans = self._plans[index] = self._make_plans(self.param_groups[index], index, active)
-            work[index] = self.param_groups[index], [(p, p.locals(list(map(_read_grad, p.params)))) for p in plans]
+            work[index] = self.param_groups[index], [(plan, plan.locals([p.grad for p in plan.params])) for plan in plans]
         if capturing:
             self._captured.update(plan for _, plans in work for plan, _ in plans)
         return work
@@ -485,10 +493,10 @@ class SophiaG(Optimizer):
 
     def _check_states(self):
         """Drops the plans where states are not those that they were made for."""
-        states = list(self.state.values())
+        states = self.state.values()
         if len(states) != len(self._known_states) or not all(map(operator.is_, states, self._known_states)):
             self._plans.clear()
-            self._known_states = states
+            self._known_states = list(states)
 
     def _place(self, param):
         """Index of a parameter's group, and its position there."""
@@ -515,6 +523,11 @@ class SophiaG(Optimizer):
         self._known_states = list(self.state.values())
         numbers = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
         return [Plan(here, [self.state[p] for p in here], [numbers[id(p)] for p in here]) for here in places.values()]
+
+    def _check_gradients(self):
+        for index, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                self._check_gradient(param, index, position)
 
     def _check_gradient(self, param, index, position):
         """Checks one gradient, and that parameter and states still lie in memory alike."""

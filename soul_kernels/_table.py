@@ -44,7 +44,9 @@ class TensorTable:
             return True
         if self._key != key or self._roles != {role: tensors and len(tensors) for role, tensors in roles.items()}:
             return False
-        tensors = list(itertools.chain.from_iterable(filter(None, roles.values())))
+        tensors = []
+        for role in filter(None, roles.values()):
+            tensors += role
         if self._absent:  # positions of None
             if [i for i, tensor in enumerate(tensors) if tensor is None] != self._absent:
                 return False
@@ -58,7 +60,7 @@ class TensorTable:
         if addresses[:begin] != self._addresses[:begin] or addresses[end:] != self._addresses[end:]:
             return False  # what is written to lies elsewhere: whether tensors overlap must be checked again
         self._addresses = addresses
-        return all(bucket.take_addresses(addresses) for bucket in self.buckets)
+        return all(bucket.move_read_only(addresses) for bucket in self.buckets)
 
     def rebuild(self, roles, key=None, *, read_only, salts, side=()):
         """Takes over tensors that were found to fit together.
@@ -103,11 +105,11 @@ class TensorTable:
                 aligned=aligned,
                 numels=tuple(lead[p].numel() for p in positions),
                 salts=[salts[p] for p in positions],
-                entries=[place[role][p] for role in roles for p in positions],
-                read_only=[place[read_only][p][0] for p in positions],
+                rows={role: [place[role][p] for p in positions] for role in roles},
+                read_only=read_only,
+                addresses=self._addresses,
                 captured=self._captured,
             )
-            bucket.take_addresses(self._addresses)
             self.buckets.append(bucket)
         self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
         self._guard = _guard(flat)
@@ -145,27 +147,27 @@ class TensorTable:
 class _Bucket:
     """The tensors of one launch."""
 
-    def __init__(self, *, device, dtypes, aligned, numels, salts, entries, read_only, captured):
+    def __init__(self, *, device, dtypes, aligned, numels, salts, rows, read_only, addresses, captured):
         self.device, self.aligned, self.numels = device, aligned, numels
         self.dtypes = {f"{role.upper()}_DTYPE": triton_dtype(dtype) for role, dtype in dtypes}
-        self._tail = (*numels, *salts)
-        # Both always give tuples: an itemgetter of one index does not.
-        self._pick = operator.itemgetter(*(entry for entry, _ in entries), -1)
-        self._offsets = [(i, offset) for i, (_, offset) in enumerate(entries) if offset]
-        self._pick_read_only = operator.itemgetter(*read_only, read_only[0])
-        self._values = self._table = self._spare = None
+        values = [0 if i < 0 else addresses[i] + offset for row in rows.values() for i, offset in row]  # below 0: absent
+        self._values = array.array("q", [*values, *numels, *salts])
+        row = list(rows).index(read_only) * len(numels)
+        self._read_only = slice(row, row + len(numels))  # of the values
+        places = [i for i, _ in rows[read_only]]
+        self._pick_read_only = operator.itemgetter(*places, places[0])  # always a tuple: itemgetter of one index gives none
+        self._table = self._spare = None
         self._stream = None  # on which the table was uploaded
         self._captured = captured
         self._maps = {}  # (chunk, stream) -> chunk map
 
-    def take_addresses(self, addresses):
-        """Takes the addresses of the flat list; False where they no longer have the alignment of this bucket."""
-        if self.aligned and functools.reduce(operator.or_, self._pick_read_only(addresses)) % 16:
+    def move_read_only(self, addresses):
+        """Takes over where the read-only tensors lie now; False where they no longer have the alignment of this bucket."""
+        moved = self._pick_read_only(addresses)
+        if self.aligned and functools.reduce(operator.or_, moved) % 16:
             return False
-        values = [*self._pick([*addresses, 0]), *self._tail]  # entry -1: absent
-        values.pop(len(values) - len(self._tail) - 1)
-        for i, offset in self._offsets:
-            values[i] += offset
+        values = self._values[:]  # a copy: on the CPU the table shares its memory
+        values[self._read_only] = array.array("q", moved[:-1])
         if values != self._values:
             self._values, self._table = values, None
         return True
@@ -194,7 +196,7 @@ class _Bucket:
         stream, capturing = _stream(self.device)
         table = self._table
         if table is None or (stream != self._stream and not capturing):  # another stream would not wait for the upload
-            host = torch.frombuffer(array.array("q", self._values), dtype=torch.int64)
+            host = torch.frombuffer(self._values, dtype=torch.int64)
             if capturing:
                 # Nothing may be allocated on the host now; and a replay reads the buffer again, so it must not be used twice.
                 if self._spare is None:

@@ -214,7 +214,6 @@ def _sophia_step_kernel(
         tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64))
 
 
-@torch.no_grad()
 def sophia_step(
     params,
     grads,
@@ -342,12 +341,13 @@ def sophia_step(
             table.confirm(token)
         return
     if backend == "reference":
-        _reference_sophia_step(
-            params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
-            beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
-            exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
-            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip, telemetry=telemetry,
-        )  # fmt: skip
+        with torch.no_grad():  # kernels know nothing of autograd
+            _reference_sophia_step(
+                params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
+                beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
+                exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
+                salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip, telemetry=telemetry,
+            )  # fmt: skip
         return
     table.launch(
         _sophia_step_kernel,

@@ -437,6 +437,22 @@ def test_nothing_moves_when_a_later_parameter_changed_its_layout():
     assert all(torch.equal(p, b) for p, b in zip(good, before))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("call", ["step", "update_hessian"])
+def test_a_known_gradient_that_fits_no_more_is_named_and_nothing_moves(groups, call):
+    """Known plans are checked by the ops, which know it as entry of a list."""
+    params = make()
+    opt = SophiaG([{"params": params[:2]}, {"params": params[2:]}] if groups == 2 else params, lr=1e-3, max_grad_norm=1.0)
+    give_gradients(params)
+    opt.update_hessian(), opt.step()
+    params[-1].grad.data = params[-1].grad.data.double()
+    before = [t.clone() for p in params for t in (p, *opt.state[p].values())]
+    name = "parameter 0 in group 1" if groups == 2 else "parameter 2 in group 0"
+    with pytest.raises(ValueError, match=f"the gradient of {name}: expected dtype .* got torch.float64"):
+        getattr(opt, call)()
+    assert all(torch.equal(a, b) for a, b in zip(before, (t for p in params for t in (p, *opt.state[p].values()))))
+
+
 def test_learning_rate_may_be_a_tensor():
     params = make()
     others = twin(params)

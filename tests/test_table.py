@@ -1,5 +1,6 @@
 """The table that lets a step skip its checks: it must notice everything."""
 
+import copy
 import random
 
 import pytest
@@ -43,21 +44,74 @@ def test_knows_the_same_tensors_again_and_gradients_that_lie_elsewhere(device, c
     roles["g"] = [g.clone() for g in roles["g"]]
     assert table.unchanged(roles, "key")
     after = table.buckets[0].on_device()
+    assert after is not before  # on a GPU what was uploaded does not follow
     assert after[3:6].tolist() == [g.data_ptr() for g in roles["g"]] and torch.equal(after[:3], before[:3])
     assert table.buckets[0].on_device() is after  # nothing moved: not uploaded again
 
 
-@pytest.mark.parametrize("role", "pgmh")
+ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale")
+
+
+@pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("change", [
     lambda t: t.t(), lambda t: t[:3], lambda t: t.to(torch.bfloat16), lambda t: t.reshape(-1), lambda t: None,
-    lambda t: t.view(2, 20), lambda t: torch.empty(80, device=t.device)[::2].view(5, 8),
-], ids=["transposed", "shorter", "dtype", "flat", "None", "viewed", "strided"])  # fmt: skip
+    lambda t: t.view(2, 20), lambda t: torch.empty(80, device=t.device)[::2].view(5, 8), lambda t: t.to("meta"),
+], ids=["transposed", "shorter", "dtype", "flat", "None", "viewed", "strided", "device"])  # fmt: skip
 def test_notices_every_change(role, change, device, check):
     """Also where the address stays: an allocator gives it to another tensor, or a view of another shape begins there."""
     roles = lists(device)
+    roles |= {role: [torch.zeros_like(p) for p in roles["p"]] for role in ROLES if role not in roles}
     table = built(roles)
+    assert table.unchanged(roles, "key")
     roles[role][0] = change(roles[role][0])
     assert not table.unchanged(roles, "key")
+
+
+CHANGES = {
+    "address": lambda t: t.clone(),
+    "dtype": lambda t: t.to(torch.int16 if not t.is_floating_point() else torch.half),
+    "shape": lambda t: t[:1],
+    "strides": lambda t: t.t(),  # of a square: neither its address nor its shape tells
+    "address and strides": lambda t: t.t().contiguous().t(),
+}
+STATES = ("exp_avg", "hessian", "low_bits", "exp_avg_scale", "hessian_scale")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind, replaced", [(kind, False) for kind in ("param", "grad", *STATES)] + [(s, True) for s in STATES])
+def test_a_step_does_after_every_change_what_a_new_optimizer_does(kind, replaced, change, device, check):
+    """The same numbers, or the same error and no change; and memory that was given back is not written to."""
+    params = [torch.nn.Parameter(torch.randn(32, 32, device=device).bfloat16()) for _ in range(3)]
+    opt = SOUL(params, lr=1e-2, state_dtype="8bit" if "scale" in kind else None)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    opt.step(), opt.step()
+    changed = {"param": params[1], "grad": params[1].grad} | opt.state[params[1]]
+    given_back, value = changed[kind].data, CHANGES[change](changed[kind].data)
+    if replaced:
+        opt.state[params[1]][kind] = value
+    else:
+        changed[kind].data = value
+    before = [t.clone() for p in params for t in (p, *opt.state[p].values())]
+    kept = given_back.clone()
+    twin = copy.deepcopy(opt)  # which knows nothing of tables
+    others = twin.param_groups[0]["params"]
+    for p, q in zip(params, others):
+        q.grad = torch.empty_like(q)
+        q.grad.data = p.grad.data.clone()
+    outcomes = []
+    for optimizer in (opt, twin):
+        try:
+            outcomes.append(optimizer.step())
+        except ValueError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    after = [t for p in params for t in (p, *opt.state[p].values())]
+    expected = before if outcomes[0] else [t for q in others for t in (q, *twin.state[q].values())]
+    for a, b in zip(after, expected):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    if value.data_ptr() != given_back.data_ptr():
+        assert torch.equal(given_back, kept)
 
 
 def test_notices_what_is_written_to_elsewhere_and_other_numbers_of_tensors(device, check):
