@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from soul_kernels._checks import check_choice, check_scalar
-from soul_kernels._head_rows import HeadGradients
+from soul_kernels._head_rows import HeadGradients, HeadRows
 
 TOGETHER = {"sequences": 1, "pairs": 2}  # sequences that no chunk may part, by what an objective is a sum over
 
@@ -24,6 +24,11 @@ def register_objective(objective):
     number = next(_numbers)
     _objectives[number] = objective
     return number
+
+
+def objective_of(number):
+    """The objective of a number that `register_objective` gave."""
+    return _objectives[number]
 
 
 def sweep_objective(rows, objective, batch, needs):
@@ -114,6 +119,12 @@ def _to_hidden(indices, x_gradient, shape):
     return full.index_copy_(0, indices, x_gradient).view(shape)
 
 
+def scaled_gradients(indices, gradients, scale, dtypes, hidden_shape):
+    """fp32 gradients of rows, weight and bias (each may be None) times an upstream factor: those of the inputs."""
+    x, weight, bias = (g if g is None else _scaled(g, scale, dtype) for g, dtype in zip(gradients, dtypes))
+    return None if x is None else _to_hidden(indices, x, hidden_shape), weight, bias
+
+
 class Swept(torch.autograd.Function):
     """A loss whose gradients are formed in one forward sweep; backward only scales.
 
@@ -137,8 +148,27 @@ class Swept(torch.autograd.Function):
         if scale is None:
             return (None,) * 4
         indices, *gradients = ctx.saved_tensors
-        x, weight, bias = (g if g is None else _scaled(g, scale, dtype) for g, dtype in zip(gradients, ctx.dtypes))
-        return None if x is None else _to_hidden(indices, x, ctx.hidden_shape), weight, bias, None
+        return *scaled_gradients(indices, gradients, scale, ctx.dtypes, ctx.hidden_shape), None
+
+
+def per_token_values(hidden, head, labels, rows, options, reference):
+    """What `PerToken` gives out, without gradients."""
+    table = HeadRows(hidden, head, labels, rows, options, reference=reference)
+    return PerToken.apply(hidden, head.weight, head.bias, table, dict(hidden=False, weight=False, bias=False))
+
+
+def per_token_gradients(hidden, head, labels, rows, options, reference, upstream, needs):
+    """Gradients of hidden, weight and bias for a gradient of what `PerToken` gives out, in one sweep of its own."""
+    table = HeadRows(hidden, head, labels, rows, options, reference=reference)
+    gradients, coefficients = HeadGradients(table, **needs), table.gather(upstream.float())
+    with torch.autocast(hidden.device.type, enabled=False):
+        for chunk in table.even_chunks():
+            table.load(chunk)
+            table.measure(chunk)
+            gradients.add(chunk, *_coefficients_of(table, coefficients[chunk.part]))
+    found = zip((gradients.x, gradients.weight, gradients.bias), (hidden, head.weight, head.bias))
+    x, weight, bias = (g if g is None else g.to(leaf.dtype) for g, leaf in found)
+    return None if x is None else _to_hidden(table.indices, x, hidden.shape), weight, bias
 
 
 class PerToken(torch.autograd.Function):

@@ -98,7 +98,7 @@ def check_rows(rows, keep, hidden):
         raise argument_error("rows", "every labelled token once", f"{found} of {kept}", remedy)
 
 
-def check_reference(hidden, head, options, ref_hidden, ref_weight, ref_bias, kind, needed=None, strengths=None):
+def check_reference(hidden, head, head_is_trained, ref_hidden, ref_weight, ref_bias, kind, needed=None, strengths=None):
     """Checks a reference's hidden states and head; returns the `Reference`."""
     check_choice("kind", kind, KINDS)
     if ref_hidden is None:
@@ -108,7 +108,7 @@ def check_reference(hidden, head, options, ref_hidden, ref_weight, ref_bias, kin
         expected = f"[B, T, D] with [B, T] {tuple(hidden.shape[:2])}"
         raise argument_error("ref_hidden", expected, tuple(ref_hidden.shape), "run the reference on the same batch")
     if ref_weight is None:
-        if torch.is_grad_enabled() and head.weight.requires_grad:
+        if head_is_trained:
             remedy = "a trained head moves away from the reference's: pass a frozen copy"
             raise argument_error("ref_weight", "the head of the reference beside a weight that is trained", None, remedy)
         ref_weight, ref_bias = head.weight, head.bias

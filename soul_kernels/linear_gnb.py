@@ -1,7 +1,10 @@
 """Cross-entropy with labels drawn from the model, in the sweep that forms its gradients."""
 
+import functools
+
 import torch
 
+from soul_kernels import _head_ops
 from soul_kernels._checks import argument_error
 from soul_kernels._head_autograd import Swept
 from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, wanted
@@ -54,19 +57,22 @@ def linear_gnb(
         if value.dtype != dtype or value.shape != hidden.shape[:2]:
             got = f"{tuple(value.shape)} of {value.dtype}"
             raise argument_error(name, f"{tuple(hidden.shape[:2])} of {dtype}", got, "pass one value a token")
-    check_rows(rows, keep, hidden)
     if uniforms is None:
         uniforms = torch.rand(keep.shape, dtype=torch.float32, device=hidden.device, generator=generator)
-    if not fused:
-        hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
-        return _reference.linear_gnb(hidden, weight, keep, uniforms, bias=bias, logit_scale=logit_scale, softcap=softcap)
-    table = DrawnRows(hidden, head, keep, rows, options, uniforms)
-    needs = wanted(hidden, weight, bias)
-    return Swept.apply(hidden, weight, bias, lambda: _sweep(table, keep, needs))
+    if fused:
+        call = dict(rows=rows, options=options, needs=wanted(hidden, weight, bias))
+        if torch.compiler.is_compiling():
+            return _head_ops.gnb(hidden, head, keep, uniforms, **call)
+        return Swept.apply(hidden, weight, bias, functools.partial(sweep, hidden, head, keep, uniforms, **call))
+    check_rows(rows, keep, hidden)
+    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
+    return _reference.linear_gnb(hidden, weight, keep, uniforms, bias=bias, logit_scale=logit_scale, softcap=softcap)
 
 
-def _sweep(rows, keep, needs):
-    """Loss, labels, rows and gradients."""
+def sweep(hidden, head, keep, uniforms, *, rows, options, needs):
+    """Loss, (labels,), rows and gradients: what `Swept` runs."""
+    check_rows(rows, keep, hidden)
+    rows = DrawnRows(hidden, head, keep, rows, options, uniforms)
     gradients = HeadGradients(rows, **needs) if any(needs.values()) else None
     share = 1 / keep.sum().clamp(min=1).float()
     for chunk in rows.even_chunks():

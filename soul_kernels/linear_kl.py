@@ -2,6 +2,7 @@
 
 import torch
 
+from soul_kernels import _head_ops
 from soul_kernels._head_autograd import PerToken
 from soul_kernels._head_checks import CHUNK_BYTES, check_head, check_labels, check_per_sequence, check_reference, wanted
 from soul_kernels._head_rows import HeadRows
@@ -45,9 +46,12 @@ def linear_kl(
         ValueError: as `linear_logprob`.
     """
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
-    check_labels(hidden, weight, labels, rows, fused)
     check_per_sequence("strengths", strengths, hidden)
-    reference = check_reference(hidden, head, options, ref_hidden, ref_weight, ref_bias, kind, None, strengths)
+    needs = wanted(hidden, weight, bias)
+    reference = check_reference(hidden, head, needs["weight"], ref_hidden, ref_weight, ref_bias, kind, None, strengths)
+    if fused and torch.compiler.is_compiling():
+        return _head_ops.per_token(hidden, head, labels, rows, options, reference)
+    check_labels(hidden, weight, labels, rows, fused)
     if not fused:
         hidden, weight, ref_hidden, ref_weight = (
             t.to(options.compute_dtype) for t in (hidden, weight, reference.hidden, reference.weight)
@@ -57,4 +61,4 @@ def linear_kl(
             strengths=strengths, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
     table = HeadRows(hidden, head, labels, rows, options, reference=reference)
-    return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))
+    return PerToken.apply(hidden, weight, bias, table, needs)

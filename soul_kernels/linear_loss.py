@@ -9,8 +9,11 @@ Memory beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the g
 that of a trained head, until backward.
 """
 
+import functools
+
 import torch
 
+from soul_kernels import _head_ops
 from soul_kernels._checks import check_scalar
 from soul_kernels._head_autograd import PerToken, Swept, sweep_objective
 from soul_kernels._head_checks import (
@@ -59,6 +62,8 @@ def linear_logprob(
             checked, to spare the wait; the log-probability of such a label is NaN.
     """
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    if fused and torch.compiler.is_compiling():
+        return _head_ops.per_token(hidden, head, labels, rows, options, None)
     check_labels(hidden, weight, labels, rows, fused)
     if not fused:
         hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
@@ -150,16 +155,21 @@ def linear_objective(
         ValueError: as `linear_logprob`.
     """
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
-    check_labels(hidden, weight, labels, rows, fused)
     check_per_sequence("is_forget", is_forget, hidden, dtype=torch.bool, on_cpu=True)
     check_per_sequence("ref_logps", ref_logps, hidden)
-    divergence, reference = getattr(objective, "divergence", None), None
-    if divergence is not None:
-        forget = torch.ones(len(labels), dtype=torch.bool) if is_forget is None else is_forget
-        needed = None if divergence.of == "all" else needed_sequences(divergence, forget)
-        strengths = sequence_strengths(divergence, forget)
-        reference = check_reference(hidden, head, options, ref_hidden, ref_weight, ref_bias, divergence.kind, needed, strengths)
-    if not fused:
+    tensors = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps)
+    tensors |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    if fused:
+        needs = wanted(hidden, weight, bias)
+        number = getattr(objective, "key", None)
+        if torch.compiler.is_compiling() and number is not None:
+            loss, logps = _head_ops.objective(hidden, head, labels, number, options=options, needs=needs, **tensors)
+        else:
+            run = functools.partial(sweep, hidden, head, labels, objective, options=options, needs=needs, **tensors)
+            loss, logps = _swept(hidden, weight, bias, run)
+    else:
+        check_labels(hidden, weight, labels, rows, fused)
+        reference = _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias)
         hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
         loss, logps = _reference.linear_objective(
             hidden, weight, labels, objective, bias=bias, is_forget=is_forget, ref_logps=ref_logps,
@@ -167,18 +177,36 @@ def linear_objective(
             ref_bias=reference and reference.bias, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
         check_scalar(loss)
-        return (loss, logps) if return_logps else loss
+    return (loss, logps) if return_logps else loss
+
+
+@torch.compiler.disable  # with a plain function as the objective the graph breaks here; what is inside is not traced
+def _swept(*arguments):
+    return Swept.apply(*arguments)
+
+
+def sweep(
+    hidden, head, labels, objective, *, rows, is_forget, ref_logps, ref_hidden, ref_weight, ref_bias, options, needs
+):  # fmt: skip
+    """Loss, (log-probabilities,), rows and gradients: what `Swept` runs."""
+    check_labels(hidden, head.weight, labels, rows, fused=True)
+    reference = _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias, needs["weight"])
     all_statistics = getattr(objective, "needs_statistics", False)
     table = HeadRows(hidden, head, labels, rows, options, reference=reference, all_statistics=all_statistics)
     batch = TokenBatch.from_labels(labels, is_forget, ref_logps)
-    needs = wanted(hidden, weight, bias)
+    loss, gradients = sweep_objective(table, objective, batch, needs)
+    return loss, (table.log_probs(),), table, gradients
 
-    def sweep():
-        loss, gradients = sweep_objective(table, objective, batch, needs)
-        return loss, (table.log_probs(),), table, gradients
 
-    loss, logps = Swept.apply(hidden, weight, bias, sweep)
-    return (loss, logps) if return_logps else loss
+def _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias, head_is_trained=False):
+    """The `Reference` that an objective needs, or None."""
+    divergence = getattr(objective, "divergence", None)
+    if divergence is None:
+        return None
+    forget = torch.ones(len(labels), dtype=torch.bool) if is_forget is None else is_forget
+    needed = None if divergence.of == "all" else needed_sequences(divergence, forget)
+    strengths = sequence_strengths(divergence, forget)
+    return check_reference(hidden, head, head_is_trained, ref_hidden, ref_weight, ref_bias, divergence.kind, needed, strengths)
 
 
 __all__ = ["TokenBatch", "linear_logprob", "linear_objective", "linear_statistics"]
