@@ -20,7 +20,9 @@ def main(argv=None):
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small inputs, without torch.compile")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only cases with TEXT in their name")
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="only cases with TEXT in their name; also those that do not run by default"
+    )
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing a case (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write the rows there")
     parser.add_argument("--plots", metavar="DIR", type=pathlib.Path, help="also draw every case there (extra: bench)")
@@ -47,7 +49,7 @@ def main(argv=None):
         for make in module.cases(device, args.quick):
             torch.manual_seed(0)
             case = make()
-            if args.only in case.name:
+            if args.only in case.name and (args.only or case.default):
                 rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
             del case
             if args.json:  # after every case: a run that is cut off leaves what it has

@@ -16,6 +16,8 @@ import time
 
 import torch
 
+PEERS = ("torch-optimi", "flashoptim", "liger-kernel", "cut-cross-entropy")  # packages of the extra "peers"
+
 
 @dataclasses.dataclass
 class Case:
@@ -24,9 +26,12 @@ class Case:
     Attributes:
         name: what is computed, on what.
         variants: name -> function that allocates and returns the callable to time. Names of ours begin with "ours".
-        check: () -> dict of errors by name; raises AssertionError where our result is wrong. Runs before any timing.
+        check: () -> dict of errors by name, those of ours; or by variant and name, of every variant that runs here. Raises
+            AssertionError where our result is wrong, and only then: what a peer does is reported. Runs before any timing.
         bytes: that one call must move, or None; a dict where they differ, by the name of the variant.
         flops: that one call must do, or None.
+        floor: name of the variant that does nothing but what all must do, or None: times are also told in percent of its own.
+        default: runs without being asked for by name.
     """
 
     name: str
@@ -34,6 +39,8 @@ class Case:
     check: object
     bytes: float | dict | None = None
     flops: float | None = None
+    floor: str | None = None
+    default: bool = True
 
     def rates(self, variant, ms, limits):
         """What a time means: rates, and percentages of what this machine reaches."""
@@ -115,7 +122,7 @@ def environment(device):
         "cpu": cpu_model() if gpu else None,
         "threads": None if gpu else torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "triton", "torch-optimi", "flashoptim")},
+        **{package: version(package) for package in ("torch", "triton", *PEERS)},
         "commit": _run("git", "describe", "--always", "--dirty"),
     }
 
@@ -159,30 +166,50 @@ def start(name, make):
 def run_case(case, device, limits, budget_s):
     """Checks a case, times it, prints its rows; returns them as dicts. Rows of what did not run say why."""
     errors = case.check()
-    print(f"\n{case.name}   " + "  ".join(f"{k} {v:.1e}" for k, v in errors.items()))
+    each = errors.keys() <= case.variants.keys()  # an error, or a dict of them, for a name
+    print(f"\n{case.name}   " + ("" if each else _text(errors)))
+    free(device)
     started = {name: start(name, make) for name, make in case.variants.items()}
     calls = {name: call for name, (call, _) in started.items() if call}
     memory = {name: peak_extra_mib(call, device) for name, call in calls.items()}
     width = max(34, *(len(name) + 2 for name in started))
+    times = time_interleaved(calls, device, budget_s)
     rows = []
-    for name, (median, low, high) in time_interleaved(calls, device, budget_s).items():
+    for name, (median, low, high) in times.items():
         row = {"case": case.name, "variant": name, "ms": median, "ms_p20": low, "ms_p80": high, "extra_mib": memory[name]}
         row |= case.rates(name, median, limits)
         line = f"  {name:<{width}}{median:10.3f} ms  ({low:.3f} to {high:.3f})"
+        if case.floor in times:
+            row["percent_of_floor"] = 100 * median / times[case.floor][0]
+            line += f"  {row['percent_of_floor']:6.1f}% of {case.floor}"
         if "gb_per_s" in row:
             line += f"  {row['gb_per_s']:8.0f} GB/s  {row['percent_of_copy']:6.1f}% of copy"
         if "tflop_per_s" in row:
             line += f"  {row['tflop_per_s']:8.1f} TFLOP/s  {row['percent_of_gemm']:6.1f}% of GEMM"
         if memory[name] is not None:
             line += f"  {memory[name]:8.0f} MiB"
-        rows.append(row | ({"errors": errors} if name.startswith("ours") else {}))
+        if each and name in errors:
+            row["errors"] = errors[name]
+            line += f"\n  {'':<{width}}  errors: {_text(errors[name])}"
+        elif not each and name.startswith("ours"):
+            row["errors"] = errors
+        rows.append(row)
         print(line, flush=True)
     for name, (_, reason) in started.items():
         if reason:
             rows.append({"case": case.name, "variant": name, "reason": reason})
             print(f"  {name:<{width}}{reason}")
     del calls, started
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free(device)
     return rows
+
+
+def free(device):
+    """Gives unused memory of a GPU back."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _text(errors):
+    return "  ".join(f"{name} {value:.1e}" for name, value in errors.items())

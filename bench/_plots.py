@@ -24,7 +24,7 @@ def plot_cases(rows, header, folder):
     paths = []
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = [row for row in rows if row["case"] == case and "ms" in row]
-        figure = Figure(figsize=(9, 1.3 + 0.38 * len(timed)), facecolor="white", layout="constrained")
+        figure = Figure(figsize=(10, 1.3 + 0.38 * len(timed)), facecolor="white", layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         spread = [[row["ms"] - row["ms_p20"] for row in timed], [row["ms_p80"] - row["ms"] for row in timed]]
@@ -34,7 +34,8 @@ def plot_cases(rows, header, folder):
         )
         axes.bar_label(bars, [_label(row) for row in timed], padding=6, fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.35 * max(row["ms_p80"] for row in timed))  # room for the labels
+        longest = max(len(_label(row)) for row in timed)
+        axes.set_xlim(0, max(row["ms_p80"] for row in timed) / (0.95 - 0.009 * longest))  # room for the labels
         axes.set_xlabel("ms, median; whiskers: 20th to 80th percentile")
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_title(
@@ -46,5 +47,8 @@ def plot_cases(rows, header, folder):
 
 
 def _label(row):
-    percent = next((f", {row[key]:.0f}% of {key[11:]}" for key in ("percent_of_copy", "percent_of_gemm") if key in row), "")
-    return f"{row['ms']:.3g} ms{percent}"
+    """Time, what it means, and by how much dX is wrong, where that is known of every variant."""
+    keys = ("percent_of_floor", "percent_of_copy", "percent_of_gemm")
+    percent = next((f", {row[key]:.0f}% of {key[11:]}" for key in keys if key in row), "")
+    wrong = [f"{value:.0e} {name[3:]}" for name, value in row.get("errors", {}).items() if name.startswith("dX ")]
+    return f"{row['ms']:.3g} ms{percent}" + (f", dX error {', '.join(wrong)}" if wrong else "")

@@ -1,103 +1,94 @@
-"""Loss and gradients from hidden states: ours against eager PyTorch and torch.compile, all with fp32 logits."""
+"""The tables of the losses: five of them from hidden states, against eager PyTorch, torch.compile, and fused cross-entropies.
+
+On a GPU there is a case for every loss of CE, GradDiff, NPO, KL (to a reference, over all tokens) and GNB (labels drawn from
+the model), every shape (D, V) of (2048, 128256), (4096, 32000), (4096, 128256), N of 512, 4096 and 16384 tokens, trained and
+frozen head. By default one thing at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen head,
+the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
+``--only "NPO, N 16384"`` its six.
+
+Peers are there where the work is equal, for CE, each as it comes and at its most accurate. Every variant has its errors beside
+its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
+"""
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case
-from soul.losses import NPO, GradDiff
-from soul_kernels import TokenBatch, linear_objective
+from bench._heads import LOSSES, QUICK, SHAPES, SIZES, SMALL, functions_of, make_case
 
 
-def eager_loss(hidden, weight, labels, objective, batch):
-    """Logits of the kept tokens in fp32, log-softmax, objective: what a careful user writes."""
-    logits = (hidden.flatten(0, 1) @ weight.T).float()
-    logps = -F.cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=-100).view(labels.shape)
-    return objective(logps, batch)
+def liger(**options):
+    """Liger's fused linear cross-entropy: bf16 logits; dW in the dtype of the weight unless ``accum_dtype`` says otherwise."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def loss(inputs):
+        x, labels = inputs.flat
+        return liger_fused_linear_cross_entropy(x, inputs.weight, labels, **options)
+
+    return loss
 
 
-def train(loss_of, hidden, weight):
-    """One forward and backward; gradients are dropped."""
-    loss_of(hidden, weight).backward()
-    hidden.grad = weight.grad = None
+def cut(**options):
+    """Cut cross-entropy. It leaves out blocks of small gradients unless ``filter_eps`` is None; ``impl="cce_exact"`` also adds
+    up in fp32, but is not in every release.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(inputs):
+        x, labels = inputs.flat
+        return linear_cross_entropy(x, inputs.weight, labels, **options)
+
+    return loss
 
 
-def bare_gemms(hidden, weight, rows, count):
-    """The matrix products alone, in chunks of ``rows``: the floor."""
-    x = hidden.detach().flatten(0, 1)
-    w = weight.detach()
-    logits = torch.empty(rows, w.shape[0], device=x.device, dtype=x.dtype)
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
-    for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        z = logits[: len(part)]
-        torch.mm(part, w.T, out=z)
-        torch.mm(z, w, out=dx[start : start + rows])
-        if count == 3:
-            torch.mm(z.T, part, out=dw)
+def of_torch(**options):
+    """What torch itself has, from 2.13 on: without options a plain matrix product and cross-entropy, with them in chunks."""
+
+    def loss(inputs):
+        x, labels = inputs.flat
+        chunking = torch.nn.LinearCrossEntropyOptions(**options) if options else None
+        return F.linear_cross_entropy(x, inputs.weight, labels, options=chunking)
+
+    return loss
 
 
-def make_case(objective, n, d, n_vocab, frozen, device, quick):
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
-    B, T = 8, n // 8
-    hidden = torch.randn(B, T, d, device=device, dtype=dtype).requires_grad_()
-    weight = (torch.randn(n_vocab, d, device=device, dtype=dtype) * 2 / d**0.5).requires_grad_(not frozen)
-    labels = torch.randint(n_vocab, (B, T), device=device)
-    is_forget = torch.arange(B, device=device) < B // 2
-    ref = torch.full((B,), -5.0 * T, device=device) if objective.needs_reference else None
-    batch = TokenBatch.from_labels(labels, is_forget, ref)
-    rows = torch.arange(n)  # all tokens are kept: equal work for everybody
+PEERS = {
+    "Liger": liger,
+    "Liger, accum_dtype fp32": lambda: liger(accum_dtype=torch.float32),
+    "cut-cross-entropy": cut,
+    "cut-cross-entropy, no filter": lambda: cut(filter_eps=None),
+    "cut-cross-entropy, cce_exact": lambda: cut(impl="cce_exact"),
+    "torch linear_cross_entropy": of_torch,
+    "torch linear_cross_entropy, chunks": lambda: of_torch(acc_policy="auto"),
+    # The accumulator's dtype must be named: only the policy "auto" looks for one above that of the inputs.
+    "torch linear_cross_entropy, accurate": lambda: of_torch(acc_policy="accurate", acc_dtype=torch.float32),
+}
 
-    def ours(hidden, weight):
-        return linear_objective(hidden, weight, labels, objective, is_forget=is_forget, ref_logps=ref, rows=rows)
 
-    def eager(hidden, weight):
-        return eager_loss(hidden, weight, labels, objective, batch)
-
-    def check():
-        """Against fp32 eager on fp32 copies of the same inputs, on part of the tokens of each sequence."""
-        few = min(T, 1024 // B)
-        cut = labels.clone()
-        cut[:, few:] = -100
-        h32, w32 = (t.detach().float().requires_grad_() for t in (hidden[:, :few], weight))
-        want = eager_loss(h32, w32, cut[:, :few], objective, TokenBatch.from_labels(cut[:, :few], is_forget, ref))
-        want_grads = torch.autograd.grad(want, [h32] if frozen else [h32, w32])
-        got = linear_objective(hidden, weight, cut, objective, is_forget=is_forget, ref_logps=ref)
-        got_grads = torch.autograd.grad(got, [hidden] if frozen else [hidden, weight])
-        errors = {"loss": abs(got.item() - want.item()) / abs(want.item())}
-        for name, a, b in zip(("dX", "dW"), got_grads, want_grads):
-            a = a[:, :few] if name == "dX" else a
-            errors[name] = ((a.float() - b).norm() / b.norm()).item()
-        assert errors["loss"] < 1e-4 and max(errors.get("dX", 0), errors.get("dW", 0)) < 4e-3, errors
-        return errors
-
-    variants = {
-        "ours": lambda: functools.partial(train, ours, hidden, weight),
-        "bare GEMMs, chunk 4096": lambda: functools.partial(bare_gemms, hidden, weight, min(n, 4096), 2 if frozen else 3),
-        "eager, fp32 logits": lambda: functools.partial(train, eager, hidden, weight),
-    }
-    if not quick:
-        compiled = torch.compile(eager)
-        variants["torch.compile of eager"] = lambda: functools.partial(train, compiled, hidden, weight)
-    head = "frozen head" if frozen else "trained head"
-    title = f"{type(objective).__name__}, N {n}, D {d}, V {n_vocab}, {str(dtype)[6:]}, {head}"
-    return Case(title, variants, check, flops=(2 if frozen else 3) * 2 * n * n_vocab * d)
+def runs_by_default(loss, n, d, n_vocab, frozen):
+    """Tells whether a case runs without being asked for: where at most one thing differs from the first of each."""
+    if frozen:
+        return n == SIZES[0] and (d, n_vocab) == SHAPES[0]
+    if n != SIZES[0]:
+        return loss in ("CE", "NPO") and (d, n_vocab) == SHAPES[0]
+    return (d, n_vocab) == SHAPES[0] or loss in ("CE", "KL")
 
 
 def cases(device, quick):
-    """Functions that make the cases."""
+    """Functions that make the cases; without a GPU one of each loss and head at a small size, by our references.
+
+    Without a GPU and quick, only CE is there with a frozen head.
+    """
     if device.type == "cpu":
-        shape = (64, 64, 2000) if quick else (256, 128, 4000)
-        sizes = [(GradDiff(), *shape, False), (NPO(), *shape, True)]
+        sizes = [(loss, *SMALL, frozen) for frozen in (False, True) for loss in LOSSES]
+        if quick:
+            sizes = [*((loss, *QUICK, False) for loss in LOSSES), ("CE", *QUICK, True)]
     else:
-        sizes = [
-            (GradDiff(), 8192, 2048, 128256, False),
-            (GradDiff(), 8192, 4096, 32000, False),
-            (NPO(), 8192, 2048, 128256, False),
-            (GradDiff(), 8192, 2048, 128256, True),
-            (GradDiff(), 512, 2048, 128256, False),
-        ]
+        grid = itertools.product((False, True), SHAPES, SIZES, LOSSES)
+        sizes = [(loss, n, d, n_vocab, frozen) for frozen, (d, n_vocab), n, loss in grid]
     for size in sizes:
-        yield functools.partial(make_case, *size, device, quick)
+        functions = functions_of(size[0], device, quick) | (PEERS if size[0] == "CE" else {})
+        default = device.type == "cpu" or runs_by_default(*size)
+        yield functools.partial(make_case, *size, functions, device, default=default)

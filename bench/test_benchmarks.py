@@ -19,6 +19,8 @@ def variants():
     for op in OPS:
         for make in importlib.import_module(f"bench.bench_{op}").cases(DEVICE, QUICK):
             case = make()
+            if not case.default:
+                continue
             yield from (pytest.param(make, name, id=f"{case.name}: {name}") for name in case.variants)
             del case
 

@@ -7,14 +7,24 @@ import sys
 import pytest
 import torch
 
-from bench import __main__, _harness, host_part
+from bench import (
+    __main__,
+    _harness,
+    _heads,
+    bench_kl_divergence,
+    bench_linear_gnb,
+    bench_linear_loss,
+    bench_token_logprob,
+    host_part,
+)
 from bench import bench_sophia_step as step_bench
 from bench.__main__ import OPS
 from soul import SOUL, SophiaG
 
 LIMITS = {"copy_bytes_per_s": 1e10, "gemm_flop_per_s": 1e11}
 CPU = torch.device("cpu")
-PEERS = ("optimi", "FlashOptim")  # need not be installed, or not run without a GPU
+# Need not be installed, or not run without a GPU.
+PEERS = ("optimi", "FlashOptim", "Liger", "cut-cross-entropy", "torch linear_cross_entropy")
 
 
 @pytest.fixture
@@ -23,8 +33,16 @@ def untimed(monkeypatch):
     monkeypatch.setattr(_harness, "time_interleaved", lambda calls, device, budget_s: dict.fromkeys(calls, (1.0, 1.0, 1.0)))
 
 
+@pytest.fixture
+def uninterpreted(monkeypatch):
+    """Ops take their references on the CPU, as they do for a user: the kernels of the heads have tests of their own."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
 @pytest.mark.parametrize("op", OPS)
-def test_every_case_is_right_and_runs(op, untimed):
+def test_every_case_is_right_and_runs(op, untimed, request):
+    if op.startswith("linear"):
+        request.getfixturevalue("uninterpreted")
     for make in importlib.import_module(f"bench.bench_{op}").cases(CPU, quick=True):
         case = make()
         rows = _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
@@ -101,6 +119,101 @@ def test_a_wrong_kernel_fails_the_check(monkeypatch):
     for optimizer in (SophiaG, SOUL):
         with pytest.raises(AssertionError, match="not the reference's bits"):
             step_bench.check(optimizer, [dict(state_dtype="8bit")], CPU, torch.bfloat16, True)
+
+
+@pytest.fixture
+def cross_entropy():
+    """The first case of the tables of the losses: CE with a trained head, and all peers."""
+    torch.manual_seed(0)
+    return next(iter(bench_linear_loss.cases(CPU, quick=True)))()
+
+
+def test_every_variant_of_a_loss_has_its_own_errors(cross_entropy, untimed, uninterpreted, monkeypatch, capsys):
+    for name in ["liger_kernel", *(name for name in sys.modules if name.startswith("liger_kernel."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    rows = {row["variant"]: row for row in _harness.run_case(cross_entropy, CPU, LIMITS, budget_s=0.0)}
+    out = capsys.readouterr().out
+    for name, row in rows.items():
+        if name.startswith("Liger"):
+            assert row["reason"].startswith("liger_kernel") and row["reason"].endswith(": not installed")
+            assert f"  {name}  " in out
+        elif "reason" not in row:
+            assert row["percent_of_floor"] == 100.0
+            assert ("errors" in row) == (name != _heads.FLOOR)
+    quantities = [f"{name} {kind}" for kind in ("flat", "peaked") for name in ("loss", "log p", "dX", "dW")]
+    assert list(rows["ours"]["errors"]) == list(rows["eager"]["errors"]) == quantities
+    # Where p is close to 1, eager PyTorch loses 1 - p, and ours does not.
+    assert rows["eager"]["errors"]["dX peaked"] > 3 * rows["ours"]["errors"]["dX peaked"]
+    if hasattr(torch.nn.functional, "linear_cross_entropy"):
+        assert 0 < rows["torch linear_cross_entropy, accurate"]["errors"]["dW flat"] < 1e-5
+    json.dumps(list(rows.values()))
+
+
+def test_a_wrong_peer_is_reported_and_a_wrong_loss_of_ours_is_not_timed(monkeypatch):
+    monkeypatch.setattr(_harness, "time_interleaved", lambda *args: pytest.fail("timed"))
+    right = _heads.linear_objective
+
+    def wrong(hidden, *args, **options):
+        loss, logps = right(hidden, *args, **options)
+        return loss + 1e-3 * (hidden - hidden.detach()).square().sum() + 1e-3 * (hidden - hidden.detach()).sum(), logps
+
+    monkeypatch.setattr(_heads, "linear_objective", wrong)
+    functions = {"ours": lambda: _heads.ours("CE"), "eager": lambda: _heads.ours("CE")}
+    case = _heads.make_case("CE", 16, 16, 50, True, functions, CPU)
+    with pytest.raises(AssertionError, match=r"ours, flat inputs: .*dX"):
+        _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
+    del functions["ours"]
+    assert _heads.make_case("CE", 16, 16, 50, True, functions, CPU).check()["eager"]["dX flat"] > 1e-2
+
+
+def test_a_label_that_was_not_drawn_by_its_number_is_noticed(uninterpreted, monkeypatch):
+    right = _heads.linear_gnb
+    monkeypatch.setattr(_heads, "linear_gnb", lambda *args, uniforms, **options: right(*args, uniforms=1 - uniforms, **options))
+    (case, *_) = (make() for make in bench_linear_gnb.cases(CPU, quick=True))
+    with pytest.raises(AssertionError, match=r"ours, flat inputs: \{'draw'"):
+        case.check()
+
+
+def test_equal_work_is_asserted():
+    inputs = _heads.make_inputs("CE", 16, 16, 50, CPU, torch.float32, frozen=False)["flat"]
+    with pytest.raises(AssertionError):  # no gradient of the head
+        _heads.train(lambda inputs: inputs.hidden.sum(), inputs)
+    _heads.train(_heads.ours("CE"), inputs)  # nothing is left of that
+    inputs.weight.grad = torch.zeros_like(inputs.weight)
+    with pytest.raises(AssertionError):  # gradients of the call before
+        _heads.train(_heads.ours("CE"), inputs)
+    with pytest.raises(AssertionError, match="ignored token"):
+        _heads.Inputs(inputs.hidden, inputs.weight, inputs.labels - 50, inputs.is_forget)
+
+
+def test_tables_of_the_losses_are_complete_and_a_part_runs_by_default():
+    made = [make() for make in bench_linear_loss.cases(torch.device("cuda"), quick=False)]  # inputs are made later
+    assert len({case.name for case in made}) == 90
+    default = [case.name for case in made if case.default]
+    assert len(default) == 18
+    for loss in _heads.LOSSES:
+        assert sum(name.startswith(f"{loss}, N 4096, D 2048, V 128256") for name in default) == 2  # trained, frozen
+
+
+@pytest.mark.parametrize("module, kinds", [
+    (bench_kl_divergence, ("divergences", "gradient")),
+    (bench_token_logprob, ("statistics", "gradient")),
+])  # fmt: skip
+def test_row_kernels_are_checked_before_they_are_timed(module, kinds, untimed):
+    for kind in kinds:
+        torch.manual_seed(0)
+        rows = _harness.run_case(module.make_case(kind, 5, 4500, CPU, True), CPU, LIMITS, budget_s=0.0)
+        assert all(row["gb_per_s"] > 0 for row in rows) and rows[0]["errors"]["gradient"] < 4e-3
+
+
+def test_only_also_finds_what_does_not_run_by_default(tmp_path, untimed, monkeypatch):
+    monkeypatch.setattr(__main__, "ceilings", lambda device: LIMITS)
+    made = [_harness.Case(name, {"ours": lambda: dict}, dict, default=name == "one") for name in ("one", "two")]
+    module = type("module", (), {"cases": lambda device, quick: [lambda case=case: case for case in made]})
+    monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
+    for only, found in (([], ["one"]), (["--only", "t"], ["two"]), (["--only", "o"], ["one", "two"])):
+        __main__.main(["grad_norm", "--device", "cpu", "--json", str(tmp_path / "rows.json"), *only])
+        assert [row["case"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == found
 
 
 def test_command_writes_rows_and_pictures(tmp_path, untimed, monkeypatch, capsys):

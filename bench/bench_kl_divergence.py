@@ -1,0 +1,72 @@
+"""The row kernels of the divergence alone: divergences (one read of both logits) and gradient (the same, and one write)."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from bench._harness import Case
+from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
+from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
+from soul_kernels.token_logprob import token_statistics
+
+CHECKED = 64  # rows
+
+
+def eager_divergence(logits, ref_logits):
+    """Two log-softmaxes and their divergence."""
+    return F.kl_div(logits.log_softmax(1), ref_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
+
+
+def eager_gradient(logits, ref_logits):
+    """``p - q``, to be multiplied: the derivative of ``KL(q || p)`` by the logits of p."""
+    return (logits.softmax(1) - ref_logits.softmax(1)).bfloat16()
+
+
+def make_case(kind, n, n_vocab, device, quick):
+    logits = torch.randn(n, n_vocab, device=device) * 3
+    ref_logits = logits + 0.3 * torch.randn_like(logits)
+    labels = torch.randint(n_vocab, (n,), device=device)
+    statistics, ref_statistics = (torch.empty(4, n, device=device) for _ in range(2))
+    token_statistics(logits, labels, statistics)
+    token_statistics(ref_logits, labels, ref_statistics)
+    known = (logits, ref_logits, labels, statistics, ref_statistics)
+    divergences = torch.empty(2, n, device=device)
+    coefficients, weights = torch.zeros(n, device=device), torch.ones(n, device=device)
+    out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
+
+    def measure():
+        divergence_statistics(*known, divergences)
+
+    def gradient():
+        divergence_gradient(*known, divergences, coefficients, weights, out)
+
+    def check():
+        measure()
+        gradient()
+        leaf = logits[:CHECKED].double().requires_grad_()
+        values = kl_divergence(leaf, reference_distribution(ref_logits[:CHECKED].double()))
+        (want,) = torch.autograd.grad(values.sum(), leaf)
+        errors = {
+            "KL": ((divergences[0, :CHECKED] - values).abs() / values).max().item(),
+            "gradient": ((out[:CHECKED].double() - want).norm() / want.norm()).item(),
+        }
+        assert errors["KL"] < 1e-3 and errors["gradient"] < 4e-3, errors
+        return errors
+
+    call, plain = (measure, eager_divergence) if kind == "divergences" else (gradient, eager_gradient)
+    variants = {"ours": lambda: call, "eager": lambda: functools.partial(plain, logits, ref_logits)}
+    if not quick:
+        variants["torch.compile of eager"] = lambda: functools.partial(torch.compile(plain, dynamic=False), logits, ref_logits)
+    moved = 2 * logits.nbytes + (out.nbytes if kind == "gradient" else 0)
+    return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
+
+
+def cases(device, quick):
+    """Functions that make the cases; none without a GPU, where there is no row kernel to time."""
+    if device.type == "cpu":
+        print("row kernels: need a GPU")
+        return
+    for kind in ("divergences", "gradient"):
+        for n_vocab in (128256, 32003):
+            yield functools.partial(make_case, kind, 2048, n_vocab, device, quick)

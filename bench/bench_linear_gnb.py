@@ -1,0 +1,21 @@
+"""Cross-entropy with drawn labels: ours against our plain cross-entropy at the same place, and against torch.multinomial.
+
+The same cases as GNB in the tables of the losses, at two other places: the few tokens of a batch of short answers, and a small
+vocabulary. What drawing costs is ours over ours with plain cross-entropy, which is to be at most 1.03.
+"""
+
+import functools
+
+from bench._heads import QUICK, SHAPES, SMALL, functions_of, make_case
+
+
+def cases(device, quick):
+    """Functions that make the cases; without a GPU at a small size, by our references."""
+    if device.type == "cpu":
+        sizes = [QUICK if quick else SMALL]
+    else:
+        sizes = [(512, *SHAPES[0]), (4096, *SHAPES[1])]
+    functions = functions_of("GNB", device, quick)
+    for size in sizes:
+        for frozen in (False, True):
+            yield functools.partial(make_case, "GNB", *size, frozen, functions, device, op="linear_gnb")
