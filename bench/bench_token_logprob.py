@@ -1,4 +1,4 @@
-"""The row kernels alone: statistics (one read of the logits) and gradient (one read, one write), of labels given or drawn."""
+"""The row kernels alone: statistics (one read of the logits) and gradient (one read, one write)."""
 
 import functools
 
@@ -13,8 +13,6 @@ from soul_kernels.token_logprob import (
     N_ALL,
     N_BASIC,
     VARIANCE,
-    draw_labels,
-    likeliest_statistics,
     token_gradient,
     token_statistics,
 )
@@ -22,30 +20,29 @@ from soul_kernels.token_logprob import (
 CHECKED = 64  # rows
 
 
+def gradient_error(logits, labels, out):
+    """Log-probabilities of the first rows in fp64, and the relative error of their gradient in ``out``."""
+    leaf = logits[:CHECKED].double().requires_grad_()
+    logp = token_logprob(leaf, labels[:CHECKED])
+    (want,) = torch.autograd.grad(logp.sum(), leaf)
+    return logp.detach(), ((out[:CHECKED].double() - want).norm() / want.norm()).item()
+
+
 def make_case(kind, n, n_vocab, device, quick):
     logits = torch.randn(n, n_vocab, device=device) * 3
     labels = torch.randint(n_vocab, (n,), device=device)
-    drawn, uniforms = labels.clone(), torch.rand(n, device=device)
-    basic, likeliest = (torch.empty(N_BASIC, n, device=device) for _ in range(2))
+    basic = torch.empty(N_BASIC, n, device=device)
     everything, ones = torch.empty(N_ALL, n, device=device), torch.ones(n, device=device)
     out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
     measure = functools.partial(token_statistics, logits, labels, basic)
     measure_all = functools.partial(token_statistics, logits, labels, everything)
-    prepare = functools.partial(likeliest_statistics, logits, drawn, likeliest)
     gradient = functools.partial(token_gradient, logits, labels, basic, ones, out)
-    draw = functools.partial(draw_labels, logits, drawn, uniforms, likeliest, ones, out)
-
-    def gradient_error(of_labels):
-        leaf = logits[:CHECKED].double().requires_grad_()
-        logp = token_logprob(leaf, of_labels[:CHECKED])
-        (want,) = torch.autograd.grad(logp.sum(), leaf)
-        return logp.detach(), ((out[:CHECKED].double() - want).norm() / want.norm()).item()
 
     def check():
-        for call in (measure, measure_all, prepare, gradient):
+        for call in (measure, measure_all, gradient):
             call()
         errors = {}
-        logp, errors["gradient"] = gradient_error(labels)
+        logp, errors["gradient"] = gradient_error(logits, labels, out)
         want = reference_statistics(logits[:CHECKED].double(), labels[:CHECKED])
         compared = {
             "log p": (basic[LOGP], logp),
@@ -54,20 +51,16 @@ def make_case(kind, n, n_vocab, device, quick):
         }
         for name, (got, values) in compared.items():
             errors[name] = ((got[:CHECKED] - values).abs() / values.abs().clamp(min=1)).max().item()
-        draw()
-        logp, errors["gradient of drawn"] = gradient_error(drawn)
-        errors["log p of drawn"] = (likeliest[LOGP, :CHECKED] - logp).abs().max().item()
-        gates = {"log p": 2e-5, "log p of drawn": 2e-5, "entropy": 1e-4, "variance": 1e-4}
+        gates = {"log p": 2e-5, "entropy": 1e-4, "variance": 1e-4}
         assert all(value < gates.get(name, 4e-3) for name, value in errors.items()), errors
         return errors
 
     if kind == "statistics":
-        variants = {"ours": lambda: measure, "ours, all statistics": lambda: measure_all, "ours, for drawing": lambda: prepare,
+        variants = {"ours": lambda: measure, "ours, all statistics": lambda: measure_all,
                     "eager logsumexp": lambda: functools.partial(torch.logsumexp, logits, 1)}  # fmt: skip
         moved = logits.nbytes
     else:
-        variants = {"ours": lambda: gradient, "ours, drawing the label": lambda: draw,
-                    "eager softmax": lambda: functools.partial(torch.softmax, logits, 1)}  # fmt: skip
+        variants = {"ours": lambda: gradient, "eager softmax": lambda: functools.partial(torch.softmax, logits, 1)}  # fmt: skip
         moved = logits.nbytes + out.nbytes
     return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
 

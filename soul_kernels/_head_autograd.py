@@ -8,7 +8,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from soul_kernels._checks import check_choice, check_scalar
-from soul_kernels._head_rows import HeadGradients, HeadRows
+from soul_kernels._head_gradients import HeadGradients
+from soul_kernels._head_rows import HeadRows
 
 TOGETHER = {"sequences": 1, "pairs": 2}  # sequences that no chunk may part, by what an objective is a sum over
 

@@ -8,7 +8,8 @@ from soul_kernels import _head_ops
 from soul_kernels._checks import argument_error
 from soul_kernels._head_autograd import Swept
 from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, wanted
-from soul_kernels._head_rows import DrawnRows, HeadGradients
+from soul_kernels._head_gradients import HeadGradients
+from soul_kernels._head_rows import DrawnRows
 from soul_kernels.reference import linear_gnb as _reference
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import LOGP

@@ -363,13 +363,13 @@ def test_a_weight_changed_before_backward_is_noticed(device):
 
 
 @pytest.mark.parametrize("module, old, new", [
-    ("_head_rows", "first=chunk.start == 0", "first=True"),  # only the last chunk's dW
+    ("_head_gradients", "first=chunk.start == 0", "first=True"),  # only the last chunk's dW
     ("_head_autograd", "dense[first:last] = derivative", "dense[: last - first] = derivative"),  # wrong sequence
     ("_head_autograd", "loss += value", "loss = value"),
     ("_head_autograd", "torch.mul(gradient, scale,", "torch.mul(gradient, torch.ones_like(scale),"),  # upstream dropped
     ("_head_autograd", "part = part.tokens(", "_ = part.tokens("),  # tokens of other chunks counted as p = 1
     ("_head_rows", "out.add_(head.bias)", "out"),
-    ("_head_rows", "dlogits.sum(0, dtype=torch.float32)", "0.0"),
+    ("_head_gradients", "dlogits.sum(0, dtype=torch.float32)", "0.0"),
     ("_head_rows", "_product(self.x[start:stop]", "_product(self.x[local]"),
     ("token_logprob", "gradient = tl.where(columns == label, at_label, -", "gradient = tl.where(columns == label, -at_label, "),
     ("token_logprob", "coefficient = tl.load(coefficients_ptr + row)", "coefficient = 0.0"),  # zero gradient
@@ -383,7 +383,7 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
 def use_mutant(module, old, new, tmp_path, monkeypatch):
     """Puts the mutant of a module in the place of what the ops have imported from it."""
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
-    for home in ("linear_loss", "linear_kl", "linear_gnb", "_head_autograd", "_head_rows"):
+    for home in ("linear_loss", "linear_kl", "linear_gnb", "_head_autograd", "_head_gradients", "_head_rows"):
         place = importlib.import_module(f"soul_kernels.{home}")
         for name, value in vars(broken).items():
             if getattr(value, "__module__", None) == broken.__name__ and hasattr(place, name):

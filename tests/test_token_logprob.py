@@ -6,7 +6,7 @@ import torch
 from soul_kernels._launch import interpreting
 from soul_kernels.reference import token_logprob as reference
 from soul_kernels.reference.token_logprob import token_logprob
-from soul_kernels.token_logprob import draw_labels, likeliest_statistics, token_gradient, token_statistics
+from soul_kernels.token_logprob import token_gradient, token_statistics
 from tests import tolerances as tol
 from tests.helpers import assert_rows_close, mutant
 
@@ -171,107 +171,6 @@ def test_statistics_of_memorised_tokens_and_ties(device):
     assert ((statistics[6].double() - want.variances) / want.variances).abs().max() <= tol.ONE_MINUS_P
 
 
-def draw(logits, labels, uniforms, coefficients, out=None, likeliest=likeliest_statistics, op=draw_labels, **transform):
-    statistics = torch.zeros((4, len(labels)), device=logits.device)
-    likeliest(logits, labels, statistics, **transform)
-    out = torch.full_like(logits, float("nan")) if out is None else out
-    drawn = labels.clone()
-    op(logits, drawn, uniforms, statistics, coefficients, out, **transform)
-    return drawn, statistics, out
-
-
-def check_draw(n_vocab, device, *, spread=2.0, **transform):
-    n = 12
-    logits = torch.randn(n, n_vocab, device=device) * spread
-    logits[0, : n_vocab // 3] = -torch.inf  # u = 0 must not pick what cannot be drawn
-    logits[1, 2 * n_vocab // 3 + 1 :] = -torch.inf  # nor must u close to 1
-    labels = torch.zeros(n, dtype=torch.int64, device=device)
-    labels[3] = -100
-    uniforms = torch.rand(n, device=device)
-    uniforms[:3] = torch.tensor([0.0, 1 - 2**-24, 1 - 2**-24], device=device)
-    coefficients = torch.randn(n, device=device)
-    drawn, statistics, gradient = draw(logits, labels, uniforms, coefficients, **transform)
-    leaf = logits.double().requires_grad_()
-    shown = reference.transformed(leaf, **transform)
-    assert drawn[3] == -100 and statistics[0, 3] == 0 and (gradient[3] == 0).all()
-    kept = labels == 0
-    p = shown.detach().softmax(1)
-    assert (p.gather(1, drawn.clamp(min=0)[:, None])[kept, 0] > 0).all()
-    cdf = p.cumsum(1)
-    above = cdf.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
-    below = above - p.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
-    u = uniforms.double()
-    assert ((below <= u + 1e-5) & (u <= above + 1e-5))[kept].all()  # sums of fp32 in another order
-    logp = token_logprob(shown[kept], drawn[kept])
-    (want,) = torch.autograd.grad((logp * coefficients[kept]).sum(), leaf)
-    assert (statistics[0, kept].double() - logp).abs().max() <= 2 * tol.LOGP_ABS
-    assert_rows_close(gradient, want.nan_to_num(0.0), 2 * tol.WORST_ROW_FP32, "dlogits")  # 0 times -inf in the oracle
-    return drawn, reference.draw_labels(shown, uniforms)
-
-
-# 1 and 2: next to nothing to choose from. 4097 and 12289: the block boundary; 50257: a tail. In a block of 4096.
-@pytest.mark.parametrize("n_vocab", [1, 2, 129, 4097, 12289, 50257])
-def test_labels_are_drawn_by_inverse_cdf(n_vocab, device):
-    drawn, want = check_draw(n_vocab, device)
-    assert (drawn == want)[drawn >= 0].float().mean() > 0.9  # all but where u falls on a border
-
-
-def test_labels_are_drawn_from_capped_logits(device):
-    check_draw(4100, device, spread=20.0, logit_scale=0.5, softcap=4.0)
-
-
-def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
-    """Drawn from memorised text the label is nearly always the likeliest, and its 1 - p must not be lost."""
-    logits, labels = peaked(6, 5000, 1e-8, device)
-    uniforms = torch.rand(6, device=device)
-    drawn, statistics, gradient = draw(logits, torch.zeros_like(labels), uniforms, torch.ones(6, device=device))
-    assert torch.equal(drawn, labels)
-    logp, want = oracle(logits, labels, torch.ones(6, device=device))
-    assert ((statistics[0].double() - logp) / logp).abs().max() <= tol.ONE_MINUS_P
-    assert_rows_close(gradient, want, tol.WORST_ROW_FP32, "dlogits")
-
-
-def test_draw_in_place_in_low_precision_and_of_nan(device):
-    logits = torch.randn(3, 4200, device=device)
-    logits[2, 9] = float("nan")
-    labels, ones = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
-    uniforms = torch.tensor([0.3, 1 - 2**-24, 0.5], device=device)
-    drawn, statistics, want = draw(logits, labels, uniforms, ones)
-    assert statistics[0].isnan().tolist() == [False, False, True] and drawn[2] == -100
-    low = torch.empty(3, 4200, device=device, dtype=torch.bfloat16)
-    assert torch.equal(draw(logits, labels, uniforms, ones, out=low)[2][:2], want[:2].bfloat16())
-    copy = logits.clone()
-    assert torch.equal(draw(copy, labels, uniforms, ones, out=copy)[2][:2], want[:2])
-
-
-def chi_square_of_draws(device, **ops):
-    """One-sample chi-square of draws over 64 labels, some rare and two impossible, and the mean of onehot - p."""
-    n = 100_000 if device.type == "cuda" else 800  # a row takes the interpreter milliseconds
-    row = torch.randn(64, device=device) * 1.5
-    row[[3, 40]] = -torch.inf
-    logits = row.expand(n, 64).contiguous()
-    drawn, _, gradient = draw(
-        logits, torch.zeros(n, dtype=torch.int64, device=device), torch.rand(n, device=device), torch.ones(n, device=device),
-        **ops,
-    )  # fmt: skip
-    counts = torch.bincount(drawn, minlength=64).double()
-    expected = n * row.double().softmax(0)
-    assert (counts[expected == 0] == 0).all()
-    possible = expected > 0
-    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
-    # The mean of a score function is 0: each column within 5 of its standard deviations.
-    p = row.double().softmax(0)
-    assert (gradient.double().mean(0).abs() <= 5 * (p * (1 - p) / n).sqrt() + 1e-9).all()
-    return statistic, int(possible.sum()) - 1
-
-
-def test_draws_follow_the_distribution(device, monkeypatch):
-    monkeypatch.setattr("soul_kernels.token_logprob.STATISTICS_CONFIG", {"BLOCK": 32, "num_warps": 1})  # two blocks a row
-    monkeypatch.setattr("soul_kernels.token_logprob.GRADIENT_CONFIG", {"BLOCK": 32, "num_warps": 1})
-    statistic, freedom = chi_square_of_draws(device)
-    assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # p > 1e-4
-
-
 @pytest.mark.parametrize("old, new", [
     ("tl.where(columns == label, 0.0, tl.exp(z - new_max))", "tl.exp(z - new_max)"),  # the label counted twice
     ("rescale * rest + ", "rest + "),
@@ -290,27 +189,6 @@ def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
         test_every_vocabulary_size(4097, device)
         for rest in (0.5, 1e-10):
             test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device)
-
-
-@pytest.mark.parametrize("old, new", [
-    ("before + tl.cumsum(exp, 0) > target", "tl.cumsum(exp, 0) > target"),  # each block from 0
-    ("if chosen < 0:\n        if running", "if chosen < n_vocab:\n        if running"),  # the last crossing wins
-    ("(exp > 0.0)\n", "(exp >= 0.0)\n"),
-    ("coefficient * rest, gradient)", "coefficient, gradient)"),
-    ("old = tl.where(row_max == new_max, 0.0, count)", "old = 0.0"),
-    ("uniforms_ptr + row) * total", "uniforms_ptr + row)"),
-    ("tl.store(out_row + last, ", "tl.store(out_row + last - last, "),
-])  # fmt: skip
-def test_mutants_of_the_draw_do_not_pass(old, new, device, tmp_path, monkeypatch):
-    broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
-    monkeypatch.setitem(
-        globals(), "draw", functools.partial(draw, likeliest=broken.likeliest_statistics, op=broken.draw_labels)
-    )
-    with pytest.raises(AssertionError):
-        for n_vocab in (129, 4097, 12289):
-            drawn, want = check_draw(n_vocab, device)
-            assert (drawn == want)[drawn >= 0].float().mean() > 0.9
-        test_confident_rows_draw_their_label_and_keep_one_minus_p(device)
 
 
 @pytest.mark.parametrize("old, new", [

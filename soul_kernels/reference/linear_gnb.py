@@ -3,7 +3,8 @@
 import torch
 
 from soul_kernels.reference.linear_loss import head_logits
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, draw_labels, token_logprob
+from soul_kernels.reference.token_draw import draw_labels
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, token_logprob
 
 
 def linear_gnb(hidden, weight, keep, uniforms, *, bias=None, logit_scale=1.0, softcap=None):

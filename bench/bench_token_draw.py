@@ -1,0 +1,48 @@
+"""The row kernels that draw a label: against those that are given one, which read and write as much."""
+
+import functools
+
+import torch
+
+from bench._harness import Case
+from bench.bench_token_logprob import CHECKED, gradient_error
+from soul_kernels.token_draw import draw_labels, likeliest_statistics
+from soul_kernels.token_logprob import LOGP, N_BASIC, token_gradient, token_statistics
+
+
+def make_case(kind, n, n_vocab, device, quick):
+    logits, uniforms = torch.randn(n, n_vocab, device=device) * 3, torch.rand(n, device=device)
+    labels = torch.randint(n_vocab, (n,), device=device)
+    drawn, ones = labels.clone(), torch.ones(n, device=device)
+    basic, likeliest = (torch.empty(N_BASIC, n, device=device) for _ in range(2))
+    out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
+    measure = functools.partial(token_statistics, logits, labels, basic)
+    prepare = functools.partial(likeliest_statistics, logits, drawn, likeliest)
+    gradient = functools.partial(token_gradient, logits, labels, basic, ones, out)
+    draw = functools.partial(draw_labels, logits, drawn, uniforms, likeliest, ones, out)
+
+    def check():
+        for call in (measure, prepare, draw):
+            call()
+        logp, error = gradient_error(logits, drawn, out)
+        errors = {"log p": (likeliest[LOGP, :CHECKED] - logp).abs().max().item(), "gradient": error}
+        assert errors["log p"] < 2e-5 and errors["gradient"] < 4e-3, errors
+        return errors
+
+    if kind == "statistics":
+        variants = {"ours, for drawing": lambda: prepare, "ours, of given labels": lambda: measure}
+        moved = logits.nbytes
+    else:
+        variants = {"ours, drawing": lambda: draw, "ours, of given labels": lambda: gradient}
+        moved = logits.nbytes + out.nbytes
+    return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
+
+
+def cases(device, quick):
+    """Functions that make the cases; none without a GPU, where there is no row kernel to time."""
+    if device.type == "cpu":
+        print("row kernels: need a GPU")
+        return
+    for kind in ("statistics", "gradient"):
+        for n_vocab in (128256, 32003):
+            yield functools.partial(make_case, kind, 2048, n_vocab, device, quick)

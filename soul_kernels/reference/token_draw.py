@@ -1,0 +1,19 @@
+"""A label drawn from each row of logits."""
+
+import torch
+
+
+def draw_labels(logits, uniforms):
+    """A label of each row by inverse CDF: the first v with ``p_0 + ... + p_v > u`` and ``p_v > 0``; the last such v at the end.
+
+    Args:
+        logits: [n, V] floating point.
+        uniforms: [n], in [0, 1).
+
+    Returns:
+        [n] int64.
+    """
+    p = logits.detach().softmax(1)
+    passed = (p.cumsum(1) > uniforms.to(p.dtype)[:, None]) & (p > 0)
+    last = (p > 0).long() * torch.arange(p.shape[1], device=p.device)
+    return torch.where(passed.any(1), passed.long().argmax(1), last.argmax(1))
