@@ -144,8 +144,9 @@ def check_linear_head(model):
         raise argument_error("model", "a linear language-model head", family, "this family is not supported")
     (weight, bias), options = head(model), transform(model)
     ids = torch.arange(8, device=weight.device)[None] % len(weight)
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     with evaluating(model):
-        hidden = hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids)))
+        hidden = hidden_states(model, types.SimpleNamespace(**given))
         agree = hidden.shape[-1] == weight.shape[1]
         if agree:
             largest = abs(options["logit_scale"]) * torch.nn.functional.linear(hidden, weight, bias).abs().max().float()
@@ -153,7 +154,7 @@ def check_linear_head(model):
             got = transformed(torch.nn.functional.linear(hidden * enlarge, weight, bias).float(), **options)
             hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
             try:
-                expected = model(input_ids=ids, use_cache=False).logits.float()
+                expected = model(**given, use_cache=False).logits.float()
             finally:
                 hook.remove()
             agree = got.shape == expected.shape and (got - expected).abs().max() <= 1e-2 * expected.abs().max()

@@ -139,6 +139,22 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
     assert records[0]["loss_forget"] == pytest.approx(exact, rel=1e-4)
 
 
+def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
+    """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
+    seen, real = [], unlearn_module.collate
+
+    def spy(forget, retain, **options):
+        seen.append(forget)
+        return real(forget, retain, **options)
+
+    monkeypatch.setattr(unlearn_module, "collate", spy)
+    config = UnlearnConfig(method="dpo", epochs=3, batch_size=6, method_options={"alpha": 0.0}, backend="reference")
+    model = tiny_model()
+    unlearn(model, tokenizer, examples(6), [], config, progress=False)
+    paired, _ = unlearn_module.prepare(model, tokenizer, examples(6), [], config)
+    assert seen == [paired] * 3
+
+
 def test_reference_is_taken_from_the_cache(tokenizer, tmp_path, monkeypatch):
     options = dict(method="dpo", reference_cache=str(tmp_path), epochs=1)
     want = [record["loss"] for record in run(tokenizer, **options)[1]]
