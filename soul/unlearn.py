@@ -224,10 +224,10 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     if objective.needs_reference:
         ref_logps = reference_logps(model, forget, backend=config.backend, **options)
     ref_head, ref_states = (None, None), None
-    if objective.divergence is not None:
-        ref_head = reference_head(model)
-        if not has_adapters(model):  # else a forward without adapters in each step
-            ref_states = _states(model, objective.divergence.of, forget, retain, options)
+    if objective.divergence is not None and has_adapters(model):
+        ref_head = reference_head(model)  # hidden states come from a forward without adapters in each step
+    elif objective.divergence is not None:
+        ref_states, ref_head = _states(model, objective.divergence.of, forget, retain, options)
     model.train()
     n_examples = len(forget) // together
     steps = config.epochs * -(-n_examples // config.batch_size)
@@ -278,10 +278,13 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
 
 
 def _states(model, of, forget, retain, options):
-    """The reference's hidden states of each forget sequence, then of each retain sequence; None where they are not needed."""
+    """The reference's hidden states of each forget sequence, then of each retain sequence, None where they are not needed; and
+    its head.
+    """
     needed = {"forget": forget, "retain": retain, "all": [*forget, *retain]}[of]
-    states = reference_hidden(model, needed, **options).hidden
-    return {"forget": [*states, *[None] * len(retain)], "retain": [*[None] * len(forget), *states], "all": states}[of]
+    found = reference_hidden(model, needed, **options)
+    before, after = [None] * len(forget) if of == "retain" else [], [None] * len(retain) if of == "forget" else []
+    return [*before, *found.hidden, *after], (found.weight, found.bias)
 
 
 def prepare(model, tokenizer, forget, retain, config):
