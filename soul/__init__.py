@@ -6,7 +6,18 @@ The kernels are in ``soul_kernels``. Importing this package needs torch alone; w
 
 from soul import curvature, functional, losses
 from soul.optimizer import SOUL, SophiaG
+from soul.reference import reference_hidden, reference_logps
 from soul.release import release_gradients
 from soul_kernels import __version__
 
-__all__ = ["SOUL", "SophiaG", "curvature", "functional", "losses", "release_gradients", "__version__"]
+__all__ = [
+    "SOUL",
+    "SophiaG",
+    "curvature",
+    "functional",
+    "losses",
+    "reference_hidden",
+    "reference_logps",
+    "release_gradients",
+    "__version__",
+]

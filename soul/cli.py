@@ -5,14 +5,17 @@ Bad input ends with a message and exit status 2, before anything is written.
 
 import argparse
 import dataclasses
+import inspect
 import json
+import math
 import sys
 import time
 
 from soul import __version__
 from soul._extras import MissingExtra, require
+from soul.losses import OBJECTIVES
 from soul.unlearn import Diverged
-from soul_kernels._checks import ArgumentError
+from soul_kernels._checks import ArgumentError, argument_error, check_choice
 
 
 def main(argv=None):
@@ -45,19 +48,21 @@ def _parser():
     need.add_argument("--retain", metavar="FILE", help="JSON lines to keep; needed unless the method has no retain term")
     need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     how = unlearn.add_argument_group("how")
-    how.add_argument("--method", default="graddiff", metavar="NAME", help="graddiff, ga, npo or po (default: %(default)s)")
+    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: %(default)s)")
     how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     how.add_argument("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
     how.add_argument("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
-    how.add_argument("--beta", type=float, metavar="X", help="NPO's inverse temperature (default 0.1)")
-    how.add_argument("--reduction", metavar="NAME", help="NPO: sequence_sum or token_mean (default sequence_sum)")
+    how.add_argument("--beta", type=float, metavar="X", help="inverse temperature, or whatever the method calls so")
+    how.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the method "
+                     "(retain=kl, reduction=token_mean, delta=0.1, ...: see soul/losses.py); may be repeated")  # fmt: skip
+    how.add_argument("--reference-cache", metavar="DIR", help="keep what the method needs of the model before unlearning")
     how.add_argument("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
     how.add_argument("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
     how.add_argument("--bs", type=int, default=5120, metavar="N", help="SOUL's predictions behind h (default: %(default)s)")
     how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
     how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
-    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget sequences a step, and as many retain ones")
+    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a step, and as many to retain")
     how.add_argument(
         "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
     )
@@ -98,11 +103,10 @@ def _unlearn(args):
     from soul.evaluate import answer_probability
     from soul.unlearn import UnlearnConfig, check_output, encode_for, prepare, unlearn
 
-    given = {name: getattr(args, name) for name in ("gamma", "alpha", "beta", "reduction")}
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(
         **{name: getattr(args, name) for name in fields},
-        method_options={name: value for name, value in given.items() if value is not None},
+        method_options=_method_options(args),
     )
     config.objective()
     output = check_output(args.output)
@@ -125,6 +129,33 @@ def _unlearn(args):
     tokenizer.save_pretrained(output)
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"model, tokenizer and log.jsonl: {output}")
+
+
+def _method_options(args):
+    """The keyword arguments of the method, from the options of their own and from ``--option``."""
+    check_choice("method", args.method, tuple(OBJECTIVES))
+    known = inspect.signature(OBJECTIVES[args.method]).parameters
+    options = {name: getattr(args, name) for name in ("gamma", "alpha", "beta") if getattr(args, name) is not None}
+    for given in args.option:
+        name, equals, text = given.partition("=")
+        if not equals:
+            raise argument_error("option", "NAME=VALUE", given, f"names for {args.method}: {', '.join(known)}")
+        if name in options:
+            raise argument_error(name, "one value", "two", "give it once")
+        options[name] = _parsed(name, text, type(known[name].default)) if name in known else text
+    return options
+
+
+def _parsed(name, text, kind):
+    """A text as a value of the type that the argument's default has."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if kind is not str and not math.isfinite(value):
+        expected = "a whole number" if kind is int else "a number"
+        raise argument_error(name, expected, repr(text), "check the options")
+    return value
 
 
 def _study(args):

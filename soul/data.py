@@ -49,8 +49,9 @@ class Batch:
         attention_mask: [B, T] int64, 0 at padding.
         labels: [B, T] int64, shifted, -100 at prompts and padding.
         rows: [R] int64 on the CPU, flat indices of the labelled positions: known here, so the device need not be asked.
-        is_forget: [B] bool.
+        is_forget: [B] bool, on the CPU like ``rows``.
         ref_logps: [B] fp32 or None.
+        ref_hidden: [B, T, D] or None.
     """
 
     input_ids: torch.Tensor
@@ -58,7 +59,8 @@ class Batch:
     labels: torch.Tensor
     rows: torch.Tensor
     is_forget: torch.Tensor
-    ref_logps: torch.Tensor | None
+    ref_logps: torch.Tensor | None = None
+    ref_hidden: torch.Tensor | None = None
 
 
 def read_jsonl(path):
@@ -129,6 +131,15 @@ def refuse(examples, refusals=REFUSALS, seed=0):
     return [Example(e.prompt, ("" if e.prompt[-1].isspace() else " ") + draw.choice(refusals)) for e in examples]
 
 
+def pair_refusals(examples, refusals=REFUSALS, seed=0):
+    """Every example followed by its refusal, as `refuse` draws it: the pairs (2i, 2i + 1) that `soul.losses.DPO` needs.
+
+    Raises:
+        ArgumentError: as `refuse`.
+    """
+    return [example for pair in zip(examples, refuse(examples, refusals, seed)) for example in pair]
+
+
 def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
     """Tokenizes examples; labels are the tokens of the answer and the end-of-sequence token.
 
@@ -172,16 +183,21 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
     return sequences
 
 
-def collate(forget, retain, *, device="cpu", ref_logps=None):
+def collate(forget, retain, *, device="cpu", ref_logps=None, ref_hidden=None):
     """Puts forget and retain sequences into one `Batch`, the forget ones first, padded to the longest.
 
     Padding is masked, and its token id is 0: a padding token may have been added to the tokenizer without a row in the model.
 
     Args:
-        forget: list of `Sequence`.
+        forget: list of `Sequence`; for `soul.losses.DPO` of pairs, each refusal right after its answer.
         retain: list of `Sequence`.
-        device: where the batch goes; ``rows`` stays on the CPU.
+        device: where the batch goes; ``rows`` and ``is_forget`` stay on the CPU.
         ref_logps: reference log-probabilities of the forget sequences, list of floats, or None.
+        ref_hidden: the reference's hidden states of all sequences at their labelled positions, from `soul.reference_hidden`: a
+            list of [n, D] tensors, with None for a sequence whose states are not needed; or None.
+
+    Raises:
+        ArgumentError: ``ref_logps`` or ``ref_hidden`` do not fit the sequences.
     """
     sequences = [*forget, *retain]
     shape = (len(sequences), max(len(s.input_ids) for s in sequences))
@@ -193,15 +209,31 @@ def collate(forget, retain, *, device="cpu", ref_logps=None):
         padded[2].append([1] * length + [0] * rest)
     input_ids, labels, attention_mask = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in padded)
     if ref_logps is not None:
+        if len(ref_logps) != len(forget):
+            raise argument_error("ref_logps", f"{len(forget)} values", len(ref_logps), "pass one a forget sequence")
         ref_logps = torch.tensor([*ref_logps, *[0.0] * len(retain)], dtype=torch.float32, device=device)
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         labels=labels.to(device),
         rows=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
-        is_forget=torch.arange(len(sequences), device=device) < len(forget),
+        is_forget=torch.arange(len(sequences), device="cpu") < len(forget),
         ref_logps=ref_logps,
+        ref_hidden=None if ref_hidden is None else _pad_hidden(ref_hidden, labels, device),
     )
+
+
+def _pad_hidden(states, labels, device):
+    """[n, D] at the labelled positions of each sequence -> [B, T, D], 0 elsewhere; what is moved is not padded."""
+    counts = (labels != IGNORE_INDEX).sum(1).tolist()
+    got = [None if state is None else len(state) for state in states]
+    if len(got) != len(counts) or any(n not in (None, count) for n, count in zip(got, counts)) or got.count(None) == len(got):
+        expected = f"states at {counts} labelled positions, or None where they are not needed"
+        raise argument_error("ref_hidden", expected, got, "compute them from the same sequences: soul.reference_hidden")
+    packed = torch.cat([state for state in states if state is not None]).to(device)
+    needed = torch.tensor([state is not None for state in states], device="cpu")[:, None]
+    rows = ((labels != IGNORE_INDEX) & needed).view(-1).nonzero()[:, 0].to(device)
+    return packed.new_zeros(labels.numel(), packed.shape[1]).index_copy_(0, rows, packed).view(*labels.shape, -1)
 
 
 def batches_by_length(sequences, batch_size, draw):

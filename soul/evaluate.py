@@ -4,7 +4,8 @@ import torch
 
 from soul._extras import require
 from soul.data import collate
-from soul.models import autocast, head, hidden_states, token_logps
+from soul.models import autocast, head, hidden_states, token_logps, transform
+from soul_kernels import linear_kl
 from soul_kernels._checks import argument_error
 
 
@@ -58,30 +59,29 @@ def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_
 
 
 @torch.no_grad()
-def kl_divergence(model, other, sequences, *, batch_size=32):
+def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
     """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
 
-    Summed as ``q (d + expm1(-d))`` with ``d = log q - log p``, which is never negative; where q is vanishing against p, so
-    that ``expm1(-d)`` would overflow, as ``q (d - 1) + p``, which is the same.
+    Raises:
+        ArgumentError: the two models do not scale and cap their logits alike.
     """
+    model.eval()
+    other.eval()
+    if transform(other) != transform(model):
+        remedy = "compare models of one family"
+        raise argument_error("other", f"logits with {transform(model)}", transform(other), remedy)
+    (weight, bias), (ref_weight, ref_bias) = head(model), head(other)
     device, total, count = next(model.parameters()).device, 0.0, 0
     for part in _batches(sequences, batch_size):
         batch = collate(part, [], device=device)
-        log_p, log_q = (_log_softmax(m, batch) for m in (model, other))
-        d, p, q = log_q - log_p, log_p.exp(), log_q.exp()
-        total += torch.where(d > -20, q * (d + torch.expm1(-d)), q * (d - 1) + p).sum().item()
+        with autocast(model):
+            values = linear_kl(
+                hidden_states(model, batch), weight, batch.labels, hidden_states(other, batch), ref_weight=ref_weight,
+                bias=bias, ref_bias=ref_bias, rows=batch.rows, backend=backend, **transform(model),
+            )  # fmt: skip
+        total += values.sum().item()
         count += len(batch.rows)
     return total / count
-
-
-def _log_softmax(model, batch):
-    """Log p over the vocabulary at the kept tokens, [R, V] fp32."""
-    model.eval()
-    weight, bias = head(model)
-    with autocast(model):
-        hidden = hidden_states(model, batch)
-    kept = hidden.flatten(0, 1)[batch.rows.to(hidden.device)].float()
-    return torch.nn.functional.linear(kept, weight.float(), None if bias is None else bias.float()).log_softmax(-1)
 
 
 def evaluate(model, tokenizer, sets, *, retain_model=None, generate=100, backend="auto"):
@@ -93,7 +93,7 @@ def evaluate(model, tokenizer, sets, *, retain_model=None, generate=100, backend
         sets: name -> (list of `soul.data.Example`, the same encoded), with the names "forget" and "retain".
         retain_model: a model trained without the forget set, or None.
         generate: rows of each set to generate answers for (from its start); generation is the slow part.
-        backend: of the probabilities.
+        backend: of the probabilities and the distance.
 
     Returns:
         ``forget_prob``, ``retain_prob``, ``forget_rouge``, ``retain_rouge`` in [0, 1] and, with a retain model,
@@ -104,5 +104,5 @@ def evaluate(model, tokenizer, sets, *, retain_model=None, generate=100, backend
         result[f"{name}_prob"] = answer_probability(model, sequences, backend=backend)
         result[f"{name}_rouge"] = rouge_l_recall(model, tokenizer, examples[:generate], sequences[:generate])
         if retain_model is not None:
-            result[f"{name}_kl"] = kl_divergence(model, retain_model, sequences)
+            result[f"{name}_kl"] = kl_divergence(model, retain_model, sequences, backend=backend)
     return result

@@ -212,6 +212,8 @@ class SimNPO(Objective):
 
     def __init__(self, beta=4.5, delta=0.0, gamma=1.0, alpha=1.0, retain="ce"):
         super().__init__(gamma, alpha, retain)
+        if not math.isfinite(delta):
+            raise argument_error("delta", "a finite number", delta, "0 is open-unlearning's")
         self.beta, self.delta = _positive("beta", beta, "4.5 is open-unlearning's"), delta
 
     def forget(self, logps, batch):

@@ -2,12 +2,14 @@
 
 import contextlib
 import pathlib
+import types
 
 import torch
 
 from soul._extras import require
 from soul_kernels import linear_logprob
 from soul_kernels._checks import argument_error, check_choice
+from soul_kernels.reference.token_logprob import transformed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -37,7 +39,7 @@ def load(name, *, dtype="float32", device="cpu"):
         device: where to put the model.
 
     Raises:
-        ArgumentError: there is no such model, or its logits are not a linear map of its hidden states.
+        ArgumentError: there is no such model, or `check_linear_head` refuses it.
     """
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
@@ -55,9 +57,21 @@ def load(name, *, dtype="float32", device="cpu"):
     return model, tokenizer
 
 
+def has_adapters(model):
+    """Tells whether a model is wrapped by peft (LoRA and its kin)."""
+    return hasattr(model, "disable_adapter")
+
+
 def head(model):
-    """Weight [V, D] and bias [V] (or None) of the language-model head."""
+    """Weight [V, D] and bias [V] (or None) of the language-model head; of a peft model the one that is in use.
+
+    Raises:
+        ArgumentError: an adapter is added to the head's products, so that its weight is not the whole head.
+    """
     layer = model.get_output_embeddings()
+    if has_adapters(model) and hasattr(layer, "base_layer"):
+        remedy = "leave the head out of target_modules; modules_to_save trains it as a whole"
+        raise argument_error("model", "a language-model head without an adapter", type(layer).__name__, remedy)
     return layer.weight, getattr(layer, "bias", None)
 
 
@@ -74,7 +88,7 @@ def transform(model):
 
 def hidden_states(model, batch):
     """Final hidden states [B, T, D], those that go into the head: after the last norm and any projection."""
-    body = model.base_model
+    body = (model.get_base_model() if has_adapters(model) else model).base_model
     return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
 
@@ -86,37 +100,64 @@ def autocast(model):
     return contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def evaluating(model):
+    """Evaluation mode, without gradients; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def as_reference(model):
+    """The model as the reference of its own training: `evaluating`, and with the adapters of a peft model switched off."""
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with evaluating(model), model.disable_adapter() if has_adapters(model) else contextlib.nullcontext():
+            yield model
+    finally:
+        for parameter, requires_grad in trainable:  # peft switches these along with its adapters
+            parameter.requires_grad_(requires_grad)
+
+
 def token_logps(model, batch, backend="auto"):
     """Log-probability of every label of a batch, [B, T], differentiable."""
     weight, bias = head(model)
     with autocast(model):
         hidden = hidden_states(model, batch)
-        return linear_logprob(hidden, weight, batch.labels, bias=bias, rows=batch.rows, backend=backend)
+        options = dict(bias=bias, rows=batch.rows, backend=backend, **transform(model))
+        return linear_logprob(hidden, weight, batch.labels, **options)
 
 
-@torch.no_grad()
 def check_linear_head(model):
-    """Raises unless the model's own logits are ``hidden @ weight.T + bias``, by trying it on a few tokens.
+    """Raises unless the model's own logits are ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``, by trying it
+    on a few tokens.
 
-    Soft-capped (Gemma 2) and scaled (Cohere, Granite) logits do not pass: their probabilities would come out wrong. A cap is
-    looked up as well, because small logits do not show it.
+    Their hidden states are enlarged on the way into the head, until logits reach 100: small ones would not show a cap.
     """
-    remedy = "models that cap or scale their logits are not supported"
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:
-        raise argument_error("model", "logits = hidden @ weight.T + bias", f"final_logit_softcapping {cap}", remedy)
-    layer = model.get_output_embeddings()
-    family = type(model).__name__
+    family, layer = type(model).__name__, model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise argument_error("model", "a linear language-model head", family, "this family is not supported")
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device)[None] % layer.weight.shape[0]
-    training = model.training
-    model.eval()
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    expected = model(input_ids=ids, use_cache=False).logits.float()
-    model.train(training)
-    got = layer(hidden).float() if hidden.shape[-1] == layer.weight.shape[1] else None
-    scale = expected.abs().max().clamp(min=1e-6)
-    if got is None or got.shape != expected.shape or (got - expected).abs().max() > 1e-2 * scale:
-        raise argument_error("model", "logits = hidden @ weight.T + bias", f"other logits in {family}", remedy)
+    (weight, bias), options = head(model), transform(model)
+    ids = torch.arange(8, device=weight.device)[None] % len(weight)
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with evaluating(model):
+        hidden = hidden_states(model, types.SimpleNamespace(**given))
+        agree = hidden.shape[-1] == weight.shape[1]
+        if agree:
+            largest = abs(options["logit_scale"]) * torch.nn.functional.linear(hidden, weight, bias).abs().max().float()
+            enlarge = max(1.0, 100.0 / largest.clamp(min=1e-6).item())
+            got = transformed(torch.nn.functional.linear(hidden * enlarge, weight, bias).float(), **options)
+            hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
+            try:
+                expected = model(**given, use_cache=False).logits.float()
+            finally:
+                hook.remove()
+            agree = got.shape == expected.shape and (got - expected).abs().max() <= 1e-2 * expected.abs().max()
+    if not agree:
+        formula = "logits = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)"
+        raise argument_error("model", formula, f"other logits in {family}", "this family is not supported")

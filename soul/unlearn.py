@@ -12,9 +12,10 @@ import torch
 
 from soul import losses
 from soul._extras import require
-from soul.data import collate, encode, endless, refuse
-from soul.models import autocast, head, hidden_states, token_logps
+from soul.data import collate, encode, endless, pair_refusals, refuse
+from soul.models import as_reference, autocast, has_adapters, head, hidden_states, transform
 from soul.optimizer import SOUL
+from soul.reference import check_cache, reference_head, reference_hidden, reference_logps
 from soul_kernels import TokenBatch, linear_objective
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS, resolve_backend
@@ -32,7 +33,7 @@ class UnlearnConfig:
 
     Attributes:
         method: name of the objective, one of ``soul.losses.OBJECTIVES``.
-        method_options: its keyword arguments (gamma, alpha, beta, ...).
+        method_options: its keyword arguments (gamma, alpha, retain, beta, ...).
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
         betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
@@ -41,12 +42,13 @@ class UnlearnConfig:
         published_code: SOUL with the momentum of its published code.
         weight_decay: decoupled.
         epochs: passes over the forget set.
-        batch_size: forget sequences a step; as many retain sequences go with them.
+        batch_size: forget examples a step (each with its refusal for DPO); as many retain sequences go with them.
         max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never.
         warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
         max_length: tokens of a sequence.
         seed: of the data order and the refusals.
         backend: "auto", "triton" or "reference".
+        reference_cache: directory to keep what `soul.reference` computes in, or None.
     """
 
     method: str = "graddiff"
@@ -65,6 +67,7 @@ class UnlearnConfig:
     max_length: int = 512
     seed: int = 0
     backend: str = "auto"
+    reference_cache: str | None = None
 
     def __post_init__(self):
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -113,53 +116,81 @@ def build_scheduler(optimizer, steps, warmup_ratio):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-@torch.no_grad()
-def reference_logps(model, sequences, *, batch_size=8, backend="auto"):
-    """Summed log-probability of every sequence under ``model`` as it is now, a list of floats: the reference of NPO."""
-    device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    sums = []
-    for start in range(0, len(sequences), batch_size):
-        batch = collate(sequences[start : start + batch_size], [], device=device)
-        sums += token_logps(model, batch, backend).sum(1).tolist()
-    model.train(training)
-    return sums
+class Recorded:
+    """An objective that adds up its terms as it is evaluated, over all chunks of a batch.
+
+    Attributes:
+        sums: name -> the term, [] without gradient, once the batch has been through.
+    """
+
+    def __init__(self, objective):
+        self.objective, self.sums = objective, {}
+        self.additive, self.divergence = objective.additive, objective.divergence
+        self.needs_statistics = objective.needs_statistics
+
+    def __call__(self, logps, batch):
+        """The objective's loss, []."""
+        terms = self.objective.terms(logps, batch)
+        for name, term in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + term.detach()
+        return sum(terms.values())
 
 
-def train_step(model, batch, objective, optimizer, scheduler, config):
+def train_step(model, batch, objective, optimizer, scheduler, config, ref_head=(None, None)):
     """Forward, fused loss, backward, clipping, step.
+
+    Where the objective needs hidden states of a reference, and the batch has none, they are those of a peft model without its
+    adapters.
+
+    Args:
+        model: changed in place.
+        batch: `soul.data.Batch`.
+        objective: a `soul.losses.Objective`.
+        optimizer: of the model's trainable parameters.
+        scheduler: of the optimizer's learning rate.
+        config: `UnlearnConfig`, for ``max_grad_norm`` and ``backend``.
+        ref_head: weight and bias of the reference's head, from `soul.reference.reference_head`.
 
     Returns:
         Tensors on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
-        retain tokens, and the gradient norm before clipping.
+        retain tokens (for pairs, of the answers that are to be forgotten), and the gradient norm before clipping.
     """
     optimizer.zero_grad(set_to_none=True)  # before the forward, which forms the gradient of the head: never two of them
-    weight, bias = head(model)
+    (weight, bias), (ref_weight, ref_bias) = head(model), ref_head
+    ref_hidden, recorded = batch.ref_hidden, Recorded(objective)
+    if objective.divergence is not None and ref_hidden is None and has_adapters(model):
+        with as_reference(model), autocast(model):
+            ref_hidden = hidden_states(model, batch)
     with autocast(model):
         hidden = hidden_states(model, batch)
         loss, logps = linear_objective(
             hidden,
             weight,
             batch.labels,
-            objective,
+            recorded,
             bias=bias,
             is_forget=batch.is_forget,
             ref_logps=batch.ref_logps,
+            ref_hidden=ref_hidden,
+            ref_weight=ref_weight,
+            ref_bias=ref_bias,
             rows=batch.rows,
             return_logps=True,
             backend=config.backend,
+            **transform(model),
         )
     loss.backward()
     limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     optimizer.step()
     scheduler.step()
-    tokens = TokenBatch.from_labels(batch.labels, batch.is_forget, batch.ref_logps)
-    terms = {f"loss_{name}": value for name, value in objective.terms(logps, tokens).items()}
-    nll = {"forget_nll": losses.forget_nll(logps, tokens)}
-    if (~batch.is_forget).any():
-        nll["retain_nll"] = losses.retain_nll(logps, tokens)
+    terms = {f"loss_{name}": value for name, value in recorded.sums.items()}
+    is_answer = batch.is_forget
+    if objective.pairs:
+        is_answer = is_answer & (torch.arange(len(is_answer), device="cpu") % 2 == 0)
+    nll = {"forget_nll": losses.forget_nll(logps, TokenBatch.from_labels(batch.labels, is_answer))}
+    if not batch.is_forget.all():
+        nll["retain_nll"] = losses.retain_nll(logps, TokenBatch.from_labels(batch.labels, batch.is_forget))
     return {"loss": loss.detach(), **terms, **nll, "grad_norm": norm}
 
 
@@ -167,7 +198,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     """Unlearns ``forget`` while keeping ``retain``; the model is changed in place.
 
     Args:
-        model: a Hugging Face causal language model on its device.
+        model: a Hugging Face causal language model on its device. Where peft has wrapped it, the adapters are trained, and the
+            reference is the model without them.
         tokenizer: its tokenizer.
         forget: list of `soul.data.Example`.
         retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
@@ -186,11 +218,19 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     objective = config.objective()
     forget, retain = prepare(model, tokenizer, forget, retain, config)
     device = next(model.parameters()).device
-    references = None
+    together = 2 if objective.pairs else 1  # forget sequences that belong to one example
+    ref_logps = None
+    options = dict(cache=config.reference_cache, batch_size=config.batch_size * together, tokenizer=tokenizer)
     if objective.needs_reference:
-        references = reference_logps(model, forget, batch_size=config.batch_size, backend=config.backend)
+        ref_logps = reference_logps(model, forget, backend=config.backend, **options)
+    ref_head, ref_states = (None, None), None
+    if objective.divergence is not None and has_adapters(model):
+        ref_head = reference_head(model)  # hidden states come from a forward without adapters in each step
+    elif objective.divergence is not None:
+        ref_states, ref_head = _states(model, objective.divergence.of, forget, retain, options)
     model.train()
-    steps = config.epochs * -(-len(forget) // config.batch_size)
+    n_examples = len(forget) // together
+    steps = config.epochs * -(-n_examples // config.batch_size)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, steps, config.warmup_ratio)
     draw = random.Random(config.seed)
@@ -198,20 +238,22 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     bar = require("tqdm", "hf").tqdm(total=steps, disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr)
     records = []
     for epoch in range(config.epochs):
-        order = list(range(len(forget)))
+        order = list(range(n_examples))
         draw.shuffle(order)
         for start in range(0, len(order), config.batch_size):
             begun = time.perf_counter()
-            chosen = order[start : start + config.batch_size]
-            kept = [retain[next(retain_order)] for _ in chosen] if retain else []
+            examples = sorted(order[start : start + config.batch_size])  # the whole set in the order of its reference
+            chosen = [together * i + j for i in examples for j in range(together)]
+            kept = [next(retain_order) for _ in examples] if retain else []
             batch = collate(
                 [forget[i] for i in chosen],
-                kept,
+                [retain[i] for i in kept],
                 device=device,
-                ref_logps=None if references is None else [references[i] for i in chosen],
+                ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
+                ref_hidden=ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))],
             )
             lr = scheduler.get_last_lr()[0]
-            values = train_step(model, batch, objective, optimizer, scheduler, config)
+            values = train_step(model, batch, objective, optimizer, scheduler, config, ref_head)
             record = {"step": len(records) + 1, "epoch": epoch + 1, "lr": lr}
             record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
             if isinstance(optimizer, SOUL):
@@ -235,11 +277,22 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     return records
 
 
+def _states(model, of, forget, retain, options):
+    """The reference's hidden states of each forget sequence, then of each retain sequence, None where they are not needed; and
+    its head.
+    """
+    needed = {"forget": forget, "retain": retain, "all": [*forget, *retain]}[of]
+    found = reference_hidden(model, needed, **options)
+    before, after = [None] * len(forget) if of == "retain" else [], [None] * len(retain) if of == "forget" else []
+    return [*before, *found.hidden, *after], (found.weight, found.bias)
+
+
 def prepare(model, tokenizer, forget, retain, config):
-    """Encodes both sets for a config: the forget set answered by refusals where the objective asks for it.
+    """Encodes both sets for a config: the forget set answered by refusals, or paired with them, as the objective asks.
 
     Raises:
-        ArgumentError: the data do not fit the model or the objective, or the backend does not fit the model's device.
+        ArgumentError: the data do not fit the model or the objective, the backend does not fit the model's device, or there
+            can be no cache in the config's directory.
     """
     objective = config.objective()
     if getattr(objective, "alpha", 0) and not retain:
@@ -248,9 +301,16 @@ def prepare(model, tokenizer, forget, retain, config):
     if not forget:
         raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
     resolve_backend(config.backend, head(model)[0])
-    if objective.relabels:
-        forget = refuse(forget, seed=config.seed)
-    return tuple(encode_for(model, tokenizer, part, config, name) for name, part in (("forget", forget), ("retain", retain)))
+    check_cache(config.reference_cache, "reference_cache")
+    if objective.pairs:
+        paired = pair_refusals(forget, seed=config.seed)
+        answers, refusals = (encode_for(model, tokenizer, paired[half::2], config, "forget") for half in (0, 1))
+        encoded = [sequence for pair in zip(answers, refusals) for sequence in pair]
+    else:
+        if objective.relabels:
+            forget = refuse(forget, seed=config.seed)
+        encoded = encode_for(model, tokenizer, forget, config, "forget")
+    return encoded, encode_for(model, tokenizer, retain, config, "retain")
 
 
 def encode_for(model, tokenizer, examples, config, name):

@@ -23,7 +23,7 @@ def check_range(name, value, *, low=0.0, high=None):
     """Raises unless ``low <= value < high``; without ``high``, any finite number from ``low`` on."""
     if not low <= value < (math.inf if high is None else high):  # catches NaN as well
         bound = f">= {low}" if high is None else f"in [{low}, {high})"
-        raise argument_error(name, f"a number {bound}", value, "check the optimizer's arguments")
+        raise argument_error(name, f"a number {bound}", value, "pass one within these bounds")
 
 
 def check_choice(name, value, choices):

@@ -98,7 +98,16 @@ def check_rows(rows, keep, hidden):
         raise argument_error("rows", "every labelled token once", f"{found} of {kept}", remedy)
 
 
-def check_reference(hidden, head, head_is_trained, ref_hidden, ref_weight, ref_bias, kind, needed=None, strengths=None):
+def check_own_head(weight, bias, ref_weight, ref_bias):
+    """Raises where a reference is to use the model's own head, and that is trained: it moves away from the reference's."""
+    if ref_weight is None:
+        for name, tensor, given in (("weight", weight, None), ("bias", bias, ref_bias)):
+            if tensor is not None and tensor.requires_grad and given is None:
+                expected, remedy = f"the head of the reference beside a {name} that is trained", "pass a frozen copy"
+                raise argument_error(f"ref_{name}", expected, None, remedy)
+
+
+def check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, needed=None, strengths=None):
     """Checks a reference's hidden states and head; returns the `Reference`."""
     check_choice("kind", kind, KINDS)
     if ref_hidden is None:
@@ -108,10 +117,7 @@ def check_reference(hidden, head, head_is_trained, ref_hidden, ref_weight, ref_b
         expected = f"[B, T, D] with [B, T] {tuple(hidden.shape[:2])}"
         raise argument_error("ref_hidden", expected, tuple(ref_hidden.shape), "run the reference on the same batch")
     if ref_weight is None:
-        if head_is_trained:
-            remedy = "a trained head moves away from the reference's: pass a frozen copy"
-            raise argument_error("ref_weight", "the head of the reference beside a weight that is trained", None, remedy)
-        ref_weight, ref_bias = head.weight, head.bias
+        ref_weight, ref_bias = head.weight, head.bias if ref_bias is None else ref_bias
     if ref_weight.shape != (head.weight.shape[0], ref_hidden.shape[-1]):
         expected = (head.weight.shape[0], ref_hidden.shape[-1])
         raise argument_error("ref_weight", f"shape {expected}", tuple(ref_weight.shape), "pass the reference's own head")

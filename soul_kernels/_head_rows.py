@@ -170,7 +170,7 @@ class HeadRows:
         self.ref_head = self._converted(self.head._replace(weight=reference.weight, bias=reference.bias))
         self.strengths = None
         if reference.strengths is not None:
-            self.strengths = reference.strengths.to(rows.device, torch.float32).index_select(0, sequences)
+            self.strengths = reference.strengths.to(rows.device, torch.float32, non_blocking=True).index_select(0, sequences)
         self.ref_statistics = torch.empty((N_BASIC, len(rows)), dtype=torch.float32, device=rows.device)
         self.divergences = torch.zeros((2, n), dtype=torch.float32, device=rows.device)
 

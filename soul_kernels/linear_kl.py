@@ -4,7 +4,15 @@ import torch
 
 from soul_kernels import _head_ops
 from soul_kernels._head_autograd import PerToken
-from soul_kernels._head_checks import CHUNK_BYTES, check_head, check_labels, check_per_sequence, check_reference, wanted
+from soul_kernels._head_checks import (
+    CHUNK_BYTES,
+    check_head,
+    check_labels,
+    check_own_head,
+    check_per_sequence,
+    check_reference,
+    wanted,
+)
 from soul_kernels._head_rows import HeadRows
 from soul_kernels.reference import linear_kl as _reference
 
@@ -26,7 +34,7 @@ def linear_kl(
         weight: [V, D], the same dtype.
         labels: [B, T] int64, already shifted; -100 is ignored. Which label it is matters with ``strengths`` only.
         ref_hidden: [B, T, D'], hidden states of the reference on the same batch; they get no gradient.
-        ref_weight: [V, D'], head of the reference. None: ``weight``, which must then be frozen.
+        ref_weight: [V, D'], head of the reference. None: ``weight`` and ``bias``, which must then be frozen.
         bias: [V] or None.
         ref_bias: [V] or None.
         kind: "kl"; or "soul_kl", what SOUL's code calls KL: the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
@@ -47,8 +55,9 @@ def linear_kl(
     """
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     check_per_sequence("strengths", strengths, hidden)
+    check_own_head(weight, bias, ref_weight, ref_bias)
     needs = wanted(hidden, weight, bias)
-    reference = check_reference(hidden, head, needs["weight"], ref_hidden, ref_weight, ref_bias, kind, None, strengths)
+    reference = check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, None, strengths)
     if fused and torch.compiler.is_compiling():
         return _head_ops.per_token(hidden, head, labels, rows, options, reference)
     check_labels(hidden, weight, labels, rows, fused)

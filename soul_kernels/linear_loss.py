@@ -20,6 +20,7 @@ from soul_kernels._head_checks import (
     CHUNK_BYTES,
     check_head,
     check_labels,
+    check_own_head,
     check_per_sequence,
     check_reference,
     wanted,
@@ -137,7 +138,7 @@ def linear_objective(
         ref_logps: [B] fp32, summed reference log-probability of each sequence, where the objective needs it.
         ref_hidden: [B, T, D'], hidden states of the reference on the same batch, where the objective has a ``divergence``;
             anything in sequences that it does not need. They get no gradient.
-        ref_weight: [V, D'], head of the reference. None: ``weight``, which must then be frozen.
+        ref_weight: [V, D'], head of the reference. None: ``weight`` and ``bias``, which must then be frozen.
         ref_bias: [V] or None.
         logit_scale: as in `linear_logprob`, for model and reference.
         softcap: as in `linear_logprob`, for model and reference.
@@ -157,6 +158,8 @@ def linear_objective(
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     check_per_sequence("is_forget", is_forget, hidden, dtype=torch.bool, on_cpu=True)
     check_per_sequence("ref_logps", ref_logps, hidden)
+    if getattr(objective, "divergence", None) is not None:
+        check_own_head(weight, bias, ref_weight, ref_bias)
     tensors = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps)
     tensors |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
     if fused:
@@ -190,7 +193,7 @@ def sweep(
 ):  # fmt: skip
     """Loss, (log-probabilities,), rows and gradients: what `Swept` runs."""
     check_labels(hidden, head.weight, labels, rows, fused=True)
-    reference = _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias, needs["weight"])
+    reference = _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias)
     all_statistics = getattr(objective, "needs_statistics", False)
     table = HeadRows(hidden, head, labels, rows, options, reference=reference, all_statistics=all_statistics)
     batch = TokenBatch.from_labels(labels, is_forget, ref_logps)
@@ -198,7 +201,7 @@ def sweep(
     return loss, (table.log_probs(),), table, gradients
 
 
-def _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias, head_is_trained=False):
+def _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias):
     """The `Reference` that an objective needs, or None."""
     divergence = getattr(objective, "divergence", None)
     if divergence is None:
@@ -206,7 +209,7 @@ def _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_we
     forget = torch.ones(len(labels), dtype=torch.bool) if is_forget is None else is_forget
     needed = None if divergence.of == "all" else needed_sequences(divergence, forget)
     strengths = sequence_strengths(divergence, forget)
-    return check_reference(hidden, head, head_is_trained, ref_hidden, ref_weight, ref_bias, divergence.kind, needed, strengths)
+    return check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, divergence.kind, needed, strengths)
 
 
 __all__ = ["TokenBatch", "linear_logprob", "linear_objective", "linear_statistics"]

@@ -2,8 +2,20 @@
 
 import pathlib
 
+import peft
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, OPTConfig, PhiConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+)
 
 from soul.data import Example, Sequence
 from soul.study import train_tokenizer
@@ -20,6 +32,10 @@ FAMILIES = {
     "qwen2, tied": lambda: Qwen2Config(**COMMON, num_key_value_heads=1, tie_word_embeddings=True),
     "gpt-neox, untied": lambda: GPTNeoXConfig(**COMMON, tie_word_embeddings=False),
     "phi, head with a bias": lambda: PhiConfig(**COMMON),
+    # Logits of these weights are about 0.1: a cap of 0.3 and these scales change every probability.
+    "gemma2, capped": lambda: Gemma2Config(**COMMON, num_key_value_heads=1, head_dim=16, final_logit_softcapping=0.3),
+    "cohere, scaled": lambda: CohereConfig(**COMMON, logit_scale=8.0),
+    "granite, scaled": lambda: GraniteConfig(**COMMON, logits_scaling=0.125),
 }  # fmt: skip
 
 
@@ -33,6 +49,15 @@ def tiny_model(family="llama, tied"):
     bias = model.get_output_embeddings().bias
     if bias is not None:
         torch.nn.init.normal_(bias)
+    return model.eval()
+
+
+def lora_model(family="llama, untied", **options):
+    """A tiny model wrapped by peft, whose adapters are not zero: with them it is another model than without."""
+    model = peft.get_peft_model(tiny_model(family), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
 
 

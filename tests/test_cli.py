@@ -1,3 +1,4 @@
+import inspect
 import json
 import re
 
@@ -6,6 +7,7 @@ import torch
 
 from soul.cli import main
 from soul.models import load
+from soul.unlearn import UnlearnConfig
 from tests.helpers import needs_rouge
 from tests.models import examples, tiny_model, tiny_tokenizer
 
@@ -45,7 +47,7 @@ def command(place, **changes):
         "cpu",
     ]
     for name, value in {**options, **changes}.items():
-        is_path = name in options and value is not None
+        is_path = name in (*options, "reference_cache") and value is not None
         words += [] if value is None else [f"--{name.replace('_', '-')}", str(place / value) if is_path else str(value)]
     return words
 
@@ -63,6 +65,23 @@ def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
     assert not torch.equal(model.get_input_embeddings().weight, old.get_input_embeddings().weight)
     assert tokenizer("Question: where").input_ids == tiny_tokenizer()("Question: where").input_ids
     assert re.search(r"probability of a forget answer: 0\.\d+ before, 0\.\d+ after", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(method="dpo", option="factor=1"), dict(method="simnpo", option="delta=0.5"),
+    dict(method="ceu", option="ignore_first=0"), dict(method="undial", option="retain=kl", alpha=0.5),
+], ids=lambda changes: changes["method"])  # fmt: skip
+def test_options_reach_the_method(place, changes, monkeypatch):
+    """Each in the type that the method expects."""
+    found, name, value = [], *changes["option"].split("=")
+    real = UnlearnConfig.objective
+    monkeypatch.setattr(UnlearnConfig, "objective", lambda config: found.append(real(config)) or found[-1])
+    cache = f"cache_{changes['method']}"
+    assert main(command(place, **changes, output=f"out_{changes['method']}", reference_cache=cache)) == 0
+    default = inspect.signature(type(found[0])).parameters[name].default
+    got = getattr(found[0], name)
+    assert str(got) == value and type(got) is type(default) and got != default
+    assert (place / cache).is_dir() == (changes["method"] in ("dpo", "undial"))
 
 
 def test_bf16_parameters_stay_bf16(place):
@@ -88,7 +107,18 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"method": "erase"}, "method: expected one of"),
     ({"optimizer": "sgd"}, "optimizer: expected one of"),
     ({"max_length": 4}, "forget, row 0: expected a label within 4 tokens"),
-    ({"beta": 0.1}, "method: expected options of GradDiff (gamma, alpha), got beta"),
+    ({"beta": 0.1}, "method: expected options of GradDiff (gamma, alpha, retain), got beta"),
+    ({"option": "delta=1"}, "method: expected options of GradDiff (gamma, alpha, retain), got delta"),
+    ({"option": "retain"}, "option: expected NAME=VALUE, got retain; names for graddiff: gamma, alpha, retain"),
+    ({"option": "retain=tv"}, "retain: expected one of 'ce', 'kl', 'soul_kl', got 'tv'"),
+    ({"method": "undial", "option": "retain=soul_kl"}, "retain: expected one of 'ce', 'kl', got 'soul_kl'"),
+    ({"method": "simnpo", "option": "delta=x"}, "delta: expected a number, got 'x'"),
+    ({"method": "simnpo", "option": "delta=inf"}, "delta: expected a number, got 'inf'"),
+    ({"method": "ceu", "option": "ignore_first=1.5"}, "ignore_first: expected a whole number, got '1.5'"),
+    ({"method": "npo", "beta": 0.1, "option": "beta=0.2"}, "beta: expected one value, got two"),
+    ({"method": "npo", "reference_cache": "forget.jsonl"}, "reference_cache: expected a directory, or a new one, got the file"),
+    ({"method": "klmin", "retain": None}, "retain: expected examples for KLMin"),
+    ({"method": "dpo", "forget": "text.jsonl"}, "forget, row 0: expected a prompt to refuse"),
     ({"lr": -1}, "lr: expected a number >= 0.0"),
     ({"backend": "cuda"}, "backend: expected one of"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),

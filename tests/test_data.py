@@ -123,6 +123,20 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
     assert batch.rows.tolist() == [1, 6, 7, 8]
     assert batch.labels.flatten()[batch.rows].tolist() == [7, 7, 8, 9]
     assert batch.is_forget.tolist() == [True, False] and batch.ref_logps.tolist() == [-3.0, 0.0]
+    assert batch.ref_hidden is None
+    with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one a forget sequence"):
+        data.collate([a], [b], ref_logps=[-3.0, 0.0])
+
+
+def test_reference_states_lie_at_their_labels():
+    a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
+    states = torch.arange(1.0, 4.0)[:, None].expand(3, 2).to(torch.bfloat16)
+    batch = data.collate([a, b], [a], ref_hidden=[states[:1], states, None])
+    assert batch.ref_hidden.shape == (3, 5, 2) and batch.ref_hidden.dtype == torch.bfloat16
+    assert batch.ref_hidden[..., 0].tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 3, 0], [0] * 5]
+    for wrong in ([states[:1], states], [states, states, None], [None] * 3):
+        with pytest.raises(ValueError, match=r"ref_hidden: expected states at \[1, 3, 1\] labelled positions"):
+            data.collate([a, b], [a], ref_hidden=wrong)
 
 
 def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
@@ -135,6 +149,11 @@ def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
     assert not line.answer[0].isspace() and word.answer[0] == " "
     with pytest.raises(ValueError, match="forget, row 1: expected a prompt to refuse, got a text without one"):
         data.refuse([examples(1)[0], Example("", "text")])
+
+
+def test_pairs_are_answers_with_their_refusals():
+    paired = data.pair_refusals(examples(5), seed=1)
+    assert paired[0::2] == examples(5) and paired[1::2] == data.refuse(examples(5), seed=1)
 
 
 def test_orders_cover_everything():

@@ -1,3 +1,4 @@
+import peft
 import pytest
 import torch
 import transformers
@@ -8,7 +9,7 @@ from soul.losses import GradDiff
 from soul_kernels import TokenBatch, linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close
-from tests.models import COMMON, FAMILIES, sequences, tiny_model, tiny_tokenizer
+from tests.models import FAMILIES, lora_model, sequences, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -22,7 +23,9 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
     weight, bias = models.head(model)
     assert (bias is not None) == ("bias" in family)
     loss, logps = linear_objective(models.hidden_states(model, batch), weight, batch.labels, objective, bias=bias,
-                                   is_forget=batch.is_forget, rows=batch.rows, return_logps=True)  # fmt: skip
+                                   is_forget=batch.is_forget, rows=batch.rows, return_logps=True,
+                                   **models.transform(model))  # fmt: skip
+    assert (models.token_logps(model, batch) - logps).abs().max() <= tol.LOGP_ABS
     loss.backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -42,14 +45,58 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
             assert_close(got[name], p.grad, 1e-3, name)  # padded attention sums in another order
 
 
-def test_models_that_bend_their_logits_are_refused():
-    options = COMMON | dict(num_key_value_heads=1, head_dim=16)
-    gemma = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**options, final_logit_softcapping=30.0))
-    with pytest.raises(ValueError, match="model: expected logits = hidden @ weight.T .*, got final_logit_softcapping 30"):
-        models.check_linear_head(gemma)  # logits this small do not show the cap
-    cohere = transformers.AutoModelForCausalLM.from_config(transformers.CohereConfig(**COMMON, logit_scale=0.0625))
-    with pytest.raises(ValueError, match="model: expected logits = hidden @ weight.T .*, got other logits"):
-        models.check_linear_head(cohere)
+class Capped(transformers.LlamaForCausalLM):
+    """Caps its logits, and its configuration does not say so."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = 30 * torch.tanh(output.logits / 30)
+        return output
+
+
+def test_models_that_bend_their_logits_in_other_ways_are_refused():
+    """Logits of about 0.1 agree with a cap of 30 to 1 in 10^5: only enlarged ones show it."""
+    capped, scaled, plain = Capped(FAMILIES["llama, tied"]()), tiny_model("cohere, scaled"), tiny_model()
+    scaled.logit_scale = 4.0  # the configuration says 8
+    plain.config.final_logit_softcapping = 30.0  # Llama has no cap
+    for model in (capped, scaled, plain):
+        model.train()
+        with pytest.raises(
+            ValueError, match=f"model: expected logits = softcap tanh.*, got other logits in {type(model).__name__}"
+        ):
+            models.check_linear_head(model)
+        assert all(module.training for module in model.modules()) and not model.lm_head._forward_pre_hooks
+
+
+def test_models_with_adapters():
+    """Wrapped by peft, with a head of its own: the head that is in use, hidden states with adapters or without."""
+    model = lora_model(modules_to_save=["lm_head"])
+    model.get_output_embeddings().weight.data.mul_(2.0)
+    models.check_linear_head(model)
+    batch = collate(sequences(3), [])
+    frozen = dict(model.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    frozen.requires_grad_(False)
+    model.train()
+    model.base_model.model.model.layers[0].eval()
+    before = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    with pytest.raises(KeyError), models.as_reference(model):
+        off = models.token_logps(model, batch)
+        assert not off.requires_grad and not model.training
+        raise KeyError  # whatever happens inside
+    assert ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]) == before
+    with_adapters = models.token_logps(model, batch)
+    base = models.token_logps(tiny_model("llama, untied"), batch)
+    assert torch.equal(off, base) and (with_adapters - base).abs().max() > 1e-3
+
+
+def test_heads_that_are_not_a_matrix_are_refused():
+    """An adapter beside the head starts at 0, so that trying a few tokens would not tell; virtual tokens do."""
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="model: expected a language-model head without an adapter.*target_modules"):
+        models.check_linear_head(peft.get_peft_model(tiny_model("llama, untied"), config))
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(ValueError, match="got other logits in PeftModel"):
+        models.check_linear_head(peft.get_peft_model(tiny_model(), prompts))
 
 
 def test_loading(tmp_path):

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
+import soul
 from soul import losses
-from soul.data import Example
-from soul.unlearn import UnlearnConfig, build_scheduler, check_output, reference_logps, unlearn
-from tests import tolerances as tol
-from tests.models import examples, sequences, tiny_model, tiny_tokenizer
+from soul.data import Example, collate
+from soul.unlearn import Recorded, UnlearnConfig, build_scheduler, check_output, unlearn
+from soul_kernels import linear_objective
+from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.unlearn")
 FAST = dict(epochs=2, batch_size=2, lr=1e-3, backend="reference")
@@ -48,7 +49,7 @@ def test_every_method_runs_and_logs_every_step(method, optimizer, tokenizer):
         "tokens_per_s",
         "peak_memory_gib",
     }
-    assert wanted <= set(records[0])
+    assert wanted | ({"loss_retain"} if method != "ga" else set()) <= set(records[0])
     assert ("clip_fraction" in records[0]) == (optimizer == "soul")
     for record in records:
         total = sum(value for name, value in record.items() if name.startswith("loss_"))
@@ -122,19 +123,133 @@ def test_kernels_and_reference_train_alike(tokenizer, device):
     assert results[0][1] == pytest.approx(results[1][1], rel=5e-3)  # bf16 autocast on a GPU
 
 
-def test_reference_logps_are_the_sums_of_the_model(tokenizer):
-    model, given = tiny_model(), sequences(5)
-    got = reference_logps(model, given, batch_size=2, backend="reference")
-    for sequence, value in zip(given, got):
-        logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
-        want = sum(logps[t, label].item() for t, label in enumerate(sequence.labels) if label != -100)
-        assert value == pytest.approx(want, abs=10 * tol.LOGP_ABS)
+@pytest.mark.parametrize("method, family", [("npo", "llama, tied"), ("dpo", "gemma2, capped")])
+def test_ratios_start_at_exactly_zero(method, family, tokenizer):
+    """The whole forget set in one batch, as its reference was computed: (2 / beta) log 2 to the last bit. 4 rows, and a beta
+    that is a power of two: the mean of equal numbers is exact. Beside retain sequences, in small batches: rounding only.
+    """
+    exact = (2 / 0.5 * torch.tensor(2.0).log()).item()
+    options = dict(method=method, method_options={"beta": 0.5, "alpha": 0.0}, backend="reference", epochs=1)
+    for backend in ("reference", "triton") if method == "npo" else ("reference",):  # the interpreter is slow
+        config = UnlearnConfig(**options | dict(batch_size=4, backend=backend))
+        (record,) = unlearn(tiny_model(family), tokenizer, examples(4), [], config, progress=False)
+        assert record["loss"] == record["loss_forget"] == exact
+    config = UnlearnConfig(**options | dict(batch_size=3, method_options={"beta": 0.5}))
+    records = unlearn(tiny_model(family), tokenizer, examples(5), examples(9)[5:], config, progress=False)
+    assert records[0]["loss_forget"] == pytest.approx(exact, rel=1e-4)
 
 
-def test_npo_starts_at_ratio_one(tokenizer):
-    """At the reference model the NPO loss is (2 / beta) log 2 and its gradient that of gradient ascent on the sums."""
-    _, records, _, _ = run(tokenizer, method="npo", method_options={"beta": 0.5, "alpha": 0.0})
-    assert records[0]["loss"] == pytest.approx(2 / 0.5 * 0.6931472, rel=1e-4)
+def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
+    """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
+    seen, real = [], unlearn_module.collate
+
+    def spy(forget, retain, **options):
+        seen.append(forget)
+        return real(forget, retain, **options)
+
+    monkeypatch.setattr(unlearn_module, "collate", spy)
+    config = UnlearnConfig(method="dpo", epochs=3, batch_size=6, method_options={"alpha": 0.0}, backend="reference")
+    model = tiny_model()
+    unlearn(model, tokenizer, examples(6), [], config, progress=False)
+    paired, _ = unlearn_module.prepare(model, tokenizer, examples(6), [], config)
+    assert seen == [paired] * 3
+
+
+def test_reference_is_taken_from_the_cache(tokenizer, tmp_path, monkeypatch):
+    options = dict(method="dpo", reference_cache=str(tmp_path), epochs=1)
+    want = [record["loss"] for record in run(tokenizer, **options)[1]]
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr("soul.reference.token_logps", None)  # it could not be computed again
+    assert [record["loss"] for record in run(tokenizer, **options)[1]] == want
+
+
+@pytest.mark.parametrize("options", [
+    dict(method="klmin"), dict(method="graddiff", method_options={"retain": "soul_kl"}),
+    dict(method="undial", method_options={"retain": "kl"}),
+], ids=str)  # fmt: skip
+def test_divergences_are_from_the_model_as_it_was(options, tokenizer):
+    """A KL that starts at 0, but for rounding, and does not stay there."""
+    _, records, _, _ = run(tokenizer, **options)
+    retained = [record["loss_retain"] for record in records]
+    if options.get("method_options") == {"retain": "soul_kl"}:
+        assert all(r > 1.0 for r in retained)  # a cross-entropy: log 300 = 5.7 at most before training
+    else:
+        assert 0 <= retained[0] < 1e-9 and retained[-1] > 1e-5
+
+
+def test_dpo_prefers_refusals_and_logs_the_answers(tokenizer):
+    forget = examples(4)
+    options = dict(epochs=1, batch_size=4, backend="reference")
+    first = {}
+    for method in ("ga", "dpo"):
+        (record,) = unlearn(
+            tiny_model(), tokenizer, forget, examples(8)[4:], UnlearnConfig(method=method, **options), progress=False
+        )
+        first[method] = record["forget_nll"]
+    assert first["dpo"] == pytest.approx(first["ga"], rel=1e-5)  # not those of the refusals
+
+    model = tiny_model()
+    config = UnlearnConfig(method="dpo", lr=1e-3, method_options={"alpha": 0.0}, **options | dict(epochs=10))
+    paired, _ = unlearn_module.prepare(model, tokenizer, forget, [], config)
+    before = soul.reference_logps(model, paired, backend="reference")
+    unlearn(model, tokenizer, forget, [], config, progress=False)
+    after = soul.reference_logps(model, paired, backend="reference")
+    moved = torch.tensor(after) - torch.tensor(before)
+    assert (moved[1::2] > moved[0::2] + 1.0).all()  # every refusal has won against its answer
+
+
+@pytest.mark.parametrize("method", ["npo", "klmin"])
+def test_adapters_are_trained_against_the_model_without_them(method, tokenizer):
+    model = lora_model()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)  # as peft starts them: the reference itself
+    before = copy.deepcopy(model.state_dict())
+    config = UnlearnConfig(method=method, epochs=2, batch_size=4, lr=1e-2, backend="reference",
+                           method_options={} if method == "klmin" else {"alpha": 0.0})  # fmt: skip
+    retain = examples(8)[4:] if method == "klmin" else []
+    records = unlearn(model, tokenizer, examples(4), retain, config, progress=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    if method == "npo":
+        assert records[0]["loss_forget"] == pytest.approx(20 * 0.6931472, rel=1e-6) != records[1]["loss_forget"]
+    else:
+        assert records[0]["loss_retain"] == 0.0 < records[1]["loss_retain"]  # in the very same batch: exactly
+
+
+class Counted(Recorded):
+    calls = 0
+
+    def __call__(self, logps, batch):
+        self.calls += 1
+        return super().__call__(logps, batch)
+
+
+@pytest.mark.parametrize("objective, row_bytes, calls", [
+    (losses.DPO(retain="kl"), 2 * 320 * 4, 2), (losses.CEU(), 320 * 4, 2), (losses.NPO(reduction="token_mean"), 320 * 4, 1),
+], ids=["DPO", "CEU", "NPO"])  # fmt: skip
+def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
+    """22 rows in chunks of 14: two evaluations, or one after two chunks where no sum will do. Every term is there once."""
+    model, given = tiny_model(), sequences(6)
+    weight = model.lm_head.weight.detach()
+    batch = collate(given[:4], given[4:], ref_logps=[-30.0] * 4, ref_hidden=list(_states(model, given)))
+    hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+    found = []
+    for chunk_bytes in (2**30, 14 * row_bytes):
+        recorded = Counted(objective)
+        loss = linear_objective(hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, rows=batch.rows,
+                                ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, chunk_bytes=chunk_bytes,
+                                backend="triton")  # fmt: skip
+        assert set(recorded.sums) == {"forget", "retain"} and recorded.calls == (1 if chunk_bytes == 2**30 else calls)
+        assert sum(recorded.sums.values()).item() == pytest.approx(loss.item(), rel=1e-6)
+        found.append({name: value.item() for name, value in recorded.sums.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def _states(model, given):
+    for sequence in given:
+        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
+        yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, kept].detach()
 
 
 def test_schedule_warms_up_and_decays():
@@ -149,7 +264,7 @@ def test_schedule_warms_up_and_decays():
 
 @pytest.mark.parametrize("options, message", [
     ({"optimizer": "sgd"}, "optimizer: expected one of 'soul', 'adamw', got 'sgd'"),
-    ({"method": "erase"}, "method: expected one of 'ga', 'graddiff', 'npo', 'po', got 'erase'"),
+    ({"method": "erase"}, "method: expected one of 'ga', 'graddiff', .*'undial', got 'erase'"),
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
     ({"method": "npo", "method_options": {"beta": float("inf")}}, "beta: expected a positive number, got inf"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
@@ -170,6 +285,22 @@ def test_retain_set_is_needed_where_it_has_a_weight(tokenizer):
         unlearn(model, tokenizer, [], examples(2), UnlearnConfig(**FAST), progress=False)
     records = unlearn(model, tokenizer, examples(2), [], UnlearnConfig(**FAST, method="ga"), progress=False)
     assert "retain_nll" not in records[0]
+    with pytest.raises(ValueError, match="forget, row 1: expected a prompt to refuse"):
+        unlearn(model, tokenizer, [examples(1)[0], Example("", "x")], [], UnlearnConfig(**FAST, method="dpo",
+                method_options={"alpha": 0.0}), progress=False)  # fmt: skip
+    config = UnlearnConfig(**FAST, method="npo", reference_cache=__file__)
+    with pytest.raises(ValueError, match="reference_cache: expected a directory, or a new one, got the file"):
+        unlearn(model, tokenizer, examples(2), examples(2), config, progress=False)
+
+
+def test_rows_of_pairs_are_counted_as_in_the_file(tokenizer):
+    config = UnlearnConfig(**FAST, method="dpo", max_length=40)
+    long = Example("Question:", " word" * 200)
+    short = Example("Q:", " A")
+    assert len(unlearn_module.prepare(tiny_model(), tokenizer, [short, long], [short], config)[0]) == 4
+    far = Example("Question: " + "word " * 200, " A")  # the prompt alone is too long
+    with pytest.raises(ValueError, match="forget, row 1: expected a label within 40 tokens"):
+        unlearn_module.prepare(tiny_model(), tokenizer, [short, far], [short], config)
 
 
 def test_output_directory(tmp_path):

@@ -50,7 +50,7 @@ class TokenBatch:
         mask = labels != IGNORE_INDEX
         if is_forget is None:
             is_forget = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        is_forget = is_forget.to(labels.device)
+        is_forget = is_forget.to(labels.device, non_blocking=True)
         tokens = mask.sum(1)
         sequences = tokens > 0
 
