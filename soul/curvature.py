@@ -21,10 +21,11 @@ All but the first are objects beside a `soul.SophiaG`::
 """
 
 import contextlib
+import hashlib
 
 import torch
 
-from soul._plan import is_sharded
+from soul._plan import is_sharded, local
 from soul.optimizer import SOUL, SophiaG
 from soul_kernels._checks import argument_error
 
@@ -142,8 +143,29 @@ class GNB(Curvature):
     drawn from the model's own distribution; ``bs d`` is then an unbiased estimate of the Gauss-Newton diagonal, ``bs`` being
     the number of drawn labels, which enters in the step.
 
-    The closure draws the labels (`sample_labels`) and returns the loss.
+    The closure draws the labels and returns the loss: `soul_kernels.linear_gnb` does both in one sweep::
+
+        gnb.step(lambda: soul.models.gnb_loss(model, batch, generator=gnb.generator()))
+
+    Args:
+        optimizer: a `SophiaG`.
+        every: as in `Curvature`.
+        in_backward: as in `Curvature`.
+        seed: of `generator`.
     """
+
+    def __init__(self, optimizer, every=10, *, in_backward=False, seed=0):
+        super().__init__(optimizer, every, in_backward=in_backward)
+        self.seed = seed
+
+    def generator(self):
+        """A ``torch.Generator`` on the parameters' device, whose seed is a hash of (seed, training step, rank): replicas draw
+        different labels for their different tokens, and a resumed run those that it would have drawn.
+        """
+        rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+        digest = hashlib.blake2b(repr((self.seed, self.schedule.calls, rank)).encode(), digest_size=8).digest()
+        device = local(self.optimizer.param_groups[0]["params"][0]).device
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)  # 63 bits
 
 
 class Hutchinson(Curvature):
@@ -186,20 +208,3 @@ class Hutchinson(Curvature):
     def _probe(self, param):
         bits = torch.randint(0, 2, param.shape, device=param.device, generator=self.generator)
         return (2 * bits - 1).to(param.dtype)
-
-
-def sample_labels(logits, keep=None, *, generator=None):
-    """Draws a label from ``softmax(logits)`` at every position, for `GNB`.
-
-    Args:
-        logits: [..., V], any float dtype; no gradient flows through the draw.
-        keep: bool [...], the positions that count; elsewhere the label is -100, as cross-entropy ignores it. None: all.
-        generator: torch.Generator on the logits' device. Give every rank its own seed.
-
-    Returns:
-        int64 [...].
-    """
-    with torch.no_grad():
-        probabilities = torch.softmax(logits.detach().float(), -1).reshape(-1, logits.shape[-1])
-        labels = torch.multinomial(probabilities, 1, generator=generator).reshape(logits.shape[:-1])
-        return labels if keep is None else labels.masked_fill(~keep, -100)

@@ -7,9 +7,9 @@ import types
 import torch
 
 from soul._extras import require
-from soul_kernels import linear_logprob
+from soul_kernels import linear_gnb, linear_logprob
 from soul_kernels._checks import argument_error, check_choice
-from soul_kernels.reference.token_logprob import transformed
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -131,6 +131,17 @@ def token_logps(model, batch, backend="auto"):
         hidden = hidden_states(model, batch)
         options = dict(bias=bias, rows=batch.rows, backend=backend, **transform(model))
         return linear_logprob(hidden, weight, batch.labels, **options)
+
+
+def gnb_loss(model, batch, *, generator=None, backend="auto"):
+    """Mean negative log-likelihood of labels drawn from the model, at the labelled tokens of a batch, [], differentiable: the
+    loss of `soul.curvature.GNB`.
+    """
+    weight, bias = head(model)
+    with autocast(model):
+        hidden = hidden_states(model, batch)
+        options = dict(bias=bias, rows=batch.rows, generator=generator, backend=backend, **transform(model))
+        return linear_gnb(hidden, weight, batch.labels != IGNORE_INDEX, **options)[0]
 
 
 def check_linear_head(model):

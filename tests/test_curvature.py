@@ -1,8 +1,13 @@
+import math
+
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, curvature
+from soul import SOUL, SophiaG, curvature, models
+from soul.data import collate
+from soul_kernels import linear_gnb
 from tests.helpers import assert_close
+from tests.models import sequences, tiny_model
 
 KINDS = (curvature.RetainFisher, curvature.GNB, curvature.Hutchinson)
 
@@ -68,8 +73,8 @@ def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
     generator = torch.Generator().manual_seed(0)
 
     def loss():
-        logits = x @ w
-        return torch.nn.functional.cross_entropy(logits, curvature.sample_labels(logits, generator=generator))
+        keep = torch.ones(1, 40, dtype=torch.bool)
+        return linear_gnb(x[None], w.T, keep, generator=generator, backend="reference")[0]
 
     for _ in range(2000):
         gnb.step(loss)
@@ -78,16 +83,42 @@ def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
     assert_close(40 * opt.state[w]["hessian"], want, 0.12, "Gauss-Newton diagonal")
 
 
-def test_sampled_labels_follow_the_distribution():
-    """Chi-square over 20,000 draws; ignored positions stay ignored; a generator makes them reproducible."""
-    logits = torch.tensor([0.0, 1.0, 2.0, -3.0]).expand(20000, 4)
-    keep = torch.arange(20000) % 10 != 0
-    labels = curvature.sample_labels(logits, keep, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(labels, curvature.sample_labels(logits, keep, generator=torch.Generator().manual_seed(0)))
-    assert (labels[~keep] == -100).all()
-    counts = torch.bincount(labels[keep], minlength=4).double()
-    expected = torch.softmax(logits[0].double(), -1) * counts.sum()
-    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # p = 0.001 at 3 degrees of freedom
+def test_labels_differ_between_steps_and_seeds_and_come_again_after_a_restart():
+    w = torch.randn(3, requires_grad=True)
+    opt = SophiaG([w])
+
+    def numbers(gnb):
+        return torch.rand(4, generator=gnb.generator()).tolist()
+
+    def loss():
+        return (w * w).sum()
+
+    gnb = curvature.GNB(opt, every=1, seed=5)
+    first = numbers(gnb)
+    assert numbers(gnb) == first  # of one step
+    gnb.step(loss)
+    second = numbers(gnb)
+    resumed = curvature.GNB(opt, every=1, seed=5)
+    resumed.load_state_dict(gnb.state_dict())
+    assert numbers(resumed) == second != first
+    assert numbers(curvature.GNB(opt, every=1, seed=6)) != first
+
+
+def test_gnb_loss_of_a_language_model():
+    """The mean over the batch's labelled tokens, with labels of its own: at initialisation about log V."""
+    model = tiny_model()
+    batch = collate(sequences(3), [])
+    gnb = curvature.GNB(SophiaG(model.parameters(), betas=(0.9, 0.9), backend="reference"), every=1)
+    found = []
+
+    def loss():
+        found.append(models.gnb_loss(model, batch, generator=gnb.generator()))
+        return found[-1]
+
+    gnb.step(loss)
+    assert abs(found[0].item() - math.log(300)) < 0.2
+    weight, _ = models.head(model)
+    assert gnb.optimizer.state[weight]["hessian"].sum() > 0
 
 
 def test_schedule_and_what_checkpoints_carry():

@@ -339,6 +339,70 @@ def test_no_worse_than_eager_in_the_same_dtype(dtype, device):
     assert abs(ours.item() - want.item()) <= 1.5 * abs(eager.item() - want.item()) + 1e-6 * abs(want.item())
 
 
+def test_logits_in_low_precision_are_an_option(device):
+    """bf16 logits, which their gradient overwrites: the gradients are nearly as good, the log-probabilities are not."""
+    case = make(device, BRAIN, bias=True)
+    double = fp64(case)
+    want, want_logps = definition(double, OBJECTIVES["npo"])
+    want_gradients, errors = gradients(want, double), {}
+    for dtype in (FLOAT, BRAIN):
+        for chunk_rows in (1000, 7):
+            options = dict(logits_dtype=dtype, chunk_bytes=chunk_rows * 192 * 2, return_logps=True, backend="triton")
+            loss, logps = linear_objective(**case, objective=OBJECTIVES["npo"], **options)
+            errors[dtype] = (logps.double() - want_logps).abs().max().item()
+            for name, got, expected in zip(("dX", "dW", "dbias"), gradients(loss, case), want_gradients):
+                assert_close(got, expected, tol.GRAD_BF16 if dtype == FLOAT else 5 * tol.GRAD_BF16, name)
+    assert errors[FLOAT] <= tol.LOGP_ABS < 1e-3 < errors[BRAIN] < 0.1
+
+
+@pytest.mark.parametrize("name", ["graddiff", "npo, kl", "ceu", "dpo"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has nothing to wait for")
+def test_a_loss_never_waits_for_the_device(name, device):
+    """With rows and is_forget on the host, as the collator gives them."""
+    objective = {"npo, kl": losses.NPO(retain="kl"), "ceu": losses.CEU(), "dpo": losses.DPO()}.get(name, losses.GradDiff())
+    case = make(device, BRAIN)
+    case["is_forget"] = case["is_forget"].cpu()
+    rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
+    if objective.divergence:
+        case |= {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
+    for attempt in range(2):  # the first one compiles
+        torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+        try:
+            for chunk_rows in (1000, 7):
+                options = dict(rows=rows, chunk_bytes=chunk_rows * 192 * 10)
+                linear_objective(**case, objective=objective, **options).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_loss_replays_in_a_graph(device):
+    """Static shapes: padded rows on the device. A replay computes with the values that its inputs hold then."""
+    case = make(device, BRAIN)
+    rows = (case["labels"].flatten() != -100).nonzero()[:, 0]
+    rows = torch.cat([rows, rows.new_full((5,), case["labels"].numel() - 1)])
+    case |= {"ref_hidden": case["hidden"].detach().clone(), "ref_weight": case["weight"].detach().clone(), "rows": rows}
+    objective = losses.NPO(retain="kl")
+
+    def run():
+        loss = linear_objective(**case, objective=objective)
+        return loss, *torch.autograd.grad(loss, [case["hidden"], case["weight"]])
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        case["hidden"].mul_(1.5)
+        case["labels"].copy_(torch.where(case["labels"] == -100, -100, (case["labels"] + 1) % 131))
+    graph.replay()
+    for got, want in zip(captured, run()):
+        assert torch.equal(got, want)
+
+
 def test_memory_of_a_trained_head_is_given_back_after_backward(device):
     """log-probabilities that are kept for a log must not keep hidden states and heads alive."""
     case = make(device)
