@@ -144,21 +144,21 @@ def _divergence_kernel(
 
 @triton.jit
 def _divergence_gradient_block(
-    logits_row, ref_row, out_row, columns, label, row_max, total, rest, ref_max, ref_total, ref_rest, label_log_q, lowered,
-    coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+    logits_row, ref_row, out_row, columns, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale, ref_rest,
+    label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SOUL: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     raw, gap, ref_gap = _both(
         logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE
     )  # fmt: skip
-    p = tl.exp(gap) / total
+    p = tl.exp(gap) * scale
     is_label = columns == label
     gradient = coefficient * tl.where(is_label, rest, -p)
     if SOUL:
-        log_q = tl.where(is_label, label_log_q, ref_gap - tl.log(ref_total))
+        log_q = tl.where(is_label, label_log_q, ref_gap - ref_log_total)
         gradient += weight * p * (_surprise(log_q) - divergence)
     else:  # at the label as a difference of 1 - q and 1 - p, which keep their accuracy where p and q are close to 1
-        q = tl.exp(ref_gap) / ref_total
+        q = tl.exp(ref_gap) * ref_scale
         gradient += weight * tl.where(is_label, ref_rest - rest, p - q)
     gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
     store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
@@ -204,20 +204,23 @@ def _divergence_gradient_kernel(
         ref_max, ref_total, ref_rest, label_log_q, lowered = _reference_row(
             ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row, HAS_STRENGTHS
         )
+        scale = 1.0 / total
+        ref_scale = 1.0 / ref_total
+        ref_log_total = tl.log(ref_total)
         logits_row = logits_ptr + row * row_stride
         ref_row = ref_logits_ptr + row * ref_row_stride
         lanes = tl.arange(0, BLOCK)
         tail = (n_vocab // BLOCK) * BLOCK
         for start in range(0, tail, BLOCK):
             _divergence_gradient_block(
-                logits_row, ref_row, out_row, start + lanes, label, row_max, total, rest, ref_max, ref_total, ref_rest,
-                label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+                logits_row, ref_row, out_row, start + lanes, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
+                ref_rest, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
                 SCALED, CAPPED, SOUL, OUT_DTYPE, True,
             )  # fmt: skip
         if tail < n_vocab:
             _divergence_gradient_block(
-                logits_row, ref_row, out_row, tail + lanes, label, row_max, total, rest, ref_max, ref_total, ref_rest,
-                label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+                logits_row, ref_row, out_row, tail + lanes, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
+                ref_rest, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
                 SCALED, CAPPED, SOUL, OUT_DTYPE, False,
             )  # fmt: skip
     else:

@@ -35,7 +35,7 @@ def transformed(z, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.conste
     if SCALED:
         z = z * logit_scale
     if CAPPED:
-        s = tl.exp(-2.0 * tl.abs(z) / softcap)
+        s = tl.exp(tl.abs(z) * (-2.0 / softcap))
         z = tl.where(z < 0, -softcap, softcap) * (1.0 - s) / (1.0 + s)
     return z
 
@@ -45,7 +45,7 @@ def times_slope(gradient, raw, logit_scale, softcap, SCALED: tl.constexpr, CAPPE
     """Gradient by the logits -> by the raw products; 1 - tanh^2 without the subtraction."""
     if CAPPED:
         z = raw * logit_scale if SCALED else raw
-        s = tl.exp(-2.0 * tl.abs(z) / softcap)
+        s = tl.exp(tl.abs(z) * (-2.0 / softcap))
         gradient = gradient * (4.0 * s / ((1.0 + s) * (1.0 + s)))
     if SCALED:
         gradient = gradient * logit_scale
