@@ -191,7 +191,7 @@ def exact(inputs, objective, labels):
     chunks = [slice(start, start + EXACT_ROWS) for start in range(0, len(x), EXACT_ROWS)]
 
     def log_q(rows):
-        return reference_distribution(inputs.ref_hidden.flatten(0, 1)[rows].double() @ w.T)
+        return reference_distribution(inputs.ref_hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
 
     def misses(logits, rows):
         p = logits.softmax(1)
@@ -205,7 +205,7 @@ def exact(inputs, objective, labels):
         logits = x[rows] @ w.T
         logps.append(token_logprob(logits, labels_of[rows]))
         if inputs.ref_hidden is not None:
-            divergences.append(kl_divergence(logits, log_q(rows)))
+            divergences.append(kl_divergence(logits, labels_of[rows], log_q(rows)))
         if inputs.uniforms is not None:
             missed.append(misses(logits, rows))
     leaves = [torch.cat(values).view(labels.shape).requires_grad_() for values in (logps, divergences) if values]
@@ -221,7 +221,7 @@ def exact(inputs, objective, labels):
         logits = (x[rows] @ w.T).requires_grad_()
         value = (coefficients[0][rows] * token_logprob(logits, labels_of[rows])).sum()
         if divergences:
-            value = value + (coefficients[1][rows] * kl_divergence(logits, log_q(rows))).sum()
+            value = value + (coefficients[1][rows] * kl_divergence(logits, labels_of[rows], log_q(rows))).sum()
         (dz,) = torch.autograd.grad(value, logits)
         torch.mm(dz, w, out=dx[rows])
         if dw is not None:

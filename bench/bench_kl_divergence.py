@@ -45,7 +45,7 @@ def make_case(kind, n, n_vocab, device, quick):
         measure()
         gradient()
         leaf = logits[:CHECKED].double().requires_grad_()
-        values = kl_divergence(leaf, reference_distribution(ref_logits[:CHECKED].double()))
+        values = kl_divergence(leaf, labels[:CHECKED], reference_distribution(ref_logits[:CHECKED].double(), labels[:CHECKED]))
         (want,) = torch.autograd.grad(values.sum(), leaf)
         errors = {
             "KL": ((divergences[0, :CHECKED] - values).abs() / values).max().item(),

@@ -21,12 +21,12 @@ from soul_kernels._checks import argument_error, check_choice, check_range
 
 def forget_nll(logps, batch):
     """Mean negative log-likelihood of the forget tokens: ``-sum_F logp / |F|``."""
-    return -(logps * (batch.mask & batch.is_forget[:, None])).sum() / batch.n_forget_tokens
+    return -torch.where(batch.mask & batch.is_forget[:, None], logps, 0.0).sum() / batch.n_forget_tokens
 
 
 def retain_nll(logps, batch):
     """Mean negative log-likelihood of the retain tokens: ``-sum_R logp / |R|``."""
-    return -(logps * (batch.mask & ~batch.is_forget[:, None])).sum() / batch.n_retain_tokens
+    return -torch.where(batch.mask & ~batch.is_forget[:, None], logps, 0.0).sum() / batch.n_retain_tokens
 
 
 def retain_divergence(logps, batch):
@@ -185,7 +185,7 @@ class NPO(Objective):
     def forget(self, logps, batch):
         """-(2 / beta) logsigmoid(-beta log-ratio), a mean."""
         counted = batch.is_forget & batch.mask.any(1)
-        ratio = _log_ratios(logps, batch) * counted
+        ratio = torch.where(counted, _log_ratios(logps, batch), 0.0)
         if self.reduction == "sequence_sum":
             value = (F.logsigmoid(-self.beta * ratio) * counted).sum() / batch.n_forget_sequences
         else:
@@ -256,7 +256,8 @@ class DPO(Objective):
         counted = torch.logical_and(*_pairs(batch.is_forget & batch.mask.any(1)))
         # Pairs of the whole batch, though this may be a part of it.
         n_pairs = torch.logical_and(*_pairs(batch.whole.is_forget & batch.whole.mask.any(1))).sum().clamp(min=1)
-        value = (F.logsigmoid(self.beta * (refusal - answer)) * counted).sum() / n_pairs
+        margin = torch.where(counted, refusal - answer, 0.0)
+        value = (F.logsigmoid(self.beta * margin) * counted).sum() / n_pairs
         return -(2 / self.beta if self.factor == "2/beta" else 1.0) * value
 
 
@@ -375,7 +376,7 @@ class UNDIAL(Objective):
 def _log1mexp(logps):
     """log(1 - p), accurate in value and derivative, ``-p / (1 - p)``, for p close to 0 and close to 1."""
     likely = logps > -math.log(2)
-    close_to_one = torch.log((-torch.expm1(torch.where(likely, logps, -1.0))).clamp(min=1e-30))
+    close_to_one = torch.log((-torch.expm1(torch.where(likely, logps, -1.0))).clamp(min=1e-37))
     return torch.where(likely, close_to_one, torch.log1p(-torch.exp(torch.where(likely, -1.0, logps))))
 
 

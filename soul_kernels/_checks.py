@@ -149,5 +149,6 @@ def check_on_device(name, tensor, devices, dtype=torch.float32, numel=1):
 
 def check_scalar(loss):
     """Raises unless an objective has returned one number."""
-    if loss.dim() != 0:
-        raise argument_error("objective", "a loss of shape ()", f"shape {tuple(loss.shape)}", "sum over tokens and sequences")
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise argument_error("objective", "a loss of shape ()", got, "return a tensor, summed over tokens and sequences")

@@ -7,7 +7,8 @@ import weakref
 import torch
 from torch.autograd.function import once_differentiable
 
-from soul_kernels._checks import check_choice, check_scalar
+from soul_kernels._checks import argument_error, check_choice, check_scalar
+from soul_kernels._head_checks import check_labels
 from soul_kernels._head_gradients import HeadGradients
 from soul_kernels._head_rows import HeadRows
 
@@ -29,6 +30,8 @@ def register_objective(objective):
 
 def objective_of(number):
     """The objective of a number that `register_objective` gave."""
+    if number not in _objectives:
+        raise argument_error("objective", "one that is alive", f"number {number}, which is not", "keep a reference to it")
     return _objectives[number]
 
 
@@ -154,6 +157,7 @@ class Swept(torch.autograd.Function):
 
 def per_token_values(hidden, head, labels, rows, options, reference):
     """What `PerToken` gives out, without gradients."""
+    check_labels(hidden, head.weight, labels, rows, fused=True)
     table = HeadRows(hidden, head, labels, rows, options, reference=reference)
     return PerToken.apply(hidden, head.weight, head.bias, table, dict(hidden=False, weight=False, bias=False))
 

@@ -39,8 +39,8 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
         raise argument_error("logit_scale", "a number other than 0", logit_scale, "1.0 leaves the logits as they are")
     if softcap is not None and not 0 < softcap < math.inf:
         raise argument_error("softcap", "a positive number or None", softcap, "None does not cap")
-    if not chunk_bytes > 0:
-        raise argument_error("chunk_bytes", "a positive number of bytes", chunk_bytes, f"the default is {CHUNK_BYTES}")
+    if not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
+        raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, f"the default is {CHUNK_BYTES} bytes")
     fused = resolve_backend(backend, hidden) == "triton"
     device_type = hidden.device.type
     autocast = torch.is_autocast_enabled(device_type)
@@ -56,8 +56,8 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
     return fused, Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes)
 
 
-def check_labels(hidden, weight, labels, rows, fused):
-    """Checks labels [B, T] and row indices."""
+def check_labels_type(hidden, labels):
+    """Checks what is known of labels [B, T] without reading them."""
     if labels.shape != hidden.shape[:2]:
         got = tuple(labels.shape)
         raise argument_error(
@@ -66,6 +66,11 @@ def check_labels(hidden, weight, labels, rows, fused):
     check_device("labels", labels, hidden)
     if labels.dtype != torch.int64:
         raise argument_error("labels", "dtype torch.int64", labels.dtype, "convert with labels.long()")
+
+
+def check_labels(hidden, weight, labels, rows, fused):
+    """Checks labels [B, T] and row indices, and reads them where that waits for no device."""
+    check_labels_type(hidden, labels)
     check_rows(rows, labels != IGNORE_INDEX, hidden)
     if not (fused and rows is not None and hidden.is_cuda):
         bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))
@@ -80,6 +85,8 @@ def check_rows(rows, keep, hidden):
     """Checks row indices; against the kept tokens [B, T] where that waits for no device."""
     if rows is None:
         return
+    if not isinstance(rows, torch.Tensor):
+        raise argument_error("rows", "[R] int64", type(rows).__name__, "pass a tensor of flat token indices")
     if rows.dtype != torch.int64 or rows.dim() != 1:
         raise argument_error("rows", "[R] int64", f"{tuple(rows.shape)} of {rows.dtype}", "pass flat token indices")
     if rows.device.type != "cpu":
@@ -90,8 +97,8 @@ def check_rows(rows, keep, hidden):
         if rows[0] < 0 or rows[-1] >= keep.numel() or (rising[1:] <= rising[:-1]).any():
             expected = f"rising indices in [0, {keep.numel()}), of which the last may repeat"
             raise argument_error("rows", expected, f"{rows.min()} to {rows.max()}, in this order", "sort them, drop repeats")
-        if keep.device.type != "cpu":
-            return
+    if keep.device.type != "cpu":
+        return
     found, kept = int(keep.reshape(-1)[rows].sum()), int(keep.sum())
     if found != kept:
         remedy = "pass (labels.flatten() != -100).nonzero()[:, 0]"
@@ -113,6 +120,8 @@ def check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, needed
     if ref_hidden is None:
         remedy = "pass the hidden states of the reference model: soul.reference_hidden"
         raise argument_error("ref_hidden", "[B, T, D] hidden states of the reference", None, remedy)
+    if not ref_hidden.is_floating_point():
+        raise argument_error("ref_hidden", "a floating-point dtype", ref_hidden.dtype, "pass hidden states, not token ids")
     if ref_hidden.dim() != 3 or ref_hidden.shape[:2] != hidden.shape[:2]:
         expected = f"[B, T, D] with [B, T] {tuple(hidden.shape[:2])}"
         raise argument_error("ref_hidden", expected, tuple(ref_hidden.shape), "run the reference on the same batch")

@@ -32,8 +32,12 @@ class HeadGradients:
         part, scale = chunk.part, None
         if self.fp16:
             # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest possible
-            # element to between 32 and 64 and is divided out of the fp32 sums.
-            scale = torch.exp2(6 - torch.frexp(self.rows.bound(chunk, coefficients, weights)).exponent)
+            # element to between 32 and 64 and is divided out of the fp32 sums. Of each row, where no sum over rows is wanted:
+            # the gradient of a memorised row may be 1e-9 of another's, and what it will be multiplied with is not known.
+            bounds = self.rows.bounds(chunk, coefficients, weights)
+            if self.weight is not None or self.bias is not None:
+                bounds = bounds.max()
+            scale = torch.exp2((6 - torch.frexp(bounds).exponent).clamp(max=100))
             coefficients, weights = coefficients * scale, None if weights is None else weights * scale
         dlogits = self.rows.gradient(chunk, coefficients, weights)
         if self.x is not None:
@@ -43,7 +47,7 @@ class HeadGradients:
         bias = None if self.bias is None else dlogits.sum(0, dtype=torch.float32)
         if self.fp16:
             if self.x is not None:
-                self.x[part] /= scale
+                self.x[part] /= scale.view(-1, 1)
             if self.weight is not None:
                 weight = torch.empty_like(self.weight)
                 mm_fp32(dlogits.T, self.rows.x[part], weight)

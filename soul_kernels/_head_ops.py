@@ -1,7 +1,8 @@
 """What torch.compile sees of the ops on hidden states: one opaque op each, without a graph break.
 
 Nothing is computed here: the ops take their arguments apart into what an op may take, and put them together again. Row
-indices must be known when they are traced: without ``rows`` every token is computed, ignored ones for nothing.
+indices must be known when they are traced: without ``rows`` every token is computed, ignored ones for nothing. And what a
+frozen head lets `linear_logprob` and `linear_kl` form in forward is formed in backward, from logits computed once more.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,7 @@ from torch import Tensor
 
 from soul_kernels._head_autograd import objective_of, per_token_gradients, per_token_values, scaled_gradients
 from soul_kernels._head_rows import Head, Options, Reference
-
-# An op is called below autograd, where the objective's own code would record nothing: it runs as the outside does.
-_OUTSIDE = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+from soul_kernels.reference.token_logprob import TokenStatistics
 
 
 def with_rows(rows, labels):
@@ -31,7 +30,7 @@ def _objective(
     """Loss, log-probabilities, and the fp32 gradients of rows, weight and bias; empty where none is wanted."""
     from soul_kernels.linear_loss import sweep  # which imports this module
 
-    with torch._C._ForceDispatchKeyGuard(*_OUTSIDE):
+    with torch.inference_mode(False):  # ops are called below autograd, where the objective's code would record nothing
         loss, (logps,), _, gradients = sweep(
             hidden, Head(weight, bias, logit_scale, softcap), labels, objective_of(number), rows=rows, is_forget=is_forget,
             ref_logps=ref_logps, ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias,
@@ -84,13 +83,9 @@ def _save_swept(ctx, inputs, output):
 def _backward_swept(ctx, scale, *_):
     rows, *gradients = ctx.saved_tensors
     gradients = [g if need else None for g, need in zip(gradients, ctx.needs)]
-    x, weight, bias = scaled_gradients(rows.to(gradients_device(gradients)), gradients, scale, ctx.dtypes, ctx.hidden_shape)
+    rows = rows.to(scale.device, non_blocking=True)
+    x, weight, bias = scaled_gradients(rows, gradients, scale, ctx.dtypes, ctx.hidden_shape)
     return x, weight, bias, *(None,) * (ctx.n_inputs - 3)
-
-
-def gradients_device(gradients):
-    """Where the first gradient that is wanted lies."""
-    return next(g.device for g in gradients if g is not None)
 
 
 for _op in (_objective, _gnb):
@@ -158,7 +153,7 @@ def _(hidden, weight, bias, labels, *others):
 @_per_token_backward.register_fake
 def _(upstream, hidden, weight, bias, *others):
     leaves = zip((hidden, weight, bias), others[-1])
-    return tuple(torch.empty_like(leaf) if need else hidden.new_empty(0) for leaf, need in leaves)
+    return tuple(leaf.new_empty(leaf.shape) if need else hidden.new_empty(0) for leaf, need in leaves)  # contiguous
 
 
 def _save_per_token(ctx, inputs, output):
@@ -182,3 +177,28 @@ def per_token(hidden, head, labels, rows, options, reference):
         hidden, head.weight, head.bias, labels, with_rows(rows, labels), reference.hidden, reference.weight, reference.bias,
         reference.strengths, reference.kind, float(head.logit_scale), head.softcap, *options,
     )  # fmt: skip
+
+
+@torch.library.custom_op("soul_kernels::linear_statistics", mutates_args=())
+def _statistics(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, logit_scale: float,
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`TokenStatistics` as a tuple."""
+    from soul_kernels.linear_loss import measure
+
+    options = Options(compute_dtype, logits_dtype, chunk_bytes)
+    return tuple(measure(hidden, Head(weight, bias, logit_scale, softcap), labels, rows, options))
+
+
+@_statistics.register_fake
+def _(hidden, weight, bias, labels, *others):
+    return tuple(hidden.new_empty(labels.shape, dtype=torch.float32) for _ in TokenStatistics._fields)
+
+
+def statistics(hidden, head, labels, rows, options):
+    """`linear_statistics` as an opaque op."""
+    return TokenStatistics(*_statistics(
+        hidden.detach(), head.weight.detach(), head.bias, labels, with_rows(rows, labels), float(head.logit_scale),
+        head.softcap, *options,
+    ))  # fmt: skip

@@ -121,6 +121,8 @@ class HeadRows:
         self.indices = rows
         self.labels = labels.reshape(-1).index_select(0, rows)
         self.x = self._rows_of(hidden, rows)
+        if not found:  # rows of padding may hold anything, NaN as well, which 0 times a gradient would bring into dW
+            self.x.masked_fill_((self.labels == IGNORE_INDEX)[:, None], 0.0)
         self.head = self._converted(head)
         self.n_vocab = head.weight.shape[0]
         self.row_width = -(-self.n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
@@ -167,6 +169,9 @@ class HeadRows:
         elif n:  # of rows that only the device knows all get a reference; the objective leaves out what it does not need
             self._runs = [(0, n, 0)]
         self.ref_x = self._rows_of(reference.hidden, rows)
+        if reference.needed is not None and len(rows) == n:  # and what that holds must not matter
+            unneeded = ~reference.needed.to(rows.device, non_blocking=True).index_select(0, sequences)
+            self.ref_x.masked_fill_(unneeded[:, None], 0.0)
         self.ref_head = self._converted(self.head._replace(weight=reference.weight, bias=reference.bias))
         self.strengths = None
         if reference.strengths is not None:
@@ -190,7 +195,11 @@ class HeadRows:
         return [Chunk(start, min(start + size, n), 0, self.shape[0]) for start in range(0, n, max(size, 1))]
 
     def sequence_chunks(self, together=1):
-        """Cuts the rows between sequences, ``together`` of which must not be parted; None if these are longer than a chunk."""
+        """Cuts the rows between sequences, ``together`` of which must not be parted; None if these are longer than a chunk, or
+        if the device, which alone knows the rows, cannot be asked because a graph is being captured.
+        """
+        if self.host_indices is None and self.indices.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         indices = self.host_indices if self.host_indices is not None else self.indices.cpu()
         counts = torch.bincount(indices // max(self.shape[1], 1), minlength=self.shape[0]).tolist()
         chunks, start, stop, first = [], 0, 0, 0
@@ -270,10 +279,10 @@ class HeadRows:
                 )  # fmt: skip
         return out
 
-    def bound(self, chunk, coefficients, weights=None):
-        """What no element of `gradient` exceeds by much, []: ``|c| (1 - p)``, plus the largest weight of a divergence."""
-        largest = (coefficients * self.statistics[ONE_MINUS_P, chunk.part]).abs().max()
-        return largest if weights is None else largest + weights.abs().max()
+    def bounds(self, chunk, coefficients, weights=None):
+        """What no element of each row of `gradient` exceeds by much, [n]: ``|c| (1 - p)``, plus the weight of a divergence."""
+        bounds = (coefficients * self.statistics[ONE_MINUS_P, chunk.part]).abs()
+        return (bounds if weights is None else bounds + weights.abs()) * abs(self.head.logit_scale)
 
     def _out(self):
         """Where the gradient of the loaded chunk goes."""
@@ -360,9 +369,9 @@ class DrawnRows(HeadRows):
         )  # fmt: skip
         return out
 
-    def bound(self, chunk, coefficients, weights=None):
+    def bounds(self, chunk, coefficients, weights=None):
         """As in `HeadRows`; no label is known yet, and 1 - p may be anything up to 1."""
-        return coefficients.abs().max()
+        return coefficients.abs() * abs(self.head.logit_scale)
 
 
 def _product(x, head, out):

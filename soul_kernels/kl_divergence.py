@@ -8,6 +8,7 @@ from soul_kernels._launch import launch, tl, triton, triton_dtype
 from soul_kernels.reference.kl_divergence import FLOOR
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import (
+    VECTORS,
     load_raw,
     log1p,
     logits_of,
@@ -81,7 +82,7 @@ def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
         return tl.sum(tl.where((tl.abs(d) < 0.5) & (q > 0.0), near, far), 0), entropy
 
 
-@triton.jit
+@triton.jit(**VECTORS)
 def _divergence_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     ref_logits_ptr,  # [n, V] the same of the reference
@@ -164,7 +165,7 @@ def _divergence_gradient_block(
     store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
 
 
-@triton.jit
+@triton.jit(**VECTORS)
 def _divergence_gradient_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     ref_logits_ptr,  # [n, V] the same of the reference

@@ -8,6 +8,7 @@ from soul_kernels._head_checks import (
     CHUNK_BYTES,
     check_head,
     check_labels,
+    check_labels_type,
     check_own_head,
     check_per_sequence,
     check_reference,
@@ -59,6 +60,7 @@ def linear_kl(
     needs = wanted(hidden, weight, bias)
     reference = check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, None, strengths)
     if fused and torch.compiler.is_compiling():
+        check_labels_type(hidden, labels)
         return _head_ops.per_token(hidden, head, labels, rows, options, reference)
     check_labels(hidden, weight, labels, rows, fused)
     if not fused:

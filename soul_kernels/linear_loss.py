@@ -20,6 +20,7 @@ from soul_kernels._head_checks import (
     CHUNK_BYTES,
     check_head,
     check_labels,
+    check_labels_type,
     check_own_head,
     check_per_sequence,
     check_reference,
@@ -64,6 +65,7 @@ def linear_logprob(
     """
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     if fused and torch.compiler.is_compiling():
+        check_labels_type(hidden, labels)
         return _head_ops.per_token(hidden, head, labels, rows, options, None)
     check_labels(hidden, weight, labels, rows, fused)
     if not fused:
@@ -100,10 +102,19 @@ def linear_statistics(
         ValueError: as `linear_logprob`.
     """
     fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    if fused and torch.compiler.is_compiling():
+        check_labels_type(hidden, labels)
+        return _head_ops.statistics(hidden, head, labels, rows, options)
+    if fused:
+        return measure(hidden, head, labels, rows, options)
     check_labels(hidden, weight, labels, rows, fused)
-    if not fused:
-        hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
-        return _reference.linear_statistics(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
+    return _reference.linear_statistics(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
+
+
+def measure(hidden, head, labels, rows, options):
+    """What `linear_statistics` returns."""
+    check_labels(hidden, head.weight, labels, rows, fused=True)
     table = HeadRows(hidden, head, labels, rows, options, all_statistics=True)
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in table.even_chunks():
@@ -172,12 +183,14 @@ def linear_objective(
             loss, logps = _swept(hidden, weight, bias, run)
     else:
         check_labels(hidden, weight, labels, rows, fused)
-        reference = _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias)
+        reference = _reference_of(objective, hidden, head, labels, rows, is_forget, ref_hidden, ref_weight, ref_bias)
         hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
+        if reference is not None:
+            ref_hidden, ref_weight = (t.to(options.compute_dtype) for t in (reference.hidden, reference.weight))
+            ref_bias = reference.bias
         loss, logps = _reference.linear_objective(
-            hidden, weight, labels, objective, bias=bias, is_forget=is_forget, ref_logps=ref_logps,
-            ref_hidden=reference and reference.hidden, ref_weight=reference and reference.weight,
-            ref_bias=reference and reference.bias, logit_scale=logit_scale, softcap=softcap,
+            hidden, weight, labels, objective, bias=bias, is_forget=is_forget, ref_logps=ref_logps, ref_hidden=ref_hidden,
+            ref_weight=ref_weight, ref_bias=ref_bias, logit_scale=logit_scale, softcap=softcap,
         )  # fmt: skip
         check_scalar(loss)
     return (loss, logps) if return_logps else loss
@@ -193,7 +206,7 @@ def sweep(
 ):  # fmt: skip
     """Loss, (log-probabilities,), rows and gradients: what `Swept` runs."""
     check_labels(hidden, head.weight, labels, rows, fused=True)
-    reference = _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias)
+    reference = _reference_of(objective, hidden, head, labels, rows, is_forget, ref_hidden, ref_weight, ref_bias)
     all_statistics = getattr(objective, "needs_statistics", False)
     table = HeadRows(hidden, head, labels, rows, options, reference=reference, all_statistics=all_statistics)
     batch = TokenBatch.from_labels(labels, is_forget, ref_logps)
@@ -201,12 +214,14 @@ def sweep(
     return loss, (table.log_probs(),), table, gradients
 
 
-def _reference_of(objective, hidden, head, labels, is_forget, ref_hidden, ref_weight, ref_bias):
+def _reference_of(objective, hidden, head, labels, rows, is_forget, ref_hidden, ref_weight, ref_bias):
     """The `Reference` that an objective needs, or None."""
     divergence = getattr(objective, "divergence", None)
     if divergence is None:
         return None
-    forget = torch.ones(len(labels), dtype=torch.bool) if is_forget is None else is_forget
+    forget = is_forget
+    if forget is None:  # where the rows are, so that finding its rows waits for no device
+        forget = torch.ones(len(labels), dtype=torch.bool, device="cpu" if rows is None else rows.device)
     needed = None if divergence.of == "all" else needed_sequences(divergence, forget)
     strengths = sequence_strengths(divergence, forget)
     return check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, divergence.kind, needed, strengths)

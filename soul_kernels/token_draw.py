@@ -10,6 +10,7 @@ from soul_kernels.token_logprob import (
     GRADIENT_CONFIG,
     IGNORED,
     STATISTICS_CONFIG,
+    VECTORS,
     load_raw,
     log1p,
     logits_of,
@@ -32,7 +33,7 @@ def _likeliest_block(z, row_max, rest, count):
     return new_max, rest, count - old + tl.sum(tl.where(is_max, 1.0, 0.0), 0)
 
 
-@triton.jit
+@triton.jit(**VECTORS)
 def _likeliest_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64: -100 is an ignored row, anything else one that counts
@@ -107,12 +108,12 @@ def _draw_block(
     return running, chosen, logp, last, last_raw
 
 
-@triton.jit
+@triton.jit(**VECTORS)
 def _draw_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64: -100 is an ignored row; elsewhere the label that was drawn is written
     uniforms_ptr,  # [n] fp32 in [0, 1)
-    statistics_ptr,  # [4, n] fp32, from _likeliest_kernel; log p of the drawn label and its 1 - p are written
+    statistics_ptr,  # [4, n] fp32, from _likeliest_kernel; log p of the drawn label is written
     statistics_stride,
     coefficients_ptr,  # [n] fp32, derivative of the loss by log p of the drawn label
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr

@@ -20,6 +20,16 @@ STATISTICS_CONFIG = {"BLOCK": 4096, "num_warps": 16}
 GRADIENT_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 
 
+# Vectors of one number a row: a chunk may begin anywhere in them, and alignment would compile every kernel again and again.
+VECTORS = {
+    "do_not_specialize": ["statistics_stride", "ref_statistics_stride", "divergences_stride"],
+    "do_not_specialize_on_alignment": [
+        "labels_ptr", "statistics_ptr", "ref_statistics_ptr", "strengths_ptr", "divergences_ptr", "coefficients_ptr",
+        "weights_ptr", "uniforms_ptr",
+    ],
+}  # fmt: skip
+
+
 @triton.jit
 def log1p(x):
     """log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
@@ -104,7 +114,7 @@ def _rest_block(z, columns, label, row_max, rest, sum1, sum2, left_max, ALL: tl.
     return new_max, rescale * rest + tl.sum(exp, 0), sum1, sum2, left_max
 
 
-@triton.jit
+@triton.jit(**VECTORS)
 def _statistics_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64
@@ -182,7 +192,7 @@ def _gradient_block(
     store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
 
 
-@triton.jit
+@triton.jit(**VECTORS)
 def _gradient_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64

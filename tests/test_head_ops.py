@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soul import losses
-from soul_kernels import linear_gnb, linear_kl, linear_logprob, linear_objective
+from soul_kernels import linear_gnb, linear_kl, linear_logprob, linear_objective, linear_statistics
 from soul_kernels._launch import interpreting
 from tests.helpers import assert_close
 
@@ -113,6 +113,62 @@ def test_autocast_and_upstream_factors_in_a_compiled_step(device):
     assert_close(got[0], want[0], 1e-6, "loss")
     for a, b in zip(got[2], want[2]):
         assert_close(a, b, 1e-2, "gradient")
+
+
+@pytest.mark.parametrize("name", ["npo", "kl", "logprob", "gnb"])
+def test_the_ops_are_what_their_fakes_promise(name, device, monkeypatch):
+    """Shapes, dtypes and strides, on which inductor relies; hidden states and weight lie transposed in memory."""
+    from soul_kernels import _head_ops
+
+    calls = []
+    for op in ("_objective", "_gnb", "_per_token", "_per_token_backward"):
+        real = getattr(_head_ops, op)
+        monkeypatch.setattr(_head_ops, op, lambda *args, real=real: calls.append((real, args)) or real(*args))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    hidden = torch.randn(T, B, D, device=device).transpose(0, 1).requires_grad_()
+    weight, bias = torch.randn(D, V, device=device).T.requires_grad_(), torch.randn(V, device=device, requires_grad=True)
+    loss_of = inputs(device)[name]  # which keeps the objective alive
+    loss, _ = loss_of(hidden, weight, bias)
+    loss.backward()
+    for op, args in calls:
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiled_calls_check_labels_and_rows(device):
+    torch._dynamo.reset()
+    hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
+    labels = torch.randint(V, (B, T), device=device)
+    for op in (linear_logprob, linear_statistics):
+
+        def call(labels, rows, op=op):
+            return op(hidden, weight, labels, rows=rows, backend="triton")
+
+        compiled = torch.compile(call, backend="eager", fullgraph=True)
+        every = torch.arange(B * T)
+        for a, b in zip(compiled(labels, every), call(labels, every)):
+            assert torch.equal(a, b)
+        with pytest.raises(Exception, match=r"labels: expected \[B, T\] \(4, 6\), got \(4, "):
+            compiled(labels[:, :-1], every)
+        with pytest.raises(ValueError, match="rows: expected every labelled token once, got 2 of 24"):
+            compiled(labels, every[2:4])
+        if not labels.is_cuda:  # with rows, labels on a GPU are not read
+            with pytest.raises(ValueError, match=r"labels: expected values in \[0, 131\) or -100, got 131"):
+                compiled(labels.clone().index_fill_(0, torch.tensor([1]), V), every)
+
+
+def test_the_objective_is_differentiated_whatever_the_state_of_autograd_was(device):
+    """An import, or a first call, in inference mode must not leave anything behind."""
+    torch._dynamo.reset()
+    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    loss_of = inputs(device)["npo"]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        quiet, _ = compiled(x, loss_of)
+    want = run(model, x, loss_of, model)
+    assert_close(quiet, want[0], 1e-6, "loss in inference mode")
+    for a, b in zip(run(model, x, loss_of, compiled)[2], want[2]):
+        assert_close(a, b, 1e-5, "gradient")
 
 
 def test_plain_functions_break_the_graph_and_work(device):

@@ -119,7 +119,7 @@ def test_a_frozen_head_serves_both(device):
     ({"strengths": torch.zeros(4)}, r"strengths: expected shape \(5,\), got \(4,\)"),
     ({"softcap": 0.0}, "softcap: expected a positive number or None, got 0.0"),
     ({"logit_scale": 0.0}, "logit_scale: expected a number other than 0, got 0.0"),
-    ({"chunk_bytes": 0}, "chunk_bytes: expected a positive number of bytes, got 0"),
+    ({"chunk_bytes": 0}, "chunk_bytes: expected a positive whole number, got 0"),
     ({"logits_dtype": torch.float16}, "logits_dtype: expected torch.float32 or torch.float32, .* got torch.float16"),
 ])  # fmt: skip
 def test_bad_input_is_named(change, message):

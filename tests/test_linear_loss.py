@@ -403,6 +403,76 @@ def test_a_loss_replays_in_a_graph(device):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_what_does_not_count_may_be_nan(where, device, monkeypatch):
+    """Hidden states of padding, and those of a reference in sequences that need none, whoever knows the rows."""
+    case = make(device)
+    case["hidden"].data[-1, -1] = float("nan")  # an ignored token, which pads the rows
+    case |= {"ref_hidden": case["hidden"].detach().clone(), "ref_weight": case["weight"].detach().clone()}
+    case["ref_hidden"][case["is_forget"]] = float("nan")
+    rows = (case["labels"].flatten() != -100).nonzero()[:, 0]
+    rows = torch.cat([rows, rows.new_full((3,), case["labels"].numel() - 1)]).cpu()
+    if where == "device":  # as a tensor on a GPU would be: nobody on the host has seen it
+        real = HeadRows.__init__
+
+        def init(self, *args, **options):
+            self.__class__ = type("Unseen", (HeadRows,), {"host_indices": property(lambda s: None, lambda s, v: None)})
+            real(self, *args, **options)
+
+        monkeypatch.setattr(HeadRows, "__init__", init)
+    objective = losses.NPO(retain="kl")
+    loss = linear_objective(**case, objective=objective, rows=rows, backend="triton")
+    assert torch.isfinite(loss)
+    for gradient in gradients(loss, case):
+        assert torch.isfinite(gradient).all() and gradient.norm() > 0
+
+
+def test_reference_backend_under_autocast_is_at_its_own_reference(device):
+    """Both sides are converted: hidden states in fp32 and in bf16 would be apart."""
+    case = make(device)
+    case |= {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
+    with torch.autocast(device.type, dtype=BRAIN):
+        loss = linear_objective(**case, objective=losses.GradDiff(gamma=0.0, retain="kl"), backend="reference")
+    assert loss.item() == 0.0
+
+
+def test_fp16_gradients_under_a_large_logit_scale(device):
+    case = make(device, HALF, shape=(1, 20, 16))
+    with torch.no_grad():
+        case["hidden"] /= 3000
+    double = fp64(case)
+    want, _ = definition(double | {"hidden": double["hidden"] * 3000}, OBJECTIVES["ga"])
+    loss = linear_objective(**case, objective=OBJECTIVES["ga"], logit_scale=3000.0, backend="triton")
+    for got, expected in zip(gradients(loss, case, 1e-2), gradients(want, double, 1e-2)):
+        assert_close(got, expected, 5e-3, "gradient")
+
+
+def test_fp16_rows_of_a_frozen_head_keep_memorised_tokens(device):
+    """Its gradient rows are formed before what they are multiplied with is known: an unlikelihood loss has 1 / (1 - p)."""
+    weight = torch.zeros(50, 8, device=device, dtype=HALF)
+    weight[3, 0], weight[7, 1] = 1.0, 1.0
+    hidden = torch.zeros(1, 2, 8, device=device, dtype=HALF)
+    hidden[0, 0, 0], hidden[0, 1, 1] = 22.0, 0.5  # 1 - p is 1e-8, and about 0.97
+    hidden.requires_grad_()
+    labels = torch.tensor([[3, 7]], device=device)
+    logps = linear_logprob(hidden, weight, labels, backend="triton")
+    upstream = torch.tensor([[1e8, 1.0]], device=device)
+    (got,) = torch.autograd.grad((logps * upstream).sum(), hidden)
+    double = hidden.detach().double().requires_grad_()
+    exact = reference.linear_logprob(double, weight.double(), labels)
+    (want,) = torch.autograd.grad((exact * upstream.double()).sum(), double)
+    assert_rows_close(got[0], want[0], 5e-3, "dX")
+
+
+def test_values_that_do_not_count_do_not_reach_an_objective():
+    """0 times -inf is NaN: a label that is masked out of the vocabulary in a forget sequence, and references of retain ones."""
+    logps = torch.tensor([[-1.0, -torch.inf], [-2.0, -1.0]])
+    is_forget, ref_logps = torch.tensor([True, False]), torch.tensor([-3.0, torch.nan])
+    batch = TokenBatch.from_labels(torch.zeros(2, 2, dtype=torch.int64), is_forget, ref_logps)
+    assert losses.retain_nll(logps, batch) == 1.5
+    assert torch.isfinite(losses.NPO()(logps.clamp(min=-5), batch))
+
+
 def test_memory_of_a_trained_head_is_given_back_after_backward(device):
     """log-probabilities that are kept for a log must not keep hidden states and heads alive."""
     case = make(device)
@@ -505,6 +575,8 @@ def check_formulas(module, name, device):
     ({"rows": torch.tensor([4, 3])}, r"rows: expected rising indices in \[0, 45\)"),
     ({"rows": torch.tensor([3, 3, 4])}, r"rows: expected rising indices in \[0, 45\)"),
     ({"rows": torch.tensor([3, 45])}, r"rows: expected rising indices in \[0, 45\)"),
+    ({"rows": [3, 4]}, r"rows: expected \[R\] int64, got list"),
+    ({"chunk_bytes": 1e9}, "chunk_bytes: expected a positive whole number, got 1000000000.0"),
     ({"rows": torch.tensor([3, 4])}, r"rows: expected every labelled token once, got 2 of"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -219,7 +219,8 @@ def test_ragged_batches(name, kept, device):
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_references_agree_with_the_definitions(name, device):
-    check(name, 0.99, device, backend="reference")
+    for p in (0.5, 1 - 1e-7):  # there -log p is below what log_softmax can say
+        check(name, p, device, backend="reference")
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -346,7 +347,7 @@ def test_an_objective_says_what_it_lacks(device):
     ("simnpo", "mean + self.delta", "mean - self.delta"),
     ("simnpo", "/ batch.lengths.clamp(min=1)", "/ batch.lengths.mean()"),
     ("dpo", "refusal - answer", "answer - refusal"),
-    ("dpo", "(batch.whole.is_forget & batch.whole", "(batch.is_forget & batch.whole"),  # pairs of a part only
+    ("dpo", "batch.whole.is_forget & batch.whole.mask", "batch.is_forget & batch.mask"),  # pairs of a part only
     ("wga", "torch.exp(self.beta * logps.detach())", "torch.exp(self.beta * logps)"),  # differentiated
     ("satimp", "self.beta1 * known", "self.beta2 * known"),
     ("ceu", "batch.mask.cumsum(1) > self", "batch.mask.cumsum(1) >= self"),
@@ -357,6 +358,6 @@ def test_an_objective_says_what_it_lacks(device):
 ])  # fmt: skip
 def test_mutants_do_not_pass(name, old, new, device, tmp_path):
     broken = mutant("soul.losses", old, new, tmp_path)
-    with pytest.raises((AssertionError, RuntimeError)):
+    with pytest.raises(AssertionError):
         check(name, 0.9999 if "expm1" in old else 0.5, device, module=broken, chunk_rows=7)
         check(name, 1 - 1e-7, device, module=broken)

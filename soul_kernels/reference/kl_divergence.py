@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from soul_kernels.reference.token_logprob import log_probabilities
+
 KINDS = ("kl", "soul_kl")
 FLOOR = 1e-12  # SOUL's code adds it within the logarithm
 
@@ -22,14 +24,14 @@ class Divergence(NamedTuple):
     strength: float = 0.0
 
 
-def reference_distribution(ref_logits, labels=None, strengths=None):
-    """Log q of a reference, [n, V]: log_softmax of its logits, of which the label's is lowered by ``strengths`` [n]."""
+def reference_distribution(ref_logits, labels, strengths=None):
+    """Log q of a reference, [n, V]: of its logits, of which the label's is lowered by ``strengths`` [n]."""
     if strengths is not None:
         ref_logits = ref_logits.scatter_add(1, labels[:, None], -strengths.to(ref_logits.dtype)[:, None])
-    return ref_logits.detach().log_softmax(1)
+    return log_probabilities(ref_logits.detach(), labels)
 
 
-def kl_divergence(logits, log_q, kind="kl"):
+def kl_divergence(logits, labels, log_q, kind="kl"):
     """Divergence of p = softmax(logits) from q, differentiable by the logits; q is constant.
 
     ``"kl"``: KL(q || p), summed as ``q (d + expm1(-d))`` with ``d = log q - log p``: no term is negative, and where the two
@@ -41,15 +43,17 @@ def kl_divergence(logits, log_q, kind="kl"):
 
     Args:
         logits: [n, V] floating point.
+        labels: [n] int64, where p and q may be close to 1.
         log_q: [n, V], from `reference_distribution`.
         kind: one of `KINDS`.
 
     Returns:
         [n], dtype of the logits, >= 0.
     """
-    log_p, q = logits.log_softmax(1), log_q.exp()
-    if kind == "soul_kl":
-        return -(log_p.exp() * torch.log(q + FLOOR)).sum(1)
+    log_p, q = log_probabilities(logits, labels), log_q.exp()
+    if kind == "soul_kl":  # log(q + a) = log q + a / q, up to (a / q)^2: accurate for q close to 1 as well
+        log_floored = torch.where(q > 1e-6, log_q + FLOOR / q.clamp(min=1e-6), torch.log(q + FLOOR))
+        return -(log_p.exp() * log_floored).sum(1)
     d = torch.where(q > 0, log_q - log_p, 0.0)
     close = d > -20
     near = q * (d + torch.expm1(-d.clamp(min=-20)))

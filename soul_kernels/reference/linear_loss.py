@@ -141,7 +141,7 @@ def linear_divergence(
         if strengths is not None:
             strengths = strengths[:, None].expand(labels.shape)[keep]
         log_q = reference_distribution(ref_logits, labels[keep], strengths)
-    return scatter(keep, kl_divergence(logits, log_q, kind)), scatter(keep, entropy(log_q))
+    return scatter(keep, kl_divergence(logits, labels[keep], log_q, kind)), scatter(keep, entropy(log_q))
 
 
 def linear_objective(

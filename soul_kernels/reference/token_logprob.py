@@ -58,6 +58,11 @@ def token_logprob(logits, labels):
     return F.logsigmoid(logits.gather(1, label)[:, 0] - rest)
 
 
+def log_probabilities(logits, labels):
+    """log_softmax [n, V] of logits, which is accurate at the label also where p(label) is close to 1."""
+    return logits.log_softmax(1).scatter(1, labels[:, None], token_logprob(logits, labels)[:, None])
+
+
 def token_statistics(logits, labels):
     """`TokenStatistics` of each row, [n] each; no gradient.
 
@@ -66,10 +71,10 @@ def token_statistics(logits, labels):
         labels: [n] int64, each in [0, V).
     """
     logits = logits.detach()
-    logp = logits.log_softmax(1)
+    logp = log_probabilities(logits, labels)
     p = logp.exp()
     surprise = torch.where(p > 0, -logp, 0.0)  # a vocabulary entry that is masked out adds nothing
     entropies = (p * surprise).sum(1)
     variances = (p * (surprise - entropies[:, None]) ** 2).sum(1)
     hits = (logits.argmax(1) == labels).to(logits.dtype)
-    return TokenStatistics(token_logprob(logits, labels), logits.logsumexp(1), hits, entropies, variances)
+    return TokenStatistics(logp.gather(1, labels[:, None])[:, 0], logits.logsumexp(1), hits, entropies, variances)
