@@ -1,4 +1,4 @@
-"""The ``soul`` command: unlearn, study, demo, info.
+"""The ``soul`` command: unlearn, evaluate, study, demo, info.
 
 Bad input ends with a message and exit status 2, before anything is written.
 """
@@ -72,6 +72,12 @@ def _parser():
     how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
                      "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
     _where(how)
+
+    evaluate = commands.add_parser("evaluate", help="TOFU's metrics of evaluation logs")
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("--from-logs", required=True, metavar="DIR", help="logs to aggregate, in TOFU's layout")
+    evaluate.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: forget quality")
+    evaluate.add_argument("--json", metavar="FILE", help="new file for the numbers")
 
     study = commands.add_parser("study", help="AdamW against SOUL on TOFU, with a small model trained from scratch")
     study.set_defaults(run=_study)
@@ -156,6 +162,22 @@ def _parsed(name, text, kind):
         expected = "a whole number" if kind is int else "a number"
         raise argument_error(name, expected, repr(text), "check the options")
     return value
+
+
+def _evaluate(args):
+    from soul import eval_logs
+    from soul.metrics import summarize
+
+    target = None if args.json is None else eval_logs.check_new_file(args.json, "json")
+    logs = eval_logs.read_logs(args.from_logs)
+    retain_log = None if args.retain_logs is None else eval_logs.read_retain_log(args.retain_logs, logs["forget"])
+    summary = summarize(logs, retain_log)
+    if target is not None:
+        eval_logs.write_json(target, summary)
+    for name, value in summary.items():
+        print(f"{name:36} {value:.6g}")
+    if retain_log is None:
+        print("no forget quality: it needs the logs of a retain model (--retain-logs)")
 
 
 def _study(args):
