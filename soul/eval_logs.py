@@ -35,51 +35,54 @@ REMEDY = "is this an evaluation log of TOFU, and whole?"
 
 
 def read_logs(directory):
-    """Columns of the four sets' logs in a directory, and of the holdout set's where there is one.
-
-    Returns:
-        Set -> `columns`.
+    """Columns of the four sets' logs in a directory, and of the holdout set's where there is one: `check_logs` of files.
 
     Raises:
         ArgumentError: a file is missing, truncated or foreign, or a number in it is not finite or out of bounds.
     """
-    files = {name: _directory(directory) / file for name, file in FILES.items()}
-    logs = {name: columns(_read(path), path, NEEDED, (*MEMORIZATION, *MEMBERSHIP)) for name, path in files.items()}
-    holdout = _directory(directory) / HOLDOUT
-    if holdout.exists():
-        logs["holdout"] = columns(_read(holdout), holdout, MEMBERSHIP)
-        for name in MEMBERSHIP:
-            if name not in logs["forget"]:
-                remedy = f"it is compared with {holdout}"
-                raise argument_error(f"{files['forget']}, {name!r}", "an object of one value a row", "no such column", remedy)
-    return logs
+    directory = _directory(directory)
+    files = {name: directory / file for name, file in FILES.items()}
+    if (directory / HOLDOUT).exists():
+        files["holdout"] = directory / HOLDOUT
+    return check_logs({name: _read(path) for name, path in files.items()}, files)
 
 
-def read_retain_log(directory, forget):
+def check_logs(logs, where):
+    """The columns of logs that `soul.metrics.summarize` takes.
+
+    Args:
+        logs: set -> ``{column: {row: value}}``; with a "holdout" set the forget set must have what is compared with it.
+        where: set -> what to call its log in errors.
+
+    Raises:
+        ArgumentError: as `columns`.
+    """
+    found = {}
+    for name, log in logs.items():
+        needed = (
+            MEMBERSHIP if name == "holdout" else (*NEEDED, *MEMBERSHIP) if name == "forget" and "holdout" in logs else NEEDED
+        )
+        found[name] = columns(log, where[name], needed, () if name == "holdout" else MEMORIZATION)
+    return found
+
+
+def read_retain_log(directory, rows):
     """Columns of the forget set's log under a retain model: its truth ratios are all that is used.
 
     Args:
         directory: where its ``eval_log_forget.json`` is.
-        forget: columns of the log that it will be compared with.
+        rows: how many there are in the log that it will be compared with.
 
     Raises:
-        ArgumentError: as `read_logs`, or the two logs are of different rows.
+        ArgumentError: as `read_logs`, or the rows are not as many.
     """
     path = _directory(directory) / FILES["forget"]
-    return check_same_rows(columns(_read(path), path, RATIO), path, forget)
-
-
-def check_same_rows(retain_log, where, forget):
-    """Returns the columns of a retain model's log if they are as long as those of the forget log.
-
-    Raises:
-        ArgumentError: they are not.
-    """
-    expected, got = len(forget["avg_paraphrased_loss"]), len(retain_log["avg_paraphrased_loss"])
-    if got != expected:
-        remedy = "both models must have answered the same questions (--rows)"
-        raise argument_error(str(where), f"{expected} rows, as in the forget log", got, remedy)
-    return retain_log
+    log = columns(_read(path), path, RATIO)
+    got = len(log[RATIO[0]])
+    if got != rows:
+        remedy = "both models must have answered the same questions; --rows takes the first of each file"
+        raise argument_error(str(path), f"{rows} rows, as many as the model's", got, remedy)
+    return log
 
 
 def columns(log, where, needed, optional=()):
@@ -163,6 +166,13 @@ def write_logs(directory, logs):
         write_json(pathlib.Path(directory) / FILES.get(name, HOLDOUT), log)
     if all(name in logs for name in FILES):
         write_json(pathlib.Path(directory) / AGGREGATED, {file: logs[name] for name, file in FILES.items()})
+
+
+def in_the_way(path, directories):
+    """Tells whether a file of this path would be a log of one of the directories, or one of those or above it."""
+    names = (*FILES.values(), HOLDOUT, AGGREGATED)
+    taken = {place for d in directories for place in (d, *d.absolute().parents, *(d / name for name in names))}
+    return path.absolute() in {place.absolute() for place in taken}
 
 
 def check_new_file(path, name):

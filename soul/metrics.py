@@ -12,7 +12,8 @@ from soul._extras import require
 from soul_kernels._checks import argument_error
 
 MIN_K = 0.4  # OU's configuration; the paper's own figure is 0.2
-UTILITY_SETS = ("retain", "real_authors", "world_facts")
+OPTION_SETS = ("real_authors", "world_facts")  # short answers, judged beside the false ones
+UTILITY_SETS = ("retain", *OPTION_SETS)
 MEMORIZATION = ("exact_memorization", "extraction_strength")
 MEMBERSHIP = ("min_k", "min_k_plus_plus")
 
@@ -146,9 +147,14 @@ def min_k(scores, k=MIN_K):
 
     As OU, which returns the negative. SOUL scores question and answer together.
     """
+    check_part(k)
+    return scores.sort().values[: max(1, int(k * len(scores)))].mean().item()
+
+
+def check_part(k):
+    """Raises unless k is in (0, 1]."""
     if not 0 < k <= 1:
         raise argument_error("min_k", "a part in (0, 1]", k, "0.2 is the lowest fifth of the tokens")
-    return scores.sort().values[: max(1, int(k * len(scores)))].mean().item()
 
 
 def normalized_logps(logps, entropies, variances):
@@ -194,9 +200,8 @@ def summarize(logs, retain_log=None):
               for name, log in logs.items() if name != "holdout"}  # fmt: skip
     parts = {}
     for name, ratio in ratios.items():
-        log, has_options = logs[name], name in ("real_authors", "world_facts")
-        losses = log["avg_gt_loss"]
-        chances = option_probability(losses, log["average_perturb_loss"]) if has_options else probability(losses)
+        log, losses, perturbed = logs[name], logs[name]["avg_gt_loss"], logs[name]["average_perturb_loss"]
+        chances = option_probability(losses, perturbed) if name in OPTION_SETS else probability(losses)
         parts[f"{name}_prob"] = chances.mean().item()
         parts[f"{name}_rouge"] = log["rougeL_recall"].mean().item()
         parts[f"{name}_truth_ratio"] = (closer_to_one if name == "forget" else true_better)(ratio).item()

@@ -9,7 +9,7 @@ import torch
 
 from soul import metrics
 from soul.eval_logs import FILES, columns, read_logs, read_retain_log
-from tests.helpers import mutant
+from tests.helpers import mutant, needs_rouge
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="the extra eval is not installed")
 pytest.importorskip("sklearn", reason="the extra eval is not installed")
@@ -37,7 +37,7 @@ def tofu_utility(result):
         out[f"{set_name}_prob"], out[f"{set_name}_rouge"] = true.mean(), log["rougeL_recall"].mean()
         out[f"{set_name}_truth_ratio"] = np.mean(np.minimum(inverse, 1 / inverse)) if set_name == "forget" else kept
     nine = [value for name, value in out.items() if not name.startswith("forget")]
-    return out | {"model_utility": len(nine) / sum(1 / value for value in nine)}
+    return out | {"model_utility": 0.0 if 0.0 in nine else len(nine) / sum(1 / value for value in nine)}
 
 
 def tofu_quality(result, retain_result):
@@ -57,7 +57,7 @@ def check_real_logs(module):
         # The benchmark aggregates these files; they hold the same logs as the four beside them.
         result, retain_result = (json.loads((f / "eval_log_aggregated.json").read_text()) for f in (folder, retain_folder))
         logs = read_logs(folder)
-        got = module.summarize(logs, read_retain_log(retain_folder, logs["forget"]))
+        got = module.summarize(logs, read_retain_log(retain_folder, 300))
         for name, value in tofu_utility(result).items():
             assert abs(got[name] - value) <= 1e-6 * value, name
         quality, statistic = tofu_quality(result, retain_result)
@@ -76,6 +76,16 @@ def check_real_logs(module):
 @needs_logs
 def test_real_logs_give_the_numbers_of_the_benchmark():
     check_real_logs(metrics)
+
+
+@needs_logs
+@needs_rouge
+def test_rouge_of_the_texts_in_real_logs():
+    for file in FILES.values():
+        stored = json.loads((LOGS / "llama2-7b_retain90" / file).read_text())
+        _, texts, answers = zip(*stored["generated_text"].values())
+        for name, values in metrics.rouge_recall(answers, texts).items():
+            assert (values - tensor(*stored[name].values())).abs().max() <= 1e-12, (file, name)
 
 
 @needs_logs
@@ -139,8 +149,8 @@ def test_a_wrong_formula_is_noticed(old, new, tmp_path):
 @needs_logs
 @pytest.mark.parametrize("old, new", [
     ("closer_to_one if name == \"forget\" else true_better", "true_better"),
-    ('name in ("real_authors", "world_facts")', 'name in ("real_authors",)'),
-    ('("retain", "real_authors", "world_facts")\nM', '("retain", "real_authors", "world_facts", "forget")\nM'),
+    ("if name in OPTION_SETS", "if name == OPTION_SETS[0]"),
+    ('("retain", *OPTION_SETS)', '("retain", "forget", *OPTION_SETS)'),
     ("ks_2samp(ratios.tolist(), retain_ratios.tolist())", "ks_2samp(ratios.tolist(), ratios.tolist())"),
     ('log["rougeL_recall"].mean()', 'log["rougeL_recall"].median()'),
 ], ids=lambda text: text[:20])  # fmt: skip
