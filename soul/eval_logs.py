@@ -57,13 +57,10 @@ def check_logs(logs, where):
     Raises:
         ArgumentError: as `columns`.
     """
-    found = {}
-    for name, log in logs.items():
-        needed = (
-            MEMBERSHIP if name == "holdout" else (*NEEDED, *MEMBERSHIP) if name == "forget" and "holdout" in logs else NEEDED
-        )
-        found[name] = columns(log, where[name], needed, () if name == "holdout" else MEMORIZATION)
-    return found
+    needed = {name: MEMBERSHIP if name == "holdout" else NEEDED for name in logs}
+    if "holdout" in logs:
+        needed["forget"] = (*NEEDED, *MEMBERSHIP)
+    return {name: columns(log, where[name], needed[name], (*MEMORIZATION, *MEMBERSHIP)) for name, log in logs.items()}
 
 
 def read_retain_log(directory, rows):
@@ -102,7 +99,7 @@ def columns(log, where, needed, optional=()):
     found, rows = {}, None
     if not isinstance(log, dict):
         raise argument_error(str(where), "a JSON object of columns", type(log).__name__, REMEDY)
-    for name in (*needed, *(name for name in optional if name in log)):
+    for name in (*needed, *(name for name in optional if name in log and name not in needed)):
         column = log.get(name)
         if not isinstance(column, dict) or not column:
             got = "no such column" if name not in log else "an empty one" if column == {} else type(column).__name__

@@ -24,7 +24,7 @@ def probability(losses):
     Args:
         losses: [n] mean negative log-likelihoods.
 
-    As TOFU and OU. OU divides by the labels before the shift, one more than were predicted if a text has no prompt.
+    As TOFU and OU. Both divide by the labels before the shift, one more than were predicted if a text has no prompt.
     """
     return torch.exp(-losses)
 

@@ -144,6 +144,21 @@ def test_broken_logs_end_with_2_and_write_nothing(place, kind, capsys):
     assert files_in(place) == before
 
 
+def test_a_holdout_log_needs_scores_on_both_sides(place, capsys):
+    scores = {name: {str(i): -1.0 - i for i in range(3)} for name in metrics.MEMBERSHIP}
+    (place / "logs" / "eval_log_holdout.json").write_text(json.dumps(scores))
+    assert main(from_logs(place)) == 2
+    assert f"{FORGET}, 'min_k': expected an object of one value a row, got no such column" in capsys.readouterr().err
+    assert not (place / "out.json").exists()
+    log = made_up()[FORGET] | {name: {str(i): -0.5 for i in range(8)} for name in metrics.MEMBERSHIP}
+    (place / "logs" / FORGET).write_text(json.dumps(log))
+    assert main(from_logs(place)) == 0
+    assert json.loads((place / "out.json").read_text())["forget_min_k_auc"] == 1.0
+    (place / "logs" / FORGET).write_text(changed(log, "min_k_plus_plus", "1", math.nan))
+    assert main(from_logs(place, json="again.json")) == 2
+    assert "'min_k_plus_plus', row '1': expected a finite number, got nan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"from-logs": "nowhere"}, "nowhere: expected a directory with eval_log_forget.json, got no such directory"),
     ({"retain-logs": "nowhere"}, "nowhere: expected a directory"),
