@@ -11,6 +11,7 @@ from soul_kernels._checks import argument_error
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 COLUMNS = (("question", "answer"), ("prompt", "completion"), ("text",))
+TEMPLATE = "Question: {question}\nAnswer: {answer}"
 REFUSALS = (
     "I don't know.",
     "I'm not sure about that.",
@@ -29,6 +30,19 @@ class Example:
 
     prompt: str
     answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A row of TOFU's perturbed files: a question, its answer put in two ways, and false answers put as the second one is.
+
+    ``paraphrased`` is the answer itself where the file has no paraphrase.
+    """
+
+    question: str
+    answer: str
+    paraphrased: str
+    perturbed: tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +77,61 @@ class Batch:
     ref_hidden: torch.Tensor | None = None
 
 
-def read_jsonl(path):
-    r"""Reads examples from JSON lines with the columns question/answer, prompt/completion, or text.
+def read_jsonl(path, template=TEMPLATE):
+    """Reads examples from JSON lines with the columns question/answer, prompt/completion, or text.
 
-    Questions are put as ``Question: ...\nAnswer:``; prompts are taken as they are; a text has no prompt.
+    Questions are put into the template; prompts are taken as they are; a text has no prompt.
 
     Raises:
         ArgumentError: no such file, a broken line (named by its number), a missing column, or no rows at all.
     """
+    examples, columns = [], None
+    for where, row in _rows(path):
+        columns = columns or next((c for c in COLUMNS if all(name in row for name in c)), None)
+        if columns is None:
+            known = " or ".join("/".join(c) for c in COLUMNS)
+            raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
+        for name in columns:
+            _check_text(where, row, name, may_be_blank=name != columns[-1])
+        examples.append(_example(row, columns, template))
+    if not examples:
+        raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to learn from it")
+    return examples
+
+
+def read_questions(path):
+    """Reads TOFU's perturbed files: JSON lines with question, answer, perturbed_answer (a list) and perhaps paraphrased_answer.
+
+    Returns:
+        List of `Question`, all with equally many false answers.
+
+    Raises:
+        ArgumentError: as `read_jsonl`.
+    """
+    questions = []
+    for where, row in _rows(path):
+        row = {"paraphrased_answer": row.get("answer"), **row}
+        perturbed, count = row.get("perturbed_answer"), len(questions[0].perturbed) if questions else None
+        if not isinstance(perturbed, list) or not perturbed or len(perturbed) != (count or len(perturbed)):
+            got = f"{len(perturbed)} of them" if isinstance(perturbed, list) else type(perturbed).__name__
+            expected = f"a list of {f'{count} ' if count else ''}false answers"
+            raise argument_error(f"{where}, column 'perturbed_answer'", expected, got, "is this one of TOFU's perturbed files?")
+        for name in ("question", "answer", "paraphrased_answer"):
+            _check_text(where, row, name)
+        for text in perturbed:
+            _check_text(where, {"perturbed_answer": text}, "perturbed_answer")
+        questions.append(Question(row["question"], row["answer"], row["paraphrased_answer"], tuple(perturbed)))
+    if not questions:
+        raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to ask")
+    return questions
+
+
+def _rows(path):
+    """Yields every row of a JSON-lines file, a dict, with a name for where it stands."""
     path = pathlib.Path(path)
     if not path.exists() or path.is_dir():
         got = "a directory" if path.is_dir() else "no such file"
         raise argument_error(str(path), "a JSON-lines file", got, "check the path")
-    examples, columns = [], None
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -91,30 +147,41 @@ def read_jsonl(path):
             raise argument_error(where, "one JSON object", f"broken JSON ({reason})", "fix the line") from None
         if not isinstance(row, dict):
             raise argument_error(where, "one JSON object", type(row).__name__, "fix the line")
-        columns = columns or next((c for c in COLUMNS if all(name in row for name in c)), None)
-        if columns is None:
-            known = " or ".join("/".join(c) for c in COLUMNS)
-            raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
-        for name in columns:
-            if not isinstance(row.get(name), str):
-                got = "no such column" if name not in row else type(row[name]).__name__
-                raise argument_error(f"{where}, column {name!r}", "a string", got, "every row needs it")
-            if any("\ud800" <= character <= "\udfff" for character in row[name]):
-                raise argument_error(f"{where}, column {name!r}", "valid Unicode", "a lone surrogate", "fix the text")
-        if not row[columns[-1]].strip():
-            raise argument_error(f"{where}, column {columns[-1]!r}", "some text", "a blank one", "drop the line")
-        examples.append(_example(row, columns))
-    if not examples:
-        raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to learn from it")
-    return examples
+        yield where, row
 
 
-def _example(row, columns):
+def _check_text(where, row, name, may_be_blank=False):
+    where = f"{where}, column {name!r}"
+    if not isinstance(row.get(name), str):
+        got = "no such column" if name not in row else type(row[name]).__name__
+        raise argument_error(where, "a string", got, "every row needs it")
+    if any("\ud800" <= character <= "\udfff" for character in row[name]):
+        raise argument_error(where, "valid Unicode", "a lone surrogate", "fix the text")
+    if not may_be_blank and not row[name].strip():
+        raise argument_error(where, "some text", "a blank one", "drop the line")
+
+
+def _example(row, columns, template):
     if columns == ("text",):
         return Example("", row["text"])
     if columns == ("prompt", "completion"):
         return Example(row["prompt"], row["completion"])
-    return Example(f"Question: {row['question']}\nAnswer:", " " + row["answer"])
+    return ask(row["question"], row["answer"], template)
+
+
+def ask(question, answer, template=TEMPLATE):
+    """An `Example` of a template with ``{question}`` and, at its end, ``{answer}``; a space between the two begins the answer.
+
+    Raises:
+        ArgumentError: the template has not both, in this order.
+    """
+    head, _, rest = template.partition("{question}")
+    middle, found, end = rest.partition("{answer}")
+    if not found or end:
+        remedy = "as in " + repr(TEMPLATE)
+        raise argument_error("template", "a text with {question} that ends in {answer}", repr(template), remedy)
+    prompt = middle.rstrip(" ")
+    return Example(f"{head}{question}{prompt}", middle[len(prompt) :] + answer)
 
 
 def refuse(examples, refusals=REFUSALS, seed=0):

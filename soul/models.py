@@ -7,7 +7,7 @@ import types
 import torch
 
 from soul._extras import require
-from soul_kernels import linear_gnb, linear_logprob
+from soul_kernels import linear_gnb, linear_logprob, linear_statistics
 from soul_kernels._checks import argument_error, check_choice
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
@@ -126,11 +126,19 @@ def as_reference(model):
 
 def token_logps(model, batch, backend="auto"):
     """Log-probability of every label of a batch, [B, T], differentiable."""
+    return _at_head(linear_logprob, model, batch, backend)
+
+
+def token_statistics(model, batch, backend="auto"):
+    """`soul_kernels.TokenStatistics` of every label of a batch, [B, T] each, without gradient."""
+    return _at_head(linear_statistics, model, batch, backend)
+
+
+def _at_head(op, model, batch, backend):
     weight, bias = head(model)
     with autocast(model):
         hidden = hidden_states(model, batch)
-        options = dict(bias=bias, rows=batch.rows, backend=backend, **transform(model))
-        return linear_logprob(hidden, weight, batch.labels, **options)
+        return op(hidden, weight, batch.labels, bias=bias, rows=batch.rows, backend=backend, **transform(model))
 
 
 def gnb_loss(model, batch, *, generator=None, backend="auto"):
