@@ -75,7 +75,6 @@ def linear_logprob(
     return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))
 
 
-@torch.no_grad()
 def linear_statistics(
     hidden, weight, labels, *, bias=None, logit_scale=1.0, softcap=None, rows=None, logits_dtype=torch.float32,
     chunk_bytes=CHUNK_BYTES, backend="auto",
@@ -112,6 +111,7 @@ def linear_statistics(
     return _reference.linear_statistics(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
 
 
+@torch.no_grad()
 def measure(hidden, head, labels, rows, options):
     """What `linear_statistics` returns."""
     check_labels(hidden, head.weight, labels, rows, fused=True)
