@@ -201,8 +201,8 @@ def test_unlearn_once_is_the_formula(curvature):
 @pytest.mark.parametrize("curvature", ["gnb", "fisher"])
 def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     """A head on frozen features, trained on both sets of texts of ten words, so that it cannot memorise them: where both
-    updates raise the forget loss by as much, retaining suffers less, by 5 to 17% over 5 seeds. (Not by WoodFisher: 108 gradients
-    span little of 9600 parameters.)"""
+    updates raise the forget loss by as much, retaining suffers less, by 5 to 17% over 5 seeds. (Not by WoodFisher: 108
+    gradients span little of 9600 parameters.)"""
     model = tiny_model("llama, untied").requires_grad_(False)
     weight = model.lm_head.weight.requires_grad_(True)
     data = sequences(120, vocab_size=10)
