@@ -22,6 +22,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["soul", "soul.*", "soul_kernels", "soul_kernels.*"]),
+    package_data={"soul.integrations.open_unlearning": ["README.md", "configs/trainer/*.yaml"]},
     install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
     extras_require={
         "hf": HF,

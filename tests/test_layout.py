@@ -37,7 +37,9 @@ def imported(path):
 @pytest.mark.parametrize("folder, forbidden", [
     ("soul_kernels/reference", ("triton", "soul", "bench", "tests", "soul_kernels._launch")),
     ("soul_kernels", ("soul", "bench", "tests", "transformers")),
-    ("soul", ("bench", "tests", "triton")),
+    ("soul", ("bench", "tests", "triton", "soul.integrations")),
+    ("soul/integrations", ("bench", "tests", "triton", "trl")),
+    ("soul/integrations/open_unlearning", ("bench", "tests", "triton")),
 ])  # fmt: skip
 def test_arrows_run_one_way(folder, forbidden):
     for path in (ROOT / folder).glob("*.py"):

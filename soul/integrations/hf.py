@@ -1,0 +1,435 @@
+"""The Hugging Face Trainer with SOUL's optimizers and fused unlearning losses::
+
+    class UnlearnTrainer(SOULTrainerMixin, transformers.Trainer):
+        pass
+
+    args = TrainingArguments(..., learning_rate=1e-5, max_grad_norm=0, remove_unused_columns=False)
+    trainer = UnlearnTrainer(model, args, train_dataset=UnlearningDataset(forget, retain), data_collator=collate_unlearning,
+                             objective=soul.losses.NPO(beta=0.1), soul_args={"rho": 0.04, "max_grad_norm": 1.0})
+    trainer.train()
+
+Without ``objective`` it is the Trainer with another optimizer. Works with transformers 4.57 and 5, accelerate, DDP, FSDP2 and
+models wrapped by peft. Nothing is patched.
+"""
+
+import copy
+import dataclasses
+import inspect
+import random
+from collections.abc import Mapping
+
+import torch
+
+from soul import functional, losses, models
+from soul.curvature import GNB, RetainFisher
+from soul.optimizer import SOUL, SophiaG
+from soul_kernels import linear_gnb, linear_logprob, linear_objective
+from soul_kernels._checks import argument_error, check_choice
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
+
+OPTIMIZERS = {"soul": SOUL, "sophiag": SophiaG}
+CURVATURES = (None, "retain_fisher", "gnb")
+
+
+def optimizer_of(soul_args, args):
+    """Class and keyword arguments of the optimizer that a Trainer is to make.
+
+    Args:
+        soul_args: None, a mapping or a dataclass: ``optimizer`` ("soul", the default, or "sophiag"), and any keyword argument
+            of it but lr and weight_decay.
+        args: ``TrainingArguments``: learning_rate, which schedulers then move, and weight_decay, which the Trainer's own
+            parameter groups set to 0 for biases and norms.
+
+    Returns:
+        The class, and its keyword arguments.
+
+    Raises:
+        ArgumentError: an option that there is not, or that is set elsewhere; or both would clip.
+    """
+    options = _entries(soul_args)
+    name = options.pop("optimizer", "soul")
+    check_choice("soul_args.optimizer", name, tuple(OPTIMIZERS))
+    for option, place in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+        if option in options:
+            remedy = f"set {place} of the TrainingArguments"
+            raise argument_error(f"soul_args.{option}", "no such option here", options[option], remedy)
+    known = {*inspect.signature(SophiaG).parameters, *inspect.signature(OPTIMIZERS[name]).parameters} - {"params", "options"}
+    for option in options:
+        if option not in known:
+            raise argument_error("soul_args", f"options of {OPTIMIZERS[name].__name__} ({', '.join(sorted(known))})", option,
+                                 "check the name")  # fmt: skip
+    if options.get("max_grad_norm") is not None and args.max_grad_norm:
+        remedy = "set it to 0: the step clips by soul_args.max_grad_norm"
+        raise argument_error("args.max_grad_norm", "0 beside soul_args.max_grad_norm", args.max_grad_norm, remedy)
+    return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
+
+
+def unlearning_loss(model, inputs, objective, *, ref_model=None):
+    """An objective of one batch of forget and retain sequences: one forward over both, padded together, and no logits.
+
+    The head is replaced for the time of the forward, as in `soul.functional`, so whatever is wrapped around the model does its
+    work. What the objective needs of a reference comes from, in this order: ``ref_logps`` [B] in the forget batch (of summed
+    log-probabilities alone; see `UnlearningDataset`), ``ref_model``, and the model itself with its peft adapters off.
+
+    Args:
+        model: a Hugging Face causal language model, bare or in wrappers with a ``module``. Differentiated; not changed.
+        inputs: ``{"forget": batch, "retain": batch}``, each a dict of ``input_ids``, ``labels`` [B, T] int64 (not shifted, -100
+            ignored) and, optionally, ``attention_mask`` [B, T]. For pairs, and for objectives that relabel, the forget batch is
+            ``{"original": batch, "alternate": batch}``: the answers to be forgotten, and what is preferred. Retain may be
+            missing where the objective has no retain term.
+        objective: a `soul.losses.Objective`.
+        ref_model: another causal language model, run without gradients; or None.
+
+    Returns:
+        The loss, [] fp32, and a transformers ``CausalLMOutput`` with ``logits=None`` and the detached mean cross-entropy of the
+        forget tokens as its ``loss``.
+
+    Raises:
+        ArgumentError: a part of the batch is missing, the objective needs a reference and there is none, or the model is in
+            ``torch.nn.DataParallel``, whose replicas do not share a head.
+    """
+    if isinstance(model, torch.nn.DataParallel):
+        remedy = "start one process a GPU, with torchrun or accelerate launch"
+        raise argument_error("model", "one process a GPU", "DataParallel", remedy)
+    joined, is_forget, ref_logps = _joined(inputs, objective)
+    labels = functional._shifted(joined)
+    reference = _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps)
+    kept = []
+
+    def value(hidden, weight, bias, transform):
+        loss, logps = linear_objective(hidden, weight, labels.to(hidden.device), objective, bias=bias, is_forget=is_forget,
+                                       return_logps=True, **reference, **transform)  # fmt: skip
+        kept.append(logps)
+        return loss
+
+    loss = functional._at_head(model, joined, value)
+    counted = (labels != IGNORE_INDEX) & is_forget.to(labels.device)[:, None]
+    return loss, functional._outputs(kept[0], counted)
+
+
+class SOULTrainerMixin:
+    """Gives a Trainer SOUL's optimizers and, with an objective, unlearning: ``class MyTrainer(SOULTrainerMixin, Trainer)``.
+
+    Learning rate, weight decay and its exceptions, schedules, gradient accumulation and checkpoints stay the Trainer's.
+    An optimizer passed as ``optimizers=`` or ``optimizer_cls_and_kwargs=`` is used in place of SOUL's, as always.
+
+    Clipping: by the Trainer's ``max_grad_norm`` (its default is 1), or within the step, without a pass over the gradients and
+    without waiting, by ``soul_args={"max_grad_norm": 1.0}`` and ``max_grad_norm=0`` in the TrainingArguments.
+
+    Gradient accumulation: the loss is the mean over micro-batches of their losses, each a mean over its own tokens or
+    sequences. ``num_items_in_batch`` is accepted, and does not change it.
+
+    Args:
+        *args: as for the Trainer.
+        soul_args: as in `optimizer_of`; besides ``curvature`` ("retain_fisher" or "gnb", on the retain batch; for "sophiag",
+            whose h stays 0 otherwise) and ``every`` (optimizer steps from one refresh to the next, 10).
+        objective: a `soul.losses.Objective`; None: the Trainer's own loss.
+        ref_model: a frozen model for objectives that need a reference; None: made here where it is needed, a copy of the model.
+        **kwargs: as for the Trainer.
+
+    Raises:
+        ArgumentError: options that do not fit; before anything is loaded or moved.
+    """
+
+    def __init__(self, *args, soul_args=None, objective=None, ref_model=None, **kwargs):
+        options = _entries(soul_args)
+        self.curvature, self.every = options.pop("curvature", None), options.pop("every", 10)
+        self.soul_args, self.objective, self.ref_model = options, objective, ref_model
+        check_choice("soul_args.optimizer", options.get("optimizer", "soul"), tuple(OPTIMIZERS))
+        check_choice("soul_args.curvature", self.curvature, CURVATURES)
+        if (self.curvature is None) != (options.get("optimizer", "soul") == "soul"):
+            remedy = "'retain_fisher' or 'gnb' for sophiag, whose h stays 0 otherwise; soul refreshes it by itself"
+            raise argument_error("soul_args.curvature", "one for sophiag, none for soul", repr(self.curvature), remedy)
+        if self.curvature is not None and objective is None:
+            raise argument_error("soul_args.curvature", "None without an objective", repr(self.curvature), "pass an objective")
+        given = next((a for a in (*args, kwargs.get("args")) if hasattr(a, "remove_unused_columns")), None)
+        if given is not None:
+            optimizer_of(options, given)
+            if objective is not None and given.remove_unused_columns:
+                remedy = "forget and retain are no arguments of the model, and would be removed"
+                raise argument_error("args.remove_unused_columns", "False with an objective", True, remedy)
+        self._hessian = None
+        super().__init__(*args, **kwargs)
+        if objective is not None:
+            self._prepare_reference()
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        """What `create_optimizer` makes, of the Trainer's parameter groups: see `optimizer_of`."""
+        return optimizer_of(self.soul_args, args)
+
+    def create_optimizer(self, *args, **kwargs):
+        """Makes the optimizer over the Trainer's parameter groups, unless one was passed.
+
+        Raises:
+            ArgumentError: this version of the Trainer made another one.
+        """
+        passed = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if not passed and not isinstance(self._inner_optimizer(), SophiaG):
+            remedy = "use transformers 4.56 or newer, or pass optimizers=(soul.SOUL(...), None)"
+            raise argument_error("transformers", "a Trainer that makes the optimizer of its subclass", type(optimizer), remedy)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
+        """The objective of an unlearning batch, by `unlearning_loss`; any other batch is the Trainer's."""
+        if self.objective is None or "forget" not in inputs:
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        loss, outputs = unlearning_loss(model, inputs, self.objective, ref_model=self.ref_model)
+        if model.training and self._taken_for_divided(num_items_in_batch):
+            loss = loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The objective of an unlearning batch, without logits; any other batch is the Trainer's."""
+        if self.objective is None or "forget" not in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        """The Trainer's; with a curvature, at the last micro-batch of a step, h is refreshed when it is due."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.curvature is not None and self.accelerator.sync_gradients:
+            optimizer = self._inner_optimizer()
+            if self._hessian is None or self._hessian.optimizer is not optimizer:
+                kind = GNB if self.curvature == "gnb" else RetainFisher
+                self._hessian = kind(optimizer, self.every)
+            self._hessian.schedule.calls = self.state.global_step  # so that a resumed run goes on where it was
+            retain = self._prepare_inputs(inputs["retain"])
+            with self.compute_loss_context_manager():
+                self._hessian.step(lambda: self._curvature_loss(model, retain))
+        return loss
+
+    def log(self, logs, *args, **kwargs):
+        """The Trainer's, with ``clip_fraction`` beside the loss: the fraction of the coordinates that moved by the full lr."""
+        optimizer = self._inner_optimizer()
+        if "loss" in logs and isinstance(optimizer, SophiaG):
+            groups = [(fraction, sum(p.numel() for p in group["params"]))
+                      for fraction, group in zip(optimizer.clip_fraction(), optimizer.param_groups)]  # fmt: skip
+            known = [(fraction, numel) for fraction, numel in groups if fraction == fraction]
+            if known:
+                logs = {**logs, "clip_fraction": sum(f * n for f, n in known) / sum(n for _, n in known)}
+        return super().log(logs, *args, **kwargs)
+
+    def prepare_reference_model(self, model):
+        """A frozen copy of ``model``, in evaluation mode, prepared like it."""
+        copied = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
+        return self.accelerator.prepare_model(copied, evaluation_mode=True)
+
+    def _prepare_reference(self):
+        """What the objective needs of the model as it is now, as cheaply as there is."""
+        needs_logps, divergence = self.objective.needs_reference, self.objective.divergence
+        if self.ref_model is not None or not (needs_logps or divergence):
+            return
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        ours = [dataset for dataset in (self.train_dataset, *evaluated) if isinstance(dataset, UnlearningDataset)]
+        if divergence is None and any(dataset is self.train_dataset for dataset in ours):
+            for dataset in ours:
+                dataset.add_reference(self.model)
+        elif not models.has_adapters(_bare(self.model)):
+            self.ref_model = self.prepare_reference_model(self.model)
+
+    def _taken_for_divided(self, num_items_in_batch):
+        """Tells whether the Trainer believes that a loss was divided by the number of micro-batches; ours never is."""
+        said = getattr(self, "loss_is_scaled_for_ga", None)
+        if said is not None:
+            return said
+        by_model = num_items_in_batch is not None and getattr(self, "model_accepts_loss_kwargs", False)
+        return by_model or getattr(self, "compute_loss_func", None) is not None
+
+    def _inner_optimizer(self):
+        """The optimizer without accelerate's wrapper."""
+        optimizer = self.optimizer
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def _curvature_loss(self, model, retain):
+        """The loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
+        labels = functional._shifted(retain)
+
+        def value(hidden, weight, bias, transform):
+            here = labels.to(hidden.device)
+            if self.curvature == "gnb":
+                keep, generator = here != IGNORE_INDEX, self._hessian.generator()
+                return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
+            return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
+
+        return functional._at_head(model, retain, value)
+
+
+class UnlearningDataset(torch.utils.data.Dataset):
+    """Forget sequences, each with a retain sequence drawn at random, in the format of open-unlearning.
+
+    Item i is ``{"forget": row, "retain": row}``; a row has ``input_ids`` and ``labels`` (not shifted) and, after
+    `add_reference`, ``ref_logps``. With pairs the forget entry is ``{"original": row, "alternate": row}``. Which retain
+    sequence goes with item i is a hash of (seed, epoch, i), so workers and resumed runs draw the same; accelerate sets the
+    epoch.
+
+    Args:
+        forget: list of `soul.data.Sequence`, from `soul.data.encode`; for pairs, each answer with the preferred one after it.
+        retain: list of `soul.data.Sequence`; empty for objectives without a retain term.
+        pairs: the forget sequences are pairs.
+        seed: of the draws.
+
+    Raises:
+        ArgumentError: there is nothing to forget, or a pair is not complete.
+    """
+
+    def __init__(self, forget, retain=(), *, pairs=False, seed=0):
+        if not forget or (pairs and len(forget) % 2):
+            expected = "at least one sequence" if not forget else "an even number of sequences for pairs"
+            raise argument_error("forget", expected, len(forget), "check the data")
+        self.forget, self.retain, self.pairs, self.seed = forget, retain, pairs, seed
+        self.epoch, self.ref_logps = 0, None
+
+    def set_epoch(self, epoch):
+        """Draws other retain sequences from here on."""
+        self.epoch = epoch
+
+    def add_reference(self, model, *, cache=None, batch_size=8):
+        """Puts ``ref_logps`` into the rows, from the model as it is now, which is not changed: `soul.reference_logps`."""
+        from soul.reference import reference_logps
+
+        if self.ref_logps is None:
+            self.ref_logps = reference_logps(_bare(model), self.forget, cache=cache, batch_size=batch_size)
+
+    def __len__(self):
+        return len(self.forget) // (2 if self.pairs else 1)
+
+    def __getitem__(self, index):
+        if self.pairs:
+            item = {"forget": {"original": self._row(2 * index), "alternate": self._row(2 * index + 1)}}
+        else:
+            item = {"forget": self._row(index)}
+        if self.retain:
+            drawn = random.Random(f"{self.seed} {self.epoch} {index}").randrange(len(self.retain))
+            item["retain"] = _unshifted(self.retain[drawn])
+        return item
+
+    def _row(self, index):
+        row = _unshifted(self.forget[index])
+        return row if self.ref_logps is None else {**row, "ref_logps": self.ref_logps[index]}
+
+
+def collate_unlearning(items):
+    """Collates items of an `UnlearningDataset`, or rows like its own: ``input_ids`` and ``labels`` are padded on the right.
+
+    Padding has id 0, mask 0 and label -100; a padding token may have been added to the tokenizer without a row in the model.
+
+    Args:
+        items: list of dicts, nested or not, whose rows have ``input_ids``, ``labels`` and, if any has, ``ref_logps``; lists or
+            tensors.
+
+    Returns:
+        Dicts of ``input_ids``, ``attention_mask`` and ``labels`` [B, T] int64 and ``ref_logps`` [B] fp32, nested as the items.
+    """
+    if "input_ids" not in items[0]:
+        return {name: collate_unlearning([item[name] for item in items]) for name in items[0]}
+    ids, labels = ([torch.as_tensor(item[name], dtype=torch.int64) for item in items] for name in ("input_ids", "labels"))
+    pad = torch.nn.utils.rnn.pad_sequence
+    batch = {
+        "input_ids": pad(ids, batch_first=True),
+        "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
+    if "ref_logps" in items[0]:
+        batch["ref_logps"] = torch.tensor([float(item["ref_logps"]) for item in items], dtype=torch.float32)
+    return batch
+
+
+def _unshifted(sequence):
+    return {"input_ids": sequence.input_ids, "labels": [IGNORE_INDEX, *sequence.labels[:-1]]}
+
+
+def _entries(soul_args):
+    """A dict of a mapping, a dataclass or None."""
+    if dataclasses.is_dataclass(soul_args):
+        return {field.name: getattr(soul_args, field.name) for field in dataclasses.fields(soul_args)}
+    if soul_args is None or isinstance(soul_args, Mapping):
+        return dict(soul_args or {})
+    raise argument_error("soul_args", "a mapping or a dataclass", type(soul_args).__name__, "for instance {'rho': 0.04}")
+
+
+def _bare(model):
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    return model
+
+
+def _joined(inputs, objective):
+    """One batch of forget and retain sequences, [B] bool on the CPU: which are to be forgotten; and ref_logps or None."""
+    forget = inputs["forget"]
+    together = "alternate" in forget
+    if objective.pairs and not together:
+        remedy = "forget needs both: open-unlearning's data with alternate answers, or UnlearningDataset(pairs=True)"
+        raise argument_error("inputs['forget']", "original and alternate answers", "/".join(forget), remedy)
+    if together:
+        forget = [forget["original"], forget["alternate"]] if objective.pairs else \
+            [forget["alternate" if objective.relabels else "original"]]  # fmt: skip
+    else:
+        forget = [forget]
+    parts, counts = list(forget), [len(part["input_ids"]) for part in forget]
+    if len({*counts}) > 1:
+        raise argument_error("inputs['forget']['alternate']", f"{counts[0]} sequences", counts[1], "they form pairs")
+    if objective.alpha:
+        if inputs.get("retain") is None:
+            raise argument_error("inputs", f"a retain batch for {objective}", "none", "give retain data, or set alpha to 0")
+        parts.append(inputs["retain"])
+    length = max(part["input_ids"].shape[1] for part in parts)
+    joined, n_forget = {}, sum(counts)
+    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE_INDEX)):
+        padded = []
+        for part in parts:
+            value = part.get(name)
+            value = torch.ones_like(part["input_ids"]) if value is None else value
+            padded.append(torch.nn.functional.pad(value, (0, length - value.shape[1]), value=filler))
+        joined[name] = torch.cat([torch.stack(padded[: len(forget)], 1).flatten(0, 1), *padded[len(forget) :]])
+    ref_logps = None
+    if all("ref_logps" in part for part in forget):
+        known = torch.stack([part["ref_logps"].float() for part in forget], 1).flatten()
+        ref_logps = torch.cat([known, known.new_zeros(len(joined["input_ids"]) - n_forget)])
+    return joined, torch.arange(len(joined["input_ids"]), device="cpu") < n_forget, ref_logps
+
+
+def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps):
+    """What `linear_objective` takes of a reference: of those sequences only that the objective looks at."""
+    divergence, needs_logps = objective.divergence, objective.needs_reference and ref_logps is None
+    given = {"ref_logps": ref_logps} if objective.needs_reference else {}
+    if divergence is None and not needs_logps:
+        return given
+    bare = _bare(model)
+    if ref_model is None and not models.has_adapters(bare):
+        remedy = "pass ref_model, a copy made before training, or ref_logps where the objective needs no more"
+        raise argument_error("ref_model", f"a reference for {objective}", None, remedy)
+    needed = is_forget & needs_logps
+    if divergence is not None:
+        needed = needed | {"forget": is_forget, "retain": ~is_forget, "all": torch.ones_like(is_forget)}[divergence.of]
+    rows = needed.nonzero()[:, 0].to(labels.device)
+    # A frozen head is the same without adapters, and need not outlive the forward, after which FSDP may take it apart.
+    own = ref_model is None and not any(t is not None and t.requires_grad for t in models.head(bare))
+    found = {}
+
+    def keep(hidden, weight, bias, transform):
+        here = rows.to(hidden.device)
+        if needs_logps:
+            sums = linear_logprob(hidden, weight, labels[rows].to(hidden.device), bias=bias, **transform).sum(1)
+            found["ref_logps"] = sums.new_zeros(len(labels)).index_copy_(0, here, sums)
+        if divergence is not None:
+            whole = hidden.new_zeros(len(labels), *hidden.shape[1:])
+            found["ref_hidden"] = whole.index_copy_(0, here, hidden)
+            if not own:
+                found.update(ref_weight=weight.detach(), ref_bias=None if bias is None else bias.detach())
+        return hidden.new_zeros(())
+
+    chosen = {name: value[rows] for name, value in joined.items()}
+    with torch.no_grad():
+        if ref_model is not None:
+            functional._at_head(ref_model, chosen, keep)
+        else:
+            with models.as_reference(bare):
+                functional._at_head(model, chosen, keep)
+    return {**given, **found}

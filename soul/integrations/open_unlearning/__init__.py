@@ -1,0 +1,8 @@
+"""Trainers and configurations for open-unlearning (locuslab/open-unlearning); README.md here says how to put them in.
+
+``soul.integrations.open_unlearning.trainers`` imports that code base's own package ``trainer``, and so works inside it only.
+"""
+
+import pathlib
+
+CONFIGS = pathlib.Path(__file__).parent / "configs" / "trainer"  # to be copied into its configs/trainer
