@@ -13,13 +13,16 @@ import time
 
 from soul import __version__
 from soul._extras import MissingExtra, require
+from soul.checkpoint import Stopped
 from soul.losses import OBJECTIVES
 from soul.unlearn import Diverged
 from soul_kernels._checks import ArgumentError, argument_error, check_choice
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed."""
+    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed, 143 for one
+    that SIGTERM has stopped and ``--resume`` continues.
+    """
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -29,6 +32,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"soul {args.command}: interrupted; no model was saved", file=sys.stderr)
         return 130
+    except Stopped as error:
+        print(f"soul {args.command}: {error}", file=sys.stderr)
+        return 128 + 15  # as of a process that SIGTERM ended
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
         print(f"soul {args.command}: {error}", file=sys.stderr)
         return 1
@@ -71,6 +77,11 @@ def _parser():
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
                      "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
+    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: only "
+                     "when SIGTERM comes (default: %(default)s)")  # fmt: skip
+    how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
+    how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
+                     "other options as before. Without one, from the start")  # fmt: skip
     _where(how)
 
     study = commands.add_parser("study", help="AdamW against SOUL on TOFU, with a small model trained from scratch")
@@ -98,10 +109,13 @@ def _where(group):
 
 
 def _unlearn(args):
+    import torch
+
     from soul import models
+    from soul.checkpoint import Checkpoints, save_model
     from soul.data import read_jsonl
     from soul.evaluate import answer_probability
-    from soul.unlearn import UnlearnConfig, check_output, encode_for, prepare, unlearn
+    from soul.unlearn import RUN_FILE, UnlearnConfig, check_output, encode_for, prepare, unlearn
 
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(
@@ -109,8 +123,12 @@ def _unlearn(args):
         method_options=_method_options(args),
     )
     config.objective()
-    output = check_output(args.output)
+    output = check_output(args.output, args.resume)
+    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep, resume=args.resume)
     require("transformers", "hf")
+    if args.resume and (output / "config.json").is_file() and not checkpoints.steps():
+        print(f"{output}: this run has ended, and there is nothing to resume")
+        return
     forget = read_jsonl(args.forget)
     retain = read_jsonl(args.retain) if args.retain else []
     model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
@@ -118,15 +136,20 @@ def _unlearn(args):
     answers = encode_for(model, tokenizer, forget, config, "forget")  # what can be wrong with the input has been found now
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "soul_config.json").write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
+    if not (output / RUN_FILE).exists():
+        (output / RUN_FILE).write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
     before = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
     begun = time.perf_counter()
-    with open(output / "log.jsonl", "w", encoding="utf-8") as log:
-        records = unlearn(model, tokenizer, forget, retain, config, log=log)
+    torch.manual_seed(args.seed)  # of dropout
+    try:
+        records = unlearn(model, tokenizer, forget, retain, config, log=output / "log.jsonl", checkpoints=checkpoints)
+        with checkpoints.listening():  # a model that is there is saved, whatever comes
+            save_model(model, tokenizer, output)
+            checkpoints.remove()
+    except (OSError, Stopped) as error:
+        raise type(error)(f"{error}; {checkpoints.advice()}") from error
     seconds = time.perf_counter() - begun
     after = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"model, tokenizer and log.jsonl: {output}")
 

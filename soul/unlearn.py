@@ -1,10 +1,11 @@
 """The unlearning loop: one forward over forget and retain sequences, one fused loss, one fused step."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
-import random
 import sys
 import time
 
@@ -12,7 +13,8 @@ import torch
 
 from soul import losses
 from soul._extras import require
-from soul.data import collate, encode, endless, pair_refusals, refuse
+from soul.checkpoint import Stopped, describe
+from soul.data import Order, collate, encode, pair_refusals, refuse
 from soul.models import as_reference, autocast, has_adapters, head, hidden_states, transform
 from soul.optimizer import SOUL
 from soul.reference import check_cache, reference_head, reference_hidden, reference_logps
@@ -21,6 +23,7 @@ from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS, resolve_backend
 
 OPTIMIZERS = ("soul", "adamw")
+RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
 
 
 class Diverged(RuntimeError):
@@ -81,6 +84,10 @@ class UnlearnConfig:
         for name in ("epochs", "batch_size", "max_length", "bs"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+
+    def decisive(self):
+        """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
 
     def objective(self):
         """The objective of ``method`` with ``method_options``."""
@@ -194,31 +201,40 @@ def train_step(model, batch, objective, optimizer, scheduler, config, ref_head=(
     return {"loss": loss.detach(), **terms, **nll, "grad_norm": norm}
 
 
-def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True):
+def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True, checkpoints=None):
     """Unlearns ``forget`` while keeping ``retain``; the model is changed in place.
 
     Args:
-        model: a Hugging Face causal language model on its device. Where peft has wrapped it, the adapters are trained, and the
+        model: a Hugging Face causal language model on its device, as it was before unlearning, also where a run is resumed:
+            what the method needs of the reference comes from it. Where peft has wrapped it, the adapters are trained, and the
             reference is the model without them.
         tokenizer: its tokenizer.
         forget: list of `soul.data.Example`.
         retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
         config: `UnlearnConfig`.
-        log: an open text file that gets one JSON line a step, or None.
+        log: an open text file, or the path of one, that gets one JSON line a step, those before a resume included; or None.
         progress: show a progress bar on stderr.
+        checkpoints: `soul.checkpoint.Checkpoints`, where the run is saved and, where it says so, resumed from; or None.
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods, grad_norm, lr, clip_fraction
         (SOUL), tokens_per_s, peak_memory_gib.
 
     Raises:
-        ArgumentError: the data do not fit the model; nothing was changed.
-        Diverged: the loss is not finite any more.
+        ArgumentError: the data do not fit the model, or the checkpoint is not of this run; nothing was changed.
+        Diverged: the loss or a weight is not finite any more.
+        Stopped: by SIGTERM, or ``checkpoints.stop``, after a checkpoint was written.
+        OSError: log or checkpoint could not be written; earlier checkpoints are as they were.
     """
     objective = config.objective()
     forget, retain = prepare(model, tokenizer, forget, retain, config)
     device = next(model.parameters()).device
     together = 2 if objective.pairs else 1  # forget sequences that belong to one example
+    run = None
+    if checkpoints is not None:
+        run = describe(model, forget, retain, config.decisive())
+        checkpoints.check(run)
+        checkpoints.clear()
     ref_logps = None
     options = dict(cache=config.reference_cache, batch_size=config.batch_size * together, tokenizer=tokenizer)
     if objective.needs_reference:
@@ -229,22 +245,25 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     elif objective.divergence is not None:
         ref_states, ref_head = _states(model, objective.divergence.of, forget, retain, options)
     model.train()
-    n_examples = len(forget) // together
-    steps = config.epochs * -(-n_examples // config.batch_size)
+    order = Order(len(forget) // together, len(retain), config.batch_size, config.epochs, config.seed)
     optimizer = build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, steps, config.warmup_ratio)
-    draw = random.Random(config.seed)
-    retain_order = endless(len(retain), draw) if retain else iter(())
-    bar = require("tqdm", "hf").tqdm(total=steps, disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr)
-    records = []
-    for epoch in range(config.epochs):
-        order = list(range(n_examples))
-        draw.shuffle(order)
-        for start in range(0, len(order), config.batch_size):
+    scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio)
+    parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
+    records = [] if checkpoints is None else checkpoints.load(model, parts, run)
+    bar = require("tqdm", "hf").tqdm(
+        total=len(order), initial=len(records), disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(bar.close)
+        if isinstance(log, (str, os.PathLike)):
+            log = stack.enter_context(open(log, "w", encoding="utf-8"))
+        if checkpoints is not None:
+            stack.enter_context(checkpoints.listening())
+        for record in records:
+            _write_line(log, record)
+        for epoch, examples, kept in order:
             begun = time.perf_counter()
-            examples = sorted(order[start : start + config.batch_size])  # the whole set in the order of its reference
             chosen = [together * i + j for i in examples for j in range(together)]
-            kept = [next(retain_order) for _ in examples] if retain else []
             batch = collate(
                 [forget[i] for i in chosen],
                 [retain[i] for i in kept],
@@ -252,29 +271,40 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
                 ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
                 ref_hidden=ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))],
             )
-            lr = scheduler.get_last_lr()[0]
+            lr = float(scheduler.get_last_lr()[0])
             values = train_step(model, batch, objective, optimizer, scheduler, config, ref_head)
-            record = {"step": len(records) + 1, "epoch": epoch + 1, "lr": lr}
+            record = {"step": len(records) + 1, "epoch": epoch, "lr": lr}
             record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
             if isinstance(optimizer, SOUL):
                 record["clip_fraction"] = optimizer.clip_fraction()[0]
             record["tokens_per_s"] = int(batch.attention_mask.sum()) / (time.perf_counter() - begun)
             record["peak_memory_gib"] = peak_memory_gib(device)
             records.append(record)
-            if log is not None:
-                finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-                log.write(json.dumps(finite) + "\n")  # JSON knows no NaN
-                log.flush()
+            _write_line(log, record)
             bar.update()
             bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
             if not math.isfinite(record["loss"]):
-                bar.close()
                 raise Diverged(f"the loss became {record['loss']} at step {record['step']}; lower the learning rate")
-    bar.close()
+            if checkpoints is not None and checkpoints.due(len(records)):
+                _check_finite(model, len(records))  # what is broken takes no place of what is not
+                checkpoints.save(len(records), model, parts, records, run)
+                if checkpoints.stop and len(records) < len(order):
+                    raise Stopped(f"stopped after step {len(records)} of {len(order)}")
     optimizer.zero_grad(set_to_none=True)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise Diverged("a weight is not finite after the last step; lower the learning rate")
+    _check_finite(model, len(records))
     return records
+
+
+def _write_line(log, record):
+    if log is not None:
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        log.write(json.dumps(finite) + "\n")  # JSON knows no NaN
+        log.flush()
+
+
+def _check_finite(model, step):
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise Diverged(f"a weight is not finite after step {step}; lower the learning rate")
 
 
 def _states(model, of, forget, retain, options):
@@ -340,8 +370,12 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def check_output(directory):
+def check_output(directory, resume=False):
     """Returns the path of an output directory that does not exist yet or is empty; creates nothing.
+
+    Args:
+        directory: path of the directory.
+        resume: it may also be that of a run of the ``soul unlearn`` command, which is to go on.
 
     Raises:
         ArgumentError: there is something in it.
@@ -350,6 +384,11 @@ def check_output(directory):
     above = next((parent for parent in directory.absolute().parents if parent.exists()), directory)
     if not above.is_dir():
         raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
+    if resume and (directory / RUN_FILE).is_file():
+        return directory
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if resume:
+            got = f"{directory} without {RUN_FILE}"
+            raise argument_error("resume", "the output directory of a run, or a new one", got, "check --output")
         raise argument_error("output", "a new or an empty directory", str(directory), "choose another one, or remove it")
     return directory
