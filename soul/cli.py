@@ -68,7 +68,10 @@ def _parser():
     how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
     how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
-    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a step, and as many to retain")
+    how.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to retain"
+    )
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default: %(default)s)")
     how.add_argument(
         "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
     )

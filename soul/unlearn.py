@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from soul.reference import check_cache, reference_head, reference_hidden, refere
 from soul_kernels import TokenBatch, linear_objective
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS, resolve_backend
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 OPTIMIZERS = ("soul", "adamw")
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
@@ -45,7 +47,9 @@ class UnlearnConfig:
         published_code: SOUL with the momentum of its published code.
         weight_decay: decoupled.
         epochs: passes over the forget set.
-        batch_size: forget examples a step (each with its refusal for DPO); as many retain sequences go with them.
+        batch_size: forget examples a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
+        accumulate: micro-batches a step. Loss and gradient are those of one batch of all of them, but for rounding: every mean
+            is over the whole step. Gradients are added up in the dtype of the parameters.
         max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never.
         warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
         max_length: tokens of a sequence.
@@ -65,6 +69,7 @@ class UnlearnConfig:
     weight_decay: float = 0.0
     epochs: int = 5
     batch_size: int = 4
+    accumulate: int = 1
     max_grad_norm: float | None = 1.0
     warmup_ratio: float = 0.1
     max_length: int = 512
@@ -81,7 +86,7 @@ class UnlearnConfig:
         if self.max_grad_norm is not None:
             if not 0 < self.max_grad_norm:
                 raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "pass inf not to clip")
-        for name in ("epochs", "batch_size", "max_length", "bs"):
+        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
 
@@ -126,55 +131,77 @@ def build_scheduler(optimizer, steps, warmup_ratio):
 class Recorded:
     """An objective that adds up its terms as it is evaluated, over all chunks of a batch.
 
+    Args:
+        objective: a `soul.losses.Objective`.
+        whole: the `TokenBatch` of which the batches are parts, or None: the batch is whole.
+
     Attributes:
         sums: name -> the term, [] without gradient, once the batch has been through.
     """
 
-    def __init__(self, objective):
-        self.objective, self.sums = objective, {}
+    def __init__(self, objective, whole=None):
+        self.objective, self.whole, self.sums = objective, whole, {}
         self.additive, self.divergence = objective.additive, objective.divergence
         self.needs_statistics = objective.needs_statistics
 
     def __call__(self, logps, batch):
         """The objective's loss, []."""
-        terms = self.objective.terms(logps, batch)
+        terms = self.objective.terms(logps, batch if self.whole is None else batch.within(self.whole))
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + term.detach()
         return sum(terms.values())
 
 
-def train_step(model, batch, objective, optimizer, scheduler, config, ref_head=(None, None)):
-    """Forward, fused loss, backward, clipping, step.
+def train_step(model, batches, objective, optimizer, scheduler, config, ref_head=(None, None), whole=None):
+    """Forward, fused loss, backward of each micro-batch; clipping, step.
 
-    Where the objective needs hidden states of a reference, and the batch has none, they are those of a peft model without its
+    Where the objective needs hidden states of a reference, and a batch has none, they are those of a peft model without its
     adapters.
 
     Args:
         model: changed in place.
-        batch: `soul.data.Batch`.
+        batches: iterable of `soul.data.Batch`, the micro-batches.
         objective: a `soul.losses.Objective`.
         optimizer: of the model's trainable parameters.
         scheduler: of the optimizer's learning rate.
         config: `UnlearnConfig`, for ``max_grad_norm`` and ``backend``.
         ref_head: weight and bias of the reference's head, from `soul.reference.reference_head`.
+        whole: the `TokenBatch` of all micro-batches; None where there is but one.
 
     Returns:
         Tensors on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
         retain tokens (for pairs, of the answers that are to be forgotten), and the gradient norm before clipping.
     """
     optimizer.zero_grad(set_to_none=True)  # before the forward, which forms the gradient of the head: never two of them
+    recorded, total, sums, counts = Recorded(objective, whole), 0.0, {}, {}
+    for batch in batches:
+        loss, logps = _loss(model, batch, recorded, config, ref_head)
+        loss.backward()
+        total = total + loss.detach()
+        for name, kept in _kept_tokens(batch, objective).items():
+            sums[name] = sums.get(name, 0.0) - (logps * kept).sum()
+            counts[name] = counts.get(name, 0) + kept.sum()
+    limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    optimizer.step()
+    scheduler.step()
+    terms = {f"loss_{name}": value for name, value in recorded.sums.items()}
+    return {"loss": total, **terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}, "grad_norm": norm}
+
+
+def _loss(model, batch, objective, config, ref_head):
+    """Loss, with its graph, and log-probabilities [B, T] of one micro-batch."""
     (weight, bias), (ref_weight, ref_bias) = head(model), ref_head
-    ref_hidden, recorded = batch.ref_hidden, Recorded(objective)
+    ref_hidden = batch.ref_hidden
     if objective.divergence is not None and ref_hidden is None and has_adapters(model):
         with as_reference(model), autocast(model):
             ref_hidden = hidden_states(model, batch)
     with autocast(model):
-        hidden = hidden_states(model, batch)
-        loss, logps = linear_objective(
-            hidden,
+        return linear_objective(
+            hidden_states(model, batch),
             weight,
             batch.labels,
-            recorded,
+            objective,
             bias=bias,
             is_forget=batch.is_forget,
             ref_logps=batch.ref_logps,
@@ -186,19 +213,18 @@ def train_step(model, batch, objective, optimizer, scheduler, config, ref_head=(
             backend=config.backend,
             **transform(model),
         )
-    loss.backward()
-    limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    optimizer.step()
-    scheduler.step()
-    terms = {f"loss_{name}": value for name, value in recorded.sums.items()}
+
+
+def _kept_tokens(batch, objective):
+    """Masks [B, T] of the tokens that the log tells the likelihood of, by name: of pairs, the answers alone are forgotten."""
     is_answer = batch.is_forget
     if objective.pairs:
         is_answer = is_answer & (torch.arange(len(is_answer), device="cpu") % 2 == 0)
-    nll = {"forget_nll": losses.forget_nll(logps, TokenBatch.from_labels(batch.labels, is_answer))}
+    groups = {"forget_nll": is_answer}
     if not batch.is_forget.all():
-        nll["retain_nll"] = losses.retain_nll(logps, TokenBatch.from_labels(batch.labels, batch.is_forget))
-    return {"loss": loss.detach(), **terms, **nll, "grad_norm": norm}
+        groups["retain_nll"] = ~batch.is_forget
+    kept = batch.labels != IGNORE_INDEX
+    return {name: kept & group.to(kept.device, non_blocking=True)[:, None] for name, group in groups.items()}
 
 
 def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True, checkpoints=None):
@@ -244,8 +270,18 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         ref_head = reference_head(model)  # hidden states come from a forward without adapters in each step
     elif objective.divergence is not None:
         ref_states, ref_head = _states(model, objective.divergence.of, forget, retain, options)
+
+    def micro_batch(chosen, kept):
+        return collate(
+            [forget[i] for i in chosen],
+            [retain[i] for i in kept],
+            device=device,
+            ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
+            ref_hidden=ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))],
+        )
+
     model.train()
-    order = Order(len(forget) // together, len(retain), config.batch_size, config.epochs, config.seed)
+    order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
@@ -264,20 +300,22 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         for epoch, examples, kept in order:
             begun = time.perf_counter()
             chosen = [together * i + j for i in examples for j in range(together)]
-            batch = collate(
-                [forget[i] for i in chosen],
-                [retain[i] for i in kept],
-                device=device,
-                ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
-                ref_hidden=ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))],
+            micro = itertools.zip_longest(
+                _split(chosen, together * config.batch_size), _split(kept, config.batch_size), fillvalue=[]
             )
+            batches = (micro_batch(*part) for part in micro)  # one at a time: states of a reference are large
+            whole = None
+            if len(examples) > config.batch_size:
+                step = collate([forget[i] for i in chosen], [retain[i] for i in kept], device=device)
+                whole = TokenBatch.from_labels(step.labels, step.is_forget)
             lr = float(scheduler.get_last_lr()[0])
-            values = train_step(model, batch, objective, optimizer, scheduler, config, ref_head)
+            values = train_step(model, batches, objective, optimizer, scheduler, config, ref_head, whole)
             record = {"step": len(records) + 1, "epoch": epoch, "lr": lr}
             record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
             if isinstance(optimizer, SOUL):
                 record["clip_fraction"] = optimizer.clip_fraction()[0]
-            record["tokens_per_s"] = int(batch.attention_mask.sum()) / (time.perf_counter() - begun)
+            n_tokens = sum(len(s.input_ids) for s in (*(forget[i] for i in chosen), *(retain[i] for i in kept)))
+            record["tokens_per_s"] = n_tokens / (time.perf_counter() - begun)
             record["peak_memory_gib"] = peak_memory_gib(device)
             records.append(record)
             _write_line(log, record)
@@ -293,6 +331,10 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     optimizer.zero_grad(set_to_none=True)
     _check_finite(model, len(records))
     return records
+
+
+def _split(indices, size):
+    return [indices[i : i + size] for i in range(0, len(indices), size)]
 
 
 def _write_line(log, record):
@@ -328,6 +370,9 @@ def prepare(model, tokenizer, forget, retain, config):
     if getattr(objective, "alpha", 0) and not retain:
         remedy = "give a retain set, or set alpha to 0"
         raise argument_error("retain", f"examples for {objective}", "none", remedy)
+    if config.accumulate > 1 and objective.additive is None:
+        expected, remedy = f"1 with {objective}", "its loss is not a sum over sequences: raise --batch-size instead"
+        raise argument_error("accumulate", expected, config.accumulate, remedy)
     if not forget:
         raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
     resolve_backend(config.backend, head(model)[0])

@@ -11,6 +11,7 @@ from soul import losses
 from soul.data import Example, collate
 from soul.unlearn import Recorded, UnlearnConfig, build_scheduler, check_output, unlearn
 from soul_kernels import linear_objective
+from tests.helpers import mutant
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.unlearn")
@@ -252,6 +253,70 @@ def _states(model, given):
         yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, kept].detach()
 
 
+METHODS_OF_PARTS = [
+    *(dict(method=name) for name in losses.OBJECTIVES),
+    dict(method="npo", method_options={"retain": "kl"}), dict(method="ceu", method_options={"ignore_first": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", METHODS_OF_PARTS, ids=lambda options: "-".join(map(str, options.values())))
+def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatch):
+    """5 ragged forget examples and 5 retained ones in 3 micro-batches of 2, 2 and 1: losses, gradients and weights are those of
+    one batch of 5. By gradients, not by what the optimizer makes of them: its steps are signs.
+    """
+    found = []
+    for sizes in (dict(batch_size=5), dict(batch_size=2, accumulate=3)):
+        gradients = []
+
+        def keep(optimizer, gradients=gradients):
+            gradients += [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+
+        monkeypatch.setattr(unlearn_module.SOUL, "step", keep)
+        config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
+        monkeypatch.setattr(unlearn_module.SOUL, "clip_fraction", lambda optimizer: [0.0])
+        (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
+        found.append((record, gradients))
+    (one, want), (parts, got) = found
+    for name in one.keys() - {"tokens_per_s", "peak_memory_gib"}:
+        assert parts[name] == pytest.approx(one[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
+    # fp32 sums in another order; where KL starts at 0 the gradient is all rounding, of 1e-5 of what CE's is
+    floor = 1e-6 if options["method"] == "klmin" or "kl" in options.get("method_options", {}).values() else 0.0
+    for mine, gradient in zip(got, want, strict=True):
+        assert (mine - gradient).norm() <= 1e-4 * gradient.norm() + floor
+
+
+def ragged(n):
+    """Answers of 2 to n + 1 words."""
+    return [Example(e.prompt, e.answer + " word" * i) for i, e in enumerate(examples(n))]
+
+
+@pytest.mark.parametrize("old, new", [
+    ("batch.within(self.whole)", "batch"), ("total + loss.detach()", "loss.detach()"), ("sums.get(name, 0.0) -", "0.0 -"),
+])  # fmt: skip
+def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeypatch):
+    broken = mutant("soul.unlearn", old, new, tmp_path)
+    monkeypatch.setitem(globals(), "unlearn_module", broken)
+    monkeypatch.setitem(globals(), "unlearn", broken.unlearn)
+    with pytest.raises(AssertionError):
+        test_micro_batches_make_the_step_of_one_batch(dict(method="graddiff"), tokenizer, monkeypatch)
+
+
+def test_kernels_take_micro_batches(tokenizer, device):
+    """Triton's sweep, in the interpreter: parts of parts, where a micro-batch is cut into chunks."""
+    results = []
+    for sizes in (dict(batch_size=3), dict(batch_size=2, accumulate=2)):
+        config = UnlearnConfig(method="npo", epochs=1, lr=1e-3, backend="triton", **sizes)
+        (record,) = unlearn(tiny_model().to(device), tokenizer, examples(3), examples(6)[3:], config, progress=False)
+        results.append((record["loss"], record["retain_nll"]))
+    assert results[0] == pytest.approx(results[1], rel=1e-4 if device.type == "cpu" else 1e-2)
+
+
+def test_a_ratio_of_the_whole_batch_takes_no_micro_batches(tokenizer):
+    options = dict(method="npo", method_options={"reduction": "token_mean"}, accumulate=2)
+    with pytest.raises(ValueError, match="accumulate: expected 1 with NPO.*token_mean.*raise --batch-size"):
+        run(tokenizer, **options)
+
+
 def test_schedule_warms_up_and_decays():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler, lrs = build_scheduler(optimizer, 10, 0.2), []
@@ -268,6 +333,7 @@ def test_schedule_warms_up_and_decays():
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
     ({"method": "npo", "method_options": {"beta": float("inf")}}, "beta: expected a positive number, got inf"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
+    ({"accumulate": 0}, "accumulate: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
     ({"lr": -1.0}, "lr: expected a number >= 0.0"),
