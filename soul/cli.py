@@ -80,6 +80,11 @@ def _parser():
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
                      "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
+    how.add_argument(
+        "--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)"
+    )
+    how.add_argument("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
+    how.add_argument("--stop-retain-prob", type=float, metavar="X", help="end once that of a retain answer is below X")
     how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: only "
                      "when SIGTERM comes (default: %(default)s)")  # fmt: skip
     how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
@@ -153,6 +158,8 @@ def _unlearn(args):
         raise type(error)(f"{error}; {checkpoints.advice()}") from error
     seconds = time.perf_counter() - begun
     after = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
+    if "stopped" in records[-1]:
+        print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"model, tokenizer and log.jsonl: {output}")
 

@@ -16,7 +16,7 @@ from soul import losses
 from soul._extras import require
 from soul.checkpoint import Stopped, describe
 from soul.data import Order, collate, encode, pair_refusals, refuse
-from soul.models import as_reference, autocast, has_adapters, head, hidden_states, transform
+from soul.models import as_reference, autocast, evaluating, has_adapters, head, hidden_states, transform
 from soul.optimizer import SOUL
 from soul.reference import check_cache, reference_head, reference_hidden, reference_logps
 from soul_kernels import TokenBatch, linear_objective
@@ -53,6 +53,11 @@ class UnlearnConfig:
         max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never.
         warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
         max_length: tokens of a sequence.
+        eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
+            probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
+            retain examples.
+        stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
+        stop_retain_prob: end the run, and say so, once ``retain_prob`` is below it; None: never.
         seed: of the data order and the refusals.
         backend: "auto", "triton" or "reference".
         reference_cache: directory to keep what `soul.reference` computes in, or None.
@@ -73,6 +78,9 @@ class UnlearnConfig:
     max_grad_norm: float | None = 1.0
     warmup_ratio: float = 0.1
     max_length: int = 512
+    eval_every: int = 0
+    stop_forget_prob: float | None = None
+    stop_retain_prob: float | None = None
     seed: int = 0
     backend: str = "auto"
     reference_cache: str | None = None
@@ -89,6 +97,15 @@ class UnlearnConfig:
         for name in ("epochs", "batch_size", "accumulate", "max_length", "bs"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+
+        if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
+            raise argument_error("eval_every", "a whole number >= 0", self.eval_every, "0 evaluates nothing")
+        for name in ("stop_forget_prob", "stop_retain_prob"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise argument_error(name, "a probability in [0, 1]", value, "check the options")
+            if value is not None and not self.eval_every:
+                raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
 
     def decisive(self):
         """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
@@ -244,7 +261,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods, grad_norm, lr, clip_fraction
-        (SOUL), tokens_per_s, peak_memory_gib.
+        (SOUL), tokens_per_s, peak_memory_gib; forget_prob and retain_prob where it was evaluated; and in the last one
+        ``stopped``, a sentence, where a criterion has ended the run.
 
     Raises:
         ArgumentError: the data do not fit the model, or the checkpoint is not of this run; nothing was changed.
@@ -253,7 +271,10 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         OSError: log or checkpoint could not be written; earlier checkpoints are as they were.
     """
     objective = config.objective()
+    answers = (forget, retain[: len(forget)])
     forget, retain = prepare(model, tokenizer, forget, retain, config)
+    if config.eval_every:
+        answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
     device = next(model.parameters()).device
     together = 2 if objective.pairs else 1  # forget sequences that belong to one example
     run = None
@@ -297,7 +318,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             stack.enter_context(checkpoints.listening())
         for record in records:
             _write_line(log, record)
-        for epoch, examples, kept in order:
+        ended = bool(records) and "stopped" in records[-1]  # in the checkpoint of its last step
+        for epoch, examples, kept in () if ended else order:
             begun = time.perf_counter()
             chosen = [together * i + j for i in examples for j in range(together)]
             micro = itertools.zip_longest(
@@ -317,6 +339,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             n_tokens = sum(len(s.input_ids) for s in (*(forget[i] for i in chosen), *(retain[i] for i in kept)))
             record["tokens_per_s"] = n_tokens / (time.perf_counter() - begun)
             record["peak_memory_gib"] = peak_memory_gib(device)
+            if config.eval_every and record["step"] % config.eval_every == 0:
+                record |= _evaluated(model, answers, config)
             records.append(record)
             _write_line(log, record)
             bar.update()
@@ -326,11 +350,28 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             if checkpoints is not None and checkpoints.due(len(records)):
                 _check_finite(model, len(records))  # what is broken takes no place of what is not
                 checkpoints.save(len(records), model, parts, records, run)
-                if checkpoints.stop and len(records) < len(order):
+                if checkpoints.stop and len(records) < len(order) and "stopped" not in record:
                     raise Stopped(f"stopped after step {len(records)} of {len(order)}")
+            if "stopped" in record:
+                break
     optimizer.zero_grad(set_to_none=True)
     _check_finite(model, len(records))
     return records
+
+
+def _evaluated(model, answers, config):
+    """What an evaluation adds to the log: probabilities, and why the run ends here, where it does."""
+    from soul.evaluate import answer_probability
+
+    with evaluating(model):
+        options = dict(batch_size=config.batch_size, backend=config.backend)
+        found = {f"{name}_prob": answer_probability(model, part, **options) for name, part in answers.items()}
+    reasons, forget_limit, retain_limit = [], config.stop_forget_prob, config.stop_retain_prob
+    if forget_limit is not None and found["forget_prob"] <= forget_limit:
+        reasons.append(f"forget probability {found['forget_prob']:.4g} has reached {forget_limit:g}")
+    if retain_limit is not None and found["retain_prob"] < retain_limit:
+        reasons.append(f"retain probability {found['retain_prob']:.4g} has fallen below {retain_limit:g}")
+    return found | ({"stopped": "; ".join(reasons)} if reasons else {})
 
 
 def _split(indices, size):
@@ -339,7 +380,7 @@ def _split(indices, size):
 
 def _write_line(log, record):
     if log is not None:
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        finite = {n: None if isinstance(value, float) and not math.isfinite(value) else value for n, value in record.items()}
         log.write(json.dumps(finite) + "\n")  # JSON knows no NaN
         log.flush()
 
@@ -373,6 +414,8 @@ def prepare(model, tokenizer, forget, retain, config):
     if config.accumulate > 1 and objective.additive is None:
         expected, remedy = f"1 with {objective}", "its loss is not a sum over sequences: raise --batch-size instead"
         raise argument_error("accumulate", expected, config.accumulate, remedy)
+    if config.stop_retain_prob is not None and not retain:
+        raise argument_error("stop_retain_prob", "None without a retain set", config.stop_retain_prob, "give a retain set")
     if not forget:
         raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
     resolve_backend(config.backend, head(model)[0])

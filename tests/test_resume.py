@@ -189,6 +189,14 @@ def run(tokenizer, checkpoints=None, model=None, forget=None, log=None, **option
     return model, numbers(records)
 
 
+def test_a_run_that_a_criterion_has_ended_does_not_go_on(tokenizer, tmp_path):
+    """Killed after its last checkpoint, before the model was saved."""
+    options = dict(eval_every=2, stop_forget_prob=1.0)
+    whole, want = run(tokenizer, Checkpoints(tmp_path, every=2), **options)
+    model, records = run(tokenizer, Checkpoints(tmp_path, every=2, resume=True), **options)
+    assert same(model, whole) and records == want and len(records) == 2 and "stopped" in records[-1]
+
+
 class StopAfter(Checkpoints):
     """Told to stop while a step is being taken."""
 

@@ -9,6 +9,7 @@ import torch
 import soul
 from soul import losses
 from soul.data import Example, collate
+from soul.evaluate import answer_probability
 from soul.unlearn import Recorded, UnlearnConfig, build_scheduler, check_output, unlearn
 from soul_kernels import linear_objective
 from tests.helpers import mutant
@@ -311,6 +312,46 @@ def test_kernels_take_micro_batches(tokenizer, device):
     assert results[0] == pytest.approx(results[1], rel=1e-4 if device.type == "cpu" else 1e-2)
 
 
+def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
+    """The probabilities of what is to be forgotten, not of refusals; nothing of the run is changed by looking."""
+    options = dict(method="graddiff", epochs=10, method_options={"alpha": 0.0})
+    plain, want, _, _ = run(tokenizer, **options)
+    model, records, log, _ = run(tokenizer, **options, eval_every=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values()))
+    assert [r["loss"] for r in records] == [r["loss"] for r in want] and len(records) == 30
+    probabilities = {r["step"]: r["forget_prob"] for r in records if "forget_prob" in r}
+    assert list(probabilities) == list(range(3, 31, 3)) and all(0 < p < 1 for p in probabilities.values())
+    encoded = unlearn_module.encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
+    assert probabilities[30] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
+    assert json.loads(log.splitlines()[2])["retain_prob"] == records[2]["retain_prob"]
+
+    aim, limit = 15, probabilities[15]  # at the limit is enough
+    assert limit < min(probabilities[step] for step in (3, 6, 9, 12))
+    _, stopped, log, _ = run(tokenizer, **options, eval_every=3, stop_forget_prob=limit)
+    assert len(stopped) == aim and [r["loss"] for r in stopped] == [r["loss"] for r in want[:aim]]
+    assert stopped[-1]["stopped"] == f"forget probability {limit:.4g} has reached {limit:g}"
+    assert json.loads(log.splitlines()[-1]) == stopped[-1]
+
+
+def test_stops_when_what_is_to_stay_is_lost(tokenizer):
+    """Without a retain term; a limit of 1 is missed at once, and 0 never."""
+    options = dict(method="graddiff", method_options={"alpha": 0.0}, eval_every=2)
+    _, records, _, _ = run(tokenizer, **options, stop_retain_prob=1.0, stop_forget_prob=1.0)
+    assert len(records) == 2 and "has reached 1; retain probability" in records[-1]["stopped"]
+    _, records, _, _ = run(tokenizer, **options, stop_retain_prob=0.0)
+    assert len(records) == 6 and "stopped" not in records[-1]
+    config = UnlearnConfig(**FAST, method="ga", eval_every=1, stop_retain_prob=0.5)
+    with pytest.raises(ValueError, match="stop_retain_prob: expected None without a retain set, got 0.5"):
+        unlearn(tiny_model(), tokenizer, examples(2), [], config, progress=False)
+
+
+@pytest.mark.parametrize("method", ["po", "dpo"])
+def test_answers_are_evaluated_not_refusals(method, tokenizer):
+    model, records, _, _ = run(tokenizer, method=method, eval_every=6)
+    encoded = unlearn_module.encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
+    assert records[-1]["forget_prob"] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
+
+
 def test_a_ratio_of_the_whole_batch_takes_no_micro_batches(tokenizer):
     options = dict(method="npo", method_options={"reduction": "token_mean"}, accumulate=2)
     with pytest.raises(ValueError, match="accumulate: expected 1 with NPO.*token_mean.*raise --batch-size"):
@@ -333,6 +374,9 @@ def test_schedule_warms_up_and_decays():
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
     ({"method": "npo", "method_options": {"beta": float("inf")}}, "beta: expected a positive number, got inf"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
+    ({"eval_every": -1}, "eval_every: expected a whole number >= 0, got -1"),
+    ({"stop_forget_prob": 0.1}, "eval_every: expected a positive number with stop_forget_prob, got 0"),
+    ({"stop_retain_prob": 1.5, "eval_every": 1}, r"stop_retain_prob: expected a probability in \[0, 1\], got 1.5"),
     ({"accumulate": 0}, "accumulate: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
