@@ -75,6 +75,7 @@ def _parser():
     how.add_argument(
         "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
     )
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")

@@ -16,10 +16,20 @@ from soul import losses
 from soul._extras import require
 from soul.checkpoint import Stopped, describe
 from soul.data import Order, collate, encode, pair_refusals, refuse
-from soul.models import as_reference, autocast, evaluating, has_adapters, head, hidden_states, transform
-from soul.optimizer import SOUL
+from soul.models import (
+    as_reference,
+    autocast,
+    check_checkpointing,
+    checkpointing,
+    evaluating,
+    has_adapters,
+    head,
+    hidden_states,
+    transform,
+)
+from soul.optimizer import SOUL, SophiaG
 from soul.reference import check_cache, reference_head, reference_hidden, reference_logps
-from soul_kernels import TokenBatch, linear_objective
+from soul_kernels import TokenBatch, grad_norm, linear_objective
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS, resolve_backend
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
@@ -50,7 +60,8 @@ class UnlearnConfig:
         batch_size: forget examples a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches a step. Loss and gradient are those of one batch of all of them, but for rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
-        max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never.
+        max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never. SOUL does it within its step.
+        gradient_checkpointing: keep one hidden state a layer, and compute the rest again in the backward pass.
         warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
         max_length: tokens of a sequence.
         eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
@@ -76,6 +87,7 @@ class UnlearnConfig:
     batch_size: int = 4
     accumulate: int = 1
     max_grad_norm: float | None = 1.0
+    gradient_checkpointing: bool = False
     warmup_ratio: float = 0.1
     max_length: int = 512
     eval_every: int = 0
@@ -131,8 +143,13 @@ def build_optimizer(model, config):
         bs=config.bs,
         weight_decay=config.weight_decay,
         published_code=config.published_code,
+        max_grad_norm=_limit(config),
         backend=config.backend,
     )
+
+
+def _limit(config):
+    return None if config.max_grad_norm == math.inf else config.max_grad_norm
 
 
 def build_scheduler(optimizer, steps, warmup_ratio):
@@ -198,12 +215,22 @@ def train_step(model, batches, objective, optimizer, scheduler, config, ref_head
         for name, kept in _kept_tokens(batch, objective).items():
             sums[name] = sums.get(name, 0.0) - (logps * kept).sum()
             counts[name] = counts.get(name, 0) + kept.sum()
-    limit = config.max_grad_norm if config.max_grad_norm is not None else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    optimizer.step()
+    norm = _step(optimizer, config)
     scheduler.step()
     terms = {f"loss_{name}": value for name, value in recorded.sums.items()}
     return {"loss": total, **terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}, "grad_norm": norm}
+
+
+def _step(optimizer, config):
+    """Clips and steps; returns the norm of the gradients before, on the device."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(optimizer, SophiaG):
+        norm = torch.nn.utils.clip_grad_norm_(params, _limit(config) or math.inf)
+        optimizer.step()
+        return norm
+    optimizer.step()  # clips by itself, without a pass of its own
+    norm = optimizer._norm
+    return grad_norm([p.grad for p in params if p.grad is not None], backend=config.backend) if norm is None else norm
 
 
 def _loss(model, batch, objective, config, ref_head):
@@ -316,6 +343,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             log = stack.enter_context(open(log, "w", encoding="utf-8"))
         if checkpoints is not None:
             stack.enter_context(checkpoints.listening())
+        if config.gradient_checkpointing:
+            stack.enter_context(checkpointing(model))
         for record in records:
             _write_line(log, record)
         ended = bool(records) and "stopped" in records[-1]  # in the checkpoint of its last step
@@ -418,6 +447,8 @@ def prepare(model, tokenizer, forget, retain, config):
         raise argument_error("stop_retain_prob", "None without a retain set", config.stop_retain_prob, "give a retain set")
     if not forget:
         raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
+    if config.gradient_checkpointing:
+        check_checkpointing(model)
     resolve_backend(config.backend, head(model)[0])
     check_cache(config.reference_cache, "reference_cache")
     if objective.pairs:

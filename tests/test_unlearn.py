@@ -274,11 +274,10 @@ def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatc
 
         monkeypatch.setattr(unlearn_module.SOUL, "step", keep)
         config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
-        monkeypatch.setattr(unlearn_module.SOUL, "clip_fraction", lambda optimizer: [0.0])
         (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
         found.append((record, gradients))
     (one, want), (parts, got) = found
-    for name in one.keys() - {"tokens_per_s", "peak_memory_gib"}:
+    for name in one.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
         assert parts[name] == pytest.approx(one[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
     # fp32 sums in another order; where KL starts at 0 the gradient is all rounding, of 1e-5 of what CE's is
     floor = 1e-6 if options["method"] == "klmin" or "kl" in options.get("method_options", {}).values() else 0.0
@@ -310,6 +309,49 @@ def test_kernels_take_micro_batches(tokenizer, device):
         (record,) = unlearn(tiny_model().to(device), tokenizer, examples(3), examples(6)[3:], config, progress=False)
         results.append((record["loss"], record["retain_nll"]))
     assert results[0] == pytest.approx(results[1], rel=1e-4 if device.type == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["soul", "adamw"])
+def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, monkeypatch):
+    """The norm is that of before, clipped or not. SOUL clips in its step: torch's function is not called.
+    A high rho: where few coordinates are clipped, the size of a gradient matters.
+    """
+    found = {}
+    for limit in (None, float("inf"), 1e6, 1e-3):
+        model, records, _, _ = run(tokenizer, optimizer=optimizer, max_grad_norm=limit, epochs=1, rho=1e4)
+        found[limit] = records, model.state_dict()
+    for limit in (float("inf"), 1e6):
+        assert all(torch.equal(a, b) for a, b in zip(found[limit][1].values(), found[None][1].values()))
+    norms = [records[0]["grad_norm"] for records, _ in found.values()]
+    assert norms == [pytest.approx(norms[0], rel=1e-6)] * 4 and norms[0] > 0.1
+    assert any(not torch.equal(a, b) for a, b in zip(found[1e-3][1].values(), found[None][1].values()))
+    if optimizer == "soul":
+        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", None)
+        run(tokenizer, epochs=1)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model(), lambda: tiny_model("gpt2, tied"), lambda: lora_model(lora_dropout=0.5)],
+                         ids=["llama", "gpt2", "lora"])  # fmt: skip
+def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
+    found = []
+    for checkpointing in (False, True):
+        model, calls = make(), []
+        for name, module in model.named_modules():
+            if name.endswith(".mlp"):
+                module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        config = UnlearnConfig(**FAST, gradient_checkpointing=checkpointing)
+        records = unlearn(model, tokenizer, examples(4), examples(8)[4:], config, progress=False)
+        found.append(([record["loss"] for record in records], [*model.state_dict().values()]))
+        assert len(calls) == 4 * 2 * (1 + checkpointing)  # 4 steps, 2 layers, computed twice
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="gradient_checkpointing: expected a family that supports it, got LlamaForCausalLM"):
+        run(tokenizer, gradient_checkpointing=True)
 
 
 def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
