@@ -65,6 +65,10 @@ def _parser():
     how.add_argument("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
     how.add_argument("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
     how.add_argument("--bs", type=int, default=5120, metavar="N", help="SOUL's predictions behind h (default: %(default)s)")
+    how.add_argument("--clip-target", type=float, metavar="X", help="move rho until this part of the coordinates is clipped")
+    how.add_argument("--curvature", default="unlearn", metavar="NAME", help="what h is taken from: unlearn (SOUL's code), "
+                     "retain or gnb, on the step's retain tokens (default: %(default)s)")  # fmt: skip
+    how.add_argument("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
     how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")

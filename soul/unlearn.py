@@ -15,6 +15,7 @@ import torch
 from soul import losses
 from soul._extras import require
 from soul.checkpoint import Stopped, describe
+from soul.curvature import GNB, RetainFisher
 from soul.data import Order, collate, encode, pair_refusals, refuse
 from soul.models import (
     as_reference,
@@ -22,9 +23,11 @@ from soul.models import (
     check_checkpointing,
     checkpointing,
     evaluating,
+    gnb_loss,
     has_adapters,
     head,
     hidden_states,
+    token_logps,
     transform,
 )
 from soul.optimizer import SOUL, SophiaG
@@ -35,6 +38,7 @@ from soul_kernels._launch import BACKENDS, resolve_backend
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 OPTIMIZERS = ("soul", "adamw")
+CURVATURES = ("unlearn", "retain", "gnb")
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
 
 
@@ -53,7 +57,12 @@ class UnlearnConfig:
         lr: peak learning rate.
         betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
         rho: SOUL's clipping threshold.
-        bs: SOUL's number of predictions behind h.
+        clip_target: rho moves, from 0.04 on, until this fraction of the coordinates is clipped; None: rho stays as it is.
+        bs: number of predictions behind h.
+        curvature: what h is taken from: "unlearn", the gradient of every step, as in SOUL's code; "retain", that of the
+            cross-entropy of the step's retain tokens; or "gnb", the same with labels drawn from the model. The last two by
+            `soul.SophiaG` with bias correction, before the step; ``bs`` should then be the number of those tokens.
+        curvature_every: steps from one refresh of h to the next, with "retain" and "gnb".
         published_code: SOUL with the momentum of its published code.
         weight_decay: decoupled.
         epochs: passes over the forget set.
@@ -80,7 +89,10 @@ class UnlearnConfig:
     lr: float = 1e-5
     betas: tuple | None = None
     rho: float = 0.04
+    clip_target: float | None = None
     bs: int = 5120
+    curvature: str = "unlearn"
+    curvature_every: int = 10
     published_code: bool = False
     weight_decay: float = 0.0
     epochs: int = 5
@@ -106,10 +118,17 @@ class UnlearnConfig:
         if self.max_grad_norm is not None:
             if not 0 < self.max_grad_norm:
                 raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "pass inf not to clip")
-        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs"):
+        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
-
+        check_choice("curvature", self.curvature, CURVATURES)
+        if self.clip_target is not None:
+            check_range("clip_target", self.clip_target, high=1.0)
+        if self.optimizer != "soul" and (self.curvature != "unlearn" or self.clip_target is not None):
+            remedy = "curvature and clip_target belong to it"
+            raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
+        if self.published_code and self.curvature != "unlearn":
+            raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
         if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
             raise argument_error("eval_every", "a whole number >= 0", self.eval_every, "0 evaluates nothing")
         for name in ("stop_forget_prob", "stop_retain_prob"):
@@ -135,17 +154,49 @@ def build_optimizer(model, config):
         betas = config.betas or (0.9, 0.999)
         fused = params[0].is_cuda
         return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
-    return SOUL(
-        params,
+    options = dict(
         lr=config.lr,
         betas=config.betas or (0.9, 0.95),
-        rho=config.rho,
+        rho=config.rho if config.clip_target is None else "auto",
+        clip_target=config.clip_target,
         bs=config.bs,
         weight_decay=config.weight_decay,
-        published_code=config.published_code,
         max_grad_norm=_limit(config),
         backend=config.backend,
     )
+    if config.curvature == "unlearn":
+        return SOUL(params, published_code=config.published_code, **options)
+    return SophiaG(params, bias_correction=True, **options)
+
+
+def build_curvature(optimizer, config):
+    """What refreshes the optimizer's h beside the step, or None where the step does it."""
+    if config.curvature == "unlearn":
+        return None
+    if config.curvature == "retain":
+        return RetainFisher(optimizer, config.curvature_every)
+    return GNB(optimizer, config.curvature_every, seed=config.seed)
+
+
+def curvature_loss(model, batches, curvature, config):
+    """The loss whose gradient h is taken from, [], with its graph: a mean over all labelled tokens of the batches.
+
+    Args:
+        model: gets the gradients of all batches but the last, of which the loss that is returned is a part.
+        batches: list of `soul.data.Batch`, of retain sequences.
+        curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
+        config: `UnlearnConfig`, for ``backend``.
+    """
+    n_tokens = sum(len(batch.rows) for batch in batches)
+    generator = curvature.generator() if isinstance(curvature, GNB) else None
+    for position, batch in enumerate(batches, 1):
+        if generator is not None:
+            loss = gnb_loss(model, batch, generator=generator, backend=config.backend) * (len(batch.rows) / n_tokens)
+        else:
+            loss = -token_logps(model, batch, config.backend).sum() / n_tokens
+        if position == len(batches):
+            return loss
+        loss.backward()
 
 
 def _limit(config):
@@ -288,8 +339,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods, grad_norm, lr, clip_fraction
-        (SOUL), tokens_per_s, peak_memory_gib; forget_prob and retain_prob where it was evaluated; and in the last one
-        ``stopped``, a sentence, where a criterion has ended the run.
+        (SOUL) and rho (with clip_target), tokens_per_s, peak_memory_gib; forget_prob and retain_prob where it was evaluated;
+        and in the last one ``stopped``, a sentence, where a criterion has ended the run.
 
     Raises:
         ArgumentError: the data do not fit the model, or the checkpoint is not of this run; nothing was changed.
@@ -328,11 +379,17 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             ref_hidden=ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))],
         )
 
+    def retained(kept):
+        return [collate([retain[i] for i in part], [], device=device) for part in _split(kept, config.batch_size)]
+
     model.train()
     order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
+    curvature = build_curvature(optimizer, config)
+    if curvature is not None:
+        parts["curvature"] = curvature
     records = [] if checkpoints is None else checkpoints.load(model, parts, run)
     bar = require("tqdm", "hf").tqdm(
         total=len(order), initial=len(records), disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr
@@ -359,12 +416,18 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             if len(examples) > config.batch_size:
                 step = collate([forget[i] for i in chosen], [retain[i] for i in kept], device=device)
                 whole = TokenBatch.from_labels(step.labels, step.is_forget)
+            if curvature is not None:
+                optimizer.zero_grad(set_to_none=True)  # never two sets of them
+                curvature.step(lambda kept=kept: curvature_loss(model, retained(kept), curvature, config))
             lr = float(scheduler.get_last_lr()[0])
             values = train_step(model, batches, objective, optimizer, scheduler, config, ref_head, whole)
             record = {"step": len(records) + 1, "epoch": epoch, "lr": lr}
             record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
-            if isinstance(optimizer, SOUL):
-                record["clip_fraction"] = optimizer.clip_fraction()[0]
+            if isinstance(optimizer, SophiaG):
+                told = optimizer.telemetry()["groups"][0]
+                record["clip_fraction"] = told["clip_fraction"]
+                if config.clip_target is not None:
+                    record["rho"] = told["rho"]
             n_tokens = sum(len(s.input_ids) for s in (*(forget[i] for i in chosen), *(retain[i] for i in kept)))
             record["tokens_per_s"] = n_tokens / (time.perf_counter() - begun)
             record["peak_memory_gib"] = peak_memory_gib(device)
@@ -443,6 +506,9 @@ def prepare(model, tokenizer, forget, retain, config):
     if config.accumulate > 1 and objective.additive is None:
         expected, remedy = f"1 with {objective}", "its loss is not a sum over sequences: raise --batch-size instead"
         raise argument_error("accumulate", expected, config.accumulate, remedy)
+    if config.curvature != "unlearn" and not retain:
+        remedy = "give a retain set, or choose the curvature 'unlearn'"
+        raise argument_error("retain", f"examples for the curvature {config.curvature!r}", "none", remedy)
     if config.stop_retain_prob is not None and not retain:
         raise argument_error("stop_retain_prob", "None without a retain set", config.stop_retain_prob, "give a retain set")
     if not forget:

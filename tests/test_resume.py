@@ -248,6 +248,18 @@ def test_every_way_of_storing_states_goes_on(options, tokenizer, tmp_path, monke
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.parametrize("curvature", ["retain", "gnb"])
+def test_curvature_goes_on(curvature, tokenizer, tmp_path):
+    """Stopped between two refreshes; the labels that GNB draws next are those that it would have drawn."""
+    options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)
+    whole, want = run(tokenizer, **options)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 3), **options)
+    torch.manual_seed(7)
+    model, records = run(tokenizer, Checkpoints(tmp_path, resume=True), **options)
+    assert same(model, whole) and records == want and len(records) == 6
+
+
 def test_adapters_go_on_and_only_they_are_saved(tokenizer, tmp_path):
     options = dict(method="npo", lr=1e-2)
     whole, want = run(tokenizer, model=lora_model(lora_dropout=0.1), **options)

@@ -354,6 +354,50 @@ def test_gradient_checkpointing_is_refused_where_there_is_none(tokenizer, monkey
         run(tokenizer, gradient_checkpointing=True)
 
 
+@pytest.mark.parametrize("curvature", ["retain", "gnb"])
+def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatch):
+    """Refreshed at steps 1, 3 and 5 of 6, from gradients that never meet those of the step. The first h is (1 - b2) g g of the
+    loss of exactly that batch, also in micro-batches: for retain, of the mean cross-entropy over its tokens.
+    """
+    first = []
+    for sizes in (dict(batch_size=2), dict(batch_size=1, accumulate=2)):
+        seen, real = [], unlearn_module.SophiaG.update_hessian
+
+        def spy(optimizer, seen=seen, real=real, **options):
+            seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+            real(optimizer, **options)
+
+        monkeypatch.setattr(unlearn_module.SophiaG, "update_hessian", spy)
+        model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
+        assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)
+        first.append(seen[0])
+        monkeypatch.undo()
+    if curvature == "retain":
+        order = unlearn_module.Order(5, 4, 2, 2, 0)
+        _, _, kept = next(order)
+        model, config = tiny_model(), UnlearnConfig(**FAST)
+        _, retain = unlearn_module.prepare(model, tokenizer, examples(5), examples(9)[5:], config)
+        batch = collate([], [retain[i] for i in kept])
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
+        for got in first:
+            for mine, parameter in zip(got, model.parameters(), strict=True):
+                assert (mine - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+    else:  # other labels for other batches of logits, but of one size
+        norms = [torch.cat([g.flatten() for g in gradients]).norm() for gradients in first]
+        assert 0.2 < norms[0] / norms[1] < 5
+
+
+@pytest.mark.parametrize("curvature", ["unlearn", "gnb"])
+def test_rho_is_moved_towards_the_clip_target(curvature, tokenizer):
+    """Mean of the last 20 of 60 steps, at both ends of what is reasonable; h itself changes all the while."""
+    for target in (0.2, 0.8):
+        _, records, _, _ = run(tokenizer, curvature=curvature, clip_target=target, epochs=20, curvature_every=3)
+        fractions = [record["clip_fraction"] for record in records[-20:]]
+        assert sum(fractions) / 20 == pytest.approx(target, abs=0.15)
+        assert len({record["rho"] for record in records}) > 50
+
+
 def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
     """The probabilities of what is to be forgotten, not of refusals; nothing of the run is changed by looking."""
     options = dict(method="graddiff", epochs=10, method_options={"alpha": 0.0})
@@ -419,6 +463,12 @@ def test_schedule_warms_up_and_decays():
     ({"eval_every": -1}, "eval_every: expected a whole number >= 0, got -1"),
     ({"stop_forget_prob": 0.1}, "eval_every: expected a positive number with stop_forget_prob, got 0"),
     ({"stop_retain_prob": 1.5, "eval_every": 1}, r"stop_retain_prob: expected a probability in \[0, 1\], got 1.5"),
+    ({"curvature": "fisher"}, "curvature: expected one of 'unlearn', 'retain', 'gnb', got 'fisher'"),
+    ({"curvature": "gnb", "optimizer": "adamw"}, "optimizer: expected 'soul', got 'adamw'"),
+    ({"clip_target": 0.5, "optimizer": "adamw"}, "optimizer: expected 'soul', got 'adamw'"),
+    ({"clip_target": 1.5}, r"clip_target: expected a number in \[0.0, 1.0\), got 1.5"),
+    ({"curvature": "retain", "published_code": True}, "published_code: expected False with another curvature"),
+    ({"curvature_every": 0}, "curvature_every: expected a positive whole number, got 0"),
     ({"accumulate": 0}, "accumulate: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
