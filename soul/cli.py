@@ -13,6 +13,7 @@ import time
 
 from soul import __version__
 from soul._extras import MissingExtra, require
+from soul.checkpoint import Stopped
 from soul.data import TEMPLATE
 from soul.losses import OBJECTIVES
 from soul.metrics import MIN_K
@@ -21,7 +22,9 @@ from soul_kernels._checks import ArgumentError, argument_error, check_choice
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed."""
+    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed, 143 for one
+    that SIGTERM has stopped and ``--resume`` continues.
+    """
     args = _parser().parse_args(argv)
     try:
         args.run(args)
@@ -31,6 +34,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print(f"soul {args.command}: interrupted; no model was saved", file=sys.stderr)
         return 130
+    except Stopped as error:
+        print(f"soul {args.command}: {error}", file=sys.stderr)
+        return 128 + 15  # as of a process that SIGTERM ended
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
         print(f"soul {args.command}: {error}", file=sys.stderr)
         return 1
@@ -61,18 +67,36 @@ def _parser():
     how.add_argument("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
     how.add_argument("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
     how.add_argument("--bs", type=int, default=5120, metavar="N", help="SOUL's predictions behind h (default: %(default)s)")
+    how.add_argument("--clip-target", type=float, metavar="X", help="move rho until this part of the coordinates is clipped")
+    how.add_argument("--curvature", default="unlearn", metavar="NAME", help="what h is taken from: unlearn (SOUL's code), "
+                     "retain or gnb, on the step's retain tokens (default: %(default)s)")  # fmt: skip
+    how.add_argument("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
     how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
-    how.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a step, and as many to retain")
+    how.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to retain"
+    )
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default: %(default)s)")
     how.add_argument(
         "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
     )
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
                      "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
+    how.add_argument(
+        "--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)"
+    )
+    how.add_argument("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
+    how.add_argument("--stop-retain-prob", type=float, metavar="X", help="end once that of a retain answer is below X")
+    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: only "
+                     "when SIGTERM comes (default: %(default)s)")  # fmt: skip
+    how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
+    how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
+                     "other options as before. Without one, from the start")  # fmt: skip
     _where(how)
 
     evaluate = commands.add_parser("evaluate", help="TOFU's metrics, of a model or of evaluation logs")
@@ -128,10 +152,13 @@ def _where(group):
 
 
 def _unlearn(args):
+    import torch
+
     from soul import models
+    from soul.checkpoint import Checkpoints, save_model
     from soul.data import read_jsonl
     from soul.evaluate import answer_probability
-    from soul.unlearn import UnlearnConfig, check_output, encode_for, prepare, unlearn
+    from soul.unlearn import RUN_FILE, UnlearnConfig, check_output, encode_for, prepare, unlearn
 
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(
@@ -139,8 +166,12 @@ def _unlearn(args):
         method_options=_method_options(args),
     )
     config.objective()
-    output = check_output(args.output)
+    output = check_output(args.output, args.resume)
+    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep, resume=args.resume)
     require("transformers", "hf")
+    if args.resume and (output / "config.json").is_file() and not checkpoints.steps():
+        print(f"{output}: this run has ended, and there is nothing to resume")
+        return
     forget = read_jsonl(args.forget)
     retain = read_jsonl(args.retain) if args.retain else []
     model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
@@ -148,15 +179,22 @@ def _unlearn(args):
     answers = encode_for(model, tokenizer, forget, config, "forget")  # what can be wrong with the input has been found now
 
     output.mkdir(parents=True, exist_ok=True)
-    (output / "soul_config.json").write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
+    if not (output / RUN_FILE).exists():
+        (output / RUN_FILE).write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
     before = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
     begun = time.perf_counter()
-    with open(output / "log.jsonl", "w", encoding="utf-8") as log:
-        records = unlearn(model, tokenizer, forget, retain, config, log=log)
+    torch.manual_seed(args.seed)  # of dropout
+    try:
+        records = unlearn(model, tokenizer, forget, retain, config, log=output / "log.jsonl", checkpoints=checkpoints)
+        with checkpoints.listening():  # a model that is there is saved, whatever comes
+            save_model(model, tokenizer, output)
+            checkpoints.remove()
+    except (OSError, Stopped) as error:
+        raise type(error)(f"{error}; {checkpoints.advice()}") from error
     seconds = time.perf_counter() - begun
     after = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    if "stopped" in records[-1]:
+        print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"model, tokenizer and log.jsonl: {output}")
 

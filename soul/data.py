@@ -320,9 +320,53 @@ def batches_by_length(sequences, batch_size, draw):
     return batches
 
 
-def endless(n, draw):
-    """Yields indices below ``n`` for ever, in a new random order each time round."""
-    while True:
+class Order:
+    """Which examples make each step: every epoch the forget set in a new random order, beside a random one of the retain set
+    that runs on over the epochs. Iterating yields (epoch from 1, indices of forget examples, sorted, indices of retain
+    examples, as many).
+
+    Args:
+        n_forget: examples to forget.
+        n_retain: examples to retain; 0: none go with them.
+        batch_size: forget examples a step; the last of an epoch may have fewer.
+        epochs: passes over the forget set.
+        seed: of both orders.
+    """
+
+    def __init__(self, n_forget, n_retain, batch_size, epochs, seed):
+        self.n_forget, self.n_retain, self.batch_size, self.epochs = n_forget, n_retain, batch_size, epochs
+        self.draw, self.epoch = random.Random(seed), 0
+        self.forget, self.retain = [], []  # indices that are still to come: of this epoch, of this round
+
+    def __len__(self):
+        return self.epochs * -(-self.n_forget // self.batch_size)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.forget:
+            if self.epoch == self.epochs:
+                raise StopIteration
+            self.epoch += 1
+            self.forget = self._shuffled(self.n_forget)
+        # The whole set, where it is one batch, in the order in which its reference was computed.
+        forget, self.forget = sorted(self.forget[: self.batch_size]), self.forget[self.batch_size :]
+        while self.n_retain and len(self.retain) < len(forget):
+            self.retain += self._shuffled(self.n_retain)
+        retain, self.retain = self.retain[: len(forget)], self.retain[len(forget) :]
+        return self.epoch, forget, retain
+
+    def _shuffled(self, n):
         order = list(range(n))
-        draw.shuffle(order)
-        yield from order
+        self.draw.shuffle(order)
+        return order
+
+    def state_dict(self):
+        """The place in the data, for a checkpoint."""
+        return {"epoch": self.epoch, "forget": self.forget, "retain": self.retain, "draw": self.draw.getstate()}
+
+    def load_state_dict(self, state_dict):
+        """Goes on where ``state_dict`` was taken."""
+        self.epoch, self.forget, self.retain = (state_dict[name] for name in ("epoch", "forget", "retain"))
+        self.draw.setstate(state_dict["draw"])

@@ -88,7 +88,7 @@ def transform(model):
 
 def hidden_states(model, batch):
     """Final hidden states [B, T, D], those that go into the head: after the last norm and any projection."""
-    body = (model.get_base_model() if has_adapters(model) else model).base_model
+    body = _base(model).base_model
     return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
 
@@ -98,6 +98,41 @@ def autocast(model):
     if parameter.is_cuda and parameter.dtype == torch.float32:
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def _base(model):
+    return model.get_base_model() if has_adapters(model) else model
+
+
+def check_checkpointing(model):
+    """Raises unless the model can compute the inside of its layers again in the backward pass.
+
+    Raises:
+        ArgumentError: its family cannot.
+    """
+    if not _base(model).supports_gradient_checkpointing:
+        got, remedy = type(_base(model)).__name__, "leave it out, and lower the batch size"
+        raise argument_error("gradient_checkpointing", "a family that supports it", got, remedy)
+
+
+@contextlib.contextmanager
+def checkpointing(model):
+    """Meanwhile one hidden state a layer is kept, in training mode, and the rest computed again in the backward pass: less
+    memory for a third more time, the same numbers, dropout included. Afterwards it is as it was before.
+    """
+    base = _base(model)
+    before = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+    _switch(base, "enable")({"use_reentrant": False})  # the other kind needs inputs with gradients, which LoRA does not have
+    try:
+        yield
+    finally:
+        if not before:
+            _switch(base, "disable")()
+
+
+def _switch(base, what):
+    # The name before transformers 5.
+    return getattr(base, f"activation_checkpointing_{what}", None) or getattr(base, f"gradient_checkpointing_{what}")
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def _read(path, name, key, shape):
         return None, "made of something else"
     if tuple(tensor.shape) != shape:
         return None, f"shape {tuple(tensor.shape)}, expected {shape}"
-    if metadata.get("checksum") != _digest({name: tensor}):
+    if metadata.get("checksum") != digest({name: tensor}):
         return None, "damaged (checksum)"
     return tensor, None
 
@@ -181,7 +181,7 @@ def _write(path, name, key, tensor):
     """All or nothing: a file of another name, flushed to the disk, is renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    metadata = {"key": key, "checksum": _digest({name: tensor})}
+    metadata = {"key": key, "checksum": digest({name: tensor})}
     try:
         require("safetensors.torch", "hf").save_file({name: tensor.contiguous()}, aside, metadata)
         with open(aside, "rb+") as file:
@@ -211,10 +211,10 @@ def _key(name, model, dataset, tokenizer, convention):
         "torch": torch.__version__,
         **convention,
     }
-    return _digest(_weights(model), json.dumps(about, sort_keys=True, default=str))
+    return digest(base_weights(model), json.dumps(about, sort_keys=True, default=str))
 
 
-def _weights(model):
+def base_weights(model):
     """Parameters and buffers by name, without those of adapters."""
     adapters = tuple(
         f"{name}.{part}."
@@ -225,7 +225,7 @@ def _weights(model):
     return {name: tensor for name, tensor in named if not f"{name}.".startswith(adapters)}
 
 
-def _digest(tensors, text=""):
+def digest(tensors, text=""):
     """blake2b, in hexadecimal, of a text and of names, dtypes, shapes and bytes; a part of a tensor at a time."""
     found = hashlib.blake2b(text.encode(), digest_size=32)
     for name, tensor in tensors.items():

@@ -90,6 +90,14 @@ def test_bf16_parameters_stay_bf16(place):
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
+def test_a_run_that_has_reached_its_aim_ends_early(place, capsys):
+    given = dict(eval_every=1, stop_forget_prob=1, stop_retain_prob=0.0, accumulate=2)
+    assert main(command(place, output="out_early", epochs=9, **given)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"ended after step 1: forget probability 0\.\d+ has reached 1\n1 steps in", out)
+    assert (place / "out_early" / "model.safetensors").is_file()
+
+
 def test_a_run_that_diverges_ends_with_1(place, capsys):
     assert main(command(place, lr="1e30", output="out_nan", epochs="5")) == 1
     assert "lower the learning rate" in capsys.readouterr().err
@@ -119,6 +127,8 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"method": "npo", "reference_cache": "forget.jsonl"}, "reference_cache: expected a directory, or a new one, got the file"),
     ({"method": "klmin", "retain": None}, "retain: expected examples for KLMin"),
     ({"method": "dpo", "forget": "text.jsonl"}, "forget, row 0: expected a prompt to refuse"),
+    ({"stop_forget_prob": 0.5}, "eval_every: expected a positive number with stop_forget_prob"),
+    ({"save_every": -1}, "save_every: expected a whole number >= 0"),
     ({"lr": -1}, "lr: expected a number >= 0.0"),
     ({"backend": "cuda"}, "backend: expected one of"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),

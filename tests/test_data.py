@@ -160,9 +160,22 @@ def test_orders_cover_everything():
     sequences = [Sequence([0] * n, [0] * n, 1) for n in torch.randint(1, 40, (53,)).tolist()]
     batches = data.batches_by_length(sequences, 4, random.Random(0))
     assert sorted(i for batch in batches for i in batch) == list(range(53))
-    stream = data.endless(5, random.Random(0))
-    rounds = [[next(stream) for _ in range(5)] for _ in range(3)]
-    assert all(sorted(r) == list(range(5)) for r in rounds) and len(set(map(tuple, rounds))) > 1
+
+
+def test_order_covers_everything_and_goes_on():
+    steps = list(data.Order(5, 7, 2, 3, 0))
+    assert len(steps) == len(data.Order(5, 7, 2, 3, 0)) == 9
+    for epoch in (1, 2, 3):
+        assert sorted(i for e, forget, _ in steps if e == epoch for i in forget) == list(range(5))
+    retained = [i for _, _, retain in steps for i in retain]
+    assert sorted(retained[:7]) == sorted(retained[7:14]) == list(range(7)) != retained[:7]
+    assert all(len(forget) == len(retain) for _, forget, retain in steps)
+    assert all(retain == [] for _, _, retain in data.Order(5, 0, 2, 1, 0))
+    for taken in range(9):
+        order, other = data.Order(5, 7, 2, 3, 0), data.Order(5, 7, 2, 3, 1)
+        assert [next(order) for _ in range(taken)] == steps[:taken]
+        other.load_state_dict(order.state_dict())
+        assert list(other) == steps[taken:]
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")

@@ -9,8 +9,11 @@ import torch
 import soul
 from soul import losses
 from soul.data import Example, collate
+from soul.evaluate import answer_probability
+from soul.models import token_logps
 from soul.unlearn import Recorded, UnlearnConfig, build_scheduler, check_output, unlearn
 from soul_kernels import linear_objective
+from tests.helpers import mutant
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.unlearn")
@@ -252,6 +255,194 @@ def _states(model, given):
         yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, kept].detach()
 
 
+METHODS_OF_PARTS = [
+    *(dict(method=name) for name in losses.OBJECTIVES),
+    dict(method="npo", method_options={"retain": "kl"}), dict(method="ceu", method_options={"ignore_first": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", METHODS_OF_PARTS, ids=lambda options: "-".join(map(str, options.values())))
+def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatch):
+    """5 ragged forget examples and 5 retained ones in 3 micro-batches of 2, 2 and 1: losses, gradients and weights are those of
+    one batch of 5. By gradients, not by what the optimizer makes of them: its steps are signs.
+    """
+    found = []
+    for sizes in (dict(batch_size=5), dict(batch_size=2, accumulate=3)):
+        gradients = []
+
+        def keep(optimizer, gradients=gradients):
+            gradients += [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
+
+        monkeypatch.setattr(unlearn_module.SOUL, "step", keep)
+        config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
+        (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
+        found.append((record, gradients))
+    (one, want), (parts, got) = found
+    for name in one.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
+        assert parts[name] == pytest.approx(one[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
+    # fp32 sums in another order; where KL starts at 0 the gradient is all rounding, of 1e-5 of what CE's is
+    floor = 1e-6 if options["method"] == "klmin" or "kl" in options.get("method_options", {}).values() else 0.0
+    for mine, gradient in zip(got, want, strict=True):
+        assert (mine - gradient).norm() <= 1e-4 * gradient.norm() + floor
+
+
+def ragged(n):
+    """Answers of 2 to n + 1 words."""
+    return [Example(e.prompt, e.answer + " word" * i) for i, e in enumerate(examples(n))]
+
+
+@pytest.mark.parametrize("old, new", [
+    ("batch.within(self.whole)", "batch"), ("total + loss.detach()", "loss.detach()"), ("sums.get(name, 0.0) -", "0.0 -"),
+])  # fmt: skip
+def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeypatch):
+    broken = mutant("soul.unlearn", old, new, tmp_path)
+    monkeypatch.setitem(globals(), "unlearn_module", broken)
+    monkeypatch.setitem(globals(), "unlearn", broken.unlearn)
+    with pytest.raises(AssertionError):
+        test_micro_batches_make_the_step_of_one_batch(dict(method="graddiff"), tokenizer, monkeypatch)
+
+
+def test_kernels_take_micro_batches(tokenizer, device):
+    """Triton's sweep, in the interpreter: parts of parts, where a micro-batch is cut into chunks."""
+    results = []
+    for sizes in (dict(batch_size=3), dict(batch_size=2, accumulate=2)):
+        config = UnlearnConfig(method="npo", epochs=1, lr=1e-3, backend="triton", **sizes)
+        (record,) = unlearn(tiny_model().to(device), tokenizer, examples(3), examples(6)[3:], config, progress=False)
+        results.append((record["loss"], record["retain_nll"]))
+    assert results[0] == pytest.approx(results[1], rel=1e-4 if device.type == "cpu" else 1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["soul", "adamw"])
+def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, monkeypatch):
+    """The norm is that of before, clipped or not. SOUL clips in its step: torch's function is not called.
+    A high rho: where few coordinates are clipped, the size of a gradient matters.
+    """
+    found = {}
+    for limit in (None, float("inf"), 1e6, 1e-3):
+        model, records, _, _ = run(tokenizer, optimizer=optimizer, max_grad_norm=limit, epochs=1, rho=1e4)
+        found[limit] = records, model.state_dict()
+    for limit in (float("inf"), 1e6):
+        assert all(torch.equal(a, b) for a, b in zip(found[limit][1].values(), found[None][1].values()))
+    norms = [records[0]["grad_norm"] for records, _ in found.values()]
+    assert norms == [pytest.approx(norms[0], rel=1e-6)] * 4 and norms[0] > 0.1
+    assert any(not torch.equal(a, b) for a, b in zip(found[1e-3][1].values(), found[None][1].values()))
+    if optimizer == "soul":
+        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", None)
+        run(tokenizer, epochs=1)
+
+
+@pytest.mark.parametrize("make", [lambda: tiny_model(), lambda: tiny_model("gpt2, tied"), lambda: lora_model(lora_dropout=0.5)],
+                         ids=["llama", "gpt2", "lora"])  # fmt: skip
+def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
+    found = []
+    for checkpointing in (False, True):
+        model, calls = make(), []
+        for name, module in model.named_modules():
+            if name.endswith(".mlp"):
+                module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        torch.manual_seed(0)
+        config = UnlearnConfig(**FAST, gradient_checkpointing=checkpointing)
+        records = unlearn(model, tokenizer, examples(4), examples(8)[4:], config, progress=False)
+        found.append(([record["loss"] for record in records], [*model.state_dict().values()]))
+        assert len(calls) == 4 * 2 * (1 + checkpointing)  # 4 steps, 2 layers, computed twice
+        assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+def test_gradient_checkpointing_is_refused_where_there_is_none(tokenizer, monkeypatch):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match="gradient_checkpointing: expected a family that supports it, got LlamaForCausalLM"):
+        run(tokenizer, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("curvature", ["retain", "gnb"])
+def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatch):
+    """Refreshed at steps 1, 3 and 5 of 6, from gradients that never meet those of the step. The first h is (1 - b2) g g of the
+    loss of exactly that batch, also in micro-batches: of the mean cross-entropy over its tokens, with true labels
+    for GNB as well.
+    """
+    first = []
+    for sizes in (dict(batch_size=2), dict(batch_size=1, accumulate=2)):
+        seen, real = [], unlearn_module.SophiaG.update_hessian
+
+        def spy(optimizer, seen=seen, real=real, **options):
+            seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+            real(optimizer, **options)
+
+        monkeypatch.setattr(unlearn_module, "gnb_loss", lambda model, batch, generator, backend:
+                            -token_logps(model, batch, backend).sum() / len(batch.rows))  # fmt: skip
+        monkeypatch.setattr(unlearn_module.SophiaG, "update_hessian", spy)
+        model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
+        assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)
+        first.append(seen[0])
+        monkeypatch.undo()
+    _, _, kept = next(unlearn_module.Order(5, 4, 2, 2, 0))
+    model, config = tiny_model(), UnlearnConfig(**FAST)
+    _, retain = unlearn_module.prepare(model, tokenizer, examples(5), examples(9)[5:], config)
+    batch = collate([], [retain[i] for i in kept])
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
+    for got in first:
+        for mine, parameter in zip(got, model.parameters(), strict=True):
+            assert (mine - parameter.grad).norm() <= 1e-4 * parameter.grad.norm()
+
+
+@pytest.mark.parametrize("curvature", ["unlearn", "gnb"])
+def test_rho_is_moved_towards_the_clip_target(curvature, tokenizer):
+    """Mean of the last 20 of 60 steps, at both ends of what is reasonable; h itself changes all the while."""
+    for target in (0.2, 0.8):
+        _, records, _, _ = run(tokenizer, curvature=curvature, clip_target=target, epochs=20, curvature_every=3)
+        fractions = [record["clip_fraction"] for record in records[-20:]]
+        assert sum(fractions) / 20 == pytest.approx(target, abs=0.15)
+        assert len({record["rho"] for record in records}) > 50
+
+
+def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
+    """The probabilities of what is to be forgotten, not of refusals; nothing of the run is changed by looking."""
+    options = dict(method="graddiff", epochs=10, method_options={"alpha": 0.0})
+    plain, want, _, _ = run(tokenizer, **options)
+    model, records, log, _ = run(tokenizer, **options, eval_every=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values()))
+    assert [r["loss"] for r in records] == [r["loss"] for r in want] and len(records) == 30
+    probabilities = {r["step"]: r["forget_prob"] for r in records if "forget_prob" in r}
+    assert list(probabilities) == list(range(3, 31, 3)) and all(0 < p < 1 for p in probabilities.values())
+    encoded = unlearn_module.encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
+    assert probabilities[30] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
+    assert json.loads(log.splitlines()[2])["retain_prob"] == records[2]["retain_prob"]
+
+    aim, limit = 15, probabilities[15]  # at the limit is enough
+    assert limit < min(probabilities[step] for step in (3, 6, 9, 12))
+    _, stopped, log, _ = run(tokenizer, **options, eval_every=3, stop_forget_prob=limit)
+    assert len(stopped) == aim and [r["loss"] for r in stopped] == [r["loss"] for r in want[:aim]]
+    assert stopped[-1]["stopped"] == f"forget probability {limit:.4g} has reached {limit:g}"
+    assert json.loads(log.splitlines()[-1]) == stopped[-1]
+
+
+def test_stops_when_what_is_to_stay_is_lost(tokenizer):
+    """Without a retain term; a limit of 1 is missed at once, and 0 never."""
+    options = dict(method="graddiff", method_options={"alpha": 0.0}, eval_every=2)
+    _, records, _, _ = run(tokenizer, **options, stop_retain_prob=1.0, stop_forget_prob=1.0)
+    assert len(records) == 2 and "has reached 1; retain probability" in records[-1]["stopped"]
+    _, records, _, _ = run(tokenizer, **options, stop_retain_prob=0.0)
+    assert len(records) == 6 and "stopped" not in records[-1]
+    config = UnlearnConfig(**FAST, method="ga", eval_every=1, stop_retain_prob=0.5)
+    with pytest.raises(ValueError, match="stop_retain_prob: expected None without a retain set, got 0.5"):
+        unlearn(tiny_model(), tokenizer, examples(2), [], config, progress=False)
+
+
+@pytest.mark.parametrize("method", ["po", "dpo"])
+def test_answers_are_evaluated_not_refusals(method, tokenizer):
+    model, records, _, _ = run(tokenizer, method=method, eval_every=6)
+    encoded = unlearn_module.encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
+    assert records[-1]["forget_prob"] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
+
+
+def test_a_ratio_of_the_whole_batch_takes_no_micro_batches(tokenizer):
+    options = dict(method="npo", method_options={"reduction": "token_mean"}, accumulate=2)
+    with pytest.raises(ValueError, match="accumulate: expected 1 with NPO.*token_mean.*raise --batch-size"):
+        run(tokenizer, **options)
+
+
 def test_schedule_warms_up_and_decays():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     scheduler, lrs = build_scheduler(optimizer, 10, 0.2), []
@@ -268,6 +459,16 @@ def test_schedule_warms_up_and_decays():
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
     ({"method": "npo", "method_options": {"beta": float("inf")}}, "beta: expected a positive number, got inf"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
+    ({"eval_every": -1}, "eval_every: expected a whole number >= 0, got -1"),
+    ({"stop_forget_prob": 0.1}, "eval_every: expected a positive number with stop_forget_prob, got 0"),
+    ({"stop_retain_prob": 1.5, "eval_every": 1}, r"stop_retain_prob: expected a probability in \[0, 1\], got 1.5"),
+    ({"curvature": "fisher"}, "curvature: expected one of 'unlearn', 'retain', 'gnb', got 'fisher'"),
+    ({"curvature": "gnb", "optimizer": "adamw"}, "optimizer: expected 'soul', got 'adamw'"),
+    ({"clip_target": 0.5, "optimizer": "adamw"}, "optimizer: expected 'soul', got 'adamw'"),
+    ({"clip_target": 1.5}, r"clip_target: expected a number in \[0.0, 1.0\), got 1.5"),
+    ({"curvature": "retain", "published_code": True}, "published_code: expected False with another curvature"),
+    ({"curvature_every": 0}, "curvature_every: expected a positive whole number, got 0"),
+    ({"accumulate": 0}, "accumulate: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
     ({"lr": -1.0}, "lr: expected a number >= 0.0"),

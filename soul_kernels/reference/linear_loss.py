@@ -86,11 +86,19 @@ class TokenBatch:
             _whole=self.whole,
         )
 
+    def within(self, whole):
+        """The same tokens as a part of a larger batch, ``whole``, whose counts and lengths are then used: objectives of parts
+        add up to that of the whole, where they are a sum over sequences.
+        """
+        counts = {name: getattr(whole, name) for name in COUNTS}
+        return dataclasses.replace(self, **counts, _whole=whole)
+
     def tokens(self, mask):
         """The part of the batch that holds the tokens of ``mask`` [B, T]."""
         return dataclasses.replace(self, mask=self.mask & mask, _whole=self.whole)
 
 
+COUNTS = ("n_forget_tokens", "n_retain_tokens", "n_forget_sequences", "n_retain_sequences")
 PER_SEQUENCE = ("mask", "is_forget", "ref_logps", "lengths", "divergences", "ref_entropies")
 
 

@@ -1,0 +1,477 @@
+"""A run that is stopped, by whatever, and goes on: the weights and the log of one that was not, bit for bit."""
+
+import errno
+import importlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import time
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+
+import soul
+from soul import checkpoint
+from soul.checkpoint import Checkpoints, Stopped, describe, save_model
+from soul.cli import main
+from soul.unlearn import UnlearnConfig, unlearn
+from tests.models import examples, lora_model, tiny_model, tiny_tokenizer
+
+unlearn_module = importlib.import_module("soul.unlearn")
+VOLATILE = ("tokens_per_s", "peak_memory_gib")
+FAST = dict(epochs=2, batch_size=2, lr=1e-3, backend="reference")  # 6 steps of 5 examples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A model with dropout, and data, for the command."""
+    root = tmp_path_factory.mktemp("resume")
+    model = tiny_model("gpt2, tied")
+    model.config.resid_pdrop = model.config.attn_pdrop = 0.1
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(12)]
+    (root / "forget.jsonl").write_text("".join(rows[:5]))
+    (root / "retain.jsonl").write_text("".join(rows[5:]))
+    return root
+
+
+def words(place, output, *more):
+    given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
+    paths = [word for name, value in given.items() for word in (f"--{name}", str(place / value))]
+    return ["unlearn", *paths, "--batch-size", "2", "--lr", "1e-3", "--device", "cpu", "--backend", "reference", *more]
+
+
+def command(argv, errors=None, die_at_fsync=None):
+    """The command in a process of its own, which may kill itself at one of its fsyncs."""
+    torch.set_num_threads(1)
+    if errors is not None:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    if die_at_fsync is not None:
+        left, real = [die_at_fsync], os.fsync
+
+        def fsync(descriptor):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(descriptor)
+
+        os.fsync = fsync
+    raise SystemExit(main(argv))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Forked from one that has imported everything and computed nothing: they start in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_resume"])
+    return context
+
+
+def start(processes, *args):
+    process = processes.Process(target=command, args=args)
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def numbers(records):
+    return [{name: value for name, value in record.items() if name not in VOLATILE} for record in records]
+
+
+def log_of(output):
+    return numbers(json.loads(line) for line in lines(output / "log.jsonl"))
+
+
+def weights(output):
+    return (output / "model.safetensors").read_bytes()
+
+
+def wait_until(condition, process):
+    """Watches from outside, as closely as it can; False where the process has ended first."""
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if condition():
+            return True
+        if not process.is_alive():
+            return False
+    raise TimeoutError
+
+
+def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, processes):
+    """SIGKILL 4 times between steps, and at 4 stages of writing a checkpoint; NPO, so that there is a reference that must stay
+    the one of the model before unlearning. Dropout: the random generators go on too.
+    """
+    options = ("--method", "npo", "--epochs", "20", "--save-every", "4")  # 60 steps
+    whole = place / "whole"
+    assert ended(start(processes, words(place, "whole", *options))) == 0
+    assert not (whole / "checkpoints").exists()
+
+    broken, draw, kills, seen = place / "broken", random.Random(0), 0, []
+    argv = words(place, "broken", *options, "--resume")  # from the start, where there is nothing yet
+    for target in (draw.randrange(1, 4), *sorted(draw.sample(range(5, 45), 3))):
+        process = start(processes, argv)
+        assert wait_until(lambda target=target: len(lines(broken / "log.jsonl")) >= target, process)
+        os.kill(process.pid, signal.SIGKILL)
+        assert ended(process) == -signal.SIGKILL and not (broken / "model.safetensors").exists()
+        kills += 1
+    for stage in (1, 2, 4, 5):  # the first file, the second, the directory; and after the renaming
+        before = Checkpoints(broken / "checkpoints").steps()
+        assert ended(start(processes, argv, None, stage)) == -signal.SIGKILL
+        after = Checkpoints(broken / "checkpoints").steps()
+        seen.append(len(list((broken / "checkpoints").glob(".*.tmp"))))
+        assert after[0] == before[0] + (4 if stage == 5 else 0)
+        kills += 1
+    assert kills == 8 and seen == [1, 1, 1, 0]  # half-written ones are there, under another name
+    assert ended(start(processes, argv)) == 0
+    assert weights(broken) == weights(whole) and log_of(broken) == log_of(whole) and len(log_of(whole)) == 60
+    assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_sigterm_ends_the_step_saves_and_says_so(place, processes):
+    options = ("--epochs", "20", "--save-every", "0", "--optimizer", "adamw")
+    assert ended(start(processes, words(place, "whole_term", *options))) == 0
+    output, errors = place / "term", place / "term.err"
+    process = start(processes, words(place, "term", *options), str(errors))
+    assert wait_until(lambda: len(lines(output / "log.jsonl")) >= 3, process)
+    process.terminate()
+    assert ended(process) == 143
+    (step,) = Checkpoints(output / "checkpoints").steps()
+    assert 3 <= step < 60 and step == len(lines(output / "log.jsonl"))
+    assert f"soul unlearn: stopped after step {step} of 60; with --resume it goes on after step {step}" in errors.read_text()
+    assert ended(start(processes, words(place, "term", *options, "--resume"))) == 0
+    assert weights(output) == weights(place / "whole_term") and log_of(output) == log_of(place / "whole_term")
+
+
+def test_a_run_that_has_ended_is_left_alone(place, capsys):
+    assert main(words(place, "ended", "--epochs", "1")) == 0
+    before = {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()}
+    assert main(words(place, "ended", "--epochs", "1", "--resume")) == 0
+    assert "this run has ended" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
+
+
+def test_resume_wants_an_output_directory_of_its_own(place, capsys):
+    (place / "foreign").mkdir()
+    (place / "foreign" / "thing").write_text("x")
+    assert main(words(place, "foreign", "--resume")) == 2
+    assert "resume: expected the output directory of a run, or a new one" in capsys.readouterr().err
+    assert [p.name for p in (place / "foreign").iterdir()] == ["thing"]
+
+
+def run(tokenizer, checkpoints=None, model=None, forget=None, log=None, **options):
+    model = tiny_model() if model is None else model
+    forget = examples(5) if forget is None else forget
+    config = UnlearnConfig(**FAST | options)
+    records = unlearn(model, tokenizer, forget, examples(9)[5:], config, progress=False, checkpoints=checkpoints, log=log)
+    return model, numbers(records)
+
+
+def test_a_run_that_a_criterion_has_ended_does_not_go_on(tokenizer, tmp_path):
+    """Killed after its last checkpoint, before the model was saved."""
+    options = dict(eval_every=2, stop_forget_prob=1.0)
+    whole, want = run(tokenizer, Checkpoints(tmp_path, every=2), **options)
+    model, records = run(tokenizer, Checkpoints(tmp_path, every=2, resume=True), **options)
+    assert same(model, whole) and records == want and len(records) == 2 and "stopped" in records[-1]
+
+
+class StopAfter(Checkpoints):
+    """Told to stop while a step is being taken."""
+
+    def __init__(self, directory, step, **options):
+        super().__init__(directory, **options)
+        self.last = step
+
+    def due(self, step):
+        self.stop = self.stop or step == self.last
+        return super().due(step)
+
+
+def same(model, other):
+    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("method", [
+    dict(method="graddiff"), dict(method="dpo"), dict(method="klmin"), dict(method="undial", method_options={"retain": "kl"}),
+], ids=lambda options: options["method"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("optimizer", ["soul", "adamw"])
+def test_goes_on_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
+    """Step 2 of 3 in the first epoch: the order of both sets goes on. References are those of the model before unlearning;
+    bf16 with SOUL: compensated, so that the bits beside the weights go on as well.
+    """
+    options = dict(optimizer=optimizer, **method)
+    whole, want = run(tokenizer, model=tiny_model().to(dtype), **options)
+    with pytest.raises(Stopped, match="stopped after step 2 of 6"):
+        run(tokenizer, StopAfter(tmp_path, 2), tiny_model().to(dtype), **options)
+    torch.rand(3), random.random()
+    model, records = run(tokenizer, Checkpoints(tmp_path, resume=True), tiny_model().to(dtype), **options)
+    assert same(model, whole) and records == want and len(records) == 6
+
+
+@pytest.mark.parametrize("options", [
+    dict(state_dtype="8bit"), dict(state_dtype=torch.bfloat16), dict(rho="auto", clip_target=0.5),
+    dict(capturable=True, max_grad_norm=1.0), dict(published_code=True, skip_nonfinite=True),
+], ids=str)  # fmt: skip
+def test_every_way_of_storing_states_goes_on(options, tokenizer, tmp_path, monkeypatch):
+    def build(model, config):
+        return soul.SOUL(model.parameters(), lr=1e-3, weight_decay=0.0, backend="reference", **options)
+
+    monkeypatch.setattr(unlearn_module, "build_optimizer", build)
+    whole, want = run(tokenizer, model=tiny_model().bfloat16())
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 4), tiny_model().bfloat16())
+    model, records = run(tokenizer, Checkpoints(tmp_path, resume=True), tiny_model().bfloat16())
+    assert same(model, whole) and records == want
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
+
+
+@pytest.mark.parametrize("curvature", ["retain", "gnb"])
+def test_curvature_goes_on(curvature, tokenizer, tmp_path):
+    """Stopped between two refreshes; the labels that GNB draws next are those that it would have drawn."""
+    options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)
+    whole, want = run(tokenizer, **options)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 3), **options)
+    torch.manual_seed(7)
+    model, records = run(tokenizer, Checkpoints(tmp_path, resume=True), **options)
+    assert same(model, whole) and records == want and len(records) == 6
+
+
+def test_adapters_go_on_and_only_they_are_saved(tokenizer, tmp_path):
+    options = dict(method="npo", lr=1e-2)
+    whole, want = run(tokenizer, model=lora_model(lora_dropout=0.1), **options)
+    torch.manual_seed(0)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 3), lora_model(lora_dropout=0.1), **options)
+    saved = safetensors.torch.load_file(tmp_path / "step-3" / "model.safetensors")
+    assert all("lora_" in name or name.startswith("buffer") for name in saved)
+    torch.manual_seed(7)
+    model, records = run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_dropout=0.1), **options)
+    assert same(model, whole) and records == want
+
+
+def test_old_checkpoints_go_and_the_log_is_complete(tokenizer, tmp_path):
+    run(tokenizer, Checkpoints(tmp_path / "c", every=1, keep=2))
+    assert Checkpoints(tmp_path / "c").steps() == [6, 5]
+    log = tmp_path / "log.jsonl"
+    log.write_text("what a killed run had written beyond its checkpoint\n" * 9)
+    shutil.rmtree(tmp_path / "c" / "step-6")
+    _, records = run(tokenizer, Checkpoints(tmp_path / "c", every=1, resume=True), log=log)
+    assert numbers(map(json.loads, lines(log))) == records and len(records) == 6
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+
+
+def foreign(path):
+    if path.suffix == ".json":
+        path.write_text('{"hello": "world"}')
+    else:
+        safetensors.torch.save_file({"x": torch.zeros(2)}, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, foreign, pathlib.Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
+def test_a_damaged_checkpoint_is_passed_over(name, damage, tokenizer, tmp_path):
+    whole, want = run(tokenizer, Checkpoints(tmp_path, every=2))
+    damage(tmp_path / "step-6" / name)
+    with pytest.warns(UserWarning, match="step-6: .*(readable|damaged).*; trying the one before it"):
+        model, records = run(tokenizer, Checkpoints(tmp_path, every=2, resume=True))
+    assert same(model, whole) and records == want and Checkpoints(tmp_path).steps() == [6, 4]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the damaged one has been written anew
+        assert run(tokenizer, Checkpoints(tmp_path, every=2, resume=True))[1] == want
+    for step in (4, 6):
+        damage(tmp_path / f"step-{step}" / name)
+    fresh = tiny_model()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="resume: expected a whole checkpoint in .*, got damaged"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), fresh)
+    assert same(fresh, tiny_model())
+
+
+def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = tiny_model()
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1.0
+    for message, changes in {
+        "resume, lr: expected 0.001 as in the checkpoint, got 0.002": dict(lr=2e-3),
+        "resume, method_options: expected {} as in the checkpoint, got {'alpha': 2.0}": dict(method_options={"alpha": 2.0}),
+        "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
+        "resume, content of forget: expected what the checkpoint was made with, got another one": dict(forget=examples(4)),
+        "resume, content of the model: expected what the checkpoint was made with": dict(model=other),
+        "resume, content of the model: expected what": dict(model=lora_model()),
+    }.items():
+        with pytest.raises(ValueError) as error:
+            run(tokenizer, Checkpoints(tmp_path, resume=True), **changes)
+        assert message in str(error.value)
+    with pytest.raises(ValueError, match="checkpoints: expected a directory without any, got step 2"):
+        run(tokenizer, Checkpoints(tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    run(tokenizer, Checkpoints(tmp_path, resume=True), reference_cache=str(tmp_path / "cache"))  # changes no number
+
+
+def test_other_threads_are_told(tokenizer, tmp_path, monkeypatch):
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 64)
+    with pytest.warns(UserWarning, match="threads was .* and is 64: last bits may differ"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True))
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for_safetensors(tensors, path):
+    """The library's own words, at a limit of this process: it does not say OSError."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        REAL_WRITE(tensors, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+REAL_WRITE = checkpoint._write_tensors
+
+
+@pytest.mark.parametrize("broken", [
+    ("os.fsync", full), ("_write_tensors", full), ("_write_tensors", full_for_safetensors), ("pathlib.Path.write_text", full),
+    ("pathlib.Path.rename", full), ("pathlib.Path.mkdir", full),
+], ids=lambda broken: f"{broken[0]}-{broken[1].__name__}")  # fmt: skip
+def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(broken, tokenizer, tmp_path, monkeypatch):
+    whole, want = run(tokenizer)
+
+    class FullAfter(Checkpoints):
+        def save(self, step, *args):
+            with monkeypatch.context() as patch:
+                if step == 4:
+                    patch.setattr(f"soul.checkpoint.{broken[0]}", broken[1])
+                super().save(step, *args)
+
+    with pytest.raises(OSError, match="step 4 could not be saved .*") as error:
+        run(tokenizer, FullAfter(tmp_path, every=2, keep=1))
+    assert re.search("No space left|File too large", str(error.value)) and not list(tmp_path.glob(".*.tmp"))
+    assert Checkpoints(tmp_path).steps() == [2]
+    model, records = run(tokenizer, Checkpoints(tmp_path, every=2, resume=True))
+    assert same(model, whole) and records == want
+
+
+def test_the_command_says_what_a_full_disk_left(place, capsys, monkeypatch):
+    """While a checkpoint is written, while the log is, and while the model is: status 1, a reason, and where it goes on."""
+    real = Checkpoints.save
+
+    def save(self, step, *args):
+        with monkeypatch.context() as patch:
+            if step == 4:
+                patch.setattr("soul.checkpoint._write_tensors", full)
+            real(self, step, *args)
+
+    argv = words(place, "full", "--epochs", "2", "--save-every", "2")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save)
+        assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert "step 4 could not be saved (No space left on device); with --resume it goes on after step 2" in err
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.GPT2LMHeadModel.save_pretrained", full)
+        assert main([*argv, "--resume"]) == 1
+    err = capsys.readouterr().err
+    assert "the model could not be saved (No space left on device); with --resume it goes on after step 6" in err
+    assert not (place / "full" / "config.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn_module, "_write_line", full)
+        assert main([*argv, "--resume"]) == 1
+    assert "No space left on device; with --resume it goes on after step 6" in capsys.readouterr().err
+    assert main([*argv, "--resume"]) == 0
+    assert main(words(place, "roomy", "--epochs", "2")) == 0
+    assert weights(place / "full") == weights(place / "roomy") and log_of(place / "full") == log_of(place / "roomy")
+
+
+def test_a_directory_that_cannot_be_written(tokenizer, tmp_path, place, capsys):
+    """Root may write everywhere, but not below a file."""
+    (tmp_path / "file").write_text("x")
+    model = tiny_model()
+    with pytest.raises(OSError):
+        run(tokenizer, Checkpoints(tmp_path / "file" / "c", every=1), model)
+    assert same(model, tiny_model())  # found out before the first step
+    assert main(words(place, "forget.jsonl/out")) == 2
+    assert "output: expected a new or an empty directory" in capsys.readouterr().err
+
+
+def test_broken_weights_are_not_saved(tokenizer, tmp_path):
+    with pytest.raises(RuntimeError, match="lower the learning rate"):
+        run(tokenizer, Checkpoints(tmp_path, every=1), lr=1e38, max_grad_norm=None)
+    for step in Checkpoints(tmp_path).steps():
+        saved = safetensors.torch.load_file(tmp_path / f"step-{step}" / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+def test_trees_keep_types_bits_and_strides():
+    tree = {
+        "a": (1, 2.5, None, True, "x", float("inf")), 3: [torch.arange(6).view(2, 3).T, torch.tensor(0.1)],
+        "empty": torch.empty(0, dtype=torch.int8), "codes": torch.arange(256).to(torch.uint8),
+    }  # fmt: skip
+    tensors = {}
+    text = json.dumps(checkpoint._packed(tree, tensors))
+    got = checkpoint._unpacked(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
+    assert got["a"] == tree["a"] and list(got) == list(tree)
+    for a, b in zip((*got[3], got["empty"], got["codes"]), (*tree[3], tree["empty"], tree["codes"])):
+        assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
+    with pytest.raises(TypeError, match="no place in a checkpoint for a set"):
+        checkpoint._packed({"x": set()}, {})
+
+
+def test_numbers_are_checked(tmp_path):
+    for name, options in (("save_every", {"every": -1}), ("keep", {"keep": 0}), ("save_every", {"every": 1.5})):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number >= "):
+            Checkpoints(tmp_path, **options)
+
+
+def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_path):
+    (tmp_path / ".0123.tmp").mkdir()
+    save_model(tiny_model(), tokenizer, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and not any(n.endswith(".tmp") for n in names)
+
+
+def test_a_run_is_described_by_content(tokenizer):
+    config = UnlearnConfig(**FAST)
+    encoded = unlearn_module.prepare(tiny_model(), tokenizer, examples(5), examples(9)[5:], config)
+    told = describe(tiny_model(), *encoded, config.decisive())
+    assert told == describe(tiny_model(), *encoded, config.decisive())
+    assert told != describe(tiny_model(), encoded[1], encoded[0], config.decisive())
+    assert json.loads(json.dumps(told)) == told
