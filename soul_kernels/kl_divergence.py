@@ -4,18 +4,18 @@ Both read the statistics that `token_statistics` has taken of either chunk; so t
 term of the divergence can be formed without cancellation.
 """
 
-from soul_kernels._launch import launch, tl, triton, triton_dtype
+from soul_kernels._launch import tl, triton
 from soul_kernels.reference.kl_divergence import FLOOR
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import (
     VECTORS,
+    launch_rows,
     load_raw,
     log1p,
     logits_of,
     store_block,
     store_zeros,
     times_slope,
-    transform_arguments,
 )
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
@@ -246,28 +246,22 @@ def divergence_statistics(
         logit_scale: as in `token_statistics`, of both.
         softcap: as in `token_statistics`, of both.
     """
-    n_rows, n_vocab = logits.shape
-    launch(
+    launch_rows(
         _divergence_kernel,
-        (n_rows,),
-        logits.device,
-        logits_ptr=logits,
+        DIVERGENCE_CONFIG,
+        logits,
+        statistics,
+        transform=(logit_scale, softcap),
         ref_logits_ptr=ref_logits,
         labels_ptr=labels,
-        statistics_ptr=statistics,
-        statistics_stride=statistics.stride(0),
         ref_statistics_ptr=ref_statistics,
         ref_statistics_stride=ref_statistics.stride(0),
         strengths_ptr=strengths,
         divergences_ptr=divergences,
         divergences_stride=divergences.stride(0),
-        n_vocab=n_vocab,
-        row_stride=logits.stride(0),
         ref_row_stride=ref_logits.stride(0),
         HAS_STRENGTHS=strengths is not None,
         SOUL=kind == "soul_kl",
-        **transform_arguments(logit_scale, softcap),
-        **DIVERGENCE_CONFIG,
     )
 
 
@@ -292,30 +286,22 @@ def divergence_gradient(
         logit_scale: as in `token_statistics`, of both.
         softcap: as in `token_statistics`, of both.
     """
-    n_rows, n_vocab = logits.shape
-    launch(
+    launch_rows(
         _divergence_gradient_kernel,
-        (n_rows,),
-        logits.device,
-        logits_ptr=logits,
+        GRADIENT_CONFIG,
+        logits,
+        statistics,
+        out=out,
+        transform=(logit_scale, softcap),
         ref_logits_ptr=ref_logits,
         labels_ptr=labels,
-        statistics_ptr=statistics,
-        statistics_stride=statistics.stride(0),
         ref_statistics_ptr=ref_statistics,
         ref_statistics_stride=ref_statistics.stride(0),
         strengths_ptr=strengths,
         divergences_ptr=divergences,
         coefficients_ptr=coefficients,
         weights_ptr=weights,
-        out_ptr=out,
-        n_vocab=n_vocab,
-        row_stride=logits.stride(0),
         ref_row_stride=ref_logits.stride(0),
-        out_stride=out.stride(0),
-        OUT_DTYPE=triton_dtype(out.dtype),
         HAS_STRENGTHS=strengths is not None,
         SOUL=kind == "soul_kl",
-        **transform_arguments(logit_scale, softcap),
-        **GRADIENT_CONFIG,
     )

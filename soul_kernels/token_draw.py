@@ -4,20 +4,20 @@ Before, `likeliest_statistics` has summed the row. 1 - p of the drawn label must
 and nobody knows yet which label that will be: so the sum is kept without the largest term.
 """
 
-from soul_kernels._launch import launch, tl, triton, triton_dtype
+from soul_kernels._launch import tl, triton
 from soul_kernels.rounding import round_nearest
 from soul_kernels.token_logprob import (
     GRADIENT_CONFIG,
     IGNORED,
     STATISTICS_CONFIG,
     VECTORS,
+    launch_rows,
     load_raw,
     log1p,
     logits_of,
     store_block,
     store_zeros,
     times_slope,
-    transform_arguments,
     transformed,
 )
 
@@ -182,19 +182,13 @@ def likeliest_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap
         logit_scale: as in `token_statistics`.
         softcap: as in `token_statistics`.
     """
-    n_rows, n_vocab = logits.shape
-    launch(
+    launch_rows(
         _likeliest_kernel,
-        (n_rows,),
-        logits.device,
-        logits_ptr=logits,
+        STATISTICS_CONFIG,
+        logits,
+        statistics,
+        transform=(logit_scale, softcap),
         labels_ptr=labels,
-        statistics_ptr=statistics,
-        statistics_stride=statistics.stride(0),
-        n_vocab=n_vocab,
-        row_stride=logits.stride(0),
-        **transform_arguments(logit_scale, softcap),
-        **STATISTICS_CONFIG,
     )
 
 
@@ -211,22 +205,14 @@ def draw_labels(logits, labels, uniforms, statistics, coefficients, out, *, logi
         logit_scale: as in `token_statistics`.
         softcap: as in `token_statistics`.
     """
-    n_rows, n_vocab = logits.shape
-    launch(
+    launch_rows(
         _draw_kernel,
-        (n_rows,),
-        logits.device,
-        logits_ptr=logits,
+        GRADIENT_CONFIG,
+        logits,
+        statistics,
+        out=out,
+        transform=(logit_scale, softcap),
         labels_ptr=labels,
         uniforms_ptr=uniforms,
-        statistics_ptr=statistics,
-        statistics_stride=statistics.stride(0),
         coefficients_ptr=coefficients,
-        out_ptr=out,
-        n_vocab=n_vocab,
-        row_stride=logits.stride(0),
-        out_stride=out.stride(0),
-        OUT_DTYPE=triton_dtype(out.dtype),
-        **transform_arguments(logit_scale, softcap),
-        **GRADIENT_CONFIG,
     )

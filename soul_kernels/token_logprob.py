@@ -236,13 +236,27 @@ def _gradient_kernel(
         store_zeros(out_row, n_vocab, OUT_DTYPE, BLOCK)
 
 
-def transform_arguments(logit_scale, softcap):
-    """Arguments of a row kernel that turn raw products into logits."""
-    return dict(
+def launch_rows(kernel, config, logits, statistics, *, transform, out=None, **arguments):
+    """Launches a row kernel: one program a row of ``logits`` [n, V], with what all of them take, and ``arguments``."""
+    n_rows, n_vocab = logits.shape
+    logit_scale, softcap = transform
+    if out is not None:
+        arguments |= dict(out_ptr=out, out_stride=out.stride(0), OUT_DTYPE=triton_dtype(out.dtype))
+    launch(
+        kernel,
+        (n_rows,),
+        logits.device,
+        logits_ptr=logits,
+        statistics_ptr=statistics,
+        statistics_stride=statistics.stride(0),
+        n_vocab=n_vocab,
+        row_stride=logits.stride(0),
         logit_scale=float(logit_scale),
         softcap=1.0 if softcap is None else float(softcap),
         SCALED=logit_scale != 1.0,
         CAPPED=softcap is not None,
+        **arguments,
+        **config,
     )
 
 
@@ -257,20 +271,14 @@ def token_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap=Non
         logit_scale: the raw products are multiplied by it.
         softcap: then capped: ``softcap tanh(z / softcap)``; None: not.
     """
-    n_rows, n_vocab = logits.shape
-    launch(
+    launch_rows(
         _statistics_kernel,
-        (n_rows,),
-        logits.device,
-        logits_ptr=logits,
+        STATISTICS_CONFIG,
+        logits,
+        statistics,
+        transform=(logit_scale, softcap),
         labels_ptr=labels,
-        statistics_ptr=statistics,
-        statistics_stride=statistics.stride(0),
-        n_vocab=n_vocab,
-        row_stride=logits.stride(0),
         ALL=len(statistics) == N_ALL,
-        **transform_arguments(logit_scale, softcap),
-        **STATISTICS_CONFIG,
     )
 
 
@@ -287,21 +295,13 @@ def token_gradient(logits, labels, statistics, coefficients, out, *, logit_scale
         logit_scale: as in `token_statistics`.
         softcap: as in `token_statistics`.
     """
-    n_rows, n_vocab = logits.shape
-    launch(
+    launch_rows(
         _gradient_kernel,
-        (n_rows,),
-        logits.device,
-        logits_ptr=logits,
+        GRADIENT_CONFIG,
+        logits,
+        statistics,
+        out=out,
+        transform=(logit_scale, softcap),
         labels_ptr=labels,
-        statistics_ptr=statistics,
-        statistics_stride=statistics.stride(0),
         coefficients_ptr=coefficients,
-        out_ptr=out,
-        n_vocab=n_vocab,
-        row_stride=logits.stride(0),
-        out_stride=out.stride(0),
-        OUT_DTYPE=triton_dtype(out.dtype),
-        **transform_arguments(logit_scale, softcap),
-        **GRADIENT_CONFIG,
     )
