@@ -10,7 +10,7 @@ import torch
 from soul import metrics
 from soul.data import TEMPLATE, ask, collate
 from soul.models import autocast, evaluating, head, hidden_states, token_statistics, transform
-from soul.unlearn import encode_for
+from soul.prepare import encode_for
 from soul_kernels import TokenStatistics, linear_kl
 from soul_kernels._checks import argument_error, check_choice
 from soul_kernels._launch import BACKENDS
@@ -64,7 +64,7 @@ def encode_questions(model, tokenizer, questions, config, name):
     """`Asked` of a list of `soul.data.Question`.
 
     Raises:
-        ArgumentError: a sequence or the answer to be generated does not fit the model, as `soul.unlearn.encode_for`.
+        ArgumentError: a sequence or the answer to be generated does not fit the model, as `soul.prepare.encode_for`.
     """
 
     def encoded(pairs, kind):

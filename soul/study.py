@@ -16,11 +16,14 @@ import torch
 
 from soul import corpus
 from soul._extras import require
+from soul.config import UnlearnConfig, build_scheduler
 from soul.data import batches_by_length, collate, encode, read_jsonl
 from soul.evaluate import evaluate
 from soul.losses import GradDiff
 from soul.models import pick_device
-from soul.unlearn import Diverged, UnlearnConfig, build_scheduler, check_output, train_step, unlearn
+from soul.output import check_output
+from soul.step import train_step
+from soul.unlearn import Diverged, unlearn
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
 

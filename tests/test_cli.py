@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from soul.cli import main
+from soul.config import UnlearnConfig
 from soul.models import load
-from soul.unlearn import UnlearnConfig
 from tests.helpers import needs_rouge
 from tests.models import examples, tiny_model, tiny_tokenizer
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from soul import SOUL, SophiaG, losses
+from soul.config import UnlearnConfig
 from soul.data import Example, collate, encode
 from soul.integrations import trl
 from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning, optimizer_of, unlearning_loss
 from soul.integrations.open_unlearning import CONFIGS
 from soul.models import head, hidden_states, transform
+from soul.prepare import prepare
 from soul.reference import reference_hidden, reference_logps
-from soul.unlearn import UnlearnConfig, prepare
 from soul_kernels import linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close, mutant
@@ -555,7 +556,7 @@ def test_optimizer_options_of_a_configuration(tmp_path):
 
 
 def test_command_prepares_the_same_sequences(tmp_path):
-    """What the docs say: `soul.unlearn.prepare` makes the sequences of an UnlearningDataset."""
+    """What the docs say: `soul.prepare.prepare` makes the sequences of an UnlearningDataset."""
     tokenizer = tiny_tokenizer()
     forget, retain = prepare(tiny_model(), tokenizer, examples(3), examples(2), UnlearnConfig(method="dpo"))
     assert len(UnlearningDataset(forget, retain, pairs=True)) == 3

@@ -22,7 +22,9 @@ import soul
 from soul import checkpoint
 from soul.checkpoint import Checkpoints, Stopped, describe, save_model
 from soul.cli import main
-from soul.unlearn import UnlearnConfig, unlearn
+from soul.config import UnlearnConfig
+from soul.prepare import prepare
+from soul.unlearn import unlearn
 from tests.models import examples, lora_model, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.unlearn")
@@ -470,7 +472,7 @@ def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_
 
 def test_a_run_is_described_by_content(tokenizer):
     config = UnlearnConfig(**FAST)
-    encoded = unlearn_module.prepare(tiny_model(), tokenizer, examples(5), examples(9)[5:], config)
+    encoded = prepare(tiny_model(), tokenizer, examples(5), examples(9)[5:], config)
     told = describe(tiny_model(), *encoded, config.decisive())
     assert told == describe(tiny_model(), *encoded, config.decisive())
     assert told != describe(tiny_model(), encoded[1], encoded[0], config.decisive())

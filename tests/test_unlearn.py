@@ -8,15 +8,19 @@ import torch
 
 import soul
 from soul import losses
-from soul.data import Example, collate
+from soul.config import UnlearnConfig, build_scheduler
+from soul.data import Example, Order, collate
 from soul.evaluate import answer_probability
 from soul.models import token_logps
-from soul.unlearn import Recorded, UnlearnConfig, build_scheduler, check_output, unlearn
+from soul.output import check_output
+from soul.prepare import encode_for, prepare
+from soul.step import Recorded
+from soul.unlearn import Diverged, unlearn
 from soul_kernels import linear_objective
 from tests.helpers import mutant
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 
-unlearn_module = importlib.import_module("soul.unlearn")
+unlearn_module, step_module = (importlib.import_module(f"soul.{name}") for name in ("unlearn", "step"))
 FAST = dict(epochs=2, batch_size=2, lr=1e-3, backend="reference")
 
 
@@ -75,13 +79,13 @@ def test_seed_decides_everything(tokenizer):
 
 def test_gradients_are_dropped_before_the_next_forward_and_at_the_end(tokenizer, monkeypatch):
     """Two gradients of a large model at a time would not fit where one does."""
-    held, real = [], unlearn_module.hidden_states
+    held, real = [], step_module.hidden_states
 
     def spy(model, batch):
         held.append(sum(p.grad is not None for p in model.parameters()))
         return real(model, batch)
 
-    monkeypatch.setattr(unlearn_module, "hidden_states", spy)
+    monkeypatch.setattr(step_module, "hidden_states", spy)
     model, *_ = run(tokenizer)
     assert held == [0] * 6 and all(p.grad is None for p in model.parameters())
 
@@ -95,7 +99,7 @@ def test_a_broken_last_step_is_not_a_success(tokenizer, monkeypatch):
         return values
 
     monkeypatch.setattr(unlearn_module, "train_step", break_weights)
-    with pytest.raises(unlearn_module.Diverged, match="lower the learning rate"):
+    with pytest.raises(Diverged, match="lower the learning rate"):
         run(tokenizer, epochs=1, batch_size=5)
 
 
@@ -154,7 +158,7 @@ def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkey
     config = UnlearnConfig(method="dpo", epochs=3, batch_size=6, method_options={"alpha": 0.0}, backend="reference")
     model = tiny_model()
     unlearn(model, tokenizer, examples(6), [], config, progress=False)
-    paired, _ = unlearn_module.prepare(model, tokenizer, examples(6), [], config)
+    paired, _ = prepare(model, tokenizer, examples(6), [], config)
     assert seen == [paired] * 3
 
 
@@ -193,7 +197,7 @@ def test_dpo_prefers_refusals_and_logs_the_answers(tokenizer):
 
     model = tiny_model()
     config = UnlearnConfig(method="dpo", lr=1e-3, method_options={"alpha": 0.0}, **options | dict(epochs=10))
-    paired, _ = unlearn_module.prepare(model, tokenizer, forget, [], config)
+    paired, _ = prepare(model, tokenizer, forget, [], config)
     before = soul.reference_logps(model, paired, backend="reference")
     unlearn(model, tokenizer, forget, [], config, progress=False)
     after = soul.reference_logps(model, paired, backend="reference")
@@ -273,7 +277,7 @@ def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatc
         def keep(optimizer, gradients=gradients):
             gradients += [p.grad.clone() for p in optimizer.param_groups[0]["params"]]
 
-        monkeypatch.setattr(unlearn_module.SOUL, "step", keep)
+        monkeypatch.setattr(soul.SOUL, "step", keep)
         config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
         (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
         found.append((record, gradients))
@@ -295,9 +299,8 @@ def ragged(n):
     ("batch.within(self.whole)", "batch"), ("total + loss.detach()", "loss.detach()"), ("sums.get(name, 0.0) -", "0.0 -"),
 ])  # fmt: skip
 def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeypatch):
-    broken = mutant("soul.unlearn", old, new, tmp_path)
-    monkeypatch.setitem(globals(), "unlearn_module", broken)
-    monkeypatch.setitem(globals(), "unlearn", broken.unlearn)
+    broken = mutant("soul.step", old, new, tmp_path)
+    monkeypatch.setattr(unlearn_module, "train_step", broken.train_step)
     with pytest.raises(AssertionError):
         test_micro_batches_make_the_step_of_one_batch(dict(method="graddiff"), tokenizer, monkeypatch)
 
@@ -363,22 +366,22 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
     """
     first = []
     for sizes in (dict(batch_size=2), dict(batch_size=1, accumulate=2)):
-        seen, real = [], unlearn_module.SophiaG.update_hessian
+        seen, real = [], soul.SophiaG.update_hessian
 
         def spy(optimizer, seen=seen, real=real, **options):
             seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
             real(optimizer, **options)
 
-        monkeypatch.setattr(unlearn_module, "gnb_loss", lambda model, batch, generator, backend:
+        monkeypatch.setattr(step_module, "gnb_loss", lambda model, batch, generator, backend:
                             -token_logps(model, batch, backend).sum() / len(batch.rows))  # fmt: skip
-        monkeypatch.setattr(unlearn_module.SophiaG, "update_hessian", spy)
+        monkeypatch.setattr(soul.SophiaG, "update_hessian", spy)
         model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
         assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)
         first.append(seen[0])
         monkeypatch.undo()
-    _, _, kept = next(unlearn_module.Order(5, 4, 2, 2, 0))
+    _, _, kept = next(Order(5, 4, 2, 2, 0))
     model, config = tiny_model(), UnlearnConfig(**FAST)
-    _, retain = unlearn_module.prepare(model, tokenizer, examples(5), examples(9)[5:], config)
+    _, retain = prepare(model, tokenizer, examples(5), examples(9)[5:], config)
     batch = collate([], [retain[i] for i in kept])
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
@@ -406,7 +409,7 @@ def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
     assert [r["loss"] for r in records] == [r["loss"] for r in want] and len(records) == 30
     probabilities = {r["step"]: r["forget_prob"] for r in records if "forget_prob" in r}
     assert list(probabilities) == list(range(3, 31, 3)) and all(0 < p < 1 for p in probabilities.values())
-    encoded = unlearn_module.encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
+    encoded = encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
     assert probabilities[30] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
     assert json.loads(log.splitlines()[2])["retain_prob"] == records[2]["retain_prob"]
 
@@ -433,7 +436,7 @@ def test_stops_when_what_is_to_stay_is_lost(tokenizer):
 @pytest.mark.parametrize("method", ["po", "dpo"])
 def test_answers_are_evaluated_not_refusals(method, tokenizer):
     model, records, _, _ = run(tokenizer, method=method, eval_every=6)
-    encoded = unlearn_module.encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
+    encoded = encode_for(model, tokenizer, examples(5), UnlearnConfig(), "forget")
     assert records[-1]["forget_prob"] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
 
 
@@ -498,10 +501,10 @@ def test_rows_of_pairs_are_counted_as_in_the_file(tokenizer):
     config = UnlearnConfig(**FAST, method="dpo", max_length=40)
     long = Example("Question:", " word" * 200)
     short = Example("Q:", " A")
-    assert len(unlearn_module.prepare(tiny_model(), tokenizer, [short, long], [short], config)[0]) == 4
+    assert len(prepare(tiny_model(), tokenizer, [short, long], [short], config)[0]) == 4
     far = Example("Question: " + "word " * 200, " A")  # the prompt alone is too long
     with pytest.raises(ValueError, match="forget, row 1: expected a label within 40 tokens"):
-        unlearn_module.prepare(tiny_model(), tokenizer, [short, far], [short], config)
+        prepare(tiny_model(), tokenizer, [short, far], [short], config)
 
 
 def test_output_directory(tmp_path):

@@ -1,0 +1,108 @@
+"""``soul evaluate``: TOFU's metrics."""
+
+import dataclasses
+import sys
+
+from soul._extras import require
+from soul.commands._place import add_place
+from soul.data import TEMPLATE
+from soul.metrics import MIN_K
+from soul_kernels._checks import argument_error
+
+HELP = "TOFU's metrics, of a model or of evaluation logs"
+
+
+def add_arguments(parser):
+    """Declares the options."""
+    what = parser.add_argument_group("what")
+    either = what.add_mutually_exclusive_group(required=True)
+    either.add_argument("--from-logs", metavar="DIR", help="logs in TOFU's layout; no model, no GPU")
+    either.add_argument(
+        "--model", metavar="DIR_OR_NAME", help="directory or hub name of a causal LM; needs --data and --output"
+    )
+    what.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: for forget quality")
+    what.add_argument("--json", metavar="FILE", help="new file for the numbers")
+    how = parser.add_argument_group("with --model")
+    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl")
+    how.add_argument("--output", metavar="DIR", help="new or empty directory for the logs, which --from-logs reads")
+    how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
+    how.add_argument("--holdout", metavar="FILE", help="JSON lines that the model never saw: for the AUC of Min-K and Min-K++")
+    how.add_argument("--split", default="forget10", metavar="NAME", help="what was to be forgotten (default: %(default)s)")
+    how.add_argument("--rows", type=int, metavar="N", help="the first of each file (default: all; TOFU's own logs: 300)")
+    how.add_argument("--template", default=TEMPLATE, metavar="TEXT", help="the text that is put to the model, with {question} "
+                     "and {answer} (default: as in training, 'Question: ...' and 'Answer: ...' on two lines)")  # fmt: skip
+    how.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="part of the tokens (default: %(default)s)")
+    how.add_argument(
+        "--max-new-tokens", type=int, default=200, metavar="N", help="of a generated answer (default: %(default)s)"
+    )
+    how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default: %(default)s)")
+    how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters (default: %(default)s)")
+    add_place(how)
+
+
+def run(args):
+    """Runs the command."""
+    from soul import eval_logs
+    from soul.metrics import summarize
+
+    for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):  # before anything takes its time
+        require(name, "eval")
+    target = None if args.json is None else eval_logs.check_new_file(args.json, "json")
+    if args.from_logs is not None:
+        for name in ("data", "output", "retain_model", "holdout"):
+            if getattr(args, name) is not None:
+                raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
+        columns, retain, written = eval_logs.read_logs(args.from_logs), None, {}
+        if args.retain_logs is not None:
+            retain = eval_logs.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
+    else:
+        columns, retain, written = _run_model(args, target)
+    summary = summarize(columns, retain)
+    for directory, logs in written.items():
+        eval_logs.write_logs(directory, logs)
+    if target is not None:
+        eval_logs.write_json(target, summary)
+    for name, value in summary.items():
+        print(f"{name:36} {value:.6g}")
+    if retain is None:
+        print("no forget quality: it needs a retain model's logs (--retain-logs)")
+
+
+def _run_model(args, target):
+    """Columns of a model's logs, of the retain model's, and what to write: directory -> logs."""
+    import functools
+    import pathlib
+
+    from soul import eval_logs, models
+    from soul.data import read_jsonl, read_questions
+    from soul.evaluate import EvaluateConfig, retain_log, tofu_logs
+    from soul.output import check_output
+
+    for name in ("data", "output"):
+        if getattr(args, name) is None:
+            raise argument_error(name, "a directory beside --model", "none", f"pass --{name}")
+    if args.retain_logs is not None and args.retain_model is not None:
+        raise argument_error("retain_model", "either it or --retain-logs", "both", "pass one")
+    if args.rows is not None and args.rows < 1:
+        raise argument_error("rows", "a positive whole number", args.rows, "leave it out to take all")
+    config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
+    output = check_output(args.output)
+    if target is not None and eval_logs.in_the_way(target, (output, output / "retain")):
+        raise argument_error("json", "a file beside the logs", str(target), "choose another name")
+    require("rouge_score", "eval")
+    files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
+    sets = {name: read_questions(pathlib.Path(args.data) / f"{file}_perturbed.jsonl")[: args.rows]
+            for name, file in files.items()}  # fmt: skip
+    holdout = read_jsonl(args.holdout, config.template) if args.holdout else []
+    retain, written = None, {}
+    if args.retain_logs is not None:
+        retain = eval_logs.read_retain_log(args.retain_logs, len(sets["forget"]))
+    load = functools.partial(models.load, dtype=args.dtype, device=models.pick_device(args.device))
+    if args.retain_model is not None:  # first, and gone before the other one comes
+        log = retain_log(*load(args.retain_model), sets["forget"], config)
+        retain = eval_logs.columns(log, "retain model, forget", eval_logs.RATIO)
+        written[output / "retain"] = {"forget": log}
+    logs = tofu_logs(*load(args.model), sets, config, holdout=holdout, progress=functools.partial(print, file=sys.stderr))
+    columns = eval_logs.check_logs(logs, {name: f"model, {name}" for name in logs})
+    return columns, retain, {output: logs, **written}

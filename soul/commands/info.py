@@ -1,0 +1,37 @@
+"""``soul info``: what to put into a bug report."""
+
+from soul import __version__
+from soul._extras import MissingExtra, require
+
+HELP = "versions, devices and backends: what to put into a bug report"
+
+
+def add_arguments(parser):
+    """Declares the options: none."""
+
+
+def run(args):
+    """Runs the command."""
+    import platform
+
+    import torch
+
+    from soul_kernels._launch import has_triton, interpreting, resolve_backend, triton
+
+    print(f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"GPUs: {', '.join(gpus) or 'none'}")
+    device = "cuda" if gpus else "cpu"
+    backend = resolve_backend("auto", torch.empty(0, device=device))
+    print(f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}")
+    for extra, modules in {
+        "hf": ("transformers", "tokenizers"),
+        "eval": ("rouge_score", "scipy", "sklearn"),
+        "plots": ("matplotlib",),
+    }.items():
+        for module in modules:
+            try:
+                print(f"{module} {getattr(require(module, extra), '__version__', 'installed')}")
+            except MissingExtra as error:
+                print(error)

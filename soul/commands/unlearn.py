@@ -1,0 +1,146 @@
+"""``soul unlearn``: one run, from files to a model that is saved."""
+
+import dataclasses
+import inspect
+import json
+import math
+import time
+
+from soul._extras import require
+from soul.checkpoint import Stopped
+from soul.commands._place import add_place
+from soul.losses import OBJECTIVES
+from soul_kernels._checks import argument_error, check_choice
+
+HELP = "make a Hugging Face causal language model forget a file of text"
+
+
+def add_arguments(parser):
+    """Declares the options."""
+    need = parser.add_argument_group("what")
+    need.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
+    need.add_argument("--forget", required=True, metavar="FILE", help="JSON lines: question/answer, prompt/completion or text")
+    need.add_argument("--retain", metavar="FILE", help="JSON lines to keep; needed unless the method has no retain term")
+    need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
+    how = parser.add_argument_group("how")
+    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: %(default)s)")
+    how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
+    how.add_argument("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
+    how.add_argument("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
+    how.add_argument("--beta", type=float, metavar="X", help="inverse temperature, or whatever the method calls so")
+    how.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any other argument of the method "
+                     "(retain=kl, reduction=token_mean, delta=0.1, ...: see soul/losses.py); may be repeated")  # fmt: skip
+    how.add_argument("--reference-cache", metavar="DIR", help="keep what the method needs of the model before unlearning")
+    how.add_argument("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
+    how.add_argument("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
+    how.add_argument("--bs", type=int, default=5120, metavar="N", help="SOUL's predictions behind h (default: %(default)s)")
+    how.add_argument("--clip-target", type=float, metavar="X", help="move rho until this part of the coordinates is clipped")
+    how.add_argument("--curvature", default="unlearn", metavar="NAME", help="what h is taken from: unlearn (SOUL's code), "
+                     "retain or gnb, on the step's retain tokens (default: %(default)s)")  # fmt: skip
+    how.add_argument("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
+    how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
+    how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
+    how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
+    how.add_argument(
+        "--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to retain"
+    )
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default: %(default)s)")
+    how.add_argument(
+        "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
+    )
+    how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
+    how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
+    how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
+    how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
+                     "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
+    how.add_argument(
+        "--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)"
+    )
+    how.add_argument("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
+    how.add_argument("--stop-retain-prob", type=float, metavar="X", help="end once that of a retain answer is below X")
+    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: only "
+                     "when SIGTERM comes (default: %(default)s)")  # fmt: skip
+    how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
+    how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
+                     "other options as before. Without one, from the start")  # fmt: skip
+    add_place(how)
+
+
+def run(args):
+    """Runs the command."""
+    import torch
+
+    from soul import models
+    from soul.checkpoint import Checkpoints, save_model
+    from soul.config import UnlearnConfig
+    from soul.data import read_jsonl
+    from soul.evaluate import answer_probability
+    from soul.output import RUN_FILE, check_output
+    from soul.prepare import encode_for, prepare
+    from soul.unlearn import unlearn
+
+    fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
+    config = UnlearnConfig(
+        **{name: getattr(args, name) for name in fields},
+        method_options=_method_options(args),
+    )
+    config.objective()
+    output = check_output(args.output, args.resume)
+    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep, resume=args.resume)
+    require("transformers", "hf")
+    if args.resume and (output / "config.json").is_file() and not checkpoints.steps():
+        print(f"{output}: this run has ended, and there is nothing to resume")
+        return
+    forget = read_jsonl(args.forget)
+    retain = read_jsonl(args.retain) if args.retain else []
+    model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
+    prepare(model, tokenizer, forget, retain, config)
+    answers = encode_for(model, tokenizer, forget, config, "forget")  # what can be wrong with the input has been found now
+
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / RUN_FILE).exists():
+        (output / RUN_FILE).write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
+    before = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
+    begun = time.perf_counter()
+    torch.manual_seed(args.seed)  # of dropout
+    try:
+        records = unlearn(model, tokenizer, forget, retain, config, log=output / "log.jsonl", checkpoints=checkpoints)
+        with checkpoints.listening():  # a model that is there is saved, whatever comes
+            save_model(model, tokenizer, output)
+            checkpoints.remove()
+    except (OSError, Stopped) as error:
+        raise type(error)(f"{error}; {checkpoints.advice()}") from error
+    seconds = time.perf_counter() - begun
+    after = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
+    if "stopped" in records[-1]:
+        print(f"ended after step {len(records)}: {records[-1]['stopped']}")
+    print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
+    print(f"model, tokenizer and log.jsonl: {output}")
+
+
+def _method_options(args):
+    """The keyword arguments of the method, from the options of their own and from ``--option``."""
+    check_choice("method", args.method, tuple(OBJECTIVES))
+    known = inspect.signature(OBJECTIVES[args.method]).parameters
+    options = {name: getattr(args, name) for name in ("gamma", "alpha", "beta") if getattr(args, name) is not None}
+    for given in args.option:
+        name, equals, text = given.partition("=")
+        if not equals:
+            raise argument_error("option", "NAME=VALUE", given, f"names for {args.method}: {', '.join(known)}")
+        if name in options:
+            raise argument_error(name, "one value", "two", "give it once")
+        options[name] = _parsed(name, text, type(known[name].default)) if name in known else text
+    return options
+
+
+def _parsed(name, text, kind):
+    """A text as a value of the type that the argument's default has."""
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if kind is not str and not math.isfinite(value):
+        expected = "a whole number" if kind is int else "a number"
+        raise argument_error(name, expected, repr(text), "check the options")
+    return value

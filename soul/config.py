@@ -1,0 +1,162 @@
+"""Everything that decides a run, and the optimizer, schedule and curvature that it asks for."""
+
+import dataclasses
+import math
+
+import torch
+
+from soul import losses
+from soul.curvature import GNB, RetainFisher
+from soul.optimizer import SOUL, SophiaG
+from soul_kernels._checks import argument_error, check_choice, check_range
+from soul_kernels._launch import BACKENDS
+
+OPTIMIZERS = ("soul", "adamw")
+CURVATURES = ("unlearn", "retain", "gnb")
+
+
+@dataclasses.dataclass
+class UnlearnConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        method: name of the objective, one of ``soul.losses.OBJECTIVES``.
+        method_options: its keyword arguments (gamma, alpha, retain, beta, ...).
+        optimizer: "soul" or "adamw".
+        lr: peak learning rate.
+        betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
+        rho: SOUL's clipping threshold.
+        clip_target: rho moves, from 0.04 on, until this fraction of the coordinates is clipped; None: rho stays as it is.
+        bs: number of predictions behind h.
+        curvature: what h is taken from: "unlearn", the gradient of every step, as in SOUL's code; "retain", that of the
+            cross-entropy of the step's retain tokens; or "gnb", the same with labels drawn from the model. The last two by
+            `soul.SophiaG` with bias correction, before the step; ``bs`` should then be the number of those tokens.
+        curvature_every: steps from one refresh of h to the next, with "retain" and "gnb".
+        published_code: SOUL with the momentum of its published code.
+        weight_decay: decoupled.
+        epochs: passes over the forget set.
+        batch_size: forget examples a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
+        accumulate: micro-batches a step. Loss and gradient are those of one batch of all of them, but for rounding: every mean
+            is over the whole step. Gradients are added up in the dtype of the parameters.
+        max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never. SOUL does it within its step.
+        gradient_checkpointing: keep one hidden state a layer, and compute the rest again in the backward pass.
+        warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
+        max_length: tokens of a sequence.
+        eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
+            probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
+            retain examples.
+        stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
+        stop_retain_prob: end the run, and say so, once ``retain_prob`` is below it; None: never.
+        seed: of the data order and the refusals.
+        backend: "auto", "triton" or "reference".
+        reference_cache: directory to keep what `soul.reference` computes in, or None.
+    """
+
+    method: str = "graddiff"
+    method_options: dict = dataclasses.field(default_factory=dict)
+    optimizer: str = "soul"
+    lr: float = 1e-5
+    betas: tuple | None = None
+    rho: float = 0.04
+    clip_target: float | None = None
+    bs: int = 5120
+    curvature: str = "unlearn"
+    curvature_every: int = 10
+    published_code: bool = False
+    weight_decay: float = 0.0
+    epochs: int = 5
+    batch_size: int = 4
+    accumulate: int = 1
+    max_grad_norm: float | None = 1.0
+    gradient_checkpointing: bool = False
+    warmup_ratio: float = 0.1
+    max_length: int = 512
+    eval_every: int = 0
+    stop_forget_prob: float | None = None
+    stop_retain_prob: float | None = None
+    seed: int = 0
+    backend: str = "auto"
+    reference_cache: str | None = None
+
+    def __post_init__(self):
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("backend", self.backend, BACKENDS)
+        check_range("warmup_ratio", self.warmup_ratio, high=1.0)
+        for name in ("lr", "rho", "weight_decay"):
+            check_range(name, getattr(self, name))
+        if self.max_grad_norm is not None:
+            if not 0 < self.max_grad_norm:
+                raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "pass inf not to clip")
+        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
+                raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+        check_choice("curvature", self.curvature, CURVATURES)
+        if self.clip_target is not None:
+            check_range("clip_target", self.clip_target, high=1.0)
+        if self.optimizer != "soul" and (self.curvature != "unlearn" or self.clip_target is not None):
+            remedy = "curvature and clip_target belong to it"
+            raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
+        if self.published_code and self.curvature != "unlearn":
+            raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
+        if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
+            raise argument_error("eval_every", "a whole number >= 0", self.eval_every, "0 evaluates nothing")
+        for name in ("stop_forget_prob", "stop_retain_prob"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise argument_error(name, "a probability in [0, 1]", value, "check the options")
+            if value is not None and not self.eval_every:
+                raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
+
+    def decisive(self):
+        """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
+
+    def objective(self):
+        """The objective of ``method`` with ``method_options``."""
+        return losses.get(self.method, **self.method_options)
+
+
+def build_optimizer(model, config):
+    """The optimizer of a config over all trainable parameters of a model."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        betas = config.betas or (0.9, 0.999)
+        fused = params[0].is_cuda
+        return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
+    options = dict(
+        lr=config.lr,
+        betas=config.betas or (0.9, 0.95),
+        rho=config.rho if config.clip_target is None else "auto",
+        clip_target=config.clip_target,
+        bs=config.bs,
+        weight_decay=config.weight_decay,
+        max_grad_norm=norm_limit(config),
+        backend=config.backend,
+    )
+    if config.curvature == "unlearn":
+        return SOUL(params, published_code=config.published_code, **options)
+    return SophiaG(params, bias_correction=True, **options)
+
+
+def build_curvature(optimizer, config):
+    """What refreshes the optimizer's h beside the step, or None where the step does it."""
+    if config.curvature == "unlearn":
+        return None
+    if config.curvature == "retain":
+        return RetainFisher(optimizer, config.curvature_every)
+    return GNB(optimizer, config.curvature_every, seed=config.seed)
+
+
+def build_scheduler(optimizer, steps, warmup_ratio):
+    """Linear warm-up, then linear decay to 0."""
+    warmup = max(1, round(steps * warmup_ratio))
+
+    def factor(step):
+        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def norm_limit(config):
+    """The gradient norm that the optimizer clips to, or None."""
+    return None if config.max_grad_norm == math.inf else config.max_grad_norm

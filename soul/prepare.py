@@ -1,0 +1,58 @@
+"""What a run needs of its data before it starts: encoded sequences, and that everything fits together."""
+
+from soul.data import encode, pair_refusals, refuse
+from soul.models import check_checkpointing, head
+from soul.reference import check_cache
+from soul_kernels._checks import argument_error
+from soul_kernels._launch import resolve_backend
+
+
+def prepare(model, tokenizer, forget, retain, config):
+    """Encodes both sets for a config: the forget set answered by refusals, or paired with them, as the objective asks.
+
+    Raises:
+        ArgumentError: the data do not fit the model or the objective, the backend does not fit the model's device, or there
+            can be no cache in the config's directory.
+    """
+    objective = config.objective()
+    if getattr(objective, "alpha", 0) and not retain:
+        remedy = "give a retain set, or set alpha to 0"
+        raise argument_error("retain", f"examples for {objective}", "none", remedy)
+    if config.accumulate > 1 and objective.additive is None:
+        expected, remedy = f"1 with {objective}", "its loss is not a sum over sequences: raise --batch-size instead"
+        raise argument_error("accumulate", expected, config.accumulate, remedy)
+    if config.curvature != "unlearn" and not retain:
+        remedy = "give a retain set, or choose the curvature 'unlearn'"
+        raise argument_error("retain", f"examples for the curvature {config.curvature!r}", "none", remedy)
+    if config.stop_retain_prob is not None and not retain:
+        raise argument_error("stop_retain_prob", "None without a retain set", config.stop_retain_prob, "give a retain set")
+    if not forget:
+        raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
+    if config.gradient_checkpointing:
+        check_checkpointing(model)
+    resolve_backend(config.backend, head(model)[0])
+    check_cache(config.reference_cache, "reference_cache")
+    if objective.pairs:
+        paired = pair_refusals(forget, seed=config.seed)
+        answers, refusals = (encode_for(model, tokenizer, paired[half::2], config, "forget") for half in (0, 1))
+        encoded = [sequence for pair in zip(answers, refusals) for sequence in pair]
+    else:
+        if objective.relabels:
+            forget = refuse(forget, seed=config.seed)
+        encoded = encode_for(model, tokenizer, forget, config, "forget")
+    return encoded, encode_for(model, tokenizer, retain, config, "retain")
+
+
+def encode_for(model, tokenizer, examples, config, name):
+    """Encodes examples and makes sure that the model has a place for every token.
+
+    Raises:
+        ArgumentError: naming the row, or the length that does not fit.
+    """
+    sequences = encode(examples, tokenizer, vocab_size=head(model)[0].shape[0], max_length=config.max_length, name=name)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max((len(sequence.input_ids) for sequence in sequences), default=0)
+    if positions and longest > positions:
+        remedy = f"pass --max-length {positions} to cut longer sequences"
+        raise argument_error("max_length", f"sequences of at most {positions} tokens", longest, remedy)
+    return sequences
