@@ -5,14 +5,18 @@ The kernels are in ``soul_kernels``. Importing this package needs torch alone; w
 """
 
 from soul import curvature, functional, losses
+from soul.config import UnlearnConfig
 from soul.optimizer import SOUL, SophiaG
 from soul.reference import reference_hidden, reference_logps
 from soul.release import release_gradients
+from soul.unlearner import Unlearner
 from soul_kernels import __version__
 
 __all__ = [
     "SOUL",
     "SophiaG",
+    "UnlearnConfig",
+    "Unlearner",
     "curvature",
     "functional",
     "losses",

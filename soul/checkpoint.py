@@ -31,6 +31,7 @@ from soul_kernels._checks import argument_error
 
 FORMAT = 1  # of the files; another number is not read
 NAME = re.compile(r"step-(\d+)")
+MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
 
 
 class Stopped(RuntimeError):
@@ -240,8 +241,8 @@ def describe(model, forget, retain, config):
 
 
 def save_model(model, tokenizer, directory):
-    """Puts model and tokenizer, as Hugging Face's files, into a directory that is there; ``config.json`` comes last, so that
-    where it is, the rest is.
+    """Puts model (or adapters) and tokenizer, as Hugging Face's files, into a directory that is there; one of ``MODEL_FILES``
+    comes last, so that where it is, the rest is.
 
     Raises:
         OSError: they could not be written; nothing of them is there then.
@@ -255,7 +256,7 @@ def save_model(model, tokenizer, directory):
             model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         flush(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        for path in sorted(aside.iterdir(), key=lambda path: path.name in MODEL_FILES):
             if path.is_dir():  # left by a save that was interrupted here
                 shutil.rmtree(directory / path.name, ignore_errors=True)
             os.replace(path, directory / path.name)

@@ -10,6 +10,7 @@ from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint import Stopped
 from soul.commands import demo, evaluate, info, study, unlearn
+from soul.commands._file import expand
 from soul.unlearn import Diverged
 from soul_kernels._checks import ArgumentError
 
@@ -20,33 +21,39 @@ def main(argv=None):
     """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed, 143 for one
     that SIGTERM has stopped and ``--resume`` continues.
     """
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser, parser_of = _parsers()
+    command = words[0] if words else ""
     try:
+        args = parser.parse_args(expand(words, parser_of))
         args.run(args)
     except (ArgumentError, MissingExtra) as error:
-        print(f"soul {args.command}: {error}", file=sys.stderr)
+        print(f"soul {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"soul {args.command}: interrupted; no model was saved", file=sys.stderr)
+        print(f"soul {command}: interrupted; no model was saved", file=sys.stderr)
         return 130
     except Stopped as error:
-        print(f"soul {args.command}: {error}", file=sys.stderr)
+        print(f"soul {command}: {error}", file=sys.stderr)
         return 128 + 15  # as of a process that SIGTERM ended
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
-        print(f"soul {args.command}: {error}", file=sys.stderr)
+        print(f"soul {command}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _parser():
+def _parsers():
+    """The parser of the command line, and that of each command by name."""
     parser = argparse.ArgumentParser(prog="soul", description="Second-order unlearning of large language models.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands, parser_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
     for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.HELP)
-        own.set_defaults(run=command.run)
-        command.add_arguments(own)
-    return parser
+        parser_of[name] = commands.add_parser(name, help=command.HELP)
+        parser_of[name].set_defaults(run=command.run)
+        parser_of[name].add_argument("--config", metavar="FILE", help="YAML with options of this command by name; what the "
+                                     "command line says wins")  # fmt: skip
+        command.add_arguments(parser_of[name])
+    return parser, parser_of
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from soul.curvature import GNB, RetainFisher
 from soul.optimizer import SOUL, SophiaG
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS
+from soul_kernels.rounding import ROUNDINGS
 
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
@@ -32,6 +33,8 @@ class UnlearnConfig:
             cross-entropy of the step's retain tokens; or "gnb", the same with labels drawn from the model. The last two by
             `soul.SophiaG` with bias correction, before the step; ``bs`` should then be the number of those tokens.
         curvature_every: steps from one refresh of h to the next, with "retain" and "gnb".
+        state_dtype: of SOUL's states: "float32", "bfloat16" or "8bit"; None: h in fp32, m like the parameters.
+        param_rounding: of parameters below fp32 by SOUL: "nearest", "stochastic" or "compensated", which "auto" is.
         published_code: SOUL with the momentum of its published code.
         weight_decay: decoupled.
         epochs: passes over the forget set.
@@ -40,7 +43,12 @@ class UnlearnConfig:
             is over the whole step. Gradients are added up in the dtype of the parameters.
         max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never. SOUL does it within its step.
         gradient_checkpointing: keep one hidden state a layer, and compute the rest again in the backward pass.
-        warmup_ratio: part of the steps over which lr rises linearly; then it falls linearly to 0.
+        gradient_release: step each parameter in the backward pass and free its gradient (`soul.release_gradients`); of SOUL,
+            without ``max_grad_norm`` and ``clip_target``.
+        compile: the model's body under ``torch.compile``.
+        cuda_graph: replay the whole step, loss and optimizer included, as one CUDA graph (`soul.graph`); of SOUL, on a GPU.
+        schedule: how lr falls after the warm-up: "linear" or "cosine", to 0; or "constant", not at all.
+        warmup_ratio: part of the steps over which lr rises linearly.
         max_length: tokens of a sequence.
         eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
@@ -62,6 +70,8 @@ class UnlearnConfig:
     bs: int = 5120
     curvature: str = "unlearn"
     curvature_every: int = 10
+    state_dtype: str | None = None
+    param_rounding: str = "auto"
     published_code: bool = False
     weight_decay: float = 0.0
     epochs: int = 5
@@ -69,6 +79,10 @@ class UnlearnConfig:
     accumulate: int = 1
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = False
+    gradient_release: bool = False
+    compile: bool = False
+    cuda_graph: bool = False
+    schedule: str = "linear"
     warmup_ratio: float = 0.1
     max_length: int = 512
     eval_every: int = 0
@@ -91,11 +105,19 @@ class UnlearnConfig:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
         check_choice("curvature", self.curvature, CURVATURES)
+        check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))
+        check_choice("param_rounding", self.param_rounding, ("auto", *ROUNDINGS))
+        check_choice("schedule", self.schedule, tuple(SCHEDULES))
         if self.clip_target is not None:
             check_range("clip_target", self.clip_target, high=1.0)
         if self.optimizer != "soul" and (self.curvature != "unlearn" or self.clip_target is not None):
             remedy = "curvature and clip_target belong to it"
             raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
+        if self.optimizer != "soul" and (self.gradient_release or self.cuda_graph):
+            remedy = "gradient_release and cuda_graph belong to it"
+            raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
+        self._check_release()
+        self._check_graph()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
         if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
@@ -107,6 +129,20 @@ class UnlearnConfig:
             if value is not None and not self.eval_every:
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
 
+    def _check_release(self):
+        """Raises for what needs all gradients before the first parameter moves."""
+        for name, off in (("max_grad_norm", "inf"), ("clip_target", None)):
+            value = norm_limit(self) if name == "max_grad_norm" else self.clip_target
+            if self.gradient_release and value is not None:
+                raise argument_error(name, f"{off} with gradient_release", value, "it needs all gradients at once")
+
+    def _check_graph(self):
+        """Raises for what a graph cannot replay."""
+        for name, fixed in (("accumulate", 1), ("gradient_checkpointing", False), ("gradient_release", False)):
+            if self.cuda_graph and getattr(self, name) != fixed:
+                remedy = "raise batch_size" if name == "accumulate" else "leave one of them out"
+                raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
+
     def decisive(self):
         """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
@@ -117,8 +153,14 @@ class UnlearnConfig:
 
 
 def build_optimizer(model, config):
-    """The optimizer of a config over all trainable parameters of a model."""
+    """The optimizer of a config over all trainable parameters of a model.
+
+    Raises:
+        ArgumentError: there are none.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise argument_error("model", "parameters that require a gradient", "none", "unfreeze some, or add adapters")
     if config.optimizer == "adamw":
         betas = config.betas or (0.9, 0.999)
         fused = params[0].is_cuda
@@ -131,6 +173,9 @@ def build_optimizer(model, config):
         bs=config.bs,
         weight_decay=config.weight_decay,
         max_grad_norm=norm_limit(config),
+        capturable=config.cuda_graph,
+        state_dtype=config.state_dtype,
+        param_rounding=config.param_rounding,
         backend=config.backend,
     )
     if config.curvature == "unlearn":
@@ -142,17 +187,27 @@ def build_curvature(optimizer, config):
     """What refreshes the optimizer's h beside the step, or None where the step does it."""
     if config.curvature == "unlearn":
         return None
+    in_backward = config.gradient_release and config.accumulate == 1  # else parts of one loss come one after the other
     if config.curvature == "retain":
-        return RetainFisher(optimizer, config.curvature_every)
-    return GNB(optimizer, config.curvature_every, seed=config.seed)
+        return RetainFisher(optimizer, config.curvature_every, in_backward=in_backward)
+    return GNB(optimizer, config.curvature_every, in_backward=in_backward, seed=config.seed)
 
 
-def build_scheduler(optimizer, steps, warmup_ratio):
-    """Linear warm-up, then linear decay to 0."""
+# Part of the peak learning rate, by the part of the steps after the warm-up that is still to come, from 1 down to 0.
+SCHEDULES = {
+    "linear": lambda left: left,
+    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
+    "constant": lambda left: 1.0,
+}
+
+
+def build_scheduler(optimizer, steps, warmup_ratio, schedule="linear"):
+    """Linear warm-up, then one of ``SCHEDULES``; the first step has a learning rate above 0."""
     warmup = max(1, round(steps * warmup_ratio))
 
     def factor(step):
-        return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+        left = max(0.0, (steps - step) / max(1, steps - warmup))
+        return (step + 1) / warmup if step + 1 < warmup else SCHEDULES[schedule](min(1.0, left))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 

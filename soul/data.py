@@ -64,6 +64,7 @@ class Batch:
         labels: [B, T] int64, shifted, -100 at prompts and padding.
         rows: [R] int64 on the CPU, flat indices of the labelled positions: known here, so the device need not be asked.
         is_forget: [B] bool, on the CPU like ``rows``.
+        has_retain: whether there are sequences to retain.
         ref_logps: [B] fp32 or None.
         ref_hidden: [B, T, D] or None.
     """
@@ -73,6 +74,7 @@ class Batch:
     labels: torch.Tensor
     rows: torch.Tensor
     is_forget: torch.Tensor
+    has_retain: bool
     ref_logps: torch.Tensor | None = None
     ref_hidden: torch.Tensor | None = None
 
@@ -285,6 +287,7 @@ def collate(forget, retain, *, device="cpu", ref_logps=None, ref_hidden=None):
         labels=labels.to(device),
         rows=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
         is_forget=torch.arange(len(sequences), device="cpu") < len(forget),
+        has_retain=bool(retain),
         ref_logps=ref_logps,
         ref_hidden=None if ref_hidden is None else _pad_hidden(ref_hidden, labels, device),
     )

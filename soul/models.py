@@ -8,9 +8,10 @@ import torch
 
 from soul._extras import require
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
-from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
+COMPILE = {}  # options of torch.compile
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,7 +29,7 @@ def pick_device(name="auto"):
 
 
 def load(name, *, dtype="float32", device="cpu"):
-    """Loads model and tokenizer from a directory or a hub name.
+    """Loads model and tokenizer from a directory or a hub name; a directory of adapters with the model that it names.
 
     Code that comes with a model is never run: weights are safetensors or, in old repositories, tensors only
     (``weights_only=True``, the default of transformers).
@@ -44,17 +45,46 @@ def load(name, *, dtype="float32", device="cpu"):
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
     looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
-    if looks_local and not (pathlib.Path(name) / "config.json").is_file():
+    adapters = (pathlib.Path(name) / "adapter_config.json").is_file()
+    if looks_local and not adapters and not (pathlib.Path(name) / "config.json").is_file():
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
+    kind = require("peft", "hf").AutoPeftModelForCausalLM if adapters else transformers.AutoModelForCausalLM
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
+        model = kind.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
     except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
     model.to(device)
     check_linear_head(model)
     return model, tokenizer
+
+
+def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):
+    """LoRA adapters (Hu et al. 2021, arXiv 2106.09685) on a model, which is frozen: ``W x + (alpha / rank) B A x``, B of zeros.
+
+    Args:
+        model: is changed in place.
+        rank: rows of A.
+        alpha: scale; None: twice the rank.
+        dropout: of what goes into A.
+        targets: names of the linear layers, a list, or "all-linear": all but the head.
+
+    Returns:
+        The model wrapped by peft; the adapters are fp32.
+
+    Raises:
+        ArgumentError: a number is not what it may be, or there are no such layers.
+    """
+    peft = require("peft", "hf")
+    if isinstance(rank, bool) or not (isinstance(rank, int) and rank > 0):
+        raise argument_error("lora_rank", "a positive whole number", rank, "16 is common")
+    check_range("lora_dropout", dropout, high=1.0)
+    options = dict(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=targets)
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    except ValueError as error:
+        raise argument_error("lora_targets", "linear layers of the model", f"{targets} ({error})", "check the names") from error
 
 
 def has_adapters(model):
@@ -128,6 +158,19 @@ def checkpointing(model):
     finally:
         if not before:
             _switch(base, "disable")()
+
+
+@contextlib.contextmanager
+def compiled(model):
+    """Meanwhile the model's body, what yields the hidden states, runs under ``torch.compile``; its parameters keep their names.
+    Where shapes change it is compiled once more, for any shape.
+    """
+    body = _base(model).base_model
+    body.compile(**COMPILE)
+    try:
+        yield
+    finally:
+        body._compiled_call_impl = None  # there is no public way back
 
 
 def _switch(base, what):

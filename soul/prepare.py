@@ -30,7 +30,7 @@ def prepare(model, tokenizer, forget, retain, config):
         raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
     if config.gradient_checkpointing:
         check_checkpointing(model)
-    resolve_backend(config.backend, head(model)[0])
+    _check_place(config, head(model)[0])
     check_cache(config.reference_cache, "reference_cache")
     if objective.pairs:
         paired = pair_refusals(forget, seed=config.seed)
@@ -41,6 +41,12 @@ def prepare(model, tokenizer, forget, retain, config):
             forget = refuse(forget, seed=config.seed)
         encoded = encode_for(model, tokenizer, forget, config, "forget")
     return encoded, encode_for(model, tokenizer, retain, config, "retain")
+
+
+def _check_place(config, weight):
+    if config.cuda_graph and not weight.is_cuda:
+        raise argument_error("cuda_graph", "a model on a GPU", str(weight.device), "leave it out")
+    resolve_backend(config.backend, weight)
 
 
 def encode_for(model, tokenizer, examples, config, name):

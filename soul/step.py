@@ -1,5 +1,6 @@
 """One step of unlearning: the forward pass, the fused loss and the backward pass of each micro-batch, clipping, the update."""
 
+import contextlib
 import math
 
 import torch
@@ -36,7 +37,7 @@ class Recorded:
         return sum(terms.values())
 
 
-def train_step(model, batches, objective, optimizer, scheduler, config, ref_head=(None, None), whole=None):
+def train_step(model, batches, objective, optimizer, config, ref_head=(None, None), whole=None, release=None):
     """Forward, fused loss, backward of each micro-batch; clipping, step.
 
     Where the objective needs hidden states of a reference, and a batch has none, they are those of a peft model without its
@@ -44,41 +45,45 @@ def train_step(model, batches, objective, optimizer, scheduler, config, ref_head
 
     Args:
         model: changed in place.
-        batches: iterable of `soul.data.Batch`, the micro-batches.
+        batches: iterable of `soul.data.Batch`, the micro-batches; a list of them with ``release``.
         objective: a `soul.losses.Objective`.
         optimizer: of the model's trainable parameters.
-        scheduler: of the optimizer's learning rate.
         config: `UnlearnConfig`, for ``max_grad_norm`` and ``backend``.
         ref_head: weight and bias of the reference's head, from `soul.reference.reference_head`.
         whole: the `TokenBatch` of all micro-batches; None where there is but one.
+        release: the `soul.release.GradientRelease` of the optimizer, or None.
 
     Returns:
         Tensors on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
-        retain tokens (for pairs, of the answers that are to be forgotten), and the gradient norm before clipping.
+        retain tokens (for pairs, of the answers that are to be forgotten), and the gradient norm before clipping, but where
+        gradients are released.
     """
     optimizer.zero_grad(set_to_none=True)  # before the forward, which forms the gradient of the head: never two of them
     recorded, total, sums, counts = Recorded(objective, whole), 0.0, {}, {}
-    for batch in batches:
+    for position, batch in enumerate(batches, 1):
         loss, logps = _loss(model, batch, recorded, config, ref_head)
-        loss.backward()
+        with contextlib.nullcontext() if release is None or position == len(batches) else release.paused():
+            loss.backward()
         total = total + loss.detach()
         for name, kept in _kept_tokens(batch, objective).items():
             sums[name] = sums.get(name, 0.0) - (logps * kept).sum()
             counts[name] = counts.get(name, 0) + kept.sum()
     norm = _update(optimizer, config)
-    scheduler.step()
     terms = {f"loss_{name}": value for name, value in recorded.sums.items()}
-    return {"loss": total, **terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}, "grad_norm": norm}
+    values = {"loss": total, **terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}}
+    return values if norm is None else values | {"grad_norm": norm}
 
 
 def _update(optimizer, config):
-    """Clips and steps; returns the norm of the gradients before, on the device."""
+    """Clips and steps; returns the norm of the gradients before, on the device, or None where they are gone."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, SophiaG):
         norm = torch.nn.utils.clip_grad_norm_(params, norm_limit(config) or math.inf)
         optimizer.step()
         return norm
     optimizer.step()  # clips by itself, without a pass of its own
+    if config.gradient_release:
+        return None
     norm = optimizer._norm
     return grad_norm([p.grad for p in params if p.grad is not None], backend=config.backend) if norm is None else norm
 
@@ -113,9 +118,9 @@ def _kept_tokens(batch, objective):
     """Masks [B, T] of the tokens that the log tells the likelihood of, by name: of pairs, the answers alone are forgotten."""
     is_answer = batch.is_forget
     if objective.pairs:
-        is_answer = is_answer & (torch.arange(len(is_answer), device="cpu") % 2 == 0)
+        is_answer = is_answer & (torch.arange(len(is_answer), device=is_answer.device) % 2 == 0)
     groups = {"forget_nll": is_answer}
-    if not batch.is_forget.all():
+    if batch.has_retain:
         groups["retain_nll"] = ~batch.is_forget
     kept = batch.labels != IGNORE_INDEX
     return {name: kept & group.to(kept.device, non_blocking=True)[:, None] for name, group in groups.items()}

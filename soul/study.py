@@ -171,7 +171,8 @@ def train(model, sequences, config, title):
         epoch = []
         for chosen in batches_by_length(sequences, config.train_batch, draw):
             batch = collate([], [sequences[i] for i in chosen], device=device)
-            epoch.append(train_step(model, [batch], objective, optimizer, scheduler, options)["loss"])
+            epoch.append(train_step(model, [batch], objective, optimizer, options)["loss"])
+            scheduler.step()
         losses.append(torch.stack(epoch).mean().item())
     return losses
 

@@ -14,10 +14,12 @@ from soul._extras import require
 from soul.checkpoint import Stopped, describe
 from soul.config import build_curvature, build_optimizer, build_scheduler
 from soul.data import Order, collate
-from soul.models import checkpointing, evaluating, has_adapters
+from soul.graph import GraphedStep
+from soul.models import checkpointing, compiled, evaluating, has_adapters
 from soul.optimizer import SophiaG
 from soul.prepare import encode_for, prepare
 from soul.reference import reference_head, reference_hidden, reference_logps
+from soul.release import release_gradients
 from soul.step import curvature_loss, train_step
 from soul_kernels import TokenBatch
 
@@ -89,7 +91,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     model.train()
     order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
     optimizer = build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio)
+    scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio, config.schedule)
+    release = release_gradients(model, optimizer) if config.gradient_release else None
     parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
     curvature = build_curvature(optimizer, config)
     if curvature is not None:
@@ -98,8 +101,15 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     bar = require("tqdm", "hf").tqdm(
         total=len(order), initial=len(records), disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr
     )
+    graphed = None
+    if config.cuda_graph:
+        graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, ref_head), device)
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
+        if release is not None:
+            stack.callback(release.remove)
+        if config.compile:
+            stack.enter_context(compiled(model))
         if isinstance(log, (str, os.PathLike)):
             log = stack.enter_context(open(log, "w", encoding="utf-8"))
         if checkpoints is not None:
@@ -118,13 +128,18 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             batches = (micro_batch(*part) for part in micro)  # one at a time: states of a reference are large
             whole = None
             if len(examples) > config.batch_size:
-                step = collate([forget[i] for i in chosen], [retain[i] for i in kept], device=device)
-                whole = TokenBatch.from_labels(step.labels, step.is_forget)
+                whole = collate([forget[i] for i in chosen], [retain[i] for i in kept], device=device)
+                whole = TokenBatch.from_labels(whole.labels, whole.is_forget)
             if curvature is not None:
                 optimizer.zero_grad(set_to_none=True)  # never two sets of them
                 curvature.step(lambda kept=kept: curvature_loss(model, retained(kept), curvature, config))
             lr = float(scheduler.get_last_lr()[0])
-            values = train_step(model, batches, objective, optimizer, scheduler, config, ref_head, whole)
+            if graphed is not None:
+                values = graphed(next(batches))
+            else:
+                batches = batches if release is None else list(batches)
+                values = train_step(model, batches, objective, optimizer, config, ref_head, whole, release)
+            scheduler.step()
             record = {"step": len(records) + 1, "epoch": epoch, "lr": lr}
             record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
             if isinstance(optimizer, SophiaG):

@@ -2,12 +2,10 @@
 
 import dataclasses
 import inspect
-import json
 import math
 import time
 
 from soul._extras import require
-from soul.checkpoint import Stopped
 from soul.commands._place import add_place
 from soul.losses import OBJECTIVES
 from soul_kernels._checks import argument_error, check_choice
@@ -39,6 +37,10 @@ def add_arguments(parser):
                      "retain or gnb, on the step's retain tokens (default: %(default)s)")  # fmt: skip
     how.add_argument("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     how.add_argument("--published-code", action="store_true", help="SOUL: momentum as in the published code")
+    how.add_argument("--state-dtype", metavar="NAME", help="of soul's states: float32, bfloat16 or 8bit (default: h in fp32, m "
+                     "like the parameters)")  # fmt: skip
+    how.add_argument("--param-rounding", default="auto", metavar="NAME", help="of bf16 parameters by soul: nearest, stochastic "
+                     "or compensated, which keeps 8 more bits (default)")  # fmt: skip
     how.add_argument("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled (default: %(default)s)")
     how.add_argument("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
     how.add_argument(
@@ -49,11 +51,24 @@ def add_arguments(parser):
         "--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)"
     )
     how.add_argument("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
+    how.add_argument("--gradient-release", action="store_true", help="step each parameter in the backward pass, and free its "
+                     "gradient; needs --max-grad-norm inf")  # fmt: skip
+    how.add_argument("--compile", action="store_true", help="the model's body under torch.compile")
+    how.add_argument(
+        "--cuda-graph", action="store_true", help="replay the whole step as one CUDA graph, a graph for each shape"
+    )
     how.add_argument("--warmup-ratio", type=float, default=0.1, metavar="X", help="part of the steps (default: %(default)s)")
+    how.add_argument("--schedule", default="linear", metavar="NAME", help="of lr after it: linear, cosine or constant")
+    how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
+    how.add_argument("--lora-alpha", type=float, metavar="X", help="their scale (default: twice the rank)")
+    how.add_argument("--lora-dropout", type=float, default=0.0, metavar="X", help="of their input (default: %(default)s)")
+    how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
+    how.add_argument("--merge", action="store_true", help="add the adapters to the weights, and save a plain model")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
-    how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters: float32 (bf16 autocast on a GPU), "
-                     "or bfloat16, with 8 more bits in soul's state; adamw then loses most updates below lr 1e-4")  # fmt: skip
+    how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16, with 8 more bits in soul's "
+                     "state, or float32, with bf16 autocast on a GPU; adamw loses most updates of bfloat16 below lr 1e-4 "
+                     "(default: bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
     how.add_argument(
         "--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)"
     )
@@ -69,54 +84,43 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command."""
-    import torch
-
-    from soul import models
-    from soul.checkpoint import Checkpoints, save_model
+    from soul.checkpoint import MODEL_FILES, Checkpoints
     from soul.config import UnlearnConfig
-    from soul.data import read_jsonl
-    from soul.evaluate import answer_probability
-    from soul.output import RUN_FILE, check_output
-    from soul.prepare import encode_for, prepare
-    from soul.unlearn import unlearn
+    from soul.output import check_output
+    from soul.unlearner import Unlearner
 
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
-    config = UnlearnConfig(
-        **{name: getattr(args, name) for name in fields},
-        method_options=_method_options(args),
-    )
+    config = UnlearnConfig(**{name: getattr(args, name) for name in fields}, method_options=_method_options(args))
     config.objective()
-    output = check_output(args.output, args.resume)
-    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep, resume=args.resume)
+    output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
+    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
+    adapters = _adapters(args)
     require("transformers", "hf")
-    if args.resume and (output / "config.json").is_file() and not checkpoints.steps():
+    if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
         print(f"{output}: this run has ended, and there is nothing to resume")
         return
-    forget = read_jsonl(args.forget)
-    retain = read_jsonl(args.retain) if args.retain else []
-    model, tokenizer = models.load(args.model, dtype=args.dtype, device=models.pick_device(args.device))
-    prepare(model, tokenizer, forget, retain, config)
-    answers = encode_for(model, tokenizer, forget, config, "forget")  # what can be wrong with the input has been found now
-
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / RUN_FILE).exists():
-        (output / RUN_FILE).write_text(json.dumps(vars(args) | {"run": None}, indent=1, default=str) + "\n")
-    before = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
-    begun = time.perf_counter()
-    torch.manual_seed(args.seed)  # of dropout
-    try:
-        records = unlearn(model, tokenizer, forget, retain, config, log=output / "log.jsonl", checkpoints=checkpoints)
-        with checkpoints.listening():  # a model that is there is saved, whatever comes
-            save_model(model, tokenizer, output)
-            checkpoints.remove()
-    except (OSError, Stopped) as error:
-        raise type(error)(f"{error}; {checkpoints.advice()}") from error
+    place = dict(dtype=args.dtype, device=args.device)
+    unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
+    before, begun = unlearner.forget_probability(), time.perf_counter()
+    about = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
+    records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
-    after = answer_probability(model, answers, batch_size=args.batch_size, backend=args.backend)
+    after = unlearner.forget_probability()
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
-    print(f"model, tokenizer and log.jsonl: {output}")
+    print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
+
+
+def _adapters(args):
+    """Arguments of `soul.models.add_adapters`, or None."""
+    if args.lora_rank is None:
+        for name in ("lora_alpha", "lora_targets", "merge"):
+            if getattr(args, name):
+                raise argument_error(name, "nothing without --lora-rank", getattr(args, name), "pass --lora-rank N")
+        return None
+    targets = args.lora_targets.split(",") if args.lora_targets else "all-linear"
+    return dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
 
 
 def _method_options(args):

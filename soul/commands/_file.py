@@ -1,0 +1,69 @@
+"""The options of a command from a YAML file."""
+
+import argparse
+import pathlib
+
+from soul._extras import require
+from soul_kernels._checks import argument_error
+
+
+def expand(words, parser_of):
+    """Puts the options of ``--config FILE`` before the other ones, which then win.
+
+    The file is a mapping of option names, with - or _, to values: true for a flag, a list to repeat an option, a mapping for
+    the NAME=VALUE of one. null and false leave an option out. The ``soul_config.json`` of a run is such a file.
+
+    Args:
+        words: the command line, the command first.
+        parser_of: command -> its ``argparse.ArgumentParser``.
+
+    Returns:
+        The command line without ``--config``.
+
+    Raises:
+        ArgumentError: no such file, no mapping, or a name that is no option of the command.
+    """
+    if not words or words[0] not in parser_of:
+        return words
+    only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only.add_argument("--config")
+    found, rest = only.parse_known_args(words[1:])
+    if found.config is None:
+        return words
+    known = {action.dest: action for action in parser_of[words[0]]._actions if action.dest not in ("help", "config")}
+    return [words[0], *_words(found.config, _mapping(found.config), known), *rest]
+
+
+def _mapping(path):
+    yaml = require("yaml", "hf")
+    if not pathlib.Path(path).is_file():
+        raise argument_error("config", "a YAML file", f"{path}, which is none", "check the path")
+    try:
+        content = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise argument_error("config", "a YAML file", f"{path} ({reason})", "fix the file") from error
+    if not isinstance(content, dict):
+        raise argument_error("config", "a mapping of options", f"{path} with a {type(content).__name__}", "write NAME: VALUE")
+    return content
+
+
+def _words(path, content, known):
+    words = []
+    for key, value in content.items():
+        action = known.get(str(key).replace("-", "_"))
+        if action is None:
+            remedy = f"the options are {', '.join(known)}"
+            raise argument_error("config", "options of the command", f"{key!r} in {path}", remedy)
+        if value is None or value is False:
+            continue
+        option = action.option_strings[0]
+        if action.nargs == 0:  # a flag
+            if value is not True:
+                raise argument_error(str(key), "true or false", repr(value), f"fix {path}")
+            words.append(option)
+            continue
+        if isinstance(value, dict):
+            value = [f"{name}={given}" for name, given in value.items()]
+        words += [f"{option}={given}" for given in (value if isinstance(value, list) else [value])]
+    return words

@@ -1,0 +1,124 @@
+"""A whole run in Python: model and data by name, adapters, the loop, and what it leaves in a directory."""
+
+import json
+import os
+
+import torch
+
+from soul import models
+from soul.checkpoint import Checkpoints, Stopped, save_model
+from soul.config import UnlearnConfig
+from soul.data import read_jsonl
+from soul.output import RUN_FILE, check_output
+from soul.prepare import encode_for, prepare
+from soul.unlearn import unlearn
+from soul_kernels._checks import argument_error
+
+
+class Unlearner:
+    """Makes a model forget, as the ``soul unlearn`` command does::
+
+        config = soul.UnlearnConfig(method="npo", lr=1e-5)
+        unlearner = soul.Unlearner("meta-llama/Llama-3.2-1B-Instruct", "forget.jsonl", "retain.jsonl", config)
+        records = unlearner.run("out/unlearned")   # model, tokenizer and log.jsonl are in there
+
+    Args:
+        model: directory or hub name of a causal language model; or a model that is loaded, changed in place by `run`.
+        forget: a file that `soul.data.read_jsonl` reads, or a list of `soul.data.Example`.
+        retain: the same, or None for a method without a retain term.
+        config: `UnlearnConfig`; None: its defaults.
+        tokenizer: of a model that is loaded.
+        dtype: of the parameters of a model to be loaded: "float32", "bfloat16" or "float16". "auto" is bfloat16 for SOUL, which
+            keeps 8 more bits of every weight, and under adapters, which are fp32; and float32 for AdamW.
+        device: "auto", "cpu" or "cuda", of a model to be loaded.
+        adapters: trains LoRA adapters instead of the model: a dict of `soul.models.add_adapters`'s arguments.
+
+    Attributes:
+        model: with its adapters.
+        tokenizer: its tokenizer.
+        config: the `UnlearnConfig`.
+
+    Raises:
+        ArgumentError: model, data or options do not fit together; nothing was changed.
+    """
+
+    def __init__(
+        self, model, forget, retain=None, config=None, *, tokenizer=None, dtype="auto", device="auto", adapters=None
+    ):  # fmt: skip
+        self.config = UnlearnConfig() if config is None else config
+        self._forget, self._retain = _examples("forget", forget), [] if retain is None else _examples("retain", retain)
+        if isinstance(model, (str, os.PathLike)):
+            if dtype == "auto":
+                dtype = "bfloat16" if adapters or self.config.optimizer == "soul" else "float32"
+            model, tokenizer = models.load(model, dtype=dtype, device=models.pick_device(device))
+        elif tokenizer is None:
+            raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")
+        if adapters:
+            torch.manual_seed(self.config.seed)
+            model = models.add_adapters(model, **adapters)
+        self.model, self.tokenizer = model, tokenizer
+        prepare(model, tokenizer, self._forget, self._retain, self.config)
+        self._answers = encode_for(model, tokenizer, self._forget, self.config, "forget")
+
+    def forget_probability(self):
+        """Mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""
+        from soul.evaluate import answer_probability
+
+        options = dict(batch_size=self.config.batch_size, backend=self.config.backend)
+        return answer_probability(self.model, self._answers, **options)
+
+    def run(self, output=None, *, save_every=0, keep=2, resume=False, merge=False, about=None, progress=True):
+        """Unlearns, and saves what comes of it.
+
+        Args:
+            output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl`` and checkpoints; None: nothing is
+                written.
+            save_every: steps from one checkpoint to the next; 0: only when SIGTERM comes. All are removed at the end.
+            keep: newest checkpoints that stay.
+            resume: go on after the newest checkpoint in ``output``, where there is one.
+            merge: add the adapters to the weights, and save a plain model.
+            about: a dict that is kept as ``soul_config.json``.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            The log, as `soul.unlearn.unlearn` returns it.
+
+        Raises:
+            ArgumentError: the directory is not empty, or not that of this run.
+            Diverged: the loss or a weight is not finite any more.
+            Stopped: by SIGTERM, after a checkpoint was written.
+            OSError: something could not be written; the message says whether there is a checkpoint to go on from.
+        """
+        given = (self.model, self.tokenizer, self._forget, self._retain, self.config)
+        torch.manual_seed(self.config.seed)  # of dropout
+        if output is None:
+            records = unlearn(*given, progress=progress)
+            self._merge(merge)
+            return records
+        output = check_output(output, resume)
+        checkpoints = Checkpoints(output / "checkpoints", every=save_every, keep=keep, resume=resume)
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / RUN_FILE).exists():
+            (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
+        try:
+            records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
+            with checkpoints.listening():  # a model that is there is saved, whatever comes
+                self._merge(merge)
+                save_model(self.model, self.tokenizer, output)
+                checkpoints.remove()
+        except (OSError, Stopped) as error:
+            raise type(error)(f"{error}; {checkpoints.advice()}") from error
+        return records
+
+    def _merge(self, merge):
+        if merge and models.has_adapters(self.model):
+            self.model = self.model.merge_and_unload()
+
+
+def _examples(name, source):
+    if isinstance(source, (str, os.PathLike)):
+        return read_jsonl(source)
+    if not isinstance(source, (list, tuple)):
+        remedy = "read it with soul.data.read_jsonl"
+        raise argument_error(name, "a path, or a list of soul.data.Example", type(source).__name__, remedy)
+    return list(source)
