@@ -108,25 +108,25 @@ def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print):
     logs = {}
     for name, of in asked.items():
         progress(f"{name}: {len(of.answers)} questions")
-        log = _answer_columns(model, tokenizer, of.answers, config)
+        log = answer_columns(model, tokenizer, of.answers, config)
         texts = generate(model, tokenizer, of.answers, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
         truths = [example.answer.strip() for example in of.examples]
         log["generated_text"] = [[e.prompt, text, truth] for e, text, truth in zip(of.examples, texts, truths)]
         log |= metrics.rouge_recall(truths, texts)
-        log |= _ratio_columns(model, of, config, log)
+        log |= ratio_columns(model, of, config, log)
         if name in metrics.OPTION_SETS:
             log["normalized_gt_loss"] = metrics.option_loss(log["avg_gt_loss"], log["average_perturb_loss"])
         logs[name] = _by_row(log)
     if held_out:
         progress(f"holdout: {len(held_out)} texts")
-        logs["holdout"] = _by_row(_answer_columns(model, tokenizer, held_out, config))
+        logs["holdout"] = _by_row(answer_columns(model, tokenizer, held_out, config))
     return logs
 
 
 def retain_log(model, tokenizer, questions, config):
     """The part of a retain model's forget log that forget quality needs: the columns of the truth ratio."""
     asked = encode_questions(model, tokenizer, questions, config, "forget")
-    return _by_row(_ratio_columns(model, asked, config))
+    return _by_row(ratio_columns(model, asked, config))
 
 
 def _by_row(log):
@@ -135,7 +135,7 @@ def _by_row(log):
     return {name: {str(row): value for row, value in enumerate(column)} for name, column in lists.items()}
 
 
-def _answer_columns(model, tokenizer, sequences, config):
+def answer_columns(model, tokenizer, sequences, config):
     found = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
     log = _losses(found, "gt")
     memory = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}
@@ -149,7 +149,7 @@ def _answer_columns(model, tokenizer, sequences, config):
     return log | memory
 
 
-def _ratio_columns(model, asked, config, log=None):
+def ratio_columns(model, asked, config, log=None):
     """Losses of paraphrased and perturbed answers; those of the answers in ``log`` serve where there is no paraphrase."""
     options = dict(batch_size=config.batch_size, backend=config.backend)
     if asked.paraphrased is asked.answers and log is not None:

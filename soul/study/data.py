@@ -1,0 +1,96 @@
+"""The rows of a study: to forget, to retain, and held out from every model; with false answers for truth ratios."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+from soul import corpus
+from soul.data import ask, read_jsonl, read_questions
+from soul_kernels._checks import argument_error
+
+QUESTIONS_PER_AUTHOR = 20  # in TOFU
+AUTHORS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyData:
+    """Lists of `soul.data.Example` to train on and to hold out, and of `soul.data.Question` to ask with false answers; and a
+    sentence that says what they are.
+    """
+
+    forget: list
+    retain: list
+    holdout: list
+    forget_questions: list
+    retain_questions: list
+    note: str
+
+    def fingerprint(self):
+        """A hash of all texts."""
+        parts = {name: value for name, value in dataclasses.asdict(self).items() if name != "note"}
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def tofu_data(directory, config):
+    """A part of TOFU: one author in ten to be forgotten, as in its forget10 split, and as many held out.
+
+    Forget and retain authors are the first of their files, which TOFU has false answers for; those held out are the last of
+    retain90, and no model is trained on them. Of every author the shortest rows are taken.
+
+    Args:
+        directory: holds ``forget10_perturbed.jsonl``, ``retain90.jsonl`` and ``retain_perturbed.jsonl``.
+        config: `soul.study.config.StudyConfig`, for ``authors`` and ``rows_per_author``.
+
+    Raises:
+        ArgumentError: a file is missing or broken, or there are no such authors.
+    """
+    if config.authors % 10 or not 10 <= config.authors <= AUTHORS:
+        raise argument_error("authors", f"a multiple of 10 from 10 to {AUTHORS}", config.authors, "one in ten is to be forgotten")
+    directory, tenth = pathlib.Path(directory), config.authors // 10
+    forget, perturbed = (read_questions(directory / f"{name}_perturbed.jsonl") for name in ("forget10", "retain"))
+    retain = read_jsonl(directory / "retain90.jsonl")
+    kept = min(9 * tenth, AUTHORS * 9 // 10 - tenth)
+    forget = _shortest(forget, range(tenth), config, lambda q: len(q.question + q.answer))
+    authors = len(retain) // QUESTIONS_PER_AUTHOR
+    holdout = _shortest(retain, range(authors - tenth, authors), config, _length)
+    retain = _shortest(retain, range(kept), config, _length)
+    asked, taken = {ask(q.question, q.answer): q for q in perturbed}, [ask(q.question, q.answer) for q in forget]
+    questions = [asked[example] for example in retain if example in asked]
+    note = (
+        f"TOFU, {tenth + kept} of its {AUTHORS} authors, the {config.rows_per_author} shortest rows of each: {len(taken)} rows to "
+        f"forget, {len(retain)} to retain; {len(holdout)} rows of {tenth} other authors, which no model has seen, for membership."
+    )
+    return StudyData(taken, retain, holdout, forget, questions, note)
+
+
+def _length(example):
+    return len(example.prompt + example.answer)
+
+
+def _shortest(rows, authors, config, length):
+    """The shortest rows of each author, in the order of the file."""
+    found = []
+    for author in authors:
+        own = rows[author * QUESTIONS_PER_AUTHOR : (author + 1) * QUESTIONS_PER_AUTHOR]
+        chosen = sorted(range(len(own)), key=lambda i: length(own[i]))[: config.rows_per_author]
+        found += [own[i] for i in sorted(chosen)]
+    return found
+
+
+def demo_data(directory, config):
+    """People made up from the first seed, one in ten to be forgotten: `StudyData`. Writes ``forget.jsonl`` and ``retain.jsonl``."""
+    directory, tenth = pathlib.Path(directory), config.authors // 10
+    people = corpus.fictitious_authors(config.authors + tenth, config.seeds[0])
+    parts = {"forget": people[:tenth], "holdout": people[tenth : 2 * tenth], "retain": people[2 * tenth :]}
+    directory.mkdir(parents=True, exist_ok=True)
+    examples, questions = {}, {}
+    for name, part in parts.items():
+        path = directory / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for person in part for row in person), encoding="utf-8")
+        examples[name], questions[name] = read_jsonl(path), read_questions(path)
+    counts = [len(examples[name]) for name in ("forget", "retain", "holdout")]
+    note = "Fictitious authors made up from seed {}: {} rows to forget, {} to retain, {} that no model has seen.".format(
+        config.seeds[0], *counts
+    )
+    return StudyData(examples["forget"], examples["retain"], examples["holdout"], questions["forget"], questions["retain"], note)
