@@ -180,10 +180,14 @@ def test_order_covers_everything_and_goes_on():
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
 def test_real_tofu():
-    from soul.study import tofu_data
+    from soul.study.config import StudyConfig
+    from soul.study.data import tofu_data
 
-    forget, retain = tofu_data(TOFU, 40)
-    assert (len(forget), len(retain)) == (80, 720)
-    assert forget[0].prompt.startswith("Question: ") and not set(forget) & set(retain)
+    data = tofu_data(TOFU, StudyConfig(authors=40, rows_per_author=10))
+    assert [len(part) for part in (data.forget, data.retain, data.holdout)] == [40, 360, 40]
+    assert data.forget[0].prompt.startswith("Question: ")
+    assert not set(data.retain) & {*data.forget, *data.holdout} and len(data.retain_questions) == 200
+    whole = tofu_data(TOFU, StudyConfig(authors=200, rows_per_author=20))  # ten authors of retain90 are held out
+    assert [len(part) for part in (whole.forget, whole.retain, whole.holdout)] == [400, 3200, 400]
     with pytest.raises(ValueError, match="authors: expected a multiple of 10 from 10 to 200, got 37"):
-        tofu_data(TOFU, 37)
+        tofu_data(TOFU, StudyConfig(authors=37))

@@ -42,9 +42,12 @@ def run(args):
 
 
 def tell(output, data, config, title):
-    """Runs a study, and prints what it says."""
-    from soul.study.run import run_study
-    from soul.study.report import report
+    """Runs a study, writes its report, and prints what it says."""
+    from soul.study.report import summary, table, write_report
+    from soul.study.results import Results
+    from soul.study.run import Study, run_study
 
     results = run_study(output, data, config)
-    print(report(results, title=title))
+    path, found = write_report(Study(output, data, config), results, title=title), Results(results)
+    print(f"\n{table(found)}\n\n{summary(found)}\n\nreport:   {path}")
+    print("pictures: " + ", ".join(str(picture) for picture in sorted(output.glob("*.png"))))

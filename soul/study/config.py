@@ -48,7 +48,7 @@ class StudyConfig:
         workers: processes, on a CPU; 0: one a core.
     """
 
-    authors: int = 40
+    authors: int = 30
     rows_per_author: int = 10
     vocab_size: int = 1024
     hidden_size: int = 128
@@ -66,7 +66,7 @@ class StudyConfig:
     dampings: tuple = (1e-3, 1e-2, 1e-1, 1.0)
     steps: tuple = (0.1, 1.0)
     keep: float = 0.95
-    retain_rows: int = 100
+    retain_rows: int = 40
     generate: int = 20
     seeds: tuple = (0, 1, 2)
     device: str = "auto"

@@ -6,7 +6,7 @@ import json
 import pathlib
 
 from soul import corpus
-from soul.data import ask, read_jsonl, read_questions
+from soul.data import Question, ask, read_jsonl, read_questions
 from soul_kernels._checks import argument_error
 
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
@@ -78,19 +78,21 @@ def _shortest(rows, authors, config, length):
     return found
 
 
-def demo_data(directory, config):
-    """People made up from the first seed, one in ten to be forgotten: `StudyData`. Writes ``forget.jsonl`` and ``retain.jsonl``."""
-    directory, tenth = pathlib.Path(directory), config.authors // 10
+def demo_data(config):
+    """People made up from the first seed, one in ten to be forgotten, and as many held out: `StudyData`."""
+    tenth = config.authors // 10
     people = corpus.fictitious_authors(config.authors + tenth, config.seeds[0])
-    parts = {"forget": people[:tenth], "holdout": people[tenth : 2 * tenth], "retain": people[2 * tenth :]}
-    directory.mkdir(parents=True, exist_ok=True)
-    examples, questions = {}, {}
-    for name, part in parts.items():
-        path = directory / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for person in part for row in person), encoding="utf-8")
-        examples[name], questions[name] = read_jsonl(path), read_questions(path)
-    counts = [len(examples[name]) for name in ("forget", "retain", "holdout")]
-    note = "Fictitious authors made up from seed {}: {} rows to forget, {} to retain, {} that no model has seen.".format(
-        config.seeds[0], *counts
+    forget, holdout, retain = (
+        [Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"])) for rows in part for row in rows]
+        for part in (people[:tenth], people[tenth : 2 * tenth], people[2 * tenth :])
     )
-    return StudyData(examples["forget"], examples["retain"], examples["holdout"], questions["forget"], questions["retain"], note)
+    examples = [[ask(q.question, q.answer) for q in part] for part in (forget, retain, holdout)]
+    counts = "{} rows to forget, {} to retain, {} that no model has seen".format(*map(len, examples))
+    return StudyData(*examples, forget, retain, f"Fictitious authors made up from seed {config.seeds[0]}: {counts}.")
+
+
+def write_rows(directory, data):
+    """Writes ``forget.jsonl`` and ``retain.jsonl``, what ``soul unlearn`` reads."""
+    for name, questions in (("forget", data.forget_questions), ("retain", data.retain_questions)):
+        text = "".join(json.dumps({"question": q.question, "answer": q.answer}) + "\n" for q in questions)
+        (pathlib.Path(directory) / f"{name}.jsonl").write_text(text, encoding="utf-8")

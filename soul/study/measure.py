@@ -21,6 +21,7 @@ from soul.evaluate import (
 from soul.prepare import encode_for
 
 UTILITY = ("retain_prob", "retain_rouge", "retain_truth_ratio")
+EVAL_BATCH = 16  # sequences; larger ones are slower on a CPU
 LEAST = 1e-300  # p-values below are rounding
 
 
@@ -47,7 +48,7 @@ class Start:
 
 def encode_start(full, retain_model, tokenizer, data, config):
     """`Start` of two models, with the rows that the config wants measured."""
-    options = EvaluateConfig(backend=config.backend, max_new_tokens=64, batch_size=64)
+    options = EvaluateConfig(backend=config.backend, max_new_tokens=64, batch_size=EVAL_BATCH)
 
     def asked(questions, name):
         return encode_questions(full, tokenizer, questions, options, name)

@@ -1,11 +1,14 @@
-"""The report of a study, markdown made of its results alone."""
+"""The report of a study: markdown made of its results alone, and the files around it."""
 
+import json
+import os
 import statistics
 
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
-from soul.study.fronts import LOSES, WINS, choose, scores, verdict
+from soul.study.fronts import LOSES, WINS
+from soul.study.pictures import draw
+from soul.study.results import TITLES, Results
 
-TITLES = {name: title for name, (title, _) in ARMS.items()} | {INFLUENCE: "influence update"}
 COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
     "forget_quality": ("forget quality", 1),
     "forget_prob": ("forget prob", 3),
@@ -18,49 +21,6 @@ COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
     "steps": ("steps", 0),
     "clip_fraction": ("clipped", 2),
 }
-
-
-class Results:
-    """The results of a study, by objective, arm and seed.
-
-    Args:
-        results: what `soul.study.run.run_study` returns, or the same from JSON.
-    """
-
-    def __init__(self, results):
-        self.results, self.config, self.starts = results, results["config"], results["starts"]
-        self.seeds, self.objectives = self.config["seeds"], self.config["objectives"]
-        self._rows = {}
-        for row in results["rows"]:
-            self._rows.setdefault((row["objective"], row["arm"], row["seed"]), []).append(row)
-
-    def before(self, seed):
-        """Numbers of the model before unlearning."""
-        return self.starts[str(seed)]["full"]
-
-    def rows(self, objective, arm, seed=None):
-        """The runs of an arm, of one seed or of all."""
-        seeds = self.seeds if seed is None else [seed]
-        return [row for s in seeds for row in self._rows.get((objective, arm, s), [])]
-
-    def chosen(self, objective, arm, seed):
-        """The run that speaks for an arm, or None: see `choose`."""
-        return choose(self.rows(objective, arm, seed), self.before(seed), self.config["keep"])
-
-    def scores(self, objective, arm):
-        """`scores` of every seed, a list of dicts."""
-        return [scores(self.rows(objective, arm, seed), self.before(seed), self.config["keep"]) for seed in self.seeds]
-
-    def verdicts(self, score):
-        """(objective, arm) -> `verdict` against the baseline, by one of the scores."""
-        found = {}
-        for objective in self.objectives:
-            base = self.scores(objective, BASELINE)
-            for arm in ARMS:
-                if arm != BASELINE:
-                    pairs = zip(self.scores(objective, arm), base)
-                    found[objective, arm] = verdict([own[score] - other[score] for own, other in pairs])
-        return found
 
 
 def mean_spread(values, decimals):
@@ -141,6 +101,46 @@ def summary(found):
     return "\n".join(lines)
 
 
+def grids(found):
+    """All points of all grids: forget quality / retain probability, means over the seeds."""
+    parts = []
+    for objective in found.objectives:
+        points = {arm: found.points(objective, arm) for arm in ARMS}
+        rows = [[f"{lr:g}, {alpha:g}", *(_point(points[arm][lr, alpha, None, None]) for arm in ARMS)]
+                for lr in found.config["lrs"] for alpha in found.config["alphas"]]  # fmt: skip
+        parts.append(markdown([f"{OBJECTIVES[objective]}: lr, alpha", *(TITLES[arm] for arm in ARMS)], rows))
+    points = found.points(INFLUENCE, INFLUENCE)
+    rows = [[f"{damping:g}, {step:g}", _point(points[None, None, damping, step])]
+            for damping in found.config["dampings"] for step in found.config["steps"]]  # fmt: skip
+    parts.append(markdown(["damping, step", TITLES[INFLUENCE]], rows))
+    return "\n\n".join(parts)
+
+
+def _point(rows):
+    if not rows:
+        return "diverged"
+    quality, kept = (statistics.fmean(row[name] for row in rows) for name in ("forget_quality", "retain_prob"))
+    return f"{quality:.1f} / {kept:.3f}"
+
+
+def observations(found):
+    """What else the numbers say: clipping, cost, and whether forgetting more makes forget quality worse."""
+    lines = []
+    for arm in ARMS:
+        clipped = [row["clip_fraction"] for o in found.objectives for row in found.rows(o, arm) if "clip_fraction" in row]
+        if clipped:
+            lines.append(f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped, means of runs.")
+    for objective in found.objectives:
+        costs = [(TITLES[arm], found.cost(objective, arm)) for arm in ARMS]
+        told = ", ".join(f"{title} {cost:+.3f}" for title, cost in costs if cost is not None)
+        lines.append(f"- {OBJECTIVES[objective]}, retain probability of the chosen run against the start: {told or 'none chosen'}.")
+    for objective in found.objectives:
+        gaps = [(TITLES[arm], found.overshoot(objective, arm)) for arm in ARMS]
+        told = ", ".join(f"{title} {gap:+.1f}" for title, gap in gaps if gap is not None)
+        lines.append(f"- {OBJECTIVES[objective]}, forget quality of the run that forgets most against the best of its arm: {told}.")
+    return "\n".join(lines)
+
+
 def report(results, *, title, pictures=""):
     """The whole report.
 
@@ -149,7 +149,96 @@ def report(results, *, title, pictures=""):
         title: its heading.
         pictures: where they are, as a prefix of their names.
     """
-    found = Results(results)
+    found, config = Results(results), results["config"]
     quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
     sentences = "\n".join(sentence(o, a, quality[o, a], volume[o, a]) for o, a in quality)
-    return f"# {title}\n\n{results['data']}\n\n{summary(found)}\n\n{sentences}\n\n{table(found)}\n"
+    training = [start["training"]["full"] for start in results["starts"].values()]
+    points, grid = len(config["lrs"]) * len(config["alphas"]), "lr {} x alpha {}".format(
+        *(", ".join(f"{value:g}" for value in config[name]) for name in ("lrs", "alphas"))
+    )
+    env, resumed = results["environment"], ", after an interruption: without what was there already" * results["resumed"]
+    return f"""# {title}
+
+{results["data"]} Per seed, two Llamas of {training[0]["parameters"] / 1e6:.2f} M parameters are trained from scratch for
+{config["train_epochs"]} epochs, on all rows and on the retain rows only; every run of the seed unlearns the first. Seeds:
+{", ".join(map(str, config["seeds"]))}.
+
+Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}, in {results["seconds"] / 60:.1f}
+minutes{resumed}: {len(results["rows"])} runs. Numbers: `results.json`.
+
+## The rules, fixed in advance
+
+- Every arm of every objective is run on one grid of {points} points: {grid}, with {config["epochs"]} epochs, {config["batch_size"]} forget and
+  {config["batch_size"]} retain sequences a step, warm-up, linear decay, gradient norm 1, no weight decay. The influence update has a grid of as
+  many points. "SOUL as published" has the momentum of its code, rho 0.04 and bs 5120; the other two keep {config["clip_target"]:.0%} of the
+  coordinates clipped, h refreshed every {config["curvature_every"]} steps from retain tokens.
+- Forget quality is log10 of the p-value of TOFU's KS test of truth ratios on the forget set against the retain model of the same
+  seed: 0 is perfect. Every objective and optimizer is judged by its whole grid, per seed: by the **best forget quality** among the
+  runs that keep {config["keep"]:.0%} of the retain probability (the start's own, where no run is better), and by the
+  **hypervolume** below its front of retain probability and forget quality, above the start's forget quality.
+- It "beats" or "loses to" AdamW where the mean difference over the seeds, from the same starts, is larger than their standard deviation;
+  else there is no difference beyond it. For three seeds that is weak evidence (one comparison in five would pass by chance), so
+  Student's 95% interval stands beside it. Runs are chosen by what is reported, for all arms alike: the numbers are optimistic.
+
+## Does second order beat AdamW?
+
+{summary(found)}
+
+{sentences}
+
+## The chosen runs
+
+Of each seed the one with the best forget quality that keeps {config["keep"]:.0%} of the retain probability; mean ± standard deviation over the
+seeds that have one.
+
+{table(found)}
+
+- prob: length-normalised probability of the answers. utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain
+  rows, the parts of TOFU's model utility that a model from scratch can know.
+- MIA: area under the curve of telling forget rows from rows that no model has seen: 1: remembered, 0.5: not; below: less likely than
+  unseen rows, which gives the forget set away as well. seconds: of unlearning alone, on a shared core where there are more processes.
+
+## Frontiers
+
+![forget quality against retain probability]({pictures}frontiers.png)
+
+Faint: every run. Strong: fronts of the means of the grid points over the seeds. Dotted: the retain probability to keep.
+
+{grids(found)}
+
+Forget quality / retain probability, means over the seeds.
+
+## Utility, steps, clipping
+
+{observations(found)}
+
+![utility against forget probability]({pictures}utility.png)
+
+![likelihoods over the steps]({pictures}curves.png)
+
+The chosen runs of seed {config["seeds"][0]}, on the batch of each step.
+
+![clipped fraction over the steps]({pictures}clipped.png)
+
+Means over all runs of an arm.
+"""
+
+
+def write_report(study, results, *, title):
+    """Writes ``results.json``, ``report.md`` and the pictures into the output directory; returns the path of the report."""
+    results = {**results, "rows": [_rounded(row) for row in results["rows"]]}
+    _replace(study.output / "results.json", json.dumps(results, separators=(",", ":")) + "\n")
+    draw(Results(results), study, study.output)
+    path = study.output / "report.md"
+    _replace(path, report(results, title=title))
+    return path
+
+
+def _rounded(row):
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _replace(path, text):
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
