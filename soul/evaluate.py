@@ -136,6 +136,7 @@ def _by_row(log):
 
 
 def answer_columns(model, tokenizer, sequences, config):
+    """Columns of answers: losses, and what is remembered of them, token by token; tensors and lists of one value a sequence."""
     found = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
     log = _losses(found, "gt")
     memory = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}

@@ -1,5 +1,5 @@
 """First order against second order, from one start, on data that a small model has memorised.
 
-`config` says what is compared, `data` and `scratch` make the start, `run` unlearns and `measure` measures, `fronts` decides, and
-`report` and `pictures` tell.
+`config` says what is compared, `data` and `scratch` make the start, `run` unlearns and `measure` measures, `fronts` and
+`results` decide, `report` and `pictures` tell.
 """

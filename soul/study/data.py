@@ -10,7 +10,6 @@ from soul.data import Question, ask, read_jsonl, read_questions
 from soul_kernels._checks import argument_error
 
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
-AUTHORS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,33 +32,35 @@ class StudyData:
 
 
 def tofu_data(directory, config):
-    """A part of TOFU: one author in ten to be forgotten, as in its forget10 split, and as many held out.
+    """A part of TOFU: authors to forget, from its forget10 split, authors to retain, and as many as are forgotten held out.
 
     Forget and retain authors are the first of their files, which TOFU has false answers for; those held out are the last of
     retain90, and no model is trained on them. Of every author the shortest rows are taken.
 
     Args:
         directory: holds ``forget10_perturbed.jsonl``, ``retain90.jsonl`` and ``retain_perturbed.jsonl``.
-        config: `soul.study.config.StudyConfig`, for ``authors`` and ``rows_per_author``.
+        config: `soul.study.config.StudyConfig`, for ``forget_authors``, ``retain_authors`` and ``rows_per_author``.
 
     Raises:
-        ArgumentError: a file is missing or broken, or there are no such authors.
+        ArgumentError: a file is missing or broken, or has not as many authors.
     """
-    if config.authors % 10 or not 10 <= config.authors <= AUTHORS:
-        raise argument_error("authors", f"a multiple of 10 from 10 to {AUTHORS}", config.authors, "one in ten is to be forgotten")
-    directory, tenth = pathlib.Path(directory), config.authors // 10
+    directory, n_forget, n_retain = pathlib.Path(directory), config.forget_authors, config.retain_authors
     forget, perturbed = (read_questions(directory / f"{name}_perturbed.jsonl") for name in ("forget10", "retain"))
     retain = read_jsonl(directory / "retain90.jsonl")
-    kept = min(9 * tenth, AUTHORS * 9 // 10 - tenth)
-    forget = _shortest(forget, range(tenth), config, lambda q: len(q.question + q.answer))
+    for name, rows, needed in (("forget_authors", forget, n_forget), ("retain_authors", retain, n_retain + n_forget)):
+        if needed > len(rows) // QUESTIONS_PER_AUTHOR:
+            expected, remedy = f"{needed} authors in the file", "those held out included: ask for fewer"
+            raise argument_error(name, expected, len(rows) // QUESTIONS_PER_AUTHOR, remedy)
+    forget = _shortest(forget, range(n_forget), config, lambda q: len(q.question + q.answer))
     authors = len(retain) // QUESTIONS_PER_AUTHOR
-    holdout = _shortest(retain, range(authors - tenth, authors), config, _length)
-    retain = _shortest(retain, range(kept), config, _length)
+    holdout = _shortest(retain, range(authors - n_forget, authors), config, _length)
+    retain = _shortest(retain, range(n_retain), config, _length)
     asked, taken = {ask(q.question, q.answer): q for q in perturbed}, [ask(q.question, q.answer) for q in forget]
     questions = [asked[example] for example in retain if example in asked]
     note = (
-        f"TOFU, {tenth + kept} of its {AUTHORS} authors, the {config.rows_per_author} shortest rows of each: {len(taken)} rows to "
-        f"forget, {len(retain)} to retain; {len(holdout)} rows of {tenth} other authors, which no model has seen, for membership."
+        f"TOFU, {n_forget} authors to forget and {n_retain} to retain, the {config.rows_per_author} shortest rows of each: "
+        f"{len(taken)} and {len(retain)} rows; {len(holdout)} rows of {n_forget} other authors, which no model has seen, to "
+        "tell membership by."
     )
     return StudyData(taken, retain, holdout, forget, questions, note)
 
@@ -79,12 +80,16 @@ def _shortest(rows, authors, config, length):
 
 
 def demo_data(config):
-    """People made up from the first seed, one in ten to be forgotten, and as many held out: `StudyData`."""
-    tenth = config.authors // 10
-    people = corpus.fictitious_authors(config.authors + tenth, config.seeds[0])
+    """People made up from the first seed: `StudyData`."""
+    n = config.forget_authors
+    people = corpus.fictitious_authors(2 * n + config.retain_authors, config.seeds[0])
     forget, holdout, retain = (
-        [Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"])) for rows in part for row in rows]
-        for part in (people[:tenth], people[tenth : 2 * tenth], people[2 * tenth :])
+        [
+            Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"]))
+            for rows in part
+            for row in rows
+        ]
+        for part in (people[:n], people[n : 2 * n], people[2 * n :])
     )
     examples = [[ask(q.question, q.answer) for q in part] for part in (forget, retain, holdout)]
     counts = "{} rows to forget, {} to retain, {} that no model has seen".format(*map(len, examples))

@@ -5,7 +5,7 @@ import statistics
 
 from soul._extras import require
 
-WINS, LOSES, TIES, OPEN = "beats", "loses to", "no difference beyond the seeds' spread from", "not to be told from"
+WINS, LOSES, TIES, OPEN = "it wins", "it loses", "no difference beyond the seeds' spread", "no verdict"
 
 
 def pareto(points):
@@ -56,13 +56,13 @@ def scores(rows, before, keep):
 def verdict(differences):
     """Whether an arm differs from the baseline, from one difference a seed (arm minus baseline, from the same start).
 
-    It ``beats`` it, or ``loses to`` it, where the mean is farther from 0 than the sample standard deviation over the seeds.
+    It wins or loses where the mean is farther from 0 than the sample standard deviation over the seeds.
     With three seeds that is weak evidence: chance alone does it for one comparison in five. So there is also Student's 95%
     interval of the mean, which for three seeds is 2.5 standard deviations wide to either side.
 
     Returns:
-        A dict: ``outcome``, ``mean``, ``spread`` (the standard deviation), ``interval`` (low, high), ``differences``; spread and
-        interval are None with one seed, which tells nothing.
+        A dict: ``outcome``, ``mean``, ``spread`` (the standard deviation), ``interval`` (low, high), ``differences``; spread
+        and interval are None with one seed, which tells nothing.
     """
     mean, n = statistics.fmean(differences), len(differences)
     result = {"mean": mean, "spread": None, "interval": None, "differences": list(differences)}

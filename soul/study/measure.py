@@ -7,7 +7,6 @@ import statistics
 import torch
 
 from soul import metrics
-from soul.data import ask
 from soul.evaluate import (
     Asked,
     EvaluateConfig,
@@ -29,8 +28,8 @@ LEAST = 1e-300  # p-values below are rounding
 class Start:
     """What all runs of a seed start from and are measured against: models, tokenizer, and the encoded questions.
 
-    ``forget`` and ``questions`` are `Asked`; ``retain`` and ``holdout`` are lists of `soul.data.Sequence`; ``retain_ratios`` are
-    the truth ratios of the retain model on the forget set, a tensor, or None: it is this model that is measured.
+    ``forget`` and ``questions`` are `Asked`, ``retain`` and ``holdout`` lists of `soul.data.Sequence`; ``retain_ratios`` are
+    the truth ratios of the retain model on the forget set.
     """
 
     full: object
@@ -42,8 +41,7 @@ class Start:
     retain: list
     holdout: list
     generate: int
-    retain_ratios: object = None
-    before: dict = None
+    retain_ratios: object
 
 
 def encode_start(full, retain_model, tokenizer, data, config):
@@ -57,7 +55,8 @@ def encode_start(full, retain_model, tokenizer, data, config):
     step = max(1, len(data.retain) // config.retain_rows)  # rows from all authors
     retain = encode_for(full, tokenizer, data.retain[::step][: config.retain_rows], options, "retain")
     holdout = encode_for(full, tokenizer, data.holdout, options, "holdout")
-    return Start(full, retain_model, tokenizer, options, forget, questions, retain, holdout, config.generate)
+    ratios = truth_ratios(retain_model, forget, options)
+    return Start(full, retain_model, tokenizer, options, forget, questions, retain, holdout, config.generate, ratios)
 
 
 def truth_ratios(model, asked, options):

@@ -24,7 +24,7 @@ COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
 
 
 def mean_spread(values, decimals):
-    """"mean ± standard deviation" of the numbers there are; empty without any."""
+    """The text "mean ± standard deviation" of the numbers there are; empty without any."""
     values = [value for value in values if value is not None]
     if not values:
         return ""
@@ -68,11 +68,8 @@ def _cells(rows):
 
 def sentence(objective, arm, by_quality, by_volume):
     """What the numbers of one arm say, against the baseline."""
-    told = [
-        f"{TITLES[arm]} {by_quality['outcome']} {TITLES[BASELINE]} in the best forget quality {_numbers(by_quality, 1)}",
-        f"{by_volume['outcome']} it in hypervolume {_numbers(by_volume, 1)}",
-    ]
-    return f"- **{OBJECTIVES[objective]}**: " + ", ".join(told) + "."
+    told = [f"{by['outcome']} {_numbers(by, 1)}" for by in (by_quality, by_volume)]
+    return f"- **{OBJECTIVES[objective]}, {TITLES[arm]}**: in best forget quality {told[0]}; in hypervolume {told[1]}."
 
 
 def _numbers(found, decimals):
@@ -106,8 +103,9 @@ def grids(found):
     parts = []
     for objective in found.objectives:
         points = {arm: found.points(objective, arm) for arm in ARMS}
-        rows = [[f"{lr:g}, {alpha:g}", *(_point(points[arm][lr, alpha, None, None]) for arm in ARMS)]
-                for lr in found.config["lrs"] for alpha in found.config["alphas"]]  # fmt: skip
+        rows = [[f"{index + 1}, {alpha:g}", *(_point(points[arm][found.config["lrs"][arm][index], alpha, None, None])
+                                              for arm in ARMS)]
+                for index in range(len(found.config["lrs"][BASELINE])) for alpha in found.config["alphas"]]  # fmt: skip
         parts.append(markdown([f"{OBJECTIVES[objective]}: lr, alpha", *(TITLES[arm] for arm in ARMS)], rows))
     points = found.points(INFLUENCE, INFLUENCE)
     rows = [[f"{damping:g}, {step:g}", _point(points[None, None, damping, step])]
@@ -129,15 +127,21 @@ def observations(found):
     for arm in ARMS:
         clipped = [row["clip_fraction"] for o in found.objectives for row in found.rows(o, arm) if "clip_fraction" in row]
         if clipped:
-            lines.append(f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped, means of runs.")
+            lines.append(
+                f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped, means of runs."
+            )
     for objective in found.objectives:
         costs = [(TITLES[arm], found.cost(objective, arm)) for arm in ARMS]
         told = ", ".join(f"{title} {cost:+.3f}" for title, cost in costs if cost is not None)
-        lines.append(f"- {OBJECTIVES[objective]}, retain probability of the chosen run against the start: {told or 'none chosen'}.")
+        lines.append(
+            f"- {OBJECTIVES[objective]}, retain probability of the chosen run against the start: {told or 'none chosen'}."
+        )
     for objective in found.objectives:
         gaps = [(TITLES[arm], found.overshoot(objective, arm)) for arm in ARMS]
         told = ", ".join(f"{title} {gap:+.1f}" for title, gap in gaps if gap is not None)
-        lines.append(f"- {OBJECTIVES[objective]}, forget quality of the run that forgets most against the best of its arm: {told}.")
+        lines.append(
+            f"- {OBJECTIVES[objective]}, forget quality of the run that forgets most against the best of its arm: {told}."
+        )
     return "\n".join(lines)
 
 
@@ -151,34 +155,38 @@ def report(results, *, title, pictures=""):
     """
     found, config = Results(results), results["config"]
     quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
+    training, env = next(iter(results["starts"].values()))["training"]["full"], results["environment"]
+    seeds, points = ", ".join(map(str, config["seeds"])), len(config["lrs"][BASELINE]) * len(config["alphas"])
     sentences = "\n".join(sentence(o, a, quality[o, a], volume[o, a]) for o, a in quality)
-    training = [start["training"]["full"] for start in results["starts"].values()]
-    points, grid = len(config["lrs"]) * len(config["alphas"]), "lr {} x alpha {}".format(
-        *(", ".join(f"{value:g}" for value in config[name]) for name in ("lrs", "alphas"))
-    )
-    env, resumed = results["environment"], ", after an interruption: without what was there already" * results["resumed"]
+    resumed = " since it was taken up again" * results["resumed"]
+    rates = "; ".join(f"{TITLES[arm]}: {', '.join(f'{lr:g}' for lr in lrs)}" for arm, lrs in config["lrs"].items())
+    alphas = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
     return f"""# {title}
 
-{results["data"]} Per seed, two Llamas of {training[0]["parameters"] / 1e6:.2f} M parameters are trained from scratch for
-{config["train_epochs"]} epochs, on all rows and on the retain rows only; every run of the seed unlearns the first. Seeds:
-{", ".join(map(str, config["seeds"]))}.
+{results["data"]} Per seed ({seeds}), two
+Llamas of {training["parameters"] / 1e6:.2f} M parameters are trained from scratch for {config["train_epochs"]} epochs, on all
+rows and on the retain rows only; every run of the seed unlearns the first of them, and is measured against the second.
 
-Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}, in {results["seconds"] / 60:.1f}
-minutes{resumed}: {len(results["rows"])} runs. Numbers: `results.json`.
+Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}: {len(results["rows"])} runs in
+{results["seconds"] / 60:.1f} minutes{resumed}, training included. Numbers: `{pictures}results.json`.
 
 ## The rules, fixed in advance
 
-- Every arm of every objective is run on one grid of {points} points: {grid}, with {config["epochs"]} epochs, {config["batch_size"]} forget and
-  {config["batch_size"]} retain sequences a step, warm-up, linear decay, gradient norm 1, no weight decay. The influence update has a grid of as
-  many points. "SOUL as published" has the momentum of its code, rho 0.04 and bs 5120; the other two keep {config["clip_target"]:.0%} of the
-  coordinates clipped, h refreshed every {config["curvature_every"]} steps from retain tokens.
-- Forget quality is log10 of the p-value of TOFU's KS test of truth ratios on the forget set against the retain model of the same
-  seed: 0 is perfect. Every objective and optimizer is judged by its whole grid, per seed: by the **best forget quality** among the
-  runs that keep {config["keep"]:.0%} of the retain probability (the start's own, where no run is better), and by the
-  **hypervolume** below its front of retain probability and forget quality, above the start's forget quality.
-- It "beats" or "loses to" AdamW where the mean difference over the seeds, from the same starts, is larger than their standard deviation;
-  else there is no difference beyond it. For three seeds that is weak evidence (one comparison in five would pass by chance), so
-  Student's 95% interval stands beside it. Runs are chosen by what is reported, for all arms alike: the numbers are optimistic.
+- Every optimizer has, for every objective, a grid of {points} points: learning rate times alpha, the
+  weight of retaining. Learning rates: {rates}. Alpha: {alphas}. The influence update, in one shot and without an
+  objective, has as many points: damping times step.
+- A run: {config["epochs"]} epochs, {config["batch_size"]} forget and as many retain sequences a step, warm-up, linear decay,
+  gradient norm 1, no weight decay. "SOUL as published" has the momentum of its code, rho 0.04 and bs 5120. The other
+  two keep {config["clip_target"]:.0%} of the coordinates clipped, and refresh h from retain tokens every
+  {config["curvature_every"]} steps.
+- Forget quality is log10 of the p-value of TOFU's KS test of truth ratios on the forget set, against the retain model of the
+  same seed: 0 is perfect. An optimizer is judged by its whole grid, seed by seed: by the **best forget quality** among the runs
+  that keep {config["keep"]:.0%} of the retain probability (the start's own, where no run is better), and by the
+  **hypervolume** under its front of retain probability and forget quality, above the forget quality of the start.
+- It wins or loses against AdamW where the mean difference over the seeds, from the same starts, is larger than the standard
+  deviation of the differences. For three seeds that is weak evidence (chance alone does it for one comparison in five), so
+  Student's 95% interval of the mean stands beside it. Runs are chosen by the numbers that are reported, in every arm alike:
+  all of them are optimistic.
 
 ## Does second order beat AdamW?
 
@@ -188,25 +196,26 @@ minutes{resumed}: {len(results["rows"])} runs. Numbers: `results.json`.
 
 ## The chosen runs
 
-Of each seed the one with the best forget quality that keeps {config["keep"]:.0%} of the retain probability; mean ± standard deviation over the
-seeds that have one.
+Of each seed the one with the best forget quality that keeps {config["keep"]:.0%} of the retain probability. Mean ± standard
+deviation over the seeds that have one.
 
 {table(found)}
 
-- prob: length-normalised probability of the answers. utility: harmonic mean of probability, ROUGE-L recall and truth ratio on retain
-  rows, the parts of TOFU's model utility that a model from scratch can know.
-- MIA: area under the curve of telling forget rows from rows that no model has seen: 1: remembered, 0.5: not; below: less likely than
-  unseen rows, which gives the forget set away as well. seconds: of unlearning alone, on a shared core where there are more processes.
+- prob: length-normalised probability of the answers. Utility: harmonic mean of probability, ROUGE-L recall and truth ratio on
+  retain rows, those parts of TOFU's model utility that a model from scratch can know.
+- MIA: area under the curve of telling forget rows from rows that no model has seen. 1: they are remembered, 0.5: they are not;
+  below: less likely than unseen rows, which gives them away as well.
+- Seconds: of unlearning alone.
 
 ## Frontiers
 
 ![forget quality against retain probability]({pictures}frontiers.png)
 
-Faint: every run. Strong: fronts of the means of the grid points over the seeds. Dotted: the retain probability to keep.
+Faint: every run. Strong: the front of the means over the seeds. Dotted: the retain probability to keep.
+
+Forget quality / retain probability of every grid point, means over the seeds; learning rates by their place in the grid.
 
 {grids(found)}
-
-Forget quality / retain probability, means over the seeds.
 
 ## Utility, steps, clipping
 

@@ -1,6 +1,7 @@
 """The runs of a study, each from the start of its seed to a JSON file; what is there already is not run again."""
 
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import json
@@ -21,7 +22,7 @@ from soul.models import load, pick_device
 from soul.output import check_output
 from soul.prepare import encode_for
 from soul.study.config import ARMS, INFLUENCE, runs
-from soul.study.measure import encode_start, measure, truth_ratios
+from soul.study.measure import encode_start, measure
 from soul.study.scratch import new_model, train, train_tokenizer
 from soul.unlearn import Diverged, unlearn
 from soul_kernels._checks import argument_error
@@ -41,6 +42,10 @@ class Study:
     def seed_dir(self, seed):
         """The directory of a seed."""
         return self.output / f"seed{seed}"
+
+    def start(self, seed):
+        """The file of what its models were before unlearning."""
+        return self.seed_dir(seed) / "start.json"
 
     def result(self, run):
         """The file of a run."""
@@ -81,16 +86,16 @@ def run_study(output, data, config):
     _claim(output / STUDY_FILE, identity)
     _save_tokenizer(study)
     starts = [(seed, part) for seed in config.seeds for part in ("full", "retain") if not _trained(study, seed, part)]
-    _each(study, _train, starts, "train")
-    for seed in config.seeds:
-        _measure_start(study, seed)
     todo = [run for run in runs(config) if not study.result(run).exists()]
-    _each(study, run_one, todo, "unlearn")
+    with _workers(config) as each:
+        each(_train, study, starts, "train")
+        each(_measure_start, study, [seed for seed in config.seeds if not study.start(seed).exists()], "measure")
+        each(run_one, study, todo, "unlearn")
     return {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "data": data.note,
-        "environment": environment(config, _workers(config)),
-        "starts": {str(seed): _read(study.seed_dir(seed) / "start.json") for seed in config.seeds},
+        "environment": environment(config, worker_count(config)),
+        "starts": {str(seed): _read(study.start(seed)) for seed in config.seeds},
         "rows": [_read(study.result(run)) for run in runs(config)],
         "seconds": time.perf_counter() - begun,
         "resumed": len(todo) < len(runs(config)),
@@ -115,32 +120,47 @@ def _claim(path, identity):
         write_json(path, identity)
 
 
-def _workers(config):
+def worker_count(config):
+    """Processes: one on a GPU, else what the config says."""
     if pick_device(config.device).type == "cuda":
         return 1
     return config.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 
-def _each(study, function, jobs, title):
-    """Does the jobs, on a CPU in as many processes as there are cores, with one thread each."""
-    bar = require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=sys.stderr, disable=not jobs)
-    workers = min(_workers(study.config), len(jobs))
-    with bar:
-        if workers <= 1:
-            for job in jobs:
-                function(study, job)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-        with concurrent.futures.ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-            waiting = [pool.submit(function, study, job) for job in jobs]
-            try:
-                for done in concurrent.futures.as_completed(waiting):
+@contextlib.contextmanager
+def _workers(config):
+    """Gives ``each(function, study, jobs, title)``, which does jobs: on a CPU in ``worker_count`` processes of one thread."""
+    count = worker_count(config)
+    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
+    options = dict(mp_context=context, initializer=_in_worker)
+    pool = concurrent.futures.ProcessPoolExecutor(count, **options) if count > 1 else None
+
+    def each(function, study, jobs, title):
+        with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=sys.stderr, disable=not jobs) as bar:
+            if pool is None:
+                for job in jobs:
+                    function(study, job)
+                    bar.update()
+            else:
+                for done in concurrent.futures.as_completed([pool.submit(function, study, job) for job in jobs]):
                     done.result()
                     bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+
+    logging = require("transformers", "hf").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # one bar is enough
+    try:
+        yield each
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_worker():
+    torch.set_num_threads(1)
+    require("transformers", "hf").utils.logging.disable_progress_bar()
 
 
 def _save_tokenizer(study):
@@ -183,20 +203,16 @@ def start_of(study, seed):
         _LOADED.clear()
         device = pick_device(study.config.device)
         models = [load(study.seed_dir(seed) / part)[0].to(device) for part in ("full", "retain")]
-        start = encode_start(*models, _tokenizer(study), study.data, study.config)
-        start.retain_ratios = truth_ratios(start.retain_model, start.forget, start.options)
-        _LOADED[key] = start
+        _LOADED[key] = encode_start(*models, _tokenizer(study), study.data, study.config)
     return _LOADED[key]
 
 
 def _measure_start(study, seed):
-    path = study.seed_dir(seed) / "start.json"
-    if path.exists():
-        return
+    """Measures the two models of a seed."""
     start = start_of(study, seed)
     training = {part: _read(study.seed_dir(seed) / f"{part}.json") for part in ("full", "retain")}
     numbers = {part: measure(model, start) for part, model in (("full", start.full), ("retain", start.retain_model))}
-    write_json(path, {"seed": seed, "training": training, **numbers})
+    write_json(study.start(seed), {"seed": seed, "training": training, **numbers})
 
 
 def unlearn_config(run, config):
