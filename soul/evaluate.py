@@ -231,21 +231,6 @@ def generate(model, tokenizer, sequences, *, batch_size=32, max_new_tokens=96):
     return texts
 
 
-def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_new_tokens=96):
-    """Mean ROUGE-L recall of the greedy answer to each prompt against the true answer, with stemming, as in TOFU.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        examples: list of `soul.data.Example`, for the true answers.
-        sequences: the same, encoded, for the prompts.
-        batch_size: prompts a batch.
-        max_new_tokens: where an answer is cut off.
-    """
-    texts = generate(model, tokenizer, sequences, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    return metrics.rouge_recall([example.answer for example in examples], texts)["rougeL_recall"].mean().item()
-
-
 @torch.no_grad()
 def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
     """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
@@ -270,27 +255,3 @@ def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
         total += values.sum().item()
         count += len(batch.rows)
     return total / count
-
-
-def evaluate(model, tokenizer, sets, *, retain_model=None, generate=100, backend="auto"):
-    """The table of a study for one model.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        sets: name -> (list of `soul.data.Example`, the same encoded), with the names "forget" and "retain".
-        retain_model: a model trained without the forget set, or None.
-        generate: rows of each set to generate answers for (from its start); generation is the slow part.
-        backend: of the probabilities and the distance.
-
-    Returns:
-        ``forget_prob``, ``retain_prob``, ``forget_rouge``, ``retain_rouge`` in [0, 1] and, with a retain model,
-        ``forget_kl`` and ``retain_kl``, the distance to it on each set, in nats a token.
-    """
-    result = {}
-    for name, (examples, sequences) in sets.items():
-        result[f"{name}_prob"] = answer_probability(model, sequences, backend=backend)
-        result[f"{name}_rouge"] = rouge_l_recall(model, tokenizer, examples[:generate], sequences[:generate])
-        if retain_model is not None:
-            result[f"{name}_kl"] = kl_divergence(model, retain_model, sequences, backend=backend)
-    return result

@@ -43,7 +43,6 @@ class StudyConfig:
         steps: factors of the influence update.
         keep: part of the retain probability before unlearning that a run must keep to be chosen.
         retain_rows: retain rows to measure probability on; at most as many are asked with false answers.
-        generate: retain questions to generate answers for, for ROUGE-L.
         seeds: of initial weights, order of the data, and drawn labels; each has models of its own.
         device: "auto", "cpu" or "cuda".
         backend: "auto", "triton" or "reference".
@@ -62,15 +61,14 @@ class StudyConfig:
     epochs: int = 5
     batch_size: int = 6
     objectives: tuple = tuple(OBJECTIVES)
-    lrs: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(ARMS, (1e-4, 3e-4, 1e-3)))
+    lrs: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(ARMS, (2e-4, 6e-4, 2e-3)))
     alphas: tuple = (1.0, 5.0)
     clip_target: float = 0.3
     curvature_every: int = 5
-    dampings: tuple = (1e-3, 1e-2, 1e-1)
-    steps: tuple = (0.1, 1.0)
+    dampings: tuple = (1e-4, 3e-4, 1e-3)
+    steps: tuple = (0.25, 1.0)
     keep: float = 0.95
     retain_rows: int = 40
-    generate: int = 20
     seeds: tuple = (0, 1, 2)
     device: str = "auto"
     backend: str = "auto"
@@ -147,9 +145,8 @@ PRESETS = {
         train_batch=64,
         batch_size=16,
         lrs={"adamw": (5e-5, 2e-4), "soul": (2e-5, 8e-5), "soul_retain": (1e-4, 4e-4), "soul_gnb": (1e-4, 4e-4)},
-        dampings=(1e-2, 1e-1),
+        dampings=(1e-4, 1e-3),
         retain_rows=400,
-        generate=100,
         seeds=(0,),
     ),
     # Two cores, below five minutes, on people made up.
@@ -160,8 +157,7 @@ PRESETS = {
         vocab_size=1024,
         objectives=("graddiff", "npo"),
         alphas=(1.0,),
-        dampings=(1e-3, 1e-2, 1e-1),
-        steps=(1.0,),
+        steps=(0.25,),
         seeds=(0,),
     ),
 }

@@ -36,9 +36,10 @@ def _panels(n, height):
     return figure, axes
 
 
-def _save(figure, axis, path, columns=3):
+def _save(figure, axes, path):
     """Saves with one legend for all panels, below them."""
-    handles, labels = axis.get_legend_handles_labels()
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    columns = min(4, 2 * axes.shape[1])
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
     figure.savefig(path, dpi=90)
     require("matplotlib.pyplot", "plots").close(figure)
@@ -68,7 +69,7 @@ def _scatter(found, path, x, y, label, front=False):
             axis.axvline(limit, color="0.6", linestyle=":", linewidth=1)
         ylabel = "forget quality, log10 p" if y == "forget_quality" else y
         axis.set(title=OBJECTIVES[objective], xlabel=label, ylabel=ylabel)
-    _save(figure, axes[0, 0], path, columns=4)
+    _save(figure, axes, path)
 
 
 def _log(study, row):
@@ -79,19 +80,20 @@ def _log(study, row):
 
 
 def _curves(found, study, path):
-    """Likelihoods over the steps of the chosen runs of the first seed."""
+    """Likelihoods over the steps of the chosen runs of the first seed; of an arm without one of its best in forget quality."""
     figure, axes = _panels((2, len(found.objectives)), 2.6)
     seed = found.seeds[0]
     for column, objective in zip(axes.T, found.objectives):
         for arm in ARMS:
-            row = found.chosen(objective, arm, seed)
+            ran = [row for row in found.rows(objective, arm, seed) if "diverged" not in row]
+            row = found.chosen(objective, arm, seed) or max(ran, key=lambda row: row["forget_quality"], default=None)
             records = [] if row is None else _log(study, row)
             for axis, key in zip(column, ("forget_nll", "retain_nll")):
                 values = [(r["step"], r[key]) for r in records if r.get(key) is not None]
                 axis.plot(*zip(*values) if values else ((), ()), color=COLORS[arm], label=TITLES[arm], linewidth=1.2)
                 axis.set(xlabel="step", ylabel=f"{key.split('_')[0]} NLL a token")
         column[0].set_title(OBJECTIVES[objective])
-    _save(figure, axes[0, 0], path, columns=4)
+    _save(figure, axes, path)
 
 
 def _clipped(found, study, path):
@@ -108,4 +110,4 @@ def _clipped(found, study, path):
                 values = [(step, statistics.fmean(fractions)) for step, fractions in sorted(steps.items())]
                 axis.plot(*zip(*values), color=COLORS[arm], label=TITLES[arm], linewidth=1.2)
         axis.set(title=OBJECTIVES[objective], xlabel="step", ylabel="clipped fraction", ylim=(-0.03, 1.03))
-    _save(figure, axes[0, 0], path, columns=4)
+    _save(figure, axes, path)

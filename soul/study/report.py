@@ -68,7 +68,7 @@ def _cells(rows):
 
 def sentence(objective, arm, by_quality, by_volume):
     """What the numbers of one arm say, against the baseline."""
-    told = [f"{by['outcome']} {_numbers(by, 1)}" for by in (by_quality, by_volume)]
+    told = [f"{by['outcome']} {_numbers(by, 2)}" for by in (by_quality, by_volume)]
     return f"- **{OBJECTIVES[objective]}, {TITLES[arm]}**: in best forget quality {told[0]}; in hypervolume {told[1]}."
 
 
@@ -157,9 +157,13 @@ def report(results, *, title, pictures=""):
     quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
     training, env = next(iter(results["starts"].values()))["training"]["full"], results["environment"]
     seeds, points = ", ".join(map(str, config["seeds"])), len(config["lrs"][BASELINE]) * len(config["alphas"])
+    clock = "of processor time" if env["device"].startswith("CPU") else "on the clock"
     sentences = "\n".join(sentence(o, a, quality[o, a], volume[o, a]) for o, a in quality)
     resumed = " since it was taken up again" * results["resumed"]
-    rates = "; ".join(f"{TITLES[arm]}: {', '.join(f'{lr:g}' for lr in lrs)}" for arm, lrs in config["lrs"].items())
+    lrs = {arm: ", ".join(f"{lr:g}" for lr in rates) for arm, rates in config["lrs"].items()}
+    rates = f"for all of them {lrs[BASELINE]}"
+    if len(set(lrs.values())) > 1:
+        rates = "; ".join(f"{TITLES[arm]} {own}" for arm, own in lrs.items())
     alphas = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
     return f"""# {title}
 
@@ -168,13 +172,14 @@ Llamas of {training["parameters"] / 1e6:.2f} M parameters are trained from scrat
 rows and on the retain rows only; every run of the seed unlearns the first of them, and is measured against the second.
 
 Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}: {len(results["rows"])} runs in
-{results["seconds"] / 60:.1f} minutes{resumed}, training included. Numbers: `{pictures}results.json`.
+{results["seconds"] / 60:.1f} minutes{resumed}, training included; {found.work() / 60:.1f} minutes {clock}. Numbers:
+`{pictures}results.json`.
 
 ## The rules, fixed in advance
 
-- Every optimizer has, for every objective, a grid of {points} points: learning rate times alpha, the
-  weight of retaining. Learning rates: {rates}. Alpha: {alphas}. The influence update, in one shot and without an
-  objective, has as many points: damping times step.
+- Every optimizer has, for every objective, a grid of {points} points: learning rate times alpha,
+  the weight of retaining. Learning rates, {rates}; alpha, {alphas}. The influence update, in one shot and
+  without an objective, has as many points: damping times step.
 - A run: {config["epochs"]} epochs, {config["batch_size"]} forget and as many retain sequences a step, warm-up, linear decay,
   gradient norm 1, no weight decay. "SOUL as published" has the momentum of its code, rho 0.04 and bs 5120. The other
   two keep {config["clip_target"]:.0%} of the coordinates clipped, and refresh h from retain tokens every
@@ -201,11 +206,11 @@ deviation over the seeds that have one.
 
 {table(found)}
 
-- prob: length-normalised probability of the answers. Utility: harmonic mean of probability, ROUGE-L recall and truth ratio on
-  retain rows, those parts of TOFU's model utility that a model from scratch can know.
+- prob: length-normalised probability of the answers. Utility: harmonic mean of probability, exact memorization and truth
+  ratio on retain rows: TOFU's model utility without what a model from scratch cannot know, and without generation.
 - MIA: area under the curve of telling forget rows from rows that no model has seen. 1: they are remembered, 0.5: they are not;
   below: less likely than unseen rows, which gives them away as well.
-- Seconds: of unlearning alone.
+- Seconds: {clock}, of unlearning alone.
 
 ## Frontiers
 
@@ -225,7 +230,7 @@ Forget quality / retain probability of every grid point, means over the seeds; l
 
 ![likelihoods over the steps]({pictures}curves.png)
 
-The chosen runs of seed {config["seeds"][0]}, on the batch of each step.
+The chosen runs of seed {config["seeds"][0]}, on the batch of each step; where none is chosen, that of best forget quality.
 
 ![clipped fraction over the steps]({pictures}clipped.png)
 

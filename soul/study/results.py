@@ -60,6 +60,11 @@ class Results:
                 runs.append(row)
         return found
 
+    def work(self):
+        """Seconds of training and of all runs together, each by its own clock."""
+        training = [part["seconds"] for start in self.starts.values() for part in start["training"].values()]
+        return sum(training) + sum(row["all_seconds"] for row in self.results["rows"])
+
     def cost(self, objective, arm):
         """Retain probability of the chosen run minus that before unlearning, mean over the seeds that have one; or None."""
         pairs = [(self.chosen(objective, arm, seed), self.before(seed)) for seed in self.seeds]

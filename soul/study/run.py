@@ -59,8 +59,7 @@ def check_ready(output, config):
         ArgumentError: the output directory is neither empty nor that of a study, or device or backend are not to be had.
         MissingExtra: a package is not installed.
     """
-    for module, extra in (("transformers", "hf"), ("rouge_score", "eval"), ("scipy", "eval"), ("sklearn", "eval"),
-                          ("matplotlib", "plots")):  # fmt: skip
+    for module, extra in (("transformers", "hf"), ("scipy", "eval"), ("sklearn", "eval"), ("matplotlib", "plots")):
         require(module, extra)
     resolve_backend(config.backend, torch.empty(0, device=pick_device(config.device)))
     output = pathlib.Path(output)
@@ -76,7 +75,8 @@ def run_study(output, data, config):
         config: `soul.study.config.StudyConfig`.
 
     Returns:
-        The results, a dict: ``config``, ``data``, ``environment``, ``starts`` by seed, ``rows``, and ``seconds`` of all runs.
+        The results, a dict: ``config``, ``data``, ``environment``, ``starts`` by seed, ``rows``, and ``seconds`` of this call,
+        ``resumed`` where some runs had been there before.
 
     Raises:
         ArgumentError: the directory holds a study of other data or sizes; nothing was written.
@@ -163,6 +163,13 @@ def _in_worker():
     require("transformers", "hf").utils.logging.disable_progress_bar()
 
 
+def _clock(config):
+    """A stop-watch that runs: seconds of the wall on a GPU, of the processor on a CPU, where processes share it."""
+    clock = time.perf_counter if pick_device(config.device).type == "cuda" else time.process_time
+    begun = clock()
+    return lambda: clock() - begun
+
+
 def _save_tokenizer(study):
     place = study.output / "tokenizer"
     if not (place / "tokenizer_config.json").exists():
@@ -180,7 +187,7 @@ def _trained(study, seed, part):
 
 def _train(study, job):
     """Trains one of the two models of a seed and saves it."""
-    (seed, part), config, data, begun = job, study.config, study.data, time.perf_counter()
+    (seed, part), config, data, clock = job, study.config, study.data, _clock(study.config)
     tokenizer = _tokenizer(study)
     model = new_model(tokenizer, config, seed)
     examples = data.retain if part == "retain" else [*data.forget, *data.retain]
@@ -189,7 +196,7 @@ def _train(study, job):
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
     parameters = sum(p.numel() for p in model.parameters())
-    seconds = time.perf_counter() - begun
+    seconds = clock()
     write_json(place.with_name(f"{part}.json"), {"loss": losses, "parameters": parameters, "seconds": seconds})
 
 
@@ -237,10 +244,10 @@ def run_one(study, run):
     start, path = start_of(study, run.seed), study.result(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {"seed": run.seed, "objective": run.objective, "arm": run.arm, **dict(run.options)}
-    model, begun = copy.deepcopy(start.full), time.perf_counter()
+    model, clock = copy.deepcopy(start.full), _clock(study.config)
     try:
         records = _unlearn(model, start, study, run, path.with_suffix(".jsonl"))
-        row |= {"seconds": time.perf_counter() - begun, "steps": len(records)}
+        row |= {"seconds": clock(), "steps": len(records)}
         clipped = [record["clip_fraction"] for record in records if "clip_fraction" in record]
         if clipped:
             row["clip_fraction"] = sum(clipped) / len(clipped)
@@ -250,6 +257,7 @@ def run_one(study, run):
         row |= numbers
     except Diverged as error:
         row["diverged"] = str(error)
+    row["all_seconds"] = clock()
     write_json(path, row)
 
 
