@@ -8,6 +8,7 @@ from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS
 from soul.study.pictures import draw
 from soul.study.results import TITLES, Results
+from soul.study.run import RESULTS_FILE
 
 COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
     "forget_quality": ("forget quality", 1),
@@ -157,7 +158,7 @@ def report(results, *, title, pictures=""):
     quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
     training, env = next(iter(results["starts"].values()))["training"]["full"], results["environment"]
     seeds, points = ", ".join(map(str, config["seeds"])), len(config["lrs"][BASELINE]) * len(config["alphas"])
-    clock = "of processor time" if env["device"].startswith("CPU") else "on the clock"
+    clock = "of processor time" if "processes of one thread" in env["device"] else "on the clock"
     sentences = "\n".join(sentence(o, a, quality[o, a], volume[o, a]) for o, a in quality)
     resumed = " since it was taken up again" * results["resumed"]
     lrs = {arm: ", ".join(f"{lr:g}" for lr in rates) for arm, rates in config["lrs"].items()}
@@ -241,7 +242,7 @@ Means over all runs of an arm.
 def write_report(study, results, *, title):
     """Writes ``results.json``, ``report.md`` and the pictures into the output directory; returns the path of the report."""
     results = {**results, "rows": [_rounded(row) for row in results["rows"]]}
-    _replace(study.output / "results.json", json.dumps(results, separators=(",", ":")) + "\n")
+    _replace(study.output / RESULTS_FILE, json.dumps(results, separators=(",", ":")) + "\n")
     draw(Results(results), study, study.output)
     path = study.output / "report.md"
     _replace(path, report(results, title=title))

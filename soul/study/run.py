@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import platform
 import sys
 import time
 
@@ -28,7 +29,7 @@ from soul.unlearn import Diverged, unlearn
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
 
-STUDY_FILE = "study.json"
+STUDY_FILE, RESULTS_FILE = "study.json", "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,10 @@ def run_study(output, data, config):
         each(_train, study, starts, "train")
         each(_measure_start, study, [seed for seed in config.seeds if not study.start(seed).exists()], "measure")
         each(run_one, study, todo, "unlearn")
-    return {
+    kept, past = {}, output / RESULTS_FILE
+    if not starts and not todo and past.exists():  # only the report is made anew
+        kept = {name: value for name, value in _read(past).items() if name in ("environment", "seconds", "resumed")}
+    results = {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "data": data.note,
         "environment": environment(config, worker_count(config)),
@@ -100,13 +104,22 @@ def run_study(output, data, config):
         "seconds": time.perf_counter() - begun,
         "resumed": len(todo) < len(runs(config)),
     }
+    return results | kept
 
 
 def environment(config, workers):
     """Names of the device and versions of what computed."""
     device = pick_device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {workers} processes"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {workers} processes of one thread"
     return {"device": name, "torch": torch.__version__, "transformers": require("transformers", "hf").__version__}
+
+
+def _cpu():
+    """The name of the processor, where Linux knows it."""
+    path = pathlib.Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine() or "CPU"
 
 
 def _claim(path, identity):
