@@ -11,6 +11,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 
 import torch
@@ -172,8 +173,15 @@ def _workers(config):
 
 
 def _in_worker():
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     require("transformers", "hf").utils.logging.disable_progress_bar()
+
+
+def _end_with_parent():
+    """A worker would wait for ever where its parent was killed. Results are written whole or not at all."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _clock(config):
