@@ -352,8 +352,8 @@ def _checksum(state):
 
 def _check_same(saved, now):
     now = json.loads(json.dumps(now))  # tuples are lists there
-    for name in sorted(saved.keys() | now.keys()):
-        if saved.get(name) != now.get(name):
+    for name in sorted(saved.keys() | now.keys(), key=lambda name: (name.startswith("content of"), name)):
+        if saved.get(name) != now.get(name):  # an option first: it may be why the content differs
             remedy = "give the options and files of the run that is to go on, or another output directory"
             if name.startswith("content of"):
                 raise argument_error(f"resume, {name}", "what the checkpoint was made with", "another one", remedy)
