@@ -54,8 +54,8 @@ class UnlearnConfig:
         long_texts: "split" or "truncate" texts that are longer (rows without a prompt); answers are truncated.
         template: "plain", "chat" or a text: how `soul.Unlearner` asks the questions that it reads (`soul.templates.Template`).
         system: system message of the chat template, or None.
-        drop_unusable: `soul.Unlearner` leaves out, and counts, rows that are blank or whose prompt leaves no room for an answer;
-            else they are an error.
+        drop_unusable: `soul.Unlearner` leaves out, and counts, rows that are blank or whose prompt leaves no room for an
+            answer; else they are an error.
         eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
             retain examples.

@@ -89,14 +89,14 @@ class Batch:
 
 
 def read_jsonl(path, template=TEMPLATE):
-    """Reads examples from a file of JSON lines, or of parquet, as `soul.datasets.read` does.
+    """Reads examples from a file of JSON lines, or from whatever else `soul.datasets.rows` takes.
 
     Raises:
         ArgumentError: no such file, a broken line (named by its number), a missing column, or no rows at all.
     """
     from soul import datasets, templates  # which make examples, and so import this module
 
-    return datasets.read(path, templates.Template(template))
+    return datasets.examples(datasets.rows(path), templates.Template(template))
 
 
 def read_questions(path):

@@ -31,13 +31,8 @@ WMDP = {  # name -> repository, subset
 _SUFFIXES = (".jsonl", ".json", ".parquet")  # of a benchmark's files in a folder
 
 
-def read(source, template, *, drop=False, counts=None):
-    """Examples of a source: `examples` of its `rows`."""
-    return examples(rows(source), template, drop=drop, counts=counts)
-
-
-def rows(source, name="rows"):
-    """The rows of a source, as a list of (where it stands, dict).
+def rows(source, name="rows", *, drop=False, counts=None):
+    """The rows of a source, as a list of (where it stands, dict), all of them with text where it is needed.
 
     Args:
         source: a path of JSON lines, or of parquet where it ends so; ``tofu:NAME``, ``muse:CORPUS/SPLIT``,
@@ -45,21 +40,27 @@ def rows(source, name="rows"):
             ``tofu:NAME@DIR`` and ``wmdp:NAME@DIR``, from a folder with the benchmark's files; or an iterable of mappings, as a
             ``datasets.Dataset`` is.
         name: what to call an iterable in errors.
+        drop: leave out rows whose answer or text is blank, and count them.
+        counts: `soul.data.Counts`, which gets the numbers of rows and of blank ones.
 
     Raises:
-        ArgumentError: no such file or name (the known ones are listed), or it could not be read.
+        ArgumentError: no such file or name (the known ones are listed), or it could not be read; a column is missing or holds
+            something else; a row is blank, and not to be dropped; or all are.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        return _given(source, name)
-    kind, colon, rest = str(source).partition(":")
-    if colon and kind in _KINDS:
-        return _KINDS[kind](str(source), rest)
-    if re.match(r"[a-z]{2,}:", str(source)) and not pathlib.Path(source).exists():
-        raise argument_error(str(source), f"a path, or a name of {', '.join(f'{k}:' for k in _KINDS)}", f"{kind}:", "check it")
-    return _rows.read(source)
+    found = _read(source, name)
+    columns = _columns(*found[0])
+    kept = [(where, row) for where, row in found if not (drop and _is_blank(row.get(columns[-1])))]
+    for where, row in kept:
+        _check(where, row, columns)
+    if counts is not None:
+        counts.rows += len(found)
+        counts.blank += len(found) - len(kept)
+    if not kept:
+        raise argument_error(found[0][0], "a row that is not blank, here or below", "none", "check the data")
+    return kept
 
 
-def examples(rows, template, *, drop=False, counts=None):
+def examples(rows, template):
     """Rows as a list of `soul.data.Example`.
 
     Questions and answers are put into the template. Prompts and completions are taken as they are, as texts; conversations,
@@ -67,27 +68,34 @@ def examples(rows, template, *, drop=False, counts=None):
     text has no prompt. The columns are those of the first row; others are ignored.
 
     Args:
-        rows: list of (where, dict), from `rows`.
+        rows: of `rows`.
         template: `soul.templates.Template`.
-        drop: leave out blank rows, and count them.
-        counts: `soul.data.Counts`, which gets the numbers of rows and of blank ones.
 
     Raises:
-        ArgumentError: a column is missing or holds something else; a row is blank, and not to be dropped; or all are.
+        ArgumentError: as `soul.templates.Template.converse`.
     """
-    columns, found = None, []
-    for where, row in rows:
-        columns = columns or next((c for c in COLUMNS if all(name in row for name in c)), None)
-        if columns is None:
-            known = " or ".join("/".join(c) for c in COLUMNS)
-            raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
-        if not (drop and _is_blank(row.get(columns[-1]))):
-            found.append(_example(where, row, columns, template))
-    if counts is not None:
-        counts.rows += len(rows)
-        counts.blank += len(rows) - len(found)
-    if not found:
-        raise argument_error("rows", "one that is not blank", f"{len(rows)} blank ones", "check the file")
+    columns = _columns(*rows[0]) if rows else ()
+    return [_example(where, row, columns, template) for where, row in rows]
+
+
+def _read(source, name):
+    if not isinstance(source, (str, os.PathLike)):
+        return _given(source, name)
+    kind, colon, rest = str(source).partition(":")
+    if colon and kind in _KINDS:
+        return _KINDS[kind](str(source), rest)
+    if re.match(r"[a-z]{2,}:", str(source)) and not pathlib.Path(source).exists():
+        known = ", ".join(f"{kind}:" for kind in _KINDS)
+        raise argument_error(str(source), f"a path, or a name that begins with {known}", f"{kind}:", "check the name")
+    return _rows.read(source)
+
+
+def _columns(where, row):
+    """Which of ``COLUMNS`` a row has, the first of them."""
+    found = next((c for c in COLUMNS if all(name in row for name in c)), None)
+    if found is None:
+        known = " or ".join("/".join(c) for c in COLUMNS)
+        raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
     return found
 
 
@@ -97,16 +105,25 @@ def _is_blank(value):
     return value is None or isinstance(value, str) and not value.strip()
 
 
-def _example(where, row, columns, template):
+def _is_conversation(row, columns):
+    return any(isinstance(row.get(name), list) for name in columns if name in ("prompt", "completion", "messages"))
+
+
+def _check(where, row, columns):
+    if _is_conversation(row, columns):
+        return  # looked at by the template
     if columns == ("messages",):
-        messages = row.get("messages")
-        if not isinstance(messages, list) or len(messages) < 2:
-            raise argument_error(f"{where}, column 'messages'", "a question and its answer, or more", repr(messages)[:80], "fix it")
-        return template.converse(messages[:-1], messages[-1:], where)
-    if columns == ("prompt", "completion") and any(isinstance(row.get(name), list) for name in columns):
-        return template.converse(row.get("prompt"), row.get("completion"), where)
+        got = type(row["messages"]).__name__ if "messages" in row else "no such column"
+        raise argument_error(f"{where}, column 'messages'", "a list of {'role', 'content'}", got, "every row needs it")
     for name in columns:
         _rows.check_text(where, row, name, may_be_blank=name != columns[-1])
+
+
+def _example(where, row, columns, template):
+    if columns == ("messages",):
+        return template.converse(row["messages"][:-1], row["messages"][-1:], where)
+    if _is_conversation(row, columns):
+        return template.converse(row.get("prompt"), row.get("completion"), where)
     if columns == ("text",):
         return Example("", row["text"])
     if columns == ("prompt", "completion"):

@@ -57,7 +57,9 @@ class Template:
         if self.system is not None and prompt[0]["role"] != "system":
             prompt = [_message("system", self.system), *prompt]
         goes_on = prompt[-1]["role"] == "assistant"
-        before = self._render(prompt, where, **({"continue_final_message": True} if goes_on else {"add_generation_prompt": True}))
+        before = self._render(
+            prompt, where, **({"continue_final_message": True} if goes_on else {"add_generation_prompt": True})
+        )
         answer = self._after(before, prompt, completion, goes_on, where)
         opening, found, closing = self._after(before, prompt, [_message("assistant", _MARK)], goes_on, where).partition(_MARK)
         if not found or not (answer.startswith(opening) and answer.endswith(closing)):
@@ -108,7 +110,11 @@ def _message(role, content):
 
 
 def _check_messages(messages, where):
-    if isinstance(messages, str) or not messages or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if (
+        isinstance(messages, str)
+        or not messages
+        or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    ):
         expected = "text after a text, or a conversation after a conversation: lists of {'role', 'content'}"
         raise argument_error(where, expected, type(messages).__name__, "fix the row")
     for message in messages:

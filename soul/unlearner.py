@@ -51,7 +51,8 @@ class Unlearner:
     ):  # fmt: skip
         self.config = UnlearnConfig() if config is None else config
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
-        rows = {name: source if _are_examples(source) else datasets.rows(source, name) for name, source in given.items()}
+        self.counts = {name: Counts() for name in given}
+        rows = {name: self._rows(name, source) for name, source in given.items()}
         if isinstance(model, (str, os.PathLike)):
             if dtype == "auto":
                 dtype = "bfloat16" if adapters or self.config.optimizer == "soul" else "float32"
@@ -62,23 +63,27 @@ class Unlearner:
             torch.manual_seed(self.config.seed)
             model = models.add_adapters(model, **adapters)
         self.model, self.tokenizer = model, tokenizer
-        self.counts = {name: Counts() for name in rows}
         found = {name: self._examples(name, part) for name, part in rows.items()}
         self._forget, self._retain = found["forget"], found.get("retain", [])
         prepare(model, tokenizer, self._forget, self._retain, self.config, self.counts)
         self._answers = encode_for(model, tokenizer, self._forget, self.config, "forget")
 
+    def _rows(self, name, source):
+        """What is read before a model is loaded: rows, or the examples that were given."""
+        counts = self.counts[name]
+        if isinstance(source, (list, tuple)) and all(isinstance(item, Example) for item in source):
+            counts.rows = len(source)
+            return list(source)
+        return datasets.rows(source, name, drop=self.config.drop_unusable, counts=counts)
+
     def _examples(self, name, rows):
-        """Rows as examples, without those that are to be dropped."""
-        config, counts = self.config, self.counts[name]
-        if _are_examples(rows):
-            examples, counts.rows = list(rows), len(rows)
-        else:
-            template = Template(config.template, self.tokenizer, config.system)
-            examples = datasets.examples(rows, template, drop=config.drop_unusable, counts=counts)
+        config = self.config
+        if rows and not isinstance(rows[0], Example):
+            rows = datasets.examples(rows, Template(config.template, self.tokenizer, config.system))
         if config.drop_unusable:
-            return answerable(examples, self.tokenizer, max_length=config.max_length, name=name, counts=counts)
-        return examples
+            options = dict(max_length=config.max_length, name=name, counts=self.counts[name])
+            return answerable(rows, self.tokenizer, **options)
+        return rows
 
     def forget_probability(self):
         """Mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""
@@ -135,7 +140,3 @@ class Unlearner:
     def _merge(self, merge):
         if merge and models.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
-
-
-def _are_examples(source):
-    return isinstance(source, (list, tuple)) and all(isinstance(item, Example) for item in source)
