@@ -53,13 +53,13 @@ class Template:
         """
         for part in (prompt, completion):
             _check_messages(part, where)
+        if not all(message["content"].strip() for message in completion):
+            raise argument_error(where, "some text", "a blank answer", "drop the row")
         self._check_tokenizer()
         if self.system is not None and prompt[0]["role"] != "system":
             prompt = [_message("system", self.system), *prompt]
         goes_on = prompt[-1]["role"] == "assistant"
-        before = self._render(
-            prompt, where, **({"continue_final_message": True} if goes_on else {"add_generation_prompt": True})
-        )
+        before = self._render(prompt, where, **{"continue_final_message" if goes_on else "add_generation_prompt": True})
         answer = self._after(before, prompt, completion, goes_on, where)
         opening, found, closing = self._after(before, prompt, [_message("assistant", _MARK)], goes_on, where).partition(_MARK)
         if not found or not (answer.startswith(opening) and answer.endswith(closing)):
@@ -110,14 +110,10 @@ def _message(role, content):
 
 
 def _check_messages(messages, where):
-    if (
-        isinstance(messages, str)
-        or not messages
-        or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    ):
+    shaped = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not messages or not shaped:
         expected = "text after a text, or a conversation after a conversation: lists of {'role', 'content'}"
         raise argument_error(where, expected, type(messages).__name__, "fix the row")
     for message in messages:
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            got = "a blank one" if isinstance(message["content"], str) else type(message["content"]).__name__
-            raise argument_error(f"{where}, {message['role']}", "some text", got, "drop the row")
+        if not isinstance(message["content"], str):
+            raise argument_error(f"{where}, {message['role']}", "text", type(message["content"]).__name__, "fix the row")

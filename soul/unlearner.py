@@ -80,7 +80,7 @@ class Unlearner:
         config = self.config
         if rows and not isinstance(rows[0], Example):
             rows = datasets.examples(rows, Template(config.template, self.tokenizer, config.system))
-        if config.drop_unusable:
+        if rows and config.drop_unusable:
             options = dict(max_length=config.max_length, name=name, counts=self.counts[name])
             return answerable(rows, self.tokenizer, **options)
         return rows

@@ -29,7 +29,7 @@ def test_columns(row, expected, tmp_path):
 @pytest.mark.parametrize("rows, message", [
     ([{"text": "a"}, "{broken"], r"a.jsonl, line 2: expected one JSON object, got broken JSON"),
     ([{"text": "a"}, "[1]"], r"a.jsonl, line 2: expected one JSON object, got list"),
-    ([{"q": "a", "a": "b"}], r"a.jsonl, line 1: expected columns question/answer or prompt/completion or messages or text, got q/a"),
+    ([{"q": "a", "a": "b"}], r"line 1: expected columns question/answer or prompt/completion or messages or text, got q/a"),
     ([{"question": "a", "answer": "b"}, {"question": "a"}], r"line 2, column 'answer': expected a string, got no such column"),
     ([{"text": 3}], r"line 1, column 'text': expected a string, got int"),
     ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
