@@ -75,8 +75,8 @@ def test_unknown_names_list_the_known_ones(source, message, asked_of_hub):
 
 def test_what_the_hub_says_is_passed_on():
     """The real library, without a network: it names what was asked for, and says why there is nothing."""
-    with pytest.raises(ValueError, match=r"wmdp:bio-forget: expected a data set on the hub \(cais/wmdp-bio-forget-corpus, "
-                                         r"split train\), got \w+: .+; check the name and the connection; for a gated one"):  # fmt: skip
+    what = r"wmdp:bio-forget: expected a data set on the hub \(cais/wmdp-bio-forget-corpus, split train\)"
+    with pytest.raises(ValueError, match=what + r", got \w+: .+; check the name and the connection; for a gated one"):
         datasets.rows("wmdp:bio-forget")
 
 
@@ -184,9 +184,9 @@ def test_prompts_without_room_are_counted():
         answerable(given[:1], tokenizer, max_length=4, name="forget")
 
 
-def unlearner(rows, **options):
+def unlearner(rows, retain=None, **options):
     config = UnlearnConfig(method="ga", epochs=1, batch_size=8, max_length=16, backend="reference", **options)
-    return Unlearner(tiny_model(), rows, examples(2), config, tokenizer=tiny_tokenizer())
+    return Unlearner(tiny_model(), rows, retain, config, tokenizer=tiny_tokenizer())
 
 
 def test_no_row_vanishes(tmp_path):
@@ -194,7 +194,7 @@ def test_no_row_vanishes(tmp_path):
     rows = [{"text": text} for text in ("short", "long " * 60, " ", "longer " * 90, "short")]
     with pytest.raises(ValueError, match="forget, row 2, column 'text': expected some text"):
         unlearner(rows)
-    run = unlearner(rows, drop_unusable=True)
+    run = unlearner(rows, examples(2), drop_unusable=True)
     counts = run.counts["forget"]
     assert (counts.rows, counts.blank, counts.no_room, counts.truncated, counts.split) == (5, 1, 0, 0, 2)
     assert len(run._answers) == 2 + counts.pieces and counts.pieces > 20
@@ -202,7 +202,9 @@ def test_no_row_vanishes(tmp_path):
     left = json.loads((tmp_path / "out" / "data.json").read_text())
     assert left["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
     whole = encode(examples(2), tiny_tokenizer(), vocab_size=300)
-    assert left["retain"]["rows"] == 2 and left["retain"]["truncated"] == sum(len(s.input_ids) > 16 for s in whole) > 0
+    long = [(len(s.input_ids), s.prompt_length) for s in whole]
+    assert left["retain"]["no_room"] == sum(prompt >= 16 for _, prompt in long) == 1
+    assert left["retain"]["truncated"] == sum(length > 16 > prompt for length, prompt in long) == 1
     cut = unlearner([*rows[:2], rows[3]], long_texts="truncate")
     assert cut.counts["forget"] == Counts(rows=3, truncated=2) and len(cut._answers) == 3
     asked = [{"question": "Who? " * n, "answer": "Me."} for n in (0, 9)]
@@ -233,9 +235,10 @@ def test_a_run_by_names(method, tmp_path, capsys):
 @needs_tofu
 def test_a_run_on_tofu(tmp_path, capsys):
     given = (f"tofu:forget10@{TOFU}", f"tofu:retain90@{TOFU}")
-    assert command(tmp_path, *given, "--batch-size=200", "--max-length=64") == 0
-    assert "forget: 400 rows; " in (said := capsys.readouterr().out) and "cut to 64 tokens\nretain: 3600 rows; " in said
-    assert json.loads((tmp_path / "out" / "data.json").read_text())["retain"]["rows"] == 3600
+    assert command(tmp_path, *given, "--batch-size=200", "--max-length=160", "--drop-unusable") == 0
+    said, told = capsys.readouterr().out, json.loads((tmp_path / "out" / "data.json").read_text())
+    assert "forget: 400 rows; " in said and "cut to 160 tokens\nretain: 3600 rows; " in said
+    assert (told["forget"]["rows"], told["retain"]["rows"]) == (400, 3600) and told["retain"]["truncated"] > 0
 
 
 @needs_tofu
