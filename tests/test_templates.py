@@ -21,11 +21,10 @@ LLAMA3 = (
     "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
 )
 LLAMA2 = (  # the system message goes into the first question; an answer begins with a space
-    "{% for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}{% elif m.role == 'user' %}"
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}{% elif m.role == 'user' %}"
     "{{ bos_token }}[INST] {% if ns.system %}<<SYS>>{{ ns.system }}<</SYS>> {% endif %}{{ m.content }} [/INST]"
     "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
-LLAMA2 = "{% set ns = namespace(system='') %}" + LLAMA2
 CHATML = (  # no start token, and the end of a turn is not the end of the sequence
     "{% for m in messages %}|im_start|{{ m.role }}\n{{ m.content }}|im_end|\n{% endfor %}"
     "{% if add_generation_prompt %}|im_start|assistant\n{% endif %}"
@@ -35,8 +34,8 @@ THINKING = (  # as CHATML, but an answer begins with empty thoughts that the pro
     "{{ m.content }}|im_end|\n{% endfor %}{% if add_generation_prompt %}|im_start|assistant\n{% endif %}"
 )
 GEMMA = (  # knows no system message
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}{% for m in messages %}"
-    "|turn|{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}|end|\n{% endfor %}"
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}|turn|{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}|end|\n{% endfor %}"
     "{% if add_generation_prompt %}|turn|model\n{% endif %}"
 )
 KINDS = {"llama 3": LLAMA3, "llama 2": LLAMA2, "chatml": CHATML, "thinking": THINKING, "gemma": GEMMA}
@@ -106,7 +105,8 @@ def test_no_second_start_token():
 
 
 def test_the_day_does_not_change_a_run():
-    clock = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }} "
+    clock = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    clock += "Today: {{ date_string }} "
     assert Template("chat", chatting(clock + LLAMA3)).ask(QUESTION, ANSWER).prompt.startswith(f"Today: {DATE} ")
 
 
