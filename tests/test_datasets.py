@@ -234,11 +234,11 @@ def test_a_run_by_names(method, tmp_path, capsys):
 
 @needs_tofu
 def test_a_run_on_tofu(tmp_path, capsys):
-    given = (f"tofu:forget10@{TOFU}", f"tofu:retain_perturbed@{TOFU}")  # the smaller one: 3,600 rows are read below
-    assert command(tmp_path, *given, "--batch-size=200", "--max-length=160", "--drop-unusable") == 0
+    given = (f"tofu:forget01@{TOFU}", f"tofu:retain_perturbed@{TOFU}")  # the smallest two; 3,600 rows are read below
+    assert command(tmp_path, *given, "--batch-size=20", "--max-length=160", "--drop-unusable") == 0
     said, told = capsys.readouterr().out, json.loads((tmp_path / "out" / "data.json").read_text())
-    assert "forget: 400 rows; " in said and "cut to 160 tokens\nretain: 400 rows; " in said
-    assert (told["forget"]["rows"], told["retain"]["rows"]) == (400, 400) and told["retain"]["truncated"] > 0
+    assert "forget: 40 rows; " in said and "cut to 160 tokens\nretain: 400 rows; " in said
+    assert (told["forget"]["rows"], told["retain"]["rows"]) == (40, 400) and told["retain"]["truncated"] > 0
 
 
 @needs_tofu

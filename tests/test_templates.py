@@ -21,9 +21,9 @@ LLAMA3 = (
     "{% if add_generation_prompt %}[assistant]\n\n{% endif %}"
 )
 LLAMA2 = (  # the system message goes into the first question; an answer begins with a space
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}{% elif m.role == 'user' %}"
-    "{{ bos_token }}[INST] {% if ns.system %}<<SYS>>{{ ns.system }}<</SYS>> {% endif %}{{ m.content }} [/INST]"
-    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.system = m.content %}"
+    "{% elif m.role == 'user' %}{{ bos_token }}[INST] {% if ns.system %}<<SYS>>{{ ns.system }}<</SYS>> {% endif %}"
+    "{{ m.content }} [/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
 )
 CHATML = (  # no start token, and the end of a turn is not the end of the sequence
     "{% for m in messages %}|im_start|{{ m.role }}\n{{ m.content }}|im_end|\n{% endfor %}"
