@@ -55,7 +55,8 @@ class Unlearner:
         rows = {name: self._rows(name, source) for name, source in given.items()}
         if isinstance(model, (str, os.PathLike)):
             if dtype == "auto":
-                dtype = "bfloat16" if adapters or self.config.optimizer == "soul" else "float32"
+                keeps_bits = self.config.optimizer == "soul" and self.config.method != "influence"
+                dtype = "bfloat16" if adapters or keeps_bits else "float32"
             model, tokenizer = models.load(model, dtype=dtype, device=models.pick_device(device))
         elif tokenizer is None:
             raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")

@@ -13,8 +13,10 @@ import soul
 from soul import UnlearnConfig, Unlearner, models
 from soul.cli import main
 from soul.config import build_scheduler
-from soul.data import collate
+from soul.data import collate, read_jsonl
 from soul.graph import GraphedStep, pad
+from soul.influence import unlearn_once
+from soul.prepare import prepare
 from soul.unlearn import unlearn
 from soul_kernels import linear_objective
 from tests.helpers import mutant, needs_rouge
@@ -174,6 +176,25 @@ def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     assert not any(p._post_accumulate_grad_hooks for p in got.parameters())
 
 
+def test_influence_is_a_method(place, tmp_path):
+    """The weights and the numbers of `unlearn_once`; a model is saved, and the log has one line."""
+    given = dict(model=place / "model", forget=place / "forget.jsonl", retain=place / "retain.jsonl", method="influence")
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    flags += ["--batch-size=2", "--option=clip=0.01", "--option=curvature=fisher", "--option=blockwise=false", "--device=cpu"]
+    flags += [f"--output={tmp_path / 'out'}"]
+    assert main(["unlearn", *flags]) == 0
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    model, tokenizer = models.load(place / "model")
+    config = UnlearnConfig(method="influence", batch_size=2)
+    parts = prepare(model, tokenizer, *(read_jsonl(given[name]) for name in ("forget", "retain")), config)
+    found = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
+    assert record["factor"] == found["step"] and record["step"] == 1
+    assert all(record[name] == pytest.approx(found[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
+    assert not torch.equal(logits(saved), logits(models.load(place / "model")[0]))
+
+
 def test_schedules():
     found = {}
     for schedule in ("linear", "cosine", "constant"):
@@ -321,6 +342,8 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),
     (dict(param_rounding="up"), "param_rounding: expected one of"),
+    (dict(method="influence", lr=1e-4), "lr: expected 1e-05 with the method 'influence', got 0.0001; it takes batch_size"),
+    (dict(method="influence", eval_every=1), "eval_every: expected 0 with the method 'influence'"),
 ])  # fmt: skip
 def test_options_that_exclude_each_other(options, message):
     with pytest.raises(ValueError) as error:
