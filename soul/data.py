@@ -99,8 +99,9 @@ def read_jsonl(path, template=TEMPLATE):
     return datasets.examples(datasets.rows(path), templates.Template(template))
 
 
-def read_questions(path):
-    """Reads TOFU's perturbed files: JSON lines with question, answer, perturbed_answer (a list) and perhaps paraphrased_answer.
+def read_questions(source):
+    """Reads TOFU's perturbed sets, from whatever `soul.datasets.rows` takes: rows with question, answer, perturbed_answer (a list)
+    and perhaps paraphrased_answer.
 
     Returns:
         List of `Question`, all with equally many false answers.
@@ -108,8 +109,10 @@ def read_questions(path):
     Raises:
         ArgumentError: as `read_jsonl`.
     """
+    from soul import datasets  # as above
+
     questions = []
-    for where, row in _rows.read(path):
+    for where, row in datasets.read(source):
         row = {"paraphrased_answer": row.get("answer"), **row}
         perturbed, count = row.get("perturbed_answer"), len(questions[0].perturbed) if questions else None
         if not isinstance(perturbed, list) or not perturbed or len(perturbed) != (count or len(perturbed)):
@@ -281,7 +284,8 @@ def _tokens(example, tokenizer, where):
     text = example.prompt + example.answer
     # What a chat template wrote has all special tokens already; what a user has rendered shows it by its first one.
     special = example.frame is None and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    prompt, whole = ([*tokenizer(t, add_special_tokens=special).input_ids] for t in (example.prompt, text))
+    options = dict(add_special_tokens=special, verbose=False)  # which would warn of long texts before they are cut
+    prompt, whole = ([*tokenizer(t, **options).input_ids] for t in (example.prompt, text))
     for tokens in (prompt, whole) if special else (whole,):
         # Some tokenizers close every text themselves, and some texts are closed already.
         while tokenizer.eos_token_id is not None and tokens[-1:] == [tokenizer.eos_token_id]:

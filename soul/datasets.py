@@ -47,7 +47,7 @@ def rows(source, name="rows", *, drop=False, counts=None):
         ArgumentError: no such file or name (the known ones are listed), or it could not be read; a column is missing or holds
             something else; a row is blank, and not to be dropped; or all are.
     """
-    found = _read(source, name)
+    found = read(source, name)
     columns = _columns(*found[0])
     kept = [(where, row) for where, row in found if not (drop and _is_blank(row.get(columns[-1])))]
     for where, row in kept:
@@ -78,7 +78,8 @@ def examples(rows, template):
     return [_example(where, row, columns, template) for where, row in rows]
 
 
-def _read(source, name):
+def read(source, name="rows"):
+    """The rows of a source as they are: `rows` without a look at their columns."""
     if not isinstance(source, (str, os.PathLike)):
         return _given(source, name)
     kind, colon, rest = str(source).partition(":")
@@ -134,6 +135,9 @@ def _example(where, row, columns, template):
 def _given(source, name):
     if not isinstance(source, collections.abc.Iterable):
         raise argument_error(name, "a path, a name, or a list of rows", type(source).__name__, "see soul.datasets.rows")
+    if isinstance(source, collections.abc.Mapping):
+        got = f"a mapping of {', '.join(map(str, source))}"
+        raise argument_error(name, "a path, a name, or the rows of one split", got, "choose one of these")
     found = [(f"{name}, row {index}", row) for index, row in enumerate(source)]
     for where, row in found:
         if not isinstance(row, collections.abc.Mapping):
@@ -183,14 +187,14 @@ def _check_name(source, name, known):
 
 
 def _in_folder(folder, name):
-    return next((p for suffix in _SUFFIXES if (p := pathlib.Path(folder) / f"{name}{suffix}").is_file()), None)
+    return next((p for suffix in _SUFFIXES if (p := pathlib.Path(folder).expanduser() / f"{name}{suffix}").is_file()), None)
 
 
 def _folder_rows(source, folder, name):
     path = _in_folder(folder, name)
     if path is None:
-        expected = " or ".join(f"{name}{suffix}" for suffix in _SUFFIXES)
-        raise argument_error(source, f"{expected} in {folder or 'a folder'}", "none of them", "check the folder")
+        expected = f"{' or '.join(name + suffix for suffix in _SUFFIXES)} in {folder or 'a folder'}"
+        raise argument_error(source, expected, "none of them", "check the folder")
     return _rows.read(path)
 
 

@@ -74,7 +74,7 @@ class Words:
     def __init__(self, closes=False):
         self.vocabulary, self.closes = {"<s>": 0, "</s>": 1}, closes
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         words = re.findall(r"<s>|[ ]?[^ <]+", text)
         words = [("▁" + w.lstrip(" ")) if i == 0 or w[0] == " " else w for i, w in enumerate(words) if w != "<s>"]
         words = ["<s>"] * ("<s>" in text or add_special_tokens) + words + ["</s>"] * self.closes

@@ -9,7 +9,7 @@ import pytest
 
 from soul import UnlearnConfig, Unlearner, datasets
 from soul.cli import main
-from soul.data import Counts, Example, answerable, encode
+from soul.data import Counts, Example, answerable, encode, read_questions
 from soul.templates import Template
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 from tests.test_data import Words, write
@@ -54,6 +54,14 @@ def test_names_are_these_data_sets(source, repository, subset, split, asked_of_h
     assert asked_of_hub == [((repository, subset), {"split": split})]
 
 
+def test_questions_by_name(monkeypatch):
+    """What ``soul evaluate --data tofu`` reads."""
+    row = ASKED[0] | {"paraphrased_answer": "It is 0.", "perturbed_answer": ["Number 8.", "Number 9."]}
+    monkeypatch.setattr("datasets.load_dataset", lambda path, name, split: [row] if name == "forget10_perturbed" else None)
+    (question,) = read_questions("tofu:forget10_perturbed")
+    assert (question.paraphrased, question.perturbed) == ("It is 0.", ("Number 8.", "Number 9."))
+
+
 @pytest.mark.parametrize("source, message", [
     ("tofu:forget11", "tofu:forget11: expected one of full, forget01, forget05, forget10, retain99, retain95, retain90, hold"),
     ("tofu:", "got nothing"),
@@ -66,6 +74,7 @@ def test_names_are_these_data_sets(source, repository, subset, split, asked_of_h
     (7, "rows: expected a path, a name, or a list of rows, got int"),
     ([3], "rows, row 0: expected a mapping of columns, got int"),
     ([], "rows: expected at least one row, got none"),
+    ({"train": ASKED}, "rows: expected a path, a name, or the rows of one split, got a mapping of train"),  # a DatasetDict
 ])  # fmt: skip
 def test_unknown_names_list_the_known_ones(source, message, asked_of_hub):
     with pytest.raises(ValueError) as error:
@@ -137,7 +146,7 @@ class Startless(Words):
 
     bos_token = bos_token_id = None
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         return super().__call__(text, add_special_tokens=False)
 
 

@@ -23,7 +23,7 @@ def add_arguments(parser):
     what.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: for forget quality")
     what.add_argument("--json", metavar="FILE", help="new file for the numbers")
     how = parser.add_argument_group("with --model")
-    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl")
+    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl; or tofu: from the hub")
     how.add_argument("--output", metavar="DIR", help="new or empty directory for the logs, which --from-logs reads")
     how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
     how.add_argument("--holdout", metavar="DATA", help="path or name of rows that the model never saw, as --forget "
@@ -95,8 +95,9 @@ def _run_model(args, target):
         raise argument_error("json", "a file beside the logs", str(target), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
-    sets = {name: read_questions(pathlib.Path(args.data) / f"{file}_perturbed.jsonl")[: args.rows]
-            for name, file in files.items()}  # fmt: skip
+    sources = {name: f"tofu:{file}_perturbed" if args.data == "tofu" else pathlib.Path(args.data) / f"{file}_perturbed.jsonl"
+               for name, file in files.items()}  # fmt: skip
+    sets = {name: read_questions(source)[: args.rows] for name, source in sources.items()}
     held_out = datasets.rows(args.holdout) if args.holdout else []
     retain, written = None, {}
     if args.retain_logs is not None:
