@@ -100,8 +100,8 @@ def read_jsonl(path, template=TEMPLATE):
 
 
 def read_questions(source):
-    """Reads TOFU's perturbed sets, from whatever `soul.datasets.rows` takes: rows with question, answer, perturbed_answer (a list)
-    and perhaps paraphrased_answer.
+    """Reads TOFU's perturbed sets, from whatever `soul.datasets.rows` takes: rows with question, answer, perturbed_answer (a
+    list) and perhaps paraphrased_answer.
 
     Returns:
         List of `Question`, all with equally many false answers.
