@@ -29,16 +29,17 @@ CHATML = (  # no start token, and the end of a turn is not the end of the sequen
     "{% for m in messages %}|im_start|{{ m.role }}\n{{ m.content }}|im_end|\n{% endfor %}"
     "{% if add_generation_prompt %}|im_start|assistant\n{% endif %}"
 )
-THINKING = (  # as CHATML, but an answer begins with empty thoughts that the prompt does not have
+THINKING = (  # as CHATML, but an answer begins with empty thoughts that the prompt does not have, and more follows its end
     "{% for m in messages %}|im_start|{{ m.role }}\n{% if m.role == 'assistant' %}|think|\n\n|/think|\n\n{% endif %}"
-    "{{ m.content }}|im_end|\n{% endfor %}{% if add_generation_prompt %}|im_start|assistant\n{% endif %}"
+    "{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}|im_start|assistant\n{% endif %}"
 )
+BARE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"  # a prompt ends as an answer does
 GEMMA = (  # knows no system message
     "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}|turn|{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}|end|\n{% endfor %}"
     "{% if add_generation_prompt %}|turn|model\n{% endif %}"
 )
-KINDS = {"llama 3": LLAMA3, "llama 2": LLAMA2, "chatml": CHATML, "thinking": THINKING, "gemma": GEMMA}
+KINDS = {"llama 3": LLAMA3, "llama 2": LLAMA2, "chatml": CHATML, "thinking": THINKING, "bare": BARE, "gemma": GEMMA}
 QUESTION, ANSWER = "Who lives here?", "Number 7 lives here."
 
 
