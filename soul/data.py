@@ -1,4 +1,4 @@
-"""Forget and retain data: JSON lines -> examples -> token ids -> batches."""
+"""Forget and retain data: examples -> token ids -> batches. Where rows come from: `soul.datasets`."""
 
 import dataclasses
 import random
