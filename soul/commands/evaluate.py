@@ -23,7 +23,7 @@ def add_arguments(parser):
     what.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: for forget quality")
     what.add_argument("--json", metavar="FILE", help="new file for the numbers")
     how = parser.add_argument_group("with --model")
-    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl; or tofu: from the hub")
+    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl, or the word tofu for the hub's")
     how.add_argument("--output", metavar="DIR", help="new or empty directory for the logs, which --from-logs reads")
     how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
     how.add_argument("--holdout", metavar="DATA", help="path or name of rows that the model never saw, as --forget "
