@@ -7,13 +7,18 @@ import torch
 
 from soul import losses
 from soul.curvature import GNB, RetainFisher
+from soul.influence import Influence
 from soul.optimizer import SOUL, SophiaG
+from soul.templates import check_template
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
+DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
+INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
+METHODS = {**losses.OBJECTIVES, "influence": Influence}
 
 
 @dataclasses.dataclass
@@ -21,8 +26,9 @@ class UnlearnConfig:
     """Everything that decides a run.
 
     Attributes:
-        method: name of the objective, one of ``soul.losses.OBJECTIVES``.
-        method_options: its keyword arguments (gamma, alpha, retain, beta, ...).
+        method: name of the objective, one of ``soul.losses.OBJECTIVES``; or "influence", one second-order step over all data,
+            which knows ``batch_size``, ``seed``, ``backend`` and what is said of the data only.
+        method_options: its keyword arguments (gamma, alpha, retain, beta, ...), or those of `soul.influence.Influence`.
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
         betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
@@ -50,6 +56,11 @@ class UnlearnConfig:
         schedule: how lr falls after the warm-up: "linear" or "cosine", to 0; or "constant", not at all.
         warmup_ratio: part of the steps over which lr rises linearly.
         max_length: tokens of a sequence.
+        long_texts: "split" or "truncate" texts that are longer (rows without a prompt); answers are truncated.
+        template: "plain", "chat" or a text: how `soul.Unlearner` asks the questions that it reads (`soul.templates.Template`).
+        system: system message of the chat template, or None.
+        drop_unusable: `soul.Unlearner` leaves out, and counts, rows that are blank or whose prompt leaves no room for an
+            answer; else they are an error.
         eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
             retain examples.
@@ -85,6 +96,10 @@ class UnlearnConfig:
     schedule: str = "linear"
     warmup_ratio: float = 0.1
     max_length: int = 512
+    long_texts: str = "split"
+    template: str = "plain"
+    system: str | None = None
+    drop_unusable: bool = False
     eval_every: int = 0
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
@@ -108,6 +123,8 @@ class UnlearnConfig:
         check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))
         check_choice("param_rounding", self.param_rounding, ("auto", *ROUNDINGS))
         check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        check_choice("long_texts", self.long_texts, ("split", "truncate"))
+        check_template(self.template, self.system)
         if self.clip_target is not None:
             check_range("clip_target", self.clip_target, high=1.0)
         if self.optimizer != "soul" and (self.curvature != "unlearn" or self.clip_target is not None):
@@ -118,6 +135,7 @@ class UnlearnConfig:
             raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
         self._check_release()
         self._check_graph()
+        self._check_influence()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
         if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
@@ -143,13 +161,21 @@ class UnlearnConfig:
                 remedy = "raise batch_size" if name == "accumulate" else "leave one of them out"
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
+    def _check_influence(self):
+        """Raises for what belongs to many steps."""
+        for field in dataclasses.fields(self) if self.method == "influence" else ():
+            value = getattr(self, field.name)
+            if field.name not in ("method_options", *INFLUENCE_FIELDS) and value != field.default:
+                remedy = f"it takes {', '.join(INFLUENCE_FIELDS[1:])} and the method's own options"
+                raise argument_error(field.name, f"{field.default!r} with the method 'influence'", value, remedy)
+
     def decisive(self):
         """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
 
     def objective(self):
-        """The objective of ``method`` with ``method_options``."""
-        return losses.get(self.method, **self.method_options)
+        """The objective of ``method`` with ``method_options``, or a `soul.influence.Influence`."""
+        return losses.build(METHODS, self.method, self.method_options)
 
 
 def build_optimizer(model, config):

@@ -7,7 +7,8 @@ import time
 
 from soul._extras import require
 from soul.commands._place import add_place
-from soul.losses import OBJECTIVES
+from soul.commands._template import add_template
+from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
 HELP = "make a Hugging Face causal language model forget a file of text"
@@ -17,11 +18,13 @@ def add_arguments(parser):
     """Declares the options."""
     need = parser.add_argument_group("what")
     need.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
-    need.add_argument("--forget", required=True, metavar="FILE", help="JSON lines: question/answer, prompt/completion or text")
-    need.add_argument("--retain", metavar="FILE", help="JSON lines to keep; needed unless the method has no retain term")
+    need.add_argument("--forget", required=True, metavar="DATA", help="JSON lines or parquet with question/answer, "
+                      "prompt/completion, messages or text; or a name: tofu:forget10, tofu:forget10@DIR, muse:news/forget, "
+                      "wmdp:cyber-forget, hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)")  # fmt: skip
+    need.add_argument("--retain", metavar="DATA", help="the same, to keep; needed unless the method has no retain term")
     need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     how = parser.add_argument_group("how")
-    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: %(default)s)")
+    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(METHODS)} (default: %(default)s)")
     how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     how.add_argument("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
     how.add_argument("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
@@ -65,6 +68,12 @@ def add_arguments(parser):
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
     how.add_argument("--merge", action="store_true", help="add the adapters to the weights, and save a plain model")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    how.add_argument("--long-texts", default="split", metavar="NAME", help="split or truncate longer texts (default: "
+                     "%(default)s); answers are truncated")  # fmt: skip
+    how.add_argument(
+        "--drop-unusable", action="store_true", help="leave out blank rows and prompts that leave no room for an answer"
+    )
+    add_template(how)
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16, with 8 more bits in soul's "
                      "state, or float32, with bf16 autocast on a GPU; adamw loses most updates of bfloat16 below lr 1e-4 "
@@ -101,6 +110,8 @@ def run(args):
         return
     place = dict(dtype=args.dtype, device=args.device)
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
+    for name, counts in unlearner.counts.items():
+        print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
@@ -125,8 +136,8 @@ def _adapters(args):
 
 def _method_options(args):
     """The keyword arguments of the method, from the options of their own and from ``--option``."""
-    check_choice("method", args.method, tuple(OBJECTIVES))
-    known = inspect.signature(OBJECTIVES[args.method]).parameters
+    check_choice("method", args.method, tuple(METHODS))
+    known = inspect.signature(METHODS[args.method]).parameters
     options = {name: getattr(args, name) for name in ("gamma", "alpha", "beta") if getattr(args, name) is not None}
     for given in args.option:
         name, equals, text = given.partition("=")
@@ -134,17 +145,23 @@ def _method_options(args):
             raise argument_error("option", "NAME=VALUE", given, f"names for {args.method}: {', '.join(known)}")
         if name in options:
             raise argument_error(name, "one value", "two", "give it once")
-        options[name] = _parsed(name, text, type(known[name].default)) if name in known else text
+        options[name] = _parsed(name, text, known[name].default) if name in known else text
     return options
 
 
-def _parsed(name, text, kind):
-    """A text as a value of the type that the argument's default has."""
+def _parsed(name, text, default):
+    """A text as a value of the type that the argument's default has; None stands for a number."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        check_choice(name, text.lower(), ("true", "false"))
+        return text.lower() == "true"
+    kind = int if isinstance(default, int) else float
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if kind is not str and not math.isfinite(value):
+    if not math.isfinite(value):
         expected = "a whole number" if kind is int else "a number"
         raise argument_error(name, expected, repr(text), "check the options")
     return value
