@@ -87,12 +87,13 @@ def test_arms_differ_in_the_optimizer_alone():
 
 
 def test_pareto_front_and_its_area():
-    points = [(0.5, -1.0), (0.9, -5.0), (0.9, -4.0), (0.4, -2.0), (1.0, -9.0), (0.5, -1.0)]
+    points = [(0.5, -1.0), (0.9, -5.0), (0.9, -4.0), (0.4, -2.0), (1.0, -9.0), (0.5, -1.0), (0.3, -1.0)]
     assert pareto(points) == [(0.5, -1.0), (0.9, -4.0), (1.0, -9.0)]
     # 0.5 x 9, then 0.4 x 6, then 0.1 x 1
     assert hypervolume(points, (0.0, -10.0)) == pytest.approx(0.5 * 9 + 0.4 * 6 + 0.1 * 1)
     assert hypervolume(points, (1.0, -1.0)) == 0.0 == hypervolume([], (0.0, -10.0))
     assert hypervolume([(0.5, -20.0)], (0.0, -10.0)) == 0.0  # worse than the start: no negative area
+    assert hypervolume([(0.2, 0.0), (0.5, -5.0)], (0.25, -10.0)) == 0.25 * 5
 
 
 def test_choice_keeps_what_must_be_kept():
@@ -101,6 +102,8 @@ def test_choice_keeps_what_must_be_kept():
             {"retain_prob": 0.75, "forget_quality": 0.0}, {"diverged": "nan"}]  # fmt: skip
     assert choose(rows, before, 0.95) is rows[0]  # 0.76 is the limit: the third forgets best, and loses too much
     assert choose(rows[2:], before, 0.95) is None
+    assert choose([{"retain_prob": 0.4, "forget_quality": 0.0}], before, 0.5) is not None  # the limit itself is kept
+    assert choose([{"retain_prob": 0.8, "forget_quality": -9.5}], before, 0.95) is None  # the start is better
     assert scores(rows[2:], before, 0.95)["quality"] == -9.0  # then the start speaks
     assert scores(rows, before, 0.95)["hypervolume"] == pytest.approx(0.75 * 9 + 0.02 * 5 + 0.03 * 3)
 

@@ -143,10 +143,10 @@ PRESETS = {
         train_epochs=20,
         train_lr=6e-4,
         train_batch=64,
-        batch_size=16,
-        lrs={"adamw": (5e-5, 2e-4), "soul": (2e-5, 8e-5), "soul_retain": (1e-4, 4e-4), "soul_gnb": (1e-4, 4e-4)},
+        batch_size=32,
+        lrs={"adamw": (1e-4, 3e-4), "soul": (3e-5, 1e-4), "soul_retain": (1e-4, 3e-4), "soul_gnb": (1e-4, 3e-4)},
         dampings=(1e-4, 1e-3),
-        retain_rows=400,
+        retain_rows=200,
         seeds=(0,),
     ),
     # Two cores, below five minutes, on people made up.

@@ -11,7 +11,7 @@ WINS, LOSES, TIES, OPEN = "it wins", "it loses", "no difference beyond the seeds
 def pareto(points):
     """The points that no other one beats, sorted: pairs (x, y), both the larger the better; each once."""
     front = []
-    for x, y in sorted(set(points), reverse=True):
+    for x, y in sorted(points, reverse=True):
         if not front or y > front[-1][1]:
             front.append((x, y))
     return front[::-1]
