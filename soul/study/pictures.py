@@ -41,7 +41,7 @@ def _save(figure, axes, path):
     handles, labels = axes[0, 0].get_legend_handles_labels()
     columns = min(4, 2 * axes.shape[1])
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
     require("matplotlib.pyplot", "plots").close(figure)
 
 

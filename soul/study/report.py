@@ -3,6 +3,7 @@
 import json
 import os
 import statistics
+import textwrap
 
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS
@@ -99,6 +100,10 @@ def summary(found):
     return "\n".join(lines)
 
 
+def _wrapped(text):
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def grids(found):
     """All points of all grids: forget quality / retain probability, means over the seeds."""
     parts = []
@@ -129,7 +134,7 @@ def observations(found):
         clipped = [row["clip_fraction"] for o in found.objectives for row in found.rows(o, arm) if "clip_fraction" in row]
         if clipped:
             lines.append(
-                f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped, means of runs."
+                f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped in a run, mean over its steps."
             )
     for objective in found.objectives:
         costs = [(TITLES[arm], found.cost(objective, arm)) for arm in ARMS]
@@ -166,15 +171,21 @@ def report(results, *, title, pictures=""):
     if len(set(lrs.values())) > 1:
         rates = "; ".join(f"{TITLES[arm]} {own}" for arm, own in lrs.items())
     alphas = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
+    start = _wrapped(
+        f"{results['data']} Per seed ({seeds}), two Llamas of {training['parameters'] / 1e6:.2f} M parameters are trained from "
+        f"scratch for {config['train_epochs']} epochs, on all rows and on the retain rows only; every run of the seed unlearns "
+        "the first of them, and is measured against the second."
+    )
+    where = _wrapped(
+        f"Computed on {env['device']}, torch {env['torch']}, transformers {env['transformers']}: {len(results['rows'])} runs in "
+        f"{results['seconds'] / 60:.1f} minutes{resumed}, training included; {found.work() / 60:.1f} minutes {clock}. "
+        f"Numbers: `{pictures}results.json`."
+    )
     return f"""# {title}
 
-{results["data"]} Per seed ({seeds}), two
-Llamas of {training["parameters"] / 1e6:.2f} M parameters are trained from scratch for {config["train_epochs"]} epochs, on all
-rows and on the retain rows only; every run of the seed unlearns the first of them, and is measured against the second.
+{start}
 
-Computed on {env["device"]}, torch {env["torch"]}, transformers {env["transformers"]}: {len(results["rows"])} runs in
-{results["seconds"] / 60:.1f} minutes{resumed}, training included; {found.work() / 60:.1f} minutes {clock}. Numbers:
-`{pictures}results.json`.
+{where}
 
 ## The rules, fixed in advance
 
