@@ -134,7 +134,7 @@ def observations(found):
         clipped = [row["clip_fraction"] for o in found.objectives for row in found.rows(o, arm) if "clip_fraction" in row]
         if clipped:
             lines.append(
-                f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped in a run, mean over its steps."
+                f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped, means of runs."
             )
     for objective in found.objectives:
         costs = [(TITLES[arm], found.cost(objective, arm)) for arm in ARMS]
@@ -177,8 +177,8 @@ def report(results, *, title, pictures=""):
         "the first of them, and is measured against the second."
     )
     where = _wrapped(
-        f"Computed on {env['device']}, torch {env['torch']}, transformers {env['transformers']}: {len(results['rows'])} runs in "
-        f"{results['seconds'] / 60:.1f} minutes{resumed}, training included; {found.work() / 60:.1f} minutes {clock}. "
+        f"Computed on {env['device']}, torch {env['torch']}, transformers {env['transformers']}: {len(results['rows'])} runs "
+        f"in {results['seconds'] / 60:.1f} minutes{resumed}, training included; {found.work() / 60:.1f} minutes {clock}. "
         f"Numbers: `{pictures}results.json`."
     )
     return f"""# {title}
