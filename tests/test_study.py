@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from soul import corpus
+from soul.cli import main
 from soul.data import encode
 from soul.evaluate import answer_probability, generate, kl_divergence
 from soul.models import load
@@ -237,7 +238,19 @@ def test_real_data_goes_through_the_whole_study(tmp_path):
     results = run_study(output, data, config)
     text = write_report(Study(output, data, config), results, title="TOFU").read_text()
     assert len(results["rows"]) == 5 and not any("diverged" in row for row in results["rows"])
-    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "one seed" in text
+    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "One seed tells nothing of the spread: no verdict." in text
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--preset", "phone"], "preset: expected one of 'laptop', 'tofu', got 'phone'"),
+    (["--objectives", "npo,dpo"], "objectives: expected one of 'graddiff', 'po', 'npo', 'simnpo', got 'dpo'"),
+    (["--seeds", "1,1"], "seeds: expected at least one, each once"),
+    (["--seeds", "1"], "forget10_perturbed.jsonl: expected a JSON-lines file, got no such file"),  # no data, no output
+])  # fmt: skip
+def test_bad_options_end_with_2_and_write_nothing(tmp_path, words, message, capsys):
+    assert main(["study", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "study.md"

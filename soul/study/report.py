@@ -85,6 +85,8 @@ def _numbers(found, decimals):
 
 def summary(found):
     """How the verdicts count together, a sentence for each arm."""
+    if len(found.seeds) == 1:
+        return "One seed tells nothing of the spread: no verdict."
     quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
     lines = []
     for arm in ARMS:
