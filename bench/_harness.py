@@ -5,6 +5,7 @@ which all variants of a case take turns, so that clocks and temperature treat th
 """
 
 import dataclasses
+import datetime
 import gc
 import importlib.metadata
 import pathlib
@@ -20,6 +21,7 @@ import torch
 PEERS = (
     "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch-optimizer", "liger-kernel", "cut-cross-entropy",
 )  # fmt: skip
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ class Case:
         if self.tokens:
             found["tokens_per_s"] = self.tokens / (ms / 1e3)
         if self.model and variant in self.model:
-            flops, moved = self.model[variant]
+            flops, moved = found["model_flops"], found["model_bytes"] = self.model[variant]
             found["model_ms"] = 1e3 * (flops / limits["gemm_flop_per_s"] + moved / limits["copy_bytes_per_s"])
             found["times_model"] = ms / found["model_ms"]
         return found
@@ -132,17 +134,40 @@ def ceilings(device):
     }
 
 
+# Bytes/s and dense bf16 FLOP/s of the makers' datasheets, by a part of the card's name; the first that fits.
+DATASHEETS = {
+    "H200": (4.8e12, 989e12),
+    "H100 PCIe": (2.0e12, 756e12),
+    "H100": (3.35e12, 989e12),
+    "A100-SXM4-80GB": (2.039e12, 312e12),
+    "A100": (1.555e12, 312e12),
+    "B200": (8.0e12, 2250e12),
+    "L40S": (0.864e12, 362e12),
+}
+
+
+def datasheet(name):
+    """What the maker says of a card, as text beside its measured ceilings: "" of a card that is not in the table."""
+    for part, (copy, gemm) in DATASHEETS.items():
+        if part in name:
+            return {"copy": f" (datasheet {copy / 1e9:.0f})", "gemm": f" (datasheet {gemm / 1e12:.0f})"}
+    return {"copy": "", "gemm": ""}
+
+
 def environment(device):
-    """Card or CPU, driver, commit, and versions: of torch, Triton, and the peers that are installed."""
+    """Card or CPU, driver, clocks now and at most, versions (of torch, Triton, and the peers that are installed), commit, date."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else cpu_model(),
+        "kind": device.type,
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "clocks": _run("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader") if gpu else None,
         "cpu": cpu_model() if gpu else None,
         "threads": None if gpu else torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", *PEERS)},
         "commit": _run("git", "describe", "--always", "--dirty"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 

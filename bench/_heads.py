@@ -351,4 +351,5 @@ def make_case(loss, n, d, n_vocab, frozen, functions, device, *, op=None, defaul
         flops=products * 2 * n * n_vocab * d,
         floor=FLOOR,
         default=default,
+        at={"N": n, "D": d, "V": n_vocab},
     )

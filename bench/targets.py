@@ -129,17 +129,21 @@ def _value(target, row):
     return target.value(row) if callable(target.value) else row.get(target.value)
 
 
-def main(results, header=None):
+def main(results):
     """Prints a line a target, from results as `bench.results.read` returns them; returns the verdicts.
 
     Args:
         results: list of them, each of one device; may be empty.
-        header: printed first, or None: where the results are from.
     """
-    rows = [row for one in results for row in one["rows"]]
+    rows = []
     for one in results:
         environment = one["environment"]
-        print(f"{environment['device']}, torch {environment['torch']}, {environment.get('date')}, commit {environment['commit']}")
+        told = f"{environment['device']}, torch {environment['torch']}, {environment['date']}, commit {environment['commit']}"
+        if environment["kind"] == "cuda":
+            rows += one["rows"]
+        else:
+            told += ": not a GPU, so no target is judged by it"
+        print(told)
     verdicts = []
     for target in TARGETS:
         verdict, value, where = judge(target, rows)

@@ -176,9 +176,7 @@ class OurStep:
         self.n_tokens, self.n_rows = batch.labels.numel(), self.kept
 
     def _step(self, batch):
-        return soul.step.train_step(
-            self.model, [batch], self._objective, self.optimizer, self._config, release=self._release
-        )
+        return soul.step.train_step(self.model, [batch], self._objective, self.optimizer, self._config, release=self._release)
 
     def __call__(self):
         return self._step(self.batch) if self._graphed is None else self._graphed(self.batch)
@@ -226,7 +224,9 @@ def one_padded(forget, retain, length, device):
 def published(shape, model, device, *, lr=LR, max_grad_norm=1.0):
     """The published recipe, as an `EagerStep`."""
     forget, retain = data(shape)
-    micro = [[one_padded([f], [], shape.pad_to, device), one_padded([], [r], shape.pad_to, device)] for f, r in zip(forget, retain)]
+    micro = [
+        [one_padded([f], [], shape.pad_to, device), one_padded([], [r], shape.pad_to, device)] for f, r in zip(forget, retain)
+    ]
     params = list(model.parameters())
     exp_avgs, hessians = ([torch.zeros_like(p) for p in params] for _ in range(2))
 
@@ -368,3 +368,22 @@ def cases(device, quick):
     reference = functools.partial(published, max_grad_norm=None)
     state, dtype = dict(state_dtype="8bit"), torch.bfloat16
     yield functools.partial(make_case, shape, variants, reference, state, device, dtype, default=default, checkpointing=True)
+
+
+def summary(rows, limits):
+    """How much faster than the published recipe each variant is, and by how much the model from bytes and FLOPs is wrong.
+
+    Returns:
+        Dict of ``lines``, to be printed, and ``speedups``, case -> variant -> ratio; or None where there is nothing to compare.
+    """
+    lines, speedups = [], {}
+    for row in rows:
+        known = [r for r in rows if r["case"] == row["case"] and r["variant"] == "published recipe" and "ms" in r]
+        if "ms" not in row:
+            continue
+        told = f"{row['ms'] / row['model_ms']:.2f}x its bytes and FLOPs at the ceilings"
+        if known:
+            ratio = speedups.setdefault(row["case"], {})[row["variant"]] = known[0]["ms"] / row["ms"]
+            told = f"{ratio:.2f}x as fast as the published recipe, {told}"
+        lines.append(f"{row['case'].split(', ')[1]}, {row['variant']}: {told}")
+    return {"lines": lines, "speedups": speedups} if lines else None
