@@ -1,7 +1,7 @@
 """``python -m bench``: correctness first, then time, for every op, for a whole step, and over sizes.
 
-``python -m bench [op ...]`` measures; ``plan --model NAME --gpus N`` estimates; ``--targets``, ``--compare`` and ``--from`` read
-results. bench/README.md says what is measured and how.
+``python -m bench [op ...]`` measures; ``plan --model NAME --gpus N`` estimates; ``--targets``, ``--compare`` and ``--from``
+read results. bench/README.md says what is measured and how.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def run(args):
             print("\n" + "\n".join(summary["lines"]))
         if args.results and of_op:
             path = results.folder_of(header, args.results) / f"{op}.json"
-            results.write(path, header, limits, of_op, summary)
+            results.write(path, header, limits, of_op, {k: v for k, v in (summary or {}).items() if k != "lines"})
             print(f"\n{path}")
         rows += of_op
     if args.json:
@@ -103,7 +103,7 @@ def run(args):
 
 
 def measure_op(op, module, args, header, limits, before):
-    """The rows of the cases of one op; with ``--json``, what there is is written after every case, should the run be cut off."""
+    """The rows of the cases of one op; with ``--json``, those so far are written after every case, lest a cut lose them."""
     device, rows = torch.device(args.device), []
     for make in module.cases(device, args.quick):
         torch.manual_seed(0)

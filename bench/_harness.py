@@ -155,7 +155,7 @@ def datasheet(name):
 
 
 def environment(device):
-    """Card or CPU, driver, clocks now and at most, versions (of torch, Triton, and the peers that are installed), commit, date."""
+    """Card or CPU, driver, clocks now and at most, versions of torch, Triton, and the peers that are there; commit, date."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else cpu_model(),
@@ -211,8 +211,8 @@ def measure(variants, device, budget_s):
     """Makes variants and times them in turns.
 
     Returns:
-        Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``extra_mib`` (of a call), ``peak_mib`` (since before the first was made)
-        and, where the callable tells them, ``phases``; or of ``reason`` alone, why it did not run.
+        Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``extra_mib`` (of a call), ``peak_mib`` (of all, since before the first
+        was made) and, where the callable tells them, ``phases``; or of ``reason`` alone, why it did not run.
     """
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if gpu else 0
