@@ -2,39 +2,32 @@
 
 The published recipe: every sequence padded to 512, 4 micro-batches of one forget and one retain sequence, each in a forward of
 its own, loss from eager logits, gradients added up, `clip_grad_norm_`, and SOUL's SophiaG written out operation for operation.
-Its means are over all tokens of the step, as ours are (the published code takes a mean of means), so that both are one loss: the
-work is the same. Between the two a careful user's plain PyTorch: one batch, eager logits of the labelled tokens only, fused AdamW.
+Its means are over all tokens of the step, as ours are (the published code takes a mean of means), so that both are one loss;
+the work is the same. Between the two a careful user's plain PyTorch: one batch, eager logits of the labelled tokens only, fused
+AdamW.
 
-Before anything is timed, every variant takes two steps on a model of the same widths and two layers: likelihoods, gradient norms
-and updates must be those of the published recipe. At full size every first loss must be that of the others.
+Before anything is timed, every variant takes two steps on a model of the same widths and two layers: likelihoods, gradient
+norms and updates must be those of the published recipe. At full size every first loss must be that of the others.
 
-Each variant is alone on the device, so that its peak memory is its own; phases come from steps of their own, in which the device
-is waited for at every border, and which therefore take longer together than the step.
+Each variant is alone on the device, so that its peak memory is its own. Phases come from a step of their own, in which the
+device is waited for at every border; together they therefore take longer than a step.
 """
 
-import contextlib
 import dataclasses
 import functools
 import gc
-import time
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
-import soul.optimizer
-import soul.step
 from bench import _llama
-from bench._harness import Case, synchronize
+from bench._harness import Case
+from bench._steps import EagerStep, OurStep, sequences_of
 from bench.bench_sophia_step import bytes_per_param, published_step
-from soul.config import UnlearnConfig, build_optimizer
+from soul.config import UnlearnConfig
 from soul.data import collate
-from soul.graph import GraphedStep
-from soul.models import checkpointing, compiled
-from soul.release import release_gradients
 
 N_SEQUENCES = 4  # to forget, and as many to retain
-PHASES = ("forward", "loss + backward", "clipping", "optimizer")
 MIN_BYTES_7B = 45e9  # of a card, for the 7B case to run without being asked for
 LR = 1e-6  # of timed steps: the model is to stay what it is
 GATE_LR = 3e-4  # of checked ones: above what bf16 rounds away
@@ -43,165 +36,6 @@ GATE_LR = 3e-4  # of checked ones: above what bf16 rounds away
 GATES = {torch.float32: {"nll": 1e-4, "norm": 1e-4}, torch.bfloat16: {"nll": 1e-2, "norm": 3e-2}}
 # Cosine between updates: a step is a sign wherever it is clipped, so rounding of gradients near 0 turns some around.
 MIN_COSINE = {torch.float32: 0.99, torch.bfloat16: 0.8}
-
-
-class Stopwatch:
-    """Milliseconds by phase; what is within another phase counts for itself only, what is in none for loss and backward."""
-
-    def __init__(self, device):
-        self.ms = dict.fromkeys(PHASES, 0.0)
-        self._device, self._stack = device, ["loss + backward"]
-        synchronize(device)
-        self._then = time.perf_counter()
-
-    def mark(self):
-        """Gives the time since the last mark to the phase that is on."""
-        synchronize(self._device)
-        now = time.perf_counter()
-        self.ms[self._stack[-1]] += (now - self._then) * 1e3
-        self._then = now
-
-    @contextlib.contextmanager
-    def phase(self, name):
-        """A phase, while the block runs."""
-        self.mark()
-        self._stack.append(name)
-        try:
-            yield
-        finally:
-            self.mark()
-            self._stack.pop()
-
-    def wrap(self, name, function):
-        """The function, as a phase."""
-
-        @functools.wraps(function)
-        def timed(*args, **options):
-            with self.phase(name):
-                return function(*args, **options)
-
-        return timed
-
-
-def no_phases(name):
-    """Stands for `Stopwatch.phase` where nobody looks."""
-    return contextlib.nullcontext()
-
-
-class EagerStep:
-    """A step in plain PyTorch; a call returns the same values as `soul.step.train_step`.
-
-    Args:
-        model: is changed in place.
-        micro_batches: lists of `soul.data.Batch`: those of a micro-batch each have a forward of their own, then a common backward.
-        update: function without arguments, called once all gradients are there.
-        all_logits: of every position, as the model itself returns them; or of those that have a label.
-        max_grad_norm: or None.
-    """
-
-    def __init__(self, model, micro_batches, update, *, all_logits, max_grad_norm=1.0):
-        self.model, self.micro_batches, self.update = model, micro_batches, update
-        self._all_logits, self._max_grad_norm = all_logits, max_grad_norm
-        self._params = list(model.parameters())
-        counts = [(len(b.rows), b) for batches in micro_batches for b in batches]
-        labelled = [b.is_forget.to(b.labels.device)[:, None] & (b.labels != -100) for _, b in counts]
-        self._n_forget = sum(int(mask.sum()) for mask in labelled)
-        self._n_retain = sum(n for n, _ in counts) - self._n_forget
-        self.sequences, self.kept = sequences_of([b for _, b in counts]), self._n_forget + self._n_retain
-        self.n_tokens = sum(b.labels.numel() for _, b in counts)
-        self.n_rows = self.n_tokens if all_logits else self.kept
-
-    def __call__(self, phase=no_phases):
-        for p in self._params:
-            p.grad = None
-        forget_nll = retain_nll = 0.0
-        for batches in self.micro_batches:
-            with phase("forward"):
-                outputs = [self._logits(batch) for batch in batches]
-            loss = 0.0
-            for batch, (logits, labels, is_forget) in zip(batches, outputs):
-                nll = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
-                forget, retain = (nll * is_forget).sum() / self._n_forget, (nll * ~is_forget).sum() / self._n_retain
-                loss = loss - forget + retain
-                forget_nll, retain_nll = forget_nll + forget.detach(), retain_nll + retain.detach()
-            loss.backward()
-        values = {"loss": retain_nll - forget_nll, "forget_nll": forget_nll, "retain_nll": retain_nll}
-        if self._max_grad_norm is not None:
-            with phase("clipping"):
-                values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._params, self._max_grad_norm)
-        with phase("optimizer"):
-            self.update()
-        return values
-
-    def _logits(self, batch):
-        """Logits [N, V], labels [N], and which of them are to be forgotten [N]."""
-        labels, device = batch.labels.flatten(), batch.labels.device
-        is_forget = batch.is_forget.to(device)[:, None].expand_as(batch.labels).flatten()
-        if self._all_logits:
-            logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            return logits.flatten(0, 1), labels, is_forget
-        hidden = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows = batch.rows.to(device)
-        return self.model.get_output_embeddings()(hidden.flatten(0, 1)[rows]), labels[rows], is_forget[rows]
-
-    def phases(self):
-        """Milliseconds of one step by phase."""
-        watch = Stopwatch(self.micro_batches[0][0].labels.device)
-        self(watch.phase)
-        watch.mark()
-        return watch.ms
-
-
-class OurStep:
-    """A step as ``soul unlearn`` takes it, on one batch.
-
-    Args:
-        model: is changed in place.
-        batch: `soul.data.Batch`, of forget and retain sequences.
-        config: `UnlearnConfig`.
-    """
-
-    def __init__(self, model, batch, config):
-        self.model, self.batch, self._device = model, batch, batch.labels.device
-        self._config, self._objective, self._open = config, config.objective(), contextlib.ExitStack()
-        self.optimizer = build_optimizer(model, config)
-        self._release = release_gradients(model, self.optimizer) if config.gradient_release else None
-        if config.compile:
-            torch.compiler.reset()  # a process compiles a function a few times only, and then runs it eagerly
-            self._open.enter_context(compiled(model))
-        if config.gradient_checkpointing:
-            self._open.enter_context(checkpointing(model))
-        self._graphed = GraphedStep(self._step, self._device) if config.cuda_graph else None
-        self.sequences, self.kept = sequences_of([batch]), len(batch.rows)
-        self.n_tokens, self.n_rows = batch.labels.numel(), self.kept
-
-    def _step(self, batch):
-        return soul.step.train_step(self.model, [batch], self._objective, self.optimizer, self._config, release=self._release)
-
-    def __call__(self):
-        return self._step(self.batch) if self._graphed is None else self._graphed(self.batch)
-
-    def phases(self):
-        """Milliseconds of one step by phase; none of a graph, which is replayed as a whole."""
-        if self._graphed is not None:
-            return {}
-        name = "step" if self._release is None else "_step_of"
-        watch = Stopwatch(self._device)
-        with (
-            mock.patch.object(soul.step, "hidden_states", watch.wrap("forward", soul.step.hidden_states)),
-            mock.patch.object(soul.optimizer, "grad_norm", watch.wrap("clipping", soul.optimizer.grad_norm)),
-            mock.patch.object(self.optimizer, name, watch.wrap("optimizer", getattr(self.optimizer, name))),
-        ):
-            self._step(self.batch)
-        watch.mark()
-        return watch.ms
-
-
-def sequences_of(batches):
-    """The token ids of all sequences without padding, sorted: what must be the same for all."""
-    return sorted(
-        tuple(row[mask.bool()].tolist()) for b in batches for row, mask in zip(b.input_ids.cpu(), b.attention_mask.cpu())
-    )
 
 
 def padded(sequence, length):
@@ -328,8 +162,9 @@ def make_case(shape, variants, reference, state, device, dtype, *, default=True,
         per_param = bytes_per_param(dtype, True, **state) if name.startswith("ours") else 7 * half
         flops = shape.flops(n_tokens, n_rows, checkpointing=checkpointing and name.startswith("ours"))
         model[name] = flops, (per_param + half) * shape.n_params  # the norm reads the gradients once more
+    size = f"{shape.n_params / 1e6:.4g} M parameters, {str(dtype)[6:]}"
     return Case(
-        f"step, {shape.name}, {shape.n_params / 1e6:.4g} M parameters, {str(dtype)[6:]}, {N_SEQUENCES} + {N_SEQUENCES} sequences",
+        f"step, {shape.name}, {size}, {N_SEQUENCES} + {N_SEQUENCES} sequences",
         {name: functools.partial(start, name) for name in variants},
         functools.partial(check, variants, reference, shape, device, dtype),
         tokens=tokens,
