@@ -109,7 +109,10 @@ def measure_op(op, module, args, header, limits, before):
         torch.manual_seed(0)
         case = make()
         if args.only in case.name and (args.only or case.default):
-            rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
+            try:
+                rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
+            except torch.OutOfMemoryError:
+                print(f"{case.name}: left out, all of it together does not fit into the memory of this device")
         del case
         if args.json:
             results.write(args.json, header, limits, before + rows)

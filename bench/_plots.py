@@ -133,10 +133,8 @@ def _memory(rows, limits):
     figure = _figure(8, 5)
     axes = figure.add_subplot()
     for name, points in series.items():
-        ours = name.startswith("ours")
-        axes.plot(
-            *zip(*sorted(points)), "o-", label=name, linewidth=2 if ours else 1, color=OURS if ours else None, markersize=4
-        )
+        look = dict(linewidth=2, color=OURS) if name.startswith("ours") else dict(linewidth=1)
+        axes.plot(*zip(*sorted(points)), "o-", label=name, markersize=4, **look)
     axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="extra MiB of forward and backward")
     axes.set_title(f"cross-entropy from hidden states, D {head[0]}, V {head[1]}, trained head", fontsize=9)
     axes.legend(fontsize=7, frameon=False)

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 
 from bench import _llama
 from bench._harness import Case
+from bench._optimizers import published_step
 from bench._steps import EagerStep, OurStep, sequences_of
-from bench.bench_sophia_step import bytes_per_param, published_step
+from bench.bench_sophia_step import bytes_per_param
 from soul.config import UnlearnConfig
 from soul.data import collate
 
