@@ -156,10 +156,6 @@ class Case:
         return torch.float32 if self.adapters else self.parameter_dtype
 
     @property
-    def trains_head(self):
-        """Whether the head's weight gets a gradient."""
-        return self.adapters is None
-
     def head_options(self):
         """The `Options` of the fused loss, as the run calls it."""
         return Options(self.compute_dtype, torch.float32, CHUNK_BYTES)
