@@ -153,8 +153,8 @@ class UnlearnConfig:
 
 
 def parameter_dtype(dtype, optimizer, adapters=None):
-    """What the dtype "auto" of parameters is: bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters, which
-    are fp32; and float32 for AdamW. Any other name stays.
+    """What the dtype "auto" of parameters is: bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters,
+    which are fp32; and float32 for AdamW. Any other name stays.
     """
     if dtype != "auto":
         return dtype

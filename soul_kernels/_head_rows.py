@@ -103,7 +103,7 @@ def row_width(n_vocab):
 
 
 def row_bytes(n_vocab, options, has_reference):
-    """Scratch memory of a row: logits, those of the reference, and the gradient where it cannot take the place of the logits."""
+    """Scratch memory of a row: logits, those of the reference, and the gradient where it cannot take the logits' place."""
     compute, logits = options.compute_dtype, options.logits_dtype
     element = logits.itemsize * (2 if has_reference else 1) + (0 if logits == compute else compute.itemsize)
     return row_width(n_vocab) * element

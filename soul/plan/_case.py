@@ -55,11 +55,6 @@ class Tokens:
         """Tokens with a label."""
         return self.n if self.kept is None else self.kept
 
-    @property
-    def n_compared(self):
-        """Tokens at which a divergence is wanted, where one is."""
-        return -(-self.n_kept // 2) if self.compared is None else self.compared
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -115,6 +110,14 @@ class Case:
     def compares(self):
         """Whether the objective has a divergence from the reference."""
         return self.objective.divergence is not None
+
+    def n_compared(self, tokens):
+        """Tokens of a micro-batch at which that is wanted."""
+        if not self.compares:
+            return 0
+        if tokens.compared is not None:
+            return tokens.compared
+        return tokens.n_kept if self.objective.divergence.of == "all" else -(-tokens.n_kept // 2)
 
     @property
     def parameter_dtype(self):

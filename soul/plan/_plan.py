@@ -68,14 +68,16 @@ class Plan:
         accumulated = f" x {case.config.accumulate} micro-batches" if case.config.accumulate > 1 else ""
         place = f"{case.gpus} x {case.card.name}, FSDP2" if case.gpus > 1 else f"1 x {case.card.name}"
         return (
-            f"{shape.name}: {shape.numel:,} parameters in {case.dtype}, {trained}; {case.config.method}, {case.config.optimizer}; "
-            f"{tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_kept:,} labelled{accumulated}; {place}"
+            f"{shape.name}: {shape.numel:,} parameters in {case.dtype}, {trained}; {case.config.method}, "
+            f"{case.config.optimizer}; {tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_kept:,} labelled{accumulated}; {place}"
         )
 
     def _conclusion(self):
         card = self.case.card
         left = (card.memory - self.peak_bytes) / 1e9
-        verdict = f"{left:.1f} GB of {card.memory / 1e9:g} are left" if self.fits else f"it does not fit: {-left:.1f} GB too much"
+        verdict = f"{left:.1f} GB of {card.memory / 1e9:g} are left"
+        if not self.fits:
+            verdict = f"it does not fit: {-left:.1f} GB too much"
         yield f"Peak: {_gb(self.peak_bytes)} GB in {self.peak_phase}; {verdict} (CUDA context and fragments not counted)."
         parts = ", ".join(f"{part} {_time(seconds)}" for part, seconds in self.seconds.items())
         network = f", {self.case.network / 1e9:g} GB/s a GPU as given" if self.case.gpus > 1 else ""
@@ -84,7 +86,7 @@ class Plan:
             f"{card.flops / 1e12:,.0f} TFLOP/s ({card.source}){network}: an estimate on paper."
         )
         if self.case.config.compile or self.case.config.cuda_graph:
-            yield "torch.compile keeps other activations than eager code, and a CUDA graph memory of its own for each shape: not counted."
+            yield "Not counted: torch.compile keeps other activations, and a CUDA graph memory of its own for each shape."
         if self.steps is not None:
             yield f"Floor of the run: {_time(self.steps[1])} for {self.steps[0]:,} steps."
 
@@ -116,16 +118,22 @@ def plan(
         ArgumentError: an argument does not fit.
     """
     config = UnlearnConfig() if config is None else config
-    if tokens is None:
-        objective = config.objective()
-        kinds = (2 if objective.pairs else 1) + (1 if getattr(objective, "alpha", 0) else 0)
-        tokens = Tokens(config.batch_size * kinds, length)
+    tokens = tokens_of(config, length) if tokens is None else tokens
     dtype = parameter_dtype(dtype, config.optimizer, adapters)
     case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card_of(card), gpus, network)
     seconds = step_seconds(case)
     if steps is not None:
         steps = len(steps), sum(floor_seconds(step_seconds(case, batches)) for batches in steps)
     return Plan(case, phases(case), seconds, steps)
+
+
+def tokens_of(config, length, kept=None):
+    """`Tokens` of a micro-batch of a config whose sequences, to forget and, where there is a retain term, to retain, all have
+    one length; ``kept`` of its tokens have a label, None: all.
+    """
+    objective = config.objective()
+    kinds = (2 if objective.pairs else 1) + (1 if objective.alpha else 0)
+    return Tokens(config.batch_size * kinds, length, kept)
 
 
 def _gb(size):

@@ -10,8 +10,8 @@ FLOAT = 4  # bytes
 def layer_parts(case):
     """Part of a layer -> bytes that its forward pass leaves for its backward pass, without checkpointing.
 
-    Where e is the size of an element, n = B T the tokens, D the width, I that of the MLP's inside, d that of a head, H and K the
-    heads of queries and of keys::
+    Where e is the size of an element, n = B T the tokens, D the width, I that of the MLP's inside, d that of a head, H and K
+    the heads of queries and of keys::
 
         each of two norms    n D (4 + e + e)      input in fp32, normalized, output, which the next matrices take in
         attention            n d e (2 H + 2 K)    queries, keys, values, output; as many keys as queries with a mask, and eager
@@ -20,7 +20,7 @@ def layer_parts(case):
         MLP                  4 n I e              gate, its activation, up, their product; without a gate 2
 
     fp32 under autocast: norms work in fp32, and each of the five matrices that read one saves a bf16 copy of its own.
-    Adapters: frozen matrices save no input and frozen norms nothing normalized; each adapter saves its input in fp32, and n r 4.
+    Adapters: frozen matrices save no input and frozen norms nothing normalized; each adapter saves its input in fp32 and n r 4.
     """
     shape, tokens, element, lora = case.shape, case.tokens, case.compute_dtype.itemsize, case.adapters is not None
     n, pairs = tokens.n, tokens.sequences * tokens.length**2

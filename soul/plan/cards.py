@@ -25,8 +25,8 @@ class Card(NamedTuple):
     source: str = "as given"
 
 
-# Datasheets of NVIDIA: H100 SXM5 80 GB, H200 SXM, A100 SXM 80 GB, and the whitepaper of the Ada architecture. Dense rates: half of
-# those that are stated with sparsity.
+# Datasheets of NVIDIA: H100 SXM5 80 GB, H200 SXM, A100 SXM 80 GB, and the whitepaper of the Ada architecture. Dense rates: half
+# of those that are stated with sparsity.
 DATASHEETS = {
     card.name: card
     for card in (

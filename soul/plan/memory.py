@@ -91,7 +91,7 @@ def _hidden_bytes(case):
 def _loss(case):
     """Part -> bytes of the fused loss at its largest: see `soul_kernels.linear_loss`."""
     shape, tokens, options = case.shape, case.tokens, case.head_options
-    rows, compared = tokens.n_kept, tokens.n_compared if case.compares else 0
+    rows, compared = tokens.n_kept, case.n_compared(tokens)
     limit = chunk_rows(shape.vocab, options, case.compares)
     plain, both = row_bytes(shape.vocab, options, False), row_bytes(shape.vocab, options, True)
     a_row = shape.head_width * options.compute_dtype.itemsize + N_BASIC * FLOAT  # hidden states and statistics

@@ -87,10 +87,11 @@ def llama(name, *, hidden, intermediate, layers, heads, kv_heads, vocab, tied):
         "mlp.up_proj": (intermediate, hidden),
         "mlp.down_proj": (hidden, intermediate),
     }
+    norms = ("input_layernorm", "post_attention_layernorm")
     parameters, linear = {"model.embed_tokens.weight": (vocab, hidden)}, {}
     for layer in range(layers):
         linear |= {f"model.layers.{layer}.{matrix}.weight": shape for matrix, shape in matrices.items()}
-        parameters |= {f"model.layers.{layer}.{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        parameters |= {f"model.layers.{layer}.{norm}.weight": (hidden,) for norm in norms}
     parameters |= linear | {"model.norm.weight": (hidden,)}
     if not tied:
         parameters["lm_head.weight"] = (vocab, hidden)

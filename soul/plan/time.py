@@ -47,7 +47,7 @@ def flops(case, tokens):
     limit = chunk_rows(shape.vocab, case.head_options, case.compares)
     if case.objective.additive is None and tokens.n_kept > limit:
         sweep += 2
-    head = shape.head_numel * (tokens.n_kept * sweep + (2 * tokens.n_compared if case.compares else 0))
+    head = shape.head_numel * (tokens.n_kept * sweep + 2 * case.n_compared(tokens))
     adapters = 0
     if frozen:
         adapters = 2 * tokens.n * trained_numel(case) * (3 + again)
@@ -55,7 +55,7 @@ def flops(case, tokens):
 
 
 def optimizer_bytes(case):
-    """Bytes that the update moves on one GPU: parameters and states read and written, gradients read, once more for their norm."""
+    """Bytes that the update moves on one GPU: parameters and states read and written; gradients read, and again for a norm."""
     trained, size = trained_numel(case), case.trained_dtype.itemsize
     states = sum(state_bytes(case).values())
     norms = 1 if case.config.max_grad_norm not in (None, float("inf")) else 0
