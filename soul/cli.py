@@ -9,12 +9,12 @@ import sys
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint import Stopped
-from soul.commands import demo, evaluate, info, study, unlearn
+from soul.commands import demo, evaluate, info, plan, study, unlearn
 from soul.commands._file import expand
 from soul.unlearn import Diverged
 from soul_kernels._checks import ArgumentError
 
-COMMANDS = {"unlearn": unlearn, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
+COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
 
 
 def main(argv=None):

@@ -152,6 +152,15 @@ class UnlearnConfig:
         return losses.get(self.method, **self.method_options)
 
 
+def parameter_dtype(dtype, optimizer, adapters=None):
+    """What the dtype "auto" of parameters is: bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters,
+    which are fp32; and float32 for AdamW. Any other name stays.
+    """
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if adapters or optimizer == "soul" else "float32"
+
+
 def build_optimizer(model, config):
     """The optimizer of a config over all trainable parameters of a model.
 

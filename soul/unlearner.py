@@ -7,7 +7,7 @@ import torch
 
 from soul import models
 from soul.checkpoint import Checkpoints, Stopped, save_model
-from soul.config import UnlearnConfig
+from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import read_jsonl
 from soul.output import RUN_FILE, check_output
 from soul.prepare import encode_for, prepare
@@ -48,8 +48,7 @@ class Unlearner:
         self.config = UnlearnConfig() if config is None else config
         self._forget, self._retain = _examples("forget", forget), [] if retain is None else _examples("retain", retain)
         if isinstance(model, (str, os.PathLike)):
-            if dtype == "auto":
-                dtype = "bfloat16" if adapters or self.config.optimizer == "soul" else "float32"
+            dtype = parameter_dtype(dtype, self.config.optimizer, adapters)
             model, tokenizer = models.load(model, dtype=dtype, device=models.pick_device(device))
         elif tokenizer is None:
             raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")
