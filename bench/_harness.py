@@ -212,7 +212,8 @@ def measure(variants, device, budget_s):
 
     Returns:
         Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``extra_mib`` (of a call), ``peak_mib`` (of all, since before the first
-        was made) and, where the callable tells them, ``phases``; or of ``reason`` alone, why it did not run.
+        was made) and, where the callable has them, what its attribute ``told`` and its method ``phases`` tell; or of
+        ``reason`` alone, why it did not run.
     """
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if gpu else 0
@@ -222,6 +223,7 @@ def measure(variants, device, budget_s):
     for name, (median, low, high) in time_interleaved(calls, device, budget_s).items() if calls else ():
         peak = (torch.cuda.max_memory_allocated(device) - before) / 2**20 if gpu else None
         found[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **found[name], "peak_mib": peak}
+        found[name] |= getattr(calls[name], "told", {})
         phases = getattr(calls[name], "phases", None)
         if phases is not None:
             found[name]["phases"] = phases()

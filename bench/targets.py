@@ -11,7 +11,7 @@ HALF = r"^ours, (nearest|stochastic|compensated), (default|fp32|bf16) states"  #
 EIGHT = r"^ours, compensated, 8-bit states"
 DEFAULT = r"^ours, compensated, default states"
 SAME = r"^ours, nearest, bf16 states"  # in dtypes and rounding like the published class on bf16 parameters
-ONE_B = r"^step, Llama-3.2-1B"
+ONE_B = r"^step, llama-3.2-1b"
 BIG_HEAD = r"N (4096|16384), .* trained head"
 
 
@@ -90,7 +90,7 @@ TARGETS = [
     times("whole SOUL step, 1B, against the published recipe", ONE_B, r"^ours", r"^published recipe", 15, op="step", best=True),
     times("the same, the second aim", ONE_B, r"^ours", r"^published recipe", 24, op="step", best=True),
     Target("whole SOUL step, 1B, over its bytes and FLOPs", "step", ONE_B, r"^ours", "times_model", 1.3, unit="x", best=True),
-    Target("LLaMA-2-7B, full-parameter SOUL, peak", "step", r"^step, LLaMA-2-7B", r"^ours",
+    Target("LLaMA-2-7B, full-parameter SOUL, peak", "step", r"^step, llama-2-7b", r"^ours",
            lambda row: None if row.get("peak_mib") is None else row["peak_mib"] * 2**20 / 1e9, 40, unit=" GB"),
 ]  # fmt: skip
 

@@ -20,23 +20,26 @@ import gc
 import torch
 import torch.nn.functional as F
 
-from bench import _llama
 from bench._harness import Case
+from bench._llama import LLAMA_1B, LLAMA_7B, SMALL, TINY, make_model, make_sequences
 from bench._optimizers import published_step
 from bench._steps import EagerStep, OurStep, sequences_of
-from bench.bench_sophia_step import bytes_per_param
 from soul.config import UnlearnConfig
 from soul.data import collate
+from soul.plan import Tokens, plan
+from soul.plan.time import flops, optimizer_bytes
 
 N_SEQUENCES = 4  # to forget, and as many to retain
 MIN_BYTES_7B = 45e9  # of a card, for the 7B case to run without being asked for
 LR = 1e-6  # of timed steps: the model is to stay what it is
-GATE_LR = 3e-4  # of checked ones: above what bf16 rounds away
+GATE_LR = 1e-4  # of checked ones: bf16 does not round it away
 # Likelihoods absolute, the gradient norm relative. fp32: the order of sums. bf16: logits rounded to 8 bits, averaged over some
-# hundred tokens, and torch's norm rounded as well; a sequence left out is worth 4e-2 or more in either.
-GATES = {torch.float32: {"nll": 1e-4, "norm": 1e-4}, torch.bfloat16: {"nll": 1e-2, "norm": 3e-2}}
-# Cosine between updates: a step is a sign wherever it is clipped, so rounding of gradients near 0 turns some around.
-MIN_COSINE = {torch.float32: 0.99, torch.bfloat16: 0.8}
+# hundred tokens, and torch's norm rounded as well; a sequence left out is worth 4e-2 or more in either. Cosine: a step is a
+# sign wherever it is clipped, so rounding of gradients near 0 turns some around; a wrong sign would be 2, no relation 1.
+GATES = {
+    torch.float32: {"nll": 1e-4, "norm": 1e-4, "cosine": 0.01},
+    torch.bfloat16: {"nll": 1e-2, "norm": 3e-2, "cosine": 0.2},
+}
 
 
 def padded(sequence, length):
@@ -56,12 +59,10 @@ def one_padded(forget, retain, length, device):
     return batch
 
 
-def published(shape, model, device, *, lr=LR, max_grad_norm=1.0):
+def published(setup, model, device, *, lr=LR, max_grad_norm=1.0):
     """The published recipe, as an `EagerStep`."""
-    forget, retain = data(shape)
-    micro = [
-        [one_padded([f], [], shape.pad_to, device), one_padded([], [r], shape.pad_to, device)] for f, r in zip(forget, retain)
-    ]
+    forget, retain = data(setup)
+    pad = functools.partial(one_padded, length=setup.pad_to, device=device)
     params = list(model.parameters())
     exp_avgs, hessians = ([torch.zeros_like(p) for p in params] for _ in range(2))
 
@@ -70,109 +71,123 @@ def published(shape, model, device, *, lr=LR, max_grad_norm=1.0):
         grads = [p.grad for p in params]
         published_step(params, grads, exp_avgs, hessians, soul=True, lr=lr, b1=0.9, b2=0.95, wd=0.0)
 
-    return EagerStep(model, micro, update, all_logits=True, max_grad_norm=max_grad_norm)
+    micro_batches = [[pad([f], []), pad([], [r])] for f, r in zip(forget, retain)]
+    return EagerStep(model, micro_batches, update, all_logits=True, max_grad_norm=max_grad_norm)
 
 
-def plain(shape, model, device, *, lr=LR):
+def plain(setup, model, device, *, lr=LR):
     """One batch, logits of labelled tokens, fused AdamW: an `EagerStep`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    return EagerStep(model, [[collate(*data(shape), device=device)]], optimizer.step, all_logits=False)
+    return EagerStep(model, [[collate(*data(setup), device=device)]], optimizer.step, all_logits=False)
 
 
-def ours(shape, model, device, *, lr=LR, **options):
+def ours(setup, model, device, *, lr=LR, **options):
     """Ours, with options of `UnlearnConfig`."""
-    config = UnlearnConfig(method="graddiff", lr=lr, published_code=True, batch_size=N_SEQUENCES, **options)
-    return OurStep(model, collate(*data(shape), device=device), config)
+    return OurStep(model, collate(*data(setup), device=device), config_of(lr=lr, **options))
 
 
-def data(shape):
+def config_of(**options):
+    """The `UnlearnConfig` of ours, with further options."""
+    return UnlearnConfig(method="graddiff", published_code=True, batch_size=N_SEQUENCES, **options)
+
+
+def data(setup):
     """Forget and retain sequences."""
-    sequences = _llama.make_sequences(shape, 2 * N_SEQUENCES)
+    sequences = make_sequences(setup, 2 * N_SEQUENCES)
     return sequences[:N_SEQUENCES], sequences[N_SEQUENCES:]
 
 
-def two_steps(make, shape, device, dtype):
-    """Values of two steps of a variant on a new model, as floats, and the update of both together, [P] in fp32."""
-    model = _llama.make_model(shape, device, dtype)
+def two_steps(make, setup, device, dtype):
+    """What a variant works on, the values of two steps of it on a new model, as floats, and the update of both, [P] in fp32."""
+    model = make_model(setup.shape, device, dtype)
     before = [p.detach().clone() for p in model.parameters()]
-    step = make(shape, model, device, lr=GATE_LR)
+    step = make(setup, model, device, lr=GATE_LR)
     values = [{name: float(value) for name, value in step().items()} for _ in range(2)]
     moved = torch.cat([(p.detach().float() - old.float()).flatten() for p, old in zip(model.parameters(), before)])
-    return step, values, moved
+    return (step.sequences, step.kept), values, moved
 
 
-def check(variants, reference, shape, device, dtype):
+def check(variants, reference, setup, device, dtype):
     """Two steps of every variant of ours on two layers: values and updates are those of the published recipe."""
-    shape = dataclasses.replace(shape, n_layers=min(2, shape.n_layers))
-    gates, worst = GATES[dtype], {}
-    known, wanted, want = two_steps(reference, shape, device, dtype)
+    setup, gates, worst = setup.of(layers=min(2, setup.shape.layers)), GATES[dtype], {}
+    known_work, known, want = two_steps(reference, setup, device, dtype)
+
+    def found(what, error, limit, name):
+        worst[what] = max(worst.get(what, 0.0), error)
+        assert error <= limit, f"{name}: {what} is {error:.2e}, above {limit:.0e}"  # NaN is above everything
+
     for name, make in variants.items():
         if not name.startswith("ours"):
             continue
-        step, values, moved = two_steps(make, shape, device, dtype)
-        assert step.sequences == known.sequences and step.kept == known.kept, f"{name}: not the same work"
-        for number, (a, b) in enumerate(zip(values, wanted), 1):
-            nll = max(abs(a[key] - b[key]) for key in ("forget_nll", "retain_nll"))
-            worst["nll"] = max(worst.get("nll", 0.0), nll)
-            # After a step the models differ by what was turned around.
-            assert nll < gates["nll"] * (1 if number == 1 else 5), f"{name}, step {number}: likelihoods are off by {nll:.1e}"
-            assert abs(a["loss"] - (a["retain_nll"] - a["forget_nll"])) < gates["nll"], f"{name}: the loss is not GradDiff's"
-        if "grad_norm" in values[0] and "grad_norm" in wanted[0]:
-            norm = abs(values[0]["grad_norm"] / wanted[0]["grad_norm"] - 1)
-            worst["gradient norm"] = max(worst.get("gradient norm", 0.0), norm)
-            assert norm < gates["norm"], f"{name}: the gradient norm is off by {norm:.1e}"
-        cosine = F.cosine_similarity(moved, want, dim=0).item()
-        worst["1 - cosine of updates"] = max(worst.get("1 - cosine of updates", 0.0), 1 - cosine)
-        assert cosine > MIN_COSINE[dtype], f"{name}: cosine {cosine:.2f} between its update and the published one"
-        del step, moved
+        work, values, moved = two_steps(make, setup, device, dtype)
+        assert work == known_work, f"{name}: not the same sequences and labels"
+        for key in ("forget_nll", "retain_nll"):
+            (first, second), (wanted, wanted_second) = ([v[key] for v in of] for of in (values, known))
+            found("error of the likelihoods", abs(first - wanted), gates["nll"], name)
+            # One step later they have changed alike, but for what the rounding of gradients near 0 has turned around.
+            allowed = gates["nll"] + 0.2 * abs(wanted_second - wanted)
+            found("their error after a step", abs(second - wanted_second), allowed, name)
+        for of in values:
+            found("error of the loss", abs(of["loss"] - of["retain_nll"] + of["forget_nll"]), gates["nll"], name)
+        if "grad_norm" in values[0] and "grad_norm" in known[0]:
+            error = abs(values[0]["grad_norm"] / known[0]["grad_norm"] - 1)
+            found("error of the gradient norm", error, gates["norm"], name)
+        found("1 - cosine of updates", 1 - F.cosine_similarity(moved, want, dim=0).item(), gates["cosine"], name)
         gc.collect()
     return worst
 
 
-def make_case(shape, variants, reference, state, device, dtype, *, default=True, checkpointing=False):
+def make_case(setup, variants, options, device, dtype, *, default=True):
     """The case of one model.
 
     Args:
-        shape: of the model.
-        variants: name -> function of shape, model and device that makes a step.
-        reference: like a variant, that says what is right.
-        state: keyword arguments of `bytes_per_param` for the states of ours.
+        setup: `Setup`, model and data.
+        variants: name -> function of setup, model and device that makes a step.
+        options: of `UnlearnConfig`, those of ours that decide memory and FLOPs; where ours does not clip, what is checked
+            against does not either.
         device: where.
         dtype: of the parameters.
         default: runs without being asked for.
-        checkpointing: ours does.
     """
-    first = {}  # the first loss at full size, that of whoever came first
+    shape, first = setup.shape, {}  # the first likelihoods at full size, those of whoever came first
+    batch = collate(*data(setup))
+    work = sequences_of([batch]), len(batch.rows)
+    config, name_of_dtype = config_of(**options), str(dtype)[6:]
+    planned = plan(shape, config, Tokens(*batch.labels.shape, kept=work[1]), dtype=name_of_dtype)
+    one = Tokens(1, setup.pad_to)
 
     def start(name):
-        step = variants[name](shape, _llama.make_model(shape, device, dtype), device)
-        assert (step.sequences, step.kept) == (sequences, kept), f"{name}: not the same work"
-        loss = {key: float(value) for key, value in step().items()}
+        step = variants[name](setup, make_model(shape, device, dtype), device)
+        assert (step.sequences, step.kept) == work, f"{name}: not the same sequences and labels"
+        values = {key: float(value) for key, value in step().items()}
         for key in ("forget_nll", "retain_nll"):
-            known = first.setdefault(key, loss[key])
-            assert abs(loss[key] - known) < 2 * GATES[dtype]["nll"], f"{name}: {key} {loss[key]}, others {known}"
+            known = first.setdefault(key, values[key])
+            assert abs(values[key] - known) < 2 * GATES[dtype]["nll"], f"{name}: {key} {values[key]}, others {known}"
+        if name.startswith("ours"):
+            step.told = {"planned_mib": planned.peak_bytes / 2**20}
         return step
 
-    forget, retain = data(shape)
-    batch = collate(forget, retain)
-    sequences, kept, tokens = sequences_of([batch]), len(batch.rows), int(batch.attention_mask.sum())
-    model = {}
-    for name in variants:
-        eager, half = name.startswith("published"), dtype.itemsize
-        n_tokens, n_rows = (2 * N_SEQUENCES * shape.pad_to,) * 2 if eager else (batch.labels.numel(), kept)
-        per_param = bytes_per_param(dtype, True, **state) if name.startswith("ours") else 7 * half
-        flops = shape.flops(n_tokens, n_rows, checkpointing=checkpointing and name.startswith("ours"))
-        model[name] = flops, (per_param + half) * shape.n_params  # the norm reads the gradients once more
-    size = f"{shape.n_params / 1e6:.4g} M parameters, {str(dtype)[6:]}"
+    def cost(name):
+        """FLOPs and bytes that a variant cannot do without."""
+        if name.startswith("ours"):
+            return flops(planned.case, planned.case.tokens), optimizer_bytes(planned.case)
+        eager = plan(shape, config_of(), dtype=name_of_dtype).case
+        passes = 7 * shape.numel * dtype.itemsize + shape.numel * dtype.itemsize  # states like the parameters; the norm
+        if name.startswith("published"):
+            return 2 * N_SEQUENCES * flops(eager, one), passes
+        return flops(eager, planned.case.tokens), passes
+
+    size = f"{shape.numel / 1e6:.4g} M parameters, {name_of_dtype}"
+    reference = functools.partial(published, max_grad_norm=config.max_grad_norm)
     return Case(
         f"step, {shape.name}, {size}, {N_SEQUENCES} + {N_SEQUENCES} sequences",
         {name: functools.partial(start, name) for name in variants},
-        functools.partial(check, variants, reference, shape, device, dtype),
-        tokens=tokens,
-        model=model,
+        functools.partial(check, variants, reference, setup, device, dtype),
+        tokens=int(batch.attention_mask.sum()),
+        model={name: cost(name) for name in variants},
         alone=True,
         default=default,
-        at={"kept tokens": kept, "sequences": len(sequences)},
+        at={"kept tokens": work[1], "sequences": len(work[0])},
     )
 
 
@@ -190,20 +205,17 @@ def cases(device, quick):
             "ours, --cuda-graph": functools.partial(ours, cuda_graph=True),
             "ours, --compile --cuda-graph": functools.partial(ours, compile=True, cuda_graph=True),
         }
-    shape = _llama.LLAMA_1B if gpu else _llama.TINY if quick else _llama.SMALL
-    dtype = torch.bfloat16 if gpu else torch.float32
-    yield functools.partial(make_case, shape, variants, published, {}, device, dtype)
-    # 7B: with gradient release there is no norm to clip by, so the published recipe is checked against without one.
+    setup = LLAMA_1B if gpu else TINY if quick else SMALL
+    yield functools.partial(make_case, setup, variants, {}, device, torch.bfloat16 if gpu else torch.float32)
+    # With gradient release there is no norm to clip by.
     lean = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=None)
     variants = {
         "published recipe": published,
         "ours, 8-bit states, gradient release, checkpointing": functools.partial(ours, **lean),
     }
-    shape = _llama.LLAMA_7B if gpu else dataclasses.replace(shape, name=f"{shape.name}, untied", tied=False)
+    setup = LLAMA_7B if gpu else setup.of(name=f"{setup.shape.name}, untied", tied=False)
     default = not gpu or torch.cuda.get_device_properties(device).total_memory >= MIN_BYTES_7B
-    reference = functools.partial(published, max_grad_norm=None)
-    state, dtype = dict(state_dtype="8bit"), torch.bfloat16
-    yield functools.partial(make_case, shape, variants, reference, state, device, dtype, default=default, checkpointing=True)
+    yield functools.partial(make_case, setup, variants, lean, device, torch.bfloat16, default=default)
 
 
 def summary(rows, limits):
@@ -217,9 +229,11 @@ def summary(rows, limits):
         known = [r for r in rows if r["case"] == row["case"] and r["variant"] == "published recipe" and "ms" in r]
         if "ms" not in row:
             continue
-        told = f"{row['ms'] / row['model_ms']:.2f}x its bytes and FLOPs at the ceilings"
+        told = f"{row['times_model']:.2f}x its bytes and FLOPs at the ceilings"
         if known:
             ratio = speedups.setdefault(row["case"], {})[row["variant"]] = known[0]["ms"] / row["ms"]
             told = f"{ratio:.2f}x as fast as the published recipe, {told}"
+        if row.get("peak_mib") and "planned_mib" in row:
+            told += f"; peak {row['peak_mib'] / 1024:.2f} GiB, planned {row['planned_mib'] / 1024:.2f}"
         lines.append(f"{row['case'].split(', ')[1]}, {row['variant']}: {told}")
     return {"lines": lines, "speedups": speedups} if lines else None
