@@ -32,13 +32,13 @@ from soul.plan.time import flops, optimizer_bytes
 N_SEQUENCES = 4  # to forget, and as many to retain
 MIN_BYTES_7B = 45e9  # of a card, for the 7B case to run without being asked for
 LR = 1e-6  # of timed steps: the model is to stay what it is
-GATE_LR = 1e-4  # of checked ones: bf16 does not round it away
+GATE_LR = 3e-4  # of checked ones: bf16 does not round it away
 # Likelihoods absolute, the gradient norm relative. fp32: the order of sums. bf16: logits rounded to 8 bits, averaged over some
 # hundred tokens, and torch's norm rounded as well; a sequence left out is worth 4e-2 or more in either. Cosine: a step is a
 # sign wherever it is clipped, so rounding of gradients near 0 turns some around; a wrong sign would be 2, no relation 1.
 GATES = {
     torch.float32: {"nll": 1e-4, "norm": 1e-4, "cosine": 0.01},
-    torch.bfloat16: {"nll": 1e-2, "norm": 3e-2, "cosine": 0.2},
+    torch.bfloat16: {"nll": 1e-2, "norm": 3e-2, "cosine": 0.1},
 }
 
 

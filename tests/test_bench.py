@@ -24,7 +24,10 @@ from soul import SOUL, SophiaG
 LIMITS = {"copy_bytes_per_s": 1e10, "gemm_flop_per_s": 1e11}
 CPU = torch.device("cpu")
 # Need not be installed, or not run without a GPU.
-PEERS = ("optimi", "FlashOptim", "Liger", "cut-cross-entropy", "torch linear_cross_entropy")
+PEERS = (
+    "optimi", "FlashOptim", "torchao", "bitsandbytes", "pytorch_optimizer", "Liger", "cut-cross-entropy",
+    "torch linear_cross_entropy",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -224,8 +227,13 @@ def test_command_writes_rows_and_pictures(tmp_path, untimed, monkeypatch, capsys
     found = json.loads(rows.read_text())
     assert found["environment"]["torch"] == torch.__version__ and "triton" in found["environment"]
     assert {row["op"] for row in found["rows"]} == {"grad_norm"} and len(found["rows"]) == 3
-    (picture,) = plots.glob("*.png")
-    assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert {picture.name for picture in plots.iterdir()} == {
+        "tiny-float32-4-b-gradient-to-clip-3-times-that.png",
+        "peers.png",
+    }
+    for picture in plots.iterdir():
+        assert picture.read_bytes().startswith(b"\x89PNG") and str(picture) in out
     __main__.main(["grad_norm", "--device", "cpu", "--quick", "--only", "no such case", "--json", str(rows)])
     assert json.loads(rows.read_text())["rows"] == []
 
