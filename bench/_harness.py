@@ -17,6 +17,8 @@ import time
 
 import torch
 
+from soul.plan.cards import DATASHEETS
+
 # Packages of the extra "peers".
 PEERS = (
     "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch-optimizer", "liger-kernel", "cut-cross-entropy",
@@ -134,23 +136,12 @@ def ceilings(device):
     }
 
 
-# Bytes/s and dense bf16 FLOP/s of the makers' datasheets, by a part of the card's name; the first that fits.
-DATASHEETS = {
-    "H200": (4.8e12, 989e12),
-    "H100 PCIe": (2.0e12, 756e12),
-    "H100": (3.35e12, 989e12),
-    "A100-SXM4-80GB": (2.039e12, 312e12),
-    "A100": (1.555e12, 312e12),
-    "B200": (8.0e12, 2250e12),
-    "L40S": (0.864e12, 362e12),
-}
-
-
 def datasheet(name):
-    """What the maker says of a card, as text beside its measured ceilings: "" of a card that is not in the table."""
-    for part, (copy, gemm) in DATASHEETS.items():
-        if part in name:
-            return {"copy": f" (datasheet {copy / 1e9:.0f})", "gemm": f" (datasheet {gemm / 1e12:.0f})"}
+    """What the maker says of a card, as text beside its measured ceilings: "" of one that `soul.plan` does not know."""
+    words = name.lower().replace("-", " ").split()
+    for known, card in DATASHEETS.items():
+        if set(known.split("-")) <= set(words) and "pcie" not in words:  # a slower card of the same name
+            return {"copy": f" (datasheet {card.bandwidth / 1e9:.0f})", "gemm": f" (datasheet {card.flops / 1e12:.0f})"}
     return {"copy": "", "gemm": ""}
 
 

@@ -248,9 +248,10 @@ def cases(device, quick):
                 groups = []
             else:
                 groups = [[dict(param_rounding=r, state_dtype=s) for r in ROUNDINGS] for s in STATE_DTYPES]
-            options = optimizer, main, shapes, device, dtype, quick
-            yield functools.partial(make_case, name, *options, peers=torch_peers)
-            yield functools.partial(make_case, f"{name}, other libraries", *options, peers=other_peers)
+            options = shapes, device, dtype, quick
+            yield functools.partial(make_case, name, optimizer, main, *options, peers=torch_peers)
+            others = [main[0], main[-1]]
+            yield functools.partial(make_case, f"{name}, other libraries", optimizer, others, *options, peers=other_peers)
             for group in groups:
                 title = f"{name}, {STATE_DTYPES[group[0]['state_dtype']]} states"
                 yield functools.partial(make_case, title, optimizer, group, shapes, device, dtype, quick)

@@ -3,13 +3,25 @@
 import copy
 import importlib.util
 import json
+import re
 import sys
 import types
 
 import pytest
 import torch
 
-from bench import __main__, _harness, _plots, compare, plan, results, targets
+from bench import (
+    __main__,
+    _harness,
+    _plots,
+    bench_linear_gnb,
+    bench_linear_loss,
+    bench_sophia_step,
+    compare,
+    plan,
+    results,
+    targets,
+)
 
 LIMITS = {"copy_bytes_per_s": 1e12, "gemm_flop_per_s": 1e14}
 HEADER = {
@@ -157,58 +169,52 @@ def test_targets_pass_and_fail_by_the_numbers_of_the_files(percent, ms, expected
 
 def test_every_target_has_rows_that_reach_it_and_rows_that_do_not():
     """With the names that cases and variants have on a GPU; a pattern that matches nothing would never be measured."""
-    examples = rows_of_a_gpu(0.0)
+    examples = rows_of_a_gpu(bad=False)
     for target in targets.TARGETS:
         if target.what == "dW, fp32":
             continue  # no case of a GPU has fp32 weights
         assert targets.judge(target, examples)[0] == "pass", target.what
-        assert targets.judge(target, rows_of_a_gpu(1.0))[0] == "fail", target.what
+        assert targets.judge(target, rows_of_a_gpu(bad=True))[0] == "fail", target.what
 
 
 def rows_of_a_gpu(bad):
     """Rows of all that targets speak of, all well or all badly done."""
-    from bench import bench_sophia_step as steps
-
-    rows, cuda = [], types.SimpleNamespace(type="cuda")
-    for name, shapes, dtype in steps.models():
-        for optimizer in ("SophiaG", "SOUL"):
-            case = f"{optimizer}.step, {name}, {str(dtype)[6:]}"
-            rounding = "exact" if dtype == torch.float32 else "compensated"
-            nearest = "exact" if dtype == torch.float32 else "nearest"
-            good = 0.05 if "LoRA" in name else 0.5
-            for variant in (f"ours, {rounding}, default states, 1 B/param", f"ours, {nearest}, bf16 states, 1 B/param",
-                            f"ours, {rounding}, 8-bit states, 1 B/param"):  # fmt: skip
-                rows.append(row("sophia_step", case, variant, 50.0 if bad else good, percent_of_copy=50.0 if bad else 99.0))
-            label = "SOUL" if optimizer == "SOUL" else "SophiaG"
-            rows += [
-                row("sophia_step", case, f"published {label}, eager, 1 B/param", 30.0),
-                row("sophia_step", case, "torch AdamW, fused, 1 B/param", 1.0),
-            ]
-    from bench import bench_linear_gnb, bench_linear_loss
-
+    rows = []
+    for name, _, dtype in bench_sophia_step.models():
+        rounding = ("exact", "exact") if dtype == torch.float32 else ("compensated", "nearest")
+        variants = [
+            f"ours, {rounding[0]}, default states",
+            f"ours, {rounding[1]}, bf16 states",
+            f"ours, {rounding[0]}, 8-bit states",
+        ]
+        ms = 50.0 if bad else 0.05 if "LoRA" in name else 0.5
+        for optimizer, published in (("SophiaG", "SophiaG"), ("SOUL", "SOUL")):
+            case = "sophia_step", f"{optimizer}.step, {name}, {str(dtype)[6:]}"
+            rows += [row(*case, f"{v}, 1 B/param", ms, percent_of_copy=50.0 if bad else 99.0) for v in variants]
+            rows.append(row(*case, f"published {published}, eager, 1 B/param", 30.0))
+            rows.append(row(*case, "torch AdamW, fused, 1 B/param", 1.0))
     for op, module in (("linear_loss", bench_linear_loss), ("linear_gnb", bench_linear_gnb)):
-        for case in (make() for make in module.cases(torch.device("cuda"), quick=True)):
-            for variant in case.variants:
-                mine = variant == "ours" or variant.startswith("ours, chunks")
-                rows.append(row(op, case.name, variant, 2.0 if bad and mine else 1.0, percent_of_floor=200.0 if bad else 105.0,
-                                extra_mib=90.0 if bad or not mine else 50.0, errors={"log p flat": 1e-3 if bad else 1e-6}))  # fmt: skip
-            rows.append(row(op, case.name, "torch.compile of eager", 1.0, extra_mib=100.0))
+        for case in (make() for make in module.cases(torch.device("cuda"), quick=False)):
+            for name in case.variants:
+                mine = bad and name in ("ours", "ours, chunks of 4 GiB")
+                told = dict(percent_of_floor=200.0 if bad else 105.0, errors={"log p flat": 1e-3 if bad else 1e-6})
+                rows.append(
+                    row(
+                        op,
+                        case.name,
+                        name,
+                        2.0 if mine else 1.0,
+                        extra_mib=50.0 if name == "ours" and not bad else 90.0,
+                        **told,
+                    )
+                )
     rows.append(row("token_logprob", "statistics", "ours", 1.0, errors={"1 - p": 1.0 if bad else 1e-4}))
-    assert cuda
-    for name, size in (("llama-3.2-1b", 1), ("llama-2-7b", 7)):
-        case = f"step, {name}, 1 M parameters, bfloat16, 4 + 4 sequences"
-        rows.append(row("step", case, "published recipe", 400.0))
-        rows.append(row("step", case, "ours, eager", 300.0, times_model=9.0, peak_mib=60000.0 if bad else 30000.0))
-        rows.append(
-            row(
-                "step",
-                case,
-                "ours, --cuda-graph",
-                300.0 if bad else 15.0,
-                times_model=9.0 if bad else 1.2,
-                peak_mib=60000.0 if bad else 30000.0,
-            )
-        )
+    for name in ("llama-3.2-1b", "llama-2-7b"):
+        case, told = ("step", f"step, {name}, 1 M parameters, bfloat16, 4 + 4 sequences"), dict(peak_mib=60e3 if bad else 30e3)
+        rows.append(row(*case, "published recipe", 400.0))
+        rows.append(row(*case, "ours, eager", 300.0, times_model=9.0, **told))
+        graph = (300.0, 9.0) if bad else (15.0, 1.2)
+        rows.append(row(*case, "ours, --cuda-graph", graph[0], times_model=graph[1], **told))
     return rows
 
 
@@ -231,7 +237,7 @@ def test_pictures_are_drawn_from_files(tmp_path, monkeypatch, capsys):
     assert _plots.plot_results(found(row("x", "c", "ours", 1.0)), tmp_path / "none") == []
 
 
-def test_a_point_of_the_roofline_is_below_its_ceiling():
+def test_points_of_the_roofline_are_what_rows_tell():
     x, y = _plots.intensity(row("sophia_step", ONE_B, EIGHT, 5.0, gb_per_s=900.0))
     assert (
         x == pytest.approx(_plots.STEP_FLOPS / 12.06) and y == pytest.approx(x * 900e9) and y < x * LIMITS["copy_bytes_per_s"]
@@ -252,8 +258,6 @@ def test_what_is_wrong_on_the_command_line_is_told(argv, message, capsys):
     with pytest.raises(SystemExit) as ended:
         __main__.main(argv)
     assert ended.value.code == 2
-    import re
-
     assert re.search(message, capsys.readouterr().err)
 
 
