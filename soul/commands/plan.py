@@ -12,8 +12,8 @@ HELP = "memory and time of a run on a given card, computed from the shapes of a 
 def add_arguments(parser):
     """Declares the options."""
     what = parser.add_argument_group("what")
-    what.add_argument("--model", required=True, metavar="DIR_OR_NAME", help=f"{', '.join(PRESETS)}; or a directory or hub name, "
-                      "of which the configuration alone is read")  # fmt: skip
+    what.add_argument("--model", required=True, metavar="DIR_OR_NAME", help=f"{', '.join(PRESETS)}; or a directory or hub "
+                      "name, of which the configuration alone is read")  # fmt: skip
     what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, as many to retain")
     what.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     what.add_argument("--labelled", type=int, metavar="N", help="tokens with a label in a micro-batch (default: all)")
@@ -28,8 +28,8 @@ def add_arguments(parser):
     how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
-    how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16 or float32 (default: bfloat16 "
-                     "for soul and under adapters, float32 for adamw)")  # fmt: skip
+    how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16 or float32 (default: "
+                     "bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
 
 
 def run(args):

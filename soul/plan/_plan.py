@@ -67,10 +67,9 @@ class Plan:
         trained = f"{trained_numel(case):,} trained" if case.adapters else "all trained"
         accumulated = f" x {case.config.accumulate} micro-batches" if case.config.accumulate > 1 else ""
         place = f"{case.gpus} x {case.card.name}, FSDP2" if case.gpus > 1 else f"1 x {case.card.name}"
-        return (
-            f"{shape.name}: {shape.numel:,} parameters in {case.dtype}, {trained}; {case.config.method}, "
-            f"{case.config.optimizer}; {tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_kept:,} labelled{accumulated}; {place}"
-        )
+        run = f"{case.config.method}, {case.config.optimizer}"
+        data = f"{tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_kept:,} labelled{accumulated}"
+        return f"{shape.name}: {shape.numel:,} parameters in {case.dtype}, {trained}; {run}; {data}; {place}"
 
     def _conclusion(self):
         card = self.case.card

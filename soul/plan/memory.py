@@ -27,9 +27,7 @@ def phases(case):
     backward["gathered from shards"] = gathered_bytes(case) + scattered_bytes(case)
     if not case.config.gradient_release:
         found[STEP] = {"gradients": gradient_bytes(case)}
-    return {
-        phase: {part: math.ceil(size) for part, size in (always | parts).items() if size} for phase, parts in found.items()
-    }
+    return {phase: {part: math.ceil(size) for part, size in (always | parts).items() if size} for phase, parts in found.items()}
 
 
 def resident(case):
