@@ -82,29 +82,25 @@ def run(args):
     for op in args.ops or MODULES:
         print(f"\n== {op}")
         try:
-            module = importlib.import_module(MODULES[op])
-            of_op = measure_op(op, module, args, header, limits, rows)
+            rows += run_op(op, args, header, limits, rows)
         except MissingExtra as error:
             print(f"left out: {error}")
-            continue
-        summary = module.summary(of_op, limits) if hasattr(module, "summary") else None
-        if summary:
-            print("\n" + "\n".join(summary["lines"]))
-        if args.results and of_op:
-            path = results.folder_of(header, args.results) / f"{op}.json"
-            results.write(path, header, limits, of_op, {k: v for k, v in (summary or {}).items() if k != "lines"})
-            print(f"\n{path}")
-        rows += of_op
-    if args.json:
-        results.write(args.json, header, limits, rows)
     if args.plots:
         found = {"environment": header, "ceilings": limits, "rows": rows}
         print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(found, args.plots)])))
 
 
-def measure_op(op, module, args, header, limits, before):
-    """The rows of the cases of one op; with ``--json``, those so far are written after every case, lest a cut lose them."""
-    device, rows = torch.device(args.device), []
+def run_op(op, args, header, limits, before):
+    """The rows of the cases of one op. They are written after every case, so that a run that is cut off leaves what it has."""
+    module, device, rows = importlib.import_module(MODULES[op]), torch.device(args.device), []
+    path = args.results and results.folder_of(header, args.results) / f"{op}.json"
+
+    def save(summary=None):
+        if path and rows:
+            results.write(path, header, limits, rows, summary)
+        if args.json:
+            results.write(args.json, header, limits, before + rows)
+
     for make in module.cases(device, args.quick):
         torch.manual_seed(0)
         case = make()
@@ -114,8 +110,12 @@ def measure_op(op, module, args, header, limits, before):
             except torch.OutOfMemoryError:
                 print(f"{case.name}: left out, all of it together does not fit into the memory of this device")
         del case
-        if args.json:
-            results.write(args.json, header, limits, before + rows)
+        save()
+    if hasattr(module, "summary") and (found := module.summary(rows, limits)):
+        print("\n" + "\n".join(found.pop("lines")))
+        save(found)
+    if path and rows:
+        print(f"\n{path}")
     return rows
 
 

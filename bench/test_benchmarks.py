@@ -43,6 +43,13 @@ def case(request):
     return made
 
 
+@pytest.fixture(autouse=True)
+def freed():
+    """What a variant held is given back before the next one is made."""
+    yield
+    free(DEVICE)
+
+
 @pytest.mark.parametrize("case, variant", variants(), indirect=["case"])
 def test_variant(case, variant, limits, benchmark):
     call, reason = start(variant, case.variants[variant])
@@ -57,5 +64,3 @@ def test_variant(case, variant, limits, benchmark):
     benchmark.pedantic(timed, rounds=5 if QUICK else 30, warmup_rounds=1 if QUICK else 3)
     if benchmark.stats is not None:  # None with --benchmark-disable
         benchmark.extra_info |= case.rates(variant, benchmark.stats.stats.median * 1e3, limits)
-    del call
-    free(DEVICE)

@@ -188,26 +188,18 @@ def rows_of_a_gpu(bad):
             f"ours, {rounding[0]}, 8-bit states",
         ]
         ms = 50.0 if bad else 0.05 if "LoRA" in name else 0.5
-        for optimizer, published in (("SophiaG", "SophiaG"), ("SOUL", "SOUL")):
+        for optimizer in ("SophiaG", "SOUL"):
             case = "sophia_step", f"{optimizer}.step, {name}, {str(dtype)[6:]}"
             rows += [row(*case, f"{v}, 1 B/param", ms, percent_of_copy=50.0 if bad else 99.0) for v in variants]
-            rows.append(row(*case, f"published {published}, eager, 1 B/param", 30.0))
+            rows.append(row(*case, f"published {optimizer}, eager, 1 B/param", 30.0))
             rows.append(row(*case, "torch AdamW, fused, 1 B/param", 1.0))
     for op, module in (("linear_loss", bench_linear_loss), ("linear_gnb", bench_linear_gnb)):
         for case in (make() for make in module.cases(torch.device("cuda"), quick=False)):
             for name in case.variants:
                 mine = bad and name in ("ours", "ours, chunks of 4 GiB")
                 told = dict(percent_of_floor=200.0 if bad else 105.0, errors={"log p flat": 1e-3 if bad else 1e-6})
-                rows.append(
-                    row(
-                        op,
-                        case.name,
-                        name,
-                        2.0 if mine else 1.0,
-                        extra_mib=50.0 if name == "ours" and not bad else 90.0,
-                        **told,
-                    )
-                )
+                told["extra_mib"] = 50.0 if name == "ours" and not bad else 90.0
+                rows.append(row(op, case.name, name, 2.0 if mine else 1.0, **told))
     rows.append(row("token_logprob", "statistics", "ours", 1.0, errors={"1 - p": 1.0 if bad else 1e-4}))
     for name in ("llama-3.2-1b", "llama-2-7b"):
         case, told = ("step", f"step, {name}, 1 M parameters, bfloat16, 4 + 4 sequences"), dict(peak_mib=60e3 if bad else 30e3)
@@ -224,8 +216,8 @@ def test_pictures_are_drawn_from_files(tmp_path, monkeypatch, capsys):
         row("sophia_step", ONE_B, EIGHT, 5.0, gb_per_s=900.0),
         row("sophia_step", ONE_B, "published SOUL, eager, 14 B/param", 30.0, gb_per_s=200.0),
         row("step", "step, x", "ours, eager", 50.0, model_flops=1e12, model_bytes=1e10),
-        *(row("linear_loss", f"CE, N {n}, D 8, V 9, bfloat16, trained head", v, 1.0, extra_mib=n / 2, at={"N": n, "D": 8, "V": 9})
-          for n in (512, 4096) for v in ("ours", "eager")),
+        *(row("linear_loss", f"CE, N {n}, D 8, V 9, bfloat16, trained head", variant, 1.0, extra_mib=n / 2,
+              at={"N": n, "D": 8, "V": 9}) for n in (512, 4096) for variant in ("ours", "eager")),
     ])  # fmt: skip
     monkeypatch.setattr(__main__, "run", lambda args: pytest.fail("measured"))
     assert __main__.main(["--from", str(tmp_path / "r"), "--plots", str(tmp_path / "p")]) == 0

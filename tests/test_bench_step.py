@@ -184,12 +184,10 @@ def test_every_size_is_varied_alone_and_fits_are_told():
     fits = {(fit["what"], fit["axis"]): fit for fit in found["fits"]}
     assert set(fits) == {("linear loss", "N"), ("linear loss", "D"), ("linear loss", "V"), ("SOUL.step", "params"),
                          ("SOUL.step", "tensors")}  # fmt: skip
-    assert fits["linear loss", "N"]["fixed_ms"] == pytest.approx(2) and fits["linear loss", "N"][
-        "ms_per_unit"
-    ] == pytest.approx(1e-3)
-    assert fits["SOUL.step", "params"]["slope"] == pytest.approx(3) and fits["SOUL.step", "tensors"]["slope"] == pytest.approx(
-        0
-    )
+    line = fits["linear loss", "N"]
+    assert (line["fixed_ms"], line["ms_per_unit"]) == (pytest.approx(2), pytest.approx(1e-3))
+    slopes = [fits["SOUL.step", axis]["slope"] for axis in ("params", "tensors")]
+    assert slopes == [pytest.approx(3), pytest.approx(0)]
     assert found["model_error"]["linear loss"]["largest"] == pytest.approx(0.1)
     assert "off by 10%" in found["lines"][-1]
     assert scaling.summary([], LIMITS) is None
