@@ -52,6 +52,23 @@ def test_a_whole_step_is_checked_timed_and_taken_apart(number, variants, capsys)
     json.dumps(rows)
 
 
+@pytest.mark.parametrize("memory, runs", [(80e9, True), (24e9, False)])
+def test_on_a_gpu_there_are_both_models_and_7b_where_it_fits(memory, runs, monkeypatch):
+    """No model is made before a variant is."""
+    card = types.SimpleNamespace(total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    small, large = (make() for make in whole_step.cases(torch.device("cuda"), quick=False))
+    assert (small.default, large.default) == (True, runs)
+    assert small.name.startswith("step, llama-3.2-1b, 1236 M parameters, bfloat16, 4 + 4")
+    assert large.name.startswith("step, llama-2-7b, 6738 M parameters")
+    assert sum(name.startswith("ours") for name in small.variants) == 4 and small.alone and large.alone
+    # On paper: 8 sequences padded to 512 through 1.24 B parameters, 6 FLOPs each; ours moves 25 bytes a parameter or so.
+    flops, moved = small.model["published recipe"]
+    assert flops == pytest.approx(6 * 1.236e9 * 8 * 512, rel=0.05) and moved == 16 * 1_235_814_400
+    flops, moved = small.model["ours, eager"]
+    assert flops < 6 * 1.236e9 * 8 * 90 and moved / 1.236e9 == pytest.approx(24, abs=3)
+
+
 def test_a_step_under_compile_is_the_same_step(monkeypatch):
     """Only a GPU runs it by default; here without a compiler behind it."""
     monkeypatch.setitem(models.COMPILE, "backend", "eager")
