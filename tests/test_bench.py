@@ -1,8 +1,10 @@
 """The benchmarks must run; what they print is for people to judge."""
 
+import functools
 import importlib
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -89,6 +91,29 @@ def test_a_missing_peer_is_a_line_and_a_failing_one_too_but_ours_must_run(untime
     assert "no_such_package: not installed" in capsys.readouterr().out
     with pytest.raises(ValueError, match="not on this machine"):
         _harness.run_case(_harness.Case("case", {"ours": failing}, dict), CPU, LIMITS, budget_s=0.0)
+
+
+@pytest.mark.parametrize("alone, alive", [(False, ["a", "b"]), (True, ["b"])])
+def test_variants_that_are_alone_are_dropped_before_the_next_is_made(alone, alive, monkeypatch):
+    """Else a peak would be that of several; and those that take turns are all there."""
+    living, seen = weakref.WeakValueDictionary(), []
+
+    class Call:
+        def __call__(self):
+            pass
+
+    def make(name):
+        living[name] = call = Call()
+        return call
+
+    def timed(calls, device, budget_s):
+        seen.append(sorted(living))
+        return dict.fromkeys(calls, (1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(_harness, "time_interleaved", timed)
+    case = _harness.Case("case", {name: functools.partial(make, name) for name in "ab"}, dict, alone=alone)
+    assert [row["variant"] for row in _harness.run_case(case, CPU, LIMITS, budget_s=0.0)] == ["a", "b"]
+    assert seen[-1] == alive and len(seen) == (2 if alone else 1)
 
 
 def test_bytes_are_those_of_the_table_and_of_the_states():
