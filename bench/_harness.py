@@ -217,8 +217,8 @@ def measure(variants, device, budget_s):
         found[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **found[name], "peak_mib": peak}
         found[name] |= getattr(calls[name], "told", {})
         phases = getattr(calls[name], "phases", None)
-        if phases is not None:
-            found[name]["phases"] = phases()
+        if phases is not None and (told := phases()):
+            found[name]["phases"] = told
     return found | {name: {"reason": reason} for name, (_, reason) in started.items() if reason}
 
 

@@ -77,13 +77,10 @@ class EagerStep:
         self.model, self.micro_batches, self.update = model, micro_batches, update
         self._all_logits, self._max_grad_norm = all_logits, max_grad_norm
         self._params = list(model.parameters())
-        counts = [(len(b.rows), b) for batches in micro_batches for b in batches]
-        labelled = [b.is_forget.to(b.labels.device)[:, None] & (b.labels != -100) for _, b in counts]
-        self._n_forget = sum(int(mask.sum()) for mask in labelled)
-        self._n_retain = sum(n for n, _ in counts) - self._n_forget
-        self.sequences, self.kept = sequences_of([b for _, b in counts]), self._n_forget + self._n_retain
-        self.n_tokens = sum(b.labels.numel() for _, b in counts)
-        self.n_rows = self.n_tokens if all_logits else self.kept
+        batches = [batch for part in micro_batches for batch in part]
+        self.sequences, self.kept = sequences_of(batches), sum(len(batch.rows) for batch in batches)
+        self._n_forget = sum(int(((b.labels.cpu() != -100) & b.is_forget[:, None]).sum()) for b in batches)
+        self._n_retain = self.kept - self._n_forget
 
     def __call__(self, phase=no_phases):
         """One step; ``phase`` is `Stopwatch.phase` or like it."""
@@ -148,7 +145,6 @@ class OurStep:
             self._open.enter_context(checkpointing(model))
         self._graphed = GraphedStep(self._step, self._device) if config.cuda_graph else None
         self.sequences, self.kept = sequences_of([batch]), len(batch.rows)
-        self.n_tokens, self.n_rows = batch.labels.numel(), self.kept
 
     def _step(self, batch):
         return soul.step.train_step(self.model, [batch], self._objective, self.optimizer, self._config, release=self._release)

@@ -92,14 +92,15 @@ def summary(rows, limits):
 
     Returns:
         Dict of ``lines``, to be printed; ``fits``, list of dicts of `fit` with ``what`` and ``axis``; ``model_error``, of each
-        kind of case the median and the largest of ``|model / measured - 1|``. Or None where nothing was timed.
+        kind of case the median and the largest of ``|model / measured - 1|``, and that of the case with most to do. Or None
+        where nothing was timed.
     """
     series, errors = {}, {}
     for row in rows:
         if "ms" not in row or not row["variant"].startswith("ours"):
             continue
         what = row["case"].partition(",")[0]
-        errors.setdefault(what, []).append(abs(row["model_ms"] / row["ms"] - 1))
+        errors.setdefault(what, []).append((row["model_ms"], abs(row["model_ms"] / row["ms"] - 1)))
         for axis, size in row["at"].items():
             others = tuple((name, value) for name, value in row["at"].items() if name != axis)
             series.setdefault((what, axis, others), []).append((size, row["ms"]))
@@ -115,10 +116,13 @@ def summary(rows, limits):
                 f"{found['to']:,}): slope {found['slope']:.2f} in log-log; {found['fixed_ms']:.3g} ms + "
                 f"{found['ms_per_unit'] * 1e3:.3g} us a unit"
             )
-    model_error = {what: {"median": statistics.median(of), "largest": max(of)} for what, of in errors.items()}
+    model_error = {}
+    for what, of in errors.items():
+        only = [error for _, error in of]
+        model_error[what] = {"median": statistics.median(only), "largest": max(only), "at_the_largest_size": max(of)[1]}
     for what, error in model_error.items():
         lines.append(
             f"model of {what} from bytes, FLOPs and ceilings: off by {100 * error['median']:.0f}% (median), "
-            f"{100 * error['largest']:.0f}% at most"
+            f"{100 * error['largest']:.0f}% at most, {100 * error['at_the_largest_size']:.0f}% where there is most to do"
         )
     return {"lines": lines, "fits": fits, "model_error": model_error}
