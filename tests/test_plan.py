@@ -381,6 +381,7 @@ def test_cards():
     (lambda: plan("1b", config_of(state_dtype="8bit"), gpus=2), "state_dtype: expected float32 or bfloat16"),
     (lambda: plan("1b", length=0), "length"),
     (lambda: plan("1b", tokens=Tokens(2, 8, kept=17)), "kept: expected .* at most 16"),
+    (lambda: plan("1b", config_of(method="influence", max_grad_norm=1.0)), "method: expected .* is not planned"),
     (lambda: plan("./nowhere"), "model: expected a directory"),
     (lambda: plan({"hidden_size": 8}), "model_type"),
     (lambda: plan({"model_type": "nonsense"}), "model_type"),
