@@ -48,7 +48,7 @@ class Unlearner:
         self.config = UnlearnConfig() if config is None else config
         self._forget, self._retain = _examples("forget", forget), [] if retain is None else _examples("retain", retain)
         if isinstance(model, (str, os.PathLike)):
-            dtype = parameter_dtype(dtype, self.config.optimizer, adapters)
+            dtype = parameter_dtype(dtype, self.config, adapters)
             model, tokenizer = models.load(model, dtype=dtype, device=models.pick_device(device))
         elif tokenizer is None:
             raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")

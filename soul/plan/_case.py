@@ -6,6 +6,7 @@ import math
 import torch
 
 from soul.config import UnlearnConfig
+from soul.losses import OBJECTIVES
 from soul.models import DTYPES
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
@@ -14,6 +15,13 @@ from soul_kernels._head_checks import CHUNK_BYTES
 from soul_kernels._head_rows import Options
 
 ATTENTIONS = ("sdpa", "eager")
+
+
+def check_plannable(config):
+    """Raises for a run that is not made of steps."""
+    if config.method == "influence":
+        expected, remedy = f"one of {', '.join(OBJECTIVES)}", "influence takes one step over all data, and is not planned"
+        raise argument_error("method", expected, "'influence'", remedy)
 
 
 @dataclasses.dataclass(frozen=True)

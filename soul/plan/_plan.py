@@ -3,7 +3,7 @@
 import dataclasses
 
 from soul.config import UnlearnConfig, parameter_dtype
-from soul.plan._case import Case, Tokens
+from soul.plan._case import Case, Tokens, check_plannable
 from soul.plan.cards import NETWORK, card_of
 from soul.plan.memory import phases, trained_numel
 from soul.plan.shapes import shape_of
@@ -117,8 +117,9 @@ def plan(
         ArgumentError: an argument does not fit.
     """
     config = UnlearnConfig() if config is None else config
+    check_plannable(config)
     tokens = tokens_of(config, length) if tokens is None else tokens
-    dtype = parameter_dtype(dtype, config.optimizer, adapters)
+    dtype = parameter_dtype(dtype, config, adapters)
     case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card_of(card), gpus, network)
     seconds = step_seconds(case)
     if steps is not None:
@@ -130,6 +131,7 @@ def tokens_of(config, length, kept=None):
     """`Tokens` of a micro-batch of a config whose sequences, to forget and, where there is a retain term, to retain, all have
     one length; ``kept`` of its tokens have a label, None: all.
     """
+    check_plannable(config)
     objective = config.objective()
     kinds = (2 if objective.pairs else 1) + (1 if objective.alpha else 0)
     return Tokens(config.batch_size * kinds, length, kept)

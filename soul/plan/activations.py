@@ -20,7 +20,8 @@ def layer_parts(case):
         MLP                  4 n I e              gate, its activation, up, their product; without a gate 2
 
     fp32 under autocast: norms work in fp32, and each of the five matrices that read one saves a bf16 copy of its own.
-    Adapters: frozen matrices save no input and frozen norms nothing normalized; each adapter saves its input in fp32 and n r 4.
+    Adapters: frozen matrices save no input and frozen norms nothing normalized; each adapter saves its input in fp32, n r 4,
+    and with dropout a byte for each element of the input.
     """
     shape, tokens, element, lora = case.shape, case.tokens, case.compute_dtype.itemsize, case.adapters is not None
     n, pairs = tokens.n, tokens.sequences * tokens.length**2
@@ -43,8 +44,8 @@ def layer_parts(case):
         mlp -= inside  # the input of the last matrix
         if eager:
             attention -= n * shape.head_dim * element * shape.heads  # the output, which nothing but a matrix would save
-        widths = sum(width + case.adapters["rank"] for _, width in case.adapted.values())
-        adapters = n * FLOAT * widths / shape.layers
+        a_value, rank = FLOAT + (1 if case.adapters.get("dropout") else 0), case.adapters["rank"]
+        adapters = n * sum(width * a_value + rank * FLOAT for _, width in case.adapted.values()) / shape.layers
     return {"norms": 2 * norm, "attention": attention, "mlp": mlp, "adapters": adapters}
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from soul._extras import require
 from soul.data import Order, read_jsonl
-from soul.plan._case import Tokens
+from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
 from soul.plan.shapes import PRESETS, empty_model, read_config, shape_of
 from soul.prepare import prepare
@@ -28,6 +28,7 @@ def plan_run(model, forget, retain, config, **options):
     Raises:
         ArgumentError: what would keep the run itself from starting, as far as it can be seen without weights and GPU.
     """
+    check_plannable(config)
     if str(model) in PRESETS:
         remedy = "pass a directory or a hub name, or use: soul plan"
         raise argument_error("model", "a model with a tokenizer", f"the preset {model!r}", remedy)
