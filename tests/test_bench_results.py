@@ -168,6 +168,21 @@ def test_targets_pass_and_fail_by_the_numbers_of_the_files(percent, ms, expected
     assert f"got {32.1 / ms:.4g}x" in capsys.readouterr().out
 
 
+def test_the_worst_row_decides_unless_they_are_ways_to_do_the_same(capsys):
+    half = [row("sophia_step", ONE_B, f"ours, {rounding}, fp32 states, 1 B/param", 1.0, percent_of_copy=percent)
+            for rounding, percent in (("nearest", 99.0), ("compensated", 95.0), ("stochastic", 98.0))]  # fmt: skip
+    steps = [row("step", "step, llama-3.2-1b, x", name, ms) for name, ms in (
+        ("published recipe", 400.0), ("ours, eager", 50.0), ("ours, --cuda-graph", 20.0))]  # fmt: skip
+    told = verdicts(*half, *steps)
+    assert told["step, 1.24 B bf16 parameters, states of 16 bits or more, any rounding"] == "fail"
+    assert told["whole SOUL step, 1B, against the published recipe"] == "pass"
+    out = capsys.readouterr().out
+    assert (
+        f"got 95% of copy   [{ONE_B}: ours, compensated" in out
+        and "got 20x   [step, llama-3.2-1b, x: ours, --cuda-graph]" in out
+    )
+
+
 def test_every_target_has_rows_that_reach_it_and_rows_that_do_not():
     """With the names that cases and variants have on a GPU; a pattern that matches nothing would never be measured."""
     examples = rows_of_a_gpu(bad=False)
