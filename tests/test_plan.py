@@ -37,6 +37,15 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs" / "scaling.md"
 SIZES = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrix products on a CPU take scratch memory for every thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclasses.dataclass
 class Measured:
     """A random Llama, and one step of it in Triton's interpreter, measured."""

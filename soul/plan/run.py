@@ -3,11 +3,12 @@
 import dataclasses
 
 from soul._extras import require
-from soul.data import Order, read_jsonl
+from soul.data import Order
 from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
 from soul.plan.shapes import PRESETS, empty_model, read_config, shape_of
 from soul.prepare import prepare
+from soul.unlearner import Unlearner
 from soul_kernels._checks import argument_error
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
@@ -17,7 +18,7 @@ def plan_run(model, forget, retain, config, **options):
 
     Args:
         model: directory or hub name; configuration and tokenizer are read, weights are not.
-        forget: a file that `soul.data.read_jsonl` reads.
+        forget: as `soul.Unlearner` takes it.
         retain: the same, or None.
         config: `UnlearnConfig`.
         **options: those of `soul.plan.plan`, without ``tokens``, ``length`` and ``steps``.
@@ -38,7 +39,8 @@ def plan_run(model, forget, retain, config, **options):
     except Exception as error:  # whatever the libraries below say of a broken tokenizer
         raise argument_error("model", "a model with a tokenizer", f"{model} ({type(error).__name__})", "check it") from error
     anywhere = dataclasses.replace(config, backend="reference", cuda_graph=False)  # the run's own machine is another one
-    data = prepare(empty, tokenizer, read_jsonl(forget), [] if retain is None else read_jsonl(retain), anywhere)
+    run = Unlearner(empty, forget, retain, anywhere, tokenizer=tokenizer)  # which checks all that can be checked
+    data = prepare(empty, tokenizer, run._forget, run._retain, anywhere)
     steps = list(_steps(config, *data))
     micro = [tokens for batches in steps for tokens in batches]
     largest = {max(micro, key=lambda t: (t.n, t.n_kept)), max(micro, key=lambda t: (t.n_kept, t.n))}
