@@ -134,7 +134,8 @@ def _memory(rows, limits):
     axes = figure.add_subplot()
     for name, points in series.items():
         look = dict(linewidth=2, color=OURS) if name.startswith("ours") else dict(linewidth=1)
-        axes.plot(*zip(*sorted(points)), "o-", label=name, markersize=4, **look)
+        style = "o--" if name.startswith("ours,") else "o-"  # ours in another way
+        axes.plot(*zip(*sorted(points)), style, label=name, markersize=4, **look)
     axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="extra MiB of forward and backward")
     axes.set_title(f"cross-entropy from hidden states, D {head[0]}, V {head[1]}, trained head", fontsize=9)
     axes.legend(fontsize=7, frameon=False)
