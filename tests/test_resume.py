@@ -367,7 +367,7 @@ def full_for_safetensors(tensors, path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-REAL_WRITE = checkpoint._write_tensors
+REAL_WRITE = checkpoint.write_tensors
 
 
 @pytest.mark.parametrize("broken", [
@@ -399,7 +399,7 @@ def test_the_command_says_what_a_full_disk_left(place, capsys, monkeypatch):
     def save(self, step, *args):
         with monkeypatch.context() as patch:
             if step == 4:
-                patch.setattr("soul.checkpoint._write_tensors", full)
+                patch.setattr("soul.checkpoint.write_tensors", full)
             real(self, step, *args)
 
     argv = words(place, "full", "--epochs", "2", "--save-every", "2")
@@ -448,13 +448,13 @@ def test_trees_keep_types_bits_and_strides():
         "empty": torch.empty(0, dtype=torch.int8), "codes": torch.arange(256).to(torch.uint8),
     }  # fmt: skip
     tensors = {}
-    text = json.dumps(checkpoint._packed(tree, tensors))
-    got = checkpoint._unpacked(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
+    text = json.dumps(checkpoint.packed(tree, tensors))
+    got = checkpoint.unpacked(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
     assert got["a"] == tree["a"] and list(got) == list(tree)
     for a, b in zip((*got[3], got["empty"], got["codes"]), (*tree[3], tree["empty"], tree["codes"])):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
     with pytest.raises(TypeError, match="no place in a checkpoint for a set"):
-        checkpoint._packed({"x": set()}, {})
+        checkpoint.packed({"x": set()}, {})
 
 
 def test_numbers_are_checked(tmp_path):

@@ -83,9 +83,19 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Runs the command."""
+    """Runs the command, in every process that torchrun has started."""
+    from soul.distributed import started
+    from soul.models import pick_device
+
+    with started(pick_device(args.device)):
+        _run(args)
+
+
+def _run(args):
+    from soul import distributed
     from soul.checkpoint import MODEL_FILES, Checkpoints
     from soul.config import UnlearnConfig
+    from soul.distributed import Processes
     from soul.output import check_output
     from soul.unlearner import Unlearner
 
@@ -95,6 +105,8 @@ def run(args):
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
+    if distributed.size() > 1:
+        distributed.check_supported(config, adapters)
     require("transformers", "hf")
     if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
         print(f"{output}: this run has ended, and there is nothing to resume")
@@ -106,6 +118,8 @@ def run(args):
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
+    if not Processes.of(unlearner.model).first:
+        return
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
