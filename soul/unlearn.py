@@ -88,12 +88,14 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         has_retain = bool(kept)
         examples, kept = processes.part(examples, kept)
         chosen = [together * i + j for i in examples for j in range(together)]
-        states = ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))]
-        if not chosen and not kept:
-            states = ref_states and [next(state for state in ref_states if state is not None)[:0]]
+        given, states = [retain[i] for i in kept], None
+        if ref_states is not None:
+            states = [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))]
+        if states is not None and all(state is None for state in states):
+            given, states = [*given, NOTHING], [*states, next(state for state in ref_states if state is not None)[:0]]
         batch = collate(
             [forget[i] for i in chosen],
-            [retain[i] for i in kept] if chosen or kept else [NOTHING],
+            given if chosen or given else [NOTHING],
             device=device,
             ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
             ref_hidden=states,
