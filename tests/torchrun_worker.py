@@ -1,45 +1,85 @@
 """What torchrun starts for tests/test_torchrun.py: several runs in one set of processes, which take seconds to start."""
 
+import importlib
 import json
+import os
 import pathlib
+import signal
 import sys
+import warnings
 
 import torch
 
 import soul
 from soul import distributed
+from soul.checkpoint import Stopped
 from soul.distributed import Processes, whole_state
 from tests.models import examples, tiny_model, tiny_tokenizer
 
+unlearn_module = importlib.import_module("soul.unlearn")
 
-def run(family, options, output=None, **how):
-    """One run of 2 epochs over 5 examples; the log, and the whole weights in the first process."""
-    dtype = getattr(torch, how.pop("dtype", "float32"))
+
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, **how):
+    """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process."""
     config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
-    rows = examples(12)
-    unlearner = soul.Unlearner(tiny_model(family).to(dtype), rows[:5], rows[5:], config, tokenizer=tiny_tokenizer())
+    rows, model = examples(12), tiny_model(family).to(getattr(torch, dtype))
+    model.config.attention_dropout = dropout
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    unlearner = soul.Unlearner(model, rows[:5], rows[5:], config, tokenizer=tiny_tokenizer())
     records = unlearner.run(output, progress=False, **how)
     if Processes.of(unlearner.model).size == 1:
         return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
     return records, whole_state(unlearner.model)
 
 
+def told_to_stop(step):
+    """From now on the last process gets SIGTERM in that step."""
+    real, left = unlearn_module.train_step, [step]
+
+    def train_step(*args):
+        left[0] -= 1
+        if left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    unlearn_module.train_step = train_step
+    return real
+
+
+dist = torch.distributed
+
+
+def case(folder, family, options, how):
+    """The result of one run, or what it raised."""
+    stop, damage, real = how.pop("stop", 0), how.pop("damage", None), unlearn_module.train_step
+    if "output" in how:
+        how["output"] = folder / how["output"]
+    if damage and dist.get_rank() == 0:
+        with open(how["output"] / "checkpoints" / damage, "rb+") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"damaged!")
+    dist.barrier()
+    if stop:
+        told_to_stop(stop)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            records, weights = run(family, options, **how)
+        told = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
+        return {"records": records, "weights": weights, "warnings": told}
+    except (ValueError, OSError, Stopped) as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    finally:
+        unlearn_module.train_step = real
+
+
 def main(folder):
     folder = pathlib.Path(folder)
     with distributed.started(torch.device("cpu")):
-        for number, (family, options, how) in enumerate(json.loads((folder / "cases.json").read_text())):
-            try:
-                result = run(family, options, **how)
-            except soul_errors() as error:
-                result = str(error)
-            if torch.distributed.get_rank() == 0:
-                torch.save(result, folder / f"{number}.pt")
-
-
-def soul_errors():
-    from soul.checkpoint import Stopped
-
-    return ValueError, OSError, Stopped
+        for number, given in enumerate(json.loads((folder / "cases.json").read_text())):
+            torch.save(case(folder, *given), folder / f"{number}.{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":
