@@ -417,7 +417,9 @@ def environment(model):
     """What the last bits of a number may depend on."""
     device = next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    here = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    processes = Processes.of(model).size
+    return here | ({"processes": processes} if processes > 1 else {})
 
 
 def random_state():

@@ -74,7 +74,9 @@ class ShardedCheckpoints(Checkpoints):
             try:
                 dcp.save(tensors, storage_writer=writer)
             except CheckpointException as error:  # the same in all processes
-                raise next((e for e, _ in error.failures.values() if isinstance(e, OSError)), RuntimeError(str(error))) from error
+                raise next(
+                    (e for e, _ in error.failures.values() if isinstance(e, OSError)), RuntimeError(str(error))
+                ) from error
             if self.processes.first:
                 kinds = {name: is_sharded(tensor) for name, tensor in tensors.items()}
                 state |= {"tensors": writer.tensors(kinds), "checksums": writer.checksums}

@@ -117,6 +117,7 @@ def reference_head(model):
     """Weight and bias of the head as it is now, without adapters, for as long as the model is trained: copies of what is
     trained. (None, None) where the model's own head is frozen and serves.
     """
+
     def copies():
         own = head(model)
         with as_reference(model):

@@ -5,8 +5,8 @@ import math
 
 import torch
 
-from soul.config import norm_limit
 from soul._plan import local
+from soul.config import norm_limit
 from soul.curvature import GNB
 from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, gnb_loss, has_adapters, head, hidden_states, token_logps, transform

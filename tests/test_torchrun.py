@@ -6,12 +6,14 @@ A set of processes takes seconds to start: most runs share one (tests/torchrun_w
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -59,6 +61,7 @@ CASES = {
     "stopped": kept(SAVED, "broken", stop=3),
     "not resumed": kept(SAVED, "broken"),
     "resumed": kept(SAVED, "broken", resume=True),
+    "as the command": ["llama, tied", {"method": "npo", "epochs": 20}, {}],
     "bf16 whole": kept(BF16, "bf16 whole"),
     "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
@@ -118,3 +121,101 @@ def test_two_processes_are_one(found, name):
     for one, two in zip(lasting(records), lasting(first["records"]), strict=True):
         assert list(one) == list(two)
         assert two == pytest.approx(one, rel=1e-4, abs=1e-5), one["step"]
+
+
+def equal(one, two):
+    assert list(one["weights"]) == list(two["weights"]) and lasting(one["records"]) == lasting(two["records"])
+    return all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+
+
+def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
+    """The generators of both processes are where they were; of bf16 weights the 8 more bits too, and the noise goes on."""
+    for prefix in ("", "bf16 "):
+        (whole, _), (resumed, second) = found[f"{prefix}whole"], found[f"{prefix}resumed"]
+        for rank in found[f"{prefix}stopped"]:
+            assert rank["error"] == "Stopped" and rank["text"].endswith(
+                "stopped after step 3 of 4; with --resume it goes on after step 3"
+            )
+        assert equal(whole, resumed) and lasting(second["records"]) == lasting(whole["records"])
+        assert not (folder / f"{prefix}broken" / "checkpoints").exists()
+    dry = found["tied head, sums of sequences"][0]
+    assert not equal({**dry, "records": []}, {**found["whole"][0], "records": []})  # dropout did something
+    assert [rank["text"].split(":")[0] for rank in found["not resumed"]] == ["output", "output"]
+    told = found["bf16 resumed"][0]["warnings"]
+    assert len(told) == 1 and "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in told[0]
+
+
+def test_what_is_saved_is_a_plain_model(found, folder):
+    """Safetensors with plain names, each tensor once, that transformers loads."""
+    got = AutoModelForCausalLM.from_pretrained(folder / "bf16 whole", dtype="auto").state_dict()
+    want = found["bf16 whole"][0]["weights"]
+    assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads((folder / "bf16 whole" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert (folder / "bf16 whole" / "model.safetensors").stat().st_size < 1.1 * 2 * sum(
+        p.numel() for p in tiny_model("llama, tied").parameters()
+    )  # the tied head is not there twice
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(found, folder, name):
+    for rank in found[f"refused, {name}"]:
+        assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
+    assert not (folder / "refused").exists()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Model and data for the command: those of the worker."""
+    place = tmp_path_factory.mktemp("command")
+    tiny_model("llama, tied").save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(12)]
+    (place / "forget.jsonl").write_text("".join(rows[:5]))
+    (place / "retain.jsonl").write_text("".join(rows[5:]))
+    return place
+
+
+def words(place, output, *more):
+    given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
+    paths = [word for name, value in given.items() for word in (f"--{name}", place / value)]
+    how = "--method npo --batch-size 3 --lr 1e-3 --epochs 20 --device cpu --backend reference --dtype float32 --save-every 4"
+    return ["soul", "unlearn", *paths, *how.split(), *more]
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def children(pid):
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(found, place):
+    """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
+    process = torchrun(*words(place, "broken", "--resume"))  # from the start, where there is nothing yet
+    until = time.monotonic() + TIMEOUT
+    while len(lines(place / "broken" / "log.jsonl")) < 10:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    status, _, errors = ended(process)
+    assert status == 1 and "SIGKILL" in errors
+    assert not (place / "broken" / "model.safetensors").exists()
+    shutil.copytree(place / "broken", place / "three")
+
+    two = torchrun(*words(place, "broken", "--resume"))
+    three = torchrun(*words(place, "three", "--resume"), processes=3)
+    whole = found["as the command"][0]
+    for process, output, tolerance in ((two, place / "broken", 0.0), (three, place / "three", 1e-5)):
+        status, out, errors = ended(process)
+        assert status == 0, errors
+        assert out.count("probability of a forget answer") == 1  # one process speaks
+        assert ("processes was 2 and is 3: last bits may differ" in errors) == (tolerance > 0)
+        weights = safetensors.torch.load_file(output / "model.safetensors")
+        records = [json.loads(line) for line in lines(output / "log.jsonl")]
+        assert len(records) == 40 and not (output / "checkpoints").exists()
+        for one, other in zip(lasting(whole["records"]), lasting(records), strict=True):
+            assert other == (pytest.approx(one, rel=1e-3, abs=1e-5) if tolerance else one)
+        for name, tensor in weights.items():
+            assert torch.allclose(tensor, whole["weights"][name], rtol=0, atol=tolerance), name
