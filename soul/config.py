@@ -7,6 +7,7 @@ import torch
 
 from soul import losses
 from soul.curvature import GNB, RetainFisher
+from soul.influence import Influence
 from soul.optimizer import SOUL, SophiaG
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS
@@ -14,6 +15,8 @@ from soul_kernels.rounding import ROUNDINGS
 
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
+INFLUENCE_FIELDS = ("method", "batch_size", "max_length", "seed", "backend")
+METHODS = {**losses.OBJECTIVES, "influence": Influence}
 
 
 @dataclasses.dataclass
@@ -21,8 +24,9 @@ class UnlearnConfig:
     """Everything that decides a run.
 
     Attributes:
-        method: name of the objective, one of ``soul.losses.OBJECTIVES``.
-        method_options: its keyword arguments (gamma, alpha, retain, beta, ...).
+        method: name of the objective, one of ``soul.losses.OBJECTIVES``; or "influence", one second-order step over all data,
+            which knows ``batch_size``, ``max_length``, ``seed`` and ``backend`` only.
+        method_options: its keyword arguments (gamma, alpha, retain, beta, ...), or those of `soul.influence.Influence`.
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
         betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
@@ -118,6 +122,7 @@ class UnlearnConfig:
             raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
         self._check_release()
         self._check_graph()
+        self._check_influence()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
         if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
@@ -143,13 +148,21 @@ class UnlearnConfig:
                 remedy = "raise batch_size" if name == "accumulate" else "leave one of them out"
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
+    def _check_influence(self):
+        """Raises for what belongs to many steps."""
+        for field in dataclasses.fields(self) if self.method == "influence" else ():
+            value = getattr(self, field.name)
+            if field.name not in ("method_options", *INFLUENCE_FIELDS) and value != field.default:
+                remedy = f"it takes {', '.join(INFLUENCE_FIELDS[1:])} and the method's own options"
+                raise argument_error(field.name, f"{field.default!r} with the method 'influence'", value, remedy)
+
     def decisive(self):
         """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
 
     def objective(self):
-        """The objective of ``method`` with ``method_options``."""
-        return losses.get(self.method, **self.method_options)
+        """The objective of ``method`` with ``method_options``, or a `soul.influence.Influence`."""
+        return losses.build(METHODS, self.method, self.method_options)
 
 
 def build_optimizer(model, config):

@@ -83,6 +83,8 @@ def check_supported(config, adapters=None):
     if adapters:
         remedy = "a frozen model is not sharded: run one process"
         raise argument_error("lora_rank", "None with several processes", adapters.get("rank"), remedy)
+    if config.method == "influence":
+        raise argument_error("method", "another one than 'influence' with several processes", "it", "run one process")
     objective = config.objective()
     if objective.additive is None:
         remedy = "its loss is not a sum over sequences, which are divided among processes"

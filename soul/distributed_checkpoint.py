@@ -10,6 +10,7 @@ begin with a pickle. All processes must see the directory.
 import dataclasses
 import os
 import shutil
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import Shard, empty
 
-from soul import checkpoint
+from soul import run_state
 from soul._extras import require
 from soul._plan import is_sharded
 from soul.checkpoint import Checkpoints
@@ -63,9 +64,9 @@ class ShardedCheckpoints(Checkpoints):
     def save(self, step, model, parts, records, run):
         """As in `Checkpoints`; the random generators of every process are saved."""
         tensors, first = {}, self.processes.on_first
-        states = self.processes.gather(checkpoint.random_state())
-        state = {"format": FORMAT, **checkpoint.about(step, model, parts, records, run, states, tensors)}
-        tensors |= {MODEL + name: tensor for name, tensor in checkpoint.changing(model).items()}
+        states = self.processes.gather(run_state.random_state())
+        state = {"format": FORMAT, **run_state.about(step, model, parts, records, run, states, tensors)}
+        tensors |= {MODEL + name: tensor for name, tensor in run_state.changing(model).items()}
         aside = self.processes.of_first(self.aside())
         writer = _Writer(aside)
         try:
@@ -94,20 +95,20 @@ class ShardedCheckpoints(Checkpoints):
         steps = self.processes.of_first(self.steps())
         for step in steps:
             path = self.path(step)
-            found, wrong = checkpoint.read(path, FORMAT, lambda names: names[self.processes.rank :: self.processes.size])
+            found, wrong = run_state.read(path, FORMAT, lambda names: names[self.processes.rank :: self.processes.size])
             wrong = next((text for text in self.processes.gather(wrong) if text), None)
             if wrong is not None:
                 if self.processes.first:
-                    checkpoint.warnings.warn(f"{path}: {wrong}; trying the one before it", stacklevel=2)
+                    warnings.warn(f"{path}: {wrong}; trying the one before it", stacklevel=2)
                 continue
             state, _ = found
-            checkpoint.check_same(state["run"], run)
-            own = checkpoint.changing(model)
+            run_state.check_same(state["run"], run)
+            own = run_state.changing(model)
             metadata, places, kinds = _known(state["tensors"])
             got = {name: (tuple(t.size), t.properties.dtype) for name, t in metadata.items() if name.startswith(MODEL)}
-            checkpoint.check_fits(path.name, own, {name.removeprefix(MODEL): value for name, value in got.items()})
+            run_state.check_fits(path.name, own, {name.removeprefix(MODEL): value for name, value in got.items()})
             if self.processes.first:
-                checkpoint.warn_of_environment(path, state["environment"], checkpoint.environment(model))
+                run_state.warn_of_environment(path, state["environment"], run_state.environment(model))
             mesh = next(model.parameters()).device_mesh
             tensors = {MODEL + name: tensor for name, tensor in own.items()}
             for name, about in metadata.items():
@@ -115,12 +116,12 @@ class ShardedCheckpoints(Checkpoints):
                     options = dict(device_mesh=mesh, placements=[Shard(0)]) if kinds[name] else dict(device="cpu")
                     tensors[name] = (empty if kinds[name] else torch.empty)(about.size, dtype=about.properties.dtype, **options)
             dcp.load(tensors, storage_reader=_Reader(path, metadata, places))
-            states = checkpoint.unpacked(state["parts"], tensors)
+            states = run_state.unpacked(state["parts"], tensors)
             for name, part in parts.items():
                 part.load_state_dict(states[name])
-            random_states = checkpoint.unpacked(state["random"], tensors)
+            random_states = run_state.unpacked(state["random"], tensors)
             if self.processes.rank < len(random_states):
-                checkpoint.set_random_state(random_states[self.processes.rank])
+                run_state.set_random_state(random_states[self.processes.rank])
             return state["records"]
         if steps:
             remedy = "start again in a new directory"
@@ -166,10 +167,10 @@ class _Writer(dcp.StorageWriter):
         tensors = {_key(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the format asks for memory of its own
         path = self.path / f"{plan.storage_data}.safetensors"
-        checkpoint.write_tensors(tensors, path)
+        run_state.write_tensors(tensors, path)
         with open(path, "rb+") as file:
             os.fsync(file.fileno())  # by the process that has written it
-        place = (plan.storage_data, checkpoint.file_digest(tensors))
+        place = (plan.storage_data, run_state.file_digest(tensors))
         return _done([WriteResult(item.index, tensors[_key(item.index)].nbytes, place) for item in plan.items])
 
     def finish(self, metadata, results):

@@ -129,9 +129,34 @@ class WoodFisher:
             _check_lists(name, tensors, self.products[0][0])
 
 
+class Influence:
+    """The method "influence" of a run: `unlearn_once` with these options, in the place of an objective.
+
+    Args:
+        damping: as in `unlearn_once`, as are all others.
+        step: factor of the update.
+        clip: largest change of a parameter.
+        curvature: "gnb", "fisher" or "woodfisher".
+        blockwise: for "woodfisher".
+
+    Raises:
+        ArgumentError: an option does not fit.
+    """
+
+    alpha = 1.0  # it needs retain data
+    relabels = pairs = False
+
+    def __init__(self, damping=None, step=None, clip=None, curvature="gnb", blockwise=False):
+        _check_options(damping, clip, curvature)
+        self.options = dict(damping=damping, step=step, clip=clip, curvature=curvature, blockwise=blockwise)
+
+    def __repr__(self):
+        return f"Influence({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+
+
 def unlearn_once(
-    model, forget, retain, *, damping, step=None, clip=None, curvature="gnb", blockwise=False, batch_size=8, generator=None,
-    backend="auto",
+    model, forget, retain, *, damping=None, step=None, clip=None, curvature="gnb", blockwise=False, batch_size=8,
+    generator=None, backend="auto",
 ):  # fmt: skip
     """One influence update of a language model, in place.
 
@@ -146,7 +171,8 @@ def unlearn_once(
             their ``grad`` is not, nor is the mode. Dropout is off meanwhile.
         forget: list of `soul.data.Sequence`.
         retain: list of `soul.data.Sequence`: what H is taken from, a sample if that is enough.
-        damping: added to the diagonal of H, > 0.
+        damping: added to the diagonal of H, > 0; None: 0.1 times the mean of the diagonal (as Grosse et al. 2023, arXiv
+            2308.03296, do with eigenvalues), not for "woodfisher".
         step: factor of the update; None: forget tokens over retain tokens, the Newton step where ``retain`` is all that was
             trained on besides.
         clip: largest change of a parameter, > 0; None: any.
@@ -158,16 +184,14 @@ def unlearn_once(
         backend: "auto", "triton" or "reference".
 
     Returns:
-        A dict of floats: ``forget_nll`` and ``retain_nll``, means over tokens before the update; ``step``; and ``update_norm``.
+        A dict of floats: ``forget_nll`` and ``retain_nll``, means over tokens before the update; ``step``, ``damping``; and
+        ``update_norm``.
 
     Raises:
         ArgumentError: an argument does not fit, there is nothing to forget or to retain, or the update is not finite; the model
             was not changed.
     """
-    check_choice("curvature", curvature, CURVATURES)
-    _check_positive("damping", damping)
-    if clip is not None:
-        _check_positive("clip", clip)
+    _check_options(damping, clip, curvature)
     for name, sequences in (("forget", forget), ("retain", retain)):
         if not _tokens(sequences):
             raise argument_error(name, "sequences with labels", f"{len(sequences)} without any", "check the data")
@@ -183,7 +207,7 @@ def unlearn_once(
         for part, found, nll in _gradients(model, params, forget, batch_size, backend):
             torch._foreach_add_(grads, [g.float() for g in found], alpha=part)
             forget_nll = forget_nll + part * nll
-        direction, retain_nll = _over_retain(
+        direction, retain_nll, damping = _over_retain(
             model, params, grads, retain, damping, curvature, blockwise, batch_size, generator, backend
         )
     moved = _moved(params, direction, step, clip)
@@ -192,11 +216,11 @@ def unlearn_once(
         for p, new in zip(params, moved):
             p.copy_(new)
     nlls = {"forget_nll": float(forget_nll), "retain_nll": float(retain_nll)}
-    return {**nlls, "step": float(step), "update_norm": float(norm)}
+    return {**nlls, "step": float(step), "damping": float(damping), "update_norm": float(norm)}
 
 
 def _over_retain(model, params, grads, retain, damping, curvature, blockwise, batch_size, generator, backend):
-    """``H^-1`` times the gradients, with H from the retain data; and their mean negative log-likelihood, on true labels."""
+    """``H^-1`` times the gradients, with H from the retain data; their mean NLL, on true labels; damping."""
     n_batches, n_tokens = -(-len(retain) // batch_size), _tokens(retain)
     fisher = WoodFisher(n_batches, damping=damping, blockwise=blockwise) if curvature == "woodfisher" else None
     hessians = [torch.zeros_like(p, dtype=torch.float32) for p in params] if fisher is None else None
@@ -210,7 +234,12 @@ def _over_retain(model, params, grads, retain, damping, curvature, blockwise, ba
             found = [g.float().contiguous() for g in found]
             hessian_ema(hessians, found, beta2=seen / (seen + count), scale=float(count), backend=backend)
         seen, retain_nll = seen + count, retain_nll + part * nll
-    return (_over_diagonal(grads, hessians, damping) if fisher is None else fisher.solve(grads)), retain_nll
+    if fisher is not None:
+        return fisher.solve(grads), retain_nll, damping
+    if damping is None:
+        n_params = sum(h.numel() for h in hessians)
+        damping = _check_positive("damping", float(0.1 * sum(h.sum(dtype=torch.float64) for h in hessians) / n_params))
+    return _over_diagonal(grads, hessians, damping), retain_nll, damping
 
 
 def _gradients(model, params, sequences, batch_size, backend, *, drawn=False, generator=None):
@@ -255,6 +284,15 @@ def _moved(params, direction, step, clip):
 
 def _tokens(sequences):
     return sum(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels)
+
+
+def _check_options(damping, clip, curvature):
+    check_choice("curvature", curvature, CURVATURES)
+    if damping is None and curvature == "woodfisher":
+        raise argument_error("damping", "a positive number with woodfisher", None, "it is added to the Fisher matrix")
+    for name, value in (("damping", damping), ("clip", clip)):
+        if value is not None:
+            _check_positive(name, value)
 
 
 def _check_positive(name, value):

@@ -420,10 +420,14 @@ def get(name, **options):
     Raises:
         ValueError: no objective of that name, or none with these options; the known ones are listed.
     """
-    check_choice("method", name, tuple(OBJECTIVES))
-    objective = OBJECTIVES[name]
-    known = inspect.signature(objective).parameters
+    return build(OBJECTIVES, name, options)
+
+
+def build(kinds, name, options):
+    """The kind of a name, of a dict of classes, with options that it knows."""
+    check_choice("method", name, tuple(kinds))
+    known = inspect.signature(kinds[name]).parameters
     for option in options:
         if option not in known:
-            raise argument_error("method", f"options of {objective.__name__} ({', '.join(known)})", option, "drop it")
-    return objective(**options)
+            raise argument_error("method", f"options of {kinds[name].__name__} ({', '.join(known)})", option, "drop it")
+    return kinds[name](**options)

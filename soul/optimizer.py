@@ -1,28 +1,25 @@
 """SophiaG and SOUL: states, groups and checkpoints. The arithmetic is in ``soul_kernels``."""
 
 import functools
-import operator
 
 import torch
 from torch.optim import Optimizer
 
 from soul._options import (
-    ON_DEVICE,
     check_bs,
     check_group,
     check_options,
-    check_param_dtype,
     check_releasable,
     merged_options,
     option_on,
     rounding_of,
     settle_options,
 )
-from soul._plan import COUNTERS, Plan, is_sharded, local, place
-from soul._states import STATES, Fp32Parameters, loaded_state, new_state
+from soul._plan import COUNTERS, is_sharded, local
+from soul._plans import Plans
+from soul._states import Fp32Parameters, loaded_state
 from soul_kernels import grad_norm, hessian_ema, sophia_step
-from soul_kernels._checks import argument_error, check_overlap, same_layout
-from soul_kernels._launch import resolve_backend
+from soul_kernels._checks import argument_error, check_overlap
 from soul_kernels.reference.rounding import join
 
 HESSIAN_NOISE = 1 << 62  # update_hessian draws other noise than step
@@ -121,17 +118,14 @@ class SophiaG(Optimizer):
 
     def _reset(self):
         """Forgets what was derived from groups and states."""
-        self._plans = {}  # group index, or parameter -> plans
-        self._known_states = []  # the states that the plans were made for
-        self._places = {}  # parameter -> index of its group, and position there
+        self._plans = Plans(self)
         self._stepped = {}  # group index -> plans of the last step, for telemetry
         self._norm = self._skipped = None
         self._versions = []  # of the plans' tables, when parameters were last checked for overlap
-        self._captured = set()  # plans of captured steps, whose memory replays use
         self._release = None  # the GradientRelease that steps this optimizer
 
     def __getstate__(self):
-        derived = ("_plans", "_known_states", "_places", "_stepped", "_norm", "_skipped", "_versions", "_captured", "_release")
+        derived = ("_plans", "_stepped", "_norm", "_skipped", "_versions", "_release")
         return {name: value for name, value in super().__getstate__().items() if name not in derived}
 
     def __setstate__(self, state):
@@ -177,12 +171,12 @@ class SophiaG(Optimizer):
                 check_bs(bs)
             if self._release is not None:
                 self._check_released_step(bs)
-            work = self._collect(bs)
+            work = self._plans.collect(bs)
             if self._release is None or any(plans for _, plans in work):
                 try:
                     self._run(work, bs)
                 except ValueError:
-                    self._check_gradients()  # the ops know positions in their lists; this names the parameter, where it is one
+                    self._plans.check_gradients()  # the ops know positions in lists; this names the parameter, where it is one
                     raise
                 self._stepped = {index: [plan for plan, _ in plans] for index, (_, plans) in enumerate(work)}
         except Exception:
@@ -201,9 +195,9 @@ class SophiaG(Optimizer):
     @torch.no_grad()
     def _step_of(self, param):
         """Steps one parameter, whose gradient has just arrived, for `release_gradients`."""
-        work = self._work_of(param)
+        work = self._plans.of(param)
         plan = work[0][1][0][0]
-        stepped = self._stepped.setdefault(self._place(param)[0], [])
+        stepped = self._stepped.setdefault(self._plans.place(param)[0], [])
         if plan in stepped:  # the first parameter of another backward pass
             stepped.clear()
         stepped.append(plan)
@@ -284,17 +278,17 @@ class SophiaG(Optimizer):
         Raises:
             ValueError: an option or a gradient does not fit; nothing was changed.
         """
-        work = self._collect()
+        work = self._plans.collect()
         try:
             self._update_hessian(work, probes, grad_scale)
         except ValueError:
-            self._check_gradients()  # as in step
+            self._plans.check_gradients()  # as in step
             raise
 
     @torch.no_grad()
     def _update_hessian_of(self, param):
         """Updates h of one parameter, whose gradient has just arrived, for `soul.curvature`."""
-        self._update_hessian(self._work_of(param))
+        self._update_hessian(self._plans.of(param))
 
     def _update_hessian(self, work, probes=None, grad_scale=None):
         skip = None
@@ -332,7 +326,7 @@ class SophiaG(Optimizer):
 
     def _probe(self, probes, param):
         if param not in probes:
-            index, position = self._place(param)
+            index, position = self._plans.place(param)
             got = f"none for parameter {position} in group {index}"
             raise argument_error("probes", "one for every parameter with a gradient", got, "clear its gradient, or add a probe")
         return probes[param]
@@ -440,127 +434,6 @@ class SophiaG(Optimizer):
             place.remove()
             self._release = release
 
-    def _collect(self, bs=None):
-        """Every group with its plans and their gradients: [(group, [(plan, gradients)])].
-
-        All options are checked, and all gradients that are not those of the last call in every respect, before anything is
-        changed; states are made for parameters that have none.
-        """
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        self._check_states()
-        work, fresh = [], {}
-        for index, group in enumerate(self.param_groups):
-            check_options(group)
-            params = group["params"]
-            grads = [p.grad for p in params]
-            if capturing:
-                self._check_capture(group, index, grads, bs)
-            plans = self._plans.get(index, ())
-            active = params
-            if [grad for grad in grads if grad is None]:  # the cheapest way to ask; `in` would compare tensors
-                active = [p for p in params if p.grad is not None]
-                grads = [p.grad for p in active]
-            if len(plans) == 1 and plans[0].fits(active):
-                work.append((group, [(plans[0], plans[0].locals(grads))]))
-                continue
-            active = list(dict.fromkeys(active))
-            if not _all_fit(plans, active):
-                fresh[index] = active
-            work.append((group, [(plan, plan.locals([p.grad for p in plan.params])) for plan in plans]))
-        if fresh and capturing:  # it would count its steps in memory that a replay sets back
-            remedy = "run one eager step before the capture"
-            raise argument_error("CUDA graph", "the parameters and states of the last step", "others", remedy)
-        if fresh:  # known plans are checked by the ops, before anything is changed, at a tenth of the cost
-            self._check_gradients()
-        for index, active in fresh.items():
-            plans = self._plans[index] = self._make_plans(self.param_groups[index], index, active)
-            work[index] = self.param_groups[index], [(plan, plan.locals([p.grad for p in plan.params])) for plan in plans]
-        if capturing:
-            self._captured.update(plan for _, plans in work for plan, _ in plans)
-        return work
-
-    def _work_of(self, param):
-        """The same for one parameter."""
-        self._check_states()
-        index, position = self._place(param)
-        group = self.param_groups[index]
-        check_options(group)
-        self._check_gradient(param, index, position)
-        plans = self._plans.get(param, ())
-        if not _all_fit(plans, [param]):
-            plans = self._plans[param] = self._make_plans(group, index, [param])
-        return [(group, [(plans[0], plans[0].locals([param.grad]))])]
-
-    def _check_states(self):
-        """Drops the plans where states are not those that they were made for."""
-        states = self.state.values()
-        if len(states) != len(self._known_states) or not all(map(operator.is_, states, self._known_states)):
-            self._plans.clear()
-            self._known_states = list(states)
-
-    def _place(self, param):
-        """Index of a parameter's group, and its position there."""
-        index, position = self._places.get(param, (0, 0))
-        params = self.param_groups[index]["params"]
-        if position >= len(params) or params[position] is not param:  # not known yet, or the groups were changed
-            self._places = {}
-            for index, group in reversed(list(enumerate(self.param_groups))):
-                self._places |= {p: (index, i) for i, p in reversed(list(enumerate(group["params"])))}
-        return self._places[param]
-
-    def _make_plans(self, group, index, params):
-        first = sum(len(g["params"]) for g in self.param_groups[:index])
-        if len(params) > 1:  # counters would move to other memory than the one that replays add to
-            captured = {id(p) for plan in self._captured for p in plan.params}
-            if any(id(p) in captured for p in params):
-                remedy = "give all of them gradients, or load the optimizer's state into a new one"
-                raise argument_error("gradients", "those of the parameters in the captured step", "of others", remedy)
-        places = {}
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = new_state(param, group, self._counters(group))
-            places.setdefault(place(param), []).append(param)
-        self._known_states = list(self.state.values())
-        numbers = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
-        return [Plan(here, [self.state[p] for p in here], [numbers[id(p)] for p in here]) for here in places.values()]
-
-    def _check_gradients(self):
-        for index, group in enumerate(self.param_groups):
-            for position, param in enumerate(group["params"]):
-                self._check_gradient(param, index, position)
-
-    def _check_gradient(self, param, index, position):
-        """Checks one gradient, and that parameter and states still lie in memory alike."""
-        if param.grad is None:
-            return
-        name = f"parameter {position} in group {index}"
-        check_param_dtype(f"the gradient of {name}", param.grad)
-        resolve_backend(self.param_groups[index]["backend"], local(param))
-        for key in STATES:
-            if key in self.state.get(param, ()) and not same_layout(local(self.state[param][key]), local(param)):
-                got, remedy = f"{param.stride()}", "do not change the memory format of a model in training"
-                raise argument_error(name, f"strides {self.state[param][key].stride()}, as its {key}", got, remedy)
-
-    def _check_capture(self, group, index, grads, bs):
-        """A replay repeats what is captured: options by value, and only the parameters that took part."""
-        if not group["capturable"]:
-            raise argument_error("capturable", "True in a CUDA graph", f"False in group {index}", "pass capturable=True")
-        for name, value in ((name, group[name]) for name in ON_DEVICE if name != "bs" or bs is None):
-            if not isinstance(value, torch.Tensor):
-                remedy = f"replays would keep it: use group[{name!r}].fill_() where it was a tensor"
-                raise argument_error(name, "a tensor in a CUDA graph", f"{value!r} in group {index}", remedy)
-        if bs is not None and not isinstance(bs, torch.Tensor):
-            raise argument_error("bs", "a tensor or None in a CUDA graph", repr(bs), "replays would keep it: fill the group's")
-        missing = sum(grad is None for grad in grads)
-        if missing:
-            remedy = "replays would never move them: leave them out of the optimizer, or use them in the captured pass"
-            raise argument_error(
-                "CUDA graph", "a gradient for every parameter", f"{missing} without one in group {index}", remedy
-            )
-        if not all(self.state.get(p) for p in group["params"]):
-            remedy = "run one eager step before the capture"
-            raise argument_error("CUDA graph", "states that exist", f"none for some of group {index}", remedy)
-
     def _total_norm(self, work):
         """The norm of all gradients, fp32 [] on the device of the first plan; None without gradients."""
         norms = []
@@ -663,13 +536,6 @@ class SOUL(SophiaG):
 
     def _beta2_in_step(self, group):
         return group["betas"][1]
-
-
-def _all_fit(plans, params):
-    places = {}
-    for param in params:
-        places.setdefault(place(param), []).append(param)
-    return len(places) == len(plans) and all(plan.fits(here) for plan, here in zip(plans, places.values()))
 
 
 def _move(tensor, device):

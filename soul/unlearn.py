@@ -17,6 +17,7 @@ from soul.config import build_curvature, build_optimizer, build_scheduler
 from soul.data import Order, Sequence, collate
 from soul.distributed import Processes
 from soul.graph import GraphedStep
+from soul.influence import Influence, unlearn_once
 from soul.models import checkpointing, compiled, evaluating, has_adapters
 from soul.optimizer import SophiaG
 from soul.prepare import encode_for, prepare
@@ -52,7 +53,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods, grad_norm, lr, clip_fraction
         (SOUL) and rho (with clip_target), tokens_per_s, peak_memory_gib; forget_prob and retain_prob where it was evaluated;
-        and in the last one ``stopped``, a sentence, where a criterion has ended the run.
+        and in the last one ``stopped``, a sentence, where a criterion has ended the run. Of the method "influence" it has one
+        dict, with what `soul.influence.unlearn_once` returns.
 
     Raises:
         ArgumentError: the data do not fit the model, or the checkpoint is not of this run; nothing was changed.
@@ -63,6 +65,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     objective = config.objective()
     answers = (forget, retain[: len(forget)])
     forget, retain = prepare(model, tokenizer, forget, retain, config)
+    if isinstance(objective, Influence):
+        return _influence(model, forget, retain, objective, config, log)
     if config.eval_every:
         answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
     device, processes = next(model.parameters()).device, Processes.of(model)
@@ -190,6 +194,23 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     optimizer.zero_grad(set_to_none=True)
     _check_finite(model, len(records))
     return records
+
+
+def _influence(model, forget, retain, method, config, log):
+    """The log of one second-order step over all data."""
+    begun, device = time.perf_counter(), next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(config.seed)
+    options = dict(batch_size=config.batch_size, generator=generator, backend=config.backend, **method.options)
+    found = unlearn_once(model, forget, retain, **options)
+    seconds, n_tokens = time.perf_counter() - begun, sum(len(s.input_ids) for s in (*forget, *retain))
+    record = {"step": 1, "epoch": 1, **{"factor" if name == "step" else name: value for name, value in found.items()}}
+    record |= {"tokens_per_s": n_tokens / seconds, "peak_memory_gib": peak_memory_gib(device)}
+    with contextlib.ExitStack() as stack:
+        if isinstance(log, (str, os.PathLike)):
+            log = stack.enter_context(open(log, "w", encoding="utf-8"))
+        _write_line(log, record)
+    _check_finite(model, 1)
+    return [record]
 
 
 def _evaluated(model, answers, config):

@@ -53,7 +53,8 @@ class Unlearner:
             distributed.check_supported(self.config, adapters)
         if isinstance(model, (str, os.PathLike)):
             if dtype == "auto":
-                dtype = "bfloat16" if adapters or self.config.optimizer == "soul" else "float32"
+                keeps_bits = self.config.optimizer == "soul" and self.config.method != "influence"
+                dtype = "bfloat16" if adapters or keeps_bits else "float32"
             place = models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
         elif tokenizer is None:

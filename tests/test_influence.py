@@ -240,6 +240,19 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     assert price < 0.97 * by_ascent, f"forget +{rise:.4f}: retain +{price:.5f}, by ascent +{by_ascent:.5f}"
 
 
+def test_damping_is_a_tenth_of_the_mean_diagonal():
+    """So that the update does not depend on the units of the loss."""
+    model = tiny_model("llama, untied")
+    forget, retain = sequences(2), sequences(4)
+    grads, n = means_by_hand(model, retain)[:2]  # one batch: h = n g g
+    mean = n * sum(g.square().sum() for g in grads) / sum(g.numel() for g in grads)
+    before = copy.deepcopy(model)
+    report = unlearn_once(model, forget, retain, curvature="fisher", batch_size=4)
+    assert report["damping"] == pytest.approx(0.1 * mean.item(), rel=1e-4)
+    unlearn_once(before, forget, retain, curvature="fisher", batch_size=4, damping=report["damping"])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters()))
+
+
 def test_adapters_are_what_moves():
     model = lora_model()
     before = copy.deepcopy(model.state_dict())
@@ -257,6 +270,7 @@ def test_errors_say_what_to_do():
         (lambda: influence_update(p, [], p, damping=1.0), "forget_grads"),
         (lambda: influence_update(p, p, [torch.ones(2)], damping=1.0), "hessians"),
         (lambda: influence_update(p, [p[0] * torch.inf], p, damping=1.0), "damping: expected one that leaves"),
+        (lambda: influence.Influence(curvature="woodfisher"), "damping: expected a positive number with woodfisher"),
         (lambda: WoodFisher(0, damping=1.0), "n: expected"),
         (lambda: WoodFisher(1, damping=-1.0), "damping"),
         (lambda: WoodFisher(1, damping=1.0).solve(p), "grads: expected 1 gradients before solve"),

@@ -1,5 +1,7 @@
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -974,6 +976,21 @@ def test_small_things_that_once_broke(device):
     opt.param_groups[0]["params"][0] = model.weight = torch.nn.Parameter(torch.ones(3, 3, device=device))
     curvature.RetainFisher(opt, every=1, in_backward=True).step(lambda: model(torch.ones(2, 3, device=device)).square().sum())
     assert opt.state[model.weight]["hessian"].any()
+
+
+def test_states_are_freed_with_their_optimizer():
+    """At once: a cycle of references would keep gigabytes until Python's collector runs."""
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.ones(4)
+    optimizer = SOUL([param])
+    gc.disable()
+    try:
+        optimizer.step()
+        state = weakref.ref(optimizer.state[param]["exp_avg"])
+        del optimizer
+        assert state() is None
+    finally:
+        gc.enable()
 
 
 def test_another_default_device_or_dtype_changes_nothing():

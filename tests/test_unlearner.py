@@ -11,10 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import soul
 from soul import UnlearnConfig, Unlearner, models
+from soul._plans import Plans
 from soul.cli import main
 from soul.config import build_scheduler
-from soul.data import collate
+from soul.data import collate, read_jsonl
 from soul.graph import GraphedStep, pad
+from soul.influence import unlearn_once
+from soul.prepare import prepare
 from soul.unlearn import unlearn
 from soul_kernels import linear_objective
 from tests.helpers import mutant, needs_rouge
@@ -159,19 +162,38 @@ def run(tokenizer, n=5, **options):
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
-    held, real = [], soul.SophiaG._collect
+    held, real = [], Plans.collect
 
-    def spy(optimizer, *args):
-        held.append(sum(p.grad is not None for p in optimizer.param_groups[0]["params"]))
-        return real(optimizer, *args)
+    def spy(plans, *args):
+        held.append(sum(p.grad is not None for p in plans._optimizer.param_groups[0]["params"]))
+        return real(plans, *args)
 
-    monkeypatch.setattr(soul.SophiaG, "_collect", spy)
+    monkeypatch.setattr(Plans, "collect", spy)
     got, released = run(tokenizer, max_grad_norm=None, gradient_release=True, **options)
     assert [n for n in held if not n] == [0] * len(records)  # the others are refreshes of h from micro-batches
     assert len(held) == len(records) or options == dict(curvature="retain", accumulate=2, batch_size=1)
     assert all(torch.equal(a, b) for a, b in zip(got.parameters(), want.parameters()))
     assert all("grad_norm" not in record and record["loss"] == r["loss"] for record, r in zip(released, records, strict=True))
     assert not any(p._post_accumulate_grad_hooks for p in got.parameters())
+
+
+def test_influence_is_a_method(place, tmp_path):
+    """The weights and the numbers of `unlearn_once`; a model is saved, and the log has one line."""
+    given = dict(model=place / "model", forget=place / "forget.jsonl", retain=place / "retain.jsonl", method="influence")
+    flags = [f"--{name}={value}" for name, value in given.items()]
+    flags += ["--batch-size=2", "--option=clip=0.01", "--option=curvature=fisher", "--option=blockwise=false", "--device=cpu"]
+    flags += [f"--output={tmp_path / 'out'}"]
+    assert main(["unlearn", *flags]) == 0
+    (record,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    model, tokenizer = models.load(place / "model")
+    config = UnlearnConfig(method="influence", batch_size=2)
+    parts = prepare(model, tokenizer, *(read_jsonl(given[name]) for name in ("forget", "retain")), config)
+    found = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
+    assert record["factor"] == found["step"] and record["step"] == 1
+    assert all(record[name] == pytest.approx(found[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
+    assert not torch.equal(logits(saved), logits(models.load(place / "model")[0]))
 
 
 def test_schedules():
@@ -321,6 +343,8 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),
     (dict(param_rounding="up"), "param_rounding: expected one of"),
+    (dict(method="influence", lr=1e-4), "lr: expected 1e-05 with the method 'influence', got 0.0001; it takes batch_size"),
+    (dict(method="influence", eval_every=1), "eval_every: expected 0 with the method 'influence'"),
 ])  # fmt: skip
 def test_options_that_exclude_each_other(options, message):
     with pytest.raises(ValueError) as error:

@@ -7,7 +7,7 @@ import time
 
 from soul._extras import require
 from soul.commands._place import add_place
-from soul.losses import OBJECTIVES
+from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
 HELP = "make a Hugging Face causal language model forget a file of text"
@@ -21,7 +21,7 @@ def add_arguments(parser):
     need.add_argument("--retain", metavar="FILE", help="JSON lines to keep; needed unless the method has no retain term")
     need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     how = parser.add_argument_group("how")
-    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: %(default)s)")
+    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(METHODS)} (default: %(default)s)")
     how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     how.add_argument("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
     how.add_argument("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
@@ -139,8 +139,8 @@ def _adapters(args):
 
 def _method_options(args):
     """The keyword arguments of the method, from the options of their own and from ``--option``."""
-    check_choice("method", args.method, tuple(OBJECTIVES))
-    known = inspect.signature(OBJECTIVES[args.method]).parameters
+    check_choice("method", args.method, tuple(METHODS))
+    known = inspect.signature(METHODS[args.method]).parameters
     options = {name: getattr(args, name) for name in ("gamma", "alpha", "beta") if getattr(args, name) is not None}
     for given in args.option:
         name, equals, text = given.partition("=")
@@ -148,17 +148,23 @@ def _method_options(args):
             raise argument_error("option", "NAME=VALUE", given, f"names for {args.method}: {', '.join(known)}")
         if name in options:
             raise argument_error(name, "one value", "two", "give it once")
-        options[name] = _parsed(name, text, type(known[name].default)) if name in known else text
+        options[name] = _parsed(name, text, known[name].default) if name in known else text
     return options
 
 
-def _parsed(name, text, kind):
-    """A text as a value of the type that the argument's default has."""
+def _parsed(name, text, default):
+    """A text as a value of the type that the argument's default has; None stands for a number."""
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool):
+        check_choice(name, text.lower(), ("true", "false"))
+        return text.lower() == "true"
+    kind = int if isinstance(default, int) else float
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
-    if kind is not str and not math.isfinite(value):
+    if not math.isfinite(value):
         expected = "a whole number" if kind is int else "a number"
         raise argument_error(name, expected, repr(text), "check the options")
     return value
