@@ -371,7 +371,7 @@ REAL_WRITE = checkpoint.write_tensors
 
 
 @pytest.mark.parametrize("broken", [
-    ("os.fsync", full), ("write_tensors", full), ("_write_tensors", full_for_safetensors), ("pathlib.Path.write_text", full),
+    ("os.fsync", full), ("write_tensors", full), ("write_tensors", full_for_safetensors), ("pathlib.Path.write_text", full),
     ("pathlib.Path.rename", full), ("pathlib.Path.mkdir", full),
 ], ids=lambda broken: f"{broken[0]}-{broken[1].__name__}")  # fmt: skip
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(broken, tokenizer, tmp_path, monkeypatch):
