@@ -55,11 +55,6 @@ def started(device):
         dist.destroy_process_group()
 
 
-def size():
-    """Number of processes in the group; 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def check_supported(config, adapters=None):
     """Raises for what several processes cannot do.
 
@@ -88,7 +83,7 @@ def check_supported(config, adapters=None):
     objective = config.objective()
     if objective.additive is None:
         remedy = "its loss is not a sum over sequences, which are divided among processes"
-        raise argument_error("processes", f"1 with {objective}", size(), remedy)
+        raise argument_error("processes", f"1 with {objective}", Processes.here().size, remedy)
 
 
 def shard(model, device):
@@ -173,9 +168,15 @@ class Processes:
     size: int = 1
 
     @classmethod
+    def here(cls):
+        """Those of the process group; one without it."""
+        there = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if there else cls()
+
+    @classmethod
     def of(cls, model):
         """Those among which `shard` has divided the model; one, where it has not."""
-        return cls(dist.get_rank(), dist.get_world_size()) if hasattr(model, COMPUTE) else cls()
+        return cls.here() if hasattr(model, COMPUTE) else cls()
 
     @property
     def first(self):

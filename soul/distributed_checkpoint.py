@@ -13,7 +13,6 @@ import shutil
 import warnings
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
@@ -43,7 +42,7 @@ class ShardedCheckpoints(Checkpoints):
 
     def __init__(self, directory, **options):
         super().__init__(directory, **options)
-        self.processes = Processes(dist.get_rank(), dist.get_world_size())
+        self.processes = Processes.here()
 
     def told(self):
         """Tells whether one of the processes has been told to stop."""

@@ -48,7 +48,7 @@ class Unlearner:
     ):  # fmt: skip
         self.config = UnlearnConfig() if config is None else config
         self._forget, self._retain = _examples("forget", forget), [] if retain is None else _examples("retain", retain)
-        several = distributed.size() > 1
+        several = Processes.here().size > 1
         if several:
             distributed.check_supported(self.config, adapters)
         if isinstance(model, (str, os.PathLike)):

@@ -66,6 +66,8 @@ CASES = {
     "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
     "bf16 resumed": kept(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
+    "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
     **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
 }
 
@@ -140,9 +142,28 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
         assert not (folder / f"{prefix}broken" / "checkpoints").exists()
     dry = found["tied head, sums of sequences"][0]
     assert not equal({**dry, "records": []}, {**found["whole"][0], "records": []})  # dropout did something
+    assert [rank["seed"] for rank in found["whole"]] == [0, 1]  # of another dropout in each
     assert [rank["text"].split(":")[0] for rank in found["not resumed"]] == ["output", "output"]
     told = found["bf16 resumed"][0]["warnings"]
     assert len(told) == 1 and "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in told[0]
+
+
+def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(found, folder):
+    for rank in found["full disk"]:
+        assert rank["error"] == "OSError"
+        assert rank["text"].endswith(
+            "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
+        )
+    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_the_reference_is_computed_in_the_same_way_and_kept_once(found, folder):
+    """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
+    (path,) = (folder / "cache").iterdir()
+    before = path.stat().st_mtime_ns
+    records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
+    assert [p.stat().st_mtime_ns for p in (folder / "cache").iterdir()] == [before]
+    assert found["cached"][0]["records"][0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
 
 
 def test_what_is_saved_is_a_plain_model(found, folder):

@@ -1,5 +1,6 @@
 """What torchrun starts for tests/test_torchrun.py: several runs in one set of processes, which take seconds to start."""
 
+import errno
 import importlib
 import json
 import os
@@ -9,9 +10,10 @@ import sys
 import warnings
 
 import torch
+import torch.distributed as dist
 
 import soul
-from soul import distributed
+from soul import distributed, run_state
 from soul.checkpoint import Stopped
 from soul.distributed import Processes, whole_state
 from tests.models import examples, tiny_model, tiny_tokenizer
@@ -45,15 +47,27 @@ def told_to_stop(step):
         return real(*args)
 
     unlearn_module.train_step = train_step
-    return real
 
 
-dist = torch.distributed
+def disk_full_at_second_write():
+    """From now on the last process can write one file with tensors, and no more."""
+    real, left = run_state.write_tensors, [1]
+
+    def write_tensors(*args):
+        left[0] -= 1
+        if left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*args)
+
+    run_state.write_tensors = write_tensors
 
 
 def case(folder, family, options, how):
     """The result of one run, or what it raised."""
     stop, damage, real = how.pop("stop", 0), how.pop("damage", None), unlearn_module.train_step
+    full = how.pop("full", False)
+    if "reference_cache" in options:
+        options["reference_cache"] = str(folder / options["reference_cache"])
     if "output" in how:
         how["output"] = folder / how["output"]
     if damage and dist.get_rank() == 0:
@@ -63,16 +77,19 @@ def case(folder, family, options, how):
     dist.barrier()
     if stop:
         told_to_stop(stop)
+    write = run_state.write_tensors
+    if full:
+        disk_full_at_second_write()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             records, weights = run(family, options, **how)
         told = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
-        return {"records": records, "weights": weights, "warnings": told}
+        return {"records": records, "weights": weights, "warnings": told, "seed": torch.initial_seed()}
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
-        unlearn_module.train_step = real
+        unlearn_module.train_step, run_state.write_tensors = real, write
 
 
 def main(folder):

@@ -92,10 +92,9 @@ def run(args):
 
 
 def _run(args):
-    from soul import distributed
     from soul.checkpoint import MODEL_FILES, Checkpoints
     from soul.config import UnlearnConfig
-    from soul.distributed import Processes
+    from soul.distributed import Processes, check_supported
     from soul.output import check_output
     from soul.unlearner import Unlearner
 
@@ -105,11 +104,13 @@ def _run(args):
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
-    if distributed.size() > 1:
-        distributed.check_supported(config, adapters)
+    processes = Processes.here()
+    if processes.size > 1:
+        check_supported(config, adapters)
     require("transformers", "hf")
     if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
-        print(f"{output}: this run has ended, and there is nothing to resume")
+        if processes.first:
+            print(f"{output}: this run has ended, and there is nothing to resume")
         return
     place = dict(dtype=args.dtype, device=args.device)
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
@@ -118,7 +119,7 @@ def _run(args):
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
-    if not Processes.of(unlearner.model).first:
+    if not processes.first:
         return
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
