@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
+from soul.cli import main
+from soul.distributed import TORCHRUN
 from tests.models import examples, tiny_model, tiny_tokenizer
 from tests.torchrun_worker import run
 
@@ -151,9 +153,8 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
 def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(found, folder):
     for rank in found["full disk"]:
         assert rank["error"] == "OSError"
-        assert rank["text"].endswith(
-            "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
-        )
+        told = "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
+        assert rank["text"].endswith(told)
     assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
 
 
@@ -182,6 +183,14 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     for rank in found[f"refused, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
     assert not (folder / "refused").exists()
+
+
+def test_other_commands_are_refused(monkeypatch, capsys):
+    """N processes would each do the whole of it, into one directory."""
+    for name, value in zip(TORCHRUN, ("1", "1", "2", "localhost", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(["info"]) == 2
+    assert "torchrun: expected 'soul unlearn', got 'soul info'; start it without" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
