@@ -16,7 +16,7 @@ import types
 import torch
 import torch.distributed as dist
 
-from soul._plan import local
+from soul._plan import is_sharded, local
 from soul_kernels._checks import ArgumentError, argument_error
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment
@@ -119,6 +119,16 @@ def shard(model, device):
     return model
 
 
+def check_shards(model):
+    """Raises where somebody else has put the model in shards, whose head nobody would gather.
+
+    Raises:
+        ArgumentError: its parameters are DTensors, and `shard` has not made them.
+    """
+    if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
+
+
 def gathered(model, compute):
     """``compute()``; of a sharded model within a forward pass of its root, so that embeddings, head and the last norm are
     whole tensors, and their gradients are added up. The fused loss takes hidden states from the body and the head itself:
@@ -152,7 +162,7 @@ def whole_state(model):
 
 def full(tensor):
     """The whole tensor of a DTensor, which all processes must ask for; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run needs of its data before it starts: encoded sequences, and that everything fits together."""
 
 from soul.data import encode, pair_refusals, refuse
-from soul.distributed import Processes, check_supported
+from soul.distributed import Processes, check_shards, check_supported
 from soul.models import check_checkpointing, head
 from soul.reference import check_cache
 from soul_kernels._checks import argument_error
@@ -16,6 +16,7 @@ def prepare(model, tokenizer, forget, retain, config):
             can be no cache in the config's directory.
     """
     objective = config.objective()
+    check_shards(model)
     if Processes.of(model).size > 1:
         check_supported(config)
     if getattr(objective, "alpha", 0) and not retain:

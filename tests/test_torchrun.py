@@ -18,7 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from soul.cli import main
-from soul.distributed import TORCHRUN
+from soul.config import UnlearnConfig
+from soul.distributed import TORCHRUN, check_supported
+from soul.unlearn import unlearn
 from tests.models import examples, tiny_model, tiny_tokenizer
 from tests.torchrun_worker import run
 
@@ -183,6 +185,25 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     for rank in found[f"refused, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
     assert not (folder / "refused").exists()
+
+
+def test_what_is_refused_without_a_run():
+    with pytest.raises(ValueError, match="method: expected another one than 'influence' with several processes"):
+        check_supported(UnlearnConfig(method="influence"))
+    with pytest.raises(ValueError, match="lora_rank: expected None with several processes, got 4"):
+        check_supported(UnlearnConfig(), adapters={"rank": 4})
+
+
+def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
+    """Its head is in pieces where the loss takes it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = torch.distributed.fsdp.fully_shard(tiny_model("llama, tied"), mesh=mesh)
+        with pytest.raises(ValueError, match="model: expected a whole model, got one in shards; .*soul.distributed.shard"):
+            unlearn(model, tiny_tokenizer(), examples(2), examples(2), UnlearnConfig())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_other_commands_are_refused(monkeypatch, capsys):
