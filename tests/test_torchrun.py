@@ -40,6 +40,7 @@ EQUAL = {
     "micro-batches, pairs, no clipping": ("llama, tied", {"method": "dpo", "accumulate": 2, "batch_size": 1,
                                                           "max_grad_norm": None}),
     "rho moves, evaluation": ("llama, tied", {"method": "simnpo", "clip_target": 0.5, "eval_every": 2}),
+    "curvature": ("llama, untied", {"method": "graddiff", "curvature": "retain", "curvature_every": 2, "bs": 8}),
     "curvature of an empty part": ("llama, tied", {"method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8,
                                                    "batch_size": 1, "gradient_checkpointing": True}),
 }  # fmt: skip
