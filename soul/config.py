@@ -9,13 +9,15 @@ from soul import losses
 from soul.curvature import GNB, RetainFisher
 from soul.influence import Influence
 from soul.optimizer import SOUL, SophiaG
+from soul.templates import check_template
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
-INFLUENCE_FIELDS = ("method", "batch_size", "max_length", "seed", "backend")
+DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
+INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
 METHODS = {**losses.OBJECTIVES, "influence": Influence}
 
 
@@ -25,7 +27,7 @@ class UnlearnConfig:
 
     Attributes:
         method: name of the objective, one of ``soul.losses.OBJECTIVES``; or "influence", one second-order step over all data,
-            which knows ``batch_size``, ``max_length``, ``seed`` and ``backend`` only.
+            which knows ``batch_size``, ``seed``, ``backend`` and what is said of the data only.
         method_options: its keyword arguments (gamma, alpha, retain, beta, ...), or those of `soul.influence.Influence`.
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
@@ -54,6 +56,11 @@ class UnlearnConfig:
         schedule: how lr falls after the warm-up: "linear" or "cosine", to 0; or "constant", not at all.
         warmup_ratio: part of the steps over which lr rises linearly.
         max_length: tokens of a sequence.
+        long_texts: "split" or "truncate" texts that are longer (rows without a prompt); answers are truncated.
+        template: "plain", "chat" or a text: how `soul.Unlearner` asks the questions that it reads (`soul.templates.Template`).
+        system: system message of the chat template, or None.
+        drop_unusable: `soul.Unlearner` leaves out, and counts, rows that are blank or whose prompt leaves no room for an
+            answer; else they are an error.
         eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
             retain examples.
@@ -89,6 +96,10 @@ class UnlearnConfig:
     schedule: str = "linear"
     warmup_ratio: float = 0.1
     max_length: int = 512
+    long_texts: str = "split"
+    template: str = "plain"
+    system: str | None = None
+    drop_unusable: bool = False
     eval_every: int = 0
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
@@ -112,6 +123,8 @@ class UnlearnConfig:
         check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))
         check_choice("param_rounding", self.param_rounding, ("auto", *ROUNDINGS))
         check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        check_choice("long_texts", self.long_texts, ("split", "truncate"))
+        check_template(self.template, self.system)
         if self.clip_target is not None:
             check_range("clip_target", self.clip_target, high=1.0)
         if self.optimizer != "soul" and (self.curvature != "unlearn" or self.clip_target is not None):

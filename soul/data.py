@@ -1,16 +1,14 @@
-"""Forget and retain data: JSON lines -> examples -> token ids -> batches."""
+"""Forget and retain data: examples -> token ids -> batches. Where rows come from: `soul.datasets`."""
 
 import dataclasses
-import json
-import pathlib
 import random
 
 import torch
 
+from soul import _rows
 from soul_kernels._checks import argument_error
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
-COLUMNS = (("question", "answer"), ("prompt", "completion"), ("text",))
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
 REFUSALS = (
     "I don't know.",
@@ -26,10 +24,21 @@ REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt, which is given, and an answer, whose tokens are learned or unlearned."""
+    """A prompt, which is given, and an answer, whose tokens are learned or unlearned.
+
+    ``frame`` is what a chat template has put before and after the answer's own text, which is within ``answer``; None: no chat
+    template wrote this. What it wrote gets no special tokens from the tokenizer.
+    """
 
     prompt: str
     answer: str
+    frame: tuple | None = None
+
+    @property
+    def content(self):
+        """The answer's own text, without the space or the frame around it."""
+        before, after = self.frame or ("", "")
+        return self.answer[len(before) : len(self.answer) - len(after)].strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,29 +89,19 @@ class Batch:
 
 
 def read_jsonl(path, template=TEMPLATE):
-    """Reads examples from JSON lines with the columns question/answer, prompt/completion, or text.
-
-    Questions are put into the template; prompts are taken as they are; a text has no prompt.
+    """Reads examples from a file of JSON lines, or from whatever else `soul.datasets.rows` takes.
 
     Raises:
         ArgumentError: no such file, a broken line (named by its number), a missing column, or no rows at all.
     """
-    examples, columns = [], None
-    for where, row in _rows(path):
-        columns = columns or next((c for c in COLUMNS if all(name in row for name in c)), None)
-        if columns is None:
-            known = " or ".join("/".join(c) for c in COLUMNS)
-            raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
-        for name in columns:
-            _check_text(where, row, name, may_be_blank=name != columns[-1])
-        examples.append(_example(row, columns, template))
-    if not examples:
-        raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to learn from it")
-    return examples
+    from soul import datasets, templates  # which make examples, and so import this module
+
+    return datasets.examples(datasets.rows(path), templates.Template(template))
 
 
-def read_questions(path):
-    """Reads TOFU's perturbed files: JSON lines with question, answer, perturbed_answer (a list) and perhaps paraphrased_answer.
+def read_questions(source):
+    """Reads TOFU's perturbed sets, from whatever `soul.datasets.rows` takes: rows with question, answer, perturbed_answer (a
+    list) and perhaps paraphrased_answer.
 
     Returns:
         List of `Question`, all with equally many false answers.
@@ -110,8 +109,10 @@ def read_questions(path):
     Raises:
         ArgumentError: as `read_jsonl`.
     """
+    from soul import datasets  # as above
+
     questions = []
-    for where, row in _rows(path):
+    for where, row in datasets.read(source):
         row = {"paraphrased_answer": row.get("answer"), **row}
         perturbed, count = row.get("perturbed_answer"), len(questions[0].perturbed) if questions else None
         if not isinstance(perturbed, list) or not perturbed or len(perturbed) != (count or len(perturbed)):
@@ -119,56 +120,11 @@ def read_questions(path):
             expected = f"a list of {f'{count} ' if count else ''}false answers"
             raise argument_error(f"{where}, column 'perturbed_answer'", expected, got, "is this one of TOFU's perturbed files?")
         for name in ("question", "answer", "paraphrased_answer"):
-            _check_text(where, row, name)
+            _rows.check_text(where, row, name)
         for text in perturbed:
-            _check_text(where, {"perturbed_answer": text}, "perturbed_answer")
+            _rows.check_text(where, {"perturbed_answer": text}, "perturbed_answer")
         questions.append(Question(row["question"], row["answer"], row["paraphrased_answer"], tuple(perturbed)))
-    if not questions:
-        raise argument_error(str(path), "at least one row", "an empty file", "there is nothing to ask")
     return questions
-
-
-def _rows(path):
-    """Yields every row of a JSON-lines file, a dict, with a name for where it stands."""
-    path = pathlib.Path(path)
-    if not path.exists() or path.is_dir():
-        got = "a directory" if path.is_dir() else "no such file"
-        raise argument_error(str(path), "a JSON-lines file", got, "check the path")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise argument_error(str(path), "UTF-8 text", f"a broken byte at {error.start}", "convert the file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", type(error).__name__)
-            raise argument_error(where, "one JSON object", f"broken JSON ({reason})", "fix the line") from None
-        if not isinstance(row, dict):
-            raise argument_error(where, "one JSON object", type(row).__name__, "fix the line")
-        yield where, row
-
-
-def _check_text(where, row, name, may_be_blank=False):
-    where = f"{where}, column {name!r}"
-    if not isinstance(row.get(name), str):
-        got = "no such column" if name not in row else type(row[name]).__name__
-        raise argument_error(where, "a string", got, "every row needs it")
-    if any("\ud800" <= character <= "\udfff" for character in row[name]):
-        raise argument_error(where, "valid Unicode", "a lone surrogate", "fix the text")
-    if not may_be_blank and not row[name].strip():
-        raise argument_error(where, "some text", "a blank one", "drop the line")
-
-
-def _example(row, columns, template):
-    if columns == ("text",):
-        return Example("", row["text"])
-    if columns == ("prompt", "completion"):
-        return Example(row["prompt"], row["completion"])
-    return ask(row["question"], row["answer"], template)
 
 
 def ask(question, answer, template=TEMPLATE):
@@ -197,7 +153,12 @@ def refuse(examples, refusals=REFUSALS, seed=0):
         if not example.prompt:
             remedy = "give question/answer or prompt/completion columns, or choose another method"
             raise argument_error(f"forget, row {index}", "a prompt to refuse", "a text without one", remedy)
-    return [Example(e.prompt, ("" if e.prompt[-1].isspace() else " ") + draw.choice(refusals)) for e in examples]
+    return [_answered(example, draw.choice(refusals)) for example in examples]
+
+
+def _answered(example, text):
+    before, after = example.frame or ("" if example.prompt[-1].isspace() else " ", "")
+    return dataclasses.replace(example, answer=before + text + after)
 
 
 def pair_refusals(examples, refusals=REFUSALS, seed=0):
@@ -209,7 +170,37 @@ def pair_refusals(examples, refusals=REFUSALS, seed=0):
     return [example for pair in zip(examples, refuse(examples, refusals, seed)) for example in pair]
 
 
-def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
+@dataclasses.dataclass
+class Counts:
+    """What became of the rows of a set: numbers of them.
+
+    Attributes:
+        rows: that were read.
+        blank: left out, as there is no text.
+        no_room: left out, as the prompt leaves no room for an answer within ``max_length``.
+        truncated: cut on the right, if only the end-of-sequence token.
+        split: texts cut into pieces.
+        pieces: sequences that these became.
+    """
+
+    rows: int = 0
+    blank: int = 0
+    no_room: int = 0
+    truncated: int = 0
+    split: int = 0
+    pieces: int = 0
+
+    def told(self, max_length):
+        """All of it in one line of text."""
+        parts = [f"{self.rows} row{'s' * (self.rows != 1)}"]
+        parts += [f"{self.blank} blank, left out"] * bool(self.blank)
+        parts += [f"{self.no_room} left out: no room for an answer within {max_length} tokens"] * bool(self.no_room)
+        parts += [f"{self.truncated} cut to {max_length} tokens"] * bool(self.truncated)
+        parts += [f"{self.split} split into {self.pieces} pieces of up to {max_length} tokens"] * bool(self.split)
+        return "; ".join(parts)
+
+
+def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data", split=False, counts=None):
     """Tokenizes examples; labels are the tokens of the answer and the end-of-sequence token.
 
     Prompt and answer are tokenized as one text, as the model will meet them. The prompt's tokens are those that its own
@@ -221,35 +212,98 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data"):
         vocab_size: rows of the model's head; every token id must be below it.
         max_length: longer sequences are cut on the right, in tokens.
         name: what to call the examples in errors.
+        split: cut longer texts, examples without a prompt, into pieces instead. Each begins with the tokenizer's start token
+            or, where it has none, with the last token before it, so that every token is a label once.
+        counts: `Counts`, which gets the numbers of rows that were cut.
 
     Returns:
-        List of `Sequence`, as long as the examples.
+        List of `Sequence`, as long as the examples, unless some were split.
 
     Raises:
-        ArgumentError: a token id lies outside the vocabulary, or a prompt leaves no room for its answer.
+        ArgumentError: a token id lies outside the vocabulary, a prompt leaves no room for its answer, or its tokens under a
+            chat template do not begin those of the whole.
     """
-    sequences = []
+    sequences, counts = [], Counts() if counts is None else counts
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, example in enumerate(examples):
-        text = example.prompt + example.answer
-        # What a chat template wrote begins with its own begin-of-sequence token.
-        options = dict(add_special_tokens=not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)))
-        prompt, whole = ([*tokenizer(t, **options).input_ids] for t in (example.prompt, text))
-        for tokens in (prompt, whole):  # some tokenizers close every text themselves, and some texts are closed already
-            while end and tokens[-1:] == end:
-                tokens.pop()
-        prompt_length = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
-        ids = (whole + end)[:max_length]
-        if max(ids, default=0) >= vocab_size:
-            remedy = "was the tokenizer resized without the model?"
-            raise argument_error(f"{name}, row {index}", f"token ids in [0, {vocab_size})", max(ids), remedy)
-        labels = [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
-        labels = labels[1 : len(ids)] + [IGNORE_INDEX]
-        if all(label == IGNORE_INDEX for label in labels):
-            got = f"a prompt of {prompt_length} tokens and an answer of {len(whole) - prompt_length}"
-            raise argument_error(f"{name}, row {index}", f"a label within {max_length} tokens", got, "raise --max-length")
-        sequences.append(Sequence(ids, labels, prompt_length))
+        where = f"{name}, row {index}"
+        whole, prompt_length = _tokens(example, tokenizer, where)
+        pieces = [whole + end]
+        if split and not example.prompt and len(whole) > max_length > max(1, prompt_length):
+            pieces = _pieces(whole, prompt_length, max_length)
+            pieces[-1] += end  # where there is room
+            counts.split += 1
+            counts.pieces += len(pieces)
+        elif len(whole + end) > max_length:
+            counts.truncated += 1
+        for piece in pieces:
+            ids = piece[:max_length]
+            if max(ids, default=0) >= vocab_size:
+                remedy = "was the tokenizer resized without the model?"
+                raise argument_error(where, f"token ids in [0, {vocab_size})", max(ids), remedy)
+            if not _has_room(piece, prompt_length, max_length):
+                got = f"a prompt of {prompt_length} tokens and an answer of {len(whole) - prompt_length}"
+                raise argument_error(where, f"a label within {max_length} tokens", got, "raise --max-length")
+            labels = [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
+            sequences.append(Sequence(ids, labels[1 : len(ids)] + [IGNORE_INDEX], prompt_length))
     return sequences
+
+
+def answerable(examples, tokenizer, *, max_length=512, name="data", counts=None):
+    """The examples whose prompts leave room for a label within ``max_length`` tokens; `encode` raises for the others.
+
+    Args:
+        examples: list of `Example`.
+        tokenizer: a Hugging Face tokenizer.
+        max_length: tokens of a sequence.
+        name: what to call the examples in errors.
+        counts: `Counts`, which gets the number of those that are left out.
+
+    Raises:
+        ArgumentError: no prompt leaves room, or as `encode`.
+    """
+    end = tokenizer.eos_token_id is not None
+    kept = []
+    for index, example in enumerate(examples):
+        whole, prompt_length = _tokens(example, tokenizer, f"{name}, row {index}")
+        if _has_room([*whole, *[0] * end], prompt_length, max_length):
+            kept.append(example)
+    if not kept:
+        raise argument_error(name, f"a row with room for an answer within {max_length} tokens", "none", "raise --max-length")
+    if counts is not None:
+        counts.no_room += len(examples) - len(kept)
+    return kept
+
+
+def _has_room(ids, prompt_length, max_length):
+    return min(len(ids), max_length) > max(prompt_length, 1)  # the first token of all is never predicted
+
+
+def _tokens(example, tokenizer, where):
+    """Token ids of an example, without an end-of-sequence token at the end, and how many of them are the prompt's."""
+    text = example.prompt + example.answer
+    # What a chat template wrote has all special tokens already; what a user has rendered shows it by its first one.
+    special = example.frame is None and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    options = dict(add_special_tokens=special, verbose=False)  # which would warn of long texts before they are cut
+    prompt, whole = ([*tokenizer(t, **options).input_ids] for t in (example.prompt, text))
+    for tokens in (prompt, whole) if special else (whole,):
+        # Some tokenizers close every text themselves, and some texts are closed already.
+        while tokenizer.eos_token_id is not None and tokens[-1:] == [tokenizer.eos_token_id]:
+            tokens.pop()
+    shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+    if example.frame is not None and shared < len(prompt):
+        expected = f"the {len(prompt)} tokens of its prompt to begin those of the whole"
+        remedy = "under this chat template prompt and answer melt into one token: choose another template"
+        raise argument_error(where, expected, f"{shared} that do", remedy)
+    return whole, shared
+
+
+def _pieces(ids, start, length):
+    """Cuts ids into pieces of at most ``length``, each beginning with the first ``start`` of them, or with the token before."""
+    if start:
+        room = length - start
+        return [ids[:start] + ids[i : i + room] for i in range(start, len(ids), room)]
+    return [ids[i : i + length] for i in range(0, len(ids) - 1, length - 1)]
 
 
 def collate(forget, retain, *, device="cpu", ref_logps=None, ref_hidden=None):

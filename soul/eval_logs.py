@@ -8,6 +8,7 @@ import uuid
 import torch
 
 from soul.metrics import MEMBERSHIP, MEMORIZATION
+from soul.output import DATA_FILE
 from soul_kernels._checks import argument_error
 
 FILES = {
@@ -167,7 +168,7 @@ def write_logs(directory, logs):
 
 def in_the_way(path, directories):
     """Tells whether a file of this path would be a log of one of the directories, or one of those or above it."""
-    names = (*FILES.values(), HOLDOUT, AGGREGATED)
+    names = (*FILES.values(), HOLDOUT, AGGREGATED, DATA_FILE)
     taken = {place for d in directories for place in (d, *d.absolute().parents, *(d / name for name in names))}
     return path.absolute() in {place.absolute() for place in taken}
 

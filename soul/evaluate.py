@@ -8,9 +8,10 @@ import dataclasses
 import torch
 
 from soul import metrics
-from soul.data import TEMPLATE, ask, collate
+from soul.data import Counts, collate
 from soul.models import autocast, evaluating, head, hidden_states, token_statistics, transform
 from soul.prepare import encode_for
+from soul.templates import Template, check_template
 from soul_kernels import TokenStatistics, linear_kl
 from soul_kernels._checks import argument_error, check_choice
 from soul_kernels._launch import BACKENDS
@@ -22,23 +23,27 @@ class EvaluateConfig:
     """How TOFU's questions are asked.
 
     Attributes:
-        template: how question and answer are put into one text; the default is that of training.
-        max_length: tokens of a sequence.
+        template: "plain", "chat" or a text: how question and answer are put into one (`soul.templates.Template`), as in
+            training.
+        system: system message of the chat template, or None.
+        max_length: tokens of a sequence; longer ones are cut.
         max_new_tokens: where a generated answer is cut off. TOFU: 200 tokens, the prompt among them; open-unlearning: 200.
         batch_size: sequences a batch.
         min_k: which part of an answer's tokens Min-K% and Min-K%++ look at.
         backend: "auto", "triton" or "reference".
     """
 
-    template: str = TEMPLATE
+    template: str = "plain"
+    system: str | None = None
     max_length: int = 512
     max_new_tokens: int = 200
     batch_size: int = 32
     min_k: float = metrics.MIN_K
     backend: str = "auto"
+    long_texts = "truncate"  # no option: a log has a number for every row
 
     def __post_init__(self):
-        ask("", "", self.template)
+        check_template(self.template, self.system)
         check_choice("backend", self.backend, BACKENDS)
         metrics.check_part(self.min_k)
         for name in ("max_length", "max_new_tokens", "batch_size"):
@@ -60,16 +65,19 @@ class Asked:
     perturbed: list
 
 
-def encode_questions(model, tokenizer, questions, config, name):
-    """`Asked` of a list of `soul.data.Question`.
+def encode_questions(model, tokenizer, questions, config, name, counts=None):
+    """`Asked` of a list of `soul.data.Question`; ``counts``, a dict, gets a `soul.data.Counts` for every kind of answer.
 
     Raises:
         ArgumentError: a sequence or the answer to be generated does not fit the model, as `soul.prepare.encode_for`.
     """
+    template, counts = Template(config.template, tokenizer, config.system), {} if counts is None else counts
 
     def encoded(pairs, kind):
-        examples = [ask(question, answer, config.template) for question, answer in pairs]
-        return examples, encode_for(model, tokenizer, examples, config, f"{name}, {kind}")
+        label = f"{name}, {kind}"
+        examples = [template.ask(*pair, f"{label}, row {index}") for index, pair in enumerate(pairs)]
+        counts[label] = Counts(rows=len(examples))
+        return examples, encode_for(model, tokenizer, examples, config, label, counts[label])
 
     examples, answers = encoded([(q.question, q.answer) for q in questions], "answer")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -85,7 +93,7 @@ def encode_questions(model, tokenizer, questions, config, name):
     return Asked(examples, answers, paraphrased, perturbed)
 
 
-def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print):
+def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print, counts=None):
     """Runs a model over TOFU's sets.
 
     Args:
@@ -94,7 +102,8 @@ def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print):
         sets: "forget", "retain", "real_authors", "world_facts" -> list of `soul.data.Question`.
         config: `EvaluateConfig`.
         holdout: list of `soul.data.Example` that the model was never trained on, for the membership metrics.
-        progress: called with a line of text for every set.
+        progress: called with a line of text for every set, and for what was cut.
+        counts: a dict that gets a `soul.data.Counts` for every set and kind of answer; or None.
 
     Returns:
         Set -> log, in the layout of TOFU's files (`soul.eval_logs`), with columns of its own beside TOFU's:
@@ -103,14 +112,20 @@ def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print):
     Raises:
         ArgumentError: as `encode_questions`, before the model runs.
     """
-    asked = {name: encode_questions(model, tokenizer, questions, config, name) for name, questions in sets.items()}
-    held_out = encode_for(model, tokenizer, holdout, config, "holdout")
+    counts = {} if counts is None else counts
+    asked = {name: encode_questions(model, tokenizer, part, config, name, counts) for name, part in sets.items()}
+    if holdout:
+        counts["holdout"] = Counts(rows=len(holdout))
+    held_out = encode_for(model, tokenizer, holdout, config, "holdout", counts.get("holdout"))
+    for name, count in counts.items():
+        if count.truncated:
+            progress(f"{name}: {count.told(config.max_length)}")
     logs = {}
     for name, of in asked.items():
         progress(f"{name}: {len(of.answers)} questions")
         log = _answer_columns(model, tokenizer, of.answers, config)
         texts = generate(model, tokenizer, of.answers, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
-        truths = [example.answer.strip() for example in of.examples]
+        truths = [example.content for example in of.examples]
         log["generated_text"] = [[e.prompt, text, truth] for e, text, truth in zip(of.examples, texts, truths)]
         log |= metrics.rouge_recall(truths, texts)
         log |= _ratio_columns(model, of, config, log)
@@ -242,7 +257,7 @@ def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_
         max_new_tokens: where an answer is cut off.
     """
     texts = generate(model, tokenizer, sequences, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    return metrics.rouge_recall([example.answer for example in examples], texts)["rougeL_recall"].mean().item()
+    return metrics.rouge_recall([example.content for example in examples], texts)["rougeL_recall"].mean().item()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import pathlib
 from soul_kernels._checks import argument_error
 
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
+DATA_FILE = "data.json"  # what became of the rows
 
 
 def check_output(directory, resume=False):

@@ -8,14 +8,17 @@ from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
 
 
-def prepare(model, tokenizer, forget, retain, config):
+def prepare(model, tokenizer, forget, retain, config, counts=None):
     """Encodes both sets for a config: the forget set answered by refusals, or paired with them, as the objective asks.
+
+    ``counts``, where given, has a `soul.data.Counts` for "forget" and one for "retain", which get what was cut (the answers of
+    pairs are counted, and refusals in their place are).
 
     Raises:
         ArgumentError: the data do not fit the model or the objective, the backend does not fit the model's device, or there
             can be no cache in the config's directory.
     """
-    objective = config.objective()
+    objective, counts = config.objective(), counts or {}
     check_shards(model)
     if Processes.of(model).size > 1:
         check_supported(config)
@@ -38,13 +41,14 @@ def prepare(model, tokenizer, forget, retain, config):
     check_cache(config.reference_cache, "reference_cache")
     if objective.pairs:
         paired = pair_refusals(forget, seed=config.seed)
-        answers, refusals = (encode_for(model, tokenizer, paired[half::2], config, "forget") for half in (0, 1))
+        answers = encode_for(model, tokenizer, paired[0::2], config, "forget", counts.get("forget"))
+        refusals = encode_for(model, tokenizer, paired[1::2], config, "forget")
         encoded = [sequence for pair in zip(answers, refusals) for sequence in pair]
     else:
         if objective.relabels:
             forget = refuse(forget, seed=config.seed)
-        encoded = encode_for(model, tokenizer, forget, config, "forget")
-    return encoded, encode_for(model, tokenizer, retain, config, "retain")
+        encoded = encode_for(model, tokenizer, forget, config, "forget", counts.get("forget"))
+    return encoded, encode_for(model, tokenizer, retain, config, "retain", counts.get("retain"))
 
 
 def _check_place(config, weight):
@@ -53,13 +57,14 @@ def _check_place(config, weight):
     resolve_backend(config.backend, weight)
 
 
-def encode_for(model, tokenizer, examples, config, name):
-    """Encodes examples and makes sure that the model has a place for every token.
+def encode_for(model, tokenizer, examples, config, name, counts=None):
+    """Encodes examples and makes sure that the model has a place for every token; ``counts`` as in `soul.data.encode`.
 
     Raises:
         ArgumentError: naming the row, or the length that does not fit.
     """
-    sequences = encode(examples, tokenizer, vocab_size=head(model)[0].shape[0], max_length=config.max_length, name=name)
+    options = dict(max_length=config.max_length, split=config.long_texts == "split", name=name, counts=counts)
+    sequences = encode(examples, tokenizer, vocab_size=head(model)[0].shape[0], **options)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(sequence.input_ids) for sequence in sequences), default=0)
     if positions and longest > positions:

@@ -120,7 +120,8 @@ def checksum(state):
 def check_same(saved, now):
     """Raises where what makes a run is not the same; the first difference is named."""
     now = json.loads(json.dumps(now))  # tuples are lists there
-    for name in sorted(saved.keys() | now.keys()):
+    data = ("content of forget", "content of retain")  # last: it may be an option, the template, why they differ
+    for name in sorted(saved.keys() | now.keys(), key=lambda name: (name in data, name)):
         if saved.get(name) != now.get(name):
             remedy = "give the options and files of the run that is to go on, or another output directory"
             if name.startswith("content of"):

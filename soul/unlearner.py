@@ -1,17 +1,19 @@
 """A whole run in Python: model and data by name, adapters, the loop, and what it leaves in a directory."""
 
+import dataclasses
 import json
 import os
 
 import torch
 
-from soul import distributed, models
+from soul import datasets, distributed, models
 from soul.checkpoint import Checkpoints, Stopped, save_model
 from soul.config import UnlearnConfig
-from soul.data import read_jsonl
+from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import RUN_FILE, check_output
+from soul.output import DATA_FILE, RUN_FILE, check_output
 from soul.prepare import encode_for, prepare
+from soul.templates import Template
 from soul.unlearn import unlearn
 from soul_kernels._checks import argument_error
 
@@ -25,7 +27,8 @@ class Unlearner:
 
     Args:
         model: directory or hub name of a causal language model; or a model that is loaded, changed in place by `run`.
-        forget: a file that `soul.data.read_jsonl` reads, or a list of `soul.data.Example`.
+        forget: a path, a name ("tofu:forget10", ...) or rows, as `soul.datasets.rows` takes them; or a list of
+            `soul.data.Example`.
         retain: the same, or None for a method without a retain term.
         config: `UnlearnConfig`; None: its defaults.
         tokenizer: of a model that is loaded.
@@ -38,6 +41,7 @@ class Unlearner:
         model: with its adapters.
         tokenizer: its tokenizer.
         config: the `UnlearnConfig`.
+        counts: what became of the rows: "forget" and "retain" -> `soul.data.Counts`.
 
     Raises:
         ArgumentError: model, data or options do not fit together; nothing was changed.
@@ -47,10 +51,12 @@ class Unlearner:
         self, model, forget, retain=None, config=None, *, tokenizer=None, dtype="auto", device="auto", adapters=None
     ):  # fmt: skip
         self.config = UnlearnConfig() if config is None else config
-        self._forget, self._retain = _examples("forget", forget), [] if retain is None else _examples("retain", retain)
         several = Processes.here().size > 1
         if several:
             distributed.check_supported(self.config, adapters)
+        given = {"forget": forget} | ({} if retain is None else {"retain": retain})
+        self.counts = {name: Counts() for name in given}
+        rows = {name: self._rows(name, source) for name, source in given.items()}
         if isinstance(model, (str, os.PathLike)):
             if dtype == "auto":
                 keeps_bits = self.config.optimizer == "soul" and self.config.method != "influence"
@@ -67,8 +73,27 @@ class Unlearner:
         if several:
             model = distributed.shard(model, place)
         self.model, self.tokenizer = model, tokenizer
-        prepare(model, tokenizer, self._forget, self._retain, self.config)
+        found = {name: self._examples(name, part) for name, part in rows.items()}
+        self._forget, self._retain = found["forget"], found.get("retain", [])
+        prepare(model, tokenizer, self._forget, self._retain, self.config, self.counts)
         self._answers = encode_for(model, tokenizer, self._forget, self.config, "forget")
+
+    def _rows(self, name, source):
+        """What is read before a model is loaded: rows, or the examples that were given."""
+        counts = self.counts[name]
+        if isinstance(source, (list, tuple)) and all(isinstance(item, Example) for item in source):
+            counts.rows = len(source)
+            return list(source)
+        return datasets.rows(source, name, drop=self.config.drop_unusable, counts=counts)
+
+    def _examples(self, name, rows):
+        config = self.config
+        if rows and not isinstance(rows[0], Example):
+            rows = datasets.examples(rows, Template(config.template, self.tokenizer, config.system))
+        if rows and config.drop_unusable:
+            options = dict(max_length=config.max_length, name=name, counts=self.counts[name])
+            return answerable(rows, self.tokenizer, **options)
+        return rows
 
     def forget_probability(self):
         """Mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""
@@ -81,8 +106,8 @@ class Unlearner:
         """Unlearns, and saves what comes of it.
 
         Args:
-            output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl`` and checkpoints; None: nothing is
-                written.
+            output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl``, ``data.json`` (``counts``) and
+                checkpoints; None: nothing is written.
             save_every: steps from one checkpoint to the next; 0: only when SIGTERM comes. All are removed at the end.
             keep: newest checkpoints that stay.
             resume: go on after the newest checkpoint in ``output``, where there is one.
@@ -108,7 +133,7 @@ class Unlearner:
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
         checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
-        processes.on_first(lambda: _make(output, about))
+        processes.on_first(lambda: self._make(output, about))
         try:
             records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
             with checkpoints.listening():  # a model that is there is saved, whatever comes
@@ -123,6 +148,13 @@ class Unlearner:
         if merge and models.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
 
+    def _make(self, output, about):
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / RUN_FILE).exists():
+            (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
+        counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
+        (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+
 
 def _checkpoints(processes):
     if processes.size == 1:
@@ -130,18 +162,3 @@ def _checkpoints(processes):
     from soul.distributed_checkpoint import ShardedCheckpoints  # and with it much of torch.distributed
 
     return ShardedCheckpoints
-
-
-def _make(output, about):
-    output.mkdir(parents=True, exist_ok=True)
-    if not (output / RUN_FILE).exists():
-        (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
-
-
-def _examples(name, source):
-    if isinstance(source, (str, os.PathLike)):
-        return read_jsonl(source)
-    if not isinstance(source, (list, tuple)):
-        remedy = "read it with soul.data.read_jsonl"
-        raise argument_error(name, "a path, or a list of soul.data.Example", type(source).__name__, remedy)
-    return list(source)

@@ -29,7 +29,7 @@ def test_columns(row, expected, tmp_path):
 @pytest.mark.parametrize("rows, message", [
     ([{"text": "a"}, "{broken"], r"a.jsonl, line 2: expected one JSON object, got broken JSON"),
     ([{"text": "a"}, "[1]"], r"a.jsonl, line 2: expected one JSON object, got list"),
-    ([{"q": "a", "a": "b"}], r"a.jsonl, line 1: expected columns question/answer or prompt/completion or text, got q/a"),
+    ([{"q": "a", "a": "b"}], r"line 1: expected columns question/answer or prompt/completion or messages or text, got q/a"),
     ([{"question": "a", "answer": "b"}, {"question": "a"}], r"line 2, column 'answer': expected a string, got no such column"),
     ([{"text": 3}], r"line 1, column 'text': expected a string, got int"),
     ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
@@ -74,7 +74,7 @@ class Words:
     def __init__(self, closes=False):
         self.vocabulary, self.closes = {"<s>": 0, "</s>": 1}, closes
 
-    def __call__(self, text, add_special_tokens=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         words = re.findall(r"<s>|[ ]?[^ <]+", text)
         words = [("▁" + w.lstrip(" ")) if i == 0 or w[0] == " " else w for i, w in enumerate(words) if w != "<s>"]
         words = ["<s>"] * ("<s>" in text or add_special_tokens) + words + ["</s>"] * self.closes

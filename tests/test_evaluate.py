@@ -249,8 +249,10 @@ def test_a_model_to_logs_and_back(models, tmp_path, capsys):
     """The same numbers from the model, from its logs, and from TOFU's aggregation of its logs."""
     assert main(of_model(models, tmp_path)) == 0
     out, summary = tmp_path / "out", json.loads((tmp_path / "out" / "sum.json").read_text())
-    assert files_in(out) == sorted(["sum.json", "eval_log_aggregated.json", "eval_log_holdout.json", *FILES.values(), "retain",
-                                    f"retain/{FORGET}"])  # fmt: skip
+    assert files_in(out) == sorted(["sum.json", "data.json", "eval_log_aggregated.json", "eval_log_holdout.json",
+                                    *FILES.values(), "retain", f"retain/{FORGET}"])  # fmt: skip
+    told = json.loads((out / "data.json").read_text())
+    assert told["forget, answer"]["rows"] == ROWS["forget"] and told["holdout"]["truncated"] == 0
     words = ["evaluate", "--from-logs", str(out), "--retain-logs", str(out / "retain"), "--json", str(tmp_path / "again.json")]
     assert main(words) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == summary

@@ -329,10 +329,10 @@ def test_trl_conversations_go_through_the_chat_template():
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
     user, said = ([{"role": role, "content": text}] for role, text in (("user", "Who?"), ("assistant", "Me.")))
     (example,) = trl.examples([{"prompt": user, "completion": said}], tokenizer)
-    assert example == Example(f"{bos}<user>Who?<assistant>", f"Me.{eos}")
+    assert example == Example(f"{bos}<user>Who?<assistant>", f"Me.{eos}", ("", eos))
     begun = [*user, {"role": "assistant", "content": "It is"}]
     (example,) = trl.examples([{"prompt": begun, "completion": [{"role": "assistant", "content": " me."}]}], tokenizer)
-    assert example == Example(f"{bos}<user>Who?<assistant>It is", f" me.{eos}")
+    assert example == Example(f"{bos}<user>Who?<assistant>It is", f" me.{eos}", ("", eos))
     (sequence,) = encode([example], tokenizer, vocab_size=300)
     assert sequence.input_ids.count(tokenizer.eos_token_id) == 1 and sequence.labels[-2] == tokenizer.eos_token_id
     tokenizer.chat_template = "{% if add_generation_prompt %}other{% endif %}{{ messages[-1].content }}"

@@ -66,7 +66,7 @@ CASES = {
     "stopped": kept(SAVED, "broken", stop=3),
     "not resumed": kept(SAVED, "broken"),
     "resumed": kept(SAVED, "broken", resume=True),
-    "as the command": ["llama, tied", {"method": "npo", "epochs": 20}, {}],
+    "as the command": ["llama, tied", {"method": "npo", "epochs": 30}, {}],
     "bf16 whole": kept(BF16, "bf16 whole"),
     "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
@@ -230,7 +230,7 @@ def place(tmp_path_factory):
 def words(place, output, *more):
     given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
     paths = [word for name, value in given.items() for word in (f"--{name}", place / value)]
-    how = "--method npo --batch-size 3 --lr 1e-3 --epochs 20 --device cpu --backend reference --dtype float32 --save-every 4"
+    how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
     return ["soul", "unlearn", *paths, *how.split(), *more]
 
 
@@ -266,7 +266,7 @@ def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_s
         assert ("processes was 2 and is 3: last bits may differ" in errors) == (tolerance > 0)
         weights = safetensors.torch.load_file(output / "model.safetensors")
         records = [json.loads(line) for line in lines(output / "log.jsonl")]
-        assert len(records) == 40 and not (output / "checkpoints").exists()
+        assert len(records) == 60 and not (output / "checkpoints").exists()
         for one, other in zip(lasting(whole["records"]), lasting(records), strict=True):
             assert other == (pytest.approx(one, rel=1e-3, abs=1e-5) if tolerance else one)
         for name, tensor in weights.items():

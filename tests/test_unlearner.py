@@ -322,7 +322,7 @@ def test_in_python(tokenizer, place, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokenizer=None), "tokenizer: expected that of the model, got None"),
-    (dict(forget=7), "forget: expected a path, or a list of soul.data.Example, got int"),
+    (dict(forget=7), "forget: expected a path, a name, or a list of rows, got int"),
     (dict(adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (dict(adapters=dict(rank=2, dropout=1.0)), "lora_dropout: expected a number"),
     (dict(adapters=dict(rank=2, targets=["nothing"])), "lora_targets: expected linear layers of the model, got"),

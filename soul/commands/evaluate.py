@@ -5,7 +5,7 @@ import sys
 
 from soul._extras import require
 from soul.commands._place import add_place
-from soul.data import TEMPLATE
+from soul.commands._template import add_template
 from soul.metrics import MIN_K
 from soul_kernels._checks import argument_error
 
@@ -23,14 +23,14 @@ def add_arguments(parser):
     what.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: for forget quality")
     what.add_argument("--json", metavar="FILE", help="new file for the numbers")
     how = parser.add_argument_group("with --model")
-    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl")
+    how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl, or the word tofu for the hub's")
     how.add_argument("--output", metavar="DIR", help="new or empty directory for the logs, which --from-logs reads")
     how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
-    how.add_argument("--holdout", metavar="FILE", help="JSON lines that the model never saw: for the AUC of Min-K and Min-K++")
+    how.add_argument("--holdout", metavar="DATA", help="path or name of rows that the model never saw, as --forget "
+                     "of soul unlearn: for the AUC of Min-K and Min-K++")  # fmt: skip
     how.add_argument("--split", default="forget10", metavar="NAME", help="what was to be forgotten (default: %(default)s)")
     how.add_argument("--rows", type=int, metavar="N", help="the first of each file (default: all; TOFU's own logs: 300)")
-    how.add_argument("--template", default=TEMPLATE, metavar="TEXT", help="the text that is put to the model, with {question} "
-                     "and {answer} (default: as in training, 'Question: ...' and 'Answer: ...' on two lines)")  # fmt: skip
+    add_template(how)
     how.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="part of the tokens (default: %(default)s)")
     how.add_argument(
         "--max-new-tokens", type=int, default=200, metavar="N", help="of a generated answer (default: %(default)s)"
@@ -53,14 +53,16 @@ def run(args):
         for name in ("data", "output", "retain_model", "holdout"):
             if getattr(args, name) is not None:
                 raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
-        columns, retain, written = eval_logs.read_logs(args.from_logs), None, {}
+        columns, retain, written, counts = eval_logs.read_logs(args.from_logs), None, {}, {}
         if args.retain_logs is not None:
             retain = eval_logs.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
     else:
-        columns, retain, written = _run_model(args, target)
+        columns, retain, written, counts = _run_model(args, target)
     summary = summarize(columns, retain)
     for directory, logs in written.items():
         eval_logs.write_logs(directory, logs)
+    for path, told in counts.items():
+        eval_logs.write_json(path, told)
     if target is not None:
         eval_logs.write_json(target, summary)
     for name, value in summary.items():
@@ -70,14 +72,15 @@ def run(args):
 
 
 def _run_model(args, target):
-    """Columns of a model's logs, of the retain model's, and what to write: directory -> logs."""
+    """Columns of a model's logs, of the retain model's, and what to write: directory -> logs, and file -> counts."""
     import functools
     import pathlib
 
-    from soul import eval_logs, models
-    from soul.data import read_jsonl, read_questions
+    from soul import datasets, eval_logs, models
+    from soul.data import read_questions
     from soul.evaluate import EvaluateConfig, retain_log, tofu_logs
-    from soul.output import check_output
+    from soul.output import DATA_FILE, check_output
+    from soul.templates import Template
 
     for name in ("data", "output"):
         if getattr(args, name) is None:
@@ -92,9 +95,10 @@ def _run_model(args, target):
         raise argument_error("json", "a file beside the logs", str(target), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
-    sets = {name: read_questions(pathlib.Path(args.data) / f"{file}_perturbed.jsonl")[: args.rows]
-            for name, file in files.items()}  # fmt: skip
-    holdout = read_jsonl(args.holdout, config.template) if args.holdout else []
+    sources = {name: f"tofu:{file}_perturbed" if args.data == "tofu" else pathlib.Path(args.data) / f"{file}_perturbed.jsonl"
+               for name, file in files.items()}  # fmt: skip
+    sets = {name: read_questions(source)[: args.rows] for name, source in sources.items()}
+    held_out = datasets.rows(args.holdout) if args.holdout else []
     retain, written = None, {}
     if args.retain_logs is not None:
         retain = eval_logs.read_retain_log(args.retain_logs, len(sets["forget"]))
@@ -103,6 +107,10 @@ def _run_model(args, target):
         log = retain_log(*load(args.retain_model), sets["forget"], config)
         retain = eval_logs.columns(log, "retain model, forget", eval_logs.RATIO)
         written[output / "retain"] = {"forget": log}
-    logs = tofu_logs(*load(args.model), sets, config, holdout=holdout, progress=functools.partial(print, file=sys.stderr))
+    model, tokenizer = load(args.model)
+    holdout = datasets.examples(held_out, Template(config.template, tokenizer, config.system)) if held_out else []
+    counts, progress = {}, functools.partial(print, file=sys.stderr)
+    logs = tofu_logs(model, tokenizer, sets, config, holdout=holdout, progress=progress, counts=counts)
     columns = eval_logs.check_logs(logs, {name: f"model, {name}" for name in logs})
-    return columns, retain, {output: logs, **written}
+    told = {name: dataclasses.asdict(count) for name, count in counts.items()}
+    return columns, retain, {output: logs, **written}, {output / DATA_FILE: told}

@@ -7,6 +7,7 @@ import time
 
 from soul._extras import require
 from soul.commands._place import add_place
+from soul.commands._template import add_template
 from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
@@ -17,8 +18,10 @@ def add_arguments(parser):
     """Declares the options."""
     need = parser.add_argument_group("what")
     need.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
-    need.add_argument("--forget", required=True, metavar="FILE", help="JSON lines: question/answer, prompt/completion or text")
-    need.add_argument("--retain", metavar="FILE", help="JSON lines to keep; needed unless the method has no retain term")
+    need.add_argument("--forget", required=True, metavar="DATA", help="JSON lines or parquet with question/answer, "
+                      "prompt/completion, messages or text; or a name: tofu:forget10, tofu:forget10@DIR, muse:news/forget, "
+                      "wmdp:cyber-forget, hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)")  # fmt: skip
+    need.add_argument("--retain", metavar="DATA", help="the same, to keep; needed unless the method has no retain term")
     need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     how = parser.add_argument_group("how")
     how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(METHODS)} (default: %(default)s)")
@@ -65,6 +68,12 @@ def add_arguments(parser):
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
     how.add_argument("--merge", action="store_true", help="add the adapters to the weights, and save a plain model")
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    how.add_argument("--long-texts", default="split", metavar="NAME", help="split or truncate longer texts (default: "
+                     "%(default)s); answers are truncated")  # fmt: skip
+    how.add_argument(
+        "--drop-unusable", action="store_true", help="leave out blank rows and prompts that leave no room for an answer"
+    )
+    add_template(how)
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16, with 8 more bits in soul's "
                      "state, or float32, with bf16 autocast on a GPU; adamw loses most updates of bfloat16 below lr 1e-4 "
@@ -114,6 +123,8 @@ def _run(args):
         return
     place = dict(dtype=args.dtype, device=args.device)
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
+    for name, counts in unlearner.counts.items() if processes.first else ():
+        print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
