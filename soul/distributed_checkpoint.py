@@ -163,8 +163,7 @@ class _Writer(dcp.StorageWriter):
         return [dataclasses.replace(plan, storage_data=f"shard-{rank}") for rank, plan in enumerate(plans)]
 
     def write_data(self, plan, planner):
-        tensors = {_key(item.index): planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
-        tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # the format asks for memory of its own
+        tensors = run_state.own({_key(item.index): planner.resolve_data(item).detach().cpu() for item in plan.items})
         path = self.path / f"{plan.storage_data}.safetensors"
         run_state.write_tensors(tensors, path)
         with open(path, "rb+") as file:
@@ -240,6 +239,6 @@ class _Reader(dcp.StorageReader):
                     part = file.get_slice(_key(item.storage_index))
                     slices = tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths))
                     tensor = part[slices] if slices else file.get_tensor(_key(item.storage_index))
-                    planner.resolve_tensor(item).detach().copy_(tensor)
-                    planner.commit_tensor(item, planner.resolve_tensor(item))
+                    target = planner.resolve_tensor(item).detach()
+                    planner.commit_tensor(item, target.copy_(tensor))
         return _done(None)
