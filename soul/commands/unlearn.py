@@ -98,9 +98,18 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Runs the command."""
+    """Runs the command, in every process that torchrun has started."""
+    from soul.distributed import started
+    from soul.models import pick_device
+
+    with started(pick_device(args.device)):
+        _run(args)
+
+
+def _run(args):
     from soul.checkpoint import MODEL_FILES, Checkpoints
     from soul.config import UnlearnConfig
+    from soul.distributed import Processes, check_supported
     from soul.output import check_output
     from soul.unlearner import Unlearner
 
@@ -110,6 +119,9 @@ def run(args):
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
+    processes = Processes.here()
+    if processes.size > 1:
+        check_supported(config, adapters)
     require("transformers", "hf")
     if args.dry_run:
         from soul.plan.run import plan_run
@@ -118,17 +130,20 @@ def run(args):
         print(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
     if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
-        print(f"{output}: this run has ended, and there is nothing to resume")
+        if processes.first:
+            print(f"{output}: this run has ended, and there is nothing to resume")
         return
     place = dict(dtype=args.dtype, device=args.device)
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
-    for name, counts in unlearner.counts.items():
+    for name, counts in unlearner.counts.items() if processes.first else ():
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
+    if not processes.first:
+        return
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
