@@ -8,7 +8,7 @@ import torch
 
 from soul import datasets, distributed, models
 from soul.checkpoint import Checkpoints, Stopped, save_model
-from soul.config import UnlearnConfig
+from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
 from soul.output import DATA_FILE, RUN_FILE, check_output
@@ -58,10 +58,7 @@ class Unlearner:
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
         if isinstance(model, (str, os.PathLike)):
-            if dtype == "auto":
-                keeps_bits = self.config.optimizer == "soul" and self.config.method != "influence"
-                dtype = "bfloat16" if adapters or keeps_bits else "float32"
-            place = models.pick_device(device)
+            dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
         elif tokenizer is None:
             raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")

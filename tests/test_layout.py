@@ -38,6 +38,7 @@ def imported(path):
     ("soul_kernels/reference", ("triton", "soul", "bench", "tests", "soul_kernels._launch")),
     ("soul_kernels", ("soul", "bench", "tests", "transformers")),
     ("soul", ("bench", "tests", "triton", "soul.integrations")),
+    ("soul/plan", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
     ("soul/commands", ("bench", "tests", "triton", "soul.integrations")),
     ("soul/integrations", ("bench", "tests", "triton", "trl")),
     ("soul/integrations/open_unlearning", ("bench", "tests", "triton")),

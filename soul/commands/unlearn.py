@@ -7,10 +7,12 @@ import time
 
 from soul._extras import require
 from soul.commands._place import add_place
+from soul.commands._plan import add_card, card_options
 from soul.commands._template import add_template
 from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
+NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -89,6 +91,10 @@ def add_arguments(parser):
     how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
                      "other options as before. Without one, from the start")  # fmt: skip
     add_place(how)
+    dry = parser.add_argument_group("plan")
+    dry.add_argument("--dry-run", action="store_true", help="print the memory and the least time that the run takes on a card, "
+                     "from the model's configuration and the files; read no weights, and write nothing")  # fmt: skip
+    add_card(dry, "of --dry-run: ")
 
 
 def run(args):
@@ -117,6 +123,12 @@ def _run(args):
     if processes.size > 1:
         check_supported(config, adapters)
     require("transformers", "hf")
+    if args.dry_run:
+        from soul.plan.run import plan_run
+
+        options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
+        print(plan_run(args.model, args.forget, args.retain, config, **options).table())
+        return
     if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
@@ -126,7 +138,7 @@ def _run(args):
     for name, counts in unlearner.counts.items() if processes.first else ():
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
-    about = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
+    about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
