@@ -58,8 +58,7 @@ class Unlearner:
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
         if isinstance(model, (str, os.PathLike)):
-            dtype = parameter_dtype(dtype, self.config, adapters)
-            place = models.pick_device(device)
+            dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
         elif tokenizer is None:
             raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")

@@ -243,6 +243,18 @@ def test_row_kernels_are_checked_before_they_are_timed(module, kinds, untimed):
         assert all(row["gb_per_s"] > 0 for row in rows) and rows[0]["errors"]["gradient"] < 4e-3
 
 
+def test_one_minus_p_as_a_difference_is_noticed(monkeypatch):
+    right = bench_token_logprob.token_statistics
+
+    def difference(logits, labels, statistics):
+        right(logits, labels, statistics)
+        statistics[bench_token_logprob.ONE_MINUS_P] = 1 - statistics[bench_token_logprob.LOGP].exp()
+
+    monkeypatch.setattr(bench_token_logprob, "token_statistics", difference)
+    with pytest.raises(AssertionError, match="'1 - p': "):
+        bench_token_logprob.make_case("statistics", 5, 4500, CPU, True).check()
+
+
 def test_only_also_finds_what_does_not_run_by_default(tmp_path, untimed, monkeypatch):
     monkeypatch.setattr(__main__, "ceilings", lambda device: LIMITS)
     made = [_harness.Case(name, {"ours": lambda: dict}, dict, default=name == "one") for name in ("one", "two")]

@@ -110,7 +110,7 @@ MEASURED = {
     # Parameters, gradients and AdamW's states.
     "fp32 adamw, short": dict(length=6, labelled=2, dtype="float32", optimizer="adamw", layers=8),
     # The same with SOUL's default states and the low bits.
-    "bf16 soul, short": dict(length=6, labelled=2, layers=5),
+    "bf16 soul, short": dict(length=6, labelled=2),
     # Activations, as they are with the fast kernels and equal lengths.
     "bf16, long": LONG,
     # A mask: keys and values of as many heads as queries, and a copy of the mask in every layer.
@@ -124,7 +124,7 @@ MEASURED = {
     # Neither all gradients nor states of two bytes: what is left is the loss and one layer.
     "bf16 soul, 8bit, release, checkpoints, untied": dict(
         length=48, labelled=4, state_dtype="8bit", gradient_release=True, max_grad_norm=None, gradient_checkpointing=True,
-        tied=False,
+        tied=False, layers=2,
     ),
     # Gradients of the first micro-batch beside the activations of the second.
     "fp32, accumulated": dict(LONG, length=48, dtype="float32", accumulate=2, layers=8),
