@@ -4,7 +4,7 @@ The kernels are in ``soul_kernels``. Importing this package needs torch alone; w
 (``soul.unlearn``, ``soul.study``, the ``soul`` command) needs the extra ``hf``.
 """
 
-from soul import curvature, functional, losses
+from soul import curvature, functional, losses, plan
 from soul.config import UnlearnConfig
 from soul.optimizer import SOUL, SophiaG
 from soul.reference import reference_hidden, reference_logps
@@ -20,6 +20,7 @@ __all__ = [
     "curvature",
     "functional",
     "losses",
+    "plan",
     "reference_hidden",
     "reference_logps",
     "release_gradients",

@@ -11,11 +11,9 @@ if its checksums are right. Nothing in it is pickled.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
-import random
 import re
 import shutil
 import signal
@@ -25,11 +23,28 @@ import warnings
 
 import torch
 
-from soul._extras import require
+from soul.distributed import Processes, whole_state
 from soul.reference import base_weights, digest
+from soul.run_state import (
+    FORMAT,
+    about,
+    changing,
+    check_fits,
+    check_same,
+    checksum,
+    environment,
+    file_digest,
+    own,
+    random_state,
+    read,
+    safetensors_errors,
+    set_random_state,
+    unpacked,
+    warn_of_environment,
+    write_tensors,
+)
 from soul_kernels._checks import argument_error
 
-FORMAT = 1  # of the files; another number is not read
 NAME = re.compile(r"step-(\d+)")
 MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
 
@@ -61,11 +76,16 @@ class Checkpoints:
             if isinstance(value, bool) or not (isinstance(value, int) and value >= low):
                 raise argument_error(name, f"a whole number >= {low}", repr(value), "check the options")
         self.directory, self.every, self.keep, self.resume = pathlib.Path(directory), every, keep, resume
-        self.stop = False
+        self.stop = self.stopping = False
 
     def due(self, step):
-        """Tells whether a checkpoint is to be written after this step."""
-        return self.stop or (self.every > 0 and step % self.every == 0)
+        """Tells whether a checkpoint is to be written after this step; ``stopping`` then says whether it is the last one."""
+        self.stopping = self.told()  # looked at once: a signal may come at any time
+        return self.stopping or (self.every > 0 and step % self.every == 0)
+
+    def told(self):
+        """Tells whether the run has been told to stop."""
+        return self.stop
 
     def steps(self):
         """Steps of the checkpoints that are there, whole or not, the newest first."""
@@ -98,31 +118,42 @@ class Checkpoints:
         Raises:
             OSError: it could not be written, with the reason; the checkpoints that were there still are.
         """
-        tensors, state = {}, {"format": FORMAT, "step": step, "run": run, "environment": _environment(model)}
-        state["parts"] = _packed({name: part.state_dict() for name, part in parts.items()}, tensors)
-        state["random"] = _packed(_random_state(), tensors)
-        state["records"] = records
-        files = {"model": _own(_changing(model)), "training": _own(tensors)}
-        state["checksums"] = {name: _digest(content) for name, content in files.items()}
-        target, aside = self.path(step), self.directory / f".{uuid.uuid4().hex}.tmp"
+        tensors = {}
+        state = {"format": FORMAT, **about(step, model, parts, records, run, random_state(), tensors)}
+        files = {"model": own(changing(model)), "training": own(tensors)}
+        state["checksums"] = {name: file_digest(content) for name, content in files.items()}
+        aside = self.aside()
         try:
             self.clear()
             aside.mkdir()
             for name, content in files.items():
-                _write_tensors(content, aside / f"{name}.safetensors")
-            (aside / "training.json").write_text(json.dumps({"checksum": _checksum(state), "state": state}), encoding="utf-8")
-            flush(aside)
-            if target.exists():  # one that was found damaged, and has been reached again
-                target.rename(self.directory / f".{uuid.uuid4().hex}.tmp")
-            aside.rename(target)
-            _sync(self.directory)
-            later = [s for s in self.steps() if s > step]  # damaged, or the run would have gone on from there
-            for old in [*later, *self.steps()[len(later) + self.keep :]]:
-                shutil.rmtree(self.path(old))
-            self.clear()
+                write_tensors(content, aside / f"{name}.safetensors")
+            self.commit(aside, step, state)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise OSError(f"{self.directory}: step {step} could not be saved ({_reason(error)})") from error
+            raise self.not_saved(step, error) from error
+
+    def aside(self):
+        """The name under which a checkpoint is written, before it is renamed."""
+        return self.directory / f".{uuid.uuid4().hex}.tmp"
+
+    def not_saved(self, step, error):
+        """The OSError to raise."""
+        return OSError(f"{self.directory}: step {step} could not be saved ({_reason(error)})")
+
+    def commit(self, aside, step, state):
+        """Makes a checkpoint of a directory that has its tensors; then removes the oldest ones."""
+        (aside / "training.json").write_text(json.dumps({"checksum": checksum(state), "state": state}), encoding="utf-8")
+        flush(aside)
+        target = self.path(step)
+        if target.exists():  # one that was found damaged, and has been reached again
+            target.rename(self.aside())
+        aside.rename(target)
+        _sync(self.directory)
+        later = [s for s in self.steps() if s > step]  # damaged, or the run would have gone on from there
+        for old in [*later, *self.steps()[len(later) + self.keep :]]:
+            shutil.rmtree(self.path(old))
+        Checkpoints.clear(self)
 
     def remove(self):
         """Removes them all, and the directory: the run has ended, and what it made is safe elsewhere."""
@@ -153,7 +184,7 @@ class Checkpoints:
                 break
         else:
             return
-        _check_same(saved, run)
+        check_same(saved, run)
 
     def load(self, model, parts, run):
         """Brings a run to where its newest whole checkpoint was written; one that is damaged is passed over with a warning.
@@ -174,31 +205,22 @@ class Checkpoints:
         steps = self.steps()
         for step in steps:
             path = self.path(step)
-            found, wrong = _read(path)
+            found, wrong = read(path)
             if wrong is not None:
                 warnings.warn(f"{path}: {wrong}; trying the one before it", stacklevel=2)
                 continue
             state, files = found
-            _check_same(state["run"], run)
-            changing = _changing(model)
-            got = {name: (tuple(t.shape), t.dtype) for name, t in files["model"].items()}
-            for name in changing.keys() | got.keys():
-                want = (tuple(changing[name].shape), changing[name].dtype) if name in changing else "no such tensor"
-                if got.get(name) != want:
-                    remedy = "is it the same model, with the same parameters trained?"
-                    raise argument_error(f"resume, {path.name}, {name}", want, got.get(name, "no such tensor"), remedy)
-            here = _environment(model)
-            for name in here:
-                if here[name] != state["environment"].get(name):
-                    text = f"{name} was {state['environment'].get(name)} and is {here[name]}: last bits may differ"
-                    warnings.warn(f"{path}: {text}", stacklevel=2)
-            states = _unpacked(state["parts"], files["training"])
+            check_same(state["run"], run)
+            tensors = changing(model)
+            check_fits(path.name, tensors, {name: (tuple(t.shape), t.dtype) for name, t in files["model"].items()})
+            warn_of_environment(path, state["environment"], environment(model))
+            states = unpacked(state["parts"], files["training"])
             for name, part in parts.items():
                 part.load_state_dict(states[name])
             with torch.no_grad():
-                for name, tensor in changing.items():
+                for name, tensor in tensors.items():
                     tensor.copy_(files["model"][name])
-            _set_random_state(_unpacked(state["random"], files["training"]))
+            set_random_state(unpacked(state["random"], files["training"]))
             return state["records"]
         if steps:
             remedy = "start again in a new directory"
@@ -234,7 +256,7 @@ def describe(model, forget, retain, config):
     data = {"forget": forget, "retain": retain}
     return {
         **config,
-        **{f"content of {name}": _checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
+        **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
         "content of the model": digest(base_weights(model)),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
@@ -242,18 +264,23 @@ def describe(model, forget, retain, config):
 
 def save_model(model, tokenizer, directory):
     """Puts model (or adapters) and tokenizer, as Hugging Face's files, into a directory that is there; one of ``MODEL_FILES``
-    comes last, so that where it is, the rest is.
+    comes last, so that where it is, the rest is. Of a model in shards every process must call it, and the first one writes.
 
     Raises:
         OSError: they could not be written; nothing of them is there then.
     """
-    directory = pathlib.Path(directory)
+    processes = Processes.of(model)
+    state = {"state_dict": whole_state(model)} if processes.size > 1 else {}
+    processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), state))
+
+
+def _save_model(model, tokenizer, directory, state):
     aside = directory / f".{uuid.uuid4().hex}.tmp"
     try:
         _sweep(directory)
         aside.mkdir()
-        with _safetensors_errors():
-            model.save_pretrained(aside)
+        with safetensors_errors():
+            model.save_pretrained(aside, **state)
         tokenizer.save_pretrained(aside)
         flush(aside)
         for path in sorted(aside.iterdir(), key=lambda path: path.name in MODEL_FILES):
@@ -293,115 +320,5 @@ def _sync(directory):
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _safetensors_errors():
-    """The library says of a full disk what it says of a broken file; here it is an OSError again."""
-    try:
-        yield
-    except require("safetensors", "hf").SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
-
-
-def _write_tensors(tensors, path):
-    with _safetensors_errors():
-        require("safetensors.torch", "hf").save_file(tensors, path)
-
-
 def _reason(error):
     return error.strerror or str(error)
-
-
-def _changing(model):
-    """What a step may change, by name."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return trained | {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
-
-
-def _own(tensors):
-    """Contiguous, each in memory of its own, as the format asks."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    return {n: t if t.untyped_storage().nbytes() == t.numel() * t.element_size() else t.clone() for n, t in tensors.items()}
-
-
-def _read(path):
-    """State and tensors of a checkpoint, and None; or None and what is wrong with it."""
-    try:
-        content = json.loads((path / "training.json").read_text(encoding="utf-8"))
-        state, checksum = content["state"], content["checksum"]
-        if state["format"] != FORMAT:
-            return None, f"of format {state['format']}, not {FORMAT}"
-        if checksum != _checksum(state):
-            return None, "damaged (checksum of training.json)"
-        files = {n: require("safetensors.torch", "hf").load_file(path / f"{n}.safetensors") for n in state["checksums"]}
-    except Exception as error:  # whatever the libraries say of a truncated or foreign file
-        return None, f"not readable ({type(error).__name__}: {error})"
-    for name, tensors in files.items():
-        if _digest(tensors) != state["checksums"][name]:
-            return None, f"damaged (checksum of {name}.safetensors)"
-    return (state, files), None
-
-
-def _digest(tensors):
-    return digest(dict(sorted(tensors.items())))  # a file has an order of its own
-
-
-def _checksum(state):
-    return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=32).hexdigest()
-
-
-def _check_same(saved, now):
-    now = json.loads(json.dumps(now))  # tuples are lists there
-    data = ("content of forget", "content of retain")  # last: it may be an option, the template, why they differ
-    for name in sorted(saved.keys() | now.keys(), key=lambda name: (name in data, name)):
-        if saved.get(name) != now.get(name):
-            remedy = "give the options and files of the run that is to go on, or another output directory"
-            if name.startswith("content of"):
-                raise argument_error(f"resume, {name}", "what the checkpoint was made with", "another one", remedy)
-            raise argument_error(f"resume, {name}", f"{saved.get(name)!r} as in the checkpoint", repr(now.get(name)), remedy)
-
-
-def _environment(model):
-    """What the last bits of a number may depend on."""
-    device = next(model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def _random_state():
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": devices}
-
-
-def _set_random_state(state):
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def _packed(value, tensors):
-    """A tree as JSON values; its tensors go into a dict, and their strides, which 8-bit states depend on, into the tree."""
-    if isinstance(value, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = value
-        return {"tensor": name, "stride": list(value.stride())}
-    if isinstance(value, dict):
-        return {"dict": [[key, _packed(item, tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_packed(item, tensors) for item in value]}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise TypeError(f"no place in a checkpoint for a {type(value).__name__}")
-
-
-def _unpacked(value, tensors):
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        tensor = tensors[value["tensor"]]
-        return torch.empty_strided(tensor.shape, value["stride"], dtype=tensor.dtype, device="cpu").copy_(tensor)
-    ((kind, items),) = value.items()
-    if kind == "dict":
-        return {key: _unpacked(item, tensors) for key, item in items}
-    return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in items)

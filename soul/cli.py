@@ -9,12 +9,13 @@ import sys
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint import Stopped
-from soul.commands import demo, evaluate, info, study, unlearn
+from soul.commands import demo, evaluate, info, plan, study, unlearn
 from soul.commands._file import expand
+from soul.distributed import launched
 from soul.unlearn import Diverged
-from soul_kernels._checks import ArgumentError
+from soul_kernels._checks import ArgumentError, argument_error
 
-COMMANDS = {"unlearn": unlearn, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
+COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
 
 
 def main(argv=None):
@@ -26,6 +27,8 @@ def main(argv=None):
     command = words[0] if words else ""
     try:
         args = parser.parse_args(expand(words, parser_of))
+        if launched() > 1 and command != "unlearn":
+            raise argument_error("torchrun", "'soul unlearn'", f"'soul {command}'", "start it without, in one process")
         args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)

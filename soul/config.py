@@ -178,6 +178,16 @@ class UnlearnConfig:
         return losses.build(METHODS, self.method, self.method_options)
 
 
+def parameter_dtype(dtype, config, adapters=None):
+    """What the dtype "auto" of parameters is: bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters,
+    which are fp32; and float32 for AdamW and the method "influence". Any other name stays.
+    """
+    if dtype != "auto":
+        return dtype
+    keeps_bits = config.optimizer == "soul" and config.method != "influence"
+    return "bfloat16" if adapters or keeps_bits else "float32"
+
+
 def build_optimizer(model, config):
     """The optimizer of a config over all trainable parameters of a model.
 

@@ -7,6 +7,7 @@ import types
 import torch
 
 from soul._extras import require
+from soul.distributed import gathered
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
 from soul_kernels._checks import argument_error, check_choice, check_range
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
@@ -213,21 +214,28 @@ def token_statistics(model, batch, backend="auto"):
 
 
 def _at_head(op, model, batch, backend):
-    weight, bias = head(model)
-    with autocast(model):
-        hidden = hidden_states(model, batch)
-        return op(hidden, weight, batch.labels, bias=bias, rows=batch.rows, backend=backend, **transform(model))
+    def compute():
+        weight, bias = head(model)
+        with autocast(model):
+            hidden = hidden_states(model, batch)
+            return op(hidden, weight, batch.labels, bias=bias, rows=batch.rows, backend=backend, **transform(model))
+
+    return gathered(model, compute)
 
 
 def gnb_loss(model, batch, *, generator=None, backend="auto"):
     """Mean negative log-likelihood of labels drawn from the model, at the labelled tokens of a batch, [], differentiable: the
     loss of `soul.curvature.GNB`.
     """
-    weight, bias = head(model)
-    with autocast(model):
-        hidden = hidden_states(model, batch)
-        options = dict(bias=bias, rows=batch.rows, generator=generator, backend=backend, **transform(model))
-        return linear_gnb(hidden, weight, batch.labels != IGNORE_INDEX, **options)[0]
+
+    def compute():
+        weight, bias = head(model)
+        with autocast(model):
+            hidden = hidden_states(model, batch)
+            options = dict(bias=bias, rows=batch.rows, generator=generator, backend=backend, **transform(model))
+            return linear_gnb(hidden, weight, batch.labels != IGNORE_INDEX, **options)[0]
+
+    return gathered(model, compute)
 
 
 def check_linear_head(model):

@@ -1,6 +1,7 @@
 """What a run needs of its data before it starts: encoded sequences, and that everything fits together."""
 
 from soul.data import encode, pair_refusals, refuse
+from soul.distributed import Processes, check_shards, check_supported
 from soul.models import check_checkpointing, head
 from soul.reference import check_cache
 from soul_kernels._checks import argument_error
@@ -18,6 +19,9 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
             can be no cache in the config's directory.
     """
     objective, counts = config.objective(), counts or {}
+    check_shards(model)
+    if Processes.of(model).size > 1:
+        check_supported(config)
     if getattr(objective, "alpha", 0) and not retain:
         remedy = "give a retain set, or set alpha to 0"
         raise argument_error("retain", f"examples for {objective}", "none", remedy)

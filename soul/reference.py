@@ -5,6 +5,7 @@ written to the side and renamed, so it is never half there; and it is trusted on
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import torch
 
 from soul._extras import require
 from soul.data import collate
+from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, has_adapters, head, hidden_states, token_logps
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
@@ -102,7 +104,7 @@ def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None
         states = [torch.empty(0, width)]
         with as_reference(model), autocast(model):
             for batch in _batches(dataset, batch_size, device):
-                hidden = hidden_states(model, batch).flatten(0, 1)
+                hidden = gathered(model, functools.partial(hidden_states, model, batch)).flatten(0, 1)
                 states.append(hidden.index_select(0, batch.rows.to(device)).cpu())
         return torch.cat(states[1:] or states)
 
@@ -115,12 +117,17 @@ def reference_head(model):
     """Weight and bias of the head as it is now, without adapters, for as long as the model is trained: copies of what is
     trained. (None, None) where the model's own head is frozen and serves.
     """
-    own = head(model)
-    with as_reference(model):
-        frozen = head(model)
-    if frozen[0] is own[0] and not any(tensor is not None and tensor.requires_grad for tensor in own):
-        return None, None
-    return tuple(t if t is None or not t.requires_grad else t.detach().clone() for t in frozen)
+
+    def copies():
+        own = head(model)
+        with as_reference(model):
+            frozen = head(model)
+        if frozen[0] is own[0] and not any(tensor is not None and tensor.requires_grad for tensor in own):
+            return None, None
+        return tuple(t if t is None or not t.requires_grad else t.detach().clone() for t in frozen)
+
+    with torch.no_grad():
+        return gathered(model, copies)
 
 
 def check_cache(directory, name="cache"):
@@ -149,15 +156,16 @@ def _kept(cache, name, shape, compute, *what):
     check_cache(cache)
     if cache is None:
         return compute()
-    key = _key(name, *what)
-    path = pathlib.Path(cache) / f"{name}-{key}.safetensors"
+    key, processes = _key(name, *what), Processes.of(what[0])
+    path, tensor = pathlib.Path(cache) / f"{name}-{key}.safetensors", None
     if path.exists():
         tensor, wrong = _read(path, name, key, shape)
-        if wrong is None:
-            return tensor
-        warnings.warn(f"{path}: {wrong}; computed again", stacklevel=3)
-    tensor = compute()
-    _write(path, name, key, tensor)
+        if wrong is not None:
+            warnings.warn(f"{path}: {wrong}; computed again", stacklevel=3)
+    if not processes.any(tensor is None):
+        return tensor
+    tensor = compute()  # in all processes, where one of them has not found it
+    processes.on_first(lambda: _write(path, name, key, tensor))
     return tensor
 
 
@@ -226,11 +234,13 @@ def base_weights(model):
 
 
 def digest(tensors, text=""):
-    """blake2b, in hexadecimal, of a text and of names, dtypes, shapes and bytes; a part of a tensor at a time."""
+    """blake2b, in hexadecimal, of a text and of names, dtypes, shapes and bytes; a part of a tensor at a time. Shards are
+    gathered first, a tensor at a time: every process must call it.
+    """
     found = hashlib.blake2b(text.encode(), digest_size=32)
     for name, tensor in tensors.items():
         found.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        flat = full(tensor.detach()).contiguous().view(-1).view(torch.uint8)
         for start in range(0, len(flat), PART_BYTES):
             found.update(flat[start : start + PART_BYTES].cpu().numpy())
     return found.hexdigest()

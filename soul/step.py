@@ -5,8 +5,10 @@ import math
 
 import torch
 
+from soul._shards import local
 from soul.config import norm_limit
 from soul.curvature import GNB
+from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, gnb_loss, has_adapters, head, hidden_states, token_logps, transform
 from soul.optimizer import SophiaG
 from soul_kernels import grad_norm, linear_objective
@@ -44,13 +46,13 @@ def train_step(model, batches, objective, optimizer, config, ref_head=(None, Non
     adapters.
 
     Args:
-        model: changed in place.
+        model: changed in place. Where it is in shards, the batches are this process's part of the step.
         batches: iterable of `soul.data.Batch`, the micro-batches; a list of them with ``release``.
         objective: a `soul.losses.Objective`.
         optimizer: of the model's trainable parameters.
         config: `UnlearnConfig`, for ``max_grad_norm`` and ``backend``.
         ref_head: weight and bias of the reference's head, from `soul.reference.reference_head`.
-        whole: the `TokenBatch` of all micro-batches; None where there is but one.
+        whole: the `TokenBatch` of all micro-batches of all processes; None where there is but one.
         release: the `soul.release.GradientRelease` of the optimizer, or None.
 
     Returns:
@@ -68,50 +70,57 @@ def train_step(model, batches, objective, optimizer, config, ref_head=(None, Non
         for name, kept in _kept_tokens(batch, objective).items():
             sums[name] = sums.get(name, 0.0) - (logps * kept).sum()
             counts[name] = counts.get(name, 0) + kept.sum()
-    norm = _update(optimizer, config)
-    terms = {f"loss_{name}": value for name, value in recorded.sums.items()}
-    values = {"loss": total, **terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}}
+    processes = Processes.of(model)
+    norm = _update(optimizer, config, processes)
+    terms = processes.totals({"loss": total, **{f"loss_{name}": value for name, value in recorded.sums.items()}})
+    sums, counts = processes.totals(sums), processes.totals(counts)
+    values = {**terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}}
     return values if norm is None else values | {"grad_norm": norm}
 
 
-def _update(optimizer, config):
+def _update(optimizer, config, processes):
     """Clips and steps; returns the norm of the gradients before, on the device, or None where they are gone."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, SophiaG):
         norm = torch.nn.utils.clip_grad_norm_(params, norm_limit(config) or math.inf)
         optimizer.step()
-        return norm
+        return full(norm)
     optimizer.step()  # clips by itself, without a pass of its own
     if config.gradient_release:
         return None
-    norm = optimizer._norm
-    return grad_norm([p.grad for p in params if p.grad is not None], backend=config.backend) if norm is None else norm
+    if optimizer._norm is not None:
+        return optimizer._norm
+    return processes.norm(grad_norm([local(p.grad) for p in params if p.grad is not None], backend=config.backend))
 
 
 def _loss(model, batch, objective, config, ref_head):
     """Loss, with its graph, and log-probabilities [B, T] of one micro-batch."""
-    (weight, bias), (ref_weight, ref_bias) = head(model), ref_head
-    ref_hidden = batch.ref_hidden
+    (ref_weight, ref_bias), ref_hidden = ref_head, batch.ref_hidden
     if objective.divergence is not None and ref_hidden is None and has_adapters(model):
         with as_reference(model), autocast(model):
             ref_hidden = hidden_states(model, batch)
-    with autocast(model):
-        return linear_objective(
-            hidden_states(model, batch),
-            weight,
-            batch.labels,
-            objective,
-            bias=bias,
-            is_forget=batch.is_forget,
-            ref_logps=batch.ref_logps,
-            ref_hidden=ref_hidden,
-            ref_weight=ref_weight,
-            ref_bias=ref_bias,
-            rows=batch.rows,
-            return_logps=True,
-            backend=config.backend,
-            **transform(model),
-        )
+
+    def compute():
+        weight, bias = head(model)
+        with autocast(model):
+            return linear_objective(
+                hidden_states(model, batch),
+                weight,
+                batch.labels,
+                objective,
+                bias=bias,
+                is_forget=batch.is_forget,
+                ref_logps=batch.ref_logps,
+                ref_hidden=ref_hidden,
+                ref_weight=ref_weight,
+                ref_bias=ref_bias,
+                rows=batch.rows,
+                return_logps=True,
+                backend=config.backend,
+                **transform(model),
+            )
+
+    return gathered(model, compute)
 
 
 def _kept_tokens(batch, objective):
@@ -131,11 +140,11 @@ def curvature_loss(model, batches, curvature, config):
 
     Args:
         model: gets the gradients of all batches but the last, of which the loss that is returned is a part.
-        batches: list of `soul.data.Batch`, of retain sequences.
+        batches: list of `soul.data.Batch`, of retain sequences; of a model in shards this process's part of them.
         curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
         config: `UnlearnConfig`, for ``backend``.
     """
-    n_tokens = sum(len(batch.rows) for batch in batches)
+    n_tokens = Processes.of(model).total(sum(len(batch.rows) for batch in batches))
     generator = curvature.generator() if isinstance(curvature, GNB) else None
     for position, batch in enumerate(batches, 1):
         if generator is not None:

@@ -1,6 +1,7 @@
 """The unlearning loop: one forward over forget and retain sequences, one fused loss, one fused step."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -13,7 +14,8 @@ import torch
 from soul._extras import require
 from soul.checkpoint import Stopped, describe
 from soul.config import build_curvature, build_optimizer, build_scheduler
-from soul.data import Order, collate
+from soul.data import Order, Sequence, collate
+from soul.distributed import Processes
 from soul.graph import GraphedStep
 from soul.influence import Influence, unlearn_once
 from soul.models import checkpointing, compiled, evaluating, has_adapters
@@ -23,6 +25,9 @@ from soul.reference import reference_head, reference_hidden, reference_logps
 from soul.release import release_gradients
 from soul.step import curvature_loss, train_step
 from soul_kernels import TokenBatch
+from soul_kernels.reference.token_logprob import IGNORE_INDEX
+
+NOTHING = Sequence([0], [IGNORE_INDEX], 1)  # for a process without a part in a micro-batch: it takes part in the gathering
 
 
 class Diverged(RuntimeError):
@@ -35,7 +40,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     Args:
         model: a Hugging Face causal language model on its device, as it was before unlearning, also where a run is resumed:
             what the method needs of the reference comes from it. Where peft has wrapped it, the adapters are trained, and the
-            reference is the model without them.
+            reference is the model without them. Where `soul.distributed.shard` has put it in shards, every process calls
+            this, with the same arguments, and takes its part of every step.
         tokenizer: its tokenizer.
         forget: list of `soul.data.Example`.
         retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
@@ -63,11 +69,13 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         return _influence(model, forget, retain, objective, config, log)
     if config.eval_every:
         answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
-    device = next(model.parameters()).device
+    device, processes = next(model.parameters()).device, Processes.of(model)
     together = 2 if objective.pairs else 1  # forget sequences that belong to one example
     run = None
     if checkpoints is not None:
         run = describe(model, forget, retain, config.decisive())
+        if processes.size > 1:
+            run["several processes"] = True
         checkpoints.check(run)
         checkpoints.clear()
     ref_logps = None
@@ -80,17 +88,27 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     elif objective.divergence is not None:
         ref_states, ref_head = _states(model, objective.divergence.of, forget, retain, options)
 
-    def micro_batch(chosen, kept):
-        return collate(
+    def micro_batch(examples, kept):
+        has_retain = bool(kept)
+        examples, kept = processes.part(examples, kept)
+        chosen = [together * i + j for i in examples for j in range(together)]
+        given, states = [retain[i] for i in kept], None
+        if ref_states is not None:
+            states = [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))]
+        if states is not None and all(state is None for state in states):
+            given, states = [*given, NOTHING], [*states, next(state for state in ref_states if state is not None)[:0]]
+        batch = collate(
             [forget[i] for i in chosen],
-            [retain[i] for i in kept],
+            given if chosen or given else [NOTHING],
             device=device,
             ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
-            ref_hidden=ref_states and [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))],
+            ref_hidden=states,
         )
+        return dataclasses.replace(batch, has_retain=has_retain)  # all processes log the same
 
     def retained(kept):
-        return [collate([retain[i] for i in part], [], device=device) for part in _split(kept, config.batch_size)]
+        parts = [processes.part([], part)[1] for part in _split(kept, config.batch_size)]
+        return [collate([retain[i] for i in part] or [NOTHING], [], device=device) for part in parts]
 
     model.train()
     order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
@@ -103,7 +121,11 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         parts["curvature"] = curvature
     records = [] if checkpoints is None else checkpoints.load(model, parts, run)
     bar = require("tqdm", "hf").tqdm(
-        total=len(order), initial=len(records), disable=not progress, desc=f"unlearn ({config.optimizer})", file=sys.stderr
+        total=len(order),
+        initial=len(records),
+        disable=not (progress and processes.first),
+        desc=f"unlearn ({config.optimizer})",
+        file=sys.stderr,
     )
     graphed = None
     if config.cuda_graph:
@@ -114,6 +136,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             stack.callback(release.remove)
         if config.compile:
             stack.enter_context(compiled(model))
+        if not processes.first:
+            log = None
         if isinstance(log, (str, os.PathLike)):
             log = stack.enter_context(open(log, "w", encoding="utf-8"))
         if checkpoints is not None:
@@ -126,12 +150,10 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         for epoch, examples, kept in () if ended else order:
             begun = time.perf_counter()
             chosen = [together * i + j for i in examples for j in range(together)]
-            micro = itertools.zip_longest(
-                _split(chosen, together * config.batch_size), _split(kept, config.batch_size), fillvalue=[]
-            )
+            micro = itertools.zip_longest(_split(examples, config.batch_size), _split(kept, config.batch_size), fillvalue=[])
             batches = (micro_batch(*part) for part in micro)  # one at a time: states of a reference are large
             whole = None
-            if len(examples) > config.batch_size:
+            if len(examples) > config.batch_size or processes.size > 1:
                 whole = collate([forget[i] for i in chosen], [retain[i] for i in kept], device=device)
                 whole = TokenBatch.from_labels(whole.labels, whole.is_forget)
             if curvature is not None:
@@ -165,7 +187,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             if checkpoints is not None and checkpoints.due(len(records)):
                 _check_finite(model, len(records))  # what is broken takes no place of what is not
                 checkpoints.save(len(records), model, parts, records, run)
-                if checkpoints.stop and len(records) < len(order) and "stopped" not in record:
+                if checkpoints.stopping and len(records) < len(order) and "stopped" not in record:
                     raise Stopped(f"stopped after step {len(records)} of {len(order)}")
             if "stopped" in record:
                 break
@@ -198,6 +220,7 @@ def _evaluated(model, answers, config):
     with evaluating(model):
         options = dict(batch_size=config.batch_size, backend=config.backend)
         found = {f"{name}_prob": answer_probability(model, part, **options) for name, part in answers.items()}
+    found = Processes.of(model).of_first(found)  # all end in the same step
     reasons, forget_limit, retain_limit = [], config.stop_forget_prob, config.stop_retain_prob
     if forget_limit is not None and found["forget_prob"] <= forget_limit:
         reasons.append(f"forget probability {found['forget_prob']:.4g} has reached {forget_limit:g}")
@@ -218,7 +241,7 @@ def _write_line(log, record):
 
 
 def _check_finite(model, step):
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not Processes.of(model).all_finite(model.parameters()):
         raise Diverged(f"a weight is not finite after step {step}; lower the learning rate")
 
 

@@ -6,10 +6,11 @@ import os
 
 import torch
 
-from soul import datasets, models
+from soul import datasets, distributed, models
 from soul.checkpoint import Checkpoints, Stopped, save_model
-from soul.config import UnlearnConfig
+from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
+from soul.distributed import Processes
 from soul.output import DATA_FILE, RUN_FILE, check_output
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
@@ -50,19 +51,24 @@ class Unlearner:
         self, model, forget, retain=None, config=None, *, tokenizer=None, dtype="auto", device="auto", adapters=None
     ):  # fmt: skip
         self.config = UnlearnConfig() if config is None else config
+        several = Processes.here().size > 1
+        if several:
+            distributed.check_supported(self.config, adapters)
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
         if isinstance(model, (str, os.PathLike)):
-            if dtype == "auto":
-                keeps_bits = self.config.optimizer == "soul" and self.config.method != "influence"
-                dtype = "bfloat16" if adapters or keeps_bits else "float32"
-            model, tokenizer = models.load(model, dtype=dtype, device=models.pick_device(device))
+            dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
+            model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
         elif tokenizer is None:
             raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")
+        else:
+            place = next(model.parameters()).device
         if adapters:
             torch.manual_seed(self.config.seed)
             model = models.add_adapters(model, **adapters)
+        if several:
+            model = distributed.shard(model, place)
         self.model, self.tokenizer = model, tokenizer
         found = {name: self._examples(name, part) for name, part in rows.items()}
         self._forget, self._retain = found["forget"], found.get("retain", [])
@@ -116,18 +122,15 @@ class Unlearner:
             OSError: something could not be written; the message says whether there is a checkpoint to go on from.
         """
         given = (self.model, self.tokenizer, self._forget, self._retain, self.config)
-        torch.manual_seed(self.config.seed)  # of dropout
+        processes = Processes.of(self.model)
+        torch.manual_seed(self.config.seed + processes.rank)  # of dropout, which differs between processes
         if output is None:
             records = unlearn(*given, progress=progress)
             self._merge(merge)
             return records
-        output = check_output(output, resume)
-        checkpoints = Checkpoints(output / "checkpoints", every=save_every, keep=keep, resume=resume)
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / RUN_FILE).exists():
-            (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
-        counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
-        (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+        output = processes.together(lambda: check_output(output, resume))  # before one of them writes
+        checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
+        processes.on_first(lambda: self._make(output, about))
         try:
             records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
             with checkpoints.listening():  # a model that is there is saved, whatever comes
@@ -141,3 +144,18 @@ class Unlearner:
     def _merge(self, merge):
         if merge and models.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
+
+    def _make(self, output, about):
+        output.mkdir(parents=True, exist_ok=True)
+        if not (output / RUN_FILE).exists():
+            (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
+        counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
+        (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+
+
+def _checkpoints(processes):
+    if processes.size == 1:
+        return Checkpoints
+    from soul.distributed_checkpoint import ShardedCheckpoints  # and with it much of torch.distributed
+
+    return ShardedCheckpoints

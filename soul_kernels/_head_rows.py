@@ -97,6 +97,24 @@ class Chunk(NamedTuple):
         return slice(self.start, self.stop)
 
 
+def row_width(n_vocab):
+    """Elements from one row of scratch memory to the next."""
+    return -(-n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def row_bytes(n_vocab, options, has_reference):
+    """Scratch memory of a row: logits, those of the reference, and the gradient where it cannot take the logits' place."""
+    compute, logits = options.compute_dtype, options.logits_dtype
+    element = logits.itemsize * (2 if has_reference else 1) + (0 if logits == compute else compute.itemsize)
+    return row_width(n_vocab) * element
+
+
+def chunk_rows(n_vocab, options, has_reference):
+    """Rows of a chunk: what the budget allows, in whole tiles where it allows one."""
+    limit = max(1, options.chunk_bytes // row_bytes(n_vocab, options, has_reference))
+    return limit // TILE * TILE or limit
+
+
 class HeadRows:
     """The kept tokens of one call.
 
@@ -125,9 +143,9 @@ class HeadRows:
             self.x.masked_fill_((self.labels == IGNORE_INDEX)[:, None], 0.0)
         self.head = self._converted(head)
         self.n_vocab = head.weight.shape[0]
-        self.row_width = -(-self.n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        self.row_width = row_width(self.n_vocab)
         self.statistics = torch.empty((N_ALL if all_statistics else N_BASIC, len(rows)), dtype=torch.float32, device=device)
-        self.limit = self._limit(reference)
+        self.limit = chunk_rows(self.n_vocab, options, reference is not None)
         self._logits = self._ref_logits = self._gradient = None
         self.reference = None
         self._runs = [(0, len(rows), None)]
@@ -140,13 +158,6 @@ class HeadRows:
     def _converted(self, head):
         bias = None if head.bias is None else head.bias.detach().float()
         return head._replace(weight=head.weight.detach().to(self.options.compute_dtype), bias=bias)
-
-    def _limit(self, reference):
-        """Rows of a chunk: logits, those of the reference, and the gradient where it cannot take the place of the logits."""
-        compute, logits = self.options.compute_dtype, self.options.logits_dtype
-        element = logits.itemsize * (1 if reference is None else 2) + (0 if logits == compute else compute.itemsize)
-        limit = max(1, self.options.chunk_bytes // (self.row_width * element))
-        return limit // TILE * TILE or limit
 
     def _take_reference(self, reference, found):
         """Packs the rows of the reference, and cuts all rows into runs with and without one.

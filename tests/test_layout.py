@@ -39,6 +39,7 @@ def imported(path):
     ("soul_kernels", ("soul", "bench", "tests", "transformers")),
     ("soul", ("bench", "tests", "triton", "soul.integrations")),
     ("soul/study", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
+    ("soul/plan", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
     ("soul/commands", ("bench", "tests", "triton", "soul.integrations")),
     ("soul/integrations", ("bench", "tests", "triton", "trl")),
     ("soul/integrations/open_unlearning", ("bench", "tests", "triton")),

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 import soul
-from soul import checkpoint
+from soul import checkpoint, run_state
 from soul.checkpoint import Checkpoints, Stopped, describe, save_model
 from soul.cli import main
 from soul.config import UnlearnConfig
@@ -367,11 +367,11 @@ def full_for_safetensors(tensors, path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-REAL_WRITE = checkpoint._write_tensors
+REAL_WRITE = checkpoint.write_tensors
 
 
 @pytest.mark.parametrize("broken", [
-    ("os.fsync", full), ("_write_tensors", full), ("_write_tensors", full_for_safetensors), ("pathlib.Path.write_text", full),
+    ("os.fsync", full), ("write_tensors", full), ("write_tensors", full_for_safetensors), ("pathlib.Path.write_text", full),
     ("pathlib.Path.rename", full), ("pathlib.Path.mkdir", full),
 ], ids=lambda broken: f"{broken[0]}-{broken[1].__name__}")  # fmt: skip
 def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(broken, tokenizer, tmp_path, monkeypatch):
@@ -399,7 +399,7 @@ def test_the_command_says_what_a_full_disk_left(place, capsys, monkeypatch):
     def save(self, step, *args):
         with monkeypatch.context() as patch:
             if step == 4:
-                patch.setattr("soul.checkpoint._write_tensors", full)
+                patch.setattr("soul.checkpoint.write_tensors", full)
             real(self, step, *args)
 
     argv = words(place, "full", "--epochs", "2", "--save-every", "2")
@@ -448,13 +448,13 @@ def test_trees_keep_types_bits_and_strides():
         "empty": torch.empty(0, dtype=torch.int8), "codes": torch.arange(256).to(torch.uint8),
     }  # fmt: skip
     tensors = {}
-    text = json.dumps(checkpoint._packed(tree, tensors))
-    got = checkpoint._unpacked(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
+    text = json.dumps(run_state.packed(tree, tensors))
+    got = run_state.unpacked(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
     assert got["a"] == tree["a"] and list(got) == list(tree)
     for a, b in zip((*got[3], got["empty"], got["codes"]), (*tree[3], tree["empty"], tree["codes"])):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
     with pytest.raises(TypeError, match="no place in a checkpoint for a set"):
-        checkpoint._packed({"x": set()}, {})
+        run_state.packed({"x": set()}, {})
 
 
 def test_numbers_are_checked(tmp_path):

@@ -7,10 +7,12 @@ import time
 
 from soul._extras import require
 from soul.commands._place import add_place
+from soul.commands._plan import add_card, card_options
 from soul.commands._template import add_template
 from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
+NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -89,12 +91,25 @@ def add_arguments(parser):
     how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
                      "other options as before. Without one, from the start")  # fmt: skip
     add_place(how)
+    dry = parser.add_argument_group("plan")
+    dry.add_argument("--dry-run", action="store_true", help="print the memory and the least time that the run takes on a card, "
+                     "from the model's configuration and the files; read no weights, and write nothing")  # fmt: skip
+    add_card(dry, "of --dry-run: ")
 
 
 def run(args):
-    """Runs the command."""
+    """Runs the command, in every process that torchrun has started."""
+    from soul.distributed import started
+    from soul.models import pick_device
+
+    with started(pick_device(args.device)):
+        _run(args)
+
+
+def _run(args):
     from soul.checkpoint import MODEL_FILES, Checkpoints
     from soul.config import UnlearnConfig
+    from soul.distributed import Processes, check_supported
     from soul.output import check_output
     from soul.unlearner import Unlearner
 
@@ -104,19 +119,31 @@ def run(args):
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
+    processes = Processes.here()
+    if processes.size > 1:
+        check_supported(config, adapters)
     require("transformers", "hf")
+    if args.dry_run:
+        from soul.plan.run import plan_run
+
+        options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
+        print(plan_run(args.model, args.forget, args.retain, config, **options).table())
+        return
     if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
-        print(f"{output}: this run has ended, and there is nothing to resume")
+        if processes.first:
+            print(f"{output}: this run has ended, and there is nothing to resume")
         return
     place = dict(dtype=args.dtype, device=args.device)
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
-    for name, counts in unlearner.counts.items():
+    for name, counts in unlearner.counts.items() if processes.first else ():
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
-    about = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
+    about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
+    if not processes.first:
+        return
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")

@@ -1,0 +1,18 @@
+"""Options of the commands that plan."""
+
+from soul.plan.cards import CARDS, NETWORK
+
+
+def add_card(group, hint=""):
+    """Declares ``--card``, ``--gpus`` and ``--network``."""
+    group.add_argument("--card", default="h100", metavar="NAME", help=f"{hint}{', '.join(CARDS)}, or GB:GB/s:TFLOP/s "
+                       "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--gpus", type=int, default=1, metavar="N", help=f"{hint}FSDP2 over so many (default: %(default)s)")
+    group.add_argument("--network", type=float, default=NETWORK / 1e9, metavar="GB/S", help=f"{hint}into each GPU "
+                       "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--attention", default="sdpa", metavar="NAME", help=f"{hint}sdpa or eager (default: %(default)s)")
+
+
+def card_options(args):
+    """Those options as keyword arguments of `soul.plan.plan`."""
+    return dict(card=args.card, gpus=args.gpus, network=args.network * 1e9, attention=args.attention)

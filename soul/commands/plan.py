@@ -1,0 +1,49 @@
+"""``soul plan``: memory and least time of a step, before there is a GPU, a weight or a file of data."""
+
+import math
+
+from soul.commands._plan import add_card, card_options
+from soul.losses import OBJECTIVES
+from soul.plan.shapes import PRESETS
+
+HELP = "memory and time of a run on a given card, computed from the shapes of a model"
+
+
+def add_arguments(parser):
+    """Declares the options."""
+    what = parser.add_argument_group("what")
+    what.add_argument("--model", required=True, metavar="DIR_OR_NAME", help=f"{', '.join(PRESETS)}; or a directory or hub "
+                      "name, of which the configuration alone is read")  # fmt: skip
+    what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, as many to retain")
+    what.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
+    what.add_argument("--labelled", type=int, metavar="N", help="tokens with a label in a micro-batch (default: all)")
+    add_card(parser.add_argument_group("where"))
+    how = parser.add_argument_group("how; as of soul unlearn")
+    how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: %(default)s)")
+    how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
+    how.add_argument("--state-dtype", metavar="NAME", help="float32, bfloat16 or 8bit (default: h in fp32, m as parameters)")
+    how.add_argument("--param-rounding", default="auto", metavar="NAME", help="nearest, stochastic or compensated (default)")
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default: %(default)s)")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="keep one hidden state a layer")
+    how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
+    how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
+    how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
+    how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16 or float32 (default: "
+                     "bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
+
+
+def run(args):
+    """Runs the command."""
+    from soul.config import UnlearnConfig
+    from soul.plan import plan
+    from soul.plan._plan import tokens_of
+
+    names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",
+             "gradient_release")  # fmt: skip
+    limit = math.inf if args.gradient_release else 1.0
+    config = UnlearnConfig(**{name: getattr(args, name) for name in names}, max_grad_norm=limit)
+    adapters = None
+    if args.lora_rank is not None:
+        adapters = dict(rank=args.lora_rank, targets=args.lora_targets.split(",") if args.lora_targets else "all-linear")
+    tokens = tokens_of(config, args.length, args.labelled)
+    print(plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args)).table())

@@ -1,0 +1,265 @@
+"""Several processes, started by torchrun: one model in shards (FSDP2), and the sequences of every step divided among them.
+
+`started` makes the process group, `shard` cuts a model, and from there on everything follows from the model: `gathered` runs
+what needs its head, and `Processes.of` says who does what. Every process runs the same program in the same order, since
+every forward pass of a sharded model is one of all of them.
+
+Losses are sums over sequences, divided by counts of the **whole** step. So gradients are added up over processes, not
+averaged, and are those of one process.
+"""
+
+import contextlib
+import dataclasses
+import os
+import types
+
+import torch
+import torch.distributed as dist
+
+from soul._shards import is_sharded, local
+from soul_kernels._checks import ArgumentError, argument_error
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment
+COMPUTE = "compute_whole"  # the method that makes a model a sharded one
+
+
+def launched():
+    """Number of processes that torchrun has started, this one included; 1 without it."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TORCHRUN) else 1
+
+
+@contextlib.contextmanager
+def started(device):
+    """Meanwhile the processes that torchrun has started form a group: gloo on CPUs, NCCL beside it on GPUs, one GPU each.
+    Without torchrun, or within a group that is there, nothing happens.
+
+    Args:
+        device: ``torch.device``, "cpu" or "cuda".
+
+    Raises:
+        ArgumentError: there are fewer GPUs than processes on this machine.
+    """
+    if launched() == 1 or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if own >= there:
+            remedy = "start fewer with --nproc-per-node, or pass --device cpu"
+            raise argument_error("nproc-per-node", f"at most {there}, the GPUs here", f"process {own + 1}", remedy)
+        torch.cuda.set_device(own)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def check_supported(config, adapters=None):
+    """Raises for what several processes cannot do.
+
+    Args:
+        config: a `soul.config.UnlearnConfig`.
+        adapters: what `soul.Unlearner` takes.
+
+    Raises:
+        ArgumentError: naming the first such option.
+    """
+    for name, remedy in (
+        ("compile", "it does not go through the gathering of shards"),
+        ("cuda_graph", "what processes send each other is not captured"),
+        ("gradient_release", "gradients are in shards as it is"),
+    ):
+        if getattr(config, name):
+            raise argument_error(name, "False with several processes", True, f"{remedy}; leave it out")
+    if config.state_dtype == "8bit":
+        remedy = "its blocks do not fit shards; use bfloat16"
+        raise argument_error("state_dtype", "float32 or bfloat16 with several processes", "'8bit'", remedy)
+    if adapters:
+        remedy = "a frozen model is not sharded: run one process"
+        raise argument_error("lora_rank", "None with several processes", adapters.get("rank"), remedy)
+    if config.method == "influence":
+        raise argument_error("method", "another one than 'influence' with several processes", "it", "run one process")
+    objective = config.objective()
+    if objective.additive is None:
+        remedy = "its loss is not a sum over sequences, which are divided among processes"
+        raise argument_error("processes", f"1 with {objective}", Processes.here().size, remedy)
+
+
+def shard(model, device):
+    """Puts a model in shards over all processes of the group, on their devices, in place: the parameters of every transformer
+    layer, which are gathered and freed one layer at a time, and those of the rest.
+
+    Gradients are added up over the processes in fp32. The same module objects and names stay; the parameters are DTensors.
+
+    Args:
+        model: a Hugging Face model, the same in every process.
+        device: ``torch.device``, "cpu" or "cuda".
+
+    Returns:
+        The model.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    options = dict(
+        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    )
+    layers = set(model._no_split_modules or ())  # names of the classes
+    for module in [module for module in model.modules() if type(module).__name__ in layers]:
+        fully_shard(module, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):  # the sum of the gradients, not their mean
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    setattr(model, COMPUTE, types.MethodType(lambda _, compute: compute(), model))
+    register_fsdp_forward_method(model, COMPUTE)
+    return model
+
+
+def check_shards(model):
+    """Raises where somebody else has put the model in shards, whose head nobody would gather.
+
+    Raises:
+        ArgumentError: its parameters are DTensors, and `shard` has not made them.
+    """
+    if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
+
+
+def gathered(model, compute):
+    """``compute()``; of a sharded model within a forward pass of its root, so that embeddings, head and the last norm are
+    whole tensors, and their gradients are added up. The fused loss takes hidden states from the body and the head itself:
+    the model's own forward pass, in which FSDP2 would do so, is never called.
+
+    Args:
+        model: sharded or not.
+        compute: returns tensors; those with a graph must be outputs, so that backward finds the parameters whole again.
+    """
+    within = getattr(model, COMPUTE, None)
+    if within is None:
+        return compute()
+    found = within(compute)
+    if not torch.is_grad_enabled():  # FSDP2 keeps the root's parameters whole for a backward pass
+        model.reshard()
+    return found
+
+
+def whole_state(model):
+    """``model.state_dict()`` of whole tensors, on the CPU, in the first process; {} in the others. Names of one tied parameter
+    share one tensor. Every process must call it.
+    """
+    first, known, state = Processes.of(model).first, {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in known:  # one tensor at a time is whole
+            whole = full(tensor.detach())
+            known[id(tensor)] = whole.cpu() if first else None
+        state[name] = known[id(tensor)]
+    return state if first else {}
+
+
+def full(tensor):
+    """The whole tensor of a DTensor, which all processes must ask for; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes that share a model. With one, all methods do the plain thing, and nothing waits.
+
+    Attributes:
+        rank: number of this one, from 0.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls):
+        """Those of the process group; one without it."""
+        there = dist.is_available() and dist.is_initialized()
+        return cls(dist.get_rank(), dist.get_world_size()) if there else cls()
+
+    @classmethod
+    def of(cls, model):
+        """Those among which `shard` has divided the model; one, where it has not."""
+        return cls.here() if hasattr(model, COMPUTE) else cls()
+
+    @property
+    def first(self):
+        """Whether this one writes."""
+        return self.rank == 0
+
+    def part(self, forget, retain):
+        """This one's part of a micro-batch, two lists; either may be empty. Who has one forget example more has one retain
+        sequence less.
+        """
+        return forget[self.rank :: self.size], retain[self.size - 1 - self.rank :: self.size]
+
+    def totals(self, values):
+        """Sums over the processes, in fp64, of a dict of tensors [] that has the same names in all of them."""
+        if self.size == 1 or not values:
+            return values
+        summed = torch.stack([value.double() for value in values.values()])
+        dist.all_reduce(summed)
+        return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), summed)}
+
+    def total(self, number):
+        """Sum of a whole number over the processes."""
+        return int(self.totals({"": torch.tensor(number, device="cpu")})[""])
+
+    def any(self, flag):
+        """Whether it is so in one of them."""
+        return self.total(int(flag)) > 0 if self.size > 1 else bool(flag)
+
+    def of_first(self, value):
+        """What the first process has, for all."""
+        found = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(found, src=0)
+        return found[0]
+
+    def gather(self, value):
+        """List of what each process has."""
+        if self.size == 1:
+            return [value]
+        found = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def together(self, call):
+        """``call()`` in every process; what fails in one is raised in all, so that none waits for another. All wait for all.
+
+        Raises:
+            OSError, ArgumentError, RuntimeError: of the first process that failed.
+        """
+        value, error = None, None
+        try:
+            value = call()
+        except Exception as caught:
+            error = caught
+        kind = next((k for k in (OSError, ArgumentError) if isinstance(error, k)), RuntimeError)
+        told = [text for text in self.gather(error and (kind.__name__, str(error))) if text]
+        if error is not None:
+            raise error
+        if told:
+            name, text = told[0]
+            raise {"OSError": OSError, "ArgumentError": ArgumentError}.get(name, RuntimeError)(text)
+        return value
+
+    def on_first(self, call):
+        """``call()`` in the first process alone; all wait for it, and fail with it."""
+        return self.together(call if self.first else lambda: None)
+
+    def norm(self, own):
+        """The L2 norm of all shards, from that of this process's."""
+        if self.size == 1:
+            return own
+        return self.totals({"": own.double().square()})[""].sqrt().to(own.dtype)
+
+    def all_finite(self, tensors):
+        """Whether all parameters, in shards, are finite."""
+        return not self.any(not all(local(tensor).isfinite().all() for tensor in tensors))

@@ -1,0 +1,273 @@
+"""``torchrun --nproc-per-node 2 -m soul unlearn``: the run of one process, over gloo on the CPU.
+
+A set of processes takes seconds to start: most runs share one (tests/torchrun_worker.py).
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+from soul.cli import main
+from soul.config import UnlearnConfig
+from soul.distributed import TORCHRUN, check_supported
+from soul.unlearn import unlearn
+from tests.models import examples, tiny_model, tiny_tokenizer
+from tests.torchrun_worker import run
+
+ROOT = pathlib.Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+VOLATILE = ("tokens_per_s", "peak_memory_gib")
+TIMEOUT = 120
+
+# 5 examples to forget in batches of 3: one process has 2 forget and 1 retain sequences, the other the opposite; then, with 2
+# examples, one each. With batches of 1 one process has the forget sequence and the other the retain sequence; without a
+# retain term (ga) the other has nothing.
+EQUAL = {
+    "untied head": ("llama, untied", {"method": "graddiff"}),
+    "tied head, sums of sequences": ("llama, tied", {"method": "npo"}),
+    "an empty part": ("gpt2, tied", {"method": "ga", "batch_size": 1, "optimizer": "adamw"}),
+    "KL of one process's sequences": ("llama, untied", {"method": "klmin", "batch_size": 1}),
+    "micro-batches, pairs, no clipping": ("llama, tied", {"method": "dpo", "accumulate": 2, "batch_size": 1,
+                                                          "max_grad_norm": None}),
+    "rho moves, evaluation": ("llama, tied", {"method": "simnpo", "clip_target": 0.5, "eval_every": 2}),
+    "curvature": ("llama, untied", {"method": "graddiff", "curvature": "retain", "curvature_every": 2, "bs": 8}),
+    "curvature of an empty part": ("llama, tied", {"method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8,
+                                                   "batch_size": 1, "gradient_checkpointing": True}),
+}  # fmt: skip
+# Dropout, which draws in each process; checkpoints after each second step of 4.
+SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
+BF16 = ("llama, tied", {"method": "graddiff"}, {"dtype": "bfloat16", "save_every": 2})
+REFUSED = {
+    "compile": {"compile": True},
+    "gradient_release": {"gradient_release": True, "max_grad_norm": None},
+    "state_dtype": {"state_dtype": "8bit"},
+    "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
+}
+
+
+def kept(case, output, **how):
+    family, options, given = case
+    return [family, options, {**given, "output": output, **how}]
+
+
+CASES = {
+    **{name: [*case, {}] for name, case in EQUAL.items()},
+    "whole": kept(SAVED, "whole"),
+    "stopped": kept(SAVED, "broken", stop=3),
+    "not resumed": kept(SAVED, "broken"),
+    "resumed": kept(SAVED, "broken", resume=True),
+    "as the command": ["llama, tied", {"method": "npo", "epochs": 30}, {}],
+    "bf16 whole": kept(BF16, "bf16 whole"),
+    "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
+    # The newest one is damaged in what the last process alone has read: all go back to the one before.
+    "bf16 resumed": kept(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
+    "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
+    **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
+}
+
+
+def torchrun(*words, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def ended(process):
+    """Exit status, and what it has printed."""
+    try:
+        out, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return process.returncode, out, errors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "cases.json").write_text(json.dumps(list(CASES.values())))
+    status, _, errors = ended(torchrun("tests.torchrun_worker", folder))
+    assert status == 0, errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each of the two processes has found, by case."""
+    numbers = enumerate(CASES)
+    return {name: [torch.load(folder / f"{n}.{rank}.pt", weights_only=True) for rank in (0, 1)] for n, name in numbers}
+
+
+def lasting(records):
+    return [{name: value for name, value in record.items() if name not in VOLATILE} for record in records]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_are_one(found, name):
+    """To fp32 rounding, relative to how far the weights have moved; and both keep the same log."""
+    family, options = EQUAL[name]
+    first, second = found[name]
+    records, weights = run(family, options)
+    assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
+    start, got = tiny_model(family).state_dict(), first["weights"]
+    assert list(got) == list(weights)
+    moved = sum((weights[n] - start[n]).double().square().sum() for n in weights).sqrt()
+    off = sum((weights[n] - got[n]).double().square().sum() for n in weights).sqrt()
+    assert moved > 0 and off <= 1e-4 * moved, f"{off / moved:.1e}"  # 5e-6 as measured; AdamW's first steps amplify rounding
+    for one, two in zip(lasting(records), lasting(first["records"]), strict=True):
+        assert list(one) == list(two)
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5), one["step"]
+
+
+def equal(one, two):
+    assert list(one["weights"]) == list(two["weights"]) and lasting(one["records"]) == lasting(two["records"])
+    return all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+
+
+def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
+    """The generators of both processes are where they were; of bf16 weights the 8 more bits too, and the noise goes on."""
+    for prefix in ("", "bf16 "):
+        (whole, _), (resumed, second) = found[f"{prefix}whole"], found[f"{prefix}resumed"]
+        for rank in found[f"{prefix}stopped"]:
+            assert rank["error"] == "Stopped" and rank["text"].endswith(
+                "stopped after step 3 of 4; with --resume it goes on after step 3"
+            )
+        assert equal(whole, resumed) and lasting(second["records"]) == lasting(whole["records"])
+        assert not (folder / f"{prefix}broken" / "checkpoints").exists()
+    dry = found["tied head, sums of sequences"][0]
+    assert not equal({**dry, "records": []}, {**found["whole"][0], "records": []})  # dropout did something
+    assert [rank["seed"] for rank in found["whole"]] == [0, 1]  # of another dropout in each
+    assert [rank["text"].split(":")[0] for rank in found["not resumed"]] == ["output", "output"]
+    told = found["bf16 resumed"][0]["warnings"]
+    assert len(told) == 1 and "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in told[0]
+
+
+def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(found, folder):
+    for rank in found["full disk"]:
+        assert rank["error"] == "OSError"
+        told = "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
+        assert rank["text"].endswith(told)
+    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_the_reference_is_computed_in_the_same_way_and_kept_once(found, folder):
+    """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
+    (path,) = (folder / "cache").iterdir()
+    before = path.stat().st_mtime_ns
+    records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
+    assert [p.stat().st_mtime_ns for p in (folder / "cache").iterdir()] == [before]
+    assert found["cached"][0]["records"][0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
+
+
+def test_what_is_saved_is_a_plain_model(found, folder):
+    """Safetensors with plain names, each tensor once, that transformers loads."""
+    got = AutoModelForCausalLM.from_pretrained(folder / "bf16 whole", dtype="auto").state_dict()
+    want = found["bf16 whole"][0]["weights"]
+    assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads((folder / "bf16 whole" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert (folder / "bf16 whole" / "model.safetensors").stat().st_size < 1.1 * 2 * sum(
+        p.numel() for p in tiny_model("llama, tied").parameters()
+    )  # the tied head is not there twice
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(found, folder, name):
+    for rank in found[f"refused, {name}"]:
+        assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
+    assert not (folder / "refused").exists()
+
+
+def test_what_is_refused_without_a_run():
+    with pytest.raises(ValueError, match="method: expected another one than 'influence' with several processes"):
+        check_supported(UnlearnConfig(method="influence"))
+    with pytest.raises(ValueError, match="lora_rank: expected None with several processes, got 4"):
+        check_supported(UnlearnConfig(), adapters={"rank": 4})
+
+
+def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
+    """Its head is in pieces where the loss takes it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = torch.distributed.fsdp.fully_shard(tiny_model("llama, tied"), mesh=mesh)
+        with pytest.raises(ValueError, match="model: expected a whole model, got one in shards; .*soul.distributed.shard"):
+            unlearn(model, tiny_tokenizer(), examples(2), examples(2), UnlearnConfig())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_other_commands_are_refused(monkeypatch, capsys):
+    """N processes would each do the whole of it, into one directory."""
+    for name, value in zip(TORCHRUN, ("1", "1", "2", "localhost", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(["info"]) == 2
+    assert "torchrun: expected 'soul unlearn', got 'soul info'; start it without" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Model and data for the command: those of the worker."""
+    place = tmp_path_factory.mktemp("command")
+    tiny_model("llama, tied").save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(12)]
+    (place / "forget.jsonl").write_text("".join(rows[:5]))
+    (place / "retain.jsonl").write_text("".join(rows[5:]))
+    return place
+
+
+def words(place, output, *more):
+    given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
+    paths = [word for name, value in given.items() for word in (f"--{name}", place / value)]
+    how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
+    return ["soul", "unlearn", *paths, *how.split(), *more]
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def children(pid):
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(found, place):
+    """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
+    process = torchrun(*words(place, "broken", "--resume"))  # from the start, where there is nothing yet
+    until = time.monotonic() + TIMEOUT
+    while len(lines(place / "broken" / "log.jsonl")) < 10:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    status, _, errors = ended(process)
+    assert status == 1 and "SIGKILL" in errors
+    assert not (place / "broken" / "model.safetensors").exists()
+    shutil.copytree(place / "broken", place / "three")
+
+    two = torchrun(*words(place, "broken", "--resume"))
+    three = torchrun(*words(place, "three", "--resume"), processes=3)
+    whole = found["as the command"][0]
+    for process, output, tolerance in ((two, place / "broken", 0.0), (three, place / "three", 1e-5)):
+        status, out, errors = ended(process)
+        assert status == 0, errors
+        assert out.count("probability of a forget answer") == 1  # one process speaks
+        assert ("processes was 2 and is 3: last bits may differ" in errors) == (tolerance > 0)
+        weights = safetensors.torch.load_file(output / "model.safetensors")
+        records = [json.loads(line) for line in lines(output / "log.jsonl")]
+        assert len(records) == 60 and not (output / "checkpoints").exists()
+        for one, other in zip(lasting(whole["records"]), lasting(records), strict=True):
+            assert other == (pytest.approx(one, rel=1e-3, abs=1e-5) if tolerance else one)
+        for name, tensor in weights.items():
+            assert torch.allclose(tensor, whole["weights"][name], rtol=0, atol=tolerance), name

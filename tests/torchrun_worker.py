@@ -1,0 +1,104 @@
+"""What torchrun starts for tests/test_torchrun.py: several runs in one set of processes, which take seconds to start."""
+
+import errno
+import importlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+
+import soul
+from soul import distributed, run_state
+from soul.checkpoint import Stopped
+from soul.distributed import Processes, whole_state
+from tests.models import examples, tiny_model, tiny_tokenizer
+
+unlearn_module = importlib.import_module("soul.unlearn")
+
+
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, **how):
+    """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process."""
+    config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
+    rows, model = examples(12), tiny_model(family).to(getattr(torch, dtype))
+    model.config.attention_dropout = dropout
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    unlearner = soul.Unlearner(model, rows[:5], rows[5:], config, tokenizer=tiny_tokenizer())
+    records = unlearner.run(output, progress=False, **how)
+    if Processes.of(unlearner.model).size == 1:
+        return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
+    return records, whole_state(unlearner.model)
+
+
+def told_to_stop(step):
+    """From now on the last process gets SIGTERM in that step."""
+    real, left = unlearn_module.train_step, [step]
+
+    def train_step(*args):
+        left[0] -= 1
+        if left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    unlearn_module.train_step = train_step
+
+
+def disk_full_at_second_write():
+    """From now on the last process can write one file with tensors, and no more."""
+    real, left = run_state.write_tensors, [1]
+
+    def write_tensors(*args):
+        left[0] -= 1
+        if left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*args)
+
+    run_state.write_tensors = write_tensors
+
+
+def case(folder, family, options, how):
+    """The result of one run, or what it raised."""
+    stop, damage, real = how.pop("stop", 0), how.pop("damage", None), unlearn_module.train_step
+    full = how.pop("full", False)
+    if "reference_cache" in options:
+        options["reference_cache"] = str(folder / options["reference_cache"])
+    if "output" in how:
+        how["output"] = folder / how["output"]
+    if damage and dist.get_rank() == 0:
+        with open(how["output"] / "checkpoints" / damage, "rb+") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"damaged!")
+    dist.barrier()
+    if stop:
+        told_to_stop(stop)
+    write = run_state.write_tensors
+    if full:
+        disk_full_at_second_write()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            records, weights = run(family, options, **how)
+        told = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
+        return {"records": records, "weights": weights, "warnings": told, "seed": torch.initial_seed()}
+    except (ValueError, OSError, Stopped) as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    finally:
+        unlearn_module.train_step, run_state.write_tensors = real, write
+
+
+def main(folder):
+    folder = pathlib.Path(folder)
+    with distributed.started(torch.device("cpu")):
+        for number, given in enumerate(json.loads((folder / "cases.json").read_text())):
+            torch.save(case(folder, *given), folder / f"{number}.{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])
