@@ -46,6 +46,7 @@ from soul.run_state import (
 from soul_kernels._checks import argument_error
 
 NAME = re.compile(r"step-(\d+)")
+ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # which no shape of a tensor shows
 MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
 
 
@@ -254,8 +255,10 @@ def describe(model, forget, retain, config):
         config: a dict of the options that decide the numbers.
     """
     data = {"forget": forget, "retain": retain}
+    adapters = getattr(model, "peft_config", {}).values()
     return {
         **config,
+        **{name: [getattr(about, name, None) for about in adapters] for name in ADAPTER_OPTIONS if adapters},
         **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
         "content of the model": digest(base_weights(model)),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

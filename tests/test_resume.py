@@ -215,6 +215,44 @@ def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
 
 
+def test_adapters_of_another_scale_are_another_run(tokenizer, tmp_path):
+    """Their tensors have the same shapes."""
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2), lora_model(lora_alpha=8))
+    with pytest.raises(ValueError, match=re.escape("resume, lora_alpha: expected [8] as in the checkpoint, got [16]")):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=16))
+    with pytest.raises(ValueError, match="resume, lora_dropout: expected"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=8, lora_dropout=0.1))
+
+
+def test_a_run_that_is_refused_leaves_no_hooks_and_no_gradients(tokenizer, tmp_path):
+    options = dict(gradient_release=True, max_grad_norm=None)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2), **options)
+    for path in tmp_path.glob("step-*/*"):
+        path.write_bytes(b"")
+    model, before = tiny_model(), {n: t.clone() for n, t in tiny_model().state_dict().items()}
+    with pytest.raises(ValueError, match="damaged ones only"), pytest.warns(UserWarning, match="not readable"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), model, **options)
+    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step, and take the gradients
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_run_that_diverges_leaves_no_gradients(tokenizer, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(unlearn_module, "train_step", _step_to_nan)
+    with pytest.raises(unlearn_module.Diverged):
+        run(tokenizer, model=model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _step_to_nan(model, *_):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return {"loss": torch.tensor(float("nan")), "forget_nll": torch.tensor(1.0)}
+
+
 @pytest.mark.parametrize("method", [
     dict(method="graddiff"), dict(method="dpo"), dict(method="klmin"), dict(method="undial", method_options={"retain": "kl"}),
 ], ids=lambda options: options["method"])  # fmt: skip
