@@ -24,6 +24,7 @@ import warnings
 import torch
 
 from soul.distributed import Processes, whole_state
+from soul.models import has_adapters
 from soul.reference import base_weights, digest
 from soul.run_state import (
     FORMAT,
@@ -256,9 +257,10 @@ def describe(model, forget, retain, config):
     """
     data = {"forget": forget, "retain": retain}
     adapters = getattr(model, "peft_config", {}).values()
+    adapters = [{name: getattr(about, name, None) for name in ADAPTER_OPTIONS} for about in adapters]
     return {
         **config,
-        **{name: [getattr(about, name, None) for about in adapters] for name in ADAPTER_OPTIONS if adapters},
+        **({"lora": adapters} if adapters else {}),
         **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
         "content of the model": digest(base_weights(model)),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -282,7 +284,7 @@ def _save_model(model, tokenizer, directory, state):
     try:
         _sweep(directory)
         aside.mkdir()
-        with safetensors_errors():
+        with safetensors_errors(), _valid_generation_config(model, aside):
             model.save_pretrained(aside, **state)
         tokenizer.save_pretrained(aside)
         flush(aside)
@@ -295,6 +297,24 @@ def _save_model(model, tokenizer, directory, state):
         raise OSError(f"{directory}: the model could not be saved ({_reason(error)})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _valid_generation_config(model, aside):
+    """Meanwhile one that transformers saves: it refuses what it has loaded with a warning, and a run would end without a model."""
+    given = None if has_adapters(model) else getattr(model, "generation_config", None)
+    try:
+        if given is not None:
+            given.save_pretrained(aside)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()
+        warnings.warn(f"generation_config.json is the model's default: its own is refused ({' '.join(reason[:2])})", stacklevel=2)
+        model.generation_config = type(given).from_model_config(model.config)
+    try:
+        yield
+    finally:
+        if given is not None:
+            model.generation_config = given
 
 
 def _sweep(directory):
