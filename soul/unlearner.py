@@ -1,5 +1,6 @@
 """A whole run in Python: model and data by name, adapters, the loop, and what it leaves in a directory."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ from soul.checkpoint import Checkpoints, Stopped, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import DATA_FILE, RUN_FILE, check_output
+from soul.output import DATA_FILE, RUN_FILE, check_output, occupy
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
 from soul.unlearn import unlearn
@@ -116,7 +117,7 @@ class Unlearner:
             The log, as `soul.unlearn.unlearn` returns it.
 
         Raises:
-            ArgumentError: the directory is not empty, or not that of this run.
+            ArgumentError: the directory is not empty, not that of this run, or another process runs in it.
             Diverged: the loss or a weight is not finite any more.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from.
@@ -130,25 +131,26 @@ class Unlearner:
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
         checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
-        processes.on_first(lambda: self._make(output, about))
-        try:
-            records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
-            with checkpoints.listening():  # a model that is there is saved, whatever comes
-                self._merge(merge)
-                save_model(self.model, self.tokenizer, output)
-                checkpoints.remove()
-        except (OSError, Stopped) as error:
-            raise type(error)(f"{error}; {checkpoints.advice()}") from error
+        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext():
+            processes.on_first(lambda: self._make(output, about, checkpoints))
+            try:
+                records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
+                with checkpoints.listening():  # a model that is there is saved, whatever comes
+                    self._merge(merge)
+                    save_model(self.model, self.tokenizer, output)
+                    checkpoints.remove()
+            except (OSError, Stopped) as error:
+                raise type(error)(f"{error}; {checkpoints.advice()}") from error
         return records
 
     def _merge(self, merge):
         if merge and models.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
 
-    def _make(self, output, about):
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / RUN_FILE).exists():
-            (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
+    def _make(self, output, about, checkpoints):
+        if checkpoints.steps():  # what was written then is said of the run that goes on; another one is refused
+            return
+        (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
         counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
         (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
 

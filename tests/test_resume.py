@@ -20,9 +20,13 @@ import torch
 
 import soul
 from soul import checkpoint, run_state
+from soul import output as output_module
 from soul.checkpoint import Checkpoints, Stopped, describe, save_model
 from soul.cli import main
 from soul.config import UnlearnConfig
+from soul.data import Example
+from soul.models import load
+from soul.output import occupy
 from soul.prepare import prepare
 from soul.unlearn import unlearn
 from tests.models import examples, lora_model, tiny_model, tiny_tokenizer
@@ -173,6 +177,47 @@ def test_a_run_that_has_ended_is_left_alone(place, capsys):
     assert main(words(place, "ended", "--epochs", "1", "--resume")) == 0
     assert "this run has ended" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
+
+
+def contents(output):
+    return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
+    """The lock is of an open file: whatever ends the process ends it (the killed runs above go on)."""
+    output, argv = place / "locked", words(place, "locked", "--epochs", "1", "--resume")
+    with occupy(output):
+        (output / "log.jsonl").write_text("of the other run")
+        before = contents(output)
+        assert main(argv) == 2
+        assert f"output: expected a directory in which nothing runs, got {output}, where" in capsys.readouterr().err
+        assert contents(output) == before
+    assert main(argv) == 0
+    for name in ("flock", None):  # a file system without locks, a system without them
+        if name is None:
+            monkeypatch.setattr(output_module, "fcntl", None)
+        else:
+            monkeypatch.setattr(output_module.fcntl, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
+        with occupy(output):
+            pass
+
+
+def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
+    output, options = place / "said", ("--epochs", "1", "--save-every", "0", "--resume")
+    output.mkdir()
+    (output / "soul_config.json").write_text("{}")  # of a run that has ended before its first checkpoint
+    assert main(words(place, "said", *options, "--lr", "1e-4")) == 0
+    assert json.loads((output / "soul_config.json").read_text())["lr"] == 1e-4
+    (output / "model.safetensors").unlink(), (output / "config.json").unlink()
+    (output / "checkpoints").mkdir()
+    given = [json.loads(line) for line in lines(place / "forget.jsonl")]
+    forget = [Example(row["prompt"], row["completion"]) for row in given]
+    model, _ = load(place / "model", dtype="bfloat16")
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
+    before = contents(output)
+    assert main(words(place, "said", *options, "--forget", str(place / "retain.jsonl"))) == 2
+    assert "resume, " in capsys.readouterr().err and contents(output) == before
 
 
 def test_resume_wants_an_output_directory_of_its_own(place, capsys):
