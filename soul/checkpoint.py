@@ -301,14 +301,14 @@ def _save_model(model, tokenizer, directory, state):
 
 @contextlib.contextmanager
 def _valid_generation_config(model, aside):
-    """Meanwhile one that transformers saves: it refuses what it has loaded with a warning, and a run would end without a model."""
+    """Meanwhile one that transformers saves; it refuses some that it has loaded, and a run would end without a model."""
     given = None if has_adapters(model) else getattr(model, "generation_config", None)
     try:
         if given is not None:
             given.save_pretrained(aside)
     except ValueError as error:
         reason = str(error).strip().splitlines()
-        warnings.warn(f"generation_config.json is the model's default: its own is refused ({' '.join(reason[:2])})", stacklevel=2)
+        warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(reason[:2])})", stacklevel=2)
         model.generation_config = type(given).from_model_config(model.config)
     try:
         yield

@@ -54,8 +54,8 @@ def occupy(directory):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        remedy = "wait for its end, or choose another one"
-        raise argument_error("output", "a directory in which nothing runs", f"{directory}, where a run is going on", remedy) from None
+        got, remedy = f"{directory}, where a run is going on", "wait for its end, or choose another one"
+        raise argument_error("output", "a directory in which nothing runs", got, remedy) from None
     except OSError:
         pass
     return file

@@ -264,7 +264,7 @@ def test_adapters_of_another_scale_are_another_run(tokenizer, tmp_path):
     """Their tensors have the same shapes."""
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(tmp_path, 2), lora_model(lora_alpha=8))
-    with pytest.raises(ValueError, match="resume, lora: expected .*'lora_alpha': 8.* as in the checkpoint, got .*'lora_alpha': 16"):
+    with pytest.raises(ValueError, match="resume, lora: expected .*'lora_alpha': 8.* got .*'lora_alpha': 16"):
         run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=16))
     with pytest.raises(ValueError, match="resume, lora: expected"):
         run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=8, lora_dropout=0.1))
@@ -305,7 +305,7 @@ def test_a_generation_config_that_transformers_does_not_save_costs_no_model(toke
     given.do_sample, given.temperature, given.eos_token_id = False, 0.6, 7
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="generation_config.json is the model's default"):
+    with pytest.warns(UserWarning, match="generation_config.json is a default"):
         save_model(model, tokenizer, tmp_path)
     assert model.generation_config is given and type(model).from_pretrained(tmp_path).generation_config.temperature != 0.6
     assert same(type(model).from_pretrained(tmp_path), model)

@@ -138,7 +138,7 @@ def test_options_from_a_file(place, tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("lrr: 1", "config: expected options of the command, got 'lrr'"),
-    ("lora_targets: [q_proj, v_proj]", "lora_targets: expected one value, as --lora-targets on the command line, got ['q_proj'"),
+    ("lora_targets: [q_proj, v_proj]", "lora_targets: expected one value, as --lora-targets on the command line, got ['q"),
     ("- 1", "config: expected a mapping of options"),
     ("a: [", "config: expected a YAML file"),
     ("resume: maybe", "resume: expected true or false, got 'maybe'"),
@@ -344,6 +344,7 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; from there on it moves"),
     (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
+    (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),
     (dict(param_rounding="up"), "param_rounding: expected one of"),
