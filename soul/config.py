@@ -8,6 +8,7 @@ import torch
 from soul import losses
 from soul.curvature import GNB, RetainFisher
 from soul.influence import Influence
+from soul.models import trained
 from soul.optimizer import SOUL, SophiaG
 from soul.templates import check_template
 from soul_kernels._checks import argument_error, check_choice, check_range
@@ -198,9 +199,7 @@ def build_optimizer(model, config):
     Raises:
         ArgumentError: there are none.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise argument_error("model", "parameters that require a gradient", "none", "unfreeze some, or add adapters")
+    params = trained(model)
     if config.optimizer == "adamw":
         betas = config.betas or (0.9, 0.999)
         fused = params[0].is_cuda

@@ -93,6 +93,19 @@ def check_rank(rank):
         raise argument_error("lora_rank", "a positive whole number", rank, "16 is common")
 
 
+def trained(model):
+    """The parameters that require a gradient, a list.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        remedy = "unfreeze some, or add adapters; a model of saved adapters is frozen: merge them first"
+        raise argument_error("model", "parameters that require a gradient", "none", remedy)
+    return params
+
+
 def has_adapters(model):
     """Tells whether a model is wrapped by peft (LoRA and its kin)."""
     return hasattr(model, "disable_adapter")

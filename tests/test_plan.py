@@ -272,6 +272,7 @@ def test_dry_run_writes_nothing_and_reads_no_weights(place, capsys):
         (place / "weights").rename(place / "model" / "model.safetensors")
     assert "27,168 parameters in float32" in printed and "24:1000:100" in printed
     assert "Floor of the run: " in printed and "for 6 steps" in printed and "estimate on paper" in printed
+    assert main(words(place, "--dry-run", "--model=7b")) == 2 and "the preset '7b'" in capsys.readouterr().err
     assert main(words(place, "--dry-run", "--card=nonsense")) == 2
     assert main(words(place, "--dry-run", "--max-length=2")) == 2  # what would stop the run stops its plan
     errors = capsys.readouterr().err

@@ -146,7 +146,8 @@ def _run(args):
         return
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
-    print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
+    steps = f"{len(records)} step{'s' * (len(records) != 1)} in {seconds:.1f} s"
+    print(f"{steps}; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
 
 
