@@ -55,10 +55,18 @@ class Unlearner:
         several = Processes.here().size > 1
         if several:
             distributed.check_supported(self.config, adapters)
+        by_name = isinstance(model, (str, os.PathLike))
+        if by_name and tokenizer is not None:
+            got, remedy = type(tokenizer).__name__, "the model's own is loaded; or pass a model that is loaded"
+            raise argument_error("tokenizer", "None with a model by name", got, remedy)
+        for name, value in (("dtype", dtype), ("device", device)):
+            if not by_name and value != "auto":
+                remedy = "it would not be used: convert the model"
+                raise argument_error(name, "'auto' with a model that is loaded", repr(value), remedy)
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
-        if isinstance(model, (str, os.PathLike)):
+        if by_name:
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
         elif tokenizer is None:

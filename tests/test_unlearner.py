@@ -324,6 +324,9 @@ def test_in_python(tokenizer, place, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (dict(tokenizer=None), "tokenizer: expected that of the model, got None"),
     (dict(model=tiny_model().requires_grad_(False)), "model: expected parameters that require a gradient, got none"),
+    (dict(dtype="bfloat16"), "dtype: expected 'auto' with a model that is loaded, got 'bfloat16'; it would not"),
+    (dict(device="cpu"), "device: expected 'auto' with a model that is loaded"),
+    (dict(model="name"), "tokenizer: expected None with a model by name"),
     (dict(forget=7), "forget: expected a path, a name, or a list of rows, got int"),
     (dict(adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (dict(adapters=dict(rank=2, dropout=1.0)), "lora_dropout: expected a number"),
