@@ -30,7 +30,15 @@ setup(
         "plots": PLOTS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
         # What the benchmarks compare with, where it is installed. Only cut-cross-entropy from its repository has cce_exact.
-        "peers": ["torch-optimi>=0.3.3", "flashoptim>=0.1.4", "liger-kernel>=0.8.5", "cut-cross-entropy>=25.1.1"],
+        "peers": [
+            "torch-optimi>=0.3.3",
+            "flashoptim>=0.1.4",
+            "torchao>=0.13",
+            "bitsandbytes>=0.47",
+            "pytorch-optimizer>=3.8",
+            "liger-kernel>=0.8.5",
+            "cut-cross-entropy>=25.1.1",
+        ],
         "test": TEST,
         # One version of the linter, the same on every machine and in CI.
         "lint": ["ruff==0.17.6"],

@@ -1,63 +1,123 @@
-"""``python -m bench [op ...] [--quick] [--json FILE] [--plots DIR]``: correctness first, then time, for every op."""
+"""``python -m bench``: correctness first, then time, for every op, for a whole step, and over sizes.
+
+``python -m bench [op ...]`` measures; ``plan --model NAME --gpus N`` estimates; ``--targets``, ``--compare`` and ``--from``
+read results. bench/README.md says what is measured and how.
+"""
 
 import argparse
 import importlib
-import json
 import pathlib
+import sys
 
 import torch
 
-from bench._harness import ceilings, environment, run_case
-from bench._plots import plot_cases
+from bench import compare, results, targets
+from bench._harness import ceilings, datasheet, environment, run_case
+from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
+MODULES = {op: f"bench.bench_{op}" for op in OPS} | {"step": "bench.whole_step", "scaling": "bench.scaling"}
 
 
 def main(argv=None):
-    """Runs the benchmarks that the command line names."""
+    """Runs what the command line names; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Times the ops against their baselines.")
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)} (default: all)")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(MODULES)} (default: all)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small inputs, without torch.compile")
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="only cases with TEXT in their name; also those that do not run by default"
     )
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing a case (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write the rows there")
-    parser.add_argument("--plots", metavar="DIR", type=pathlib.Path, help="also draw every case there (extra: bench)")
+    parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write all rows there")
+    parser.add_argument(
+        "--results", metavar="DIR", type=pathlib.Path, nargs="?", const=results.FOLDER,
+        help="also write DIR/<card>/<op>.json, one file an op (DIR: bench/results)",
+    )  # fmt: skip
+    parser.add_argument("--plots", metavar="DIR", type=pathlib.Path, help="also draw pictures there (extra: bench)")
+    parser.add_argument("--from", metavar="RESULTS", dest="source", type=pathlib.Path, help="measure nothing: draw from these")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what B is slower at than A; exit status 1 then")
+    parser.add_argument("--targets", nargs="*", metavar="RESULTS", help="the design's targets: pass, fail or not measured")
+    if argv[:1] == ["plan"]:
+        return importlib.import_module("bench.plan").main(argv[1:])
     args = parser.parse_args(argv)
-    unknown = set(args.ops) - set(OPS)
+    unknown = set(args.ops) - set(MODULES)
     if unknown:
-        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
-    if args.plots:
-        try:
+        parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(MODULES)} and plan")
+    if args.source and not args.plots:
+        parser.error("--from needs --plots DIR, where the pictures go")
+    try:
+        if args.plots:
             require("matplotlib", "bench")  # now, not after an hour
-        except MissingExtra as error:
-            parser.error(str(error))
+        if args.compare:
+            return compare.main(*args.compare)
+        if args.targets is not None:
+            targets.main([results.read(path) for path in args.targets])
+            return 0
+        if args.source:
+            print("\n".join(map(str, plot_results(results.read(args.source), args.plots))))
+            return 0
+    except (MissingExtra, ValueError) as error:
+        parser.error(str(error))
+    run(args)
+    return 0
+
+
+def run(args):
+    """Measures, prints, and writes what the arguments ask for."""
     device = torch.device(args.device)
     header = environment(device)
     print("  ".join(f"{name} {value}" for name, value in header.items() if value))
     if device.type == "cpu":
         print("no GPU: references and baselines at small sizes; good for regressions, not for claims")
     limits = ceilings(device)
-    print(f"ceilings: copy {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s, GEMM {limits['gemm_flop_per_s'] / 1e12:.2f} TFLOP/s")
+    said = datasheet(header["device"])
+    print(
+        f"ceilings: copy {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s{said['copy']}, "
+        f"GEMM {limits['gemm_flop_per_s'] / 1e12:.2f} TFLOP/s{said['gemm']}"
+    )
     rows = []
-    for op in args.ops or OPS:
-        module = importlib.import_module(f"bench.bench_{op}")
+    for op in args.ops or MODULES:
         print(f"\n== {op}")
-        for make in module.cases(device, args.quick):
-            torch.manual_seed(0)
-            case = make()
-            if args.only in case.name and (args.only or case.default):
-                rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
-            del case
-            if args.json:  # after every case: a run that is cut off leaves what it has
-                found = {"environment": header, "ceilings": limits, "rows": rows}
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            rows += run_op(op, args, header, limits, rows)
+        except MissingExtra as error:
+            print(f"left out: {error}")
     if args.plots:
-        print("\n" + "\n".join(map(str, plot_cases(rows, header, args.plots))))
+        found = {"environment": header, "ceilings": limits, "rows": rows}
+        print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(found, args.plots)])))
+
+
+def run_op(op, args, header, limits, before):
+    """The rows of the cases of one op. They are written after every case, so that a run that is cut off leaves what it has."""
+    module, device, rows = importlib.import_module(MODULES[op]), torch.device(args.device), []
+    path = args.results and results.folder_of(header, args.results) / f"{op}.json"
+
+    def save(summary=None):
+        if path and rows:
+            results.write(path, header, limits, rows, summary)
+        if args.json:
+            results.write(args.json, header, limits, before + rows)
+
+    for make in module.cases(device, args.quick):
+        torch.manual_seed(0)
+        case = make()
+        if args.only in case.name and (args.only or case.default):
+            try:
+                rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
+            except torch.OutOfMemoryError:
+                print(f"{case.name}: left out, all of it together does not fit into the memory of this device")
+        del case
+        save()
+    if hasattr(module, "summary") and (found := module.summary(rows, limits)):
+        print("\n" + "\n".join(found.pop("lines")))
+        save(found)
+    if path and rows:
+        print(f"\n{path}")
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

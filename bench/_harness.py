@@ -5,6 +5,7 @@ which all variants of a case take turns, so that clocks and temperature treat th
 """
 
 import dataclasses
+import datetime
 import gc
 import importlib.metadata
 import pathlib
@@ -16,7 +17,13 @@ import time
 
 import torch
 
-PEERS = ("torch-optimi", "flashoptim", "liger-kernel", "cut-cross-entropy")  # packages of the extra "peers"
+from soul.plan.cards import DATASHEETS
+
+# Packages of the extra "peers".
+PEERS = (
+    "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch-optimizer", "liger-kernel", "cut-cross-entropy",
+)  # fmt: skip
+CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
 
 
 @dataclasses.dataclass
@@ -32,6 +39,12 @@ class Case:
         flops: that one call must do, or None.
         floor: name of the variant that does nothing but what all must do, or None: times are also told in percent of its own.
         default: runs without being asked for by name.
+        tokens: that one call learns from, padding not among them, or None.
+        model: name of a variant -> (FLOPs, bytes) of a call, where it is made of matrix products and of passes over memory: the
+            time of both at the ceilings, one after the other, is told beside the measured one. Or None.
+        alone: every variant is made, measured and dropped before the next one is made, instead of all taking turns: where each
+            holds so much memory that it is to have the device, and a peak, of its own.
+        at: sizes, name -> number, for `bench.scaling`; they go into every row.
     """
 
     name: str
@@ -41,6 +54,10 @@ class Case:
     flops: float | None = None
     floor: str | None = None
     default: bool = True
+    tokens: int | None = None
+    model: dict | None = None
+    alone: bool = False
+    at: dict = dataclasses.field(default_factory=dict)
 
     def rates(self, variant, ms, limits):
         """What a time means: rates, and percentages of what this machine reaches."""
@@ -52,6 +69,12 @@ class Case:
         if self.flops:
             found["tflop_per_s"] = self.flops / ms / 1e9
             found["percent_of_gemm"] = 100 * self.flops / (ms / 1e3) / limits["gemm_flop_per_s"]
+        if self.tokens:
+            found["tokens_per_s"] = self.tokens / (ms / 1e3)
+        if self.model and variant in self.model:
+            flops, moved = found["model_flops"], found["model_bytes"] = self.model[variant]
+            found["model_ms"] = 1e3 * (flops / limits["gemm_flop_per_s"] + moved / limits["copy_bytes_per_s"])
+            found["times_model"] = ms / found["model_ms"]
         return found
 
 
@@ -113,17 +136,29 @@ def ceilings(device):
     }
 
 
+def datasheet(name):
+    """What the maker says of a card, as text beside its measured ceilings: "" of one that `soul.plan` does not know."""
+    words = name.lower().replace("-", " ").split()
+    for known, card in DATASHEETS.items():
+        if set(known.split("-")) <= set(words) and "pcie" not in words:  # a slower card of the same name
+            return {"copy": f" (datasheet {card.bandwidth / 1e9:.0f})", "gemm": f" (datasheet {card.flops / 1e12:.0f})"}
+    return {"copy": "", "gemm": ""}
+
+
 def environment(device):
-    """Card or CPU, driver, commit, and versions: of torch, Triton, and the peers that are installed."""
+    """Card or CPU, driver, clocks now and at most, versions of torch, Triton, and the peers that are there; commit, date."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else cpu_model(),
+        "kind": device.type,
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "clocks": _run("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader") if gpu else None,
         "cpu": cpu_model() if gpu else None,
         "threads": None if gpu else torch.get_num_threads(),
         "python": platform.python_version(),
         **{package: version(package) for package in ("torch", "triton", *PEERS)},
         "commit": _run("git", "describe", "--always", "--dirty"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
@@ -163,45 +198,85 @@ def start(name, make):
         return None, f"did not run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
 
 
+def measure(variants, device, budget_s):
+    """Makes variants and times them in turns.
+
+    Returns:
+        Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``extra_mib`` (of a call), ``peak_mib`` (of all, since before the first
+        was made) and, where the callable has them, what its attribute ``told`` and its method ``phases`` tell; or of
+        ``reason`` alone, why it did not run.
+    """
+    gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated(device) if gpu else 0
+    started = {name: start(name, make) for name, make in variants.items()}
+    calls = {name: call for name, (call, _) in started.items() if call}
+    highest = torch.cuda.max_memory_allocated(device) if gpu else 0  # so far; a CUDA graph is captured by now
+    found = {name: {"extra_mib": peak_extra_mib(call, device)} for name, call in calls.items()}
+    for name, (median, low, high) in time_interleaved(calls, device, budget_s).items() if calls else ():
+        peak = (max(highest, torch.cuda.max_memory_allocated(device)) - before) / 2**20 if gpu else None
+        found[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **found[name], "peak_mib": peak}
+        found[name] |= getattr(calls[name], "told", {})
+        phases = getattr(calls[name], "phases", None)
+        if phases is not None and (told := phases()):
+            found[name]["phases"] = told
+    return found | {name: {"reason": reason} for name, (_, reason) in started.items() if reason}
+
+
 def run_case(case, device, limits, budget_s):
     """Checks a case, times it, prints its rows; returns them as dicts. Rows of what did not run say why."""
     errors = case.check()
     each = errors.keys() <= case.variants.keys()  # an error, or a dict of them, for a name
     print(f"\n{case.name}   " + ("" if each else _text(errors)))
     free(device)
-    started = {name: start(name, make) for name, make in case.variants.items()}
-    calls = {name: call for name, (call, _) in started.items() if call}
-    memory = {name: peak_extra_mib(call, device) for name, call in calls.items()}
-    width = max(34, *(len(name) + 2 for name in started))
-    times = time_interleaved(calls, device, budget_s)
+    measured = {}
+    for variants in [{name: make} for name, make in case.variants.items()] if case.alone else [case.variants]:
+        if case.alone and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        measured |= measure(variants, device, budget_s)
+        free(device)
+    width = max(34, *(len(name) + 2 for name in measured))
     rows = []
-    for name, (median, low, high) in times.items():
-        row = {"case": case.name, "variant": name, "ms": median, "ms_p20": low, "ms_p80": high, "extra_mib": memory[name]}
-        row |= case.rates(name, median, limits)
-        line = f"  {name:<{width}}{median:10.3f} ms  ({low:.3f} to {high:.3f})"
-        if case.floor in times:
-            row["percent_of_floor"] = 100 * median / times[case.floor][0]
-            line += f"  {row['percent_of_floor']:6.1f}% of {case.floor}"
-        if "gb_per_s" in row:
-            line += f"  {row['gb_per_s']:8.0f} GB/s  {row['percent_of_copy']:6.1f}% of copy"
-        if "tflop_per_s" in row:
-            line += f"  {row['tflop_per_s']:8.1f} TFLOP/s  {row['percent_of_gemm']:6.1f}% of GEMM"
-        if memory[name] is not None:
-            line += f"  {memory[name]:8.0f} MiB"
+    for name, found in measured.items():
+        row = {"case": case.name, "variant": name, **found, **({"at": case.at} if case.at else {})}
+        rows.append(row)
+        if "reason" in found:
+            print(f"  {name:<{width}}{found['reason']}")
+            continue
+        if not case.alone:
+            del row["peak_mib"]  # of all variants together
+        row |= case.rates(name, row["ms"], limits)
+        if "ms" in measured.get(case.floor, {}):
+            row["percent_of_floor"] = 100 * row["ms"] / measured[case.floor]["ms"]
         if each and name in errors:
             row["errors"] = errors[name]
-            line += f"\n  {'':<{width}}  errors: {_text(errors[name])}"
         elif not each and name.startswith("ours"):
             row["errors"] = errors
-        rows.append(row)
-        print(line, flush=True)
-    for name, (_, reason) in started.items():
-        if reason:
-            rows.append({"case": case.name, "variant": name, "reason": reason})
-            print(f"  {name:<{width}}{reason}")
-    del calls, started
-    free(device)
+        print(f"  {name:<{width}}{_line(row, case.floor)}", flush=True)
+        if "phases" in row:
+            print(f"  {'':<{width}}  " + "  ".join(f"{phase} {ms:.2f} ms" for phase, ms in row["phases"].items()))
+        if each and name in errors:
+            print(f"  {'':<{width}}  errors: {_text(errors[name])}")
     return rows
+
+
+def _line(row, floor):
+    """What a row says, but its name, phases and errors."""
+    line = f"{row['ms']:10.3f} ms  ({row['ms_p20']:.3f} to {row['ms_p80']:.3f})"
+    if "percent_of_floor" in row:
+        line += f"  {row['percent_of_floor']:6.1f}% of {floor}"
+    if "gb_per_s" in row:
+        line += f"  {row['gb_per_s']:8.0f} GB/s  {row['percent_of_copy']:6.1f}% of copy"
+    if "tflop_per_s" in row:
+        line += f"  {row['tflop_per_s']:8.1f} TFLOP/s  {row['percent_of_gemm']:6.1f}% of GEMM"
+    if "tokens_per_s" in row:
+        line += f"  {row['tokens_per_s']:8.0f} tokens/s"
+    if "model_ms" in row:
+        line += f"  {row['times_model']:6.2f}x its bytes and FLOPs ({row['model_ms']:.3f} ms)"
+    if row.get("peak_mib") is not None:
+        line += f"  {row['peak_mib'] / 1024:8.2f} GiB at most"
+    elif row["extra_mib"] is not None:
+        line += f"  {row['extra_mib']:8.0f} MiB"
+    return line
 
 
 def free(device):

@@ -1,8 +1,12 @@
-"""One picture a case: what each variant took, as horizontal bars."""
+"""Pictures: of a run one a case, of results three: a roofline, each op against its peers, memory against tokens."""
 
 import re
 
 from soul._extras import require
+
+OURS, OTHERS = "#1f6f8b", "#b8c4cc"
+MARKERS = {"sophia_step": "o", "scaling": "s", "step": "D"}  # ops in the roofline
+STEP_FLOPS = 14  # a parameter: 3 for m, 4 for h, 7 for the clipped step and decay
 
 
 def plot_cases(rows, header, folder):
@@ -16,34 +20,156 @@ def plot_cases(rows, header, folder):
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    require("matplotlib", "bench")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = [row for row in rows if row["case"] == case and "ms" in row]
-        figure = Figure(figsize=(10, 1.3 + 0.38 * len(timed)), facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _figure(10, 1.3 + 0.38 * len(timed))
         axes = figure.add_subplot()
-        spread = [[row["ms"] - row["ms_p20"] for row in timed], [row["ms_p80"] - row["ms"] for row in timed]]
-        colors = ["#1f6f8b" if row["variant"].startswith("ours") else "#b8c4cc" for row in timed]
-        bars = axes.barh(
-            [row["variant"] for row in timed], [row["ms"] for row in timed], xerr=spread, color=colors, ecolor="#555555"
-        )
-        axes.bar_label(bars, [_label(row) for row in timed], padding=6, fontsize=8)
-        axes.invert_yaxis()
-        longest = max(len(_label(row)) for row in timed)
-        axes.set_xlim(0, max(row["ms_p80"] for row in timed) / (0.95 - 0.009 * longest))  # room for the labels
+        _bars(axes, timed)
         axes.set_xlabel("ms, median; whiskers: 20th to 80th percentile")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(
-            f"{case}\n{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['commit']}", fontsize=9
-        )
+        axes.set_title(f"{case}\n{_origin(header)}", fontsize=9)
         paths.append(folder / (re.sub(r"[^a-z0-9]+", "-", case.lower()).strip("-") + ".png"))
         figure.savefig(paths[-1], dpi=120)
     return paths
+
+
+def plot_results(found, folder):
+    """Writes ``roofline.png``, ``peers.png`` and ``memory.png`` into ``folder``, those that results have rows for.
+
+    Args:
+        found: as `bench.results.read` returns it.
+        folder: a ``pathlib.Path``; made if it is missing.
+
+    Returns:
+        The paths.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    timed = [row for row in found["rows"] if "ms" in row]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in (("roofline", _roofline), ("peers", _peers), ("memory", _memory)):
+        figure = draw(timed, found["ceilings"])
+        if figure is not None:
+            figure.suptitle(_origin(found["environment"]), fontsize=8, color="#555555")
+            paths.append(folder / f"{name}.png")
+            figure.savefig(paths[-1], dpi=100)
+    return paths
+
+
+def intensity(row):
+    """FLOPs a byte and FLOP/s of a row; None where it does not tell both."""
+    per_param = re.search(r"([\d.]+) B/param", row["variant"])
+    if row.get("op") == "sophia_step" and per_param and "gb_per_s" in row:
+        flops_a_byte = STEP_FLOPS / float(per_param.group(1))
+        return flops_a_byte, flops_a_byte * row["gb_per_s"] * 1e9
+    if row.get("model_flops") and row.get("model_bytes"):
+        return row["model_flops"] / row["model_bytes"], row["model_flops"] / row["ms"] * 1e3
+    return None
+
+
+def _roofline(rows, limits):
+    """FLOP/s over FLOPs a byte, below the two ceilings as they were measured."""
+    points = [(row, intensity(row)) for row in rows if row.get("op") in MARKERS]
+    points = [(row, at) for row, at in points if at]
+    if not points:
+        return None
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    copy, gemm = limits["copy_bytes_per_s"], limits["gemm_flop_per_s"]
+    left, right = min(at[0] for _, at in points) / 2, max(max(at[0] for _, at in points), gemm / copy) * 2
+    axes.plot([left, gemm / copy, right], [left * copy, gemm, gemm], color="#555555", linewidth=1)
+    named = set()
+    for row, (x, y) in points:
+        ours = row["variant"].startswith("ours")
+        label = f"{row['op']}, {'ours' if ours else 'others'}"
+        axes.plot(
+            x, y, MARKERS[row["op"]], color=OURS if ours else OTHERS, markeredgecolor="white", markersize=8,
+            label=None if label in named else label,
+        )  # fmt: skip
+        named.add(label)
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte, at least", ylabel="FLOP/s")
+    axes.set_title(f"ceilings: copy {copy / 1e9:.0f} GB/s, GEMM {gemm / 1e12:.2f} TFLOP/s, measured", fontsize=9)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _peers(rows, limits):
+    """Of every op the case with most variants, ours and theirs."""
+    chosen = {}
+    for op in dict.fromkeys(row.get("op") for row in rows if row.get("op") != "scaling"):
+        of_op = [row for row in rows if row.get("op") == op]
+        cases = {row["case"]: [r for r in of_op if r["case"] == row["case"]] for row in of_op}
+        largest = max(cases.values(), key=len)
+        if any(row["variant"].startswith("ours") != largest[0]["variant"].startswith("ours") for row in largest):
+            chosen[op] = largest
+    if not chosen:
+        return None
+    heights = [len(timed) + 2 for timed in chosen.values()]
+    figure = _figure(10, 0.5 + 0.27 * sum(heights))
+    for axes, (op, timed) in zip(figure.subplots(len(chosen), 1, height_ratios=heights, squeeze=False)[:, 0], chosen.items()):
+        _bars(axes, timed)
+        axes.set_title(f"{op}: {timed[0]['case']}", fontsize=9, loc="left")
+        axes.tick_params(labelsize=8)
+    axes.set_xlabel("ms, median; whiskers: 20th to 80th percentile")
+    return figure
+
+
+def _memory(rows, limits):
+    """Extra memory of the cross-entropy over its tokens, for the head with most of them."""
+    rows = [row for row in rows if row.get("op") == "linear_loss" and row.get("extra_mib") and row["case"].startswith("CE, ")]
+    rows = [row for row in rows if "trained head" in row["case"]]
+    if not rows:
+        return None
+    heads = [(row["at"]["D"], row["at"]["V"]) for row in rows]
+    head = max(dict.fromkeys(heads), key=heads.count)
+    series = {}
+    for row in rows:
+        if (row["at"]["D"], row["at"]["V"]) == head:
+            series.setdefault(row["variant"], []).append((row["at"]["N"], row["extra_mib"]))
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        look = dict(linewidth=2, color=OURS) if name.startswith("ours") else dict(linewidth=1)
+        style = "o--" if name.startswith("ours,") else "o-"  # ours in another way
+        axes.plot(*zip(*sorted(points)), style, label=name, markersize=4, **look)
+    axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="extra MiB of forward and backward")
+    axes.set_title(f"cross-entropy from hidden states, D {head[0]}, V {head[1]}, trained head", fontsize=9)
+    axes.legend(fontsize=7, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _figure(width, height):
+    require("matplotlib", "bench")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _bars(axes, timed):
+    """A bar a row, with whiskers and what the time means."""
+    spread = [[row["ms"] - row["ms_p20"] for row in timed], [row["ms_p80"] - row["ms"] for row in timed]]
+    colors = [OURS if row["variant"].startswith("ours") else OTHERS for row in timed]
+    bars = axes.barh(
+        [row["variant"] for row in timed], [row["ms"] for row in timed], xerr=spread, color=colors, ecolor="#555555"
+    )
+    axes.bar_label(bars, [_label(row) for row in timed], padding=6, fontsize=8)
+    axes.invert_yaxis()
+    longest = max(len(_label(row)) for row in timed)
+    axes.set_xlim(0, max(row["ms_p80"] for row in timed) / (0.95 - 0.009 * longest))  # room for the labels
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _origin(header):
+    """Where times are from."""
+    return f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['commit']}, {header.get('date')}"
 
 
 def _label(row):

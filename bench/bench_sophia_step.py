@@ -6,8 +6,18 @@ import gc
 import torch
 
 from bench._harness import Case
+from bench._optimizers import (
+    bitsandbytes_adamw,
+    compiled_reference,
+    flash_adamw,
+    foreach_step,
+    optimi_adamw,
+    published,
+    published_step,
+    sophia_h,
+    torchao_adamw,
+)
 from soul import SOUL, SophiaG
-from soul_kernels.reference.sophia_step import sophia_step as reference_step
 
 STATE_DTYPES = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -70,34 +80,6 @@ def tiny(quick):
     return [(30, 40), (17,)] if quick else [(1000, 256), (256, 256), (256,)]
 
 
-def published_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, b2=0.99, rho=0.04, bs=5120, wd=0.1):
-    """The published SophiaG.step, or SOUL's, operation for operation."""
-    for p, g, m, h in zip(params, grads, exp_avgs, hessians):
-        if soul:
-            h.mul_(b2).addcmul_(g, g, value=1 - b2)
-            m.mul_(b1).add_(g, alpha=1 - b1)
-        p.mul_(1 - lr * wd)
-        m.mul_(b1).add_(g, alpha=1 - b1)
-        ratio = (m.abs() / (rho * bs * h + 1e-15)).clamp(None, 1)
-        p.addcmul_(m.sign(), ratio, value=-lr)
-
-
-def foreach_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, b2=0.99, rho=0.04, bs=5120, wd=0.1):
-    """The published formula with torch's foreach functions."""
-    if soul:
-        torch._foreach_mul_(hessians, b2)
-        torch._foreach_addcmul_(hessians, grads, grads, value=1 - b2)
-    torch._foreach_mul_(exp_avgs, b1)
-    torch._foreach_add_(exp_avgs, grads, alpha=1 - b1)
-    torch._foreach_mul_(params, 1 - lr * wd)
-    denominators = torch._foreach_mul(hessians, rho * bs)
-    torch._foreach_add_(denominators, 1e-15)
-    ratios = torch._foreach_abs(exp_avgs)
-    torch._foreach_div_(ratios, denominators)
-    torch._foreach_clamp_max_(ratios, 1)
-    torch._foreach_addcmul_(params, torch._foreach_sign(exp_avgs), ratios, value=-lr)
-
-
 def make_params(shapes, device, dtype):
     """Parameters with gradients, of the size of real weights."""
     params = [torch.randn(s, device=device, dtype=dtype).mul_(0.02).requires_grad_() for s in shapes]
@@ -111,42 +93,6 @@ def ours(optimizer, params, **options):
     if optimizer is SophiaG:
         opt.update_hessian()  # a Hessian of zeros would draw less power than a real one
     return opt.step
-
-
-def published(step, soul, params):
-    """``step`` on states in the dtype of the parameters."""
-    grads = [p.grad for p in params]
-    states = [torch.zeros_like(g) for g in grads], [g * g for g in grads]
-    return functools.partial(step, [p.detach() for p in params], grads, *states, soul=soul)
-
-
-def compiled_reference(soul, params):
-    """torch.compile of the reference, states in the dtypes that ours has."""
-    grads = [p.grad for p in params]
-    exp_avgs = [torch.zeros_like(g) for g in grads]
-    hessians = [g.float() ** 2 for g in grads]
-    options = dict(
-        lr=1e-4, beta1=0.965, rho=0.04, bs=5120, eps=1e-15, weight_decay=0.1, maximize=False, eps_mode="add",
-        param_rounding="nearest", low_bits=None, exp_avg_scales=None, hessian_scales=None, corrections=None,
-        salts=[0] * len(params), steps=None, grad_factor=None, skip=None, telemetry=None,
-    )  # fmt: skip
-    step = torch.compile(reference_step)
-    return lambda: step([p.detach() for p in params], grads, exp_avgs, hessians, beta2=0.99 if soul else None, **options)
-
-
-def optimi_adamw(params, **options):
-    import optimi
-
-    # Its Triton kernel where there is a GPU; foreach elsewhere.
-    kind = "triton" if params[0].is_cuda else "foreach"
-    return optimi.AdamW(params, lr=1e-4, **{kind: True}, **options).step
-
-
-def flash_adamw(params):
-    import flashoptim
-
-    bits = None if params[0].dtype == torch.float32 else 24
-    return flashoptim.FlashAdamW(params, lr=1e-4, master_weight_bits=bits).step
 
 
 def bytes_per_param(dtype, hessian_in_step, *, param_rounding="compensated", state_dtype=None):
@@ -164,9 +110,9 @@ def bytes_per_param(dtype, hessian_in_step, *, param_rounding="compensated", sta
     return 3 * dtype.itemsize + 2 * m + (2 if hessian_in_step else 1) * h + low
 
 
-def peers(soul, params, dtype, quick):
-    """Name -> (function that makes it, bytes a parameter that one pass over its states must move)."""
-    size, half = dtype.itemsize, dtype != torch.float32
+def torch_peers(soul, params, dtype, quick):
+    """What torch alone does: name -> (function that makes it, bytes a parameter that one pass over its states must move)."""
+    size = dtype.itemsize
     same = (7 if soul else 6) * size  # both states in the dtype of the parameter
     label = "SOUL" if soul else "SophiaG"
     found = {
@@ -182,11 +128,24 @@ def peers(soul, params, dtype, quick):
             ),
         }
     found["torch AdamW, fused"] = (lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step, 7 * size)
-    found["optimi AdamW"] = (lambda: optimi_adamw(params, kahan_sum=False), 7 * size)
+    found["torch AdamW, foreach"] = (lambda: torch.optim.AdamW(params, lr=1e-4, foreach=True).step, 7 * size)
+    return found
+
+
+def other_peers(soul, params, dtype, quick):
+    """Other libraries, like `torch_peers`: cases of their own, because the states of all together exceed 80 GB."""
+    size, half = dtype.itemsize, dtype != torch.float32
+    found = {"optimi AdamW": (lambda: optimi_adamw(params, kahan_sum=False), 7 * size)}
     if half:
         found["optimi AdamW, Kahan"] = (lambda: optimi_adamw(params, kahan_sum=True), 9 * size)
     # Both states in 8 bits with a 16-bit scale for 32, read and written; one byte of low bits below fp32, read and written.
     found["FlashOptim AdamW, 8-bit"] = (lambda: flash_adamw(params), 3 * size + 4 * (1 + 2 / 32) + 2 * half)
+    eight = 3 * size + 4 * (1 + 4 / 256)
+    if not quick:  # compiles
+        found["torchao AdamW, 8-bit"] = (lambda: torchao_adamw(params), eight)
+    found["bitsandbytes AdamW, 8-bit"] = (lambda: bitsandbytes_adamw(params), eight)
+    # It is handed h's estimate, which in SOUL's place it reads in every step.
+    found["pytorch_optimizer SophiaH"] = (lambda: sophia_h(soul, params), (8 if soul else 6) * size)
     return found
 
 
@@ -233,7 +192,7 @@ def check_far_end(params):
     return {"difference from the reference beyond 2^31": 0.0}
 
 
-def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, with_peers=False):
+def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, peers=None):
     """Ours with each of the options in ``variants``; the parameters and gradients are shared by all that take turns."""
     soul = optimizer is SOUL
     params = make_params(shapes, device, dtype)
@@ -243,7 +202,7 @@ def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, with_p
         rounding = options.get("param_rounding", "compensated") if dtype != torch.float32 else "exact"
         label = f"ours, {rounding}, {STATE_DTYPES[options.get('state_dtype')]} states"
         made[label] = functools.partial(ours, optimizer, params, **options), per_param
-    if with_peers:
+    if peers:
         made |= peers(soul, params, dtype, quick)
     numel = sum(p.numel() for p in params)
     labels = {label: f"{label}, {per_param:.4g} B/param" for label, (_, per_param) in made.items()}
@@ -289,7 +248,10 @@ def cases(device, quick):
                 groups = []
             else:
                 groups = [[dict(param_rounding=r, state_dtype=s) for r in ROUNDINGS] for s in STATE_DTYPES]
-            yield functools.partial(make_case, name, optimizer, main, shapes, device, dtype, quick, with_peers=True)
+            options = shapes, device, dtype, quick
+            yield functools.partial(make_case, name, optimizer, main, *options, peers=torch_peers)
+            others = [main[0], main[-1]]
+            yield functools.partial(make_case, f"{name}, other libraries", optimizer, others, *options, peers=other_peers)
             for group in groups:
                 title = f"{name}, {STATE_DTYPES[group[0]['state_dtype']]} states"
                 yield functools.partial(make_case, title, optimizer, group, shapes, device, dtype, quick)

@@ -1,12 +1,13 @@
-"""The same cases for pytest-benchmark: ``python -m pytest bench --benchmark-only``; not part of ``make test``."""
+"""All cases of ``python -m bench`` for pytest-benchmark: ``python -m pytest bench --benchmark-only``; not in ``make test``."""
 
 import importlib
 
 import pytest
 import torch
 
-from bench.__main__ import OPS
-from bench._harness import ceilings, start, synchronize
+from bench.__main__ import MODULES
+from bench._harness import ceilings, free, start, synchronize
+from soul._extras import MissingExtra
 
 pytest.importorskip("pytest_benchmark", reason="the extra bench is not installed")
 
@@ -16,8 +17,8 @@ QUICK = DEVICE.type == "cpu"
 
 def variants():
     """Every variant of every case. A case is made here to learn its name and variants, and dropped again."""
-    for op in OPS:
-        for make in importlib.import_module(f"bench.bench_{op}").cases(DEVICE, QUICK):
+    for name in MODULES.values():
+        for make in importlib.import_module(name).cases(DEVICE, QUICK):
             case = make()
             if not case.default:
                 continue
@@ -35,8 +36,18 @@ def case(request):
     """The case, made and checked once for all of its variants."""
     torch.manual_seed(0)
     made = request.param()
-    made.check()
+    try:
+        made.check()
+    except MissingExtra as error:
+        pytest.skip(str(error))
     return made
+
+
+@pytest.fixture(autouse=True)
+def freed():
+    """What a variant held is given back before the next one is made."""
+    yield
+    free(DEVICE)
 
 
 @pytest.mark.parametrize("case, variant", variants(), indirect=["case"])

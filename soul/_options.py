@@ -2,7 +2,7 @@
 
 import torch
 
-from soul._plan import is_sharded, local
+from soul._shards import is_sharded, local
 from soul_kernels._checks import PARAM_DTYPES, argument_error, check_choice, check_gradient, check_range, is_dense
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS

@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from soul._options import rounding_of
-from soul._plan import is_sharded, local
+from soul._shards import is_sharded, local
 from soul_kernels._checks import argument_error, same_layout
 from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, load_state
 

@@ -25,7 +25,7 @@ import hashlib
 
 import torch
 
-from soul._plan import is_sharded, local
+from soul._shards import is_sharded, local
 from soul.optimizer import SOUL, SophiaG
 from soul_kernels._checks import argument_error
 

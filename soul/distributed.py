@@ -16,7 +16,7 @@ import types
 import torch
 import torch.distributed as dist
 
-from soul._plan import is_sharded, local
+from soul._shards import is_sharded, local
 from soul_kernels._checks import ArgumentError, argument_error
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment

@@ -26,7 +26,7 @@ from torch.distributed.tensor import Shard, empty
 
 from soul import run_state
 from soul._extras import require
-from soul._plan import is_sharded
+from soul._shards import is_sharded
 from soul.checkpoint import Checkpoints
 from soul.distributed import Processes
 from soul_kernels._checks import argument_error

@@ -15,8 +15,8 @@ from soul._options import (
     rounding_of,
     settle_options,
 )
-from soul._plan import COUNTERS, is_sharded, local
-from soul._plans import Plans
+from soul._parts import COUNTERS, Parts
+from soul._shards import is_sharded, local
 from soul._states import Fp32Parameters, loaded_state
 from soul_kernels import grad_norm, hessian_ema, sophia_step
 from soul_kernels._checks import argument_error, check_overlap
@@ -118,14 +118,14 @@ class SophiaG(Optimizer):
 
     def _reset(self):
         """Forgets what was derived from groups and states."""
-        self._plans = Plans(self)
-        self._stepped = {}  # group index -> plans of the last step, for telemetry
+        self._parts = Parts(self)
+        self._stepped = {}  # group index -> parts of the last step, for telemetry
         self._norm = self._skipped = None
-        self._versions = []  # of the plans' tables, when parameters were last checked for overlap
+        self._versions = []  # of the parts' tables, when parameters were last checked for overlap
         self._release = None  # the GradientRelease that steps this optimizer
 
     def __getstate__(self):
-        derived = ("_plans", "_stepped", "_norm", "_skipped", "_versions", "_release")
+        derived = ("_parts", "_stepped", "_norm", "_skipped", "_versions", "_release")
         return {name: value for name, value in super().__getstate__().items() if name not in derived}
 
     def __setstate__(self, state):
@@ -171,14 +171,14 @@ class SophiaG(Optimizer):
                 check_bs(bs)
             if self._release is not None:
                 self._check_released_step(bs)
-            work = self._plans.collect(bs)
-            if self._release is None or any(plans for _, plans in work):
+            work = self._parts.collect(bs)
+            if self._release is None or any(parts for _, parts in work):
                 try:
                     self._run(work, bs)
                 except ValueError:
-                    self._plans.check_gradients()  # the ops know positions in lists; this names the parameter, where it is one
+                    self._parts.check_gradients()  # the ops know positions in lists; this names the parameter, where it is one
                     raise
-                self._stepped = {index: [plan for plan, _ in plans] for index, (_, plans) in enumerate(work)}
+                self._stepped = {index: [part for part, _ in parts] for index, (_, parts) in enumerate(work)}
         except Exception:
             for name in ("grad_scale", "found_inf"):  # GradScaler takes them back after a step that succeeds
                 self.__dict__.pop(name, None)
@@ -195,35 +195,35 @@ class SophiaG(Optimizer):
     @torch.no_grad()
     def _step_of(self, param):
         """Steps one parameter, whose gradient has just arrived, for `release_gradients`."""
-        work = self._plans.of(param)
-        plan = work[0][1][0][0]
-        stepped = self._stepped.setdefault(self._plans.place(param)[0], [])
-        if plan in stepped:  # the first parameter of another backward pass
+        work = self._parts.of(param)
+        part = work[0][1][0][0]
+        stepped = self._stepped.setdefault(self._parts.place(param)[0], [])
+        if part in stepped:  # the first parameter of another backward pass
             stepped.clear()
-        stepped.append(plan)
+        stepped.append(part)
         self._run(work)
 
     def _run(self, work, bs=None):
-        """Steps the plans in ``work``: [(group, [(plan, gradients)])]."""
+        """Steps the parts in ``work``: [(group, [(part, gradients)])]."""
         norm, skip = self._norm_and_skip(work)
         calls = []
-        for group, plans in work:
-            for plan, grads in plans:
+        for group, parts in work:
+            for part, grads in parts:
                 in_step = self._beta2_in_step(group)
                 corrections = None
                 if group["bias_correction"]:
-                    updates = plan.count("hessian_step") if in_step is None else plan.count("step") + 1
-                    corrections = plan.corrections(group["betas"][1], updates)
-                plan.telemetry.zero_()
+                    updates = part.count("hessian_step") if in_step is None else part.count("step") + 1
+                    corrections = part.corrections(group["betas"][1], updates)
+                part.telemetry.zero_()
                 call = functools.partial(
                     sophia_step,
-                    plan.locals(plan.params),
+                    part.locals(part.params),
                     grads,
-                    **plan.lists(),
-                    lr=option_on(group["lr"], plan.device),
-                    weight_decay=option_on(group["weight_decay"], plan.device),
-                    rho=option_on(group["rho"], plan.device),
-                    bs=option_on(group["bs"] if bs is None else bs, plan.device),
+                    **part.lists(),
+                    lr=option_on(group["lr"], part.device),
+                    weight_decay=option_on(group["weight_decay"], part.device),
+                    rho=option_on(group["rho"], part.device),
+                    bs=option_on(group["bs"] if bs is None else bs, part.device),
                     beta1=self._beta1(group),
                     beta2=in_step,
                     eps=group["eps"],
@@ -231,31 +231,31 @@ class SophiaG(Optimizer):
                     eps_mode=group["eps_mode"],
                     param_rounding=rounding_of(group),
                     corrections=corrections,
-                    seed=group["seed"] + plan.shard(),
-                    tensor_ids=plan.tensor_ids,
-                    steps=plan.count("step"),
-                    grad_factor=self._factor(group, norm, plan.device),
-                    skip=_move(skip, plan.device),
-                    telemetry=plan.telemetry,
-                    table=plan.table,
+                    seed=group["seed"] + part.shard(),
+                    tensor_ids=part.tensor_ids,
+                    steps=part.count("step"),
+                    grad_factor=self._factor(group, norm, part.device),
+                    skip=_move(skip, part.device),
+                    telemetry=part.telemetry,
+                    table=part.table,
                     backend=group["backend"],
                 )
                 calls.append(call)
         if len(calls) > 1:
             for call in calls:
                 call(check_only=True)
-            versions = [plan.table.version for _, plans in work for plan, _ in plans]
-            if versions != self._versions:  # the op has seen the tensors of one plan at a time
-                check_overlap({"parameters": [p for _, plans in work for plan, _ in plans for p in plan.locals(plan.params)]})
+            versions = [part.table.version for _, parts in work for part, _ in parts]
+            if versions != self._versions:  # the op has seen the tensors of one part at a time
+                check_overlap({"parameters": [p for _, parts in work for part, _ in parts for p in part.locals(part.params)]})
                 self._versions = versions
         for call in calls:
             call()
         self._norm = norm
-        for group, plans in work:
-            for plan, _ in plans:
-                plan.count("step").add_(1 if skip is None else 1 - _move(skip, plan.device))
-            if group["clip_target"] is not None and plans:
-                self._steer(group, [plan for plan, _ in plans], skip)
+        for group, parts in work:
+            for part, _ in parts:
+                part.count("step").add_(1 if skip is None else 1 - _move(skip, part.device))
+            if group["clip_target"] is not None and parts:
+                self._steer(group, [part for part, _ in parts], skip)
         if skip is not None:
             if self._skipped is None:
                 self._skipped = torch.zeros_like(skip, dtype=torch.float64)
@@ -278,40 +278,40 @@ class SophiaG(Optimizer):
         Raises:
             ValueError: an option or a gradient does not fit; nothing was changed.
         """
-        work = self._plans.collect()
+        work = self._parts.collect()
         try:
             self._update_hessian(work, probes, grad_scale)
         except ValueError:
-            self._plans.check_gradients()  # as in step
+            self._parts.check_gradients()  # as in step
             raise
 
     @torch.no_grad()
     def _update_hessian_of(self, param):
         """Updates h of one parameter, whose gradient has just arrived, for `soul.curvature`."""
-        self._update_hessian(self._plans.of(param))
+        self._update_hessian(self._parts.of(param))
 
     def _update_hessian(self, work, probes=None, grad_scale=None):
         skip = None
         if grad_scale is not None or any(group["skip_nonfinite"] for group, _ in work):  # scaled gradients overflow as a matter
             skip = self._not_finite(self._total_norm(work))  # of course, and inf would stay in h for good
         calls = []
-        for group, plans in work:
-            for plan, grads in plans:
+        for group, parts in work:
+            for part, grads in parts:
                 factor = None
                 if grad_scale is not None:
-                    factor = torch.ones((), dtype=torch.float32, device=plan.device) / _move(grad_scale, plan.device)
+                    factor = torch.ones((), dtype=torch.float32, device=part.device) / _move(grad_scale, part.device)
                 call = functools.partial(
                     hessian_ema,
-                    **plan.lists("hessian", "hessian_scale"),
+                    **part.lists("hessian", "hessian_scale"),
                     grads=grads,
-                    probes=None if probes is None else plan.locals([self._probe(probes, p) for p in plan.params]),
+                    probes=None if probes is None else part.locals([self._probe(probes, p) for p in part.params]),
                     beta2=group["betas"][1],
-                    seed=HESSIAN_NOISE + group["seed"] + plan.shard(),
-                    tensor_ids=plan.tensor_ids,
-                    steps=plan.count("hessian_step"),
+                    seed=HESSIAN_NOISE + group["seed"] + part.shard(),
+                    tensor_ids=part.tensor_ids,
+                    steps=part.count("hessian_step"),
                     grad_factor=factor,
-                    skip=_move(skip, plan.device),
-                    table=plan.hessian_table,
+                    skip=_move(skip, part.device),
+                    table=part.hessian_table,
                     backend=group["backend"],
                 )
                 calls.append(call)
@@ -320,13 +320,13 @@ class SophiaG(Optimizer):
                 call(check_only=True)
         for call in calls:
             call()
-        for _, plans in work:
-            for plan, _ in plans:
-                plan.count("hessian_step").add_(1 if skip is None else 1 - _move(skip, plan.device))
+        for _, parts in work:
+            for part, _ in parts:
+                part.count("hessian_step").add_(1 if skip is None else 1 - _move(skip, part.device))
 
     def _probe(self, probes, param):
         if param not in probes:
-            index, position = self._plans.place(param)
+            index, position = self._parts.place(param)
             got = f"none for parameter {position} in group {index}"
             raise argument_error("probes", "one for every parameter with a gradient", got, "clear its gradient, or add a probe")
         return probes[param]
@@ -352,17 +352,17 @@ class SophiaG(Optimizer):
         """
         groups = []
         for index, group in enumerate(self.param_groups):
-            plans = self._stepped.get(index, [])
+            parts = self._stepped.get(index, [])
             totals = sum(
-                (plan.sum_over_shards(plan.telemetry.clone()).cpu() for plan in plans),
+                (part.sum_over_shards(part.telemetry.clone()).cpu() for part in parts),
                 torch.zeros(3, dtype=torch.float64, device="cpu"),
             )
             clipped, lost, squares = totals.tolist()
-            numel = sum(plan.numel for plan in plans) or float("nan")
+            numel = sum(part.numel for part in parts) or float("nan")
             groups.append(
                 {
                     "clip_fraction": clipped / numel,
-                    "update_norm": squares**0.5 if plans else float("nan"),
+                    "update_norm": squares**0.5 if parts else float("nan"),
                     "lost_fraction": lost / numel,
                     "rho": float(group["rho"]),
                 }
@@ -435,13 +435,13 @@ class SophiaG(Optimizer):
             self._release = release
 
     def _total_norm(self, work):
-        """The norm of all gradients, fp32 [] on the device of the first plan; None without gradients."""
+        """The norm of all gradients, fp32 [] on the device of the first part; None without gradients."""
         norms = []
-        for group, plans in work:
-            for plan, grads in plans:
-                norm = grad_norm(grads, table=plan.norm_table, backend=group["backend"])
-                if is_sharded(plan.params[0]):
-                    norm = plan.sum_over_shards(norm.double().square()).sqrt().float()
+        for group, parts in work:
+            for part, grads in parts:
+                norm = grad_norm(grads, table=part.norm_table, backend=group["backend"])
+                if is_sharded(part.params[0]):
+                    norm = part.sum_over_shards(norm.double().square()).sqrt().float()
                 norms.append(norm)
         if len(norms) > 1:
             return torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms]).double().norm().float()
@@ -474,16 +474,16 @@ class SophiaG(Optimizer):
             factor = (1.0 if factor is None else factor) / _move(self.grad_scale, device)
         return factor
 
-    def _steer(self, group, plans, skip):
+    def _steer(self, group, parts, skip):
         """Moves rho towards the clip target; not in a skipped step, nor with lr = 0, nor before there is a Hessian."""
         rho = group["rho"]
-        if not sum(plan.numel for plan in plans):
+        if not sum(part.numel for part in parts):
             return
-        clipped = sum(_move(plan.sum_over_shards(plan.telemetry[:1].clone()), rho.device) for plan in plans)
-        change = (clipped[0] / sum(plan.numel for plan in plans) - group["clip_target"]).float()
+        clipped = sum(_move(part.sum_over_shards(part.telemetry[:1].clone()), rho.device) for part in parts)
+        change = (clipped[0] / sum(part.numel for part in parts) - group["clip_target"]).float()
         change = change * (option_on(group["lr"], rho.device) != 0)
         if self._beta2_in_step(group) is None:
-            change = change * (_move(plans[0].count("hessian_step").amax(), rho.device) > 0)
+            change = change * (_move(parts[0].count("hessian_step").amax(), rho.device) > 0)
         if skip is not None:
             change = change * (1 - _move(skip, rho.device))
         rho.mul_(change.exp()).clamp_(1e-12, 1e12)

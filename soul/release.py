@@ -5,7 +5,7 @@ import contextlib
 import torch
 
 from soul._options import check_releasable
-from soul._plan import is_sharded
+from soul._shards import is_sharded
 from soul.optimizer import SophiaG
 from soul_kernels._checks import argument_error
 

@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from soul._extras import require
-from soul._plan import is_sharded
+from soul._shards import is_sharded
 from soul.distributed import Processes
 from soul.reference import digest
 from soul_kernels._checks import argument_error

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from soul._plan import local
+from soul._shards import local
 from soul.config import norm_limit
 from soul.curvature import GNB
 from soul.distributed import Processes, full, gathered

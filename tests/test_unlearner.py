@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import soul
 from soul import UnlearnConfig, Unlearner, models
-from soul._plans import Plans
+from soul._parts import Parts
 from soul.cli import main
 from soul.config import build_scheduler
 from soul.data import collate, read_jsonl
@@ -163,13 +163,13 @@ def run(tokenizer, n=5, **options):
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
-    held, real = [], Plans.collect
+    held, real = [], Parts.collect
 
-    def spy(plans, *args):
-        held.append(sum(p.grad is not None for p in plans._optimizer.param_groups[0]["params"]))
-        return real(plans, *args)
+    def spy(parts, *args):
+        held.append(sum(p.grad is not None for p in parts._optimizer.param_groups[0]["params"]))
+        return real(parts, *args)
 
-    monkeypatch.setattr(Plans, "collect", spy)
+    monkeypatch.setattr(Parts, "collect", spy)
     got, released = run(tokenizer, max_grad_norm=None, gradient_release=True, **options)
     assert [n for n in held if not n] == [0] * len(records)  # the others are refreshes of h from micro-batches
     assert len(held) == len(records) or options == dict(curvature="retain", accumulate=2, batch_size=1)

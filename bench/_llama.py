@@ -1,0 +1,68 @@
+"""Llama-shaped models with random weights, and sequences of TOFU's lengths for them."""
+
+import dataclasses
+import random
+
+import torch
+
+from soul._extras import require
+from soul.data import Sequence
+from soul.plan import Shape, shape_of
+from soul.plan.shapes import llama
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model and its data.
+
+    Attributes:
+        shape: of the model, of Llama's family.
+        lengths: shortest and longest sequence, in tokens.
+        pad_to: length that the published recipe pads every sequence to.
+    """
+
+    shape: Shape
+    lengths: tuple = (45, 90)  # TOFU's questions with their answers
+    pad_to: int = 512
+
+    def of(self, **sizes):
+        """The same with other sizes of the model, arguments of `soul.plan.shapes.llama`."""
+        names = ("name", "hidden", "intermediate", "layers", "heads", "kv_heads", "vocab", "tied")
+        return dataclasses.replace(self, shape=llama(**{name: getattr(self.shape, name) for name in names} | sizes))
+
+
+LLAMA_1B, LLAMA_7B = Setup(shape_of("llama-3.2-1b")), Setup(shape_of("llama-2-7b"))
+SMALL = Setup(llama("small", hidden=128, intermediate=344, layers=4, heads=4, kv_heads=2, vocab=4000, tied=True), (20, 40), 128)
+TINY = Setup(llama("tiny", hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=200, tied=True), (6, 12), 32)
+
+
+def make_model(shape, device, dtype):
+    """A model of that shape with the same random weights at every call, in training mode."""
+    transformers = require("transformers", "hf")
+    config = transformers.LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    found = sum(p.numel() for p in model.parameters())
+    assert found == shape.numel, f"{shape.name}: {found:,} parameters, {shape.numel:,} by its shape"
+    return model.train()
+
+
+def make_sequences(setup, count, seed=0):
+    """Random token ids in sequences of the setup's lengths, a third of each a prompt without labels."""
+    draw, found = random.Random(seed), []
+    for _ in range(count):
+        ids = [draw.randrange(setup.shape.vocab) for _ in range(draw.randint(*setup.lengths))]
+        prompt = len(ids) // 3
+        labels = [-100] * (prompt - 1) + ids[prompt:] + [-100]
+        found.append(Sequence(ids, labels, prompt))
+    return found

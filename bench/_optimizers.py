@@ -1,0 +1,98 @@
+"""What the optimizer's step is compared with: the published formulas written out, torch's optimizers, and those of others.
+
+Each function makes one and returns its step; a package that is missing raises ModuleNotFoundError.
+"""
+
+import functools
+
+import torch
+
+from soul_kernels.reference.sophia_step import sophia_step as reference_step
+
+
+def published_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, b2=0.99, rho=0.04, bs=5120, wd=0.1):
+    """The published SophiaG.step, or SOUL's, operation for operation."""
+    for p, g, m, h in zip(params, grads, exp_avgs, hessians):
+        if soul:
+            h.mul_(b2).addcmul_(g, g, value=1 - b2)
+            m.mul_(b1).add_(g, alpha=1 - b1)
+        p.mul_(1 - lr * wd)
+        m.mul_(b1).add_(g, alpha=1 - b1)
+        ratio = (m.abs() / (rho * bs * h + 1e-15)).clamp(None, 1)
+        p.addcmul_(m.sign(), ratio, value=-lr)
+
+
+def foreach_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, b2=0.99, rho=0.04, bs=5120, wd=0.1):
+    """The published formula with torch's foreach functions."""
+    if soul:
+        torch._foreach_mul_(hessians, b2)
+        torch._foreach_addcmul_(hessians, grads, grads, value=1 - b2)
+    torch._foreach_mul_(exp_avgs, b1)
+    torch._foreach_add_(exp_avgs, grads, alpha=1 - b1)
+    torch._foreach_mul_(params, 1 - lr * wd)
+    denominators = torch._foreach_mul(hessians, rho * bs)
+    torch._foreach_add_(denominators, 1e-15)
+    ratios = torch._foreach_abs(exp_avgs)
+    torch._foreach_div_(ratios, denominators)
+    torch._foreach_clamp_max_(ratios, 1)
+    torch._foreach_addcmul_(params, torch._foreach_sign(exp_avgs), ratios, value=-lr)
+
+
+def published(step, soul, params):
+    """``step`` on states in the dtype of the parameters."""
+    grads = [p.grad for p in params]
+    states = [torch.zeros_like(g) for g in grads], [g * g for g in grads]
+    return functools.partial(step, [p.detach() for p in params], grads, *states, soul=soul)
+
+
+def compiled_reference(soul, params):
+    """torch.compile of the reference, states in the dtypes that ours has."""
+    grads = [p.grad for p in params]
+    exp_avgs = [torch.zeros_like(g) for g in grads]
+    hessians = [g.float() ** 2 for g in grads]
+    options = dict(
+        lr=1e-4, beta1=0.965, rho=0.04, bs=5120, eps=1e-15, weight_decay=0.1, maximize=False, eps_mode="add",
+        param_rounding="nearest", low_bits=None, exp_avg_scales=None, hessian_scales=None, corrections=None,
+        salts=[0] * len(params), steps=None, grad_factor=None, skip=None, telemetry=None,
+    )  # fmt: skip
+    step = torch.compile(reference_step)
+    return lambda: step([p.detach() for p in params], grads, exp_avgs, hessians, beta2=0.99 if soul else None, **options)
+
+
+def optimi_adamw(params, **options):
+    import optimi
+
+    # Its Triton kernel where there is a GPU; foreach elsewhere.
+    kind = "triton" if params[0].is_cuda else "foreach"
+    return optimi.AdamW(params, lr=1e-4, **{kind: True}, **options).step
+
+
+def flash_adamw(params):
+    import flashoptim
+
+    bits = None if params[0].dtype == torch.float32 else 24
+    return flashoptim.FlashAdamW(params, lr=1e-4, master_weight_bits=bits).step
+
+
+def torchao_adamw(params):
+    """Both states in 8 bits, blocks of 256; compiled by itself."""
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=1e-4).step
+
+
+def bitsandbytes_adamw(params):
+    """Both states in 8 bits, blocks of 256; a launch a tensor, tensors below 4096 elements in fp32."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=1e-4).step
+
+
+def sophia_h(soul, params):
+    """pytorch_optimizer's SophiaH on squared gradients that are there already: in every step as SOUL, or before the first."""
+    from pytorch_optimizer import SophiaH
+
+    opt = SophiaH(params, lr=1e-4, update_period=2**62)
+    squares = [p.grad**2 for p in params]
+    opt.step(hessian=squares)
+    return functools.partial(opt.step, hessian=squares) if soul else opt.step

@@ -1,0 +1,128 @@
+"""How cost grows: the linear loss with tokens N, vocabulary V and width D; the optimizer's step with parameters and tensors.
+
+One size varies at a time. Of each series the slope in log-log (1: the cost is proportional) and the straight line through the
+times are told: its intercept is what a call costs however small the work is. Beside every time stands that of a model: FLOPs at
+the ceiling of matrix products plus bytes at that of a copy; at the end, by how much it is wrong.
+"""
+
+import functools
+import math
+import statistics
+
+import torch
+
+from bench import _heads
+from bench import bench_sophia_step as optimizer_bench
+from soul import SOUL
+
+MIN_POINTS = 3  # of a series: a line through two always fits
+GPU = {
+    "loss": (4096, 2048, 128256),
+    "N": (512, 1024, 2048, 8192, 16384),
+    "D": (1024, 4096),
+    "V": (16032, 32064, 64128),
+    "params": [2**k for k in (18, 20, 22, 24, 26, 28, 30)],
+    "tensors": (2**24, (4, 16, 64, 256, 1024, 4096)),
+}
+CPU = {
+    "loss": (128, 64, 1000),
+    "N": (64, 256),
+    "D": (32, 128),
+    "V": (500, 2000),
+    "params": [2**k for k in (12, 14, 16, 18)],
+    "tensors": (2**16, (4, 16, 64)),
+}
+QUICK = {
+    "loss": (32, 16, 200),
+    "N": (16, 64),
+    "D": (8, 32),
+    "V": (100, 400),
+    "params": [2**k for k in (8, 10, 12)],
+    "tensors": (2**12, (2, 4, 8)),
+}
+
+
+def loss_case(n, d, n_vocab, device):
+    """Cross-entropy with a trained head, ours beside the bare matrix products."""
+    case = _heads.make_case("CE", n, d, n_vocab, False, {"ours": lambda: _heads.ours("CE")}, device, op="linear loss")
+    # Logits in fp32 are read twice, and their gradient is written once, in 16 bits on a GPU.
+    case.model = {"ours": (case.flops, n * n_vocab * (4 + 4 + (2 if device.type == "cuda" else 4)))}
+    return case
+
+
+def step_case(n_params, n_tensors, device, quick):
+    """A step of SOUL in its defaults, on tensors of equal size."""
+    shapes, dtype = [(n_params // n_tensors,)] * n_tensors, torch.bfloat16
+    name = f"{n_params:,} parameters in {n_tensors:,} tensor{'s' if n_tensors > 1 else ''}"
+    case = optimizer_bench.make_case(name, SOUL, [{}], shapes, device, dtype, quick)
+    case.at = {"params": n_params, "tensors": n_tensors}
+    case.model = {variant: (0, moved) for variant, moved in case.bytes.items()}
+    return case
+
+
+def cases(device, quick):
+    """Functions that make the cases."""
+    sizes = GPU if device.type == "cuda" else QUICK if quick else CPU
+    n, d, n_vocab = sizes["loss"]
+    series = [(n, d, n_vocab), *((x, d, n_vocab) for x in sizes["N"]), *((n, x, n_vocab) for x in sizes["D"])]
+    for size in [*series, *((n, d, x) for x in sizes["V"])]:
+        yield functools.partial(loss_case, *size, device)
+    total, counts = sizes["tensors"]
+    for n_params, n_tensors in [*((x, 1) for x in sizes["params"]), *((total, count) for count in counts)]:
+        yield functools.partial(step_case, n_params, n_tensors, device, True)
+
+
+def fit(points):
+    """Line and power law through (size, ms).
+
+    Returns:
+        Dict of ``slope`` (in log-log), ``fixed_ms`` and ``ms_per_unit`` (of the straight line), ``from``, ``to``, ``points``.
+    """
+    sizes, times = zip(*sorted(points))
+    power = statistics.linear_regression([math.log(x) for x in sizes], [math.log(t) for t in times])
+    line = statistics.linear_regression(sizes, times)
+    return {
+        "slope": power.slope, "fixed_ms": line.intercept, "ms_per_unit": line.slope,
+        "from": sizes[0], "to": sizes[-1], "points": len(sizes),
+    }  # fmt: skip
+
+
+def summary(rows, limits):
+    """The fits of every series of at least `MIN_POINTS` sizes, and the error of the model.
+
+    Returns:
+        Dict of ``lines``, to be printed; ``fits``, list of dicts of `fit` with ``what`` and ``axis``; ``model_error``, of each
+        kind of case the median and the largest of ``|model / measured - 1|``, and that of the case with most to do. Or None
+        where nothing was timed.
+    """
+    series, errors = {}, {}
+    for row in rows:
+        if "ms" not in row or not row["variant"].startswith("ours"):
+            continue
+        what = row["case"].partition(",")[0]
+        errors.setdefault(what, []).append((row["model_ms"], abs(row["model_ms"] / row["ms"] - 1)))
+        for axis, size in row["at"].items():
+            others = tuple((name, value) for name, value in row["at"].items() if name != axis)
+            series.setdefault((what, axis, others), []).append((size, row["ms"]))
+    if not errors:
+        return None
+    fits, lines = [], []
+    for (what, axis, others), points in series.items():
+        if len(points) >= MIN_POINTS:
+            found = fit(points)
+            fits.append({"what": what, "axis": axis, "others": dict(others)} | found)
+            lines.append(
+                f"{what} against {axis} ({', '.join(f'{name} {value:,}' for name, value in others)}; {found['from']:,} to "
+                f"{found['to']:,}): slope {found['slope']:.2f} in log-log; {found['fixed_ms']:.3g} ms + "
+                f"{found['ms_per_unit'] * 1e3:.3g} us a unit"
+            )
+    model_error = {}
+    for what, of in errors.items():
+        only = [error for _, error in of]
+        model_error[what] = {"median": statistics.median(only), "largest": max(only), "at_the_largest_size": max(of)[1]}
+    for what, error in model_error.items():
+        lines.append(
+            f"model of {what} from bytes, FLOPs and ceilings: off by {100 * error['median']:.0f}% (median), "
+            f"{100 * error['largest']:.0f}% at most, {100 * error['at_the_largest_size']:.0f}% where there is most to do"
+        )
+    return {"lines": lines, "fits": fits, "model_error": model_error}
