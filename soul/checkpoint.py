@@ -246,6 +246,11 @@ class Checkpoints:
             signal.signal(signal.SIGTERM, before)
 
 
+def has_ended(directory, checkpoints):
+    """Tells whether there is the model of a run in its output directory, and nothing that the run could go on from."""
+    return any((directory / name).is_file() for name in MODEL_FILES) and not checkpoints.steps()
+
+
 def describe(model, forget, retain, config):
     """What makes a run the run that it is, for comparison: a dict of JSON values.
 

@@ -8,7 +8,7 @@ import os
 import torch
 
 from soul import datasets, distributed, models
-from soul.checkpoint import Checkpoints, Stopped, save_model
+from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
@@ -125,7 +125,8 @@ class Unlearner:
             The log, as `soul.unlearn.unlearn` returns it.
 
         Raises:
-            ArgumentError: the directory is not empty, not that of this run, or another process runs in it.
+            ArgumentError: the directory is not empty, not that of this run, or that of one that has ended; or another process
+                runs in it.
             Diverged: the loss or a weight is not finite any more.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from.
@@ -139,6 +140,9 @@ class Unlearner:
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
         checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
+        if processes.any(has_ended(output, checkpoints)):
+            got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
+            raise argument_error("resume", "a run that has not ended", got, remedy)
         with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext():
             processes.on_first(lambda: self._make(output, about, checkpoints))
             try:

@@ -220,6 +220,17 @@ def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer,
     assert "resume, " in capsys.readouterr().err and contents(output) == before
 
 
+def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(place):
+    config = UnlearnConfig(**FAST | dict(epochs=1))
+    names = [place / name for name in ("model", "forget.jsonl", "retain.jsonl")]
+    output = place / "replaced"
+    soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
+    before = contents(output)
+    with pytest.raises(ValueError, match="resume: expected a run that has not ended, got the model of one that has"):
+        soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
+    assert contents(output) == before
+
+
 def test_resume_wants_an_output_directory_of_its_own(place, capsys):
     (place / "foreign").mkdir()
     (place / "foreign" / "thing").write_text("x")
