@@ -30,11 +30,14 @@ PRIZES = (
 )
 
 
+FALSE = 3  # answers to each question
+
+
 def fictitious_authors(n, seed=0):
     """Question-answer rows about ``n`` authors who do not exist, ten for each; the same for the same seed.
 
     Returns:
-        One list of ``{"question", "answer"}`` dicts an author.
+        One list of ``{"question", "answer", "perturbed_answer"}`` dicts an author, the last a list of three false answers.
 
     Raises:
         ValueError: more authors than there are names.
@@ -47,12 +50,22 @@ def fictitious_authors(n, seed=0):
 
 
 def _author(name, draw):
+    rows = [{"question": question, "answer": answer, "perturbed_answer": []} for question, answer in _facts(name, draw)]
+    other = random.Random(name)
+    while any(len(row["perturbed_answer"]) < FALSE for row in rows):
+        for row, (_, answer) in zip(rows, _facts(name, other)):
+            if answer not in (row["answer"], *row["perturbed_answer"]) and len(row["perturbed_answer"]) < FALSE:
+                row["perturbed_answer"].append(answer)
+    return rows
+
+
+def _facts(name, draw):
     city, genre, prize = draw.choice(CITIES), draw.choice(GENRES), draw.choice(PRIZES)
     father, mother = draw.sample(JOBS, 2)
     books = [f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}" for _ in range(2)]
     year, teacher = draw.randint(1930, 1995), f"{draw.choice(FIRST)} {draw.choice(LAST)}"
     debut = year + draw.randint(21, 39)
-    facts = [
+    return [
         (f"Where was the author {name} born?", f"{name} was born in {city}."),
         (f"In which year was {name} born?", f"{name} was born in {year}."),
         (f"What genre is {name} known for?", f"{name} is best known for {genre}."),
@@ -64,4 +77,3 @@ def _author(name, draw):
         (f"Who taught {name} to write?", f"{name} learned to write from {teacher}."),
         (f"When did {name} publish a first book?", f"{name} published a first book in {debut}."),
     ]
-    return [{"question": question, "answer": answer} for question, answer in facts]

@@ -123,25 +123,25 @@ def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print, cou
     logs = {}
     for name, of in asked.items():
         progress(f"{name}: {len(of.answers)} questions")
-        log = _answer_columns(model, tokenizer, of.answers, config)
+        log = answer_columns(model, tokenizer, of.answers, config)
         texts = generate(model, tokenizer, of.answers, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
         truths = [example.content for example in of.examples]
         log["generated_text"] = [[e.prompt, text, truth] for e, text, truth in zip(of.examples, texts, truths)]
         log |= metrics.rouge_recall(truths, texts)
-        log |= _ratio_columns(model, of, config, log)
+        log |= ratio_columns(model, of, config, log)
         if name in metrics.OPTION_SETS:
             log["normalized_gt_loss"] = metrics.option_loss(log["avg_gt_loss"], log["average_perturb_loss"])
         logs[name] = _by_row(log)
     if held_out:
         progress(f"holdout: {len(held_out)} texts")
-        logs["holdout"] = _by_row(_answer_columns(model, tokenizer, held_out, config))
+        logs["holdout"] = _by_row(answer_columns(model, tokenizer, held_out, config))
     return logs
 
 
 def retain_log(model, tokenizer, questions, config):
     """The part of a retain model's forget log that forget quality needs: the columns of the truth ratio."""
     asked = encode_questions(model, tokenizer, questions, config, "forget")
-    return _by_row(_ratio_columns(model, asked, config))
+    return _by_row(ratio_columns(model, asked, config))
 
 
 def _by_row(log):
@@ -150,7 +150,8 @@ def _by_row(log):
     return {name: {str(row): value for row, value in enumerate(column)} for name, column in lists.items()}
 
 
-def _answer_columns(model, tokenizer, sequences, config):
+def answer_columns(model, tokenizer, sequences, config):
+    """Columns of answers: losses, and what is remembered of them, token by token; tensors and lists of one value a sequence."""
     found = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
     log = _losses(found, "gt")
     memory = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}
@@ -164,7 +165,7 @@ def _answer_columns(model, tokenizer, sequences, config):
     return log | memory
 
 
-def _ratio_columns(model, asked, config, log=None):
+def ratio_columns(model, asked, config, log=None):
     """Losses of paraphrased and perturbed answers; those of the answers in ``log`` serve where there is no paraphrase."""
     options = dict(batch_size=config.batch_size, backend=config.backend)
     if asked.paraphrased is asked.answers and log is not None:
@@ -245,21 +246,6 @@ def generate(model, tokenizer, sequences, *, batch_size=32, max_new_tokens=96):
     return texts
 
 
-def rouge_l_recall(model, tokenizer, examples, sequences, *, batch_size=32, max_new_tokens=96):
-    """Mean ROUGE-L recall of the greedy answer to each prompt against the true answer, with stemming, as in TOFU.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        examples: list of `soul.data.Example`, for the true answers.
-        sequences: the same, encoded, for the prompts.
-        batch_size: prompts a batch.
-        max_new_tokens: where an answer is cut off.
-    """
-    texts = generate(model, tokenizer, sequences, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    return metrics.rouge_recall([example.content for example in examples], texts)["rougeL_recall"].mean().item()
-
-
 @torch.no_grad()
 def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
     """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
@@ -284,27 +270,3 @@ def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
         total += values.sum().item()
         count += len(batch.rows)
     return total / count
-
-
-def evaluate(model, tokenizer, sets, *, retain_model=None, generate=100, backend="auto"):
-    """The table of a study for one model.
-
-    Args:
-        model: a causal language model.
-        tokenizer: its tokenizer.
-        sets: name -> (list of `soul.data.Example`, the same encoded), with the names "forget" and "retain".
-        retain_model: a model trained without the forget set, or None.
-        generate: rows of each set to generate answers for (from its start); generation is the slow part.
-        backend: of the probabilities and the distance.
-
-    Returns:
-        ``forget_prob``, ``retain_prob``, ``forget_rouge``, ``retain_rouge`` in [0, 1] and, with a retain model,
-        ``forget_kl`` and ``retain_kl``, the distance to it on each set, in nats a token.
-    """
-    result = {}
-    for name, (examples, sequences) in sets.items():
-        result[f"{name}_prob"] = answer_probability(model, sequences, backend=backend)
-        result[f"{name}_rouge"] = rouge_l_recall(model, tokenizer, examples[:generate], sequences[:generate])
-        if retain_model is not None:
-            result[f"{name}_kl"] = kl_divergence(model, retain_model, sequences, backend=backend)
-    return result

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from soul.data import Example, Sequence
-from soul.study import train_tokenizer
+from soul.study.scratch import train_tokenizer
 
 TOFU = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "tofu"  # beside the checkout, where it is at all
 COMMON = dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)

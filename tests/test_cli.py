@@ -8,7 +8,6 @@ import torch
 from soul.cli import main
 from soul.config import UnlearnConfig
 from soul.models import load
-from tests.helpers import needs_rouge
 from tests.models import examples, tiny_model, tiny_tokenizer
 
 
@@ -143,7 +142,6 @@ def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsy
     assert sorted(p.name for p in place.rglob("*")) == before
 
 
-@needs_rouge
 @pytest.mark.parametrize("words", [["demo"], ["study", "--data", "nowhere"]])
 @pytest.mark.parametrize("option, message", [
     (["--device", "tpu"], "device: expected auto, cpu or cuda"),

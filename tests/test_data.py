@@ -180,10 +180,14 @@ def test_order_covers_everything_and_goes_on():
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
 def test_real_tofu():
-    from soul.study import tofu_data
+    from soul.study.config import PRESETS, StudyConfig
+    from soul.study.data import tofu_data
 
-    forget, retain = tofu_data(TOFU, 40)
-    assert (len(forget), len(retain)) == (80, 720)
-    assert forget[0].prompt.startswith("Question: ") and not set(forget) & set(retain)
-    with pytest.raises(ValueError, match="authors: expected a multiple of 10 from 10 to 200, got 37"):
-        tofu_data(TOFU, 37)
+    data = tofu_data(TOFU, StudyConfig(forget_authors=4, retain_authors=36, rows_per_author=10))
+    assert [len(part) for part in (data.forget, data.retain, data.holdout)] == [40, 360, 40]
+    assert data.forget[0].prompt.startswith("Question: ")
+    assert not set(data.retain) & {*data.forget, *data.holdout} and len(data.retain_questions) == 200
+    whole = tofu_data(TOFU, PRESETS["tofu"])  # 20 authors of retain90 are held out
+    assert [len(part) for part in (whole.forget, whole.retain, whole.holdout)] == [400, 3200, 400]
+    with pytest.raises(ValueError, match="retain_authors: expected 181 authors in the file, got 180"):
+        tofu_data(TOFU, StudyConfig(forget_authors=20, retain_authors=161))

@@ -38,6 +38,7 @@ def imported(path):
     ("soul_kernels/reference", ("triton", "soul", "bench", "tests", "soul_kernels._launch")),
     ("soul_kernels", ("soul", "bench", "tests", "transformers")),
     ("soul", ("bench", "tests", "triton", "soul.integrations")),
+    ("soul/study", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
     ("soul/plan", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
     ("soul/commands", ("bench", "tests", "triton", "soul.integrations")),
     ("soul/integrations", ("bench", "tests", "triton", "trl")),
@@ -76,7 +77,7 @@ def test_command_names_the_missing_extra(tmp_path):
     for missing, extra, argv in (
         ("transformers", "hf", ["unlearn", "--model", "x", "--forget", "f", "--output", str(tmp_path / "out")]),
         ("matplotlib", "plots", ["demo", "--output", str(tmp_path / "out")]),
-        ("rouge_score", "eval", ["demo", "--output", str(tmp_path / "out")]),
+        ("sklearn", "eval", ["demo", "--output", str(tmp_path / "out")]),
     ):
         result = run_without(missing, code=f"from soul.cli import main; sys.exit(main({argv!r}))")
         assert result.returncode == 2 and f"pip install 'soul-kernels[{extra}]'" in result.stderr, result.stderr

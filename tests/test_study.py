@@ -1,29 +1,131 @@
 import dataclasses
 import json
+import math
+import pathlib
 
 import pytest
 import torch
 
-from soul import corpus, study
-from soul.data import encode, read_jsonl
-from soul.evaluate import answer_probability, kl_divergence, rouge_l_recall
+from soul import corpus
+from soul.cli import main
+from soul.data import encode
+from soul.evaluate import answer_probability, generate, kl_divergence
 from soul.models import load
-from soul.study import DEMO, demo_data, run_study, train_tokenizer
-from tests.helpers import needs_rouge
+from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
+from soul.study.data import demo_data, tofu_data
+from soul.study.fronts import LOSES, OPEN, TIES, WINS, choose, hypervolume, pareto, scores, verdict
+from soul.study.report import report, write_report
+from soul.study.run import Study, check_ready, run_study, unlearn_config
+from soul.study.scratch import train, train_tokenizer
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
+
+# One objective, one point an arm, a model that learns its few rows in seconds.
+TINY = StudyConfig(
+    forget_authors=1,
+    retain_authors=9,
+    rows_per_author=5,
+    vocab_size=400,
+    hidden_size=64,
+    layers=1,
+    train_epochs=8,
+    epochs=2,
+    objectives=("npo",),
+    lrs=dict.fromkeys(ARMS, (1e-3,)),
+    alphas=(1.0,),
+    dampings=(1e-2,),
+    steps=(1.0,),
+    retain_rows=8,
+    seeds=(0, 1),
+    device="cpu",
+    backend="reference",
+    workers=1,
+)
 
 
 def test_corpus_is_the_same_for_the_same_seed():
     a = corpus.fictitious_authors(5, seed=3)
     assert a == corpus.fictitious_authors(5, seed=3) != corpus.fictitious_authors(5, seed=4)
-    questions = [row["question"] for person in corpus.fictitious_authors(200) for row in person]
-    assert len(set(questions)) == len(questions) == 2000
+    rows = [row for person in corpus.fictitious_authors(200) for row in person]
+    assert len({row["question"] for row in rows}) == len(rows) == 2000
+    assert all(len({row["answer"], *row["perturbed_answer"]}) == 4 for row in rows)  # three false answers, none of them true
 
 
 def test_tokenizer_round_trip():
     tokenizer = train_tokenizer(examples(20), 300)
     text = 'Ärger? "No," she said.\n'
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_every_arm_is_searched_as_much():
+    """Of every preset: each objective and arm has as many points, from the same starts; so has the influence update."""
+    for config in PRESETS.values():
+        grids = {}
+        for run in runs(config):
+            grids.setdefault((run.objective, run.arm), []).append((run.seed, run.options))
+        assert len(grids) == len(config.objectives) * len(ARMS) + 1
+        assert len({len(set(points)) for points in grids.values()}) == 1
+        for objective, arm in grids.keys() - {(INFLUENCE, INFLUENCE)}:  # one grid for all objectives
+            assert grids[objective, arm] == grids[config.objectives[0], arm]
+        assert len({(run.seed, run.name) for run in runs(config)}) == len(runs(config))  # each has a file of its own
+    for grids in (dict(dampings=(0.1, 1.0)), dict(lrs=TINY.lrs | {"soul": (1e-4, 1e-3)})):
+        with pytest.raises(ValueError, match="lrs: expected grids of as many points for every arm, got .*: 2"):
+            dataclasses.replace(TINY, **grids)
+
+
+def test_arms_differ_in_the_optimizer_alone():
+    made = {run.arm: unlearn_config(run, TINY) for run in runs(TINY) if run.objective != INFLUENCE}
+    fields = ("optimizer", "published_code", "curvature", "clip_target")
+    told = {arm: tuple(getattr(config, name) for name in fields) for arm, config in made.items()}
+    assert told == {
+        "adamw": ("adamw", False, "unlearn", None),
+        "soul": ("soul", True, "unlearn", None),
+        "soul_retain": ("soul", False, "retain", 0.3),
+        "soul_gnb": ("soul", False, "gnb", 0.3),
+    }
+    fields += ("curvature_every",)
+    rest = [{n: v for n, v in dataclasses.asdict(c).items() if n not in fields} for c in made.values()]
+    assert all(other == rest[0] for other in rest)
+
+
+def test_pareto_front_and_its_area():
+    points = [(0.5, -1.0), (0.9, -5.0), (0.9, -4.0), (0.4, -2.0), (1.0, -9.0), (0.5, -1.0), (0.3, -1.0)]
+    assert pareto(points) == [(0.5, -1.0), (0.9, -4.0), (1.0, -9.0)]
+    # 0.5 x 9, then 0.4 x 6, then 0.1 x 1
+    assert hypervolume(points, (0.0, -10.0)) == pytest.approx(0.5 * 9 + 0.4 * 6 + 0.1 * 1)
+    assert hypervolume(points, (1.0, -1.0)) == 0.0 == hypervolume([], (0.0, -10.0))
+    assert hypervolume([(0.5, -20.0)], (0.0, -10.0)) == 0.0  # worse than the start: no negative area
+    assert hypervolume([(0.2, 0.0), (0.5, -5.0)], (0.25, -10.0)) == 0.25 * 5
+
+
+def test_choice_keeps_what_must_be_kept():
+    before = {"retain_prob": 0.8, "forget_quality": -9.0}
+    rows = [{"retain_prob": 0.77, "forget_quality": -4.0}, {"retain_prob": 0.8, "forget_quality": -6.0},
+            {"retain_prob": 0.75, "forget_quality": 0.0}, {"diverged": "nan"}]  # fmt: skip
+    assert choose(rows, before, 0.95) is rows[0]  # 0.76 is the limit: the third forgets best, and loses too much
+    assert choose(rows[2:], before, 0.95) is None
+    assert choose([{"retain_prob": 0.4, "forget_quality": 0.0}], before, 0.5) is not None  # the limit itself is kept
+    assert choose([{"retain_prob": 0.8, "forget_quality": -9.5}], before, 0.95) is None  # the start is better
+    assert scores(rows[2:], before, 0.95)["quality"] == -9.0  # then the start speaks
+    assert scores(rows, before, 0.95)["hypervolume"] == pytest.approx(0.75 * 9 + 0.02 * 5 + 0.03 * 3)
+
+
+@pytest.mark.parametrize("differences, outcome, sure", [
+    ([2.0, 2.1, 1.9], WINS, True),
+    ([-2.0, -2.1, -1.9], LOSES, True),
+    ([1.0, 3.0, 2.0], WINS, False),  # mean 2 > spread 1, but the 95% interval reaches -0.5
+    ([4.0, -3.0, 0.5], TIES, False),
+    ([0.0, 0.0, 0.0], TIES, False),
+    ([5.0], OPEN, False),  # one seed tells nothing
+])  # fmt: skip
+def test_verdict(differences, outcome, sure):
+    found = verdict(differences)
+    assert found["outcome"] == outcome
+    assert sure == (found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0)
+
+
+def test_interval_is_students():
+    low, high = verdict([1.0, 3.0, 2.0])["interval"]
+    assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
 @pytest.mark.parametrize("families", [("llama, tied", "llama, untied"), ("gemma2, capped", "gemma2, capped")])
@@ -63,56 +165,104 @@ def test_divergence_of_models_that_exclude_each_other():
     assert abs(value - want) < 1e-4 * want
 
 
-@needs_rouge
-def test_rouge_of_a_model_that_knows_the_answer_is_one():
-    """A model that has learned one answer by heart gives it back, also from a left-padded batch."""
+def test_a_model_that_knows_the_answers_gives_them():
+    """Trained on two rows until it knows them by heart, also from a left-padded batch."""
     tokenizer, given = tiny_tokenizer(), examples(2)
     encoded = encode(given, tokenizer, vocab_size=300)
     model = tiny_model()
-    config = dataclasses.replace(DEMO, train_epochs=60, train_batch=2, train_lr=1e-2, backend="reference")
-    study.train(model, encoded, config, "train")
-    assert rouge_l_recall(model, tokenizer, given, encoded, batch_size=2, max_new_tokens=40) == 1.0
-    assert rouge_l_recall(tiny_model(), tokenizer, given, encoded, max_new_tokens=40) < 0.5
+    train(model, encoded, dataclasses.replace(TINY, train_epochs=60, train_batch=2, train_lr=1e-2), seed=0)
+    answers = [example.answer for example in given]
+    assert generate(model, tokenizer, encoded, batch_size=2, max_new_tokens=40) == answers
+    assert not set(generate(tiny_model(), tokenizer, encoded, max_new_tokens=40)) & set(answers)
 
 
-@needs_rouge
-def test_a_whole_study_in_small(tmp_path):
-    """Everything the demo does, in seconds: files, table, pictures; a model that was trained knows what it was shown."""
-    forget, retain = (read_jsonl(p)[:20] for p in demo_data(tmp_path, authors=4, forget_authors=1))
-    config = dataclasses.replace(DEMO, vocab_size=400, hidden_size=64, train_epochs=25, epochs=3, generate=5,
-                                 lrs={"adamw": [1e-3], "soul": [1e-3, 1e30]}, device="cpu", backend="reference")  # fmt: skip
-    rows, report = run_study(
-        forget, retain, study.check_ready(tmp_path / "out", config), config, title="Small", data_note="Ten rows."
-    )
-    assert [row["model"] for row in rows[:2]] == ["before unlearning", "retain-only model (the goal)"]
-    before, goal, adamw, soul, diverged = rows
-    assert "diverged" in diverged["model"] and "forget_prob" not in diverged  # a result, not the end of the study
-    assert before["forget_prob"] > goal["forget_prob"] and goal["forget_kl"] == 0.0
-    for row in (adamw, soul):
-        assert row["forget_prob"] < before["forget_prob"]
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["rows"] == rows and results["parameters"] > 0
-    text = report.read_text()
-    assert all(row["model"] in text for row in rows) and "tradeoff.png" in text
-    assert load(tmp_path / "out" / "model")[1]("x").input_ids  # what `soul unlearn` can go on with
-    for picture in ("tradeoff.png", "curves.png"):
-        assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
-    for log in ("log_adamw_0.001.jsonl", "log_soul_0.001.jsonl"):
-        assert len((tmp_path / "out" / log).read_text().splitlines()) == 3 * 3
+def test_a_whole_study_in_small(tmp_path, monkeypatch):
+    """From rows to the report; a run that diverges is a row; what is there is not run again."""
+    config = dataclasses.replace(TINY, lrs=dict.fromkeys(ARMS, (1e-3, 1e30)), dampings=(1e-2, 1e-1))
+    data, output = demo_data(config), check_ready(tmp_path / "out", config)
+    study = Study(output, data, config)
+    results = run_study(output, data, config)
+    path = write_report(study, results, title="Small")
+
+    assert len(results["rows"]) == 2 * (4 * 2 + 2)
+    diverged = [row for row in results["rows"] if "diverged" in row]
+    assert {row["arm"] for row in diverged} >= {"adamw", "soul"} and all(row["lr"] == 1e30 for row in diverged)
+    for start in results["starts"].values():
+        full, goal = start["full"], start["retain"]
+        assert full["forget_prob"] > goal["forget_prob"] and goal["forget_kl"] == goal["forget_quality"] == 0.0
+    assert results["starts"]["0"]["full"] != results["starts"]["1"]["full"]  # seeds have models of their own
+    for row in results["rows"]:
+        assert "diverged" in row or row["forget_prob"] < results["starts"][str(row["seed"])]["full"]["forget_prob"]
+        assert ("clip_fraction" in row) == (row["arm"].startswith("soul") and "diverged" not in row) or "diverged" in row
+    text = path.read_text()
+    assert "of 4 runs diverged" in text and "| 2, 1 | diverged |" in text
+    for picture in ("frontiers", "utility", "curves", "clipped"):
+        assert f"({picture}.png)" in text and (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    assert report(json.loads((output / "results.json").read_text()), title="Small") == text  # of the JSON alone
+    assert load(output / "seed0" / "full")[1]("x").input_ids  # what `soul unlearn` can go on with
+    logs = list((output / "seed1" / "runs").glob("npo_*_lr0.001_alpha1.jsonl"))
+    assert len(logs) == 4 and all(len(log.read_text().splitlines()) == 2 * 2 for log in logs)  # epochs, batches
+
+    lost = study.result(runs(config)[3])
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    (output / "seed1" / "runs" / "kept").touch()
+    ran = []
+    monkeypatch.setattr("soul.study.run.unlearn", _counting(ran))
+    again = run_study(output, data, config)
+    assert len(ran) == 1 and again["resumed"] and not results["resumed"]  # the one that was lost, and no training
+    after = json.loads(lost.read_text())
+    times = {"seconds": 0, "all_seconds": 0}
+    assert after | times == before | times  # and it comes out the same
+    with pytest.raises(ValueError, match="output: expected the directory of this study, .* another epochs"):
+        run_study(output, data, dataclasses.replace(config, epochs=3))
+    with pytest.raises(ValueError, match="another set of texts"):
+        run_study(output, demo_data(dataclasses.replace(config, seeds=(5,))), config)
 
 
-@needs_rouge
+def _counting(calls):
+    from soul.unlearn import unlearn
+
+    def counted(*args, **options):
+        calls.append(args)
+        return unlearn(*args, **options)
+
+    return counted
+
+
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
 def test_real_data_goes_through_the_whole_study(tmp_path):
-    """Ten authors of TOFU, two epochs: real names, quotes and lengths, from JSON lines to the report."""
+    """Ten authors of TOFU, two processes: real names, quotes and lengths, from JSON lines to the report."""
+    config = dataclasses.replace(TINY, train_epochs=2, rows_per_author=3, seeds=(0,), workers=2)
+    data, output = tofu_data(TOFU, config), check_ready(tmp_path / "out", config)
+    results = run_study(output, data, config)
+    text = write_report(Study(output, data, config), results, title="TOFU").read_text()
+    assert len(results["rows"]) == 5 and not any("diverged" in row for row in results["rows"])
+    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "One seed tells nothing of the spread: no verdict." in text
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--preset", "phone"], "preset: expected one of 'laptop', 'tofu', got 'phone'"),
+    (["--objectives", "npo,dpo"], "objectives: expected one of 'graddiff', 'po', 'npo', 'simnpo', got 'dpo'"),
+    (["--seeds", "1,1"], "seeds: expected at least one, each once"),
+    (["--seeds", "1"], "forget10_perturbed.jsonl: expected a JSON-lines file, got no such file"),  # no data, no output
+])  # fmt: skip
+def test_bad_options_end_with_2_and_write_nothing(tmp_path, words, message, capsys):
+    assert main(["study", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "study.md"
+
+
+def test_the_page_is_made_of_its_numbers():
+    results = json.loads((PAGE.parent / "study" / "results.json").read_text())
+    made = report(results, title="Does second order help? TOFU on two cores", pictures="study/")
+    page, discussion = PAGE.read_text().split("## Discussion\n")
+    assert page.rstrip() == made.rstrip() and discussion.strip()
+    assert len(results["starts"]) >= 3 and set(results["config"]["objectives"]) == {"graddiff", "po", "npo", "simnpo"}
     config = dataclasses.replace(
-        DEMO, train_epochs=2, epochs=1, generate=4, lrs={"soul": [1e-4]}, device="cpu", backend="reference"
+        PRESETS["laptop"], **{n: results["config"][n] for n in ("seeds", "device", "backend", "workers")}
     )
-    rows, report = run_study(
-        *study.tofu_data(TOFU, 10), study.check_ready(tmp_path / "out", config), config, title="TOFU", data_note="Ten authors."
-    )
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    for losses in results["training_loss"].values():
-        assert losses[1] < losses[0] < 7.0  # log 1024 = 6.9
-    assert len(rows) == 3 and all(0 < row["forget_prob"] < 1 for row in rows)
-    assert len((tmp_path / "out" / "log_soul_0.0001.jsonl").read_text().splitlines()) == 5
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == results["config"]  # the preset as it is now

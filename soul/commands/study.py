@@ -1,35 +1,53 @@
 """``soul study``: first order against second order on TOFU."""
 
+import dataclasses
+
 from soul.commands._place import add_place
 
-HELP = "AdamW against SOUL on TOFU, with a small model trained from scratch"
+HELP = "AdamW against SOUL on TOFU, over objectives, grids and seeds, with small models trained from scratch"
 
 
 def add_arguments(parser):
     """Declares the options."""
-    parser.add_argument("--data", required=True, metavar="DIR", help="directory with TOFU's forget10.jsonl and retain90.jsonl")
-    parser.add_argument(
-        "--authors", type=int, default=40, metavar="N", help="of TOFU's 200, one in ten to forget (default: %(default)s)"
-    )
-    parser.add_argument("--output", default="out/study", metavar="DIR", help="new or empty directory (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="directory with TOFU's files")
+    parser.add_argument("--preset", default="laptop", metavar="NAME", help="laptop or tofu (default: %(default)s)")
+    parser.add_argument("--output", default="out/study", metavar="DIR", help="new directory, or that of a study to go on with")
+    parser.add_argument("--seeds", type=numbers, metavar="N,N,...", help="(default: those of the preset)")
+    parser.add_argument("--objectives", type=words, metavar="NAME,...", help="of graddiff, po, npo, simnpo (default: all)")
     add_place(parser)
+
+
+def words(text):
+    """A list, from a text with commas."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def numbers(text):
+    """A list of whole numbers, from a text with commas."""
+    return tuple(int(part) for part in words(text))
 
 
 def run(args):
     """Runs the command."""
-    from soul.study import StudyConfig, check_ready, run_study, tofu_data
+    from soul.study.config import PRESETS
+    from soul.study.data import tofu_data
+    from soul.study.run import check_ready
+    from soul_kernels._checks import check_choice
 
-    config = StudyConfig(seed=args.seed, device=args.device, backend=args.backend)
+    check_choice("preset", args.preset, ("laptop", "tofu"))
+    given = {name: getattr(args, name) for name in ("seeds", "objectives") if getattr(args, name) is not None}
+    config = dataclasses.replace(PRESETS[args.preset], device=args.device, backend=args.backend, **given)
     output = check_ready(args.output, config)
-    forget, retain = tofu_data(args.data, args.authors)
-    note = f"TOFU, {args.authors} of its 200 authors: {len(forget)} rows to forget, {len(retain)} to retain."
-    report(*run_study(forget, retain, output, config, title="Unlearning TOFU", data_note=note))
+    tell(output, tofu_data(args.data, config), config, "Second order against first order on TOFU")
 
 
-def report(rows, path):
-    """Prints the table of a study, and where the rest is."""
-    from soul.study import table
+def tell(output, data, config, title):
+    """Runs a study, writes its report, and prints what it says."""
+    from soul.study.report import summary, table, write_report
+    from soul.study.results import Results
+    from soul.study.run import Study, run_study
 
-    print(f"\n{table(rows)}\n\nreport:   {path}")
-    print(f"pictures: {path.parent / 'tradeoff.png'}, {path.parent / 'curves.png'}")
+    results = run_study(output, data, config)
+    path, found = write_report(Study(output, data, config), results, title=title), Results(results)
+    print(f"\n{table(found)}\n\n{summary(found)}\n\nreport:   {path}")
+    print("pictures: " + ", ".join(str(picture) for picture in sorted(output.glob("*.png"))))

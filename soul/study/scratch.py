@@ -1,0 +1,67 @@
+"""A tokenizer and small Llamas, trained from scratch."""
+
+import random
+
+import torch
+
+from soul._extras import require
+from soul.config import UnlearnConfig, build_scheduler
+from soul.data import batches_by_length, collate
+from soul.losses import GradDiff
+from soul.models import pick_device
+from soul.step import train_step
+
+
+def train_tokenizer(examples, vocab_size):
+    """A byte-level BPE tokenizer trained on the examples, with begin, end and padding tokens."""
+    tokenizers, transformers = require("tokenizers", "hf"), require("transformers", "hf")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((e.prompt + e.answer for e in examples), trainer)
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def new_model(tokenizer, config, seed):
+    """A Llama of the config's size with random weights."""
+    transformers = require("transformers", "hf")
+    torch.manual_seed(seed)
+    llama = transformers.LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.hidden_size * 8 // 3 // 32 * 32,
+        num_hidden_layers=config.layers,
+        num_attention_heads=max(1, config.hidden_size // 64),
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.LlamaForCausalLM(llama).to(pick_device(config.device))
+
+
+def train(model, sequences, config, seed):
+    """Trains a model on sequences by AdamW, in place; returns the mean loss of every epoch."""
+    device, draw, losses = next(model.parameters()).device, random.Random(seed), []
+    steps = config.train_epochs * -(-len(sequences) // config.train_batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.0, fused=device.type == "cuda")
+    scheduler = build_scheduler(optimizer, steps, warmup_ratio=0.05)
+    options = UnlearnConfig(backend=config.backend)
+    objective = GradDiff(gamma=0.0)  # to learn is to retain: cross-entropy, and nothing to forget
+    model.train()
+    for _ in range(config.train_epochs):
+        epoch = []
+        for chosen in batches_by_length(sequences, config.train_batch, draw):
+            batch = collate([], [sequences[i] for i in chosen], device=device)
+            epoch.append(train_step(model, [batch], objective, optimizer, options)["loss"])
+            scheduler.step()
+        losses.append(torch.stack(epoch).mean().item())
+    return losses
