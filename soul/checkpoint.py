@@ -24,6 +24,7 @@ import warnings
 import torch
 
 from soul.distributed import Processes, whole_state
+from soul.models import has_adapters
 from soul.reference import base_weights, digest
 from soul.run_state import (
     FORMAT,
@@ -46,6 +47,7 @@ from soul.run_state import (
 from soul_kernels._checks import argument_error
 
 NAME = re.compile(r"step-(\d+)")
+ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # which no shape of a tensor shows
 MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
 
 
@@ -244,6 +246,11 @@ class Checkpoints:
             signal.signal(signal.SIGTERM, before)
 
 
+def has_ended(directory, checkpoints):
+    """Tells whether there is the model of a run in its output directory, and nothing that the run could go on from."""
+    return any((directory / name).is_file() for name in MODEL_FILES) and not checkpoints.steps()
+
+
 def describe(model, forget, retain, config):
     """What makes a run the run that it is, for comparison: a dict of JSON values.
 
@@ -254,8 +261,11 @@ def describe(model, forget, retain, config):
         config: a dict of the options that decide the numbers.
     """
     data = {"forget": forget, "retain": retain}
+    adapters = getattr(model, "peft_config", {}).values()
+    adapters = [{name: getattr(about, name, None) for name in ADAPTER_OPTIONS} for about in adapters]
     return {
         **config,
+        **({"lora": adapters} if adapters else {}),
         **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
         "content of the model": digest(base_weights(model)),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -279,7 +289,7 @@ def _save_model(model, tokenizer, directory, state):
     try:
         _sweep(directory)
         aside.mkdir()
-        with safetensors_errors():
+        with safetensors_errors(), _valid_generation_config(model, aside):
             model.save_pretrained(aside, **state)
         tokenizer.save_pretrained(aside)
         flush(aside)
@@ -292,6 +302,24 @@ def _save_model(model, tokenizer, directory, state):
         raise OSError(f"{directory}: the model could not be saved ({_reason(error)})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _valid_generation_config(model, aside):
+    """Meanwhile one that transformers saves; it refuses some that it has loaded, and a run would end without a model."""
+    given = None if has_adapters(model) else getattr(model, "generation_config", None)
+    try:
+        if given is not None:
+            given.save_pretrained(aside)
+    except ValueError as error:
+        reason = str(error).strip().splitlines()
+        warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(reason[:2])})", stacklevel=2)
+        model.generation_config = type(given).from_model_config(model.config)
+    try:
+        yield
+    finally:
+        if given is not None:
+            model.generation_config = given
 
 
 def _sweep(directory):

@@ -8,6 +8,7 @@ import torch
 from soul import losses
 from soul.curvature import GNB, RetainFisher
 from soul.influence import Influence
+from soul.models import trained
 from soul.optimizer import SOUL, SophiaG
 from soul.templates import check_template
 from soul_kernels._checks import argument_error, check_choice, check_range
@@ -17,6 +18,7 @@ from soul_kernels.rounding import ROUNDINGS
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
 DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
+SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
 METHODS = {**losses.OBJECTIVES, "influence": Influence}
 
@@ -127,12 +129,9 @@ class UnlearnConfig:
         check_template(self.template, self.system)
         if self.clip_target is not None:
             check_range("clip_target", self.clip_target, high=1.0)
-        if self.optimizer != "soul" and (self.curvature != "unlearn" or self.clip_target is not None):
-            remedy = "curvature and clip_target belong to it"
-            raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
-        if self.optimizer != "soul" and (self.gradient_release or self.cuda_graph):
-            remedy = "gradient_release and cuda_graph belong to it"
-            raise argument_error("optimizer", "'soul'", repr(self.optimizer), remedy)
+            if self.rho != UnlearnConfig.rho:
+                raise argument_error("rho", f"{UnlearnConfig.rho} with clip_target", self.rho, "from there on it moves")
+        self._check_optimizer()
         self._check_release()
         self._check_graph()
         self._check_influence()
@@ -146,6 +145,12 @@ class UnlearnConfig:
                 raise argument_error(name, "a probability in [0, 1]", value, "check the options")
             if value is not None and not self.eval_every:
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
+
+    def _check_optimizer(self):
+        """Raises for what AdamW would leave aside; but for rho and bs, so that a study can say them of both."""
+        for name in SOUL_FIELDS if self.optimizer != "soul" else ():
+            if getattr(self, name) != getattr(UnlearnConfig, name):
+                raise argument_error("optimizer", "'soul'", repr(self.optimizer), f"{name} belongs to it")
 
     def _check_release(self):
         """Raises for what needs all gradients before the first parameter moves."""
@@ -194,9 +199,7 @@ def build_optimizer(model, config):
     Raises:
         ArgumentError: there are none.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise argument_error("model", "parameters that require a gradient", "none", "unfreeze some, or add adapters")
+    params = trained(model)
     if config.optimizer == "adamw":
         betas = config.betas or (0.9, 0.999)
         fused = params[0].is_cuda

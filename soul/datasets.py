@@ -49,7 +49,8 @@ def rows(source, name="rows", *, drop=False, counts=None):
     """
     found = read(source, name)
     columns = _columns(*found[0])
-    kept = [(where, row) for where, row in found if not (drop and _is_blank(row.get(columns[-1])))]
+    blank = [drop and columns[-1] in row and _is_blank(row[columns[-1]]) for _, row in found]  # none such is an error
+    kept = [row for row, is_blank in zip(found, blank) if not is_blank]
     for where, row in kept:
         _check(where, row, columns)
     if counts is not None:

@@ -83,7 +83,7 @@ def check_supported(config, adapters=None):
     objective = config.objective()
     if objective.additive is None:
         remedy = "its loss is not a sum over sequences, which are divided among processes"
-        raise argument_error("processes", f"1 with {objective}", Processes.here().size, remedy)
+        raise argument_error("processes", f"1 with {objective}", "several", remedy)
 
 
 def shard(model, device):

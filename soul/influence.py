@@ -15,7 +15,7 @@ import torch
 
 from soul import losses
 from soul.data import collate
-from soul.models import autocast, evaluating, head, hidden_states, transform
+from soul.models import autocast, evaluating, head, hidden_states, trained, transform
 from soul_kernels import hessian_ema, linear_gnb, linear_objective
 from soul_kernels._checks import argument_error, check_choice
 from soul_kernels._launch import resolve_backend
@@ -197,9 +197,7 @@ def unlearn_once(
             raise argument_error(name, "sequences with labels", f"{len(sequences)} without any", "check the data")
     if isinstance(batch_size, bool) or not (isinstance(batch_size, int) and batch_size >= 1):
         raise argument_error("batch_size", "an integer >= 1", repr(batch_size), "8, for instance")
-    params = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise argument_error("model", "trainable parameters", "none", "set requires_grad, or add adapters")
+    params = trained(model)
     backend = resolve_backend(backend, head(model)[0])
     step = _tokens(forget) / _tokens(retain) if step is None else step
     with evaluating(model), torch.enable_grad():

@@ -78,14 +78,32 @@ def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):
         ArgumentError: a number is not what it may be, or there are no such layers.
     """
     peft = require("peft", "hf")
-    if isinstance(rank, bool) or not (isinstance(rank, int) and rank > 0):
-        raise argument_error("lora_rank", "a positive whole number", rank, "16 is common")
+    check_rank(rank)
     check_range("lora_dropout", dropout, high=1.0)
     options = dict(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=targets)
     try:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         raise argument_error("lora_targets", "linear layers of the model", f"{targets} ({error})", "check the names") from error
+
+
+def check_rank(rank):
+    """Raises unless adapters can have this rank."""
+    if isinstance(rank, bool) or not (isinstance(rank, int) and rank > 0):
+        raise argument_error("lora_rank", "a positive whole number", rank, "16 is common")
+
+
+def trained(model):
+    """The parameters that require a gradient, a list.
+
+    Raises:
+        ArgumentError: there are none.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        remedy = "unfreeze some, or add adapters; a model of saved adapters is frozen: merge them first"
+        raise argument_error("model", "parameters that require a gradient", "none", remedy)
+    return params
 
 
 def has_adapters(model):

@@ -2,6 +2,11 @@
 
 import pathlib
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from soul_kernels._checks import argument_error
 
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
@@ -30,3 +35,27 @@ def check_output(directory, resume=False):
             raise argument_error("resume", "the output directory of a run, or a new one", got, "check --output")
         raise argument_error("output", "a new or an empty directory", str(directory), "choose another one, or remove it")
     return directory
+
+
+def occupy(directory):
+    """Makes an output directory a run's own: its ``RUN_FILE`` is there, and locked until the file that is returned is closed,
+    by the end of the process at the latest. Where a file system knows no locks, nothing is locked.
+
+    Args:
+        directory: path that `check_output` has returned.
+
+    Raises:
+        ArgumentError: another process runs in there; nothing was changed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = open(directory / RUN_FILE, "a", encoding="utf-8")  # what it holds stays
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        got, remedy = f"{directory}, where a run is going on", "wait for its end, or choose another one"
+        raise argument_error("output", "a directory in which nothing runs", got, remedy) from None
+    except OSError:
+        pass
+    return file

@@ -2,7 +2,7 @@
 
 from soul.data import encode, pair_refusals, refuse
 from soul.distributed import Processes, check_shards, check_supported
-from soul.models import check_checkpointing, head
+from soul.models import check_checkpointing, head, trained
 from soul.reference import check_cache
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
@@ -15,8 +15,8 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
     pairs are counted, and refusals in their place are).
 
     Raises:
-        ArgumentError: the data do not fit the model or the objective, the backend does not fit the model's device, or there
-            can be no cache in the config's directory.
+        ArgumentError: the data do not fit the model or the objective, no parameter of the model requires a gradient, the
+            backend does not fit the model's device, or there can be no cache in the config's directory.
     """
     objective, counts = config.objective(), counts or {}
     check_shards(model)
@@ -35,6 +35,7 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
         raise argument_error("stop_retain_prob", "None without a retain set", config.stop_retain_prob, "give a retain set")
     if not forget:
         raise argument_error("forget", "at least one example", "none", "there is nothing to unlearn")
+    trained(model)
     if config.gradient_checkpointing:
         check_checkpointing(model)
     _check_place(config, head(model)[0])

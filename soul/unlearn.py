@@ -114,7 +114,6 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
     optimizer = build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio, config.schedule)
-    release = release_gradients(model, optimizer) if config.gradient_release else None
     parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
     curvature = build_curvature(optimizer, config)
     if curvature is not None:
@@ -130,9 +129,12 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     graphed = None
     if config.cuda_graph:
         graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, ref_head), device)
+    release = None
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
-        if release is not None:
+        stack.callback(optimizer.zero_grad, set_to_none=True)
+        if config.gradient_release:
+            release = release_gradients(model, optimizer)
             stack.callback(release.remove)
         if config.compile:
             stack.enter_context(compiled(model))
@@ -191,7 +193,6 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
                     raise Stopped(f"stopped after step {len(records)} of {len(order)}")
             if "stopped" in record:
                 break
-    optimizer.zero_grad(set_to_none=True)
     _check_finite(model, len(records))
     return records
 

@@ -1,5 +1,6 @@
 """A whole run in Python: model and data by name, adapters, the loop, and what it leaves in a directory."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,11 +8,11 @@ import os
 import torch
 
 from soul import datasets, distributed, models
-from soul.checkpoint import Checkpoints, Stopped, save_model
+from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import DATA_FILE, RUN_FILE, check_output
+from soul.output import DATA_FILE, RUN_FILE, check_output, occupy
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
 from soul.unlearn import unlearn
@@ -54,10 +55,18 @@ class Unlearner:
         several = Processes.here().size > 1
         if several:
             distributed.check_supported(self.config, adapters)
+        by_name = isinstance(model, (str, os.PathLike))
+        if by_name and tokenizer is not None:
+            got, remedy = type(tokenizer).__name__, "the model's own is loaded; or pass a model that is loaded"
+            raise argument_error("tokenizer", "None with a model by name", got, remedy)
+        for name, value in (("dtype", dtype), ("device", device)):
+            if not by_name and value != "auto":
+                remedy = "it would not be used: convert the model"
+                raise argument_error(name, "'auto' with a model that is loaded", repr(value), remedy)
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
-        if isinstance(model, (str, os.PathLike)):
+        if by_name:
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
         elif tokenizer is None:
@@ -116,7 +125,8 @@ class Unlearner:
             The log, as `soul.unlearn.unlearn` returns it.
 
         Raises:
-            ArgumentError: the directory is not empty, or not that of this run.
+            ArgumentError: the directory is not empty, not that of this run, or that of one that has ended; or another process
+                runs in it.
             Diverged: the loss or a weight is not finite any more.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from.
@@ -130,25 +140,29 @@ class Unlearner:
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
         checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
-        processes.on_first(lambda: self._make(output, about))
-        try:
-            records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
-            with checkpoints.listening():  # a model that is there is saved, whatever comes
-                self._merge(merge)
-                save_model(self.model, self.tokenizer, output)
-                checkpoints.remove()
-        except (OSError, Stopped) as error:
-            raise type(error)(f"{error}; {checkpoints.advice()}") from error
+        if processes.any(has_ended(output, checkpoints)):
+            got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
+            raise argument_error("resume", "a run that has not ended", got, remedy)
+        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext():
+            processes.on_first(lambda: self._make(output, about, checkpoints))
+            try:
+                records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
+                with checkpoints.listening():  # a model that is there is saved, whatever comes
+                    self._merge(merge)
+                    save_model(self.model, self.tokenizer, output)
+                    checkpoints.remove()
+            except (OSError, Stopped) as error:
+                raise type(error)(f"{error}; {checkpoints.advice()}") from error
         return records
 
     def _merge(self, merge):
         if merge and models.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
 
-    def _make(self, output, about):
-        output.mkdir(parents=True, exist_ok=True)
-        if not (output / RUN_FILE).exists():
-            (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
+    def _make(self, output, about, checkpoints):
+        if checkpoints.steps():  # what was written then is said of the run that goes on; another one is refused
+            return
+        (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
         counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
         (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
 

@@ -21,9 +21,9 @@ def argument_error(name, expected, got, remedy):
 
 def check_range(name, value, *, low=0.0, high=None):
     """Raises unless ``low <= value < high``; without ``high``, any finite number from ``low`` on."""
-    if not low <= value < (math.inf if high is None else high):  # catches NaN as well
+    if isinstance(value, (str, type(None))) or not low <= value < (math.inf if high is None else high):  # catches NaN as well
         bound = f">= {low}" if high is None else f"in [{low}, {high})"
-        raise argument_error(name, f"a number {bound}", value, "pass one within these bounds")
+        raise argument_error(name, f"a number {bound}", repr(value), "pass one within these bounds")
 
 
 def check_choice(name, value, choices):

@@ -93,7 +93,7 @@ def test_a_run_that_has_reached_its_aim_ends_early(place, capsys):
     given = dict(eval_every=1, stop_forget_prob=1, stop_retain_prob=0.0, accumulate=2)
     assert main(command(place, output="out_early", epochs=9, **given)) == 0
     out = capsys.readouterr().out
-    assert re.search(r"ended after step 1: forget probability 0\.\d+ has reached 1\n1 steps in", out)
+    assert re.search(r"ended after step 1: forget probability 0\.\d+ has reached 1\n1 step in", out)
     assert (place / "out_early" / "model.safetensors").is_file()
 
 

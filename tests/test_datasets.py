@@ -139,6 +139,8 @@ def test_blank_rows_end_a_run_or_are_counted(broken):
         datasets.rows([broken], drop=True)
     with pytest.raises(ValueError, match="row 1, column 'text': expected a string, got int"):  # broken is not blank
         datasets.rows([{"text": "a"}, {"text": 3}], drop=True)
+    with pytest.raises(ValueError, match="rows, row 1, column 'text': expected a string, got no such column"):
+        datasets.rows([{"text": "a"}, {"body": "b"}], drop=True)  # another name is no blank
 
 
 class Startless(Words):

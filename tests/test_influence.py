@@ -297,6 +297,6 @@ def test_errors_say_what_to_do():
     ):
         with pytest.raises(ValueError, match=message):
             unlearn_once(model, **{**dict(forget=some, retain=some, damping=1.0), **options})
-    with pytest.raises(ValueError, match="trainable"):
+    with pytest.raises(ValueError, match="require a gradient"):
         unlearn_once(tiny_model().requires_grad_(False), some, some, damping=1.0)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

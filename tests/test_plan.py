@@ -272,6 +272,7 @@ def test_dry_run_writes_nothing_and_reads_no_weights(place, capsys):
         (place / "weights").rename(place / "model" / "model.safetensors")
     assert "27,168 parameters in float32" in printed and "24:1000:100" in printed
     assert "Floor of the run: " in printed and "for 6 steps" in printed and "estimate on paper" in printed
+    assert main(words(place, "--dry-run", "--model=7b")) == 2 and "the preset '7b'" in capsys.readouterr().err
     assert main(words(place, "--dry-run", "--card=nonsense")) == 2
     assert main(words(place, "--dry-run", "--max-length=2")) == 2  # what would stop the run stops its plan
     errors = capsys.readouterr().err
@@ -286,7 +287,11 @@ def test_plan_command(capsys):
     printed = capsys.readouterr().out
     assert "103,546,880 trained" in printed and "8 sequences of 128 tokens, 99 labelled; 64 x h100" in printed
     assert "25 GB/s a GPU as given" in printed
+    assert "soul unlearn does not run it so: lora_rank: expected None with several processes, got 8" in printed
+    assert main(["plan", "--model=7b", "--gpus=2"]) == 0 and "does not run" not in capsys.readouterr().out
     assert main(["plan", "--model=7b", "--gpus=2", "--state-dtype=8bit"]) == 2
+    assert main(["plan", "--model=7b", "--lora-targets=q_proj"]) == 2
+    assert "lora_targets: expected nothing without --lora-rank" in capsys.readouterr().err
 
 
 def test_the_tables_of_the_docs_are_what_the_planner_prints():
@@ -387,6 +392,7 @@ def test_cards():
     (lambda: plan("1b", attention="flash"), "attention"),
     (lambda: plan("1b", dtype="int8"), "dtype"),
     (lambda: plan("1b", adapters=dict(rank=4, targets=["query"])), "lora_targets: expected names .* k_proj"),
+    (lambda: plan("1b", adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (lambda: plan("1b", config_of(state_dtype="8bit"), gpus=2), "state_dtype: expected float32 or bfloat16"),
     (lambda: plan("1b", length=0), "length"),
     (lambda: plan("1b", tokens=Tokens(2, 8, kept=17)), "kept: expected .* at most 16"),

@@ -20,9 +20,13 @@ import torch
 
 import soul
 from soul import checkpoint, run_state
+from soul import output as output_module
 from soul.checkpoint import Checkpoints, Stopped, describe, save_model
 from soul.cli import main
 from soul.config import UnlearnConfig
+from soul.data import Example
+from soul.models import load
+from soul.output import occupy
 from soul.prepare import prepare
 from soul.unlearn import unlearn
 from tests.models import examples, lora_model, tiny_model, tiny_tokenizer
@@ -175,6 +179,58 @@ def test_a_run_that_has_ended_is_left_alone(place, capsys):
     assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
 
 
+def contents(output):
+    return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
+    """The lock is of an open file: whatever ends the process ends it (the killed runs above go on)."""
+    output, argv = place / "locked", words(place, "locked", "--epochs", "1", "--resume")
+    with occupy(output):
+        (output / "log.jsonl").write_text("of the other run")
+        before = contents(output)
+        assert main(argv) == 2
+        assert f"output: expected a directory in which nothing runs, got {output}, where" in capsys.readouterr().err
+        assert contents(output) == before
+    assert main(argv) == 0
+    for name in ("flock", None):  # a file system without locks, a system without them
+        if name is None:
+            monkeypatch.setattr(output_module, "fcntl", None)
+        else:
+            monkeypatch.setattr(output_module.fcntl, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
+        with occupy(output):
+            pass
+
+
+def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
+    output, options = place / "said", ("--epochs", "1", "--save-every", "0", "--resume")
+    output.mkdir()
+    (output / "soul_config.json").write_text("{}")  # of a run that has ended before its first checkpoint
+    assert main(words(place, "said", *options, "--lr", "1e-4")) == 0
+    assert json.loads((output / "soul_config.json").read_text())["lr"] == 1e-4
+    (output / "model.safetensors").unlink(), (output / "config.json").unlink()
+    (output / "checkpoints").mkdir()
+    given = [json.loads(line) for line in lines(place / "forget.jsonl")]
+    forget = [Example(row["prompt"], row["completion"]) for row in given]
+    model, _ = load(place / "model", dtype="bfloat16")
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
+    before = contents(output)
+    assert main(words(place, "said", *options, "--forget", str(place / "retain.jsonl"))) == 2
+    assert "resume, " in capsys.readouterr().err and contents(output) == before
+
+
+def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(place):
+    config = UnlearnConfig(**FAST | dict(epochs=1))
+    names = [place / name for name in ("model", "forget.jsonl", "retain.jsonl")]
+    output = place / "replaced"
+    soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
+    before = contents(output)
+    with pytest.raises(ValueError, match="resume: expected a run that has not ended, got the model of one that has"):
+        soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
+    assert contents(output) == before
+
+
 def test_resume_wants_an_output_directory_of_its_own(place, capsys):
     (place / "foreign").mkdir()
     (place / "foreign" / "thing").write_text("x")
@@ -213,6 +269,57 @@ class StopAfter(Checkpoints):
 
 def same(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_adapters_of_another_scale_are_another_run(tokenizer, tmp_path):
+    """Their tensors have the same shapes."""
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2), lora_model(lora_alpha=8))
+    with pytest.raises(ValueError, match="resume, lora: expected .*'lora_alpha': 8.* got .*'lora_alpha': 16"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=16))
+    with pytest.raises(ValueError, match="resume, lora: expected"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=8, lora_dropout=0.1))
+
+
+def test_a_run_that_is_refused_leaves_no_hooks_and_no_gradients(tokenizer, tmp_path):
+    options = dict(gradient_release=True, max_grad_norm=None)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2), **options)
+    for path in tmp_path.glob("step-*/*"):
+        path.write_bytes(b"")
+    model, before = tiny_model(), {n: t.clone() for n, t in tiny_model().state_dict().items()}
+    with pytest.raises(ValueError, match="damaged ones only"), pytest.warns(UserWarning, match="not readable"):
+        run(tokenizer, Checkpoints(tmp_path, resume=True), model, **options)
+    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step, and take the gradients
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_a_run_that_diverges_leaves_no_gradients(tokenizer, monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(unlearn_module, "train_step", _step_to_nan)
+    with pytest.raises(unlearn_module.Diverged):
+        run(tokenizer, model=model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _step_to_nan(model, *_):
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return {"loss": torch.tensor(float("nan")), "forget_nll": torch.tensor(1.0)}
+
+
+def test_a_generation_config_that_transformers_does_not_save_costs_no_model(tokenizer, tmp_path):
+    """As those with a temperature and without sampling, which it loads."""
+    model = tiny_model()
+    given = model.generation_config
+    given.do_sample, given.temperature, given.eos_token_id = False, 0.6, 7
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="generation_config.json is a default"):
+        save_model(model, tokenizer, tmp_path)
+    assert model.generation_config is given and type(model).from_pretrained(tmp_path).generation_config.temperature != 0.6
+    assert same(type(model).from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("method", [

@@ -138,6 +138,7 @@ def test_options_from_a_file(place, tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("lrr: 1", "config: expected options of the command, got 'lrr'"),
+    ("lora_targets: [q_proj, v_proj]", "lora_targets: expected one value, as --lora-targets on the command line, got ['q"),
     ("- 1", "config: expected a mapping of options"),
     ("a: [", "config: expected a YAML file"),
     ("resume: maybe", "resume: expected true or false, got 'maybe'"),
@@ -322,6 +323,10 @@ def test_in_python(tokenizer, place, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokenizer=None), "tokenizer: expected that of the model, got None"),
+    (dict(model=tiny_model().requires_grad_(False)), "model: expected parameters that require a gradient, got none"),
+    (dict(dtype="bfloat16"), "dtype: expected 'auto' with a model that is loaded, got 'bfloat16'; it would not"),
+    (dict(device="cpu"), "device: expected 'auto' with a model that is loaded"),
+    (dict(model="name"), "tokenizer: expected None with a model by name"),
     (dict(forget=7), "forget: expected a path, a name, or a list of rows, got int"),
     (dict(adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (dict(adapters=dict(rank=2, dropout=1.0)), "lora_dropout: expected a number"),
@@ -338,8 +343,12 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(gradient_release=True), "max_grad_norm: expected inf with gradient_release, got 1.0; it needs all gradients"),
     (dict(gradient_release=True, max_grad_norm=None, clip_target=0.5), "clip_target: expected None with gradient_release"),
     (dict(gradient_release=True, optimizer="adamw"), "optimizer: expected 'soul'"),
+    (dict(state_dtype="8bit", optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_dtype belongs to it"),
+    (dict(published_code=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; published_code belongs to it"),
+    (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; from there on it moves"),
     (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
+    (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),
     (dict(param_rounding="up"), "param_rounding: expected one of"),

@@ -21,7 +21,7 @@ def expand(words, parser_of):
         The command line without ``--config``.
 
     Raises:
-        ArgumentError: no such file, no mapping, or a name that is no option of the command.
+        ArgumentError: no such file, no mapping, a name that is no option of the command, or several values of one.
     """
     if not words or words[0] not in parser_of:
         return words
@@ -65,5 +65,7 @@ def _words(path, content, known):
             continue
         if isinstance(value, dict):
             value = [f"{name}={given}" for name, given in value.items()]
+        if isinstance(value, list) and not isinstance(action.default, list):  # the last one alone would count
+            raise argument_error(str(key), f"one value, as {option} on the command line", repr(content[key]), f"fix {path}")
         words += [f"{option}={given}" for given in (value if isinstance(value, list) else [value])]
     return words

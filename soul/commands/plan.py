@@ -5,6 +5,7 @@ import math
 from soul.commands._plan import add_card, card_options
 from soul.losses import OBJECTIVES
 from soul.plan.shapes import PRESETS
+from soul_kernels._checks import argument_error
 
 HELP = "memory and time of a run on a given card, computed from the shapes of a model"
 
@@ -43,6 +44,8 @@ def run(args):
     limit = math.inf if args.gradient_release else 1.0
     config = UnlearnConfig(**{name: getattr(args, name) for name in names}, max_grad_norm=limit)
     adapters = None
+    if args.lora_rank is None and args.lora_targets:
+        raise argument_error("lora_targets", "nothing without --lora-rank", args.lora_targets, "pass --lora-rank N")
     if args.lora_rank is not None:
         adapters = dict(rank=args.lora_rank, targets=args.lora_targets.split(",") if args.lora_targets else "all-linear")
     tokens = tokens_of(config, args.length, args.labelled)

@@ -107,7 +107,7 @@ def run(args):
 
 
 def _run(args):
-    from soul.checkpoint import MODEL_FILES, Checkpoints
+    from soul.checkpoint import Checkpoints, has_ended
     from soul.config import UnlearnConfig
     from soul.distributed import Processes, check_supported
     from soul.output import check_output
@@ -129,7 +129,7 @@ def _run(args):
         options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
         print(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
-    if args.resume and any((output / name).is_file() for name in MODEL_FILES) and not checkpoints.steps():
+    if args.resume and has_ended(output, checkpoints):
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
         return
@@ -146,7 +146,8 @@ def _run(args):
         return
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
-    print(f"{len(records)} steps in {seconds:.1f} s; probability of a forget answer: {before:.3f} before, {after:.3f} after")
+    steps = f"{len(records)} step{'s' * (len(records) != 1)} in {seconds:.1f} s"
+    print(f"{steps}; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
 
 

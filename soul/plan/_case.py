@@ -7,7 +7,7 @@ import torch
 
 from soul.config import UnlearnConfig
 from soul.losses import OBJECTIVES
-from soul.models import DTYPES
+from soul.models import DTYPES, check_rank
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul_kernels._checks import argument_error, check_choice
@@ -99,6 +99,8 @@ class Case:
             raise argument_error("gpus", "a positive whole number", self.gpus, "1 is a single card")
         if not 0 < self.network < math.inf:
             raise argument_error("network", "bytes a second, a positive number", self.network, f"{NETWORK:g} is the default")
+        if self.adapters is not None:
+            check_rank(self.adapters["rank"])
         if self.adapters is not None and not self.adapted:
             got, remedy = self.adapters.get("targets"), f"{self.shape.name} has {', '.join(sorted(_last_names(self.shape)))}"
             raise argument_error("lora_targets", "names of linear layers", got, remedy)

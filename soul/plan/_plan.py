@@ -3,11 +3,13 @@
 import dataclasses
 
 from soul.config import UnlearnConfig, parameter_dtype
+from soul.distributed import check_supported
 from soul.plan._case import Case, Tokens, check_plannable
 from soul.plan.cards import NETWORK, card_of
 from soul.plan.memory import phases, trained_numel
 from soul.plan.shapes import shape_of
 from soul.plan.time import floor_seconds, step_seconds
+from soul_kernels._checks import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Plan:
             f"Floor of a step: {_time(self.step_seconds)} ({parts}), at {card.bandwidth / 1e9:,.0f} GB/s and "
             f"{card.flops / 1e12:,.0f} TFLOP/s ({card.source}){network}: an estimate on paper."
         )
+        if self.case.gpus > 1:
+            try:
+                check_supported(self.case.config, self.case.adapters)
+            except ArgumentError as error:
+                yield f"soul unlearn does not run it so: {error}."
         if self.case.config.compile or self.case.config.cuda_graph:
             yield "Not counted: torch.compile keeps other activations, and a CUDA graph memory of its own for each shape."
         if self.steps is not None:

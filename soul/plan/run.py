@@ -6,7 +6,7 @@ from soul._extras import require
 from soul.data import Order
 from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
-from soul.plan.shapes import PRESETS, empty_model, read_config, shape_of
+from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of
 from soul.prepare import prepare
 from soul.unlearner import Unlearner
 from soul_kernels._checks import argument_error
@@ -30,7 +30,7 @@ def plan_run(model, forget, retain, config, **options):
         ArgumentError: what would keep the run itself from starting, as far as it can be seen without weights and GPU.
     """
     check_plannable(config)
-    if str(model) in PRESETS:
+    if str(model) in (*PRESETS, *SHORT):
         remedy = "pass a directory or a hub name, or use: soul plan"
         raise argument_error("model", "a model with a tokenizer", f"the preset {model!r}", remedy)
     empty = empty_model(read_config(model))
