@@ -162,7 +162,7 @@ def make_case(setup, variants, options, device, dtype, *, default=True):
     batch = collate(*data(setup))
     work = sequences_of([batch]), len(batch.rows)
     config, name_of_dtype = config_of(**options), str(dtype)[6:]
-    planned = plan(shape, config, Tokens(*batch.labels.shape, kept=work[1]), dtype=name_of_dtype)
+    planned = plan(shape, config, Tokens(*batch.labels.shape, labelled=work[1]), dtype=name_of_dtype)
     one = Tokens(1, setup.pad_to)
 
     def start(name):

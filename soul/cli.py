@@ -34,7 +34,8 @@ def main(argv=None):
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"soul {command}: interrupted; no model was saved", file=sys.stderr)
+        remedy = "; --resume goes on from a checkpoint, where there is one" if command == "unlearn" else ""
+        print(f"soul {command}: interrupted; no model was saved{remedy}", file=sys.stderr)
         return 130
     except Stopped as error:
         print(f"soul {command}: {error}", file=sys.stderr)

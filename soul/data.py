@@ -62,6 +62,11 @@ class Sequence:
     labels: list
     prompt_length: int
 
+    @property
+    def n_labels(self):
+        """How many tokens have a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:

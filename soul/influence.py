@@ -281,7 +281,7 @@ def _moved(params, direction, step, clip):
 
 
 def _tokens(sequences):
-    return sum(label != IGNORE_INDEX for sequence in sequences for label in sequence.labels)
+    return sum(sequence.n_labels for sequence in sequences)
 
 
 def _check_options(damping, clip, curvature):

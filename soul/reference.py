@@ -21,7 +21,6 @@ from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, has_adapters, head, hidden_states, token_logps
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 FORMAT = 1  # of the files; another number makes all older ones stale
 PART_BYTES = 2**26  # of a tensor at a time go through the hash
@@ -98,7 +97,7 @@ def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None
         ArgumentError: the cache is not a directory.
     """
     device, width = head(model)[0].device, head(model)[0].shape[1]
-    counts = [sum(label != IGNORE_INDEX for label in sequence.labels) for sequence in dataset]
+    counts = [sequence.n_labels for sequence in dataset]
 
     def compute():
         states = [torch.empty(0, width)]

@@ -89,7 +89,7 @@ def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, 
         extra = peak_bytes(step, torch.device("cpu"))
     always += [value for state in optimizer.state.values() for value in state.values()]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in always}.values())
-    tokens = Tokens(sequences, length, kept=len(batches[0].rows), padded=ragged)
+    tokens = Tokens(sequences, length, labelled=len(batches[0].rows), padded=ragged)
     case = Case(shape, config, tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
     return Measured(case, before, extra)
 
@@ -258,7 +258,7 @@ def test_a_dry_run_knows_the_batches_of_the_run(place, options, monkeypatch):
     tokens = planned.case.tokens
     assert planned.steps[0] == len(records)
     most = max(b * t for b, t, _, _ in seen)
-    assert (tokens.sequences, tokens.length, tokens.n_kept, tokens.compared or 0) in seen and tokens.n == most
+    assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in seen and tokens.n == most
 
 
 def test_dry_run_writes_nothing_and_reads_no_weights(place, capsys):
@@ -344,7 +344,7 @@ def peak(model="1b", tokens=BATCH, /, card="h100", gpus=1, dtype="auto", adapter
 def test_what_takes_more():
     base = peak()
     assert peak("1b", Tokens(8, 1024)) > peak("1b", Tokens(16, 512)) > base > peak("1b", Tokens(8, 512, padded=False))
-    assert peak("1b", Tokens(8, 512, kept=100)) < base  # fewer logits
+    assert peak("1b", Tokens(8, 512, labelled=100)) < base  # fewer logits
     assert peak(method="klmin") > base and peak(attention="eager") > base
     assert peak(dtype="float32") > base > peak(state_dtype="bfloat16") > peak(state_dtype="8bit")
     assert peak(param_rounding="stochastic") == base - 1_235_814_400
@@ -370,7 +370,7 @@ def test_what_takes_longer():
     assert base["matrix products"] < step_seconds(case(gradient_checkpointing=True))["matrix products"]
     assert step_seconds(case(accumulate=3))["matrix products"] == pytest.approx(3 * base["matrix products"])
     assert step_seconds(case(adapters=dict(rank=8)))["matrix products"] < base["matrix products"]
-    assert step_seconds(case(Tokens(8, 512, kept=64)))["matrix products"] < base["matrix products"]
+    assert step_seconds(case(Tokens(8, 512, labelled=64)))["matrix products"] < base["matrix products"]
     assert step_seconds(case(method="klmin"))["matrix products"] > base["matrix products"]
     sharded = step_seconds(case(gpus=8))
     assert sharded["optimizer"] == base["optimizer"] / 8
@@ -395,7 +395,7 @@ def test_cards():
     (lambda: plan("1b", adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (lambda: plan("1b", config_of(state_dtype="8bit"), gpus=2), "state_dtype: expected float32 or bfloat16"),
     (lambda: plan("1b", length=0), "length"),
-    (lambda: plan("1b", tokens=Tokens(2, 8, kept=17)), "kept: expected .* at most 16"),
+    (lambda: plan("1b", tokens=Tokens(2, 8, labelled=17)), "labelled: expected .* at most 16"),
     (lambda: plan("1b", config_of(method="influence", max_grad_norm=1.0)), "method: expected .* is not planned"),
     (lambda: plan("./nowhere"), "model: expected a directory"),
     (lambda: plan({"hidden_size": 8}), "model_type"),

@@ -26,7 +26,7 @@ def run(args):
     backend = resolve_backend("auto", torch.empty(0, device=device))
     print(f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}")
     for extra, modules in {
-        "hf": ("transformers", "tokenizers"),
+        "hf": ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml"),
         "eval": ("rouge_score", "scipy", "sklearn"),
         "plots": ("matplotlib",),
     }.items():

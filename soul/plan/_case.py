@@ -31,7 +31,7 @@ class Tokens:
     Attributes:
         sequences: how many.
         length: tokens of each, padding included.
-        kept: how many tokens of them all have a label; None: every one.
+        labelled: how many tokens of them all have a label; None: every one.
         compared: at how many of those a divergence from the reference is wanted, where the objective has one; None: at those
             of half of the sequences.
         padded: whether some are shorter: attention then takes a mask, and keys and values as many heads as queries.
@@ -39,7 +39,7 @@ class Tokens:
 
     sequences: int
     length: int
-    kept: int | None = None
+    labelled: int | None = None
     compared: int | None = None
     padded: bool = True
 
@@ -48,7 +48,7 @@ class Tokens:
             value = getattr(self, name)
             if isinstance(value, bool) or not (isinstance(value, int) and value > 0):
                 raise argument_error(name, "a positive whole number", value, "check the tokens")
-        for name, most in (("kept", self.n), ("compared", self.n_kept)):
+        for name, most in (("labelled", self.n), ("compared", self.n_labelled)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 raise argument_error(name, f"a number of tokens, at most {most}", value, "check the tokens")
@@ -59,9 +59,9 @@ class Tokens:
         return self.sequences * self.length
 
     @property
-    def n_kept(self):
+    def n_labelled(self):
         """Tokens with a label."""
-        return self.n if self.kept is None else self.kept
+        return self.n if self.labelled is None else self.labelled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Case:
             return 0
         if tokens.compared is not None:
             return tokens.compared
-        return tokens.n_kept if self.objective.divergence.of == "all" else -(-tokens.n_kept // 2)
+        return tokens.n_labelled if self.objective.divergence.of == "all" else -(-tokens.n_labelled // 2)
 
     @property
     def parameter_dtype(self):

@@ -70,7 +70,7 @@ class Plan:
         accumulated = f" x {case.config.accumulate} micro-batches" if case.config.accumulate > 1 else ""
         place = f"{case.gpus} x {case.card.name}, FSDP2" if case.gpus > 1 else f"1 x {case.card.name}"
         run = f"{case.config.method}, {case.config.optimizer}"
-        data = f"{tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_kept:,} labelled{accumulated}"
+        data = f"{tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_labelled:,} labelled{accumulated}"
         return f"{shape.name}: {shape.numel:,} parameters in {case.dtype}, {trained}; {run}; {data}; {place}"
 
     def _conclusion(self):
@@ -134,14 +134,14 @@ def plan(
     return Plan(case, phases(case), seconds, steps)
 
 
-def tokens_of(config, length, kept=None):
+def tokens_of(config, length, labelled=None):
     """`Tokens` of a micro-batch of a config whose sequences, to forget and, where there is a retain term, to retain, all have
-    one length; ``kept`` of its tokens have a label, None: all.
+    one length; ``labelled`` of its tokens have a label, None: all.
     """
     check_plannable(config)
     objective = config.objective()
     kinds = (2 if objective.pairs else 1) + (1 if objective.alpha else 0)
-    return Tokens(config.batch_size * kinds, length, kept)
+    return Tokens(config.batch_size * kinds, length, labelled)
 
 
 def _gb(size):

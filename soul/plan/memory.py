@@ -89,7 +89,7 @@ def _hidden_bytes(case):
 def _loss(case):
     """Part -> bytes of the fused loss at its largest: see `soul_kernels.linear_loss`."""
     shape, tokens, options = case.shape, case.tokens, case.head_options
-    rows, compared = tokens.n_kept, case.n_compared(tokens)
+    rows, compared = tokens.n_labelled, case.n_compared(tokens)
     limit = chunk_rows(shape.vocab, options, case.compares)
     plain, both = row_bytes(shape.vocab, options, False), row_bytes(shape.vocab, options, True)
     a_row = shape.head_width * options.compute_dtype.itemsize + N_BASIC * FLOAT  # hidden states and statistics
@@ -114,7 +114,7 @@ def _copies(case):
 
 def _loss_backward(case, held):
     """The loss hands on its gradients, all activations are there."""
-    rows = case.tokens.n_kept * case.shape.head_width * (FLOAT + case.compute_dtype.itemsize)
+    rows = case.tokens.n_labelled * case.shape.head_width * (FLOAT + case.compute_dtype.itemsize)
     return {
         "gradients": held + _head_gradient(case),
         "activations": kept_bytes(case) + last_norm_bytes(case),

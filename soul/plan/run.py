@@ -10,7 +10,6 @@ from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of
 from soul.prepare import prepare
 from soul.unlearner import Unlearner
 from soul_kernels._checks import argument_error
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 
 def plan_run(model, forget, retain, config, **options):
@@ -43,7 +42,7 @@ def plan_run(model, forget, retain, config, **options):
     data = prepare(empty, tokenizer, run._forget, run._retain, anywhere)
     steps = list(_steps(config, *data))
     micro = [tokens for batches in steps for tokens in batches]
-    largest = {max(micro, key=lambda t: (t.n, t.n_kept)), max(micro, key=lambda t: (t.n_kept, t.n))}
+    largest = {max(micro, key=lambda t: (t.n, t.n_labelled)), max(micro, key=lambda t: (t.n_labelled, t.n))}
     shape = dataclasses.replace(shape_of(empty), name=str(model))
     whole = steps if options.get("gpus", 1) == 1 else None
     plans = [plan(shape, config, tokens, steps=whole, **options) for tokens in largest]
@@ -69,6 +68,6 @@ def _steps(config, forget, retain):
 
 def _tokens(forget, retain, of):
     lengths = [len(sequence.input_ids) for sequence in (*forget, *retain)]
-    kept = [sum(label != IGNORE_INDEX for s in part for label in s.labels) for part in (forget, retain)]
-    compared = {None: 0, "forget": kept[0], "retain": kept[1], "all": sum(kept)}[of]
-    return Tokens(len(lengths), max(lengths), sum(kept), compared, padded=min(lengths) < max(lengths))
+    labelled = [sum(sequence.n_labels for sequence in part) for part in (forget, retain)]
+    compared = {None: 0, "forget": labelled[0], "retain": labelled[1], "all": sum(labelled)}[of]
+    return Tokens(len(lengths), max(lengths), sum(labelled), compared, padded=min(lengths) < max(lengths))

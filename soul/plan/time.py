@@ -45,9 +45,9 @@ def flops(case, tokens):
     attention = product * shape.layers * (2 * (1 + again) + 5 + (2 if frozen and case.compares else 0))
     sweep = 4 if frozen else 6
     limit = chunk_rows(shape.vocab, case.head_options, case.compares)
-    if case.objective.additive is None and tokens.n_kept > limit:
+    if case.objective.additive is None and tokens.n_labelled > limit:
         sweep += 2
-    head = shape.head_numel * (tokens.n_kept * sweep + 2 * case.n_compared(tokens))
+    head = shape.head_numel * (tokens.n_labelled * sweep + 2 * case.n_compared(tokens))
     adapters = 0
     if frozen:
         adapters = 2 * tokens.n * trained_numel(case) * (3 + again)
