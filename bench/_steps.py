@@ -67,7 +67,7 @@ class EagerStep:
 
     Args:
         model: is changed in place.
-        micro_batches: lists of `soul.data.Batch`: those of a micro-batch have a forward each, and a backward together.
+        micro_batches: lists of `soul.batches.Batch`: those of a micro-batch have a forward each, and a backward together.
         update: function without arguments, called once all gradients are there.
         all_logits: of every position, as the model itself returns them; or of those that have a label.
         max_grad_norm: or None.
@@ -129,7 +129,7 @@ class OurStep:
 
     Args:
         model: is changed in place.
-        batch: `soul.data.Batch`, of forget and retain sequences.
+        batch: `soul.batches.Batch`, of forget and retain sequences.
         config: `UnlearnConfig`.
     """
 

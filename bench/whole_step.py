@@ -25,8 +25,8 @@ from bench._harness import Case
 from bench._llama import LLAMA_1B, LLAMA_7B, SMALL, TINY, make_model, make_sequences
 from bench._optimizers import published_step
 from bench._steps import EagerStep, OurStep, sequences_of
+from soul.batches import collate
 from soul.config import UnlearnConfig
-from soul.data import collate
 from soul.plan import Tokens, plan
 from soul.plan.time import flops, optimizer_bytes
 

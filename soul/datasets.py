@@ -7,7 +7,8 @@ import re
 
 from soul import _rows
 from soul._extras import require
-from soul.data import Example
+from soul.data import Example, Question
+from soul.templates import Template
 from soul_kernels._checks import argument_error
 
 COLUMNS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
@@ -90,6 +91,37 @@ def read(source, name="rows"):
         known = ", ".join(f"{kind}:" for kind in _KINDS)
         raise argument_error(str(source), f"a path, or a name that begins with {known}", f"{kind}:", "check the name")
     return _rows.read(source)
+
+
+def read_examples(source):
+    """The examples of a source, by the plain template: ``examples(rows(source), Template())``."""
+    return examples(rows(source), Template())
+
+
+def read_questions(source):
+    """Reads TOFU's perturbed sets, from whatever `rows` takes: rows with question, answer, perturbed_answer (a
+    list) and perhaps paraphrased_answer.
+
+    Returns:
+        List of `Question`, all with equally many false answers.
+
+    Raises:
+        ArgumentError: as `rows`.
+    """
+    questions = []
+    for where, row in read(source):
+        row = {"paraphrased_answer": row.get("answer"), **row}
+        perturbed, count = row.get("perturbed_answer"), len(questions[0].perturbed) if questions else None
+        if not isinstance(perturbed, list) or not perturbed or len(perturbed) != (count or len(perturbed)):
+            got = f"{len(perturbed)} of them" if isinstance(perturbed, list) else type(perturbed).__name__
+            expected = f"a list of {f'{count} ' if count else ''}false answers"
+            raise argument_error(f"{where}, column 'perturbed_answer'", expected, got, "is this one of TOFU's perturbed files?")
+        for name in ("question", "answer", "paraphrased_answer"):
+            _rows.check_text(where, row, name)
+        for text in perturbed:
+            _rows.check_text(where, {"perturbed_answer": text}, "perturbed_answer")
+        questions.append(Question(row["question"], row["answer"], row["paraphrased_answer"], tuple(perturbed)))
+    return questions
 
 
 def _columns(where, row):

@@ -8,7 +8,8 @@ import dataclasses
 import torch
 
 from soul import metrics
-from soul.data import Counts, collate
+from soul.batches import collate
+from soul.data import Counts
 from soul.models import autocast, evaluating, head, hidden_states, token_statistics, transform
 from soul.prepare import encode_for
 from soul.templates import Template, check_template

@@ -19,7 +19,7 @@ def pad(batch, tokens=TOKENS, rows=ROWS):
     up with the last position, which never has a label.
 
     Args:
-        batch: a `soul.data.Batch` [B, T] with R rows.
+        batch: a `soul.batches.Batch` [B, T] with R rows.
         tokens: T becomes a multiple of it.
         rows: R becomes a multiple of it.
     """
@@ -52,8 +52,8 @@ class GraphedStep:
     nothing. Later ones are copied to where the captured one lies.
 
     Args:
-        step: takes a padded `soul.data.Batch`; returns a dict of tensors. Everything that it reads and changes must be the same
-            memory at every call: an optimizer with ``capturable=True``.
+        step: takes a padded `soul.batches.Batch`; returns a dict of tensors. Everything that it reads and changes must be the
+            same memory at every call: an optimizer with ``capturable=True``.
         device: the GPU.
     """
 

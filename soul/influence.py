@@ -14,7 +14,7 @@ forget gradient, and one Newton step on the retain loss is::
 import torch
 
 from soul import losses
-from soul.data import collate
+from soul.batches import collate
 from soul.models import autocast, evaluating, head, hidden_states, trained, transform
 from soul_kernels import hessian_ema, linear_gnb, linear_objective
 from soul_kernels._checks import argument_error, check_choice

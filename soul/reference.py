@@ -16,7 +16,7 @@ import warnings
 import torch
 
 from soul._extras import require
-from soul.data import collate
+from soul.batches import collate
 from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, has_adapters, head, hidden_states, token_logps
 from soul_kernels._checks import argument_error
@@ -80,7 +80,7 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
 def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None):
     """Hidden states of each sequence under the model as it is now: the reference of UNDIAL and of KL terms.
 
-    Give them to `soul.data.collate` (``ref_hidden``), and the head to `soul_kernels.linear_objective`. As exact as
+    Give them to `soul.batches.collate` (``ref_hidden``), and the head to `soul_kernels.linear_objective`. As exact as
     `reference_logps`: at the unchanged model a divergence in a batch of the same sequences is exactly 0.
 
     Args:

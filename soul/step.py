@@ -47,7 +47,7 @@ def train_step(model, batches, objective, optimizer, config, ref_head=(None, Non
 
     Args:
         model: changed in place. Where it is in shards, the batches are this process's part of the step.
-        batches: iterable of `soul.data.Batch`, the micro-batches; a list of them with ``release``.
+        batches: iterable of `soul.batches.Batch`, the micro-batches; a list of them with ``release``.
         objective: a `soul.losses.Objective`.
         optimizer: of the model's trainable parameters.
         config: `UnlearnConfig`, for ``max_grad_norm`` and ``backend``.
@@ -140,7 +140,7 @@ def curvature_loss(model, batches, curvature, config):
 
     Args:
         model: gets the gradients of all batches but the last, of which the loss that is returned is a part.
-        batches: list of `soul.data.Batch`, of retain sequences; of a model in shards this process's part of them.
+        batches: list of `soul.batches.Batch`, of retain sequences; of a model in shards this process's part of them.
         curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
         config: `UnlearnConfig`, for ``backend``.
     """

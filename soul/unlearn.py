@@ -12,9 +12,10 @@ import time
 import torch
 
 from soul._extras import require
+from soul.batches import Order, collate
 from soul.checkpoint import Stopped, describe
 from soul.config import build_curvature, build_optimizer, build_scheduler
-from soul.data import Order, Sequence, collate
+from soul.data import Sequence
 from soul.distributed import Processes
 from soul.graph import GraphedStep
 from soul.influence import Influence, unlearn_once

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soul import SOUL, SophiaG, curvature, models
-from soul.data import collate
+from soul.batches import collate
 from soul_kernels import linear_gnb
 from tests.helpers import assert_close
 from tests.models import sequences, tiny_model

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from soul import data
+from soul import batches, data, datasets
 from soul.data import Example, Sequence
 from tests.models import TOFU, examples, tiny_tokenizer
 
@@ -23,7 +23,7 @@ def write(path, *rows):
     ({"answer": "Me.", "question": "Who?", "extra": 3}, Example("Question: Who?\nAnswer:", " Me.")),
 ])  # fmt: skip
 def test_columns(row, expected, tmp_path):
-    assert data.read_jsonl(write(tmp_path / "a.jsonl", row, "", row)) == [expected, expected]
+    assert datasets.read_examples(write(tmp_path / "a.jsonl", row, "", row)) == [expected, expected]
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -40,19 +40,19 @@ def test_columns(row, expected, tmp_path):
 ])  # fmt: skip
 def test_bad_files_are_named(rows, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        data.read_jsonl(write(tmp_path / "a.jsonl", *rows))
+        datasets.read_examples(write(tmp_path / "a.jsonl", *rows))
 
 
 def test_missing_and_binary_files(tmp_path):
     (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')  # as some editors save it
-    assert data.read_jsonl(tmp_path / "bom.jsonl") == [Example("", "a")]
+    assert datasets.read_examples(tmp_path / "bom.jsonl") == [Example("", "a")]
     with pytest.raises(ValueError, match="expected a JSON-lines file, got a directory"):
-        data.read_jsonl(tmp_path)
+        datasets.read_examples(tmp_path)
     with pytest.raises(ValueError, match="nowhere.jsonl: expected a JSON-lines file, got no such file"):
-        data.read_jsonl(tmp_path / "nowhere.jsonl")
+        datasets.read_examples(tmp_path / "nowhere.jsonl")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(ValueError, match="expected UTF-8 text"):
-        data.read_jsonl(tmp_path / "b.jsonl")
+        datasets.read_examples(tmp_path / "b.jsonl")
 
 
 def test_labels_are_the_answer_and_its_end_shifted_by_one():
@@ -117,7 +117,7 @@ def test_truncation_and_foreign_tokens():
 
 def test_collate_pads_to_the_longest_and_finds_the_rows():
     a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
-    batch = data.collate([a], [b], ref_logps=[-3.0])
+    batch = batches.collate([a], [b], ref_logps=[-3.0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
     assert batch.rows.tolist() == [1, 6, 7, 8]
@@ -125,18 +125,18 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
     assert batch.is_forget.tolist() == [True, False] and batch.ref_logps.tolist() == [-3.0, 0.0]
     assert batch.ref_hidden is None
     with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one a forget sequence"):
-        data.collate([a], [b], ref_logps=[-3.0, 0.0])
+        batches.collate([a], [b], ref_logps=[-3.0, 0.0])
 
 
 def test_reference_states_lie_at_their_labels():
     a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
     states = torch.arange(1.0, 4.0)[:, None].expand(3, 2).to(torch.bfloat16)
-    batch = data.collate([a, b], [a], ref_hidden=[states[:1], states, None])
+    batch = batches.collate([a, b], [a], ref_hidden=[states[:1], states, None])
     assert batch.ref_hidden.shape == (3, 5, 2) and batch.ref_hidden.dtype == torch.bfloat16
     assert batch.ref_hidden[..., 0].tolist() == [[0, 1, 0, 0, 0], [0, 1, 2, 3, 0], [0] * 5]
     for wrong in ([states[:1], states], [states, states, None], [None] * 3):
         with pytest.raises(ValueError, match=r"ref_hidden: expected states at \[1, 3, 1\] labelled positions"):
-            data.collate([a, b], [a], ref_hidden=wrong)
+            batches.collate([a, b], [a], ref_hidden=wrong)
 
 
 def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
@@ -158,21 +158,21 @@ def test_pairs_are_answers_with_their_refusals():
 
 def test_orders_cover_everything():
     sequences = [Sequence([0] * n, [0] * n, 1) for n in torch.randint(1, 40, (53,)).tolist()]
-    batches = data.batches_by_length(sequences, 4, random.Random(0))
-    assert sorted(i for batch in batches for i in batch) == list(range(53))
+    found = batches.batches_by_length(sequences, 4, random.Random(0))
+    assert sorted(i for batch in found for i in batch) == list(range(53))
 
 
 def test_order_covers_everything_and_goes_on():
-    steps = list(data.Order(5, 7, 2, 3, 0))
-    assert len(steps) == len(data.Order(5, 7, 2, 3, 0)) == 9
+    steps = list(batches.Order(5, 7, 2, 3, 0))
+    assert len(steps) == len(batches.Order(5, 7, 2, 3, 0)) == 9
     for epoch in (1, 2, 3):
         assert sorted(i for e, forget, _ in steps if e == epoch for i in forget) == list(range(5))
     retained = [i for _, _, retain in steps for i in retain]
     assert sorted(retained[:7]) == sorted(retained[7:14]) == list(range(7)) != retained[:7]
     assert all(len(forget) == len(retain) for _, forget, retain in steps)
-    assert all(retain == [] for _, _, retain in data.Order(5, 0, 2, 1, 0))
+    assert all(retain == [] for _, _, retain in batches.Order(5, 0, 2, 1, 0))
     for taken in range(9):
-        order, other = data.Order(5, 7, 2, 3, 0), data.Order(5, 7, 2, 3, 1)
+        order, other = batches.Order(5, 7, 2, 3, 0), batches.Order(5, 7, 2, 3, 1)
         assert [next(order) for _ in range(taken)] == steps[:taken]
         other.load_state_dict(order.state_dict())
         assert list(other) == steps[taken:]

@@ -9,7 +9,8 @@ import pytest
 
 from soul import UnlearnConfig, Unlearner, datasets
 from soul.cli import main
-from soul.data import Counts, Example, answerable, encode, read_questions
+from soul.data import Counts, Example, answerable, encode
+from soul.datasets import read_questions
 from soul.templates import Template
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 from tests.test_data import Words, write

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from soul import data, evaluate, metrics
+from soul import data, datasets, evaluate, metrics
 from soul.cli import main
 from soul.eval_logs import FILES
 from soul.evaluate import EvaluateConfig, answer_probability, encode_questions, sequence_statistics
@@ -282,8 +282,8 @@ def check_logs_against_all_logits(module, models):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     for parameter in model.parameters():
         parameter.mul_(4)
-    sets = {name: data.read_questions(models / "data" / f"{name}_perturbed.jsonl") for name in ("retain", "real_authors")}
-    holdout = data.read_jsonl(models / "holdout.jsonl")
+    sets = {name: datasets.read_questions(models / "data" / f"{name}_perturbed.jsonl") for name in ("retain", "real_authors")}
+    holdout = datasets.read_examples(models / "holdout.jsonl")
     config = module.EvaluateConfig(max_new_tokens=4, batch_size=3, backend="reference", min_k=0.3)
     logs = module.tofu_logs(model, tokenizer, sets, config, holdout=holdout, progress=lambda line: None)
 
@@ -495,7 +495,7 @@ def test_the_questions_of_tofu_can_be_asked():
     files = {"forget10": ("forget", 400, 5), "forget01": ("forget", 40, 5), "retain": ("retain", 400, 5),
              "real_authors": ("real_authors", 100, 3), "world_facts": ("world_facts", 117, 3)}  # fmt: skip
     for file, (name, rows, false) in files.items():
-        questions = data.read_questions(TOFU / f"{file}_perturbed.jsonl")
+        questions = datasets.read_questions(TOFU / f"{file}_perturbed.jsonl")
         assert len(questions) == rows and len(questions[0].perturbed) == false
         asked = encode_questions(model, tokenizer, questions[:5], EvaluateConfig(max_length=2048), name)
         assert (asked.paraphrased is asked.answers) == (name in metrics.OPTION_SETS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soul import influence
-from soul.data import collate
+from soul.batches import collate
 from soul.influence import WoodFisher, influence_update, unlearn_once
 from soul.models import hidden_states
 from soul_kernels import sophia_step

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from soul import SOUL, SophiaG, losses
+from soul.batches import collate
 from soul.config import UnlearnConfig
-from soul.data import Example, collate, encode
+from soul.data import Example, encode
 from soul.integrations import trl
 from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning, optimizer_of, unlearning_loss
 from soul.integrations.open_unlearning import CONFIGS

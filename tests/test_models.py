@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from soul import models
-from soul.data import collate
+from soul.batches import collate
 from soul.losses import GradDiff
 from soul_kernels import TokenBatch, linear_objective
 from tests import tolerances as tol

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import soul.optimizer
 import soul.unlearn
 from soul import Unlearner
+from soul.batches import collate
 from soul.cli import main
 from soul.config import UnlearnConfig, build_optimizer
-from soul.data import Sequence, collate
+from soul.data import Sequence
 from soul.models import add_adapters, checkpointing, hidden_states
 from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
 from soul.plan._case import Case

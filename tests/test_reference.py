@@ -6,7 +6,7 @@ import torch
 
 import soul
 from soul import losses, models, reference
-from soul.data import collate
+from soul.batches import collate
 from soul.reference import reference_head, reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol

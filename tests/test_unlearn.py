@@ -8,8 +8,9 @@ import torch
 
 import soul
 from soul import losses
+from soul.batches import Order, collate
 from soul.config import UnlearnConfig, build_scheduler
-from soul.data import Example, Order, collate
+from soul.data import Example
 from soul.evaluate import answer_probability
 from soul.models import token_logps
 from soul.output import check_output

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import soul
 from soul import UnlearnConfig, Unlearner, models
 from soul._parts import Parts
+from soul.batches import collate
 from soul.cli import main
 from soul.config import build_scheduler
-from soul.data import collate, read_jsonl
+from soul.datasets import read_examples
 from soul.graph import GraphedStep, pad
 from soul.influence import unlearn_once
 from soul.prepare import prepare
@@ -188,7 +189,7 @@ def test_influence_is_a_method(place, tmp_path):
     (record,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     model, tokenizer = models.load(place / "model")
     config = UnlearnConfig(method="influence", batch_size=2)
-    parts = prepare(model, tokenizer, *(read_jsonl(given[name]) for name in ("forget", "retain")), config)
+    parts = prepare(model, tokenizer, *(read_examples(given[name]) for name in ("forget", "retain")), config)
     found = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
     assert record["factor"] == found["step"] and record["step"] == 1
     assert all(record[name] == pytest.approx(found[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))

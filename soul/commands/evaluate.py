@@ -77,7 +77,7 @@ def _run_model(args, target):
     import pathlib
 
     from soul import datasets, eval_logs, models
-    from soul.data import read_questions
+    from soul.datasets import read_questions
     from soul.evaluate import EvaluateConfig, retain_log, tofu_logs
     from soul.output import DATA_FILE, check_output
     from soul.templates import Template

@@ -3,7 +3,7 @@
 import dataclasses
 
 from soul._extras import require
-from soul.data import Order
+from soul.batches import Order
 from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
 from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of

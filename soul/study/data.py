@@ -6,7 +6,8 @@ import json
 import pathlib
 
 from soul import corpus
-from soul.data import Question, ask, read_jsonl, read_questions
+from soul.data import Question, ask
+from soul.datasets import read_examples, read_questions
 from soul_kernels._checks import argument_error
 
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
@@ -46,7 +47,7 @@ def tofu_data(directory, config):
     """
     directory, n_forget, n_retain = pathlib.Path(directory), config.forget_authors, config.retain_authors
     forget, perturbed = (read_questions(directory / f"{name}_perturbed.jsonl") for name in ("forget10", "retain"))
-    retain = read_jsonl(directory / "retain90.jsonl")
+    retain = read_examples(directory / "retain90.jsonl")
     for name, rows, needed in (("forget_authors", forget, n_forget), ("retain_authors", retain, n_retain + n_forget)):
         if needed > len(rows) // QUESTIONS_PER_AUTHOR:
             expected, remedy = f"{needed} authors in the file", "those held out included: ask for fewer"

@@ -5,8 +5,8 @@ import random
 import torch
 
 from soul._extras import require
+from soul.batches import batches_by_length, collate
 from soul.config import UnlearnConfig, build_scheduler
-from soul.data import batches_by_length, collate
 from soul.losses import GradDiff
 from soul.models import pick_device
 from soul.step import train_step
