@@ -97,6 +97,7 @@ class EagerStep:
                 loss = loss - forget + retain
                 forget_nll, retain_nll = forget_nll + forget.detach(), retain_nll + retain.detach()
             loss.backward()
+            del outputs, logits, nll  # of the head's size: they would be there yet in the forward of the next one
         values = {"loss": retain_nll - forget_nll, "forget_nll": forget_nll, "retain_nll": retain_nll}
         if self._max_grad_norm is not None:
             with phase("clipping"):

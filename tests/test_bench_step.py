@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import types
+import weakref
 
 import pytest
 import torch
@@ -232,3 +233,26 @@ def test_cases_of_scaling_are_right_and_run():
         rows = _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
         ours = [row for row in rows if row["variant"].startswith("ours")]
         assert ours and all(row["model_ms"] > 0 and math.isfinite(row["times_model"]) and row["at"] for row in ours)
+
+
+def test_the_intercept_is_that_of_small_calls():
+    """A percent off at the largest size, 10 ms, is twice what the smallest call takes."""
+    points = [(2**k, 0.05 + 1e-8 * 2**k) for k in (18, 20, 22, 24, 26, 28)]
+    line = scaling.fit([*points, (2**30, 1.01 * (0.05 + 1e-8 * 2**30))])
+    assert line["fixed_ms"] == pytest.approx(0.05, rel=0.05) and line["ms_per_unit"] == pytest.approx(1e-8, rel=0.02)
+
+
+def test_logits_of_a_micro_batch_are_gone_before_the_next_one(monkeypatch):
+    """Else plain PyTorch would be told a higher peak than it needs."""
+    kept, alive, logits_of = [], [], _steps.EagerStep._logits
+
+    def watched(step, batch):
+        alive.append(sum(ref() is not None for ref in kept))
+        found = logits_of(step, batch)
+        kept.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(_steps.EagerStep, "_logits", watched)
+    step = whole_step.published(TINY, make_model(TINY.shape, CPU, torch.float32), CPU)
+    step()
+    assert alive == [0, 1] * whole_step.N_SEQUENCES  # those of the forget sequence, while the retain sequence is forwarded
