@@ -13,6 +13,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 
 import torch
@@ -224,6 +225,7 @@ def measure(variants, device, budget_s):
 
 def run_case(case, device, limits, budget_s):
     """Checks a case, times it, prints its rows; returns them as dicts. Rows of what did not run say why."""
+    forget_compiled()
     errors = case.check()
     each = errors.keys() <= case.variants.keys()  # an error, or a dict of them, for a name
     print(f"\n{case.name}   " + ("" if each else _text(errors)))
@@ -277,6 +279,17 @@ def _line(row, floor):
     elif row["extra_mib"] is not None:
         line += f"  {row['extra_mib']:8.0f} MiB"
     return line
+
+
+def compiled(function):
+    """``torch.compile`` for the shapes of one case: those of the case before would make it compile for any shape, which is slower."""
+    return torch.compile(function, dynamic=False)
+
+
+def forget_compiled():
+    """Drops what cases before have compiled: a process compiles a function a few times only, and then runs it eagerly."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def free(device):

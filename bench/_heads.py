@@ -12,7 +12,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case
+from bench._harness import Case, compiled
 from soul.losses import NPO, PO, GradDiff, KLMin
 from soul_kernels import TokenBatch, linear_gnb, linear_objective
 from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
@@ -134,12 +134,6 @@ def eager_gnb(inputs):
     logits = (x @ inputs.weight.T).float()
     labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
     return F.cross_entropy(logits, labels), labels.view(inputs.labels.shape)
-
-
-def compiled(function):
-    """``torch.compile`` for the shapes of one case: neither dynamic, nor given up for having met too many others before."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False)
 
 
 def bare_gemms(inputs, with_reference):

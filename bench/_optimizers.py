@@ -7,6 +7,7 @@ import functools
 
 import torch
 
+from bench._harness import compiled
 from soul_kernels.reference.sophia_step import sophia_step as reference_step
 
 
@@ -55,8 +56,8 @@ def compiled_reference(soul, params):
         param_rounding="nearest", low_bits=None, exp_avg_scales=None, hessian_scales=None, corrections=None,
         salts=[0] * len(params), steps=None, grad_factor=None, skip=None, telemetry=None,
     )  # fmt: skip
-    step = torch.compile(reference_step)
-    return lambda: step([p.detach() for p in params], grads, exp_avgs, hessians, beta2=0.99 if soul else None, **options)
+    values, step = [p.detach() for p in params], compiled(reference_step)
+    return lambda: step(values, grads, exp_avgs, hessians, beta2=0.99 if soul else None, **options)
 
 
 def optimi_adamw(params, **options):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import soul.optimizer
 import soul.step
-from bench._harness import synchronize
+from bench._harness import forget_compiled, synchronize
 from soul.config import build_optimizer
 from soul.graph import GraphedStep
 from soul.models import checkpointing, compiled
@@ -140,7 +140,7 @@ class OurStep:
         self.optimizer = build_optimizer(model, config)
         self._release = release_gradients(model, self.optimizer) if config.gradient_release else None
         if config.compile:
-            torch.compiler.reset()  # a process compiles a function a few times only, and then runs it eagerly
+            forget_compiled()
             self._open.enter_context(compiled(model))
         if config.gradient_checkpointing:
             self._open.enter_context(checkpointing(model))

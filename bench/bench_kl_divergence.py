@@ -5,7 +5,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case
+from bench._harness import Case, compiled
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
 from soul_kernels.token_logprob import token_statistics
@@ -57,7 +57,7 @@ def make_case(kind, n, n_vocab, device, quick):
     call, plain = (measure, eager_divergence) if kind == "divergences" else (gradient, eager_gradient)
     variants = {"ours": lambda: call, "eager": lambda: functools.partial(plain, logits, ref_logits)}
     if not quick:
-        variants["torch.compile of eager"] = lambda: functools.partial(torch.compile(plain, dynamic=False), logits, ref_logits)
+        variants["torch.compile of eager"] = lambda: functools.partial(compiled(plain), logits, ref_logits)
     moved = 2 * logits.nbytes + (out.nbytes if kind == "gradient" else 0)
     return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
 

@@ -5,7 +5,7 @@ import gc
 
 import torch
 
-from bench._harness import Case
+from bench._harness import Case, compiled
 from bench._optimizers import (
     bitsandbytes_adamw,
     compiled_reference,
@@ -121,7 +121,7 @@ def torch_peers(soul, params, dtype, quick):
     }
     if not quick:
         found |= {
-            f"foreach {label}, torch.compile": (lambda: published(torch.compile(foreach_step), soul, params), same),
+            f"foreach {label}, torch.compile": (lambda: published(compiled(foreach_step), soul, params), same),
             "our reference, torch.compile": (
                 lambda: compiled_reference(soul, params),
                 bytes_per_param(dtype, soul, param_rounding="nearest"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import MODULES
-from bench._harness import ceilings, free, start, synchronize
+from bench._harness import ceilings, forget_compiled, free, start, synchronize
 from soul._extras import MissingExtra
 
 pytest.importorskip("pytest_benchmark", reason="the extra bench is not installed")
@@ -35,6 +35,7 @@ def limits():
 def case(request):
     """The case, made and checked once for all of its variants."""
     torch.manual_seed(0)
+    forget_compiled()
     made = request.param()
     try:
         made.check()
