@@ -282,7 +282,7 @@ def _line(row, floor):
 
 
 def compiled(function):
-    """``torch.compile`` for the shapes of one case: those of the case before would make it compile for any shape, which is slower."""
+    """``torch.compile`` for the shapes of one case: those of the case before would have it compile for any shape."""
     return torch.compile(function, dynamic=False)
 
 

@@ -1,4 +1,8 @@
-"""The row kernels of the divergence alone: divergences (one read of both logits) and gradient (the same, and one write)."""
+"""The row kernels of the divergence alone: divergences (one read of both logits) and gradient (the same, and one write).
+
+Both are given the statistics of the rows, and the gradient the divergences too, where eager PyTorch starts from logits alone:
+so there is also ours from logits alone, with all passes that come before.
+"""
 
 import functools
 
@@ -28,12 +32,14 @@ def make_case(kind, n, n_vocab, device, quick):
     ref_logits = logits + 0.3 * torch.randn_like(logits)
     labels = torch.randint(n_vocab, (n,), device=device)
     statistics, ref_statistics = (torch.empty(4, n, device=device) for _ in range(2))
-    token_statistics(logits, labels, statistics)
-    token_statistics(ref_logits, labels, ref_statistics)
     known = (logits, ref_logits, labels, statistics, ref_statistics)
     divergences = torch.empty(2, n, device=device)
     coefficients, weights = torch.zeros(n, device=device), torch.ones(n, device=device)
     out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
+
+    def prepare():
+        token_statistics(logits, labels, statistics)
+        token_statistics(ref_logits, labels, ref_statistics)
 
     def measure():
         divergence_statistics(*known, divergences)
@@ -41,9 +47,16 @@ def make_case(kind, n, n_vocab, device, quick):
     def gradient():
         divergence_gradient(*known, divergences, coefficients, weights, out)
 
-    def check():
+    def measure_anew():
+        prepare()
         measure()
+
+    def gradient_anew():
+        measure_anew()
         gradient()
+
+    def check():
+        gradient_anew()
         leaf = logits[:CHECKED].double().requires_grad_()
         values = kl_divergence(leaf, labels[:CHECKED], reference_distribution(ref_logits[:CHECKED].double(), labels[:CHECKED]))
         (want,) = torch.autograd.grad(values.sum(), leaf)
@@ -54,8 +67,13 @@ def make_case(kind, n, n_vocab, device, quick):
         assert errors["KL"] < 1e-3 and errors["gradient"] < 4e-3, errors
         return errors
 
-    call, plain = (measure, eager_divergence) if kind == "divergences" else (gradient, eager_gradient)
-    variants = {"ours": lambda: call, "eager": lambda: functools.partial(plain, logits, ref_logits)}
+    of_kind = {
+        "divergences": (measure, measure_anew, eager_divergence),
+        "gradient": (gradient, gradient_anew, eager_gradient),
+    }
+    call, anew, plain = of_kind[kind]
+    variants = {"ours": lambda: call, "ours, from logits alone": lambda: anew}
+    variants |= {"eager": lambda: functools.partial(plain, logits, ref_logits)}
     if not quick:
         variants["torch.compile of eager"] = lambda: functools.partial(compiled(plain), logits, ref_logits)
     moved = 2 * logits.nbytes + (out.nbytes if kind == "gradient" else 0)

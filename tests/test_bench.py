@@ -241,6 +241,14 @@ def test_row_kernels_are_checked_before_they_are_timed(module, kinds, untimed):
         torch.manual_seed(0)
         rows = _harness.run_case(module.make_case(kind, 5, 4500, CPU, True), CPU, LIMITS, budget_s=0.0)
         assert all(row["gb_per_s"] > 0 for row in rows) and rows[0]["errors"]["gradient"] < 4e-3
+        names = [row["variant"] for row in rows]  # eager PyTorch starts from logits alone
+        assert "ours, from logits alone" in names or kind == "statistics"
+
+
+def test_a_softmax_in_fp32_writes_twice_as_much_as_a_gradient_in_bf16():
+    case = bench_token_logprob.make_case("gradient", 5, 4500, CPU, True)
+    moved = {name: case.rates(name, 1.0, LIMITS)["gb_per_s"] for name in case.variants}
+    assert moved["eager softmax"] / moved["ours"] == pytest.approx(8 / 6)
 
 
 def test_one_minus_p_as_a_difference_is_noticed(monkeypatch):
