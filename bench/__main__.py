@@ -17,6 +17,7 @@ from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
+WRONG = "wrong, not timed: "  # in place of the times of a case
 MODULES = {op: f"bench.bench_{op}" for op in OPS} | {"step": "bench.whole_step", "scaling": "bench.scaling"}
 
 
@@ -61,12 +62,11 @@ def main(argv=None):
             return 0
     except (MissingExtra, ValueError) as error:
         parser.error(str(error))
-    run(args)
-    return 0
+    return run(args)
 
 
 def run(args):
-    """Measures, prints, and writes what the arguments ask for."""
+    """Measures, prints, and writes what the arguments ask for; returns the exit status: 1 where something of ours was wrong."""
     device = torch.device(args.device)
     header = environment(device)
     print("  ".join(f"{name} {value}" for name, value in header.items() if value))
@@ -88,6 +88,7 @@ def run(args):
     if args.plots:
         found = {"environment": header, "ceilings": limits, "rows": rows}
         print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(found, args.plots)])))
+    return int(any(row.get("reason", "").startswith(WRONG) for row in rows))
 
 
 def run_op(op, args, header, limits, before):
@@ -109,6 +110,9 @@ def run_op(op, args, header, limits, before):
                 rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
             except torch.OutOfMemoryError:
                 print(f"{case.name}: left out, all of it together does not fit into the memory of this device")
+            except AssertionError as error:  # the cases after it are not to be lost
+                rows.append({"op": op, "case": case.name, "variant": "ours", "reason": f"{WRONG}{error}"})
+                print(f"{case.name}: {rows[-1]['reason']}")
         del case
         save()
     if hasattr(module, "summary") and (found := module.summary(rows, limits)):

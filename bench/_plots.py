@@ -22,7 +22,7 @@ def plot_cases(rows, header, folder):
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for case in dict.fromkeys(row["case"] for row in rows):
+    for case in dict.fromkeys(row["case"] for row in rows if "ms" in row):
         timed = [row for row in rows if row["case"] == case and "ms" in row]
         figure = _figure(10, 1.3 + 0.38 * len(timed))
         axes = figure.add_subplot()

@@ -298,6 +298,25 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(untimed, monkeypatch
     assert [r["case"] for r in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["small"]
 
 
+def test_a_wrong_case_is_told_and_does_not_cost_the_others(untimed, monkeypatch, tmp_path, capsys):
+    def check():
+        raise AssertionError("dX is 0.5")
+
+    made = [_harness.Case("bad", {"ours": lambda: pytest.fail}, check), _harness.Case("good", {"ours": lambda: dict}, dict)]
+    module = types.SimpleNamespace(cases=lambda device, quick: [lambda case=case: case for case in made])
+    monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
+    where = [
+        "--json",
+        str(tmp_path / "rows.json"),
+        *(["--plots", str(tmp_path)] if importlib.util.find_spec("matplotlib") else []),
+    ]
+    assert __main__.main(["grad_norm", "--device", "cpu", *where]) == 1
+    assert "bad: wrong, not timed: dX is 0.5" in capsys.readouterr().out
+    rows = results.read(tmp_path / "rows.json")["rows"]
+    assert [(r["case"], "ms" in r, r.get("reason")) for r in rows] == [
+        ("bad", False, "wrong, not timed: dX is 0.5"), ("good", True, None)]  # fmt: skip
+
+
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the extra hf")
 def test_a_step_without_its_extra_is_a_line(untimed, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
