@@ -28,7 +28,8 @@ def write(path, header, limits, rows, summary=None):
 
 
 def read(path):
-    """What `write` wrote; of a folder, the rows of all its files together, with the environment of the newest.
+    """What `write` wrote; of a folder, the rows of all its files together, with ceilings and environment of the newest, but for
+    versions and commits, of which all are told that rows are from, the newest first.
 
     Raises:
         ArgumentError: there is no such file, or it holds no results.
@@ -46,11 +47,16 @@ def read(path):
         if not isinstance(loaded, dict) or not {"environment", "ceilings", "rows"} <= loaded.keys():
             raise argument_error("results", "a file of results", str(file), "run: python -m bench --results")
         found.append(loaded)
-    newest = max(found, key=lambda one: one["environment"].get("date") or "")
+    found.sort(key=lambda one: one["environment"].get("date") or "", reverse=True)
+    environment = dict(found[0]["environment"])
+    for name in ("torch", "triton", "commit"):
+        told = [str(one["environment"][name]) for one in found if one["environment"].get(name)]
+        if len(set(told)) > 1:
+            environment[name] = ", ".join(dict.fromkeys(told))
     devices = {one["environment"]["device"] for one in found}
     if len(devices) > 1:
         raise argument_error("results", "results of one device", ", ".join(sorted(devices)), "name the folder of one")
-    return newest | {"rows": [row for one in found for row in one["rows"]]}
+    return found[0] | {"environment": environment, "rows": [row for one in found for row in one["rows"]]}
 
 
 def rounded(value):

@@ -68,6 +68,10 @@ def test_results_come_back_as_they_were_written_but_for_digits(tmp_path):
     results.write(path.with_name("grad_norm.json"), HEADER | {"date": "2027"}, LIMITS, [row("grad_norm", "b", "ours", 1.0)])
     together = results.read(path.parent)
     assert {r["op"] for r in together["rows"]} == {"step", "grad_norm"} and together["environment"]["date"] == "2027"
+    assert together["environment"]["commit"] == "abc"
+    # Rows of two runs are not told to be of the newer one.
+    results.write(path, HEADER | {"commit": "old", "date": "2025"}, LIMITS, rows)
+    assert results.read(path.parent)["environment"] == HEADER | {"date": "2027", "commit": "abc, old"}
     results.write(tmp_path / "none.json", HEADER, LIMITS, [])
     assert results.read(tmp_path / "none.json")["rows"] == []
 
