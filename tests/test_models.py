@@ -1,4 +1,3 @@
-import peft
 import pytest
 import torch
 import transformers
@@ -91,6 +90,7 @@ def test_models_with_adapters():
 
 def test_heads_that_are_not_a_matrix_are_refused():
     """An adapter beside the head starts at 0, so that trying a few tokens would not tell; virtual tokens do."""
+    peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="model: expected a language-model head without an adapter.*target_modules"):
         models.check_linear_head(peft.get_peft_model(tiny_model("llama, untied"), config))

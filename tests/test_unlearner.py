@@ -3,7 +3,6 @@
 import importlib
 import json
 
-import peft
 import pytest
 import torch
 import yaml
@@ -85,6 +84,7 @@ def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, place, t
 
 def test_adapters_by_flag(place, tmp_path):
     """They are what is saved, and with the model that they belong to the same model as merged."""
+    peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     assert main(words(place, tmp_path / "lora", "--lora-rank=4", "--dtype=float32")) == 0
     assert not (tmp_path / "lora" / "model.safetensors").exists() and not (tmp_path / "lora" / "checkpoints").exists()
     config = peft.LoraConfig.from_pretrained(tmp_path / "lora")
