@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ from soul import UnlearnConfig, Unlearner, models
 from soul._parts import Parts
 from soul.batches import collate
 from soul.cli import main
-from soul.config import build_scheduler
+from soul.config import build_optimizer, build_scheduler
 from soul.datasets import read_examples
 from soul.graph import GraphedStep, pad
 from soul.influence import unlearn_once
 from soul.prepare import prepare
+from soul.step import train_step
 from soul.unlearn import unlearn
-from soul_kernels import linear_objective
+from soul_kernels import TensorTable, linear_objective
 from tests.helpers import mutant, needs_interpreter, needs_rouge
 from tests.models import FAMILIES, examples, sequences, tiny_model, tiny_tokenizer
 from tests.test_evaluate import ROWS, question_rows
@@ -289,6 +291,22 @@ def test_padding():
 def test_wrong_padding_is_noticed(old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
         check_padding(mutant("soul.graph", old, new, tmp_path))
+
+
+@pytest.mark.parametrize("limit", [1.0, math.inf])  # inf: the step does without the norm, which is logged all the same
+def test_a_step_makes_no_table_that_the_one_before_has_made(limit, monkeypatch):
+    """A graph is captured after one eager step, and nothing can be allocated on the host then."""
+    made, real = [], TensorTable.rebuild
+    monkeypatch.setattr(
+        TensorTable, "rebuild", lambda table, *args, **options: made.append(table) or real(table, *args, **options)
+    )
+    model, config = tiny_model().train(), UnlearnConfig(method="graddiff", max_grad_norm=limit)
+    optimizer, batch = build_optimizer(model, config), collate(sequences(2), sequences(4)[2:])
+    norms = []
+    for _ in range(2):
+        made.clear()
+        norms.append(train_step(model, [batch], config.objective(), optimizer, config)["grad_norm"].item())
+    assert not made and norms[0] != norms[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
