@@ -1,8 +1,6 @@
 """The unlearning loop: one forward over forget and retain sequences, one fused loss, one fused step."""
 
 import contextlib
-import dataclasses
-import itertools
 import json
 import math
 import os
@@ -12,23 +10,17 @@ import time
 import torch
 
 from soul._extras import require
-from soul.batches import Order, collate
 from soul.checkpoint import Stopped, describe
 from soul.config import build_curvature, build_optimizer, build_scheduler
-from soul.data import Sequence
 from soul.distributed import Processes
+from soul.feed import Feed
 from soul.graph import GraphedStep
 from soul.influence import Influence, unlearn_once
-from soul.models import checkpointing, compiled, evaluating, has_adapters
+from soul.models import checkpointing, compiled, evaluating
 from soul.optimizer import SophiaG
 from soul.prepare import encode_for, prepare
-from soul.reference import reference_head, reference_hidden, reference_logps
 from soul.release import release_gradients
 from soul.step import curvature_loss, train_step
-from soul_kernels import TokenBatch
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
-
-NOTHING = Sequence([0], [IGNORE_INDEX], 1)  # for a process without a part in a micro-batch: it takes part in the gathering
 
 
 class Diverged(RuntimeError):
@@ -70,50 +62,17 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         return _influence(model, forget, retain, objective, config, log)
     if config.eval_every:
         answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
-    device, processes = next(model.parameters()).device, Processes.of(model)
-    together = 2 if objective.pairs else 1  # forget sequences that belong to one example
-    run = None
+    processes, run = Processes.of(model), None
     if checkpoints is not None:
         run = describe(model, forget, retain, config.decisive())
         if processes.size > 1:
             run["several processes"] = True
         checkpoints.check(run)
         checkpoints.clear()
-    ref_logps = None
-    options = dict(cache=config.reference_cache, batch_size=config.batch_size * together, tokenizer=tokenizer)
-    if objective.needs_reference:
-        ref_logps = reference_logps(model, forget, backend=config.backend, **options)
-    ref_head, ref_states = (None, None), None
-    if objective.divergence is not None and has_adapters(model):
-        ref_head = reference_head(model)  # hidden states come from a forward without adapters in each step
-    elif objective.divergence is not None:
-        ref_states, ref_head = _states(model, objective.divergence.of, forget, retain, options)
-
-    def micro_batch(examples, kept):
-        has_retain = bool(kept)
-        examples, kept = processes.part(examples, kept)
-        chosen = [together * i + j for i in examples for j in range(together)]
-        given, states = [retain[i] for i in kept], None
-        if ref_states is not None:
-            states = [ref_states[i] for i in (*chosen, *(len(forget) + i for i in kept))]
-        if states is not None and all(state is None for state in states):
-            given, states = [*given, NOTHING], [*states, next(state for state in ref_states if state is not None)[:0]]
-        batch = collate(
-            [forget[i] for i in chosen],
-            given if chosen or given else [NOTHING],
-            device=device,
-            ref_logps=None if ref_logps is None else [ref_logps[i] for i in chosen],
-            ref_hidden=states,
-        )
-        return dataclasses.replace(batch, has_retain=has_retain)  # all processes log the same
-
-    def retained(kept):
-        parts = [processes.part([], part)[1] for part in _split(kept, config.batch_size)]
-        return [collate([retain[i] for i in part] or [NOTHING], [], device=device) for part in parts]
+    feed = Feed(model, tokenizer, forget, retain, objective, config)
 
     model.train()
-    order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
-    optimizer = build_optimizer(model, config)
+    order, optimizer = feed.order(), build_optimizer(model, config)
     scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio, config.schedule)
     parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
     curvature = build_curvature(optimizer, config)
@@ -129,7 +88,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     )
     graphed = None
     if config.cuda_graph:
-        graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, ref_head), device)
+        device = next(model.parameters()).device
+        graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, feed.ref_head), device)
     release = None
     with contextlib.ExitStack() as stack:
         stack.callback(bar.close)
@@ -152,33 +112,20 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         ended = bool(records) and "stopped" in records[-1]  # in the checkpoint of its last step
         for epoch, examples, kept in () if ended else order:
             begun = time.perf_counter()
-            chosen = [together * i + j for i in examples for j in range(together)]
-            micro = itertools.zip_longest(_split(examples, config.batch_size), _split(kept, config.batch_size), fillvalue=[])
-            batches = (micro_batch(*part) for part in micro)  # one at a time: states of a reference are large
-            whole = None
-            if len(examples) > config.batch_size or processes.size > 1:
-                whole = collate([forget[i] for i in chosen], [retain[i] for i in kept], device=device)
-                whole = TokenBatch.from_labels(whole.labels, whole.is_forget)
+            batches, whole = feed.step(examples, kept)
             if curvature is not None:
                 optimizer.zero_grad(set_to_none=True)  # never two sets of them
-                curvature.step(lambda kept=kept: curvature_loss(model, retained(kept), curvature, config))
+                curvature.step(lambda kept=kept: curvature_loss(model, feed.retained(kept), curvature, config))
             lr = float(scheduler.get_last_lr()[0])
             if graphed is not None:
                 values = graphed(next(batches))
             else:
                 batches = batches if release is None else list(batches)
-                values = train_step(model, batches, objective, optimizer, config, ref_head, whole, release)
+                values = train_step(model, batches, objective, optimizer, config, feed.ref_head, whole, release)
             scheduler.step()
-            record = {"step": len(records) + 1, "epoch": epoch, "lr": lr}
-            record |= dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))  # waits, once
-            if isinstance(optimizer, SophiaG):
-                told = optimizer.telemetry()["groups"][0]
-                record["clip_fraction"] = told["clip_fraction"]
-                if config.clip_target is not None:
-                    record["rho"] = told["rho"]
-            n_tokens = sum(len(s.input_ids) for s in (*(forget[i] for i in chosen), *(retain[i] for i in kept)))
-            record["tokens_per_s"] = n_tokens / (time.perf_counter() - begun)
-            record["peak_memory_gib"] = peak_memory_gib(device)
+            record = {"step": len(records) + 1, "epoch": epoch, "lr": lr, **_told(values, optimizer, config)}
+            record["tokens_per_s"] = feed.n_tokens(examples, kept) / (time.perf_counter() - begun)
+            record["peak_memory_gib"] = peak_memory_gib(next(model.parameters()).device)
             if config.eval_every and record["step"] % config.eval_every == 0:
                 record |= _evaluated(model, answers, config)
             records.append(record)
@@ -196,6 +143,17 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
                 break
     _check_finite(model, len(records))
     return records
+
+
+def _told(values, optimizer, config):
+    """What a step says of itself, as numbers; waits for the device."""
+    record = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))  # once
+    if isinstance(optimizer, SophiaG):
+        told = optimizer.telemetry()["groups"][0]
+        record["clip_fraction"] = told["clip_fraction"]
+        if config.clip_target is not None:
+            record["rho"] = told["rho"]
+    return record
 
 
 def _influence(model, forget, retain, method, config, log):
@@ -231,10 +189,6 @@ def _evaluated(model, answers, config):
     return found | ({"stopped": "; ".join(reasons)} if reasons else {})
 
 
-def _split(indices, size):
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
-
-
 def _write_line(log, record):
     if log is not None:
         finite = {n: None if isinstance(value, float) and not math.isfinite(value) else value for n, value in record.items()}
@@ -245,16 +199,6 @@ def _write_line(log, record):
 def _check_finite(model, step):
     if not Processes.of(model).all_finite(model.parameters()):
         raise Diverged(f"a weight is not finite after step {step}; lower the learning rate")
-
-
-def _states(model, of, forget, retain, options):
-    """The reference's hidden states of each forget sequence, then of each retain sequence, None where they are not needed; and
-    its head.
-    """
-    needed = {"forget": forget, "retain": retain, "all": [*forget, *retain]}[of]
-    found = reference_hidden(model, needed, **options)
-    before, after = [None] * len(forget) if of == "retain" else [], [None] * len(retain) if of == "forget" else []
-    return [*before, *found.hidden, *after], (found.weight, found.bias)
 
 
 def peak_memory_gib(device):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import soul
-from soul import losses
+from soul import feed, losses
 from soul.batches import Order, collate
 from soul.config import UnlearnConfig, build_scheduler
 from soul.data import Example
@@ -150,13 +150,13 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
 
 def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
     """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
-    seen, real = [], unlearn_module.collate
+    seen, real = [], feed.collate
 
     def spy(forget, retain, **options):
         seen.append(forget)
         return real(forget, retain, **options)
 
-    monkeypatch.setattr(unlearn_module, "collate", spy)
+    monkeypatch.setattr(feed, "collate", spy)
     config = UnlearnConfig(method="dpo", epochs=3, batch_size=6, method_options={"alpha": 0.0}, backend="reference")
     model = tiny_model()
     unlearn(model, tokenizer, examples(6), [], config, progress=False)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from soul._extras import require
-from soul.batches import Order
+from soul.feed import chosen, micro_batches, order_of, together
 from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
 from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of
@@ -52,18 +52,12 @@ def plan_run(model, forget, retain, config, **options):
 def _steps(config, forget, retain):
     """Yields the micro-batches of each step as `Tokens`, in the order in which `soul.unlearn.unlearn` takes them."""
     objective = config.objective()
-    together = 2 if objective.pairs else 1
-    order = Order(len(forget) // together, len(retain), config.batch_size * config.accumulate, config.epochs, config.seed)
-    of = None if objective.divergence is None else objective.divergence.of
-    for _, examples, kept in order:
-        chosen = [together * i + j for i in examples for j in range(together)]
-        size = together * config.batch_size
-        batches = []
-        for start in range(0, len(examples), config.batch_size):
-            first = [forget[i] for i in chosen[start * together : start * together + size]]
-            second = [retain[i] for i in kept[start : start + config.batch_size]]
-            batches.append(_tokens(first, second, of))
-        yield batches
+    n, of = together(objective), None if objective.divergence is None else objective.divergence.of
+    for _, examples, kept in order_of(forget, retain, n, config):
+        yield [
+            _tokens([forget[i] for i in chosen(part, n)], [retain[i] for i in others], of)
+            for part, others in micro_batches(examples, kept, config.batch_size)
+        ]
 
 
 def _tokens(forget, retain, of):
