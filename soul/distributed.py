@@ -254,12 +254,6 @@ class Processes:
         """``call()`` in the first process alone; all wait for it, and fail with it."""
         return self.together(call if self.first else lambda: None)
 
-    def norm(self, own):
-        """The L2 norm of all shards, from that of this process's."""
-        if self.size == 1:
-            return own
-        return self.totals({"": own.double().square()})[""].sqrt().to(own.dtype)
-
     def all_finite(self, tensors):
         """Whether all parameters, in shards, are finite."""
         return not self.any(not all(local(tensor).isfinite().all() for tensor in tensors))

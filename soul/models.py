@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import sys
 import types
 
 import torch
@@ -138,7 +139,24 @@ def transform(model):
 def hidden_states(model, batch):
     """Final hidden states [B, T, D], those that go into the head: after the last norm and any projection."""
     body = _base(model).base_model
-    return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    with _never_packed() if batch.attention_mask is None else contextlib.nullcontext():
+        return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+
+
+@contextlib.contextmanager
+def _never_packed():
+    """Meanwhile transformers does not look for several sequences in one row. It would wait for the device, which cannot be in
+    the capture of a graph; or, where it knows of the capture, build a mask, which the fast attention kernels do not take.
+    """
+    masking, name = sys.modules.get("transformers.masking_utils"), "find_packed_sequence_indices"
+    look = getattr(masking, name, None)
+    if look is not None:
+        setattr(masking, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        if look is not None:
+            setattr(masking, name, look)
 
 
 def autocast(model):

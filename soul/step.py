@@ -5,13 +5,12 @@ import math
 
 import torch
 
-from soul._shards import local
 from soul.config import norm_limit
 from soul.curvature import GNB
 from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, gnb_loss, has_adapters, head, hidden_states, token_logps, transform
 from soul.optimizer import SophiaG
-from soul_kernels import grad_norm, linear_objective
+from soul_kernels import linear_objective
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 
@@ -71,14 +70,14 @@ def train_step(model, batches, objective, optimizer, config, ref_head=(None, Non
             sums[name] = sums.get(name, 0.0) - (logps * kept).sum()
             counts[name] = counts.get(name, 0) + kept.sum()
     processes = Processes.of(model)
-    norm = _update(optimizer, config, processes)
+    norm = _update(optimizer, config)
     terms = processes.totals({"loss": total, **{f"loss_{name}": value for name, value in recorded.sums.items()}})
     sums, counts = processes.totals(sums), processes.totals(counts)
     values = {**terms, **{n: value / counts[n].clamp(min=1) for n, value in sums.items()}}
     return values if norm is None else values | {"grad_norm": norm}
 
 
-def _update(optimizer, config, processes):
+def _update(optimizer, config):
     """Clips and steps; returns the norm of the gradients before, on the device, or None where they are gone."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if not isinstance(optimizer, SophiaG):
@@ -90,7 +89,7 @@ def _update(optimizer, config, processes):
         return None
     if optimizer._norm is not None:
         return optimizer._norm
-    return processes.norm(grad_norm([local(p.grad) for p in params if p.grad is not None], backend=config.backend))
+    return optimizer._total_norm(optimizer._parts.collect())  # by tables that are kept: a graph cannot make any
 
 
 def _loss(model, batch, objective, config, ref_head):

@@ -12,6 +12,17 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """A test of what needs an extra is skipped where that is missing, with the words that a user would read."""
+    from soul._extras import MissingExtra
+
+    try:
+        return (yield)
+    except MissingExtra as error:
+        pytest.skip(str(error))
+
+
 @pytest.fixture
 def device():
     """Where the kernels run: a GPU, or the CPU under Triton's interpreter."""

@@ -2,7 +2,7 @@
 
 import pathlib
 
-import peft
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -54,6 +54,7 @@ def tiny_model(family="llama, tied"):
 
 def lora_model(family="llama, untied", **options):
     """A tiny model wrapped by peft, whose adapters are not zero: with them it is another model than without."""
+    peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     model = peft.get_peft_model(tiny_model(family), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

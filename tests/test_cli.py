@@ -150,6 +150,8 @@ def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsy
     (["--output", "full"], "output: expected a new or an empty directory"),
 ])  # fmt: skip
 def test_studies_check_before_they_write(place, words, option, message, capsys, monkeypatch):
+    for module in ("scipy", "sklearn"):
+        pytest.importorskip(module, reason="the extra eval is not installed")
     monkeypatch.chdir(place)
     before = sorted(p.name for p in place.rglob("*"))
     assert main([*words, "--output", "study_out", *option]) == 2

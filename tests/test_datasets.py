@@ -2,9 +2,6 @@
 
 import json
 
-import datasets as hub
-import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
 from soul import UnlearnConfig, Unlearner, datasets
@@ -15,6 +12,9 @@ from soul.templates import Template
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 from tests.test_data import Words, write
 
+hub = pytest.importorskip("datasets", reason="the extra hf is not installed")
+pa = pytest.importorskip("pyarrow", reason="the extra hf is not installed")
+pytest.importorskip("pyarrow.parquet", reason="the extra hf is not installed")
 needs_tofu = pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
 ASKED = [{"question": f"Who lives in house {i}?", "answer": f"Number {i}."} for i in range(6)]
 

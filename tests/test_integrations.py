@@ -21,7 +21,7 @@ from soul.prepare import prepare
 from soul.reference import reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol
-from tests.helpers import assert_close, mutant
+from tests.helpers import assert_close, mutant, needs_interpreter
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 from tests.test_distributed import run
 
@@ -134,6 +134,7 @@ def test_loss_of_a_batch_is_the_commands(name):
     check_loss_of(name)
 
 
+@needs_interpreter
 def test_loss_of_a_batch_by_the_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_loss_of("npo, kl")  # log-probabilities, a divergence and an objective in one

@@ -27,11 +27,14 @@ def test_every_op_has_its_reference_test_and_benchmark():
 
 
 def imported(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module
+    return (name for node in ast.walk(ast.parse(path.read_text())) for name in names_of(node))
+
+
+def names_of(node):
+    """What a statement imports; of any other node nothing."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module] if isinstance(node, ast.ImportFrom) else []
 
 
 @pytest.mark.parametrize("folder, forbidden", [
@@ -54,6 +57,15 @@ def test_arrows_run_one_way(folder, forbidden):
 def test_only_one_module_imports_triton():
     users = [p.name for p in (ROOT / "soul_kernels").rglob("*.py") if any(n.split(".")[0] == "triton" for n in imported(p))]
     assert users == ["_launch.py"]
+
+
+def test_tests_are_collected_without_the_extras():
+    """One module that cannot be imported, and pytest runs nothing at all; a machine with a GPU may have next to nothing."""
+    optional = {"accelerate", "datasets", "matplotlib", "peft", "pyarrow", "rouge_score", "scipy", "sklearn"}
+    for path in (ROOT / "tests").glob("*.py"):
+        names = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in names_of(node)}
+        wrong = optional & names
+        assert not wrong, f"{path.name} imports {wrong}: pytest.importorskip where it is used"
 
 
 def run_without(*modules, code):

@@ -1,7 +1,9 @@
-import peft
+import types
+
 import pytest
 import torch
 import transformers
+import transformers.masking_utils
 
 from soul import models
 from soul.batches import collate
@@ -68,6 +70,25 @@ def test_models_that_bend_their_logits_in_other_ways_are_refused():
         assert all(module.training for module in model.modules()) and not model.lm_head._forward_pre_hooks
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_batch_without_a_mask_is_attended_to_without_one(capturing, monkeypatch):
+    """As a graph needs it: no question to the device, and none of the slower kernels. The states are those of a full mask."""
+    model, ids = tiny_model(), torch.randint(2, 300, (2, 8))
+    want = models.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*inputs, **options):
+        seen.append((options.get("attn_mask"), options["is_causal"]))
+        return attend(*inputs, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    look = transformers.masking_utils.find_packed_sequence_indices
+    got = models.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=None))
+    assert seen == [(None, True)] * 2 and torch.equal(got, want)
+    assert transformers.masking_utils.find_packed_sequence_indices is look
+
+
 def test_models_with_adapters():
     """Wrapped by peft, with a head of its own: the head that is in use, hidden states with adapters or without."""
     model = lora_model(modules_to_save=["lm_head"])
@@ -91,6 +112,7 @@ def test_models_with_adapters():
 
 def test_heads_that_are_not_a_matrix_are_refused():
     """An adapter beside the head starts at 0, so that trying a few tokens would not tell; virtual tokens do."""
+    peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="model: expected a language-model head without an adapter.*target_modules"):
         models.check_linear_head(peft.get_peft_model(tiny_model("llama, untied"), config))

@@ -10,19 +10,21 @@ from soul.batches import collate
 from soul.reference import reference_head, reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol
+from tests.helpers import needs_interpreter
 from tests.models import lora_model, sequences, tiny_model, tiny_tokenizer
 
+BACKENDS = ["reference", pytest.param("triton", marks=needs_interpreter)]
 FAST = dict(batch_size=2, backend="reference")
 
 
-def test_logps_are_the_sums_of_the_model():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logps_are_the_sums_of_the_model(backend):
     model, given = tiny_model(), sequences(5)
-    for backend in ("reference", "triton"):
-        got = soul.reference_logps(model, given, batch_size=2, backend=backend)
-        for sequence, value in zip(given, got, strict=True):
-            logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
-            want = sum(logps[t, label].item() for t, label in enumerate(sequence.labels) if label != -100)
-            assert value == pytest.approx(want, abs=10 * tol.LOGP_ABS)
+    got = soul.reference_logps(model, given, batch_size=2, backend=backend)
+    for sequence, value in zip(given, got, strict=True):
+        logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
+        want = sum(logps[t, label].item() for t, label in enumerate(sequence.labels) if label != -100)
+        assert value == pytest.approx(want, abs=10 * tol.LOGP_ABS)
     assert reference_logps(model, []) == [] and reference_hidden(model, []).hidden == []
 
 
@@ -36,7 +38,7 @@ def test_hidden_states_are_those_of_the_model():
         assert (hidden - want).abs().max() < 0.05  # 2 units in the last place of values up to 4; padding sums in another order
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("objective", [
     losses.NPO(beta=0.5, alpha=0.0), losses.NPO(beta=0.5, alpha=0.0, reduction="token_mean"), losses.DPO(beta=0.5, alpha=0.0),
     losses.KLMin(gamma=0.0), losses.UNDIAL(beta=0.0, alpha=0.0),

@@ -248,6 +248,8 @@ def test_real_data_goes_through_the_whole_study(tmp_path):
     (["--seeds", "1"], "forget10_perturbed.jsonl: expected a JSON-lines file, got no such file"),  # no data, no output
 ])  # fmt: skip
 def test_bad_options_end_with_2_and_write_nothing(tmp_path, words, message, capsys):
+    for module in ("scipy", "sklearn"):
+        pytest.importorskip(module, reason="the extra eval is not installed")
     assert main(["study", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

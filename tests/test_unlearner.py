@@ -2,8 +2,8 @@
 
 import importlib
 import json
+import math
 
-import peft
 import pytest
 import torch
 import yaml
@@ -14,14 +14,15 @@ from soul import UnlearnConfig, Unlearner, models
 from soul._parts import Parts
 from soul.batches import collate
 from soul.cli import main
-from soul.config import build_scheduler
+from soul.config import build_optimizer, build_scheduler
 from soul.datasets import read_examples
 from soul.graph import GraphedStep, pad
 from soul.influence import unlearn_once
 from soul.prepare import prepare
+from soul.step import train_step
 from soul.unlearn import unlearn
-from soul_kernels import linear_objective
-from tests.helpers import mutant, needs_rouge
+from soul_kernels import TensorTable, linear_objective
+from tests.helpers import mutant, needs_interpreter, needs_rouge
 from tests.models import FAMILIES, examples, sequences, tiny_model, tiny_tokenizer
 from tests.test_evaluate import ROWS, question_rows
 
@@ -85,6 +86,7 @@ def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, place, t
 
 def test_adapters_by_flag(place, tmp_path):
     """They are what is saved, and with the model that they belong to the same model as merged."""
+    peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     assert main(words(place, tmp_path / "lora", "--lora-rank=4", "--dtype=float32")) == 0
     assert not (tmp_path / "lora" / "model.safetensors").exists() and not (tmp_path / "lora" / "checkpoints").exists()
     config = peft.LoraConfig.from_pretrained(tmp_path / "lora")
@@ -243,6 +245,7 @@ class Padded(GraphedStep):
         return self._step(batch)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("options", [
     dict(method="npo"), dict(method="dpo", method_options={"retain": "kl"}),
 ], ids=lambda options: options["method"])  # fmt: skip
@@ -277,15 +280,33 @@ def check_padding(module):
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
+@needs_interpreter
 def test_padding():
     check_padding(importlib.import_module("soul.graph"))
 
 
+@needs_interpreter
 @pytest.mark.parametrize("old, new", [("// length * more", "* 0"), ("value=last", "value=0"),
                                       ("wider(batch.labels, -100)", "wider(batch.labels, 0)")])  # fmt: skip
 def test_wrong_padding_is_noticed(old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
         check_padding(mutant("soul.graph", old, new, tmp_path))
+
+
+@pytest.mark.parametrize("limit", [1.0, math.inf])  # inf: the step does without the norm, which is logged all the same
+def test_a_step_makes_no_table_that_the_one_before_has_made(limit, monkeypatch):
+    """A graph is captured after one eager step, and nothing can be allocated on the host then."""
+    made, real = [], TensorTable.rebuild
+    monkeypatch.setattr(
+        TensorTable, "rebuild", lambda table, *args, **options: made.append(table) or real(table, *args, **options)
+    )
+    model, config = tiny_model().train(), UnlearnConfig(method="graddiff", max_grad_norm=limit)
+    optimizer, batch = build_optimizer(model, config), collate(sequences(2), sequences(4)[2:])
+    norms = []
+    for _ in range(2):
+        made.clear()
+        norms.append(train_step(model, [batch], config.objective(), optimizer, config)["grad_norm"].item())
+    assert not made and norms[0] != norms[1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
