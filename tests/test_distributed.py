@@ -1,6 +1,7 @@
 """The optimizers in two processes: DDP, FSDP2 and torch.distributed.checkpoint, over gloo on the CPU."""
 
 import copy
+import os
 import time
 
 import pytest
@@ -52,6 +53,7 @@ def _start(rank, folder, world, worker, args):
         raise RuntimeError(str(error)) from error
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # torch's own threads have been seen to abort the interpreter's end, once in hundreds: all is on disk
 
 
 class Net(torch.nn.Module):
