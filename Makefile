@@ -21,7 +21,7 @@ demo: install ## unlearn fictitious authors on this machine: report and pictures
 	$(BIN)/soul demo --output out/demo
 
 test: install ## kernels in the interpreter, references, everything else; no GPU needed
-	$(PYTEST)
+	$(PYTEST) --all-extras
 
 test-compile: install ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942; no GPU needed
 	TRITON_INTERPRET=0 $(PYTEST) tests/test_compile.py

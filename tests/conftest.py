@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import random
 
@@ -12,6 +13,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the networ
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+EXTRAS = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml", "accelerate", "rouge_score",
+          "scipy", "sklearn", "matplotlib", "pytest_benchmark")  # fmt: skip
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all-extras", action="store_true", help="a missing extra is an error, and no reason to skip (make test)")
+
+
+def pytest_configure(config):
+    missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
+    if missing and config.getoption("all_extras"):
+        raise pytest.UsageError(f"not installed: {', '.join(missing)}; is it in the extras of setup.py?")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """A test of what needs an extra is skipped where that is missing, with the words that a user would read."""
@@ -20,6 +35,8 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     except MissingExtra as error:
+        if item.config.getoption("all_extras"):
+            raise
         pytest.skip(str(error))
 
 
