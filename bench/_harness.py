@@ -157,7 +157,8 @@ def environment(device):
         "cpu": cpu_model() if gpu else None,
         "threads": None if gpu else torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "triton", *PEERS)},
+        "torch": str(torch.__version__),  # with the CUDA that it was built for, which its package's version may not tell
+        **{package: version(package) for package in ("triton", *PEERS)},
         "commit": _run("git", "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

@@ -370,7 +370,8 @@ class UNDIAL(Objective):
     @property
     def divergence(self):
         """That of the forget sequences from the adjusted reference; of all where the retain term is KL."""
-        return Divergence("all" if super().divergence else "forget", "kl", self.beta)
+        of_all = self.retain == "kl" and self.alpha  # torch.compile of torch 2.11 cannot branch on super().divergence
+        return Divergence("all" if of_all else "forget", "kl", self.beta)
 
 
 def _log1mexp(logps):

@@ -148,7 +148,7 @@ def test_compiled_calls_check_labels_and_rows(device):
         every = torch.arange(B * T)
         for a, b in zip(compiled(labels, every), call(labels, every)):
             assert torch.equal(a, b)
-        with pytest.raises(Exception, match=r"labels: expected \[B, T\] \(4, 6\), got \(4, "):
+        with pytest.raises(Exception, match=r"labels.*\[B, T\] \(4, 6\)"):  # in torch's words up to 2.11
             compiled(labels[:, :-1], every)
         with pytest.raises(ValueError, match="rows: expected every labelled token once, got 2 of 24"):
             compiled(labels, every[2:4])
