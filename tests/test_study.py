@@ -16,9 +16,10 @@ from soul.models import load
 from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
 from soul.study.data import demo_data, tofu_data
 from soul.study.fronts import LOSES, OPEN, TIES, WINS, chance, choose, hypervolume, pareto, scores, verdict
+from soul.study.measure import encode_start, measure
 from soul.study.report import report, write_report
 from soul.study.run import Study, check_ready, run_study, unlearn_config
-from soul.study.scratch import train, train_tokenizer
+from soul.study.scratch import new_model, train, train_tokenizer
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 
 # One objective, one point an arm, a model that learns its few rows in seconds.
@@ -176,6 +177,50 @@ def test_divergence_of_models_that_exclude_each_other():
     assert logs[1].min() < -100
     want = (logs[1].exp() * (logs[1] - logs[0])).sum(1).mean().item()
     assert abs(value - want) < 1e-4 * want
+
+
+def test_what_a_study_measures_against_its_definitions():
+    """Two untrained models, so that no number is 0, 1 or a half."""
+    data = demo_data(TINY)
+    tokenizer = train_tokenizer([*data.forget, *data.retain], 400)
+    model, other = (new_model(tokenizer, TINY, seed).eval() for seed in (0, 1))
+    for each in (model, other):  # logits of a spread that tells tokens apart
+        each.get_input_embeddings().weight.data.mul_(20.0)
+    start = encode_start(model, other, tokenizer, data, TINY)
+    found = measure(model, start)
+
+    def distributions(of, sequence):
+        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
+        with torch.no_grad():
+            return of(input_ids=torch.tensor([sequence.input_ids])).logits[0, kept].double().log_softmax(-1)
+
+    def losses(sequences, of=model):
+        labels = [torch.tensor([label for label in s.labels if label != -100]) for s in sequences]
+        return [-distributions(of, s).gather(1, y[:, None]).mean().item() for s, y in zip(sequences, labels)]
+
+    def ratios(asked, of=model):
+        false, count = losses(asked.perturbed, of), len(asked.perturbed) // len(asked.answers)
+        means = [statistics.fmean(false[i : i + count]) for i in range(0, len(false), count)]
+        return [math.exp(true - mean) for true, mean in zip(losses(asked.paraphrased, of), means)]
+
+    forget, retain, holdout = (losses(part) for part in (start.forget.answers, start.retain, start.holdout))
+    divergences = [(q.exp() * (q - p)).sum(1) for p, q in ((distributions(model, s), distributions(other, s))
+                                                             for s in start.forget.answers)]  # fmt: skip
+    test = pytest.importorskip("scipy.stats").ks_2samp(ratios(start.forget), ratios(start.forget, other))
+    want = {
+        "forget_prob": statistics.fmean(math.exp(-x) for x in forget),
+        "retain_prob": statistics.fmean(math.exp(-x) for x in retain),
+        "forget_quality": math.log10(test.pvalue),
+        "ks_statistic": test.statistic,
+        "forget_truth_ratio": statistics.fmean(min(r, 1 / r) for r in ratios(start.forget)),
+        "retain_truth_ratio": statistics.fmean(max(0.0, 1 - r) for r in ratios(start.questions)),
+        "forget_kl": torch.cat(divergences).mean().item(),
+        "mia_loss": statistics.fmean(f < h for f in forget for h in holdout),  # the less surprising is taken for a member
+    }
+    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-3)
+    assert found["utility"] == statistics.harmonic_mean(
+        [found[f"retain_{name}"] for name in ("prob", "memorization", "truth_ratio")]
+    )
 
 
 def test_a_model_that_knows_the_answers_gives_them():
