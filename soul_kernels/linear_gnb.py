@@ -34,7 +34,7 @@ def linear_gnb(
         keep: [B, T] bool, the tokens that count: those that have a label in the loss whose curvature is wanted.
         uniforms: [B, T] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
         generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
-            `soul.curvature.gnb_generator`. None: torch's default one.
+            `soul.curvature.GNB.generator`. None: torch's default one.
         bias: [V] or None.
         logit_scale: as in `linear_logprob`.
         softcap: as in `linear_logprob`.

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from soul import SOUL, SophiaG, curvature
 from tests import tolerances as tol
 from tests.helpers import assert_close
-from tests.optimizers import BRAIN, FLOAT, HALF, PublishedSophiaG, give_gradients, make, twin
+from tests.optimizers import BRAIN, FLOAT, HALF, PublishedSophiaG, give_gradients, make, norm_of, twin
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -263,11 +264,47 @@ def test_bias_correction_makes_a_young_hessian_a_mean(device):
     opt.step()
     assert_close(before - param, small / mean, 1e-4, "update")
     soul = SOUL(
-        others := twin(params), lr=1.0, betas=(0.0, 0.9), rho=2.0, bs=1, eps=0.0, weight_decay=0.0, bias_correction=True
+        others := twin(params), lr=1.0, betas=(0.0, 0.9), rho=20.0, bs=1, eps=0.0, weight_decay=0.0, bias_correction=True
     )
     before, others[0].grad = others[0].detach().clone(), small
     soul.step()
-    assert_close(before - others[0], (1 / (2 * small)).clamp(max=1), 1e-4, "update of SOUL: h is g g at once")
+    expected = (1 / (20 * small)).clamp(max=1)
+    assert (expected < 1).float().mean() > 0.5  # where all are clipped, h plays no part
+    assert_close(before - others[0], expected, 1e-4, "update of SOUL: h is g g at once")
+
+
+@pytest.mark.parametrize("kind", [SophiaG, SOUL])
+@pytest.mark.parametrize("eps_mode", ["add", "max"])
+def test_options_together_follow_their_formulas_in_fp64(kind, eps_mode, device):
+    """Norm clipping, which h of `update_hessian` does not see, bias correction, both denominators, decay, a rho that moves."""
+    lr, b1, b2, bs, eps, decay, limit, target = 1e-2, 0.9, 0.95, 20, 1e-3, 0.1, 1.0, 0.3
+    params = make(device)
+    opt = kind(params, lr=lr, betas=(b1, b2), rho="auto", clip_target=target, bs=bs, eps=eps, eps_mode=eps_mode,
+               weight_decay=decay, max_grad_norm=limit, bias_correction=True)  # fmt: skip
+    want, rho, updates, both = [p.detach().double() for p in params], 0.04, 0, 0
+    m, h = ([torch.zeros_like(p) for p in want] for _ in range(2))
+    for step in range(8):
+        give_gradients(params, scale=(0.02, 1.0)[step % 2])  # below the limit, and above it
+        factor = min(1.0, limit / (norm_of(params) + 1e-6))
+        grads = [p.grad.double() for p in params]
+        if kind is SophiaG and step % 3 == 0:
+            opt.update_hessian()
+        if kind is SOUL or step % 3 == 0:
+            seen = [g * factor if kind is SOUL else g for g in grads]
+            h, updates = [b2 * a + (1 - b2) * g * g for a, g in zip(h, seen)], updates + 1
+        opt.step()
+        m = [b1 * a + (1 - b1) * g * factor for a, g in zip(m, grads)]
+        weighted = [rho * bs * a / (1 - b2**updates) for a in h]
+        ratios = [a / (w + eps if eps_mode == "add" else w.clamp(min=eps)) for a, w in zip(m, weighted)]
+        want = [p - lr * (decay * p + r.clamp(-1, 1)) for p, r in zip(want, ratios)]
+        clipped = sum((r.abs() >= 1).sum().item() for r in ratios) / sum(r.numel() for r in ratios)
+        assert opt.clip_fraction()[0] == pytest.approx(clipped)
+        both += 0 < clipped < 1
+        rho *= math.exp(clipped - target)
+        assert opt.param_groups[0]["rho"].item() == pytest.approx(rho, rel=1e-5)
+    assert both >= 6  # steps with coordinates of either kind
+    for p, q in zip(params, want):
+        assert_close(p, q, 1e-5, "parameters")
 
 
 def test_telemetry(device):

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
+import statistics
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from soul.evaluate import answer_probability, generate, kl_divergence
 from soul.models import load
 from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
 from soul.study.data import demo_data, tofu_data
-from soul.study.fronts import LOSES, OPEN, TIES, WINS, choose, hypervolume, pareto, scores, verdict
+from soul.study.fronts import LOSES, OPEN, TIES, WINS, chance, choose, hypervolume, pareto, scores, verdict
+from soul.study.measure import encode_start, measure
 from soul.study.report import report, write_report
 from soul.study.run import Study, check_ready, run_study, unlearn_config
-from soul.study.scratch import train, train_tokenizer
+from soul.study.scratch import new_model, train, train_tokenizer
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 
 # One objective, one point an arm, a model that learns its few rows in seconds.
@@ -128,6 +131,17 @@ def test_interval_is_students():
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
+def test_chance_is_how_often_equals_get_a_verdict():
+    draws = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    for n in (2, 3, 4):
+        told = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
+        assert abs(told - chance(n)) < 0.015
+
+
+def verdict_is_beyond_spread(differences):
+    return abs(statistics.fmean(differences)) > statistics.stdev(differences)
+
+
 @pytest.mark.parametrize("families", [("llama, tied", "llama, untied"), ("gemma2, capped", "gemma2, capped")])
 def test_metrics_against_their_definitions(families):
     model, other, tokenizer, given = *map(tiny_model, families), tiny_tokenizer(), examples(5)
@@ -165,6 +179,50 @@ def test_divergence_of_models_that_exclude_each_other():
     assert abs(value - want) < 1e-4 * want
 
 
+def test_what_a_study_measures_against_its_definitions():
+    """Two untrained models, so that no number is 0, 1 or a half."""
+    data = demo_data(TINY)
+    tokenizer = train_tokenizer([*data.forget, *data.retain], 400)
+    model, other = (new_model(tokenizer, TINY, seed).eval() for seed in (0, 1))
+    for each in (model, other):  # logits of a spread that tells tokens apart
+        each.get_input_embeddings().weight.data.mul_(20.0)
+    start = encode_start(model, other, tokenizer, data, TINY)
+    found = measure(model, start)
+
+    def distributions(of, sequence):
+        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
+        with torch.no_grad():
+            return of(input_ids=torch.tensor([sequence.input_ids])).logits[0, kept].double().log_softmax(-1)
+
+    def losses(sequences, of=model):
+        labels = [torch.tensor([label for label in s.labels if label != -100]) for s in sequences]
+        return [-distributions(of, s).gather(1, y[:, None]).mean().item() for s, y in zip(sequences, labels)]
+
+    def ratios(asked, of=model):
+        false, count = losses(asked.perturbed, of), len(asked.perturbed) // len(asked.answers)
+        means = [statistics.fmean(false[i : i + count]) for i in range(0, len(false), count)]
+        return [math.exp(true - mean) for true, mean in zip(losses(asked.paraphrased, of), means)]
+
+    forget, retain, holdout = (losses(part) for part in (start.forget.answers, start.retain, start.holdout))
+    divergences = [(q.exp() * (q - p)).sum(1) for p, q in ((distributions(model, s), distributions(other, s))
+                                                             for s in start.forget.answers)]  # fmt: skip
+    test = pytest.importorskip("scipy.stats").ks_2samp(ratios(start.forget), ratios(start.forget, other))
+    want = {
+        "forget_prob": statistics.fmean(math.exp(-x) for x in forget),
+        "retain_prob": statistics.fmean(math.exp(-x) for x in retain),
+        "forget_quality": math.log10(test.pvalue),
+        "ks_statistic": test.statistic,
+        "forget_truth_ratio": statistics.fmean(min(r, 1 / r) for r in ratios(start.forget)),
+        "retain_truth_ratio": statistics.fmean(max(0.0, 1 - r) for r in ratios(start.questions)),
+        "forget_kl": torch.cat(divergences).mean().item(),
+        "mia_loss": statistics.fmean(f < h for f in forget for h in holdout),  # the less surprising is taken for a member
+    }
+    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-3)
+    assert found["utility"] == statistics.harmonic_mean(
+        [found[f"retain_{name}"] for name in ("prob", "memorization", "truth_ratio")]
+    )
+
+
 def test_a_model_that_knows_the_answers_gives_them():
     """Trained on two rows until it knows them by heart, also from a left-padded batch."""
     tokenizer, given = tiny_tokenizer(), examples(2)
@@ -199,6 +257,9 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     for picture in ("frontiers", "utility", "curves", "clipped"):
         assert f"({picture}.png)" in text and (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert report(json.loads((output / "results.json").read_text()), title="Small") == text  # of the JSON alone
+    told = " ".join(text.split())
+    assert "Per seed (0, 1), two Llamas" in told and "With 2 seeds chance alone does that for 39% of comparisons" in told
+    assert "95% interval" in told and "/2 seeds" in told and "means over the seeds that did not diverge;" in told
     assert load(output / "seed0" / "full")[1]("x").input_ids  # what `soul unlearn` can go on with
     logs = list((output / "seed1" / "runs").glob("npo_*_lr0.001_alpha1.jsonl"))
     assert len(logs) == 4 and all(len(log.read_text().splitlines()) == 2 * 2 for log in logs)  # epochs, batches
@@ -218,6 +279,35 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
         run_study(output, data, dataclasses.replace(config, epochs=3))
     with pytest.raises(ValueError, match="another set of texts"):
         run_study(output, demo_data(dataclasses.replace(config, seeds=(5,))), config)
+
+
+def test_the_report_of_one_seed_speaks_of_no_spread(tmp_path):
+    """As of the presets tofu and demo; of rates that six digits do not hold, and, in one arm, of runs that all diverge."""
+    lrs = {"adamw": (1e-3 / 3,), "soul": (1e-3 / 7,), "soul_retain": (1e30,), "soul_gnb": (1e-3 / 3,)}
+    config = dataclasses.replace(TINY, seeds=(4,), train_epochs=1, epochs=1, lrs=lrs, dampings=(0.1 / 3,))
+    data, output = demo_data(config), check_ready(tmp_path / "out", config)
+    results = run_study(output, data, config)
+    text = write_report(Study(output, data, config), results, title="One").read_text()
+    assert report(json.loads((output / "results.json").read_text()), title="One") == text
+    text = " ".join(text.split())
+    assert "With one seed (4), two Llamas" in text and "One seed tells nothing of the spread: no verdict." in text
+    difference = r"- \*\*NPO, SOUL as published\*\*: in best forget quality [+-]\d+\.\d\d; in hypervolume [+-]\d+\.\d\d\. "
+    assert re.search(difference, text) and text.count("/1 seed |") == 4 and "/1 seed, 1 of 1 runs diverged |" in text
+    for word in ("±", "interval", "wins", "deviation", "over the seeds", "Per seed", "Of each seed", "three", " seeds"):
+        assert word not in text, word
+
+
+def test_rounding_makes_no_run_better_than_its_start(tmp_path, monkeypatch):
+    """Forget quality has few levels, so many runs have just the start's; here one that six digits round upwards."""
+    results = json.loads((PAGE.parent / "study" / "results.json").read_text())
+    results["config"].update(objectives=["po"], seeds=[0])
+    results["starts"] = {"0": results["starts"]["0"]}
+    results["rows"] = [row for row in results["rows"] if row["seed"] == 0 and row["objective"] in ("po", INFLUENCE)]
+    for numbers in (results["starts"]["0"]["full"], *results["rows"]):
+        numbers["forget_quality"] = -11.123446
+    monkeypatch.setattr("soul.study.report.draw", lambda *_: None)  # there are no logs
+    text = write_report(Study(tmp_path, None, None), results, title="Levels").read_text()
+    assert text.count("| 0/1 seed |") == 5
 
 
 def _counting(calls):

@@ -6,9 +6,9 @@ import statistics
 import textwrap
 
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
-from soul.study.fronts import LOSES, WINS
+from soul.study.fronts import LOSES, WINS, chance
 from soul.study.pictures import draw
-from soul.study.results import TITLES, Results
+from soul.study.results import GRID, TITLES, Results
 from soul.study.run import RESULTS_FILE
 
 COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
@@ -60,7 +60,8 @@ def _row(found, objective, arm, title):
     chosen = [row for row in every if row is not None]
     runs = found.rows(objective, arm)
     diverged = sum("diverged" in row for row in runs)
-    count = f"{len(chosen)}/{len(every)} seeds" + (f", {diverged} of {len(runs)} runs diverged" if diverged else "")
+    count = f"{len(chosen)}/{len(every)} seed{'s' * (len(every) > 1)}"
+    count += f", {diverged} of {len(runs)} runs diverged" if diverged else ""
     return [title, TITLES[arm], *_cells(chosen), count]
 
 
@@ -70,17 +71,18 @@ def _cells(rows):
 
 def sentence(objective, arm, by_quality, by_volume):
     """What the numbers of one arm say, against the baseline."""
-    told = [f"{by['outcome']} {_numbers(by, 2)}" for by in (by_quality, by_volume)]
+    told = [_told(by, 2) for by in (by_quality, by_volume)]
     return f"- **{OBJECTIVES[objective]}, {TITLES[arm]}**: in best forget quality {told[0]}; in hypervolume {told[1]}."
 
 
-def _numbers(found, decimals):
-    each = ", ".join(f"{d:+.{decimals}f}" for d in found["differences"])
+def _told(found, decimals):
+    """A verdict and its numbers; of one seed the difference alone."""
     if found["spread"] is None:
-        return f"(difference {each}; one seed)"
+        return f"{found['mean']:+.{decimals}f}"
+    each = ", ".join(f"{d:+.{decimals}f}" for d in found["differences"])
     low, high = found["interval"]
     mean, spread = f"{found['mean']:+.{decimals}f}", f"{found['spread']:.{decimals}f}"
-    return f"({mean} ± {spread}, 95% interval {low:+.{decimals}f} to {high:+.{decimals}f}; by seed {each})"
+    return f"{found['outcome']} ({mean} ± {spread}, 95% interval {low:+.{decimals}f} to {high:+.{decimals}f}; by seed {each})"
 
 
 def summary(found):
@@ -102,8 +104,8 @@ def summary(found):
     return "\n".join(lines)
 
 
-def _wrapped(text):
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text, indent=""):
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def grids(found):
@@ -146,11 +148,23 @@ def observations(found):
         )
     for objective in found.objectives:
         gaps = [(TITLES[arm], found.overshoot(objective, arm)) for arm in ARMS]
-        told = ", ".join(f"{title} {gap:+.1f}" for title, gap in gaps if gap is not None)
+        told = ", ".join(f"{title} {gap:+.1f}" for title, gap in gaps if gap is not None) or "all diverged"
         lines.append(
             f"- {OBJECTIVES[objective]}, forget quality of the run that forgets most against the best of its arm: {told}."
         )
     return "\n".join(lines)
+
+
+def rule(seeds):
+    """How verdicts come about, by the number of seeds."""
+    chosen = "Runs are chosen by the numbers that are reported, in every arm alike: all of them are optimistic."
+    if seeds == 1:
+        return f"With one seed there is no spread to judge a difference from AdamW by, and no verdict. {chosen}"
+    return (
+        "It wins or loses against AdamW where the mean difference over the seeds, from the same starts, is larger than the "
+        f"standard deviation of the differences. With {seeds} seeds chance alone does that for {100 * chance(seeds):.2g}% of "
+        f"comparisons, so Student's 95% interval of the mean stands beside it. {chosen}"
+    )
 
 
 def report(results, *, title, pictures=""):
@@ -167,6 +181,13 @@ def report(results, *, title, pictures=""):
     seeds, points = ", ".join(map(str, config["seeds"])), len(config["lrs"][BASELINE]) * len(config["alphas"])
     clock = "of processor time" if "processes of one thread" in env["device"] else "on the clock"
     sentences = "\n".join(sentence(o, a, quality[o, a], volume[o, a]) for o, a in quality)
+    several = len(config["seeds"]) > 1
+    by_seed = ", seed by seed" * several
+    over = " of the means over the seeds" * several
+    means = ", means over the seeds" * several + " that did not diverge" * (several and found.diverged())
+    lead = "" if several else "An arm's number minus AdamW's, from the same start:\n\n"
+    best = f"one with the best forget quality that keeps {config['keep']:.0%} of the retain probability."
+    chosen = f"Of each seed the {best} Mean ± standard\ndeviation over the seeds that have one." if several else f"The {best}"
     resumed = " since it was taken up again" * results["resumed"]
     lrs = {arm: ", ".join(f"{lr:g}" for lr in rates) for arm, rates in config["lrs"].items()}
     rates = f"for all of them {lrs[BASELINE]}"
@@ -174,9 +195,10 @@ def report(results, *, title, pictures=""):
         rates = "; ".join(f"{TITLES[arm]} {own}" for arm, own in lrs.items())
     alphas = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
     start = _wrapped(
-        f"{results['data']} Per seed ({seeds}), two Llamas of {training['parameters'] / 1e6:.2f} M parameters are trained from "
-        f"scratch for {config['train_epochs']} epochs, on all rows and on the retain rows only; every run of the seed unlearns "
-        "the first of them, and is measured against the second."
+        f"{results['data']} {'Per seed' if several else 'With one seed'} ({seeds}), two Llamas of "
+        f"{training['parameters'] / 1e6:.2f} M parameters are trained from scratch for {config['train_epochs']} epochs, on all "
+        f"rows and on the retain rows only; every run{' of the seed' * several} unlearns the first of them, and is measured "
+        "against the second."
     )
     where = _wrapped(
         f"Computed on {env['device']}, torch {env['torch']}, transformers {env['transformers']}: {len(results['rows'])} runs "
@@ -199,24 +221,20 @@ def report(results, *, title, pictures=""):
   two keep {config["clip_target"]:.0%} of the coordinates clipped, and refresh h from retain tokens every
   {config["curvature_every"]} steps.
 - Forget quality is log10 of the p-value of TOFU's KS test of truth ratios on the forget set, against the retain model of the
-  same seed: 0 is perfect. An optimizer is judged by its whole grid, seed by seed: by the **best forget quality** among the runs
+  same seed: 0 is perfect. An optimizer is judged by its whole grid{by_seed}: by the **best forget quality** among the runs
   that keep {config["keep"]:.0%} of the retain probability (the start's own, where no run is better), and by the
   **hypervolume** under its front of retain probability and forget quality, above the forget quality of the start.
-- It wins or loses against AdamW where the mean difference over the seeds, from the same starts, is larger than the standard
-  deviation of the differences. For three seeds that is weak evidence (chance alone does it for one comparison in five), so
-  Student's 95% interval of the mean stands beside it. Runs are chosen by the numbers that are reported, in every arm alike:
-  all of them are optimistic.
+- {_wrapped(rule(len(found.seeds)), indent="  ")}
 
 ## Does second order beat AdamW?
 
 {summary(found)}
 
-{sentences}
+{lead}{sentences}
 
 ## The chosen runs
 
-Of each seed the one with the best forget quality that keeps {config["keep"]:.0%} of the retain probability. Mean ± standard
-deviation over the seeds that have one.
+{chosen}
 
 {table(found)}
 
@@ -230,9 +248,9 @@ deviation over the seeds that have one.
 
 ![forget quality against retain probability]({pictures}frontiers.png)
 
-Faint: every run. Strong: the front of the means over the seeds. Dotted: the retain probability to keep.
+Faint: every run. Strong: the front{over}. Dotted: the retain probability to keep.
 
-Forget quality / retain probability of every grid point, means over the seeds; learning rates by their place in the grid.
+Forget quality / retain probability of every grid point{means}; learning rates by their place in the grid.
 
 {grids(found)}
 
@@ -254,7 +272,10 @@ Means over all runs of an arm.
 
 def write_report(study, results, *, title):
     """Writes ``results.json``, ``report.md`` and the pictures into the output directory; returns the path of the report."""
-    results = {**results, "rows": [_rounded(row) for row in results["rows"]]}
+    starts = {
+        seed: start | {part: _rounded(start[part]) for part in ("full", "retain")} for seed, start in results["starts"].items()
+    }
+    results = {**results, "starts": starts, "rows": [_rounded(row) for row in results["rows"]]}
     _replace(study.output / RESULTS_FILE, json.dumps(results, separators=(",", ":")) + "\n")
     draw(Results(results), study, study.output)
     path = study.output / "report.md"
@@ -263,7 +284,10 @@ def write_report(study, results, *, title):
 
 
 def _rounded(row):
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+    """What was measured, to six digits, of starts as well: a run that is like its start must stay so. Options are not: runs are
+    found by what the config says.
+    """
+    return {n: float(f"{value:.6g}") if isinstance(value, float) and n not in GRID else value for n, value in row.items()}
 
 
 def _replace(path, text):

@@ -60,6 +60,10 @@ class Results:
                 runs.append(row)
         return found
 
+    def diverged(self):
+        """Whether any run did."""
+        return any("diverged" in row for row in self.results["rows"])
+
     def work(self):
         """Seconds of training and of all runs together, each by its own clock."""
         training = [part["seconds"] for start in self.starts.values() for part in start["training"].values()]
