@@ -247,27 +247,24 @@ def generate(model, tokenizer, sequences, *, batch_size=32, max_new_tokens=96):
     return texts
 
 
-@torch.no_grad()
 def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
     """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
 
     Raises:
         ArgumentError: the two models do not scale and cap their logits alike.
     """
-    model.eval()
-    other.eval()
     if transform(other) != transform(model):
         remedy = "compare models of one family"
         raise argument_error("other", f"logits with {transform(model)}", transform(other), remedy)
     (weight, bias), (ref_weight, ref_bias) = head(model), head(other)
     device, total, count = next(model.parameters()).device, 0.0, 0
-    for part in _batches(sequences, batch_size):
-        batch = collate(part, [], device=device)
-        with autocast(model):
+    with evaluating(model), evaluating(other), autocast(model):
+        for part in _batches(sequences, batch_size):
+            batch = collate(part, [], device=device)
             values = linear_kl(
                 hidden_states(model, batch), weight, batch.labels, hidden_states(other, batch), ref_weight=ref_weight,
                 bias=bias, ref_bias=ref_bias, rows=batch.rows, backend=backend, **transform(model),
             )  # fmt: skip
-        total += values.sum().item()
-        count += len(batch.rows)
+            total += values.sum().item()
+            count += len(batch.rows)
     return total / count
