@@ -113,8 +113,8 @@ def judge(target, rows):
     for case, of_case in cases.items():
         here = []
         for row in of_case:
-            # "ours" alone stands for a whole case.
-            if row.get("reason", "").startswith(WRONG) and (row["variant"] == "ours" or re.search(target.variant, row["variant"])):
+            spoken_of = row["variant"] == "ours" or re.search(target.variant, row["variant"])  # "ours": or of the whole case
+            if spoken_of and row.get("reason", "").startswith(WRONG):
                 wrong.append(f"{case}: {row['variant']}: {row['reason']}")
             value = _value(target, row) if re.search(target.variant, row["variant"]) else None
             if value is not None and target.than is not None:

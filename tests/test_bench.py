@@ -249,6 +249,15 @@ def test_row_kernels_are_checked_before_they_are_timed(module, kinds, untimed):
         assert "ours, from logits alone" in names or kind == "statistics"
 
 
+def test_rows_lie_as_in_the_ops_and_those_of_peers_as_they_want_them(monkeypatch):
+    """An odd vocabulary without padding has no 16-byte accesses, and no op ever reads one."""
+    seen = []
+    monkeypatch.setattr(bench_token_logprob, "token_statistics", lambda logits, *others: seen.append(logits.stride()))
+    variants = bench_token_logprob.make_case("statistics", 5, 4501, CPU, True).variants
+    variants["ours"]()()
+    assert seen == [(4544, 1)] and variants["eager logsumexp"]().args[0].is_contiguous()
+
+
 def test_a_softmax_in_fp32_writes_twice_as_much_as_a_gradient_in_bf16():
     case = bench_token_logprob.make_case("gradient", 5, 4500, CPU, True)
     moved = {name: case.rates(name, 1.0, LIMITS)["gb_per_s"] for name in case.variants}

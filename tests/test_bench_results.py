@@ -160,11 +160,10 @@ def test_without_results_nothing_is_measured(capsys):
 
 def test_what_is_wrong_fails_its_targets(capsys):
     """A case as a whole, under the name of "ours"; of ways to do the same one that is right may still pass."""
-    steps = [row("step", "step, llama-3.2-1b, x", name, ms) for name, ms in (("published recipe", 400.0), ("ours, eager", 20.0))]
-    told = verdicts(
-        {"op": "sophia_step", "case": ONE_B, "variant": "ours", "reason": "wrong, not timed: h is"}, *steps,
-        {"op": "step", "case": "step, llama-3.2-1b, x", "variant": "ours, --cuda-graph", "reason": "wrong, not timed: RuntimeError"},
-    )  # fmt: skip
+    case, reason = "step, llama-3.2-1b, x", "wrong, not timed: "
+    steps = [row("step", case, name, ms) for name, ms in (("published recipe", 400.0), ("ours, eager", 20.0))]
+    steps.append({"op": "step", "case": case, "variant": "ours, --cuda-graph", "reason": f"{reason}RuntimeError"})
+    told = verdicts({"op": "sophia_step", "case": ONE_B, "variant": "ours", "reason": f"{reason}h is"}, *steps)
     assert told["SOUL step, 1.24 B, 8-bit states, compensated weights"] == told["the same against SOUL's code"] == "fail"
     assert told["whole SOUL step, 1B, against the published recipe"] == "pass"
     assert f"[{ONE_B}: ours: wrong, not timed: h is]" in capsys.readouterr().out
