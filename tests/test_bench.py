@@ -319,6 +319,13 @@ def test_host_part_launches_nothing_and_says_so(capsys):
     assert "launch left out" in out and "not a step time" in out
 
 
+def test_what_takes_long_to_compile_comes_last():
+    for quick, count in ((False, 4), (True, 0)):
+        names = [make().name for make in step_bench.cases(CPU, quick)]
+        late = ["torch.compile" in name for name in names]
+        assert sum(late) == count and late == sorted(late)
+
+
 def test_a_compiled_peer_is_compiled_for_the_shapes_of_its_case(untimed, monkeypatch):
     """Of many cases in one process none is compiled for any shape, nor given up because there have been too many before."""
     seen = []
@@ -332,7 +339,7 @@ def test_a_compiled_peer_is_compiled_for_the_shapes_of_its_case(untimed, monkeyp
     sizes = range(2, 4 + torch._dynamo.config.recompile_limit)
     for size in sizes:
         params = step_bench.make_params([(size, 2 * size)], CPU, torch.float32)
-        peers = step_bench.torch_peers(True, params, torch.float32, quick=False)
+        peers = step_bench.compiled_peers(True, params, torch.float32, quick=False)
         variants = {name: make for name, (make, _) in peers.items() if name == "foreach SOUL, torch.compile"}
         _harness.run_case(_harness.Case("case", variants, dict), CPU, LIMITS, budget_s=0.0)
     assert len(seen) == len(sizes) and {kind for kinds in seen for kind in kinds} == {int}
