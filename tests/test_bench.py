@@ -96,6 +96,22 @@ def test_a_missing_peer_is_a_line_and_a_failing_one_too_but_ours_is_wrong_then(u
     assert "in failing" in capsys.readouterr().err  # the traceback
 
 
+@pytest.mark.parametrize("errors, variant, message", [
+    ({}, "ours", "wrong, not timed: ValueError: not on this machine"), ({"ours, b": "h is off"}, "ours, b", "h is off"),
+])  # fmt: skip
+def test_under_pytest_benchmark_what_is_wrong_fails(errors, variant, message):
+    """And is not skipped, as a peer that does not run is."""
+    pytest.importorskip("pytest_benchmark")
+    from bench.test_benchmarks import test_variant
+
+    def failing():
+        raise ValueError("not on this machine")
+
+    case = _harness.Case("case", {"ours": failing, "ours, b": lambda: dict}, dict)
+    with pytest.raises(AssertionError, match=message):
+        test_variant((case, errors), variant, LIMITS, None)
+
+
 @pytest.mark.parametrize("alone, alive", [(False, ["a", "b"]), (True, ["b"])])
 def test_variants_that_are_alone_are_dropped_before_the_next_is_made(alone, alive, monkeypatch):
     """Else a peak would be that of several; and those that take turns are all there."""

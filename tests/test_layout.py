@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -96,6 +97,7 @@ def test_command_names_the_missing_extra(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_on_a_gpu_a_file_that_fails_or_hangs_does_not_cost_the_others(tmp_path):
     """The time of a card is short; 124 is what `timeout` ends with, 5 what pytest does where all is skipped."""
     python = tmp_path / "python"
