@@ -12,12 +12,11 @@ import sys
 import torch
 
 from bench import compare, results, targets
-from bench._harness import ceilings, datasheet, environment, run_case
+from bench._harness import WRONG, ceilings, datasheet, environment, failure, free, run_case
 from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
-WRONG = "wrong, not timed: "  # in place of the times of a case
 MODULES = {op: f"bench.bench_{op}" for op in OPS} | {"step": "bench.whole_step", "scaling": "bench.scaling"}
 
 
@@ -104,16 +103,21 @@ def run_op(op, args, header, limits, before):
 
     for make in module.cases(device, args.quick):
         torch.manual_seed(0)
-        case = make()
-        if args.only in case.name and (args.only or case.default):
-            try:
+        case, name = None, f"a case of {op}"
+        try:
+            case = make()
+            name = case.name
+            if args.only in name and (args.only or case.default):
                 rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
-            except torch.OutOfMemoryError:
-                print(f"{case.name}: left out, all of it together does not fit into the memory of this device")
-            except AssertionError as error:  # the cases after it are not to be lost
-                rows.append({"op": op, "case": case.name, "variant": "ours", "reason": f"{WRONG}{error}"})
-                print(f"{case.name}: {rows[-1]['reason']}")
-        del case
+        except torch.OutOfMemoryError:
+            print(f"{name}: left out, all of it together does not fit into the memory of this device")
+        except MissingExtra:
+            raise
+        except Exception as error:  # the cases after it are not to be lost
+            rows.append({"op": op, "case": name, "variant": "ours", "reason": WRONG + failure(error)})
+            print(f"{name}: {rows[-1]['reason']}", flush=True)
+        case = None
+        free(device)
         save()
     if hasattr(module, "summary") and (found := module.summary(rows, limits)):
         print("\n" + "\n".join(found.pop("lines")))

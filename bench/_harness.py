@@ -15,9 +15,11 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 
 import torch
 
+from soul._extras import MissingExtra
 from soul.plan.cards import DATASHEETS
 
 # Packages of the extra "peers".
@@ -25,6 +27,7 @@ PEERS = (
     "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch-optimizer", "liger-kernel", "cut-cross-entropy",
 )  # fmt: skip
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
+WRONG = "wrong, not timed: "  # in place of the times of what is ours
 
 
 @dataclasses.dataclass
@@ -34,8 +37,9 @@ class Case:
     Attributes:
         name: what is computed, on what.
         variants: name -> function that allocates and returns the callable to time. Names of ours begin with "ours".
-        check: () -> dict of errors by name, those of ours; or by variant and name, of every variant that runs here. Raises
-            AssertionError where our result is wrong, and only then: what a peer does is reported. Runs before any timing.
+        check: () -> dict of errors by name, those of ours; or by variant and name, of every variant that runs here, with a text
+            in place of the errors of one of ours that is wrong. Raises AssertionError where our result is wrong, and only then:
+            what a peer does is reported. Runs before any timing.
         bytes: that one call must move, or None; a dict where they differ, by the name of the variant.
         flops: that one call must do, or None.
         floor: name of the variant that does nothing but what all must do, or None: times are also told in percent of its own.
@@ -192,12 +196,26 @@ def start(name, make):
         call = make()
         call()
         return call, None
-    except Exception as error:  # a peer that does not run here is a line, not a crash
+    except Exception as error:  # a variant that does not run here is a line, not a crash: the others are not to be lost
         if name.startswith("ours"):
-            raise
+            return None, WRONG + failure(error)
         if isinstance(error, ModuleNotFoundError):
             return None, f"{error.name}: not installed"
         return None, f"did not run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
+
+
+def failure(error):
+    """Why something of ours has no time, as a line; the traceback of what is no failed check goes to stderr.
+
+    Raises:
+        OutOfMemoryError, MissingExtra: where that is the error; nothing is wrong then.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MissingExtra)):
+        raise error
+    if isinstance(error, AssertionError):
+        return str(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def measure(variants, device, budget_s):
@@ -231,11 +249,17 @@ def run_case(case, device, limits, budget_s):
     each = errors.keys() <= case.variants.keys()  # an error, or a dict of them, for a name
     print(f"\n{case.name}   " + ("" if each else _text(errors)))
     free(device)
-    measured = {}
-    for variants in [{name: make} for name, make in case.variants.items()] if case.alone else [case.variants]:
+    measured = {name: {"reason": WRONG + told} for name, told in errors.items() if isinstance(told, str)}
+    right = {name: make for name, make in case.variants.items() if name not in measured}
+    for variants in [{name: make} for name, make in right.items()] if case.alone else [right]:
         if case.alone and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        measured |= measure(variants, device, budget_s)
+        try:
+            measured |= measure(variants, device, budget_s)
+        except torch.OutOfMemoryError:
+            if not case.alone:
+                raise
+            measured |= {name: {"reason": "does not fit into the memory of this device"} for name in variants}
         free(device)
     width = max(34, *(len(name) + 2 for name in measured))
     rows = []

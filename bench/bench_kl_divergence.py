@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bench._harness import Case, compiled
+from bench.bench_token_logprob import scratch
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
 from soul_kernels.token_logprob import token_statistics
@@ -28,14 +29,14 @@ def eager_gradient(logits, ref_logits):
 
 
 def make_case(kind, n, n_vocab, device, quick):
-    logits = torch.randn(n, n_vocab, device=device) * 3
-    ref_logits = logits + 0.3 * torch.randn_like(logits)
+    logits = scratch(n, n_vocab, device).normal_(std=3)
+    ref_logits = scratch(n, n_vocab, device).copy_(logits + 0.3 * torch.randn_like(logits))
     labels = torch.randint(n_vocab, (n,), device=device)
     statistics, ref_statistics = (torch.empty(4, n, device=device) for _ in range(2))
     known = (logits, ref_logits, labels, statistics, ref_statistics)
     divergences = torch.empty(2, n, device=device)
     coefficients, weights = torch.zeros(n, device=device), torch.ones(n, device=device)
-    out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
+    out = scratch(n, n_vocab, device, torch.bfloat16)
 
     def prepare():
         token_statistics(logits, labels, statistics)
@@ -73,9 +74,11 @@ def make_case(kind, n, n_vocab, device, quick):
     }
     call, anew, plain = of_kind[kind]
     variants = {"ours": lambda: call, "ours, from logits alone": lambda: anew}
-    variants |= {"eager": lambda: functools.partial(plain, logits, ref_logits)}
+    variants |= {"eager": lambda: functools.partial(plain, logits.contiguous(), ref_logits.contiguous())}
     if not quick:
-        variants["torch.compile of eager"] = lambda: functools.partial(compiled(plain), logits, ref_logits)
+        variants["torch.compile of eager"] = lambda: functools.partial(
+            compiled(plain), logits.contiguous(), ref_logits.contiguous()
+        )
     moved = 2 * logits.nbytes + (out.nbytes if kind == "gradient" else 0)
     return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
 

@@ -115,21 +115,26 @@ def torch_peers(soul, params, dtype, quick):
     size = dtype.itemsize
     same = (7 if soul else 6) * size  # both states in the dtype of the parameter
     label = "SOUL" if soul else "SophiaG"
-    found = {
+    return {
         f"published {label}, eager": (lambda: published(published_step, soul, params), same),
         f"foreach {label}, eager": (lambda: published(foreach_step, soul, params), same),
+        "torch AdamW, fused": (lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step, 7 * size),
+        "torch AdamW, foreach": (lambda: torch.optim.AdamW(params, lr=1e-4, foreach=True).step, 7 * size),
     }
-    if not quick:
-        found |= {
-            f"foreach {label}, torch.compile": (lambda: published(compiled(foreach_step), soul, params), same),
-            "our reference, torch.compile": (
-                lambda: compiled_reference(soul, params),
-                bytes_per_param(dtype, soul, param_rounding="nearest"),
-            ),
-        }
-    found["torch AdamW, fused"] = (lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step, 7 * size)
-    found["torch AdamW, foreach"] = (lambda: torch.optim.AdamW(params, lr=1e-4, foreach=True).step, 7 * size)
-    return found
+
+
+def compiled_peers(soul, params, dtype, quick):
+    """What torch.compile makes of it, like `torch_peers`: cases of their own, because compiling 150 tensors takes a minute."""
+    return {
+        f"foreach {'SOUL' if soul else 'SophiaG'}, torch.compile": (
+            lambda: published(compiled(foreach_step), soul, params),
+            (7 if soul else 6) * dtype.itemsize,
+        ),
+        "our reference, torch.compile": (
+            lambda: compiled_reference(soul, params),
+            bytes_per_param(dtype, soul, param_rounding="nearest"),
+        ),
+    }
 
 
 def other_peers(soul, params, dtype, quick):
@@ -240,6 +245,7 @@ def cases(device, quick):
         sizes = [("tiny", tiny(quick), torch.float32), ("tiny", tiny(quick), torch.bfloat16)]
     else:
         sizes = models()
+    last = []  # should the time be short
     for name, shapes, dtype in sizes:
         for optimizer in (SophiaG, SOUL):
             main = [dict(), dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
@@ -255,5 +261,8 @@ def cases(device, quick):
             for group in groups:
                 title = f"{name}, {STATE_DTYPES[group[0]['state_dtype']]} states"
                 yield functools.partial(make_case, title, optimizer, group, shapes, device, dtype, quick)
+            title = f"{name}, torch.compile"
+            last.append(functools.partial(make_case, title, optimizer, main[:2], *options, peers=compiled_peers))
     if device.type == "cuda" and fits(HUGE_BYTES, device):
         yield functools.partial(make_huge_case, device, quick)
+    yield from () if quick else last

@@ -5,17 +5,17 @@ import functools
 import torch
 
 from bench._harness import Case
-from bench.bench_token_logprob import CHECKED, gradient_error
+from bench.bench_token_logprob import CHECKED, gradient_error, scratch
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
 from soul_kernels.token_logprob import LOGP, N_BASIC, token_gradient, token_statistics
 
 
 def make_case(kind, n, n_vocab, device, quick):
-    logits, uniforms = torch.randn(n, n_vocab, device=device) * 3, torch.rand(n, device=device)
+    logits, uniforms = scratch(n, n_vocab, device).normal_(std=3), torch.rand(n, device=device)
     labels = torch.randint(n_vocab, (n,), device=device)
     drawn, ones = labels.clone(), torch.ones(n, device=device)
     basic, likeliest = (torch.empty(N_BASIC, n, device=device) for _ in range(2))
-    out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
+    out = scratch(n, n_vocab, device, torch.bfloat16)
     measure = functools.partial(token_statistics, logits, labels, basic)
     prepare = functools.partial(likeliest_statistics, logits, drawn, likeliest)
     gradient = functools.partial(token_gradient, logits, labels, basic, ones, out)

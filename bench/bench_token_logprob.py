@@ -1,6 +1,7 @@
 """The row kernels alone: statistics (one read of the logits) and gradient (one read, one write).
 
-The gradient is given the statistics, where a softmax starts from logits alone: so there is also ours with both passes.
+The gradient is given the statistics, where a softmax starts from logits alone: so there is also ours with both passes. Rows lie
+as in the scratch of the ops on hidden states, padded to whole 16 bytes and more; what is compared with has its own, contiguous.
 """
 
 import functools
@@ -8,6 +9,7 @@ import functools
 import torch
 
 from bench._harness import Case
+from soul_kernels._head_rows import row_width
 from soul_kernels.reference.token_logprob import token_logprob
 from soul_kernels.reference.token_logprob import token_statistics as reference_statistics
 from soul_kernels.token_logprob import (
@@ -22,6 +24,11 @@ from soul_kernels.token_logprob import (
 )
 
 CHECKED = 64  # rows
+
+
+def scratch(n, n_vocab, device, dtype=torch.float32):
+    """[n, V], not filled, laid out as a chunk of logits in the ops on hidden states."""
+    return torch.empty(n, row_width(n_vocab), device=device, dtype=dtype)[:, :n_vocab]
 
 
 def gradient_error(logits, labels, out):
@@ -46,11 +53,11 @@ def memorised_error(logits, labels):
 
 
 def make_case(kind, n, n_vocab, device, quick):
-    logits = torch.randn(n, n_vocab, device=device) * 3
+    logits = scratch(n, n_vocab, device).normal_(std=3)
     labels = torch.randint(n_vocab, (n,), device=device)
     basic = torch.empty(N_BASIC, n, device=device)
     everything, ones = torch.empty(N_ALL, n, device=device), torch.ones(n, device=device)
-    out = torch.empty(n, n_vocab, device=device, dtype=torch.bfloat16)
+    out = scratch(n, n_vocab, device, torch.bfloat16)
     measure = functools.partial(token_statistics, logits, labels, basic)
     measure_all = functools.partial(token_statistics, logits, labels, everything)
     gradient = functools.partial(token_gradient, logits, labels, basic, ones, out)
@@ -79,11 +86,11 @@ def make_case(kind, n, n_vocab, device, quick):
 
     if kind == "statistics":
         variants = {"ours": lambda: measure, "ours, all statistics": lambda: measure_all,
-                    "eager logsumexp": lambda: functools.partial(torch.logsumexp, logits, 1)}  # fmt: skip
+                    "eager logsumexp": lambda: functools.partial(torch.logsumexp, logits.contiguous(), 1)}  # fmt: skip
         moved = logits.nbytes
     else:
         variants = {"ours": lambda: gradient, "ours, from logits alone": lambda: both,
-                    "eager softmax": lambda: functools.partial(torch.softmax, logits, 1)}  # fmt: skip
+                    "eager softmax": lambda: functools.partial(torch.softmax, logits.contiguous(), 1)}  # fmt: skip
         # A softmax in fp32 writes twice as much as ours.
         moved = dict.fromkeys(variants, logits.nbytes + out.nbytes) | {"eager softmax": 2 * logits.nbytes}
     return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)

@@ -1,11 +1,13 @@
 """``python -m bench --targets``: the targets of the design, each with what results say of it: pass, fail, or not measured.
 
-All rows that a target speaks of must reach it; the worst of them is told. A row that did not run, and a target of which there
-is no row, is not measured: nothing is guessed.
+All rows that a target speaks of must reach it; the worst of them is told. What is wrong fails. A row that did not run, and a
+target of which there is no row, is not measured: nothing is guessed.
 """
 
 import dataclasses
 import re
+
+from bench._harness import WRONG
 
 HALF = r"^ours, (nearest|stochastic|compensated), (default|fp32|bf16) states"  # states of 16 bits or more
 EIGHT = r"^ours, compensated, 8-bit states"
@@ -100,16 +102,20 @@ def judge(target, rows):
     """What rows say of a target.
 
     Returns:
-        Verdict ("pass", "fail" or "not measured"), the worst value or None, and the case and variant that it is of.
+        Verdict ("pass", "fail" or "not measured"), the worst value or None, and the case and variant that it is of; with the
+        reason where that is wrong and so has no value.
     """
     cases = {}
     for row in rows:
         if row.get("op") == target.op and re.search(target.case, row["case"]):
             cases.setdefault(row["case"], []).append(row)
-    found = []
+    found, wrong = [], []
     for case, of_case in cases.items():
         here = []
         for row in of_case:
+            spoken_of = row["variant"] == "ours" or re.search(target.variant, row["variant"])  # "ours": or of the whole case
+            if spoken_of and row.get("reason", "").startswith(WRONG):
+                wrong.append(f"{case}: {row['variant']}: {row['reason']}")
             value = _value(target, row) if re.search(target.variant, row["variant"]) else None
             if value is not None and target.than is not None:
                 other = [_value(target, peer) for peer in of_case if re.search(target.than, peer["variant"])]
@@ -120,6 +126,8 @@ def judge(target, rows):
         if here and target.best:
             here = [max(here) if target.at_least else min(here)]
         found += here
+    if wrong and not (target.best and found):
+        return "fail", None, wrong[0]
     if not found:
         return "not measured", None, None
     value, where = min(found) if target.at_least else max(found)
@@ -150,7 +158,8 @@ def main(results):
     for target in TARGETS:
         verdict, value, where = judge(target, rows)
         wanted = f"{'>=' if target.at_least else '<='} {target.limit:g}{target.unit}"
-        told = "" if value is None else f"  got {value:.4g}{target.unit}   [{where}]"
+        told = "" if where is None else f"   [{where}]"
+        told = told if value is None else f"  got {value:.4g}{target.unit}{told}"
         print(f"{verdict:<14}{target.what}: {wanted}{told}")
         verdicts.append(verdict)
     print(", ".join(f"{verdicts.count(word)} {word}" for word in ("pass", "fail", "not measured")))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.__main__ import MODULES
-from bench._harness import ceilings, forget_compiled, free, start, synchronize
+from bench._harness import WRONG, ceilings, forget_compiled, free, start, synchronize
 from soul._extras import MissingExtra
 
 pytest.importorskip("pytest_benchmark", reason="the extra bench is not installed")
@@ -33,15 +33,14 @@ def limits():
 
 @pytest.fixture(scope="module")
 def case(request):
-    """The case, made and checked once for all of its variants."""
+    """The case, made and checked once for all of its variants, and what the check says of them."""
     torch.manual_seed(0)
     forget_compiled()
     made = request.param()
     try:
-        made.check()
+        return made, made.check()
     except MissingExtra as error:
         pytest.skip(str(error))
-    return made
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +52,10 @@ def freed():
 
 @pytest.mark.parametrize("case, variant", variants(), indirect=["case"])
 def test_variant(case, variant, limits, benchmark):
+    case, errors = case
+    assert not isinstance(errors.get(variant), str), errors[variant]
     call, reason = start(variant, case.variants[variant])
+    assert not (reason or "").startswith(WRONG), reason
     if reason:
         pytest.skip(reason)
 

@@ -200,14 +200,15 @@ def checkpointing(model):
 @contextlib.contextmanager
 def compiled(model):
     """Meanwhile the model's body, what yields the hidden states, runs under ``torch.compile``; its parameters keep their names.
-    Where shapes change it is compiled once more, for any shape.
+    Where shapes change it is compiled once more, for any shape. Afterwards it is as the caller had it, compiled or not.
     """
     body = _base(model).base_model
+    before = body._compiled_call_impl  # there is no public way back
     body.compile(**COMPILE)
     try:
         yield
     finally:
-        body._compiled_call_impl = None  # there is no public way back
+        body._compiled_call_impl = before
 
 
 def _switch(base, what):

@@ -155,11 +155,30 @@ class Swept(torch.autograd.Function):
         return *scaled_gradients(indices, gradients, scale, ctx.dtypes, ctx.hidden_shape), None
 
 
-def per_token_values(hidden, head, labels, rows, options, reference):
-    """What `PerToken` gives out, without gradients."""
+def per_token_values(hidden, head, labels, rows, options, reference, form_x):
+    """What `PerToken` gives out, and with ``form_x``, for a frozen head, the gradient of each kept row, unscaled; else None."""
     check_labels(hidden, head.weight, labels, rows, fused=True)
     table = HeadRows(hidden, head, labels, rows, options, reference=reference)
-    return PerToken.apply(hidden, head.weight, head.bias, table, dict(hidden=False, weight=False, bias=False))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _values(table, form_x)
+
+
+def _values(rows, form_x):
+    gradients = HeadGradients(rows, hidden=True, weight=False, bias=False) if form_x else None
+    for chunk in rows.even_chunks():
+        rows.load(chunk)
+        rows.measure(chunk)
+        if gradients is not None:
+            ones = torch.ones(chunk.stop - chunk.start, dtype=torch.float32, device=rows.x.device)
+            gradients.add(chunk, *_coefficients_of(rows, ones))
+    values = rows.log_probs() if rows.reference is None else rows.scatter(rows.divergences[0])
+    return values, None if gradients is None else gradients.x
+
+
+def frozen_head_gradient(indices, x, upstream, dtype, shape):
+    """Gradient of hidden states from what `per_token_values` has formed, for a gradient of its values."""
+    x = x * upstream.float().reshape(-1).index_select(0, indices)[:, None]
+    return _to_hidden(indices, x.to(dtype), shape)
 
 
 def per_token_gradients(hidden, head, labels, rows, options, reference, upstream, needs):
@@ -187,18 +206,11 @@ class PerToken(torch.autograd.Function):
         ctx.hidden_shape, ctx.dtypes = hidden.shape, [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.needs = needs
         ctx.head_frozen = not (needs["weight"] or needs["bias"])
-        gradients = HeadGradients(rows, **needs) if needs["hidden"] and ctx.head_frozen else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for chunk in rows.even_chunks():
-                rows.load(chunk)
-                rows.measure(chunk)
-                if gradients is not None:
-                    ones = torch.ones(chunk.stop - chunk.start, dtype=torch.float32, device=hidden.device)
-                    gradients.add(chunk, *_coefficients_of(rows, ones))
-        values = rows.log_probs() if rows.reference is None else rows.scatter(rows.divergences[0])
+            values, x = _values(rows, form_x=needs["hidden"] and ctx.head_frozen)
         if ctx.head_frozen:
             rows.free_scratch()
-            ctx.save_for_backward(rows.indices, None if gradients is None else gradients.x)
+            ctx.save_for_backward(rows.indices, x)
             return values
         # The tensors are saved, not kept on ctx: freed after backward, and a change of the weight in place is noticed.
         ctx.save_for_backward(*rows.give_up_tensors())
@@ -208,15 +220,12 @@ class PerToken(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        coefficients = upstream.float()
         if ctx.head_frozen:
-            indices, x = ctx.saved_tensors
-            x = x * coefficients.reshape(-1).index_select(0, indices)[:, None]
-            return _to_hidden(indices, x.to(ctx.dtypes[0]), ctx.hidden_shape), None, None, None, None
+            return frozen_head_gradient(*ctx.saved_tensors, upstream, ctx.dtypes[0], ctx.hidden_shape), None, None, None, None
         rows = ctx.rows.with_tensors(ctx.saved_tensors)
         gradients = HeadGradients(rows, **ctx.needs)
         with torch.autocast(upstream.device.type, enabled=False):
-            add_gradients(rows, gradients, rows.even_chunks(), *_coefficients_of(rows, rows.gather(coefficients)))
+            add_gradients(rows, gradients, rows.even_chunks(), *_coefficients_of(rows, rows.gather(upstream.float())))
         found = (gradients.x, gradients.weight, gradients.bias)
         x, weight, bias = (g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
         return None if x is None else _to_hidden(rows.indices, x, ctx.hidden_shape), weight, bias, None, None

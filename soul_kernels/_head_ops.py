@@ -1,8 +1,7 @@
 """What torch.compile sees of the ops on hidden states: one opaque op each, without a graph break.
 
 Nothing is computed here: the ops take their arguments apart into what an op may take, and put them together again. Row
-indices must be known when they are traced: without ``rows`` every token is computed, ignored ones for nothing. And what a
-frozen head lets `linear_logprob` and `linear_kl` form in forward is formed in backward, from logits computed once more.
+indices must be known when they are traced: without ``rows`` every token is computed, ignored ones for nothing.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from soul_kernels._head_autograd import objective_of, per_token_gradients, per_token_values, scaled_gradients
+from soul_kernels._head_autograd import (
+    frozen_head_gradient,
+    objective_of,
+    per_token_gradients,
+    per_token_values,
+    scaled_gradients,
+)
+from soul_kernels._head_checks import wanted
 from soul_kernels._head_rows import Head, Options, Reference
 from soul_kernels.reference.token_logprob import TokenStatistics
 
@@ -114,13 +120,14 @@ def gnb(hidden, head, keep, uniforms, *, rows, options, needs):
 def _per_token(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
-) -> Tensor:  # fmt: skip
-    """Log-probabilities or, with a reference, divergences: [B, T]."""
-    return per_token_values(*_put_together(
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, form_x: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-probabilities or, with a reference, divergences: [B, T]; and the fp32 gradient of each row, or an empty tensor."""
+    values, x = per_token_values(*_put_together(
         hidden, weight, bias, labels, rows, ref_hidden, ref_weight, ref_bias, strengths, kind, logit_scale, softcap,
         compute_dtype, logits_dtype, chunk_bytes,
-    ))  # fmt: skip
+    ), form_x)  # fmt: skip
+    return values, hidden.new_empty(0, dtype=torch.float32) if x is None else x
 
 
 @torch.library.custom_op("soul_kernels::per_token_backward", mutates_args=())
@@ -146,8 +153,9 @@ def _put_together(
 
 
 @_per_token.register_fake
-def _(hidden, weight, bias, labels, *others):
-    return hidden.new_empty(labels.shape, dtype=torch.float32)
+def _(hidden, weight, bias, labels, rows, *others):
+    x_shape = (rows.shape[0], hidden.shape[2]) if others[-1] else (0,)
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in (labels.shape, x_shape))
 
 
 @_per_token_backward.register_fake
@@ -157,14 +165,24 @@ def _(upstream, hidden, weight, bias, *others):
 
 
 def _save_per_token(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:9])
-    ctx.others = inputs[9:]
+    hidden, *_, ctx.form_x = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # of the rows there is none
+    ctx.hidden_shape, ctx.dtype, ctx.n_inputs = hidden.shape, hidden.dtype, len(inputs)
+    ctx.save_for_backward(*((inputs[4], output[1]) if ctx.form_x else inputs[:9]))
+    ctx.others = inputs[9:-1]
 
 
-def _backward_per_token(ctx, upstream):
+def _backward_per_token(ctx, upstream, _):
+    if upstream is None:
+        return (None,) * ctx.n_inputs
+    if ctx.form_x:
+        rows, x = ctx.saved_tensors
+        rows = rows.to(x.device, non_blocking=True)
+        return frozen_head_gradient(rows, x, upstream, ctx.dtype, ctx.hidden_shape), *(None,) * (ctx.n_inputs - 1)
     needs = list(ctx.needs_input_grad[:3])
     found = _per_token_backward(upstream, *ctx.saved_tensors, *ctx.others, needs)
-    return *(g if need else None for g, need in zip(found, needs)), *(None,) * (6 + len(ctx.others))
+    return *(g if need else None for g, need in zip(found, needs)), *(None,) * (ctx.n_inputs - 3)
 
 
 _per_token.register_autograd(_backward_per_token, setup_context=_save_per_token)
@@ -173,10 +191,12 @@ _per_token.register_autograd(_backward_per_token, setup_context=_save_per_token)
 def per_token(hidden, head, labels, rows, options, reference):
     """`linear_logprob`, or `linear_kl` with a reference, as an opaque op."""
     reference = Reference(None, None) if reference is None else reference
+    needs = wanted(hidden, head.weight, head.bias)
     return _per_token(
         hidden, head.weight, head.bias, labels, with_rows(rows, labels), reference.hidden, reference.weight, reference.bias,
         reference.strengths, reference.kind, float(head.logit_scale), head.softcap, *options,
-    )  # fmt: skip
+        needs["hidden"] and not (needs["weight"] or needs["bias"]),
+    )[0]  # fmt: skip
 
 
 @torch.library.custom_op("soul_kernels::linear_statistics", mutates_args=())

@@ -74,13 +74,14 @@ def round_stochastic(x, noise, DTYPE: tl.constexpr):
 def split(x, noise, DTYPE: tl.constexpr):
     """fp32 -> a 16-bit number and the next 8 bits of a 24-bit weight."""
     BELOW: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
-    weight = (_words(x, DTYPE) + (noise >> (32 - BELOW))) >> BELOW
+    words = _words(x, DTYPE) + (noise >> (32 - BELOW))
+    weight = words >> BELOW
     if DTYPE == tl.float16:
         tiny = weight < 0x80
         high = (weight + tl.where(tiny, (noise >> 16) & 0xFF, 0x80)) >> 8
         weight = tl.where(tiny, 0, weight)
     else:
-        high = (weight + 0x80) >> 8
+        high = (words + 0x8000) >> 16  # (weight + 0x80) >> 8; an upper half needs no shift
     return _assemble(high, x, DTYPE), weight.to(tl.int8)  # the low byte is what was rounded away, signed
 
 
@@ -115,8 +116,9 @@ def encode(x, noise, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
     if HESSIAN:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     magnitude = tl.abs(x)
-    # As integers: the order is that of the numbers, with inf and NaN on top.
+    # As integers: the order is that of the numbers, with inf and NaN on top. A GPU's NaN, 0x7FFFFFFF, would overflow below.
     largest = tl.max(tl.reshape(magnitude.to(tl.int32, bitcast=True), [BLOCK // GROUP, GROUP]), 1)
+    largest = tl.minimum(largest, 0x7F800000)
     exponent = tl.maximum(((largest + 0x100000) >> 23) - TOP, 1)
     scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
     inverse = _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), BLOCK)

@@ -75,7 +75,7 @@ def test_a_wrong_result_is_not_timed():
         _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
 
 
-def test_a_missing_peer_is_a_line_and_a_failing_one_too_but_ours_must_run(untimed, capsys):
+def test_a_missing_peer_is_a_line_and_a_failing_one_too_but_ours_is_wrong_then(untimed, capsys):
     def missing():
         import no_such_package  # noqa: F401
 
@@ -90,8 +90,26 @@ def test_a_missing_peer_is_a_line_and_a_failing_one_too_but_ours_must_run(untime
         "did not run: ValueError: not on this machine",
     ]
     assert "no_such_package: not installed" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="not on this machine"):
-        _harness.run_case(_harness.Case("case", {"ours": failing}, dict), CPU, LIMITS, budget_s=0.0)
+    variants = {"ours, a": failing, "ours, b": lambda: lambda: None}  # a graph that cannot be captured costs the others nothing
+    rows = _harness.run_case(_harness.Case("case", variants, dict), CPU, LIMITS, budget_s=0.0)
+    assert rows[0]["ms"] == 1.0 and rows[1]["reason"] == "wrong, not timed: ValueError: not on this machine"
+    assert "in failing" in capsys.readouterr().err  # the traceback
+
+
+@pytest.mark.parametrize("errors, variant, message", [
+    ({}, "ours", "wrong, not timed: ValueError: not on this machine"), ({"ours, b": "h is off"}, "ours, b", "h is off"),
+])  # fmt: skip
+def test_under_pytest_benchmark_what_is_wrong_fails(errors, variant, message):
+    """And is not skipped, as a peer that does not run is."""
+    pytest.importorskip("pytest_benchmark")
+    from bench.test_benchmarks import test_variant
+
+    def failing():
+        raise ValueError("not on this machine")
+
+    case = _harness.Case("case", {"ours": failing, "ours, b": lambda: dict}, dict)
+    with pytest.raises(AssertionError, match=message):
+        test_variant((case, errors), variant, LIMITS, None)
 
 
 @pytest.mark.parametrize("alone, alive", [(False, ["a", "b"]), (True, ["b"])])
@@ -247,6 +265,15 @@ def test_row_kernels_are_checked_before_they_are_timed(module, kinds, untimed):
         assert "ours, from logits alone" in names or kind == "statistics"
 
 
+def test_rows_lie_as_in_the_ops_and_those_of_peers_as_they_want_them(monkeypatch):
+    """An odd vocabulary without padding has no 16-byte accesses, and no op ever reads one."""
+    seen = []
+    monkeypatch.setattr(bench_token_logprob, "token_statistics", lambda logits, *others: seen.append(logits.stride()))
+    variants = bench_token_logprob.make_case("statistics", 5, 4501, CPU, True).variants
+    variants["ours"]()()
+    assert seen == [(4544, 1)] and variants["eager logsumexp"]().args[0].is_contiguous()
+
+
 def test_a_softmax_in_fp32_writes_twice_as_much_as_a_gradient_in_bf16():
     case = bench_token_logprob.make_case("gradient", 5, 4500, CPU, True)
     moved = {name: case.rates(name, 1.0, LIMITS)["gb_per_s"] for name in case.variants}
@@ -308,6 +335,13 @@ def test_host_part_launches_nothing_and_says_so(capsys):
     assert "launch left out" in out and "not a step time" in out
 
 
+def test_what_takes_long_to_compile_comes_last():
+    for quick, count in ((False, 4), (True, 0)):
+        names = [make().name for make in step_bench.cases(CPU, quick)]
+        late = ["torch.compile" in name for name in names]
+        assert sum(late) == count and late == sorted(late)
+
+
 def test_a_compiled_peer_is_compiled_for_the_shapes_of_its_case(untimed, monkeypatch):
     """Of many cases in one process none is compiled for any shape, nor given up because there have been too many before."""
     seen = []
@@ -321,7 +355,7 @@ def test_a_compiled_peer_is_compiled_for_the_shapes_of_its_case(untimed, monkeyp
     sizes = range(2, 4 + torch._dynamo.config.recompile_limit)
     for size in sizes:
         params = step_bench.make_params([(size, 2 * size)], CPU, torch.float32)
-        peers = step_bench.torch_peers(True, params, torch.float32, quick=False)
+        peers = step_bench.compiled_peers(True, params, torch.float32, quick=False)
         variants = {name: make for name, (make, _) in peers.items() if name == "foreach SOUL, torch.compile"}
         _harness.run_case(_harness.Case("case", variants, dict), CPU, LIMITS, budget_s=0.0)
     assert len(seen) == len(sizes) and {kind for kinds in seen for kind in kinds} == {int}

@@ -158,6 +158,17 @@ def test_without_results_nothing_is_measured(capsys):
         assert set(one.values()) == {"not measured"}
 
 
+def test_what_is_wrong_fails_its_targets(capsys):
+    """A case as a whole, under the name of "ours"; of ways to do the same one that is right may still pass."""
+    case, reason = "step, llama-3.2-1b, x", "wrong, not timed: "
+    steps = [row("step", case, name, ms) for name, ms in (("published recipe", 400.0), ("ours, eager", 20.0))]
+    steps.append({"op": "step", "case": case, "variant": "ours, --cuda-graph", "reason": f"{reason}RuntimeError"})
+    told = verdicts({"op": "sophia_step", "case": ONE_B, "variant": "ours", "reason": f"{reason}h is"}, *steps)
+    assert told["SOUL step, 1.24 B, 8-bit states, compensated weights"] == told["the same against SOUL's code"] == "fail"
+    assert told["whole SOUL step, 1B, against the published recipe"] == "pass"
+    assert f"[{ONE_B}: ours: wrong, not timed: h is]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("percent, ms, expected", [(95.0, 5.0, ("pass", "pass")), (89.0, 5.5, ("fail", "fail"))])
 def test_targets_pass_and_fail_by_the_numbers_of_the_files(percent, ms, expected, capsys):
     rows = [
@@ -295,19 +306,26 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(untimed, monkeypatch
         raise torch.OutOfMemoryError
 
     made = [_harness.Case(name, {"ours": make}, dict) for name, make in (("big", too_much), ("small", lambda: dict))]
-    module = types.SimpleNamespace(cases=lambda device, quick: [lambda case=case: case for case in made])
+    made.append(_harness.Case("apart", {"ours": too_much, "a peer": lambda: dict}, dict, alone=True))
+    module = types.SimpleNamespace(cases=lambda device, quick: [too_much, *(lambda case=case: case for case in made)])
     monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
-    __main__.main(["grad_norm", "--device", "cpu", "--json", str(tmp_path / "rows.json")])
-    assert "big: left out" in capsys.readouterr().out
-    assert [r["case"] for r in json.loads((tmp_path / "rows.json").read_text())["rows"]] == ["small"]
+    assert __main__.main(["grad_norm", "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
+    out = capsys.readouterr().out
+    assert "big: left out" in out and "a case of grad_norm: left out" in out  # the inputs alone are too much for the second
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [(r["case"], r["variant"], "ms" in r) for r in rows] == [
+        ("small", "ours", True), ("apart", "ours", False), ("apart", "a peer", True)]  # fmt: skip
 
 
 def test_a_wrong_case_is_told_and_does_not_cost_the_others(untimed, monkeypatch, tmp_path, capsys):
     def check():
         raise AssertionError("dX is 0.5")
 
+    def broken():
+        raise RuntimeError("CUDA error")
+
     made = [_harness.Case("bad", {"ours": lambda: pytest.fail}, check), _harness.Case("good", {"ours": lambda: dict}, dict)]
-    module = types.SimpleNamespace(cases=lambda device, quick: [lambda case=case: case for case in made])
+    module = types.SimpleNamespace(cases=lambda device, quick: [broken, *(lambda case=case: case for case in made)])
     monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
     where = [
         "--json",
@@ -318,6 +336,7 @@ def test_a_wrong_case_is_told_and_does_not_cost_the_others(untimed, monkeypatch,
     assert "bad: wrong, not timed: dX is 0.5" in capsys.readouterr().out
     rows = results.read(tmp_path / "rows.json")["rows"]
     assert [(r["case"], "ms" in r, r.get("reason")) for r in rows] == [
+        ("a case of grad_norm", False, "wrong, not timed: RuntimeError: CUDA error"),
         ("bad", False, "wrong, not timed: dX is 0.5"), ("good", True, None)]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import types
 import weakref
 
@@ -74,7 +75,8 @@ def test_a_step_under_compile_is_the_same_step(monkeypatch):
     """Only a GPU runs it by default; here without a compiler behind it."""
     monkeypatch.setitem(models.COMPILE, "backend", "eager")
     variants = {"ours, --compile": functools.partial(whole_step.ours, compile=True)}
-    assert whole_step.check(variants, 1.0, TINY, CPU, torch.float32)["error of the likelihoods"] < 1e-4
+    (errors,) = whole_step.check(variants, 1.0, TINY, CPU, torch.float32).values()
+    assert errors["error of the likelihoods"] < 1e-4
 
 
 def changed(batch, **fields):
@@ -151,8 +153,30 @@ def test_a_wrong_step_does_not_pass(mutate, message):
         mutate(step)
         return step
 
-    with pytest.raises(AssertionError, match=f"ours: .*({message})"):
-        whole_step.check({"ours": wrong}, 1.0, TINY, CPU, torch.float32)
+    told = whole_step.check({"ours": wrong}, 1.0, TINY, CPU, torch.float32)["ours"]
+    assert isinstance(told, str) and re.search(message, told), told
+
+
+def test_a_variant_that_is_wrong_or_fails_does_not_cost_the_others(capsys):
+    def broken(*args, **options):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    def wrong(*args, **options):
+        step = whole_step.ours(*args, **options)
+        no_step(step)
+        return step
+
+    variants = {"published recipe": whole_step.published, "ours, eager": whole_step.ours}
+    variants |= {"ours, broken": broken, "ours, wrong": wrong}
+    rows = _harness.run_case(whole_step.make_case(TINY, variants, {}, CPU, torch.float32), CPU, LIMITS, budget_s=0.0)
+    found = {row["variant"]: row for row in rows}
+    assert found["published recipe"]["ms"] > 0 and found["ours, eager"]["ms"] > 0 and found["ours, eager"]["errors"]
+    reason = "wrong, not timed: RuntimeError: operation not permitted when stream is capturing"
+    assert found["ours, broken"]["reason"] == reason and found["ours, wrong"]["reason"].startswith("wrong, not timed: ")
+    assert "in broken" in capsys.readouterr().err  # the traceback
+    assert list(whole_step.summary(rows, LIMITS)["speedups"].values()) == [
+        {name: found["published recipe"]["ms"] / found[name]["ms"] for name in ("published recipe", "ours, eager")}
+    ]
 
 
 def test_at_full_size_too_a_loss_must_be_that_of_the_others(monkeypatch):

@@ -27,7 +27,7 @@ from soul_kernels.kl_divergence import GRADIENT_CONFIG as DIVERGENCE_GRADIENT_CO
 from soul_kernels.sophia_step import CONFIG as STEP_CONFIG
 from soul_kernels.sophia_step import CONFIG_8BIT as STEP_CONFIG_8BIT
 from soul_kernels.sophia_step import _sophia_step_kernel
-from soul_kernels.token_draw import _draw_kernel, _likeliest_kernel
+from soul_kernels.token_draw import DRAW_CONFIG, _draw_kernel, _likeliest_kernel
 from soul_kernels.token_logprob import (
     GRADIENT_CONFIG,
     STATISTICS_CONFIG,
@@ -171,7 +171,7 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
     "token_logprob gradient bf16": rows(_gradient_kernel, GRADIENT_CONFIG, out="bf16"),
     "token_logprob gradient bf16 capped": rows(_gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True),
     "token_draw likeliest": rows(_likeliest_kernel, STATISTICS_CONFIG),
-    "token_draw bf16": rows(_draw_kernel, GRADIENT_CONFIG, out="bf16"),
+    "token_draw bf16": rows(_draw_kernel, DRAW_CONFIG, out="bf16"),
     "kl_divergence statistics": divergence(_divergence_kernel, DIVERGENCE_CONFIG),
     "kl_divergence statistics soul": divergence(_divergence_kernel, DIVERGENCE_CONFIG, SOUL=True),
     "kl_divergence gradient bf16": divergence(_divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16"),

@@ -5,6 +5,7 @@ import torch
 
 from soul import losses
 from soul_kernels import linear_gnb, linear_kl, linear_logprob, linear_objective, linear_statistics
+from soul_kernels._head_rows import HeadRows
 from soul_kernels._launch import interpreting
 from tests.helpers import assert_close
 
@@ -96,6 +97,20 @@ def test_compiled_without_a_graph_break(name, backend, frozen_head, device):
     assert_close(got[1].float(), want[1].float(), 1e-6, "log-probabilities or labels")
     for a, b in zip(got[2], want[2]):
         assert_close(a, b, 1e-5, "gradient")
+
+
+@pytest.mark.parametrize("name", ["logprob", "kl"])
+def test_with_a_frozen_head_logits_are_computed_once(name, device, monkeypatch):
+    """Their gradient is formed while they are there, in the compiled call as in the eager one."""
+    loads, real = [], HeadRows.load
+    monkeypatch.setattr(HeadRows, "load", lambda self, chunk: loads.append(chunk) or real(self, chunk))
+    torch._dynamo.reset()
+    model, x = Model(frozen_head=True).to(device), torch.randn(B, T, 8, device=device)
+    loss_of = inputs(device)[name]
+    for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        loads.clear()
+        run(model, x, loss_of, call)
+        assert len(loads) == 1
 
 
 def test_autocast_and_upstream_factors_in_a_compiled_step(device):

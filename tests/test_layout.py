@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,22 @@ def test_command_names_the_missing_extra(tmp_path):
         result = run_without(missing, code=f"from soul.cli import main; sys.exit(main({argv!r}))")
         assert result.returncode == 2 and f"pip install 'soul-kernels[{extra}]'" in result.stderr, result.stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_on_a_gpu_a_file_that_fails_or_hangs_does_not_cost_the_others(tmp_path):
+    """The time of a card is short; 124 is what `timeout` ends with, 5 what pytest does where all is skipped."""
+    python = tmp_path / "python"
+    cases = "case $3 in bad) exit 1;; skipped) exit 5;; hangs) exec sleep 60;; esac"
+    python.write_text(f"#!/bin/sh\n{cases}\necho $TRITON_INTERPRET\n")
+    python.chmod(0o755)
+    codes = {"hangs": 124, "bad": 1, "good": 0, "skipped": 5}
+    for names, status in (("hangs bad good skipped", 2), ("good skipped", 0)):
+        command = ["make", "test-gpu", f"PYTHON={python}", "LIMIT=1", f"TESTS={names}"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == status, result
+        assert all(f"{name}: status {codes[name]}" in result.stdout.splitlines() for name in names.split())
+        assert "0\ngood: status 0" in result.stdout
 
 
 def test_version_and_public_names():

@@ -389,6 +389,7 @@ def test_a_loss_replays_in_a_graph(device):
         return loss, *torch.autograd.grad(loss, [case["hidden"], case["weight"]])
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # for the inputs: row indices that are not there yet may be any
     with torch.cuda.stream(stream):
         run()
     torch.cuda.synchronize()

@@ -47,6 +47,16 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
             assert_close(got[name], p.grad, 1e-3, name)  # padded attention sums in another order
 
 
+def test_a_compilation_of_the_users_own_is_there_afterwards(monkeypatch):
+    monkeypatch.setattr(models, "COMPILE", dict(backend="eager"))
+    model = tiny_model()
+    model.base_model.compile(backend="eager")
+    own = model.base_model._compiled_call_impl
+    with models.compiled(model):
+        assert model.base_model._compiled_call_impl is not own
+    assert model.base_model._compiled_call_impl is own
+
+
 class Capped(transformers.LlamaForCausalLM):
     """Caps its logits, and its configuration does not say so."""
 

@@ -143,6 +143,7 @@ def test_replays_equal_eager_steps(options, device):
     runs = [SOUL(p, lr=1e-3, capturable=True, **options) for p in (params, others)]
     give_gradients(params, others)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # for the gradients
     with torch.cuda.stream(side):
         runs[0].step()
     torch.cuda.current_stream().wait_stream(side)

@@ -49,7 +49,7 @@ def check_draw(n_vocab, device, *, spread=2.0, **transform):
     return drawn, reference.draw_labels(shown, uniforms)
 
 
-# 1 and 2: next to nothing to choose from. 4097 and 12289: the block boundary; 50257: a tail. In a block of 4096.
+# 1 and 2: next to nothing to choose from. 4097 and 12289: a column beyond two and six blocks of 2048; 50257: a tail.
 @pytest.mark.parametrize("n_vocab", [1, 2, 129, 4097, 12289, 50257])
 def test_labels_are_drawn_by_inverse_cdf(n_vocab, device):
     drawn, want = check_draw(n_vocab, device)
@@ -107,7 +107,7 @@ def chi_square_of_draws(device, **ops):
 
 def test_draws_follow_the_distribution(device, monkeypatch):
     monkeypatch.setattr("soul_kernels.token_draw.STATISTICS_CONFIG", {"BLOCK": 32, "num_warps": 1})  # two blocks a row
-    monkeypatch.setattr("soul_kernels.token_draw.GRADIENT_CONFIG", {"BLOCK": 32, "num_warps": 1})
+    monkeypatch.setattr("soul_kernels.token_draw.DRAW_CONFIG", {"BLOCK": 32, "num_warps": 1})
     statistic, freedom = chi_square_of_draws(device)
     assert statistic < freedom + 4 * (2 * freedom) ** 0.5  # p > 1e-4
 

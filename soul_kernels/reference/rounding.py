@@ -135,6 +135,7 @@ def encode(x, noise, kind):
         x = torch.where(x < 0, 0.0, x)
     magnitude = bits(x.abs())
     largest = torch.nn.functional.pad(magnitude, (0, -x.numel() % GROUP)).view(-1, GROUP).amax(1)
+    largest = largest.clamp(max=0x7F800000)  # whichever NaN it is
     # A mantissa from 1.875 on could be rounded up beyond the largest code: the eighth moves it to the next exponent.
     exponent = (((largest + 0x100000) >> 23) - TOP[kind]).clamp(min=1)
     scale = torch.where(largest < 0x7F800000, from_bits(exponent << 23), float("nan"))
