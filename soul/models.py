@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import sys
 import types
+import warnings
 
 import torch
 
@@ -42,7 +43,7 @@ def load(name, *, dtype="float32", device="cpu"):
         device: where to put the model.
 
     Raises:
-        ArgumentError: there is no such model, or `check_linear_head` refuses it.
+        ArgumentError: there is no such model, weights of it are missing, or `check_linear_head` refuses it.
     """
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
@@ -50,13 +51,23 @@ def load(name, *, dtype="float32", device="cpu"):
     adapters = (pathlib.Path(name) / "adapter_config.json").is_file()
     if looks_local and not adapters and not (pathlib.Path(name) / "config.json").is_file():
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
-    kind = require("peft", "hf").AutoPeftModelForCausalLM if adapters else transformers.AutoModelForCausalLM
+    peft = require("peft", "hf") if adapters else None
+    options, missing = dict(dtype=DTYPES[dtype], trust_remote_code=False), []
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = kind.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
+        if adapters:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Found missing adapter keys")  # they would start anew
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(name, **options)
+        else:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+            missing = sorted(found["missing_keys"])  # which transformers draws at random, with a warning
     except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
+    if missing:
+        got, remedy = f"{name} without {missing[0]} ({len(missing)} missing)", "was it saved to the end, and by this family?"
+        raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
     model.to(device)
     check_linear_head(model)
     return model, tokenizer
@@ -298,6 +309,9 @@ def check_linear_head(model):
                 expected = model(**given, use_cache=False).logits.float()
             finally:
                 hook.remove()
+            if not expected.isfinite().all():
+                got, remedy = f"NaN or inf from {family}", "are the weights whole, and within the range of their dtype?"
+                raise argument_error("model", "finite logits", got, remedy)
             agree = got.shape == expected.shape and (got - expected).abs().max() <= 1e-2 * expected.abs().max()
     if not agree:
         formula = "logits = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)"
