@@ -11,7 +11,7 @@ import torch
 from soul._extras import require
 from soul.distributed import gathered
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
-from soul_kernels._checks import argument_error, check_choice, check_range
+from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPILE = {}  # options of torch.compile
@@ -92,11 +92,21 @@ def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):
     peft = require("peft", "hf")
     check_rank(rank)
     check_range("lora_dropout", dropout, high=1.0)
+    if alpha is not None:
+        check_positive("lora_alpha", alpha, "twice the rank is common")
+    for target in () if isinstance(targets, str) else targets:  # peft asks for one that matches, and leaves others aside
+        if not any(is_named(path, target) for path, _ in model.named_modules()):
+            raise argument_error("lora_targets", "linear layers of the model", repr(target), "check the names")
     options = dict(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=targets)
     try:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         raise argument_error("lora_targets", "linear layers of the model", f"{targets} ({error})", "check the names") from error
+
+
+def is_named(path, target):
+    """Tells whether peft takes a module for one of this name."""
+    return f".{path}".endswith(f".{target}")
 
 
 def check_rank(rank):

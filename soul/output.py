@@ -1,5 +1,6 @@
 """The output directory of a command."""
 
+import os
 import pathlib
 
 try:
@@ -29,7 +30,7 @@ def check_output(directory, resume=False):
         raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
     if resume and (directory / RUN_FILE).is_file():
         return directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         if resume:
             got = f"{directory} without {RUN_FILE}"
             raise argument_error("resume", "the output directory of a run, or a new one", got, "check --output")

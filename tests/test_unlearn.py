@@ -476,6 +476,12 @@ def test_schedule_warms_up_and_decays():
     ({"curvature_every": 0}, "curvature_every: expected a positive whole number, got 0"),
     ({"accumulate": 0}, "accumulate: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
+    ({"method": "npo", "method_options": {"beta": "0.1"}}, "beta: expected a positive number, got '0.1'"),
+    ({"method_options": None}, "method_options: expected a dict of the method's arguments, got None"),
+    ({"eval_every": 1, "stop_forget_prob": "0.1"}, r"stop_forget_prob: expected a probability in \[0, 1\], got '0.1'"),
+    ({"seed": 2**70}, "seed: expected a whole number of 64 bits"),
+    ({"seed": None}, "seed: expected a whole number of 64 bits, got None"),
+    ({"max_grad_norm": "1"}, "max_grad_norm: expected a positive number, got '1'"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
     ({"lr": -1.0}, "lr: expected a number >= 0.0"),
 ])  # fmt: skip
