@@ -8,7 +8,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import ArgumentError, argument_error
 
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
 DATA_FILE = "data.json"  # what became of the rows
@@ -51,12 +51,29 @@ def occupy(directory):
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / RUN_FILE, "a", encoding="utf-8")  # what it holds stays
     try:
+        lock(file, "output", directory)
+    except ArgumentError:
+        file.close()
+        raise
+    return file
+
+
+def lock(file, name, directory):
+    """Locks an open file or a descriptor until it is closed, where the system and the file system know locks.
+
+    Args:
+        file: what is locked.
+        name: what to call the directory in errors.
+        directory: where it is.
+
+    Raises:
+        ArgumentError: another process has locked it.
+    """
+    try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
         got, remedy = f"{directory}, where a run is going on", "wait for its end, or choose another one"
-        raise argument_error("output", "a directory in which nothing runs", got, remedy) from None
+        raise argument_error(name, "a directory in which nothing runs", got, remedy) from None
     except OSError:
         pass
-    return file

@@ -202,6 +202,18 @@ def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
             pass
 
 
+def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
+    """Another one would remove what is being written, and the two would mix their steps."""
+    with Checkpoints(tmp_path).alone():
+        (tmp_path / ".half.tmp").mkdir()
+        with pytest.raises(ValueError, match="checkpoints: expected a directory in which nothing runs, got .* going on"):
+            run(tokenizer, Checkpoints(tmp_path, resume=True))
+        assert [path.name for path in tmp_path.iterdir()] == [".half.tmp"]
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2))
+    run(tokenizer, Checkpoints(tmp_path, resume=True))  # whatever ends a run ends its lock
+
+
 def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
     output, options = place / "said", ("--epochs", "1", "--save-every", "0", "--resume")
     output.mkdir()
