@@ -11,6 +11,7 @@ from soul.cli import main
 from soul.data import encode
 from soul.evaluate import answer_probability, generate, kl_divergence
 from soul.models import load
+from soul.output import lock
 from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
 from soul.study.data import demo_data, tofu_data
 from soul.study.fronts import LOSES, OPEN, TIES, WINS, choose, hypervolume, pareto, scores, verdict
@@ -218,6 +219,10 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
         run_study(output, data, dataclasses.replace(config, epochs=3))
     with pytest.raises(ValueError, match="another set of texts"):
         run_study(output, demo_data(dataclasses.replace(config, seeds=(5,))), config)
+    with open(output / "study.json", encoding="utf-8") as other:
+        lock(other, "output", output)
+        with pytest.raises(ValueError, match="output: expected a directory in which nothing runs"):
+            run_study(output, data, config)
 
 
 def _counting(calls):
