@@ -22,7 +22,7 @@ def check_output(directory, resume=False):
         resume: it may also be that of a run of the ``soul unlearn`` command, which is to go on.
 
     Raises:
-        ArgumentError: there is something in it.
+        ArgumentError: there is something in it, or it cannot be written.
     """
     directory = pathlib.Path(directory)
     above = next((parent for parent in directory.absolute().parents if parent.exists()), directory)
@@ -35,7 +35,16 @@ def check_output(directory, resume=False):
             got = f"{directory} without {RUN_FILE}"
             raise argument_error("resume", "the output directory of a run, or a new one", got, "check --output")
         raise argument_error("output", "a new or an empty directory", str(directory), "choose another one, or remove it")
+    check_writable("output", directory)
     return directory
+
+
+def check_writable(name, path):
+    """Raises unless a path, or what is above it as far as it exists, can be written, as far as the system says beforehand."""
+    path = pathlib.Path(path)
+    there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    if not os.access(there, os.W_OK):
+        raise argument_error(name, "a place that can be written", f"{there}, which cannot", "choose another one")
 
 
 def occupy(directory):

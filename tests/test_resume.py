@@ -452,7 +452,7 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
         "resume, method_options: expected {} as in the checkpoint, got {'alpha': 2.0}": dict(method_options={"alpha": 2.0}),
         "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
         "resume, content of forget: expected what the checkpoint was made with, got another one": dict(forget=examples(4)),
-        "resume, content of the model: expected what the checkpoint was made with": dict(model=other),
+        "the model: expected what the checkpoint was made with, got another one; give the model as it was": dict(model=other),
         "resume, content of the model: expected what": dict(model=lora_model()),
     }.items():
         with pytest.raises(ValueError) as error:

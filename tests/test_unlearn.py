@@ -15,6 +15,7 @@ from soul.evaluate import answer_probability
 from soul.models import token_logps
 from soul.output import check_output
 from soul.prepare import encode_for, prepare
+from soul.reference import check_cache
 from soul.step import Recorded
 from soul.unlearn import Diverged, unlearn
 from soul_kernels import linear_objective
@@ -525,3 +526,12 @@ def test_output_directory(tmp_path):
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match="output: expected a new or an empty directory"):
             check_output(path)
+
+
+def test_what_cannot_be_written_is_found_before_anything_takes_its_time(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append(path))  # as root may everything
+    for check in (check_output, lambda path: check_cache(path, "output")):
+        with pytest.raises(ValueError, match=f"output: expected a place that can be written, got {tmp_path}, which cannot"):
+            check(tmp_path / "new" / "deep")
+    assert set(asked) == {tmp_path} and not list(tmp_path.iterdir())
