@@ -159,7 +159,7 @@ def transform(model):
 
 def hidden_states(model, batch):
     """Final hidden states [B, T, D], those that go into the head: after the last norm and any projection."""
-    body = _base(model).base_model
+    body = _body(model)
     with _never_packed() if batch.attention_mask is None else contextlib.nullcontext():
         return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
@@ -190,6 +190,12 @@ def autocast(model):
 
 def _base(model):
     return model.get_base_model() if has_adapters(model) else model
+
+
+def _body(model):
+    """What yields the hidden states. The prefix by which transformers finds it names no part of some models (Llama 4)."""
+    base = _base(model)
+    return base.model if base.base_model is base else base.base_model
 
 
 def check_checkpointing(model):
@@ -223,7 +229,7 @@ def compiled(model):
     """Meanwhile the model's body, what yields the hidden states, runs under ``torch.compile``; its parameters keep their names.
     Where shapes change it is compiled once more, for any shape.
     """
-    body = _base(model).base_model
+    body = _body(model)
     body.compile(**COMPILE)
     try:
         yield

@@ -11,7 +11,7 @@ from soul.losses import GradDiff
 from soul_kernels import TokenBatch, linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close
-from tests.models import FAMILIES, lora_model, sequences, tiny_model, tiny_tokenizer
+from tests.models import COMMON, FAMILIES, lora_model, sequences, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -157,3 +157,11 @@ def test_what_is_not_whole_is_refused(tmp_path):
     broken.model.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="model: expected finite logits, got NaN or inf from LlamaForCausalLM"):
         models.check_linear_head(broken)
+
+
+def test_a_body_that_the_prefix_does_not_find():
+    sizes = {**COMMON, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 48}
+    config = transformers.Llama4TextConfig(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert model.base_model is model
+    models.check_linear_head(model)
