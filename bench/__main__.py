@@ -46,6 +46,10 @@ def main(argv=None):
     unknown = set(args.ops) - set(MODULES)
     if unknown:
         parser.error(f"no benchmark named {', '.join(sorted(unknown))}; there are {', '.join(MODULES)} and plan")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # the latter: built without it
+        parser.error(f"--device: expected cpu or cuda, got {args.device} ({str(error).splitlines()[0]})")
     if args.source and not args.plots:
         parser.error("--from needs --plots DIR, where the pictures go")
     try:

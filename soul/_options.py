@@ -1,9 +1,19 @@
 """The options of a parameter group: what they may be, and where they live."""
 
+import math
+
 import torch
 
 from soul._shards import is_sharded, local
-from soul_kernels._checks import PARAM_DTYPES, argument_error, check_choice, check_gradient, check_range, is_dense
+from soul_kernels._checks import (
+    PARAM_DTYPES,
+    argument_error,
+    check_choice,
+    check_gradient,
+    check_positive,
+    check_range,
+    is_dense,
+)
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 from soul_kernels.sophia_step import EPS_MODES
@@ -70,8 +80,7 @@ def check_bs(bs):
     """Raises unless ``bs`` is positive, where that can be seen without waiting."""
     if isinstance(bs, torch.Tensor) and bs.device.type != "cpu":
         return  # its value is there, and reading it would wait
-    if not bs > 0:
-        raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the Hessian batch")
+    check_positive("bs", bs, "pass the number of predictions in the Hessian batch")
 
 
 def check_options(group):
@@ -99,8 +108,8 @@ def check_options(group):
     for position, beta in enumerate(group["betas"]):
         check_range(f"betas[{position}]", beta, high=1.0)
     check_range("eps", group["eps"])
-    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0:
-        raise argument_error("max_grad_norm", "a positive number or None", group["max_grad_norm"], "None does not clip")
+    if group["max_grad_norm"] not in (None, math.inf):
+        check_positive("max_grad_norm", group["max_grad_norm"], "None does not clip")
     if group["clip_target"] is not None:
         check_range("clip_target", group["clip_target"], high=1.0)
         if not isinstance(group["rho"], (str, torch.Tensor)):

@@ -190,9 +190,9 @@ class Parts:
 
     def place(self, param):
         """Index of a parameter's group, and its position there."""
-        index, position = self._places.get(param, (0, 0))
+        index, position = self._places.get(param, (0, -1))
         params = self._optimizer.param_groups[index]["params"]
-        if position >= len(params) or params[position] is not param:  # not known yet, or the groups were changed
+        if not 0 <= position < len(params) or params[position] is not param:  # not known yet, or the groups were changed
             self._places = {}
             for index, group in reversed(list(enumerate(self._optimizer.param_groups))):
                 self._places |= {p: (index, i) for i, p in reversed(list(enumerate(group["params"])))}

@@ -51,13 +51,18 @@ def _json_lines(path):
         yield where, row
 
 
+def check_unicode(where, text):
+    """Raises for what no tokenizer takes: half of a character, as JSON can spell it."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise argument_error(where, "valid Unicode", "a lone surrogate", "fix the text")
+
+
 def check_text(where, row, name, may_be_blank=False):
     """Raises unless a column of a row is a text, and not a blank one."""
     where = f"{where}, column {name!r}"
     if not isinstance(row.get(name), str):
         got = "no such column" if name not in row else type(row[name]).__name__
         raise argument_error(where, "a string", got, "every row needs it")
-    if any("\ud800" <= character <= "\udfff" for character in row[name]):
-        raise argument_error(where, "valid Unicode", "a lone surrogate", "fix the text")
+    check_unicode(where, row[name])
     if not may_be_blank and not row[name].strip():
         raise argument_error(where, "some text", "a blank one", "drop the row")

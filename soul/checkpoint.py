@@ -25,6 +25,7 @@ import torch
 
 from soul.distributed import Processes, whole_state
 from soul.models import has_adapters
+from soul.output import lock
 from soul.reference import base_weights, digest
 from soul.run_state import (
     FORMAT,
@@ -106,6 +107,24 @@ class Checkpoints:
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         _sweep(self.directory)
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Meanwhile no other run may write here: the directory, which is made, is locked.
+
+        Raises:
+            ArgumentError: another one does.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if os.name == "nt":  # directories cannot be opened there
+            yield
+            return
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        try:
+            lock(descriptor, "checkpoints", self.directory)
+            yield
+        finally:
+            os.close(descriptor)
 
     def save(self, step, model, parts, records, run):
         """Writes a checkpoint, all or nothing; then removes the oldest ones.

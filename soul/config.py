@@ -11,7 +11,7 @@ from soul.influence import Influence
 from soul.models import trained
 from soul.optimizer import SOUL, SophiaG
 from soul.templates import check_template
-from soul_kernels._checks import argument_error, check_choice, check_range
+from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 
@@ -115,9 +115,13 @@ class UnlearnConfig:
         check_range("warmup_ratio", self.warmup_ratio, high=1.0)
         for name in ("lr", "rho", "weight_decay"):
             check_range(name, getattr(self, name))
-        if self.max_grad_norm is not None:
-            if not 0 < self.max_grad_norm:
-                raise argument_error("max_grad_norm", "a positive number", self.max_grad_norm, "pass inf not to clip")
+        if norm_limit(self) is not None:
+            check_positive("max_grad_norm", self.max_grad_norm, "pass inf not to clip")
+        if isinstance(self.seed, bool) or not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
+            raise argument_error("seed", "a whole number of 64 bits", repr(self.seed), "for instance 0")
+        if not isinstance(self.method_options, dict):
+            got, remedy = repr(self.method_options), "for instance {'beta': 0.1}"
+            raise argument_error("method_options", "a dict of the method's arguments", got, remedy)
         for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
             if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
                 raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
@@ -141,8 +145,8 @@ class UnlearnConfig:
             raise argument_error("eval_every", "a whole number >= 0", self.eval_every, "0 evaluates nothing")
         for name in ("stop_forget_prob", "stop_retain_prob"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise argument_error(name, "a probability in [0, 1]", value, "check the options")
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
             if value is not None and not self.eval_every:
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
 

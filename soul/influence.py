@@ -17,7 +17,7 @@ from soul import losses
 from soul.batches import collate
 from soul.models import autocast, evaluating, head, hidden_states, trained, transform
 from soul_kernels import hessian_ema, linear_gnb, linear_objective
-from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._checks import argument_error, check_choice, check_positive
 from soul_kernels._launch import resolve_backend
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
@@ -294,8 +294,7 @@ def _check_options(damping, clip, curvature):
 
 
 def _check_positive(name, value):
-    if not 0 < value < float("inf"):
-        raise argument_error(name, "a positive number", value, "it bounds the update")
+    check_positive(name, value, "it bounds the update")
     return value
 
 

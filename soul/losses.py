@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from soul_kernels import Divergence, register_objective
-from soul_kernels._checks import argument_error, check_choice, check_range
+from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
 
 
 def forget_nll(logps, batch):
@@ -382,8 +382,7 @@ def _log1mexp(logps):
 
 
 def _positive(name, value, remedy):
-    if not 0 < value < math.inf:
-        raise argument_error(name, "a positive number", value, remedy)
+    check_positive(name, value, remedy)
     return value
 
 

@@ -4,13 +4,14 @@ import contextlib
 import pathlib
 import sys
 import types
+import warnings
 
 import torch
 
 from soul._extras import require
 from soul.distributed import gathered
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
-from soul_kernels._checks import argument_error, check_choice, check_range
+from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPILE = {}  # options of torch.compile
@@ -42,7 +43,7 @@ def load(name, *, dtype="float32", device="cpu"):
         device: where to put the model.
 
     Raises:
-        ArgumentError: there is no such model, or `check_linear_head` refuses it.
+        ArgumentError: there is no such model, weights of it are missing, or `check_linear_head` refuses it.
     """
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
@@ -50,13 +51,23 @@ def load(name, *, dtype="float32", device="cpu"):
     adapters = (pathlib.Path(name) / "adapter_config.json").is_file()
     if looks_local and not adapters and not (pathlib.Path(name) / "config.json").is_file():
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
-    kind = require("peft", "hf").AutoPeftModelForCausalLM if adapters else transformers.AutoModelForCausalLM
+    peft = require("peft", "hf") if adapters else None
+    options, missing = dict(dtype=DTYPES[dtype], trust_remote_code=False), []
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = kind.from_pretrained(name, dtype=DTYPES[dtype], trust_remote_code=False)
+        if adapters:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "Found missing adapter keys")  # they would start anew
+                model = peft.AutoPeftModelForCausalLM.from_pretrained(name, **options)
+        else:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+            missing = sorted(found["missing_keys"])  # which transformers draws at random, with a warning
     except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
+    if missing:
+        got, remedy = f"{name} without {missing[0]} ({len(missing)} missing)", "was it saved to the end, and by this family?"
+        raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
     model.to(device)
     check_linear_head(model)
     return model, tokenizer
@@ -81,11 +92,21 @@ def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):
     peft = require("peft", "hf")
     check_rank(rank)
     check_range("lora_dropout", dropout, high=1.0)
+    if alpha is not None:
+        check_positive("lora_alpha", alpha, "twice the rank is common")
+    for target in () if isinstance(targets, str) else targets:  # peft asks for one that matches, and leaves others aside
+        if not any(is_named(path, target) for path, _ in model.named_modules()):
+            raise argument_error("lora_targets", "linear layers of the model", repr(target), "check the names")
     options = dict(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=targets)
     try:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     except ValueError as error:
         raise argument_error("lora_targets", "linear layers of the model", f"{targets} ({error})", "check the names") from error
+
+
+def is_named(path, target):
+    """Tells whether peft takes a module for one of this name."""
+    return f".{path}".endswith(f".{target}")
 
 
 def check_rank(rank):
@@ -138,7 +159,7 @@ def transform(model):
 
 def hidden_states(model, batch):
     """Final hidden states [B, T, D], those that go into the head: after the last norm and any projection."""
-    body = _base(model).base_model
+    body = _body(model)
     with _never_packed() if batch.attention_mask is None else contextlib.nullcontext():
         return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
 
@@ -169,6 +190,12 @@ def autocast(model):
 
 def _base(model):
     return model.get_base_model() if has_adapters(model) else model
+
+
+def _body(model):
+    """What yields the hidden states. The prefix by which transformers finds it names no part of some models (Llama 4)."""
+    base = _base(model)
+    return base.model if base.base_model is base else base.base_model
 
 
 def check_checkpointing(model):
@@ -202,7 +229,7 @@ def compiled(model):
     """Meanwhile the model's body, what yields the hidden states, runs under ``torch.compile``; its parameters keep their names.
     Where shapes change it is compiled once more, for any shape. Afterwards it is as the caller had it, compiled or not.
     """
-    body = _base(model).base_model
+    body = _body(model)
     before = body._compiled_call_impl  # there is no public way back
     body.compile(**COMPILE)
     try:
@@ -299,6 +326,9 @@ def check_linear_head(model):
                 expected = model(**given, use_cache=False).logits.float()
             finally:
                 hook.remove()
+            if not expected.isfinite().all():
+                got, remedy = f"NaN or inf from {family}", "are the weights whole, and within the range of their dtype?"
+                raise argument_error("model", "finite logits", got, remedy)
             agree = got.shape == expected.shape and (got - expected).abs().max() <= 1e-2 * expected.abs().max()
     if not agree:
         formula = "logits = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)"

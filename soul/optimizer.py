@@ -383,6 +383,9 @@ class SophiaG(Optimizer):
             for group in self.param_groups:
                 for param in group["params"]:
                     value, low = local(param.detach()), self.state[param].get("low_bits") if param in self.state else None
+                    if low is not None and value.dtype == torch.float32:
+                        got, remedy = "fp32 values beside low bits", "leave the with statement of an export first"
+                        raise argument_error("export_fp32", "parameters in the dtype of training", got, remedy)
                     if low is not None:
                         exported[param] = join(value, local(low))
                     else:

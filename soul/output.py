@@ -1,5 +1,6 @@
 """The output directory of a command."""
 
+import os
 import pathlib
 
 try:
@@ -7,7 +8,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import ArgumentError, argument_error
 
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
 DATA_FILE = "data.json"  # what became of the rows
@@ -21,7 +22,7 @@ def check_output(directory, resume=False):
         resume: it may also be that of a run of the ``soul unlearn`` command, which is to go on.
 
     Raises:
-        ArgumentError: there is something in it.
+        ArgumentError: there is something in it, or it cannot be written.
     """
     directory = pathlib.Path(directory)
     above = next((parent for parent in directory.absolute().parents if parent.exists()), directory)
@@ -29,12 +30,21 @@ def check_output(directory, resume=False):
         raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
     if resume and (directory / RUN_FILE).is_file():
         return directory
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
         if resume:
             got = f"{directory} without {RUN_FILE}"
             raise argument_error("resume", "the output directory of a run, or a new one", got, "check --output")
         raise argument_error("output", "a new or an empty directory", str(directory), "choose another one, or remove it")
+    check_writable("output", directory)
     return directory
+
+
+def check_writable(name, path):
+    """Raises unless a path, or what is above it as far as it exists, can be written, as far as the system says beforehand."""
+    path = pathlib.Path(path)
+    there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    if not os.access(there, os.W_OK):
+        raise argument_error(name, "a place that can be written", f"{there}, which cannot", "choose another one")
 
 
 def occupy(directory):
@@ -50,12 +60,29 @@ def occupy(directory):
     directory.mkdir(parents=True, exist_ok=True)
     file = open(directory / RUN_FILE, "a", encoding="utf-8")  # what it holds stays
     try:
+        lock(file, "output", directory)
+    except ArgumentError:
+        file.close()
+        raise
+    return file
+
+
+def lock(file, name, directory):
+    """Locks an open file or a descriptor until it is closed, where the system and the file system know locks.
+
+    Args:
+        file: what is locked.
+        name: what to call the directory in errors.
+        directory: where it is.
+
+    Raises:
+        ArgumentError: another process has locked it.
+    """
+    try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
         got, remedy = f"{directory}, where a run is going on", "wait for its end, or choose another one"
-        raise argument_error("output", "a directory in which nothing runs", got, remedy) from None
+        raise argument_error(name, "a directory in which nothing runs", got, remedy) from None
     except OSError:
         pass
-    return file

@@ -23,7 +23,7 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
     if Processes.of(model).size > 1:
         check_supported(config)
     if getattr(objective, "alpha", 0) and not retain:
-        remedy = "give a retain set, or set alpha to 0"
+        remedy = "give a retain set" + ", or set alpha to 0" * (config.method != "influence")
         raise argument_error("retain", f"examples for {objective}", "none", remedy)
     if config.accumulate > 1 and objective.additive is None:
         expected, remedy = f"1 with {objective}", "its loss is not a sum over sequences: raise --batch-size instead"

@@ -19,6 +19,7 @@ from soul._extras import require
 from soul.batches import collate
 from soul.distributed import Processes, full, gathered
 from soul.models import as_reference, autocast, has_adapters, head, hidden_states, token_logps
+from soul.output import check_writable
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
 
@@ -133,7 +134,7 @@ def check_cache(directory, name="cache"):
     """Raises unless a cache could be kept in ``directory``, the argument ``name``; None passes.
 
     Raises:
-        ArgumentError: it is not a directory.
+        ArgumentError: it is not a directory, or cannot be written.
         MissingExtra: safetensors is not installed.
     """
     if directory is None:
@@ -143,6 +144,7 @@ def check_cache(directory, name="cache"):
     above = next((parent for parent in (path, *path.parents) if parent.exists()), path)
     if not above.is_dir():
         raise argument_error(name, "a directory, or a new one", f"the file {above}", "choose another one")
+    check_writable(name, path)
 
 
 def _batches(dataset, size, device):

@@ -124,6 +124,8 @@ def check_same(saved, now):
     for name in sorted(saved.keys() | now.keys(), key=lambda name: (name in data, name)):
         if saved.get(name) != now.get(name):
             remedy = "give the options and files of the run that is to go on, or another output directory"
+            if name == "content of the model":
+                remedy = "give the model as it was before the run, which changes it in place, or another output directory"
             if name.startswith("content of"):
                 raise argument_error(f"resume, {name}", "what the checkpoint was made with", "another one", remedy)
             raise argument_error(f"resume, {name}", f"{saved.get(name)!r} as in the checkpoint", repr(now.get(name)), remedy)

@@ -1,5 +1,6 @@
 """How a row becomes a prompt and an answer: a plain text with both, or the tokenizer's chat template."""
 
+from soul._rows import check_unicode
 from soul.data import TEMPLATE, Example, ask
 from soul_kernels._checks import argument_error
 
@@ -117,3 +118,4 @@ def _check_messages(messages, where):
     for message in messages:
         if not isinstance(message["content"], str):
             raise argument_error(f"{where}, {message['role']}", "text", type(message["content"]).__name__, "fix the row")
+        check_unicode(f"{where}, {message['role']}", message["content"])

@@ -50,7 +50,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         dict, with what `soul.influence.unlearn_once` returns.
 
     Raises:
-        ArgumentError: the data do not fit the model, or the checkpoint is not of this run; nothing was changed.
+        ArgumentError: the data do not fit the model, the checkpoint is not of this run, or another process writes there;
+            nothing was changed.
         Diverged: the loss or a weight is not finite any more.
         Stopped: by SIGTERM, or ``checkpoints.stop``, after a checkpoint was written.
         OSError: log or checkpoint could not be written; earlier checkpoints are as they were.
@@ -63,35 +64,36 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     if config.eval_every:
         answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
     processes, run = Processes.of(model), None
-    if checkpoints is not None:
-        run = describe(model, forget, retain, config.decisive())
-        if processes.size > 1:
-            run["several processes"] = True
-        checkpoints.check(run)
-        checkpoints.clear()
-    feed = Feed(model, tokenizer, forget, retain, objective, config)
-
-    model.train()
-    order, optimizer = feed.order(), build_optimizer(model, config)
-    scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio, config.schedule)
-    parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
-    curvature = build_curvature(optimizer, config)
-    if curvature is not None:
-        parts["curvature"] = curvature
-    records = [] if checkpoints is None else checkpoints.load(model, parts, run)
-    bar = require("tqdm", "hf").tqdm(
-        total=len(order),
-        initial=len(records),
-        disable=not (progress and processes.first),
-        desc=f"unlearn ({config.optimizer})",
-        file=sys.stderr,
-    )
-    graphed = None
-    if config.cuda_graph:
-        device = next(model.parameters()).device
-        graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, feed.ref_head), device)
-    release = None
     with contextlib.ExitStack() as stack:
+        if checkpoints is not None:
+            run = describe(model, forget, retain, config.decisive())
+            if processes.size > 1:
+                run["several processes"] = True
+            checkpoints.check(run)
+            processes.on_first(lambda: stack.enter_context(checkpoints.alone()))
+            checkpoints.clear()
+        feed = Feed(model, tokenizer, forget, retain, objective, config)
+
+        model.train()
+        order, optimizer = feed.order(), build_optimizer(model, config)
+        scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio, config.schedule)
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
+        curvature = build_curvature(optimizer, config)
+        if curvature is not None:
+            parts["curvature"] = curvature
+        records = [] if checkpoints is None else checkpoints.load(model, parts, run)
+        bar = require("tqdm", "hf").tqdm(
+            total=len(order),
+            initial=len(records),
+            disable=not (progress and processes.first),
+            desc=f"unlearn ({config.optimizer})",
+            file=sys.stderr,
+        )
+        graphed = None
+        if config.cuda_graph:
+            device = next(model.parameters()).device
+            graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, feed.ref_head), device)
+        release = None
         stack.callback(bar.close)
         stack.callback(optimizer.zero_grad, set_to_none=True)
         if config.gradient_release:

@@ -52,6 +52,9 @@ class Unlearner:
         self, model, forget, retain=None, config=None, *, tokenizer=None, dtype="auto", device="auto", adapters=None
     ):  # fmt: skip
         self.config = UnlearnConfig() if config is None else config
+        if not isinstance(self.config, UnlearnConfig):
+            got, remedy = type(config).__name__, "for instance soul.UnlearnConfig(method='npo')"
+            raise argument_error("config", "a soul.UnlearnConfig", got, remedy)
         several = Processes.here().size > 1
         if several:
             distributed.check_supported(self.config, adapters)
@@ -69,8 +72,9 @@ class Unlearner:
         if by_name:
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
-        elif tokenizer is None:
-            raise argument_error("tokenizer", "that of the model", None, "a model that is loaded comes without one")
+        elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
+            remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
+            raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
         else:
             place = next(model.parameters()).device
         if adapters:

@@ -21,9 +21,23 @@ def argument_error(name, expected, got, remedy):
 
 def check_range(name, value, *, low=0.0, high=None):
     """Raises unless ``low <= value < high``; without ``high``, any finite number from ``low`` on."""
-    if isinstance(value, (str, type(None))) or not low <= value < (math.inf if high is None else high):  # catches NaN as well
+    try:
+        fits = low <= value < (math.inf if high is None else high)  # catches NaN as well
+    except TypeError:  # no number at all
+        fits = False
+    if not fits:
         bound = f">= {low}" if high is None else f"in [{low}, {high})"
         raise argument_error(name, f"a number {bound}", repr(value), "pass one within these bounds")
+
+
+def check_positive(name, value, remedy):
+    """Raises unless ``value`` is a number above 0, and a finite one."""
+    try:
+        fits = 0 < value < math.inf
+    except TypeError:
+        fits = False
+    if not fits:
+        raise argument_error(name, "a positive number", repr(value), remedy)
 
 
 def check_choice(name, value, choices):

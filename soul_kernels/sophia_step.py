@@ -9,6 +9,7 @@ from soul_kernels._checks import (
     check_choice,
     check_on_device,
     check_overlap,
+    check_positive,
     check_range,
     check_scales,
     check_tensor_lists,
@@ -301,8 +302,8 @@ def sophia_step(
     for bit, (name, value) in enumerate((("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("bs", bs))):
         if isinstance(value, torch.Tensor):
             on_device |= 1 << bit
-        elif name == "bs" and not value > 0:
-            raise argument_error("bs", "a positive number", bs, "pass the number of predictions in the batch behind h")
+        elif name == "bs":
+            check_positive("bs", bs, "pass the number of predictions in the batch behind h")
         else:
             check_range(name, value)
     check_range("eps", eps)

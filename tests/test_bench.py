@@ -359,3 +359,10 @@ def test_a_compiled_peer_is_compiled_for_the_shapes_of_its_case(untimed, monkeyp
         variants = {name: make for name, (make, _) in peers.items() if name == "foreach SOUL, torch.compile"}
         _harness.run_case(_harness.Case("case", variants, dict), CPU, LIMITS, budget_s=0.0)
     assert len(seen) == len(sizes) and {kind for kinds in seen for kind in kinds} == {int}
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_usage_error(device, capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__.main(["grad_norm", "--device", device])
+    assert end.value.code == 2 and f"--device: expected cpu or cuda, got {device}" in capsys.readouterr().err

@@ -26,6 +26,7 @@ def place(tmp_path_factory):
     (root / "long.jsonl").write_text(json.dumps({"question": "Who?", "answer": "me " * 3000}) + "\n")
     (root / "empty.jsonl").write_text("\n")
     (root / "full").mkdir()
+    (root / "astray").symlink_to(root / "nowhere")
     (root / "full" / "thing").write_text("x")
     return root
 
@@ -109,6 +110,9 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"retain": "columns.jsonl"}, "columns.jsonl, line 1: expected columns"),
     ({"forget": "empty.jsonl"}, "empty.jsonl: expected at least one row"),
     ({"output": "full"}, "output: expected a new or an empty directory"),
+    ({"output": "astray"}, "output: expected a new or an empty directory"),
+    ({"seed": 2**70}, "seed: expected a whole number of 64 bits"),
+    ({"method": "influence", "retain": None, "epochs": 5, "batch_size": 4, "lr": 1e-5}, "got none; give a retain set\n"),
     ({"model": "forget.jsonl"}, "model: expected a directory with config.json"),
     ({"retain": None}, "retain: expected examples for GradDiff"),
     ({"method": "erase"}, "method: expected one of"),

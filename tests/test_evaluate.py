@@ -178,7 +178,7 @@ def test_bad_paths_end_with_2_and_write_nothing(place, changes, message, capsys)
     assert files_in(place) == before and (place / "logs" / FORGET).read_text() == content
 
 
-def test_a_disk_that_fails_leaves_nothing(place, monkeypatch):
+def test_a_disk_that_fails_leaves_nothing_but_the_numbers_are_told(place, monkeypatch, capsys):
     def full(*_):
         raise OSError("no space left on device")
 
@@ -186,6 +186,7 @@ def test_a_disk_that_fails_leaves_nothing(place, monkeypatch):
     monkeypatch.setattr("soul.eval_logs.os.fsync", full)
     assert main(from_logs(place)) == 1
     assert files_in(place) == before
+    assert "model_utility" in capsys.readouterr().out  # they may have taken hours
 
 
 def test_logs_need_no_models(place):

@@ -11,7 +11,7 @@ from soul.losses import GradDiff
 from soul_kernels import TokenBatch, linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close
-from tests.models import FAMILIES, lora_model, sequences, tiny_model, tiny_tokenizer
+from tests.models import COMMON, FAMILIES, lora_model, sequences, tiny_model, tiny_tokenizer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -143,3 +143,35 @@ def test_loading(tmp_path):
         models.load(tmp_path)
     with pytest.raises(ValueError, match="dtype: expected one of"):
         models.load(tmp_path, dtype="int8")
+
+
+def test_what_is_not_whole_is_refused(tmp_path):
+    """transformers and peft draw what is missing at random, and warn: another model would be measured, or unlearned."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="the extra hf is not installed")
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    tiny_model("llama, untied").save_pretrained(base)
+    models.add_adapters(transformers.AutoModelForCausalLM.from_pretrained(base), rank=2).save_pretrained(adapters)
+    for place in (base, adapters):
+        tiny_tokenizer().save_pretrained(place)
+        models.load(place)
+    for place, file, message in (
+        (adapters, "adapter_model.safetensors", "model: expected a causal language model, got .*missing adapter keys"),
+        (base, "model.safetensors", r"model: expected a checkpoint with all weights.*embed_tokens.weight \(1 missing\)"),
+    ):
+        tensors = safetensors.load_file(place / file)
+        del tensors[min(tensors, key=lambda name: "embed_tokens" not in name)]
+        safetensors.save_file(tensors, place / file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            models.load(place)
+    broken = tiny_model("llama, untied")
+    broken.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="model: expected finite logits, got NaN or inf from LlamaForCausalLM"):
+        models.check_linear_head(broken)
+
+
+def test_a_body_that_the_prefix_does_not_find():
+    sizes = {**COMMON, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 48}
+    config = transformers.Llama4TextConfig(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert model.base_model is model
+    models.check_linear_head(model)

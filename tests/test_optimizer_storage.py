@@ -107,6 +107,8 @@ def test_export_fp32(device):
         for p in linear.parameters():
             assert p.dtype == FLOAT and torch.equal(p, exported[p])
         assert linear(torch.ones(1, 8, device=device)).dtype == FLOAT
+        with pytest.raises(ValueError, match="export_fp32: expected parameters in the dtype of training, got fp32 values"):
+            opt.export_fp32()
     for p, k in zip(linear.parameters(), kept):
         assert torch.equal(p, k) and torch.equal(exported[p].bfloat16(), k) and not torch.equal(exported[p], k.float())
     give_gradients(list(linear.parameters()))

@@ -394,6 +394,8 @@ def test_cards():
     (lambda: plan("1b", attention="flash"), "attention"),
     (lambda: plan("1b", dtype="int8"), "dtype"),
     (lambda: plan("1b", adapters=dict(rank=4, targets=["query"])), "lora_targets: expected names .* k_proj"),
+    (lambda: plan("1b", adapters=dict(rank=4, targets=["q_proj", "query"])), "lora_targets: expected names .* got 'query'"),
+    (lambda: plan({"model_type": "mamba"}), "model: expected layers with attention heads, got MambaConfig"),
     (lambda: plan("1b", adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (lambda: plan("1b", config_of(state_dtype="8bit"), gpus=2), "state_dtype: expected float32 or bfloat16"),
     (lambda: plan("1b", length=0), "length"),

@@ -40,6 +40,19 @@ def test_released_steps_equal_plain_ones_bit_for_bit(options):
     assert all(p.grad is not None for p in released.parameters())
 
 
+def test_the_first_gradient_may_be_that_of_the_first_parameter():
+    """As where one parameter is trained, or the optimizer got them in the order in which gradients arrive."""
+    plain, released = build(), build()
+    a, b = (SOUL(list(model.parameters())[::-1], lr=1e-3) for model in (plain, released))
+    release_gradients(released, b)
+    for seed in range(2):
+        a.zero_grad()
+        loss_of(plain, seed).backward()
+        a.step()
+        loss_of(released, seed).backward()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), released.parameters()))
+
+
 def test_only_a_few_gradients_live_at_once():
     model = build()
     opt = SOUL(model.parameters(), lr=1e-3)

@@ -202,6 +202,18 @@ def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
             pass
 
 
+def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
+    """Another one would remove what is being written, and the two would mix their steps."""
+    with Checkpoints(tmp_path).alone():
+        (tmp_path / ".half.tmp").mkdir()
+        with pytest.raises(ValueError, match="checkpoints: expected a directory in which nothing runs, got .* going on"):
+            run(tokenizer, Checkpoints(tmp_path, resume=True))
+        assert [path.name for path in tmp_path.iterdir()] == [".half.tmp"]
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2))
+    run(tokenizer, Checkpoints(tmp_path, resume=True))  # whatever ends a run ends its lock
+
+
 def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
     output, options = place / "said", ("--epochs", "1", "--save-every", "0", "--resume")
     output.mkdir()
@@ -440,7 +452,7 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
         "resume, method_options: expected {} as in the checkpoint, got {'alpha': 2.0}": dict(method_options={"alpha": 2.0}),
         "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
         "resume, content of forget: expected what the checkpoint was made with, got another one": dict(forget=examples(4)),
-        "resume, content of the model: expected what the checkpoint was made with": dict(model=other),
+        "the model: expected what the checkpoint was made with, got another one; give the model as it was": dict(model=other),
         "resume, content of the model: expected what": dict(model=lora_model()),
     }.items():
         with pytest.raises(ValueError) as error:

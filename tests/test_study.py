@@ -13,6 +13,7 @@ from soul.cli import main
 from soul.data import encode
 from soul.evaluate import answer_probability, generate, kl_divergence
 from soul.models import load
+from soul.output import lock
 from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
 from soul.study.data import demo_data, tofu_data
 from soul.study.fronts import LOSES, OPEN, TIES, WINS, chance, choose, hypervolume, pareto, scores, verdict
@@ -280,6 +281,10 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
         run_study(output, data, dataclasses.replace(config, epochs=3))
     with pytest.raises(ValueError, match="another set of texts"):
         run_study(output, demo_data(dataclasses.replace(config, seeds=(5,))), config)
+    with open(output / "study.json", encoding="utf-8") as other:
+        lock(other, "output", output)
+        with pytest.raises(ValueError, match="output: expected a directory in which nothing runs"):
+            run_study(output, data, config)
 
 
 def test_the_report_of_one_seed_speaks_of_no_spread(tmp_path):

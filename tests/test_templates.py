@@ -177,6 +177,7 @@ def test_conversations_are_rows(row, tmp_path):
     ({"messages": messages(QUESTION, " ")}, "row 0: expected some text, got a blank answer"),
     ({"messages": [{"role": "user"}, {"role": "assistant"}]}, "row 0: expected text after a text"),
     ({"messages": messages(QUESTION, [{"type": "image"}])}, "row 0, assistant: expected text, got list"),
+    ({"messages": messages("\ud800", ANSWER)}, "row 0, user: expected valid Unicode, got a lone surrogate"),
     ({"prompt": messages(QUESTION), "completion": ANSWER}, "row 0: expected text after a text"),
 ])  # fmt: skip
 def test_broken_conversations(row, message):

@@ -15,6 +15,7 @@ from soul.evaluate import answer_probability
 from soul.models import token_logps
 from soul.output import check_output
 from soul.prepare import encode_for, prepare
+from soul.reference import check_cache
 from soul.step import Recorded
 from soul.unlearn import Diverged, unlearn
 from soul_kernels import linear_objective
@@ -476,6 +477,12 @@ def test_schedule_warms_up_and_decays():
     ({"curvature_every": 0}, "curvature_every: expected a positive whole number, got 0"),
     ({"accumulate": 0}, "accumulate: expected a positive whole number, got 0"),
     ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0.0, 1.0\)"),
+    ({"method": "npo", "method_options": {"beta": "0.1"}}, "beta: expected a positive number, got '0.1'"),
+    ({"method_options": None}, "method_options: expected a dict of the method's arguments, got None"),
+    ({"eval_every": 1, "stop_forget_prob": "0.1"}, r"stop_forget_prob: expected a probability in \[0, 1\], got '0.1'"),
+    ({"seed": 2**70}, "seed: expected a whole number of 64 bits"),
+    ({"seed": None}, "seed: expected a whole number of 64 bits, got None"),
+    ({"max_grad_norm": "1"}, "max_grad_norm: expected a positive number, got '1'"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number, got 0.0"),
     ({"lr": -1.0}, "lr: expected a number >= 0.0"),
 ])  # fmt: skip
@@ -519,3 +526,12 @@ def test_output_directory(tmp_path):
     for path in (tmp_path, tmp_path / "file"):
         with pytest.raises(ValueError, match="output: expected a new or an empty directory"):
             check_output(path)
+
+
+def test_what_cannot_be_written_is_found_before_anything_takes_its_time(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append(path))  # as root may everything
+    for check in (check_output, lambda path: check_cache(path, "output")):
+        with pytest.raises(ValueError, match=f"output: expected a place that can be written, got {tmp_path}, which cannot"):
+            check(tmp_path / "new" / "deep")
+    assert set(asked) == {tmp_path} and not list(tmp_path.iterdir())

@@ -345,6 +345,8 @@ def test_in_python(tokenizer, place, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokenizer=None), "tokenizer: expected that of the model, got None"),
+    (dict(tokenizer="name"), "tokenizer: expected that of the model, got 'name'; a model that is loaded comes without"),
+    (dict(config=dict(method="npo")), "config: expected a soul.UnlearnConfig, got dict"),
     (dict(model=tiny_model().requires_grad_(False)), "model: expected parameters that require a gradient, got none"),
     (dict(dtype="bfloat16"), "dtype: expected 'auto' with a model that is loaded, got 'bfloat16'; it would not"),
     (dict(device="cpu"), "device: expected 'auto' with a model that is loaded"),
@@ -353,6 +355,9 @@ def test_in_python(tokenizer, place, tmp_path):
     (dict(adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (dict(adapters=dict(rank=2, dropout=1.0)), "lora_dropout: expected a number"),
     (dict(adapters=dict(rank=2, targets=["nothing"])), "lora_targets: expected linear layers of the model, got"),
+    (dict(adapters=dict(rank=2, targets=["q_proj", "prj"])), "lora_targets: expected linear layers of the model, got 'prj'"),
+    (dict(adapters=dict(rank=2, alpha=float("nan"))), "lora_alpha: expected a positive number, got nan"),
+    (dict(adapters=dict(rank=2, alpha=0)), "lora_alpha: expected a positive number, got 0"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(options, message, tokenizer):
     given = dict(model=tiny_model(), forget=examples(2), retain=examples(2), tokenizer=tokenizer) | options
@@ -386,7 +391,10 @@ def test_options_that_exclude_each_other(options, message):
 @pytest.mark.parametrize("flags, message", [
     (("--cuda-graph",), "cuda_graph: expected a model on a GPU, got cpu; leave it out"),
     (("--merge",), "merge: expected nothing without --lora-rank"),
-    (("--lora-alpha=3",), "lora_alpha: expected nothing without --lora-rank"),
+    (("--lora-alpha=0",), "lora_alpha: expected nothing without --lora-rank"),
+    (("--lora-dropout=0.1",), "lora_dropout: expected nothing without --lora-rank"),
+    (("--gpus=8",), "gpus: expected 1 without --dry-run, got 8; torchrun"),
+    (("--lora-rank=2", "--lora-targets=q_proj,k_prj"), "lora_targets: expected linear layers of the model, got 'k_prj'"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_end_with_2(flags, message, place, tmp_path, capsys):
     assert main(words(place, tmp_path / "out", *flags)) == 2

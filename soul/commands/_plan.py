@@ -13,6 +13,11 @@ def add_card(group, hint=""):
     group.add_argument("--attention", default="sdpa", metavar="NAME", help=f"{hint}sdpa or eager (default: %(default)s)")
 
 
+def names_of(text):
+    """A list of names, from a text with commas."""
+    return [name.strip() for name in text.split(",")]
+
+
 def card_options(args):
     """Those options as keyword arguments of `soul.plan.plan`."""
     return dict(card=args.card, gpus=args.gpus, network=args.network * 1e9, attention=args.attention)

@@ -45,10 +45,13 @@ def run(args):
     """Runs the command."""
     from soul import eval_logs
     from soul.metrics import summarize
+    from soul.output import check_writable
 
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):  # before anything takes its time
         require(name, "eval")
     target = None if args.json is None else eval_logs.check_new_file(args.json, "json")
+    if target is not None:
+        check_writable("json", target)
     if args.from_logs is not None:
         for name in ("data", "output", "retain_model", "holdout"):
             if getattr(args, name) is not None:
@@ -59,16 +62,18 @@ def run(args):
     else:
         columns, retain, written, counts = _run_model(args, target)
     summary = summarize(columns, retain)
-    for directory, logs in written.items():
-        eval_logs.write_logs(directory, logs)
-    for path, told in counts.items():
-        eval_logs.write_json(path, told)
-    if target is not None:
-        eval_logs.write_json(target, summary)
-    for name, value in summary.items():
-        print(f"{name:36} {value:.6g}")
-    if retain is None:
-        print("no forget quality: it needs a retain model's logs (--retain-logs)")
+    try:
+        for directory, logs in written.items():
+            eval_logs.write_logs(directory, logs)
+        for path, told in counts.items():
+            eval_logs.write_json(path, told)
+        if target is not None:
+            eval_logs.write_json(target, summary)
+    finally:  # a full disk must not cost the numbers
+        for name, value in summary.items():
+            print(f"{name:36} {value:.6g}")
+        if retain is None:
+            print("no forget quality: it needs a retain model's logs (--retain-logs)")
 
 
 def _run_model(args, target):

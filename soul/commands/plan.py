@@ -2,7 +2,7 @@
 
 import math
 
-from soul.commands._plan import add_card, card_options
+from soul.commands._plan import add_card, card_options, names_of
 from soul.losses import OBJECTIVES
 from soul.plan.shapes import PRESETS
 from soul_kernels._checks import argument_error
@@ -47,6 +47,6 @@ def run(args):
     if args.lora_rank is None and args.lora_targets:
         raise argument_error("lora_targets", "nothing without --lora-rank", args.lora_targets, "pass --lora-rank N")
     if args.lora_rank is not None:
-        adapters = dict(rank=args.lora_rank, targets=args.lora_targets.split(",") if args.lora_targets else "all-linear")
+        adapters = dict(rank=args.lora_rank, targets=names_of(args.lora_targets) if args.lora_targets else "all-linear")
     tokens = tokens_of(config, args.length, args.labelled)
     print(plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args)).table())

@@ -7,7 +7,7 @@ import time
 
 from soul._extras import require
 from soul.commands._place import add_place
-from soul.commands._plan import add_card, card_options
+from soul.commands._plan import add_card, card_options, names_of
 from soul.commands._template import add_template
 from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
@@ -116,6 +116,8 @@ def _run(args):
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(**{name: getattr(args, name) for name in fields}, method_options=_method_options(args))
     config.objective()
+    if args.gpus != 1 and not args.dry_run:
+        raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
@@ -154,11 +156,11 @@ def _run(args):
 def _adapters(args):
     """Arguments of `soul.models.add_adapters`, or None."""
     if args.lora_rank is None:
-        for name in ("lora_alpha", "lora_targets", "merge"):
-            if getattr(args, name):
+        for name, off in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", None), ("merge", False)):
+            if getattr(args, name) != off:
                 raise argument_error(name, "nothing without --lora-rank", getattr(args, name), "pass --lora-rank N")
         return None
-    targets = args.lora_targets.split(",") if args.lora_targets else "all-linear"
+    targets = names_of(args.lora_targets) if args.lora_targets else "all-linear"
     return dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
 
 

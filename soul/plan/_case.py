@@ -7,7 +7,7 @@ import torch
 
 from soul.config import UnlearnConfig
 from soul.losses import OBJECTIVES
-from soul.models import DTYPES, check_rank
+from soul.models import DTYPES, check_rank, is_named
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul_kernels._checks import argument_error, check_choice
@@ -101,9 +101,11 @@ class Case:
             raise argument_error("network", "bytes a second, a positive number", self.network, f"{NETWORK:g} is the default")
         if self.adapters is not None:
             check_rank(self.adapters["rank"])
-        if self.adapters is not None and not self.adapted:
-            got, remedy = self.adapters.get("targets"), f"{self.shape.name} has {', '.join(sorted(_last_names(self.shape)))}"
-            raise argument_error("lora_targets", "names of linear layers", got, remedy)
+        targets = None if self.adapters is None else self.adapters.get("targets", "all-linear")
+        for target in targets if isinstance(targets, list) else ():
+            if not any(_is(name, target) for name in self.shape.linear):
+                remedy = f"{self.shape.name} has {', '.join(sorted(_last_names(self.shape)))}"
+                raise argument_error("lora_targets", "names of linear layers", repr(target), remedy)
         if self.gpus > 1 and self.config.state_dtype == "8bit" and self.config.optimizer == "soul":
             remedy = "8-bit states cannot be sharded (see soul.SophiaG): use bfloat16"
             raise argument_error("state_dtype", "float32 or bfloat16 with several GPUs", "'8bit'", remedy)
@@ -150,10 +152,9 @@ class Case:
         if self.adapters is None:
             return {}
         targets = self.adapters.get("targets", "all-linear")
-        named = self.shape.linear.items()
         if targets == "all-linear":
-            return dict(named)
-        return {name: size for name, size in named if name.removesuffix(".weight").split(".")[-1] in targets}
+            return dict(self.shape.linear)
+        return {name: size for name, size in self.shape.linear.items() if any(_is(name, target) for target in targets)}
 
     @property
     def trained(self):
@@ -172,6 +173,10 @@ class Case:
     def head_options(self):
         """The `Options` of the fused loss, as the run calls it."""
         return Options(self.compute_dtype, torch.float32, CHUNK_BYTES)
+
+
+def _is(name, target):
+    return is_named(name.removesuffix(".weight"), target)
 
 
 def _last_names(shape):

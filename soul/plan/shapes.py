@@ -186,7 +186,10 @@ def _of_model(model, name):
         if weight is not None and weight.dim() == 2 and module not in (head,) and "Embedding" not in type(module).__name__:
             transposed = type(module).__name__ == "Conv1D"  # GPT-2
             linear[f"{path}.weight"] = tuple(weight.shape[::-1] if transposed else weight.shape)
-    heads, hidden = config.num_attention_heads, config.hidden_size
+    heads, hidden = getattr(config, "num_attention_heads", None), config.hidden_size
+    if not (heads and linear and config.num_hidden_layers):
+        got, remedy = type(config).__name__, "this family is not planned"
+        raise argument_error("model", "layers with attention heads", got, remedy)
     inside = next((v for n in ("intermediate_size", "ffn_dim", "n_inner") if (v := getattr(config, n, None))), 4 * hidden)
     return Shape(
         name=name or config.model_type,

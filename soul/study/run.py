@@ -21,7 +21,7 @@ from soul.config import UnlearnConfig
 from soul.eval_logs import write_json
 from soul.influence import unlearn_once
 from soul.models import load, pick_device
-from soul.output import check_output
+from soul.output import check_output, lock
 from soul.prepare import encode_for
 from soul.study.config import ARMS, INFLUENCE, runs
 from soul.study.measure import encode_start, measure
@@ -81,18 +81,20 @@ def run_study(output, data, config):
         ``resumed`` where some runs had been there before.
 
     Raises:
-        ArgumentError: the directory holds a study of other data or sizes; nothing was written.
+        ArgumentError: the directory holds a study of other data or sizes, or one that is going on; nothing was written.
     """
     begun, study = time.perf_counter(), Study(output, data, config)
     identity = {"config": config.decisive(), "data": data.fingerprint()}
     _claim(output / STUDY_FILE, identity)
-    _save_tokenizer(study)
-    starts = [(seed, part) for seed in config.seeds for part in ("full", "retain") if not _trained(study, seed, part)]
-    todo = [run for run in runs(config) if not study.result(run).exists()]
-    with _workers(config) as each:
-        each(_train, study, starts, "train")
-        each(_measure_start, study, [seed for seed in config.seeds if not study.start(seed).exists()], "measure")
-        each(run_one, study, todo, "unlearn")
+    with open(output / STUDY_FILE, "a", encoding="utf-8") as file:
+        lock(file, "output", output)  # two would write the same models at once
+        _save_tokenizer(study)
+        starts = [(seed, part) for seed in config.seeds for part in ("full", "retain") if not _trained(study, seed, part)]
+        todo = [run for run in runs(config) if not study.result(run).exists()]
+        with _workers(config) as each:
+            each(_train, study, starts, "train")
+            each(_measure_start, study, [seed for seed in config.seeds if not study.start(seed).exists()], "measure")
+            each(run_one, study, todo, "unlearn")
     kept, past = {}, output / RESULTS_FILE
     if not starts and not todo and past.exists():  # only the report is made anew
         kept = {name: value for name, value in _read(past).items() if name in ("environment", "seconds", "resumed")}
