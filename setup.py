@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "soul_kernels" / "__init__.py").read_text()).group(1)
 
-HF = ["transformers>=4.56", "tokenizers>=0.21", "safetensors>=0.4.3", "peft>=0.15", "datasets>=4.0", "tqdm>=4.60"]
+HF = ["transformers>=4.56", "tokenizers>=0.21", "safetensors>=0.4.3", "peft>=0.15", "datasets>=4.0", "tqdm>=4.66"]
 EVAL = ["scipy>=1.11", "scikit-learn>=1.4", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.8"]
 TEST = ["pytest>=8.0", "numpy>=1.26", "accelerate>=1.0"]

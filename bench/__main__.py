@@ -91,6 +91,9 @@ def run(args):
     if args.plots:
         found = {"environment": header, "ceilings": limits, "rows": rows}
         print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(found, args.plots)])))
+    if args.only and not rows:
+        print(f"--only: expected a part of the name of a case, got {args.only!r}: nothing was measured", file=sys.stderr)
+        return 2
     return int(any(row.get("reason", "").startswith(WRONG) for row in rows))
 
 

@@ -299,8 +299,9 @@ def test_only_also_finds_what_does_not_run_by_default(tmp_path, untimed, monkeyp
     module = type("module", (), {"cases": lambda device, quick: [lambda case=case: case for case in made]})
     monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
     for only, found in (([], ["one"]), (["--only", "t"], ["two"]), (["--only", "o"], ["one", "two"])):
-        __main__.main(["grad_norm", "--device", "cpu", "--json", str(tmp_path / "rows.json"), *only])
+        assert __main__.main(["grad_norm", "--device", "cpu", "--json", str(tmp_path / "rows.json"), *only]) == 0
         assert [row["case"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]] == found
+    assert __main__.main(["grad_norm", "--device", "cpu", "--only", "three"]) == 2
 
 
 def test_command_writes_rows_and_pictures(tmp_path, untimed, monkeypatch, capsys):
