@@ -190,14 +190,11 @@ def test_bad_parameters_and_gradients_change_nothing():
 def test_works_under_another_default_device():
     params = make()
     before = params[0].detach().clone()
-    torch.set_default_device("meta")
-    try:
+    with torch.device("meta"):
         opt = SOUL(params, lr=1e-3)
         for p in params:
             p.grad = torch.ones_like(p)
         opt.step()
-    finally:
-        torch.set_default_device(None)
     assert opt.state[params[0]]["step"] == 1 and opt.clip_fraction() == [0.0]
     assert (params[0] != before).all()
 
@@ -421,21 +418,20 @@ def test_states_are_freed_with_their_optimizer():
 
 
 def test_another_default_device_or_dtype_changes_nothing():
-    """torch.set_default_device and set_default_dtype, as models are loaded under: scalars on the way must not follow."""
+    """Another device and dtype by default, as models are loaded under: scalars on the way must not follow."""
     outcomes = []
     for default in ("cpu", "meta"):
         torch.manual_seed(0)
         for backend in ("auto", "reference"):
             params = make(dtype=BRAIN)
             give_gradients(params)
-            torch.set_default_device(default)
             torch.set_default_dtype(BRAIN if default == "meta" else FLOAT)
             try:
-                opt = SophiaG(params, rho="auto", capturable=True, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
-                opt.update_hessian(), opt.step()
-                outcomes.append((default, backend, opt.telemetry(), [p.detach().clone() for p in params]))
+                with torch.device(default):
+                    opt = SophiaG(params, rho="auto", capturable=True, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+                    opt.update_hessian(), opt.step()
+                    outcomes.append((default, backend, opt.telemetry(), [p.detach().clone() for p in params]))
             finally:
-                torch.set_default_device(None)
                 torch.set_default_dtype(FLOAT)
     for (_, _, a, p), (_, _, b, q) in zip(outcomes[:2], outcomes[2:]):
         assert a == b and all(torch.equal(x, y) for x, y in zip(p, q))
