@@ -4,9 +4,6 @@ import torch
 
 from soul_kernels._head_rows import mm_fp32
 
-# Since torch 2.10 addmm takes an fp32 summand beside low-precision factors (pytorch/pytorch#167931).
-ADDMM_TAKES_FP32 = torch.__version__ >= (2, 10)
-
 
 class HeadGradients:
     """Sums what the chunks contribute to the gradients that are wanted; the others are None. All are fp32, to be rounded once.
@@ -63,9 +60,7 @@ def _accumulate_fp32(total, a, b, first):
         mm_fp32(a, b, total)
     elif a.dtype == torch.float32:
         total.addmm_(a, b)
-    elif a.is_cuda and ADDMM_TAKES_FP32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     elif a.is_cuda:
-        total += torch.mm(a, b, out_dtype=torch.float32)
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())

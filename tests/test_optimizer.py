@@ -333,7 +333,7 @@ def test_groups_of_mixed_dtypes_layouts_and_sizes(device):
         params = [torch.nn.Parameter(t) for t in made] + [torch.nn.Parameter(torch.randn(50, device=device).half())]
         for p in params:
             dtype = p.dtype
-            if dtype == BRAIN and hasattr(p, "grad_dtype"):  # torch 2.10 and newer
+            if dtype == BRAIN:
                 p.grad_dtype = dtype = FLOAT
             p.grad = torch.randn(p.shape, device=device).to(dtype)  # contiguous, where p may not be
         return params

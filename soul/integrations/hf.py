@@ -166,7 +166,7 @@ class SOULTrainerMixin:
         passed = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         if not passed and not isinstance(self._inner_optimizer(), SophiaG):
-            remedy = "use transformers 4.56 or newer, or pass optimizers=(soul.SOUL(...), None)"
+            remedy = "use transformers 4.57 or newer, or pass optimizers=(soul.SOUL(...), None)"
             raise argument_error("transformers", "a Trainer that makes the optimizer of its subclass", type(optimizer), remedy)
         return optimizer
 
