@@ -130,7 +130,7 @@ def runs(config):
 
 
 PRESETS = {
-    # Two cores, 15 minutes: 306 runs of a few seconds, two models of 0.6 M parameters a seed.
+    # Two cores, 12 to 17 minutes: 306 runs of a few seconds, two models of 0.6 M parameters a seed.
     "laptop": StudyConfig(),
     # One GPU, all 200 authors, about 90 M parameters; one seed, so that it stays below ten minutes: not measured so far.
     "tofu": StudyConfig(
