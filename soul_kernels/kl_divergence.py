@@ -145,8 +145,8 @@ def _divergence_kernel(
 
 @triton.jit
 def _divergence_gradient_block(
-    logits_row, ref_row, out_row, columns, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale, ref_rest,
-    label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+    logits_row, ref_row, out_row, columns, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
+    label_difference, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, SOUL: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     raw, gap, ref_gap = _both(
@@ -158,9 +158,9 @@ def _divergence_gradient_block(
     if SOUL:
         log_q = tl.where(is_label, label_log_q, ref_gap - ref_log_total)
         gradient += weight * p * (_surprise(log_q) - divergence)
-    else:  # at the label as a difference of 1 - q and 1 - p, which keep their accuracy where p and q are close to 1
+    else:
         q = tl.exp(ref_gap) * ref_scale
-        gradient += weight * tl.where(is_label, ref_rest - rest, p - q)
+        gradient += weight * tl.where(is_label, label_difference, p - q)
     gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
     store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
 
@@ -205,6 +205,10 @@ def _divergence_gradient_kernel(
         ref_max, ref_total, ref_rest, label_log_q, lowered = _reference_row(
             ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row, HAS_STRENGTHS
         )
+        # p - q of the label. Where p is close to 1 it is (1 - q) - (1 - p), which were summed without the label; where
+        # p is small, these two are close to 1, and their difference would lose the digits that p and q have.
+        label_p = tl.exp(tl.load(statistics_ptr + row))
+        label_difference = tl.where(rest < 0.5, ref_rest - rest, label_p - tl.exp(label_log_q))
         scale = 1.0 / total
         ref_scale = 1.0 / ref_total
         ref_log_total = tl.log(ref_total)
@@ -215,13 +219,13 @@ def _divergence_gradient_kernel(
         for start in range(0, tail, BLOCK):
             _divergence_gradient_block(
                 logits_row, ref_row, out_row, start + lanes, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
-                ref_rest, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+                label_difference, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
                 SCALED, CAPPED, SOUL, OUT_DTYPE, True,
             )  # fmt: skip
         if tail < n_vocab:
             _divergence_gradient_block(
                 logits_row, ref_row, out_row, tail + lanes, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
-                ref_rest, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
+                label_difference, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
                 SCALED, CAPPED, SOUL, OUT_DTYPE, False,
             )  # fmt: skip
     else:

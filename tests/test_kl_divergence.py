@@ -105,6 +105,28 @@ def test_memorised_by_both(rest, kind, strengths, device):
     assert_rows_close(gradient, want_gradient, 2 * tol.ONE_MINUS_P, "dlogits")
 
 
+@pytest.mark.parametrize("strengths", [None, [0.0, 1.0, 3.0, 5.0]])
+@pytest.mark.parametrize("distance", [1.0, 1e-2])
+def test_gradient_at_an_unlikely_label(distance, strengths, device):
+    """Where p and q of the label are about 1/V, its gradient p - q is as exact as that of any other token.
+
+    1 - p and 1 - q are then close to 1, and their difference would carry the rounding of 1: 6e-8 against p of 2e-5.
+    """
+    n_vocab = 50257
+    logits = torch.randn(4, n_vocab, device=device)
+    ref_logits = logits + torch.randn(4, n_vocab, device=device) * distance
+    labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab // 3], device=device)
+    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    strengths = None if strengths is None else torch.tensor(strengths, device=device)
+    _, gradient = run(logits, ref_logits, labels, zeros, weights, strengths=strengths)
+    _, want = oracle(logits, ref_logits, labels, zeros, weights, strengths=strengths)
+    p = logits.double().softmax(1)
+    error = ((gradient.double() - want).abs() / p).gather(1, labels[:, None])
+    # The logits of size 5 and the logarithms of the sums, 11, are rounded by 1e-6 at most; so p and q are.
+    larger = (want.abs() / p).gather(1, labels[:, None]).clamp(min=1.0)  # q may be larger than p
+    assert (error <= 1e-5 * larger).all(), error
+
+
 def test_equal_distributions_are_exactly_zero_apart(device):
     logits = torch.randn(4, 5000, device=device) * 5
     labels, ones = torch.arange(4, device=device), torch.ones(4, device=device)
@@ -133,9 +155,11 @@ def test_masked_entries_ignored_rows_and_low_precision(device):
 @pytest.mark.parametrize("old, new", [
     ("far = q * (d - 1.0) + p", "far = q * d"),
     ("near = q * d * d * (0.5", "near = q * d * d * (1.0"),
-    ("ref_rest - rest, p - q)", "rest - ref_rest, p - q)"),
-    ("ref_rest - rest, p - q)", "p - q, p - q)"),  # 1 - p is lost
-    ("ref_rest - rest, p - q)", "ref_rest - rest, q - p)"),
+    ("ref_rest - rest, label_p", "rest - ref_rest, label_p"),
+    ("label_difference, p - q)", "p - q, p - q)"),  # 1 - p is lost
+    # The digits of an unlikely label's p are lost.
+    ("tl.where(rest < 0.5, ref_rest - rest, label_p - tl.exp(label_log_q))", "ref_rest - rest"),
+    ("label_difference, p - q)", "label_difference, q - p)"),
     ("_surprise(log_q) - divergence", "_surprise(log_q)"),
     ("tl.where(columns == label, ref_z - lowered, ref_z)", "ref_z - lowered"),
     ("total = others + at_label", "total = total"),
@@ -154,3 +178,4 @@ def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
             test_lowered_labels(kind, device)
             test_capped_and_scaled_logits(kind, device)
             test_memorised_by_both(1e-9, kind, [4.0] * 4, device)
+        test_gradient_at_an_unlikely_label(1e-2, None, device)
