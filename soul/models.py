@@ -68,9 +68,20 @@ def load(name, *, dtype="float32", device="cpu"):
     if missing:
         got, remedy = f"{name} without {missing[0]} ({len(missing)} missing)", "was it saved to the end, and by this family?"
         raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
+    _unmap(model)
     model.to(device)
     check_linear_head(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _unmap(model):
+    """Copy what is still a view of the file that it was loaded from, one tensor at a time. Transformers maps safetensors into
+    memory; if the file were overwritten the weights would change, and if it were truncated the process would end by SIGBUS.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
+            tensor.data = tensor.data.clone()
 
 
 def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):
