@@ -154,7 +154,7 @@ class Unlearner:
                 with checkpoints.listening():  # a model that is there is saved, whatever comes
                     self._merge(merge)
                     save_model(self.model, self.tokenizer, output)
-                    checkpoints.remove()
+                    checkpoints.end(output)
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
         return records
