@@ -180,18 +180,19 @@ class Checkpoints:
         """Notes in the output directory that the run has ended, and removes the checkpoints. The model is saved there before;
         the log is flushed to the disk here, before the checkpoints that have its records are removed.
 
-        Nothing is raised, since the run has succeeded. If the note cannot be written, the checkpoints stay, with a warning.
+        Nothing is raised, since the run has succeeded. If the log cannot be flushed, the checkpoints stay, with a warning.
         """
         try:
             for path in (output / name for name in ("log.jsonl", DATA_FILE, RUN_FILE)):
                 if path.is_file():
                     sync(path)
-            write_text(output / ENDED_FILE, "The model of this run is saved here. Its checkpoints are not needed any more.\n")
         except OSError as error:
-            text = f"the model is saved, and checkpoints are left behind in {self.directory} ({reason(error)})"
+            text = f"the model is saved; checkpoints are left behind, since log.jsonl may not be whole ({reason(error)})"
             warnings.warn(f"{output}: {text}", stacklevel=2)
-        else:
-            Checkpoints.remove(self)
+            return
+        with contextlib.suppress(OSError):  # a full disk; without checkpoints the run has ended too
+            write_text(output / ENDED_FILE, "The model of this run is saved here. Its checkpoints are not needed any more.\n")
+        Checkpoints.remove(self)
 
     def remove(self):
         """Removes them all, and the directory: the run has ended, and what it made is safe elsewhere. What cannot be removed
