@@ -770,13 +770,13 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_no_other_run(tokenizer, tmp_p
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
     described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
-    positions = [*range(0, len(whole), 199), *range(begin, whole.index(b'"environment"'), 5)]
+    positions = [*range(0, len(whole), 401), *range(begin, whole.index(b'"environment"'), 11)]
     checkpoints, readable = Checkpoints(tmp_path, resume=True), 0
     for position in positions:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << random.randrange(7)]) + whole[position + 1 :])
         checkpoints.check(described)
         readable += parses(path)
-    assert readable > 50
+    assert readable > 30
     path.write_bytes(whole.replace(b'"lr": 0.001', b'"lr": 0.003', 1))
     with pytest.warns(UserWarning, match="step-6: damaged .checksum of training.json.; trying the one before it"):
         assert run(tokenizer, Checkpoints(tmp_path, resume=True))[1] == want
