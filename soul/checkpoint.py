@@ -6,8 +6,10 @@ A checkpoint is a directory ``step-N``, after N steps::
     training.safetensors   tensors of the optimizer and of torch's random generators
     training.json          everything else: schedule, data order, log, what run it is, checksums of the other two
 
-It is written under another name, flushed to the disk and renamed, and only then is an older one removed. It is trusted only
-if its checksums are right. Nothing in it is pickled.
+It is written under another name, flushed to the disk and renamed, and only then is an older one removed, which is renamed
+first. It is trusted only if its checksums are right. Nothing in it is pickled. When the model of a run is in its output
+directory, a file there says so (``ENDED_FILE``), and the checkpoints are removed; from that file on the run has ended,
+whatever becomes of them.
 """
 
 import contextlib
@@ -18,14 +20,14 @@ import re
 import shutil
 import signal
 import threading
-import uuid
 import warnings
 
 import torch
 
 from soul.distributed import Processes, whole_state
+from soul.files import discard, flush, reason, scratch_path, sweep, sync, whole, write_text
 from soul.models import has_adapters
-from soul.output import lock
+from soul.output import DATA_FILE, RUN_FILE, lock
 from soul.reference import base_weights, digest
 from soul.run_state import (
     FORMAT,
@@ -39,7 +41,7 @@ from soul.run_state import (
     own,
     random_state,
     read,
-    safetensors_errors,
+    read_state,
     set_random_state,
     unpacked,
     warn_of_environment,
@@ -47,9 +49,10 @@ from soul.run_state import (
 )
 from soul_kernels._checks import argument_error
 
-NAME = re.compile(r"step-(\d+)")
+NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # which no shape of a tensor shows
 MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
+ENDED_FILE = "soul_ended.txt"  # in the output directory, once the model is safe there
 
 
 class Stopped(RuntimeError):
@@ -93,7 +96,8 @@ class Checkpoints:
     def steps(self):
         """Steps of the checkpoints that are there, whole or not, the newest first."""
         found = self.directory.iterdir() if self.directory.is_dir() else ()
-        return sorted((int(match[1]) for path in found if (match := NAME.fullmatch(path.name))), reverse=True)
+        matches = (NAME.fullmatch(path.name) for path in found if path.is_dir())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
 
     def path(self, step):
         """The directory of one checkpoint."""
@@ -106,7 +110,7 @@ class Checkpoints:
             OSError: the directory cannot be written.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        _sweep(self.directory)
+        sweep(self.directory)
 
     @contextlib.contextmanager
     def alone(self):
@@ -143,7 +147,7 @@ class Checkpoints:
         state = {"format": FORMAT, **about(step, model, parts, records, run, random_state(), tensors)}
         files = {"model": own(changing(model)), "training": own(tensors)}
         state["checksums"] = {name: file_digest(content) for name, content in files.items()}
-        aside = self.aside()
+        aside = scratch_path(self.directory)
         try:
             self.clear()
             aside.mkdir()
@@ -154,13 +158,9 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             raise self.not_saved(step, error) from error
 
-    def aside(self):
-        """The name under which a checkpoint is written, before it is renamed."""
-        return self.directory / f".{uuid.uuid4().hex}.tmp"
-
     def not_saved(self, step, error):
         """The OSError to raise."""
-        return OSError(f"{self.directory}: step {step} could not be saved ({_reason(error)})")
+        return OSError(f"{self.directory}: step {step} could not be saved ({reason(error)})")
 
     def commit(self, aside, step, state):
         """Makes a checkpoint of a directory that has its tensors; then removes the oldest ones."""
@@ -168,19 +168,40 @@ class Checkpoints:
         flush(aside)
         target = self.path(step)
         if target.exists():  # one that was found damaged, and has been reached again
-            target.rename(self.aside())
+            target.rename(scratch_path(self.directory))
         aside.rename(target)
-        _sync(self.directory)
+        sync(self.directory)
         later = [s for s in self.steps() if s > step]  # damaged, or the run would have gone on from there
         for old in [*later, *self.steps()[len(later) + self.keep :]]:
-            shutil.rmtree(self.path(old))
-        Checkpoints.clear(self)
+            discard(self.path(old))
+        sweep(self.directory)
+
+    def end(self, output):
+        """Notes in the output directory that the run has ended, and removes the checkpoints. The model is saved there before;
+        the log is flushed to the disk here, before the checkpoints that have its records are removed.
+
+        Nothing is raised, since the run has succeeded. If the log cannot be flushed, the checkpoints stay, with a warning.
+        """
+        try:
+            for path in (output / name for name in ("log.jsonl", DATA_FILE, RUN_FILE)):
+                if path.is_file():
+                    sync(path)
+        except OSError as error:
+            text = f"the model is saved; checkpoints are left behind, since log.jsonl may not be whole ({reason(error)})"
+            warnings.warn(f"{output}: {text}", stacklevel=2)
+            return
+        with contextlib.suppress(OSError):  # a full disk; without checkpoints the run has ended too
+            write_text(output / ENDED_FILE, "The model of this run is saved here. Its checkpoints are not needed any more.\n")
+        Checkpoints.remove(self)
 
     def remove(self):
-        """Removes them all, and the directory: the run has ended, and what it made is safe elsewhere."""
+        """Removes them all, and the directory: the run has ended, and what it made is safe elsewhere. What cannot be removed
+        is warned of.
+        """
         for step in reversed(self.steps()):
-            shutil.rmtree(self.path(step))
-        _sweep(self.directory)
+            discard(self.path(step))
+        if self.directory.is_dir():
+            sweep(self.directory)
         with contextlib.suppress(OSError):  # there is something else in it
             self.directory.rmdir()
 
@@ -200,12 +221,10 @@ class Checkpoints:
             got, remedy = f"step {steps[0]} in {self.directory}", "resume, or choose another directory"
             raise argument_error("checkpoints", "a directory without any", got, remedy)
         for step in steps:
-            with contextlib.suppress(Exception):  # a damaged one says nothing; what it was is found out by load
-                saved = json.loads((self.path(step) / "training.json").read_text(encoding="utf-8"))["state"]["run"]
-                break
-        else:
-            return
-        check_same(saved, run)
+            state, wrong = read_state(self.path(step))
+            if wrong is None:  # a damaged one says nothing; `load` passes it over
+                check_same(state["run"], run)
+                return
 
     def load(self, model, parts, run):
         """Brings a run to where its newest whole checkpoint was written; one that is damaged is passed over with a warning.
@@ -265,9 +284,16 @@ class Checkpoints:
             signal.signal(signal.SIGTERM, before)
 
 
+def is_saved(directory):
+    """Tells whether there is the model of a run in its output directory."""
+    return any((directory / name).is_file() for name in MODEL_FILES)
+
+
 def has_ended(directory, checkpoints):
-    """Tells whether there is the model of a run in its output directory, and nothing that the run could go on from."""
-    return any((directory / name).is_file() for name in MODEL_FILES) and not checkpoints.steps()
+    """Tells whether the run of an output directory has ended: its model is there, and so is the note of `Checkpoints.end`, or
+    nothing that the run could go on from.
+    """
+    return is_saved(directory) and ((directory / ENDED_FILE).is_file() or not checkpoints.steps())
 
 
 def describe(model, forget, retain, config):
@@ -304,23 +330,14 @@ def save_model(model, tokenizer, directory):
 
 
 def _save_model(model, tokenizer, directory, state):
-    aside = directory / f".{uuid.uuid4().hex}.tmp"
     try:
-        _sweep(directory)
-        aside.mkdir()
-        with safetensors_errors(), _valid_generation_config(model, aside):
-            model.save_pretrained(aside, **state)
-        tokenizer.save_pretrained(aside)
-        flush(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name in MODEL_FILES):
-            if path.is_dir():  # left by a save that was interrupted here
-                shutil.rmtree(directory / path.name, ignore_errors=True)
-            os.replace(path, directory / path.name)
-        _sync(directory)
+        sweep(directory)
+        with whole(directory, last=MODEL_FILES) as aside:
+            with _valid_generation_config(model, aside):
+                model.save_pretrained(aside, **state)
+            tokenizer.save_pretrained(aside)
     except OSError as error:
-        raise OSError(f"{directory}: the model could not be saved ({_reason(error)})") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{directory}: the model could not be saved ({reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -331,41 +348,11 @@ def _valid_generation_config(model, aside):
         if given is not None:
             given.save_pretrained(aside)
     except ValueError as error:
-        reason = str(error).strip().splitlines()
-        warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(reason[:2])})", stacklevel=2)
+        lines = str(error).strip().splitlines()
+        warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(lines[:2])})", stacklevel=2)
         model.generation_config = type(given).from_model_config(model.config)
     try:
         yield
     finally:
         if given is not None:
             model.generation_config = given
-
-
-def _sweep(directory):
-    for left in directory.glob(".*.tmp"):
-        shutil.rmtree(left)
-
-
-def flush(directory):
-    """Waits until all files of a directory, and the directory, are on the disk."""
-    for path in directory.iterdir():
-        if path.is_dir():
-            flush(path)
-        else:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-    _sync(directory)
-
-
-def _sync(directory):
-    if os.name == "nt":  # directories cannot be opened there
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error):
-    return error.strerror or str(error)

@@ -24,7 +24,7 @@ def main(argv=None):
     """
     words = sys.argv[1:] if argv is None else argv
     parser, parser_of = _parsers()
-    command = words[0] if words else ""
+    command, args = words[0] if words else "", None
     try:
         args = parser.parse_args(expand(words, parser_of))
         if launched() > 1 and command != "unlearn":
@@ -34,8 +34,8 @@ def main(argv=None):
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        remedy = "; --resume goes on from a checkpoint, where there is one" if command == "unlearn" else ""
-        print(f"soul {command}: interrupted; no model was saved{remedy}", file=sys.stderr)
+        left = unlearn.left(args) if command == "unlearn" and args is not None else "no model was saved"
+        print(f"soul {command}: interrupted; {left}", file=sys.stderr)
         return 130
     except Stopped as error:
         print(f"soul {command}: {error}", file=sys.stderr)

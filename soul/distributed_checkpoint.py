@@ -8,7 +8,6 @@ begin with a pickle. All processes must see the directory.
 """
 
 import dataclasses
-import os
 import shutil
 import warnings
 
@@ -29,6 +28,7 @@ from soul._extras import require
 from soul._shards import is_sharded
 from soul.checkpoint import Checkpoints
 from soul.distributed import Processes
+from soul.files import scratch_path, sync
 from soul_kernels._checks import argument_error
 
 FORMAT = "shards 1"
@@ -52,6 +52,10 @@ class ShardedCheckpoints(Checkpoints):
         """As in `Checkpoints`."""
         self.processes.on_first(super().clear)
 
+    def end(self, output):
+        """As in `Checkpoints`."""
+        self.processes.on_first(lambda: Checkpoints.end(self, output))
+
     def remove(self):
         """As in `Checkpoints`."""
         self.processes.on_first(super().remove)
@@ -66,7 +70,7 @@ class ShardedCheckpoints(Checkpoints):
         states = self.processes.gather(run_state.random_state())
         state = {"format": FORMAT, **run_state.about(step, model, parts, records, run, states, tensors)}
         tensors |= {MODEL + name: tensor for name, tensor in run_state.changing(model).items()}
-        aside = self.processes.of_first(self.aside())
+        aside = self.processes.of_first(scratch_path(self.directory))
         writer = _Writer(aside)
         try:
             self.clear()
@@ -166,8 +170,7 @@ class _Writer(dcp.StorageWriter):
         tensors = run_state.own({_key(item.index): planner.resolve_data(item).detach().cpu() for item in plan.items})
         path = self.path / f"{plan.storage_data}.safetensors"
         run_state.write_tensors(tensors, path)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())  # by the process that has written it
+        sync(path)  # by the process that has written it
         place = (plan.storage_data, run_state.file_digest(tensors))
         return _done([WriteResult(item.index, tensors[_key(item.index)].nbytes, place) for item in plan.items])
 

@@ -1,12 +1,11 @@
 """Evaluation logs in TOFU's layout: one JSON file a set, ``{column: {row: value}}``; read, checked, written."""
 
 import json
-import os
 import pathlib
-import uuid
 
 import torch
 
+from soul.files import write_text
 from soul.metrics import MEMBERSHIP, MEMORIZATION
 from soul.output import DATA_FILE
 from soul_kernels._checks import argument_error
@@ -199,12 +198,4 @@ def write_json(path, value):
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     path = check_new_file(path, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_text(path, text)

@@ -31,7 +31,7 @@ def pick_device(name="auto"):
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
-def load(name, *, dtype="float32", device="cpu"):
+def load(name, *, dtype="float32", device="cpu", mapped=False):
     """Loads model and tokenizer from a directory or a hub name; a directory of adapters with the model that it names.
 
     Code that comes with a model is never run: weights are safetensors or, in old repositories, tensors only
@@ -41,6 +41,8 @@ def load(name, *, dtype="float32", device="cpu"):
         name: directory, or name on the hub.
         dtype: "float32", "bfloat16" or "float16", of the parameters.
         device: where to put the model.
+        mapped: on a CPU, weights may stay views of their files, which processes then share; for a caller that copies them at
+            once. False: the model does not depend on its files afterwards.
 
     Raises:
         ArgumentError: there is no such model, weights of it are missing, or `check_linear_head` refuses it.
@@ -69,8 +71,20 @@ def load(name, *, dtype="float32", device="cpu"):
         got, remedy = f"{name} without {missing[0]} ({len(missing)} missing)", "was it saved to the end, and by this family?"
         raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
     model.to(device)
+    if not mapped:
+        _unmap(model)
     check_linear_head(model)
     return model, tokenizer
+
+
+@torch.no_grad()
+def _unmap(model):
+    """Copy what is still a view of the file that it was loaded from, one tensor at a time. Transformers maps safetensors into
+    memory; if the file were overwritten the weights would change, and if it were truncated the process would end by SIGBUS.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
+            tensor.data = tensor.data.clone()
 
 
 def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):

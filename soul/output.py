@@ -8,6 +8,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+from soul.files import is_scratch
 from soul_kernels._checks import ArgumentError, argument_error
 
 RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
@@ -15,7 +16,8 @@ DATA_FILE = "data.json"  # what became of the rows
 
 
 def check_output(directory, resume=False):
-    """Returns the path of an output directory that does not exist yet or is empty; creates nothing.
+    """Returns the path of an output directory that does not exist yet or is empty; creates nothing. What a killed process has
+    left under a scratch name of `soul.files` does not count.
 
     Args:
         directory: path of the directory.
@@ -30,7 +32,7 @@ def check_output(directory, resume=False):
         raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
     if resume and (directory / RUN_FILE).is_file():
         return directory
-    if os.path.lexists(directory) and (not directory.is_dir() or any(directory.iterdir())):
+    if os.path.lexists(directory) and not (directory.is_dir() and all(map(is_scratch, directory.iterdir()))):
         if resume:
             got = f"{directory} without {RUN_FILE}"
             raise argument_error("resume", "the output directory of a run, or a new one", got, "check --output")

@@ -8,9 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
-import uuid
 import warnings
 
 import torch
@@ -18,6 +16,7 @@ import torch
 from soul._extras import require
 from soul.batches import collate
 from soul.distributed import Processes, full, gathered
+from soul.files import whole
 from soul.models import as_reference, autocast, has_adapters, head, hidden_states, token_logps
 from soul.output import check_writable
 from soul_kernels._checks import argument_error
@@ -187,17 +186,11 @@ def _read(path, name, key, shape):
 
 
 def _write(path, name, key, tensor):
-    """All or nothing: a file of another name, flushed to the disk, is renamed."""
+    """All or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{uuid.uuid4().hex}.tmp")
     metadata = {"key": key, "checksum": digest({name: tensor})}
-    try:
-        require("safetensors.torch", "hf").save_file({name: tensor.contiguous()}, aside, metadata)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with whole(path.parent) as aside:
+        require("safetensors.torch", "hf").save_file({name: tensor.contiguous()}, aside / path.name, metadata)
 
 
 def _key(name, model, dataset, tokenizer, convention):

@@ -1,11 +1,8 @@
 """What a checkpoint holds beside its place on the disk: a run as JSON values and named tensors, checked when it is read."""
 
-import contextlib
 import hashlib
 import json
-import os
 import random
-import re
 import warnings
 
 import torch
@@ -13,20 +10,11 @@ import torch
 from soul._extras import require
 from soul._shards import is_sharded
 from soul.distributed import Processes
+from soul.files import os_errors
 from soul.reference import digest
 from soul_kernels._checks import argument_error
 
 FORMAT = 1  # of the files; another number is not read
-
-
-@contextlib.contextmanager
-def safetensors_errors():
-    """The library says of a full disk what it says of a broken file; here it is an OSError again."""
-    try:
-        yield
-    except require("safetensors", "hf").SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(*((int(number[1]), os.strerror(int(number[1]))) if number else (str(error),))) from error
 
 
 def write_tensors(tensors, path):
@@ -35,7 +23,7 @@ def write_tensors(tensors, path):
     Raises:
         OSError: it could not be written.
     """
-    with safetensors_errors():
+    with os_errors():
         require("safetensors.torch", "hf").save_file(tensors, path)
 
 
@@ -51,6 +39,19 @@ def own(tensors):
     return {n: t if t.untyped_storage().nbytes() == t.numel() * t.element_size() else t.clone() for n, t in tensors.items()}
 
 
+def read_state(path):
+    """Return the state of a checkpoint and None, or None and what is wrong with it. No tensors are read, and nothing in
+    ``training.json`` is used before its checksum is found right.
+    """
+    try:
+        content = json.loads((path / "training.json").read_text(encoding="utf-8"))
+        state = content["state"]
+        intact = content["checksum"] == checksum(state)
+    except Exception as error:  # a truncated or foreign file
+        return None, f"not readable ({type(error).__name__}: {error})"
+    return (state, None) if intact else (None, "damaged (checksum of training.json)")
+
+
 def read(path, number=FORMAT, needed=lambda names: names):
     """State and tensors of a checkpoint, and None; or None and what is wrong with it.
 
@@ -59,16 +60,15 @@ def read(path, number=FORMAT, needed=lambda names: names):
         number: the format.
         needed: which of the files with tensors are read.
     """
+    state, wrong = read_state(path)
+    if wrong is not None:
+        return None, wrong
     try:
-        content = json.loads((path / "training.json").read_text(encoding="utf-8"))
-        state, given = content["state"], content["checksum"]
         if state["format"] != number:
             return None, f"of format {state['format']}, not {number}"
-        if given != checksum(state):
-            return None, "damaged (checksum of training.json)"
         names = needed(list(state["checksums"]))
         files = {n: require("safetensors.torch", "hf").load_file(path / f"{n}.safetensors") for n in names}
-    except Exception as error:  # whatever the libraries say of a truncated or foreign file
+    except Exception as error:  # whatever the library says of a truncated or foreign file
         return None, f"not readable ({type(error).__name__}: {error})"
     for name, tensors in files.items():
         if file_digest(tensors) != state["checksums"][name]:

@@ -71,7 +71,8 @@ class Unlearner:
         rows = {name: self._rows(name, source) for name, source in given.items()}
         if by_name:
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
-            model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
+            # One card has no room for the whole model. `distributed.shard` copies what each process needs.
+            model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
@@ -154,7 +155,7 @@ class Unlearner:
                 with checkpoints.listening():  # a model that is there is saved, whatever comes
                     self._merge(merge)
                     save_model(self.model, self.tokenizer, output)
-                    checkpoints.remove()
+                    checkpoints.end(output)
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
         return records

@@ -183,7 +183,7 @@ def test_a_disk_that_fails_leaves_nothing_but_the_numbers_are_told(place, monkey
         raise OSError("no space left on device")
 
     before = files_in(place)
-    monkeypatch.setattr("soul.eval_logs.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     assert main(from_logs(place)) == 1
     assert files_in(place) == before
     assert "model_utility" in capsys.readouterr().out  # they may have taken hours

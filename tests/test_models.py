@@ -1,3 +1,4 @@
+import os
 import types
 
 import pytest
@@ -175,3 +176,28 @@ def test_a_body_that_the_prefix_does_not_find():
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert model.base_model is model
     models.check_linear_head(model)
+
+
+@pytest.mark.parametrize("family, adapters", [("llama, tied", False), ("llama, untied", False), ("llama, untied", True)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_model_does_not_depend_on_its_files(dtype, family, adapters, tmp_path):
+    """Transformers maps safetensors into memory, where no conversion makes a copy: they are overwritten, then truncated."""
+    tiny_model(family).to(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+    directory = tmp_path / "model"
+    if adapters:
+        model = lora_model(family)
+        model.peft_config["default"].base_model_name_or_path = str(directory)
+        model.save_pretrained(tmp_path / "adapters")
+        directory = tmp_path / "adapters"
+    tiny_tokenizer().save_pretrained(directory)
+    model, _ = models.load(directory, dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for path in tmp_path.rglob("*.safetensors"):
+        with open(path, "rb+") as file:
+            file.write(b"x" * path.stat().st_size)
+    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    assert not changed
+    for path in tmp_path.rglob("*.safetensors"):
+        os.truncate(path, 0)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (family == "llama, tied")

@@ -17,9 +17,10 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import soul
-from soul import checkpoint, run_state
+from soul import checkpoint, files, run_state
 from soul import output as output_module
 from soul.checkpoint import Checkpoints, Stopped, describe, save_model
 from soul.cli import main
@@ -583,10 +584,250 @@ def test_numbers_are_checked(tmp_path):
 
 
 def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_path):
-    (tmp_path / ".0123.tmp").mkdir()
+    files.scratch_path(tmp_path).mkdir()
+    files.scratch_path(tmp_path).write_text("half of a file")
     save_model(tiny_model(), tokenizer, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and not any(n.endswith(".tmp") for n in names)
+
+
+def plant(directory):
+    """Put files of somebody else's into a directory; return their names."""
+    (directory / ".x.tmp").write_text("x")
+    (directory / ".y.tmp").symlink_to(directory.parent)
+    (directory / ".z.tmp").symlink_to(directory / "nothing")
+    files.scratch_path(directory).symlink_to(directory.parent)
+    (directory / ".d.tmp").mkdir()
+    return {path.name for path in directory.iterdir()}
+
+
+def test_files_of_somebody_else_are_neither_removed_nor_in_the_way(tokenizer, tmp_path):
+    for name in ("output", "checkpoints"):
+        (tmp_path / name).mkdir()
+    planted = {name: plant(tmp_path / name) for name in ("output", "checkpoints")}
+    save_model(tiny_model(), tokenizer, tmp_path / "output")
+    (tmp_path / "checkpoints" / "step-9").write_text("no checkpoint")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=1)
+    run(tokenizer, checkpoints)
+    assert checkpoints.steps() == [6]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        checkpoints.remove()
+    for name, names in planted.items():
+        assert names <= {path.name for path in (tmp_path / name).iterdir()}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == planted["checkpoints"] | {"step-9"}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_files_have_the_modes_that_the_umask_asks_for(umask, tokenizer, tmp_path):
+    """Of a saved model, a checkpoint and a reference cache; safetensors makes files of mode 0600."""
+    before = os.umask(umask)
+    try:
+        run(tokenizer, Checkpoints(tmp_path / "checkpoints", every=6), method="npo", reference_cache=str(tmp_path / "cache"))
+        save_model(tiny_model(), tokenizer, tmp_path)
+    finally:
+        os.umask(before)
+    modes = {str(path.relative_to(tmp_path)): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "tokenizer.json", "checkpoints/step-6/model.safetensors"} <= modes.keys()
+    assert any(name.startswith("cache/logps-") for name in modes)
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+
+
+class Interruption(KeyboardInterrupt):
+    """Ctrl-C."""
+
+
+def fail_at(number, error, patch):
+    """Raise an error in one of the calls that change what is in a directory, and in all later ones of an OSError."""
+    left = [number]
+
+    def failing(real):
+        def call(*args, **options):
+            left[0] -= 1
+            if left[0] == 0 or (left[0] < 0 and isinstance(error, OSError)):
+                raise error
+            return real(*args, **options)
+
+        return call
+
+    for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
+        patch.setattr(os, name, failing(getattr(os, name)))
+    return left
+
+
+def files_below(output):
+    return [path for path in (output / "checkpoints").rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), Interruption()], ids=["error", "Ctrl-C"])
+def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_ended(error, place, capsys, monkeypatch):
+    """An error, or Ctrl-C, in each of the calls after the model was saved. Then the same command with --resume."""
+    options, notes = ("--epochs", "1", "--save-every", "3"), []  # one checkpoint, after the last step
+    if not (place / "undisturbed").exists():
+        assert main(words(place, "undisturbed", *options)) == 0
+    for number in range(1, 100):
+        output, armed = place / f"removed {type(error).__name__} {number}", []
+
+        def save(*args, number=number, armed=armed):
+            save_model(*args)
+            armed.append(fail_at(number, error, patch))
+
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr("soul.unlearner.save_model", save)
+            status = main(words(place, output.name, *options))
+        said, told = capsys.readouterr().err, [str(warning.message) for warning in caught]
+        if armed[0][0] > 0:  # there are no more calls
+            assert status == 0 and not (output / "checkpoints").exists()
+            break
+        if isinstance(error, OSError):
+            assert status == 0
+            assert any("could not be removed" in t for t in told) or files_below(output) == []
+        else:
+            assert status == 130 and f"interrupted; the model is saved in {output}" in said
+            assert ("checkpoints are left behind" in said) == (output / "checkpoints").exists()
+        notes.append((output / checkpoint.ENDED_FILE).is_file())
+        assert weights(output) == weights(place / "undisturbed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            assert main(words(place, output.name, *options, "--resume")) == 0
+        assert ("this run has ended" in capsys.readouterr().out) == notes[-1]
+        assert weights(output) == weights(place / "undisturbed") and log_of(output) == log_of(place / "undisturbed")
+    assert len(notes) > 5 and notes == sorted(notes) and notes[-5:] == [True] * 5  # the note comes before the first removal
+
+
+def test_a_full_disk_at_the_very_end_hides_no_model(tmp_path, monkeypatch):
+    """No room for the note: checkpoints are removed all the same, which makes some. No room for the log: they stay."""
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / name).write_text("{}")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the model is saved; checkpoints are left behind"):
+        patch.setattr(os, "fsync", full)
+        checkpoints.end(tmp_path)
+    assert checkpoints.steps() == [3] and not checkpoint.has_ended(tmp_path, checkpoints)
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch.setattr(pathlib.Path, "write_text", full)
+        checkpoints.end(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
+    assert checkpoint.has_ended(tmp_path, checkpoints)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_path, monkeypatch):
+    """And it is whole, or has no name of a checkpoint any more."""
+    _, want = run(tokenizer)
+    for name in ("rename", "unlink"):
+        directory = tmp_path / name
+
+        class Stubborn(Checkpoints):
+            def commit(self, *args, name=name):
+                with monkeypatch.context() as patch:
+                    real = getattr(os, name)
+
+                    def call(path, *args, **options):
+                        if name == "unlink" or NAME_OF_A_CHECKPOINT.fullmatch(os.path.basename(path)):
+                            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+                        return real(path, *args, **options)
+
+                    patch.setattr(os, name, call)
+                    super().commit(*args)
+
+        with pytest.warns(UserWarning, match="could not be removed"):
+            _, records = run(tokenizer, Stubborn(directory, every=2, keep=1))
+        assert records == want
+        steps = Checkpoints(directory).steps()
+        assert steps == ([6, 4, 2] if name == "rename" else [6])
+        assert all(run_state.read(directory / f"step-{step}")[1] is None for step in steps)
+    run(tokenizer, Checkpoints(tmp_path / "unlink", resume=True))
+    assert [path.name for path in (tmp_path / "unlink").iterdir()] == ["step-6"]  # the halves are gone
+
+
+NAME_OF_A_CHECKPOINT = checkpoint.NAME
+
+
+def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(place, monkeypatch):
+    flushed, at_removal, real = set(), [], os.fsync
+
+    def fsync(descriptor):
+        real(descriptor)
+        flushed.add(os.fstat(descriptor).st_ino)
+
+    def remove(self):
+        at_removal.append(set(flushed))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Checkpoints, "remove", remove)
+    assert main(words(place, "flushed", "--epochs", "1")) == 0
+    (flushed,) = at_removal
+    names = ("log.jsonl", "soul_config.json", "data.json", "model.safetensors", "config.json")
+    assert {name for name in names if (place / "flushed" / name).stat().st_ino in flushed} == set(names)
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_is_no_other_run(tokenizer, tmp_path):
+    """In JSON that can be read all the same: a number of the options, a letter of a name. The one before it is taken."""
+    _, want = run(tokenizer, Checkpoints(tmp_path, every=2))
+    path = tmp_path / "step-6" / "training.json"
+    whole = path.read_bytes()
+    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    positions = [*range(0, len(whole), 401), *range(begin, whole.index(b'"environment"'), 11)]
+    checkpoints, readable = Checkpoints(tmp_path, resume=True), 0
+    for position in positions:
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << random.randrange(7)]) + whole[position + 1 :])
+        checkpoints.check(described)
+        readable += parses(path)
+    assert readable > 30
+    path.write_bytes(whole.replace(b'"lr": 0.001', b'"lr": 0.003', 1))
+    with pytest.warns(UserWarning, match="step-6: damaged .checksum of training.json.; trying the one before it"):
+        assert run(tokenizer, Checkpoints(tmp_path, resume=True))[1] == want
+
+
+def parses(path):
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def test_a_run_does_not_depend_on_the_files_that_it_went_on_from(tokenizer, tmp_path):
+    """Safetensors maps files into memory."""
+
+    class Overwritten(Checkpoints):
+        def load(self, *args):
+            records = super().load(*args)
+            for path in self.directory.glob("step-*/*"):
+                with open(path, "rb+") as file:
+                    file.write(b"x" * path.stat().st_size)
+            return records
+
+    whole, want = run(tokenizer)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 3))
+    model, records = run(tokenizer, Overwritten(tmp_path, resume=True))
+    assert same(model, whole) and records == want
+
+
+def test_a_disk_that_is_full_at_the_tokenizer_is_an_error_of_the_system(place, capsys, monkeypatch):
+    """In the library's own words, which it raises as a plain Exception."""
+    real = PreTrainedTokenizerBase.save_pretrained
+
+    def save_pretrained(*args, **options):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            return real(*args, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    argv = words(place, "full at the tokenizer", "--epochs", "1", "--save-every", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
+        assert main(argv) == 1
+    err = capsys.readouterr().err
+    assert "the model could not be saved (File too large); with --resume it goes on after step 3" in err
+    assert not (place / "full at the tokenizer" / "config.json").exists()
+    assert main([*argv, "--resume"]) == 0
 
 
 def test_a_run_is_described_by_content(tokenizer):

@@ -1,19 +1,26 @@
 import dataclasses
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 import re
+import shutil
+import signal
 import statistics
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from soul import corpus
 from soul.cli import main
 from soul.data import encode
 from soul.evaluate import answer_probability, generate, kl_divergence
+from soul.files import scratch_path
 from soul.models import load
 from soul.output import lock
+from soul.study import run as study_run
 from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
 from soul.study.data import demo_data, tofu_data
 from soul.study.fronts import LOSES, OPEN, TIES, WINS, chance, choose, hypervolume, pareto, scores, verdict
@@ -287,13 +294,21 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
             run_study(output, data, config)
 
 
-def test_the_report_of_one_seed_speaks_of_no_spread(tmp_path):
-    """As of the presets tofu and demo; of rates that six digits do not hold, and, in one arm, of runs that all diverge."""
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory):
+    """A study that is complete, and its report: rates that six digits do not hold, and an arm of which all runs diverge."""
     lrs = {"adamw": (1e-3 / 3,), "soul": (1e-3 / 7,), "soul_retain": (1e30,), "soul_gnb": (1e-3 / 3,)}
     config = dataclasses.replace(TINY, seeds=(4,), train_epochs=1, epochs=1, lrs=lrs, dampings=(0.1 / 3,))
-    data, output = demo_data(config), check_ready(tmp_path / "out", config)
+    data, output = demo_data(config), check_ready(tmp_path_factory.mktemp("study") / "out", config)
     results = run_study(output, data, config)
-    text = write_report(Study(output, data, config), results, title="One").read_text()
+    write_report(Study(output, data, config), results, title="One")
+    return Study(output, data, config)
+
+
+def test_the_report_of_one_seed_speaks_of_no_spread(one_seed):
+    """As of the presets tofu and demo."""
+    output = one_seed.output
+    text = (output / "report.md").read_text()
     assert report(json.loads((output / "results.json").read_text()), title="One") == text
     text = " ".join(text.split())
     assert "With one seed (4), two Llamas" in text and "One seed tells nothing of the spread: no verdict." in text
@@ -301,6 +316,113 @@ def test_the_report_of_one_seed_speaks_of_no_spread(tmp_path):
     assert re.search(difference, text) and text.count("/1 seed |") == 4 and "/1 seed, 1 of 1 runs diverged |" in text
     for word in ("±", "interval", "wins", "deviation", "over the seeds", "Per seed", "Of each seed", "three", " seeds"):
         assert word not in text, word
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("study.json", halve, "study.json: expected JSON, got broken JSON .*; start the study in a new directory"),
+    ("study.json", "null", "study.json: expected a JSON object of a study, got NoneType; start the study in a new"),
+    ("study.json", '{"data": ""}', "study.json: expected a JSON object of a study, got an object without 'config'"),
+    ("seed4/full.json", halve, "full.json: expected JSON, .*; remove this file, and run the study again"),
+    ("seed4/start.json", halve, "start.json: expected JSON, .*; remove this file, and run the study again"),
+    ("seed4/runs/npo_soul_lr0.000142857_alpha1.json", halve, "alpha1.json: expected JSON, .*; remove this file, and run"),
+    ("seed4/runs/npo_soul_lr0.000142857_alpha1.json", "{}", "alpha1.json: .* got an object without 'objective'; remove"),
+    ("tokenizer/tokenizer.json", halve, "tokenizer: expected the tokenizer of the study, got a damaged one"),
+    ("tokenizer/tokenizer.json", pathlib.Path.unlink, "tokenizer: expected the tokenizer of the study, got a damaged one"),
+])  # fmt: skip
+def test_a_damaged_file_of_a_study_is_named(name, damage, message, one_seed, tmp_path, monkeypatch):
+    """Before anything is computed."""
+    output = tmp_path / "out"
+    shutil.copytree(one_seed.output, output)
+    if isinstance(damage, str):
+        (output / name).write_text(damage)
+    else:
+        damage(output / name)
+    (output / "seed4" / "runs" / "npo_adamw_lr0.000333333_alpha1.json").unlink()  # there would be something to do
+    ran = []
+    monkeypatch.setattr("soul.study.run.run_one", lambda *args: ran.append(args))
+    with pytest.raises(ValueError, match=message):
+        run_study(output, one_seed.data, one_seed.config)
+    assert not ran
+
+
+def test_a_damaged_file_that_the_report_is_made_of_is_named(one_seed, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(one_seed.output, output)
+    study = Study(output, one_seed.data, one_seed.config)
+    scratch_path(output / "seed4" / "runs").write_text("what a killed process has left")
+    (output / "results.json").write_text("")
+    with pytest.raises(ValueError, match="results.json: expected JSON, .*; remove this file, and run the study again"):
+        run_study(output, one_seed.data, one_seed.config)
+    (output / "results.json").unlink()
+    results = run_study(output, one_seed.data, one_seed.config)
+    assert len(results["rows"]) == 5 and not [*output.rglob(".*.tmp")]
+    (log,) = (output / "seed4" / "runs").glob("npo_adamw_*.jsonl")
+    log.write_bytes(log.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"alpha1.jsonl: expected JSON lines, .*; remove it and npo_adamw_\S*alpha1.json, and"):
+        write_report(study, results, title="Damaged")
+
+
+class Killed(BaseException):
+    """Here and now; nothing is cleaned up."""
+
+
+@pytest.mark.parametrize("file", ["study.json", "tokenizer.json", "tokenizer_config.json"])
+def test_a_study_that_was_killed_while_it_wrote_a_file_goes_on(file, tmp_path, monkeypatch):
+    """The file is half there, wherever it is being written."""
+    config, output = dataclasses.replace(TINY, seeds=(0,)), tmp_path / "out"
+    data, real = demo_data(config), os.fsync
+
+    def fsync(descriptor):
+        path = pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+        if path.name == file or (file == "study.json" and path.parent.name == "out"):
+            halve(path)
+            raise Killed
+
+    def save_pretrained(tokenizer, directory, *, real=PreTrainedTokenizerBase.save_pretrained, **options):
+        real(tokenizer, directory, **options)
+        if (pathlib.Path(directory) / file).exists():
+            halve(pathlib.Path(directory) / file)
+            raise Killed
+
+    reached = []
+
+    def train(*args):
+        reached.append(args)
+        raise Killed
+
+    monkeypatch.setattr("soul.study.run._train", train)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)
+        patch.setattr(pathlib.Path, "unlink", lambda *args, **options: None)
+        run_study(check_ready(output, config), data, config)
+    assert not reached
+    with pytest.raises(Killed):
+        run_study(check_ready(output, config), data, config)
+    assert reached
+    assert {path.name for path in output.iterdir()} == {"study.json", "tokenizer"}
+    want = train_tokenizer([*data.forget, *data.retain], config.vocab_size).get_vocab()
+    assert AutoTokenizer.from_pretrained(output / "tokenizer").get_vocab() == want
+
+
+def test_a_worker_that_dies_is_an_error_of_the_system(one_seed, monkeypatch):
+    """As by the kernel, for want of memory. Workers are forked here, since it takes seconds to start others."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: context)
+    monkeypatch.setattr("soul.study.run._in_worker", None)
+    with pytest.raises(OSError, match="unlearn: a worker process has died, .*; the same command goes on from the results in "):
+        with study_run._workers(dataclasses.replace(TINY, workers=2)) as each:
+            each(_die, one_seed, [1, 2, 3], "unlearn")
+
+
+def _die(study, job):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_rounding_makes_no_run_better_than_its_start(tmp_path, monkeypatch):

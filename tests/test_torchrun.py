@@ -3,6 +3,7 @@
 A set of processes takes seconds to start: most runs share one (tests/torchrun_worker.py).
 """
 
+import errno
 import json
 import os
 import pathlib
@@ -11,15 +12,19 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
+from soul import distributed
+from soul.checkpoint import has_ended
 from soul.cli import main
 from soul.config import UnlearnConfig
 from soul.distributed import TORCHRUN, check_supported
+from soul.distributed_checkpoint import ShardedCheckpoints
 from soul.unlearn import unlearn
 from tests.models import examples, tiny_model, tiny_tokenizer
 from tests.torchrun_worker import run
@@ -272,3 +277,62 @@ def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_s
             assert other == (pytest.approx(one, rel=1e-3, abs=1e-5) if tolerance else one)
         for name, tensor in weights.items():
             assert torch.allclose(tensor, whole["weights"][name], rtol=0, atol=tolerance), name
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def sharded_run(checkpoints):
+    """One run of 6 steps of a model in shards; its log."""
+    model = distributed.shard(tiny_model(), torch.device("cpu"))
+    config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
+    records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
+    return [record["loss"] for record in records]
+
+
+def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_no_other_run(group_of_one, tmp_path):
+    """As in tests/test_resume.py; files of one process, by the code of several."""
+    want = sharded_run(ShardedCheckpoints(tmp_path, every=2))
+    path = tmp_path / "step-6" / "training.json"
+    whole = path.read_bytes()
+    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    for position in range(begin, whole.index(b'"environment"'), 23):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 7]) + whole[position + 1 :])
+        ShardedCheckpoints(tmp_path, resume=True).check(described)
+    path.write_bytes(whole.replace(b'"lr": 0.001', b'"lr": 0.003', 1))
+    with pytest.warns(UserWarning, match="step-6: damaged .checksum of training.json.; trying the one before it"):
+        assert sharded_run(ShardedCheckpoints(tmp_path, resume=True)) == want
+
+
+def test_an_error_while_the_last_sharded_checkpoints_are_removed_does_not_hide_the_model(group_of_one, tmp_path, monkeypatch):
+    """At each of the removals; what is left has no name of a checkpoint, or is whole."""
+    sharded_run(ShardedCheckpoints(tmp_path / "run" / "checkpoints", every=3))
+    (tmp_path / "run" / "config.json").write_text("{}")  # of the model, which is saved before
+    for number in range(10):
+        output, left = tmp_path / f"removed {number}", [number]
+        shutil.copytree(tmp_path / "run", output)
+        checkpoints = ShardedCheckpoints(output / "checkpoints")
+
+        def unlink(*args, left=left, real=os.unlink, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(*args, **options)
+
+        assert not has_ended(output, checkpoints)
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr(os, "unlink", unlink)
+            checkpoints.end(output)
+        assert has_ended(output, checkpoints) and (output / "soul_ended.txt").is_file()
+        if not caught:  # nothing was left to remove
+            assert number == 4 and not checkpoints.directory.exists()
+            break
+        assert "could not be removed" in str(caught[0].message) and not checkpoints.steps()

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import pathlib
 import time
 
 from soul._extras import require
@@ -104,6 +105,18 @@ def run(args):
 
     with started(pick_device(args.device)):
         _run(args)
+
+
+def left(args):
+    """Return what an interrupted run has left in its output directory, in words."""
+    from soul.checkpoint import is_saved
+
+    output = pathlib.Path(args.output)
+    if not is_saved(output):
+        return "no model was saved; --resume goes on from a checkpoint, where there is one"
+    checkpoints = output / "checkpoints"
+    rest = f"; checkpoints are left behind in {checkpoints}" if checkpoints.exists() else ""
+    return f"the model is saved in {output}{rest}"
 
 
 def _run(args):

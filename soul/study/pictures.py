@@ -7,6 +7,7 @@ from soul._extras import require
 from soul.study.config import ARMS, INFLUENCE, OBJECTIVES, Run
 from soul.study.fronts import pareto
 from soul.study.results import GRID, TITLES
+from soul_kernels._checks import argument_error
 
 COLORS = {arm: f"C{index}" for index, arm in enumerate(ARMS)} | {INFLUENCE: "0.35"}
 MARKERS = {arm: marker for arm, marker in zip(ARMS, "os^D")} | {INFLUENCE: "x"}
@@ -75,8 +76,13 @@ def _scatter(found, path, x, y, label, front=False):
 def _log(study, row):
     """The records of a run, or none where it wrote no log."""
     options = tuple((name, row[name]) for name in GRID if name in row)
-    path = study.result(Run(row["seed"], row["objective"], row["arm"], options)).with_suffix(".jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    result = study.result(Run(row["seed"], row["objective"], row["arm"], options))
+    path = result.with_suffix(".jsonl")
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        got, remedy = f"broken JSON ({type(error).__name__})", f"remove it and {result.name}, and run the study again"
+        raise argument_error(str(path), "JSON lines, the log of a run", got, remedy) from None
 
 
 def _curves(found, study, path):

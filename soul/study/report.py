@@ -1,10 +1,10 @@
 """The report of a study: markdown made of its results alone, and the files around it."""
 
 import json
-import os
 import statistics
 import textwrap
 
+from soul.files import write_text
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS, chance
 from soul.study.pictures import draw
@@ -276,10 +276,10 @@ def write_report(study, results, *, title):
         seed: start | {part: _rounded(start[part]) for part in ("full", "retain")} for seed, start in results["starts"].items()
     }
     results = {**results, "starts": starts, "rows": [_rounded(row) for row in results["rows"]]}
-    _replace(study.output / RESULTS_FILE, json.dumps(results, separators=(",", ":")) + "\n")
+    write_text(study.output / RESULTS_FILE, json.dumps(results, separators=(",", ":")) + "\n")
     draw(Results(results), study, study.output)
     path = study.output / "report.md"
-    _replace(path, report(results, title=title))
+    write_text(path, report(results, title=title))
     return path
 
 
@@ -288,9 +288,3 @@ def _rounded(row):
     found by what the config says.
     """
     return {n: float(f"{value:.6g}") if isinstance(value, float) and n not in GRID else value for n, value in row.items()}
-
-
-def _replace(path, text):
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)

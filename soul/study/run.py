@@ -17,8 +17,10 @@ import time
 import torch
 
 from soul._extras import require
+from soul.checkpoint import save_model
 from soul.config import UnlearnConfig
 from soul.eval_logs import write_json
+from soul.files import sweep, sync, whole
 from soul.influence import unlearn_once
 from soul.models import load, pick_device
 from soul.output import check_output, lock
@@ -88,16 +90,21 @@ def run_study(output, data, config):
     _claim(output / STUDY_FILE, identity)
     with open(output / STUDY_FILE, "a", encoding="utf-8") as file:
         lock(file, "output", output)  # two would write the same models at once
+        for directory in (output, *output.glob("seed*"), *output.glob("seed*/*")):
+            if directory.is_dir():
+                sweep(directory)
         _save_tokenizer(study)
-        starts = [(seed, part) for seed in config.seeds for part in ("full", "retain") if not _trained(study, seed, part)]
-        todo = [run for run in runs(config) if not study.result(run).exists()]
+        starts = [(seed, part) for seed in config.seeds for part in ("full", "retain") if _trained(study, seed, part) is None]
+        unmeasured = [seed for seed in config.seeds if _read(study.start(seed), "full", "retain", "training") is None]
+        todo = [run for run in runs(config) if _read(study.result(run), "objective", "arm", "seed") is None]
         with _workers(config) as each:
             each(_train, study, starts, "train")
-            each(_measure_start, study, [seed for seed in config.seeds if not study.start(seed).exists()], "measure")
+            each(_measure_start, study, unmeasured, "measure")
             each(run_one, study, todo, "unlearn")
     kept, past = {}, output / RESULTS_FILE
     if not starts and not todo and past.exists():  # only the report is made anew
-        kept = {name: value for name, value in _read(past).items() if name in ("environment", "seconds", "resumed")}
+        before = _read(past, "environment", "seconds", "resumed")
+        kept = {name: before[name] for name in ("environment", "seconds", "resumed")}
     results = {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "data": data.note,
@@ -127,7 +134,7 @@ def _cpu():
 
 def _claim(path, identity):
     if path.exists():
-        found = _read(path)
+        found = _read(path, "config", "data", remedy="start the study in a new directory")
         wrong = [key for key in identity["config"] if found["config"].get(key) != identity["config"][key]]
         if wrong or found["data"] != identity["data"]:
             got = f"one with another {', '.join(wrong) or 'set of texts'}"
@@ -158,9 +165,13 @@ def _workers(config):
                     function(study, job)
                     bar.update()
             else:
-                for done in concurrent.futures.as_completed([pool.submit(function, study, job) for job in jobs]):
-                    done.result()
-                    bar.update()
+                try:
+                    for done in concurrent.futures.as_completed([pool.submit(function, study, job) for job in jobs]):
+                        done.result()
+                        bar.update()
+                except concurrent.futures.BrokenExecutor as error:
+                    text = f"{title}: a worker process has died, for want of memory perhaps; the same command goes on"
+                    raise ChildProcessError(f"{text} from the results in {study.output}") from error
 
     logging = require("transformers", "hf").utils.logging
     shown = logging.is_progress_bar_enabled()
@@ -197,15 +208,24 @@ def _save_tokenizer(study):
     place = study.output / "tokenizer"
     if not (place / "tokenizer_config.json").exists():
         examples = [*study.data.forget, *study.data.retain]
-        train_tokenizer(examples, study.config.vocab_size).save_pretrained(place)
+        place.mkdir(exist_ok=True)
+        with whole(place, last=("tokenizer_config.json",)) as aside:
+            train_tokenizer(examples, study.config.vocab_size).save_pretrained(aside)
+    _tokenizer(study)
 
 
 def _tokenizer(study):
-    return require("transformers", "hf").AutoTokenizer.from_pretrained(study.output / "tokenizer", local_files_only=True)
+    place = study.output / "tokenizer"
+    try:
+        return require("transformers", "hf").AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception as error:  # whatever the libraries say of a truncated file
+        got, remedy = f"a damaged one ({type(error).__name__})", "restore it from seed*/full, or start in a new directory"
+        raise argument_error(str(place), "the tokenizer of the study", got, remedy) from error
 
 
 def _trained(study, seed, part):
-    return (study.seed_dir(seed) / f"{part}.json").exists()
+    """What is known of the training of one of the two models of a seed; None where it has not ended."""
+    return _read(study.seed_dir(seed) / f"{part}.json", "loss", "parameters", "seconds")
 
 
 def _train(study, job):
@@ -216,8 +236,8 @@ def _train(study, job):
     examples = data.retain if part == "retain" else [*data.forget, *data.retain]
     losses = train(model, encode_for(model, tokenizer, examples, UnlearnConfig(), part), config, seed)
     place = study.seed_dir(seed) / part
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    place.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, place)
     parameters = sum(p.numel() for p in model.parameters())
     seconds = clock()
     write_json(place.with_name(f"{part}.json"), {"loss": losses, "parameters": parameters, "seconds": seconds})
@@ -240,7 +260,7 @@ def start_of(study, seed):
 def _measure_start(study, seed):
     """Measures the two models of a seed."""
     start = start_of(study, seed)
-    training = {part: _read(study.seed_dir(seed) / f"{part}.json") for part in ("full", "retain")}
+    training = {part: _trained(study, seed, part) for part in ("full", "retain")}
     numbers = {part: measure(model, start) for part, model in (("full", start.full), ("retain", start.retain_model))}
     write_json(study.start(seed), {"seed": seed, "training": training, **numbers})
 
@@ -265,11 +285,12 @@ def unlearn_config(run, config):
 def run_one(study, run):
     """One run, and what is measured on its model, to its file; and its log beside it. One that diverged is a result."""
     start, path = start_of(study, run.seed), study.result(run)
+    log = path.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     row = {"seed": run.seed, "objective": run.objective, "arm": run.arm, **dict(run.options)}
     model, clock = copy.deepcopy(start.full), _clock(study.config)
     try:
-        records = _unlearn(model, start, study, run, path.with_suffix(".jsonl"))
+        records = _unlearn(model, start, study, run, log)
         row |= {"seconds": clock(), "steps": len(records)}
         clipped = [record["clip_fraction"] for record in records if "clip_fraction" in record]
         if clipped:
@@ -281,6 +302,8 @@ def run_one(study, run):
     except Diverged as error:
         row["diverged"] = str(error)
     row["all_seconds"] = clock()
+    if log.exists():
+        sync(log)  # before the result, which says that the run is complete
     write_json(path, row)
 
 
@@ -304,5 +327,20 @@ def _unlearn(model, start, study, run, log):
     return [record]
 
 
-def _read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read(path, *names, remedy="remove this file, and run the study again, which computes it anew"):
+    """Return a JSON object that has all of these names; None where there is no such file.
+
+    Raises:
+        ArgumentError: the file is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise argument_error(str(path), "JSON", f"broken JSON ({type(error).__name__})", remedy) from None
+    missing = [name for name in names if not isinstance(value, dict) or name not in value]
+    if missing or not isinstance(value, dict):
+        got = f"an object without {missing[0]!r}" if isinstance(value, dict) else type(value).__name__
+        raise argument_error(str(path), "a JSON object of a study", got, remedy)
+    return value

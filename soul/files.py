@@ -1,0 +1,141 @@
+"""Files that are there as a whole or not at all.
+
+Whatever must survive a kill is written into a scratch directory beside its destination, flushed to the disk, and moved into
+place; whatever is removed is renamed first. So a name that means something never stands for half of it. A scratch directory
+has a random name, by which `sweep` recognises what a killed process has left behind. Everything else in a directory belongs
+to somebody else: it is not removed, and it is not in the way.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import uuid
+import warnings
+
+SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")
+
+
+def scratch_path(directory: pathlib.Path) -> pathlib.Path:
+    """Return a new name in a directory, for what is not complete yet or is being removed."""
+    return directory / f".{uuid.uuid4().hex}.tmp"
+
+
+def is_scratch(path: pathlib.Path) -> bool:
+    """Tell whether `scratch_path` has made this name. It makes none for a symbolic link."""
+    return SCRATCH.fullmatch(path.name) is not None and not path.is_symlink()
+
+
+def sweep(directory: pathlib.Path) -> None:
+    """Remove what killed processes have left in a directory under scratch names. What cannot be removed is warned of."""
+    try:
+        for path in list(directory.iterdir()):
+            if is_scratch(path):
+                _delete(path)
+    except OSError as error:
+        warnings.warn(f"{directory}: what a killed process left there could not be removed ({reason(error)})", stacklevel=2)
+
+
+def discard(path: pathlib.Path) -> None:
+    """Remove a file or a directory. It is renamed first, so that half of it never has its name; an error is only warned of."""
+    try:
+        path = path.rename(scratch_path(path.parent))
+        _delete(path)
+    except OSError as error:
+        warnings.warn(f"{path}: could not be removed ({reason(error)})", stacklevel=2)
+
+
+def _delete(path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def whole(directory: pathlib.Path, last: tuple = ()):
+    """Yield an empty scratch directory, and move the files that the block has written there into ``directory``.
+
+    The files are on the disk before the first one is moved, and have the modes that the umask asks for. If the block raises,
+    none of them is moved.
+
+    Args:
+        directory: exists. Files of the same names are replaced.
+        last: names of files that are moved after all others: where one of them is, the others are.
+
+    Raises:
+        OSError: something could not be written, also where a library calls that something else.
+    """
+    aside = scratch_path(directory)
+    try:
+        aside.mkdir()
+        with os_errors():
+            yield aside
+        flush(aside)
+        for path in sorted(aside.iterdir(), key=lambda path: path.name in last):
+            target = directory / path.name
+            if path.is_dir() and os.path.lexists(target):  # a directory replaces nothing but an empty one
+                discard(target)
+            os.replace(path, target)
+        sync(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a text file as a whole or not at all.
+
+    Raises:
+        OSError: it could not be written; a file that was there is as it was.
+    """
+    with whole(path.parent) as aside:
+        (aside / path.name).write_text(text, encoding="utf-8")
+
+
+def flush(directory: pathlib.Path) -> None:
+    """Give all files of a new directory the modes that the umask asks for, and wait until they are on the disk."""
+    mode = directory.stat().st_mode & 0o666  # the umask cannot be read without changing it, but a new directory shows it
+    for path in directory.iterdir():
+        if path.is_dir():
+            flush(path)
+        else:
+            with contextlib.suppress(OSError):  # file systems without modes
+                path.chmod(mode)  # safetensors writes 0600
+            sync(path)
+    sync(directory)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Wait until a file, or the list of names in a directory, is on the disk."""
+    if path.is_dir():
+        if os.name == "nt":  # directories cannot be opened there
+            return
+        descriptor = os.open(path, os.O_RDONLY)
+    else:
+        descriptor = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def os_errors():
+    """Raise an OSError where safetensors or tokenizers report one of the system, a full disk for instance, as another type."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        if type(error).__name__ == "SafetensorError":
+            raise OSError(str(error)) from error
+        raise
+
+
+def reason(error: OSError) -> str:
+    """Return what the system says of an error, without numbers and paths."""
+    return error.strerror or str(error)
