@@ -34,9 +34,10 @@ def salt(seed, tensor):
 
 
 def noise(salt, step, numel, device):
-    """One 32-bit word for every element of a tensor at one step, [numel] int64."""
+    """One 32-bit word for every element of a tensor at one step, a number or a tensor of one, [numel] int64."""
     index = torch.arange(numel, device=device)
-    key = mix(mix((salt + int(step) * PRIME) & WORD) ^ (index >> 32))
+    step = step.long() if isinstance(step, torch.Tensor) else int(step)  # never read: a tensor may be without data
+    key = mix(mix((salt + step * PRIME) & WORD) ^ (index >> 32))
     return mix(key ^ (index & WORD))
 
 
