@@ -290,9 +290,10 @@ class Parts:
             storage, size = param.untyped_storage(), param.element_size()
             if storage.data_ptr() not in strided:
                 continue
-            mark = marks.setdefault(storage.data_ptr(), torch.zeros(storage.nbytes(), dtype=torch.bool, device="cpu"))
+            if storage.data_ptr() not in marks:
+                marks[storage.data_ptr()] = torch.zeros(storage.nbytes(), dtype=torch.bool, device="cpu")
             strides = [stride * size for stride in param.stride()]
-            view = mark.as_strided((*param.shape, size), (*strides, 1), param.storage_offset() * size)
+            view = marks[storage.data_ptr()].as_strided((*param.shape, size), (*strides, 1), param.storage_offset() * size)
             if view.any():
                 got, remedy = "elements of another parameter", "pass a tied tensor once, and no views of one another"
                 raise argument_error(name, "memory of its own", got, remedy)
