@@ -4,6 +4,7 @@ The kernels are in ``soul_kernels``. Importing this package needs torch alone; w
 (``soul.unlearn``, ``soul.study``, the ``soul`` command) needs the extra ``hf``.
 """
 
+import soul_kernels  # noqa: F401  first: it raises where torch is too old
 from soul import curvature, functional, losses, plan
 from soul.config import UnlearnConfig
 from soul.optimizer import SOUL, SophiaG

@@ -12,7 +12,8 @@ from soul_kernels._checks import (
     check_gradient,
     check_positive,
     check_range,
-    is_dense,
+    has_data,
+    overlaps_itself,
 )
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
@@ -20,6 +21,7 @@ from soul_kernels.sophia_step import EPS_MODES
 
 ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that live on the device with capturable=True
 RHO_AT_START = 0.04  # of rho="auto"
+PUBLISHED = ("lr", "betas", "rho", "weight_decay", "maximize", "capturable")  # the options that the published class has
 
 
 def rounding_of(group):
@@ -31,7 +33,7 @@ def option_on(value, device):
     """An option as the ops take it: a number, or an fp32 tensor on the device. A tensor on the CPU is read: no waiting."""
     if not isinstance(value, torch.Tensor):
         return value
-    if value.device.type == "cpu" and device.type != "cpu":
+    if value.device.type == "cpu" and device.type != "cpu" and has_data(value):
         return float(value)
     return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
 
@@ -39,9 +41,39 @@ def option_on(value, device):
 def merged_options(current, saved):
     """The options of a group and those of a checkpoint, which win but for what belongs to the machine and to the run."""
     merged = current | saved | {name: current[name] for name in ("backend", "capturable")}
+    if "published_code" in current and "state_dtype" in saved:  # of a SophiaG, unless it says something else
+        merged["published_code"] = saved.get("published_code", False)
     if "clip_target" not in saved and current["clip_target"] is not None:
         merged["rho"] = current["rho"]  # a published checkpoint knows a fixed one only
     return merged
+
+
+def check_momentum(current, saved):
+    """Raises where beta1 of a checkpoint would mean another momentum here.
+
+    SOUL's published code averages with its square, and its checkpoints do not say so.
+    """
+    if current.get("published_code") is False and "state_dtype" not in saved and "published_code" not in saved:
+        remedy = "take SOUL(..., published_code=True) or SOUL.as_published(...); if other code has written the checkpoint, put "
+        remedy += "published_code into its param_groups"
+        raise argument_error("published_code", "True for a checkpoint of SOUL's published code", False, remedy)
+    if saved.get("published_code") and "published_code" not in current:
+        remedy = "load it into SOUL; or square betas[0] in its param_groups and set published_code to False there"
+        raise argument_error("state_dict published_code", "False for SophiaG", True, remedy)
+
+
+def published_options(group, betas, known):
+    """The options of a group as the published class has them: numbers, and those that it knows.
+
+    Args:
+        group: the group, as ``state_dict()`` has it.
+        betas: what the published class is to average with.
+        known: names of all options of this class; other entries of the group belong to others, such as schedulers.
+    """
+    published = {name: value for name, value in group.items() if name in PUBLISHED or name not in known}
+    for name in ("lr", "rho", "weight_decay"):
+        published[name] = float(published[name])
+    return published | {"betas": tuple(betas), "capturable": False}  # True fails there
 
 
 def check_releasable(group):
@@ -78,13 +110,20 @@ def check_param_dtype(name, tensor):
 
 def check_bs(bs):
     """Raises unless ``bs`` is positive, where that can be seen without waiting."""
-    if isinstance(bs, torch.Tensor) and bs.device.type != "cpu":
+    if isinstance(bs, torch.Tensor) and (bs.device.type != "cpu" or not has_data(bs)):
         return  # its value is there, and reading it would wait
     check_positive("bs", bs, "pass the number of predictions in the Hessian batch")
 
 
 def check_options(group):
     """Raises for the first option that is not what it may be; waits for no device."""
+    check_values(group)
+    if group["clip_target"] is not None and not isinstance(group["rho"], (str, torch.Tensor)):
+        raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
+
+
+def check_values(group):
+    """Raises for the first option that is not what it may be by itself; `check_options` also compares options."""
     for name in ON_DEVICE:
         value = group[name]
         if isinstance(value, torch.Tensor):
@@ -92,7 +131,7 @@ def check_options(group):
                 raise argument_error(
                     name, "one number", f"a tensor of {value.numel()}", f"use one parameter group for each {name}"
                 )
-            if value.device.type != "cpu":
+            if value.device.type != "cpu" or not has_data(value):
                 continue  # its value is there, and reading it would wait
             value = float(value)
         if name == "bs":
@@ -103,7 +142,7 @@ def check_options(group):
             raise argument_error(
                 name, "a number" + " or 'auto'" * (name == "rho"), repr(value), "check the optimizer's arguments"
             )
-    if len(group["betas"]) != 2:
+    if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
         raise argument_error("betas", "two numbers, of momentum and Hessian", group["betas"], "for instance (0.9, 0.95)")
     for position, beta in enumerate(group["betas"]):
         check_range(f"betas[{position}]", beta, high=1.0)
@@ -112,8 +151,6 @@ def check_options(group):
         check_positive("max_grad_norm", group["max_grad_norm"], "None does not clip")
     if group["clip_target"] is not None:
         check_range("clip_target", group["clip_target"], high=1.0)
-        if not isinstance(group["rho"], (str, torch.Tensor)):
-            raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
         raise argument_error("seed", "an integer", repr(group["seed"]), "for instance 0")
     check_choice("param_rounding", group["param_rounding"], ("auto", *ROUNDINGS))
@@ -130,9 +167,9 @@ def check_group(group, index):
         check_param_dtype(name, param)
         if is_sharded(param):
             _check_sharded(name, param, group)
-        if not is_dense(local(param)):
+        if overlaps_itself(local(param)):
             got = f"shape {tuple(param.shape)} with strides {param.stride()}"
-            raise argument_error(name, "dense strides (no gaps, no overlap)", got, "make it contiguous first")
+            raise argument_error(name, "elements that share no memory", got, "make it contiguous first")
 
 
 def _check_sharded(name, param, group):

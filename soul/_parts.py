@@ -5,11 +5,11 @@ import weakref
 
 import torch
 
-from soul._options import ON_DEVICE, check_options, check_param_dtype
+from soul._options import ON_DEVICE, check_options, check_param_dtype, rounding_of
 from soul._shards import is_sharded, local, place, splits
 from soul._states import STATES, new_state
 from soul_kernels import TensorTable
-from soul_kernels._checks import argument_error, same_layout
+from soul_kernels._checks import argument_error, has_data, is_dense, same_layout
 from soul_kernels._launch import resolve_backend
 
 # Name of a state -> name of the list that the ops take.
@@ -23,6 +23,11 @@ LISTS = {
 COUNTERS = ("step", "hessian_step")
 
 
+_AFTER_TO = (
+    "after model.to(...) call optimizer.load_state_dict(optimizer.state_dict()), which fits the states to the parameters"
+)
+
+
 class Part:
     """Some parameters of one group in one place, each with a state.
 
@@ -34,6 +39,9 @@ class Part:
         table, hessian_table, norm_table: for the launches of `sophia_step`, `hessian_ema` and `grad_norm`.
         telemetry: fp64 [3] on the device, what `sophia_step` counts there.
         numel: coordinates of the parameters, over all shards.
+
+    The ops walk dense tensors. A parameter with gaps, such as a slice of columns, is stepped in a dense buffer: `params_in`
+    copies it there, and `copy_back` returns the result.
     """
 
     def __init__(self, params, states, tensor_ids):
@@ -51,6 +59,24 @@ class Part:
                 self._columns[name] = plural, read
         self._counters = {name: self._flatten(name) for name in COUNTERS if name in states[0]}
         self._corrections = None
+        self._buffers = {i: None for i, p in enumerate(params) if not is_dense(local(p))}  # position -> its dense buffer
+
+    def params_in(self):
+        """The parameters as the ops take them: dense, those with gaps as copies in buffers that stay where they are."""
+        tensors = self.locals(self.params)
+        if self._buffers:
+            tensors = list(tensors)
+        for position, buffer in self._buffers.items():
+            param = tensors[position]
+            if buffer is None or (buffer.dtype, buffer.device, buffer.shape) != (param.dtype, param.device, param.shape):
+                buffer = self._buffers[position] = torch.empty_like(param, requires_grad=False)
+            tensors[position] = buffer.copy_(param)
+        return tensors
+
+    def copy_back(self):
+        """Copies what the ops made of parameters with gaps into these."""
+        for position, buffer in self._buffers.items():
+            local(self.params[position]).copy_(buffer)
 
     def _flatten(self, name):
         """Makes the counters of all states views of one vector, so that one addition moves them all."""
@@ -162,6 +188,7 @@ class Parts:
             raise argument_error("CUDA graph", "the parameters and states of the last step", "others", remedy)
         if fresh:  # known parts are checked by the ops, before anything is changed, at a tenth of the cost
             self.check_gradients()
+            self._check_shared_elements()
         for index, active in fresh.items():
             parts = self._parts[index] = self._make_parts(groups[index], index, active)
             work[index] = groups[index], [(part, part.locals([p.grad for p in part.params])) for part in parts]
@@ -220,17 +247,57 @@ class Parts:
                 self._check_gradient(param, index, position)
 
     def _check_gradient(self, param, index, position):
-        """Checks one gradient, and that parameter and states still lie in memory alike."""
+        """Checks one gradient, and that its parameter is still one that its states were made for."""
         if param.grad is None:
             return
-        name = f"parameter {position} in group {index}"
+        name, group = f"parameter {position} in group {index}", self._optimizer.param_groups[index]
+        check_param_dtype(name, param)
         check_param_dtype(f"the gradient of {name}", param.grad)
-        resolve_backend(self._optimizer.param_groups[index]["backend"], local(param))
+        resolve_backend(group["backend"], local(param))
         state = self._optimizer.state.get(param, {})
+        dense = torch.empty_like(local(param), device="meta")  # laid out as the states are, also where a parameter has gaps
         for key in STATES:
-            if key in state and not same_layout(local(state[key]), local(param)):
+            if key not in state:
+                continue
+            if local(state[key]).device != local(param).device:
+                raise argument_error(name, f"device {local(state[key]).device}, as its {key}", local(param).device, _AFTER_TO)
+            if local(state[key]).shape != dense.shape:
+                got, remedy = tuple(dense.shape), "do not change the shape of a parameter in training"
+                raise argument_error(name, f"shape {tuple(local(state[key]).shape)}, as its {key}", got, remedy)
+            if not same_layout(local(state[key]), dense):
                 got, remedy = f"{param.stride()}", "do not change the memory format of a model in training"
                 raise argument_error(name, f"strides {state[key].stride()}, as its {key}", got, remedy)
+        if "low_bits" in state and param.dtype == torch.float32:
+            raise argument_error(name, "torch.bfloat16 or torch.float16, beside its low_bits", param.dtype, _AFTER_TO)
+        if state and "low_bits" not in state and param.dtype != torch.float32 and rounding_of(group) == "compensated":
+            raise argument_error(name, "torch.float32, or low_bits in its state", f"{param.dtype} without", _AFTER_TO)
+
+    def _check_shared_elements(self):
+        """Raises where a parameter with gaps has elements of another one; of dense parameters the ops know.
+
+        Their ranges of addresses may overlap without a shared element, as those of two slices of columns do: so every byte of
+        their common storage is marked.
+        """
+        names = {}  # parameter -> its name
+        for index, group in enumerate(self._optimizer.param_groups):
+            for position, param in enumerate(group["params"]):
+                if has_data(local(param)):
+                    names.setdefault(param, f"parameter {position} in group {index}")
+        params = [(name, local(param)) for param, name in names.items()]
+        strided = {param.untyped_storage().data_ptr() for _, param in params if not is_dense(param)}
+        marks = {}  # address of a storage -> for each of its bytes, whether a parameter has it
+        for name, param in params if strided else ():
+            storage, size = param.untyped_storage(), param.element_size()
+            if storage.data_ptr() not in strided:
+                continue
+            if storage.data_ptr() not in marks:
+                marks[storage.data_ptr()] = torch.zeros(storage.nbytes(), dtype=torch.bool, device="cpu")
+            strides = [stride * size for stride in param.stride()]
+            view = marks[storage.data_ptr()].as_strided((*param.shape, size), (*strides, 1), param.storage_offset() * size)
+            if view.any():
+                got, remedy = "elements of another parameter", "pass a tied tensor once, and no views of one another"
+                raise argument_error(name, "memory of its own", got, remedy)
+            view.fill_(True)
 
     def _check_capture(self, group, index, grads, bs):
         """A replay repeats what is captured: options by value, and only the parameters that took part."""

@@ -7,9 +7,10 @@ import torch
 from soul._options import rounding_of
 from soul._shards import is_sharded, local
 from soul_kernels._checks import argument_error, same_layout
-from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, load_state
+from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, load_state, split
 
 STATES = ("exp_avg", "hessian")
+MIDDLE = 1 << 31  # of the noise: a weight is then rounded to nearest
 LONG_AGO = 1e6  # updates of a Hessian whose checkpoint does not say how many there were: no bias is left
 
 
@@ -46,6 +47,12 @@ def loaded_state(param, group, counters, saved, cast):
     for name in STATES:
         value, scale = saved[name], f"{name}_scale"
         values = None
+        if not value.is_floating_point() and value.dtype != torch.uint8:
+            remedy = "is it the checkpoint of another optimizer?"
+            raise argument_error(f"state_dict {name}", "floating-point values, or codes in torch.uint8", value.dtype, remedy)
+        if value.is_floating_point() and scale in saved:
+            remedy = "another optimizer took the codes of 8-bit states for values: give it export_published() instead"
+            raise argument_error(f"state_dict {name}", f"codes in torch.uint8 beside {scale}", value.dtype, remedy)
         if value.shape != param.shape:
             remedy = "load the checkpoint of this model"
             raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
@@ -55,7 +62,7 @@ def loaded_state(param, group, counters, saved, cast):
                 got = tuple(saved[scale].shape) if scale in saved else "none"
                 raise argument_error(f"state_dict {scale}", f"{shape} scales", got, "load the checkpoint of this model")
             state[scale] = saved[scale].to(local(param).device, torch.float32, copy=True)
-            if not same_layout(value, param):  # groups are of neighbours in memory
+            if not same_layout(value, state[name]):  # groups are of neighbours in memory
                 values = load_state(value.to(param.device), state[scale], name)
         elif state[name].dtype == torch.uint8 and cast:
             values = value
@@ -79,6 +86,42 @@ def loaded_state(param, group, counters, saved, cast):
             raise argument_error("state_dict low_bits", f"{tuple(param.shape)} of torch.int8", got, remedy)
         state["low_bits"].copy_(low)
     return state
+
+
+def published_state(state):
+    """A copy of a state as the published class has it: values in place of 8-bit codes, and nothing that it does not know."""
+    published = {"step": state["step"].detach().to("cpu", torch.float32, copy=True)}
+    for name in STATES:
+        value, scale = state[name].detach(), state.get(f"{name}_scale")
+        published[name] = value.clone() if scale is None else load_state(value, scale, name)
+    return published
+
+
+def check_fp32(name, param, state, value):
+    """Raises unless ``value`` can be stored in a parameter by `store_fp32`."""
+    check_not_exported("import_fp32", param, state)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.shape != local(param).shape:
+        got = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise argument_error(name, f"{tuple(local(param).shape)} of torch.float32", got, "pass the values of export_fp32()")
+
+
+def check_not_exported(name, param, state):
+    """Raises where a parameter holds the fp32 values of an export."""
+    if "low_bits" in state and local(param).dtype == torch.float32:
+        remedy = "leave the with statement of an export first"
+        raise argument_error(name, "parameters in the dtype of training", "fp32 values beside low bits", remedy)
+
+
+def store_fp32(param, state, value):
+    """``param <- value``, and into the low bits what that leaves, rounded to nearest; in place."""
+    target, low = local(param.detach()), state.get("low_bits")
+    value = value.detach().to(target.device)
+    if low is None:
+        target.copy_(value)
+        return
+    high, rest = split(value, torch.full((), MIDDLE, device=target.device), target.dtype)
+    target.copy_(high)
+    local(low).copy_(rest)
 
 
 class Fp32Parameters(dict, contextlib.AbstractContextManager):

@@ -1,6 +1,8 @@
 """SophiaG and SOUL: states, groups and checkpoints. The arithmetic is in ``soul_kernels``."""
 
 import functools
+import sys
+from collections.abc import Mapping
 
 import torch
 from torch.optim import Optimizer
@@ -8,21 +10,43 @@ from torch.optim import Optimizer
 from soul._options import (
     check_bs,
     check_group,
+    check_momentum,
     check_options,
     check_releasable,
+    check_values,
     merged_options,
     option_on,
+    published_options,
     rounding_of,
     settle_options,
 )
 from soul._parts import COUNTERS, Parts
 from soul._shards import is_sharded, local
-from soul._states import Fp32Parameters, loaded_state
+from soul._states import (
+    Fp32Parameters,
+    check_fp32,
+    check_not_exported,
+    loaded_state,
+    new_state,
+    published_state,
+    store_fp32,
+)
 from soul_kernels import grad_norm, hessian_ema, sophia_step
 from soul_kernels._checks import argument_error, check_overlap
 from soul_kernels.reference.rounding import join
 
 HESSIAN_NOISE = 1 << 62  # update_hessian draws other noise than step
+
+
+class _TrueForGradScaler:
+    """True where torch's GradScaler asks, which then leaves its scale and its verdict to the step; False for all others.
+
+    Trainers that ask clip gradients between unscaling and the step. Lightning refuses to do so where the answer is True, even
+    in bf16, without a scaler. Where it is False, it unscales first, and the scaler tells the step so.
+    """
+
+    def __get__(self, optimizer, owner=None):
+        return sys._getframe(1).f_globals.get("__name__") == "torch.amp.grad_scaler"
 
 
 class SophiaG(Optimizer):
@@ -39,7 +63,8 @@ class SophiaG(Optimizer):
     Nothing in ``step()`` waits for the device.
 
     Args:
-        params: parameters or parameter groups: dense fp32, bf16 or fp16 tensors on any devices, or DTensors.
+        params: parameters or parameter groups: fp32, bf16 or fp16 tensors on any devices, or DTensors. Those with gaps in
+            memory, such as a slice of columns, are stepped in dense copies, which the optimizer keeps.
         lr: learning rate, a float or a tensor of one element.
         betas: decay of the momentum and of the Hessian estimate, each in [0, 1).
         rho: scale of the clipping threshold: the larger, the fewer coordinates are clipped; see `clip_fraction`. "auto"
@@ -70,7 +95,7 @@ class SophiaG(Optimizer):
         ValueError: naming the argument, what was expected, what came, and the remedy.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler leaves its scale and its verdict in grad_scale and found_inf
+    _step_supports_amp_scaling = _TrueForGradScaler()  # the scale and the verdict are then in grad_scale and found_inf
 
     def __init__(
         self,
@@ -96,7 +121,7 @@ class SophiaG(Optimizer):
     ):
         defaults = dict(
             lr=lr,
-            betas=tuple(betas),
+            betas=tuple(betas) if hasattr(betas, "__iter__") else betas,
             rho=rho,
             weight_decay=weight_decay,
             bs=bs,
@@ -113,6 +138,7 @@ class SophiaG(Optimizer):
             eps_mode=eps_mode,
             seed=seed,
         )
+        check_values(defaults)  # an option that is wrong is named even where the parameters are wrong as well
         self._reset()
         super().__init__(params, defaults)
 
@@ -120,12 +146,13 @@ class SophiaG(Optimizer):
         """Forgets what was derived from groups and states."""
         self._parts = Parts(self)
         self._stepped = {}  # group index -> parts of the last step, for telemetry
+        self._norms = {}  # device -> the norm of the gradients in the last step there, always in the same place
         self._norm = self._skipped = None
         self._versions = []  # of the parts' tables, when parameters were last checked for overlap
         self._release = None  # the GradientRelease that steps this optimizer
 
     def __getstate__(self):
-        derived = ("_parts", "_stepped", "_norm", "_skipped", "_versions", "_release")
+        derived = ("_parts", "_stepped", "_norm", "_norms", "_skipped", "_versions", "_release")
         return {name: value for name, value in super().__getstate__().items() if name not in derived}
 
     def __setstate__(self, state):
@@ -206,7 +233,7 @@ class SophiaG(Optimizer):
     def _run(self, work, bs=None):
         """Steps the parts in ``work``: [(group, [(part, gradients)])]."""
         norm, skip = self._norm_and_skip(work)
-        calls = []
+        calls, params = [], []
         for group, parts in work:
             for part, grads in parts:
                 in_step = self._beta2_in_step(group)
@@ -215,9 +242,10 @@ class SophiaG(Optimizer):
                     updates = part.count("hessian_step") if in_step is None else part.count("step") + 1
                     corrections = part.corrections(group["betas"][1], updates)
                 part.telemetry.zero_()
+                params.append(part.params_in())
                 call = functools.partial(
                     sophia_step,
-                    part.locals(part.params),
+                    params[-1],
                     grads,
                     **part.lists(),
                     lr=option_on(group["lr"], part.device),
@@ -246,13 +274,14 @@ class SophiaG(Optimizer):
                 call(check_only=True)
             versions = [part.table.version for _, parts in work for part, _ in parts]
             if versions != self._versions:  # the op has seen the tensors of one part at a time
-                check_overlap({"parameters": [p for _, parts in work for part, _ in parts for p in part.locals(part.params)]})
+                check_overlap({"parameters": [p for tensors in params for p in tensors]})
                 self._versions = versions
         for call in calls:
             call()
-        self._norm = norm
+        self._norm = self._keep(norm)
         for group, parts in work:
             for part, _ in parts:
+                part.copy_back()
                 part.count("step").add_(1 if skip is None else 1 - _move(skip, part.device))
             if group["clip_target"] is not None and parts:
                 self._steer(group, [part for part, _ in parts], skip)
@@ -383,14 +412,61 @@ class SophiaG(Optimizer):
             for group in self.param_groups:
                 for param in group["params"]:
                     value, low = local(param.detach()), self.state[param].get("low_bits") if param in self.state else None
-                    if low is not None and value.dtype == torch.float32:
-                        got, remedy = "fp32 values beside low bits", "leave the with statement of an export first"
-                        raise argument_error("export_fp32", "parameters in the dtype of training", got, remedy)
+                    check_not_exported("export_fp32", param, self.state.get(param, {}))
                     if low is not None:
                         exported[param] = join(value, local(low))
                     else:
                         exported[param] = value.to(torch.float32, copy=True)
         return exported
+
+    @torch.no_grad()
+    def import_fp32(self, values):
+        """Puts fp32 values into the parameters and, with "compensated", their next 8 bits into the states.
+
+        What `export_fp32` has returned comes back exactly. Anything else is rounded to the nearest 24-bit weight, or, with
+        other roundings, to the nearest number of the parameter's dtype.
+
+        Args:
+            values: a dict, parameter -> fp32 tensor of its shape; for a DTensor of the shape of this process's shard.
+                Parameters that are not in it keep their values.
+
+        Raises:
+            ValueError: a value does not fit its parameter, or is of a parameter that is not this optimizer's; nothing was
+                changed.
+        """
+        if not isinstance(values, Mapping):
+            remedy = "pass what export_fp32() has returned"
+            raise argument_error("import_fp32", "a dict, parameter -> fp32 tensor", type(values).__name__, remedy)
+        places = {p: (i, j, group) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
+        for param, value in values.items():
+            if param not in places:
+                got = f"a value for {'a tensor' if isinstance(param, torch.Tensor) else repr(param)} that is none of them"
+                raise argument_error("import_fp32", "parameters of this optimizer as keys", got, "pass {parameter: value}")
+            index, position, _ = places[param]
+            name = f"import_fp32 of parameter {position} in group {index}"
+            check_fp32(name, param, self.state.get(param, {}), value)
+        for param, value in values.items():
+            group = places[param][2]
+            if param.dtype != torch.float32 and rounding_of(group) == "compensated" and not self.state.get(param):
+                self.state[param] = new_state(param, group, self._counters(group))
+            store_fp32(param, self.state.get(param, {}), value)
+
+    def export_published(self):
+        """A checkpoint for the published class, Sophia's or SOUL's, as ``state_dict()`` is one for this class.
+
+        8-bit states are decoded; in a plain ``state_dict()`` the published class would take their codes for values. The options
+        are those of the published class, as numbers. It has none for ``bs``, which goes to its ``step(bs=...)``, and none for
+        what else this class can do, such as ``bias_correction``. SOUL's code averages the momentum with beta1 squared: of a
+        `SOUL` without ``published_code`` the square root of beta1 is exported. The low bits of weights belong to `export_fp32`.
+
+        Returns:
+            A dict of its own memory: ``state`` (``step``, ``exp_avg``, ``hessian``, the latter fp32 or bf16) and
+            ``param_groups``.
+        """
+        checkpoint = self.state_dict()
+        groups = [published_options(group, self._published_betas(group), self.defaults) for group in checkpoint["param_groups"]]
+        states = {key: published_state(state) for key, state in checkpoint["state"].items()}
+        return {"state": states, "param_groups": [group | {"params": list(group["params"])} for group in groups]}
 
     def load_state_dict(self, state_dict):
         """Loads ``state_dict()`` of this class or of the published one.
@@ -398,10 +474,12 @@ class SophiaG(Optimizer):
         Differs from ``torch.optim.Optimizer``: states keep the dtype that they were saved in, where torch casts them to that
         of their parameter (a published checkpoint is brought to this optimizer's ``state_dtype``); options that the checkpoint
         does not have stay as they are; ``backend`` and ``capturable``, which belong to the machine and to the run, stay in
-        any case.
+        any case. Whether a `SOUL` does as its published code does, ``published_code``, is part of the checkpoint, as beta1 is,
+        whose meaning it decides. Checkpoints of the published class do not have it: a SOUL loads them with
+        ``published_code=True`` only.
 
         Raises:
-            ValueError: the checkpoint does not fit the parameters; nothing was changed.
+            ValueError: the checkpoint does not fit the parameters or the class; nothing was changed.
         """
         current = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         states = {}
@@ -420,6 +498,8 @@ class SophiaG(Optimizer):
                     if state_dict["state"].get(key):
                         cast = "state_dtype" not in saved_group
                         states[param] = loaded_state(param, merged, self._counters(merged), state_dict["state"][key], cast)
+            for group, saved_group in zip(current, saved_groups):
+                check_momentum(group, saved_group)
             return state_dict | {"param_groups": options}
 
         def put_in_place(optimizer):  # runs before the user's own hooks
@@ -436,6 +516,14 @@ class SophiaG(Optimizer):
             handle.remove()
             place.remove()
             self._release = release
+
+    def _keep(self, norm):
+        """Copies a norm to where `telemetry` reads it: replays of several CUDA graphs all write there."""
+        if norm is None:
+            return None
+        if norm.device not in self._norms:
+            self._norms[norm.device] = torch.empty_like(norm)
+        return self._norms[norm.device].copy_(norm)
 
     def _total_norm(self, work):
         """The norm of all gradients, fp32 [] on the device of the first part; None without gradients."""
@@ -501,6 +589,9 @@ class SophiaG(Optimizer):
     def _beta2_in_step(self, group):
         return None
 
+    def _published_betas(self, group):
+        return group["betas"]
+
 
 class SOUL(SophiaG):
     """SOUL's optimizer: Sophia whose h is refreshed inside ``step()``, from the same gradient, in the same pass::
@@ -520,7 +611,35 @@ class SOUL(SophiaG):
         **options: those of `SophiaG`.
     """
 
+    @classmethod
+    def as_published(cls, params, lr=5e-6, betas=(0.9, 0.95), **options):
+        """A `SOUL` that does what SOUL's published code does: its momentum, parameters rounded to nearest, and both states of
+        bf16 parameters in bf16. Other states are fp32, those of fp16 parameters as well, of which the published code makes NaN.
+        h in bf16 is rounded stochastically all the same.
+
+        Args:
+            params: parameters or parameter groups, as in `SophiaG`, each group of one dtype.
+            lr: learning rate.
+            betas: decay of the momentum, whose square acts, and of the Hessian estimate.
+            **options: those of `SophiaG`, without ``param_rounding`` and ``state_dtype``.
+
+        Raises:
+            ValueError: an option or a parameter does not fit, or a group has parameters of several dtypes.
+        """
+        storage = dict(param_rounding="nearest", state_dtype=torch.float32)
+        optimizer = cls(params, lr, betas, published_code=True, **storage, **options)
+        for index, group in enumerate(optimizer.param_groups):
+            dtypes = {param.dtype for param in group["params"]}
+            if len(dtypes) > 1:
+                got = " and ".join(sorted(map(str, dtypes)))
+                raise argument_error("params", f"one dtype in group {index}", got, "make a group for each dtype")
+            if dtypes == {torch.bfloat16}:
+                group["state_dtype"] = "bfloat16"
+        return optimizer
+
     def __init__(self, params, lr=5e-6, betas=(0.9, 0.95), *, published_code=False, **options):
+        if not isinstance(published_code, bool):
+            raise argument_error("published_code", "True or False", repr(published_code), "True does as SOUL's code does")
         super().__init__(params, lr, betas, **options)
         self.defaults["published_code"] = published_code  # a group option, so that copies and checkpoints carry it
         for group in self.param_groups:
@@ -539,6 +658,10 @@ class SOUL(SophiaG):
 
     def _beta2_in_step(self, group):
         return group["betas"][1]
+
+    def _published_betas(self, group):
+        beta1, beta2 = group["betas"]
+        return (beta1 if group["published_code"] else beta1**0.5, beta2)
 
 
 def _move(tensor, device):

@@ -4,6 +4,7 @@ Reading ``__all__`` is reading the architecture: every op lives in the module of
 ``soul_kernels.reference`` under the same stem.
 """
 
+from soul_kernels import _versions  # noqa: F401  first: it raises where torch is too old
 from soul_kernels._head_autograd import register_objective
 from soul_kernels._table import TensorTable
 from soul_kernels.grad_norm import grad_norm

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from soul_kernels.reference.rounding import GROUP
 
@@ -57,6 +58,21 @@ def is_dense(tensor):
             return False
         expected *= size
     return True
+
+
+def has_data(tensor):
+    """Tells whether a tensor has memory. On the device meta and under FakeTensorMode it has none: no address, no values."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def overlaps_itself(tensor):
+    """Tells whether two elements of a tensor may lie at the same address, as those of an expanded one do."""
+    reach = 0  # the offset of the last element over the dimensions with smaller strides
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
 
 
 def same_layout(a, b):
@@ -117,7 +133,7 @@ def check_overlap(lists):
     spans = []
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
-            if tensor is not None and tensor.numel():
+            if tensor is not None and tensor.numel() and has_data(tensor):
                 begin = tensor.data_ptr()
                 spans.append((str(tensor.device), begin, begin + tensor.numel() * tensor.element_size(), name, index))
     spans.sort()

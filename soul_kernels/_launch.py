@@ -10,6 +10,7 @@ import os
 import torch
 
 from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._versions import check_version
 
 try:
     import triton
@@ -29,6 +30,8 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
             return function if function is not None else lambda function: function
 
     triton = tl = _NoTriton()
+else:
+    check_version("triton", triton.__version__)
 
 BACKENDS = ("auto", "triton", "reference")
 

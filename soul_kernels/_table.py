@@ -7,7 +7,7 @@ import operator
 
 import torch
 
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import argument_error, has_data
 from soul_kernels._launch import launch, triton_dtype
 from soul_kernels.reference.rounding import salt
 
@@ -88,6 +88,11 @@ class TensorTable:
                 place[role].append((-1 if tensor is None else len(flat), 0))
                 if tensor is not None:
                     flat.append(tensor)
+        self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
+        self.salts = salts
+        if not all(map(has_data, flat)):
+            self.buckets = []  # there is nothing to launch on, and nothing by which the tensors could be known again
+            return
         self._addresses = list(map(torch.Tensor.data_ptr, flat))
         self._read_only = place[read_only][0][0], place[read_only][-1][0] + 1
         columns = {}
@@ -111,12 +116,11 @@ class TensorTable:
                 captured=self._captured,
             )
             self.buckets.append(bucket)
-        self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
         self._guard = _guard(flat)
         self._metadata = None if self._guard else _metadata(flat)
         everything = itertools.chain.from_iterable(filter(None, roles.values()))
         self._absent = [i for i, tensor in enumerate(everything) if tensor is None]
-        self._key, self.salts = key, salts
+        self._key = key
         self._roles = {role: tensors and len(tensors) for role, tensors in roles.items()}
 
     def confirm(self, token):

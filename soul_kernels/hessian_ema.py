@@ -9,6 +9,7 @@ from soul_kernels._checks import (
     check_range,
     check_scales,
     check_tensor_lists,
+    has_data,
     same_layout,
 )
 from soul_kernels._launch import chunk_of_program, chunk_pointer, resolve_backend, tl, triton
@@ -187,7 +188,7 @@ def hessian_ema(
     if backend == "reference":
         _reference_hessian_ema(
             hessians, grads, beta2=beta2, scale=scale, probes=probes, hessian_scales=hessian_scales,
-            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip,
+            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(hessians[0]) else None,
         )  # fmt: skip
         return
     table.launch(

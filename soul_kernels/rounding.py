@@ -44,13 +44,21 @@ def round_nearest(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _words(x, DTYPE: tl.constexpr):
-    """fp32 bits, for fp16 moved to its exponent range and without the sign; one pattern for NaN."""
+def _bits(x, DTYPE: tl.constexpr):
+    """fp32 bits, for fp16 moved to its exponent range and without the sign."""
     if DTYPE == tl.bfloat16:
-        return tl.where(x == x, x.to(tl.uint32, bitcast=True), 0x7FC00000)
+        return x.to(tl.uint32, bitcast=True)
     else:
-        magnitude = (tl.abs(x) * 1.925929944387236e-34).to(tl.uint32, bitcast=True)  # 2^-112
-        return tl.where(x == x, tl.minimum(magnitude, 0x7C00 << 13), 0x7E00 << 13)
+        return (tl.abs(x) * 1.925929944387236e-34).to(tl.uint32, bitcast=True)  # 2^-112
+
+
+@triton.jit
+def _words(x, DTYPE: tl.constexpr):
+    """The same, with one pattern for NaN, and one for all that overflow fp16."""
+    if DTYPE == tl.bfloat16:
+        return tl.where(x == x, _bits(x, DTYPE), 0x7FC00000)
+    else:
+        return tl.where(x == x, tl.minimum(_bits(x, DTYPE), 0x7C00 << 13), 0x7E00 << 13)
 
 
 @triton.jit
@@ -74,7 +82,9 @@ def round_stochastic(x, noise, DTYPE: tl.constexpr):
 def split(x, noise, DTYPE: tl.constexpr):
     """fp32 -> a 16-bit number and the next 8 bits of a 24-bit weight."""
     BELOW: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
-    words = _words(x, DTYPE) + (noise >> (32 - BELOW))
+    LARGEST: tl.constexpr = 3.3961256062618747e38 if DTYPE == tl.bfloat16 else 65519.875
+    # One choice between both forms costs one instruction; a choice of the noise alone would cost three.
+    words = tl.where(tl.abs(x) < LARGEST, _bits(x, DTYPE) + (noise >> (32 - BELOW)), _words(x, DTYPE))
     weight = words >> BELOW
     if DTYPE == tl.float16:
         tiny = weight < 0x80

@@ -13,6 +13,7 @@ from soul_kernels._checks import (
     check_range,
     check_scales,
     check_tensor_lists,
+    has_data,
     same_layout,
 )
 from soul_kernels._launch import chunk_of_program, chunk_pointer, option, resolve_backend, tl, triton
@@ -347,7 +348,8 @@ def sophia_step(
                 params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
                 beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
                 exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
-                salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip, telemetry=telemetry,
+                salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(params[0]) else None,
+                telemetry=telemetry,
             )  # fmt: skip
         return
     table.launch(

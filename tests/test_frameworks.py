@@ -276,6 +276,55 @@ def test_a_step_with_an_infinite_gradient_never_was(dtype, options, device):
     assert_same(snapshot(net, opt), snapshot(reference_net, reference))
 
 
+def test_only_grad_scaler_is_told_that_the_step_unscales(device):
+    """Lightning asks as the functions below do: it unscales and clips by itself where the answer is False, and else refuses to
+    clip, in bf16 without any scaler as well."""
+
+    def handles_unscaling(optimizer):
+        return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+    def clip_gradients(optimizer, net, value):
+        if value > 0 and handles_unscaling(optimizer):
+            raise RuntimeError(f"{type(optimizer).__qualname__} does not allow for gradient clipping")
+        torch.nn.utils.clip_grad_norm_(net.parameters(), value)
+
+    nets = [make_net(device) for _ in range(3)]
+    opts = [SOUL(net.parameters(), lr=0.01, bs=4) for net in nets]
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10)
+    for x, y in batches(3, device):
+        for net, opt, scaled in zip(nets, opts, (False, True, False)):  # bf16-mixed, 16-mixed, a plain loop
+            loss = loss_of(net, x, y)
+            (scaler.scale(loss) if scaled else loss).backward()
+            if scaled and not handles_unscaling(opt):
+                scaler.unscale_(opt)
+            if opt is opts[2]:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            else:
+                clip_gradients(opt, net, 0.1)
+            if scaled:
+                scaler.step(opt)
+                scaler.update()
+            else:
+                opt.step()
+            opt.zero_grad()
+    for net, opt in zip(nets[:2], opts):
+        assert_same(snapshot(net, opt), snapshot(nets[2], opts[2]))
+    opts[0]._step_supports_amp_scaling = False  # as people do with other optimizers
+    assert handles_unscaling(opts[0]) is False
+
+
+def test_grad_scaler_leaves_unscaling_to_the_step(device):
+    """It does not wait for the device then, and takes fp16 parameters, whose gradients it would refuse to unscale."""
+    net = make_net(device, torch.float16)
+    opt = SOUL(net.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
+    scaler.scale(sum((p.float() * 0.5).sum() for p in net.parameters())).backward()
+    seen = []
+    opt.register_step_pre_hook(lambda optimizer, *rest: seen.append((float(optimizer.grad_scale), float(optimizer.found_inf))))
+    scaler.step(opt)
+    assert seen == [(4.0, 0.0)] and all((p.grad == 2).all() for p in net.parameters())
+
+
 def test_update_hessian_takes_scaled_gradients(device):
     """h is quadratic in the gradients: a forgotten scale would be off by 2^20."""
     nets = [make_net(device) for _ in range(3)]
@@ -309,6 +358,34 @@ def test_averaged_model_follows_the_parameters():
         weight = net[0].weight.detach()
         expected = weight.clone() if expected is None else 0.5 * expected + 0.5 * weight
     assert torch.allclose(average.module[0].weight, expected)
+
+
+def test_averaged_model_sees_all_bits_of_24_bit_weights():
+    """As docs/integrations.md has it: with a step far below the last bit of bf16, only the low bits move."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    net = make_net(dtype=torch.bfloat16)
+    opt = SOUL(net.parameters(), lr=2e-5, weight_decay=0.0)
+    start = net[0].weight.detach().clone()
+    with opt.export_fp32():
+        average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    expected = None
+    for x, y in batches(4, dtype=torch.bfloat16):
+        loss_of(net, x, y).backward()
+        opt.step()
+        opt.zero_grad()
+        with opt.export_fp32() as exported:
+            average.update_parameters(net)
+        weight = exported[net[0].weight]
+        expected = weight if expected is None else 0.5 * expected + 0.5 * weight
+    averaged = average.module[0].weight
+    assert averaged.dtype == torch.float32 and net[0].weight.dtype == torch.bfloat16
+    assert torch.allclose(averaged, expected, rtol=1e-7, atol=0)
+    moved = (averaged != start.float()).float().mean()
+    lost = (averaged.bfloat16() == start).float().mean()
+    assert moved > 0.9 and lost > 0.7, (moved, lost)  # of most of it an average in bf16 would see nothing
+    opt.import_fp32({p: average.module.get_parameter(name).detach() for name, p in net.named_parameters()})
+    assert (opt.export_fp32()[net[0].weight] - averaged).abs().max() <= averaged.abs().max() * 2.0**-16
 
 
 def test_hooks_of_the_optimizer_fire():

@@ -5,11 +5,13 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
 import soul
 import soul_kernels
+from soul_kernels import _versions
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOT_OPS = {"rounding"}  # device functions: tested, but nothing to time on their own
@@ -84,6 +86,33 @@ def test_import_is_silent_and_needs_neither_triton_nor_extras():
         "assert abs(p[0][0] - 0.9) < 1e-6",
     )  # fmt: skip
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_an_old_torch_or_triton_is_named_before_anything_fails():
+    """At import, with the versions that setup.py asks for; later versions, and what is no version, pass."""
+    code = """
+        import sys, torch, triton
+        for package, version in ((torch, "2.9.1+cu126"), (triton, "3.5.1")):
+            kept, package.__version__ = package.__version__, version
+            for name in ("soul", "soul_kernels"):
+                try:
+                    __import__(name)
+                    print("imported")
+                except ImportError as error:
+                    print(type(error).__name__, error)
+                for module in [m for m in sys.modules if m.partition(".")[0] in ("soul", "soul_kernels")]:
+                    del sys.modules[module]
+            package.__version__ = kept
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT)
+    torch_line = "ImportError torch: expected version 2.10 or newer, got 2.9.1+cu126; pip install 'torch>=2.10'"
+    triton_line = "ImportError triton: expected version 3.6 or newer, got 3.5.1; pip install 'triton>=3.6'"
+    assert result.stdout.splitlines() == [torch_line] * 2 + [triton_line] * 2 and not result.stderr, result
+    for package, version in (("torch", "2.10.0"), ("torch", "3.0.0a0+git1"), ("torch", "local"), ("triton", "3.10.1")):
+        _versions.check_version(package, version)
+    requirements = (ROOT / "setup.py").read_text()
+    for package, oldest in _versions.OLDEST.items():
+        assert f"{package}>={'.'.join(map(str, oldest))}" in requirements
 
 
 def test_command_names_the_missing_extra(tmp_path):

@@ -3,10 +3,12 @@
 import copy
 import gc
 import math
+import warnings
 import weakref
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from soul import SOUL, SophiaG, curvature
 from tests import tolerances as tol
@@ -166,8 +168,8 @@ def test_bad_options_are_named(options, message):
 
 def test_bad_parameters_and_gradients_change_nothing():
     good = make()
-    with pytest.raises(ValueError, match="parameter 1 in group 0: expected dense strides"):
-        SOUL([good[0], torch.zeros(8)[::2].requires_grad_()])
+    with pytest.raises(ValueError, match="parameter 1 in group 0: expected elements that share no memory"):
+        SOUL([good[0], torch.zeros(3, 1).expand(3, 4).requires_grad_()])
     with pytest.raises(ValueError, match="parameter 0 in group 0: expected a real tensor"):
         SOUL([torch.zeros(3, dtype=torch.complex64).requires_grad_()])
     with pytest.raises(ValueError, match="parameter 0 in group 0: expected dtype"):
@@ -435,3 +437,98 @@ def test_another_default_device_or_dtype_changes_nothing():
                 torch.set_default_dtype(FLOAT)
     for (_, _, a, p), (_, _, b, q) in zip(outcomes[:2], outcomes[2:]):
         assert a == b and all(torch.equal(x, y) for x, y in zip(p, q))
+
+
+@pytest.mark.parametrize("build", [lambda: SophiaG(None, lr=-1), lambda: SOUL(None, lr=-1), lambda: SOUL(iter(()), lr=-1)])
+def test_a_bad_option_is_named_before_bad_parameters(build):
+    with pytest.raises(ValueError, match="^lr: expected a number >= 0.0, got -1"):
+        build()
+
+
+def test_options_of_all_groups_need_no_defaults():
+    """A default that is wrong only together with another one is not used where groups override it."""
+    opt = SOUL([{"params": make(), "rho": "auto"}], clip_target=0.3)
+    assert opt.param_groups[0]["clip_target"] == 0.3
+
+
+@pytest.mark.parametrize("before, after, message", [
+    (FLOAT, BRAIN, "expected torch.float32, or low_bits in its state, got torch.bfloat16 without"),
+    (BRAIN, FLOAT, "expected torch.bfloat16 or torch.float16, beside its low_bits, got torch.float32"),
+    (FLOAT, torch.float64, "expected dtype torch.float32, torch.bfloat16, torch.float16, got torch.float64; convert it first"),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_model_that_was_converted_is_named_with_the_remedy(groups, before, after, message):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2)).to(before)
+    params = list(model.parameters())
+    opt = SOUL(params if groups == 1 else [{"params": params[:2]}, {"params": params[2:]}], lr=1e-2, max_grad_norm=1.0)
+    give_gradients(params)
+    opt.step()
+    model.to(after)
+    kept = copy.deepcopy(opt.state_dict()["state"])
+    with pytest.raises(ValueError, match=f"^parameter 0 in group 0: {message}") as error:
+        opt.step()
+    assert all(
+        torch.equal(state[name], value) for i, state in kept.items() for name, value in opt.state_dict()["state"][i].items()
+    )
+    if after != torch.float64:
+        assert "optimizer.load_state_dict(optimizer.state_dict())" in str(error.value)
+        opt.load_state_dict(opt.state_dict())
+        give_gradients(params)
+        opt.step()
+        assert opt.state[params[0]]["step"] == 2 and params[0].dtype == after and params[0].isfinite().all()
+
+
+def test_a_model_on_another_device_than_its_states_is_named_with_the_remedy():
+    """What model.to("cuda") leaves; without a GPU, the states go to another device instead."""
+    params = make()
+    opt = SOUL(params)
+    give_gradients(params)
+    opt.step()
+    opt.state[params[1]]["hessian"] = opt.state[params[1]]["hessian"].to("meta")
+    with pytest.raises(
+        ValueError, match=r"^parameter 1 in group 0: expected device meta, as its hessian, got cpu; after model.to"
+    ):
+        opt.step()
+
+
+DATALESS = {
+    "plain": {}, "everything": dict(max_grad_norm=1.0, skip_nonfinite=True, rho="auto", bias_correction=True, capturable=True),
+    "8bit": dict(state_dtype="8bit"), "stochastic": dict(param_rounding="stochastic", state_dtype=BRAIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", DATALESS)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("mode", ["fake", "meta"])
+def test_steps_on_tensors_without_data(mode, backend, options):
+    """FakeTensorMode and the device meta: shapes and dtypes alone, as estimates of memory and exports of graphs want it."""
+    with FakeTensorMode() if mode == "fake" else torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*data pointer")  # whoever reads an address is warned
+        params = [torch.nn.Parameter(torch.ones(s, dtype=d)) for s in ((4, 5), (300,)) for d in (FLOAT, BRAIN)]
+        opt = SophiaG(
+            [{"params": params[:2]}, {"params": params[2:]}], lr=torch.tensor(1e-3), backend=backend, **DATALESS[options]
+        )
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.ones_like(p)
+            opt.update_hessian()
+            opt.step()
+        opt.step(bs=torch.tensor(7.0))
+    assert [opt.state[p]["exp_avg"].shape for p in params] == [p.shape for p in params]
+    low = [p.dtype for p in params if "low_bits" in opt.state[p]]
+    assert low == ([] if options == "stochastic" else [BRAIN] * 2)
+
+
+def test_an_estimator_of_memory_sees_the_states():
+    tracker = pytest.importorskip("torch.distributed._tools.mem_tracker")
+    with FakeTensorMode():
+        model = torch.nn.Linear(64, 64, bias=False)
+        opt = SOUL(model.parameters(), backend="reference")
+        tracking = tracker.MemTracker()
+        tracking.track_external(model, opt)
+        with tracking:
+            model(torch.ones(2, 64)).sum().backward()
+            opt.step()
+        snapshot = tracking.get_tracker_snapshot("current")
+    bytes_by_kind = {kind.value: size for memory in snapshot.values() for kind, size in memory.items() if kind != "Total"}
+    assert bytes_by_kind["Optstate"] >= 2 * 64 * 64 * 4 == 2 * bytes_by_kind["Parameter"], bytes_by_kind

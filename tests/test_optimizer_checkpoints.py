@@ -216,3 +216,103 @@ def test_low_bits_of_another_model_are_refused():
     checkpoint["state"][0]["low_bits"] = torch.zeros(3, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"^state_dict low_bits: expected \(40, 5\) of torch.int8, got \(3,\)"):
         opt.load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("kind, published_code", [(SophiaG, None), (SOUL, True), (SOUL, False)])
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+def test_an_export_to_the_published_class_goes_on_there(kind, published_code, state_dtype):
+    """With the same states and the same momentum, whatever ours are stored in; and it comes back."""
+    options = {} if published_code is None else {"published_code": published_code}
+    params = make(shapes=((300,), (7, 5)))
+    ours = kind(params, lr=torch.tensor(1e-3), betas=(0.81, 0.95), rho=0.5, bs=20, state_dtype=state_dtype, **options)
+    for _ in range(2):
+        give_gradients(params)
+        if kind is SophiaG:
+            ours.update_hessian()
+        ours.step()
+    exported = ours.export_published()
+    assert all(set(state) == {"step", "exp_avg", "hessian"} for state in exported["state"].values())
+    names = {"lr", "betas", "rho", "weight_decay", "maximize", "capturable", "params"}
+    assert set(exported["param_groups"][0]) == names and type(exported["param_groups"][0]["lr"]) is float
+    others = twin(params)
+    published = PublishedSophiaG(others, lr=9.0, soul=kind is SOUL)
+    published.load_state_dict(exported)
+    for p, q in zip(params, others):
+        for name in ("exp_avg", "hessian"):
+            state = ours.state[p]
+            assert torch.equal(load_state(state[name], state.get(f"{name}_scale"), name), published.state[q][name]), name
+            assert published.state[q][name].data_ptr() != state[name].data_ptr()
+    give_gradients(params, others)
+    ours.step(), published.step(bs=20)
+    for p, q in zip(params, others):
+        # After the step: 8-bit states have been rounded in ours, and the published class has none to round.
+        assert_close(p, q, 1e-5 if state_dtype is None else 1e-3, "p after the export")
+    back = kind(twin(params), state_dtype="8bit", **options | ({} if kind is SophiaG else {"published_code": True}))
+    back.load_state_dict(published.state_dict())
+    assert int(back.state[back.param_groups[0]["params"][0]]["step"]) == 3
+
+
+def test_codes_that_were_taken_for_values_are_refused():
+    """A plain state_dict with 8-bit states in the published class: nothing stops it there, and its states are nonsense."""
+    params = make(shapes=((300,),))
+    opt = SOUL(params, state_dtype="8bit", published_code=True)
+    give_gradients(params)
+    opt.step()
+    published = PublishedSophiaG(twin(params))
+    published.load_state_dict(copy.deepcopy(opt.state_dict()))
+    before = copy.deepcopy(opt.state_dict())
+    message = r"^state_dict exp_avg: expected codes in torch.uint8 beside exp_avg_scale, got torch.float32; .*export_published"
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(published.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][0]["hessian"] = wrong["state"][0]["hessian"].to(torch.int8)
+    with pytest.raises(ValueError, match="^state_dict hessian: expected floating-point values, or codes in torch.uint8, got"):
+        opt.load_state_dict(wrong)
+    for name, value in opt.state[params[0]].items():
+        assert torch.equal(value, before["state"][0][name])
+
+
+def test_the_momentum_of_a_checkpoint_is_kept_or_refused():
+    """beta1 means itself or its square, as published_code says; the checkpoints of SOUL's own code do not say it."""
+    params = make()
+    published = PublishedSophiaG(params, betas=(0.9, 0.95), soul=True)
+    give_gradients(params)
+    published.step()
+    paper = SOUL(twin(params), betas=(0.5, 0.5))
+    with pytest.raises(ValueError, match="^published_code: expected True for a checkpoint of SOUL.s published code, got False"):
+        paper.load_state_dict(published.state_dict())
+    assert paper.param_groups[0]["betas"] == (0.5, 0.5) and not paper.state
+    marked = copy.deepcopy(published.state_dict())
+    marked["param_groups"][0]["published_code"] = False  # of other code, as the user knows
+    paper.load_state_dict(marked)
+    assert paper.param_groups[0]["betas"] == (0.9, 0.95)
+    code = SOUL(twin(params), published_code=True)
+    code.load_state_dict(published.state_dict())
+    assert code.param_groups[0]["published_code"] is True
+    for source, want in ((code, True), (paper, False), (SophiaG(make()), False)):  # ours carry it, as they carry betas
+        for other in (SOUL(twin(params)), SOUL(twin(params), published_code=True)):
+            other.load_state_dict(source.state_dict())
+            assert other.param_groups[0]["published_code"] is want
+    with pytest.raises(ValueError, match="^state_dict published_code: expected False for SophiaG, got True; load it into SOUL"):
+        SophiaG(twin(params)).load_state_dict(code.state_dict())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(FLOAT, 1e-6), (BRAIN, 1e-2)])
+def test_as_published_is_the_published_code(dtype, tolerance):
+    params = make(dtype=dtype, shapes=((40, 5), (300,)))
+    others = twin(params)
+    ours = SOUL.as_published([{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:]}], lr=1e-2, rho=0.1, bs=50)
+    theirs = PublishedSophiaG([{"params": others[:1], "weight_decay": 0.0}, {"params": others[1:]}], lr=1e-2, rho=0.1,
+                              betas=(0.9, 0.95), soul=True)  # fmt: skip
+    for _ in range(5):
+        give_gradients(params, others)
+        ours.step(), theirs.step(bs=50)
+    for p, q in zip(params, others):
+        assert ours.state[p].keys() == theirs.state[q].keys()  # no low bits
+        for name, value in ours.state[p].items():
+            assert name == "step" or value.dtype == theirs.state[q][name].dtype == dtype
+        assert_close(p, q, tolerance, "p")
+        assert_close(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"], tolerance, "m")
+    assert [g["weight_decay"] for g in ours.param_groups] == [0.0, 0.1]
+    with pytest.raises(ValueError, match="^params: expected one dtype in group 0, got torch.bfloat16 and torch.float32; make"):
+        SOUL.as_published([*make(), *make(dtype=BRAIN)])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from soul import SOUL, SophiaG, curvature
 from tests.helpers import assert_close
@@ -165,6 +166,30 @@ def test_replays_equal_eager_steps(options, device):
 
 
 @on_gpu
+def test_telemetry_is_of_the_last_replay_of_several_graphs(device):
+    params = make(device, BRAIN)
+    opt = SOUL(params, lr=1e-3, capturable=True, max_grad_norm=1.0)
+    give_gradients(params)
+    opt.step()
+    torch.cuda.synchronize()
+    graphs = []
+    for _ in range(2):
+        grads = [p.grad for p in params]
+        graphs.append((torch.cuda.CUDAGraph(), grads))
+        with torch.cuda.graph(graphs[-1][0]):
+            opt.step()
+        for p in params:
+            p.grad = torch.randn_like(p)
+        opt.step()  # the table of the next graph, whose gradients lie elsewhere
+    for index in (0, 1, 0):
+        graph, grads = graphs[index]
+        for p, grad in zip(params, grads):
+            p.grad = grad.mul_(1.5)
+        graph.replay()
+        assert opt.telemetry()["grad_norm"] == pytest.approx(norm_of(params), rel=1e-6)
+
+
+@on_gpu
 @pytest.mark.parametrize("options", [
     {}, {"max_grad_norm": 1.0, "skip_nonfinite": True, "rho": "auto", "bias_correction": True, "state_dtype": "8bit"},
     {"capturable": True},
@@ -182,6 +207,51 @@ def test_a_step_never_waits_for_the_device(options, device):
             opt.step(), opt.update_hessian()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is, on the CPU: the operations of a call, which `replay` repeats in the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for function, args, kwargs, result in self.calls:
+            again = function(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and again.data_ptr() != result.data_ptr():
+                result.copy_(again)
+
+
+def test_telemetry_is_of_the_last_replay(device):
+    """Of several graphs of one optimizer, as for several shapes of a batch, each has gradients of its own."""
+    params = make(device)
+    opt = SOUL(params, lr=1e-3, capturable=True, max_grad_norm=1.0, backend="reference")
+    give_gradients(params)
+    opt.step()
+    recordings = []
+    for scale in (2.0, 3.0):
+        give_gradients(params, scale=scale)
+        with Recording() as recording:
+            opt.step()
+        recordings.append((recording, [p.grad for p in params]))
+    for index in (0, 1, 0):
+        recording, grads = recordings[index]
+        for p, grad in zip(params, grads):
+            p.grad = grad.mul_(1.5)
+        recording.replay()
+        telemetry = opt.telemetry()
+        assert telemetry["grad_norm"] == pytest.approx(norm_of(params), rel=1e-6), f"replay of graph {index}"
+        assert 0 < telemetry["groups"][0]["update_norm"] < 1
+    opt.param_groups[0]["max_grad_norm"] = None
+    opt.step()
+    assert opt.telemetry()["grad_norm"] is None  # it did not need one
 
 
 def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):

@@ -113,3 +113,110 @@ def test_export_fp32(device):
         assert torch.equal(p, k) and torch.equal(exported[p].bfloat16(), k) and not torch.equal(exported[p], k.float())
     give_gradients(list(linear.parameters()))
     opt.step()  # and on
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
+@pytest.mark.parametrize("rounding", ["compensated", "nearest"])
+def test_import_fp32_is_the_inverse_of_export_fp32(rounding, dtype, device):
+    params = make(device, dtype)
+    opt = SOUL(params, lr=1e-3, param_rounding=rounding)
+    give_gradients(params)
+    opt.step()
+    exported, stored = opt.export_fp32(), [p.detach().clone() for p in params]
+    low = [opt.state[p]["low_bits"].clone() for p in params if "low_bits" in opt.state[p]]
+    assert any(bits.any() for bits in low) == (rounding == "compensated" and dtype != FLOAT)
+    other = SOUL(fresh := [torch.zeros_like(p, requires_grad=True) for p in params], param_rounding=rounding)  # without states
+    for optimizer, targets in ((opt, params), (other, fresh)):
+        for p in targets:
+            p.data.fill_(3.0)
+        optimizer.import_fp32({p: exported[q] for p, q in zip(targets, params)})
+        for p, q, was in zip(targets, params, stored):
+            assert torch.equal(p, was) and torch.equal(optimizer.export_fp32()[p], exported[q])
+        assert all(torch.equal(optimizer.state[p]["low_bits"], bits) for p, bits in zip(targets, low))
+    give_gradients(params, fresh)
+    opt.step(), other.step()
+    third = torch.full((40, 5), 1 / 3, device=device)
+    opt.import_fp32({params[0]: third})  # of another source: to nearest; and the others stay
+    error = (opt.export_fp32()[params[0]] / third - 1).abs().max().item()
+    assert error <= {FLOAT: 0.0, BRAIN: 2.0**-8, HALF: 2.0**-11}[dtype] / (256 if low else 1)
+
+
+def test_import_fp32_checks_all_before_it_changes_any():
+    params = make(dtype=BRAIN)
+    opt = SOUL([{"params": params[:1]}, {"params": params[1:]}])
+    before = [p.detach().clone() for p in params]
+    good = {params[0]: torch.zeros(40, 5)}
+    for values, message in (
+        (good | {params[1]: torch.zeros(8)}, r"of parameter 0 in group 1: expected \(7,\) of torch.float32, got \(8,\) of"),
+        (
+            good | {params[2]: torch.zeros((), dtype=BRAIN)},
+            "of parameter 1 in group 1: expected .* of torch.bfloat16; pass the",
+        ),
+        (good | {params[1]: 0.0}, "of parameter 0 in group 1: expected .* got float"),
+        (good | {torch.zeros(3): torch.zeros(3)}, ": expected parameters of this optimizer as keys, got a value for a tensor"),
+        (good | {"weight": torch.zeros(3)}, ": expected parameters of this optimizer as keys, got a value for 'weight'"),
+        ([1.0], ": expected a dict, parameter -> fp32 tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=f"^import_fp32 ?{message}"):
+            opt.import_fp32(values)
+    give_gradients(params)
+    opt.step()
+    before = [p.detach().clone() for p in params]
+    with opt.export_fp32() as exported, pytest.raises(ValueError, match="^import_fp32: expected parameters in the dtype of"):
+        opt.import_fp32(exported)
+    assert all(torch.equal(p, b) for p, b in zip(params, before))
+
+
+def gapped(tensor):
+    """The same values, of which some dimension has gaps in memory."""
+    if tensor.dim() == 0:
+        return tensor
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 7.0, dtype=tensor.dtype, device=tensor.device)
+    return wide[..., ::2].copy_(tensor)
+
+
+@pytest.mark.parametrize("kind, options", [
+    (SOUL, {}), (SophiaG, {"state_dtype": "8bit", "max_grad_norm": 0.1, "capturable": True}),
+    (SOUL, {"param_rounding": "stochastic", "rho": "auto"}),
+], ids=["plain", "8bit", "stochastic"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
+def test_parameters_with_gaps_step_as_dense_ones_do(dtype, kind, options, device):
+    """Bit for bit, through checkpoints and exports; and what lies in the gaps stays as it is."""
+    params = make(device, dtype, shapes=((9, 30), (7,)))
+    others = [gapped(p.detach()).requires_grad_() for p in params]
+    bases = [q.detach().as_strided((2 * p.numel(),), (1,)) for p, q in zip(params, others)]
+    dense, strided = kind(params, lr=1e-2, **options), kind(others, lr=1e-2, **options)
+    for index in range(3):
+        give_gradients(params, others)
+        others[0].grad = gapped(others[0].grad)
+        for opt in (dense, strided):
+            if kind is SophiaG:
+                opt.update_hessian()
+            opt.step()
+        if index == 1:
+            strided = kind(others, **options)
+            strided.load_state_dict(dense.state_dict())
+    exported = strided.export_fp32()
+    strided.import_fp32(exported)
+    for p, q, base in zip(params, others, bases):
+        assert torch.equal(p, q) and torch.equal(exported[q], dense.export_fp32()[p]) and (base[1::2] == 7).all()
+        assert all(torch.equal(value, strided.state[q][name]) for name, value in dense.state[p].items())
+    assert dense.telemetry() == strided.telemetry()
+
+
+def test_slices_of_one_tensor_are_stepped_and_shared_elements_are_refused():
+    base = torch.randn(6, 10)
+    left, right = base[:, :4].requires_grad_(), base[:, 4:].requires_grad_()  # their address ranges overlap
+    params = [left.detach().contiguous().requires_grad_(), right.detach().contiguous().requires_grad_()]
+    strided, dense = SOUL([{"params": [left]}, {"params": [right]}], lr=1e-2), SOUL(params, lr=1e-2)
+    give_gradients([left, right], params)
+    strided.step(), dense.step()
+    assert torch.equal(base, torch.cat([p.detach() for p in params], 1))
+    kept = base.clone()
+    third = base[2:3].requires_grad_()
+    for groups in ([left, third], [third, left], [{"params": [third]}, {"params": [left]}]):
+        opt = SOUL(groups)
+        give_gradients([left, third])
+        with pytest.raises(ValueError, match="^parameter . in group .: expected memory of its own, got elements of another"):
+            opt.step()
+    assert torch.equal(base, kept)

@@ -143,6 +143,33 @@ def test_24_bit_weights(dtype):
     assert join(high, low).double().mean().item() == pytest.approx(value.item(), rel=1e-9 if dtype == BRAIN else 1e-6)
 
 
+@pytest.mark.parametrize("dtype, largest", [(BRAIN, 0x7F7F7F00), (HALF, 0x477FEFE0)])
+def test_24_bit_weights_become_inf_where_nearest_does(dtype, largest, device):
+    """The noise of a weight's last bit must not carry a number to inf that is to stay finite; nor may inf, NaN or what is too
+    large become finite."""
+    patterns = torch.tensor([largest - 0x100, largest - 1, largest, largest + 1, 0x7F800000, 0x7FC00000, 0x7F7FFFFF])
+    half_a_unit = 0x7F7F8000 if dtype == BRAIN else 0x477FF000  # from here on, nearest is inf
+    x = from_bits(torch.cat([patterns, torch.tensor([half_a_unit - 1, half_a_unit, half_a_unit + 1])]))
+    x = torch.cat([x, -x]).to(device)
+    assert join(torch.tensor([torch.finfo(dtype).max], dtype=dtype), torch.tensor([127], dtype=torch.int8)) == x[2].cpu()
+    for word in (0, 2**31, 2**32 - 1):
+        noise = torch.full(x.shape, word, device=device)
+        high, low = split(x, noise, dtype)
+        assert same_bits(high, x.to(dtype)), word
+        both = join(high, low)
+        finite = both.isfinite()
+        assert (both[finite].abs() <= x[2]).all() and torch.equal(finite, x.to(dtype).isfinite())
+        got, got_low, joined = (pad(torch.zeros_like(tensor)) for tensor in (high, low, x))
+        launch(_store_kernel, (1,), device, x_ptr=pad(x), noise_ptr=pad(noise), out_ptr=got, low_ptr=got_low, joined_ptr=joined,
+               MODE="split", DTYPE=triton_dtype(dtype), BLOCK=32)  # fmt: skip
+        assert same_bits(got[: len(x)], high) and torch.equal(got_low[: len(x)], low) and same_bits(joined[: len(x)], both)
+
+
+def pad(tensor, size=32):
+    """The vector with zeros up to the size of a block."""
+    return torch.cat([tensor, tensor.new_zeros(size - len(tensor))])
+
+
 def test_fp16_weights_leave_zero():
     """Half the smallest number is 3e-8: steps below it would never leave 0 if they were rounded to nearest."""
     words = torch.arange(2**16) << 8  # both fields that count, in all combinations of their upper bits

@@ -18,6 +18,7 @@ WORD = 0xFFFFFFFF
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of the fp32 magnitude that the format has not
 INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
+LARGEST_WEIGHT = {torch.bfloat16: float.fromhex("0x1.FEFEp127"), torch.float16: 65519.875}  # the largest with low bits, 127
 
 
 def mix(x):
@@ -33,9 +34,10 @@ def salt(seed, tensor):
 
 
 def noise(salt, step, numel, device):
-    """One 32-bit word for every element of a tensor at one step, [numel] int64."""
+    """One 32-bit word for every element of a tensor at one step, a number or a tensor of one, [numel] int64."""
     index = torch.arange(numel, device=device)
-    key = mix(mix((salt + int(step) * PRIME) & WORD) ^ (index >> 32))
+    step = step.long() if isinstance(step, torch.Tensor) else int(step)  # never read: a tensor may be without data
+    key = mix(mix((salt + step * PRIME) & WORD) ^ (index >> 32))
     return mix(key ^ (index & WORD))
 
 
@@ -85,13 +87,15 @@ def split(x, noise, dtype):
     """fp32 -> a 16-bit number and the next 8 bits: the 24-bit weight ``join(high, low)``.
 
     The weight is ``x`` rounded stochastically to 8 bits more than ``dtype`` has; ``high`` is that, rounded to nearest with
-    halves away from zero, so that ``low`` is exactly in [-128, 127].
+    halves away from zero, so that ``low`` is exactly in [-128, 127]. Between the largest 24-bit weight and the point from which
+    ``dtype`` has inf, the weight is the largest one: noise must not push a number to inf that is to stay finite.
 
     Returns:
         ``high`` in ``dtype`` and ``low`` in int8.
     """
     below = DROPPED[dtype] - 8
-    weight = (_words(x, dtype) + (noise >> (32 - below))) >> below
+    field = torch.where(x.abs() < LARGEST_WEIGHT[dtype], noise >> (32 - below), 0)
+    weight = (_words(x, dtype) + field) >> below
     tiny = torch.zeros_like(weight, dtype=torch.bool)
     if dtype == torch.float16:  # half the smallest number is 3e-8: what would become 0 goes up or down as chance has it
         tiny = weight < 0x80
