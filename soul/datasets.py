@@ -1,6 +1,9 @@
 """Data by name or path: benchmarks' sets, hub data sets, JSON lines and parquet -> rows -> `soul.data.Example`."""
 
 import collections.abc
+import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -91,6 +94,16 @@ def read(source, name="rows"):
         known = ", ".join(f"{kind}:" for kind in _KINDS)
         raise argument_error(str(source), f"a path, or a name that begins with {known}", f"{kind}:", "check the name")
     return _rows.read(source)
+
+
+def digest(rows):
+    """blake2b of the content of rows, in hexadecimal: the same for the same rows, wherever they were read.
+
+    Args:
+        rows: of `rows`; or a list of `soul.data.Example`.
+    """
+    content = [dataclasses.asdict(row) if isinstance(row, Example) else row[1] for row in rows]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=32).hexdigest()
 
 
 def read_examples(source):

@@ -69,6 +69,7 @@ class Unlearner:
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
+        self._digests = {name: datasets.digest(found) for name, found in rows.items()}
         if by_name:
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place)  # one card has no room
@@ -167,7 +168,7 @@ class Unlearner:
         if checkpoints.steps():  # what was written then is said of the run that goes on; another one is refused
             return
         (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
-        counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
+        counts = {n: {**dataclasses.asdict(counts), "content": self._digests[n]} for n, counts in self.counts.items()}
         (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
 
 

@@ -212,6 +212,7 @@ def test_no_row_vanishes(tmp_path):
     assert len(run._answers) == 2 + counts.pieces and counts.pieces > 20
     run.run(tmp_path / "out", progress=False)
     left = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert left["forget"].pop("content") == datasets.digest([(None, row) for row in rows if row["text"].strip()])
     assert left["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
     whole = encode(examples(2), tiny_tokenizer(), vocab_size=300)
     long = [(len(s.input_ids), s.prompt_length) for s in whole]

@@ -179,6 +179,42 @@ def test_a_run_that_has_ended_is_left_alone(place, capsys):
     assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
 
 
+def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, capsys):
+    """Status 0 would claim a model that nobody has made. Options are compared with those that the run has left, rows with the
+    digests of those that it has read; where the rows lie, and what changes no number, may differ.
+    """
+    for name in ("forget", "retain"):
+        shutil.copy(place / f"{name}.jsonl", tmp_path)
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(place / "model", tmp_path / "other")
+    argv = words(tmp_path, "out", "--epochs", "1", "--lora-rank", "2")
+    assert main(argv) == 0
+    shutil.copy(tmp_path / "forget.jsonl", tmp_path / "moved.jsonl")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((tmp_path / "forget.jsonl").read_text().splitlines(True)[:4]))
+    before, same = contents(tmp_path / "out"), ["--save-every", "7", "--keep", "1", "--forget", str(tmp_path / "moved.jsonl")]
+    assert main([*argv, *same, "--resume"]) == 0
+    assert "this run has ended" in capsys.readouterr().out
+    for message, more in (
+        ("resume, lr: expected 0.001 as in the run that has ended, got 0.002", ["--lr", "2e-3"]),
+        ("resume, seed: expected 0 as in the run that has ended, got 1", ["--seed", "1"]),
+        ("resume, option: expected [] as in", ["--option", "retain=kl"]),
+        ("resume, merge: expected False as in", ["--merge"]),
+        (f"resume, model: expected '{tmp_path / 'model'}' as in", ["--model", str(tmp_path / "other")]),
+        ("resume, content of forget: expected that of the run that has ended, got another one", ["--forget", str(fewer)]),
+    ):
+        assert main([*argv, *more, "--resume"]) == 2, message
+        assert message in capsys.readouterr().err
+    (tmp_path / "retain.jsonl").write_text((tmp_path / "retain.jsonl").read_text() + '{"prompt": "a", "completion": "b"}\n')
+    assert main([*argv, "--resume"]) == 2
+    assert "resume, content of retain: expected that of the run that has ended" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    for text in ("{}", "{", "[]"):  # {}: of a run in Python
+        (tmp_path / "out" / "soul_config.json").write_text(text)
+        assert main([*argv, "--resume"]) == 2
+        assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
+
+
 def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
@@ -451,9 +487,9 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
         "resume, lr: expected 0.001 as in the checkpoint, got 0.002": dict(lr=2e-3),
         "resume, method_options: expected {} as in the checkpoint, got {'alpha': 2.0}": dict(method_options={"alpha": 2.0}),
         "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
-        "resume, content of forget: expected what the checkpoint was made with, got another one": dict(forget=examples(4)),
-        "the model: expected what the checkpoint was made with, got another one; give the model as it was": dict(model=other),
-        "resume, content of the model: expected what": dict(model=lora_model()),
+        "resume, content of forget: expected that of the checkpoint, got another one": dict(forget=examples(4)),
+        "the model: expected that of the checkpoint, got another one; give the model as it was": dict(model=other),
+        "resume, content of the model: expected that": dict(model=lora_model()),
     }.items():
         with pytest.raises(ValueError) as error:
             run(tokenizer, Checkpoints(tmp_path, resume=True), **changes)

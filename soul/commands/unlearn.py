@@ -1,8 +1,11 @@
 """``soul unlearn``: one run, from files to a model that is saved."""
 
+import argparse
 import dataclasses
 import inspect
+import json
 import math
+import os
 import time
 
 from soul._extras import require
@@ -13,6 +16,7 @@ from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
 NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
+FREE_TO_CHANGE = ("output", "device", "save_every", "keep", "resume", "reference_cache")  # of a run that goes on
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -132,6 +136,7 @@ def _run(args):
         print(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
     if args.resume and has_ended(output, checkpoints):
+        _check_ended(args, output, config)
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
         return
@@ -151,6 +156,51 @@ def _run(args):
     steps = f"{len(records)} step{'s' * (len(records) != 1)} in {seconds:.1f} s"
     print(f"{steps}; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
+
+
+def _check_ended(args, output, config):
+    """Raises unless a run that has ended in ``output`` is the one that is asked for; the first difference is named.
+
+    Options are compared with those that the run has left in ``soul_config.json``, rows with their digests in ``data.json``.
+    The model is compared by its name: loading it would take longer than it is worth.
+    """
+    from soul import datasets
+    from soul.output import DATA_FILE, RUN_FILE
+    from soul.run_state import check_same
+
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    saved, now = _read_json(output / RUN_FILE), vars(args)
+    if not saved:
+        got, remedy = f"{output / RUN_FILE} without any", "choose another output directory"
+        raise argument_error("resume", "the options of the run that has ended", got, remedy)
+    merged = bool(saved.get("lora_rank")) and not (output / "adapter_config.json").is_file()
+    names = now.keys() - {*NOT_OF_THE_RUN, *FREE_TO_CHANGE}
+    saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged}
+    now = {name: now[name] for name in names}
+    if _same_place(saved["model"], now["model"]):
+        now["model"] = saved["model"]
+    kept = _read_json(output / DATA_FILE)
+    contents = {name: counts["content"] for name, counts in kept.items() if isinstance(counts, dict) and "content" in counts}
+    if contents:  # of data that lie elsewhere now, the rows decide
+        sources = {name: (saved.pop(name), now.pop(name))[1] for name in ("forget", "retain")}
+        rows = {n: datasets.rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
+        saved |= {f"content of {name}": content for name, content in contents.items()}
+        now |= {f"content of {name}": datasets.digest(found) for name, found in rows.items()}
+    check_same(saved, now, "the run that has ended")
+
+
+def _read_json(path):
+    """The dict in a file, {} where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _same_place(name, other):
+    return name == other or (os.path.exists(name) and os.path.exists(other) and os.path.samefile(name, other))
 
 
 def _adapters(args):
