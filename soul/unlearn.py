@@ -18,6 +18,7 @@ from soul.graph import GraphedStep
 from soul.influence import Influence, unlearn_once
 from soul.models import checkpointing, compiled, evaluating
 from soul.optimizer import SophiaG
+from soul.output import no_follow
 from soul.prepare import encode_for, prepare
 from soul.release import release_gradients
 from soul.step import curvature_loss, train_step
@@ -39,7 +40,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         forget: list of `soul.data.Example`.
         retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
         config: `UnlearnConfig`.
-        log: an open text file, or the path of one, that gets one JSON line a step, those before a resume included; or None.
+        log: an open text file, or the path of one, which may be no link, that gets one JSON line a step, those before a resume
+            included; or None.
         progress: show a progress bar on stderr.
         checkpoints: `soul.checkpoint.Checkpoints`, where the run is saved and, where it says so, resumed from; or None.
 
@@ -104,7 +106,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         if not processes.first:
             log = None
         if isinstance(log, (str, os.PathLike)):
-            log = stack.enter_context(open(log, "w", encoding="utf-8"))
+            log = stack.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
         if checkpoints is not None:
             stack.enter_context(checkpoints.listening())
         if config.gradient_checkpointing:
@@ -169,7 +171,7 @@ def _influence(model, forget, retain, method, config, log):
     record |= {"tokens_per_s": n_tokens / seconds, "peak_memory_gib": peak_memory_gib(device)}
     with contextlib.ExitStack() as stack:
         if isinstance(log, (str, os.PathLike)):
-            log = stack.enter_context(open(log, "w", encoding="utf-8"))
+            log = stack.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
         _write_line(log, record)
     _check_finite(model, 1)
     return [record]

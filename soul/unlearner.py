@@ -12,7 +12,7 @@ from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import DATA_FILE, RUN_FILE, check_output, occupy
+from soul.output import CHECKPOINTS, DATA_FILE, LOG_FILE, RUN_FILE, check_output, occupy, write_in_place
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
 from soul.unlearn import unlearn
@@ -144,14 +144,14 @@ class Unlearner:
             self._merge(merge)
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
-        checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
+        checkpoints = _checkpoints(processes)(output / CHECKPOINTS, every=save_every, keep=keep, resume=resume)
         if processes.any(has_ended(output, checkpoints)):
             got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", got, remedy)
         with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext():
             processes.on_first(lambda: self._make(output, about, checkpoints))
             try:
-                records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
+                records = unlearn(*given, log=output / LOG_FILE, progress=progress, checkpoints=checkpoints)
                 with checkpoints.listening():  # a model that is there is saved, whatever comes
                     self._merge(merge)
                     save_model(self.model, self.tokenizer, output)
@@ -167,9 +167,9 @@ class Unlearner:
     def _make(self, output, about, checkpoints):
         if checkpoints.steps():  # what was written then is said of the run that goes on; another one is refused
             return
-        (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
+        write_in_place(output / RUN_FILE, json.dumps(about or {}, indent=1, default=str) + "\n")
         counts = {n: {**dataclasses.asdict(counts), "content": self._digests[n]} for n, counts in self.counts.items()}
-        (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+        write_in_place(output / DATA_FILE, json.dumps(counts, indent=1) + "\n")
 
 
 def _checkpoints(processes):

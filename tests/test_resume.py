@@ -215,6 +215,48 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
         assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
 
 
+FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run writes again, in place
+
+
+@pytest.mark.parametrize("name, link", [
+    *((name, link) for name in (*FILES, "checkpoints") for link in ("symbolic", "dangling")),
+    *((name, "hard") for name in FILES),
+])  # fmt: skip
+def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp_path, capsys):
+    """Whoever may write in there must not have the run write anywhere else."""
+    victim, output = tmp_path / "victim", tmp_path / "out"
+    victim.mkdir() if name == "checkpoints" else victim.write_text("precious")
+    output.mkdir()
+    (output / "soul_config.json").write_text("{}")
+    (output / name).unlink(missing_ok=True)
+    if link == "hard":
+        (output / name).hardlink_to(victim)
+    else:
+        (output / name).symlink_to(victim if link == "symbolic" else tmp_path / "nowhere")
+    assert main(words(place, output, "--epochs", "1", "--resume")) == 2
+    kind = {"hard": "one of several names of a file"}.get(link, "a symbolic link")
+    assert f"output: expected files of the run's own, got {output / name}, {kind}" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+    assert list(victim.iterdir()) == [] if name == "checkpoints" else victim.read_text() == "precious"
+
+
+def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "log.jsonl"
+    victim.write_text("precious")
+    for link in (path.symlink_to, path.hardlink_to):
+        link(victim)
+        with pytest.raises(ValueError, match="output: expected files of the run's own, got .*log.jsonl, (a|one of)"):
+            run(tokenizer, log=path)
+        with pytest.raises(ValueError, match="output: expected files of the run's own, got .*log.jsonl, (a|one of)"):
+            unlearn(tiny_model(), tokenizer, examples(2), examples(4)[2:], UnlearnConfig(method="influence"), log=path)
+        path.unlink()
+    assert victim.read_text() == "precious"
+    (tmp_path / "soul_config.json").symlink_to(victim)
+    with pytest.raises(ValueError, match="soul_config.json, a symbolic link"):
+        occupy(tmp_path)
+    assert victim.read_text() == "precious"
+
+
 def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 

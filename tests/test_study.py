@@ -287,6 +287,15 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
             run_study(output, data, config)
 
 
+def test_a_link_in_the_directory_of_a_study_is_refused(tmp_path):
+    """Pictures, logs and models would be written through it."""
+    (tmp_path / "study.json").write_text("{}")
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "picture.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="output: expected files of the run's own, got .*picture.png, a symbolic link to"):
+        check_ready(tmp_path, PRESETS["demo"])
+
+
 def test_the_report_of_one_seed_speaks_of_no_spread(tmp_path):
     """As of the presets tofu and demo; of rates that six digits do not hold, and, in one arm, of runs that all diverge."""
     lrs = {"adamw": (1e-3 / 3,), "soul": (1e-3 / 7,), "soul_retain": (1e30,), "soul_gnb": (1e-3 / 3,)}

@@ -114,7 +114,7 @@ def _run(args):
     from soul.checkpoint import Checkpoints, has_ended
     from soul.config import UnlearnConfig
     from soul.distributed import Processes, check_supported
-    from soul.output import check_output
+    from soul.output import CHECKPOINTS, check_output
     from soul.unlearner import Unlearner
 
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
@@ -123,7 +123,7 @@ def _run(args):
     if args.gpus != 1 and not args.dry_run:
         raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
-    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
+    checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
     processes = Processes.here()
     if processes.size > 1:

@@ -21,7 +21,7 @@ from soul.config import UnlearnConfig
 from soul.eval_logs import write_json
 from soul.influence import unlearn_once
 from soul.models import load, pick_device
-from soul.output import check_output, lock
+from soul.output import check_no_links, check_output, lock
 from soul.prepare import encode_for
 from soul.study.config import ARMS, INFLUENCE, runs
 from soul.study.measure import encode_start, measure
@@ -65,7 +65,10 @@ def check_ready(output, config):
         require(module, extra)
     resolve_backend(config.backend, torch.empty(0, device=pick_device(config.device)))
     output = pathlib.Path(output)
-    return output if (output / STUDY_FILE).is_file() else check_output(output)
+    if not (output / STUDY_FILE).is_file():
+        return check_output(output)
+    check_no_links(output)
+    return output
 
 
 def run_study(output, data, config):
