@@ -12,6 +12,7 @@ import torch
 from soul._extras import require
 from soul.checkpoint import Stopped, describe
 from soul.config import build_curvature, build_optimizer, build_scheduler
+from soul.console import safe_stream
 from soul.distributed import Processes
 from soul.feed import Feed
 from soul.graph import GraphedStep
@@ -89,7 +90,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             initial=len(records),
             disable=not (progress and processes.first),
             desc=f"unlearn ({config.optimizer})",
-            file=sys.stderr,
+            file=safe_stream(sys.stderr),
         )
         graphed = None
         if config.cuda_graph:

@@ -13,6 +13,7 @@ from soul.commands._place import add_place
 from soul.commands._plan import add_card, card_options, names_of
 from soul.commands._template import add_template
 from soul.config import METHODS
+from soul.console import print_result
 from soul_kernels._checks import argument_error, check_choice
 
 NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
@@ -133,7 +134,7 @@ def _run(args):
         from soul.plan.run import plan_run
 
         options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
-        print(plan_run(args.model, args.forget, args.retain, config, **options).table())
+        print_result(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
     if args.resume and has_ended(output, checkpoints):
         _check_ended(args, output, config)

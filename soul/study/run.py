@@ -18,6 +18,7 @@ import torch
 
 from soul._extras import require
 from soul.config import UnlearnConfig
+from soul.console import safe_stream
 from soul.eval_logs import write_json
 from soul.influence import unlearn_once
 from soul.models import load, pick_device
@@ -155,7 +156,7 @@ def _workers(config):
     pool = concurrent.futures.ProcessPoolExecutor(count, **options) if count > 1 else None
 
     def each(function, study, jobs, title):
-        with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=sys.stderr, disable=not jobs) as bar:
+        with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=safe_stream(sys.stderr), disable=not jobs) as bar:
             if pool is None:
                 for job in jobs:
                     function(study, job)
