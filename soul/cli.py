@@ -20,8 +20,8 @@ COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": stu
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed or a result that
-    could not be written, 141 for a result whose reader has gone, 143 for a run that SIGTERM has stopped and ``--resume``
+    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed or a result
+    that could not be written, 141 for a result whose reader has gone, 143 for a run that SIGTERM has stopped and ``--resume``
     continues. The status is that of the work, whatever becomes of reports on the console (`soul.console`).
     """
     with console.safe(whole_process=argv is None):

@@ -142,6 +142,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             if checkpoints is not None and checkpoints.due(len(records)):
                 _check_finite(model, len(records))  # what is broken takes no place of what is not
                 checkpoints.save(len(records), model, parts, records, run)
+                checkpoints.restart_clock()
                 if checkpoints.stopping and len(records) < len(order) and "stopped" not in record:
                     raise Stopped(f"stopped after step {len(records)} of {len(order)}")
             if "stopped" in record:

@@ -113,13 +113,17 @@ class Unlearner:
         options = dict(batch_size=self.config.batch_size, backend=self.config.backend)
         return answer_probability(self.model, self._answers, **options)
 
-    def run(self, output=None, *, save_every=0, keep=2, resume=False, merge=False, about=None, progress=True):
+    def run(
+        self, output=None, *, save_every=0, save_minutes=0, keep=2, resume=False, merge=False, about=None, progress=True
+    ):  # fmt: skip
         """Unlearns, and saves what comes of it.
 
         Args:
             output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl``, ``data.json`` (``counts``) and
                 checkpoints; None: nothing is written.
-            save_every: steps from one checkpoint to the next; 0: only when SIGTERM comes. All are removed at the end.
+            save_every: steps from one checkpoint to the next; 0: none by the number of steps.
+            save_minutes: minutes from one checkpoint to the next; 0: none by time. With both 0 the run is saved only when
+                SIGTERM comes. All checkpoints are removed at the end.
             keep: newest checkpoints that stay.
             resume: go on after the newest checkpoint in ``output``, where there is one.
             merge: add the adapters to the weights, and save a plain model.
@@ -144,7 +148,8 @@ class Unlearner:
             self._merge(merge)
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
-        checkpoints = _checkpoints(processes)(output / CHECKPOINTS, every=save_every, keep=keep, resume=resume)
+        saving = dict(every=save_every, minutes=save_minutes, keep=keep, resume=resume)
+        checkpoints = _checkpoints(processes)(output / CHECKPOINTS, **saving)
         if processes.any(has_ended(output, checkpoints)):
             got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", got, remedy)

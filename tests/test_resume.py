@@ -482,6 +482,43 @@ def test_old_checkpoints_go_and_the_log_is_complete(tokenizer, tmp_path):
     assert numbers(map(json.loads, lines(log))) == records and len(records) == 6
 
 
+class Clock:
+    """A clock that a step moves by 4 minutes."""
+
+    def __init__(self, monkeypatch):
+        self.now, real = 0.0, unlearn_module.train_step
+        monkeypatch.setattr("soul.checkpoint.time.monotonic", lambda: self.now)
+        monkeypatch.setattr(unlearn_module, "train_step", lambda *args: self.step() or real(*args))
+
+    def step(self):
+        self.now += 240.0
+
+
+@pytest.mark.parametrize("options, saved", [
+    (dict(minutes=10), [3, 6]), (dict(minutes=8, every=3), [2, 3, 5, 6]), (dict(minutes=0), []),
+], ids=str)  # fmt: skip
+def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeypatch):
+    """And that changes nothing of it."""
+    whole, want = run(tokenizer)
+    steps, real = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *args: steps.append(step) or real(self, step, *args))
+    Clock(monkeypatch)
+    model, records = run(tokenizer, Checkpoints(tmp_path, **options))
+    assert steps == saved and same(model, whole) and records == want
+
+
+@pytest.mark.parametrize("more, minutes", [
+    ((), 10.0), (("--save-minutes=0",), 0.0), (("--save-every=0",), 0.0), (("--save-every=0", "--save-minutes=2.5"), 2.5),
+])  # fmt: skip
+def test_the_command_saves_every_10_minutes(more, minutes, place, tmp_path, monkeypatch):
+    """But for a run that asks for no checkpoints."""
+    seen, real = [], Checkpoints.__init__
+    monkeypatch.setattr(Checkpoints, "__init__", lambda self, *a, **o: seen.append(o.get("minutes")) or real(self, *a, **o))
+    monkeypatch.setattr("soul.unlearner.unlearn", lambda *args, **options: [{}])
+    assert main(words(place, tmp_path / "out", "--epochs", "1", *more)) == 0
+    assert set(seen) == {minutes}
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -658,6 +695,9 @@ def test_numbers_are_checked(tmp_path):
     for name, options in (("save_every", {"every": -1}), ("keep", {"keep": 0}), ("save_every", {"every": 1.5})):
         with pytest.raises(ValueError, match=f"{name}: expected a whole number >= "):
             Checkpoints(tmp_path, **options)
+    for minutes in (-1, float("nan"), float("inf"), "10"):
+        with pytest.raises(ValueError, match="save_minutes: expected a number >= 0.0"):
+            Checkpoints(tmp_path, minutes=minutes)
 
 
 def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_path):

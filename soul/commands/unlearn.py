@@ -17,7 +17,9 @@ from soul.console import print_result
 from soul_kernels._checks import argument_error, check_choice
 
 NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
-FREE_TO_CHANGE = ("output", "device", "save_every", "keep", "resume", "reference_cache")  # of a run that goes on
+SAVING = ("save_every", "save_minutes", "keep", "resume")
+FREE_TO_CHANGE = ("output", "device", "reference_cache", *SAVING)  # of a run that goes on
+SAVE_MINUTES = 10.0
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -90,8 +92,10 @@ def add_arguments(parser):
     )
     how.add_argument("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
     how.add_argument("--stop-retain-prob", type=float, metavar="X", help="end once that of a retain answer is below X")
-    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: only "
-                     "when SIGTERM comes (default: %(default)s)")  # fmt: skip
+    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: none "
+                     "by steps (default: %(default)s)")  # fmt: skip
+    how.add_argument("--save-minutes", type=float, metavar="X", help="minutes from one checkpoint to the next; 0: none by time "
+                     f"(default: {SAVE_MINUTES:g}; with --save-every 0 only SIGTERM saves the run)")  # fmt: skip
     how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
     how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
                      "other options as before. Without one, from the start")  # fmt: skip
@@ -123,8 +127,11 @@ def _run(args):
     config.objective()
     if args.gpus != 1 and not args.dry_run:
         raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
+    minutes = args.save_minutes
+    if minutes is None:
+        minutes = SAVE_MINUTES if args.save_every else 0.0
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
-    checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, keep=args.keep)  # checks the numbers
+    checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, minutes=minutes, keep=args.keep)  # checks them
     adapters = _adapters(args)
     processes = Processes.here()
     if processes.size > 1:
@@ -147,7 +154,7 @@ def _run(args):
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
-    records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
+    records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
     if not processes.first:
