@@ -136,7 +136,7 @@ class Unlearner:
         Raises:
             ArgumentError: the directory is not empty, not that of this run, or that of one that has ended; or another process
                 runs in it.
-            Diverged: the loss or a weight is not finite any more.
+            Diverged: the loss, its gradient or a weight is not finite any more.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from.
         """
