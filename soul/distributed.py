@@ -163,12 +163,12 @@ def whole_state(model):
 def is_finite(tensor):
     """Tell whether all elements of a tensor are finite; of a DTensor, those that this process holds.
 
-    By its bounds, which are NaN where an element is: no mask of the size of the tensor is made.
+    By its bounds, which are NaN where an element is: no mask of the size of the tensor is made. Without values nothing is wrong.
     """
     own = local(tensor.detach())
     if own.is_floating_point() and own.itemsize == 1:  # torch compares no fp8 values
         own = own.float()
-    return own.numel() == 0 or all(bound.isfinite() for bound in own.aminmax())
+    return own.is_meta or own.numel() == 0 or all(bound.isfinite() for bound in own.aminmax())
 
 
 def full(tensor):

@@ -134,6 +134,34 @@ def occupy(directory):
     return file
 
 
+def restore(directory, file):
+    """Make an output directory again if it was removed while its run went on, so that the model has a place.
+
+    Args:
+        directory: path of the directory.
+        file: that `occupy` has returned.
+
+    Raises:
+        OSError: another run has made the directory its own.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / RUN_FILE
+    if path.exists() and not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+        raise OSError(f"{directory} was removed during the run, and another run is in there: nothing was saved")
+
+
+def check_complete(directory):
+    """Raise unless the files that a run has written beside its model are still there.
+
+    Raises:
+        OSError: naming those that are not.
+    """
+    lost = [name for name in (RUN_FILE, DATA_FILE, LOG_FILE) if not (directory / name).is_file()]
+    if lost:
+        text = f"{', '.join(lost)} {'is' if len(lost) == 1 else 'are'} lost"
+        raise OSError(f"{directory} was removed during the run: the model is saved there, but {text}")
+
+
 def lock(file, name, directory):
     """Locks an open file or a descriptor until it is closed, where the system and the file system know locks.
 

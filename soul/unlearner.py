@@ -12,7 +12,7 @@ from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import CHECKPOINTS, DATA_FILE, LOG_FILE, RUN_FILE, check_output, occupy, write_in_place
+from soul.output import CHECKPOINTS, DATA_FILE, LOG_FILE, RUN_FILE, check_complete, check_output, occupy, restore, write_in_place
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
 from soul.unlearn import unlearn
@@ -138,7 +138,8 @@ class Unlearner:
                 runs in it.
             Diverged: the loss, its gradient or a weight is not finite any more.
             Stopped: by SIGTERM, after a checkpoint was written.
-            OSError: something could not be written; the message says whether there is a checkpoint to go on from.
+            OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
+                directory was removed during the run: the model is saved, the other files are lost.
         """
         given = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
@@ -153,16 +154,18 @@ class Unlearner:
         if processes.any(has_ended(output, checkpoints)):
             got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", got, remedy)
-        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext():
+        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext() as file:
             processes.on_first(lambda: self._make(output, about, checkpoints))
             try:
                 records = unlearn(*given, log=output / LOG_FILE, progress=progress, checkpoints=checkpoints)
                 with checkpoints.listening():  # a model that is there is saved, whatever comes
                     self._merge(merge)
+                    processes.on_first(lambda: restore(output, file))
                     save_model(self.model, self.tokenizer, output)
                     checkpoints.remove()
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
+            processes.on_first(lambda: check_complete(output))
         return records
 
     def _merge(self, merge):

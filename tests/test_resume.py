@@ -257,6 +257,40 @@ def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize("more", [(), ("--save-every", "1")], ids=["no checkpoints", "checkpoints"])
+def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, place, tmp_path, capsys, monkeypatch):
+    """The work of hours is saved; but there is no log, and the command must not say so."""
+    output, real, left = tmp_path / "out", unlearn_module.train_step, [2]
+
+    def train_step(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            shutil.rmtree(output)
+        return real(*args)
+
+    monkeypatch.setattr(unlearn_module, "train_step", train_step)
+    assert main(words(place, output, "--epochs", "1", *more)) == 1
+    out, err = capsys.readouterr()
+    lost = "soul_config.json, data.json, log.jsonl"
+    assert f"soul unlearn: {output} was removed during the run: the model is saved there, but {lost} are lost\n" in err
+    assert "log.jsonl" not in out and (output / "model.safetensors").is_file()
+
+
+def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, capsys, monkeypatch):
+    output, real = tmp_path / "out", unlearn_module.train_step
+
+    def train_step(*args):
+        shutil.rmtree(output)
+        with occupy(output):
+            (output / "soul_config.json").write_text("{}")
+        return real(*args)
+
+    monkeypatch.setattr(unlearn_module, "train_step", train_step)
+    assert main(words(place, output, "--epochs", "1")) == 1
+    assert f"soul unlearn: {output} was removed during the run, and another run is in there" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["soul_config.json"]
+
+
 def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
