@@ -34,13 +34,17 @@ class SafeStream:
         self._attempt(lambda: self._write(text))
         return len(text)
 
+    def writelines(self, lines):
+        """Write texts, or nothing."""
+        self.write("".join(lines))
+
     def flush(self):
         """Flush the stream, if it still can be."""
         self._attempt(lambda: self.stream.flush())
 
     def isatty(self):
         """Tell whether the stream is a terminal."""
-        return self.stream is not None and self.stream.isatty()
+        return self.error is None and self.stream.isatty()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)

@@ -163,7 +163,8 @@ def whole_state(model):
 def is_finite(tensor):
     """Tell whether all elements of a tensor are finite; of a DTensor, those that this process holds.
 
-    By its bounds, which are NaN where an element is: no mask of the size of the tensor is made. Without values nothing is wrong.
+    By its bounds, which are NaN where an element is: no mask of the size of the tensor is made. On the meta device there are no
+    elements.
     """
     own = local(tensor.detach())
     if own.is_floating_point() and own.itemsize == 1:  # torch compares no fp8 values

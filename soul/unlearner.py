@@ -12,7 +12,17 @@ from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import CHECKPOINTS, DATA_FILE, LOG_FILE, RUN_FILE, check_complete, check_output, occupy, restore, write_in_place
+from soul.output import (
+    CHECKPOINTS,
+    DATA_FILE,
+    LOG_FILE,
+    RUN_FILE,
+    check_complete,
+    check_output,
+    occupy,
+    restore,
+    write_in_place,
+)
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
 from soul.unlearn import unlearn

@@ -14,6 +14,7 @@ import torch
 from soul import Unlearner
 from soul.cli import main
 from soul.config import UnlearnConfig
+from soul.console import SafeStream, safe_stream
 from soul.models import load
 from tests.models import examples, tiny_model, tiny_tokenizer
 
@@ -214,6 +215,15 @@ def test_a_console_without_an_umlaut_ends_no_run(place, monkeypatch):
     monkeypatch.setattr("sys.stdout", shown)
     assert main(command(place, output="out_ärger")) == 0
     assert b"log.jsonl: " + str(place / "out_").encode() + b"\\xe4rger" in shown.buffer.getvalue()
+
+
+def test_a_safe_stream_is_silent_once_it_is_broken():
+    broken = SafeStream(NoReader())
+    assert broken.write("text") == 4 and broken.error.errno == errno.EPIPE and not broken.isatty()
+    broken.writelines(["a", "b"]), broken.flush()
+    whole = SafeStream(io.StringIO())
+    whole.writelines(["a", "b"]), print("c", file=whole, flush=True)
+    assert whole.getvalue() == "abc\n" and whole.error is None and safe_stream(whole) is whole
 
 
 PLAN = ["plan", "--model", "llama-3.2-1b"]
