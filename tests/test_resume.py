@@ -215,6 +215,7 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
         assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
 
 
+INFLUENCE = UnlearnConfig(method="influence", backend="reference")
 FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run writes again, in place
 
 
@@ -248,7 +249,7 @@ def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_
         with pytest.raises(ValueError, match="output: expected files of the run's own, got .*log.jsonl, (a|one of)"):
             run(tokenizer, log=path)
         with pytest.raises(ValueError, match="output: expected files of the run's own, got .*log.jsonl, (a|one of)"):
-            unlearn(tiny_model(), tokenizer, examples(2), examples(4)[2:], UnlearnConfig(method="influence"), log=path)
+            unlearn(tiny_model(), tokenizer, examples(2), examples(4)[2:], INFLUENCE, log=path)
         path.unlink()
     assert victim.read_text() == "precious"
     (tmp_path / "soul_config.json").symlink_to(victim)
@@ -548,7 +549,7 @@ def test_the_command_saves_every_10_minutes(more, minutes, place, tmp_path, monk
     """But for a run that asks for no checkpoints."""
     seen, real = [], Checkpoints.__init__
     monkeypatch.setattr(Checkpoints, "__init__", lambda self, *a, **o: seen.append(o.get("minutes")) or real(self, *a, **o))
-    monkeypatch.setattr("soul.unlearner.unlearn", lambda *args, **options: [{}])
+    monkeypatch.setattr("soul.unlearner.unlearn", lambda *args, log, **options: log.touch() or [{}])
     assert main(words(place, tmp_path / "out", "--epochs", "1", *more)) == 0
     assert set(seen) == {minutes}
 

@@ -186,7 +186,7 @@ def _check_ended(args, output, config):
     names = now.keys() - {*NOT_OF_THE_RUN, *FREE_TO_CHANGE}
     saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged}
     now = {name: now[name] for name in names}
-    if _same_place(saved["model"], now["model"]):
+    if _same_place(str(saved["model"]), now["model"]):
         now["model"] = saved["model"]
     kept = _read_json(output / DATA_FILE)
     contents = {name: counts["content"] for name, counts in kept.items() if isinstance(counts, dict) and "content" in counts}
