@@ -20,6 +20,7 @@ import re
 import shutil
 import signal
 import threading
+import time
 import warnings
 
 import torch
@@ -47,7 +48,7 @@ from soul.run_state import (
     warn_of_environment,
     write_tensors,
 )
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import argument_error, check_range
 
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # which no shape of a tensor shows
@@ -64,7 +65,9 @@ class Checkpoints:
 
     Args:
         directory: holds the checkpoints, ``step-N`` each; created where it is missing. Nothing else should be in there.
-        every: steps from one checkpoint to the next, >= 0. 0: only when the run is told to stop.
+        every: steps from one checkpoint to the next, >= 0. 0: none by the number of steps.
+        minutes: minutes from one checkpoint to the next, >= 0: the run is saved after the first step that ends later. 0: none
+            by time. With both 0 the run is saved only when it is told to stop.
         keep: newest checkpoints that stay, >= 1. With 2 there is one to go back to if the newest is damaged. While one is
             written there is room needed for one more.
         resume: go on from the newest checkpoint, where there is one.
@@ -77,21 +80,31 @@ class Checkpoints:
         ArgumentError: a number is not what it may be.
     """
 
-    def __init__(self, directory, *, every=0, keep=2, resume=False):
+    def __init__(self, directory, *, every=0, minutes=0, keep=2, resume=False):
         for name, value, low in (("save_every", every, 0), ("keep", keep, 1)):
             if isinstance(value, bool) or not (isinstance(value, int) and value >= low):
                 raise argument_error(name, f"a whole number >= {low}", repr(value), "check the options")
+        check_range("save_minutes", minutes)
         self.directory, self.every, self.keep, self.resume = pathlib.Path(directory), every, keep, resume
+        self.minutes, self._since = minutes, time.monotonic()
         self.stop = self.stopping = False
 
     def due(self, step):
         """Tells whether a checkpoint is to be written after this step; ``stopping`` then says whether it is the last one."""
-        self.stopping = self.told()  # looked at once: a signal may come at any time
-        return self.stopping or (self.every > 0 and step % self.every == 0)
+        self.stopping, late = self.told(), self.late()  # looked at once: a signal may come at any time
+        return self.stopping or late or (self.every > 0 and step % self.every == 0)
 
     def told(self):
         """Tells whether the run has been told to stop."""
         return self.stop
+
+    def late(self):
+        """Tell whether ``minutes`` have passed since the last checkpoint, or since the run began."""
+        return self.minutes > 0 and time.monotonic() - self._since >= 60 * self.minutes
+
+    def restart_clock(self):
+        """Count ``minutes`` from now on: the run begins, or a checkpoint has been written."""
+        self._since = time.monotonic()
 
     def steps(self):
         """Steps of the checkpoints that are there, whole or not, the newest first."""
@@ -269,7 +282,10 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def listening(self):
-        """Meanwhile SIGTERM sets ``stop`` instead of ending the process; in the main thread only, elsewhere nothing changes."""
+        """Meanwhile SIGTERM sets ``stop`` instead of ending the process; in the main thread only, elsewhere nothing changes.
+        ``minutes`` count from here.
+        """
+        self.restart_clock()
         if threading.current_thread() is not threading.main_thread():
             yield
             return

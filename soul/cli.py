@@ -4,9 +4,10 @@ Bad input ends with a message and exit status 2, before anything is written.
 """
 
 import argparse
+import errno
 import sys
 
-from soul import __version__
+from soul import __version__, console
 from soul._extras import MissingExtra
 from soul.checkpoint import Stopped
 from soul.commands import demo, evaluate, info, plan, study, unlearn
@@ -19,14 +20,19 @@ COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": stu
 
 
 def main(argv=None):
-    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed, 143 for one
-    that SIGTERM has stopped and ``--resume`` continues.
+    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed or a result
+    that could not be written, 141 for a result whose reader has gone, 143 for a run that SIGTERM has stopped and ``--resume``
+    continues. The status is that of the work, whatever becomes of reports on the console (`soul.console`).
     """
-    words = sys.argv[1:] if argv is None else argv
+    with console.safe(whole_process=argv is None):
+        return _status(sys.argv[1:] if argv is None else argv)
+
+
+def _status(words):
     parser, parser_of = _parsers()
     command, args = words[0] if words else "", None
     try:
-        args = parser.parse_args(expand(words, parser_of))
+        args = _parsed(parser, expand(words, parser_of))
         if launched() > 1 and command != "unlearn":
             raise argument_error("torchrun", "'soul unlearn'", f"'soul {command}'", "start it without, in one process")
         args.run(args)
@@ -40,10 +46,25 @@ def main(argv=None):
     except Stopped as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 128 + 15  # as of a process that SIGTERM ended
+    except console.Unwritten as error:
+        if error.errno == errno.EPIPE:  # as in `soul plan ... | head -1`
+            return 128 + 13  # as of a process that SIGPIPE ended
+        print(f"soul {command}: standard output could not be written ({error.strerror})", file=sys.stderr)
+        return 1
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
         print(f"soul {command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parsed(parser, words):
+    """The options; what --help and --version print is a result too."""
+    try:
+        return parser.parse_args(words)
+    except SystemExit as end:
+        if not end.code:
+            console.check_written(sys.stdout)
+        raise
 
 
 def _parsers():

@@ -1,6 +1,9 @@
 """Data by name or path: benchmarks' sets, hub data sets, JSON lines and parquet -> rows -> `soul.data.Example`."""
 
 import collections.abc
+import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import re
@@ -91,6 +94,16 @@ def read(source, name="rows"):
         known = ", ".join(f"{kind}:" for kind in _KINDS)
         raise argument_error(str(source), f"a path, or a name that begins with {known}", f"{kind}:", "check the name")
     return _rows.read(source)
+
+
+def digest(rows):
+    """blake2b of the content of rows, in hexadecimal: the same for the same rows, wherever they were read.
+
+    Args:
+        rows: of `rows`; or a list of `soul.data.Example`.
+    """
+    content = [dataclasses.asdict(row) if isinstance(row, Example) else row[1] for row in rows]
+    return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=32).hexdigest()
 
 
 def read_examples(source):
@@ -206,9 +219,19 @@ def _muse(source, rest):
 
 def _hub(source, rest):
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([^/:]+))?(?:/(.+))?", rest)
-    if match is None:
+    if match is None or not _is_hub_name(match[1]) or match[2] in (".", ".."):
         raise argument_error(source, "hub:OWNER/NAME[:SUBSET][/SPLIT]", rest, "for instance hub:locuslab/TOFU:forget10/train")
     return _hub_rows(source, match[1], match[2], match[3] or "train")
+
+
+def _is_hub_name(name):
+    """Tells whether the hub itself would take a name; another one may be a path, as ../.. is."""
+    hub = require("huggingface_hub.utils", "hf")
+    try:
+        hub.validate_repo_id(name)
+    except hub.HFValidationError:
+        return False
+    return True
 
 
 _KINDS = {"tofu": _tofu, "muse": _muse, "wmdp": _wmdp, "hub": _hub}
@@ -234,6 +257,9 @@ def _folder_rows(source, folder, name):
 def _hub_rows(source, repository, subset, split):
     """Rows of a hub data set; its own code is never run: `datasets` does not do so from version 4 on."""
     load = require("datasets", "hf").load_dataset
+    if os.path.exists(repository):  # which `datasets` would read in its place
+        remedy = "give the path of a file in it, or start the command elsewhere"
+        raise argument_error(source, "a data set on the hub", f"the folder {repository} here", remedy)
     try:
         found = [(f"{source}, row {index}", dict(row)) for index, row in enumerate(load(repository, subset, split=split))]
     except Exception as error:  # whatever the libraries below say of a name, a connection, a licence to accept

@@ -160,6 +160,18 @@ def whole_state(model):
     return state if first else {}
 
 
+def is_finite(tensor):
+    """Tell whether all elements of a tensor are finite; of a DTensor, those that this process holds.
+
+    By its bounds, which are NaN where an element is: no mask of the size of the tensor is made. On the meta device there are no
+    elements.
+    """
+    own = local(tensor.detach())
+    if own.is_floating_point() and own.itemsize == 1:  # torch compares no fp8 values
+        own = own.float()
+    return own.is_meta or own.numel() == 0 or all(bound.isfinite() for bound in own.aminmax())
+
+
 def full(tensor):
     """The whole tensor of a DTensor, which all processes must ask for; any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
@@ -256,4 +268,4 @@ class Processes:
 
     def all_finite(self, tensors):
         """Whether all parameters, in shards, are finite."""
-        return not self.any(not all(local(tensor).isfinite().all() for tensor in tensors))
+        return not self.any(not all(map(is_finite, tensors)))

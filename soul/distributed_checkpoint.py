@@ -48,6 +48,10 @@ class ShardedCheckpoints(Checkpoints):
         """Tells whether one of the processes has been told to stop."""
         return self.processes.any(self.stop)
 
+    def late(self):
+        """As in `Checkpoints`, by the clock of the first process: all must save at the same step."""
+        return self.minutes > 0 and self.processes.any(self.processes.first and super().late())
+
     def clear(self):
         """As in `Checkpoints`."""
         self.processes.on_first(super().clear)

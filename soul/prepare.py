@@ -1,7 +1,7 @@
 """What a run needs of its data before it starts: encoded sequences, and that everything fits together."""
 
 from soul.data import encode, pair_refusals, refuse
-from soul.distributed import Processes, check_shards, check_supported
+from soul.distributed import Processes, check_shards, check_supported, is_finite
 from soul.models import check_checkpointing, head, trained
 from soul.reference import check_cache
 from soul_kernels._checks import argument_error
@@ -15,11 +15,12 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
     pairs are counted, and refusals in their place are).
 
     Raises:
-        ArgumentError: the data do not fit the model or the objective, no parameter of the model requires a gradient, the
-            backend does not fit the model's device, or there can be no cache in the config's directory.
+        ArgumentError: the data do not fit the model or the objective, a weight of the model is not finite, none requires a
+            gradient, the backend does not fit the model's device, or there can be no cache in the config's directory.
     """
     objective, counts = config.objective(), counts or {}
     check_shards(model)
+    _check_weights(model)
     if Processes.of(model).size > 1:
         check_supported(config)
     if getattr(objective, "alpha", 0) and not retain:
@@ -50,6 +51,16 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
             forget = refuse(forget, seed=config.seed)
         encoded = encode_for(model, tokenizer, forget, config, "forget", counts.get("forget"))
     return encoded, encode_for(model, tokenizer, retain, config, "retain", counts.get("retain"))
+
+
+def _check_weights(model):
+    """Raises for a parameter, trained or frozen, that has NaN or inf: no run mends it, and every loss would be NaN."""
+    processes = Processes.of(model)
+    broken = next((name for name, parameter in model.named_parameters() if not is_finite(parameter)), None)
+    broken = next((name for name in processes.gather(broken) if name is not None), None)
+    if broken is not None:
+        remedy = "load a model that is whole; was it saved by a run that diverged?"
+        raise argument_error("model", "finite weights", f"NaN or inf in {broken}", remedy)
 
 
 def _check_place(config, weight):

@@ -117,8 +117,8 @@ def checksum(state):
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
-def check_same(saved, now):
-    """Raises where what makes a run is not the same; the first difference is named."""
+def check_same(saved, now, source="the checkpoint"):
+    """Raises where what makes a run is not the same; the first difference is named. ``source`` says whose ``saved`` is."""
     now = json.loads(json.dumps(now))  # tuples are lists there
     data = ("content of forget", "content of retain")  # last: it may be an option, the template, why they differ
     for name in sorted(saved.keys() | now.keys(), key=lambda name: (name in data, name)):
@@ -127,8 +127,8 @@ def check_same(saved, now):
             if name == "content of the model":
                 remedy = "give the model as it was before the run, which changes it in place, or another output directory"
             if name.startswith("content of"):
-                raise argument_error(f"resume, {name}", "what the checkpoint was made with", "another one", remedy)
-            raise argument_error(f"resume, {name}", f"{saved.get(name)!r} as in the checkpoint", repr(now.get(name)), remedy)
+                raise argument_error(f"resume, {name}", f"that of {source}", "another one", remedy)
+            raise argument_error(f"resume, {name}", f"{saved.get(name)!r} as in {source}", repr(now.get(name)), remedy)
 
 
 def environment(model):

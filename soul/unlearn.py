@@ -12,19 +12,23 @@ import torch
 from soul._extras import require
 from soul.checkpoint import Stopped, describe
 from soul.config import build_curvature, build_optimizer, build_scheduler
+from soul.console import safe_stream
 from soul.distributed import Processes
 from soul.feed import Feed
 from soul.graph import GraphedStep
 from soul.influence import Influence, unlearn_once
 from soul.models import checkpointing, compiled, evaluating
 from soul.optimizer import SophiaG
+from soul.output import no_follow
 from soul.prepare import encode_for, prepare
 from soul.release import release_gradients
 from soul.step import curvature_loss, train_step
 
+MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the norm of the gradient"}  # in every record
+
 
 class Diverged(RuntimeError):
-    """The loss is not finite any more; the model is worthless."""
+    """The loss, its gradient or a weight is not finite any more; the model is worthless."""
 
 
 def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True, checkpoints=None):
@@ -39,7 +43,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         forget: list of `soul.data.Example`.
         retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
         config: `UnlearnConfig`.
-        log: an open text file, or the path of one, that gets one JSON line a step, those before a resume included; or None.
+        log: an open text file, or the path of one, which may be no link, that gets one JSON line a step, those before a resume
+            included; or None.
         progress: show a progress bar on stderr.
         checkpoints: `soul.checkpoint.Checkpoints`, where the run is saved and, where it says so, resumed from; or None.
 
@@ -52,7 +57,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     Raises:
         ArgumentError: the data do not fit the model, the checkpoint is not of this run, or another process writes there;
             nothing was changed.
-        Diverged: the loss or a weight is not finite any more.
+        Diverged: the loss, its gradient or a weight is not finite any more.
         Stopped: by SIGTERM, or ``checkpoints.stop``, after a checkpoint was written.
         OSError: log or checkpoint could not be written; earlier checkpoints are as they were.
     """
@@ -87,7 +92,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             initial=len(records),
             disable=not (progress and processes.first),
             desc=f"unlearn ({config.optimizer})",
-            file=sys.stderr,
+            file=safe_stream(sys.stderr),
         )
         graphed = None
         if config.cuda_graph:
@@ -104,7 +109,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         if not processes.first:
             log = None
         if isinstance(log, (str, os.PathLike)):
-            log = stack.enter_context(open(log, "w", encoding="utf-8"))
+            log = stack.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
         if checkpoints is not None:
             stack.enter_context(checkpoints.listening())
         if config.gradient_checkpointing:
@@ -126,7 +131,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
                 values = train_step(model, batches, objective, optimizer, config, feed.ref_head, whole, release)
             scheduler.step()
             record = {"step": len(records) + 1, "epoch": epoch, "lr": lr, **_told(values, optimizer, config)}
-            record["tokens_per_s"] = feed.n_tokens(examples, kept) / (time.perf_counter() - begun)
+            record["tokens_per_s"] = _rate(feed.n_tokens(examples, kept), time.perf_counter() - begun)
             record["peak_memory_gib"] = peak_memory_gib(next(model.parameters()).device)
             if config.eval_every and record["step"] % config.eval_every == 0:
                 record |= _evaluated(model, answers, config)
@@ -134,16 +139,19 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             _write_line(log, record)
             bar.update()
             bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
-            if not math.isfinite(record["loss"]):
-                raise Diverged(f"the loss became {record['loss']} at step {record['step']}; lower the learning rate")
+            for name, what in MUST_BE_FINITE.items():
+                if not math.isfinite(record.get(name, 0.0)):  # a norm of inf: clipping has made the step 0
+                    text = f"{what} became {record[name]} at step {record['step']}"
+                    raise Diverged(f"{text}; {_advice(records, objective)}")
             if checkpoints is not None and checkpoints.due(len(records)):
-                _check_finite(model, len(records))  # what is broken takes no place of what is not
+                _check_finite(model, records, objective)  # what is broken takes no place of what is not
                 checkpoints.save(len(records), model, parts, records, run)
+                checkpoints.restart_clock()
                 if checkpoints.stopping and len(records) < len(order) and "stopped" not in record:
                     raise Stopped(f"stopped after step {len(records)} of {len(order)}")
             if "stopped" in record:
                 break
-    _check_finite(model, len(records))
+    _check_finite(model, records, objective)
     return records
 
 
@@ -166,12 +174,12 @@ def _influence(model, forget, retain, method, config, log):
     found = unlearn_once(model, forget, retain, **options)
     seconds, n_tokens = time.perf_counter() - begun, sum(len(s.input_ids) for s in (*forget, *retain))
     record = {"step": 1, "epoch": 1, **{"factor" if name == "step" else name: value for name, value in found.items()}}
-    record |= {"tokens_per_s": n_tokens / seconds, "peak_memory_gib": peak_memory_gib(device)}
+    record |= {"tokens_per_s": _rate(n_tokens, seconds), "peak_memory_gib": peak_memory_gib(device)}
     with contextlib.ExitStack() as stack:
         if isinstance(log, (str, os.PathLike)):
-            log = stack.enter_context(open(log, "w", encoding="utf-8"))
+            log = stack.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
         _write_line(log, record)
-    _check_finite(model, 1)
+    _check_finite(model, [record], method)
     return [record]
 
 
@@ -198,9 +206,35 @@ def _write_line(log, record):
         log.flush()
 
 
-def _check_finite(model, step):
+def _rate(count, seconds):
+    """Return the count a second; NaN where the clock has not moved."""
+    return count / seconds if seconds > 0 else math.nan
+
+
+def _check_finite(model, records, objective):
     if not Processes.of(model).all_finite(model.parameters()):
-        raise Diverged(f"a weight is not finite after step {step}; lower the learning rate")
+        raise Diverged(f"a weight is not finite after step {len(records)}; {_advice(records, objective)}")
+
+
+def _advice(records, objective):
+    """Return what to change after a run has diverged, in words: what its first record that is not finite points to.
+
+    Losses and gradients of step 1 are those of the model as it was, so no learning rate is the cause. If the likelihoods are
+    finite there, and the loss or its gradient is not, a weight of the objective is: from 1e6 on it is named.
+    """
+    if isinstance(objective, Influence):
+        return "raise the damping"
+    broken = next((r for r in records if not all(math.isfinite(r.get(name, 0.0)) for name in MUST_BE_FINITE)), None)
+    if broken is None:
+        return "lower the learning rate"
+    weights = {name: getattr(objective, name) for name in ("gamma", "alpha") if hasattr(objective, name)}
+    largest = max(weights, key=weights.get, default=None)
+    likelihoods = [value for name, value in broken.items() if name.endswith("_nll")]
+    if largest is not None and weights[largest] >= 1e6 and all(map(math.isfinite, likelihoods)):
+        return f"{largest}={weights[largest]:g} makes the loss or its gradient overflow: lower {largest}"
+    if broken["step"] == 1:
+        return "no step had been taken, so the learning rate is not the cause: float32 parameters may not overflow (--dtype)"
+    return "lower the learning rate"
 
 
 def peak_memory_gib(device):

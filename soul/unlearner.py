@@ -12,7 +12,17 @@ from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
 from soul.config import UnlearnConfig, parameter_dtype
 from soul.data import Counts, Example, answerable
 from soul.distributed import Processes
-from soul.output import DATA_FILE, RUN_FILE, check_output, occupy
+from soul.output import (
+    CHECKPOINTS,
+    DATA_FILE,
+    LOG_FILE,
+    RUN_FILE,
+    check_complete,
+    check_output,
+    occupy,
+    restore,
+    write_in_place,
+)
 from soul.prepare import encode_for, prepare
 from soul.templates import Template
 from soul.unlearn import unlearn
@@ -69,6 +79,7 @@ class Unlearner:
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
         self.counts = {name: Counts() for name in given}
         rows = {name: self._rows(name, source) for name, source in given.items()}
+        self._digests = {name: datasets.digest(found) for name, found in rows.items()}
         if by_name:
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             # One card has no room for the whole model. `distributed.shard` copies what each process needs.
@@ -113,13 +124,17 @@ class Unlearner:
         options = dict(batch_size=self.config.batch_size, backend=self.config.backend)
         return answer_probability(self.model, self._answers, **options)
 
-    def run(self, output=None, *, save_every=0, keep=2, resume=False, merge=False, about=None, progress=True):
+    def run(
+        self, output=None, *, save_every=0, save_minutes=0, keep=2, resume=False, merge=False, about=None, progress=True
+    ):  # fmt: skip
         """Unlearns, and saves what comes of it.
 
         Args:
             output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl``, ``data.json`` (``counts``) and
                 checkpoints; None: nothing is written.
-            save_every: steps from one checkpoint to the next; 0: only when SIGTERM comes. All are removed at the end.
+            save_every: steps from one checkpoint to the next; 0: none by the number of steps.
+            save_minutes: minutes from one checkpoint to the next; 0: none by time. With both 0 the run is saved only when
+                SIGTERM comes. All checkpoints are removed at the end.
             keep: newest checkpoints that stay.
             resume: go on after the newest checkpoint in ``output``, where there is one.
             merge: add the adapters to the weights, and save a plain model.
@@ -132,9 +147,10 @@ class Unlearner:
         Raises:
             ArgumentError: the directory is not empty, not that of this run, or that of one that has ended; or another process
                 runs in it.
-            Diverged: the loss or a weight is not finite any more.
+            Diverged: the loss, its gradient or a weight is not finite any more.
             Stopped: by SIGTERM, after a checkpoint was written.
-            OSError: something could not be written; the message says whether there is a checkpoint to go on from.
+            OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
+                directory was removed during the run: the model is saved, the other files are lost.
         """
         given = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
@@ -144,20 +160,23 @@ class Unlearner:
             self._merge(merge)
             return records
         output = processes.together(lambda: check_output(output, resume))  # before one of them writes
-        checkpoints = _checkpoints(processes)(output / "checkpoints", every=save_every, keep=keep, resume=resume)
+        saving = dict(every=save_every, minutes=save_minutes, keep=keep, resume=resume)
+        checkpoints = _checkpoints(processes)(output / CHECKPOINTS, **saving)
         if processes.any(has_ended(output, checkpoints)):
             got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", got, remedy)
-        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext():
+        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext() as file:
             processes.on_first(lambda: self._make(output, about, checkpoints))
             try:
-                records = unlearn(*given, log=output / "log.jsonl", progress=progress, checkpoints=checkpoints)
+                records = unlearn(*given, log=output / LOG_FILE, progress=progress, checkpoints=checkpoints)
                 with checkpoints.listening():  # a model that is there is saved, whatever comes
                     self._merge(merge)
+                    processes.on_first(lambda: restore(output, file))
                     save_model(self.model, self.tokenizer, output)
                     checkpoints.end(output)
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
+            processes.on_first(lambda: check_complete(output))
         return records
 
     def _merge(self, merge):
@@ -167,9 +186,9 @@ class Unlearner:
     def _make(self, output, about, checkpoints):
         if checkpoints.steps():  # what was written then is said of the run that goes on; another one is refused
             return
-        (output / RUN_FILE).write_text(json.dumps(about or {}, indent=1, default=str) + "\n")
-        counts = {name: dataclasses.asdict(counts) for name, counts in self.counts.items()}
-        (output / DATA_FILE).write_text(json.dumps(counts, indent=1) + "\n")
+        write_in_place(output / RUN_FILE, json.dumps(about or {}, indent=1, default=str) + "\n")
+        counts = {n: {**dataclasses.asdict(counts), "content": self._digests[n]} for n, counts in self.counts.items()}
+        write_in_place(output / DATA_FILE, json.dumps(counts, indent=1) + "\n")
 
 
 def _checkpoints(processes):

@@ -45,6 +45,14 @@ def uninterpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
+def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch):
+    """A call below the resolution of the clock takes at most as long as that."""
+    monkeypatch.setattr(_harness.time, "perf_counter", lambda: 7.0)
+    ms = _harness.time_once(lambda: None, CPU)
+    rates = _harness.Case("case", {}, None, bytes=8, flops=8, tokens=8).rates("a", ms, LIMITS)
+    assert 0 < ms < 1e-3 and all(0 < rate < float("inf") for rate in rates.values())
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_every_case_is_right_and_runs(op, untimed, request):
     if op.startswith("linear"):

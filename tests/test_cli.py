@@ -1,14 +1,24 @@
+import errno
 import inspect
+import io
 import json
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from soul import Unlearner
 from soul.cli import main
 from soul.config import UnlearnConfig
+from soul.console import SafeStream, safe_stream
 from soul.models import load
 from tests.models import examples, tiny_model, tiny_tokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +171,100 @@ def test_studies_check_before_they_write(place, words, option, message, capsys, 
     assert main([*words, "--output", "study_out", *option]) == 2
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in place.rglob("*")) == before
+
+
+class NoReader(io.StringIO):
+    """Standard output or error whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+class Full(io.StringIO):
+    """A file on a full disk: written to a buffer first."""
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Closed(io.StringIO):
+    def write(self, text):
+        raise ValueError("I/O operation on closed file.")
+
+
+BROKEN = {"dead pipe": NoReader, "full": Full, "closed": Closed, "none": lambda: None}
+
+
+@pytest.mark.parametrize("console", ["dead pipe", "none"])
+def test_a_broken_console_ends_no_run(place, console, monkeypatch):
+    """Neither what we print and draw, nor the progress bars of transformers, nor a warning."""
+    monkeypatch.setenv("TQDM_DISABLE", "0")
+    monkeypatch.setattr("sys.stdout", BROKEN[console]())
+    monkeypatch.setattr("sys.stderr", BROKEN[console]())
+    out = f"out_{console}"
+    assert main(command(place, output=out)) == 0
+    assert (place / out / "model.safetensors").is_file() and len((place / out / "log.jsonl").read_text().splitlines()) == 2
+    assert main(command(place, output=out)) == 2  # the status does not need a console either
+    config = UnlearnConfig(epochs=1, backend="reference")
+    unlearner = Unlearner(tiny_model(), examples(2), examples(4)[2:], config, tokenizer=tiny_tokenizer())
+    assert len(unlearner.run(progress=True)) == 1
+
+
+def test_a_console_without_an_umlaut_ends_no_run(place, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", shown)
+    assert main(command(place, output="out_ärger")) == 0
+    assert b"log.jsonl: " + str(place / "out_").encode() + b"\\xe4rger" in shown.buffer.getvalue()
+
+
+def test_a_safe_stream_is_silent_once_it_is_broken():
+    broken = SafeStream(NoReader())
+    assert broken.write("text") == 4 and broken.error.errno == errno.EPIPE and not broken.isatty()
+    broken.writelines(["a", "b"]), broken.flush()
+    whole = SafeStream(io.StringIO())
+    whole.writelines(["a", "b"]), print("c", file=whole, flush=True)
+    assert whole.getvalue() == "abc\n" and whole.error is None and safe_stream(whole) is whole
+
+
+PLAN = ["plan", "--model", "llama-3.2-1b"]
+RESULTS = {"plan": PLAN, "info": ["info"], "help": ["--help"], "version": ["--version"]}
+
+
+@pytest.mark.parametrize("console, status, message", [
+    ("dead pipe", 141, ""),  # as of a process that SIGPIPE ended
+    ("full", 1, "standard output could not be written (No space left on device)\n"),
+    ("closed", 1, "standard output could not be written (Bad file descriptor)\n"),
+    ("none", 1, "standard output could not be written (Bad file descriptor)\n"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_that_cannot_be_written_is_no_success(place, name, console, status, message, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", BROKEN[console]())
+    assert main(RESULTS[name]) == status
+    assert capsys.readouterr().err == (message and f"soul {RESULTS[name][0]}: {message}")
+
+
+def test_a_dry_run_is_a_result(place, monkeypatch):
+    monkeypatch.setattr("sys.stdout", Full())
+    assert main([*command(place), "--dry-run"]) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no descriptors to inherit")
+def test_a_process_ends_with_the_status_of_its_work(place):
+    """Python flushes standard output once more when it exits, and would end with 120. A descriptor that is closed must not
+    become that of a file of ours, into which libraries then write.
+    """
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = command(place, output="out_process")
+    code = (
+        "import os, sys; from soul.cli import main; os.close(2)\n"
+        f"sys.argv = ['soul', *{run!r}]; status = main()\n"
+        "assert os.path.samestat(os.fstat(2), os.stat(os.devnull)); sys.exit(status)"
+    )
+    with os.fdopen(writer, "w") as pipe:
+        ended = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.DEVNULL, cwd=ROOT)
+    assert ended.returncode == 0
+    assert (place / "out_process" / "model.safetensors").is_file()
 
 
 def test_unknown_words_end_with_2(capsys):

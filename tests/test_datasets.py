@@ -70,6 +70,11 @@ def test_questions_by_name(monkeypatch):
     ("muse:books/scal/forget_1", "expected one of news/forget"),  # the books have no such subset
     ("wmdp:chem-forget", "expected one of bio-forget, bio-retain, cyber-forget, cyber-retain, got chem-forget"),
     ("hub:mine", "hub:mine: expected hub:OWNER/NAME[:SUBSET][/SPLIT], got mine; for instance hub:locuslab/TOFU:forget10/train"),
+    ("hub:../..", "hub:../..: expected hub:OWNER/NAME[:SUBSET][/SPLIT], got ../.."),
+    ("hub:me/..", "hub:me/..: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
+    ("hub:./mine:part/test", "hub:./mine:part/test: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
+    ("hub:me/mine:../test", "hub:me/mine:../test: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
+    ("hub:me/a--b", "hub:me/a--b: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
     ("tfou:forget10", "tfou:forget10: expected a path, or a name that begins with tofu:, muse:, wmdp:, hub:, got tfou:"),
     ("tofu:forget10@nowhere", "expected forget10.jsonl or forget10.json or forget10.parquet in nowhere, got none of them"),
     (7, "rows: expected a path, a name, or a list of rows, got int"),
@@ -81,6 +86,16 @@ def test_unknown_names_list_the_known_ones(source, message, asked_of_hub):
     with pytest.raises(ValueError) as error:
         datasets.rows(source)
     assert message in str(error.value) and not asked_of_hub
+
+
+@pytest.mark.parametrize("source, folder", [("hub:me/mine", "me/mine"), ("tofu:forget10", "locuslab/TOFU")])
+def test_a_name_of_the_hub_is_no_folder_here(source, folder, asked_of_hub, tmp_path, monkeypatch):
+    """``datasets.load_dataset`` would read the folder, and never ask the hub."""
+    (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"{source}: expected a data set on the hub, got the folder {folder} here"):
+        datasets.rows(source)
+    assert not asked_of_hub
 
 
 def test_what_the_hub_says_is_passed_on():
@@ -212,6 +227,7 @@ def test_no_row_vanishes(tmp_path):
     assert len(run._answers) == 2 + counts.pieces and counts.pieces > 20
     run.run(tmp_path / "out", progress=False)
     left = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert left["forget"].pop("content") == datasets.digest([(None, row) for row in rows if row["text"].strip()])
     assert left["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
     whole = encode(examples(2), tiny_tokenizer(), vocab_size=300)
     long = [(len(s.input_ids), s.prompt_length) for s in whole]

@@ -1,7 +1,10 @@
 """``soul evaluate``: from logs, and from a model to logs and back."""
 
+import errno
+import io
 import json
 import math
+import os
 import pathlib
 
 import numpy as np
@@ -187,6 +190,16 @@ def test_a_disk_that_fails_leaves_nothing_but_the_numbers_are_told(place, monkey
     assert main(from_logs(place)) == 1
     assert files_in(place) == before
     assert "model_utility" in capsys.readouterr().out  # they may have taken hours
+
+
+def test_numbers_that_cannot_be_printed_must_be_in_a_file(place, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setattr("sys.stdout.flush", full)
+    assert main(from_logs(place, json=None)) == 1
+    assert main(from_logs(place)) == 0 and (place / "out.json").is_file()
 
 
 def test_logs_need_no_models(place):

@@ -180,6 +180,119 @@ def test_a_run_that_has_ended_is_left_alone(place, capsys):
     assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
 
 
+def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, capsys):
+    """Status 0 would claim a model that nobody has made. Options are compared with those that the run has left, rows with the
+    digests of those that it has read; where the rows lie, and what changes no number, may differ.
+    """
+    for name in ("forget", "retain"):
+        shutil.copy(place / f"{name}.jsonl", tmp_path)
+    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(place / "model", tmp_path / "other")
+    argv = words(tmp_path, "out", "--epochs", "1", "--lora-rank", "2")
+    assert main(argv) == 0
+    shutil.copy(tmp_path / "forget.jsonl", tmp_path / "moved.jsonl")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((tmp_path / "forget.jsonl").read_text().splitlines(True)[:4]))
+    before, same = contents(tmp_path / "out"), ["--save-every", "7", "--keep", "1", "--forget", str(tmp_path / "moved.jsonl")]
+    assert main([*argv, *same, "--resume"]) == 0
+    assert "this run has ended" in capsys.readouterr().out
+    for message, more in (
+        ("resume, lr: expected 0.001 as in the run that has ended, got 0.002", ["--lr", "2e-3"]),
+        ("resume, seed: expected 0 as in the run that has ended, got 1", ["--seed", "1"]),
+        ("resume, option: expected [] as in", ["--option", "retain=kl"]),
+        ("resume, merge: expected False as in", ["--merge"]),
+        (f"resume, model: expected '{tmp_path / 'model'}' as in", ["--model", str(tmp_path / "other")]),
+        ("resume, content of forget: expected that of the run that has ended, got another one", ["--forget", str(fewer)]),
+    ):
+        assert main([*argv, *more, "--resume"]) == 2, message
+        assert message in capsys.readouterr().err
+    (tmp_path / "retain.jsonl").write_text((tmp_path / "retain.jsonl").read_text() + '{"prompt": "a", "completion": "b"}\n')
+    assert main([*argv, "--resume"]) == 2
+    assert "resume, content of retain: expected that of the run that has ended" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+    for text in ("{}", "{", "[]"):  # {}: of a run in Python
+        (tmp_path / "out" / "soul_config.json").write_text(text)
+        assert main([*argv, "--resume"]) == 2
+        assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
+
+
+INFLUENCE = UnlearnConfig(method="influence", backend="reference")
+FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run writes again, in place
+
+
+@pytest.mark.parametrize("name, link", [
+    *((name, link) for name in (*FILES, "checkpoints") for link in ("symbolic", "dangling")),
+    *((name, "hard") for name in FILES),
+])  # fmt: skip
+def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp_path, capsys):
+    """Whoever may write in there must not have the run write anywhere else."""
+    victim, output = tmp_path / "victim", tmp_path / "out"
+    victim.mkdir() if name == "checkpoints" else victim.write_text("precious")
+    output.mkdir()
+    (output / "soul_config.json").write_text("{}")
+    (output / name).unlink(missing_ok=True)
+    if link == "hard":
+        (output / name).hardlink_to(victim)
+    else:
+        (output / name).symlink_to(victim if link == "symbolic" else tmp_path / "nowhere")
+    assert main(words(place, output, "--epochs", "1", "--resume")) == 2
+    kind = {"hard": "one of several names of a file"}.get(link, "a symbolic link")
+    assert f"output: expected files of the run's own, got {output / name}, {kind}" in capsys.readouterr().err
+    assert not (tmp_path / "nowhere").exists()
+    assert list(victim.iterdir()) == [] if name == "checkpoints" else victim.read_text() == "precious"
+
+
+def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_path):
+    victim, path = tmp_path / "victim", tmp_path / "log.jsonl"
+    victim.write_text("precious")
+    for link in (path.symlink_to, path.hardlink_to):
+        link(victim)
+        with pytest.raises(ValueError, match="output: expected files of the run's own, got .*log.jsonl, (a|one of)"):
+            run(tokenizer, log=path)
+        with pytest.raises(ValueError, match="output: expected files of the run's own, got .*log.jsonl, (a|one of)"):
+            unlearn(tiny_model(), tokenizer, examples(2), examples(4)[2:], INFLUENCE, log=path)
+        path.unlink()
+    assert victim.read_text() == "precious"
+    (tmp_path / "soul_config.json").symlink_to(victim)
+    with pytest.raises(ValueError, match="soul_config.json, a symbolic link"):
+        occupy(tmp_path)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("more", [(), ("--save-every", "1")], ids=["no checkpoints", "checkpoints"])
+def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, place, tmp_path, capsys, monkeypatch):
+    """The work of hours is saved; but there is no log, and the command must not say so."""
+    output, real, left = tmp_path / "out", unlearn_module.train_step, [2]
+
+    def train_step(*args):
+        left[0] -= 1
+        if left[0] == 0:
+            shutil.rmtree(output)
+        return real(*args)
+
+    monkeypatch.setattr(unlearn_module, "train_step", train_step)
+    assert main(words(place, output, "--epochs", "1", *more)) == 1
+    out, err = capsys.readouterr()
+    lost = "soul_config.json, data.json, log.jsonl"
+    assert f"soul unlearn: {output} was removed during the run: the model is saved there, but {lost} are lost\n" in err
+    assert "log.jsonl" not in out and (output / "model.safetensors").is_file()
+
+
+def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, capsys, monkeypatch):
+    output, real = tmp_path / "out", unlearn_module.train_step
+
+    def train_step(*args):
+        shutil.rmtree(output)
+        with occupy(output):
+            (output / "soul_config.json").write_text("{}")
+        return real(*args)
+
+    monkeypatch.setattr(unlearn_module, "train_step", train_step)
+    assert main(words(place, output, "--epochs", "1")) == 1
+    assert f"soul unlearn: {output} was removed during the run, and another run is in there" in capsys.readouterr().err
+    assert [path.name for path in output.iterdir()] == ["soul_config.json"]
+
+
 def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
@@ -405,6 +518,43 @@ def test_old_checkpoints_go_and_the_log_is_complete(tokenizer, tmp_path):
     assert numbers(map(json.loads, lines(log))) == records and len(records) == 6
 
 
+class Clock:
+    """A clock that a step moves by 4 minutes."""
+
+    def __init__(self, monkeypatch):
+        self.now, real = 0.0, unlearn_module.train_step
+        monkeypatch.setattr("soul.checkpoint.time.monotonic", lambda: self.now)
+        monkeypatch.setattr(unlearn_module, "train_step", lambda *args: self.step() or real(*args))
+
+    def step(self):
+        self.now += 240.0
+
+
+@pytest.mark.parametrize("options, saved", [
+    (dict(minutes=10), [3, 6]), (dict(minutes=8, every=3), [2, 3, 5, 6]), (dict(minutes=0), []),
+], ids=str)  # fmt: skip
+def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeypatch):
+    """And that changes nothing of it."""
+    whole, want = run(tokenizer)
+    steps, real = [], Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *args: steps.append(step) or real(self, step, *args))
+    Clock(monkeypatch)
+    model, records = run(tokenizer, Checkpoints(tmp_path, **options))
+    assert steps == saved and same(model, whole) and records == want
+
+
+@pytest.mark.parametrize("more, minutes", [
+    ((), 10.0), (("--save-minutes=0",), 0.0), (("--save-every=0",), 0.0), (("--save-every=0", "--save-minutes=2.5"), 2.5),
+])  # fmt: skip
+def test_the_command_saves_every_10_minutes(more, minutes, place, tmp_path, monkeypatch):
+    """But for a run that asks for no checkpoints."""
+    seen, real = [], Checkpoints.__init__
+    monkeypatch.setattr(Checkpoints, "__init__", lambda self, *a, **o: seen.append(o.get("minutes")) or real(self, *a, **o))
+    monkeypatch.setattr("soul.unlearner.unlearn", lambda *args, log, **options: log.touch() or [{}])
+    assert main(words(place, tmp_path / "out", "--epochs", "1", *more)) == 0
+    assert set(seen) == {minutes}
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -452,9 +602,9 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
         "resume, lr: expected 0.001 as in the checkpoint, got 0.002": dict(lr=2e-3),
         "resume, method_options: expected {} as in the checkpoint, got {'alpha': 2.0}": dict(method_options={"alpha": 2.0}),
         "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
-        "resume, content of forget: expected what the checkpoint was made with, got another one": dict(forget=examples(4)),
-        "the model: expected what the checkpoint was made with, got another one; give the model as it was": dict(model=other),
-        "resume, content of the model: expected what": dict(model=lora_model()),
+        "resume, content of forget: expected that of the checkpoint, got another one": dict(forget=examples(4)),
+        "the model: expected that of the checkpoint, got another one; give the model as it was": dict(model=other),
+        "resume, content of the model: expected that": dict(model=lora_model()),
     }.items():
         with pytest.raises(ValueError) as error:
             run(tokenizer, Checkpoints(tmp_path, resume=True), **changes)
@@ -581,6 +731,9 @@ def test_numbers_are_checked(tmp_path):
     for name, options in (("save_every", {"every": -1}), ("keep", {"keep": 0}), ("save_every", {"every": 1.5})):
         with pytest.raises(ValueError, match=f"{name}: expected a whole number >= "):
             Checkpoints(tmp_path, **options)
+    for minutes in (-1, float("nan"), float("inf"), "10"):
+        with pytest.raises(ValueError, match="save_minutes: expected a number >= 0.0"):
+            Checkpoints(tmp_path, minutes=minutes)
 
 
 def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_path):

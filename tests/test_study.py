@@ -294,6 +294,15 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
             run_study(output, data, config)
 
 
+def test_a_link_in_the_directory_of_a_study_is_refused(tmp_path):
+    """Pictures, logs and models would be written through it."""
+    (tmp_path / "study.json").write_text("{}")
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0" / "picture.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="output: expected files of the run's own, got .*picture.png, a symbolic link to"):
+        check_ready(tmp_path, PRESETS["demo"])
+
+
 @pytest.fixture(scope="module")
 def one_seed(tmp_path_factory):
     """A study that is complete, and its report: rates that six digits do not hold, and an arm of which all runs diverge."""

@@ -76,6 +76,8 @@ CASES = {
     "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
     "bf16 resumed": kept(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    # The clock of the first process goes 4 minutes a step, that of the other one stands still.
+    "by time": kept(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
     "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
     **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
@@ -157,6 +159,12 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
     assert [rank["text"].split(":")[0] for rank in found["not resumed"]] == ["output", "output"]
     told = found["bf16 resumed"][0]["warnings"]
     assert len(told) == 1 and "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in told[0]
+
+
+def test_all_processes_save_by_the_clock_of_the_first(found):
+    """They would wait for each other for ever if each looked at its own."""
+    assert [rank["saved"] for rank in found["by time"]] == [[2, 4], [2, 4]]
+    assert equal(found["by time"][0], found["whole"][0])
 
 
 def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(found, folder):

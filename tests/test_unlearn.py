@@ -2,6 +2,7 @@ import copy
 import importlib
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -104,6 +105,61 @@ def test_a_broken_last_step_is_not_a_success(tokenizer, monkeypatch):
     monkeypatch.setattr(unlearn_module, "train_step", break_weights)
     with pytest.raises(Diverged, match="lower the learning rate"):
         run(tokenizer, epochs=1, batch_size=5)
+
+
+def test_a_weight_that_is_not_finite_is_named_before_the_run(tokenizer):
+    """No learning rate mends it. Frozen weights count as well: those below adapters."""
+    for make, name in ((tiny_model, "model.layers.1.mlp.up_proj.weight"),
+                       (lora_model, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")):  # fmt: skip
+        for value in (float("nan"), float("inf"), float("-inf")):
+            model, log = make(), io.StringIO()
+            with torch.no_grad():
+                model.get_parameter(name)[3, 2] = value
+            for start in (
+                lambda model=model, log=log: unlearn(
+                    model, tokenizer, examples(2), examples(4)[2:], UnlearnConfig(**FAST), log=log, progress=False
+                ),
+                lambda model=model: soul.Unlearner(model, examples(2), examples(4)[2:], UnlearnConfig(), tokenizer=tokenizer),
+            ):
+                with pytest.raises(ValueError) as error:
+                    start()
+                assert str(error.value).startswith(f"model: expected finite weights, got NaN or inf in {name}; ")
+            assert not log.getvalue()
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(method_options={"alpha": 1e308}), "the loss became inf at step 1; alpha=1e+308 makes the loss or its gradient "
+                                           "overflow: lower alpha"),
+    (dict(method_options={"gamma": 1e39}), "; gamma=1e+39 makes the loss or its gradient overflow: lower gamma"),
+    (dict(method_options={"alpha": 1e30}), "the norm of the gradient became inf at step 1; alpha=1e+30 makes the loss or its "
+                                          "gradient overflow: lower alpha"),  # clipped to a step of 0, again and again
+    (dict(lr=1e30, max_grad_norm=None), "lower the learning rate"),
+    (dict(lr=1e30, optimizer="adamw"), "lower the learning rate"),
+], ids=str)  # fmt: skip
+def test_the_advice_fits_what_went_wrong(options, message, tokenizer):
+    with pytest.raises(Diverged) as error:
+        run(tokenizer, **options)
+    assert message in str(error.value) and ("learning rate" in str(error.value)) == ("learning rate" in message)
+
+
+def test_influence_has_no_learning_rate_to_lower(tokenizer, monkeypatch):
+    def break_weights(model, *args, **options):
+        next(model.parameters()).data[0, 0] = float("nan")
+        return {"step": 1.0}
+
+    monkeypatch.setattr(unlearn_module, "unlearn_once", break_weights)
+    with pytest.raises(Diverged, match="a weight is not finite after step 1; raise the damping"):
+        unlearn(tiny_model(), tokenizer, examples(2), examples(4)[2:], UnlearnConfig(method="influence", backend="reference"),
+                progress=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [FAST, dict(method="influence", backend="reference")], ids=["steps", "influence"])
+def test_a_clock_that_stands_still_has_no_rate(options, tokenizer, monkeypatch):
+    monkeypatch.setattr(unlearn_module.time, "perf_counter", lambda: 7.0)
+    log = io.StringIO()
+    records = unlearn(tiny_model(), tokenizer, examples(2), examples(4)[2:], UnlearnConfig(**options), log=log, progress=False)
+    assert all(math.isnan(record["tokens_per_s"]) for record in records)
+    assert all(json.loads(line)["tokens_per_s"] is None for line in log.getvalue().splitlines())
 
 
 def test_sequences_longer_than_the_model_are_refused(tokenizer):

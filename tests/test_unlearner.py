@@ -118,7 +118,7 @@ def test_a_run_of_adapters_that_has_ended_is_not_begun_again(place, tmp_path, ca
 ])  # fmt: skip
 def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, place, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("soul.unlearner.unlearn", lambda model, *args, **options: seen.append(model) or [{}])
+    monkeypatch.setattr("soul.unlearner.unlearn", lambda model, *args, log, **_: seen.append(model) or log.touch() or [{}])
     assert main(words(place, tmp_path / "out", *flags)) == 0
     parameters = dict(seen[0].named_parameters())
     assert {p.dtype for name, p in parameters.items() if "lora" not in name} == {dtype}

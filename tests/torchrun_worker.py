@@ -7,15 +7,18 @@ import os
 import pathlib
 import signal
 import sys
+import time
+import types
 import warnings
 
 import torch
 import torch.distributed as dist
 
 import soul
-from soul import distributed, run_state
+from soul import checkpoint, distributed, run_state
 from soul.checkpoint import Stopped
 from soul.distributed import Processes, whole_state
+from soul.distributed_checkpoint import ShardedCheckpoints
 from tests.models import examples, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.unlearn")
@@ -62,10 +65,27 @@ def disk_full_at_second_write():
     run_state.write_tensors = write_tensors
 
 
+def clocked(seconds):
+    """From now on a step moves the clock of a process by its number of seconds; returns the list of steps that are saved."""
+    real, save, now, saved = unlearn_module.train_step, ShardedCheckpoints.save, [0.0], []
+
+    def train_step(*args):
+        now[0] += seconds[dist.get_rank()]
+        return real(*args)
+
+    def spy(checkpoints, step, *args):
+        saved.append(step)
+        save(checkpoints, step, *args)
+
+    checkpoint.time = types.SimpleNamespace(monotonic=lambda: now[0])
+    unlearn_module.train_step, ShardedCheckpoints.save = train_step, spy
+    return saved
+
+
 def case(folder, family, options, how):
     """The result of one run, or what it raised."""
     stop, damage, real = how.pop("stop", 0), how.pop("damage", None), unlearn_module.train_step
-    full = how.pop("full", False)
+    full, clock, saved, save = how.pop("full", False), how.pop("clock", None), [], ShardedCheckpoints.save
     if "reference_cache" in options:
         options["reference_cache"] = str(folder / options["reference_cache"])
     if "output" in how:
@@ -77,6 +97,8 @@ def case(folder, family, options, how):
     dist.barrier()
     if stop:
         told_to_stop(stop)
+    if clock:
+        saved = clocked(clock)
     write = run_state.write_tensors
     if full:
         disk_full_at_second_write()
@@ -85,11 +107,12 @@ def case(folder, family, options, how):
             warnings.simplefilter("always")
             records, weights = run(family, options, **how)
         told = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
-        return {"records": records, "weights": weights, "warnings": told, "seed": torch.initial_seed()}
+        return {"records": records, "weights": weights, "warnings": told, "seed": torch.initial_seed(), "saved": saved}
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
         unlearn_module.train_step, run_state.write_tensors = real, write
+        ShardedCheckpoints.save, checkpoint.time = save, time
 
 
 def main(folder):

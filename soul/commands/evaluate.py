@@ -6,6 +6,7 @@ import sys
 from soul._extras import require
 from soul.commands._place import add_place
 from soul.commands._template import add_template
+from soul.console import print_result
 from soul.metrics import MIN_K
 from soul_kernels._checks import argument_error
 
@@ -62,6 +63,9 @@ def run(args):
     else:
         columns, retain, written, counts = _run_model(args, target)
     summary = summarize(columns, retain)
+    lines = [f"{name:36} {value:.6g}" for name, value in summary.items()]
+    if retain is None:
+        lines.append("no forget quality: it needs a retain model's logs (--retain-logs)")
     try:
         for directory, logs in written.items():
             eval_logs.write_logs(directory, logs)
@@ -69,11 +73,13 @@ def run(args):
             eval_logs.write_json(path, told)
         if target is not None:
             eval_logs.write_json(target, summary)
-    finally:  # a full disk must not cost the numbers
-        for name, value in summary.items():
-            print(f"{name:36} {value:.6g}")
-        if retain is None:
-            print("no forget quality: it needs a retain model's logs (--retain-logs)")
+    except BaseException:  # a full disk must not cost the numbers
+        print(*lines, sep="\n")
+        raise
+    if target is None:
+        print_result(*lines)
+    else:  # they are in the file
+        print(*lines, sep="\n")
 
 
 def _run_model(args, target):

@@ -2,6 +2,7 @@
 
 from soul import __version__
 from soul._extras import MissingExtra, require
+from soul.console import print_result
 
 HELP = "versions, devices and backends: what to put into a bug report"
 
@@ -18,13 +19,15 @@ def run(args):
 
     from soul_kernels._launch import has_triton, interpreting, resolve_backend, triton
 
-    print(f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    print(f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"GPUs: {', '.join(gpus) or 'none'}")
     device = "cuda" if gpus else "cpu"
     backend = resolve_backend("auto", torch.empty(0, device=device))
-    print(f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}")
+    lines = [
+        f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}",
+        f"GPUs: {', '.join(gpus) or 'none'}",
+        f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}",
+    ]
     for extra, modules in {
         "hf": ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml"),
         "eval": ("rouge_score", "scipy", "sklearn"),
@@ -32,6 +35,7 @@ def run(args):
     }.items():
         for module in modules:
             try:
-                print(f"{module} {getattr(require(module, extra), '__version__', 'installed')}")
+                lines.append(f"{module} {getattr(require(module, extra), '__version__', 'installed')}")
             except MissingExtra as error:
-                print(error)
+                lines.append(str(error))
+    print_result(*lines)

@@ -3,6 +3,7 @@
 import math
 
 from soul.commands._plan import add_card, card_options, names_of
+from soul.console import print_result
 from soul.losses import OBJECTIVES
 from soul.plan.shapes import PRESETS
 from soul_kernels._checks import argument_error
@@ -49,4 +50,4 @@ def run(args):
     if args.lora_rank is not None:
         adapters = dict(rank=args.lora_rank, targets=names_of(args.lora_targets) if args.lora_targets else "all-linear")
     tokens = tokens_of(config, args.length, args.labelled)
-    print(plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args)).table())
+    print_result(plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args)).table())

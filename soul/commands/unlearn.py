@@ -1,8 +1,11 @@
 """``soul unlearn``: one run, from files to a model that is saved."""
 
+import argparse
 import dataclasses
 import inspect
+import json
 import math
+import os
 import pathlib
 import time
 
@@ -11,9 +14,13 @@ from soul.commands._place import add_place
 from soul.commands._plan import add_card, card_options, names_of
 from soul.commands._template import add_template
 from soul.config import METHODS
+from soul.console import print_result
 from soul_kernels._checks import argument_error, check_choice
 
 NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
+SAVING = ("save_every", "save_minutes", "keep", "resume")
+FREE_TO_CHANGE = ("output", "device", "reference_cache", *SAVING)  # of a run that goes on
+SAVE_MINUTES = 10.0
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -86,8 +93,10 @@ def add_arguments(parser):
     )
     how.add_argument("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
     how.add_argument("--stop-retain-prob", type=float, metavar="X", help="end once that of a retain answer is below X")
-    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: only "
-                     "when SIGTERM comes (default: %(default)s)")  # fmt: skip
+    how.add_argument("--save-every", type=int, default=500, metavar="N", help="steps from one checkpoint to the next; 0: none "
+                     "by steps (default: %(default)s)")  # fmt: skip
+    how.add_argument("--save-minutes", type=float, metavar="X", help="minutes from one checkpoint to the next; 0: none by time "
+                     f"(default: {SAVE_MINUTES:g}; with --save-every 0 only SIGTERM saves the run)")  # fmt: skip
     how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
     how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
                      "other options as before. Without one, from the start")  # fmt: skip
@@ -123,7 +132,7 @@ def _run(args):
     from soul.checkpoint import Checkpoints, has_ended
     from soul.config import UnlearnConfig
     from soul.distributed import Processes, check_supported
-    from soul.output import check_output
+    from soul.output import CHECKPOINTS, check_output
     from soul.unlearner import Unlearner
 
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
@@ -131,8 +140,11 @@ def _run(args):
     config.objective()
     if args.gpus != 1 and not args.dry_run:
         raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
+    minutes = args.save_minutes
+    if minutes is None:
+        minutes = SAVE_MINUTES if args.save_every else 0.0
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
-    checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
+    checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, minutes=minutes, keep=args.keep)  # checks them
     adapters = _adapters(args)
     processes = Processes.here()
     if processes.size > 1:
@@ -142,9 +154,10 @@ def _run(args):
         from soul.plan.run import plan_run
 
         options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
-        print(plan_run(args.model, args.forget, args.retain, config, **options).table())
+        print_result(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
     if args.resume and has_ended(output, checkpoints):
+        _check_ended(args, output, config)
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
         return
@@ -154,7 +167,7 @@ def _run(args):
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
-    records = unlearner.run(output, resume=args.resume, merge=args.merge, about=about, **keeping)
+    records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
     if not processes.first:
@@ -164,6 +177,51 @@ def _run(args):
     steps = f"{len(records)} step{'s' * (len(records) != 1)} in {seconds:.1f} s"
     print(f"{steps}; probability of a forget answer: {before:.3f} before, {after:.3f} after")
     print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
+
+
+def _check_ended(args, output, config):
+    """Raises unless a run that has ended in ``output`` is the one that is asked for; the first difference is named.
+
+    Options are compared with those that the run has left in ``soul_config.json``, rows with their digests in ``data.json``.
+    The model is compared by its name: loading it would take longer than it is worth.
+    """
+    from soul import datasets
+    from soul.output import DATA_FILE, RUN_FILE
+    from soul.run_state import check_same
+
+    defaults = argparse.ArgumentParser()
+    add_arguments(defaults)
+    saved, now = _read_json(output / RUN_FILE), vars(args)
+    if not saved:
+        got, remedy = f"{output / RUN_FILE} without any", "choose another output directory"
+        raise argument_error("resume", "the options of the run that has ended", got, remedy)
+    merged = bool(saved.get("lora_rank")) and not (output / "adapter_config.json").is_file()
+    names = now.keys() - {*NOT_OF_THE_RUN, *FREE_TO_CHANGE}
+    saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged}
+    now = {name: now[name] for name in names}
+    if _same_place(str(saved["model"]), now["model"]):
+        now["model"] = saved["model"]
+    kept = _read_json(output / DATA_FILE)
+    contents = {name: counts["content"] for name, counts in kept.items() if isinstance(counts, dict) and "content" in counts}
+    if contents:  # of data that lie elsewhere now, the rows decide
+        sources = {name: (saved.pop(name), now.pop(name))[1] for name in ("forget", "retain")}
+        rows = {n: datasets.rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
+        saved |= {f"content of {name}": content for name, content in contents.items()}
+        now |= {f"content of {name}": datasets.digest(found) for name, found in rows.items()}
+    check_same(saved, now, "the run that has ended")
+
+
+def _read_json(path):
+    """The dict in a file, {} where there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _same_place(name, other):
+    return name == other or (os.path.exists(name) and os.path.exists(other) and os.path.samefile(name, other))
 
 
 def _adapters(args):

@@ -19,11 +19,12 @@ import torch
 from soul._extras import require
 from soul.checkpoint import save_model
 from soul.config import UnlearnConfig
+from soul.console import safe_stream
 from soul.eval_logs import write_json
 from soul.files import sweep, sync, whole
 from soul.influence import unlearn_once
 from soul.models import load, pick_device
-from soul.output import check_output, lock
+from soul.output import check_no_links, check_output, lock
 from soul.prepare import encode_for
 from soul.study.config import ARMS, INFLUENCE, runs
 from soul.study.measure import encode_start, measure
@@ -67,7 +68,10 @@ def check_ready(output, config):
         require(module, extra)
     resolve_backend(config.backend, torch.empty(0, device=pick_device(config.device)))
     output = pathlib.Path(output)
-    return output if (output / STUDY_FILE).is_file() else check_output(output)
+    if not (output / STUDY_FILE).is_file():
+        return check_output(output)
+    check_no_links(output)
+    return output
 
 
 def run_study(output, data, config):
@@ -159,7 +163,7 @@ def _workers(config):
     pool = concurrent.futures.ProcessPoolExecutor(count, **options) if count > 1 else None
 
     def each(function, study, jobs, title):
-        with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=sys.stderr, disable=not jobs) as bar:
+        with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=safe_stream(sys.stderr), disable=not jobs) as bar:
             if pool is None:
                 for job in jobs:
                     function(study, job)
