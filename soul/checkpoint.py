@@ -26,7 +26,7 @@ import torch
 from soul.distributed import Processes, whole_state
 from soul.models import has_adapters
 from soul.output import lock
-from soul.reference import base_weights, digest
+from soul.reference import base_weights, configuration, digest
 from soul.run_state import (
     FORMAT,
     about,
@@ -271,7 +271,8 @@ def has_ended(directory, checkpoints):
 
 
 def describe(model, forget, retain, config):
-    """What makes a run the run that it is, for comparison: a dict of JSON values.
+    """What makes a run the run that it is, for comparison: a dict of JSON values, with an entry for each option and for each
+    value of the model's configuration, so that what differs has a name.
 
     Args:
         model: before its first step.
@@ -284,6 +285,7 @@ def describe(model, forget, retain, config):
     adapters = [{name: getattr(about, name, None) for name in ADAPTER_OPTIONS} for about in adapters]
     return {
         **config,
+        **{f"configuration of the model, {name}": value for name, value in configuration(model).items()},
         **({"lora": adapters} if adapters else {}),
         **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
         "content of the model": digest(base_weights(model)),
