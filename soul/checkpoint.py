@@ -280,6 +280,13 @@ def describe(model, forget, retain, config):
         retain: list of `soul.data.Sequence`.
         config: a dict of the options that decide the numbers.
     """
+    return {**describe_inputs(model, forget, retain, config), "content of the model": digest(base_weights(model))}
+
+
+def describe_inputs(model, forget, retain, config):
+    """Return the entries of `describe` that need no hash of the weights, which all processes of a sharded model would compute
+    together.
+    """
     data = {"forget": forget, "retain": retain}
     adapters = getattr(model, "peft_config", {}).values()
     adapters = [{name: getattr(about, name, None) for name in ADAPTER_OPTIONS} for about in adapters]
@@ -288,7 +295,6 @@ def describe(model, forget, retain, config):
         **{f"configuration of the model, {name}": value for name, value in configuration(model).items()},
         **({"lora": adapters} if adapters else {}),
         **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
-        "content of the model": digest(base_weights(model)),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 

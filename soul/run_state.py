@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from soul._extras import require
 from soul._shards import is_sharded
 from soul.distributed import Processes
 from soul.reference import digest
+from soul_kernels import __version__
 from soul_kernels._checks import argument_error
 
 FORMAT = 1  # of the files; another number is not read
@@ -138,6 +140,15 @@ def environment(model):
     here = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     processes = Processes.of(model).size
     return here | ({"processes": processes} if processes > 1 else {})
+
+
+def versions():
+    """Return the versions of the libraries that decide what a step computes, by name, as far as they are installed."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "tokenizers", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"soul": __version__, **found}
 
 
 def random_state():

@@ -13,6 +13,7 @@ from soul.config import METHODS
 from soul_kernels._checks import argument_error, check_choice
 
 NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
+NOT_COMPARED = ("run", "model", "forget", "retain", "config", "reference_cache")  # paths: what is in there is compared
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -113,6 +114,8 @@ def _run(args):
     from soul.output import check_output
     from soul.unlearner import Unlearner
 
+    processes = Processes.here()
+    processes.check_alike({name: value for name, value in vars(args).items() if name not in NOT_COMPARED})
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(**{name: getattr(args, name) for name in fields}, method_options=_method_options(args))
     config.objective()
@@ -121,7 +124,6 @@ def _run(args):
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / "checkpoints", every=args.save_every, keep=args.keep)  # checks the numbers
     adapters = _adapters(args)
-    processes = Processes.here()
     if processes.size > 1:
         check_supported(config, adapters)
     require("transformers", "hf")
