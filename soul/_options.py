@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from soul._shards import is_sharded, local
+from soul._shards import hidden_sharding, is_sharded, local
 from soul_kernels._checks import (
     PARAM_DTYPES,
     argument_error,
@@ -82,6 +82,29 @@ def check_releasable(group):
         if group[name]:
             remedy = f"it needs {needs} all gradients before the first parameter moves"
             raise argument_error(name, "None or False with gradient release", group[name], remedy)
+
+
+def check_sees_all(group):
+    """Raises for an option that needs the gradients of all processes, where a group holds a piece that does not say so.
+
+    Raises:
+        ArgumentError: ``max_grad_norm``, ``skip_nonfinite`` or ``rho="auto"`` under DeepSpeed's ZeRO or FSDP1.
+    """
+    clips = group["max_grad_norm"] not in (None, math.inf)
+    if not (clips or group["skip_nonfinite"] or group["clip_target"] is not None):
+        return
+    framework = hidden_sharding(group["params"])
+    if framework is None:
+        return
+    if clips:
+        remedies = {"DeepSpeed": "set gradient_clipping in DeepSpeed's configuration", "FSDP1": "clip by its clip_grad_norm_"}
+        name, expected, got, remedy = "max_grad_norm", "None", group["max_grad_norm"], remedies[framework]
+    elif group["skip_nonfinite"]:
+        name, expected, got, remedy = "skip_nonfinite", "False", True, "leave it out, or use FSDP2"
+    else:
+        name, expected, got, remedy = "rho", "a number", "'auto'", "pass one, tuned in one process or under FSDP2"
+    where = f"under {framework}, which shows the optimizer no more than this process's piece of the gradients"
+    raise argument_error(name, f"{expected} {where}", got, remedy)
 
 
 def settle_options(group):

@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from soul._options import ON_DEVICE, check_options, check_param_dtype, rounding_of
+from soul._options import ON_DEVICE, check_options, check_param_dtype, check_sees_all, rounding_of
 from soul._shards import is_sharded, local, place, splits
 from soul._states import STATES, new_state
 from soul_kernels import TensorTable
@@ -167,6 +167,7 @@ class Parts:
         groups, work, fresh = self._optimizer.param_groups, [], {}
         for index, group in enumerate(groups):
             check_options(group)
+            check_sees_all(group)
             params = group["params"]
             grads = [p.grad for p in params]
             if capturing:

@@ -1,4 +1,10 @@
-"""What of a parameter this process holds: all of it, or a shard of a DTensor (FSDP2, tensor parallelism)."""
+"""What of a parameter this process holds: all of it, a shard of a DTensor (FSDP2, tensor parallelism), or a piece that does
+not say of what it is one (DeepSpeed's ZeRO, FSDP1).
+"""
+
+import sys
+
+import torch
 
 
 def is_sharded(tensor):
@@ -19,3 +25,18 @@ def splits(placement):
 def place(param):
     """Where a parameter lies: its device, and how it is sharded. Parameters of one place are stepped together."""
     return (local(param).device, param.device_mesh, param.placements) if is_sharded(param) else (param.device, None, ())
+
+
+def hidden_sharding(params):
+    """Return who has cut parameters into pieces that do not say so: "DeepSpeed", "FSDP1", or None for nobody.
+
+    DeepSpeed's ZeRO replaces the parameters of a group by one flat piece of all of them, a plain tensor; with stage 3 it steps
+    one piece after the other. FSDP1 marks the parameters that it has flattened, and the flat ones.
+
+    Args:
+        params: the parameters of one group.
+    """
+    if any(getattr(param, "_fsdp_flattened", False) for param in params) and torch.distributed.is_initialized():
+        return "FSDP1" if torch.distributed.get_world_size() > 1 else None
+    alone = "deepspeed" in sys.modules and len(params) == 1
+    return "DeepSpeed" if alone and type(params[0]) is torch.Tensor and params[0].dim() == 1 else None

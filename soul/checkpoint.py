@@ -29,7 +29,7 @@ from soul.distributed import Processes, whole_state
 from soul.files import discard, flush, reason, scratch_path, sweep, sync, whole, write_text
 from soul.models import has_adapters
 from soul.output import DATA_FILE, RUN_FILE, lock
-from soul.reference import base_weights, digest
+from soul.reference import base_weights, configuration, digest
 from soul.run_state import (
     FORMAT,
     about,
@@ -313,7 +313,8 @@ def has_ended(directory, checkpoints):
 
 
 def describe(model, forget, retain, config):
-    """What makes a run the run that it is, for comparison: a dict of JSON values.
+    """What makes a run the run that it is, for comparison: a dict of JSON values, with an entry for each option and for each
+    value of the model's configuration, so that what differs has a name.
 
     Args:
         model: before its first step.
@@ -321,14 +322,21 @@ def describe(model, forget, retain, config):
         retain: list of `soul.data.Sequence`.
         config: a dict of the options that decide the numbers.
     """
+    return {**describe_inputs(model, forget, retain, config), "content of the model": digest(base_weights(model))}
+
+
+def describe_inputs(model, forget, retain, config):
+    """Return the entries of `describe` that need no hash of the weights, which all processes of a sharded model would compute
+    together.
+    """
     data = {"forget": forget, "retain": retain}
     adapters = getattr(model, "peft_config", {}).values()
     adapters = [{name: getattr(about, name, None) for name in ADAPTER_OPTIONS} for about in adapters]
     return {
         **config,
+        **{f"configuration of the model, {name}": value for name, value in configuration(model).items()},
         **({"lora": adapters} if adapters else {}),
         **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
-        "content of the model": digest(base_weights(model)),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 

@@ -69,8 +69,10 @@ class Curvature:
 
     def __init__(self, optimizer, every=10, *, in_backward=False):
         if not isinstance(optimizer, SophiaG) or isinstance(optimizer, SOUL):
-            got = type(optimizer).__name__
-            raise argument_error("optimizer", "a SophiaG", got, "SOUL refreshes h itself, from the unlearning gradient")
+            remedy = "pass the SophiaG itself; DeepSpeed's ZeRO hides the gradients that it needs: use soul.SOUL or FSDP2 there"
+            if isinstance(optimizer, SOUL):
+                remedy = "SOUL refreshes h itself, from the unlearning gradient"
+            raise argument_error("optimizer", "a SophiaG", type(optimizer).__name__, remedy)
         self.optimizer, self.in_backward = optimizer, in_backward
         self.schedule = every if isinstance(every, Schedule) else Schedule(every)
 

@@ -10,7 +10,11 @@ averaged, and are those of one process.
 
 import contextlib
 import dataclasses
+import datetime
+import json
+import math
 import os
+import re
 import types
 
 import torch
@@ -19,13 +23,38 @@ import torch.distributed as dist
 from soul._shards import is_sharded, local
 from soul_kernels._checks import ArgumentError, argument_error
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment
+ALONE = "start all processes with torchrun; or unset WORLD_SIZE, and one process runs"
+JOIN_SECONDS = 300  # that the processes wait for each other at the start
 COMPUTE = "compute_whole"  # the method that makes a model a sharded one
 
 
 def launched():
-    """Number of processes that torchrun has started, this one included; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TORCHRUN) else 1
+    """Return the number of processes that torchrun has started, this one included; 1 without it.
+
+    Raises:
+        ArgumentError: WORLD_SIZE is no number; or it is above 1, and another variable of torchrun is missing or does not fit.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return 1
+    size = _variable("WORLD_SIZE", 1)
+    if size == 1:
+        return 1
+    _variable("RANK", 0, size - 1)
+    _variable("LOCAL_RANK", 0, size - 1)
+    _variable("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR", "").strip():
+        raise argument_error("MASTER_ADDR", f"a host name with WORLD_SIZE={size}", "none", ALONE)
+    return size
+
+
+def _variable(name, low, high=None):
+    """The whole number in a variable of the environment."""
+    text = os.environ.get(name)
+    if text is None or not re.fullmatch(r"\s*\d{1,18}\s*", text) or not low <= int(text) <= (high or math.inf):
+        within = f">= {low}" if high is None else f"from {low} to {high}"
+        size = "" if name == "WORLD_SIZE" else f" with WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        raise argument_error(name, f"a whole number {within}{size}", "none" if text is None else repr(text), ALONE)
+    return int(text)
 
 
 @contextlib.contextmanager
@@ -37,9 +66,10 @@ def started(device):
         device: ``torch.device``, "cpu" or "cuda".
 
     Raises:
-        ArgumentError: there are fewer GPUs than processes on this machine.
+        ArgumentError: there are fewer GPUs than processes on this machine; the other processes do not come within
+            ``JOIN_SECONDS``; or as in `launched`.
     """
-    if launched() == 1 or dist.is_initialized():
+    if dist.is_initialized() or launched() == 1:
         yield
         return
     if device.type == "cuda":
@@ -48,11 +78,30 @@ def started(device):
             remedy = "start fewer with --nproc-per-node, or pass --device cpu"
             raise argument_error("nproc-per-node", f"at most {there}, the GPUs here", f"process {own + 1}", remedy)
         torch.cuda.set_device(own)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, size = _joined()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _joined():
+    """The store through which all processes have found each other, and rank and number of processes."""
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_SECONDS)))
+        store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
+        store.set(f"soul {rank}", "here")
+        store.wait([f"soul {other}" for other in range(size)])
+    except (OSError, RuntimeError, ValueError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        expected = f"{os.environ['WORLD_SIZE']} processes that meet at {place} within {JOIN_SECONDS} seconds"
+        raise argument_error("WORLD_SIZE", expected, reason, ALONE) from error
+    store.set_timeout(dist.default_pg_timeout)
+    return store, rank, size
 
 
 def check_supported(config, adapters=None):
@@ -211,6 +260,11 @@ class Processes:
         """
         return forget[self.rank :: self.size], retain[self.size - 1 - self.rank :: self.size]
 
+    def check_alike(self, description):
+        """Raise in every process unless all have the same ``description``, a dict: see `check_alike`. With one, nothing."""
+        if self.size > 1:
+            check_alike(self.gather(description))
+
     def totals(self, values):
         """Sums over the processes, in fp64, of a dict of tensors [] that has the same names in all of them."""
         if self.size == 1 or not values:
@@ -269,3 +323,26 @@ class Processes:
     def all_finite(self, tensors):
         """Whether all parameters, in shards, are finite."""
         return not self.any(not all(map(is_finite, tensors)))
+
+
+def check_alike(descriptions):
+    """Raise unless all processes are to do the same.
+
+    Args:
+        descriptions: for each process, by rank, a dict of names and JSON values.
+
+    Raises:
+        ArgumentError: naming the first entry that differs, its values and the processes that have them. Contents of data and
+            model come last: an option may be why they differ.
+    """
+    names = {name: None for description in descriptions for name in description}
+    for name in sorted(names, key=lambda name: (name.startswith("content of"), name)):
+        values, ranks = {}, {}
+        for rank, description in enumerate(descriptions):
+            key = json.dumps(description[name], sort_keys=True, default=repr) if name in description else None
+            values.setdefault(key, "nothing" if key is None else repr(description[name]))
+            ranks.setdefault(key, []).append(str(rank))
+        if len(ranks) > 1:
+            got = ", ".join(f"{values[key]} in process{'es' * (len(of) > 1)} {' '.join(of)}" for key, of in ranks.items())
+            remedy = "give every process the same options, files and library versions"
+            raise argument_error(name, f"the same in all {len(descriptions)} processes", got, remedy)

@@ -21,7 +21,7 @@ from soul._options import (
     settle_options,
 )
 from soul._parts import COUNTERS, Parts
-from soul._shards import is_sharded, local
+from soul._shards import hidden_sharding, is_sharded, local
 from soul._states import (
     Fp32Parameters,
     check_fp32,
@@ -77,7 +77,10 @@ class SophiaG(Optimizer):
         capturable: the step can be captured in a CUDA graph: lr, weight_decay, rho and bs become fp32 tensors on the device in
             the groups, where a scheduler fills them and a replay reads them. Run one step before the capture.
         max_grad_norm: the gradients, all groups' together, are scaled to this L2 norm where theirs is larger, as
-            ``clip_grad_norm_`` does, but within the step: they are not changed, and nothing is rounded in between.
+            ``clip_grad_norm_`` does, but within the step: they are not changed, and nothing is rounded in between. Under
+            DeepSpeed's ZeRO and FSDP1 the optimizer sees one process's piece of the gradients: there this option, rho="auto"
+            and ``skip_nonfinite`` are refused. Under torch's ZeroRedundancyOptimizer, which cannot be told from a whole model,
+            leave them out as well.
         param_rounding: how parameters below fp32 are stored: "nearest", "stochastic" or "compensated" (8 more bits in the state
             ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case. Where
             you write other values into a parameter, what is left in ``low_bits`` adds up to half a unit in its last place.
@@ -366,6 +369,9 @@ class SophiaG(Optimizer):
 
         Returns:
             One float a group; NaN where the last step had no gradients, 0 where it was skipped.
+
+        Raises:
+            ArgumentError: as in `telemetry`.
         """
         return [group["clip_fraction"] for group in self.telemetry()["groups"]]
 
@@ -378,7 +384,15 @@ class SophiaG(Optimizer):
             subtracted), ``lost_fraction`` (coordinates where rounding to nearest lost it; 0 with other roundings) and ``rho``;
             ``skipped_steps`` since the optimizer was made or loaded; and ``grad_norm``, before clipping, or None where the step
             did not need it. NaN for a group without gradients in the last step.
+
+        Raises:
+            ArgumentError: under DeepSpeed's ZeRO or FSDP1 the optimizer counts its own process's piece alone.
         """
+        for part in (part for parts in self._stepped.values() for part in parts):
+            framework = hidden_sharding(part.params)
+            if framework is not None:
+                got, remedy = f"one process's piece under {framework}", "measure in one process, or under FSDP2"
+                raise argument_error("telemetry", "an optimizer of whole parameters or DTensors", got, remedy)
         groups = []
         for index, group in enumerate(self.param_groups):
             parts = self._stepped.get(index, [])

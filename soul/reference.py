@@ -199,12 +199,11 @@ def _key(name, model, dataset, tokenizer, convention):
     with autocast(model):
         device_type = parameter.device.type
         cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    configuration = model.config.to_dict()
-    configuration.pop("_name_or_path", None)  # where the weights lie is not what they are
     about = {
         "format": FORMAT,
         "name": name,
-        "configuration": configuration,
+        "configuration": configuration(model),
+        "transformers": model.config.to_dict().get("transformers_version"),
         "vocabulary": None if tokenizer is None else tokenizer.get_vocab(),
         "data": [[sequence.input_ids, sequence.labels] for sequence in dataset],
         "dtype": str(parameter.dtype),
@@ -214,6 +213,20 @@ def _key(name, model, dataset, tokenizer, convention):
         **convention,
     }
     return digest(base_weights(model), json.dumps(about, sort_keys=True, default=str))
+
+
+def configuration(model):
+    """Return the configuration of a model that decides its numbers beside its weights, as a dict of JSON values: activation,
+    epsilons, dropout and so on, and which implementation of attention (and of experts) runs. Where the weights lie is no part
+    of it, nor is the version of transformers.
+    """
+    values = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        values.pop(name, None)
+    for name in ("attn_implementation", "experts_implementation"):
+        if getattr(model.config, f"_{name}", None) is not None:
+            values[name] = getattr(model.config, f"_{name}")
+    return json.loads(json.dumps(values, default=str))
 
 
 def base_weights(model):

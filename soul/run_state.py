@@ -1,6 +1,8 @@
 """What a checkpoint holds beside its place on the disk: a run as JSON values and named tensors, checked when it is read."""
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import random
 import warnings
@@ -12,6 +14,7 @@ from soul._shards import is_sharded
 from soul.distributed import Processes
 from soul.files import os_errors
 from soul.reference import digest
+from soul_kernels import __version__
 from soul_kernels._checks import argument_error
 
 FORMAT = 1  # of the files; another number is not read
@@ -138,6 +141,15 @@ def environment(model):
     here = {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads()}
     processes = Processes.of(model).size
     return here | ({"processes": processes} if processes > 1 else {})
+
+
+def versions():
+    """Return the versions of the libraries that decide what a step computes, by name, as far as they are installed."""
+    found = {}
+    for name in ("torch", "triton", "transformers", "tokenizers", "peft"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return {"soul": __version__, **found}
 
 
 def random_state():

@@ -10,7 +10,7 @@ import time
 import torch
 
 from soul._extras import require
-from soul.checkpoint import Stopped, describe
+from soul.checkpoint import Stopped, describe, describe_inputs
 from soul.config import build_curvature, build_optimizer, build_scheduler
 from soul.console import safe_stream
 from soul.distributed import Processes
@@ -22,6 +22,7 @@ from soul.optimizer import SophiaG
 from soul.output import no_follow
 from soul.prepare import encode_for, prepare
 from soul.release import release_gradients
+from soul.run_state import versions
 from soul.step import curvature_loss, train_step
 
 MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the norm of the gradient"}  # in every record
@@ -55,8 +56,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
         dict, with what `soul.influence.unlearn_once` returns.
 
     Raises:
-        ArgumentError: the data do not fit the model, the checkpoint is not of this run, or another process writes there;
-            nothing was changed.
+        ArgumentError: the data do not fit the model, the checkpoint is not of this run, another process writes there, or the
+            processes of a sharded model are not to do the same; nothing was changed.
         Diverged: the loss, its gradient or a weight is not finite any more.
         Stopped: by SIGTERM, or ``checkpoints.stop``, after a checkpoint was written.
         OSError: log or checkpoint could not be written; earlier checkpoints are as they were.
@@ -64,11 +65,14 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     objective = config.objective()
     answers = (forget, retain[: len(forget)])
     forget, retain = prepare(model, tokenizer, forget, retain, config)
+    processes = Processes.of(model)
+    if processes.size > 1:
+        processes.check_alike({**describe_inputs(model, forget, retain, config.decisive()), **versions()})
     if isinstance(objective, Influence):
         return _influence(model, forget, retain, objective, config, log)
     if config.eval_every:
         answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
-    processes, run = Processes.of(model), None
+    run = None
     with contextlib.ExitStack() as stack:
         if checkpoints is not None:
             run = describe(model, forget, retain, config.decisive())

@@ -24,6 +24,8 @@ from soul.output import (
     write_in_place,
 )
 from soul.prepare import encode_for, prepare
+from soul.reference import base_weights, configuration, digest
+from soul.run_state import checksum, versions
 from soul.templates import Template
 from soul.unlearn import unlearn
 from soul_kernels._checks import argument_error
@@ -55,7 +57,7 @@ class Unlearner:
         counts: what became of the rows: "forget" and "retain" -> `soul.data.Counts`.
 
     Raises:
-        ArgumentError: model, data or options do not fit together; nothing was changed.
+        ArgumentError: model, data or options do not fit together, or are not the same in all processes; nothing was changed.
     """
 
     def __init__(
@@ -65,8 +67,11 @@ class Unlearner:
         if not isinstance(self.config, UnlearnConfig):
             got, remedy = type(config).__name__, "for instance soul.UnlearnConfig(method='npo')"
             raise argument_error("config", "a soul.UnlearnConfig", got, remedy)
-        several = Processes.here().size > 1
+        processes = Processes.here()
+        several = processes.size > 1
         if several:
+            options = {"dtype": dtype, "device": device, "adapters": adapters}
+            processes.check_alike({**self.config.decisive(), **options, **versions()})
             distributed.check_supported(self.config, adapters)
         by_name = isinstance(model, (str, os.PathLike))
         if by_name and tokenizer is not None:
@@ -78,9 +83,18 @@ class Unlearner:
                 raise argument_error(name, "'auto' with a model that is loaded", repr(value), remedy)
         given = {"forget": forget} | ({} if retain is None else {"retain": retain})
         self.counts = {name: Counts() for name in given}
+        place = processes.together(lambda: self._load(model, tokenizer, given, dtype, device, adapters, several))
+        if several:
+            processes.check_alike(self._contents())
+            self.model = distributed.shard(self.model, place)
+        prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
+        self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
+
+    def _load(self, model, tokenizer, given, dtype, device, adapters, several):
+        """Read data and model; return the device that the model is to run on."""
         rows = {name: self._rows(name, source) for name, source in given.items()}
         self._digests = {name: datasets.digest(found) for name, found in rows.items()}
-        if by_name:
+        if isinstance(model, (str, os.PathLike)):
             dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
             # One card has no room for the whole model. `distributed.shard` copies what each process needs.
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place, mapped=several)
@@ -92,13 +106,22 @@ class Unlearner:
         if adapters:
             torch.manual_seed(self.config.seed)
             model = models.add_adapters(model, **adapters)
-        if several:
-            model = distributed.shard(model, place)
         self.model, self.tokenizer = model, tokenizer
         found = {name: self._examples(name, part) for name, part in rows.items()}
         self._forget, self._retain = found["forget"], found.get("retain", [])
-        prepare(model, tokenizer, self._forget, self._retain, self.config, self.counts)
-        self._answers = encode_for(model, tokenizer, self._forget, self.config, "forget")
+        return place
+
+    def _contents(self):
+        """Return what was loaded, as hashes, and the model's configuration, for comparison between processes."""
+        template = getattr(self.tokenizer, "chat_template", None)
+        tokens = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
+        data = {"forget": self._forget, "retain": self._retain}
+        return {
+            **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
+            **{f"content of {name}": checksum([vars(example) for example in part]) for name, part in data.items()},
+            "content of the tokenizer": checksum(json.loads(json.dumps(tokens, sort_keys=True, default=str))),
+            "content of the model": digest(base_weights(self.model)),
+        }
 
     def _rows(self, name, source):
         """What is read before a model is loaded: rows, or the examples that were given."""
@@ -154,6 +177,8 @@ class Unlearner:
         """
         given = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
+        saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume)
+        processes.check_alike({"output": output and str(output), "merge": merge, **saving})
         torch.manual_seed(self.config.seed + processes.rank)  # of dropout, which differs between processes
         if output is None:
             records = unlearn(*given, progress=progress)

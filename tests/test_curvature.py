@@ -151,7 +151,7 @@ def test_bad_arguments_are_named(kind):
     w = torch.randn(3).requires_grad_()
     with pytest.raises(ValueError, match="^optimizer: expected a SophiaG, got SOUL"):
         kind(SOUL([w]))
-    with pytest.raises(ValueError, match="^optimizer: expected a SophiaG, got AdamW"):
+    with pytest.raises(ValueError, match="^optimizer: expected a SophiaG, got AdamW; pass the SophiaG itself; DeepSpeed"):
         kind(torch.optim.AdamW([w]))
     for every in (0, 2.5):
         with pytest.raises(ValueError, match="^every: expected an integer >= 1"):

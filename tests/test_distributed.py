@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from soul import SOUL, SophiaG
 
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 TIMEOUT = 120
 
 
-def run(folder, worker, *args, world=2):
+def run(folder, worker, *args, world=2, timeout=TIMEOUT):
     """Calls ``worker(folder, *args)`` in ``world`` processes with a process group; returns what each of them returned.
 
     A failed process ends the others, and its exception is raised here.
@@ -31,11 +32,11 @@ def run(folder, worker, *args, world=2):
     context = torch.multiprocessing.start_processes(
         _start, (folder, world, worker, args), world, join=False, start_method="spawn"
     )
-    end = time.monotonic() + TIMEOUT
+    end = time.monotonic() + timeout
     try:
         while not context.join(timeout=1):
             if time.monotonic() > end:
-                raise TimeoutError(f"{worker.__name__} took more than {TIMEOUT} s")
+                raise TimeoutError(f"{worker.__name__} took more than {timeout} s")
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -177,6 +178,24 @@ SHARDED = [
 ]
 
 
+def flattened(original):
+    """What FSDP1, whose parameters do not say that they are pieces, is refused; and without options one step."""
+    net = FullyShardedDataParallel(make_net(), use_orig_params=original, device_id=torch.device("cpu"))
+    backward(net, 0)
+    texts = []
+    for options in ({"max_grad_norm": 1.0}, {"rho": "auto"}, {"skip_nonfinite": True}, {}):
+        opt = SOUL(net.parameters(), lr=0.01, **options)
+        before = [p.detach().clone() for p in net.parameters()]
+        try:
+            opt.step()
+            opt.telemetry()
+        except ValueError as error:
+            texts.append(str(error))
+        moved = any(not torch.equal(p, b) for p, b in zip(net.parameters(), before) if p.numel())
+        assert moved == (not options)
+    return texts
+
+
 def fsdp_worker(folder):
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -201,6 +220,7 @@ def fsdp_worker(folder):
     opt.step()
     untouched = not differing(before, {name: whole(param) for name, param in net.named_parameters()})
     return {
+        "flattened": [flattened(original) for original in (False, True)],
         "results": results,
         "sizes": sizes,
         "refusal": str(error.value),
@@ -215,6 +235,10 @@ def test_fsdp2(tmp_path):
     for result in (first, second):
         assert "state_dtype: expected fp32 or bf16 for DTensors, got '8bit'; " in result["refusal"]
         assert result["skipped"] == (True, 1)
+        for texts in result["flattened"]:
+            assert len(texts) == 4 and all(" under FSDP1" in text for text in texts)
+            names = [text.split(":")[0] for text in texts]
+            assert names == ["max_grad_norm", "rho", "skip_nonfinite", "telemetry"]
     for case, a, b in zip(SHARDED, first["results"], second["results"]):
         how, kind, dtype, options = case
         assert not differing(a["state"], b["state"]), case

@@ -253,6 +253,45 @@ def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
     assert trainer.evaluate()["eval_own_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_trainer_tells_the_dataset_its_epoch(tmp_path):
+    """With several processes accelerate sets it for the sampler alone, and each epoch drew the same retain rows."""
+    trainer = make(tmp_path, tiny_model(), losses.GradDiff())
+    trainer.state.epoch = 2.0
+    trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+    assert trainer.train_dataset.epoch == 2
+
+
+def under_deepspeed(folder, **configuration):
+    """TrainingArguments with accelerate's plugin, as far as it is looked at before the Trainer is made."""
+    args = arguments(folder)
+    args.deepspeed_plugin = types.SimpleNamespace(deepspeed_config=configuration)
+    return args
+
+
+def test_what_deepspeed_cannot_do_is_refused_before_the_trainer_is_made(tmp_path):
+    """Against DeepSpeed itself: tests/clients/test_deepspeed.py."""
+    args = under_deepspeed(tmp_path)
+    assert optimizer_of({"max_grad_norm": 1.0, "rho": 0.1}, args) == (SOUL, {"lr": 1e-3, "rho": 0.1})  # DeepSpeed clips
+    for configuration, soul_args, message in (
+        ({}, {"rho": "auto"}, "soul_args.rho: expected not 'auto' under DeepSpeed"),
+        ({}, {"skip_nonfinite": True}, "soul_args.skip_nonfinite: expected not True under DeepSpeed"),
+        ({}, {"optimizer": "sophiag", "curvature": "gnb"}, "soul_args.curvature: expected none under DeepSpeed, .* FSDP2"),
+        ({"optimizer": {"type": "AdamW"}}, {}, "DeepSpeed's configuration: expected no optimizer beside soul_args"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            UnlearnTrainer(tiny_model(), under_deepspeed(tmp_path, **configuration), objective=losses.GradDiff(),
+                           soul_args=soul_args)  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", [losses.NPO(), losses.KLMin()], ids=repr)
+def test_a_reference_of_a_model_in_pieces_is_refused(objective, tmp_path):
+    """It ended in torch's error about the weight of an embedding."""
+    model = tiny_model()
+    next(model.parameters()).ds_id = 0  # as on a model that from_pretrained has loaded under ZeRO-3
+    with pytest.raises(ValueError, match="model: expected a whole model, .* load it before the TrainingArguments are made"):
+        make(tmp_path, model, objective)
+
+
 def test_dataset_draws_retain_rows_by_epoch_and_keeps_pairs_together():
     forget, retain = sequences(6), sequences(50)
     dataset = UnlearningDataset(forget, retain, pairs=True)

@@ -151,6 +151,7 @@ def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted
         "weights": (fresh(bump("model.layers.1.mlp.down_proj.weight")), given, {}),
         "buffers": (fresh(bump("model.rotary_emb.inv_freq")), given, {}),
         "configuration": (fresh(lambda model: setattr(model.config, "final_logit_softcapping", 0.3)), given, {}),
+        "attention": (fresh(lambda model: model.set_attn_implementation("eager")), given, {}),
         "dtype": (fresh(lambda model: model.bfloat16()), given, {}),
         "labels": (fresh(), relabelled, {}),
         "order": (fresh(), given[::-1], {}),

@@ -407,6 +407,26 @@ def test_adapters_of_another_scale_are_another_run(tokenizer, tmp_path):
         run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_alpha=8, lora_dropout=0.1))
 
 
+def test_a_model_of_another_configuration_is_another_run(tokenizer, tmp_path):
+    """Weights and shapes are the same; what is computed from them is not."""
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 1))
+    for name, value, was in (
+        ("hidden_act", "gelu", "'silu'"), ("rms_norm_eps", 1e-3, "1e-06"), ("attention_dropout", 0.1, "0.0"),
+        ("attn_implementation", "eager", "'sdpa'"),
+    ):  # fmt: skip
+        model = tiny_model()
+        setattr(model.config, name if hasattr(model.config, name) else f"_{name}", value)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        expected = f"resume, configuration of the model, {name}: expected {was} as in the checkpoint, got {value!r}; "
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            run(tokenizer, Checkpoints(tmp_path, resume=True), model)
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    model = tiny_model()
+    model.config._name_or_path = "elsewhere"
+    assert len(run(tokenizer, Checkpoints(tmp_path, resume=True), model)[1]) == 6
+
+
 def test_a_run_that_is_refused_leaves_no_hooks_and_no_gradients(tokenizer, tmp_path):
     options = dict(gradient_release=True, max_grad_norm=None)
     with pytest.raises(Stopped):

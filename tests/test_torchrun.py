@@ -9,6 +9,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from soul import distributed
 from soul.checkpoint import has_ended
 from soul.cli import main
 from soul.config import UnlearnConfig
-from soul.distributed import TORCHRUN, check_supported
+from soul.distributed import check_alike, check_supported, launched, started
 from soul.distributed_checkpoint import ShardedCheckpoints
 from soul.unlearn import unlearn
 from tests.models import examples, tiny_model, tiny_tokenizer
@@ -33,6 +34,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
 VOLATILE = ("tokens_per_s", "peak_memory_gib")
 TIMEOUT = 120
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment
 
 # 5 examples to forget in batches of 3: one process has 2 forget and 1 retain sequences, the other the opposite; then, with 2
 # examples, one each. With batches of 1 one process has the forget sequence and the other the retain sequence; without a
@@ -58,6 +60,18 @@ REFUSED = {
     "state_dtype": {"state_dtype": "8bit"},
     "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
 }
+# What the last process does otherwise, and how it is told.
+ODD = {
+    "epochs": ({"epochs": 3}, "epochs: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
+    "lr": ({"lr": 2e-3}, "lr: expected the same in all 2 processes, got 0.001 in process 0, 0.002 in process 1; "),
+    "seed": ({"seed": 1, "data": True}, "seed: expected the same in all 2 processes, got 0 in process 0, 1 in process 1; "),
+    "weight decay": ({"weight_decay": 0.1}, "weight_decay: expected the same in all 2 processes, got 0.0 in process 0, "),
+    "data": ({"data": True}, "content of forget: expected the same in all 2 processes, got '"),
+    "weights": ({"weights": True}, "content of the model: expected the same in all 2 processes, got '"),
+    "configuration": ({"activation": "gelu"}, "configuration of the model, hidden_act: expected the same in all 2 processes, "
+                      "got 'silu' in process 0, 'gelu' in process 1; "),
+    "save_every": ({"save_every": 3}, "save_every: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
+}  # fmt: skip
 
 
 def kept(case, output, **how):
@@ -81,6 +95,7 @@ CASES = {
     "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
     "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
     **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
+    **{f"odd, {name}": ["llama, tied", {}, {"output": "odd", "save_every": 2, "odd": odd}] for name, (odd, _) in ODD.items()},
 }
 
 
@@ -202,6 +217,31 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
     assert not (folder / "refused").exists()
 
 
+@pytest.mark.parametrize("name", ODD)
+def test_processes_that_are_not_to_do_the_same_end_all(found, folder, name):
+    """With another lr, seed or data the run ended with status 0 and another result; with other epochs it never ended."""
+    for rank in found[f"odd, {name}"]:
+        assert rank["error"] == "ArgumentError" and rank["text"].startswith(ODD[name][1])
+        assert rank["text"].endswith("give every process the same options, files and library versions")
+    assert not (folder / "odd").exists()
+
+
+def test_what_differs_is_named_with_its_values_and_processes():
+    alike = {"lr": 1e-3, "torch": "2.11", "content of forget": "ab"}
+    check_alike([alike, dict(alike), dict(alike)])
+    check_alike([{"x": float("nan")}] * 2)
+    check_alike([{"method_options": {"beta": 1, "alpha": 2}}, {"method_options": {"alpha": 2, "beta": 1}}])
+    for changes, told in (
+        ([{}, {"lr": 2e-3, "content of forget": "cd"}, {}], "lr: expected the same in all 3 processes, got 0.001 in processes "
+         "0 2, 0.002 in process 1;"),
+        ([{"content of forget": "cd"}, {}, {}], "content of forget: .* got 'cd' in process 0, 'ab' in processes 1 2;"),
+        ([{}, {}, {"torch": "2.13"}], "torch: .* got '2.11' in processes 0 1, '2.13' in process 2;"),
+        ([{}, {"peft": "0.21"}, {}], "peft: .* got nothing in processes 0 2, '0.21' in process 1;"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            check_alike([alike | change for change in changes])
+
+
 def test_what_is_refused_without_a_run():
     with pytest.raises(ValueError, match="method: expected another one than 'influence' with several processes"):
         check_supported(UnlearnConfig(method="influence"))
@@ -229,6 +269,60 @@ def test_other_commands_are_refused(monkeypatch, capsys):
     assert "torchrun: expected 'soul unlearn', got 'soul info'; start it without" in capsys.readouterr().err
 
 
+WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
+
+
+@pytest.mark.parametrize("name, value, told", [
+    ("WORLD_SIZE", "two", r"WORLD_SIZE: expected a whole number >= 1, got 'two'; start all processes with torchrun"),
+    ("WORLD_SIZE", "-2", "WORLD_SIZE: expected a whole number >= 1, got '-2'"),
+    ("WORLD_SIZE", "0", "WORLD_SIZE: expected a whole number >= 1, got '0'"),
+    ("RANK", "2", "RANK: expected a whole number from 0 to 1 with WORLD_SIZE=2, got '2'"),
+    ("RANK", "", "RANK: expected a whole number from 0 to 1 with WORLD_SIZE=2, got ''"),
+    ("RANK", "-1", "RANK: expected a whole number from 0 to 1"), ("RANK", None, "RANK: .* got none; "),
+    ("LOCAL_RANK", "x", "LOCAL_RANK: expected a whole number from 0 to 1"), ("LOCAL_RANK", "7", "LOCAL_RANK: expected"),
+    ("MASTER_PORT", None, "MASTER_PORT: expected a whole number from 1 to 65535 with WORLD_SIZE=2, got none"),
+    ("MASTER_PORT", "99999", "MASTER_PORT: expected"), ("MASTER_PORT", "1.5", "MASTER_PORT: expected"),
+    ("MASTER_ADDR", None, "MASTER_ADDR: expected a host name with WORLD_SIZE=2, got none"),
+    ("MASTER_ADDR", " ", "MASTER_ADDR: expected a host name"),
+])  # fmt: skip
+def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, told, monkeypatch, capsys):
+    """It ended in a traceback, in an endless wait, or in one process that took itself for the only one."""
+    for variable, good in WHOLE.items():
+        monkeypatch.setenv(variable, good)
+    assert launched() == 2
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
+        launched()
+    assert main(["unlearn", "--model", "x", "--forget", "x", "--output", "x", "--device", "cpu"]) == 2
+    assert f"soul unlearn: {name}: expected" in capsys.readouterr().err
+
+
+def test_without_several_processes_the_variables_say_nothing(monkeypatch):
+    for variable, value in zip(TORCHRUN, ("x", "x", "1", "", "x")):
+        monkeypatch.setenv(variable, value)
+    assert launched() == 1
+    monkeypatch.delenv("WORLD_SIZE")
+    assert launched() == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
+    for variable, value in zip(TORCHRUN, (rank, rank, "2", "127.0.0.1", str(free_port()))):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    begun, told = time.monotonic(), r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
+    with pytest.raises(ValueError, match=told), started(torch.device("cpu")):
+        raise AssertionError("there is a group of one process")
+    assert time.monotonic() - begun < 60 and not torch.distributed.is_initialized()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """Model and data for the command: those of the worker."""
@@ -246,6 +340,22 @@ def words(place, output, *more):
     paths = [word for name, value in given.items() for word in (f"--{name}", place / value)]
     how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
     return ["soul", "unlearn", *paths, *how.split(), *more]
+
+
+def test_the_command_ends_with_status_2_in_every_process_that_differs(place):
+    """As on two machines, where somebody has typed another number."""
+    port, processes = free_port(), []
+    for rank, epochs in enumerate(("1", "2")):
+        variables = dict(zip(TORCHRUN, (str(rank), str(rank), "2", "127.0.0.1", str(port))))
+        environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", *map(str, words(place, "odd", "--epochs", epochs))]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    for process in processes:
+        status, _, errors = ended(process)
+        assert status == 2, errors
+        assert "soul unlearn: epochs: expected the same in all 2 processes, got 1 in process 0, 2 in process 1; " in errors
+    assert not (place / "odd").exists()
 
 
 def lines(path):

@@ -24,10 +24,21 @@ from tests.models import examples, tiny_model, tiny_tokenizer
 unlearn_module = importlib.import_module("soul.unlearn")
 
 
-def run(family, options, output=None, *, dtype="float32", dropout=0.0, **how):
-    """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process."""
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, **how):
+    """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process.
+
+    ``odd`` is what the last process does otherwise: an option of the config or of the run, "data", "weights" or "activation".
+    """
+    odd = odd if odd and dist.get_rank() == dist.get_world_size() - 1 else {}
+    how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
+    options = options | {name: odd[name] for name in odd if name in ("lr", "seed", "weight_decay", "epochs")}
     config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
-    rows, model = examples(12), tiny_model(family).to(getattr(torch, dtype))
+    rows, model = examples(13)["data" in odd :], tiny_model(family).to(getattr(torch, dtype))
+    rows = rows[:12]
+    if "weights" in odd:
+        model.model.norm.weight.data[-1] += 1e-3
+    if "activation" in odd:
+        model.config.hidden_act = odd["activation"]
     model.config.attention_dropout = dropout
     for module in model.modules():
         if hasattr(module, "attention_dropout"):

@@ -21,6 +21,7 @@ NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "networ
 SAVING = ("save_every", "save_minutes", "keep", "resume")
 FREE_TO_CHANGE = ("output", "device", "reference_cache", *SAVING)  # of a run that goes on
 SAVE_MINUTES = 10.0
+NOT_COMPARED = ("run", "model", "forget", "retain", "config", "reference_cache")  # paths: what is in there is compared
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -135,6 +136,8 @@ def _run(args):
     from soul.output import CHECKPOINTS, check_output
     from soul.unlearner import Unlearner
 
+    processes = Processes.here()
+    processes.check_alike({name: value for name, value in vars(args).items() if name not in NOT_COMPARED})
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(**{name: getattr(args, name) for name in fields}, method_options=_method_options(args))
     config.objective()
@@ -146,7 +149,6 @@ def _run(args):
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
     checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, minutes=minutes, keep=args.keep)  # checks them
     adapters = _adapters(args)
-    processes = Processes.here()
     if processes.size > 1:
         check_supported(config, adapters)
     require("transformers", "hf")

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 import torch
 
 from soul import functional, losses, models
+from soul._shards import hidden_sharding
 from soul.curvature import GNB, RetainFisher
 from soul.optimizer import SOUL, SophiaG
 from soul_kernels import linear_gnb, linear_logprob, linear_objective
@@ -41,10 +42,11 @@ def optimizer_of(soul_args, args):
             parameter groups set to 0 for biases and norms.
 
     Returns:
-        The class, and its keyword arguments.
+        The class, and its keyword arguments. Under DeepSpeed without ``max_grad_norm``: DeepSpeed clips (`SOULTrainerMixin`).
 
     Raises:
-        ArgumentError: an option that there is not, or that is set elsewhere; or both would clip.
+        ArgumentError: an option that there is not, or that is set elsewhere; or both would clip; or, under DeepSpeed, one
+            that needs the gradients of all processes.
     """
     options = _entries(soul_args)
     name = options.pop("optimizer", "soul")
@@ -61,6 +63,12 @@ def optimizer_of(soul_args, args):
     if options.get("max_grad_norm") is not None and args.max_grad_norm:
         remedy = "set it to 0: the step clips by soul_args.max_grad_norm"
         raise argument_error("args.max_grad_norm", "0 beside soul_args.max_grad_norm", args.max_grad_norm, remedy)
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        options.pop("max_grad_norm", None)
+        for option, refused in (("rho", "auto"), ("skip_nonfinite", True)):
+            if options.get(option) == refused:
+                remedy = "the optimizer sees one process's piece of the gradients: leave it out, or use FSDP2"
+                raise argument_error(f"soul_args.{option}", f"not {refused!r} under DeepSpeed", repr(refused), remedy)
     return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
 
 
@@ -114,7 +122,9 @@ class SOULTrainerMixin:
     An optimizer passed as ``optimizers=`` or ``optimizer_cls_and_kwargs=`` is used in place of SOUL's, as always.
 
     Clipping: by the Trainer's ``max_grad_norm`` (its default is 1), or within the step, without a pass over the gradients and
-    without waiting, by ``soul_args={"max_grad_norm": 1.0}`` and ``max_grad_norm=0`` in the TrainingArguments.
+    without waiting, by ``soul_args={"max_grad_norm": 1.0}`` and ``max_grad_norm=0`` in the TrainingArguments. Under DeepSpeed,
+    where a step sees one process's piece of the gradients, that number becomes ``gradient_clipping`` of DeepSpeed's
+    configuration, and ``clip_fraction`` is not logged.
 
     Gradient accumulation: the loss is the mean over micro-batches of their losses, each a mean over its own tokens or
     sequences. ``num_items_in_batch`` is accepted, and does not change it.
@@ -145,13 +155,29 @@ class SOULTrainerMixin:
         given = next((a for a in (*args, kwargs.get("args")) if hasattr(a, "remove_unused_columns")), None)
         if given is not None:
             optimizer_of(options, given)
+            self._check_deepspeed(getattr(given, "deepspeed_plugin", None))
             if objective is not None and given.remove_unused_columns:
                 remedy = "forget and retain are no arguments of the model, and would be removed"
                 raise argument_error("args.remove_unused_columns", "False with an objective", True, remedy)
         self._hessian = None
         super().__init__(*args, **kwargs)
+        plugin, limit = getattr(self.args, "deepspeed_plugin", None), options.get("max_grad_norm")
+        if plugin is not None and limit is not None:  # where the Trainer has put args.max_grad_norm, which is 0 then
+            plugin.deepspeed_config["gradient_clipping"] = limit
         if objective is not None:
             self._prepare_reference()
+            self.add_callback(_epochs(self.train_dataset))
+
+    def _check_deepspeed(self, plugin):
+        """Raises for what cannot work under DeepSpeed; ``plugin`` is accelerate's, or None."""
+        if plugin is None:
+            return
+        if self.curvature is not None:
+            remedy = "it hides the gradients that h would be refreshed from: use optimizer 'soul', or FSDP2"
+            raise argument_error("soul_args.curvature", "none under DeepSpeed", repr(self.curvature), remedy)
+        if "optimizer" in plugin.deepspeed_config:
+            got, remedy = plugin.deepspeed_config["optimizer"], "DeepSpeed would use that one: take it out"
+            raise argument_error("DeepSpeed's configuration", "no optimizer beside soul_args", got, remedy)
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):
         """What `create_optimizer` makes, of the Trainer's parameter groups: see `optimizer_of`."""
@@ -204,9 +230,12 @@ class SOULTrainerMixin:
         return loss
 
     def log(self, logs, *args, **kwargs):
-        """The Trainer's, with ``clip_fraction`` beside the loss: the fraction of the coordinates that moved by the full lr."""
+        """The Trainer's, with ``clip_fraction`` beside the loss: the fraction of the coordinates that moved by the full lr. Not
+        under DeepSpeed and FSDP1, where the optimizer counts one process's piece.
+        """
         optimizer = self._inner_optimizer()
-        if "loss" in logs and isinstance(optimizer, SophiaG):
+        counts_all = isinstance(optimizer, SophiaG) and not any(hidden_sharding(g["params"]) for g in optimizer.param_groups)
+        if "loss" in logs and counts_all:
             groups = [(fraction, sum(p.numel() for p in group["params"]))
                       for fraction, group in zip(optimizer.clip_fraction(), optimizer.param_groups)]  # fmt: skip
             known = [(fraction, numel) for fraction, numel in groups if fraction == fraction]
@@ -216,6 +245,7 @@ class SOULTrainerMixin:
 
     def prepare_reference_model(self, model):
         """A frozen copy of ``model``, in evaluation mode, prepared like it."""
+        _check_in_one_piece(model)
         copied = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
         return self.accelerator.prepare_model(copied, evaluation_mode=True)
 
@@ -227,6 +257,7 @@ class SOULTrainerMixin:
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         ours = [dataset for dataset in (self.train_dataset, *evaluated) if isinstance(dataset, UnlearningDataset)]
         if divergence is None and any(dataset is self.train_dataset for dataset in ours):
+            _check_in_one_piece(self.model)
             for dataset in ours:
                 dataset.add_reference(self.model)
         elif not models.has_adapters(_bare(self.model)):
@@ -261,13 +292,25 @@ class SOULTrainerMixin:
         return functional._at_head(model, retain, value)
 
 
+def _epochs(dataset):
+    """Return a callback that tells a dataset its epoch: with several processes accelerate reaches the sampler alone."""
+    from transformers import TrainerCallback
+
+    class Epochs(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if isinstance(dataset, UnlearningDataset):
+                dataset.set_epoch(int(state.epoch or 0))
+
+    return Epochs()
+
+
 class UnlearningDataset(torch.utils.data.Dataset):
     """Forget sequences, each with a retain sequence drawn at random, in the format of open-unlearning.
 
     Item i is ``{"forget": row, "retain": row}``; a row has ``input_ids`` and ``labels`` (not shifted) and, after
     `add_reference`, ``ref_logps``. With pairs the forget entry is ``{"original": row, "alternate": row}``. Which retain
-    sequence goes with item i is a hash of (seed, epoch, i), so workers and resumed runs draw the same; accelerate sets the
-    epoch.
+    sequence goes with item i is a hash of (seed, epoch, i), so workers and resumed runs draw the same; `SOULTrainerMixin` sets
+    the epoch.
 
     Args:
         forget: list of `soul.data.Sequence`, from `soul.data.encode`; for pairs, each answer with the preferred one after it.
@@ -352,6 +395,13 @@ def _entries(soul_args):
     if soul_args is None or isinstance(soul_args, Mapping):
         return dict(soul_args or {})
     raise argument_error("soul_args", "a mapping or a dataclass", type(soul_args).__name__, "for instance {'rho': 0.04}")
+
+
+def _check_in_one_piece(model):
+    """Raises where DeepSpeed has partitioned the model while it was loaded: nothing gathers the pieces for a reference yet."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        remedy = "load it before the TrainingArguments are made, or pass ref_model"
+        raise argument_error("model", "a whole model, for the objective's reference", "pieces of DeepSpeed's ZeRO-3", remedy)
 
 
 def _bare(model):
