@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -280,6 +281,62 @@ def test_dataset_draws_retain_rows_by_epoch_and_keeps_pairs_together():
 def test_errors_say_what_to_do(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, tiny_model(), losses.GradDiff(), **options)
+
+
+class PreferenceTrainer(transformers.Trainer):
+    """A stand-in for TRL's DPOTrainer: its second argument is ``ref_model``, the model itself where there is none."""
+
+    def __init__(self, model, ref_model=None, args=None, **options):
+        super().__init__(model, args, **options)
+        self.ref_model = copy.deepcopy(model) if ref_model is None else ref_model
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ratios = []
+        for answer in (inputs["forget"]["alternate"], inputs["forget"]["original"]):
+            own, reference = (-which(**answer).loss for which in (model, self.ref_model))
+            ratios.append((answer["labels"][:, 1:] != -100).sum() * (own - reference))
+        return -torch.nn.functional.logsigmoid(ratios[0] - ratios[1])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])  # the argument may be named further down the line of base classes
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_reference_without_an_objective_is_the_base_trainers(tmp_path, positional, wrapped):
+    """TRL's DPOTrainer and KTOTrainer take a reference. Without it the first loss is log 2, whatever the model."""
+
+    class Wrapped(PreferenceTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class OurTrainer(SOULTrainerMixin, Wrapped if wrapped else PreferenceTrainer):
+        pass
+
+    model, args = tiny_model(), arguments(tmp_path)
+    batch = inputs_of(sequences(2), sequences(1), True)
+    reference = other(model)
+    theirs = PreferenceTrainer(model, reference, args)
+    ours = OurTrainer(model, reference, args) if positional else OurTrainer(model=model, ref_model=reference, args=args)
+    want = theirs.compute_loss(model, batch)
+    assert ours.ref_model is reference and torch.equal(ours.compute_loss(model, batch), want)
+    assert abs(want - math.log(2)) > 0.01
+    assert OurTrainer(model, args=args).compute_loss(model, batch).item() == pytest.approx(math.log(2))
+
+
+def test_a_reference_that_nothing_would_use_is_refused(tmp_path):
+    """transformers.Trainer has no reference, so without an objective it would be ignored."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match="ref_model: expected None without an objective, got LlamaForCausalLM; pass obj"):
+        UnlearnTrainer(model, arguments(tmp_path), ref_model=model)
+    UnlearnTrainer(model, arguments(tmp_path), ref_model=None)
+
+
+def test_an_objective_with_a_trainer_of_trl_is_refused(tmp_path):
+    """Its trainers take data sets with columns of their own only, and say so of the type of the data set."""
+    base = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    cls = type("OurTrainer", (SOULTrainerMixin, base), {})
+    message = r"objective: expected None with trl's SFTTrainer, got GradDiff.*class X\(SOULTrainerMixin, transformers.Trainer\)"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tiny_model(), losses.GradDiff(), cls=cls)
+    assert cls(tiny_model(), arguments(tmp_path)).objective is None
 
 
 def test_batches_that_do_not_fit_are_refused():

@@ -125,13 +125,16 @@ class SOULTrainerMixin:
             whose h stays 0 otherwise) and ``every`` (optimizer steps from one refresh to the next, 10).
         objective: a `soul.losses.Objective`; None: the Trainer's own loss.
         ref_model: a frozen model for objectives that need a reference; None: made here where it is needed, a copy of the model.
+            Without ``objective`` it goes to the base class, which must have an argument of this name, as TRL's DPOTrainer does.
         **kwargs: as for the Trainer.
 
     Raises:
-        ArgumentError: options that do not fit; before anything is loaded or moved.
+        ArgumentError: options that do not fit; an objective for a trainer of TRL, whose data sets are its own; a reference
+            that nothing would use. Raised before anything is loaded or moved.
     """
 
     def __init__(self, *args, soul_args=None, objective=None, ref_model=None, **kwargs):
+        kwargs.update(self._arguments_of_base(objective, ref_model))
         options = _entries(soul_args)
         self.curvature, self.every = options.pop("curvature", None), options.pop("every", 10)
         self.soul_args, self.objective, self.ref_model = options, objective, ref_model
@@ -152,6 +155,26 @@ class SOULTrainerMixin:
         super().__init__(*args, **kwargs)
         if objective is not None:
             self._prepare_reference()
+
+    def _arguments_of_base(self, objective, ref_model):
+        """Return what the base class gets beside the caller's arguments: a reference model that is not for our objective.
+
+        Raises:
+            ArgumentError: an objective for a trainer of TRL, or a reference that neither an objective nor the base class uses.
+        """
+        bases = type(self).__mro__[type(self).__mro__.index(SOULTrainerMixin) + 1 :]
+        if objective is not None:
+            for base in bases:
+                if base.__module__.split(".")[0] == "trl":
+                    remedy = "its data sets have columns of its own; use class X(SOULTrainerMixin, transformers.Trainer)"
+                    raise argument_error("objective", f"None with trl's {base.__name__}", objective, remedy)
+            return {}
+        if ref_model is None:
+            return {}
+        if not any("ref_model" in inspect.signature(base.__init__).parameters for base in bases):
+            remedy = "pass objective=, or leave the reference out"
+            raise argument_error("ref_model", "None without an objective", type(ref_model).__name__, remedy)
+        return {"ref_model": ref_model}
 
     def get_optimizer_cls_and_kwargs(self, args, model=None):
         """What `create_optimizer` makes, of the Trainer's parameter groups: see `optimizer_of`."""
