@@ -10,12 +10,12 @@ import types
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, losses
+from soul import SOUL, SophiaG, losses, unlearning_loss
 from soul.batches import collate
 from soul.config import UnlearnConfig
 from soul.data import Example, encode
 from soul.integrations import trl
-from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning, optimizer_of, unlearning_loss
+from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning, optimizer_of
 from soul.integrations.open_unlearning import CONFIGS
 from soul.models import head, hidden_states, transform
 from soul.prepare import prepare
@@ -121,7 +121,8 @@ def check_loss_of(name, loss_of=unlearning_loss):
     reference, forget, retain = other(model), sequences(4), sequences(7, prompt=1)[2:]
     expected = by_hand(model, reference, forget, retain, objective)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
-    loss, outputs = loss_of(model, inputs_of(forget, retain, objective.pairs), objective, ref_model=reference)
+    batch = inputs_of(forget, retain, objective.pairs)
+    loss, outputs = loss_of(model, batch, objective, ref_model=reference, return_outputs=True)
     grads = torch.autograd.grad(loss, list(model.parameters()))
     assert_close(loss, expected, tol.GRAD_OBJECTIVE, name)
     for (parameter, _), got, want in zip(model.named_parameters(), grads, expected_grads):
@@ -150,14 +151,14 @@ def test_loss_of_a_batch_by_the_kernels(monkeypatch):
 ])  # fmt: skip
 def test_mutants_of_the_loss_are_caught(name, old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
-        check_loss_of(name, mutant("soul.integrations.hf", old, new, tmp_path).unlearning_loss)
+        check_loss_of(name, mutant("soul.model_loss", old, new, tmp_path).unlearning_loss)
 
 
 @pytest.mark.parametrize("name", ["npo", "undial"])
 def test_a_models_reference_is_the_model_without_its_adapters(name):
     model, objective = lora_model(), ALL[name]
     forget, retain = sequences(3), sequences(2)
-    loss, _ = unlearning_loss(model, inputs_of(forget, retain, False), objective)
+    loss = unlearning_loss(model, inputs_of(forget, retain, False), objective)
     assert_close(loss, by_hand(model, model, forget, retain, objective), tol.GRAD_OBJECTIVE, name)
     assert any(p.requires_grad for p in model.parameters())
 
@@ -194,7 +195,7 @@ def test_training_is_the_plain_loop(tmp_path, fused):
     optimizer = SOUL(groups, lr=1e-3, weight_decay=0.0, max_grad_norm=0.1 if fused else None)
     for step in range(2):
         for micro in range(2):
-            (unlearning_loss(plain, seen[2 * step + micro], objective)[0] / 2).backward()
+            (unlearning_loss(plain, seen[2 * step + micro], objective) / 2).backward()
         if not fused:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.step()
@@ -250,7 +251,7 @@ def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
         data_collator=collate_unlearning, objective=objective,
     )  # fmt: skip
     batch = collate_unlearning([dataset[i] for i in range(4)])
-    expected = unlearning_loss(trainer.model, batch, objective)[0].item()
+    expected = unlearning_loss(trainer.model, batch, objective).item()
     assert trainer.evaluate()["eval_own_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -414,7 +415,7 @@ def sharded_worker(folder):
     optimizer = cls([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], **options)
     values = []
     for _ in range(2):
-        loss, _ = unlearning_loss(model, batch, losses.NPO(beta=0.5))
+        loss = unlearning_loss(model, batch, losses.NPO(beta=0.5))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -433,7 +434,7 @@ def test_loss_and_optimizer_under_fsdp2(tmp_path):
     optimizer = SOUL([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], 1e-3,
                      max_grad_norm=0.1)  # fmt: skip
     for step in range(2):
-        loss, _ = unlearning_loss(model, batch, losses.NPO(beta=0.5))
+        loss = unlearning_loss(model, batch, losses.NPO(beta=0.5))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
