@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import types
 
 import pytest
 import torch

@@ -291,6 +291,16 @@ def test_batches_that_do_not_fit_are_named(change, message):
         soul.unlearning_loss(model_of("llama"), change(make_batch()), losses.NPO())
 
 
+def test_every_objective_of_the_documented_batches_has_a_loss():
+    """docs/objectives.md: a pair of answers for DPO and PO, a reference model for KL."""
+    model, batch = model_of("llama"), make_batch()
+    pair = {"original": batch["forget"], "alternate": batch["forget"] | part((7, 6), prompt=2, seed=4)}
+    for objective in (cls() for cls in losses.OBJECTIVES.values()):
+        forget = pair if objective.pairs or objective.relabels else batch["forget"]
+        loss = soul.unlearning_loss(model, batch | {"forget": forget}, objective, ref_model=model_of("llama"))
+        assert loss.isfinite() and loss.requires_grad, objective
+
+
 def test_an_objective_by_its_name_is_refused():
     with pytest.raises(
         ValueError, match=r"objective: expected an objective of soul.losses, got 'npo'; for instance soul.losses.NPO\(\)"
