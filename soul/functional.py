@@ -292,6 +292,7 @@ def _at_head(model, inputs, function):
         ArgumentError: the model's logits are something else, or it does not call its head once.
     """
     inner = models.bare(model)
+    _check_not_compiled(model, inner)
     layer, transform, sent = _head_of(inner), models.transform(inner), []
     own = _own_forward(layer)
 
@@ -333,6 +334,14 @@ def _head_of(model):
         remedy = "an encoder-decoder predicts from another sequence; it is not supported"
         raise argument_error("model", "a causal language model", type(model).__name__, remedy)
     return layer
+
+
+def _check_not_compiled(*wrapped):
+    """Raises for a model that is compiled as a whole: its head was traced, and can no longer be replaced."""
+    for module in wrapped:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            remedy = "compile what yields the hidden states alone: model.base_model.compile()"
+            raise argument_error("model", "a model whose head is not compiled", "one compiled as a whole", remedy)
 
 
 def _own_forward(layer):

@@ -239,6 +239,17 @@ def test_a_head_of_its_own_class_that_is_linear_is_accepted():
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
 
 
+@pytest.mark.parametrize("compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m])
+def test_a_model_that_is_compiled_as_a_whole_is_refused(compiled):
+    """Its body may be compiled."""
+    model, batch = model_of("llama"), make_batch()
+    with pytest.raises(ValueError, match=r"model: expected a model whose head is not compiled.*model.base_model.compile\(\)"):
+        soul.unlearning_loss(compiled(model), batch, losses.NPO(beta=0.1))
+    model = model_of("llama")
+    model.base_model.compile(backend="eager")
+    check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
+
+
 def test_the_loss_of_a_router_is_not_taken_for_the_logits():
     """With output_router_logits it is the first of the model's outputs."""
     model, batch = model_of("mixtral", output_router_logits=True), make_batch()
