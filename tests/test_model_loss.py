@@ -10,6 +10,7 @@ import soul
 from soul import functional, losses, models
 from soul_kernels import linear_objective
 from tests import tolerances as tol
+from tests.models import examples, sequences, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -218,6 +219,17 @@ def test_logits_that_are_no_linear_map_of_the_hidden_states_are_refused(name):
         soul.unlearning_loss(model, make_batch(), losses.NPO(beta=0.1))
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), before))
     assert "forward" not in vars(model.get_output_embeddings())
+
+
+@pytest.mark.parametrize("use", [
+    lambda model: soul.Unlearner(model, examples(2), tokenizer=tiny_tokenizer()),
+    lambda model: soul.reference_logps(model, sequences(2, vocab_size=64)),
+    lambda model: soul.reference_hidden(model, sequences(2, vocab_size=64)),
+], ids=["Unlearner", "reference_logps", "reference_hidden"])  # fmt: skip
+def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_from_its_body(use):
+    """A model by name is checked as it is loaded."""
+    with pytest.raises(ValueError, match="got other logits in Squared"):
+        use(REFUSED["squares"]())
 
 
 def test_models_that_read_another_sequence_are_refused():
