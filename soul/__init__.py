@@ -7,6 +7,7 @@ The kernels are in ``soul_kernels``. Importing this package needs torch alone; w
 import soul_kernels  # noqa: F401  first: it raises where torch is too old
 from soul import curvature, functional, losses, plan
 from soul.config import UnlearnConfig
+from soul.model_loss import unlearning_loss
 from soul.optimizer import SOUL, SophiaG
 from soul.reference import reference_hidden, reference_logps
 from soul.release import release_gradients
@@ -25,5 +26,6 @@ __all__ = [
     "reference_hidden",
     "reference_logps",
     "release_gradients",
+    "unlearning_loss",
     "__version__",
 ]

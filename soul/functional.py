@@ -29,6 +29,7 @@ Source: locuslab/open-unlearning, src/trainer/utils.py and src/trainer/unlearn/c
 """
 
 import contextlib
+import functools
 
 import torch
 
@@ -36,9 +37,10 @@ from soul import losses, models
 from soul._extras import require
 from soul_kernels import TokenBatch, linear_logprob, linear_objective
 from soul_kernels._checks import argument_error, check_choice
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPAT = (None, "open-unlearning")
+PROBES = (-300.0, -1.0, 0.25, 1.0, 300.0)  # raw logits, small ones and ones that any cap in use bends by percents
 
 
 def compute_kl_divergence(model, target_model, inputs, *, compat=None):
@@ -281,26 +283,43 @@ def _reference(model, inputs):
 def _at_head(model, inputs, function):
     """Calls the model with ``function(hidden, weight, bias, transform)`` in the place of its head; returns its value.
 
-    The value, [] or [B], travels through the model's output, so that DDP and hooks find the graph that they have to wait for;
-    as ``value - value`` with the gradient of the first, because a model may still scale and cap its logits: 0 stays 0 there,
-    and the slope is the scale.
+    The head's output is one row of logits, as wide as the vocabulary. In it travels the value, [] or [B], so that DDP and hooks
+    find the graph that they have to wait for. It is ``value - value`` with the gradient of the first, because a model may still
+    scale and cap its logits: 0 stays 0 there, and the slope is the scale. The row also holds `PROBES`. What the model makes of
+    them tells whether it scales and caps as `models.transform` says, and changes its logits in no other way.
+
+    Raises:
+        ArgumentError: the model's logits are something else, or it does not call its head once.
     """
-    inner = model
-    while isinstance(getattr(inner, "module", None), torch.nn.Module):
-        inner = inner.module
-    layer, transform, values = _head_of(inner), models.transform(inner), []
+    inner = models.bare(model)
+    _check_not_compiled(model, inner)
+    layer, transform, sent = _head_of(inner), models.transform(inner), []
+    own = _own_forward(layer)
 
     def forward(hidden):
-        value = function(hidden, *models.head(inner), transform)
-        values.append(value.detach())
-        return (value - value.detach()).reshape(1, 1, -1)
+        weight, bias = models.head(inner)
+        value = function(hidden, weight, bias, transform)
+        if own is not None:
+            _check_linear(own, hidden, weight, bias, inner)
+        carrier = (value - value.detach()).reshape(-1)
+        probes = carrier.new_tensor(PROBES)
+        probes = torch.nn.functional.pad(probes, (0, max(0, len(weight) - len(carrier) - len(probes))))
+        sent.append((value.detach(), probes))
+        return torch.cat([carrier, probes])[None, None]
 
     with _forward_replaced(layer, forward):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-    if len(values) != 1:
-        got = f"{len(values)} calls of it in {type(inner).__name__}"
+    if len(sent) != 1:
+        got = f"{len(sent)} calls of it in {type(inner).__name__}"
         raise argument_error("model", "a forward that calls its head once", got, "this family is not supported")
-    return values[0] + outputs[0].reshape(values[0].shape) / transform["logit_scale"]
+    value, probes = sent[0]
+    logits = getattr(outputs, "logits", None)  # the first output of a mixture of experts may be the loss of its router
+    logits = (outputs[0] if logits is None else logits).reshape(-1)
+    carrier, got = logits[: value.numel()], logits[value.numel() :].detach()
+    want = transformed(probes, **transform)
+    if got.shape != want.shape or not ((got - want).abs() <= 1e-2 * want.abs()).all():  # outputs may be rounded to bf16
+        raise models.other_logits(inner)
+    return value + carrier.reshape(value.shape) / transform["logit_scale"]
 
 
 def _head_of(model):
@@ -311,7 +330,35 @@ def _head_of(model):
     if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
         remedy = "leave it out of target_modules; in modules_to_save it is trained as a whole"
         raise argument_error("model", "a head without adapters", type(layer).__name__, remedy)
+    if getattr(model.config, "is_encoder_decoder", False):
+        remedy = "an encoder-decoder predicts from another sequence; it is not supported"
+        raise argument_error("model", "a causal language model", type(model).__name__, remedy)
     return layer
+
+
+def _check_not_compiled(*wrapped):
+    """Raises for a model that is compiled as a whole: its head was traced, and can no longer be replaced."""
+    for module in wrapped:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            remedy = "compile what yields the hidden states alone: model.base_model.compile()"
+            raise argument_error("model", "a model whose head is not compiled", "one compiled as a whole", remedy)
+
+
+def _own_forward(layer):
+    """The forward of a head that is not that of ``torch.nn.Linear``, or None."""
+    own = vars(layer).get("forward")
+    if own is None and type(layer).forward is torch.nn.Linear.forward:
+        return None
+    return own or functools.partial(type(layer).forward, layer)
+
+
+def _check_linear(forward, hidden, weight, bias, model):
+    """Raises unless the head's own forward is ``hidden @ weight.T + bias``, by trying it at one position."""
+    with torch.no_grad():
+        row = hidden.reshape(-1, hidden.shape[-1])[-1:]
+        got, want = forward(row), torch.nn.functional.linear(row, weight, bias)
+        if got.shape != want.shape or not ((got - want).abs() <= 1e-2 * want.abs().max()).all():
+            raise models.other_logits(model)
 
 
 @contextlib.contextmanager

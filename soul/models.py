@@ -11,7 +11,7 @@ import torch
 from soul._extras import require
 from soul.distributed import gathered
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
-from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
+from soul_kernels._checks import ArgumentError, argument_error, check_choice, check_positive, check_range
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPILE = {}  # options of torch.compile
@@ -202,6 +202,13 @@ def autocast(model):
     return contextlib.nullcontext()
 
 
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside wrappers with a ``module`` (DDP, DeepSpeed)."""
+    while isinstance(getattr(model, "module", None), torch.nn.Module):
+        model = model.module
+    return model
+
+
 def _base(model):
     return model.get_base_model() if has_adapters(model) else model
 
@@ -345,5 +352,10 @@ def check_linear_head(model):
                 raise argument_error("model", "finite logits", got, remedy)
             agree = got.shape == expected.shape and (got - expected).abs().max() <= 1e-2 * expected.abs().max()
     if not agree:
-        formula = "logits = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)"
-        raise argument_error("model", formula, f"other logits in {family}", "this family is not supported")
+        raise other_logits(model)
+
+
+def other_logits(model: torch.nn.Module) -> ArgumentError:
+    """Return the `ArgumentError` for a model that does more between hidden states and logits than `transform` knows."""
+    formula = "logits = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)"
+    return argument_error("model", formula, f"other logits in {type(model).__name__}", "this family is not supported")

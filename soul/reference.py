@@ -15,9 +15,9 @@ import torch
 
 from soul._extras import require
 from soul.batches import collate
-from soul.distributed import Processes, full, gathered
+from soul.distributed import COMPUTE, Processes, full, gathered
 from soul.files import whole
-from soul.models import as_reference, autocast, has_adapters, head, hidden_states, token_logps
+from soul.models import as_reference, autocast, check_linear_head, has_adapters, head, hidden_states, token_logps
 from soul.output import check_writable
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
@@ -62,13 +62,15 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
         List of floats, in nats.
 
     Raises:
-        ArgumentError: the cache is not a directory, or the backend does not fit the model's device.
+        ArgumentError: the cache is not a directory, the backend does not fit the model's device, or
+            `soul.models.check_linear_head` refuses the model.
     """
     device, backend = head(model)[0].device, resolve_backend(backend, head(model)[0])
 
     def compute():
         sums = [torch.empty(0, device=device)]
         with as_reference(model):
+            _check_head(model)
             for batch in _batches(dataset, batch_size, device):
                 sums.append(token_logps(model, batch, backend).sum(1))
         return torch.cat(sums).cpu()
@@ -94,13 +96,15 @@ def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None
         `ReferenceStates`. Where the head is trained, its weight is a copy.
 
     Raises:
-        ArgumentError: the cache is not a directory.
+        ArgumentError: the cache is not a directory, or `soul.models.check_linear_head` refuses the model.
     """
     device, width = head(model)[0].device, head(model)[0].shape[1]
     counts = [sequence.n_labels for sequence in dataset]
 
     def compute():
         states = [torch.empty(0, width)]
+        with as_reference(model):
+            _check_head(model)
         with as_reference(model), autocast(model):
             for batch in _batches(dataset, batch_size, device):
                 hidden = gathered(model, functools.partial(hidden_states, model, batch)).flatten(0, 1)
@@ -110,6 +114,12 @@ def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None
     convention = {"batch_size": batch_size}
     packed = _kept(cache, "hidden", (sum(counts), width), compute, model, dataset, tokenizer, convention)
     return ReferenceStates(list(packed.split(counts)), *reference_head(model))
+
+
+def _check_head(model):
+    """Raises for a model with logits of its own kind. One in shards was checked by `soul.Unlearner` before it was cut."""
+    if not hasattr(model, COMPUTE):
+        check_linear_head(model)
 
 
 def reference_head(model):

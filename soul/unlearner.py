@@ -102,6 +102,7 @@ class Unlearner:
             remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
         else:
+            models.check_linear_head(model)
             place = next(model.parameters()).device
         if adapters:
             torch.manual_seed(self.config.seed)

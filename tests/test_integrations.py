@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import os
 import sys
 import types
@@ -9,12 +10,12 @@ import types
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, losses
+from soul import SOUL, SophiaG, losses, unlearning_loss
 from soul.batches import collate
 from soul.config import UnlearnConfig
 from soul.data import Example, encode
 from soul.integrations import trl
-from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning, optimizer_of, unlearning_loss
+from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning, optimizer_of
 from soul.integrations.open_unlearning import CONFIGS
 from soul.models import head, hidden_states, transform
 from soul.prepare import prepare
@@ -120,7 +121,8 @@ def check_loss_of(name, loss_of=unlearning_loss):
     reference, forget, retain = other(model), sequences(4), sequences(7, prompt=1)[2:]
     expected = by_hand(model, reference, forget, retain, objective)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
-    loss, outputs = loss_of(model, inputs_of(forget, retain, objective.pairs), objective, ref_model=reference)
+    batch = inputs_of(forget, retain, objective.pairs)
+    loss, outputs = loss_of(model, batch, objective, ref_model=reference, return_outputs=True)
     grads = torch.autograd.grad(loss, list(model.parameters()))
     assert_close(loss, expected, tol.GRAD_OBJECTIVE, name)
     for (parameter, _), got, want in zip(model.named_parameters(), grads, expected_grads):
@@ -149,14 +151,14 @@ def test_loss_of_a_batch_by_the_kernels(monkeypatch):
 ])  # fmt: skip
 def test_mutants_of_the_loss_are_caught(name, old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
-        check_loss_of(name, mutant("soul.integrations.hf", old, new, tmp_path).unlearning_loss)
+        check_loss_of(name, mutant("soul.model_loss", old, new, tmp_path).unlearning_loss)
 
 
 @pytest.mark.parametrize("name", ["npo", "undial"])
 def test_a_models_reference_is_the_model_without_its_adapters(name):
     model, objective = lora_model(), ALL[name]
     forget, retain = sequences(3), sequences(2)
-    loss, _ = unlearning_loss(model, inputs_of(forget, retain, False), objective)
+    loss = unlearning_loss(model, inputs_of(forget, retain, False), objective)
     assert_close(loss, by_hand(model, model, forget, retain, objective), tol.GRAD_OBJECTIVE, name)
     assert any(p.requires_grad for p in model.parameters())
 
@@ -193,7 +195,7 @@ def test_training_is_the_plain_loop(tmp_path, fused):
     optimizer = SOUL(groups, lr=1e-3, weight_decay=0.0, max_grad_norm=0.1 if fused else None)
     for step in range(2):
         for micro in range(2):
-            (unlearning_loss(plain, seen[2 * step + micro], objective)[0] / 2).backward()
+            (unlearning_loss(plain, seen[2 * step + micro], objective) / 2).backward()
         if not fused:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.step()
@@ -249,7 +251,7 @@ def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
         data_collator=collate_unlearning, objective=objective,
     )  # fmt: skip
     batch = collate_unlearning([dataset[i] for i in range(4)])
-    expected = unlearning_loss(trainer.model, batch, objective)[0].item()
+    expected = unlearning_loss(trainer.model, batch, objective).item()
     assert trainer.evaluate()["eval_own_loss"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -319,6 +321,62 @@ def test_dataset_draws_retain_rows_by_epoch_and_keeps_pairs_together():
 def test_errors_say_what_to_do(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path, tiny_model(), losses.GradDiff(), **options)
+
+
+class PreferenceTrainer(transformers.Trainer):
+    """A stand-in for TRL's DPOTrainer: its second argument is ``ref_model``, the model itself where there is none."""
+
+    def __init__(self, model, ref_model=None, args=None, **options):
+        super().__init__(model, args, **options)
+        self.ref_model = copy.deepcopy(model) if ref_model is None else ref_model
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ratios = []
+        for answer in (inputs["forget"]["alternate"], inputs["forget"]["original"]):
+            own, reference = (-which(**answer).loss for which in (model, self.ref_model))
+            ratios.append((answer["labels"][:, 1:] != -100).sum() * (own - reference))
+        return -torch.nn.functional.logsigmoid(ratios[0] - ratios[1])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])  # the argument may be named further down the line of base classes
+@pytest.mark.parametrize("positional", [False, True])
+def test_a_reference_without_an_objective_is_the_base_trainers(tmp_path, positional, wrapped):
+    """TRL's DPOTrainer and KTOTrainer take a reference. Without it the first loss is log 2, whatever the model."""
+
+    class Wrapped(PreferenceTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class OurTrainer(SOULTrainerMixin, Wrapped if wrapped else PreferenceTrainer):
+        pass
+
+    model, args = tiny_model(), arguments(tmp_path)
+    batch = inputs_of(sequences(2), sequences(1), True)
+    reference = other(model)
+    theirs = PreferenceTrainer(model, reference, args)
+    ours = OurTrainer(model, reference, args) if positional else OurTrainer(model=model, ref_model=reference, args=args)
+    want = theirs.compute_loss(model, batch)
+    assert ours.ref_model is reference and torch.equal(ours.compute_loss(model, batch), want)
+    assert abs(want - math.log(2)) > 0.01
+    assert OurTrainer(model, args=args).compute_loss(model, batch).item() == pytest.approx(math.log(2))
+
+
+def test_a_reference_that_nothing_would_use_is_refused(tmp_path):
+    """transformers.Trainer has no reference, so without an objective it would be ignored."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match="ref_model: expected None without an objective, got LlamaForCausalLM; pass obj"):
+        UnlearnTrainer(model, arguments(tmp_path), ref_model=model)
+    UnlearnTrainer(model, arguments(tmp_path), ref_model=None)
+
+
+def test_an_objective_with_a_trainer_of_trl_is_refused(tmp_path):
+    """Its trainers take data sets with columns of their own only, and say so of the type of the data set."""
+    base = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    cls = type("OurTrainer", (SOULTrainerMixin, base), {})
+    message = r"objective: expected None with trl's SFTTrainer, got GradDiff.*class X\(SOULTrainerMixin, transformers.Trainer\)"
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, tiny_model(), losses.GradDiff(), cls=cls)
+    assert cls(tiny_model(), arguments(tmp_path)).objective is None
 
 
 def test_batches_that_do_not_fit_are_refused():
@@ -396,7 +454,7 @@ def sharded_worker(folder):
     optimizer = cls([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], **options)
     values = []
     for _ in range(2):
-        loss, _ = unlearning_loss(model, batch, losses.NPO(beta=0.5))
+        loss = unlearning_loss(model, batch, losses.NPO(beta=0.5))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -415,7 +473,7 @@ def test_loss_and_optimizer_under_fsdp2(tmp_path):
     optimizer = SOUL([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], 1e-3,
                      max_grad_norm=0.1)  # fmt: skip
     for step in range(2):
-        loss, _ = unlearning_loss(model, batch, losses.NPO(beta=0.5))
+        loss = unlearning_loss(model, batch, losses.NPO(beta=0.5))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

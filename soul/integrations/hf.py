@@ -23,8 +23,9 @@ import torch
 from soul import functional, losses, models
 from soul._shards import hidden_sharding
 from soul.curvature import GNB, RetainFisher
+from soul.model_loss import unlearning_loss
 from soul.optimizer import SOUL, SophiaG
-from soul_kernels import linear_gnb, linear_logprob, linear_objective
+from soul_kernels import linear_gnb, linear_objective
 from soul_kernels._checks import argument_error, check_choice
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
@@ -72,49 +73,6 @@ def optimizer_of(soul_args, args):
     return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
 
 
-def unlearning_loss(model, inputs, objective, *, ref_model=None):
-    """An objective of one batch of forget and retain sequences: one forward over both, padded together, and no logits.
-
-    The head is replaced for the time of the forward, as in `soul.functional`, so whatever is wrapped around the model does its
-    work. What the objective needs of a reference comes from, in this order: ``ref_logps`` [B] in the forget batch (of summed
-    log-probabilities alone; see `UnlearningDataset`), ``ref_model``, and the model itself with its peft adapters off.
-
-    Args:
-        model: a Hugging Face causal language model, bare or in wrappers with a ``module``. Differentiated; not changed.
-        inputs: ``{"forget": batch, "retain": batch}``, each a dict of ``input_ids``, ``labels`` [B, T] int64 (not shifted, -100
-            ignored) and, optionally, ``attention_mask`` [B, T]. For pairs, and for objectives that relabel, the forget batch is
-            ``{"original": batch, "alternate": batch}``: the answers to be forgotten, and what is preferred. Retain may be
-            missing where the objective has no retain term.
-        objective: a `soul.losses.Objective`.
-        ref_model: another causal language model, run without gradients; or None.
-
-    Returns:
-        The loss, [] fp32, and a transformers ``CausalLMOutput`` with ``logits=None`` and the detached mean cross-entropy of the
-        forget tokens as its ``loss``.
-
-    Raises:
-        ArgumentError: a part of the batch is missing, the objective needs a reference and there is none, or the model is in
-            ``torch.nn.DataParallel``, whose replicas do not share a head.
-    """
-    if isinstance(model, torch.nn.DataParallel):
-        remedy = "start one process a GPU, with torchrun or accelerate launch"
-        raise argument_error("model", "one process a GPU", "DataParallel", remedy)
-    joined, is_forget, ref_logps = _joined(inputs, objective)
-    labels = functional._shifted(joined)
-    reference = _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps)
-    kept = []
-
-    def value(hidden, weight, bias, transform):
-        loss, logps = linear_objective(hidden, weight, labels.to(hidden.device), objective, bias=bias, is_forget=is_forget,
-                                       return_logps=True, **reference, **transform)  # fmt: skip
-        kept.append(logps)
-        return loss
-
-    loss = functional._at_head(model, joined, value)
-    counted = (labels != IGNORE_INDEX) & is_forget.to(labels.device)[:, None]
-    return loss, functional._outputs(kept[0], counted)
-
-
 class SOULTrainerMixin:
     """Gives a Trainer SOUL's optimizers and, with an objective, unlearning: ``class MyTrainer(SOULTrainerMixin, Trainer)``.
 
@@ -135,13 +93,16 @@ class SOULTrainerMixin:
             whose h stays 0 otherwise) and ``every`` (optimizer steps from one refresh to the next, 10).
         objective: a `soul.losses.Objective`; None: the Trainer's own loss.
         ref_model: a frozen model for objectives that need a reference; None: made here where it is needed, a copy of the model.
+            Without ``objective`` it goes to the base class, which must have an argument of this name, as TRL's DPOTrainer does.
         **kwargs: as for the Trainer.
 
     Raises:
-        ArgumentError: options that do not fit; before anything is loaded or moved.
+        ArgumentError: options that do not fit; an objective for a trainer of TRL, whose data sets are its own; a reference
+            that nothing would use. Raised before anything is loaded or moved.
     """
 
     def __init__(self, *args, soul_args=None, objective=None, ref_model=None, **kwargs):
+        kwargs.update(self._arguments_of_base(objective, ref_model))
         options = _entries(soul_args)
         self.curvature, self.every = options.pop("curvature", None), options.pop("every", 10)
         self.soul_args, self.objective, self.ref_model = options, objective, ref_model
@@ -179,6 +140,26 @@ class SOULTrainerMixin:
             got, remedy = plugin.deepspeed_config["optimizer"], "DeepSpeed would use that one: take it out"
             raise argument_error("DeepSpeed's configuration", "no optimizer beside soul_args", got, remedy)
 
+    def _arguments_of_base(self, objective, ref_model):
+        """Return what the base class gets beside the caller's arguments: a reference model that is not for our objective.
+
+        Raises:
+            ArgumentError: an objective for a trainer of TRL, or a reference that neither an objective nor the base class uses.
+        """
+        bases = type(self).__mro__[type(self).__mro__.index(SOULTrainerMixin) + 1 :]
+        if objective is not None:
+            for base in bases:
+                if base.__module__.split(".")[0] == "trl":
+                    remedy = "its data sets have columns of its own; use class X(SOULTrainerMixin, transformers.Trainer)"
+                    raise argument_error("objective", f"None with trl's {base.__name__}", objective, remedy)
+            return {}
+        if ref_model is None:
+            return {}
+        if not any("ref_model" in inspect.signature(base.__init__).parameters for base in bases):
+            remedy = "pass objective=, or leave the reference out"
+            raise argument_error("ref_model", "None without an objective", type(ref_model).__name__, remedy)
+        return {"ref_model": ref_model}
+
     def get_optimizer_cls_and_kwargs(self, args, model=None):
         """What `create_optimizer` makes, of the Trainer's parameter groups: see `optimizer_of`."""
         return optimizer_of(self.soul_args, args)
@@ -202,7 +183,7 @@ class SOULTrainerMixin:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, outputs = unlearning_loss(model, inputs, self.objective, ref_model=self.ref_model)
+        loss, outputs = unlearning_loss(model, inputs, self.objective, ref_model=self.ref_model, return_outputs=True)
         if model.training and self._taken_for_divided(num_items_in_batch):
             loss = loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
@@ -260,7 +241,7 @@ class SOULTrainerMixin:
             _check_in_one_piece(self.model)
             for dataset in ours:
                 dataset.add_reference(self.model)
-        elif not models.has_adapters(_bare(self.model)):
+        elif not models.has_adapters(models.bare(self.model)):
             self.ref_model = self.prepare_reference_model(self.model)
 
     def _taken_for_divided(self, num_items_in_batch):
@@ -338,7 +319,7 @@ class UnlearningDataset(torch.utils.data.Dataset):
         from soul.reference import reference_logps
 
         if self.ref_logps is None:
-            self.ref_logps = reference_logps(_bare(model), self.forget, cache=cache, batch_size=batch_size)
+            self.ref_logps = reference_logps(models.bare(model), self.forget, cache=cache, batch_size=batch_size)
 
     def __len__(self):
         return len(self.forget) // (2 if self.pairs else 1)
@@ -402,84 +383,3 @@ def _check_in_one_piece(model):
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         remedy = "load it before the TrainingArguments are made, or pass ref_model"
         raise argument_error("model", "a whole model, for the objective's reference", "pieces of DeepSpeed's ZeRO-3", remedy)
-
-
-def _bare(model):
-    while isinstance(getattr(model, "module", None), torch.nn.Module):
-        model = model.module
-    return model
-
-
-def _joined(inputs, objective):
-    """One batch of forget and retain sequences, [B] bool on the CPU: which are to be forgotten; and ref_logps or None."""
-    forget = inputs["forget"]
-    together = "alternate" in forget
-    if objective.pairs and not together:
-        remedy = "forget needs both: open-unlearning's data with alternate answers, or UnlearningDataset(pairs=True)"
-        raise argument_error("inputs['forget']", "original and alternate answers", "/".join(forget), remedy)
-    if together:
-        forget = [forget["original"], forget["alternate"]] if objective.pairs else \
-            [forget["alternate" if objective.relabels else "original"]]  # fmt: skip
-    else:
-        forget = [forget]
-    parts, counts = list(forget), [len(part["input_ids"]) for part in forget]
-    if len({*counts}) > 1:
-        raise argument_error("inputs['forget']['alternate']", f"{counts[0]} sequences", counts[1], "they form pairs")
-    if objective.alpha:
-        if inputs.get("retain") is None:
-            raise argument_error("inputs", f"a retain batch for {objective}", "none", "give retain data, or set alpha to 0")
-        parts.append(inputs["retain"])
-    length = max(part["input_ids"].shape[1] for part in parts)
-    joined, n_forget = {}, sum(counts)
-    for name, filler in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORE_INDEX)):
-        padded = []
-        for part in parts:
-            value = part.get(name)
-            value = torch.ones_like(part["input_ids"]) if value is None else value
-            padded.append(torch.nn.functional.pad(value, (0, length - value.shape[1]), value=filler))
-        joined[name] = torch.cat([torch.stack(padded[: len(forget)], 1).flatten(0, 1), *padded[len(forget) :]])
-    ref_logps = None
-    if all("ref_logps" in part for part in forget):
-        known = torch.stack([part["ref_logps"].float() for part in forget], 1).flatten()
-        ref_logps = torch.cat([known, known.new_zeros(len(joined["input_ids"]) - n_forget)])
-    return joined, torch.arange(len(joined["input_ids"]), device="cpu") < n_forget, ref_logps
-
-
-def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps):
-    """What `linear_objective` takes of a reference: of those sequences only that the objective looks at."""
-    divergence, needs_logps = objective.divergence, objective.needs_reference and ref_logps is None
-    given = {"ref_logps": ref_logps} if objective.needs_reference else {}
-    if divergence is None and not needs_logps:
-        return given
-    bare = _bare(model)
-    if ref_model is None and not models.has_adapters(bare):
-        remedy = "pass ref_model, a copy made before training, or ref_logps where the objective needs no more"
-        raise argument_error("ref_model", f"a reference for {objective}", None, remedy)
-    needed = is_forget & needs_logps
-    if divergence is not None:
-        needed = needed | {"forget": is_forget, "retain": ~is_forget, "all": torch.ones_like(is_forget)}[divergence.of]
-    rows = needed.nonzero()[:, 0].to(labels.device)
-    # A frozen head is the same without adapters, and need not outlive the forward, after which FSDP may take it apart.
-    own = ref_model is None and not any(t is not None and t.requires_grad for t in models.head(bare))
-    found = {}
-
-    def keep(hidden, weight, bias, transform):
-        here = rows.to(hidden.device)
-        if needs_logps:
-            sums = linear_logprob(hidden, weight, labels[rows].to(hidden.device), bias=bias, **transform).sum(1)
-            found["ref_logps"] = sums.new_zeros(len(labels)).index_copy_(0, here, sums)
-        if divergence is not None:
-            whole = hidden.new_zeros(len(labels), *hidden.shape[1:])
-            found["ref_hidden"] = whole.index_copy_(0, here, hidden)
-            if not own:
-                found.update(ref_weight=weight.detach(), ref_bias=None if bias is None else bias.detach())
-        return hidden.new_zeros(())
-
-    chosen = {name: value[rows] for name, value in joined.items()}
-    with torch.no_grad():
-        if ref_model is not None:
-            functional._at_head(ref_model, chosen, keep)
-        else:
-            with models.as_reference(bare):
-                functional._at_head(model, chosen, keep)
-    return {**given, **found}
