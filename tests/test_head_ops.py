@@ -210,30 +210,31 @@ def test_plain_functions_break_the_graph_and_work(device):
         assert_close(a, b, 1e-5, "gradient")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_reference_is_compiled_without_a_graph_break(name, device):
+@pytest.mark.parametrize("name, frozen_head", [
+    ("npo", False), ("npo", True), ("ceu", False), ("undial", False), ("logprob", False), ("logprob", True), ("kl", False),
+    ("gnb", False), ("no rows", False),
+])  # fmt: skip
+def test_the_reference_is_compiled_without_a_graph_break(name, frozen_head, device):
     """The graph holds the code of the eager call as one node, so the values are equal, bit for bit."""
     torch._dynamo.reset()
-    for frozen_head in (False, True):
-        model, x = Model(frozen_head).to(device), torch.randn(B, T, 8, device=device)
-        loss_of = inputs(device, "reference")[name]
-        want = run(model, x, loss_of, model)
-        got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
-        assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-        for a, b in zip(got[2], want[2]):
-            assert_close(a, b, 1e-6, "gradient")
+    model, x = Model(frozen_head).to(device), torch.randn(B, T, 8, device=device)
+    loss_of = inputs(device, "reference")[name]
+    want = run(model, x, loss_of, model)
+    got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    for a, b in zip(got[2], want[2]):
+        assert_close(a, b, 1e-6, "gradient")
 
 
 def test_the_reference_is_compiled_by_inductor():
-    """On the CPU without Triton's kernels: what a user without a GPU gets from plain torch.compile."""
+    """What a user without a GPU gets from plain torch.compile. Little is around the op: compiling C++ takes seconds."""
     torch._dynamo.reset()
-    model, x = Model(), torch.randn(B, T, 8)
+    hidden, weight = torch.randn(B, T, D), torch.randn(V, D, requires_grad=True)
     loss_of = inputs("cpu", "reference")["npo"]
-    want = run(model, x, loss_of, model)
-    got = run(model, x, loss_of, torch.compile(model, fullgraph=True))
-    assert_close(got[0], want[0], 1e-6, "loss")
-    for a, b in zip(got[2], want[2]):
-        assert_close(a, b, 1e-5, "gradient")
+    want, want_logps = loss_of(hidden, weight, None)
+    got, logps = torch.compile(loss_of, fullgraph=True)(hidden, weight, None)
+    assert torch.equal(got, want) and torch.equal(logps, want_logps)
+    assert_close(torch.autograd.grad(got, weight)[0], torch.autograd.grad(want, weight)[0], 1e-6, "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -259,15 +260,14 @@ def test_statistics_of_a_trained_head_with_a_bias_are_compiled(device):
     torch._dynamo.reset()
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
     labels = torch.randint(V, (B, T), device=device)
-    for backend in ("triton", "reference"):
 
-        def loss_of(hidden, weight, bias, backend=backend):
-            entropies = linear_statistics(hidden, weight, labels, bias=bias, backend=backend).entropies
-            return hidden.sum() + weight.sum() + bias.sum() + entropies.sum(), entropies
+    def loss_of(hidden, weight, bias):
+        entropies = linear_statistics(hidden, weight, labels, bias=bias, backend="triton").entropies
+        return hidden.sum() + weight.sum() + bias.sum() + entropies.sum(), entropies
 
-        want = run(model, x, loss_of, model)
-        got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
-        assert_close(got[1], want[1], 1e-6, "entropies")
+    want = run(model, x, loss_of, model)
+    got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert_close(got[1], want[1], 1e-6, "entropies")
 
 
 def export(model, x, loss_of, strict):
@@ -282,9 +282,10 @@ def export(model, x, loss_of, strict):
     return torch.export.export(Loss(), (x,), strict=strict)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", ["npo", "undial", "logprob", "gnb", "no rows"])
+@pytest.mark.parametrize("name, strict, backend", [
+    ("npo", True, "reference"), ("npo", False, "reference"), ("undial", False, "reference"), ("gnb", True, "reference"),
+    ("logprob", True, "reference"), ("logprob", False, "reference"), ("no rows", False, "reference"), ("npo", True, "triton"),
+])  # fmt: skip
 def test_exported_programs_return_what_the_eager_call_does(name, strict, backend, device):
     torch._dynamo.reset()
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
@@ -379,7 +380,8 @@ def test_without_values_shapes_and_dtypes_are_known(where):
             empty = [without_values(t).requires_grad_() for t in leaves]
             outputs = call(*empty, without_values(labels), without_values(ref_hidden))
             sum(output.sum() for output in outputs if output.requires_grad).backward()
-        want = call(*(t.clone().requires_grad_() for t in leaves), labels.clamp(max=V - 1), ref_hidden)
+        leaves = [t.clone().requires_grad_() for t in leaves]
+        want = call(*leaves, labels.clamp(max=V - 1), ref_hidden, backend="reference")
         assert [(o.shape, o.dtype, o.requires_grad) for o in outputs] == [(o.shape, o.dtype, o.requires_grad) for o in want]
         for tensor, leaf in zip(empty, leaves):
             assert (tensor.grad.shape, tensor.grad.dtype) == (leaf.shape, leaf.dtype)
@@ -397,11 +399,9 @@ def test_without_values_arguments_are_checked_still():
         linear_objective(hidden, weight, labels, losses.KLMin())
 
 
-FUNCTIONS = ["logprob", "npo", "kl", "gnb"]
-
-
-@pytest.mark.parametrize("backend", ["triton", "reference"])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name, backend", [
+    ("logprob", "triton"), ("npo", "triton"), ("logprob", "reference"), ("npo", "reference"), ("gnb", "reference"),
+])  # fmt: skip
 def test_torch_func_differentiates_once(name, backend, device):
     loss_of = inputs(device, backend)[name]
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((B, T, D), (V, D), (V,))]
@@ -415,8 +415,8 @@ def test_torch_func_differentiates_once(name, backend, device):
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_gradients_of_each_sequence_by_vmap(backend, device):
     hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
-    labels = torch.randint(V, (B, T), device=device)
-    labels[1, 2:] = -100
+    labels = torch.full((B, T), -100, device=device)
+    labels[0, :2], labels[1:3, :1] = 7, 8
     objective = losses.GradAscent()
 
     def loss_of(weight, hidden, labels):
@@ -427,7 +427,7 @@ def test_gradients_of_each_sequence_by_vmap(backend, device):
         assert_close(gradient, torch.func.grad(loss_of)(weight, *sequence), 1e-5, "gradient of a sequence")
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", ["logprob", "npo"])
 def test_second_derivatives_are_right_or_refused(name, device):
     """As constants the gradients that a kernel forms would be left out of a second derivative without a word."""
     torch._dynamo.reset()
@@ -449,7 +449,8 @@ def test_second_derivatives_are_right_or_refused(name, device):
 def test_results_may_be_changed_in_place(device):
     """As trainers do: ``loss /= accumulation_steps``."""
     hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device, requires_grad=True)
-    labels = torch.randint(V, (B, T), device=device)
+    labels = torch.full((B, T), -100, device=device)
+    labels[:2, :1] = 7
     objective, uniforms = losses.GradAscent(), torch.rand(B, T, device=device)
     for backend in ("triton", "reference"):
 
