@@ -4,13 +4,16 @@ import dataclasses
 import itertools
 import secrets
 import weakref
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from soul_kernels._checks import argument_error, check_choice, check_scalar
 from soul_kernels._head_checks import check_labels
 from soul_kernels._head_gradients import HeadGradients
-from soul_kernels._head_rows import Head, HeadRows
+from soul_kernels._head_rows import Head, HeadRows, Options
 
 TOGETHER = {"sequences": 1, "pairs": 2}  # sequences that no chunk may part, by what an objective is a sum over
 
@@ -38,7 +41,7 @@ def objective_of(number):
     return _objectives[known]
 
 
-def exported_number(number):
+def exported_number(number: int) -> int:
     """The number of an objective in a program that is exported: in another process it belongs to none, not to another one."""
     return number ^ _process
 
@@ -140,7 +143,7 @@ def scaled_gradients(indices, gradients, scale, dtypes, hidden_shape):
     return None if x is None else _to_hidden(indices, x, hidden_shape), weight, bias
 
 
-def refuse(derivatives):
+def refuse(derivatives: str) -> NoReturn:
     """Raise for derivatives that an op which forms its gradients itself does not have."""
     remedy = "pass it, and call the op outside of torch.compile and vmap"
     raise argument_error("backend", f"'reference' for {derivatives}", "an op with gradients of its own", remedy)
@@ -168,7 +171,7 @@ class _Once(torch.autograd.Function):
         refuse("second derivatives")
 
 
-def once_differentiable(anchor, gradients):
+def once_differentiable(anchor: Tensor, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
     """The gradients (each may be None) of an op, so that a second derivative, where it may be asked for (``create_graph=True``,
     torch.func), raises: as constants they would be left out of it without a word.
 
@@ -248,7 +251,9 @@ def per_token_gradients(hidden, head, labels, rows, options, reference, upstream
     return None if x is None else _to_hidden(table.indices, x, hidden.shape), weight, bias
 
 
-def reference_gradients(reference, hidden, head, options, needs, upstream=None):
+def reference_gradients(
+    reference: Callable, hidden: Tensor, head: Head, options: Options, needs: dict[str, bool], upstream: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
     """What ``reference(hidden, head, options)`` returns, a tuple, and the gradients of its first tensor by hidden, weight and
     bias: fp32 or fp64, not yet rounded to the dtypes of these; None where none is wanted.
     """
@@ -293,8 +298,8 @@ class PerToken(torch.autograd.Function):
     def backward(ctx, upstream, _):
         anchor, *saved = ctx.saved_tensors
         with torch.no_grad():
-            found = PerToken.gradients(ctx, saved, upstream)
-        return *once_differentiable(anchor, found), None, None
+            gradients = PerToken.gradients(ctx, saved, upstream)
+        return *once_differentiable(anchor, gradients), None, None
 
     @staticmethod
     def gradients(ctx, saved, upstream):

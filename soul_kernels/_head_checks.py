@@ -83,7 +83,7 @@ def check_labels(hidden, weight, labels, rows, fused):
             raise argument_error("labels", expected, got, "was the tokenizer resized without the model?")
 
 
-def check_rows_type(rows, hidden):
+def check_rows_type(rows: torch.Tensor | None, hidden: torch.Tensor) -> None:
     """Check what is known of row indices without reading them; None passes."""
     if rows is None:
         return
@@ -165,7 +165,7 @@ def check_device(name, tensor, hidden):
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
 
 
-def check_whole(name, tensor):
+def check_whole(name: str, tensor: torch.Tensor | None) -> None:
     """Raise for a DTensor, of which this process may hold a shard only; None passes."""
     if hasattr(tensor, "device_mesh"):  # found without importing torch.distributed.tensor
         remedy = f"gather it: {name}.full_tensor() returns the whole tensor, and autograd goes through it"

@@ -6,7 +6,7 @@ take their arguments apart into what an op may take, and put them together again
 traced: without ``rows`` the kernels compute every token, ignored ones for nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from soul_kernels._head_rows import Head, Options, Reference
 from soul_kernels.reference.token_logprob import TokenStatistics
 
 
-def is_opaque(options, hidden, weight, tokens):
+def is_opaque(options: Options, hidden: Tensor, weight: Tensor, tokens: Tensor) -> bool:
     """Tell whether a call must be an opaque op: one that is traced, one whose tensors hold no values, and one within a
     torch.func transform that nothing else goes through: kernels, and tokens [B, T] that vmap has batched, which decide shapes.
     """
@@ -42,7 +42,7 @@ def is_opaque(options, hidden, weight, tokens):
     return torch._C._are_functorch_transforms_active() and (options.fused or _is_batched(tokens))
 
 
-def _is_batched(tensor):
+def _is_batched(tensor: Tensor) -> bool:
     """Tell whether vmap has batched a tensor, below whatever other transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -76,14 +76,14 @@ class _Transformed(torch.autograd.Function):
         refuse("forward-mode derivatives")
 
 
-def _apply(op, *inputs):
+def _apply(op: Callable, *inputs) -> tuple[Tensor, ...]:
     """Call an op, so that whatever transforms are active can differentiate it."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _Transformed.apply(*inputs, op)
     return op(*inputs)
 
 
-def takes(objective):
+def takes(objective: Callable) -> bool:
     """Tell whether an opaque op can have this objective: under torch.compile it finds it by a number of its own only."""
     if hasattr(objective, "key") or not torch.compiler.is_compiling():
         return True
@@ -146,7 +146,9 @@ def _gnb(
     return loss, labels, *_filled(gradients and (gradients.x, gradients.weight, gradients.bias), hidden)
 
 
-def _referred(reference, hidden, head, rows, options, needs):
+def _referred(
+    reference: Callable, hidden: Tensor, head: Head, rows: Tensor, options: Options, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
     """What the reference returns, and its gradients as an op that sweeps returns them: of the rows, weight and bias."""
     (loss, second), (x, *others) = reference_gradients(reference, hidden, head, options, _named(needs))
     x = None if x is None else x.reshape(-1, x.shape[-1]).index_select(0, rows)
@@ -157,7 +159,7 @@ def _named(needs):
     return dict(zip(("hidden", "weight", "bias"), needs))
 
 
-def _filled(gradients, hidden):
+def _filled(gradients: Sequence[Tensor | None] | None, hidden: Tensor) -> tuple[Tensor, ...]:
     """The three gradients and the anchor; what is None as an empty tensor."""
     return tuple(hidden.new_empty(0, dtype=torch.float32) if g is None else g for g in (*(gradients or (None,) * 3), None))
 
@@ -189,8 +191,8 @@ def _backward_swept(ctx, scale, *_):
     rows, *gradients, anchor = ctx.saved_tensors
     gradients = [g if need else None for g, need in zip(gradients, ctx.needs)]
     rows = rows.to(scale.device, non_blocking=True)
-    found = scaled_gradients(rows, gradients, scale, ctx.dtypes, ctx.hidden_shape)
-    return *once_differentiable(anchor, found), *(None,) * (ctx.n_inputs - 3)
+    gradients = scaled_gradients(rows, gradients, scale, ctx.dtypes, ctx.hidden_shape)
+    return *once_differentiable(anchor, gradients), *(None,) * (ctx.n_inputs - 3)
 
 
 for _op in (_objective, _gnb):
@@ -248,19 +250,21 @@ def _per_token_backward(
         compute_dtype, logits_dtype, chunk_bytes, fused,
     )  # fmt: skip
     if fused:
-        found = per_token_gradients(*call, upstream, _named(needs))
+        gradients = per_token_gradients(*call, upstream, _named(needs))
     else:
         _, head, _, _, options, reference = call
 
         def values(hidden, head, options):
             return (_per_token_reference(hidden, head, labels, rows, options, reference),)
 
-        _, found = reference_gradients(values, hidden, head, options, _named(needs), upstream)
-        found = (g if g is None else g.to(leaf.dtype) for g, leaf in zip(found, (hidden, weight, bias)))
-    return tuple(hidden.new_empty(0) if g is None else g for g in found)
+        _, gradients = reference_gradients(values, hidden, head, options, _named(needs), upstream)
+        gradients = (g if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, (hidden, weight, bias)))
+    return tuple(hidden.new_empty(0) if g is None else g for g in gradients)
 
 
-def _per_token_reference(hidden, head, labels, rows, options, reference):
+def _per_token_reference(
+    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor, options: Options, reference: Reference | None
+) -> Tensor:
     from soul_kernels.linear_kl import reference_kl
     from soul_kernels.linear_loss import reference_logprob
 
@@ -306,13 +310,13 @@ def _backward_per_token(ctx, upstream, *_):
     if ctx.form_x:
         rows, x = saved
         rows = rows.to(x.device, non_blocking=True)
-        found = (frozen_head_gradient(rows, x, upstream, ctx.dtype, ctx.hidden_shape), None, None)
+        gradients = (frozen_head_gradient(rows, x, upstream, ctx.dtype, ctx.hidden_shape), None, None)
     else:
         needs = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
             gradients = _per_token_backward(upstream, *saved, *ctx.others, needs)
-        found = [g if need else None for g, need in zip(gradients, needs)]
-    return *once_differentiable(anchor, found), *(None,) * (ctx.n_inputs - 3)
+        gradients = [g if need else None for g, need in zip(gradients, needs)]
+    return *once_differentiable(anchor, gradients), *(None,) * (ctx.n_inputs - 3)
 
 
 _FORMULAS = {

@@ -85,7 +85,7 @@ class Options(NamedTuple):
     fused: bool = True
 
     @property
-    def result_dtype(self):
+    def result_dtype(self) -> torch.dtype:
         """Of losses and log-probabilities: fp32, or fp64 where the reference computes in fp64."""
         return torch.promote_types(self.compute_dtype, torch.float32)
 

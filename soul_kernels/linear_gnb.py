@@ -3,13 +3,14 @@
 import functools
 
 import torch
+from torch import Tensor
 
 from soul_kernels import _head_ops
 from soul_kernels._checks import argument_error
 from soul_kernels._head_autograd import Swept
 from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, check_rows_type, wanted
 from soul_kernels._head_gradients import HeadGradients
-from soul_kernels._head_rows import DrawnRows
+from soul_kernels._head_rows import DrawnRows, Head, Options
 from soul_kernels.reference import linear_gnb as _reference
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import LOGP
@@ -69,7 +70,9 @@ def linear_gnb(
     return Swept.apply(hidden, weight, bias, functools.partial(sweep, hidden, head, keep, uniforms, **call))[:2]
 
 
-def reference_gnb(hidden, head, keep, uniforms, *, rows, options):
+def reference_gnb(
+    hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, *, rows: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
     """What `linear_gnb` returns, of the reference."""
     check_rows(rows, keep, hidden)
     hidden, weight = (t.to(options.compute_dtype) for t in (hidden, head.weight))

@@ -1,6 +1,7 @@
 """Divergence of every token from a reference model, from the hidden states of both, one chunk of logits at a time."""
 
 import torch
+from torch import Tensor
 
 from soul_kernels import _head_ops
 from soul_kernels._head_autograd import PerToken
@@ -14,7 +15,7 @@ from soul_kernels._head_checks import (
     check_reference,
     wanted,
 )
-from soul_kernels._head_rows import HeadRows
+from soul_kernels._head_rows import Head, HeadRows, Options, Reference
 from soul_kernels.reference import linear_kl as _reference
 
 
@@ -68,7 +69,9 @@ def linear_kl(
     return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))[0]
 
 
-def reference_kl(hidden, head, labels, rows, options, reference):
+def reference_kl(
+    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: Options, reference: Reference
+) -> Tensor:
     """What `linear_kl` returns, of the reference."""
     check_labels(hidden, head.weight, labels, rows, fused=False)
     hidden, weight, ref_hidden, ref_weight = (

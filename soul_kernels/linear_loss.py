@@ -10,8 +10,10 @@ that of a trained head, until backward.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from soul_kernels import _head_ops
 from soul_kernels._checks import check_scalar
@@ -26,7 +28,7 @@ from soul_kernels._head_checks import (
     check_reference,
     wanted,
 )
-from soul_kernels._head_rows import HeadRows
+from soul_kernels._head_rows import Head, HeadRows, Options
 from soul_kernels.reference import linear_loss as _reference
 from soul_kernels.reference.linear_loss import TokenBatch, needed_sequences, sequence_strengths
 
@@ -54,14 +56,16 @@ def linear_logprob(
         logits_dtype: of the logits of a chunk: torch.float32, or the dtype of hidden, which saves 2 to 8% of the time and half
             of the scratch, and costs 7e-3 in log-probability.
         chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference". Second
+            derivatives and forward-mode ones need "reference", called outside of torch.compile.
 
     Returns:
         [B, T] fp32 (fp64 for fp64 inputs of the reference).
 
     Raises:
-        ValueError: an argument does not fit, or a label lies outside the vocabulary. With ``rows`` on a GPU labels are not
-            checked, to spare the wait; the log-probability of such a label is NaN.
+        ValueError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. With ``rows`` on a GPU
+            labels are not checked, to spare the wait; the log-probability of such a label is NaN. Fake and meta tensors hold no
+            values to check. From backward: a second derivative is asked for where there is none.
     """
     head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     if _head_ops.is_opaque(options, hidden, weight, labels):
@@ -74,7 +78,9 @@ def linear_logprob(
     return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))[0]
 
 
-def reference_logprob(hidden, head, labels, rows, options):
+def reference_logprob(
+    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: Options
+) -> Tensor:  # fmt: skip
     """What `linear_logprob` returns, of the reference."""
     check_labels(hidden, head.weight, labels, rows, fused=False)
     hidden, weight = (t.to(options.compute_dtype) for t in (hidden, head.weight))
@@ -190,7 +196,9 @@ def linear_objective(
 
 
 @torch.compiler.disable  # with a plain function as the objective the graph breaks here; what is inside is not traced
-def _in_the_open(hidden, head, labels, objective, *, options, **call):
+def _in_the_open(
+    hidden: Tensor, head: Head, labels: Tensor, objective: Callable, *, options: Options, **call: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Loss and log-probabilities, outside of an opaque op."""
     if not options.fused:
         return reference_objective(hidden, head, labels, objective, options=options, **call)
@@ -200,8 +208,9 @@ def _in_the_open(hidden, head, labels, objective, *, options, **call):
 
 
 def reference_objective(
-    hidden, head, labels, objective, *, rows, is_forget, ref_logps, ref_hidden, ref_weight, ref_bias, options
-):  # fmt: skip
+    hidden: Tensor, head: Head, labels: Tensor, objective: Callable, *, rows: Tensor | None, is_forget: Tensor | None,
+    ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, options: Options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Loss and log-probabilities, of the reference."""
     check_labels(hidden, head.weight, labels, rows, fused=False)
     reference = _reference_of(objective, hidden, head, labels, rows, is_forget, ref_hidden, ref_weight, ref_bias)
