@@ -370,6 +370,6 @@ def _forward_replaced(module, forward):
         yield
     finally:
         if before is None:
-            del module.forward
+            vars(module).pop("forward")  # compiled by torch, del would look for what was never set
         else:
             module.forward = before

@@ -2,20 +2,24 @@
 
 import dataclasses
 import itertools
+import secrets
 import weakref
+from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
 from soul_kernels._checks import argument_error, check_choice, check_scalar
 from soul_kernels._head_checks import check_labels
 from soul_kernels._head_gradients import HeadGradients
-from soul_kernels._head_rows import HeadRows
+from soul_kernels._head_rows import Head, HeadRows, Options
 
 TOGETHER = {"sequences": 1, "pairs": 2}  # sequences that no chunk may part, by what an objective is a sum over
 
 _objectives = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)
+_process = (1 << 62) | (secrets.randbits(29) << 32)  # what tells the numbers in programs that this process has exported
 
 
 def register_objective(objective):
@@ -29,10 +33,17 @@ def register_objective(objective):
 
 
 def objective_of(number):
-    """The objective of a number that `register_objective` gave."""
-    if number not in _objectives:
-        raise argument_error("objective", "one that is alive", f"number {number}, which is not", "keep a reference to it")
-    return _objectives[number]
+    """The objective of a number that `register_objective` or `exported_number` gave."""
+    known = number ^ _process if number >> 62 else number
+    if known not in _objectives:
+        remedy = "keep a reference to it; a program that is to run in another process can return log-probabilities only"
+        raise argument_error("objective", "one that is alive in this process", f"number {number}, which is not", remedy)
+    return _objectives[known]
+
+
+def exported_number(number: int) -> int:
+    """The number of an objective in a program that is exported: in another process it belongs to none, not to another one."""
+    return number ^ _process
 
 
 def sweep_objective(rows, objective, batch, needs):
@@ -114,6 +125,8 @@ def _differentiate(objective, logps, batch):
 
 def _scaled(gradient, scale, dtype):
     """fp32 ``gradient * scale`` rounded once to ``dtype``; out of place, so that a graph can be walked twice."""
+    if torch._C._are_functorch_transforms_active():  # vmap knows no out=, which spares a copy
+        return (gradient * scale).to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -123,36 +136,78 @@ def _to_hidden(indices, x_gradient, shape):
     return full.index_copy_(0, indices, x_gradient).view(shape)
 
 
+@torch.no_grad()
 def scaled_gradients(indices, gradients, scale, dtypes, hidden_shape):
     """fp32 gradients of rows, weight and bias (each may be None) times an upstream factor: those of the inputs."""
     x, weight, bias = (g if g is None else _scaled(g, scale, dtype) for g, dtype in zip(gradients, dtypes))
     return None if x is None else _to_hidden(indices, x, hidden_shape), weight, bias
 
 
+def refuse(derivatives: str) -> NoReturn:
+    """Raise for derivatives that an op which forms its gradients itself does not have."""
+    remedy = "pass it, and call the op outside of torch.compile and vmap"
+    raise argument_error("backend", f"'reference' for {derivatives}", "an op with gradients of its own", remedy)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients, as they are; to differentiate them is an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(anchor, *gradients):
+        return tuple(g.view_as(g) for g in gradients)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        refuse("second derivatives")
+
+    @staticmethod
+    def jvp(ctx, *_):
+        refuse("second derivatives")
+
+
+def once_differentiable(anchor: Tensor, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """The gradients (each may be None) of an op, so that a second derivative, where it may be asked for (``create_graph=True``,
+    torch.func), raises: as constants they would be left out of it without a word.
+
+    ``anchor`` is an output of the op, empty, that nobody else sees: a caller may change any other in place.
+    """
+    if not torch.is_grad_enabled() or not anchor.requires_grad:
+        return gradients
+    once = iter(_Once.apply(anchor, *(g for g in gradients if g is not None)))
+    return [g if g is None else next(once) for g in gradients]
+
+
 class Swept(torch.autograd.Function):
     """A loss whose gradients are formed in one forward sweep; backward only scales.
 
-    ``sweep()`` returns the loss, other outputs (not differentiable), the rows, and their `HeadGradients` or None.
+    ``sweep()`` returns the loss, other outputs (not differentiable), the rows, and their `HeadGradients` or None. Loss and
+    other outputs are returned, and the anchor of `once_differentiable`.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, sweep):
         with torch.autocast(hidden.device.type, enabled=False):
             loss, others, rows, gradients = sweep()
+        anchor = loss.new_empty(0)
         if gradients is not None:  # saved, not kept on ctx: freed as soon as backward has used them
-            ctx.save_for_backward(rows.indices, gradients.x, gradients.weight, gradients.bias)
+            ctx.save_for_backward(anchor, rows.indices, gradients.x, gradients.weight, gradients.bias)
         ctx.hidden_shape, ctx.dtypes = hidden.shape, [None if t is None else t.dtype for t in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*others)
         ctx.set_materialize_grads(False)
-        return loss, *others
+        return loss, *others, anchor
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, scale, *_):
         if scale is None:
             return (None,) * 4
-        indices, *gradients = ctx.saved_tensors
-        return *scaled_gradients(indices, gradients, scale, ctx.dtypes, ctx.hidden_shape), None
+        anchor, indices, *gradients = ctx.saved_tensors
+        return *once_differentiable(anchor, scaled_gradients(indices, gradients, scale, ctx.dtypes, ctx.hidden_shape)), None
 
 
 def per_token_values(hidden, head, labels, rows, options, reference, form_x):
@@ -175,6 +230,7 @@ def _values(rows, form_x):
     return values, None if gradients is None else gradients.x
 
 
+@torch.no_grad()
 def frozen_head_gradient(indices, x, upstream, dtype, shape):
     """Gradient of hidden states from what `per_token_values` has formed, for a gradient of its values."""
     x = x * upstream.float().reshape(-1).index_select(0, indices)[:, None]
@@ -195,10 +251,30 @@ def per_token_gradients(hidden, head, labels, rows, options, reference, upstream
     return None if x is None else _to_hidden(table.indices, x, hidden.shape), weight, bias
 
 
+def reference_gradients(
+    reference: Callable, hidden: Tensor, head: Head, options: Options, needs: dict[str, bool], upstream: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """What ``reference(hidden, head, options)`` returns, a tuple, and the gradients of its first tensor by hidden, weight and
+    bias: fp32 or fp64, not yet rounded to the dtypes of these; None where none is wanted.
+    """
+    dtype = options.result_dtype
+    rounded = (hidden.to(options.compute_dtype), head.weight.to(options.compute_dtype), head.bias)
+    # Ops are called below autograd, where nothing would be recorded.
+    with torch.inference_mode(False), torch.set_grad_enabled(any(needs.values())):
+        leaves = [t if t is None else t.detach().to(dtype).requires_grad_(need) for t, need in zip(rounded, needs.values())]
+        outputs = reference(leaves[0], Head(*leaves[1:], **head.transform()), options._replace(compute_dtype=dtype))
+        wanted = [leaf for leaf, need in zip(leaves, needs.values()) if need]
+        gradients = [None] * len(wanted)
+        if outputs[0].requires_grad:
+            gradients = torch.autograd.grad(outputs[0], wanted, upstream, allow_unused=True)
+    gradients = iter([leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for leaf, g in zip(wanted, gradients)])
+    return tuple(output.detach() for output in outputs), [next(gradients) if need else None for need in needs.values()]
+
+
 class PerToken(torch.autograd.Function):
     """A number for each token, [B, T], under any function. Frozen head: the gradient rows are formed in forward, unscaled, and
     multiplied in backward (2 GEMMs). Trained head: dW needs the coefficients first, so backward computes the logits again (4
-    GEMMs).
+    GEMMs). The second output is the anchor of `once_differentiable`.
     """
 
     @staticmethod
@@ -208,27 +284,35 @@ class PerToken(torch.autograd.Function):
         ctx.head_frozen = not (needs["weight"] or needs["bias"])
         with torch.autocast(hidden.device.type, enabled=False):
             values, x = _values(rows, form_x=needs["hidden"] and ctx.head_frozen)
+        anchor = values.new_empty(0)
         if ctx.head_frozen:
             rows.free_scratch()
-            ctx.save_for_backward(rows.indices, x)
-            return values
+            ctx.save_for_backward(anchor, rows.indices, x)
+            return values, anchor
         # The tensors are saved, not kept on ctx: freed after backward, and a change of the weight in place is noticed.
-        ctx.save_for_backward(*rows.give_up_tensors())
+        ctx.save_for_backward(anchor, *rows.give_up_tensors())
         ctx.rows = rows
-        return values
+        return values, anchor
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, _):
+        anchor, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = PerToken.gradients(ctx, saved, upstream)
+        return *once_differentiable(anchor, gradients), None, None
+
+    @staticmethod
+    def gradients(ctx, saved, upstream):
+        """Of hidden, weight and bias."""
         if ctx.head_frozen:
-            return frozen_head_gradient(*ctx.saved_tensors, upstream, ctx.dtypes[0], ctx.hidden_shape), None, None, None, None
-        rows = ctx.rows.with_tensors(ctx.saved_tensors)
+            return frozen_head_gradient(*saved, upstream, ctx.dtypes[0], ctx.hidden_shape), None, None
+        rows = ctx.rows.with_tensors(saved)
         gradients = HeadGradients(rows, **ctx.needs)
         with torch.autocast(upstream.device.type, enabled=False):
             add_gradients(rows, gradients, rows.even_chunks(), *_coefficients_of(rows, rows.gather(upstream.float())))
         found = (gradients.x, gradients.weight, gradients.bias)
         x, weight, bias = (g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
-        return None if x is None else _to_hidden(rows.indices, x, ctx.hidden_shape), weight, bias, None, None
+        return None if x is None else _to_hidden(rows.indices, x, ctx.hidden_shape), weight, bias
 
 
 def _coefficients_of(rows, values):

@@ -21,7 +21,8 @@ def wanted(hidden, weight, bias):
 
 
 def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend):
-    """Checks hidden states and head; returns whether to take the kernels, the `Head`, and the `Options`."""
+    """Check hidden states and head; return the `Head` and the `Options`."""
+    check_whole("hidden", hidden)
     for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]")):
         if tensor.dim() != dims.count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
@@ -43,7 +44,7 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
         raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, f"the default is {CHUNK_BYTES} bytes")
     fused = resolve_backend(backend, hidden) == "triton"
     device_type = hidden.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta tensors
     if not autocast and hidden.dtype != weight.dtype:
         raise argument_error("weight", f"dtype {hidden.dtype}, as hidden", weight.dtype, "convert one, or use autocast")
     if fused and hidden.dtype not in PARAM_DTYPES:
@@ -53,11 +54,11 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
     if logits_dtype not in (torch.float32, compute_dtype):
         choices = f"torch.float32 or {compute_dtype}, in which hidden is multiplied"
         raise argument_error("logits_dtype", choices, logits_dtype, "torch.float32 is the accurate choice")
-    return fused, Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes)
+    return Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, fused)
 
 
-def check_labels_type(hidden, labels):
-    """Checks what is known of labels [B, T] without reading them."""
+def check_labels_type(hidden, labels, rows):
+    """Check what is known of labels [B, T] and row indices without reading them."""
     if labels.shape != hidden.shape[:2]:
         got = tuple(labels.shape)
         raise argument_error(
@@ -66,11 +67,12 @@ def check_labels_type(hidden, labels):
     check_device("labels", labels, hidden)
     if labels.dtype != torch.int64:
         raise argument_error("labels", "dtype torch.int64", labels.dtype, "convert with labels.long()")
+    check_rows_type(rows, hidden)
 
 
 def check_labels(hidden, weight, labels, rows, fused):
     """Checks labels [B, T] and row indices, and reads them where that waits for no device."""
-    check_labels_type(hidden, labels)
+    check_labels_type(hidden, labels, rows)
     check_rows(rows, labels != IGNORE_INDEX, hidden)
     if not (fused and rows is not None and hidden.is_cuda):
         bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))
@@ -81,8 +83,8 @@ def check_labels(hidden, weight, labels, rows, fused):
             raise argument_error("labels", expected, got, "was the tokenizer resized without the model?")
 
 
-def check_rows(rows, keep, hidden):
-    """Checks row indices; against the kept tokens [B, T] where that waits for no device."""
+def check_rows_type(rows: torch.Tensor | None, hidden: torch.Tensor) -> None:
+    """Check what is known of row indices without reading them; None passes."""
     if rows is None:
         return
     if not isinstance(rows, torch.Tensor):
@@ -91,6 +93,12 @@ def check_rows(rows, keep, hidden):
         raise argument_error("rows", "[R] int64", f"{tuple(rows.shape)} of {rows.dtype}", "pass flat token indices")
     if rows.device.type != "cpu":
         check_device("rows", rows, hidden)
+
+
+def check_rows(rows, keep, hidden):
+    """Checks row indices; against the kept tokens [B, T] where that waits for no device."""
+    check_rows_type(rows, hidden)
+    if rows is None or rows.device.type != "cpu":
         return
     if rows.numel():
         rising = rows[: int((rows == rows[-1]).nonzero()[0]) + 1]  # the last index may repeat: padding
@@ -151,6 +159,14 @@ def check_per_sequence(name, value, hidden, *, dtype=None, on_cpu=False):
 
 
 def check_device(name, tensor, hidden):
-    """Raises unless a tensor is where hidden is; None passes."""
+    """Raises unless a tensor is where hidden is, all of it; None passes."""
+    check_whole(name, tensor)
     if tensor is not None and tensor.device != hidden.device:
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
+
+
+def check_whole(name: str, tensor: torch.Tensor | None) -> None:
+    """Raise for a DTensor, of which this process may hold a shard only; None passes."""
+    if hasattr(tensor, "device_mesh"):  # found without importing torch.distributed.tensor
+        remedy = f"gather it: {name}.full_tensor() returns the whole tensor, and autograd goes through it"
+        raise argument_error(name, "a plain tensor", f"a DTensor with placements {tensor.placements}", remedy)

@@ -76,11 +76,18 @@ class Options(NamedTuple):
         compute_dtype: of the factors of all GEMMs.
         logits_dtype: fp32, or the compute dtype.
         chunk_bytes: scratch memory of a chunk.
+        fused: whether the kernels compute, or the reference.
     """
 
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     chunk_bytes: int
+    fused: bool = True
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Of losses and log-probabilities: fp32, or fp64 where the reference computes in fp64."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
 
 
 class Chunk(NamedTuple):

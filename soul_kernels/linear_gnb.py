@@ -3,13 +3,14 @@
 import functools
 
 import torch
+from torch import Tensor
 
 from soul_kernels import _head_ops
 from soul_kernels._checks import argument_error
 from soul_kernels._head_autograd import Swept
-from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, wanted
+from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, check_rows_type, wanted
 from soul_kernels._head_gradients import HeadGradients
-from soul_kernels._head_rows import DrawnRows
+from soul_kernels._head_rows import DrawnRows, Head, Options
 from soul_kernels.reference import linear_gnb as _reference
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import LOGP
@@ -50,7 +51,7 @@ def linear_gnb(
     Raises:
         ValueError: an argument does not fit.
     """
-    fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     for name, value, dtype in (("keep", keep, torch.bool), ("uniforms", uniforms, torch.float32)):
         if value is None:
             continue
@@ -60,14 +61,22 @@ def linear_gnb(
             raise argument_error(name, f"{tuple(hidden.shape[:2])} of {dtype}", got, "pass one value a token")
     if uniforms is None:
         uniforms = torch.rand(keep.shape, dtype=torch.float32, device=hidden.device, generator=generator)
-    if fused:
-        call = dict(rows=rows, options=options, needs=wanted(hidden, weight, bias))
-        if torch.compiler.is_compiling():
-            return _head_ops.gnb(hidden, head, keep, uniforms, **call)
-        return Swept.apply(hidden, weight, bias, functools.partial(sweep, hidden, head, keep, uniforms, **call))
+    check_rows_type(rows, hidden)
+    call = dict(rows=rows, options=options, needs=wanted(hidden, weight, bias))
+    if _head_ops.is_opaque(options, hidden, weight, keep):
+        return _head_ops.gnb(hidden, head, keep, uniforms, **call)
+    if not options.fused:
+        return reference_gnb(hidden, head, keep, uniforms, rows=rows, options=options)
+    return Swept.apply(hidden, weight, bias, functools.partial(sweep, hidden, head, keep, uniforms, **call))[:2]
+
+
+def reference_gnb(
+    hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, *, rows: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
+    """What `linear_gnb` returns, of the reference."""
     check_rows(rows, keep, hidden)
-    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
-    return _reference.linear_gnb(hidden, weight, keep, uniforms, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, head.weight))
+    return _reference.linear_gnb(hidden, weight, keep, uniforms, bias=head.bias, **head.transform())
 
 
 def sweep(hidden, head, keep, uniforms, *, rows, options, needs):

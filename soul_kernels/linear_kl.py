@@ -1,6 +1,7 @@
 """Divergence of every token from a reference model, from the hidden states of both, one chunk of logits at a time."""
 
 import torch
+from torch import Tensor
 
 from soul_kernels import _head_ops
 from soul_kernels._head_autograd import PerToken
@@ -14,7 +15,7 @@ from soul_kernels._head_checks import (
     check_reference,
     wanted,
 )
-from soul_kernels._head_rows import HeadRows
+from soul_kernels._head_rows import Head, HeadRows, Options, Reference
 from soul_kernels.reference import linear_kl as _reference
 
 
@@ -54,22 +55,29 @@ def linear_kl(
     Raises:
         ValueError: as `linear_logprob`.
     """
-    fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     check_per_sequence("strengths", strengths, hidden)
     check_own_head(weight, bias, ref_weight, ref_bias)
-    needs = wanted(hidden, weight, bias)
     reference = check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, None, strengths)
-    if fused and torch.compiler.is_compiling():
-        check_labels_type(hidden, labels)
+    if _head_ops.is_opaque(options, hidden, weight, labels):
+        check_labels_type(hidden, labels, rows)
         return _head_ops.per_token(hidden, head, labels, rows, options, reference)
-    check_labels(hidden, weight, labels, rows, fused)
-    if not fused:
-        hidden, weight, ref_hidden, ref_weight = (
-            t.to(options.compute_dtype) for t in (hidden, weight, reference.hidden, reference.weight)
-        )
-        return _reference.linear_kl(
-            hidden, weight, labels, ref_hidden, ref_weight=ref_weight, bias=bias, ref_bias=reference.bias, kind=kind,
-            strengths=strengths, logit_scale=logit_scale, softcap=softcap,
-        )  # fmt: skip
+    if not options.fused:
+        return reference_kl(hidden, head, labels, rows, options, reference)
+    check_labels(hidden, weight, labels, rows, fused=True)
     table = HeadRows(hidden, head, labels, rows, options, reference=reference)
-    return PerToken.apply(hidden, weight, bias, table, needs)
+    return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))[0]
+
+
+def reference_kl(
+    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: Options, reference: Reference
+) -> Tensor:
+    """What `linear_kl` returns, of the reference."""
+    check_labels(hidden, head.weight, labels, rows, fused=False)
+    hidden, weight, ref_hidden, ref_weight = (
+        t.to(options.compute_dtype) for t in (hidden, head.weight, reference.hidden, reference.weight)
+    )
+    return _reference.linear_kl(
+        hidden, weight, labels, ref_hidden, ref_weight=ref_weight, bias=head.bias, ref_bias=reference.bias,
+        kind=reference.kind, strengths=reference.strengths, **head.transform(),
+    )  # fmt: skip

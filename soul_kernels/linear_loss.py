@@ -10,8 +10,10 @@ that of a trained head, until backward.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from soul_kernels import _head_ops
 from soul_kernels._checks import check_scalar
@@ -26,7 +28,7 @@ from soul_kernels._head_checks import (
     check_reference,
     wanted,
 )
-from soul_kernels._head_rows import HeadRows
+from soul_kernels._head_rows import Head, HeadRows, Options
 from soul_kernels.reference import linear_loss as _reference
 from soul_kernels.reference.linear_loss import TokenBatch, needed_sequences, sequence_strengths
 
@@ -54,25 +56,35 @@ def linear_logprob(
         logits_dtype: of the logits of a chunk: torch.float32, or the dtype of hidden, which saves 2 to 8% of the time and half
             of the scratch, and costs 7e-3 in log-probability.
         chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference". Second
+            derivatives and forward-mode ones need "reference", called outside of torch.compile.
 
     Returns:
         [B, T] fp32 (fp64 for fp64 inputs of the reference).
 
     Raises:
-        ValueError: an argument does not fit, or a label lies outside the vocabulary. With ``rows`` on a GPU labels are not
-            checked, to spare the wait; the log-probability of such a label is NaN.
+        ValueError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. With ``rows`` on a GPU
+            labels are not checked, to spare the wait; the log-probability of such a label is NaN. Fake and meta tensors hold no
+            values to check. From backward: a second derivative is asked for where there is none.
     """
-    fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
-    if fused and torch.compiler.is_compiling():
-        check_labels_type(hidden, labels)
+    head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    if _head_ops.is_opaque(options, hidden, weight, labels):
+        check_labels_type(hidden, labels, rows)
         return _head_ops.per_token(hidden, head, labels, rows, options, None)
-    check_labels(hidden, weight, labels, rows, fused)
-    if not fused:
-        hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
-        return _reference.linear_logprob(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    if not options.fused:
+        return reference_logprob(hidden, head, labels, rows, options)
+    check_labels(hidden, weight, labels, rows, fused=True)
     table = HeadRows(hidden, head, labels, rows, options)
-    return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))
+    return PerToken.apply(hidden, weight, bias, table, wanted(hidden, weight, bias))[0]
+
+
+def reference_logprob(
+    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor | None, options: Options
+) -> Tensor:  # fmt: skip
+    """What `linear_logprob` returns, of the reference."""
+    check_labels(hidden, head.weight, labels, rows, fused=False)
+    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, head.weight))
+    return _reference.linear_logprob(hidden, weight, labels, bias=head.bias, **head.transform())
 
 
 def linear_statistics(
@@ -100,21 +112,20 @@ def linear_statistics(
     Raises:
         ValueError: as `linear_logprob`.
     """
-    fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
-    if fused and torch.compiler.is_compiling():
-        check_labels_type(hidden, labels)
+    head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    if _head_ops.is_opaque(options, hidden, weight, labels):
+        check_labels_type(hidden, labels, rows)
         return _head_ops.statistics(hidden, head, labels, rows, options)
-    if fused:
-        return measure(hidden, head, labels, rows, options)
-    check_labels(hidden, weight, labels, rows, fused)
-    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
-    return _reference.linear_statistics(hidden, weight, labels, bias=bias, logit_scale=logit_scale, softcap=softcap)
+    return measure(hidden, head, labels, rows, options)
 
 
 @torch.no_grad()
 def measure(hidden, head, labels, rows, options):
     """What `linear_statistics` returns."""
-    check_labels(hidden, head.weight, labels, rows, fused=True)
+    check_labels(hidden, head.weight, labels, rows, options.fused)
+    if not options.fused:
+        hidden, weight = (t.to(options.compute_dtype) for t in (hidden, head.weight))
+        return _reference.linear_statistics(hidden, weight, labels, bias=head.bias, **head.transform())
     table = HeadRows(hidden, head, labels, rows, options, all_statistics=True)
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in table.even_chunks():
@@ -166,39 +177,53 @@ def linear_objective(
     Raises:
         ValueError: as `linear_logprob`.
     """
-    fused, head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
+    head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
     check_per_sequence("is_forget", is_forget, hidden, dtype=torch.bool, on_cpu=True)
     check_per_sequence("ref_logps", ref_logps, hidden)
-    if getattr(objective, "divergence", None) is not None:
+    divergence = getattr(objective, "divergence", None)
+    if divergence is not None:
         check_own_head(weight, bias, ref_weight, ref_bias)
-    tensors = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps)
-    tensors |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    if fused:
-        needs = wanted(hidden, weight, bias)
-        number = getattr(objective, "key", None)
-        if torch.compiler.is_compiling() and number is not None:
-            loss, logps = _head_ops.objective(hidden, head, labels, number, options=options, needs=needs, **tensors)
-        else:
-            run = functools.partial(sweep, hidden, head, labels, objective, options=options, needs=needs, **tensors)
-            loss, logps = _swept(hidden, weight, bias, run)
+    call = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps, options=options)
+    call |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
+    if _head_ops.is_opaque(options, hidden, weight, labels) and _head_ops.takes(objective):
+        check_labels_type(hidden, labels, rows)
+        if divergence is not None:
+            check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, divergence.kind)
+        loss, logps = _head_ops.objective(hidden, head, labels, objective, needs=wanted(hidden, weight, bias), **call)
     else:
-        check_labels(hidden, weight, labels, rows, fused)
-        reference = _reference_of(objective, hidden, head, labels, rows, is_forget, ref_hidden, ref_weight, ref_bias)
-        hidden, weight = (t.to(options.compute_dtype) for t in (hidden, weight))
-        if reference is not None:
-            ref_hidden, ref_weight = (t.to(options.compute_dtype) for t in (reference.hidden, reference.weight))
-            ref_bias = reference.bias
-        loss, logps = _reference.linear_objective(
-            hidden, weight, labels, objective, bias=bias, is_forget=is_forget, ref_logps=ref_logps, ref_hidden=ref_hidden,
-            ref_weight=ref_weight, ref_bias=ref_bias, logit_scale=logit_scale, softcap=softcap,
-        )  # fmt: skip
-        check_scalar(loss)
+        loss, logps = _in_the_open(hidden, head, labels, objective, **call)
     return (loss, logps) if return_logps else loss
 
 
 @torch.compiler.disable  # with a plain function as the objective the graph breaks here; what is inside is not traced
-def _swept(*arguments):
-    return Swept.apply(*arguments)
+def _in_the_open(
+    hidden: Tensor, head: Head, labels: Tensor, objective: Callable, *, options: Options, **call: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss and log-probabilities, outside of an opaque op."""
+    if not options.fused:
+        return reference_objective(hidden, head, labels, objective, options=options, **call)
+    needs = wanted(hidden, head.weight, head.bias)
+    run = functools.partial(sweep, hidden, head, labels, objective, options=options, needs=needs, **call)
+    return Swept.apply(hidden, head.weight, head.bias, run)[:2]
+
+
+def reference_objective(
+    hidden: Tensor, head: Head, labels: Tensor, objective: Callable, *, rows: Tensor | None, is_forget: Tensor | None,
+    ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, options: Options,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss and log-probabilities, of the reference."""
+    check_labels(hidden, head.weight, labels, rows, fused=False)
+    reference = _reference_of(objective, hidden, head, labels, rows, is_forget, ref_hidden, ref_weight, ref_bias)
+    hidden, weight = (t.to(options.compute_dtype) for t in (hidden, head.weight))
+    if reference is not None:
+        ref_hidden, ref_weight = (t.to(options.compute_dtype) for t in (reference.hidden, reference.weight))
+        ref_bias = reference.bias
+    loss, logps = _reference.linear_objective(
+        hidden, weight, labels, objective, bias=head.bias, is_forget=is_forget, ref_logps=ref_logps, ref_hidden=ref_hidden,
+        ref_weight=ref_weight, ref_bias=ref_bias, **head.transform(),
+    )  # fmt: skip
+    check_scalar(loss)
+    return loss, logps
 
 
 def sweep(

@@ -431,3 +431,16 @@ def bypassed_head(model):
     model.forward = lambda input_ids, attention_mask, use_cache: (model.model(input_ids)[0] @ model.lm_head.weight.T,)
     yield
     model.forward = forward
+
+
+def test_a_replaced_forward_is_compiled():
+    """torch.compile traces through the replacement and the restoration; nothing of them is left on the module."""
+    torch._dynamo.reset()
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(5, 3)
+
+    def replaced(x):
+        with functional._forward_replaced(model[1], lambda hidden: hidden.sum()):
+            return model(x)
+
+    assert torch.compile(replaced, backend="eager")(x) == replaced(x) == model[0](x).sum()
+    assert "forward" not in vars(model[1]) and model(x).shape == (5, 2)
