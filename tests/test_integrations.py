@@ -9,7 +9,7 @@ import types
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, losses
+from soul import SOUL, SophiaG, functional, losses
 from soul.batches import collate
 from soul.config import UnlearnConfig
 from soul.data import Example, encode
@@ -21,9 +21,10 @@ from soul.prepare import prepare
 from soul.reference import reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol
-from tests.helpers import assert_close, mutant, needs_interpreter
+from tests.helpers import assert_close, mutant, needs_interpreter, relative_error
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 from tests.test_distributed import run
+from tests.test_functional import OU, Coded
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,6 +133,54 @@ def check_loss_of(name, loss_of=unlearning_loss):
 @pytest.mark.parametrize("name", ALL)
 def test_loss_of_a_batch_is_the_commands(name):
     check_loss_of(name)
+
+
+def as_coded(name, model, reference, inputs):
+    """The loss of open-unlearning's trainers: a forward of forget and one of retain sequences, each padded for itself."""
+    forget, retain = inputs["forget"], inputs["retain"]
+    kl = Coded.kl(model, reference, retain)
+    return {
+        "klmin": lambda: kl - model(**forget).loss,
+        "npo, kl": lambda: kl + Coded.dpo(model, reference, None, forget, beta=0.5),
+        "undial": lambda: Coded.undial(model, reference, forget, beta=10.0) + model(**retain).loss,
+        "undial, kl": lambda: Coded.undial(model, reference, forget, beta=10.0) + kl,
+    }[name]()
+
+
+def check_compat_of(name, longer, loss_of=unlearning_loss):
+    objective = losses.UNDIAL(retain="kl") if name == "undial, kl" else ALL[name]
+    model = tiny_model("llama, untied")
+    reference = other(model, scale=2.0)
+    short, long = sequences(3), sequences(5, prompt=6)
+    inputs = inputs_of(*((long, short) if longer == "forget" else (short, long)), False)
+    exact = copy.deepcopy(model).double()
+    want = as_coded(name, exact, copy.deepcopy(reference).double(), inputs)
+    got, outputs = loss_of(model, inputs, objective, ref_model=reference, compat=OU)
+    assert_close(got, want, tol.GRAD_OBJECTIVE, name)
+    expected = torch.autograd.grad(want, list(exact.parameters()))
+    grads = torch.autograd.grad(got, list(model.parameters()))
+    for (parameter, _), gradient, wanted in zip(model.named_parameters(), grads, expected):
+        assert_close(gradient, wanted, tol.WORST_ROW_FP32, f"{name}: {parameter}")
+    assert abs(outputs.loss - model(**inputs["forget"]).loss) < 1e-5
+    (plain,) = torch.autograd.grad(loss_of(model, inputs, objective, ref_model=reference)[0], model.lm_head.weight)
+    assert relative_error(plain, expected[-1]) > 10 * tol.WORST_ROW_FP32  # the batch tells the modes apart
+
+
+@pytest.mark.parametrize("longer", ["forget", "retain"])
+@pytest.mark.parametrize("name", ["klmin", "npo, kl", "undial", "undial, kl"])
+def test_compat_of_a_batch_is_open_unlearnings_code(name, longer):
+    check_compat_of(name, longer)
+
+
+@pytest.mark.parametrize("name, longer, old, new", [
+    ("klmin", "forget", "coded[n_forget:, :length]", "coded[n_forget:]"),  # padding that its batch does not have
+    ("undial", "retain", "coded[:n_forget, :length]", "coded[:n_forget]"),
+    ("undial, kl", "forget", 'objective.retain == "kl"', 'objective.retain == "ce"'),
+])  # fmt: skip
+def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypatch):
+    monkeypatch.setattr(functional, "_labels_as_coded", mutant("soul.functional", old, new, tmp_path)._labels_as_coded)
+    with pytest.raises(AssertionError):
+        check_compat_of(name, longer)
 
 
 @needs_interpreter
@@ -543,7 +592,13 @@ def test_open_unlearning_generic_trainer_and_its_errors(tmp_path, open_unlearnin
     assert repr(generic(method="ceu", ignore_first_n_answer_tokens=2, alpha=0.0, **made).objective) == repr(
         losses.CEU(ignore_first=2, alpha=0.0)
     )
+    trainer = generic(method="graddiff", retain_loss_type="KL", compat=OU, ref_model=other(made["model"]), **made)
+    batch = its_collator([made["train_dataset"][i] for i in range(2)])
+    want = as_coded("klmin", trainer.model, trainer.ref_model, batch)
+    assert_close(trainer.compute_loss(trainer.model, batch), want, tol.GRAD_OBJECTIVE, "compat")
     for options, message in (
+        (dict(method="npo", compat=OU), "compat: expected None for npo with retain_loss_type NLL"),
+        (dict(method="undial", compat="tofu"), "compat: expected one of"),
         (dict(method="rmu"), "method"),
         (dict(method="ga", retain_loss_type="KL"), "retain_loss_type"),
         (dict(method="npo", retain_loss_type="EMBED_DIFF"), "retain_loss_type"),

@@ -64,7 +64,7 @@ def optimizer_of(soul_args, args):
     return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
 
 
-def unlearning_loss(model, inputs, objective, *, ref_model=None):
+def unlearning_loss(model, inputs, objective, *, ref_model=None, compat=None):
     """An objective of one batch of forget and retain sequences: one forward over both, padded together, and no logits.
 
     The head is replaced for the time of the forward, as in `soul.functional`, so whatever is wrapped around the model does its
@@ -79,6 +79,8 @@ def unlearning_loss(model, inputs, objective, *, ref_model=None):
             missing where the objective has no retain term.
         objective: a `soul.losses.Objective`.
         ref_model: another causal language model, run without gradients; or None.
+        compat: None; or "open-unlearning": a KL retain term and UNDIAL are means over the positions that its code counts,
+            prompts and padding included (`soul.functional` says which). Other objectives are the same in both.
 
     Returns:
         The loss, [] fp32, and a transformers ``CausalLMOutput`` with ``logits=None`` and the detached mean cross-entropy of the
@@ -88,6 +90,7 @@ def unlearning_loss(model, inputs, objective, *, ref_model=None):
         ArgumentError: a part of the batch is missing, the objective needs a reference and there is none, or the model is in
             ``torch.nn.DataParallel``, whose replicas do not share a head.
     """
+    check_choice("compat", compat, functional.COMPAT)
     if isinstance(model, torch.nn.DataParallel):
         remedy = "start one process a GPU, with torchrun or accelerate launch"
         raise argument_error("model", "one process a GPU", "DataParallel", remedy)
@@ -97,7 +100,8 @@ def unlearning_loss(model, inputs, objective, *, ref_model=None):
     kept = []
 
     def value(hidden, weight, bias, transform):
-        loss, logps = linear_objective(hidden, weight, labels.to(hidden.device), objective, bias=bias, is_forget=is_forget,
+        counting = functional._labels_as_coded(labels, inputs, objective, len(weight)) if compat else labels
+        loss, logps = linear_objective(hidden, weight, counting.to(hidden.device), objective, bias=bias, is_forget=is_forget,
                                        return_logps=True, **reference, **transform)  # fmt: skip
         kept.append(logps)
         return loss
@@ -130,6 +134,8 @@ class SOULTrainerMixin:
     Raises:
         ArgumentError: options that do not fit; before anything is loaded or moved.
     """
+
+    compat = None  # of `unlearning_loss`
 
     def __init__(self, *args, soul_args=None, objective=None, ref_model=None, **kwargs):
         options = _entries(soul_args)
@@ -176,7 +182,7 @@ class SOULTrainerMixin:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, outputs = unlearning_loss(model, inputs, self.objective, ref_model=self.ref_model)
+        loss, outputs = unlearning_loss(model, inputs, self.objective, ref_model=self.ref_model, compat=self.compat)
         if model.training and self._taken_for_divided(num_items_in_batch):
             loss = loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
