@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import pathlib
 import sys
 import types
 
@@ -249,6 +250,23 @@ def test_training_is_the_plain_loop(tmp_path, fused):
         optimizer.zero_grad()
     for (name, got), want in zip(trainer.model.named_parameters(), plain.parameters()):
         assert torch.equal(got, want), name
+
+
+def test_somebody_elses_trainer_as_documented(tmp_path, monkeypatch):
+    """docs/integrations.md: ``class X(SOULTrainerMixin, TheirTrainer)`` has their loss and SOUL's optimizer."""
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
+    (block,) = [block for block in text.split("```") if "class SOULTheirTrainer(SOULTrainerMixin, TheirTrainer)" in block]
+    rows = [row(sequence) for sequence in sequences(4)]
+    rows = [{name: value[:5] for name, value in one.items()} for one in rows]
+    names = dict(transformers=transformers, SOULTrainerMixin=SOULTrainerMixin, model=tiny_model(), forget_dataset=rows)
+    exec(block.removeprefix("python"), names)
+    trainer, batch = names["trainer"], {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
+    before = trainer.model(**batch).loss.item()
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == -before
+    trainer.train()
+    assert type(trainer._inner_optimizer()) is SOUL and trainer._inner_optimizer().defaults["max_grad_norm"] == 1.0
+    assert trainer.model.eval()(**batch).loss.item() > before
 
 
 def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
@@ -501,6 +519,7 @@ for soul_trainer in soul_trainers.ALL:
 def open_unlearning(monkeypatch):
     """Its package ``trainer``, with our lines at the end of its __init__."""
     monkeypatch.delitem(sys.modules, "soul.integrations.open_unlearning.trainers", raising=False)
+    monkeypatch.delattr("soul.integrations.open_unlearning.trainers", raising=False)
     for name in ("trainer", "trainer.unlearn", "trainer.base", "trainer.unlearn.base", "trainer.unlearn.grad_diff"):
         module = types.ModuleType(name)
         module.__path__ = []

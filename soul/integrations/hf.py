@@ -8,8 +8,8 @@
                              objective=soul.losses.NPO(beta=0.1), soul_args={"rho": 0.04, "max_grad_norm": 1.0})
     trainer.train()
 
-Without ``objective`` it is the Trainer with another optimizer. Works with transformers 4.57 and 5, accelerate, DDP, FSDP2 and
-models wrapped by peft. Nothing is patched.
+Without ``objective`` it is the Trainer with another optimizer. Works with transformers 4.57 and 5, and with 4.45, which
+open-unlearning pins; with accelerate, DDP, FSDP2 and models wrapped by peft. Nothing is patched.
 """
 
 import copy
@@ -172,7 +172,7 @@ class SOULTrainerMixin:
         passed = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         if not passed and not isinstance(self._inner_optimizer(), SophiaG):
-            remedy = "use transformers 4.57 or newer, or pass optimizers=(soul.SOUL(...), None)"
+            remedy = "pass optimizers=(soul.SOUL(...), None)"
             raise argument_error("transformers", "a Trainer that makes the optimizer of its subclass", type(optimizer), remedy)
         return optimizer
 
