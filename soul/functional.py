@@ -61,7 +61,7 @@ def compute_kl_divergence(model, target_model, inputs, *, compat=None):
     check_choice("compat", compat, COMPAT)
     labels = _shifted(inputs)
     if compat:
-        labels = labels.masked_fill(labels == IGNORE_INDEX, 0)  # which label it is does not matter to KL
+        labels = _labels_of_coded_kl(labels)
     nothing = torch.zeros(len(labels), dtype=torch.bool)
     objective = losses.KLMin(gamma=0.0, alpha=1.0)
     return _objective(model, inputs, labels, objective, is_forget=nothing, **_reference(target_model, inputs))
@@ -163,10 +163,7 @@ def compute_undial_loss(model, ref_model, inputs, beta, *, compat=None):
     check_choice("compat", compat, COMPAT)
     reference, labels = _reference(ref_model, inputs), _shifted(inputs)
     if compat:
-        n_vocab = len(reference["ref_weight"])
-        if n_vocab < -IGNORE_INDEX:
-            raise argument_error("compat", f"a vocabulary of {-IGNORE_INDEX} or more", n_vocab, "pass compat=None")
-        labels[:, :-1] = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORE_INDEX, n_vocab + IGNORE_INDEX)
+        labels = _labels_of_coded_undial(labels, len(reference["ref_weight"]))
     return _objective(model, inputs, labels, losses.UNDIAL(beta=beta, alpha=0.0), **reference)
 
 
@@ -234,6 +231,46 @@ def compute_batch_ceu(model, inputs, ignore_first_n_answer_tokens=1, *, compat=N
 def _shifted(inputs):
     """Labels as the ops want them: ``labels[:, t]`` is predicted at position t, nothing at the last. A copy."""
     return torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def _labels_of_coded_kl(labels):
+    """Shifted labels [B, T] with one at every position: open-unlearning's mean is over all of them. KL depends on no label."""
+    return labels.masked_fill(labels == IGNORE_INDEX, 0)
+
+
+def _labels_of_coded_undial(labels, n_vocab):
+    """Shifted labels [B, T] with token V - 100 where nothing is labelled, but for the last position, which predicts nothing."""
+    if n_vocab < -IGNORE_INDEX:
+        raise argument_error("compat", f"a vocabulary of {-IGNORE_INDEX} or more", n_vocab, "pass compat=None")
+    coded = labels.masked_fill(labels == IGNORE_INDEX, n_vocab + IGNORE_INDEX)
+    coded[:, -1] = IGNORE_INDEX
+    return coded
+
+
+def _labels_as_coded(labels, inputs, objective, n_vocab):
+    """Shifted labels of forget and retain sequences in one batch, with which an objective is a mean over the positions that
+    open-unlearning's code counts: those of the KL retain term and of UNDIAL, each within its own batch before the two were
+    padded to one length.
+
+    Args:
+        labels: [B, T] int64, forget sequences first.
+        inputs: the two batches, as for `soul.unlearning_loss`.
+        objective: a `soul.losses.Objective`.
+        n_vocab: rows of the head.
+
+    Returns:
+        A copy of the labels.
+    """
+    coded = labels.clone()
+    n_retain, length = inputs["retain"]["input_ids"].shape if objective.alpha else (0, 0)
+    n_forget = len(labels) - n_retain
+    if objective.alpha and objective.retain == "kl":
+        coded[n_forget:, :length] = _labels_of_coded_kl(coded[n_forget:, :length])
+    if isinstance(objective, losses.UNDIAL):
+        forget = inputs["forget"].get("original", inputs["forget"])
+        length = forget["input_ids"].shape[1]
+        coded[:n_forget, :length] = _labels_of_coded_undial(coded[:n_forget, :length], n_vocab)
+    return coded
 
 
 def _objective(model, inputs, labels, objective, **options):

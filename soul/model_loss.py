@@ -15,7 +15,7 @@ import torch
 
 from soul import functional, losses, models
 from soul_kernels import linear_logprob, linear_objective
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import argument_error, check_choice
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 
@@ -26,6 +26,7 @@ def unlearning_loss(
     *,
     ref_model: torch.nn.Module | None = None,
     return_outputs: bool = False,
+    compat: str | None = None,
 ):
     """Return the loss of an objective on one batch of forget and retain sequences, with its graph.
 
@@ -48,6 +49,8 @@ def unlearning_loss(
         objective: a `soul.losses.Objective`.
         ref_model: another causal language model, run without gradients; or None.
         return_outputs: also return what a Trainer expects of a model.
+        compat: None; or "open-unlearning": a KL retain term and UNDIAL are means over the positions that its code counts,
+            prompts and padding included (`soul.functional` says which). Other objectives are the same in both.
 
     Returns:
         The loss, [] fp32. With ``return_outputs`` the loss and a transformers ``CausalLMOutput`` with ``logits=None``, whose
@@ -58,6 +61,7 @@ def unlearning_loss(
             there is none; the model's logits are not ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``; or it
             is in ``torch.nn.DataParallel``, whose replicas do not share a head.
     """
+    check_choice("compat", compat, functional.COMPAT)
     if isinstance(model, torch.nn.DataParallel):
         remedy = "start one process a GPU, with torchrun or accelerate launch"
         raise argument_error("model", "one process a GPU", "DataParallel", remedy)
@@ -69,7 +73,8 @@ def unlearning_loss(
     kept = []
 
     def value(hidden, weight, bias, transform):
-        loss, logps = linear_objective(hidden, weight, labels.to(hidden.device), objective, bias=bias, is_forget=is_forget,
+        counting = functional._labels_as_coded(labels, batch, objective, len(weight)) if compat else labels
+        loss, logps = linear_objective(hidden, weight, counting.to(hidden.device), objective, bias=bias, is_forget=is_forget,
                                        return_logps=True, **reference, **transform)  # fmt: skip
         kept.append(logps)
         return loss

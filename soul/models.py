@@ -157,6 +157,8 @@ def head(model):
     if has_adapters(model) and hasattr(layer, "base_layer"):
         remedy = "leave the head out of target_modules; modules_to_save trains it as a whole"
         raise argument_error("model", "a language-model head without an adapter", type(layer).__name__, remedy)
+    if getattr(layer, "disable_adapters", False) and hasattr(layer, "original_module"):
+        layer = layer.original_module  # peft before 0.14 shows the copy while adapters are off
     return layer.weight, getattr(layer, "bias", None)
 
 

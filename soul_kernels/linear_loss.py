@@ -5,8 +5,9 @@ once for statistics, and turned into its gradient, which feeds the two gradient 
 2 N V D: 3 for a trained head, 2 for a frozen one, 1 without gradients; one more where the coefficients of a row can be
 known only after all chunks have been seen; and one for the tokens whose divergence from a reference is wanted.
 
-Memory beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the gradient of the kept rows, and V D fp32 for
-that of a trained head, until backward.
+Memory of the kernels beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the gradient of the kept rows, and
+V D fp32 for that of a trained head, until backward. The reference does not use ``chunk_bytes``: it makes divergences and
+statistics in chunks of 16 MiB of logits, and keeps the fp32 logits of all kept rows for log-probabilities with gradients.
 """
 
 import functools

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 import transformers
 
 from soul import functional
+from soul_kernels.reference import linear_loss
 from tests import tolerances as tol
-from tests.helpers import assert_close, mutant
+from tests.helpers import assert_close, mutant, peak_bytes
 from tests.models import COMMON, tiny_model
 
 OU = "open-unlearning"
@@ -203,9 +204,9 @@ def test_what_the_formulas_mean(name):
 
 @pytest.mark.parametrize("name, compat, old, new", [
     ("kl", OU, "masked_fill(labels == IGNORE_INDEX, 0)", "clone()"),  # labelled positions only
-    ("kl", None, "    if compat:\n        labels = labels.masked", "    if True:\n        labels = labels.masked"),
+    ("kl", None, "    if compat:\n        labels = _labels_of", "    if True:\n        labels = _labels_of"),
     ("undial", OU, "n_vocab + IGNORE_INDEX", "0"),
-    ("undial", OU, "labels[:, :-1]", "labels[:, :]"),  # the last position as well
+    ("undial", OU, "coded[:, -1] = IGNORE_INDEX", "pass"),  # the last position as well
     ("dpo", None, "zip(lose[:3], win[:3])", "zip(win[:3], lose[:3])"),
     ("dpo", OU, "labels if compat else", "labels if False else"),
     ("win", None, "-logps, -refs\n", "logps, refs\n"),
@@ -240,6 +241,42 @@ def test_nothing_labelled_is_zero_and_attached(compat):
         log2 = 2 * torch.log(torch.tensor(2.0)) if compat and name in ("npo", "dpo") else 0.0
         assert value == log2, name
         assert all((gradient == 0).all() for gradient in gradients(model, value).values()), name
+
+
+def theirs_undial(model, reference, inputs, beta=10.0):
+    """`Coded.undial`, as it allocates: src/trainer/utils.py, compute_undial_loss."""
+    logits, labels = model(**inputs).logits, inputs["labels"][:, 1:]
+    shifted = logits[:, :-1].contiguous()
+    with torch.no_grad():
+        teacher = reference(**inputs).logits[:, :-1].contiguous()
+    mask = torch.zeros_like(teacher)
+    mask[torch.arange(len(mask))[:, None, None], torch.arange(mask.shape[1])[None, :, None], labels[..., None]] = 1.0
+    soft = (teacher - mask * beta).softmax(-1)
+    return F.cross_entropy(shifted.flatten(0, 1), soft.flatten(0, 1), reduction="none").mean()
+
+
+@pytest.mark.parametrize("name", ["kl", "undial"])
+def test_takes_less_memory_than_open_unlearnings_code(name, monkeypatch):
+    """On a CPU without kernels, at a vocabulary of 64 times the width. The batch is small, and so are the chunks."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 2**18)
+    config = transformers.LlamaConfig(**COMMON | dict(vocab_size=4096, hidden_size=64))
+    model = transformers.LlamaForCausalLM(config).eval()
+    reference = copy.deepcopy(model).requires_grad_(False)
+    ids = torch.randint(2, 4096, (4, 64))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    ours, theirs = {
+        "kl": (lambda: functional.compute_kl_divergence(model, reference, inputs, compat=OU)[0],
+               lambda: Coded.kl(model, reference, inputs)),
+        "undial": (lambda: functional.compute_undial_loss(model, reference, inputs, 10.0, compat=OU)[0],
+                   lambda: theirs_undial(model, reference, inputs)),
+    }[name]  # fmt: skip
+    assert_close(ours(), theirs(), tol.GRAD_FP32, name)
+    peaks = []
+    for loss in (ours, theirs):
+        model.zero_grad()
+        peaks.append(peak_bytes(lambda loss=loss: loss().backward(), torch.device("cpu")))
+    assert peaks[0] < 0.6 * peaks[1], peaks
 
 
 def test_names_and_signatures_are_those_of_open_unlearning():

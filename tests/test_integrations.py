@@ -4,13 +4,14 @@ import copy
 import dataclasses
 import math
 import os
+import pathlib
 import sys
 import types
 
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, losses, unlearning_loss
+from soul import SOUL, SophiaG, functional, losses, unlearning_loss
 from soul.batches import collate
 from soul.config import UnlearnConfig
 from soul.data import Example, encode
@@ -22,9 +23,10 @@ from soul.prepare import prepare
 from soul.reference import reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol
-from tests.helpers import assert_close, mutant, needs_interpreter
+from tests.helpers import assert_close, mutant, needs_interpreter, relative_error
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 from tests.test_distributed import run
+from tests.test_functional import OU, Coded
 
 transformers = pytest.importorskip("transformers")
 
@@ -136,6 +138,54 @@ def test_loss_of_a_batch_is_the_commands(name):
     check_loss_of(name)
 
 
+def as_coded(name, model, reference, inputs):
+    """The loss of open-unlearning's trainers: a forward of forget and one of retain sequences, each padded for itself."""
+    forget, retain = inputs["forget"], inputs["retain"]
+    kl = Coded.kl(model, reference, retain)
+    return {
+        "klmin": lambda: kl - model(**forget).loss,
+        "npo, kl": lambda: kl + Coded.dpo(model, reference, None, forget, beta=0.5),
+        "undial": lambda: Coded.undial(model, reference, forget, beta=10.0) + model(**retain).loss,
+        "undial, kl": lambda: Coded.undial(model, reference, forget, beta=10.0) + kl,
+    }[name]()
+
+
+def check_compat_of(name, longer, loss_of=unlearning_loss):
+    objective = losses.UNDIAL(retain="kl") if name == "undial, kl" else ALL[name]
+    model = tiny_model("llama, untied")
+    reference = other(model, scale=2.0)
+    short, long = sequences(3), sequences(5, prompt=6)
+    inputs = inputs_of(*((long, short) if longer == "forget" else (short, long)), False)
+    exact = copy.deepcopy(model).double()
+    want = as_coded(name, exact, copy.deepcopy(reference).double(), inputs)
+    got, outputs = loss_of(model, inputs, objective, ref_model=reference, compat=OU)
+    assert_close(got, want, tol.GRAD_OBJECTIVE, name)
+    expected = torch.autograd.grad(want, list(exact.parameters()))
+    grads = torch.autograd.grad(got, list(model.parameters()))
+    for (parameter, _), gradient, wanted in zip(model.named_parameters(), grads, expected):
+        assert_close(gradient, wanted, tol.WORST_ROW_FP32, f"{name}: {parameter}")
+    assert abs(outputs.loss - model(**inputs["forget"]).loss) < 1e-5
+    (plain,) = torch.autograd.grad(loss_of(model, inputs, objective, ref_model=reference)[0], model.lm_head.weight)
+    assert relative_error(plain, expected[-1]) > 10 * tol.WORST_ROW_FP32  # the batch tells the modes apart
+
+
+@pytest.mark.parametrize("longer", ["forget", "retain"])
+@pytest.mark.parametrize("name", ["klmin", "npo, kl", "undial", "undial, kl"])
+def test_compat_of_a_batch_is_open_unlearnings_code(name, longer):
+    check_compat_of(name, longer)
+
+
+@pytest.mark.parametrize("name, longer, old, new", [
+    ("klmin", "forget", "coded[n_forget:, :length]", "coded[n_forget:]"),  # padding that its batch does not have
+    ("undial", "retain", "coded[:n_forget, :length]", "coded[:n_forget]"),
+    ("undial, kl", "forget", 'objective.retain == "kl"', 'objective.retain == "ce"'),
+])  # fmt: skip
+def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypatch):
+    monkeypatch.setattr(functional, "_labels_as_coded", mutant("soul.functional", old, new, tmp_path)._labels_as_coded)
+    with pytest.raises(AssertionError):
+        check_compat_of(name, longer)
+
+
 @needs_interpreter
 def test_loss_of_a_batch_by_the_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -204,6 +254,23 @@ def test_training_is_the_plain_loop(tmp_path, fused):
         assert torch.equal(got, want), name
 
 
+def test_somebody_elses_trainer_as_documented(tmp_path, monkeypatch):
+    """docs/integrations.md: ``class X(SOULTrainerMixin, TheirTrainer)`` has their loss and SOUL's optimizer."""
+    monkeypatch.chdir(tmp_path)
+    text = (pathlib.Path(__file__).parent.parent / "docs" / "integrations.md").read_text()
+    (block,) = [block for block in text.split("```") if "class SOULTheirTrainer(SOULTrainerMixin, TheirTrainer)" in block]
+    rows = [row(sequence) for sequence in sequences(4)]
+    rows = [{name: value[:5] for name, value in one.items()} for one in rows]
+    names = dict(transformers=transformers, SOULTrainerMixin=SOULTrainerMixin, model=tiny_model(), forget_dataset=rows)
+    exec(block.removeprefix("python"), names)
+    trainer, batch = names["trainer"], {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
+    before = trainer.model(**batch).loss.item()
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == -before
+    trainer.train()
+    assert type(trainer._inner_optimizer()) is SOUL and trainer._inner_optimizer().defaults["max_grad_norm"] == 1.0
+    assert trainer.model.eval()(**batch).loss.item() > before
+
+
 def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
     """A Trainer that counts items takes the loss for divided by the micro-batches, and does not divide it."""
     trainer = make(tmp_path, tiny_model(), losses.GradDiff(), gradient_accumulation_steps=4)
@@ -218,8 +285,10 @@ def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
     assert torch.allclose(trainer.compute_loss(trainer.model.eval(), dict(text)), outputs.loss)  # no unlearning batch
 
 
-def test_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path):
+def test_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatch):
     """With NPO: the reference is the model that the Trainer was given, not that of the checkpoint. And SophiaG with its h."""
+    if transformers.__version__ < "4.46":  # reads the states of generators, which are numpy's, with torch's new default
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
     def trainer():
         soul_args = {"optimizer": "sophiag", "curvature": "gnb", "every": 2, "bs": 8}
@@ -518,9 +587,11 @@ class GradDiff(UnlearnTrainer):
         raise AssertionError("the loss is to be SOUL's")
 """,
     "trainer": """
-from transformers import TrainingArguments
+import inspect
+from transformers import Trainer, TrainingArguments
 from trainer.unlearn.grad_diff import GradDiff
 TRAINER_REGISTRY = {}
+TOKENIZER = "processing_class" if "processing_class" in inspect.signature(Trainer.__init__).parameters else "tokenizer"
 def _register_trainer(trainer_class):
     TRAINER_REGISTRY[trainer_class.__name__] = trainer_class
 def load_trainer(trainer_cfg, model, train_dataset=None, eval_dataset=None, tokenizer=None, data_collator=None, evaluators=None,
@@ -528,7 +599,8 @@ def load_trainer(trainer_cfg, model, train_dataset=None, eval_dataset=None, toke
     method_args = trainer_cfg.get("method_args", {})
     trainer_cls = TRAINER_REGISTRY.get(trainer_cfg.get("handler"))
     args = TrainingArguments(**trainer_cfg["args"])
-    trainer = trainer_cls(model=model, train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=tokenizer,
+    tokenizer = {TOKENIZER: tokenizer}  # "tokenizer" at its pins, "processing_class" in what came later
+    trainer = trainer_cls(model=model, train_dataset=train_dataset, eval_dataset=eval_dataset, **tokenizer,
                           data_collator=data_collator, args=args, evaluators=evaluators, template_args=template_args,
                           **method_args)
     return trainer, args
@@ -544,6 +616,7 @@ for soul_trainer in soul_trainers.ALL:
 def open_unlearning(monkeypatch):
     """Its package ``trainer``, with our lines at the end of its __init__."""
     monkeypatch.delitem(sys.modules, "soul.integrations.open_unlearning.trainers", raising=False)
+    monkeypatch.delattr("soul.integrations.open_unlearning.trainers", raising=False)
     for name in ("trainer", "trainer.unlearn", "trainer.base", "trainer.unlearn.base", "trainer.unlearn.grad_diff"):
         module = types.ModuleType(name)
         module.__path__ = []
@@ -640,7 +713,13 @@ def test_open_unlearning_generic_trainer_and_its_errors(tmp_path, open_unlearnin
     assert repr(generic(method="ceu", ignore_first_n_answer_tokens=2, alpha=0.0, **made).objective) == repr(
         losses.CEU(ignore_first=2, alpha=0.0)
     )
+    trainer = generic(method="graddiff", retain_loss_type="KL", compat=OU, ref_model=other(made["model"]), **made)
+    batch = its_collator([made["train_dataset"][i] for i in range(2)])
+    want = as_coded("klmin", trainer.model, trainer.ref_model, batch)
+    assert_close(trainer.compute_loss(trainer.model, batch), want, tol.GRAD_OBJECTIVE, "compat")
     for options, message in (
+        (dict(method="npo", compat=OU), "compat: expected None for npo with retain_loss_type NLL"),
+        (dict(method="undial", compat="tofu"), "compat: expected one of"),
         (dict(method="rmu"), "method"),
         (dict(method="ga", retain_loss_type="KL"), "retain_loss_type"),
         (dict(method="npo", retain_loss_type="EMBED_DIFF"), "retain_loss_type"),

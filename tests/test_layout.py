@@ -126,6 +126,12 @@ def test_command_names_the_missing_extra(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_every_client_has_an_environment_of_its_own():
+    """`make test-clients` takes the clients from the names of the tests."""
+    requirements = {path.stem.removeprefix("requirements-") for path in (ROOT / "tests/clients").glob("requirements-*.txt")}
+    assert stems("tests/clients", "test_") <= requirements
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_on_a_gpu_a_file_that_fails_or_hangs_does_not_cost_the_others(tmp_path):
     """The time of a card is short; 124 is what `timeout` ends with, 5 what pytest does where all is skipped."""

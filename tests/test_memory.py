@@ -5,12 +5,16 @@ import torch
 
 from soul import losses
 from soul_kernels import linear_gnb, linear_kl, linear_logprob, linear_objective, linear_statistics
-from tests.helpers import peak_bytes
+from soul_kernels.reference import linear_loss as reference_ops
+from tests import tolerances as tol
+from tests.helpers import assert_close, peak_bytes
 
 B, T, D, V = 8, 8, 32, 4096  # N V is 1 MiB, sixteen chunks
 N = B * T
 CHUNK = 4  # rows
 FLOAT = 4
+NAMES = ["npo", "token_mean", "npo, kl", "undial", "ceu", "logprob", "kl", "gnb", "statistics"]
+CHUNKED = ["undial", "kl", "statistics"]  # by the reference
 
 
 def make(device, frozen_head):
@@ -59,7 +63,7 @@ def loss_of(name, case, reference, chunk_bytes):
 
 # Eight tokens a sequence and four a chunk: NPO takes two sweeps, and so does token_mean; the others one.
 @pytest.mark.parametrize("frozen_head", [False, True])
-@pytest.mark.parametrize("name", ["npo", "token_mean", "npo, kl", "undial", "ceu", "logprob", "kl", "gnb", "statistics"])
+@pytest.mark.parametrize("name", NAMES)
 def test_peak_memory(name, frozen_head, device):
     case, reference = make(device, frozen_head)
     has_reference = name in ("npo, kl", "undial", "kl")
@@ -72,6 +76,45 @@ def test_peak_memory(name, frozen_head, device):
     ref_rows = 0 if not has_reference else N if name == "kl" else N // 2
     limit = allowed(trained=not frozen_head, chunk_factor=chunk_factor, ref_rows=ref_rows, gradients=name != "statistics")
     assert peak <= 1.1 * limit, f"{peak} bytes, {limit} allowed"
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_peak_memory_of_the_reference(name, device, monkeypatch):
+    """Users without a GPU run it. A divergence makes a dozen tensors of tokens times vocabulary: so it works in chunks."""
+    chunk = CHUNK * V * FLOAT
+    monkeypatch.setattr(reference_ops, "CHUNK_BYTES", chunk)
+    case, reference = make(device, False)
+    call = loss_of(name, case | {"backend": "reference"}, reference, 2**30)
+    call()
+    case["hidden"].grad = case["weight"].grad = None
+    # Of the head: the gradients of two chunks, their sum, and that of the forget sequences.
+    limit = 20 * chunk + 4 * V * D * FLOAT + 8 * N * D * FLOAT + 64 * N * FLOAT
+    peak = peak_bytes(call, device)
+    assert peak <= limit, f"{peak} bytes, {limit} allowed"
+
+
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_of_the_reference_change_no_value(name, device, monkeypatch):
+    values = {}
+    for chunk in (2**30, CHUNK * V * FLOAT, 1):  # all tokens, a few, one
+        monkeypatch.setattr(reference_ops, "CHUNK_BYTES", chunk)
+        torch.manual_seed(0)
+        case, reference = make(device, False)
+        outcome = loss_of(name, case | {"backend": "reference"}, reference, 2**30)()
+        values[chunk] = [case["hidden"].grad, case["weight"].grad] if outcome is None else list(outcome)
+    for chunk in (CHUNK * V * FLOAT, 1):
+        for got, want in zip(values[chunk], values[2**30]):
+            assert_close(got, want, tol.GRAD_FP32, f"{name}, chunks of {chunk} bytes")
+
+
+def test_reference_of_several_chunks_under_torch_func(device, monkeypatch):
+    """Its transforms do not allow what saves the memory."""
+    monkeypatch.setattr(reference_ops, "CHUNK_BYTES", CHUNK * V * FLOAT)
+    case, reference = make(device, True)
+    hidden, options = case.pop("hidden"), case | reference | {"backend": "reference"}
+    got = torch.func.grad(lambda hidden: linear_kl(hidden, **options).sum())(hidden.detach())
+    (want,) = torch.autograd.grad(linear_kl(hidden, **options).sum(), hidden)
+    assert_close(got, want, tol.GRAD_FP32, "gradient")
 
 
 def test_the_measure_sees_a_buffer_of_all_logits(device):

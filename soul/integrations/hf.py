@@ -8,8 +8,8 @@
                              objective=soul.losses.NPO(beta=0.1), soul_args={"rho": 0.04, "max_grad_norm": 1.0})
     trainer.train()
 
-Without ``objective`` it is the Trainer with another optimizer. Works with transformers 4.57 and 5, accelerate, DDP, FSDP2 and
-models wrapped by peft. Nothing is patched.
+Without ``objective`` it is the Trainer with another optimizer. Works with transformers 4.57 and 5, and with 4.45, which
+open-unlearning pins; with accelerate, DDP, FSDP2 and models wrapped by peft. Nothing is patched.
 """
 
 import copy
@@ -101,6 +101,8 @@ class SOULTrainerMixin:
             that nothing would use. Raised before anything is loaded or moved.
     """
 
+    compat = None  # of `unlearning_loss`
+
     def __init__(self, *args, soul_args=None, objective=None, ref_model=None, **kwargs):
         kwargs.update(self._arguments_of_base(objective, ref_model))
         options = _entries(soul_args)
@@ -173,7 +175,7 @@ class SOULTrainerMixin:
         passed = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         if not passed and not isinstance(self._inner_optimizer(), SophiaG):
-            remedy = "use transformers 4.57 or newer, or pass optimizers=(soul.SOUL(...), None)"
+            remedy = "pass optimizers=(soul.SOUL(...), None)"
             raise argument_error("transformers", "a Trainer that makes the optimizer of its subclass", type(optimizer), remedy)
         return optimizer
 
@@ -183,7 +185,8 @@ class SOULTrainerMixin:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        loss, outputs = unlearning_loss(model, inputs, self.objective, ref_model=self.ref_model, return_outputs=True)
+        options = dict(ref_model=self.ref_model, compat=self.compat, return_outputs=True)
+        loss, outputs = unlearning_loss(model, inputs, self.objective, **options)
         if model.training and self._taken_for_divided(num_items_in_batch):
             loss = loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss

@@ -13,7 +13,7 @@ import inspect
 
 from trainer.unlearn.grad_diff import GradDiff  # open-unlearning's
 
-from soul import losses
+from soul import functional, losses
 from soul.integrations.hf import SOULTrainerMixin
 from soul_kernels._checks import argument_error, check_choice
 
@@ -32,6 +32,8 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
         method: a name in ``soul.losses.OBJECTIVES``.
         retain_loss_type: "NLL" or "KL"; an objective without a choice takes "NLL" only.
         soul_args: as in `soul.integrations.hf.SOULTrainerMixin`.
+        compat: None, or "open-unlearning": a KL retain term, and UNDIAL, are means over the positions that its code counts,
+            prompts and padding included. Refused where there is neither.
         **kwargs: the objective's options under open-unlearning's names (gamma, alpha, beta, delta, ...), and what its trainers
             take: model, args, data_collator, train_dataset, evaluators, template_args, ...
 
@@ -41,7 +43,7 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
 
     method = None
 
-    def __init__(self, *args, method=None, retain_loss_type="NLL", soul_args=None, **kwargs):
+    def __init__(self, *args, method=None, retain_loss_type="NLL", soul_args=None, compat=None, **kwargs):
         method = method or self.method
         check_choice("method", method, tuple(losses.OBJECTIVES))
         check_choice("retain_loss_type", retain_loss_type, tuple(RETAIN_LOSS_TYPES))
@@ -53,7 +55,13 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
         elif retain_loss_type != "NLL":
             remedy = "klmin has the KL term already, and ga has no retain term"
             raise argument_error("retain_loss_type", f"NLL for {method}", retain_loss_type, remedy)
-        super().__init__(*args, objective=losses.get(method, **options), soul_args=soul_args, **kwargs)
+        objective = losses.get(method, **options)
+        check_choice("compat", compat, functional.COMPAT)
+        if compat and objective.divergence is None:
+            remedy = "only a KL retain term and UNDIAL count other positions in its code: see docs/objectives.md"
+            raise argument_error("compat", f"None for {method} with retain_loss_type {retain_loss_type}", compat, remedy)
+        self.compat = compat
+        super().__init__(*args, objective=objective, soul_args=soul_args, **kwargs)
 
     def prepare_reference_model(self, model):
         """A frozen copy of ``model``: open-unlearning's, which knows DeepSpeed."""
