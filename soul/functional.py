@@ -30,16 +30,18 @@ Source: locuslab/open-unlearning, src/trainer/utils.py and src/trainer/unlearn/c
 
 import contextlib
 import functools
+import weakref
 
 import torch
 
 from soul import losses, models
 from soul._extras import require
 from soul_kernels import TokenBatch, linear_logprob, linear_objective
-from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._checks import argument_error, check_choice, has_data
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPAT = (None, "open-unlearning")
+CHECKED = weakref.WeakKeyDictionary()  # model -> scale and cap that its logits were seen to have: to compare waits for a GPU
 PROBES = (-300.0, -1.0, 0.25, 1.0, 300.0)  # raw logits, small ones and ones that any cap in use bends by percents
 
 
@@ -323,7 +325,8 @@ def _at_head(model, inputs, function):
     The head's output is one row of logits, as wide as the vocabulary. In it travels the value, [] or [B], so that DDP and hooks
     find the graph that they have to wait for. It is ``value - value`` with the gradient of the first, because a model may still
     scale and cap its logits: 0 stays 0 there, and the slope is the scale. The row also holds `PROBES`. What the model makes of
-    them tells whether it scales and caps as `models.transform` says, and changes its logits in no other way.
+    them tells whether it scales and caps as `models.transform` says, and changes its logits in no other way. That is looked at
+    in the first call with a model, and again where its configuration names another scale or cap.
 
     Raises:
         ArgumentError: the model's logits are something else, or it does not call its head once.
@@ -332,11 +335,13 @@ def _at_head(model, inputs, function):
     _check_not_compiled(model, inner)
     layer, transform, sent = _head_of(inner), models.transform(inner), []
     own = _own_forward(layer)
+    traced = torch.compiler.is_compiling()  # nothing has a value then
+    known = traced or CHECKED.get(inner) == transform
 
     def forward(hidden):
         weight, bias = models.head(inner)
         value = function(hidden, weight, bias, transform)
-        if own is not None:
+        if own is not None and not known and has_data(value):
             _check_linear(own, hidden, weight, bias, inner)
         carrier = (value - value.detach()).reshape(-1)
         probes = carrier.new_tensor(PROBES)
@@ -353,9 +358,11 @@ def _at_head(model, inputs, function):
     logits = getattr(outputs, "logits", None)  # the first output of a mixture of experts may be the loss of its router
     logits = (outputs[0] if logits is None else logits).reshape(-1)
     carrier, got = logits[: value.numel()], logits[value.numel() :].detach()
-    want = transformed(probes, **transform)
-    if got.shape != want.shape or not ((got - want).abs() <= 1e-2 * want.abs()).all():  # outputs may be rounded to bf16
-        raise models.other_logits(inner)
+    if not known and has_data(got):
+        want = transformed(probes, **transform)
+        if got.shape != want.shape or not ((got - want).abs() <= 1e-2 * want.abs()).all():  # outputs may be rounded to bf16
+            raise models.other_logits(inner)
+        CHECKED[inner] = transform
     return value + carrier.reshape(value.shape) / transform["logit_scale"]
 
 

@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import soul
 from soul import functional, losses, models
@@ -230,6 +231,28 @@ def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_fr
     """A model by name is checked as it is loaded."""
     with pytest.raises(ValueError, match="got other logits in Squared"):
         use(REFUSED["squares"]())
+
+
+def test_a_model_is_compared_with_its_configuration_once(monkeypatch):
+    """The comparison waits for the device, so a training loop must not repeat it."""
+    model, batch, comparisons = model_of("cohere"), make_batch(), []
+    formula = functional.transformed
+    monkeypatch.setattr(functional, "transformed", lambda *a, **options: comparisons.append(a) or formula(*a, **options))
+    losses_of_steps = [soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)).item() for _ in range(3)]
+    assert len(comparisons) == 1 and len({*losses_of_steps}) == 1
+    model.config.logit_scale = 0.5  # the model itself keeps the scale that it was made with
+    with pytest.raises(ValueError, match="got other logits in CohereForCausalLM"):
+        soul.unlearning_loss(model, batch, losses.NPO(beta=0.1))
+
+
+def test_a_loss_without_values_has_its_shape():
+    """Under FakeTensorMode, as torch's memory estimators run a training step."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = model_of("llama")
+        loss = soul.unlearning_loss(model, make_batch(), losses.GradDiff())
+        loss.backward()
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert all(parameter.grad.shape == parameter.shape for parameter in model.parameters())
 
 
 def test_models_that_read_another_sequence_are_refused():
