@@ -1,10 +1,12 @@
 """Chat templates of the kinds that models come with: what is masked, what a refusal looks like, what is refused."""
 
 import json
+import signal
 
 import pytest
 
 import soul
+import soul.templates
 from soul import UnlearnConfig, Unlearner
 from soul.cli import main
 from soul.data import Example, Question, encode, pair_refusals, refuse
@@ -143,6 +145,34 @@ def test_wrong_templates(options, message):
 ])  # fmt: skip
 def test_templates_that_allow_no_mask(template, message):
     with pytest.raises(ValueError, match=f"row 3: expected {message}"):
+        Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{{ m }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [
+    LOOPS,
+    LOOPS.replace("{{ m }}", ""),
+    "{% set n = namespace(x='x' * 999) %}{% for i in range(99999) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{{ 9 ** (9 ** 9) }}",
+], ids=["text", "no text", "memory", "recursion", "one number"])  # fmt: skip
+def test_templates_without_end_are_refused(template, monkeypatch):
+    """Loops are the way to write a template, and nothing in its language bounds them when they are nested."""
+    handler = signal.getsignal(signal.SIGPROF)
+    monkeypatch.setattr(soul.templates, "LIMITS", dict(seconds=0.2, memory_gib=0.3))
+    with pytest.raises(ValueError, match="chat template: expected one that takes at most 0.2 s and 0.3 GiB, got"):
+        Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
+    assert signal.getsignal(signal.SIGPROF) is handler and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+    assert Template("chat", chatting(LLAMA3)).ask(QUESTION, ANSWER).content == ANSWER
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__.x }}", "{{ cycler.__init__.x }}", "{{ (''|attr('__class__')).x }}",
+])  # fmt: skip
+def test_templates_cannot_reach_out_of_their_sandbox(template):
+    with pytest.raises(ValueError, match="row 3: expected a conversation that the chat template takes, got .* is unsafe"):
         Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
 
 
