@@ -11,7 +11,7 @@ from soul.influence import Influence
 from soul.models import trained
 from soul.optimizer import SOUL, SophiaG
 from soul.templates import check_template
-from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
+from soul_kernels._checks import argument_error, check_choice, check_positive, check_range, check_whole, shown
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 
@@ -118,13 +118,12 @@ class UnlearnConfig:
         if norm_limit(self) is not None:
             check_positive("max_grad_norm", self.max_grad_norm, "pass inf not to clip")
         if isinstance(self.seed, bool) or not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
-            raise argument_error("seed", "a whole number of 64 bits", repr(self.seed), "for instance 0")
+            raise argument_error("seed", "a whole number of 64 bits", shown(self.seed), "for instance 0")
         if not isinstance(self.method_options, dict):
             got, remedy = repr(self.method_options), "for instance {'beta': 0.1}"
             raise argument_error("method_options", "a dict of the method's arguments", got, remedy)
         for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+            check_whole(name, getattr(self, name), "check the options")
         check_choice("curvature", self.curvature, CURVATURES)
         check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))
         check_choice("param_rounding", self.param_rounding, ("auto", *ROUNDINGS))
@@ -141,8 +140,7 @@ class UnlearnConfig:
         self._check_influence()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
-        if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
-            raise argument_error("eval_every", "a whole number >= 0", self.eval_every, "0 evaluates nothing")
+        check_whole("eval_every", self.eval_every, "0 evaluates nothing", low=0)
         for name in ("stop_forget_prob", "stop_retain_prob"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):

@@ -10,10 +10,10 @@ import warnings
 import torch
 
 from soul._extras import MissingExtra, require
-from soul._model_files import adapters_of, check_directory, check_patterns, config_of
+from soul._model_files import MAX_RANK, adapters_of, check_directory, check_patterns, config_of
 from soul.distributed import gathered
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
-from soul_kernels._checks import ArgumentError, argument_error, check_choice, check_positive, check_range
+from soul_kernels._checks import ArgumentError, argument_error, check_choice, check_positive, check_range, check_whole
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPILE = {}  # options of torch.compile
@@ -146,8 +146,7 @@ def is_named(path, target):
 
 def check_rank(rank):
     """Raises unless adapters can have this rank."""
-    if isinstance(rank, bool) or not (isinstance(rank, int) and rank > 0):
-        raise argument_error("lora_rank", "a positive whole number", rank, "16 is common")
+    check_whole("lora_rank", rank, "16 is common", high=MAX_RANK + 1)
 
 
 def trained(model):

@@ -116,6 +116,7 @@ def _run(args):
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(**{name: getattr(args, name) for name in fields}, method_options=_method_options(args))
     config.objective()
+    card = card_options(args)  # checks them, whether they are used or not
     if args.gpus != 1 and not args.dry_run:
         raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
     output, keeping = check_output(args.output, args.resume), dict(save_every=args.save_every, keep=args.keep)
@@ -128,8 +129,7 @@ def _run(args):
     if args.dry_run:
         from soul.plan.run import plan_run
 
-        options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
-        print(plan_run(args.model, args.forget, args.retain, config, **options).table())
+        print(plan_run(args.model, args.forget, args.retain, config, dtype=args.dtype, adapters=adapters, **card).table())
         return
     if args.resume and has_ended(output, checkpoints):
         if processes.first:
