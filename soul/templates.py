@@ -1,7 +1,7 @@
 """How a row becomes a prompt and an answer: a plain text with both, or the tokenizer's chat template."""
 
 from soul._model_files import limited
-from soul._rows import check_unicode
+from soul._rows import check_unicode, is_blank
 from soul.data import TEMPLATE, Example, ask
 from soul_kernels._checks import ArgumentError, argument_error
 
@@ -56,7 +56,7 @@ class Template:
         """
         for part in (prompt, completion):
             _check_messages(part, where)
-        if not all(message["content"].strip() for message in completion):
+        if any(is_blank(message["content"]) for message in completion):
             raise argument_error(where, "some text", "a blank answer", "drop the row")
         self._check_tokenizer()
         if self.system is not None and prompt[0]["role"] != "system":

@@ -186,6 +186,7 @@ def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
 
 @pytest.mark.parametrize("row", [
     {"prompt": messages(QUESTION), "completion": messages("", ANSWER)[1:]},
+    {"prompt": messages(QUESTION), "response": messages("", ANSWER)[1:]},
     {"messages": messages(QUESTION, ANSWER)},
     {"question": QUESTION, "answer": ANSWER},
 ], ids=lambda row: "/".join(row))  # fmt: skip
@@ -205,6 +206,7 @@ def test_conversations_are_rows(row, tmp_path):
     ({"messages": "Hello"}, "row 0, column 'messages': expected a list of"),
     ({"messages": messages(QUESTION)}, "row 0: expected text after a text, or a conversation after a conversation"),
     ({"messages": messages(QUESTION, " ")}, "row 0: expected some text, got a blank answer"),
+    ({"messages": messages(QUESTION, "\u200b")}, "row 0: expected some text, got a blank answer"),
     ({"messages": [{"role": "user"}, {"role": "assistant"}]}, "row 0: expected text after a text"),
     ({"messages": messages(QUESTION, [{"type": "image"}])}, "row 0, assistant: expected text, got list"),
     ({"messages": messages("\ud800", ANSWER)}, "row 0, user: expected valid Unicode, got a lone surrogate"),

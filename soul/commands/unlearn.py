@@ -21,8 +21,8 @@ def add_arguments(parser):
     need = parser.add_argument_group("what")
     need.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
     need.add_argument("--forget", required=True, metavar="DATA", help="JSON lines or parquet with question/answer, "
-                      "prompt/completion, messages or text; or a name: tofu:forget10, tofu:forget10@DIR, muse:news/forget, "
-                      "wmdp:cyber-forget, hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)")  # fmt: skip
+                      "prompt/completion, prompt/response, messages or text; or a name: tofu:forget10, tofu:forget10@DIR, "
+                      "muse:news/forget, wmdp:cyber-forget, hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)")  # fmt: skip
     need.add_argument("--retain", metavar="DATA", help="the same, to keep; needed unless the method has no retain term")
     need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     how = parser.add_argument_group("how")
@@ -75,6 +75,7 @@ def add_arguments(parser):
     how.add_argument(
         "--drop-unusable", action="store_true", help="leave out blank rows and prompts that leave no room for an answer"
     )
+    how.add_argument("--refusals", metavar="FILE", help="a refusal a line, for po and dpo (default: eight of ours)")
     add_template(how)
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16, with 8 more bits in soul's "
