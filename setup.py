@@ -9,7 +9,18 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "soul_kernels" / "__init__.py").read_text()).group(1)
 
 # The oldest versions with which all tests were seen to pass, together; CONTRIBUTING.md says what fails below them.
-HF = ["transformers>=4.57", "tokenizers>=0.22", "safetensors>=0.4.3", "peft>=0.18", "datasets>=4.0", "tqdm>=4.66"]
+HF = [
+    "transformers>=4.57",
+    "tokenizers>=0.22",
+    "safetensors>=0.4.3",
+    "peft>=0.20",  # older ones import modules that a model's files name
+    "datasets>=4.0",
+    "pyarrow>=17.0",
+    "numpy>=2.0",
+    "pyyaml>=6.0.1",
+    "jinja2>=3.1.6",  # in whose sandbox chat templates run; older ones let them out
+    "tqdm>=4.66.3",
+]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.9"]
 TEST = ["pytest>=8.0", "numpy>=2.0", "accelerate>=1.7"]

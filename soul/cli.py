@@ -69,11 +69,12 @@ def _parsed(parser, words):
 
 def _parsers():
     """The parser of the command line, and that of each command by name."""
-    parser = argparse.ArgumentParser(prog="soul", description="Second-order unlearning of large language models.")
+    options = dict(allow_abbrev=False)  # --conf would be --config, and not read as it
+    parser = argparse.ArgumentParser(prog="soul", description="Second-order unlearning of large language models.", **options)
     parser.add_argument("--version", action="version", version=__version__)
     commands, parser_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
     for name, command in COMMANDS.items():
-        parser_of[name] = commands.add_parser(name, help=command.HELP)
+        parser_of[name] = commands.add_parser(name, help=command.HELP, **options)
         parser_of[name].set_defaults(run=command.run)
         parser_of[name].add_argument("--config", metavar="FILE", help="YAML with options of this command by name; what the "
                                      "command line says wins")  # fmt: skip

@@ -1,17 +1,19 @@
 """Everything that decides a run, and the optimizer, schedule and curvature that it asks for."""
 
 import dataclasses
+import hashlib
 import math
 
 import torch
 
 from soul import losses
 from soul.curvature import GNB, RetainFisher
+from soul.data import REFUSALS, read_refusals
 from soul.influence import Influence
 from soul.models import trained
 from soul.optimizer import SOUL, SophiaG
 from soul.templates import check_template
-from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
+from soul_kernels._checks import argument_error, check_choice, check_positive, check_range, check_whole, shown
 from soul_kernels._launch import BACKENDS
 from soul_kernels.rounding import ROUNDINGS
 
@@ -63,6 +65,8 @@ class UnlearnConfig:
         system: system message of the chat template, or None.
         drop_unusable: `soul.Unlearner` leaves out, and counts, rows that are blank or whose prompt leaves no room for an
             answer; else they are an error.
+        refusals: path of a file with a refusal a line, for "po" and "dpo"; None: those of ``soul.data.REFUSALS``. It is read
+            (`soul.data.read_refusals`) when the config is made and whenever it is used.
         eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
             retain examples.
@@ -102,6 +106,7 @@ class UnlearnConfig:
     template: str = "plain"
     system: str | None = None
     drop_unusable: bool = False
+    refusals: str | None = None
     eval_every: int = 0
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
@@ -118,13 +123,12 @@ class UnlearnConfig:
         if norm_limit(self) is not None:
             check_positive("max_grad_norm", self.max_grad_norm, "pass inf not to clip")
         if isinstance(self.seed, bool) or not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
-            raise argument_error("seed", "a whole number of 64 bits", repr(self.seed), "for instance 0")
+            raise argument_error("seed", "a whole number of 64 bits", shown(self.seed), "for instance 0")
         if not isinstance(self.method_options, dict):
             got, remedy = repr(self.method_options), "for instance {'beta': 0.1}"
             raise argument_error("method_options", "a dict of the method's arguments", got, remedy)
         for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+            check_whole(name, getattr(self, name), "check the options")
         check_choice("curvature", self.curvature, CURVATURES)
         check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))
         check_choice("param_rounding", self.param_rounding, ("auto", *ROUNDINGS))
@@ -135,20 +139,35 @@ class UnlearnConfig:
             check_range("clip_target", self.clip_target, high=1.0)
             if self.rho != UnlearnConfig.rho:
                 raise argument_error("rho", f"{UnlearnConfig.rho} with clip_target", self.rho, "from there on it moves")
+        self._check_refusals()
         self._check_optimizer()
         self._check_release()
         self._check_graph()
         self._check_influence()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
-        if isinstance(self.eval_every, bool) or not (isinstance(self.eval_every, int) and self.eval_every >= 0):
-            raise argument_error("eval_every", "a whole number >= 0", self.eval_every, "0 evaluates nothing")
+        check_whole("eval_every", self.eval_every, "0 evaluates nothing", low=0)
         for name in ("stop_forget_prob", "stop_retain_prob"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
             if value is not None and not self.eval_every:
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
+
+    def _check_refusals(self):
+        """Raises for refusals that the method does not use, or that are none."""
+        method = METHODS.get(self.method)
+        if self.refusals is not None and not (getattr(method, "relabels", True) or getattr(method, "pairs", True)):
+            raise argument_error("refusals", f"None with the method {self.method!r}", self.refusals, "they are for po and dpo")
+        self.refusal_texts()
+
+    def refusal_texts(self) -> tuple:
+        """Return the texts that answer what is to be forgotten.
+
+        Raises:
+            ArgumentError: as `soul.data.read_refusals`.
+        """
+        return REFUSALS if self.refusals is None else read_refusals(self.refusals)
 
     def _check_optimizer(self):
         """Raises for what AdamW would leave aside; but for rho and bs, so that a study can say them of both."""
@@ -179,8 +198,13 @@ class UnlearnConfig:
                 raise argument_error(field.name, f"{field.default!r} with the method 'influence'", value, remedy)
 
     def decisive(self):
-        """The options that decide the numbers, as a dict: a run goes on with the same ones only."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
+        """The options that decide the numbers, as a dict: a run goes on with the same ones only. Of a file of refusals its
+        content decides, a hash of which stands for it.
+        """
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
+        if self.refusals is not None:
+            options["refusals"] = hashlib.blake2b("\n".join(self.refusal_texts()).encode(), digest_size=16).hexdigest()
+        return options
 
     def objective(self):
         """The objective of ``method`` with ``method_options``, or a `soul.influence.Influence`."""

@@ -1,8 +1,10 @@
 """Forget and retain data: examples -> token ids. Before: `soul.datasets`; after: `soul.batches`."""
 
 import dataclasses
+import pathlib
 import random
 
+from soul._rows import check_unicode, is_blank
 from soul_kernels._checks import argument_error
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
@@ -78,6 +80,36 @@ def ask(question, answer, template=TEMPLATE):
         raise argument_error("template", "a text with {question} that ends in {answer}", repr(template), remedy)
     prompt = middle.rstrip(" ")
     return Example(f"{head}{question}{prompt}", middle[len(prompt) :] + answer)
+
+
+def read_refusals(path) -> tuple:
+    """Return the refusals of a file, one a line, without the spaces around them; empty lines are passed over.
+
+    Args:
+        path: of a text file in UTF-8, whatever its name ends in: TOFU calls its own ``idontknow.jsonl``.
+
+    Raises:
+        ArgumentError: no such file, no text, a line with nothing to be seen or with a JSON object, or no refusal at all.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise argument_error("refusals", "a file with a refusal a line", f"{path}, which is none", "check the path")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise argument_error("refusals", "UTF-8 text", f"{path} with a broken byte at {error.start}", "convert it") from None
+    refusals = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        where = f"refusals, {path}, line {number}"
+        if line and is_blank(line):
+            raise argument_error(where, "some text", "a blank one", "remove the line")
+        if line.startswith("{"):
+            raise argument_error(where, "a refusal as it is", "a JSON object", "write the text alone, without a name")
+        check_unicode(where, line)
+        refusals += [line] if line else []
+    if not refusals:
+        raise argument_error("refusals", "at least one refusal", f"{path}, which is empty", "write one a line")
+    return tuple(refusals)
 
 
 def refuse(examples, refusals=REFUSALS, seed=0):

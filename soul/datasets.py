@@ -12,9 +12,10 @@ from soul import _rows
 from soul._extras import require
 from soul.data import Example, Question
 from soul.templates import Template
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import ArgumentError, argument_error
 
-COLUMNS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
+COLUMNS = (("question", "answer"), ("prompt", "completion"), ("prompt", "response"), ("messages",), ("text",))
+QUESTION = ("question", "answer", "paraphrased_answer", "perturbed_answer")  # columns of TOFU's perturbed sets
 _PARTS = {"forget": ("01", "05", "10"), "retain": ("99", "95", "90"), "holdout": ("01", "05", "10")}
 TOFU = (
     "full",
@@ -51,7 +52,7 @@ def rows(source, name="rows", *, drop=False, counts=None):
         ArgumentError: no such file or name (the known ones are listed), or it could not be read; a column is missing or holds
             something else; a row is blank, and not to be dropped; or all are.
     """
-    found = read(source, name)
+    found = read(source, name, _columns)
     columns = _columns(*found[0])
     blank = [drop and columns[-1] in row and _is_blank(row[columns[-1]]) for _, row in found]  # none such is an error
     kept = [row for row, is_blank in zip(found, blank) if not is_blank]
@@ -68,9 +69,9 @@ def rows(source, name="rows", *, drop=False, counts=None):
 def examples(rows, template):
     """Rows as a list of `soul.data.Example`.
 
-    Questions and answers are put into the template. Prompts and completions are taken as they are, as texts; conversations,
-    lists of ``{"role", "content"}``, go through the chat template, also those of ``messages``, whose last one is the answer. A
-    text has no prompt. The columns are those of the first row; others are ignored.
+    Questions and answers are put into the template. Prompts and completions (or responses) are taken as they are, as texts;
+    conversations, lists of ``{"role", "content"}``, go through the chat template, also those of ``messages``, whose last one
+    is the answer. A text has no prompt. The columns are those of the first row; others are ignored.
 
     Args:
         rows: of `rows`.
@@ -83,17 +84,19 @@ def examples(rows, template):
     return [_example(where, row, columns, template) for where, row in rows]
 
 
-def read(source, name="rows"):
-    """The rows of a source as they are: `rows` without a look at their columns."""
+def read(source, name, choose):
+    """The rows of a source as they are: `rows` without a look at their values. What need not be read of columns that
+    ``choose`` leaves out (as in `soul._rows.read`) is not.
+    """
     if not isinstance(source, (str, os.PathLike)):
-        return _given(source, name)
+        return _given(source, name, choose)
     kind, colon, rest = str(source).partition(":")
     if colon and kind in _KINDS:
-        return _KINDS[kind](str(source), rest)
+        return _KINDS[kind](str(source), rest, choose)
     if re.match(r"[a-z]{2,}:", str(source)) and not pathlib.Path(source).exists():
         known = ", ".join(f"{kind}:" for kind in _KINDS)
         raise argument_error(str(source), f"a path, or a name that begins with {known}", f"{kind}:", "check the name")
-    return _rows.read(source)
+    return _rows.read(source, choose)
 
 
 def digest(rows):
@@ -122,7 +125,7 @@ def read_questions(source):
         ArgumentError: as `rows`.
     """
     questions = []
-    for where, row in read(source):
+    for where, row in read(source, "rows", lambda where, names: [name for name in QUESTION if name in names] or names):
         row = {"paraphrased_answer": row.get("answer"), **row}
         perturbed, count = row.get("perturbed_answer"), len(questions[0].perturbed) if questions else None
         if not isinstance(perturbed, list) or not perturbed or len(perturbed) != (count or len(perturbed)):
@@ -149,11 +152,11 @@ def _columns(where, row):
 def _is_blank(value):
     if isinstance(value, list) and value and isinstance(value[-1], dict):
         value = value[-1].get("content")
-    return value is None or isinstance(value, str) and not value.strip()
+    return value is None or isinstance(value, str) and _rows.is_blank(value)
 
 
 def _is_conversation(row, columns):
-    return any(isinstance(row.get(name), list) for name in columns if name in ("prompt", "completion", "messages"))
+    return any(isinstance(row.get(name), list) for name in columns if name in ("prompt", "completion", "response", "messages"))
 
 
 def _check(where, row, columns):
@@ -170,21 +173,21 @@ def _example(where, row, columns, template):
     if columns == ("messages",):
         return template.converse(row["messages"][:-1], row["messages"][-1:], where)
     if _is_conversation(row, columns):
-        return template.converse(row.get("prompt"), row.get("completion"), where)
+        return template.converse(row.get("prompt"), row.get(columns[1]), where)
     if columns == ("text",):
         return Example("", row["text"])
-    if columns == ("prompt", "completion"):
-        return Example(row["prompt"], row["completion"])
+    if columns[0] == "prompt":
+        return Example(row["prompt"], row[columns[1]])
     return template.ask(row["question"], row["answer"], where)
 
 
-def _given(source, name):
+def _given(source, name, choose):
     if not isinstance(source, collections.abc.Iterable):
         raise argument_error(name, "a path, a name, or a list of rows", type(source).__name__, "see soul.datasets.rows")
     if isinstance(source, collections.abc.Mapping):
         got = f"a mapping of {', '.join(map(str, source))}"
         raise argument_error(name, "a path, a name, or the rows of one split", got, "choose one of these")
-    found = [(f"{name}, row {index}", row) for index, row in enumerate(source)]
+    found = [(f"{name}, row {index}", row) for index, row in enumerate(_only(source, choose, name))]
     for where, row in found:
         if not isinstance(row, collections.abc.Mapping):
             raise argument_error(where, "a mapping of columns", type(row).__name__, "see soul.datasets.rows")
@@ -193,35 +196,45 @@ def _given(source, name):
     return found
 
 
-def _tofu(source, rest):
+def _only(source, choose, name):
+    """A data set of the hub's library without the columns that are not needed; they may be pictures. Anything else as it is."""
+    names = getattr(source, "column_names", None)
+    if not (isinstance(names, list) and hasattr(source, "select_columns") and getattr(source, "num_rows", 1)):
+        return source
+    return source.select_columns(list(choose(f"{name}, row 0", names)))
+
+
+def _tofu(source, rest, choose):
     name, at, folder = rest.partition("@")
     _check_name(source, name, TOFU)
     if not at:
-        return _hub_rows(source, "locuslab/TOFU", name, "train")
+        return _hub_rows(source, "locuslab/TOFU", name, "train", choose)
     if name == "full" and _in_folder(folder, name) is None:  # which is these two
-        return [row for part in ("retain90", "forget10") for row in _folder_rows(source, folder, part)]
-    return _folder_rows(source, folder, name)
+        return [row for part in ("retain90", "forget10") for row in _folder_rows(source, folder, part, choose)]
+    return _folder_rows(source, folder, name, choose)
 
 
-def _wmdp(source, rest):
+def _wmdp(source, rest, choose):
     name, at, folder = rest.partition("@")
     _check_name(source, name, WMDP)
-    return _folder_rows(source, folder, f"{name}-corpus") if at else _hub_rows(source, *WMDP[name], "train")
+    if at:
+        return _folder_rows(source, folder, f"{name}-corpus", choose)
+    return _hub_rows(source, *WMDP[name], "train", choose)
 
 
-def _muse(source, rest):
+def _muse(source, rest, choose):
     known = [f"{c}/{s}" if subset == "raw" else f"{c}/{subset}/{s}"
              for c, subsets in MUSE.items() for subset, splits in subsets.items() for s in splits]  # fmt: skip
     _check_name(source, rest.replace("/raw/", "/"), known)
     corpus, *subset, split = rest.split("/")
-    return _hub_rows(source, f"muse-bench/MUSE-{corpus.title()}", *(subset or ["raw"]), split)
+    return _hub_rows(source, f"muse-bench/MUSE-{corpus.title()}", *(subset or ["raw"]), split, choose)
 
 
-def _hub(source, rest):
+def _hub(source, rest, choose):
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::([^/:]+))?(?:/(.+))?", rest)
     if match is None or not _is_hub_name(match[1]) or match[2] in (".", ".."):
         raise argument_error(source, "hub:OWNER/NAME[:SUBSET][/SPLIT]", rest, "for instance hub:locuslab/TOFU:forget10/train")
-    return _hub_rows(source, match[1], match[2], match[3] or "train")
+    return _hub_rows(source, match[1], match[2], match[3] or "train", choose)
 
 
 def _is_hub_name(name):
@@ -246,22 +259,25 @@ def _in_folder(folder, name):
     return next((p for suffix in _SUFFIXES if (p := pathlib.Path(folder).expanduser() / f"{name}{suffix}").is_file()), None)
 
 
-def _folder_rows(source, folder, name):
+def _folder_rows(source, folder, name, choose):
     path = _in_folder(folder, name)
     if path is None:
         expected = f"{' or '.join(name + suffix for suffix in _SUFFIXES)} in {folder or 'a folder'}"
         raise argument_error(source, expected, "none of them", "check the folder")
-    return _rows.read(path)
+    return _rows.read(path, choose)
 
 
-def _hub_rows(source, repository, subset, split):
+def _hub_rows(source, repository, subset, split, choose):
     """Rows of a hub data set; its own code is never run: `datasets` does not do so from version 4 on."""
     load = require("datasets", "hf").load_dataset
     if os.path.exists(repository):  # which `datasets` would read in its place
         remedy = "give the path of a file in it, or start the command elsewhere"
         raise argument_error(source, "a data set on the hub", f"the folder {repository} here", remedy)
     try:
-        found = [(f"{source}, row {index}", dict(row)) for index, row in enumerate(load(repository, subset, split=split))]
+        loaded = _only(load(repository, subset, split=split), choose, source)
+        found = [(f"{source}, row {index}", dict(row)) for index, row in enumerate(loaded)]
+    except ArgumentError:
+        raise
     except Exception as error:  # whatever the libraries below say of a name, a connection, a licence to accept
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         remedy = "check the name and the connection; for a gated one, accept its terms on its page and log in (hf auth login)"

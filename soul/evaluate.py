@@ -14,7 +14,7 @@ from soul.models import autocast, evaluating, head, hidden_states, token_statist
 from soul.prepare import encode_for
 from soul.templates import Template, check_template
 from soul_kernels import TokenStatistics, linear_kl
-from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._checks import argument_error, check_choice, check_whole
 from soul_kernels._launch import BACKENDS
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
@@ -48,8 +48,7 @@ class EvaluateConfig:
         check_choice("backend", self.backend, BACKENDS)
         metrics.check_part(self.min_k)
         for name in ("max_length", "max_new_tokens", "batch_size"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) > 0):
-                raise argument_error(name, "a positive whole number", getattr(self, name), "check the options")
+            check_whole(name, getattr(self, name), "check the options")
 
 
 @dataclasses.dataclass(frozen=True)

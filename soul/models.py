@@ -1,6 +1,7 @@
 """Hugging Face causal language models, seen as a body that yields hidden states and a linear head."""
 
 import contextlib
+import math
 import pathlib
 import sys
 import types
@@ -8,10 +9,11 @@ import warnings
 
 import torch
 
-from soul._extras import require
+from soul._extras import MissingExtra, require
+from soul._model_files import MAX_RANK, adapters_of, check_directory, check_patterns, config_of
 from soul.distributed import gathered
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
-from soul_kernels._checks import ArgumentError, argument_error, check_choice, check_positive, check_range
+from soul_kernels._checks import ArgumentError, argument_error, check_choice, check_positive, check_range, check_whole
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
 
 COMPILE = {}  # options of torch.compile
@@ -32,10 +34,10 @@ def pick_device(name="auto"):
 
 
 def load(name, *, dtype="float32", device="cpu", mapped=False):
-    """Loads model and tokenizer from a directory or a hub name; a directory of adapters with the model that it names.
+    """Loads model and tokenizer from a directory or a hub name; of LoRA adapters with the model that they name.
 
     Code that comes with a model is never run: weights are safetensors or, in old repositories, tensors only
-    (``weights_only=True``, the default of transformers).
+    (``weights_only=True``, the default of transformers), and `soul._model_files` has looked at the configurations before.
 
     Args:
         name: directory, or name on the hub.
@@ -45,31 +47,31 @@ def load(name, *, dtype="float32", device="cpu", mapped=False):
             once. False: the model does not depend on its files afterwards.
 
     Raises:
-        ArgumentError: there is no such model, weights of it are missing, or `check_linear_head` refuses it.
+        ArgumentError: there is no such model, weights of it are missing, it has more layers than its configuration, its files
+            ask for code or for more than `soul._model_files` allows, or `check_linear_head` refuses it.
     """
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
     looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
-    adapters = (pathlib.Path(name) / "adapter_config.json").is_file()
-    if looks_local and not adapters and not (pathlib.Path(name) / "config.json").is_file():
+    has_file = any((pathlib.Path(name) / file).is_file() for file in ("config.json", "adapter_config.json"))
+    if looks_local and not has_file:
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
-    peft = require("peft", "hf") if adapters else None
-    options, missing = dict(dtype=DTYPES[dtype], trust_remote_code=False), []
     try:
+        adapters = adapters_of(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if adapters:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", "Found missing adapter keys")  # they would start anew
-                model = peft.AutoPeftModelForCausalLM.from_pretrained(name, **options)
+        if adapters is None:
+            model = _load_model(name, DTYPES[dtype])
         else:
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-            missing = sorted(found["missing_keys"])  # which transformers draws at random, with a warning
+            base, revision = adapters["base_model_name_or_path"], adapters.get("revision")
+            if adapters_of(base, revision) is not None:
+                got, remedy = f"{base}, which has adapters itself", "merge those into their model first"
+                raise argument_error("adapter_config.json, base_model_name_or_path", "a model", got, remedy)
+            model = _load_adapters(name, adapters, _load_model(base, DTYPES[dtype], revision), tokenizer)
+    except (ArgumentError, MissingExtra):
+        raise
     except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
-    if missing:
-        got, remedy = f"{name} without {missing[0]} ({len(missing)} missing)", "was it saved to the end, and by this family?"
-        raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
     model.to(device)
     if not mapped:
         _unmap(model)
@@ -85,6 +87,39 @@ def _unmap(model):
     for tensor in (*model.parameters(), *model.buffers()):
         if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
             tensor.data = tensor.data.clone()
+
+
+def _load_model(name: str, dtype: torch.dtype, revision: str | None = None) -> torch.nn.Module:
+    """Load a model without adapters, all weights of it."""
+    check_directory(name)
+    config_of(name, revision)
+    options = dict(dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True)
+    model, info = require("transformers", "hf").AutoModelForCausalLM.from_pretrained(name, **options)
+    missing = sorted(info["missing_keys"])  # which transformers draws at random, with a warning
+    if missing:
+        got, remedy = f"{name} without {missing[0]} ({len(missing)} missing)", "was it saved to the end, and by this family?"
+        raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
+    layers = {_without_numbers(key) for key in model.state_dict()}
+    beyond = sorted(key for key in info["unexpected_keys"] if _without_numbers(key) in layers)
+    if beyond:  # of a layer that is one too many; other ones, as of a vision tower, transformers tells of
+        got, remedy = f"{name} with {beyond[0]} ({len(beyond)} more)", "is num_hidden_layers of config.json right?"
+        raise argument_error("model", "a checkpoint with the layers of its configuration", got, remedy)
+    return model
+
+
+def _without_numbers(key: str) -> str:
+    return ".".join("#" if part.isdigit() else part for part in key.split("."))
+
+
+def _load_adapters(name: str, config: dict, model: torch.nn.Module, tokenizer) -> torch.nn.Module:
+    """Load LoRA adapters, whose configuration has been checked, onto their model."""
+    peft = require("peft", "hf")
+    check_patterns(config, [path for path, _ in model.named_modules()])
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:  # new tokens, which the adapters come with
+        model.resize_token_embeddings(len(tokenizer))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")  # they would start anew
+        return peft.PeftModelForCausalLM.from_pretrained(model, name)
 
 
 def add_adapters(model, *, rank, alpha=None, dropout=0.0, targets="all-linear"):
@@ -125,8 +160,7 @@ def is_named(path, target):
 
 def check_rank(rank):
     """Raises unless adapters can have this rank."""
-    if isinstance(rank, bool) or not (isinstance(rank, int) and rank > 0):
-        raise argument_error("lora_rank", "a positive whole number", rank, "16 is common")
+    check_whole("lora_rank", rank, "16 is common", high=MAX_RANK + 1)
 
 
 def trained(model):
@@ -163,14 +197,30 @@ def head(model):
 
 
 def transform(model):
-    """How the products of hidden states and head become logits, as keyword arguments of the ops: scaled and soft-capped."""
+    """How the products of hidden states and head become logits, as keyword arguments of the ops: scaled and soft-capped.
+
+    Raises:
+        ArgumentError: the model's configuration has no finite number there.
+    """
     config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None)  # Cohere
-    divisor = getattr(config, "logits_scaling", None)  # Granite
-    return {
-        "logit_scale": float(scale or 1.0) / float(divisor or 1.0),
-        "softcap": getattr(config, "final_logit_softcapping", None) or None,  # Gemma 2
+    scale, divisor, cap = (_number(config, name) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))
+    return {  # of Cohere, of Granite, of Gemma 2
+        "logit_scale": (scale or 1.0) / (divisor or 1.0),
+        "softcap": cap or None,
     }
+
+
+def _number(config, name: str) -> float | None:
+    """Return a number of a model's configuration; None where there is none."""
+    value = getattr(config, name, None)
+    try:
+        number = math.nan if isinstance(value, (str, bool)) else None if value is None else float(value)
+    except (TypeError, OverflowError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        remedy = "fix the model's config.json"
+        raise argument_error(name, "a finite number", repr(value)[:40], remedy)
+    return number
 
 
 def hidden_states(model, batch):

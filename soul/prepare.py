@@ -1,5 +1,7 @@
 """What a run needs of its data before it starts: encoded sequences, and that everything fits together."""
 
+import warnings
+
 from soul.data import encode, pair_refusals, refuse
 from soul.distributed import Processes, check_shards, check_supported, is_finite
 from soul.models import check_checkpointing, head, trained
@@ -41,14 +43,15 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
         check_checkpointing(model)
     _check_place(config, head(model)[0])
     check_cache(config.reference_cache, "reference_cache")
+    _check_differ(forget, retain)
     if objective.pairs:
-        paired = pair_refusals(forget, seed=config.seed)
+        paired = pair_refusals(forget, config.refusal_texts(), config.seed)
         answers = encode_for(model, tokenizer, paired[0::2], config, "forget", counts.get("forget"))
         refusals = encode_for(model, tokenizer, paired[1::2], config, "forget")
         encoded = [sequence for pair in zip(answers, refusals) for sequence in pair]
     else:
         if objective.relabels:
-            forget = refuse(forget, seed=config.seed)
+            forget = refuse(forget, config.refusal_texts(), config.seed)
         encoded = encode_for(model, tokenizer, forget, config, "forget", counts.get("forget"))
     return encoded, encode_for(model, tokenizer, retain, config, "retain", counts.get("retain"))
 
@@ -61,6 +64,16 @@ def _check_weights(model):
     if broken is not None:
         remedy = "load a model that is whole; was it saved by a run that diverged?"
         raise argument_error("model", "finite weights", f"NaN or inf in {broken}", remedy)
+
+
+def _check_differ(forget, retain):
+    """Raise if both sets have the same rows; warn if they share some: these are to be kept and forgotten at once."""
+    shared = set(forget) & set(retain)
+    if shared and len(shared) == len(set(forget)) == len(set(retain)):
+        remedy = "nothing can be kept and forgotten at once: check the files"
+        raise argument_error("retain", "other rows than forget", f"the same {len(shared)}", remedy)
+    if shared:
+        warnings.warn(f"retain: {len(shared)} of the {len(set(forget))} rows to forget are in it too", stacklevel=1)
 
 
 def _check_place(config, weight):

@@ -1,7 +1,8 @@
 """What the model said before it was changed: the reference of NPO, DPO, UNDIAL and KL terms, computed once and kept on disk.
 
 A file of a cache belongs to the weights, the data and the way of computing that its key was made of, all by content. It is
-written to the side and renamed, so it is never half there; and it is trusted only if key, shape and checksum are right.
+written to the side and renamed, so it is never half there; and it is trusted only if key, shape, dtype and checksum are right.
+These find damage, not forgery: the checksum has no secret, and whoever can write into a cache decides what its readers compute.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
 
 FORMAT = 1  # of the files; another number makes all older ones stale
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which a model yields log-probabilities and hidden states
 PART_BYTES = 2**26  # of a tensor at a time go through the hash
 
 
@@ -53,7 +55,7 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
         model: a Hugging Face causal language model, which peft may have wrapped.
         dataset: list of `soul.data.Sequence`.
         cache: a directory to keep the numbers in and to take them from, created where it is missing; None: neither. A file
-            that is not what it should be is computed again, with a warning.
+            that is not what it should be is computed again, with a warning. Whoever can write there can change the results.
         batch_size: sequences at a time, in the order of the dataset.
         tokenizer: the dataset's, whose vocabulary then is a part of the cache's key.
         backend: "auto", "triton" or "reference".
@@ -190,6 +192,8 @@ def _read(path, name, key, shape):
         return None, "made of something else"
     if tuple(tensor.shape) != shape:
         return None, f"shape {tuple(tensor.shape)}, expected {shape}"
+    if tensor.dtype not in DTYPES:
+        return None, f"of {tensor.dtype}"
     if metadata.get("checksum") != digest({name: tensor}):
         return None, "damaged (checksum)"
     return tensor, None

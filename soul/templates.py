@@ -1,13 +1,15 @@
 """How a row becomes a prompt and an answer: a plain text with both, or the tokenizer's chat template."""
 
-from soul._rows import check_unicode
+from soul._model_files import limited
+from soul._rows import check_unicode, is_blank
 from soul.data import TEMPLATE, Example, ask
-from soul_kernels._checks import argument_error
+from soul_kernels._checks import ArgumentError, argument_error
 
 PLAIN, CHAT = "plain", "chat"
 # Templates that write today's date take this one, which is Llama 3.2's own where there is no clock: a run must not depend on
 # the day.
 DATE = "26 Jul 2024"
+LIMITS = dict(seconds=5.0, memory_gib=1.0)  # of a chat template and a row, against templates without end
 _MARK = "soul-answer-goes-here"
 
 
@@ -54,7 +56,7 @@ class Template:
         """
         for part in (prompt, completion):
             _check_messages(part, where)
-        if not all(message["content"].strip() for message in completion):
+        if any(is_blank(message["content"]) for message in completion):
             raise argument_error(where, "some text", "a blank answer", "drop the row")
         self._check_tokenizer()
         if self.system is not None and prompt[0]["role"] != "system":
@@ -83,7 +85,10 @@ class Template:
 
     def _render(self, messages, where, **options):
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
+            with limited("chat template", **LIMITS):
+                return self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
+        except ArgumentError:
+            raise
         except Exception as error:  # whatever the template raises: of roles that it does not know, or in another order
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise argument_error(where, "a conversation that the chat template takes", reason[0], "fix the row, or choose "

@@ -23,22 +23,40 @@ def argument_error(name, expected, got, remedy):
 def check_range(name, value, *, low=0.0, high=None):
     """Raises unless ``low <= value < high``; without ``high``, any finite number from ``low`` on."""
     try:
-        fits = low <= value < (math.inf if high is None else high)  # catches NaN as well
-    except TypeError:  # no number at all
+        fits = low <= value < (math.inf if high is None else high) and math.isfinite(value)  # NaN is not
+    except (TypeError, OverflowError):  # no number at all, or one that no float holds
         fits = False
     if not fits:
         bound = f">= {low}" if high is None else f"in [{low}, {high})"
-        raise argument_error(name, f"a number {bound}", repr(value), "pass one within these bounds")
+        raise argument_error(name, f"a number {bound}", shown(value), "pass one within these bounds")
 
 
 def check_positive(name, value, remedy):
     """Raises unless ``value`` is a number above 0, and a finite one."""
     try:
-        fits = 0 < value < math.inf
-    except TypeError:
+        fits = 0 < value < math.inf and math.isfinite(value)
+    except (TypeError, OverflowError):
         fits = False
     if not fits:
-        raise argument_error(name, "a positive number", repr(value), remedy)
+        raise argument_error(name, "a positive number", shown(value), remedy)
+
+
+def check_whole(name: str, value: object, remedy: str, *, low: int = 1, high: int = 2**31) -> None:
+    """Raise unless ``value`` is a whole number in [low, high)."""
+    kind = "a positive whole number" if low == 1 else f"a whole number >= {low}"
+    if isinstance(value, bool) or not (isinstance(value, int) and low <= value):
+        raise argument_error(name, kind, shown(value), remedy)
+    if value >= high:
+        raise argument_error(name, f"{kind} below {high}", shown(value), remedy)
+
+
+def shown(value: object) -> str:
+    """Return the ``repr`` of a value for an error: the beginning of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def check_choice(name, value, choices):

@@ -144,6 +144,9 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"save_every": -1}, "save_every: expected a whole number >= 0"),
     ({"lr": -1}, "lr: expected a number >= 0.0"),
     ({"backend": "cuda"}, "backend: expected one of"),
+    ({"refusals": "forget.jsonl"}, "refusals: expected None with the method 'graddiff'"),
+    ({"method": "po", "refusals": "nowhere.txt"}, "refusals: expected a file with a refusal a line, got nowhere.txt, which is"),
+    ({"retain": "forget.jsonl"}, "retain: expected other rows than forget, got the same 3"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
     ({"output": "forget.jsonl/out"}, "output: expected a new or an empty directory"),
     ({"method": "po", "forget": "long.jsonl", "max_length": 9999}, "max_length: expected sequences of at most 2048 tokens"),
@@ -154,6 +157,78 @@ def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsy
     assert main(command(place, **changes)) == 2
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in place.rglob("*")) == before
+
+
+def test_options_are_not_abbreviated(place, capsys):
+    """--conf would be taken for --config by the parser, after the file would have had to be read."""
+    (place / "run.yaml").write_text("seed: 3\n")
+    with pytest.raises(SystemExit) as end:
+        main(command(place) + ["--conf", str(place / "run.yaml")])
+    assert end.value.code == 2 and "unrecognized arguments: --conf" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        main(["--vers"])
+    assert end.value.code == 2
+
+
+@pytest.mark.parametrize("text, message", [
+    ("seed: 1:30", "argument --seed: invalid int value: '1:30'"),  # 90 for YAML 1.1
+    ("seed: 2026-13-45", "argument --seed: invalid int value: '2026-13-45'"),
+    ("seed: !!timestamp 2026-13-45", "config: expected a YAML file, got .* \\(month must be in 1..12"),
+    ("seed: 0x10", "argument --seed: invalid int value: '0x10'"),
+    ("published_code: yes", "published_code: expected true or false, got 'yes'"),
+    ("method: true", "method: expected a value, got true"),
+    ("seed: 1\nlr: 2\nseed: 3", "config: expected a YAML file, got .* \\(seed stands in line 1 and again in line 3\\)"),
+    ("option: {beta: 1, beta: 2}", "\\(beta stands in line 1 and again in line 1\\)"),
+    ("save-every: 1\nsave_every: 2", "config: expected every option once, got 'save_every' in"),
+    ("option: [[1], 2]", "option: expected a value, got values within it"),
+    ("lr: &a [*a]", "lr: expected a value, got values within it"),
+    ("option: " + "[" * 100_000, "config: expected a YAML file, got .* \\((maximum recursion|RecursionError|while)"),
+    (f"epochs: {2**63}", "epochs: expected a positive whole number below 2147483648, got 9223372036854775808"),
+    ("epochs: " + "1" * 400, "epochs: expected a positive whole number below 2147483648, got 1111"),
+    ("seed: " + "1" * 5000, "argument --seed: invalid int value"),
+    ("lr: " + "1" * 400, "lr: expected a number >= 0.0, got inf"),
+], ids=lambda value: value[:20] if len(value) < 5000 else "long")  # fmt: skip
+def test_values_of_a_file_are_those_of_the_command_line(place, text, message, capsys):
+    """None is read as something else, none is dropped, and what is wrong is named."""
+    (place / "run.yaml").write_text(text + "\n")
+    words = [word for word in command(place) if word not in ("--epochs", "1", "--lr", "1e-2")]
+    try:
+        assert main([*words, "--config", str(place / "run.yaml")]) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert re.search(message, capsys.readouterr().err) and not (place / "out").exists()
+
+
+@pytest.mark.parametrize("words, names", [
+    (["unlearn"], ["bs", "curvature_every", "epochs", "batch_size", "accumulate", "max_length", "eval_every", "gpus", "seed"]),
+    (["unlearn", "--optimizer=adamw"], ["lora_rank"]),
+    (["plan", "--model=1b"], ["batch_size", "length", "labelled", "gpus", "accumulate", "lora_rank"]),
+    (["evaluate", "--model=m", "--data=d", "--output=o"], ["max_new_tokens", "max_length", "batch_size"]),
+    (["demo", "--output=o"], ["seed"]),
+], ids=lambda value: " ".join(value[:1]))  # fmt: skip
+def test_huge_numbers_are_named(place, words, names, capsys):
+    """Of which Python makes integers that no float and no size can hold."""
+    pytest.importorskip("scipy", reason="the extra eval is not installed")
+    for name in names:
+        for value in (2**63, "1" * 400):
+            given = command(place)[1:] if words[0] == "unlearn" else []
+            assert main([*words, *given, f"--{name.replace('_', '-')}={value}"]) == 2
+            assert f"soul {words[0]}: {name}: expected" in capsys.readouterr().err
+    for call in (lambda: UnlearnConfig(lr=10**5000), lambda: UnlearnConfig(bs=10**5000), lambda: UnlearnConfig(seed=10**5000)):
+        with pytest.raises(ValueError, match="expected a .*number.*, got a number of thousands of digits"):
+            call()
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--card=rubbish", "card: expected one of h100"),
+    ("--card=1e308:1:1", "card: expected one of h100"),
+    ("--attention=rubbish", "attention: expected one of 'sdpa', 'eager', got 'rubbish'"),
+    ("--network=-3", "network: expected bytes a second, a positive number"),
+    ("--network=nan", "network: expected bytes a second, a positive number"),
+])  # fmt: skip
+def test_options_of_the_plan_are_checked_without_one_too(place, option, message, capsys):
+    assert main([*command(place), option]) == 2
+    assert message in capsys.readouterr().err and not (place / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["demo"], ["study", "--data", "nowhere"]])
@@ -168,6 +243,7 @@ def test_studies_check_before_they_write(place, words, option, message, capsys, 
         pytest.importorskip(module, reason="the extra eval is not installed")
     monkeypatch.chdir(place)
     before = sorted(p.name for p in place.rglob("*"))
+    option = ["--seeds" if words[0] == "study" and word == "--seed" else word for word in option]
     assert main([*words, "--output", "study_out", *option]) == 2
     assert message in capsys.readouterr().err
     assert sorted(p.name for p in place.rglob("*")) == before

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from soul import batches, data, datasets
+from soul import UnlearnConfig, batches, data, datasets
 from soul.data import Example, Sequence
 from tests.models import TOFU, examples, tiny_tokenizer
 
@@ -19,6 +19,8 @@ def write(path, *rows):
 @pytest.mark.parametrize("row, expected", [
     ({"question": "Who?", "answer": "Me."}, Example("Question: Who?\nAnswer:", " Me.")),
     ({"prompt": "Once ", "completion": "upon"}, Example("Once ", "upon")),
+    ({"prompt": "Once ", "response": "upon"}, Example("Once ", "upon")),
+    ({"prompt": "Once ", "response": "no", "completion": "upon"}, Example("Once ", "upon")),
     ({"text": "déjà vu"}, Example("", "déjà vu")),
     ({"answer": "Me.", "question": "Who?", "extra": 3}, Example("Question: Who?\nAnswer:", " Me.")),
 ])  # fmt: skip
@@ -29,13 +31,16 @@ def test_columns(row, expected, tmp_path):
 @pytest.mark.parametrize("rows, message", [
     ([{"text": "a"}, "{broken"], r"a.jsonl, line 2: expected one JSON object, got broken JSON"),
     ([{"text": "a"}, "[1]"], r"a.jsonl, line 2: expected one JSON object, got list"),
-    ([{"q": "a", "a": "b"}], r"line 1: expected columns question/answer or prompt/completion or messages or text, got q/a"),
+    ([{"q": "a", "a": "b"}], r"line 1: expected columns question/answer or prompt/completion or prompt/res.*, got q/a"),
     ([{"question": "a", "answer": "b"}, {"question": "a"}], r"line 2, column 'answer': expected a string, got no such column"),
     ([{"text": 3}], r"line 1, column 'text': expected a string, got int"),
     ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
     (["[" * 100_000], r"a.jsonl, line 1: expected one JSON object, got broken JSON \(RecursionError\)"),
     (['{"text": ' + "9" * 5000 + "}"], r"a.jsonl, line 1: expected one JSON object, got broken JSON"),
     ([{"question": "Who?", "answer": " "}], r"line 1, column 'answer': expected some text, got a blank one"),
+    ([{"question": "Who?", "answer": "\u200b\ufeff \u2060"}], r"column 'answer': expected some text, got a blank one"),
+    ([{"text": "\u3164\u00ad\ufe0f"}], r"line 1, column 'text': expected some text, got a blank one"),
+    ([{"prompt": "Who?", "response": 3}], r"line 1, column 'response': expected a string, got int"),
     ([], r"a.jsonl: expected at least one row, got an empty file"),
 ])  # fmt: skip
 def test_bad_files_are_named(rows, message, tmp_path):
@@ -151,6 +156,27 @@ def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
         data.refuse([examples(1)[0], Example("", "text")])
 
 
+def test_refusals_of_a_file(tmp_path):
+    """The method's own are not drawn any more; what is no list of texts is named."""
+    path = tmp_path / "refusals.txt"
+    path.write_bytes(b"\xef\xbb\xbf  I'd rather not.\r\n\nKeine Ahnung \xe2\x80\x94 wirklich.\n")
+    assert data.read_refusals(path) == ("I'd rather not.", "Keine Ahnung — wirklich.")
+    for content, message in (
+        (b"\n \n", "refusals: expected at least one refusal, got .*, which is empty"),
+        (b"No.\n\xe2\x80\x8b\n", "refusals, .*, line 2: expected some text, got a blank one"),
+        (b'{"text": "No."}', "refusals, .*, line 1: expected a refusal as it is, got a JSON object"),
+        (b"\xff", "refusals: expected UTF-8 text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            UnlearnConfig(method="po", refusals=str(path))
+    with pytest.raises(ValueError, match="refusals: expected a file with a refusal a line, got .*nowhere, which is none"):
+        UnlearnConfig(method="dpo", refusals=tmp_path / "nowhere")
+    path.write_text("No.")
+    with pytest.raises(ValueError, match="refusals: expected None with the method 'npo'"):
+        UnlearnConfig(method="npo", refusals=str(path))
+
+
 def test_pairs_are_answers_with_their_refusals():
     paired = data.pair_refusals(examples(5), seed=1)
     assert paired[0::2] == examples(5) and paired[1::2] == data.refuse(examples(5), seed=1)
@@ -176,6 +202,12 @@ def test_order_covers_everything_and_goes_on():
         assert [next(order) for _ in range(taken)] == steps[:taken]
         other.load_state_dict(order.state_dict())
         assert list(other) == steps[taken:]
+
+
+@pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
+def test_tofus_own_refusals():
+    refusals = data.read_refusals(TOFU / "idontknow.txt")
+    assert len(refusals) == 100 and refusals[0] == "I'm not certain about that." and len(set(refusals)) > 90
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")

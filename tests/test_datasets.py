@@ -8,6 +8,7 @@ from soul import UnlearnConfig, Unlearner, datasets
 from soul.cli import main
 from soul.data import Counts, Example, answerable, encode
 from soul.datasets import read_questions
+from soul.prepare import prepare
 from soul.templates import Template
 from tests.models import TOFU, examples, tiny_model, tiny_tokenizer
 from tests.test_data import Words, write
@@ -123,7 +124,7 @@ def test_a_folder_with_the_files(tmp_path):
 def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     pa.parquet.write_table(pa.Table.from_pylist([row | {"score": 0.5} for row in ASKED]), path)
-    assert datasets.rows(path)[1] == (f"{path}, row 1", ASKED[1] | {"score": 0.5})
+    assert datasets.rows(path)[1] == (f"{path}, row 1", ASKED[1])
     assert datasets.examples(datasets.rows(path), Template())[1].answer == " Number 1."
     for rows, message in (
         ([{"text": "a"}, {"text": None}], "a.parquet, row 1, column 'text': expected a string, got NoneType"),
@@ -138,13 +139,37 @@ def test_parquet(tmp_path):
         datasets.rows(path)
 
 
+def test_columns_that_are_not_used_are_not_read(tmp_path, monkeypatch):
+    """They may hold what Python has no value for (a time in 142 million years), or pictures that take long to decode."""
+    path = tmp_path / "a.parquet"
+    times = pa.array([2**52] * len(ASKED), pa.timestamp("s"))
+    table = pa.Table.from_pylist([row | {"perturbed_answer": ["No."]} for row in ASKED]).append_column("time", times)
+    pa.parquet.write_table(table, path)
+    assert [row for _, row in datasets.rows(path)] == ASKED
+    assert [question.answer for question in read_questions(path)] == [row["answer"] for row in ASKED]
+    pa.parquet.write_table(table.select(["time"]).rename_columns(["text"]), path)
+    with pytest.raises(ValueError, match="a.parquet: expected a parquet file, got a broken one"):
+        datasets.rows(path)
+
+    class Pictures(hub.Dataset):
+        def __iter__(self):
+            assert self.column_names == ["question", "answer"]
+            return super().__iter__()
+
+    given = hub.Dataset.from_list([row | {"picture": 0} for row in ASKED])
+    given.__class__ = Pictures
+    assert [row for _, row in datasets.rows(given)] == ASKED
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: given)
+    assert [row for _, row in datasets.rows("hub:me/mine")] == ASKED
+
+
 def test_rows_are_taken_as_they_are():
     """As ``datasets`` gives them; a list of mappings is the same."""
     assert datasets.rows(hub.Dataset.from_list(ASKED), "forget") == datasets.rows(ASKED, "forget")
     assert datasets.rows(ASKED, "forget")[2][0] == "forget, row 2"
 
 
-@pytest.mark.parametrize("broken", [{"text": ""}, {"text": " \n"}, {"text": None}])
+@pytest.mark.parametrize("broken", [{"text": ""}, {"text": " \n"}, {"text": None}, {"text": "\u200b\u2060"}])
 def test_blank_rows_end_a_run_or_are_counted(broken):
     counts, rows = Counts(), [{"text": "a"}, broken, {"text": "b"}]
     with pytest.raises(ValueError, match="rows, row 1, column 'text'"):
@@ -237,6 +262,39 @@ def test_no_row_vanishes(tmp_path):
     assert cut.counts["forget"] == Counts(rows=3, truncated=2) and len(cut._answers) == 3
     asked = [{"question": "Who? " * n, "answer": "Me."} for n in (0, 9)]
     assert unlearner(asked, drop_unusable=True, template="{question}{answer}").counts["forget"] == Counts(rows=2, no_room=1)
+
+
+def test_what_is_to_be_kept_is_not_what_is_to_be_forgotten():
+    rows = [{"text": f"Number {i}."} for i in range(4)]
+    with pytest.raises(ValueError, match="retain: expected other rows than forget, got the same 4; nothing can be kept and"):
+        unlearner(rows, [*rows[::-1], rows[0]])
+    with pytest.warns(UserWarning, match="retain: 2 of the 4 rows to forget are in it too"):
+        unlearner(rows, [*rows[:2], {"text": "Another."}])
+
+
+def refusing(tmp_path, method, *refusals):
+    path = tmp_path / "refusals.txt"
+    path.write_text("\n".join(refusals))
+    config = UnlearnConfig(method=method, method_options={"alpha": 0}, epochs=1, backend="reference", refusals=str(path))
+    return Unlearner(tiny_model(), ASKED, config=config, tokenizer=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("method", ["po", "dpo"])
+def test_a_run_takes_the_refusals_of_its_file(method, tmp_path, monkeypatch):
+    """And goes on with the same ones only, whatever the file is called then."""
+    run = refusing(tmp_path, method, "Never mind.")
+    sequences, _ = prepare(run.model, run.tokenizer, run._forget, run._retain, run.config)
+    refused = sequences if method == "po" else sequences[1::2]
+    assert {run.tokenizer.decode([n for n in s.labels if n != -100]).strip() for s in refused} == {"Never mind.</s>"}
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr("soul.unlearner.save_model", lambda *args: (_ for _ in ()).throw(OSError("the disk is full")))
+        run.run(tmp_path / "out", save_every=1, progress=False)
+    with pytest.raises(ValueError, match="resume, refusals: expected '.*' as in the checkpoint"):
+        refusing(tmp_path, method, "Never mind.", "Never.").run(tmp_path / "out", resume=True, progress=False)
+    run = refusing(tmp_path, method, "Never mind.")
+    run.config.refusals = str((tmp_path / "refusals.txt").rename(tmp_path / "moved"))
+    run.run(tmp_path / "out", resume=True, progress=False)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def command(tmp_path, forget, retain, *more):

@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -55,6 +57,26 @@ def test_arrows_run_one_way(folder, forbidden):
         for name in imported(path):
             wrong = [f for f in forbidden if name == f or name.startswith(f + ".")]
             assert not wrong, f"{path.relative_to(ROOT)} imports {name}"
+
+
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi"}  # import -> name on PyPI, if another
+OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unlearning's own
+
+
+def test_what_is_imported_is_declared(monkeypatch):
+    """In setup.py, and not by chance through another package."""
+    setuptools, declared = pytest.importorskip("setuptools"), {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: declared.update(options))
+    runpy.run_path(str(ROOT / "setup.py"))
+    lines = [*declared["install_requires"], *(line for extra in declared["extras_require"].values() for line in extra)]
+    names = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+    for path in (path for folder in ("soul", "soul_kernels", "bench") for path in (ROOT / folder).rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        required = [node.args[0].value for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args
+                    and getattr(node.func, "id", None) == "require" and isinstance(node.args[0], ast.Constant)]  # fmt: skip
+        for name in {name.split(".")[0] for name in [*imported(path), *required] if name} - OURS - sys.stdlib_module_names:
+            needed = DISTRIBUTIONS.get(name, name).replace("_", "-")
+            assert needed in names, f"{path.relative_to(ROOT)} imports {name}, and setup.py does not ask for {needed}"
 
 
 def test_only_one_module_imports_triton():

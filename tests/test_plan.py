@@ -404,6 +404,7 @@ def test_cards():
     (lambda: plan("./nowhere"), "model: expected a directory"),
     (lambda: plan({"hidden_size": 8}), "model_type"),
     (lambda: plan({"model_type": "nonsense"}), "model_type"),
+    (lambda: plan({"model_type": "llama", "num_hidden_layers": 10**9}), "num_hidden_layers: expected at most 4096"),
     (lambda: plan({"model_type": "t5"}), "causal language model"),
 ])  # fmt: skip
 def test_bad_arguments(call, said):

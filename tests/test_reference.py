@@ -203,6 +203,19 @@ def test_no_bit_of_a_cache_file_is_trusted(tmp_path):
     assert reference._read(path, "logps", "another", (7,)) == (None, "made of something else")
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64])
+@pytest.mark.parametrize("kind", ["logps", "hidden"])
+def test_a_forged_cache_file_of_another_dtype_is_computed_again(kind, dtype, tmp_path):
+    """Key, shape and checksum are right: whoever writes a file can compute them."""
+    model, given = tiny_model(), sequences(3)
+    want = compute(kind, model, given, tmp_path)
+    (file,) = tmp_path.iterdir()
+    shape = (3,) if kind == "logps" else (sum(sequence.n_labels for sequence in given), 32)
+    reference._write(file, kind, file.stem.removeprefix(f"{kind}-"), torch.zeros(shape).to(dtype))
+    with pytest.warns(UserWarning, match=f"{file.name}: of {dtype}; computed again"):
+        assert compute(kind, model, given, tmp_path) == want
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def fails(*paths):
         raise OSError("disk full")

@@ -342,7 +342,8 @@ def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer,
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
     before = contents(output)
-    assert main(words(place, "said", *options, "--forget", str(place / "retain.jsonl"))) == 2
+    (place / "fewer.jsonl").write_text("\n".join(lines(place / "forget.jsonl")[1:]))
+    assert main(words(place, "said", *options, "--forget", str(place / "fewer.jsonl"))) == 2
     assert "resume, " in capsys.readouterr().err and contents(output) == before
 
 

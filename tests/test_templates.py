@@ -1,10 +1,12 @@
 """Chat templates of the kinds that models come with: what is masked, what a refusal looks like, what is refused."""
 
 import json
+import signal
 
 import pytest
 
 import soul
+import soul.templates
 from soul import UnlearnConfig, Unlearner
 from soul.cli import main
 from soul.data import Example, Question, encode, pair_refusals, refuse
@@ -146,6 +148,34 @@ def test_templates_that_allow_no_mask(template, message):
         Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
 
 
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{{ m }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [
+    LOOPS,
+    LOOPS.replace("{{ m }}", ""),
+    "{% set n = namespace(x='x' * 999) %}{% for i in range(99999) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+    "{{ 9 ** (9 ** 9) }}",
+], ids=["text", "no text", "memory", "recursion", "one number"])  # fmt: skip
+def test_templates_without_end_are_refused(template, monkeypatch):
+    """Loops are the way to write a template, and nothing in its language bounds them when they are nested."""
+    handler = signal.getsignal(signal.SIGPROF)
+    monkeypatch.setattr(soul.templates, "LIMITS", dict(seconds=0.2, memory_gib=0.3))
+    with pytest.raises(ValueError, match="chat template: expected one that takes at most 0.2 s and 0.3 GiB, got"):
+        Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
+    assert signal.getsignal(signal.SIGPROF) is handler and signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+    assert Template("chat", chatting(LLAMA3)).ask(QUESTION, ANSWER).content == ANSWER
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__.x }}", "{{ cycler.__init__.x }}", "{{ (''|attr('__class__')).x }}",
+])  # fmt: skip
+def test_templates_cannot_reach_out_of_their_sandbox(template):
+    with pytest.raises(ValueError, match="row 3: expected a conversation that the chat template takes, got .* is unsafe"):
+        Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
+
+
 def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
     """Of a plain text the melted token belongs to the answer; a chat template promises the prompt's own tokens."""
     with pytest.raises(
@@ -156,6 +186,7 @@ def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
 
 @pytest.mark.parametrize("row", [
     {"prompt": messages(QUESTION), "completion": messages("", ANSWER)[1:]},
+    {"prompt": messages(QUESTION), "response": messages("", ANSWER)[1:]},
     {"messages": messages(QUESTION, ANSWER)},
     {"question": QUESTION, "answer": ANSWER},
 ], ids=lambda row: "/".join(row))  # fmt: skip
@@ -175,6 +206,7 @@ def test_conversations_are_rows(row, tmp_path):
     ({"messages": "Hello"}, "row 0, column 'messages': expected a list of"),
     ({"messages": messages(QUESTION)}, "row 0: expected text after a text, or a conversation after a conversation"),
     ({"messages": messages(QUESTION, " ")}, "row 0: expected some text, got a blank answer"),
+    ({"messages": messages(QUESTION, "\u200b")}, "row 0: expected some text, got a blank answer"),
     ({"messages": [{"role": "user"}, {"role": "assistant"}]}, "row 0: expected text after a text"),
     ({"messages": messages(QUESTION, [{"type": "image"}])}, "row 0, assistant: expected text, got list"),
     ({"messages": messages("\ud800", ANSWER)}, "row 0, user: expected valid Unicode, got a lone surrogate"),

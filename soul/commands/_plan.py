@@ -1,6 +1,7 @@
 """Options of the commands that plan."""
 
-from soul.plan.cards import CARDS, NETWORK
+from soul.plan._case import check_where
+from soul.plan.cards import CARDS, NETWORK, card_of
 
 
 def add_card(group, hint=""):
@@ -19,5 +20,11 @@ def names_of(text):
 
 
 def card_options(args):
-    """Those options as keyword arguments of `soul.plan.plan`."""
-    return dict(card=args.card, gpus=args.gpus, network=args.network * 1e9, attention=args.attention)
+    """Return those options as keyword arguments of `soul.plan.plan`.
+
+    Raises:
+        ArgumentError: one of them is not what it may be.
+    """
+    options = dict(gpus=args.gpus, network=args.network * 1e9, attention=args.attention)
+    check_where(**options)
+    return options | {"card": card_of(args.card)}

@@ -30,8 +30,8 @@ def add_arguments(parser):
     need = parser.add_argument_group("what")
     need.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
     need.add_argument("--forget", required=True, metavar="DATA", help="JSON lines or parquet with question/answer, "
-                      "prompt/completion, messages or text; or a name: tofu:forget10, tofu:forget10@DIR, muse:news/forget, "
-                      "wmdp:cyber-forget, hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)")  # fmt: skip
+                      "prompt/completion, prompt/response, messages or text; or a name: tofu:forget10, tofu:forget10@DIR, "
+                      "muse:news/forget, wmdp:cyber-forget, hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)")  # fmt: skip
     need.add_argument("--retain", metavar="DATA", help="the same, to keep; needed unless the method has no retain term")
     need.add_argument("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     how = parser.add_argument_group("how")
@@ -84,6 +84,7 @@ def add_arguments(parser):
     how.add_argument(
         "--drop-unusable", action="store_true", help="leave out blank rows and prompts that leave no room for an answer"
     )
+    how.add_argument("--refusals", metavar="FILE", help="a refusal a line, for po and dpo (default: eight of ours)")
     add_template(how)
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16, with 8 more bits in soul's "
@@ -141,6 +142,7 @@ def _run(args):
     fields = [field.name for field in dataclasses.fields(UnlearnConfig) if hasattr(args, field.name)]
     config = UnlearnConfig(**{name: getattr(args, name) for name in fields}, method_options=_method_options(args))
     config.objective()
+    card = card_options(args)  # checks them, whether they are used or not
     if args.gpus != 1 and not args.dry_run:
         raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
     minutes = args.save_minutes
@@ -155,7 +157,7 @@ def _run(args):
     if args.dry_run:
         from soul.plan.run import plan_run
 
-        options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
+        options = dict(dtype=args.dtype, adapters=adapters, **card)
         print_result(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
     if args.resume and has_ended(output, checkpoints):

@@ -10,11 +10,19 @@ from soul.losses import OBJECTIVES
 from soul.models import DTYPES, check_rank, is_named
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
-from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._checks import argument_error, check_choice, check_whole
 from soul_kernels._head_checks import CHUNK_BYTES
 from soul_kernels._head_rows import Options
 
 ATTENTIONS = ("sdpa", "eager")
+
+
+def check_where(attention: str, gpus: int, network: float) -> None:
+    """Raise unless ``attention``, ``gpus`` and ``network`` are what a `Case` takes."""
+    check_choice("attention", attention, ATTENTIONS)
+    check_whole("gpus", gpus, "1 is a single card")
+    if not 0 < network < math.inf:
+        raise argument_error("network", "bytes a second, a positive number", network, f"{NETWORK:g} is the default")
 
 
 def check_plannable(config):
@@ -45,9 +53,7 @@ class Tokens:
 
     def __post_init__(self):
         for name in ("sequences", "length"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not (isinstance(value, int) and value > 0):
-                raise argument_error(name, "a positive whole number", value, "check the tokens")
+            check_whole(name, getattr(self, name), "check the tokens")
         for name, most in (("labelled", self.n), ("compared", self.n_labelled)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
@@ -94,11 +100,7 @@ class Case:
 
     def __post_init__(self):
         check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_choice("attention", self.attention, ATTENTIONS)
-        if isinstance(self.gpus, bool) or not (isinstance(self.gpus, int) and self.gpus > 0):
-            raise argument_error("gpus", "a positive whole number", self.gpus, "1 is a single card")
-        if not 0 < self.network < math.inf:
-            raise argument_error("network", "bytes a second, a positive number", self.network, f"{NETWORK:g} is the default")
+        check_where(self.attention, self.gpus, self.network)
         if self.adapters is not None:
             check_rank(self.adapters["rank"])
         targets = None if self.adapters is None else self.adapters.get("targets", "all-linear")

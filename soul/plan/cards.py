@@ -1,5 +1,6 @@
 """What a card can do: by its datasheet and, where that is known, as measured."""
 
+import math
 from typing import NamedTuple
 
 from soul_kernels._checks import argument_error
@@ -55,7 +56,7 @@ def card_of(card):
         memory, bandwidth, flops = (float(number) for number in str(card).split(":"))
     except ValueError:
         memory = bandwidth = flops = 0.0
-    if not (memory > 0 and bandwidth > 0 and flops > 0):
+    if not all(0 < number < math.inf for number in (memory * 1e9, bandwidth * 1e9, flops * 1e12)):
         expected, remedy = f"one of {', '.join(CARDS)}, or GB:GB/s:TFLOP/s", "for instance 48:864:181"
         raise argument_error("card", expected, repr(card), remedy)
     return Card(str(card), memory * 1e9, bandwidth * 1e9, flops * 1e12)

@@ -6,7 +6,8 @@ import os
 import pathlib
 
 from soul._extras import require
-from soul_kernels._checks import argument_error
+from soul._model_files import check_config, config_of
+from soul_kernels._checks import ArgumentError, argument_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,7 @@ def read_config(name):
     """The configuration of a directory or a hub name; no code that comes with it is run.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: there is none, or `soul._model_files.check_config` refuses it.
     """
     transformers = require("transformers", "hf")
     looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
@@ -142,7 +143,10 @@ def read_config(name):
         expected = f"a directory with config.json, a hub name, or one of {', '.join(PRESETS)}"
         raise argument_error("model", expected, str(name), "check the path")
     try:
+        config_of(name)  # checks it
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except ArgumentError:
+        raise
     except Exception as error:  # whatever the libraries below say of a name that is none
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         expected = f"a directory, a hub name, or one of {', '.join(PRESETS)}"
@@ -160,6 +164,7 @@ def empty_model(config):
         if "model_type" not in config:
             got = ", ".join(config) or "nothing"
             raise argument_error("model", "a configuration with model_type", got, "for instance model_type='llama'")
+        check_config(config)
         options = {key: value for key, value in config.items() if key != "model_type"}
         try:
             config = transformers.AutoConfig.for_model(config["model_type"], **options)
