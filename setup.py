@@ -12,6 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "soul_kernels" / "__init__.
 HF = [
     "transformers>=4.57",
     "tokenizers>=0.22",
+    "huggingface-hub>=0.34",
     "safetensors>=0.4.3",
     "peft>=0.20",  # older ones import modules that a model's files name
     "datasets>=4.0",
