@@ -211,7 +211,10 @@ def test_a_forged_cache_file_of_another_dtype_is_computed_again(kind, dtype, tmp
     want = compute(kind, model, given, tmp_path)
     (file,) = tmp_path.iterdir()
     shape = (3,) if kind == "logps" else (sum(sequence.n_labels for sequence in given), 32)
-    reference._write(file, kind, file.stem.removeprefix(f"{kind}-"), torch.zeros(shape).to(dtype))
+    try:
+        reference._write(file, kind, file.stem.removeprefix(f"{kind}-"), torch.zeros(shape).to(dtype))
+    except KeyError:
+        pytest.skip(f"this version of safetensors writes no {dtype}")
     with pytest.warns(UserWarning, match=f"{file.name}: of {dtype}; computed again"):
         assert compute(kind, model, given, tmp_path) == want
 
