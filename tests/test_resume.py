@@ -473,7 +473,8 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
         "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
         "resume, content of forget: expected what the checkpoint was made with, got another one": dict(forget=examples(4)),
         "the model: expected what the checkpoint was made with, got another one; give the model as it was": dict(model=other),
-        "resume, content of the model: expected what": dict(model=lora_model()),
+        "resume, configuration of the model, tie_word_embeddings: expected True": dict(model=tiny_model("llama, untied")),
+        "resume, content of the model: expected what": dict(model=lora_model("llama, tied")),
     }.items():
         with pytest.raises(ValueError) as error:
             run(tokenizer, Checkpoints(tmp_path, resume=True), **changes)
