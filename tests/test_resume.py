@@ -216,6 +216,20 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
         assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
 
 
+def test_other_refusals_make_another_run_that_has_ended(place, tmp_path, capsys):
+    """Their content decides, not where the file lies."""
+    refusals, moved = tmp_path / "refusals.txt", tmp_path / "moved.txt"
+    refusals.write_text("No.\nI cannot say.\n")
+    argv = words(place, tmp_path / "out", "--epochs", "1", "--method", "po", "--resume", "--refusals")
+    assert main([*argv, str(refusals)]) == 0
+    refusals.rename(moved)
+    assert main([*argv, str(moved)]) == 0
+    assert "this run has ended" in capsys.readouterr().out
+    moved.write_text("No.\n")
+    assert main([*argv, str(moved)]) == 2
+    assert "resume, content of refusals: expected that of the run that has ended" in capsys.readouterr().err
+
+
 INFLUENCE = UnlearnConfig(method="influence", backend="reference")
 FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run writes again, in place
 
@@ -625,7 +639,8 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
         "resume, epochs: expected 2 as in the checkpoint, got 3": dict(epochs=3),
         "resume, content of forget: expected that of the checkpoint, got another one": dict(forget=examples(4)),
         "the model: expected that of the checkpoint, got another one; give the model as it was": dict(model=other),
-        "resume, content of the model: expected that": dict(model=lora_model()),
+        "resume, configuration of the model, tie_word_embeddings: expected True": dict(model=tiny_model("llama, untied")),
+        "resume, content of the model: expected that": dict(model=lora_model("llama, tied")),
     }.items():
         with pytest.raises(ValueError) as error:
             run(tokenizer, Checkpoints(tmp_path, resume=True), **changes)

@@ -21,7 +21,7 @@ NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "networ
 SAVING = ("save_every", "save_minutes", "keep", "resume")
 FREE_TO_CHANGE = ("output", "device", "reference_cache", *SAVING)  # of a run that goes on
 SAVE_MINUTES = 10.0
-NOT_COMPARED = ("run", "model", "forget", "retain", "config", "reference_cache")  # paths: what is in there is compared
+NOT_COMPARED = ("run", "model", "forget", "retain", "refusals", "config", "reference_cache")  # paths: their contents are
 HELP = "make a Hugging Face causal language model forget a file of text"
 
 
@@ -160,8 +160,8 @@ def _run(args):
         options = dict(dtype=args.dtype, adapters=adapters, **card)
         print_result(plan_run(args.model, args.forget, args.retain, config, **options).table())
         return
-    if args.resume and has_ended(output, checkpoints):
-        _check_ended(args, output, config)
+    if args.resume and processes.any(has_ended(output, checkpoints)):
+        processes.on_first(lambda: _check_ended(args, output, config))
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
         return
@@ -171,6 +171,7 @@ def _run(args):
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+    about["content of refusals"] = config.decisive()["refusals"]  # None: there is no file of them
     records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
@@ -200,9 +201,10 @@ def _check_ended(args, output, config):
         got, remedy = f"{output / RUN_FILE} without any", "choose another output directory"
         raise argument_error("resume", "the options of the run that has ended", got, remedy)
     merged = bool(saved.get("lora_rank")) and not (output / "adapter_config.json").is_file()
-    names = now.keys() - {*NOT_OF_THE_RUN, *FREE_TO_CHANGE}
-    saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged}
-    now = {name: now[name] for name in names}
+    names = now.keys() - {*NOT_OF_THE_RUN, *FREE_TO_CHANGE, "refusals"}
+    refusals = {"content of refusals": saved.get("content of refusals")}
+    saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged} | refusals
+    now = {name: now[name] for name in names} | {"content of refusals": config.decisive()["refusals"]}
     if _same_place(str(saved["model"]), now["model"]):
         now["model"] = saved["model"]
     kept = _read_json(output / DATA_FILE)
