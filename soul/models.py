@@ -11,7 +11,7 @@ import torch
 
 from soul._extras import MissingExtra, require
 from soul._model_files import MAX_RANK, adapters_of, check_directory, check_patterns, config_of
-from soul.distributed import gathered
+from soul.distributed import Processes, gathered, is_finite
 from soul_kernels import linear_gnb, linear_logprob, linear_statistics
 from soul_kernels._checks import ArgumentError, argument_error, check_choice, check_positive, check_range, check_whole
 from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
@@ -375,6 +375,16 @@ def gnb_loss(model, batch, *, generator=None, backend="auto"):
     return gathered(model, compute)
 
 
+def check_weights(model):
+    """Raises for a parameter, trained or frozen, that has NaN or inf: no run mends it, and every loss would be NaN."""
+    processes = Processes.of(model)
+    broken = next((name for name, parameter in model.named_parameters() if not is_finite(parameter)), None)
+    broken = next((name for name in processes.gather(broken) if name is not None), None)
+    if broken is not None:
+        remedy = "load a model that is whole; was it saved by a run that diverged?"
+        raise argument_error("model", "finite weights", f"NaN or inf in {broken}", remedy)
+
+
 def check_linear_head(model):
     """Raises unless the model's own logits are ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``, by trying it
     on a few tokens.
@@ -402,6 +412,7 @@ def check_linear_head(model):
             finally:
                 hook.remove()
             if not expected.isfinite().all():
+                check_weights(model)
                 got, remedy = f"NaN or inf from {family}", "are the weights whole, and within the range of their dtype?"
                 raise argument_error("model", "finite logits", got, remedy)
             agree = got.shape == expected.shape and (got - expected).abs().max() <= 1e-2 * expected.abs().max()

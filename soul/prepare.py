@@ -3,8 +3,8 @@
 import warnings
 
 from soul.data import encode, pair_refusals, refuse
-from soul.distributed import Processes, check_shards, check_supported, is_finite
-from soul.models import check_checkpointing, head, trained
+from soul.distributed import Processes, check_shards, check_supported
+from soul.models import check_checkpointing, check_weights, head, trained
 from soul.reference import check_cache
 from soul_kernels._checks import argument_error
 from soul_kernels._launch import resolve_backend
@@ -22,7 +22,7 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
     """
     objective, counts = config.objective(), counts or {}
     check_shards(model)
-    _check_weights(model)
+    check_weights(model)
     if Processes.of(model).size > 1:
         check_supported(config)
     if getattr(objective, "alpha", 0) and not retain:
@@ -54,16 +54,6 @@ def prepare(model, tokenizer, forget, retain, config, counts=None):
             forget = refuse(forget, config.refusal_texts(), config.seed)
         encoded = encode_for(model, tokenizer, forget, config, "forget", counts.get("forget"))
     return encoded, encode_for(model, tokenizer, retain, config, "retain", counts.get("retain"))
-
-
-def _check_weights(model):
-    """Raises for a parameter, trained or frozen, that has NaN or inf: no run mends it, and every loss would be NaN."""
-    processes = Processes.of(model)
-    broken = next((name for name, parameter in model.named_parameters() if not is_finite(parameter)), None)
-    broken = next((name for name in processes.gather(broken) if name is not None), None)
-    if broken is not None:
-        remedy = "load a model that is whole; was it saved by a run that diverged?"
-        raise argument_error("model", "finite weights", f"NaN or inf in {broken}", remedy)
 
 
 def _check_differ(forget, retain):

@@ -214,6 +214,8 @@ class Unlearner:
             return
         write_in_place(output / RUN_FILE, json.dumps(about or {}, indent=1, default=str) + "\n")
         counts = {n: {**dataclasses.asdict(counts), "content": self._digests[n]} for n, counts in self.counts.items()}
+        if self.config.refusals is not None:
+            counts["refusals"] = {"content": self.config.decisive()["refusals"]}
         write_in_place(output / DATA_FILE, json.dumps(counts, indent=1) + "\n")
 
 

@@ -279,7 +279,7 @@ def test_a_run_goes_on_with_its_own_template_and_data_only(place, tmp_path, monk
     for changes, message in (
         (["--template=plain"], "resume, template: expected 'chat' as in the checkpoint, got 'plain'"),
         (["--system=Be brief."], "resume, system: expected None as in the checkpoint, got 'Be brief.'"),
-        ([f"--forget={tmp_path / 'other.jsonl'}"], "resume, content of forget: expected what the checkpoint was made with"),
+        ([f"--forget={tmp_path / 'other.jsonl'}"], "resume, content of forget: expected that of the checkpoint"),
     ):
         assert main(words(place, out, "--resume", *changes)) == 2
         assert message in capsys.readouterr().err

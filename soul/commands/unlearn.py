@@ -171,7 +171,6 @@ def _run(args):
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
-    about["content of refusals"] = config.decisive()["refusals"]  # None: there is no file of them
     records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, about=about, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
@@ -202,9 +201,8 @@ def _check_ended(args, output, config):
         raise argument_error("resume", "the options of the run that has ended", got, remedy)
     merged = bool(saved.get("lora_rank")) and not (output / "adapter_config.json").is_file()
     names = now.keys() - {*NOT_OF_THE_RUN, *FREE_TO_CHANGE, "refusals"}
-    refusals = {"content of refusals": saved.get("content of refusals")}
-    saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged} | refusals
-    now = {name: now[name] for name in names} | {"content of refusals": config.decisive()["refusals"]}
+    saved = {name: saved.get(name, defaults.get_default(name)) for name in names} | {"merge": merged}
+    now = {name: now[name] for name in names}
     if _same_place(str(saved["model"]), now["model"]):
         now["model"] = saved["model"]
     kept = _read_json(output / DATA_FILE)
@@ -214,6 +212,8 @@ def _check_ended(args, output, config):
         rows = {n: datasets.rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
         saved |= {f"content of {name}": content for name, content in contents.items()}
         now |= {f"content of {name}": datasets.digest(found) for name, found in rows.items()}
+    if config.refusals is not None:
+        now["content of refusals"] = config.decisive()["refusals"]
     check_same(saved, now, "the run that has ended")
 
 
