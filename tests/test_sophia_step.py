@@ -3,14 +3,15 @@ import itertools
 import pytest
 import torch
 
-from soul_kernels import hessian_ema, sophia_step
+from soul_kernels import grad_norm, hessian_ema, sophia_step
 from soul_kernels._launch import interpreting, triton_dtype
 from soul_kernels._table import _chunk_map
+from soul_kernels.reference import _blocks
 from soul_kernels.reference.rounding import decode, encode, join
 from soul_kernels.rounding import ROUNDINGS
 from soul_kernels.sophia_step import _sophia_step_kernel
 from tests import tolerances as tol
-from tests.helpers import assert_close, mutant, relative_error
+from tests.helpers import assert_close, mutant, peak_bytes, relative_error
 
 OPTIONS = dict(lr=1e-2, beta1=0.9, rho=0.04, bs=50, eps=1e-15, weight_decay=0.1)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -87,8 +88,11 @@ def clone_storage(storage):
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("state_dtype", [FLOAT, BRAIN, "8bit"], ids=str)
 @pytest.mark.parametrize("p_dtype", [FLOAT, BRAIN, HALF], ids=str)
-def test_every_storage_equals_the_reference_bit_for_bit(p_dtype, state_dtype, rounding, device):
-    """Three steps, so that what one stores is what the next one reads; SOUL's and, last, SophiaG's with its own Hessian."""
+def test_every_storage_equals_the_reference_bit_for_bit(p_dtype, state_dtype, rounding, device, monkeypatch):
+    """Three steps, so that what one stores is what the next one reads; SOUL's and, last, SophiaG's with its own Hessian. The
+    reference takes the largest tensor in five blocks.
+    """
+    monkeypatch.setattr(_blocks, "BLOCK", 512)
     if device.type == "cuda" and state_dtype == "8bit":
         pytest.skip("8-bit states divide approximately on a GPU: test_8_bit_on_a_gpu")
     got = make_storage([(2049,), (300,), (), (0,), (3, 5, 7)], device, p_dtype, state_dtype, rounding)
@@ -104,6 +108,21 @@ def test_every_storage_equals_the_reference_bit_for_bit(p_dtype, state_dtype, ro
     for mine, theirs in zip((*got[0], *got[1].values()), (*want[0], *want[1].values())):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs))
     assert torch.equal(counted[0, :2], counted[1, :2])
+
+
+@pytest.mark.parametrize("n_elements", [1 << 21, 1 << 22])
+def test_the_reference_holds_blocks_and_no_copies_of_tensors(n_elements):
+    """At most 64 MiB, however large a tensor is; whole tensors took up to 92 bytes an element, 368 MiB here."""
+    cpu = torch.device("cpu")
+    lists, more = make_storage([(n_elements,)], cpu, BRAIN, "8bit", "compensated")
+    options = OPTIONS | dict(param_rounding="compensated", backend="reference")
+    scales = more["hessian_scales"]
+    for call in (
+        lambda: sophia_step(*lists, **options, **more, beta2=0.95),
+        lambda: hessian_ema(lists[3], lists[1], beta2=0.99, hessian_scales=scales, backend="reference"),
+        lambda: grad_norm(lists[1], backend="reference"),
+    ):
+        assert peak_bytes(call, cpu) <= 64 * 2**20
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,6 +2,7 @@
 
 import torch
 
+from soul_kernels.reference._blocks import blocks
 from soul_kernels.reference.rounding import load_state, noise, store_state
 
 
@@ -14,13 +15,12 @@ def hessian_ema(hessians, grads, *, beta2, scale, probes, hessian_scales, salts,
     """``soul_kernels.hessian_ema`` in plain PyTorch; mutates ``hessians`` and ``hessian_scales``."""
     if skip is not None and skip.item():
         return
-    for i, (hessian, grad) in enumerate(zip(hessians, grads)):
-        h_scale = hessian_scales and hessian_scales[i]
-        word = None
-        if hessian.dtype != torch.float32:
-            word = noise(salts[i], 0 if steps is None else steps[i], hessian.numel(), hessian.device)
-            word = word.as_strided(hessian.shape, hessian.stride())
-        g = grad.float() if grad_factor is None else grad.float() * grad_factor
-        products = g * (g if probes is None else probes[i].float())
-        h = ema(load_state(hessian, h_scale, "hessian"), products, beta2=beta2, scale=scale)
-        store_state(hessian, h_scale, h, word, "hessian")
+    for i, whole in enumerate(hessians):
+        read, scales = (grads[i], probes and probes[i]), (hessian_scales and hessian_scales[i],)
+        step = 0 if steps is None else steps[i]
+        for start, hessian, grad, probe, h_scale in blocks([whole], read, scales):
+            word = None if hessian.dtype == torch.float32 else noise(salts[i], step, len(hessian), hessian.device, start)
+            g = grad.float() if grad_factor is None else grad.float() * grad_factor
+            products = g * (g if probe is None else probe.float())
+            h = ema(load_state(hessian, h_scale, "hessian"), products, beta2=beta2, scale=scale)
+            store_state(hessian, h_scale, h, word, "hessian")

@@ -33,9 +33,11 @@ def salt(seed, tensor):
     return mix(mix(mix(mix(seed & WORD) ^ (seed >> 32 & WORD)) + tensor & WORD) ^ PRIME)
 
 
-def noise(salt, step, numel, device):
-    """One 32-bit word for every element of a tensor at one step, a number or a tensor of one, [numel] int64."""
-    index = torch.arange(numel, device=device)
+def noise(salt, step, numel, device, start=0):
+    """Return a 32-bit word for each of ``numel`` elements of a tensor, from number ``start`` on, at one step (a number or a
+    tensor of one): [numel] int64.
+    """
+    index = torch.arange(start, start + numel, device=device)
     step = step.long() if isinstance(step, torch.Tensor) else int(step)  # never read: a tensor may be without data
     key = mix(mix((salt + step * PRIME) & WORD) ^ (index >> 32))
     return mix(key ^ (index & WORD))
