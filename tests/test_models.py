@@ -169,9 +169,13 @@ def test_what_is_not_whole_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             models.load(place)
     broken = tiny_model("llama, untied")
-    broken.model.norm.weight.data[0] = float("nan")
-    with pytest.raises(ValueError, match="model: expected finite logits, got NaN or inf from LlamaForCausalLM"):
-        models.check_linear_head(broken)
+    for value, message in (
+        (float("nan"), "weights, got NaN or inf in model.norm.weight"),
+        (3e38, "logits, got NaN or inf from Llama"),
+    ):
+        broken.model.norm.weight.data[0] = value
+        with pytest.raises(ValueError, match=f"model: expected finite {message}"):
+            models.check_linear_head(broken)
 
 
 @pytest.fixture(scope="module")
