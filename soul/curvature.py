@@ -174,8 +174,9 @@ class Hutchinson(Curvature):
     """Hutchinson's estimate (Liu et al. 2023, algorithm 1): ``d = u * (H u)``, u of +-1; unbiased, may be negative.
 
     h keeps the sign of its average, and counts as ``max(h, 0)`` where the step divides by it (8-bit states are refused). The
-    closure returns a loss whose operations can be differentiated twice (of the attention kernels the "math" one). The
-    estimate is of the mean loss itself: use ``bs=1`` in the optimizer.
+    closure returns a loss whose operations can be differentiated twice: of the attention kernels the "math" one, and of this
+    library's losses those with ``backend="reference"``; the kernels refuse. The estimate is of the mean loss itself: use
+    ``bs=1`` in the optimizer.
 
     Args:
         optimizer: a `SophiaG`.
