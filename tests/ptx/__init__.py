@@ -1,0 +1,1 @@
+"""A machine that executes on a CPU the PTX that Triton compiles for a GPU."""
