@@ -46,6 +46,14 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def runs_on_cpu():
+    """Tells whether kernels run on tensors of the CPU: in the interpreter, or by a Triton driver for the CPU that is active."""
+    if interpreting():
+        return True
+    active = has_triton() and getattr(triton.runtime.driver, "_active", None)  # `active` itself would look for a GPU
+    return bool(active) and active.get_active_torch_device().type == "cpu"
+
+
 def resolve_backend(backend, tensor):
     """Returns ``"triton"`` or ``"reference"``.
 
@@ -57,7 +65,7 @@ def resolve_backend(backend, tensor):
         ValueError: unknown name, or Triton is asked for where it cannot run.
     """
     check_choice("backend", backend, BACKENDS)
-    can_run = has_triton() and (tensor.is_cuda or interpreting())
+    can_run = has_triton() and (tensor.is_cuda or runs_on_cpu())
     if backend == "triton" and not can_run:
         reason = "Triton is not installed" if not has_triton() else f"the tensors are on {tensor.device}"
         remedy = "take 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"

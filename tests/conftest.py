@@ -1,13 +1,10 @@
+import importlib
 import importlib.util
 import os
 import random
 
 import pytest
 import torch
-
-# Must stand before anything imports a kernel. "0" from outside (make test-compile) is left alone.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TQDM_DISABLE", "1")
@@ -20,8 +17,48 @@ EXTRAS = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyar
 def pytest_addoption(parser):
     parser.addoption("--all-extras", action="store_true", help="a missing extra is an error, and no reason to skip (make test)")
 
+    group = parser.getgroup("ptx", "kernels compiled for a GPU and executed on the CPU (tests/ptx)")
+    targets = ["sm_80", "sm_90", "sm_100"]
+    group.addoption("--ptx", metavar="TARGET", nargs="?", const="sm_90", choices=targets, help="the GPU, by default sm_90")
+    group.addoption("--ptx-strict", action="store_true", help="look for races in global memory and for reads of padding, "
+                    "fill torch.empty with NaN")  # fmt: skip
+    group.addoption("--ptx-backwards", action="store_true", help="run the programs of a launch in reverse order")
+    group.addoption("--ptx-ulps", metavar="N", type=int, default=0, help="errors of approximate instructions")
+
+
+def choose_kernels(config):
+    """Where tests run kernels: on a GPU; without one in Triton's interpreter, or as PTX (--ptx).
+
+    TRITON_INTERPRET=0 from outside (make test-compile) means neither.
+
+    Must come before anything imports a kernel.
+    """
+    if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+        return
+    if not config.getoption("ptx"):
+        os.environ["TRITON_INTERPRET"] = "1"
+        return
+    os.environ["TRITON_INTERPRET"] = "0"
+    from tests.ptx.driver import Checks, activate
+
+    strict = config.getoption("ptx_strict")
+    checks = Checks(races=strict, strict=strict, backwards=config.getoption("ptx_backwards"))
+    config.ptx_context = activate(config.getoption("ptx"), checks, ulps=config.getoption("ptx_ulps"))  # kept: to the end
+    config.ptx_driver = config.ptx_context.__enter__()
+    if strict:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if driver := getattr(config, "ptx_driver", None):
+        record = driver.record
+        numbers = f"{record.launches} launches, {len(record.counts)} variants, {record.findings} findings"
+        terminalreporter.write_line(f"PTX ({config.getoption('ptx')}): {numbers}")
+
 
 def pytest_configure(config):
+    choose_kernels(config)
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing and config.getoption("all_extras"):
         raise pytest.UsageError(f"not installed: {', '.join(missing)}; is it in the extras of setup.py?")

@@ -1,0 +1,173 @@
+"""PTX text into a `Program`: registers, parameters and basic blocks of parsed instructions.
+
+Only what LLVM writes for Triton's kernels is read: one entry function, no calls, no local memory. Anything else raises
+`Unsupported` with its line, because an instruction that is skipped or guessed would make every later result worthless.
+"""
+
+import re
+from typing import NamedTuple
+
+from tests.ptx.arithmetic import Unsupported
+
+SPECIAL_REGISTERS = ("%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z",
+                     "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid")  # fmt: skip
+IGNORED_DIRECTIVES = (".version", ".target", ".address_size", ".extern", ".global", ".pragma", ".reqntid", ".maxntid",
+                      ".minnctapersm", ".noreturn")  # fmt: skip
+LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
+FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
+REGISTERS = re.compile(r"\.reg\s+\.(pred|b16|b32|b64)\s+%(\w+)<(\d+)>")
+PARAMETER = re.compile(r"\.param\s+\.([bfsu]\d+)\s+(?:\.ptr\s+\.\w+\s+\.align\s+\d+\s+)?(\w+)")
+GUARD = re.compile(r"@(!?)(%\w+)\s+")
+MEMORY = re.compile(r"([%\w.$]+)\s*(?:\+\s*(-?\d+))?")
+
+
+class Register(NamedTuple):
+    """A virtual register; ``kind`` is pred, b16, b32 or b64."""
+
+    name: str
+    kind: str
+
+
+class Immediate(NamedTuple):
+    """A constant, as it is written."""
+
+    text: str
+
+
+class Address(NamedTuple):
+    """``[base + offset]``; the base is a register, or the name of a parameter or of shared memory."""
+
+    base: "Register | str"
+    offset: int
+
+
+class Vector(NamedTuple):
+    """``{a, b, ...}``; None stands for ``_``, a part that is dropped."""
+
+    items: tuple["Register | Immediate | None", ...]
+
+
+class Symbol(NamedTuple):
+    """A label, a special register, or the name of shared memory."""
+
+    name: str
+
+
+Operand = Register | Immediate | Address | Vector | Symbol
+
+
+class Instruction(NamedTuple):
+    """One instruction.
+
+    Attributes:
+        opcode: with all its modifiers, such as ``ld.global.v4.b32``.
+        operands: as written, destination first.
+        guard: the predicate register that decides for each thread, or None.
+        negated: whether the guard must be false.
+        line: in the PTX text, from 1.
+        text: as written.
+        source: file and line of the Python code.
+    """
+
+    opcode: str
+    operands: tuple[Operand, ...]
+    guard: Register | None
+    negated: bool
+    line: int
+    text: str
+    source: str
+
+
+class Program(NamedTuple):
+    """One kernel.
+
+    Attributes:
+        name: of the entry function.
+        parameters: name and type (``u64``, ``f32``, ...) of each parameter.
+        registers: all that are declared.
+        blocks: basic blocks; control falls from each into the next.
+        labels: the block that follows each label.
+    """
+
+    name: str
+    parameters: dict[str, str]
+    registers: list[Register]
+    blocks: list[list[Instruction]]
+    labels: dict[str, int]
+
+
+def parse(ptx: str) -> Program:
+    """Parse the PTX of one kernel.
+
+    Raises:
+        Unsupported: an unknown directive or operand, with its line.
+    """
+    files = {number: "/".join(filter(None, parts)) for number, *parts in FILE.findall(ptx)}
+    name, parameters = "", {}
+    registers: dict[str, Register] = {}
+    blocks: list[list[Instruction]] = [[]]
+    labels: dict[str, int] = {}
+    source, header = "?", True
+    for number, text in enumerate(ptx.splitlines(), 1):
+        text = re.sub(r"//.*", "", text).strip()
+        if text.startswith(".section"):  # debug information, to the end
+            break
+        if found := LOCATION.match(text):
+            source = f"{files.get(found[1], '?')}:{found[2]}"
+        elif found := REGISTERS.match(text):
+            kind, prefix, count = found.groups()
+            registers |= {f"%{prefix}{i}": Register(f"%{prefix}{i}", kind) for i in range(int(count))}
+        elif found := re.match(r"\.visible\s+\.entry\s+(\w+)\(", text):
+            name = found[1]
+        elif header and (found := PARAMETER.match(text)):
+            parameters[found[2]] = found[1]
+        elif found := re.match(r"([$\w]+):$", text):
+            if blocks[-1]:
+                blocks.append([])
+            labels[found[1]] = len(blocks) - 1
+        elif text == "{":
+            header = False
+        elif not text or text in ("}", ")") or text.startswith((".file", *IGNORED_DIRECTIVES)):
+            continue
+        elif text.startswith("."):
+            raise Unsupported(f"PTX line {number}: directive {text!r}")
+        else:
+            for statement in filter(None, (part.strip() for part in text.split(";"))):
+                instruction = _instruction(statement, number, source, registers)
+                blocks[-1].append(instruction)
+                if instruction.opcode.partition(".")[0] in ("bra", "ret"):
+                    blocks.append([])
+    if not name:
+        raise Unsupported("no .visible .entry in the PTX")
+    return Program(name, parameters, list(registers.values()), blocks, labels)
+
+
+def _instruction(text: str, line: int, source: str, registers: dict[str, Register]) -> Instruction:
+    rest, guard, negated = text, None, False
+    if found := GUARD.match(text):
+        guard, negated, rest = registers[found[2]], found[1] == "!", text[found.end() :]
+    opcode, _, arguments = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
+    parts = (part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments))
+    try:
+        operands = tuple(_operand(part, registers) for part in parts)
+    except Unsupported as error:
+        raise Unsupported(f"PTX line {line}: {text!r}: {error}") from None
+    return Instruction(opcode.strip(), operands, guard, negated, line, text, source)
+
+
+def _operand(text: str, registers: dict[str, Register]) -> Operand:
+    if text in registers:
+        return registers[text]
+    if text.startswith("{"):
+        items = (item.strip() for item in text[1:-1].split(","))
+        return Vector(tuple(None if item == "_" else _operand(item, registers) for item in items))
+    if text.startswith("["):
+        found = MEMORY.fullmatch(text[1:-1].strip())
+        if not found:
+            raise Unsupported(f"address {text}")
+        return Address(registers.get(found[1], found[1]), int(found[2] or 0))
+    if re.fullmatch(r"-?\d+U?|0x[0-9A-Fa-f]+U?|0[fd][0-9A-Fa-f]+", text):
+        return Immediate(text)
+    if text in SPECIAL_REGISTERS or re.fullmatch(r"[$A-Za-z_][$\w]*", text):
+        return Symbol(text)
+    raise Unsupported(f"operand {text}")
