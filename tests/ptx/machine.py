@@ -13,8 +13,10 @@ into `_OPERATIONS` here where it does more. Either needs its test in ``tests/tes
 
 import collections
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -180,6 +182,7 @@ class Kernel:
 
     def _arithmetic(self, instruction: Instruction) -> Step:
         function, kinds, result = form(instruction.opcode)
+        function = inspect.unwrap(function)  # of the guard against numpy's warnings, which `run` has for all
         target, *operands = instruction.operands
         if instruction.opcode.startswith(("min.", "max.")):
             kinds = kinds[: len(operands)]  # f32 has a third operand since sm_100
@@ -262,9 +265,10 @@ class Kernel:
         counts.programs += n_programs
         size = max(1, LANES // self.threads)
         starts = range(0, n_programs, size)
-        for start in reversed(starts) if checks.backwards else starts:
-            programs = np.arange(start, min(start + size, n_programs), dtype=np.int64)[:, None]
-            self._run_batch(self._batch(programs[::-1] if checks.backwards else programs, arguments, launch))
+        with np.errstate(all="ignore"):
+            for start in reversed(starts) if checks.backwards else starts:
+                programs = np.arange(start, min(start + size, n_programs), dtype=np.int64)[:, None]
+                self._run_batch(self._batch(programs[::-1] if checks.backwards else programs, arguments, launch))
         if log is not None and (race := log.first_race()):
             raise launch.error(f"{race.what} {space.owner(race.address)}", race.instruction, race.program, race.thread)
 
@@ -419,6 +423,37 @@ def _is_shared(instruction: Instruction) -> bool:
     return ".shared" in instruction.opcode
 
 
+class _Lanes(NamedTuple):
+    """The threads that take part in an access.
+
+    Attributes:
+        shape: [programs, threads], or [programs, 1] where one thread's access stands for all.
+        mask: in that shape, or None: all take part.
+        addresses: flat, int64, of those that take part.
+        values: likewise, what they store.
+    """
+
+    shape: tuple[int, int]
+    mask: Array | None
+    addresses: Array
+    values: list[Array]
+
+    def owners(self) -> tuple[Array, Array]:
+        """Return row in the batch and thread of each active lane."""
+        if self.mask is not None:
+            return np.nonzero(self.mask)
+        rows, threads = self.shape
+        return np.repeat(np.arange(rows), threads), np.tile(np.arange(threads), rows)
+
+    def merged(self, before: Array, values: Array) -> Array:
+        """Return a register in which the active lanes have new values."""
+        if self.mask is None:
+            return values.reshape(self.shape)
+        merged = np.array(np.broadcast_to(before, self.shape))
+        merged[self.mask] = values
+        return merged
+
+
 class _Address:
     """Computes the addresses of an access, and checks them."""
 
@@ -434,62 +469,75 @@ class _Address:
         self.guard = None if instruction.guard is None else kernel.slots[instruction.guard.name]
         self.threads = kernel.threads
 
-    def lanes(self, batch: Batch, *values: Array, alone: bool = True) -> tuple[Array | None, Array, Array, Array, list[Array]]:
-        """Return mask, rows of the batch, threads, addresses and values of the active lanes.
+    def lanes(self, batch: Batch, *values: Array, alone: bool = True) -> "_Lanes":
+        """Return the active lanes.
 
-        The mask is [programs, threads] bool, or None where all are active; the others are flat. An address that is the same
-        for all threads of a program is accessed once where ``alone`` allows.
+        An address that is the same for all threads of a program is accessed once where ``alone`` allows.
         """
         r = batch.registers
-        addresses = (
-            r[self.slot].astype(np.int64) + self.offset if self.offset else r[self.slot].view(_SIGNED[r[self.slot].dtype])
-        )
-        n = len(batch.programs)
-        mask = None
+        addresses = r[self.slot]
+        addresses = addresses.astype(np.int64) + self.offset if self.offset else addresses.astype(np.int64, copy=False)
+        n, mask, width = len(batch.programs), None, self.threads
         if self.guard is not None:
             mask = ~r[self.guard] if self.instruction.negated else r[self.guard]
-        width = (
-            1 if alone and addresses.shape[1] == 1 and mask is None and all(v.shape[1] == 1 for v in values) else self.threads
-        )
-        shape = (n, width)
-        rows, threads = np.broadcast_arrays(np.arange(n)[:, None], np.arange(width)[None, :])
-        flat = [np.broadcast_to(array, shape) for array in (rows, threads, addresses, *values)]
-        if mask is not None:
             if mask.all():
                 mask = None
-            else:
-                mask = np.broadcast_to(mask, shape)
-                flat = [array[mask] for array in flat]
-        rows, threads, addresses, *values = [array.reshape(-1) for array in flat]
-        return mask, rows, threads, addresses.astype(np.int64, copy=False), values
+        if alone and addresses.shape[1] == 1 and mask is None and all(value.shape[1] == 1 for value in values):
+            width = 1
+        shape = (n, width)
+        flat = [array if array.shape == shape else np.broadcast_to(array, shape) for array in (addresses, *values)]
+        if mask is not None:
+            mask = mask if mask.shape == shape else np.broadcast_to(mask, shape)
+            flat = [array[mask] for array in flat]
+        else:
+            flat = [array.reshape(-1) for array in flat]
+        return _Lanes(shape, mask, flat[0], flat[1:])
 
-    def fail(self, batch: Batch, what: str, row: int, thread: int) -> Finding:
-        return batch.launch.error(what, self.instruction, int(batch.programs[row, 0]), thread)
+    def fail(self, batch: Batch, what: str, lanes: _Lanes, lane: int) -> Finding:
+        """Make the `Finding` of one lane."""
+        rows, threads = lanes.owners()
+        return batch.launch.error(what, self.instruction, int(batch.programs[rows[lane], 0]), int(threads[lane]))
 
-    def check(self, batch: Batch, rows: Array, threads: Array, addresses: Array) -> None:
+    def check(self, batch: Batch, lanes: _Lanes) -> None:
         """Check alignment and bounds of the active lanes."""
-        size = self.size
+        size, addresses = self.size, lanes.addresses
         if size > 1 and int(np.bitwise_or.reduce(addresses)) & (size - 1):
             lane = int((addresses & (size - 1)).astype(bool).argmax())
             owner = batch.launch.memory.owner(int(addresses[lane])) if self.space == "global" else "shared memory"
             what = f"misaligned access: {size} bytes at {int(addresses[lane]):#x}, in {owner}"
-            raise self.fail(batch, what, rows[lane], threads[lane])
+            raise self.fail(batch, what, lanes, lane)
         if self.space == "global":
             try:
                 batch.launch.memory.check(addresses.view(np.uint64), size)
             except memory.OutOfBounds as error:
                 lane, where = error.args
-                what = f"access outside of memory: {size} bytes, {where}"
-                raise self.fail(batch, what, rows[lane], threads[lane]) from None
+                raise self.fail(batch, f"access outside of memory: {size} bytes, {where}", lanes, lane) from None
         else:
             limit = SHARED_BASE + batch.shared.shape[1] - size
             if addresses.min() < SHARED_BASE or addresses.max() > limit:
                 lane = int(((addresses < SHARED_BASE) | (addresses > limit)).argmax())
                 what = f"access outside of shared memory: {size} bytes at offset {int(addresses[lane]) - SHARED_BASE}"
-                raise self.fail(batch, what, rows[lane], threads[lane])
+                raise self.fail(batch, what, lanes, lane)
 
-
-_SIGNED = {np.dtype(np.uint32): np.int32, np.dtype(np.uint64): np.int64}
+    def words(self, batch: Batch, lanes: _Lanes, *, writes: bool) -> tuple[Array, Array]:
+        """Check and record the access; return the memory in words of its size, and the index of each lane's word."""
+        self.check(batch, lanes)
+        size = self.size
+        if self.space == "global":
+            counts, log = batch.launch.counts, batch.launch.log
+            n_lanes = len(lanes.addresses) * (self.threads if lanes.shape[1] == 1 else 1)
+            (counts.stored if writes else counts.loaded)[size] += n_lanes * size
+            if log is not None:
+                rows, threads = lanes.owners()
+                log.add(self.instruction, writes, size, lanes.addresses, batch.programs[rows, 0], threads, batch.tracker)
+            return memory.VIEWS[size], lanes.addresses // size - memory.ORIGIN // size
+        rows, threads = lanes.owners()
+        offsets = lanes.addresses - SHARED_BASE
+        if (lane := batch.tracker.access(writes, rows, threads, offsets, size)) is not None:
+            verb = "store" if writes else "load"
+            what = f"race in shared memory: a {verb} that no barrier orders after another thread's access"
+            raise self.fail(batch, what, lanes, lane)
+        return batch.shared.reshape(-1).view(memory.WORDS[size]), (rows * batch.shared.shape[1] + offsets) // size
 
 
 def _load(kernel: Kernel, instruction: Instruction) -> Step:
@@ -506,18 +554,10 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
     where = _Address(kernel, instruction, source, access.space, size)
 
     def step(batch: Batch) -> None:
-        alone = access.space == "global" and batch.launch.log is None
-        mask, rows, threads, addresses, _ = where.lanes(batch, alone=alone)
-        if not len(addresses):
+        lanes = where.lanes(batch, alone=access.space == "global" and batch.launch.log is None)
+        if not len(lanes.addresses):
             return
-        where.check(batch, rows, threads, addresses)
-        if access.space == "global":
-            view, index = memory.VIEWS[size], addresses // size - memory.ORIGIN // size
-            _note(batch, where, False, rows, threads, addresses)
-        else:
-            view = batch.shared.reshape(-1).view(memory.WORDS[size])
-            index = (rows * batch.shared.shape[1] + addresses - SHARED_BASE) // size
-            _track(batch, where, False, rows, threads, addresses)
+        view, index = where.words(batch, lanes, writes=False)
         words = view.take(index, mode="clip").view(memory.WORDS[access.width]).reshape(-1, access.count)
         r = batch.registers
         for place, (slot, dtype) in enumerate(zip(slots, dtypes)):
@@ -525,12 +565,7 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
                 continue
             value = np.ascontiguousarray(words[:, place])
             value = value.view(f"i{access.width}").astype(dtype) if access.signed else value.astype(dtype, copy=False)
-            if mask is None:
-                r[slot] = value.reshape(len(batch.programs), -1)
-            else:
-                merged = np.array(np.broadcast_to(r[slot], mask.shape))
-                merged[mask] = value
-                r[slot] = merged
+            r[slot] = lanes.merged(r[slot], value)
 
     return step
 
@@ -563,44 +598,20 @@ def _store(kernel: Kernel, instruction: Instruction) -> Step:
 
     def step(batch: Batch) -> None:
         r = batch.registers
-        _, rows, threads, addresses, values = where.lanes(batch, *[r[slot] for slot in sources], alone=False)
-        if not len(addresses):
+        lanes = where.lanes(batch, *[r[slot] for slot in sources], alone=False)
+        if not len(lanes.addresses):
             return
-        where.check(batch, rows, threads, addresses)
-        words = np.empty((len(addresses), access.count), memory.WORDS[access.width])
-        for place, value in enumerate(values):
+        words = np.empty((len(lanes.addresses), access.count), memory.WORDS[access.width])
+        for place, value in enumerate(lanes.values):
             words[:, place] = value  # the low bits
         words = words.reshape(-1).view(memory.WORDS[size])
-        if access.space == "global":
-            view, index = memory.VIEWS[size], addresses // size - memory.ORIGIN // size
-            _note(batch, where, True, rows, threads, addresses)
-        else:
-            view = batch.shared.reshape(-1).view(memory.WORDS[size])
-            index = (rows * batch.shared.shape[1] + addresses - SHARED_BASE) // size
-            _track(batch, where, True, rows, threads, addresses)
+        view, index = where.words(batch, lanes, writes=True)
         view[index] = words
         if access.space == "shared" and (differs := view.take(index) != words).any():
-            lane = int(differs.argmax())
             what = "race in shared memory: two threads store different values to one address at once"
-            raise where.fail(batch, what, rows[lane], threads[lane])
+            raise where.fail(batch, what, lanes, int(differs.argmax()))
 
     return step
-
-
-def _note(batch: Batch, where: _Address, writes: bool, rows: Array, threads: Array, addresses: Array) -> None:
-    """Count an access to global memory, and log it where races are looked for."""
-    counts, launch = batch.launch.counts, batch.launch
-    lanes = len(addresses) if writes or len(addresses) > len(batch.programs) else len(addresses) * where.threads
-    (counts.stored if writes else counts.loaded)[where.size] += lanes * where.size
-    if launch.log is not None:
-        launch.log.add(where.instruction, writes, where.size, addresses, batch.programs[rows, 0], threads, batch.tracker)
-
-
-def _track(batch: Batch, where: _Address, writes: bool, rows: Array, threads: Array, addresses: Array) -> None:
-    lane = batch.tracker.access(writes, rows, threads, addresses - SHARED_BASE, where.size)
-    if lane is not None:
-        what = f"race in shared memory: a {'store' if writes else 'load'} that no barrier orders after another thread's access"
-        raise where.fail(batch, what, rows[lane], threads[lane])
 
 
 def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
@@ -613,17 +624,13 @@ def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
         raise Unsupported(f"form {instruction.opcode}")
     target, source = instruction.operands
     slots = [kernel.slots[item.name] for item in (target.items if isinstance(target, Vector) else (target,))]
-    where = _Address(kernel, instruction, source, "shared", 16)
+    where, thread = _Address(kernel, instruction, source, "shared", 16), np.arange(kernel.threads)
 
     def step(batch: Batch) -> None:
-        _, rows, threads, addresses, _ = where.lanes(batch, alone=False)
-        given = threads % WARP < 8 * count  # the other threads' addresses are not used
-        rows, threads, addresses = rows[given], threads[given], addresses[given]
-        where.check(batch, rows, threads, addresses)
-        _track(batch, where, False, rows, threads, addresses)
-        view = batch.shared.reshape(-1).view(np.uint16)
-        index = (rows * batch.shared.shape[1] + addresses - SHARED_BASE) // 2
-        elements = view[index[:, None] + np.arange(8)]
+        given = np.broadcast_to(thread % WARP < 8 * count, (len(batch.programs), kernel.threads))  # others' are not used
+        addresses = where.lanes(batch, alone=False).addresses.reshape(given.shape)
+        _, index = where.words(batch, _Lanes(given.shape, given, addresses[given], []), writes=False)
+        elements = batch.shared.reshape(-1).view(np.uint16)[8 * index[:, None] + np.arange(8)]
         elements = elements.reshape(len(batch.programs), -1, count, 8, 8)  # program, warp, matrix, row, column
         if transposed:
             elements = elements.swapaxes(3, 4)
@@ -735,21 +742,19 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
 
     def step(batch: Batch) -> None:
         r = batch.registers
-        mask, rows, threads, addresses, (values,) = where.lanes(batch, r[value_slot], alone=False)
-        if not len(addresses):
+        lanes = where.lanes(batch, r[value_slot], alone=False)
+        if not len(lanes.addresses):
             return
-        where.check(batch, rows, threads, addresses)
-        index = addresses // 8 - memory.ORIGIN // 8
+        where.check(batch, lanes)
+        index = lanes.addresses // 8 - memory.ORIGIN // 8
         before = np.empty(len(index), np.uint64)
-        for lane, (word, value) in enumerate(zip(index, values)):
+        for lane, (word, value) in enumerate(zip(index, lanes.values[0])):
             before[lane] = memory.VIEWS[8][word]
             memory.VIEWS[8][word] = add(before[lane : lane + 1, None], np.array([[value]]))[0, 0]
         counts = batch.launch.counts
         counts.loaded[8] += 8 * len(index)
         counts.stored[8] += 8 * len(index)
-        full = np.array(np.broadcast_to(r[slot], (len(batch.programs), kernel.threads)))
-        full[slice(None) if mask is None else mask] = before.reshape(full.shape) if mask is None else before
-        r[slot] = full
+        r[slot] = lanes.merged(r[slot], before)
 
     return step
 
