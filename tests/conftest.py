@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -19,7 +20,7 @@ def pytest_addoption(parser):
 
     group = parser.getgroup("ptx", "kernels compiled for a GPU and executed on the CPU (tests/ptx)")
     targets = ["sm_80", "sm_90", "sm_100"]
-    group.addoption("--ptx", metavar="TARGET", nargs="?", const="sm_90", choices=targets, help="the GPU, by default sm_90")
+    group.addoption("--ptx", metavar="TARGET", default="sm_90", choices=targets, help="the GPU that is compiled for (sm_90)")
     group.addoption("--ptx-strict", action="store_true", help="look for races in global memory and for reads of padding, "
                     "fill torch.empty with NaN")  # fmt: skip
     group.addoption("--ptx-backwards", action="store_true", help="run the programs of a launch in reverse order")
@@ -27,15 +28,15 @@ def pytest_addoption(parser):
 
 
 def choose_kernels(config):
-    """Where tests run kernels: on a GPU; without one in Triton's interpreter, or as PTX (--ptx).
+    """Choose where tests run kernels, before anything imports one.
 
-    TRITON_INTERPRET=0 from outside (make test-compile) means neither.
-
-    Must come before anything imports a kernel.
+    On a GPU; without one compiled for a GPU and executed on the CPU (`tests.ptx`); where Triton cannot compile, or with
+    TRITON_INTERPRET=1, in Triton's interpreter. With TRITON_INTERPRET=0 (make test-compile) they do not run.
     """
-    if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:
+    chosen, is_worker = os.environ.get("TRITON_INTERPRET"), "PYTEST_XDIST_WORKER" in os.environ
+    if torch.cuda.is_available() or chosen == "1" or (chosen == "0" and not is_worker):
         return
-    if not config.getoption("ptx"):
+    if not can_compile():
         os.environ["TRITON_INTERPRET"] = "1"
         return
     os.environ["TRITON_INTERPRET"] = "0"
@@ -48,6 +49,14 @@ def choose_kernels(config):
     if strict:
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def can_compile():
+    """Tells whether Triton is here, with its compiler for NVIDIA's GPUs."""
+    try:
+        return "nvidia" in importlib.import_module("triton.backends").backends
+    except ImportError:
+        return False
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -87,3 +96,15 @@ def device():
 def seed():
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture
+def card(request):
+    """The driver that executes PTX, with every check on; what is found while a test plants faults is not counted."""
+    driver = getattr(request.config, "ptx_driver", None)
+    if driver is None:
+        pytest.skip("kernels do not run as PTX here")
+    checks, findings = driver.checks, driver.record.findings
+    driver.checks = dataclasses.replace(checks, races=True, strict=True)
+    yield driver
+    driver.checks, driver.edit, driver.record.findings = checks, None, findings

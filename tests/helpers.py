@@ -5,10 +5,10 @@ import pathlib
 import pytest
 import torch
 
-from soul_kernels._launch import interpreting
+from soul_kernels._launch import runs_on_cpu
 
 # Of tests that run kernels on models and tensors of the CPU. On a GPU the ops' own tests run them.
-needs_interpreter = pytest.mark.skipif(not interpreting(), reason="kernels on the CPU: only in Triton's interpreter")
+needs_kernels_on_cpu = pytest.mark.skipif(not runs_on_cpu(), reason="kernels do not run on the CPU here")
 needs_rouge = pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="the extra eval is not installed")
 
 

@@ -22,7 +22,7 @@ from bench import (
 from bench import bench_sophia_step as step_bench
 from bench.__main__ import OPS
 from soul import SOUL, SophiaG
-from tests.helpers import needs_interpreter
+from tests.helpers import needs_kernels_on_cpu
 
 LIMITS = {"copy_bytes_per_s": 1e10, "gemm_flop_per_s": 1e11}
 CPU = torch.device("cpu")
@@ -263,7 +263,7 @@ def test_tables_of_the_losses_are_complete_and_a_part_runs_by_default():
     (bench_kl_divergence, ("divergences", "gradient")),
     (bench_token_logprob, ("statistics", "gradient")),
 ])  # fmt: skip
-@needs_interpreter
+@needs_kernels_on_cpu
 def test_row_kernels_are_checked_before_they_are_timed(module, kinds, untimed):
     for kind in kinds:
         torch.manual_seed(0)
@@ -288,7 +288,7 @@ def test_a_softmax_in_fp32_writes_twice_as_much_as_a_gradient_in_bf16():
     assert moved["eager softmax"] / moved["ours"] == pytest.approx(8 / 6)
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 def test_one_minus_p_as_a_difference_is_noticed(monkeypatch):
     right = bench_token_logprob.token_statistics
 

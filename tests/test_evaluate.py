@@ -15,7 +15,7 @@ from soul import data, datasets, evaluate, metrics
 from soul.cli import main
 from soul.eval_logs import FILES
 from soul.evaluate import EvaluateConfig, answer_probability, encode_questions, sequence_statistics
-from tests.helpers import mutant, needs_interpreter, needs_rouge
+from tests.helpers import mutant, needs_kernels_on_cpu, needs_rouge
 from tests.models import TOFU, lora_model, tiny_model, tiny_tokenizer
 from tests.test_layout import run_without
 from tests.test_metrics import LOGS, needs_logs, tofu_quality, tofu_utility
@@ -367,7 +367,7 @@ def test_a_wrong_run_is_noticed(old, new, models, tmp_path):
         check_logs_against_all_logits(mutant("soul.evaluate", old, new, tmp_path), models)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_kernels_on_cpu)])
 def test_statistics_stand_where_their_sequences_stand(backend):
     """Ragged lengths, in batches of like length: every sequence gets its own back, and the model its mode."""
     model, tokenizer = tiny_model(), tiny_tokenizer()

@@ -23,7 +23,7 @@ from soul.prepare import prepare
 from soul.reference import reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol
-from tests.helpers import assert_close, mutant, needs_interpreter, relative_error
+from tests.helpers import assert_close, mutant, needs_kernels_on_cpu, relative_error
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 from tests.test_distributed import run
 from tests.test_functional import OU, Coded
@@ -186,7 +186,7 @@ def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypa
         check_compat_of(name, longer)
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 def test_loss_of_a_batch_by_the_kernels(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     check_loss_of("npo, kl")  # log-probabilities, a divergence and an objective in one

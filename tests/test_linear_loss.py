@@ -10,7 +10,7 @@ from soul_kernels import TokenBatch, linear_logprob, linear_objective
 from soul_kernels._head_rows import HeadRows
 from soul_kernels.reference import linear_loss as reference
 from tests import tolerances as tol
-from tests.helpers import assert_close, assert_rows_close, mutant, needs_interpreter, relative_error
+from tests.helpers import assert_close, assert_rows_close, mutant, needs_kernels_on_cpu, relative_error
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
@@ -580,7 +580,7 @@ def check_formulas(module, name, device):
     ({"chunk_bytes": 1e9}, "chunk_bytes: expected a positive whole number, got 1000000000.0"),
     ({"rows": torch.tensor([3, 4])}, r"rows: expected every labelled token once, got 2 of"),
 ])  # fmt: skip
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_interpreter), "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_kernels_on_cpu), "reference"])
 def test_bad_input_is_named(change, message, backend):
     with pytest.raises(ValueError, match=message):
         linear_objective(**make("cpu") | change, objective=OBJECTIVES["npo"], backend=backend)

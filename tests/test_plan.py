@@ -31,7 +31,7 @@ from soul.release import release_gradients
 from soul.step import train_step
 from soul_kernels import TokenBatch
 from soul_kernels._checks import ArgumentError
-from tests.helpers import needs_interpreter, peak_bytes
+from tests.helpers import needs_kernels_on_cpu, peak_bytes
 from tests.models import FAMILIES, examples, tiny_model, tiny_tokenizer
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "scaling.md"
@@ -138,7 +138,7 @@ MEASURED = {
 }  # fmt: skip
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 @pytest.mark.parametrize("name", MEASURED)
 def test_plan_is_within_15_percent_of_what_a_step_takes(name):
     measured = measure(**MEASURED[name])

@@ -10,10 +10,10 @@ from soul.batches import collate
 from soul.reference import reference_head, reference_hidden, reference_logps
 from soul_kernels import linear_objective
 from tests import tolerances as tol
-from tests.helpers import needs_interpreter
+from tests.helpers import needs_kernels_on_cpu
 from tests.models import lora_model, sequences, tiny_model, tiny_tokenizer
 
-BACKENDS = ["reference", pytest.param("triton", marks=needs_interpreter)]
+BACKENDS = ["reference", pytest.param("triton", marks=needs_kernels_on_cpu)]
 FAST = dict(batch_size=2, backend="reference")
 
 

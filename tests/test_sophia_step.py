@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from soul_kernels import grad_norm, hessian_ema, sophia_step
-from soul_kernels._launch import interpreting, triton_dtype
+from soul_kernels._launch import runs_on_cpu, triton_dtype
 from soul_kernels._table import _chunk_map
 from soul_kernels.reference import _blocks
 from soul_kernels.reference.rounding import decode, encode, join
@@ -379,7 +379,7 @@ def test_mixed_dtypes_need_one_launch_each(device, monkeypatch):
     assert len(launches) == 2
 
 
-@pytest.mark.skipif(not interpreting(), reason="8 GiB a tensor: untouched memory costs nothing on the CPU only")
+@pytest.mark.skipif(not runs_on_cpu(), reason="8 GiB a tensor: untouched memory costs nothing on the CPU only")
 def test_offsets_beyond_two_to_the_31(device):
     n = 2**31 + 3 * 16384
     lists = [[torch.empty(n, dtype=BRAIN)] for _ in range(4)]  # pages that are not touched are not there

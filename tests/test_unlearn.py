@@ -20,8 +20,8 @@ from soul.reference import check_cache
 from soul.step import Recorded
 from soul.unlearn import Diverged, unlearn
 from soul_kernels import linear_objective
-from soul_kernels._launch import interpreting
-from tests.helpers import mutant, needs_interpreter
+from soul_kernels._launch import runs_on_cpu
+from tests.helpers import mutant, needs_kernels_on_cpu
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
 
 unlearn_module, step_module = (importlib.import_module(f"soul.{name}") for name in ("unlearn", "step"))
@@ -196,7 +196,7 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
     """
     exact = (2 / 0.5 * torch.tensor(2.0).log()).item()
     options = dict(method=method, method_options={"beta": 0.5, "alpha": 0.0}, backend="reference", epochs=1)
-    for backend in ("reference", "triton") if method == "npo" and interpreting() else ("reference",):  # which is slow
+    for backend in ("reference", "triton") if method == "npo" and runs_on_cpu() else ("reference",):  # which is slow
         config = UnlearnConfig(**options | dict(batch_size=4, backend=backend))
         (record,) = unlearn(tiny_model(family), tokenizer, examples(4), [], config, progress=False)
         assert record["loss"] == record["loss_forget"] == exact
@@ -291,7 +291,7 @@ class Counted(Recorded):
         return super().__call__(logps, batch)
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 @pytest.mark.parametrize("objective, row_bytes, calls", [
     (losses.DPO(retain="kl"), 2 * 320 * 4, 2), (losses.CEU(), 320 * 4, 2), (losses.NPO(reduction="token_mean"), 320 * 4, 1),
 ], ids=["DPO", "CEU", "NPO"])  # fmt: skip

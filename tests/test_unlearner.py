@@ -22,7 +22,7 @@ from soul.prepare import prepare
 from soul.step import train_step
 from soul.unlearn import unlearn
 from soul_kernels import TensorTable, linear_objective
-from tests.helpers import mutant, needs_interpreter, needs_rouge
+from tests.helpers import mutant, needs_kernels_on_cpu, needs_rouge
 from tests.models import FAMILIES, examples, sequences, tiny_model, tiny_tokenizer
 from tests.test_evaluate import ROWS, question_rows
 
@@ -245,7 +245,7 @@ class Padded(GraphedStep):
         return self._step(batch)
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 @pytest.mark.parametrize("options", [
     dict(method="npo"), dict(method="dpo", method_options={"retain": "kl"}),
 ], ids=lambda options: options["method"])  # fmt: skip
@@ -280,12 +280,12 @@ def check_padding(module):
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 def test_padding():
     check_padding(importlib.import_module("soul.graph"))
 
 
-@needs_interpreter
+@needs_kernels_on_cpu
 @pytest.mark.parametrize("old, new", [("// length * more", "* 0"), ("value=last", "value=0"),
                                       ("wider(batch.labels, -100)", "wider(batch.labels, 0)")])  # fmt: skip
 def test_wrong_padding_is_noticed(old, new, tmp_path):

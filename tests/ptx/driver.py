@@ -42,16 +42,17 @@ class Record:
 
 
 class _Function:
-    """A loaded kernel; its PTX is translated at the first launch."""
+    """A loaded kernel; its PTX is translated at the first launch, and again where an edit of it is wanted."""
 
     def __init__(self, name: str, ptx: str, shared: int) -> None:
         self.name, self.ptx, self.shared = name, ptx, shared
-        self.kernel: Kernel | None = None
+        self.kernels: dict[str, Kernel] = {}
 
-    def translated(self, threads: int) -> Kernel:
-        if self.kernel is None:
-            self.kernel = Kernel(self.ptx, threads, self.shared)
-        return self.kernel
+    def translated(self, threads: int, edit: Callable[[str], str] | None) -> Kernel:
+        ptx = edit(self.ptx) if edit else self.ptx
+        if ptx not in self.kernels:
+            self.kernels[ptx] = Kernel(ptx, threads, self.shared)
+        return self.kernels[ptx]
 
 
 class _Utils:
@@ -85,9 +86,14 @@ class Driver:
     Args:
         target: one of `TARGETS`.
         checks: what is looked for.
+
+    Attributes:
+        record: what was run.
+        edit: a function of a kernel's PTX, applied before each launch; None: as compiled. For faults that are planted.
     """
 
     def __init__(self, target: str = "sm_90", checks: Checks | None = None) -> None:
+        self.edit: Callable[[str], str] | None = None
         self.target, self.checks = GPUTarget("cuda", TARGETS[target], 32), checks or Checks()
         self.utils, self.record, self.addresses = _Utils(), Record(), AddressBook()
 
@@ -99,7 +105,7 @@ class Driver:
         def launch(x: int, y: int, z: int, stream: int, function: _Function, packed: Any, launch_metadata: Any,
                    enter: Any, leave: Any, *arguments: Any) -> None:  # fmt: skip
             given = list(_flattened(names, arguments))
-            self._launch((x, y, z), function.translated(threads), given)
+            self._launch((x, y, z), function.translated(threads, self.edit), given)
 
         return launch
 
@@ -109,7 +115,7 @@ class Driver:
         arguments = [_argument(kind, value) for _, kind, value in given]
         kinds = [f"b{kind[1:]}" for kind in kernel.program.parameters.values()]
         arguments += [np.zeros((1, 1), np.uint64)] * (len(kinds) - len(arguments))  # scratch memory, which ours do not have
-        counts = self.record.counts[kernel.program.name, hash(kernel)]
+        counts = self.record.counts[kernel.program.name, hash(kernel.ptx)]
         try:
             kernel.run(grid, arguments, space, self.checks, counts)
         except Finding:

@@ -22,7 +22,7 @@ import numpy as np
 
 from tests.ptx import memory, races
 from tests.ptx.arithmetic import DTYPES, Unsupported, form, immediate
-from tests.ptx.program import Address, Immediate, Instruction, Operand, Program, Register, Symbol, Vector
+from tests.ptx.program import Address, Immediate, Instruction, Operand, Register, Symbol, Vector, parse
 
 LANES = 16384  # threads that run at once: fewer cost more Python calls, more leave the cache
 WARP = 32
@@ -128,9 +128,8 @@ class Kernel:
     """
 
     def __init__(self, ptx: str, threads: int, shared_bytes: int) -> None:
-        from tests.ptx.program import parse
-
-        self.program: Program = parse(ptx)
+        self.ptx = ptx
+        self.program = parse(ptx)
         self.threads = threads
         self.shared_bytes = -(-shared_bytes // 16) * 16
         self.slots: dict[str, int] = {}
@@ -208,11 +207,14 @@ class Kernel:
         slot = self.slots[target.name]
         if instruction.guard is not None:
             guard, negated = self.slots[instruction.guard.name], instruction.negated
+            select = np.where if target.kind == "pred" else inspect.unwrap(form(f"selp.{target.kind}").function)
 
             def guarded(batch: Batch) -> None:
                 r = batch.registers
-                condition = ~r[guard] if negated else r[guard]
-                r[slot] = np.where(condition, function(*[r[source] for source in sources]), r[slot])
+                new, old = function(*[r[source] for source in sources]), r[slot]
+                if negated:
+                    new, old = old, new
+                r[slot] = select(r[guard], new, old) if select is np.where else select(new, old, r[guard])
 
             return guarded
         match sources:

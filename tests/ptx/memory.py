@@ -98,13 +98,19 @@ class GlobalMemory:
         outside = self._outside(addresses, width)
         if outside is None:
             return
-        if self.others is not None:
-            tensors, self.others = self.others(), None
-            self._set(self.arguments + [self.range_of(tensor, "a tensor") for tensor in tensors])
+        if self._has_learned():
             outside = self._outside(addresses, width)
             if outside is None:
                 return
         raise OutOfBounds(outside, self.neighbour(int(addresses[outside])))
+
+    def _has_learned(self) -> bool:
+        """Add the other tensors, once; return whether they were added now."""
+        if self.others is None:
+            return False
+        tensors, self.others = self.others(), None
+        self._set(self.arguments + [self.range_of(tensor, "a tensor") for tensor in tensors])
+        return True
 
     def _outside(self, addresses: np.ndarray, width: int) -> int | None:
         if not self.ranges:
@@ -119,6 +125,7 @@ class GlobalMemory:
 
     def owner(self, address: int) -> str:
         """Return the name of the range in which an address lies."""
+        self._has_learned()
         index = int(np.searchsorted(self.starts, np.uint64(address), side="right")) - 1
         return self.ranges[index].name if index >= 0 and address < self.ranges[index].stop else "no tensor"
 
