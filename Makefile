@@ -7,12 +7,19 @@ PYTEST := $(BIN)/python -m pytest
 TESTS ?= $(filter-out tests/test_compile.py,$(wildcard tests/test_*.py))
 LIMIT ?= 400
 
+# Of test-ptx: GPUs to compile for; another version of Triton, from a folder of its own; all that runs kernels.
+TARGETS ?= sm_80 sm_90 sm_100
+TRITON ?=
+TESTS_PTX := $(addprefix tests/test_,$(addsuffix .py,ptx_arithmetic ptx ptx_faults sophia_step hessian_ema grad_norm rounding table \
+    token_logprob token_draw kl_divergence linear_loss linear_kl linear_gnb losses head_ops functional optimizer optimizer_storage \
+    optimizer_device optimizer_checkpoints release curvature influence unlearner models model_loss reference memory))
+
 # Of test-clients: whose code, and a checkout of locuslab/open-unlearning; without one only its interface is tested.
 CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.py))
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
+.PHONY: help install demo test test-ptx test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,8 +35,17 @@ demo: install ## unlearn fictitious authors on this machine: report and pictures
 	rm -rf out/demo
 	$(BIN)/soul demo --output out/demo
 
-test: install ## kernels in the interpreter, references, everything else; no GPU needed
+test: install ## kernels compiled for a GPU and executed on the CPU, references, everything else; no GPU needed
 	$(PYTEST) --all-extras
+
+# The longest target gets every check; the others run as a card would.
+test-ptx: install $(if $(TRITON),.triton/$(TRITON)/installed) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6
+	for target in $(TARGETS); do \
+	    PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) --ptx $$target --ptx-strict $(TESTS_PTX) || exit 1; done
+
+.triton/%/installed:
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* 'triton==$*.*'
+	touch $@
 
 test-compile: install ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942; no GPU needed
 	TRITON_INTERPRET=0 $(PYTEST) tests/test_compile.py
@@ -59,4 +75,4 @@ lint: install ## ruff: rules and formatting
 	$(BIN)/ruff format --check .
 
 clean: ## remove .venv, .venv-clients and all that was made
-	rm -rf .venv .venv-clients out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-clients .triton out build *.egg-info .pytest_cache .ruff_cache
