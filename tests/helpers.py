@@ -37,7 +37,11 @@ def assert_rows_close(got, want, tolerance, what):
 
 
 def mutant(name, old, new, tmp_path):
-    """A copy of the module ``name`` in which ``old`` has become ``new``: what a test must notice."""
+    """A copy of the module ``name`` in which ``old`` has become ``new``: what a test must notice.
+
+    The copy must be a valid program that computes something else. One that reads out of bounds, or whose threads race, need not
+    be wrong on every machine, and stops the tests where memory is checked.
+    """
     source = pathlib.Path(importlib.import_module(name).__file__).read_text()
     if old not in source:  # not an AssertionError, which the caller takes for a mutant that was caught
         raise LookupError(f"{name} no longer contains {old!r}: update the mutation")

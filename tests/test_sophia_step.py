@@ -307,7 +307,7 @@ def check_low_precision(step, device, steps=120):
     ("tl.store(low_ptr + offsets, low", "tl.store(low_ptr + offsets, low * 0"),  # low bits lost
     ("p = join(stored, load(low_ptr, offsets, mask), P_DTYPE)", "p = stored.to(tl.float32)"),
     ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, m_scale_ptr, h, noise"),
-    ("load_state(m_ptr, m_scale_ptr, offsets, mask, group", "load_state(m_ptr, m_scale_ptr, offsets, mask, 0"),
+    ("load_state(m_ptr, m_scale_ptr, offsets", "load_state(m_ptr, h_scale_ptr, offsets"),
 ])  # fmt: skip
 def test_low_precision_mutants_do_not_pass(old, new, device, tmp_path):
     with pytest.raises(AssertionError):
