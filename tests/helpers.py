@@ -12,6 +12,13 @@ needs_interpreter = pytest.mark.skipif(not interpreting(), reason="kernels on th
 needs_rouge = pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="the extra eval is not installed")
 
 
+def fused(kernel, config):
+    """Tells whether ``kernel`` rounds a product and the sum that it goes into once: compiled with this configuration it does
+    where it can, in Triton's interpreter never.
+    """
+    return config.get("enable_fp_fusion", False) and type(kernel).__name__ == "JITFunction"
+
+
 def relative_error(got, want):
     """||got - want|| / ||want|| in fp64; NaN anywhere is an infinite error."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()

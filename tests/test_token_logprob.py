@@ -3,7 +3,6 @@ import functools
 import pytest
 import torch
 
-from soul_kernels._launch import interpreting
 from soul_kernels.reference import token_logprob as reference
 from soul_kernels.reference.token_logprob import token_logprob
 from soul_kernels.token_logprob import token_gradient, token_statistics
@@ -105,7 +104,7 @@ def test_in_place_and_low_precision_outputs(device):
     assert torch.equal(in_place, want)
 
 
-@pytest.mark.skipif(not interpreting(), reason="4 GiB a matrix: untouched memory costs nothing on the CPU only")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="4 GiB a matrix: untouched memory costs nothing on the CPU only")
 def test_rows_beyond_two_to_the_31():
     rows, stride = 3, 2**30 + 64  # row 2 starts beyond 2^31 elements
     logits = torch.empty(2 * stride + 64, dtype=torch.float16).as_strided((rows, 50), (stride, 1))
