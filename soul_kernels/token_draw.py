@@ -166,8 +166,12 @@ def _draw_kernel(
                 z = transformed(last_raw, logit_scale, softcap, SCALED, CAPPED)
                 logp, rest = _of_drawn(z, row_max, total, likeliest_rest)
                 gradient = times_slope(coefficient * rest, last_raw, logit_scale, softcap, SCALED, CAPPED)
-                tl.debug_barrier()  # the block that holds it has been stored by other threads
+                tl.debug_barrier()  # other threads have stored the block that holds it, and no value orders two stores
                 tl.store(out_row + last, round_nearest(gradient, OUT_DTYPE))
+        # All threads have read this label, and one overwrites it, without a barrier. No other can still be waiting for its
+        # read: it had to branch on the label before it took part in the row's sums, and what is stored here depends on those
+        # sums. One warp needs no more, though its sums are shuffles, which order no memory accesses. In place, a block's stores
+        # come after its loads for the same reason: each value is computed from the one that it overwrites.
         tl.store(labels_ptr + row, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
     else:
         store_zeros(out_row, n_vocab, OUT_DTYPE, BLOCK)

@@ -12,6 +12,13 @@ needs_kernels_on_cpu = pytest.mark.skipif(not runs_on_cpu(), reason="kernels do 
 needs_rouge = pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="the extra eval is not installed")
 
 
+def fused(kernel, config):
+    """Tells whether ``kernel`` rounds a product and the sum that it goes into once: compiled with this configuration it does
+    where it can, in Triton's interpreter never.
+    """
+    return config.get("enable_fp_fusion", False) and type(kernel).__name__ == "JITFunction"
+
+
 def relative_error(got, want):
     """||got - want|| / ||want|| in fp64; NaN anywhere is an infinite error."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
@@ -37,7 +44,11 @@ def assert_rows_close(got, want, tolerance, what):
 
 
 def mutant(name, old, new, tmp_path):
-    """A copy of the module ``name`` in which ``old`` has become ``new``: what a test must notice."""
+    """A copy of the module ``name`` in which ``old`` has become ``new``: what a test must notice.
+
+    The copy must be a valid program that computes something else. One that reads out of bounds, or whose threads race, need not
+    be wrong on every machine, and stops the tests where memory is checked.
+    """
     source = pathlib.Path(importlib.import_module(name).__file__).read_text()
     if old not in source:  # not an AssertionError, which the caller takes for a mutant that was caught
         raise LookupError(f"{name} no longer contains {old!r}: update the mutation")

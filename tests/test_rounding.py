@@ -213,7 +213,9 @@ def test_8_bit_kernel_equals_reference(kind, nan, device):
     launch(_codec_kernel, (1,), device, x_ptr=x, noise_ptr=noise, code_ptr=code, scale_ptr=scale, out_ptr=out,
            HESSIAN=kind == "hessian", BLOCK=x.numel(), GROUPS=len(scale))  # fmt: skip
     want_code, want_scale = reference.encode(x, noise, kind)
-    assert torch.equal(code, want_code) and same_bits(scale, want_scale)
+    assert same_bits(scale, want_scale)
+    says = ~want_scale.isnan().repeat_interleave(GROUP)  # codes beside a NaN say nothing, and follow the machine's bits of NaN
+    assert torch.equal(code[says], want_code[says]) and not says[: 2 * GROUP].any() and says[2 * GROUP :].all()
     assert same_bits(out, reference.decode(want_code, want_scale, kind))
     assert out[: 2 * GROUP].isnan().all() and out[2 * GROUP :].isfinite().all()  # not hidden, and no further than the group
 

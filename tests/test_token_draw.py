@@ -1,11 +1,12 @@
 import functools
+import math
 
 import pytest
 import torch
 
 from soul_kernels.reference import token_draw as reference
 from soul_kernels.reference.token_logprob import token_logprob, transformed
-from soul_kernels.token_draw import draw_labels, likeliest_statistics
+from soul_kernels.token_draw import DRAW_CONFIG, draw_labels, likeliest_statistics
 from tests import tolerances as tol
 from tests.helpers import assert_rows_close, mutant
 from tests.test_token_logprob import oracle, peaked
@@ -58,6 +59,36 @@ def test_labels_are_drawn_by_inverse_cdf(n_vocab, device):
 
 def test_labels_are_drawn_from_capped_logits(device):
     check_draw(4100, device, spread=20.0, logit_scale=0.5, softcap=4.0)
+
+
+def check_sums_in_another_order(device):
+    """Rows in which the sum of a block, its scan and the total of the row disagree by their roundings alone.
+
+    Terms of 0.9 2^-24 are lost when they are added to 1 one by one, but not when they are added among themselves before.
+    """
+    block, tiny = DRAW_CONFIG["BLOCK"], math.log(0.9 * 2.0**-24)
+    logits = torch.full((3, 9 * block), -torch.inf, device=device)
+    logits[:, 0] = 0.0
+    # One in every 128 columns: a sum adds them in a tree, a scan passes them on from warp to warp, and stays at 1 = target.
+    # Nothing can be drawn at the start of the next block, which the sum enters above the target.
+    logits[:2, 128:block:128] = tiny
+    logits[1, block + 1000] = tiny
+    # One in every block: the kernel's sum stays at 1, the row's total, which is summed without the 1, lies above the target.
+    logits[2, block::block] = tiny
+    last = torch.tensor([block - 128, block + 1000, 8 * block], device=device)
+    p = logits.double().softmax(1)
+    uniforms = (1 / logits.double().exp().sum(1)).float()  # times the total, this is 1
+    uniforms[2] = 1 - 2**-24
+    coefficients = torch.tensor([1.0, -2.0, 3.0], device=device)
+    drawn, statistics, gradient = draw(logits, torch.zeros_like(last), uniforms, coefficients)
+    assert torch.equal(drawn, last), drawn  # what is left of the row, and can be drawn
+    want = coefficients[:, None] * (torch.zeros_like(p).scatter(1, last[:, None], 1.0) - p)
+    assert ((gradient - want).abs() <= tol.GRAD_OBJECTIVE * want.abs()).all()
+    assert (statistics[0] - p.gather(1, last[:, None])[:, 0].log()).abs().max() <= tol.LOGP_ABS
+
+
+def test_sums_in_another_order_draw_what_can_be_drawn(device):
+    check_sums_in_another_order(device)
 
 
 def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
@@ -127,6 +158,7 @@ def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
         globals(), "draw", functools.partial(draw, likeliest=broken.likeliest_statistics, op=broken.draw_labels)
     )
     with pytest.raises(AssertionError):
+        check_sums_in_another_order(device)
         for n_vocab in (129, 4097, 12289):
             drawn, want = check_draw(n_vocab, device)
             assert (drawn == want)[drawn >= 0].float().mean() > 0.9
