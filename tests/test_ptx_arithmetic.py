@@ -338,6 +338,10 @@ def expected(opcode: str, *operands: int) -> int:
             above, below = (convert(to[:-2], type_name, modifiers, bits) for bits in operands)
             return above << 16 | below
         return convert(to, type_name, modifiers, *operands)
+    if "f32" in modifiers:  # mixed precision
+        modifiers.remove("f32")
+        wide = [encode(decode(bits, type_name), "f32") for bits in operands[:-1]]
+        return expected(".".join((name, *modifiers, "f32")), *wide, operands[-1])
     if type_name.endswith("x2"):
         base = type_name[:-2]
         width = WIDTHS[base]
@@ -390,6 +394,8 @@ def operand_types(opcode: str) -> list[str]:
         return special[name]
     if name == "mad":
         return [t, t, f"{t[0]}{2 * WIDTHS[t]}" if "wide" in modifiers else t]
+    if "f32" in modifiers:
+        return [t] * (2 if name == "fma" else 1) + ["f32"]
     if name == "fma" or (name in ("min", "max") and t == "f32"):
         return [t, t, t]
     unary = ("abs", "neg", "not", "popc", "clz", "brev", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "tanh")
@@ -402,6 +408,8 @@ def result_type(opcode: str) -> str:
         return "pred" if name == "setp" else "u32"
     if name == "cvt":
         return modifiers[-1]
+    if "f32" in modifiers:
+        return "f32"
     return f"{t[0]}{2 * WIDTHS[t]}" if "wide" in modifiers else t
 
 

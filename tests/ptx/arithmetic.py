@@ -709,8 +709,21 @@ def _define_f32() -> None:
                 _define(f"{name}{ftz}{nan}.f32", _on_f32(_extremum(name, nan != ""), ftz), "f32 f32 f32", t)
         for name in ("abs", "neg"):
             _define(f"{name}{ftz}.f32", _change_sign(name, t, ftz), t, t)
+    for half in ("f16", "bf16"):  # mixed precision, since sm_100: the last operand is f32
+        for name, operation in {"add": np.add, "sub": np.subtract}.items():
+            for rounding in ("", ".rn"):
+                _define(f"{name}{rounding}.f32.{half}", _on_f32_and_half(operation, half), f"{half} f32", t)
+        _define(f"fma.rn.f32.{half}", _on_f32_and_half(_fma_f32, half), f"{half} {half} f32", t)
     _define("tanh.approx.f32", _on_f32(_through_f64(np.tanh)), t, t)
     _define("copysign.f32", _copy_sign(t), "f32 f32", t)
+
+
+def _on_f32_and_half(operation: Function, half: str) -> Function:
+    """Apply an operation on fp32 to operands that are halves, but for the last."""
+    function = _on_f32(operation)
+    return lambda *operands: function(
+        *(_widen(a, half).astype(np.float32).view(np.uint32) for a in operands[:-1]), operands[-1]
+    )
 
 
 def _define_f64() -> None:
