@@ -7,9 +7,11 @@ PYTEST := $(BIN)/python -m pytest
 TESTS ?= $(filter-out tests/test_compile.py,$(wildcard tests/test_*.py))
 LIMIT ?= 400
 
-# Of test-ptx: GPUs to compile for; another version of Triton, from a folder of its own; all that runs kernels.
+# Of test-ptx: GPUs to compile for; another version of Triton, in a folder of its own; more options of pytest; files that launch
+# kernels themselves. `make -j 2 -O test-ptx` runs two targets at a time.
 TARGETS ?= sm_80 sm_90 sm_100
 TRITON ?=
+OPTIONS ?=
 TESTS_PTX := $(addprefix tests/test_,$(addsuffix .py,ptx_arithmetic ptx ptx_faults sophia_step hessian_ema grad_norm rounding table \
     token_logprob token_draw kl_divergence linear_loss linear_kl linear_gnb losses head_ops functional optimizer optimizer_storage \
     optimizer_device optimizer_checkpoints release curvature influence unlearner models model_loss reference memory))
@@ -19,7 +21,7 @@ CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-ptx test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
+.PHONY: help install demo test test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,10 +40,10 @@ demo: install ## unlearn fictitious authors on this machine: report and pictures
 test: install ## kernels compiled for a GPU and executed on the CPU, references, everything else; no GPU needed
 	$(PYTEST) --all-extras
 
-# The longest target gets every check; the others run as a card would.
-test-ptx: install $(if $(TRITON),.triton/$(TRITON)/installed) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6
-	for target in $(TARGETS); do \
-	    PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) --ptx $$target --ptx-strict $(TESTS_PTX) || exit 1; done
+test-ptx: $(TARGETS:%=test-ptx-%) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6, OPTIONS
+
+$(TARGETS:%=test-ptx-%): test-ptx-%: install $(if $(TRITON),.triton/$(TRITON)/installed)
+	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
 
 .triton/%/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* 'triton==$*.*'
