@@ -20,7 +20,7 @@ def pytest_addoption(parser):
 
     group = parser.getgroup("ptx", "kernels compiled for a GPU and executed on the CPU (tests/ptx)")
     targets = ["sm_80", "sm_90", "sm_100"]
-    group.addoption("--ptx", metavar="TARGET", default="sm_90", choices=targets, help="the GPU that is compiled for (sm_90)")
+    group.addoption("--ptx", metavar="TARGET", choices=targets, help="the GPU that is compiled for (sm_90)")
     group.addoption("--ptx-strict", action="store_true", help="look for races in global memory and for reads of padding, "
                     "fill torch.empty with NaN")  # fmt: skip
     group.addoption("--ptx-backwards", action="store_true", help="run the programs of a launch in reverse order")
@@ -34,17 +34,21 @@ def choose_kernels(config):
     TRITON_INTERPRET=1, in Triton's interpreter. With TRITON_INTERPRET=0 (make test-compile) they do not run.
     """
     chosen, is_worker = os.environ.get("TRITON_INTERPRET"), "PYTEST_XDIST_WORKER" in os.environ
-    if torch.cuda.is_available() or chosen == "1" or (chosen == "0" and not is_worker):
-        return
-    if not can_compile():
-        os.environ["TRITON_INTERPRET"] = "1"
+    asked = [name for name in ("ptx", "ptx_strict", "ptx_backwards", "ptx_ulps") if config.getoption(name)]
+    if torch.cuda.is_available() or chosen == "1" or (chosen == "0" and not is_worker) or not can_compile():
+        if asked:
+            where = "no GPU (CUDA_VISIBLE_DEVICES= hides one), no TRITON_INTERPRET, and Triton"
+            raise pytest.UsageError(f"--{asked[0].replace('_', '-')}: expected {where}; got another place where kernels run")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
         return
     os.environ["TRITON_INTERPRET"] = "0"
     from tests.ptx.driver import Checks, activate
 
     strict = config.getoption("ptx_strict")
     checks = Checks(races=strict, strict=strict, backwards=config.getoption("ptx_backwards"))
-    config.ptx_context = activate(config.getoption("ptx"), checks, ulps=config.getoption("ptx_ulps"))  # kept: to the end
+    target = config.getoption("ptx") or "sm_90"
+    config.ptx_context = activate(target, checks, ulps=config.getoption("ptx_ulps"))  # kept: it ends with the process
     config.ptx_driver = config.ptx_context.__enter__()
     if strict:
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -63,7 +67,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if driver := getattr(config, "ptx_driver", None):
         record = driver.record
         numbers = f"{record.launches} launches, {len(record.counts)} variants, {record.findings} findings"
-        terminalreporter.write_line(f"PTX ({config.getoption('ptx')}): {numbers}")
+        terminalreporter.write_line(f"PTX (sm_{driver.target.arch}): {numbers}")
 
 
 def pytest_configure(config):

@@ -1,6 +1,7 @@
 """The rules of the house: names mirror, arrows run one way, importing is harmless."""
 
 import ast
+import os
 import pathlib
 import re
 import runpy
@@ -186,3 +187,10 @@ def test_version_and_public_names():
     assert soul.__version__ == soul_kernels.__version__
     for module in (soul, soul_kernels):
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+def test_options_that_would_have_no_effect_on_kernels_are_refused():
+    command = [sys.executable, "-m", "pytest", "--ptx-strict", "tests/test_grad_norm.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 4 and "--ptx-strict: expected no GPU" in ended.stderr
