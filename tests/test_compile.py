@@ -46,7 +46,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from tests.helpers import mutant  # noqa: E402
-from tests.ptx.workloads import execute  # noqa: E402
+from tests.ptx.workloads import VOCABULARIES, execute  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -243,6 +243,7 @@ def measure(variant, target):
         usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", cuobjdump("--dump-resource-usage", cubin.name)))
         spills = int(usage["STACK"]) + int(usage["LOCAL"])
         instructions, loaded = main_loop(cuobjdump("-sass", cubin.name)) if spills or target == "sm_90" else ([], 0)
+    vocabularies = VOCABULARIES if target == "sm_90" else VOCABULARIES[:1]
     elements = variant.constants["BLOCK"] // (32 * variant.config["num_warps"])
     unrolled = max(1, round(loaded / (8 * sum(variant.loaded) * elements)))
     return {
@@ -251,7 +252,7 @@ def measure(variant, target):
         "spills_in_the_loop": any(re.search(r"\b(LDL|STL)\b", text) for text in instructions),
         "shared": compiled.metadata.shared,
         "loop": len(instructions) / (elements * unrolled),
-        "runs": execute(variant, compiled.asm["ptx"], compiled.metadata.shared),
+        "runs": execute(variant, compiled.asm["ptx"], compiled.metadata.shared, vocabularies),
     }
 
 
@@ -370,7 +371,8 @@ STATISTICS = "token_logprob statistics"
 
 
 def faults_of(variant):
-    return faults(variant, measure(variant, "sm_90")["runs"], EVIDENCE["kernels"][STATISTICS]["barriers"])
+    """What is wrong with another variant of the statistics, which is held to their barriers."""
+    return faults(variant, measure(variant, "sm_90")["runs"], evidence_of(measured()[STATISTICS, "sm_90"])["barriers"])
 
 
 @pytest.mark.parametrize("old, new, fault", [
@@ -378,10 +380,9 @@ def faults_of(variant):
     ("return tl.load(row_ptr + columns).to(tl.float32)",
      'return tl.maximum(tl.load(row_ptr + columns), tl.load(row_ptr + columns, cache_modifier=".cg")).to(tl.float32)',
      "loaded 7.9.. bytes an element, expected 4.000"),
-    # Two of them: the first takes the place of one that the compiler puts before the reduction.
-    ("    new_max = tl.maximum(row_max, tl.max(z, 0))",
-     "    tl.debug_barrier()\n    tl.debug_barrier()\n    new_max = tl.maximum(row_max, tl.max(z, 0))",
-     "V 50257: passes 65.0 barriers a program, expected 52.0"),
+    # One reduction more. A barrier alone may take the place of one that the compiler puts there.
+    ("rescale * rest + tl.sum(exp, 0)", "rescale * rest + tl.sum(exp, 0) + 0.0 * tl.max(exp, 0)",
+     "V 50257: passes .* barriers a program"),
 ])  # fmt: skip
 def test_what_is_planted_is_found(old, new, fault, tmp_path):
     kernel = mutant(soul_kernels.token_logprob.__name__, old, new, tmp_path)._statistics_kernel

@@ -1,6 +1,6 @@
 """Runs a compiled variant of a kernel once on inputs of real shapes, and says what it has executed for each element.
 
-A kernel over a table of tensors gets one tensor of two and a half chunks and a tail; a row kernel `ROWS` rows of each of
+A kernel over a table of tensors gets one tensor of two and a half chunks and a tail; a row kernel `ROWS` rows of each length in
 `VOCABULARIES`. Values matter only where control depends on them: a label that is drawn, statistics that belong to the logits.
 Addresses are multiples of 16 bytes unless the variant is one of misaligned tensors.
 """
@@ -61,13 +61,14 @@ class Run:
         return found | {"barriers": round(counts.barriers / self.programs, 1)}
 
 
-def execute(variant: Any, ptx: str, shared: int) -> dict[str, Run]:
+def execute(variant: Any, ptx: str, shared: int, vocabularies: tuple[int, ...] = VOCABULARIES) -> dict[str, Run]:
     """Run a variant of ``tests.test_compile.KERNELS``.
 
     Args:
         variant: what was compiled.
         ptx: the result.
         shared: bytes of shared memory.
+        vocabularies: lengths of the rows.
 
     Returns:
         Name -> `Run`: of a row kernel "V 50257", "V 128256" and "ignored", which is rows that are; of others one alone.
@@ -77,8 +78,8 @@ def execute(variant: Any, ptx: str, shared: int) -> dict[str, Run]:
         return {"tensor": _run_tensor(variant, kernel)}
     if "logits_ptr" not in variant.signature:
         return {"partial sums": _run_partials(variant, kernel)}
-    runs = {f"V {n_vocab}": _run_rows(variant, kernel, n_vocab, ignored=False) for n_vocab in VOCABULARIES}
-    return runs | {"ignored": _run_rows(variant, kernel, VOCABULARIES[-1], ignored=True)}
+    runs = {f"V {n_vocab}": _run_rows(variant, kernel, n_vocab, ignored=False) for n_vocab in vocabularies}
+    return runs | {"ignored": _run_rows(variant, kernel, vocabularies[0], ignored=True)}
 
 
 def _launch(variant: Any, kernel: Kernel, programs: int, values: dict[str, Any], others: list[torch.Tensor]) -> Counts:
