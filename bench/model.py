@@ -17,7 +17,7 @@ import pathlib
 
 import torch
 
-from bench import bench_hessian_ema, bench_linear_loss, bench_sophia_step
+from bench import bench_grad_norm, bench_hessian_ema, bench_linear_loss, bench_sophia_step
 from bench._heads import LOSSES, SHAPES, SIZES
 from soul import SOUL, SophiaG
 from soul.plan.cards import CARDS
@@ -152,7 +152,7 @@ def _norms():
     for name, shapes, dtype in bench_sophia_step.models():
         numel = _numel(shapes)
         kernels = (f"grad_norm squares {NAMES[dtype]}",)  # the sum of a number for each 65,536 of them is one program
-        yield Work("grad_norm", f"{name}, {str(dtype)[6:]}", "ours", dtype.itemsize * numel, numel, kernels)
+        yield Work("grad_norm", bench_grad_norm.name_of(name, dtype), "ours", dtype.itemsize * numel, numel, kernels)
 
 
 def _averages():

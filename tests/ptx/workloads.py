@@ -112,8 +112,8 @@ def _run_tensor(variant: Any, kernel: Kernel) -> Run:
     programs = -(-numel // chunk)
     numbers = {"lr": 1e-4, "weight_decay": 0.1, "rho": 0.04, "bs": 64.0, "beta1": 0.96, "beta1_rest": 0.04, "beta2": 0.99,
                "beta2_rest": 0.01, "eps": 1e-12, "weight": 0.01, "factor": 1.0, "skip": 0.0}  # fmt: skip
-    values = {name: torch.tensor(number) if kind == "*fp32" else number
-              for name, number in numbers.items() for kind in (variant.signature.get(name),)}  # fmt: skip
+    on_device = [name for name, kind in variant.signature.items() if name in numbers and kind == "*fp32"]
+    values = numbers | {name: torch.tensor(numbers[name]) for name in on_device}
     values |= {f"{name}_ptr": torch.tensor(numbers[name]) for name in ("factor", "skip")}
     values |= {
         "table_ptr": torch.tensor([*(0 if c is None else c.data_ptr() for c in columns), numel, 12345]),
