@@ -1,7 +1,7 @@
 """``python -m bench``: correctness first, then time, for every op, for a whole step, and over sizes.
 
-``python -m bench [op ...]`` measures; ``plan --model NAME --gpus N`` estimates; ``--targets``, ``--compare`` and ``--from``
-read results. bench/README.md says what is measured and how.
+``python -m bench [op ...]`` measures; ``--model CARD`` and ``plan --model NAME --gpus N`` estimate; ``--targets``,
+``--compare`` and ``--from`` read results. bench/README.md says what is measured and how.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
+OF_MEASUREMENTS = ("json", "results", "plots", "compare", "targets")  # options that write or read them
 MODULES = {op: f"bench.bench_{op}" for op in OPS} | {"step": "bench.whole_step", "scaling": "bench.scaling"}
 
 
@@ -40,6 +41,7 @@ def main(argv=None):
     parser.add_argument("--from", metavar="RESULTS", dest="source", type=pathlib.Path, help="measure nothing: draw from these")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="what B is slower at than A; exit status 1 then")
     parser.add_argument("--targets", nargs="*", metavar="RESULTS", help="the design's targets: pass, fail or not measured")
+    parser.add_argument("--model", metavar="CARD", help="measure nothing: model the ops on that card (h100, h200)")
     if argv[:1] == ["plan"]:
         return importlib.import_module("bench.plan").main(argv[1:])
     args = parser.parse_args(argv)
@@ -50,11 +52,15 @@ def main(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # the latter: built without it
         parser.error(f"--device: expected cpu or cuda, got {args.device} ({str(error).splitlines()[0]})")
+    if args.model and (asked := [name for name in OF_MEASUREMENTS if getattr(args, name) is not None]):
+        parser.error(f"--model: expected no --{asked[0]} beside it, which is about measurements; got both")
     if args.source and not args.plots:
         parser.error("--from needs --plots DIR, where the pictures go")
     try:
         if args.plots:
             require("matplotlib", "bench")  # now, not after an hour
+        if args.model:
+            return importlib.import_module("bench.model").main(args.model, args.ops, args.only)
         if args.compare:
             return compare.main(*args.compare)
         if args.targets is not None:

@@ -10,6 +10,11 @@ from bench.bench_sophia_step import make_params, models, tiny
 from soul_kernels import TensorTable, grad_norm
 
 
+def name_of(name, dtype):
+    """Name of the case of a model."""
+    return f"{name}, {str(dtype)[6:]}, {dtype.itemsize} B/gradient, to clip 3 times that"
+
+
 def make_case(name, shapes, device, dtype):
     params = make_params(shapes, device, dtype)
     grads = [p.grad for p in params]
@@ -28,7 +33,7 @@ def make_case(name, shapes, device, dtype):
         "torch clip_grad_norm_ (and scales)": lambda: functools.partial(clip_grad_norm_, params, 1e9),
     }
     rates = dict.fromkeys(variants, moved) | {"torch clip_grad_norm_ (and scales)": 3 * moved}
-    return Case(f"{name}, {str(dtype)[6:]}, {dtype.itemsize} B/gradient, to clip 3 times that", variants, check, bytes=rates)
+    return Case(name_of(name, dtype), variants, check, bytes=rates)
 
 
 def cases(device, quick):

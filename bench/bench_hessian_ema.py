@@ -11,6 +11,11 @@ from soul_kernels import TensorTable, hessian_ema
 STATES = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "8-bit": (torch.uint8, 1 + 4 / 256)}
 
 
+def models():
+    """The models of the table: name, shapes, dtype of the gradients."""
+    return [("Llama-3.2-1B", llama_1b(), torch.bfloat16), ("GPT-2 124M", gpt2(), torch.float32)]
+
+
 def eager(hessians, grads):
     for h, g in zip(hessians, grads):
         h.mul_(0.99).addcmul_(g, g, value=0.01)
@@ -73,6 +78,6 @@ def cases(device, quick):
     if device.type == "cpu":
         sizes = [("tiny", tiny(quick), torch.float32)]
     else:
-        sizes = [("Llama-3.2-1B", llama_1b(), torch.bfloat16), ("GPT-2 124M", gpt2(), torch.float32)]
+        sizes = models()
     for size in sizes:
         yield functools.partial(make_case, size[0], size[1], device, size[2], quick)

@@ -110,6 +110,12 @@ def bytes_per_param(dtype, hessian_in_step, *, param_rounding="compensated", sta
     return 3 * dtype.itemsize + 2 * m + (2 if hessian_in_step else 1) * h + low
 
 
+def label_of(dtype, *, param_rounding="compensated", state_dtype=None):
+    """Name of the variant of ours with these options."""
+    rounding = param_rounding if dtype != torch.float32 else "exact"
+    return f"ours, {rounding}, {STATE_DTYPES[state_dtype]} states"
+
+
 def torch_peers(soul, params, dtype, quick):
     """What torch alone does: name -> (function that makes it, bytes a parameter that one pass over its states must move)."""
     size = dtype.itemsize
@@ -204,9 +210,7 @@ def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, peers=
     made = {}
     for options in variants:
         per_param = bytes_per_param(dtype, soul, **options)
-        rounding = options.get("param_rounding", "compensated") if dtype != torch.float32 else "exact"
-        label = f"ours, {rounding}, {STATE_DTYPES[options.get('state_dtype')]} states"
-        made[label] = functools.partial(ours, optimizer, params, **options), per_param
+        made[label_of(dtype, **options)] = functools.partial(ours, optimizer, params, **options), per_param
     if peers:
         made |= peers(soul, params, dtype, quick)
     numel = sum(p.numel() for p in params)

@@ -1,8 +1,10 @@
 """The benchmarks must run; what they print is for people to judge."""
 
+import dataclasses
 import functools
 import importlib
 import json
+import re
 import sys
 import weakref
 
@@ -18,10 +20,12 @@ from bench import (
     bench_linear_loss,
     bench_token_logprob,
     host_part,
+    model,
 )
 from bench import bench_sophia_step as step_bench
 from bench.__main__ import OPS
 from soul import SOUL, SophiaG
+from soul.plan import card_of
 from tests.helpers import needs_kernels_on_cpu
 
 LIMITS = {"copy_bytes_per_s": 1e10, "gemm_flop_per_s": 1e11}
@@ -375,3 +379,116 @@ def test_a_device_that_is_not_there_is_a_usage_error(device, capsys):
     with pytest.raises(SystemExit) as end:
         __main__.main(["grad_norm", "--device", device])
     assert end.value.code == 2 and f"--device: expected cpu or cuda, got {device}" in capsys.readouterr().err
+
+
+H100 = card_of("h100")
+COUNTS = json.loads(model.EVIDENCE.read_text())["kernels"]
+WORKS = {(work.op, work.case, work.variant): work for work in model.works()}
+
+
+def test_modelled_time_is_that_of_the_scarcest_resource():
+    """By hand: a card of 2 multiprocessors at 1 GHz that moves 10 bytes a nanosecond, 1e9 elements."""
+    card = H100._replace(multiprocessors=2, clock=1e9, bandwidth=1e10, flops=1e12)
+    counts = {"loaded": 4, "stored": 2, "issued": 64, "float": 20, "integer": 10, "special": 1, "exchange": 4}
+    counts["barriers"] = {"V 50257": 3, "V 128256": 7}
+    work = model.Work("op", "case", "ours", 5e9, 10**9, ("a",), program="V 128256")
+    bound_by_bytes = model.modelled(work, card, {"a": counts})
+    assert bound_by_bytes == {
+        "ms": 600.0, "counted": True, "limit": "bytes", "then": "issued", "busy": pytest.approx(25 / 0.6), "barriers": 7,
+        "percent_of_copy": pytest.approx(500 / 6), "percent_without_overlap": pytest.approx(50 / 0.85),
+    }  # fmt: skip
+    bound_by_integers = model.modelled(work, card, {"a": counts | {"integer": 128}})
+    assert (bound_by_integers["ms"], bound_by_integers["limit"], bound_by_integers["then"]) == (1000.0, "integer", "bytes")
+    products = model.modelled(dataclasses.replace(work, flops=2e12), card, {"a": counts})
+    assert (products["ms"], products["products_ms"]) == (2600.0, 2000.0) and "percent_of_copy" not in products
+    assert model.modelled(work, card, {}) == {"ms": 500.0, "counted": False}
+    twice = model.modelled(dataclasses.replace(work, kernels=("a", "b")), card, {"a": counts, "b": counts | {"integer": 128}})
+    assert (twice["ms"], twice["limit"]) == (1600.0, "integer")
+
+
+def test_bytes_that_benchmarks_state_are_those_that_kernels_move():
+    """The model beside each call is by hand, and the kernels were executed."""
+    single = [work for work in WORKS.values() if work.bytes and len(work.kernels) == 1 and work.kernels[0] in COUNTS]
+    assert {kernel for work in single for kernel in work.kernels} >= {model.STATISTICS, model.DRAW, model.DIVERGENCE_GRADIENT}
+    for work in single:
+        counts = COUNTS[work.kernels[0]]
+        assert (counts["loaded"] + counts["stored"]) * work.elements == pytest.approx(work.bytes, rel=5e-3), work
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_modelled_is_what_the_benchmarks_would_time_on_a_gpu(op):
+    """Names and bytes. A step's variants are spread over several cases there, as memory allows; chunks do not matter here."""
+    timed = {}
+    for make in importlib.import_module(f"bench.bench_{op}").cases(torch.device("meta"), False):
+        case = make()
+        if not case.default:
+            continue
+        name = re.sub(r", (other libraries|torch\.compile|\S+ states)(?=, )", "", case.name)
+        name = name.replace("float32", "bfloat16") if op.startswith("linear") else name  # what a GPU is given
+        for variant in case.variants:
+            if variant.startswith("ours") and "plain" not in variant:
+                bytes_of = case.bytes.get(variant) if isinstance(case.bytes, dict) else case.bytes
+                timed[name, variant] = bytes_of, case.flops
+    known = {(work.case, work.variant): work for work in WORKS.values() if work.op == op}
+    assert known.keys() == timed.keys()
+    for key, work in known.items():
+        assert work.bytes == pytest.approx(timed[key][0]) if work.bytes else work.flops >= timed[key][1]
+
+
+# Milliseconds on an H100 of kernels like ours, from before they were written (bench/README.md).
+PROTOTYPES = [
+    ("SophiaG.step, Llama-3.2-1B, bfloat16", "ours, nearest, bf16 states, 12 B/param", 5.00),
+    ("SOUL.step, Llama-3.2-1B, bfloat16", "ours, compensated, bf16 states, 16 B/param", 6.76),
+    ("SophiaG.step, Llama-3.2-1B, bfloat16", "ours, compensated, default states, 16 B/param", 6.63),
+    ("SOUL.step, Llama-3.2-1B, bfloat16", "ours, compensated, default states, 20 B/param", 8.46),
+    ("SophiaG.step, GPT-2 124M, float32", "ours, exact, default states, 24 B/param", 1.03),
+    ("SOUL.step, GPT-2 124M, float32", "ours, exact, default states, 28 B/param", 1.24),
+    ("SophiaG.step, GPT-2 124M, bfloat16", "ours, nearest, bf16 states, 12 B/param", 0.52),
+]
+
+
+@pytest.mark.parametrize("case, variant, measured", PROTOTYPES)
+def test_modelled_steps_are_close_to_what_prototypes_took(case, variant, measured):
+    assert 0.93 < model.modelled(WORKS["sophia_step", case, variant], H100, COUNTS)["ms"] / measured < 1.0
+
+
+def test_the_modelled_norm_is_close_to_what_a_prototype_took():
+    (work,) = [work for work in WORKS.values() if work.op == "grad_norm" and work.case.startswith("Llama")]
+    assert 0.95 < model.modelled(work, H100, COUNTS)["ms"] / 0.84 < 1.0
+
+
+@pytest.mark.parametrize("n, d, n_vocab, measured", [(8192, 2048, 128256, 22.1), (8192, 4096, 32000, 10.1)])
+def test_modelled_losses_are_close_to_what_prototypes_took(n, d, n_vocab, measured):
+    kernels = (model.STATISTICS, model.GRADIENT)
+    work = model.Work("linear_loss", "", "ours", None, n * n_vocab, kernels, 6.0 * n * d * n_vocab)
+    assert 0.95 < model.modelled(work, H100, COUNTS)["ms"] / measured < 1.0
+
+
+@pytest.mark.parametrize("kernel, width, measured", [(f"{model.STATISTICS} bf16 logits", 2, 2410), (model.GRADIENT, 6, 2780)])
+def test_what_rows_of_prototypes_reached_lies_between_all_overlap_and_none(kernel, width, measured):
+    numel = 2048 * 128256
+    found = model.modelled(model.Work("", "", "ours", width * numel, numel, (kernel,)), H100, COUNTS)
+    assert found["percent_without_overlap"] < measured / 30 < found["percent_of_copy"]
+
+
+def test_the_model_of_a_card_is_printed_and_says_what_it_is(capsys):
+    assert __main__.main(["--model", "h100", "sophia_step", "step", "--only", "LoRA"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("MODELLED, NOT MEASURED: h100, copy 3000 GB/s")
+    assert lines[2].startswith("step: not modelled")
+    assert "== sophia_step, modelled" in lines and not any("GPT-2" in line for line in lines)
+    assert any("100.0% of copy" in line for line in lines) and any("not counted" in line for line in lines)
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--model", "h1000"], "--model: expected h100 or h200, got 'h1000'"),
+    (["--model", "a100-80gb"], "--model: expected h100 or h200, got 'a100-80gb'; the kernels were counted for sm_90 alone"),
+    (["--model", "h100", "step"], "--model: expected ops that have kernels of their own, got step"),
+    (["--model", "h100", "--only", "70B"], "--only '70B'"),
+    (["--model", "h100", "--json", "out.json"], "--model: expected no --json beside it"),
+    (["--model", "h100", "--targets"], "--model: expected no --targets beside it"),
+])  # fmt: skip
+def test_bad_input_of_the_model_is_a_usage_error(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        __main__.main(words)
+    assert end.value.code == 2 and message in capsys.readouterr().err

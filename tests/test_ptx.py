@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from tests.ptx.arithmetic import Unsupported
+from tests.ptx.costs import UNITS, issued
 from tests.ptx.machine import Checks, Counts, Finding, Kernel
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.program import parse
@@ -297,6 +298,36 @@ def test_loops_and_branches_of_single_programs():
     result, counts = run(body.replace("$L_again:", "\n$L_again:\n").replace("$L_end:\n", "\n$L_end:\n") + STORE, programs=6)
     assert result.tolist() == [[t * (0 if p == 1 else p) for t in range(32)] for p in range(6)]
     assert counts.programs == 6 and counts.launches == 1 and counts.stored == {4: 4 * 32 * 6}
+
+
+@pytest.mark.parametrize("races", [False, True])
+def test_bytes_are_counted_by_width_and_once_for_neighbours(races):
+    """Program 0 of two takes the branch, in which 8 threads share an address, and a warp begins anew."""
+    body = """
+        ld.global.b32 %r1, [%rd20];
+        setp.ne.b32 %p1, %r21, 0;
+        @%p1 bra $L_end;
+        shr.u32 %r3, %r20, 5; mad.wide.u32 %rd2, %r3, 4, %rd20; ld.global.b32 %r4, [%rd2];
+        shr.u32 %r5, %r20, 3; mad.wide.u32 %rd3, %r5, 16, %rd20; ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd3];
+        setp.lt.u32 %p2, %r20, 5;
+        @%p2 ld.global.b8 %rs1, [%rd22];
+        bar.sync 0;
+        $L_end:
+    """
+    body = body.replace("$L_end:", "\n$L_end:\n")
+    _, counts = run(body + STORE, threads=64, programs=2, checks=Checks(races=races))
+    assert counts.loaded == {4: 2 * 4, 16: 8 * 16, 1: 5}
+    assert counts.stored == {4: 4 * 64 * 2}
+    assert counts.executed["ld.global.b32"] == 64 * (2 + 1) and counts.executed["ld.global.b8"] == 64
+    assert counts.barriers == 1 and counts.instructions == sum(counts.executed.values())
+
+
+def test_what_instructions_cost():
+    """A division by its parts, and one of each unit; 64-bit integers are two instructions, moves and parameters none."""
+    executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
+                "fma.rn.f32": 1, "ld.shared.b32": 1, "shfl.sync.bfly.b32": 1, "st.global.v4.b32": 1, "bra": 1}  # fmt: skip
+    assert issued(executed) == {"special": 3, "float": 16, "integer": 10, "exchange": 2, "memory": 1, "control": 1}
+    assert set(issued(executed)) == set(UNITS)
 
 
 def test_programs_that_return_early():

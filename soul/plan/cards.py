@@ -17,6 +17,8 @@ class Card(NamedTuple):
         bandwidth: of its memory, bytes a second.
         flops: dense bf16 GEMMs with fp32 sums, FLOP/s.
         source: where the two rates are from.
+        multiprocessors: how many; 0 where that is not needed: only `bench.model` asks.
+        clock: cycles a second, the highest.
     """
 
     name: str
@@ -24,15 +26,17 @@ class Card(NamedTuple):
     bandwidth: float
     flops: float
     source: str = "as given"
+    multiprocessors: int = 0
+    clock: float = 0.0
 
 
 # Datasheets of NVIDIA: H100 SXM5 80 GB, H200 SXM, A100 SXM 80 GB, and the whitepaper of the Ada architecture. Dense rates: half
-# of those that are stated with sparsity.
+# of those that are stated with sparsity. Clocks are those of the fp32 rate, 67 TFLOP/s: 2 FLOPs by 128 lanes a multiprocessor.
 DATASHEETS = {
     card.name: card
     for card in (
-        Card("h100", 80e9, 3350e9, 989e12, "datasheet"),
-        Card("h200", 141e9, 4800e9, 989e12, "datasheet"),
+        Card("h100", 80e9, 3350e9, 989e12, "datasheet", 132, 1.98e9),
+        Card("h200", 141e9, 4800e9, 989e12, "datasheet", 132, 1.98e9),
         Card("a100-80gb", 80e9, 2039e9, 312e12, "datasheet"),
         Card("rtx-4090", 24e9, 1008e9, 165e12, "datasheet"),
     )

@@ -102,22 +102,17 @@ class Driver:
         names = [(name, kind) for name, kind in source.signature.items()]
         threads = metadata.num_warps * 32
 
-        def launch(x: int, y: int, z: int, stream: int, function: _Function, packed: Any, launch_metadata: Any,
-                   enter: Any, leave: Any, *arguments: Any) -> None:  # fmt: skip
+        def run(x: int, y: int, z: int, stream: int, function: _Function, packed: Any, launch_metadata: Any,
+                enter: Any, leave: Any, *arguments: Any) -> None:  # fmt: skip
             given = list(_flattened(names, arguments))
             self._launch((x, y, z), function.translated(threads, self.edit), given)
 
-        return launch
+        return run
 
     def _launch(self, grid: tuple[int, int, int], kernel: Kernel, given: list[tuple[str, str, Any]]) -> None:
-        tensors = [(name, value) for name, _, value in given if isinstance(value, torch.Tensor)]
-        space = GlobalMemory(tensors, self.addresses.tensors, strict=self.checks.strict)
-        arguments = [_argument(kind, value) for _, kind, value in given]
-        kinds = [f"b{kind[1:]}" for kind in kernel.program.parameters.values()]
-        arguments += [np.zeros((1, 1), np.uint64)] * (len(kinds) - len(arguments))  # scratch memory, which ours do not have
         counts = self.record.counts[kernel.program.name, hash(kernel.ptx)]
         try:
-            kernel.run(grid, arguments, space, self.checks, counts)
+            launch(kernel, grid, given, self.addresses.tensors, self.checks, counts)
         except Finding:
             self.record.findings += 1
             raise
@@ -157,6 +152,25 @@ class Driver:
     def is_active(cls) -> bool:
         """Never found by itself: `activate` it."""
         return False
+
+
+def launch(kernel: Kernel, grid: tuple[int, int, int], given: list[tuple[str, str, Any]],
+           others: Callable[[], list[torch.Tensor]], checks: Checks, counts: Counts) -> None:  # fmt: skip
+    """Run a kernel once on tensors of the CPU.
+
+    Args:
+        kernel: what is run.
+        grid: programs along each axis.
+        given: name, Triton type and value of every argument that is a parameter of the PTX.
+        others: tensors that a table of addresses may name.
+        checks: what is looked for.
+        counts: is added to.
+    """
+    tensors = [(name, value) for name, _, value in given if isinstance(value, torch.Tensor)]
+    space = GlobalMemory(tensors, others, strict=checks.strict)
+    arguments = [_argument(kind, value) for _, kind, value in given]
+    scratch = len(kernel.program.parameters) - len(arguments)  # memory for the kernel itself, which ours do not use
+    kernel.run(grid, arguments + [np.zeros((1, 1), np.uint64)] * scratch, space, checks, counts)
 
 
 def _flattened(names: list[tuple[str, Any]], arguments: tuple[Any, ...]) -> Iterator[tuple[str, str, Any]]:

@@ -58,17 +58,23 @@ class Counts:
 
     Attributes:
         launches, programs: how many.
-        instructions: executed by threads, moves and guarded ones included.
         barriers: executed by programs.
-        loaded, stored: bytes of global memory that threads accessed, by the width of the access in bytes.
+        executed: instructions that threads executed, by opcode; moves and those that a guard leaves out are among them.
+        loaded, stored: bytes of global memory that were accessed, by the width of a thread's access in bytes. Neighbours of a
+            warp that load from one address count once, and an address that is one for a whole program does not count.
     """
 
     launches: int = 0
     programs: int = 0
-    instructions: int = 0
     barriers: int = 0
+    executed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     loaded: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
     stored: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def instructions(self) -> int:
+        """Instructions that threads executed."""
+        return self.executed.total()
 
 
 class Batch:
@@ -97,13 +103,14 @@ class Batch:
 
 @dataclasses.dataclass
 class Launch:
-    """One launch: what its batches share."""
+    """One launch: what its batches share; ``visits`` tells for each block how many programs have executed it."""
 
     kernel: "Kernel"
     grid: tuple[int, int, int]
     memory: memory.GlobalMemory
     log: races.GlobalLog | None
     counts: Counts
+    visits: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
 
     def error(self, what: str, instruction: Instruction, program: int, thread: int) -> Finding:
         """Make a `Finding` that says where."""
@@ -140,8 +147,7 @@ class Kernel:
         self.special = {name: self._slot(name, np.zeros((1, 1), np.uint32)) for name in _special_values(1, 1, (1, 1, 1))}
         self.parameters = {name: self._slot(name, np.zeros((1, 1), np.uint64)) for name in self.program.parameters}
         self.blocks: list[tuple[list[Step], Instruction | None]] = []
-        self.costs = [len(block) for block in self.program.blocks]
-        self.barriers = [sum(step.opcode.startswith("bar.sync") for step in block) for block in self.program.blocks]
+        self.opcodes = [collections.Counter(step.opcode for step in block) for block in self.program.blocks]
         for block in self.program.blocks:
             end = block[-1] if block and block[-1].opcode.partition(".")[0] in ("bra", "ret") else None
             self.blocks.append(([self._step(step) for step in (block[:-1] if end else block)], end))
@@ -271,8 +277,15 @@ class Kernel:
             for start in reversed(starts) if checks.backwards else starts:
                 programs = np.arange(start, min(start + size, n_programs), dtype=np.int64)[:, None]
                 self._run_batch(self._batch(programs[::-1] if checks.backwards else programs, arguments, launch))
+        self._count(launch)
         if log is not None and (race := log.first_race()):
             raise launch.error(f"{race.what} {space.owner(race.address)}", race.instruction, race.program, race.thread)
+
+    def _count(self, launch: Launch) -> None:
+        for index, n_programs in launch.visits.items():
+            for opcode, count in self.opcodes[index].items():
+                launch.counts.executed[opcode] += count * n_programs * self.threads
+                launch.counts.barriers += count * n_programs * (opcode == "bar.sync")
 
     def _batch(self, programs: Array, arguments: Sequence[Array], launch: Launch) -> Batch:
         registers = list(self.initial)
@@ -290,9 +303,7 @@ class Kernel:
             index, batch = waiting.pop()
             while index is not None:
                 steps, end = self.blocks[index]
-                counts, n = batch.launch.counts, len(batch.programs)
-                counts.instructions += self.costs[index] * n * self.threads
-                counts.barriers += self.barriers[index] * n
+                batch.launch.visits[index] += len(batch.programs)
                 for step in steps:
                     step(batch)
                 index += 1
@@ -495,6 +506,10 @@ class _Address:
             flat = [array.reshape(-1) for array in flat]
         return _Lanes(shape, mask, flat[0], flat[1:])
 
+    def uniform(self, batch: Batch) -> bool:
+        """Tell whether all threads of a program have the same address."""
+        return self.guard is None and batch.registers[self.slot].shape[1] == 1
+
     def fail(self, batch: Batch, what: str, lanes: _Lanes, lane: int) -> Finding:
         """Make the `Finding` of one lane."""
         rows, threads = lanes.owners()
@@ -526,9 +541,8 @@ class _Address:
         self.check(batch, lanes)
         size = self.size
         if self.space == "global":
-            counts, log = batch.launch.counts, batch.launch.log
-            n_lanes = len(lanes.addresses) * (self.threads if lanes.shape[1] == 1 else 1)
-            (counts.stored if writes else counts.loaded)[size] += n_lanes * size
+            log = batch.launch.log
+            self._count(batch, lanes, writes)
             if log is not None:
                 rows, threads = lanes.owners()
                 log.add(self.instruction, writes, size, lanes.addresses, batch.programs[rows, 0], threads, batch.tracker)
@@ -540,6 +554,17 @@ class _Address:
             what = f"race in shared memory: a {verb} that no barrier orders after another thread's access"
             raise self.fail(batch, what, lanes, lane)
         return batch.shared.reshape(-1).view(memory.WORDS[size]), (rows * batch.shared.shape[1] + offsets) // size
+
+    def _count(self, batch: Batch, lanes: _Lanes, writes: bool) -> None:
+        """Add the bytes of an access to global memory to the counts, as `Counts` defines them."""
+        counts, addresses = batch.launch.counts, lanes.addresses
+        if writes:
+            counts.stored[self.size] += self.size * len(addresses)
+        elif not self.uniform(batch):
+            repeated = addresses[1:] == addresses[:-1]
+            if repeated.any():  # of neighbours in one warp
+                repeated &= lanes.owners()[1][1:] % WARP > 0
+            counts.loaded[self.size] += self.size * (len(addresses) - int(np.count_nonzero(repeated)))
 
 
 def _load(kernel: Kernel, instruction: Instruction) -> Step:

@@ -1,0 +1,250 @@
+"""``python -m bench --model h100``: how long the ops would take on a card that is not here. Modelled, not measured.
+
+The compiled kernels have been executed without a card (``tests/compiled_kernels.json``), so it is known what they load, store
+and compute for each element. The time of a kernel is that of its scarcest resource, as if all others were used at the same
+time: the largest of its bytes at the card's copy bandwidth and, for each unit, its instructions at the unit's rate. Losses from
+hidden states add their matrix products at the card's GEMM rate. Not in it: the host and its launches, waiting for memory and at
+barriers, and the last programs of a launch. bench/README.md says how far off that is.
+
+A row is what the benchmarks of the ops time on a GPU, under the same names.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+
+import torch
+
+from bench import bench_grad_norm, bench_hessian_ema, bench_linear_loss, bench_sophia_step
+from bench._heads import LOSSES, SHAPES, SIZES
+from soul import SOUL, SophiaG
+from soul.plan.cards import CARDS
+
+EVIDENCE = pathlib.Path(__file__).parent.parent / "tests" / "compiled_kernels.json"
+# Instructions of a thread that a multiprocessor of compute capability 9.0 takes in a clock: four schedulers of one warp each;
+# then by unit, from the table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++ Programming Guide.
+RATES = {"issued": 128, "float": 128, "integer": 64, "special": 16, "exchange": 32}
+BYTES = "bytes"
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8bit"}
+ROWS, VOCABULARIES = 2048, (128256, 32003)  # of the benchmarks of row kernels
+STATISTICS, GRADIENT = "token_logprob statistics", "token_logprob gradient bf16"
+LIKELIEST, DRAW = "token_draw likeliest", "token_draw bf16"
+DIVERGENCE, DIVERGENCE_GRADIENT = "kl_divergence statistics", "kl_divergence gradient bf16"
+BOTH = (STATISTICS, STATISTICS)  # of the model's logits and of the reference's
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One variant of one case.
+
+    Attributes:
+        op: as the benchmarks name it, like the next two.
+        case: what is computed, on what.
+        variant: how.
+        bytes: that one call must move, or None.
+        elements: that each of its kernels works on.
+        kernels: their names in the evidence.
+        flops: of matrix products.
+        program: what one program works on, as the evidence calls it: "tensor" (a chunk of one) or "V 128256" (a row).
+    """
+
+    op: str
+    case: str
+    variant: str
+    bytes: float | None
+    elements: int
+    kernels: tuple[str, ...]
+    flops: float = 0.0
+    program: str = "tensor"
+
+
+def cards():
+    """Names of the cards for which there are counts: those whose multiprocessors are known are of compute capability 9.0."""
+    return [name for name, card in CARDS.items() if card.multiprocessors]
+
+
+def kernel_times(counts, elements, card):
+    """Resource -> seconds for which one kernel needs it.
+
+    Args:
+        counts: of an element, an entry of the evidence.
+        elements: how many there are.
+        card: a `soul.plan.Card`.
+    """
+    clocks = card.multiprocessors * card.clock
+    times = {BYTES: (counts["loaded"] + counts["stored"]) * elements / card.bandwidth}
+    return times | {unit: counts[unit] * elements / (rate * clocks) for unit, rate in RATES.items()}
+
+
+def modelled(work, card, kernels):
+    """What the model says of a `Work`, as a dict.
+
+    Args:
+        work: what is done.
+        card: a `soul.plan.Card`.
+        kernels: name -> counts, of the evidence.
+
+    Returns:
+        ``ms``; ``counted``: whether there are counts, without which it is the time of the bytes alone. With them also, of the
+        kernel that takes longest, ``limit``: the resource that it waits for, ``then``: the next one, ``busy``: in which percent
+        of the time that one is used, and ``barriers`` of a program, or None. Without matrix products ``percent_of_copy``, of
+        the bytes that must be moved, and ``percent_without_overlap``, if bytes and instructions waited for each other; with
+        them ``products_ms``, theirs alone.
+    """
+    if not all(name in kernels for name in work.kernels):
+        return {"ms": 1e3 * work.bytes / card.bandwidth, "counted": False}
+    times = [kernel_times(kernels[name], work.elements, card) for name in work.kernels]
+    longest = max(range(len(times)), key=lambda i: max(times[i].values()))
+    limit, then = sorted(times[longest], key=times[longest].get, reverse=True)[:2]
+    products = work.flops / card.flops
+    seconds = products + sum(max(needed.values()) for needed in times)
+    found = {"ms": 1e3 * seconds, "counted": True, "limit": limit, "then": then}
+    found["busy"] = 100 * times[longest][then] / times[longest][limit]
+    found["barriers"] = kernels[work.kernels[longest]]["barriers"].get(work.program)
+    if products:
+        return found | {"products_ms": 1e3 * products}
+    apart = sum(needed[BYTES] + max(needed[unit] for unit in RATES) for needed in times)
+    least = 100 * work.bytes / card.bandwidth
+    return found | {"percent_of_copy": least / seconds, "percent_without_overlap": least / apart}
+
+
+def works():
+    """Yield every `Work`, op by op."""
+    yield from _steps()
+    yield from _norms()
+    yield from _averages()
+    yield from _rows()
+    yield from _heads()
+
+
+def _numel(shapes):
+    return sum(map(math.prod, shapes))
+
+
+def step_kernel(dtype, soul, *, param_rounding="compensated", state_dtype=None):
+    """Name in the evidence of the step that an optimizer with these options launches."""
+    if state_dtype is None:
+        m, h = dtype, torch.float32
+    else:
+        m = h = state_dtype
+    rounding = "nearest" if dtype == torch.float32 else param_rounding
+    return f"step p {NAMES[dtype]} m {NAMES[m]} h {NAMES[h]} {rounding}{' +hessian' if soul else ''}"
+
+
+def _steps():
+    for (name, shapes, dtype), optimizer in itertools.product(bench_sophia_step.models(), (SophiaG, SOUL)):
+        soul, numel = optimizer is SOUL, _numel(shapes)
+        roundings = bench_sophia_step.ROUNDINGS if dtype != torch.float32 else ("nearest",)
+        states = [state for state in bench_sophia_step.STATE_DTYPES if state != dtype or dtype != torch.float32]
+        for rounding, state in itertools.product(roundings, states):
+            options = dict(param_rounding=rounding, state_dtype=state)
+            per_param = bench_sophia_step.bytes_per_param(dtype, soul, **options)
+            yield Work(
+                "sophia_step", f"{optimizer.__name__}.step, {name}, {str(dtype)[6:]}",
+                f"{bench_sophia_step.label_of(dtype, **options)}, {per_param:.4g} B/param", per_param * numel, numel,
+                (step_kernel(dtype, soul, **options),),
+            )  # fmt: skip
+
+
+def _norms():
+    for name, shapes, dtype in bench_sophia_step.models():
+        numel = _numel(shapes)
+        kernels = (f"grad_norm squares {NAMES[dtype]}",)  # the sum of a number for each 65,536 of them is one program
+        yield Work("grad_norm", bench_grad_norm.name_of(name, dtype), "ours", dtype.itemsize * numel, numel, kernels)
+
+
+def _averages():
+    for (name, shapes, dtype), (state, (h, width)) in itertools.product(
+        bench_hessian_ema.models(), bench_hessian_ema.STATES.items()
+    ):
+        numel, per_param = _numel(shapes), 2 * width + dtype.itemsize
+        kernel = f"hessian_ema h {NAMES.get(h, '8bit')} g {NAMES[dtype]}"
+        yield Work("hessian_ema", f"update_hessian, {name}, g {str(dtype)[6:]}", f"ours, {state} h, {per_param:.4g} B/param",
+                   per_param * numel, numel, (kernel,))  # fmt: skip
+
+
+def _rows():
+    groups = {  # op, kind, bytes an element -> variant -> kernels
+        ("token_logprob", "statistics", 4): {"ours": (STATISTICS,), "ours, all statistics": ("token_logprob statistics all",)},
+        ("token_logprob", "gradient", 6): {"ours": (GRADIENT,), "ours, from logits alone": (STATISTICS, GRADIENT)},
+        ("token_draw", "statistics", 4): {"ours, for drawing": (LIKELIEST,), "ours, of given labels": (STATISTICS,)},
+        ("token_draw", "gradient", 6): {"ours, drawing": (DRAW,), "ours, of given labels": (GRADIENT,)},
+        ("kl_divergence", "divergences", 8): {"ours": (DIVERGENCE,), "ours, from logits alone": (*BOTH, DIVERGENCE)},
+        ("kl_divergence", "gradient", 10): {
+            "ours": (DIVERGENCE_GRADIENT,),
+            "ours, from logits alone": (*BOTH, DIVERGENCE, DIVERGENCE_GRADIENT),
+        },
+    }
+    for ((op, kind, width), variants), n_vocab in itertools.product(groups.items(), VOCABULARIES):
+        numel = ROWS * n_vocab
+        for variant, kernels in variants.items():
+            case = f"{kind}, {ROWS} x {n_vocab}, fp32 logits"
+            yield Work(op, case, variant, width * numel, numel, kernels, program=f"V {n_vocab}")
+
+
+def _heads():
+    kernels = dict.fromkeys(LOSSES, (STATISTICS, GRADIENT))
+    kernels |= {"GNB": (LIKELIEST, DRAW), "KL": (*BOTH, DIVERGENCE, DIVERGENCE_GRADIENT)}
+
+    def head(op, case, variant, loss, n, d, n_vocab, frozen, products):
+        case = f"{case}, N {n}, D {d}, V {n_vocab}, bfloat16, {'frozen' if frozen else 'trained'} head"
+        return Work(op, case, variant, None, n * n_vocab, kernels[loss], 2.0 * products * n * n_vocab * d, f"V {n_vocab}")
+
+    for frozen, (d, n_vocab), n, loss in itertools.product((False, True), SHAPES, SIZES, LOSSES):
+        if bench_linear_loss.runs_by_default(loss, n, d, n_vocab, frozen):
+            products = (2 if frozen else 3) + (loss == "KL")
+            yield head("linear_loss", loss, "ours", loss, n, d, n_vocab, frozen, products)
+    for (n, d, n_vocab), frozen in itertools.product(((512, *SHAPES[0]), (4096, *SHAPES[1])), (False, True)):
+        yield head("linear_gnb", "linear_gnb", "ours", "GNB", n, d, n_vocab, frozen, 2 if frozen else 3)
+    for n, frozen in itertools.product((4096, 512), (False, True)):
+        size = (n, *SHAPES[0], frozen)
+        yield head("linear_kl", "linear_kl, mean", "ours", "KL", *size, 5 if frozen else 6)
+        yield head("linear_kl", "linear_kl, mean", "ours, as an objective", "KL", *size, 3 if frozen else 4)
+
+
+def main(name, ops, only=""):
+    """Print what the model says of the ops; return the exit status.
+
+    Args:
+        name: of the card, one of `cards`.
+        ops: names of ops; empty: all.
+        only: part of the name of a case.
+
+    Raises:
+        ValueError: a card for which there are no counts, or no case is left.
+    """
+    if name not in cards():
+        raise ValueError(f"--model: expected {' or '.join(cards())}, got {name!r}; the kernels were counted for sm_90 alone")
+    chosen = [work for work in works() if (not ops or work.op in ops) and only in work.case]
+    if not chosen:
+        asked = f"{', '.join(ops) or 'all ops'} and --only {only!r}"
+        raise ValueError(f"--model: expected ops that have kernels of their own, got {asked}; try python -m bench plan")
+    card, evidence = CARDS[name], json.loads(EVIDENCE.read_text())
+    print(f"MODELLED, NOT MEASURED: {name}, copy {card.bandwidth / 1e9:.0f} GB/s, GEMM {card.flops / 1e12:.0f} TFLOP/s "
+          f"({card.source}), {card.multiprocessors} multiprocessors at {card.clock / 1e9:.2f} GHz (datasheet)")  # fmt: skip
+    left_out = "host, launches, waiting for memory and at barriers are left out"
+    print(f"counts of {evidence['target']}, Triton {evidence['triton']}; {left_out}")
+    for op in ops:
+        if op not in {work.op for work in chosen}:
+            print(f"{op}: not modelled, no case of it is left, or it has no kernels of its own: python -m bench plan")
+    for op, of_op in itertools.groupby(chosen, key=lambda work: work.op):
+        print(f"\n== {op}, modelled")
+        for case, of_case in itertools.groupby(of_op, key=lambda work: work.case):
+            print(f"\n{case}")
+            for work in of_case:
+                print(f"  {work.variant:<48}{_line(modelled(work, card, evidence['kernels']))}")
+    return 0
+
+
+def _line(found):
+    line = f"{found['ms']:10.3f} ms"
+    if not found["counted"]:
+        return f"{line}  or more: the bytes alone, instructions are not counted"
+    if "products_ms" in found:
+        line += f"  {100 * found['ms'] / found['products_ms']:6.1f}% of its products"
+    else:
+        line += f"  {found['percent_of_copy']:6.1f}% of copy ({found['percent_without_overlap']:.0f} without overlap)"
+    line += f"  limit: {found['limit']}, then {found['then']} {found['busy']:.0f}%"
+    return line + (f"  barriers a program: {found['barriers']:g}" if found["barriers"] else "")
