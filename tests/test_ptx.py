@@ -341,9 +341,14 @@ def test_parameters_are_read_in_the_type_of_the_instruction():
     assert (result == (0xFFFFFFFF ^ (2**32 - 7))).all()
 
 
-def test_registers_and_shared_memory_hold_junk_at_first():
-    for body in ("mov.b32 %r2, %r19;", "ld.shared.b32 %r2, [%r24];"):
-        assert np.isnan(run(body + STORE)[0].view(np.float32)).all()
+@pytest.mark.parametrize("body", ["mov.b32 %r2, %r19;", "ld.shared.b32 %r2, [%r24];", "mov.b64 {_, %r2}, %rd19;",
+                                  "mov.b64 {%r2, _}, %rd19;", "mov.b32 %r2, {%rs9, %rs9};"])  # fmt: skip
+def test_registers_and_shared_memory_hold_nan_at_first(body):
+    """In every format that the bits may be read in."""
+    words = run(body + STORE)[0]
+    halves = torch.from_numpy(words.view(np.int16))
+    assert np.isnan(words.view(np.float32)).all() and np.isnan(np.repeat(words, 2).view(np.float64)).all()
+    assert halves.view(torch.float16).isnan().all() and halves.view(torch.bfloat16).isnan().all()
 
 
 FINDINGS = {

@@ -27,7 +27,7 @@ from tests.ptx.program import Address, Immediate, Instruction, Operand, Register
 LANES = 16384  # threads that run at once: fewer cost more Python calls, more leave the cache
 WARP = 32
 SHARED_BASE = 4096  # where shared memory begins in its own window; 0 stays invalid
-JUNK = 0x7FA5_5AA5_7FA5_5AA5  # what registers and shared memory hold at the start: a NaN in every float format
+JUNK = 0x7FFD_7FFD_7FFD_7FFD  # what registers and shared memory hold at the start: a NaN in every float format
 
 Array = np.ndarray
 Step = Callable[["Batch"], None]
@@ -173,7 +173,8 @@ class Kernel:
                 name = f"{text} {kind}"
                 return self.slots[name] if name in self.slots else self._slot(name, immediate(text, kind))
             case Symbol("global_smem"):
-                return self._slot("global_smem " + kind, np.full((1, 1), SHARED_BASE, DTYPES[kind]))
+                name = f"global_smem {kind}"
+                return self.slots[name] if name in self.slots else self._slot(name, np.full((1, 1), SHARED_BASE, DTYPES[kind]))
             case Symbol(name) if name in self.special:
                 return self.special[name]
         raise Unsupported(f"operand {operand}")
