@@ -13,7 +13,7 @@ from tests import tolerances as tol
 from tests.helpers import needs_interpreter
 from tests.models import lora_model, sequences, tiny_model, tiny_tokenizer
 
-BACKENDS = ["reference", pytest.param("triton", marks=needs_interpreter)]
+BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_interpreter)]
 FAST = dict(batch_size=2, backend="reference")
 
 
