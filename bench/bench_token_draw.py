@@ -6,8 +6,9 @@ import torch
 
 from bench._harness import Case
 from bench.bench_token_logprob import CHECKED, gradient_error, scratch
+from soul_kernels.reference.token_logprob import LOGP, N_BASIC
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
-from soul_kernels.token_logprob import LOGP, N_BASIC, token_gradient, token_statistics
+from soul_kernels.token_logprob import token_gradient, token_statistics
 
 
 def make_case(kind, n, n_vocab, device, quick):

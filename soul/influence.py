@@ -18,7 +18,7 @@ from soul.batches import collate
 from soul.models import autocast, evaluating, head, hidden_states, trained, transform
 from soul_kernels import hessian_ema, linear_gnb, linear_objective
 from soul_kernels._checks import argument_error, check_choice, check_positive
-from soul_kernels._launch import resolve_backend
+from soul_kernels._launch import resolve_head_backend
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 CURVATURES = ("gnb", "fisher", "woodfisher")
@@ -181,7 +181,7 @@ def unlearn_once(
         blockwise: as in `WoodFisher`, for that only.
         batch_size: sequences at a time.
         generator: ``torch.Generator`` on the model's device, for the labels of "gnb".
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         A dict of floats: ``forget_nll`` and ``retain_nll``, means over tokens before the update; ``step``, ``damping``; and
@@ -198,7 +198,7 @@ def unlearn_once(
     if isinstance(batch_size, bool) or not (isinstance(batch_size, int) and batch_size >= 1):
         raise argument_error("batch_size", "an integer >= 1", repr(batch_size), "8, for instance")
     params = trained(model)
-    backend = resolve_backend(backend, head(model)[0])
+    backend = resolve_head_backend(backend, head(model)[0])
     step = _tokens(forget) / _tokens(retain) if step is None else step
     with evaluating(model), torch.enable_grad():
         grads, forget_nll = [torch.zeros_like(p, dtype=torch.float32) for p in params], 0.0

@@ -21,7 +21,7 @@ from soul.files import whole
 from soul.models import as_reference, autocast, check_linear_head, has_adapters, head, hidden_states, token_logps
 from soul.output import check_writable
 from soul_kernels._checks import argument_error
-from soul_kernels._launch import resolve_backend
+from soul_kernels._launch import resolve_head_backend
 
 FORMAT = 1  # of the files; another number makes all older ones stale
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which a model yields log-probabilities and hidden states
@@ -58,7 +58,7 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
             that is not what it should be is computed again, with a warning. Whoever can write there can change the results.
         batch_size: sequences at a time, in the order of the dataset.
         tokenizer: the dataset's, whose vocabulary then is a part of the cache's key.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "torch" or "reference".
 
     Returns:
         List of floats, in nats.
@@ -67,7 +67,7 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
         ArgumentError: the cache is not a directory, the backend does not fit the model's device, or
             `soul.models.check_linear_head` refuses the model.
     """
-    device, backend = head(model)[0].device, resolve_backend(backend, head(model)[0])
+    device, backend = head(model)[0].device, resolve_head_backend(backend, head(model)[0])
 
     def compute():
         sums = [torch.empty(0, device=device)]

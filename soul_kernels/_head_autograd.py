@@ -59,7 +59,7 @@ def sweep_objective(rows, objective, batch, needs):
         if sequence_chunks is None:
             return _two_sweeps(rows, objective, batch, chunks, gradients)
         chunks = sequence_chunks
-    loss = torch.zeros((), dtype=torch.float32, device=rows.x.device)
+    loss = torch.zeros((), dtype=rows.options.result_dtype, device=rows.x.device)
     for chunk in chunks:
         start, stop, first, last = chunk
         rows.load(chunk)
@@ -71,7 +71,7 @@ def sweep_objective(rows, objective, batch, needs):
         loss += value
         coefficients = []
         for derivative in derivatives:
-            dense = torch.zeros(rows.shape, dtype=torch.float32, device=loss.device)
+            dense = torch.zeros(rows.shape, dtype=derivative.dtype, device=loss.device)
             dense[first:last] = derivative
             coefficients.append(rows.gather(dense, start, stop))
         gradients.add(chunk, *coefficients)
@@ -120,13 +120,16 @@ def _differentiate(objective, logps, batch):
         derivatives = [None] * len(leaves)
         if value.requires_grad:  # not if the objective looks at nothing here
             derivatives = torch.autograd.grad(value, leaves, allow_unused=True)
-    return value.detach().float(), [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, derivatives)]
+    return value.detach().to(logps.dtype), [torch.zeros_like(x) if d is None else d for x, d in zip(leaves, derivatives)]
 
 
-def _scaled(gradient, scale, dtype):
-    """fp32 ``gradient * scale`` rounded once to ``dtype``; out of place, so that a graph can be walked twice."""
+def _scaled(gradient, scale, dtype, last):
+    """fp32 ``gradient * scale`` rounded once to ``dtype``; out of place unless this is its ``last`` use."""
     if torch._C._are_functorch_transforms_active():  # vmap knows no out=, which spares a copy
         return (gradient * scale).to(dtype)
+    on_cpu = gradient.device.type == "cpu"
+    if last and (on_cpu or gradient.dtype == dtype):  # on a CPU ``out`` of another dtype would take a copy more
+        return (gradient if on_cpu and scale == 1 else gradient.mul_(scale)).to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -137,9 +140,12 @@ def _to_hidden(indices, x_gradient, shape):
 
 
 @torch.no_grad()
-def scaled_gradients(indices, gradients, scale, dtypes, hidden_shape):
-    """fp32 gradients of rows, weight and bias (each may be None) times an upstream factor: those of the inputs."""
-    x, weight, bias = (g if g is None else _scaled(g, scale, dtype) for g, dtype in zip(gradients, dtypes))
+def scaled_gradients(indices, gradients, scale, dtypes, hidden_shape, last=False):
+    """fp32 gradients of rows, weight and bias (each may be None) times an upstream factor: those of the inputs.
+
+    With ``last`` nobody needs the given ones any more, and they may be those that are returned.
+    """
+    x, weight, bias = (g if g is None else _scaled(g, scale, dtype, last) for g, dtype in zip(gradients, dtypes))
     return None if x is None else _to_hidden(indices, x, hidden_shape), weight, bias
 
 
@@ -207,7 +213,9 @@ class Swept(torch.autograd.Function):
         if scale is None:
             return (None,) * 4
         anchor, indices, *gradients = ctx.saved_tensors
-        return *once_differentiable(anchor, scaled_gradients(indices, gradients, scale, ctx.dtypes, ctx.hidden_shape)), None
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: it may be walked once more
+        gradients = scaled_gradients(indices, gradients, scale, ctx.dtypes, ctx.hidden_shape, last)
+        return *once_differentiable(anchor, gradients), None
 
 
 def per_token_values(hidden, head, labels, rows, options, reference, form_x):
@@ -224,7 +232,7 @@ def _values(rows, form_x):
         rows.load(chunk)
         rows.measure(chunk)
         if gradients is not None:
-            ones = torch.ones(chunk.stop - chunk.start, dtype=torch.float32, device=rows.x.device)
+            ones = torch.ones_like(rows.statistics[0, chunk.part])
             gradients.add(chunk, *_coefficients_of(rows, ones))
     values = rows.log_probs() if rows.reference is None else rows.scatter(rows.divergences[0])
     return values, None if gradients is None else gradients.x
@@ -233,14 +241,14 @@ def _values(rows, form_x):
 @torch.no_grad()
 def frozen_head_gradient(indices, x, upstream, dtype, shape):
     """Gradient of hidden states from what `per_token_values` has formed, for a gradient of its values."""
-    x = x * upstream.float().reshape(-1).index_select(0, indices)[:, None]
+    x = x * upstream.to(x.dtype).reshape(-1).index_select(0, indices)[:, None]
     return _to_hidden(indices, x.to(dtype), shape)
 
 
 def per_token_gradients(hidden, head, labels, rows, options, reference, upstream, needs):
     """Gradients of hidden, weight and bias for a gradient of what `PerToken` gives out, in one sweep of its own."""
     table = HeadRows(hidden, head, labels, rows, options, reference=reference)
-    gradients, coefficients = HeadGradients(table, **needs), table.gather(upstream.float())
+    gradients, coefficients = HeadGradients(table, **needs), table.gather(upstream.to(options.result_dtype))
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in table.even_chunks():
             table.load(chunk)
@@ -309,7 +317,12 @@ class PerToken(torch.autograd.Function):
         rows = ctx.rows.with_tensors(saved)
         gradients = HeadGradients(rows, **ctx.needs)
         with torch.autocast(upstream.device.type, enabled=False):
-            add_gradients(rows, gradients, rows.even_chunks(), *_coefficients_of(rows, rows.gather(upstream.float())))
+            add_gradients(
+                rows,
+                gradients,
+                rows.even_chunks(),
+                *_coefficients_of(rows, rows.gather(upstream.to(rows.options.result_dtype))),
+            )
         found = (gradients.x, gradients.weight, gradients.bias)
         x, weight, bias = (g if g is None else g.to(dtype) for g, dtype in zip(found, ctx.dtypes))
         return None if x is None else _to_hidden(rows.indices, x, ctx.hidden_shape), weight, bias

@@ -6,11 +6,12 @@ import torch
 
 from soul_kernels._checks import PARAM_DTYPES, argument_error, check_choice, check_gradient
 from soul_kernels._head_rows import Head, Options, Reference
-from soul_kernels._launch import resolve_backend
+from soul_kernels._launch import resolve_head_backend
 from soul_kernels.reference.kl_divergence import KINDS
 from soul_kernels.reference.token_logprob import IGNORE_INDEX
 
 CHUNK_BYTES = 2**30  # scratch for one chunk: fp32 logits and their gradient in the dtype of the inputs
+CPU_CHUNK_BYTES = 2**26  # on a CPU, whose GEMMs gain nothing from more
 
 
 def wanted(hidden, weight, bias):
@@ -40,21 +41,26 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
         raise argument_error("logit_scale", "a number other than 0", logit_scale, "1.0 leaves the logits as they are")
     if softcap is not None and not 0 < softcap < math.inf:
         raise argument_error("softcap", "a positive number or None", softcap, "None does not cap")
+    if chunk_bytes is None:
+        chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
     if not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
-        raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, f"the default is {CHUNK_BYTES} bytes")
-    fused = resolve_backend(backend, hidden) == "triton"
+        remedy = f"the default is {CHUNK_BYTES} bytes, on a CPU {CPU_CHUNK_BYTES}"
+        raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, remedy)
+    backend = resolve_head_backend(backend, hidden)
     device_type = hidden.device.type
     autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta tensors
     if not autocast and hidden.dtype != weight.dtype:
         raise argument_error("weight", f"dtype {hidden.dtype}, as hidden", weight.dtype, "convert one, or use autocast")
-    if fused and hidden.dtype not in PARAM_DTYPES:
+    if backend == "triton" and hidden.dtype not in PARAM_DTYPES:
         names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
-        raise argument_error("hidden", f"dtype {names}", hidden.dtype, "convert it, or pass backend='reference'")
+        raise argument_error("hidden", f"dtype {names}", hidden.dtype, "convert it, or pass backend='torch'")
     compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
     if logits_dtype not in (torch.float32, compute_dtype):
         choices = f"torch.float32 or {compute_dtype}, in which hidden is multiplied"
         raise argument_error("logits_dtype", choices, logits_dtype, "torch.float32 is the accurate choice")
-    return Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, fused)
+    if backend != "triton":
+        logits_dtype = torch.promote_types(compute_dtype, torch.float32)
+    return Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, backend)
 
 
 def check_labels_type(hidden, labels, rows):

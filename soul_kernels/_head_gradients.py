@@ -2,11 +2,12 @@
 
 import torch
 
-from soul_kernels._head_rows import mm_fp32
+from soul_kernels._head_rows import mm_fp32, product_with_weight
 
 
 class HeadGradients:
-    """Sums what the chunks contribute to the gradients that are wanted; the others are None. All are fp32, to be rounded once.
+    """Sums what the chunks contribute to the gradients that are wanted; the others are None. All are fp32 (in fp64 they are
+    fp64), to be rounded once.
 
     Attributes:
         x: [R, D] gradient of the rows.
@@ -16,7 +17,7 @@ class HeadGradients:
 
     def __init__(self, rows, *, hidden, weight, bias):
         self.rows = rows
-        options = dict(dtype=torch.float32, device=rows.x.device)
+        options = dict(dtype=rows.options.result_dtype, device=rows.x.device)
         # The first chunk overwrites dW; but in fp16 every chunk is added, and without rows there is none.
         self.fp16 = rows.x.dtype == torch.float16
         new = torch.zeros if self.fp16 or not len(rows) else torch.empty
@@ -38,10 +39,10 @@ class HeadGradients:
             coefficients, weights = coefficients * scale, None if weights is None else weights * scale
         dlogits = self.rows.gradient(chunk, coefficients, weights)
         if self.x is not None:
-            mm_fp32(dlogits, self.rows.head.weight, self.x[part])
+            product_with_weight(dlogits, self.rows.head.weight, self.x[part])
         if self.weight is not None and not self.fp16:
             _accumulate_fp32(self.weight, dlogits.T, self.rows.x[part], first=chunk.start == 0)
-        bias = None if self.bias is None else dlogits.sum(0, dtype=torch.float32)
+        bias = None if self.bias is None else dlogits.sum(0, dtype=self.bias.dtype)
         if self.fp16:
             if self.x is not None:
                 self.x[part] /= scale.view(-1, 1)
@@ -55,10 +56,10 @@ class HeadGradients:
 
 
 def _accumulate_fp32(total, a, b, first):
-    """``total = a @ b`` for the first chunk, ``total += a @ b`` after it; fp32 all the way."""
+    """``total = a @ b`` for the first chunk, ``total += a @ b`` after it; in the dtype of the total all the way."""
     if first:
         mm_fp32(a, b, total)
-    elif a.dtype == torch.float32:
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

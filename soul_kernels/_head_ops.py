@@ -103,21 +103,21 @@ def _objective(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, is_forget: Tensor | None,
     ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, number: int,
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
-    fused: bool, needs: Sequence[bool],
+    backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, log-probabilities, the fp32 gradients of rows, weight and bias (empty where none is wanted), and the anchor of
     `once_differentiable`.
     """
     from soul_kernels.linear_loss import reference_objective, sweep  # which imports this module
 
-    head, options = Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, fused)
+    head, options = Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, backend)
     call = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps)
     call |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
 
     def reference(hidden, head, options):
         return reference_objective(hidden, head, labels, objective_of(number), options=options, **call)
 
-    if not fused:
+    if not options.fused:
         return _referred(reference, hidden, head, rows, options, needs)
     with torch.inference_mode(False):  # ops are called below autograd, where the objective's code would record nothing
         loss, (logps,), _, gradients = sweep(
@@ -129,18 +129,18 @@ def _objective(
 @torch.library.custom_op("soul_kernels::linear_gnb", mutates_args=())
 def _gnb(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, rows: Tensor, uniforms: Tensor, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, fused: bool,
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, labels, and the others as in `_objective`."""
     from soul_kernels.linear_gnb import reference_gnb, sweep
 
-    head, options = Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, fused)
+    head, options = Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, backend)
 
     def reference(hidden, head, options):
         return reference_gnb(hidden, head, keep, uniforms, rows=rows, options=options)
 
-    if not fused:
+    if not options.fused:
         return _referred(reference, hidden, head, rows, options, needs)
     loss, (labels,), _, gradients = sweep(hidden, head, keep, uniforms, rows=rows, options=options, needs=_named(needs))
     return loss, labels, *_filled(gradients and (gradients.x, gradients.weight, gradients.bias), hidden)
@@ -223,16 +223,16 @@ def gnb(hidden, head, keep, uniforms, *, rows, options, needs):
 def _per_token(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, fused: bool, form_x: bool,
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str, form_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probabilities or, with a reference, divergences: [B, T]; the fp32 gradient of each row, or an empty tensor; and the
     anchor of `once_differentiable`.
     """
     call = _put_together(
         hidden, weight, bias, labels, rows, ref_hidden, ref_weight, ref_bias, strengths, kind, logit_scale, softcap,
-        compute_dtype, logits_dtype, chunk_bytes, fused,
+        compute_dtype, logits_dtype, chunk_bytes, backend,
     )  # fmt: skip
-    values, x = per_token_values(*call, form_x) if fused else (_per_token_reference(*call), None)
+    values, x = per_token_values(*call, form_x) if call[4].fused else (_per_token_reference(*call), None)
     empty = hidden.new_empty(0, dtype=torch.float32)
     return values, empty if x is None else x, torch.empty_like(empty)
 
@@ -242,17 +242,17 @@ def _per_token_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str,
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
-    fused: bool, needs: Sequence[bool],
+    backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias, in their dtypes; empty where none is wanted."""
     call = _put_together(
         hidden, weight, bias, labels, rows, ref_hidden, ref_weight, ref_bias, strengths, kind, logit_scale, softcap,
-        compute_dtype, logits_dtype, chunk_bytes, fused,
+        compute_dtype, logits_dtype, chunk_bytes, backend,
     )  # fmt: skip
-    if fused:
+    _, head, _, _, options, reference = call
+    if options.fused:
         gradients = per_token_gradients(*call, upstream, _named(needs))
     else:
-        _, head, _, _, options, reference = call
 
         def values(hidden, head, options):
             return (_per_token_reference(hidden, head, labels, rows, options, reference),)
@@ -284,8 +284,9 @@ def _put_together(
 def _(hidden, weight, bias, labels, rows, *others):
     *_, compute_dtype, _, _, _, form_x = others
     x_shape = (rows.shape[0], hidden.shape[2]) if form_x else (0,)
-    values = hidden.new_empty(labels.shape, dtype=Options(compute_dtype, None, None).result_dtype)
-    return values, hidden.new_empty(x_shape, dtype=torch.float32), hidden.new_empty(0, dtype=torch.float32)
+    dtype = Options(compute_dtype, None, None).result_dtype
+    values, x = hidden.new_empty(labels.shape, dtype=dtype), hidden.new_empty(x_shape, dtype=dtype if form_x else torch.float32)
+    return values, x, hidden.new_empty(0, dtype=torch.float32)
 
 
 @_per_token_backward.register_fake
@@ -342,12 +343,12 @@ def per_token(hidden, head, labels, rows, options, reference):
 @torch.library.custom_op("soul_kernels::linear_statistics", mutates_args=())
 def _statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, fused: bool,
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`TokenStatistics` as a tuple."""
     from soul_kernels.linear_loss import measure
 
-    options = Options(compute_dtype, logits_dtype, chunk_bytes, fused)
+    options = Options(compute_dtype, logits_dtype, chunk_bytes, backend)
     return tuple(measure(hidden, Head(weight, bias, logit_scale, softcap), labels, rows, options))
 
 

@@ -4,16 +4,19 @@ What the ops on hidden states are made of; nothing here knows of objectives or a
 """
 
 import copy
+from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, TokenStatistics
-from soul_kernels.token_draw import draw_labels, likeliest_statistics
-from soul_kernels.token_logprob import (
+from soul_kernels.reference import _rows
+from soul_kernels.reference.token_logprob import (
     ENTROPY,
     HIT,
+    IGNORE_INDEX,
     LOGP,
     N_ALL,
     N_BASIC,
@@ -21,12 +24,14 @@ from soul_kernels.token_logprob import (
     ROW_MAX,
     TOTAL,
     VARIANCE,
-    token_gradient,
-    token_statistics,
+    TokenStatistics,
 )
+from soul_kernels.token_draw import draw_labels, likeliest_statistics
+from soul_kernels.token_logprob import token_gradient, token_statistics
 
 ROW_ALIGNMENT = 64  # elements; odd vocabularies (50257) would lose 16-byte accesses and the fast GEMMs
 TILE = 128  # rows; height of a GEMM tile
+WEIGHT_BLOCK = 1 << 20  # elements of a weight that are converted at a time, where a GEMM cannot take its dtype
 
 
 class Head(NamedTuple):
@@ -73,20 +78,33 @@ class Options(NamedTuple):
     """How to compute.
 
     Attributes:
-        compute_dtype: of the factors of all GEMMs.
+        compute_dtype: to which hidden states and weights are rounded.
         logits_dtype: fp32, or the compute dtype.
         chunk_bytes: scratch memory of a chunk.
-        fused: whether the kernels compute, or the reference.
+        backend: "triton" or "torch", whose row functions read the logits of a chunk; or "reference", which is no sweep.
     """
 
     compute_dtype: torch.dtype
     logits_dtype: torch.dtype
     chunk_bytes: int
-    fused: bool = True
+    backend: str = "triton"
+
+    @property
+    def fused(self) -> bool:
+        """Whether chunks of logits are swept, and gradients formed on the way; else the reference computes, under autograd."""
+        return self.backend != "reference"
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """Of hidden states and gradients of logits as factors of the GEMMs. The weight stays in the compute dtype.
+
+        Without kernels the gradient always takes the place of the logits; processors have no GEMM from bf16 to fp32.
+        """
+        return self.compute_dtype if self.backend == "triton" else self.logits_dtype
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Of losses and log-probabilities: fp32, or fp64 where the reference computes in fp64."""
+        """Of losses, log-probabilities and sums of gradients: fp32, or fp64 where that is computed in."""
         return torch.promote_types(self.compute_dtype, torch.float32)
 
 
@@ -111,8 +129,8 @@ def row_width(n_vocab):
 
 def row_bytes(n_vocab, options, has_reference):
     """Scratch memory of a row: logits, those of the reference, and the gradient where it cannot take the logits' place."""
-    compute, logits = options.compute_dtype, options.logits_dtype
-    element = logits.itemsize * (2 if has_reference else 1) + (0 if logits == compute else compute.itemsize)
+    factor, logits = options.factor_dtype, options.logits_dtype
+    element = logits.itemsize * (2 if has_reference else 1) + (0 if logits == factor else factor.itemsize)
     return row_width(n_vocab) * element
 
 
@@ -122,21 +140,43 @@ def chunk_rows(n_vocab, options, has_reference):
     return limit // TILE * TILE or limit
 
 
+class RowFunctions(NamedTuple):
+    """What reads the rows of a chunk: the kernels, or the functions of the same names in PyTorch."""
+
+    token_statistics: Callable
+    token_gradient: Callable
+    divergence_statistics: Callable
+    divergence_gradient: Callable
+    likeliest_statistics: Callable
+    draw_labels: Callable
+
+
+def row_functions(backend: str) -> RowFunctions | ModuleType:
+    """Return the functions of a backend, "triton" or "torch"."""
+    if backend == "torch":
+        return _rows
+    return RowFunctions(
+        token_statistics, token_gradient, divergence_statistics, divergence_gradient, likeliest_statistics, draw_labels
+    )
+
+
 class HeadRows:
     """The kept tokens of one call.
 
     Attributes:
-        x: [R, D] their hidden states, in the dtype of the GEMMs.
-        head: the `Head`, in that dtype.
+        x: [R, D] their hidden states, as factors of the GEMMs: see `Options`.
+        head: the `Head`, in the compute dtype, its bias in that of the results.
         labels: [R] int64.
         indices: [R] int64, flat positions ``b * T + t``.
-        statistics: [4 or 7, R] fp32, filled chunk by chunk: see `soul_kernels.token_logprob.token_statistics`.
-        divergences: [2, R] fp32, with a reference: see `soul_kernels.kl_divergence.divergence_statistics`.
+        statistics: [4 or 7, R] fp32 or, in fp64, fp64; filled chunk by chunk: see
+            `soul_kernels.token_logprob.token_statistics`.
+        divergences: [2, R], the same dtype, with a reference: see `soul_kernels.kl_divergence.divergence_statistics`.
     """
 
     def __init__(self, hidden, head, labels, rows, options, *, reference=None, all_statistics=False):
         device = hidden.device
         self.shape, self.options = labels.shape, options
+        self.functions = row_functions(options.backend)
         self.host_indices = rows if rows is not None and rows.device.type == "cpu" else None
         found = rows is None
         if found:  # waits for the device; a collator that passes `rows` spares that
@@ -151,7 +191,7 @@ class HeadRows:
         self.head = self._converted(head)
         self.n_vocab = head.weight.shape[0]
         self.row_width = row_width(self.n_vocab)
-        self.statistics = torch.empty((N_ALL if all_statistics else N_BASIC, len(rows)), dtype=torch.float32, device=device)
+        self.statistics = self._new(N_ALL if all_statistics else N_BASIC, len(rows))
         self.limit = chunk_rows(self.n_vocab, options, reference is not None)
         self._logits = self._ref_logits = self._gradient = None
         self.reference = None
@@ -160,10 +200,15 @@ class HeadRows:
             self._take_reference(reference, found)
 
     def _rows_of(self, hidden, rows):
-        return hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, rows).to(self.options.compute_dtype)
+        x = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, rows)
+        return x.to(self.options.compute_dtype).to(self.options.factor_dtype)
+
+    def _new(self, *shape: int) -> Tensor:
+        """Memory for numbers of each row."""
+        return torch.empty(shape, dtype=self.options.result_dtype, device=self.x.device)
 
     def _converted(self, head):
-        bias = None if head.bias is None else head.bias.detach().float()
+        bias = None if head.bias is None else head.bias.detach().to(self.options.result_dtype)
         return head._replace(weight=head.weight.detach().to(self.options.compute_dtype), bias=bias)
 
     def _take_reference(self, reference, found):
@@ -194,8 +239,8 @@ class HeadRows:
         self.strengths = None
         if reference.strengths is not None:
             self.strengths = reference.strengths.to(rows.device, torch.float32, non_blocking=True).index_select(0, sequences)
-        self.ref_statistics = torch.empty((N_BASIC, len(rows)), dtype=torch.float32, device=rows.device)
-        self.divergences = torch.zeros((2, n), dtype=torch.float32, device=rows.device)
+        self.ref_statistics = self._new(N_BASIC, len(rows))
+        self.divergences = self._new(2, n).zero_()
 
     def __len__(self):
         return len(self.indices)
@@ -261,18 +306,20 @@ class HeadRows:
 
     def measure(self, chunk):
         """Fills the loaded chunk's part of the statistics and divergences."""
-        token_statistics(self._loaded, self.labels[chunk.part], self.statistics[:, chunk.part], **self.head.transform())
+        self.functions.token_statistics(
+            self._loaded, self.labels[chunk.part], self.statistics[:, chunk.part], **self.head.transform()
+        )
         for start, stop, ref in self._runs_of(chunk):
             if ref is not None:
                 logits, labels = self._of_reference(chunk, ref), self.labels[start:stop]
-                token_statistics(logits, labels, self.ref_statistics[:, ref], **self.head.transform())
-                divergence_statistics(
+                self.functions.token_statistics(logits, labels, self.ref_statistics[:, ref], **self.head.transform())
+                self.functions.divergence_statistics(
                     self._loaded[start - chunk.start : stop - chunk.start], logits, labels, self.statistics[:, start:stop],
                     self.ref_statistics[:, ref], self.divergences[:, start:stop], **self._divergence_options(ref),
                 )  # fmt: skip
 
     def gradient(self, chunk, coefficients, weights=None):
-        """Gradient [n, V] by the raw products of a loaded and measured chunk, in the dtype of the GEMMs.
+        """Gradient [n, V] by the raw products of a loaded and measured chunk, as a factor of the GEMMs.
 
         It overwrites the raw products where these have the same dtype.
 
@@ -286,11 +333,11 @@ class HeadRows:
             local = slice(start - chunk.start, stop - chunk.start)
             labels, statistics = self.labels[start:stop], self.statistics[:, start:stop]
             if ref is None:
-                token_gradient(
+                self.functions.token_gradient(
                     self._loaded[local], labels, statistics, coefficients[local], out[local], **self.head.transform()
                 )
             else:
-                divergence_gradient(
+                self.functions.divergence_gradient(
                     self._loaded[local], self._of_reference(chunk, ref), labels, statistics, self.ref_statistics[:, ref],
                     self.divergences[:, start:stop], coefficients[local], weights[local], out[local],
                     **self._divergence_options(ref),
@@ -304,10 +351,10 @@ class HeadRows:
 
     def _out(self):
         """Where the gradient of the loaded chunk goes."""
-        if self.options.logits_dtype == self.options.compute_dtype:
+        if self.options.logits_dtype == self.options.factor_dtype:
             return self._loaded
         if self._gradient is None:
-            self._gradient = self._scratch(len(self), self.options.compute_dtype)
+            self._gradient = self._scratch(len(self), self.options.factor_dtype)
         return self._gradient[: len(self._loaded), : self.n_vocab]
 
     def _divergence_options(self, ref):
@@ -376,12 +423,12 @@ class DrawnRows(HeadRows):
     def measure(self, chunk):
         """Fills what `gradient` needs to know for drawing."""
         statistics = self.statistics[:, chunk.part]
-        likeliest_statistics(self._loaded, self.labels[chunk.part], statistics, **self.head.transform())
+        self.functions.likeliest_statistics(self._loaded, self.labels[chunk.part], statistics, **self.head.transform())
 
     def gradient(self, chunk, coefficients, weights=None):
         """Draws the labels, fills in their log-probabilities, and returns the gradient."""
         out = self._out()
-        draw_labels(
+        self.functions.draw_labels(
             self._loaded, self.labels[chunk.part], self.uniforms[chunk.part], self.statistics[:, chunk.part], coefficients,
             out, **self.head.transform(),
         )  # fmt: skip
@@ -394,7 +441,10 @@ class DrawnRows(HeadRows):
 
 def _product(x, head, out):
     """``out = x @ weight.T + bias``, in the dtype of ``out``: fp32, or that of the factors."""
-    if out.dtype == torch.float32:
+    if x.dtype != head.weight.dtype:
+        for part, weight in _converted_blocks(head.weight, x.dtype):
+            torch.mm(x, weight.T, out=out[:, part])
+    elif out.dtype == torch.float32:
         mm_fp32(x, head.weight.T, out)
     else:
         torch.mm(x, head.weight.T, out=out)
@@ -402,9 +452,30 @@ def _product(x, head, out):
         out.add_(head.bias)
 
 
+def product_with_weight(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = dlogits @ weight`` in fp32 (fp64 in fp64), whatever the dtype of the weight."""
+    if dlogits.dtype == weight.dtype:
+        mm_fp32(dlogits, weight, out)
+        return
+    for part, block in _converted_blocks(weight, dlogits.dtype):
+        out.addmm_(dlogits[:, part], block, beta=0 if part.start == 0 else 1)
+
+
+def _converted_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yield blocks of rows of a weight in another dtype, in which it never exists as a whole, and where they stand.
+
+    They share one block of memory: new memory for each would take longer than the conversion.
+    """
+    size = min(max(WEIGHT_BLOCK // max(weight.shape[1], 1), 1), len(weight))
+    memory = weight.new_empty((size, weight.shape[1]), dtype=dtype)
+    for start in range(0, len(weight), size):
+        part = weight[start : start + size]
+        yield slice(start, start + len(part)), memory[: len(part)].copy_(part)
+
+
 def mm_fp32(a, b, out):
-    """``out = a @ b`` with fp32 accumulation and fp32 output."""
-    if a.dtype == torch.float32:
+    """``out = a @ b`` with fp32 accumulation and fp32 output; of fp64 factors all is fp64."""
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -33,7 +33,7 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
 else:
     check_version("triton", triton.__version__)
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def has_triton():
@@ -58,7 +58,8 @@ def resolve_backend(backend, tensor):
     """Returns ``"triton"`` or ``"reference"``.
 
     Args:
-        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter, else the reference.
+        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter, else the reference, and so does
+            ``"torch"`` anywhere.
         tensor: one of the op's tensors; it tells the device.
 
     Raises:
@@ -70,7 +71,26 @@ def resolve_backend(backend, tensor):
         reason = "Triton is not installed" if not has_triton() else f"the tensors are on {tensor.device}"
         remedy = "take 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
         raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
-    return "triton" if backend != "reference" and can_run else "reference"
+    return "triton" if backend in ("auto", "triton") and can_run else "reference"
+
+
+def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
+    """Return how the ops on hidden states compute: ``"triton"``, ``"torch"`` or ``"reference"``.
+
+    These have two paths beside the kernels: their reference, which defines them with all logits at once, under autograd; and
+    the sweep over chunks that the kernels take as well, with rows of logits in plain PyTorch. The first is taken only on
+    request.
+
+    Args:
+        backend: as in `resolve_backend`; ``"torch"`` takes the sweep in plain PyTorch, and so does ``"auto"`` where Triton
+            cannot run.
+        tensor: as in `resolve_backend`.
+
+    Raises:
+        ValueError: as `resolve_backend`.
+    """
+    resolved = resolve_backend(backend, tensor)
+    return resolved if resolved == "triton" or backend == "reference" else "torch"
 
 
 def device_guard(device):

@@ -8,17 +8,16 @@ from torch import Tensor
 from soul_kernels import _head_ops
 from soul_kernels._checks import argument_error
 from soul_kernels._head_autograd import Swept
-from soul_kernels._head_checks import CHUNK_BYTES, check_device, check_head, check_rows, check_rows_type, wanted
+from soul_kernels._head_checks import check_device, check_head, check_rows, check_rows_type, wanted
 from soul_kernels._head_gradients import HeadGradients
 from soul_kernels._head_rows import DrawnRows, Head, Options
 from soul_kernels.reference import linear_gnb as _reference
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
-from soul_kernels.token_logprob import LOGP
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, LOGP
 
 
 def linear_gnb(
     hidden, weight, keep, *, uniforms=None, generator=None, bias=None, logit_scale=1.0, softcap=None, rows=None,
-    logits_dtype=torch.float32, chunk_bytes=CHUNK_BYTES, backend="auto",
+    logits_dtype=torch.float32, chunk_bytes=None, backend="auto",
 ):  # fmt: skip
     """The loss whose squared gradient is the Gauss-Newton-Bartlett estimate of Sophia (Liu et al. 2023, algorithm 2)::
 
@@ -41,8 +40,8 @@ def linear_gnb(
         softcap: as in `linear_logprob`.
         rows: as in `linear_logprob`: every token that is kept.
         logits_dtype: as in `linear_logprob`.
-        chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        chunk_bytes: as in `linear_logprob`.
+        backend: as in `linear_logprob`.
 
     Returns:
         The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] int64, -100 where
@@ -84,7 +83,7 @@ def sweep(hidden, head, keep, uniforms, *, rows, options, needs):
     check_rows(rows, keep, hidden)
     rows = DrawnRows(hidden, head, keep, rows, options, uniforms)
     gradients = HeadGradients(rows, **needs) if any(needs.values()) else None
-    share = 1 / keep.sum().clamp(min=1).float()
+    share = 1 / keep.sum().clamp(min=1).to(options.result_dtype)
     for chunk in rows.even_chunks():
         rows.load(chunk)
         rows.measure(chunk)

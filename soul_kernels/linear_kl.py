@@ -6,7 +6,6 @@ from torch import Tensor
 from soul_kernels import _head_ops
 from soul_kernels._head_autograd import PerToken
 from soul_kernels._head_checks import (
-    CHUNK_BYTES,
     check_head,
     check_labels,
     check_labels_type,
@@ -21,7 +20,7 @@ from soul_kernels.reference import linear_kl as _reference
 
 def linear_kl(
     hidden, weight, labels, ref_hidden, *, ref_weight=None, bias=None, ref_bias=None, kind="kl", strengths=None,
-    logit_scale=1.0, softcap=None, rows=None, logits_dtype=torch.float32, chunk_bytes=CHUNK_BYTES, backend="auto",
+    logit_scale=1.0, softcap=None, rows=None, logits_dtype=torch.float32, chunk_bytes=None, backend="auto",
 ):  # fmt: skip
     """``KL(reference || model)`` over the vocabulary at every labelled token, differentiable by the model::
 
@@ -46,11 +45,11 @@ def linear_kl(
         rows: as in `linear_logprob`.
         logits_dtype: as in `linear_logprob`. Of low precision it is far off for values close to 0: bf16 logits cost more than
             100% of the gradient there.
-        chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        chunk_bytes: as in `linear_logprob`.
+        backend: as in `linear_logprob`.
 
     Returns:
-        [B, T] fp32 (fp64 for fp64 inputs of the reference).
+        [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
         ValueError: as `linear_logprob`.

@@ -5,9 +5,11 @@ once for statistics, and turned into its gradient, which feeds the two gradient 
 2 N V D: 3 for a trained head, 2 for a frozen one, 1 without gradients; one more where the coefficients of a row can be
 known only after all chunks have been seen; and one for the tokens whose divergence from a reference is wanted.
 
-Memory of the kernels beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the gradient of the kept rows, and
-V D fp32 for that of a trained head, until backward. The reference does not use ``chunk_bytes``: it makes divergences and
-statistics in chunks of 16 MiB of logits, and keeps the fp32 logits of all kept rows for log-probabilities with gradients.
+Memory beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the gradient of the kept rows, and V D fp32 for that
+of a trained head, until backward; an fp32 head gets that one as its gradient. Without kernels also a few MiB for blocks of
+logits and of a bf16 or fp16 weight, which is multiplied in fp32. The reference does not use ``chunk_bytes``: it makes
+divergences and statistics in chunks of 16 MiB of logits, and keeps the fp32 logits of all kept rows for log-probabilities with
+gradients.
 """
 
 import functools
@@ -20,7 +22,6 @@ from soul_kernels import _head_ops
 from soul_kernels._checks import check_scalar
 from soul_kernels._head_autograd import PerToken, Swept, sweep_objective
 from soul_kernels._head_checks import (
-    CHUNK_BYTES,
     check_head,
     check_labels,
     check_labels_type,
@@ -36,7 +37,7 @@ from soul_kernels.reference.linear_loss import TokenBatch, needed_sequences, seq
 
 def linear_logprob(
     hidden, weight, labels, *, bias=None, logit_scale=1.0, softcap=None, rows=None, logits_dtype=torch.float32,
-    chunk_bytes=CHUNK_BYTES, backend="auto",
+    chunk_bytes=None, backend="auto",
 ):  # fmt: skip
     """Log-probability of every label under the language-model head, differentiable::
 
@@ -45,7 +46,8 @@ def linear_logprob(
     The logits are fp32, whatever the dtype of the inputs, and exist one chunk at a time.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the weight.
+        hidden: [B, T, D] fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they are
+            converted, and so is the weight.
         weight: [V, D], the same dtype.
         labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         bias: [V] or None.
@@ -55,13 +57,14 @@ def linear_logprob(
             ignored ones; the last index may repeat if its token is ignored, to pad R to a fixed size. Given as a CPU tensor
             they spare a wait for the device. None: found from the labels. The reference checks them and needs none.
         logits_dtype: of the logits of a chunk: torch.float32, or the dtype of hidden, which saves 2 to 8% of the time and half
-            of the scratch, and costs 7e-3 in log-probability.
-        chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference". Second
-            derivatives and forward-mode ones need "reference", called outside of torch.compile.
+            of the scratch, and costs 7e-3 in log-probability. Without kernels they are always fp32.
+        chunk_bytes: scratch memory for one chunk, in bytes. None: 1 GiB, on a CPU 64 MiB.
+        backend: "auto" (Triton on a GPU and under the interpreter, else "torch"); "triton"; "torch", the same sweep over chunks
+            in plain PyTorch; or "reference", the definition, which keeps all logits. Second derivatives and forward-mode ones
+            need "reference", called outside of torch.compile.
 
     Returns:
-        [B, T] fp32 (fp64 for fp64 inputs of the reference).
+        [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
         ValueError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. With ``rows`` on a GPU
@@ -90,7 +93,7 @@ def reference_logprob(
 
 def linear_statistics(
     hidden, weight, labels, *, bias=None, logit_scale=1.0, softcap=None, rows=None, logits_dtype=torch.float32,
-    chunk_bytes=CHUNK_BYTES, backend="auto",
+    chunk_bytes=None, backend="auto",
 ):  # fmt: skip
     """What metrics need of every token, from one read of the logits: log p(label), logsumexp, whether the label is the argmax,
     entropy, and variance of log p under the model.
@@ -138,7 +141,7 @@ def measure(hidden, head, labels, rows, options):
 def linear_objective(
     hidden, weight, labels, objective, *, bias=None, is_forget=None, ref_logps=None, ref_hidden=None, ref_weight=None,
     ref_bias=None, logit_scale=1.0, softcap=None, rows=None, return_logps=False, logits_dtype=torch.float32,
-    chunk_bytes=CHUNK_BYTES, backend="auto",
+    chunk_bytes=None, backend="auto",
 ):  # fmt: skip
     """An objective of the per-token log-probabilities; its gradients are formed in the forward sweep::
 
@@ -148,7 +151,8 @@ def linear_objective(
     forget or the retain sequences) and ``needs_statistics``; the batch then has them as well.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the weight.
+        hidden: [B, T, D] fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they are
+            converted, and so is the weight.
         weight: [V, D], the same dtype.
         labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         objective: callable ``(logps [B, T] fp32, TokenBatch) -> [] loss``, differentiated by autograd. Its attribute
@@ -168,8 +172,8 @@ def linear_objective(
         rows: as in `linear_logprob`.
         return_logps: also return the log-probabilities, [B, T] fp32, detached.
         logits_dtype: as in `linear_logprob`. Of low precision it is far off for a divergence close to 0.
-        chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        chunk_bytes: as in `linear_logprob`.
+        backend: as in `linear_logprob`.
 
     Returns:
         The loss, [] fp32; with ``return_logps`` the pair of loss and log-probabilities. If every label is ignored the loss

@@ -6,12 +6,9 @@ registers.
 """
 
 from soul_kernels._launch import launch, tl, triton, triton_dtype
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
+from soul_kernels.reference.token_logprob import IGNORE_INDEX, N_ALL
 from soul_kernels.rounding import round_nearest
 
-# Rows of the statistics; those from HIT on are filled on request.
-LOGP, ROW_MAX, TOTAL, ONE_MINUS_P, HIT, ENTROPY, VARIANCE = range(7)
-N_BASIC, N_ALL = 4, 7
 IGNORED = tl.constexpr(IGNORE_INDEX)
 
 # Columns a loop turn, warps: 31 to 74 registers and no spills with Triton 3.4, 3.6 and 3.9. With 8 warps the statistics spill

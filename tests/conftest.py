@@ -96,6 +96,19 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=["triton", "torch"])
+def backend(request, monkeypatch):
+    """How an op sweeps over rows: with the kernels, and in plain PyTorch, there in blocks so small that a test has several."""
+    if request.param == "torch":
+        from soul_kernels import _head_rows
+        from soul_kernels.reference import _rows
+
+        monkeypatch.setattr(_rows, "BLOCK", 2000)
+        monkeypatch.setattr(_rows, "DIVERGENCE_BLOCK", 1000)
+        monkeypatch.setattr(_head_rows, "WEIGHT_BLOCK", 1000)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

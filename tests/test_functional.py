@@ -10,7 +10,8 @@ import torch.nn.functional as F
 import transformers
 
 from soul import functional
-from soul_kernels.reference import linear_loss
+from soul_kernels import _head_checks
+from soul_kernels.reference import _rows
 from tests import tolerances as tol
 from tests.helpers import assert_close, mutant, peak_bytes
 from tests.models import COMMON, tiny_model
@@ -259,7 +260,8 @@ def theirs_undial(model, reference, inputs, beta=10.0):
 def test_takes_less_memory_than_open_unlearnings_code(name, monkeypatch):
     """On a CPU without kernels, at a vocabulary of 64 times the width. The batch is small, and so are the chunks."""
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    monkeypatch.setattr(linear_loss, "CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(_head_checks, "CPU_CHUNK_BYTES", 2**19)
+    monkeypatch.setattr(_rows, "DIVERGENCE_BLOCK", 2**14)
     config = transformers.LlamaConfig(**COMMON | dict(vocab_size=4096, hidden_size=64))
     model = transformers.LlamaForCausalLM(config).eval()
     reference = copy.deepcopy(model).requires_grad_(False)

@@ -137,7 +137,7 @@ def test_autocast_and_upstream_factors_in_a_compiled_step(device):
         assert_close(a, b, 1e-2, "gradient")
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @pytest.mark.parametrize("name", ["npo", "kl", "logprob", "gnb"])
 def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch):
     """Shapes, dtypes and strides, on which inductor relies; hidden states and weight lie transposed in memory."""
@@ -159,7 +159,7 @@ def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_compiled_calls_check_labels_and_rows(backend, device):
     torch._dynamo.reset()
     hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
@@ -196,13 +196,13 @@ def test_the_objective_is_differentiated_whatever_the_state_of_autograd_was(devi
         assert_close(a, b, 1e-5, "gradient")
 
 
-def test_plain_functions_break_the_graph_and_work(device):
+def test_plain_functions_break_the_graph_and_work(backend, device):
     torch._dynamo.reset()
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
     labels = torch.randint(V, (B, T), device=device)
 
     def loss_of(hidden, weight, bias):
-        return linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, backend="triton"), labels
+        return linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, backend=backend), labels
 
     want = run(model, x, loss_of, model)
     got = run(model, x, loss_of, torch.compile(model, backend="aot_eager"))
@@ -215,11 +215,12 @@ def test_plain_functions_break_the_graph_and_work(device):
     ("npo", False), ("npo", True), ("ceu", False), ("undial", False), ("logprob", False), ("logprob", True), ("kl", False),
     ("gnb", False), ("no rows", False),
 ])  # fmt: skip
-def test_the_reference_is_compiled_without_a_graph_break(name, frozen_head, device):
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_without_kernels_ops_are_compiled_without_a_graph_break(name, frozen_head, backend, device):
     """The graph holds the code of the eager call as one node, so the values are equal, bit for bit."""
     torch._dynamo.reset()
     model, x = Model(frozen_head).to(device), torch.randn(B, T, 8, device=device)
-    loss_of = inputs(device, "reference")[name]
+    loss_of = inputs(device, backend)[name]
     want = run(model, x, loss_of, model)
     got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -227,19 +228,20 @@ def test_the_reference_is_compiled_without_a_graph_break(name, frozen_head, devi
         assert_close(a, b, 1e-6, "gradient")
 
 
-def test_the_reference_is_compiled_by_inductor():
+def test_without_kernels_ops_are_compiled_by_inductor():
     """What a user without a GPU gets from plain torch.compile. Little is around the op: compiling C++ takes seconds."""
     torch._dynamo.reset()
     hidden, weight = torch.randn(B, T, D), torch.randn(V, D, requires_grad=True)
-    loss_of = inputs("cpu", "reference")["npo"]
+    loss_of = inputs("cpu", "torch")["npo"]
     want, want_logps = loss_of(hidden, weight, None)
     got, logps = torch.compile(loss_of, fullgraph=True)(hidden, weight, None)
     assert torch.equal(got, want) and torch.equal(logps, want_logps)
     assert_close(torch.autograd.grad(got, weight)[0], torch.autograd.grad(want, weight)[0], 1e-6, "gradient")
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_compiled_reference_keeps_the_dtype_of_its_results(dtype, device):
+def test_without_kernels_compiled_ops_keep_the_dtype_of_their_results(dtype, backend, device):
     """fp64 in, fp64 out; of bf16 the gradients are rounded once."""
     torch._dynamo.reset()
     model, x = Model().to(device, dtype), torch.randn(B, T, 8, device=device, dtype=dtype)
@@ -247,9 +249,9 @@ def test_the_compiled_reference_keeps_the_dtype_of_its_results(dtype, device):
     objective = losses.GradAscent()
 
     def loss_of(hidden, weight, bias):
-        logps = linear_logprob(hidden, weight, labels, bias=bias, backend="reference")
-        loss = linear_objective(hidden, weight, labels, objective, bias=bias, backend="reference")
-        return loss + logps.sum(), linear_statistics(hidden, weight, labels, bias=bias, backend="reference").entropies
+        logps = linear_logprob(hidden, weight, labels, bias=bias, backend=backend)
+        loss = linear_objective(hidden, weight, labels, objective, bias=bias, backend=backend)
+        return loss + logps.sum(), linear_statistics(hidden, weight, labels, bias=bias, backend=backend).entropies
 
     want = run(model, x, loss_of, model)
     got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -257,13 +259,13 @@ def test_the_compiled_reference_keeps_the_dtype_of_its_results(dtype, device):
         assert a.dtype == b.dtype and torch.equal(a, b)
 
 
-def test_statistics_of_a_trained_head_with_a_bias_are_compiled(device):
+def test_statistics_of_a_trained_head_with_a_bias_are_compiled(backend, device):
     torch._dynamo.reset()
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
     labels = torch.randint(V, (B, T), device=device)
 
     def loss_of(hidden, weight, bias):
-        entropies = linear_statistics(hidden, weight, labels, bias=bias, backend="triton").entropies
+        entropies = linear_statistics(hidden, weight, labels, bias=bias, backend=backend).entropies
         return hidden.sum() + weight.sum() + bias.sum() + entropies.sum(), entropies
 
     want = run(model, x, loss_of, model)
@@ -285,6 +287,7 @@ def export(model, x, loss_of, strict):
 
 @pytest.mark.parametrize("name, strict, backend", [
     ("npo", True, "reference"), ("npo", False, "reference"), ("undial", False, "reference"), ("gnb", True, "reference"),
+    ("npo", True, "torch"), ("undial", False, "torch"), ("gnb", True, "torch"), ("logprob", False, "torch"),
     ("logprob", True, "reference"), ("logprob", False, "reference"), ("no rows", False, "reference"), ("npo", True, "triton"),
 ])  # fmt: skip
 def test_exported_programs_return_what_the_eager_call_does(name, strict, backend, device):
@@ -358,7 +361,13 @@ def test_without_values_shapes_and_dtypes_are_known(where):
     def without_values(tensor):
         return mode.from_tensor(tensor) if where == "fake" else tensor.to("meta")
 
-    for backend, dtype in (("auto", torch.float32), ("reference", torch.float64), ("reference", torch.bfloat16)):
+    for backend, dtype in (
+        ("auto", torch.float32),
+        ("torch", torch.float64),
+        ("torch", torch.bfloat16),
+        ("reference", torch.float64),
+        ("reference", torch.bfloat16),
+    ):
         real = Model().to(dtype)
         hidden, labels = torch.randn(B, T, D, dtype=dtype), torch.full((B, T), V)  # labels out of range: not looked at
         labels[0] = 3
@@ -402,6 +411,7 @@ def test_without_values_arguments_are_checked_still():
 
 @pytest.mark.parametrize("name, backend", [
     ("logprob", "triton"), ("npo", "triton"), ("logprob", "reference"), ("npo", "reference"), ("gnb", "reference"),
+    ("logprob", "torch"), ("npo", "torch"), ("gnb", "torch"), ("kl", "torch"),
 ])  # fmt: skip
 def test_torch_func_differentiates_once(name, backend, device):
     loss_of = inputs(device, backend)[name]
@@ -413,7 +423,7 @@ def test_torch_func_differentiates_once(name, backend, device):
         assert_close(a, b, 1e-5, "gradient")
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_gradients_of_each_sequence_by_vmap(backend, device):
     hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
     labels = torch.full((B, T), -100, device=device)
@@ -429,7 +439,7 @@ def test_gradients_of_each_sequence_by_vmap(backend, device):
 
 
 @pytest.mark.parametrize("name", ["logprob", "npo"])
-def test_second_derivatives_are_right_or_refused(name, device):
+def test_second_derivatives_are_right_or_refused(name, backend, device):
     """As constants the gradients that a kernel forms would be left out of a second derivative without a word."""
     torch._dynamo.reset()
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((B, T, D), (V, D), (V,))]
@@ -438,7 +448,7 @@ def test_second_derivatives_are_right_or_refused(name, device):
         (gradient,) = torch.autograd.grad(loss_of(*leaves)[0], leaves[0], create_graph=True)
         return torch.autograd.grad(gradient.pow(2).sum() + leaves[1].sum(), leaves[1])
 
-    fused, reference = inputs(device)[name], inputs(device, "reference")[name]
+    fused, reference = inputs(device, backend)[name], inputs(device, "reference")[name]
     for loss_of in (fused, torch.compile(fused, backend="eager"), torch.compile(reference, backend="eager")):
         with pytest.raises(ArgumentError, match="backend: expected 'reference' for second derivatives"):
             curvature(loss_of)
@@ -453,12 +463,12 @@ def test_results_may_be_changed_in_place(device):
     labels = torch.full((B, T), -100, device=device)
     labels[:2, :1] = 7
     objective, uniforms = losses.GradAscent(), torch.rand(B, T, device=device)
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch", "reference"):
 
         def values(backend=backend):
             yield linear_objective(hidden, weight, labels, objective, backend=backend)
             yield linear_gnb(hidden, weight, labels >= 0, uniforms=uniforms, backend=backend)[0]
-            if backend == "triton":
+            if backend != "reference":
                 yield linear_logprob(hidden, weight, labels, backend=backend)
 
         for value, changed in zip(values(), values()):

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from soul_kernels import _head_rows
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference import kl_divergence as reference
 from soul_kernels.reference.token_logprob import token_logprob, transformed
@@ -13,16 +14,24 @@ from tests import tolerances as tol
 from tests.helpers import assert_close, assert_rows_close, mutant
 
 
-def run(logits, ref_logits, labels, coefficients, weights, *, statistics_op=divergence_statistics,
-        gradient_op=divergence_gradient, out=None, strengths=None, kind="kl", **transform):  # fmt: skip
+@pytest.fixture
+def row_functions(backend, monkeypatch):
+    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    functions = _head_rows.row_functions(backend)
+    for name in ("token_statistics", "divergence_statistics", "divergence_gradient"):
+        monkeypatch.setitem(globals(), name, getattr(functions, name))
+
+
+def run(logits, ref_logits, labels, coefficients, weights, *, statistics_op=None, gradient_op=None,
+        out=None, strengths=None, kind="kl", **transform):  # fmt: skip
     both = [torch.empty(4, len(labels), device=logits.device) for _ in range(2)]
     for raw, statistics in zip((logits, ref_logits), both):
         token_statistics(raw, labels, statistics, **transform)
     divergences = torch.full((2, len(labels)), float("nan"), device=logits.device)
     options = dict(strengths=strengths, kind=kind, **transform)
-    statistics_op(logits, ref_logits, labels, *both, divergences, **options)
+    (statistics_op or divergence_statistics)(logits, ref_logits, labels, *both, divergences, **options)
     out = torch.full_like(logits, float("nan")) if out is None else out
-    gradient_op(logits, ref_logits, labels, *both, divergences, coefficients, weights, out, **options)
+    (gradient_op or divergence_gradient)(logits, ref_logits, labels, *both, divergences, coefficients, weights, out, **options)
     return divergences, out
 
 
@@ -80,6 +89,7 @@ def check(device, n_vocab=4099, distance=1.0, kind="kl", strengths=None, spread=
 
 
 # 1 and 2: hardly a distribution. 129: a warp and one. 2048, 2049: one block, and one element more. 50257: a tail.
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("n_vocab", [1, 2, 129, 2048, 2049, 50257])
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_every_vocabulary_size(kind, n_vocab, device):
@@ -87,6 +97,7 @@ def test_every_vocabulary_size(kind, n_vocab, device):
 
 
 # KL of about 5e-7, where the sum of q (log q - log p) has lost everything in fp32, to 50, where expm1(-d) overflows.
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("distance, limit", [(1e-3, 5e-3), (0.1, 1e-4), (10.0, tol.GRAD_OBJECTIVE), (60.0, tol.GRAD_OBJECTIVE)])
 def test_from_close_to_far(distance, limit, device):
     # The rounding of z and of log-sum-exp, 1e-6, is a thousandth of the differences at 1e-3.
@@ -98,17 +109,20 @@ def test_entropy_of_a_reference_that_is_nearly_certain(device):
     check(device, distance=10.0)
 
 
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_lowered_labels(kind, device):
     """UNDIAL's teacher: some rows untouched, some with a little off, one whose label is out of the race."""
     check(device, kind=kind, strengths=[0.0, 0.5, 3.0, 10.0, 200.0])
 
 
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_capped_and_scaled_logits(kind, device):
     check(device, kind=kind, strengths=[0.0, 1.0, 3.0, 0.0, 5.0], spread=20.0, logit_scale=0.5, softcap=8.0)
 
 
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("strengths", [None, [4.0] * 4])
 @pytest.mark.parametrize("kind", reference.KINDS)
 @pytest.mark.parametrize("rest", [1e-4, 1e-9])
@@ -129,7 +143,8 @@ def test_memorised_by_both(rest, kind, strengths, device):
     assert_rows_close(gradient, want_gradient, 2 * tol.ONE_MINUS_P, "dlogits")
 
 
-@pytest.mark.parametrize("n_vocab, backend", [(50257, "triton"), (50257, "reference"), (128256, "reference")])
+@pytest.mark.parametrize("n_vocab, backend", [(50257, "triton"), (50257, "torch"), (50257, "reference"), (128256, "reference")])
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("strengths", [None, [0.0, 1.0, 3.0, 5.0]])
 @pytest.mark.parametrize("distance", [1.0, 1e-2])
 def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, device):
@@ -142,7 +157,7 @@ def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, de
     labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab // 3], device=device)
     weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
     strengths = None if strengths is None else torch.tensor(strengths, device=device)
-    op = run if backend == "triton" else run_reference
+    op = run_reference if backend == "reference" else run
     _, gradient = op(logits, ref_logits, labels, zeros, weights, strengths=strengths)
     _, want = oracle(logits, ref_logits, labels, zeros, weights, strengths=strengths)
     p = logits.double().softmax(1)
@@ -152,6 +167,7 @@ def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, de
     assert (error <= 1e-5 * larger).all(), error
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_equal_distributions_are_exactly_zero_apart(device):
     logits = torch.randn(4, 5000, device=device) * 5
     labels, ones = torch.arange(4, device=device), torch.ones(4, device=device)
@@ -159,6 +175,7 @@ def test_equal_distributions_are_exactly_zero_apart(device):
     assert (divergences[0] == 0).all() and (gradient == 0).all()
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_masked_entries_ignored_rows_and_low_precision(device):
     logits, ref_logits = (torch.randn(3, 4100, device=device) for _ in range(2))
     logits[0, 100:], ref_logits[0, 100:] = -torch.inf, -torch.inf  # entries that no model can say

@@ -25,13 +25,14 @@ def make(device, dtype=FLOAT, n_vocab=131, bias=False):
     }
 
 
-def check(device, op=linear_gnb, *, dtype=FLOAT, bias=False, chunk_rows=1000, **options):
+def check(device, op=linear_gnb, *, backend="triton", dtype=FLOAT, bias=False, chunk_rows=1000, **options):
     """Labels as the reference draws them; loss and gradients are those of the cross-entropy with these labels, in fp64."""
     case = make(device, dtype, bias=bias)
     double = {n: v.detach().double().requires_grad_() if v is not None and n in ("hidden", "weight", "bias") else v
               for n, v in case.items()}  # fmt: skip
     row_bytes = 192 * (4 if dtype == FLOAT else 4 + dtype.itemsize)
-    loss, labels = op(**case, backend="triton", chunk_bytes=chunk_rows * row_bytes, **options)
+    loss, labels = op(**case, backend=backend, chunk_bytes=chunk_rows * row_bytes, **options)
+    options.pop("rows", None)
     want, want_labels = reference.linear_gnb(**double, **options)
     assert torch.equal(labels, want_labels)
     assert (labels == -100).equal(~case["keep"])
@@ -45,32 +46,32 @@ def check(device, op=linear_gnb, *, dtype=FLOAT, bias=False, chunk_rows=1000, **
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
-def test_against_the_reference(dtype, device):
-    check(device, dtype=dtype, bias=True)
+def test_against_the_reference(dtype, backend, device):
+    check(device, backend=backend, dtype=dtype, bias=True)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 7])
-def test_labels_do_not_depend_on_the_chunks(chunk_rows, device):
-    check(device, chunk_rows=chunk_rows)
+def test_labels_do_not_depend_on_the_chunks(chunk_rows, backend, device):
+    check(device, backend=backend, chunk_rows=chunk_rows)
 
 
-def test_capped_and_scaled_logits(device):
-    check(device, logit_scale=2.0, softcap=1.5)
+def test_capped_and_scaled_logits(backend, device):
+    check(device, backend=backend, logit_scale=2.0, softcap=1.5)
 
 
-def test_generators_give_the_labels(device):
+def test_generators_give_the_labels(backend, device):
     """The same generator state, the same labels; another seed, others; rows of the collator change nothing."""
     case = make(device) | {"uniforms": None}
     drawn = []
     for seed, rows in ((1, None), (1, case["keep"].flatten().nonzero()[:, 0].cpu()), (2, None)):
         generator = torch.Generator(device).manual_seed(seed)
-        drawn.append(linear_gnb(**case, generator=generator, rows=rows, backend="triton")[1])
+        drawn.append(linear_gnb(**case, generator=generator, rows=rows, backend=backend)[1])
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     generator = torch.Generator(device).manual_seed(1)
     assert torch.equal(linear_gnb(**case, generator=generator, backend="reference")[1], drawn[0])
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_nothing_kept_no_grad_and_a_frozen_head(backend, device):
     case = make(device)
     case["weight"].requires_grad_(False)
@@ -86,10 +87,10 @@ def test_nothing_kept_no_grad_and_a_frozen_head(backend, device):
     assert (torch.autograd.grad(nothing, case["hidden"])[0] == 0).all()
 
 
-def test_the_loss_is_that_of_the_labels(device):
+def test_the_loss_is_that_of_the_labels(backend, device):
     case = make(device)
-    loss, labels = linear_gnb(**case, backend="triton")
-    logps = linear_logprob(case["hidden"], case["weight"], labels, backend="triton")
+    loss, labels = linear_gnb(**case, backend=backend)
+    logps = linear_logprob(case["hidden"], case["weight"], labels, backend=backend)
     assert_close(loss, -logps.sum() / case["keep"].sum(), 1e-6, "loss")
 
 
@@ -122,3 +123,15 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
         use_mutant(module, old, new, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):
         functools.partial(check, op=op)(device, chunk_rows=7)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("uniforms[rows])", "uniforms[: len(z)])"),
+    ("labels[rows] != IGNORE_INDEX, IGNORE_INDEX)", "labels[rows] != IGNORE_INDEX, 0)"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_mutants_without_kernels_do_not_pass(old, new, backend, device, tmp_path, monkeypatch):
+    """Of rows that pad the others as well, which draw nothing."""
+    use_mutant("reference._rows", old, new, tmp_path, monkeypatch, BLOCK=300)
+    with pytest.raises(AssertionError):
+        check(device, backend=backend, chunk_rows=7, rows=torch.arange(45))

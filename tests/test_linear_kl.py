@@ -42,7 +42,7 @@ def fp64(case):
     }
 
 
-def check(device, op=linear_kl, *, dtype=FLOAT, bias=False, chunk_rows=1000, frozen=(), **options):
+def check(device, op=linear_kl, *, backend="triton", dtype=FLOAT, bias=False, chunk_rows=1000, frozen=(), **options):
     """Values and gradients under an arbitrary function of the tokens' values, against fp64."""
     case = make(device, dtype, bias)
     double = fp64(case)
@@ -50,7 +50,7 @@ def check(device, op=linear_kl, *, dtype=FLOAT, bias=False, chunk_rows=1000, fro
         case[name].requires_grad_(False), double[name].requires_grad_(False)
     upstream = torch.randn(case["labels"].shape, device=device).double()
     row_bytes = 192 * (8 if dtype == FLOAT else 8 + dtype.itemsize)
-    got = op(**case, backend="triton", chunk_bytes=chunk_rows * row_bytes, **options)
+    got = op(**case, backend=backend, chunk_bytes=chunk_rows * row_bytes, **options)
     want = reference.linear_kl(**double, **options)
     assert got.dtype == FLOAT and (got[case["labels"] == -100] == 0).all()
     assert_close(got, want, tol.GRAD_OBJECTIVE, "value")
@@ -66,28 +66,28 @@ def check(device, op=linear_kl, *, dtype=FLOAT, bias=False, chunk_rows=1000, fro
 
 @pytest.mark.parametrize("kind", ["kl", "soul_kl"])
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
-def test_against_fp64(dtype, kind, device):
-    check(device, dtype=dtype, bias=True, kind=kind)
+def test_against_fp64(dtype, kind, backend, device):
+    check(device, backend=backend, dtype=dtype, bias=True, kind=kind)
 
 
 # A frozen head forms its gradient in forward; a frozen body needs none of it.
 @pytest.mark.parametrize("frozen", [("weight", "bias"), ("hidden",)])
-def test_frozen_parts(frozen, device):
-    check(device, bias=True, frozen=frozen)
+def test_frozen_parts(frozen, backend, device):
+    check(device, backend=backend, bias=True, frozen=frozen)
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 7])  # each token on its own; sequences cut; several sequences
-def test_chunks_do_not_change_the_result(chunk_rows, device):
-    check(device, chunk_rows=chunk_rows, strengths=torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=device))
+def test_chunks_do_not_change_the_result(chunk_rows, backend, device):
+    check(device, backend=backend, chunk_rows=chunk_rows, strengths=torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=device))
 
 
-def test_capped_and_scaled_logits(device):
-    check(device, bias=True, logit_scale=0.5, softcap=2.0)
+def test_capped_and_scaled_logits(backend, device):
+    check(device, backend=backend, bias=True, logit_scale=0.5, softcap=2.0)
 
 
-def test_rows_and_no_grad(device):
+def test_rows_and_no_grad(backend, device):
     case = make(device)
-    want = linear_kl(**case, backend="triton")
+    want = linear_kl(**case, backend=backend)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
     padded = torch.cat([rows, torch.full((3,), case["labels"].numel() - 1)])
     assert case["labels"].flatten()[-1] == -100 or rows[-1] == case["labels"].numel() - 1
@@ -96,16 +96,16 @@ def test_rows_and_no_grad(device):
     padded = torch.cat([rows, torch.full((3,), case["labels"].numel() - 1)])
     for given in (rows, padded, padded.to(device)):
         with torch.no_grad():
-            got = linear_kl(**case, rows=given, backend="triton")
+            got = linear_kl(**case, rows=given, backend=backend)
         assert not got.requires_grad
         assert_close(got[:-1], want[:-1], 1e-6, "value")
 
 
-def test_a_frozen_head_serves_both(device):
+def test_a_frozen_head_serves_both(backend, device):
     case = make(device)
     case["weight"].requires_grad_(False)
     case |= {"ref_hidden": case["hidden"].detach().clone(), "ref_weight": None, "ref_bias": None}
-    got = linear_kl(**case, backend="triton")
+    got = linear_kl(**case, backend=backend)
     assert (got == 0).all()
     (gradient,) = torch.autograd.grad(got.sum(), case["hidden"])
     assert (gradient == 0).all()
@@ -138,3 +138,16 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     use_mutant(module, old, new, tmp_path, monkeypatch)
     with pytest.raises((AssertionError, TypeError)):
         check(device, chunk_rows=7, strengths=torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=device))
+
+
+@pytest.mark.parametrize("old, new", [
+    ("z.scatter_(1, label, at_label[rows, None])", "z"),  # the label's logit, taken out for its statistics, stays away
+    ("(coefficients[rows], weights[rows])", "(coefficients[rows], 0 * weights[rows])"),
+    ("None if strengths is None else strengths[rows]", "None"),
+    ("transformed(_accurate(ref_logits[rows])", "transformed(_accurate(ref_logits[: len(labels[rows])])"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_mutants_without_kernels_do_not_pass(old, new, backend, device, tmp_path, monkeypatch):
+    use_mutant("reference._rows", old, new, tmp_path, monkeypatch, DIVERGENCE_BLOCK=300)
+    with pytest.raises(AssertionError):
+        check(device, backend=backend, chunk_rows=7, strengths=torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=device))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soul import losses
-from soul_kernels import TokenBatch, linear_logprob, linear_objective
+from soul_kernels import TokenBatch, _launch, linear_logprob, linear_objective
 from soul_kernels._head_rows import HeadRows
 from soul_kernels.reference import linear_loss as reference
 from tests import tolerances as tol
@@ -80,7 +80,7 @@ def definition(case, objective):
     return objective(logps, TokenBatch.from_labels(case["labels"], case["is_forget"], case["ref_logps"])), logps
 
 
-def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None, bias=False, scale=2.0):
+def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None, bias=False, scale=2.0, backend="triton"):
     """Value and gradients of objectives against fp64; raises AssertionError if they are off."""
     for name in names:
         case = make(device, dtype, bias=bias)
@@ -88,7 +88,7 @@ def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None,
         want, want_logps = definition(double, OBJECTIVES[name])
         row_bytes = 192 * (4 if dtype == FLOAT else 4 + dtype.itemsize)
         options = {} if chunk_rows is None else {"chunk_bytes": chunk_rows * row_bytes}
-        loss, logps = op(**case, objective=OBJECTIVES[name], return_logps=True, backend="triton", **options)
+        loss, logps = op(**case, objective=OBJECTIVES[name], return_logps=True, backend=backend, **options)
         assert_close(loss, want, 1e-5, f"{name}: loss")
         assert (logps.double() - want_logps.detach()).abs().max() <= tol.LOGP_ABS
         got_all, want_all = gradients(loss, case, scale), gradients(want, double, scale)
@@ -102,16 +102,16 @@ def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None,
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
-def test_objectives_against_fp64(dtype, bias, device):
+def test_objectives_against_fp64(dtype, bias, backend, device):
     # Gradients of an improbable token's probability are below the smallest fp16 number: out of range, not inaccurate.
     names = [name for name in OBJECTIVES if not (dtype == HALF and name == "probability")]
-    check_objectives(linear_objective, device, dtype, names, bias=bias)
+    check_objectives(linear_objective, device, dtype, names, bias=bias, backend=backend)
 
 
 # 1: each token its own chunk. 4: chunks cut inside sequences, or longer than some. 7: several sequences a chunk.
 @pytest.mark.parametrize("chunk_rows", [1, 4, 7])
-def test_chunks_do_not_change_the_result(chunk_rows, device):
-    check_objectives(linear_objective, device, chunk_rows=chunk_rows)
+def test_chunks_do_not_change_the_result(chunk_rows, backend, device):
+    check_objectives(linear_objective, device, chunk_rows=chunk_rows, backend=backend)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -139,7 +139,7 @@ def test_reference_is_accurate_in_fp32_on_memorised_tokens():
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
 @pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",)], ids=["trained", "frozen head", "frozen body"])
-def test_logprob_gradients(frozen, dtype, device):
+def test_logprob_gradients(frozen, dtype, backend, device):
     """Any function may stand on top of the log-probabilities; zero and negative upstream gradients included."""
     case = make(device, dtype, bias=True)
     double = fp64(case)
@@ -149,7 +149,7 @@ def test_logprob_gradients(frozen, dtype, device):
     upstream = torch.randn(case["labels"].shape, device=device).double()
     upstream[0] = 0.0
     logps = linear_logprob(
-        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend="triton", chunk_bytes=6 * 192 * 6
+        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend=backend, chunk_bytes=6 * 192 * 6
     )
     _, want = definition(double, lambda logps, batch: logps.sum())
     assert logps.dtype == torch.float32 and (logps.double() - want).abs().max() <= tol.LOGP_ABS
@@ -160,7 +160,7 @@ def test_logprob_gradients(frozen, dtype, device):
         assert_close(got, expected, tol.GRAD_FP32 if dtype == FLOAT else tol.GRAD_BF16, name)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_only_wanted_gradients_and_no_grad(backend, device):
     case = make(device)
     case["weight"].requires_grad_(False)
@@ -173,9 +173,9 @@ def test_only_wanted_gradients_and_no_grad(backend, device):
     assert_close(quiet, loss, 1e-6, "loss under no_grad")
 
 
-def test_graph_can_be_walked_twice_and_gradients_accumulate(device):
+def test_graph_can_be_walked_twice_and_gradients_accumulate(backend, device):
     case = make(device)
-    loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend="triton")
+    loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend=backend)
     first = gradients_of(loss, case, 1.0)
     second = gradients_of(loss, case, -3.0)
     for a, b in zip(first, second):
@@ -186,7 +186,7 @@ def gradients_of(loss, case, scale):
     return torch.autograd.grad(loss * scale, [case["hidden"], case["weight"]], retain_graph=True)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_all_labels_ignored(backend, device):
     case = make(device)
     case["labels"].fill_(-100)
@@ -197,33 +197,33 @@ def test_all_labels_ignored(backend, device):
             assert (gradient == 0).all()
 
 
-def test_rows_from_the_host_and_padded(device):
+def test_rows_from_the_host_and_padded(backend, device):
     """The collator's path: row indices on the CPU, padded with an ignored position to a fixed count."""
     case = make(device)
-    want = linear_objective(**case, objective=OBJECTIVES["npo"], backend="triton")
+    want = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
     want_gradients = gradients_of(want, case, 1.0)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
     padded = torch.cat([rows, torch.full((5,), case["labels"].numel() - 1)])
     everything = torch.arange(case["labels"].numel())
     for given in (rows, padded, everything, padded.to(device)):
         for chunk_rows in (1000, 7):  # 7: the sequences are cut with the counts that the rows give
-            options = dict(rows=given, chunk_bytes=chunk_rows * 192 * 4, backend="triton")
+            options = dict(rows=given, chunk_bytes=chunk_rows * 192 * 4, backend=backend)
             loss = linear_objective(**case, objective=OBJECTIVES["npo"], **options)
             assert_close(loss, want, 1e-6, "loss")
             for name, got, expected in zip(("dX", "dW"), gradients_of(loss, case, 1.0), want_gradients):
                 assert_close(got, expected, 1e-6, name)
 
 
-def test_deterministic_run_to_run(device):
+def test_deterministic_run_to_run(backend, device):
     case = make(device, BRAIN)
     runs = []
     for _ in range(2):
-        loss = linear_objective(**case, objective=OBJECTIVES["npo"], backend="triton")
+        loss = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
         runs.append((loss, *gradients_of(loss, case, 1.0)))
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-def test_sums_over_sequences_take_one_sweep(device, monkeypatch):
+def test_sums_over_sequences_take_one_sweep(backend, device, monkeypatch):
     """The GEMM count is the promise: one product for the logits of each chunk, unless the objective cannot be split."""
     calls, real = [], HeadRows.load
     monkeypatch.setattr(HeadRows, "load", lambda self, c: calls.append(c.stop - c.start) or real(self, c))
@@ -231,30 +231,30 @@ def test_sums_over_sequences_take_one_sweep(device, monkeypatch):
     kept = int((case["labels"] != -100).sum())
     for name, sweeps in (("graddiff", 1), ("npo", 1), ("npo_token_mean", 2)):
         calls.clear()
-        linear_objective(**case, objective=OBJECTIVES[name], chunk_bytes=7 * 192 * 4, backend="triton")
+        linear_objective(**case, objective=OBJECTIVES[name], chunk_bytes=7 * 192 * 4, backend=backend)
         assert sum(calls) == sweeps * kept, name
         assert len(calls) > 1
     calls.clear()
-    linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend="triton")
+    linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend=backend)
     assert sum(calls) == kept  # one chunk: any objective takes one sweep
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_an_objective_must_return_one_number(backend, device):
     with pytest.raises(ValueError, match=r"objective: expected a loss of shape \(\), got shape \(5,\)"):
         linear_objective(**make(device), objective=lambda logps, batch: logps.sum(1), backend=backend)
 
 
-def test_a_misspelt_additive_is_refused(device):
+def test_a_misspelt_additive_is_refused(backend, device):
     objective = losses.GradAscent()
     objective.additive = "token"
     with pytest.raises(
         ValueError, match="objective.additive: expected one of None, 'tokens', 'sequences', 'pairs', got 'token'"
     ):
-        linear_objective(**make(device), objective=objective, backend="triton")
+        linear_objective(**make(device), objective=objective, backend=backend)
 
 
-def test_plain_functions_are_objectives(device):
+def test_plain_functions_are_objectives(backend, device):
     case = make(device)
     double = fp64(case)
 
@@ -262,7 +262,7 @@ def test_plain_functions_are_objectives(device):
         return -logps.sum(1).min()
 
     want, _ = definition(double, worst_sequence)
-    loss = linear_objective(**case, objective=worst_sequence, chunk_bytes=4 * 192 * 4, backend="triton")
+    loss = linear_objective(**case, objective=worst_sequence, chunk_bytes=4 * 192 * 4, backend=backend)
     for got, expected in zip(gradients(loss, case), gradients(want, double)):
         assert_close(got, expected, tol.GRAD_FP32, "gradient")
 
@@ -272,7 +272,7 @@ def test_autocast_converts_hidden_and_weight(device):
     low = case | {name: case[name].detach().to(BRAIN).requires_grad_() for name in ("hidden", "weight")}
     want = linear_objective(**low, objective=OBJECTIVES["graddiff"], backend="triton")
     want_x, want_weight = gradients_of(want, low, 1.0)
-    for backend in ("triton", "reference"):
+    for backend in ("triton", "torch", "reference"):
         with torch.autocast(device.type, dtype=BRAIN):
             loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend=backend)
         assert_close(loss, want, 1e-5, "loss")
@@ -282,19 +282,19 @@ def test_autocast_converts_hidden_and_weight(device):
         assert_close(weight, want_weight, 2 * tol.GRAD_BF16, "dW")
 
 
-def test_fp16_gradients_survive_small_weights(device):
+def test_fp16_gradients_survive_small_weights(backend, device):
     """Coefficients are of the size of 1 / N, far below what fp16 resolves; the loss scale must not come too late for them."""
     case = make(device, HALF, shape=(6, 20, 32), n_vocab=4001)
     objective, loss_scale = losses.GradDiff(gamma=0.1, alpha=0.1), 65536.0
     double = fp64(case)
     want, _ = definition(double, objective)
-    loss = linear_objective(**case, objective=objective, backend="triton")
+    loss = linear_objective(**case, objective=objective, backend=backend)
     for got, expected in zip(gradients_of(loss, case, loss_scale), gradients_of(want, double, loss_scale)):
         assert_rows_close(got, expected, 1e-2, "gradient")
 
 
 @pytest.mark.parametrize("name", ["npo", "sum", "large gamma"])
-def test_fp16_gradients_do_not_overflow(name, device):
+def test_fp16_gradients_do_not_overflow(name, backend, device):
     """Coefficients may be of any size: of the size of 1 where an objective sums over tokens, a thousand with a large weight."""
     objective = {
         "npo": losses.NPO(alpha=0.0),
@@ -306,29 +306,29 @@ def test_fp16_gradients_do_not_overflow(name, device):
     want, _ = definition(double, objective)
     want_gradients = gradients(want, double)
     for chunk_rows in (1000, 100) if name == "sum" else (1000,):  # one matrix product over all rows overflows first
-        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 6, backend="triton")
+        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 6, backend=backend)
         for got, expected in zip(gradients(loss, case), want_gradients):
             assert_close(got, expected, 2e-3, "gradient")
 
 
-def test_an_upstream_factor_is_not_rounded_to_the_dtype_of_the_model(device):
+def test_an_upstream_factor_is_not_rounded_to_the_dtype_of_the_model(backend, device):
     """1/3 in bf16 is off by 0.1%, for every element alike."""
     case = make(device, BRAIN)
     double = fp64(case)
     want, _ = definition(double, OBJECTIVES["graddiff"])
-    loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend="triton")
+    loss = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend=backend)
     for name, got, expected in zip(("dX", "dW"), gradients_of(loss, case, 1 / 3), gradients_of(want, double, 1 / 3)):
         bias = (got.double() * expected).sum() / (expected * expected).sum() - 1  # of the length along the right direction
         assert abs(bias) < 5e-4, name
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
-def test_no_worse_than_eager_in_the_same_dtype(dtype, device):
+def test_no_worse_than_eager_in_the_same_dtype(dtype, backend, device):
     """What a careful user writes in PyTorch, logits in the dtype of the model and a log-softmax in fp32."""
     case = make(device, dtype, shape=(8, 32, 64), n_vocab=1000, spread=8.0)
     double = fp64(case)
     want, _ = definition(double, OBJECTIVES["graddiff"])
-    ours = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend="triton")
+    ours = linear_objective(**case, objective=OBJECTIVES["graddiff"], backend=backend)
     logps = (case["hidden"] @ case["weight"].T).float().log_softmax(-1)
     keep = case["labels"] != -100
     logps = logps.gather(-1, case["labels"].clamp(min=0)[..., None])[..., 0] * keep
@@ -405,7 +405,7 @@ def test_a_loss_replays_in_a_graph(device):
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
-def test_what_does_not_count_may_be_nan(where, device, monkeypatch):
+def test_what_does_not_count_may_be_nan(where, backend, device, monkeypatch):
     """Hidden states of padding, and those of a reference in sequences that need none, whoever knows the rows."""
     case = make(device)
     case["hidden"].data[-1, -1] = float("nan")  # an ignored token, which pads the rows
@@ -422,7 +422,7 @@ def test_what_does_not_count_may_be_nan(where, device, monkeypatch):
 
         monkeypatch.setattr(HeadRows, "__init__", init)
     objective = losses.NPO(retain="kl")
-    loss = linear_objective(**case, objective=objective, rows=rows, backend="triton")
+    loss = linear_objective(**case, objective=objective, rows=rows, backend=backend)
     assert torch.isfinite(loss)
     for gradient in gradients(loss, case):
         assert torch.isfinite(gradient).all() and gradient.norm() > 0
@@ -437,18 +437,18 @@ def test_reference_backend_under_autocast_is_at_its_own_reference(device):
     assert loss.item() == 0.0
 
 
-def test_fp16_gradients_under_a_large_logit_scale(device):
+def test_fp16_gradients_under_a_large_logit_scale(backend, device):
     case = make(device, HALF, shape=(1, 20, 16))
     with torch.no_grad():
         case["hidden"] /= 3000
     double = fp64(case)
     want, _ = definition(double | {"hidden": double["hidden"] * 3000}, OBJECTIVES["ga"])
-    loss = linear_objective(**case, objective=OBJECTIVES["ga"], logit_scale=3000.0, backend="triton")
+    loss = linear_objective(**case, objective=OBJECTIVES["ga"], logit_scale=3000.0, backend=backend)
     for got, expected in zip(gradients(loss, case, 1e-2), gradients(want, double, 1e-2)):
         assert_close(got, expected, 5e-3, "gradient")
 
 
-def test_fp16_rows_of_a_frozen_head_keep_memorised_tokens(device):
+def test_fp16_rows_of_a_frozen_head_keep_memorised_tokens(backend, device):
     """Its gradient rows are formed before what they are multiplied with is known: an unlikelihood loss has 1 / (1 - p)."""
     weight = torch.zeros(50, 8, device=device, dtype=HALF)
     weight[3, 0], weight[7, 1] = 1.0, 1.0
@@ -456,7 +456,7 @@ def test_fp16_rows_of_a_frozen_head_keep_memorised_tokens(device):
     hidden[0, 0, 0], hidden[0, 1, 1] = 22.0, 0.5  # 1 - p is 1e-8, and about 0.97
     hidden.requires_grad_()
     labels = torch.tensor([[3, 7]], device=device)
-    logps = linear_logprob(hidden, weight, labels, backend="triton")
+    logps = linear_logprob(hidden, weight, labels, backend=backend)
     upstream = torch.tensor([[1e8, 1.0]], device=device)
     (got,) = torch.autograd.grad((logps * upstream).sum(), hidden)
     double = hidden.detach().double().requires_grad_()
@@ -474,11 +474,11 @@ def test_values_that_do_not_count_do_not_reach_an_objective():
     assert torch.isfinite(losses.NPO()(logps.clamp(min=-5), batch))
 
 
-def test_memory_of_a_trained_head_is_given_back_after_backward(device):
+def test_memory_of_a_trained_head_is_given_back_after_backward(backend, device):
     """log-probabilities that are kept for a log must not keep hidden states and heads alive."""
     case = make(device)
     with torch.autocast(device.type, dtype=BRAIN):  # the head is copied
-        logps = linear_logprob(case["hidden"], case["weight"], case["labels"], backend="triton")
+        logps = linear_logprob(case["hidden"], case["weight"], case["labels"], backend=backend)
     copies = [weakref.ref(t) for t in logps.grad_fn.saved_tensors if t is not None]
     assert copies
     logps.sum().backward()
@@ -488,9 +488,9 @@ def test_memory_of_a_trained_head_is_given_back_after_backward(device):
         logps.sum().backward()
 
 
-def test_a_weight_changed_before_backward_is_noticed(device):
+def test_a_weight_changed_before_backward_is_noticed(backend, device):
     case = make(device)
-    logps = linear_logprob(case["hidden"], case["weight"], case["labels"], backend="triton")
+    logps = linear_logprob(case["hidden"], case["weight"], case["labels"], backend=backend)
     with torch.no_grad():
         case["weight"].mul_(2.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -501,10 +501,10 @@ def test_a_weight_changed_before_backward_is_noticed(device):
     ("_head_gradients", "first=chunk.start == 0", "first=True"),  # only the last chunk's dW
     ("_head_autograd", "dense[first:last] = derivative", "dense[: last - first] = derivative"),  # wrong sequence
     ("_head_autograd", "loss += value", "loss = value"),
-    ("_head_autograd", "torch.mul(gradient, scale,", "torch.mul(gradient, torch.ones_like(scale),"),  # upstream dropped
+    ("_head_autograd", "gradient.mul_(scale)", "gradient"),  # upstream dropped
     ("_head_autograd", "part = part.tokens(", "_ = part.tokens("),  # tokens of other chunks counted as p = 1
     ("_head_rows", "out.add_(head.bias)", "out"),
-    ("_head_gradients", "dlogits.sum(0, dtype=torch.float32)", "0.0"),
+    ("_head_gradients", "dlogits.sum(0, dtype=self.bias.dtype)", "0.0"),
     ("_head_rows", "_product(self.x[start:stop]", "_product(self.x[local]"),
     ("token_logprob", "gradient = tl.where(columns == label, at_label, -", "gradient = tl.where(columns == label, -at_label, "),
     ("token_logprob", "coefficient = tl.load(coefficients_ptr + row)", "coefficient = 0.0"),  # zero gradient
@@ -515,10 +515,27 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
         check_objectives(linear_objective, device, chunk_rows=7, bias=True)
 
 
-def use_mutant(module, old, new, tmp_path, monkeypatch):
+@pytest.mark.parametrize("module, old, new", [
+    ("reference._rows", ".mul_(scale[rows])", ".neg_()"),
+    ("reference._rows", "coefficients * statistics[ONE_MINUS_P]", "statistics[ONE_MINUS_P]"),
+    ("reference._rows", "labels_in[rows, None]", "labels_in[rows, None].flip(0)"),
+    ("_head_rows", "beta=0 if part.start == 0 else 1", "beta=0"),  # only the last block of the weight
+    ("_head_autograd", "gradient.mul_(scale)", "gradient"),
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch"], indirect=True)
+def test_mutants_without_kernels_do_not_pass(module, old, new, backend, device, tmp_path, monkeypatch):
+    use_mutant(module, old, new, tmp_path, monkeypatch, BLOCK=2000, WEIGHT_BLOCK=1000)
+    with pytest.raises(AssertionError):
+        check_objectives(linear_objective, device, BRAIN, ["npo"], chunk_rows=18, backend=backend)
+
+
+def use_mutant(module, old, new, tmp_path, monkeypatch, **constants):
     """Puts the mutant of a module in the place of what the ops have imported from it."""
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
-    for home in ("linear_loss", "linear_kl", "linear_gnb", "_head_autograd", "_head_gradients", "_head_rows"):
+    vars(broken).update(constants)
+    for home in (
+        "linear_loss", "linear_kl", "linear_gnb", "_head_autograd", "_head_gradients", "_head_rows", "reference._rows"
+    ):  # fmt: skip
         place = importlib.import_module(f"soul_kernels.{home}")
         for name, value in vars(broken).items():
             if getattr(value, "__module__", None) == broken.__name__ and hasattr(place, name):
@@ -580,7 +597,50 @@ def check_formulas(module, name, device):
     ({"chunk_bytes": 1e9}, "chunk_bytes: expected a positive whole number, got 1000000000.0"),
     ({"rows": torch.tensor([3, 4])}, r"rows: expected every labelled token once, got 2 of"),
 ])  # fmt: skip
-@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_kernels_on_cpu), "reference"])
+@pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_kernels_on_cpu), "torch", "reference"])
 def test_bad_input_is_named(change, message, backend):
     with pytest.raises(ValueError, match=message):
         linear_objective(**make("cpu") | change, objective=OBJECTIVES["npo"], backend=backend)
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_way_of_computing_is_chosen_by_the_device(runs, monkeypatch):
+    """Without kernels "auto" sweeps all the same; the definition, which needs memory for all logits, must be asked for."""
+    monkeypatch.setattr(_launch, "runs_on_cpu", lambda: runs)
+    tensor, kernels = torch.empty(1), runs and _launch.has_triton()
+    for backend, ours in (("auto", "triton" if kernels else "torch"), ("torch", "torch"), ("reference", "reference")):
+        assert _launch.resolve_head_backend(backend, tensor) == ours
+    if kernels:
+        assert _launch.resolve_head_backend("triton", tensor) == "triton"
+    else:
+        with pytest.raises(ValueError, match="backend: expected a place where Triton can run for 'triton'"):
+            _launch.resolve_head_backend("triton", tensor)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_without_kernels_fp64_is_fp64(name):
+    """Which the kernels refuse; sums, statistics and gradients are fp64 as well, or the errors would be 1e-7."""
+    case = fp64(make("cpu", bias=True))
+    want, want_logps = definition(case, OBJECTIVES[name])
+    options = dict(objective=OBJECTIVES[name], return_logps=True, chunk_bytes=7 * 192 * 8, backend="torch")
+    loss, logps = linear_objective(**case, **options)
+    assert loss.dtype == logps.dtype == torch.float64
+    assert_close(loss, want, 1e-12, "loss")
+    assert_close(logps, want_logps, 1e-12, "log-probabilities")
+    for got, expected in zip(gradients(loss, case), gradients(want, case)):
+        assert_close(got, expected, 1e-12, "gradient")
+
+
+def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
+    """Of the size of the head: a copy would be memory beyond the gradients, and time. Not where a graph may be walked again."""
+    case = make("cpu")
+    for retain in (False, True):
+        case["hidden"].grad = case["weight"].grad = None
+        loss = linear_objective(**case, objective=OBJECTIVES["ga"], backend="torch")
+        memory = {t.data_ptr() for t in loss.grad_fn.saved_tensors if t is not None}
+        loss.backward(retain_graph=retain)
+        assert (case["weight"].grad.data_ptr() in memory) != retain
+        first = case["weight"].grad.clone()
+        if retain:
+            (2 * loss).backward()
+            assert_close(case["weight"].grad, 3 * first, 1e-6, "both walks")

@@ -197,24 +197,24 @@ def check(name, p, device, *, module=losses, anisotropic=False, backend="triton"
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_from_a_flat_guess_to_memorised_text(name, p, device):
-    check(name, p, device)
+def test_objectives_from_a_flat_guess_to_memorised_text(name, p, backend, device):
+    check(name, p, device, backend=backend)
 
 
 # An anisotropic head, and chunks of 7 rows: some objectives are cut within sequences, some between, some between pairs.
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_anisotropic_head_in_chunks(name, device):
-    check(name, 0.5, device, anisotropic=True, chunk_rows=7)
+def test_an_anisotropic_head_in_chunks(name, backend, device):
+    check(name, 0.5, device, backend=backend, anisotropic=True, chunk_rows=7)
 
 
 # 0: a sequence that is ignored as a whole (and with it, for DPO, its pair); one kept token; 5 tokens in chunks of 4: a sequence
 # longer than a chunk takes two sweeps.
 @pytest.mark.parametrize("kept", [[4, 2, 0, 3, 0, 3], [1, 1, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5]])
 @pytest.mark.parametrize("name", ["npo, kl", "dpo", "simnpo", "ceu", "undial, kl"])
-def test_ragged_batches(name, kept, device):
+def test_ragged_batches(name, kept, backend, device):
     if name == "ceu" and max(kept) == 1:
         kept = [2, 1, 1, 1, 1, 1]  # the first token of each sequence does not count: one is left
-    check(name, 0.99, device, kept=kept, chunk_rows=4)
+    check(name, 0.99, device, backend=backend, kept=kept, chunk_rows=4)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -223,7 +223,7 @@ def test_references_agree_with_the_definitions(name, device):
         check(name, p, device, backend="reference")
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_all_labels_ignored(name, backend, device):
     case = case_of(None, labels_of(), device)
@@ -241,40 +241,40 @@ def test_all_labels_ignored(name, backend, device):
     ("dpo", 0.7 * (2 / 0.2) * math.log(2)),
     ("dpo, factor 1", 0.7 * math.log(2)),
 ])  # fmt: skip
-def test_at_the_reference_the_ratio_is_exactly_zero(name, value, device):
+def test_at_the_reference_the_ratio_is_exactly_zero(name, value, backend, device):
     """The reference's log-probabilities come from the same kernels: logsigmoid(0), to the last bit."""
     from soul_kernels import linear_logprob
 
     case = case_of(0.9999, labels_of(), device)
     case = {key: tensor for key, tensor in case.items() if not key.startswith("ref_")}
     head = {key: case[key] for key in ("hidden", "weight", "labels")}
-    ref_logps = linear_logprob(**head, backend="triton").detach().sum(1)
+    ref_logps = linear_logprob(**head, backend=backend).detach().sum(1)
     objective = copy.copy(OBJECTIVES[name][0])
     objective.alpha = 0.0
-    loss = linear_objective(**case, objective=objective, ref_logps=ref_logps, backend="triton")
+    loss = linear_objective(**case, objective=objective, ref_logps=ref_logps, backend=backend)
     assert loss.item() == torch.tensor(value, dtype=torch.float64).float().item()
 
 
 @pytest.mark.parametrize("chunk_rows", [1000, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_at_the_reference_kl_and_its_gradient_are_exactly_zero(dtype, chunk_rows, device):
+def test_at_the_reference_kl_and_its_gradient_are_exactly_zero(dtype, chunk_rows, backend, device):
     case = case_of(0.99, labels_of(), device, dtype=dtype)
     case["ref_hidden"], case["ref_weight"] = case["hidden"].detach(), case["weight"].detach()
     objective = losses.GradDiff(gamma=0.0, retain="kl")
-    loss = linear_objective(**case, objective=objective, backend="triton", chunk_bytes=chunk_rows * row_bytes(objective))
+    loss = linear_objective(**case, objective=objective, backend=backend, chunk_bytes=chunk_rows * row_bytes(objective))
     assert loss.item() == 0.0
     for gradient in torch.autograd.grad(loss, [case["hidden"], case["weight"]]):
         assert (gradient == 0).all()
 
 
-def test_limits(device):
+def test_limits(backend, device):
     """NPO for beta -> 0, and WGA and SatImp with exponents of 0, are gradient ascent (SatImp, WGA: also in value)."""
     case = case_of(0.5, labels_of([3] * 6), device)
     del case["ref_hidden"], case["ref_weight"]
     ref_logps = torch.full((B,), -3.0, device=device)
 
     def gradient(objective):
-        loss = linear_objective(**case, objective=objective, ref_logps=ref_logps, backend="triton")
+        loss = linear_objective(**case, objective=objective, ref_logps=ref_logps, backend=backend)
         return torch.autograd.grad(loss, case["hidden"])[0]
 
     ascent = gradient(losses.GradDiff())

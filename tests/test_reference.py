@@ -13,7 +13,7 @@ from tests import tolerances as tol
 from tests.helpers import needs_kernels_on_cpu
 from tests.models import lora_model, sequences, tiny_model, tiny_tokenizer
 
-BACKENDS = ["reference", pytest.param("triton", marks=needs_kernels_on_cpu)]
+BACKENDS = ["reference", "torch", pytest.param("triton", marks=needs_kernels_on_cpu)]
 FAST = dict(batch_size=2, backend="reference")
 
 

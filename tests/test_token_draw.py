@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from soul_kernels import _head_rows
 from soul_kernels.reference import token_draw as reference
 from soul_kernels.reference.token_logprob import token_logprob, transformed
 from soul_kernels.token_draw import DRAW_CONFIG, draw_labels, likeliest_statistics
@@ -12,12 +13,20 @@ from tests.helpers import assert_rows_close, mutant
 from tests.test_token_logprob import oracle, peaked
 
 
-def draw(logits, labels, uniforms, coefficients, out=None, likeliest=likeliest_statistics, op=draw_labels, **transform):
+@pytest.fixture
+def row_functions(backend, monkeypatch):
+    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    functions = _head_rows.row_functions(backend)
+    for name in ("likeliest_statistics", "draw_labels"):
+        monkeypatch.setitem(globals(), name, getattr(functions, name))
+
+
+def draw(logits, labels, uniforms, coefficients, out=None, likeliest=None, op=None, **transform):
     statistics = torch.zeros((4, len(labels)), device=logits.device)
-    likeliest(logits, labels, statistics, **transform)
+    (likeliest or likeliest_statistics)(logits, labels, statistics, **transform)
     out = torch.full_like(logits, float("nan")) if out is None else out
     drawn = labels.clone()
-    op(logits, drawn, uniforms, statistics, coefficients, out, **transform)
+    (op or draw_labels)(logits, drawn, uniforms, statistics, coefficients, out, **transform)
     return drawn, statistics, out
 
 
@@ -51,12 +60,14 @@ def check_draw(n_vocab, device, *, spread=2.0, **transform):
 
 
 # 1 and 2: next to nothing to choose from. 4097 and 12289: a column beyond two and six blocks of 2048; 50257: a tail.
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("n_vocab", [1, 2, 129, 4097, 12289, 50257])
 def test_labels_are_drawn_by_inverse_cdf(n_vocab, device):
     drawn, want = check_draw(n_vocab, device)
     assert (drawn == want)[drawn >= 0].float().mean() > 0.9  # all but where u falls on a border
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_labels_are_drawn_from_capped_logits(device):
     check_draw(4100, device, spread=20.0, logit_scale=0.5, softcap=4.0)
 
@@ -91,6 +102,7 @@ def test_sums_in_another_order_draw_what_can_be_drawn(device):
     check_sums_in_another_order(device)
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
     """Drawn from memorised text the label is nearly always the likeliest, and its 1 - p must not be lost."""
     logits, labels = peaked(6, 5000, 1e-8, device)
@@ -102,6 +114,7 @@ def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
     assert_rows_close(gradient, want, tol.WORST_ROW_FP32, "dlogits")
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_draw_in_place_in_low_precision_and_of_nan(device):
     logits = torch.randn(3, 4200, device=device)
     logits[2, 9] = float("nan")
@@ -136,6 +149,7 @@ def chi_square_of_draws(device, **ops):
     return statistic, int(possible.sum()) - 1
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_draws_follow_the_distribution(device, monkeypatch):
     monkeypatch.setattr("soul_kernels.token_draw.STATISTICS_CONFIG", {"BLOCK": 32, "num_warps": 1})  # two blocks a row
     monkeypatch.setattr("soul_kernels.token_draw.DRAW_CONFIG", {"BLOCK": 32, "num_warps": 1})

@@ -3,6 +3,7 @@ import functools
 import pytest
 import torch
 
+from soul_kernels import _head_rows
 from soul_kernels._launch import runs_on_cpu
 from soul_kernels.reference import token_logprob as reference
 from soul_kernels.reference.token_logprob import token_logprob
@@ -15,11 +16,19 @@ from tests.helpers import assert_rows_close, mutant
 VOCABULARIES = (1, 2, 17, 127, 128, 129, 4096, 4097, 32003, 50257)
 
 
-def run(logits, labels, coefficients, out=None, statistics_op=token_statistics, gradient_op=token_gradient):
+@pytest.fixture
+def row_functions(backend, monkeypatch):
+    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    functions = _head_rows.row_functions(backend)
+    for name in ("token_statistics", "token_gradient"):
+        monkeypatch.setitem(globals(), name, getattr(functions, name))
+
+
+def run(logits, labels, coefficients, out=None, statistics_op=None, gradient_op=None):
     statistics = torch.full((4, len(labels)), float("nan"), device=logits.device)
-    statistics_op(logits, labels, statistics)
+    (statistics_op or token_statistics)(logits, labels, statistics)
     out = torch.full_like(logits, float("nan")) if out is None else out
-    gradient_op(logits, labels, statistics, coefficients, out)
+    (gradient_op or token_gradient)(logits, labels, statistics, coefficients, out)
     return statistics, out
 
 
@@ -39,6 +48,7 @@ def peaked(n, n_vocab, rest, device):
     return logits.scatter(1, labels[:, None], at_label.float()[:, None]), labels
 
 
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("n_vocab", VOCABULARIES)
 def test_every_vocabulary_size(n_vocab, device):
     logits = torch.randn(5, n_vocab, device=device) * 4
@@ -52,6 +62,7 @@ def test_every_vocabulary_size(n_vocab, device):
 
 
 # From a flat guess to memorised text, where unlearning starts.
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("rest", [1 - 1e-4, 0.5, 1e-2, 1e-4, 1e-7, 1e-10])
 def test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device):
     logits, labels = peaked(6, 5000, rest, device)
@@ -66,6 +77,7 @@ def test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device):
         assert ((naive - exact) / exact).abs().max() > 100 * tol.ONE_MINUS_P
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_extreme_logits(device):
     logits = torch.full((4, 300), -80.0, device=device)
     logits[0, 5], logits[1, 7], logits[2, :] = 80.0, 80.0, 80.0
@@ -77,6 +89,7 @@ def test_extreme_logits(device):
     assert torch.isfinite(gradient).all()
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_ignored_rows_are_zero_and_foreign_labels_are_nan(device):
     logits = torch.randn(4, 200, device=device)
     logits[0] = float("nan")  # hidden states of padding may be anything
@@ -86,6 +99,7 @@ def test_ignored_rows_are_zero_and_foreign_labels_are_nan(device):
     assert (gradient[[0, 2, 3]] == 0).all() and (gradient[1] != 0).all()
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_nan_logits_surface(device):
     logits = torch.randn(2, 200, device=device)
     logits[1, 150] = float("nan")
@@ -93,6 +107,7 @@ def test_nan_logits_surface(device):
     assert statistics[0].isnan().tolist() == [False, True]
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_in_place_and_low_precision_outputs(device):
     logits, labels = torch.randn(3, 4200, device=device), torch.tensor([1, 4199, 77], device=device)
     coefficients = torch.randn(3, device=device)
@@ -118,6 +133,7 @@ def test_rows_beyond_two_to_the_31(monkeypatch):
 
 
 # Capped as Gemma 2 does, scaled as Cohere and Granite do, both; a cap far below the logits, where tanh saturates.
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("logit_scale, softcap", [(1.0, 30.0), (0.0625, None), (-2.0, 5.0), (1.0, 0.5)])
 def test_capped_and_scaled_logits(logit_scale, softcap, device):
     raw = torch.randn(4, 4100, device=device) * 20  # a tail of 4 columns: what lies beyond must not be capped into the sum
@@ -144,6 +160,7 @@ def check_all_statistics(statistics, logits, labels, but=None):
         )
 
 
+@pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("n_vocab", [1, 2, 129, 4097, 50257])  # one entry, a warp and one, a block and one, a real odd one
 def test_all_statistics(n_vocab, device):
     """Flat to peaked rows, masked entries, labels anywhere, likely and not."""
@@ -159,6 +176,7 @@ def test_all_statistics(n_vocab, device):
     assert torch.equal(basic, statistics[:4])  # asking for more changes nothing
 
 
+@pytest.mark.usefixtures("row_functions")
 def test_statistics_of_memorised_tokens_and_ties(device):
     logits, labels = peaked(4, 5000, 1e-7, device)
     logits[2:] = 0.0

@@ -17,11 +17,11 @@ def run(args):
 
     import torch
 
-    from soul_kernels._launch import has_triton, interpreting, resolve_backend, triton
+    from soul_kernels._launch import has_triton, interpreting, resolve_head_backend, triton
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = "cuda" if gpus else "cpu"
-    backend = resolve_backend("auto", torch.empty(0, device=device))
+    backend = resolve_head_backend("auto", torch.empty(0, device=device))
     lines = [
         f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}",

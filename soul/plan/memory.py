@@ -8,7 +8,7 @@ import torch
 from soul._states import new_state
 from soul.plan.activations import FLOAT, again_bytes, kept_bytes, last_norm_bytes, working_bytes
 from soul_kernels._head_rows import chunk_rows, row_bytes
-from soul_kernels.token_logprob import N_BASIC
+from soul_kernels.reference.token_logprob import N_BASIC
 
 FORWARD, BACKWARD, STEP = "forward and loss", "backward", "optimizer step"
 

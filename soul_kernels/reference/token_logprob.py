@@ -7,6 +7,10 @@ import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 
+# Rows of the statistics of a chunk; those from HIT on are filled on request.
+LOGP, ROW_MAX, TOTAL, ONE_MINUS_P, HIT, ENTROPY, VARIANCE = range(7)
+N_BASIC, N_ALL = 4, 7
+
 
 class TokenStatistics(NamedTuple):
     """Statistics of each token under p = softmax(logits), all of one shape, 0 at ignored tokens.
