@@ -6,10 +6,12 @@ Kernel modules import ``triton`` and ``tl`` from here, so that they can also be 
 
 import contextlib
 import os
+from collections.abc import Sequence
 
 import torch
 
 from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._compiled import can_compile
 from soul_kernels._versions import check_version
 
 try:
@@ -33,7 +35,7 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
 else:
     check_version("triton", triton.__version__)
 
-BACKENDS = ("auto", "triton", "reference")
+BACKENDS = ("auto", "triton", "compile", "reference")
 
 
 def has_triton():
@@ -46,12 +48,14 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def resolve_backend(backend, tensor):
-    """Returns ``"triton"`` or ``"reference"``.
+def resolve_backend(backend: str, tensor: torch.Tensor, compiled: Sequence[torch.Tensor] = ()) -> str:
+    """Return ``"triton"``, ``"compile"`` or ``"reference"``.
 
     Args:
-        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter, else the reference.
+        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter; on a CPU ``"compile"`` where that pays;
+            else the reference.
         tensor: one of the op's tensors; it tells the device.
+        compiled: all tensors of an op that can be compiled. Of others, ``"compile"`` is the reference.
 
     Raises:
         ValueError: unknown name, or Triton is asked for where it cannot run.
@@ -62,7 +66,9 @@ def resolve_backend(backend, tensor):
         reason = "Triton is not installed" if not has_triton() else f"the tensors are on {tensor.device}"
         remedy = "take 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
         raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
-    return "triton" if backend != "reference" and can_run else "reference"
+    if backend in ("auto", "triton") and can_run:
+        return "triton"
+    return "compile" if backend != "reference" and can_compile(backend, compiled) else "reference"
 
 
 def device_guard(device):
