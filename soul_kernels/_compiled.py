@@ -19,7 +19,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -46,23 +46,27 @@ _refusals: list[str] = []  # why nothing is compiled in this process; empty whil
 _lock = threading.Lock()
 
 
-def can_compile(backend: str, tensors: Sequence[torch.Tensor]) -> bool:
+def can_compile(backend: str, tensor: torch.Tensor, numel: int) -> bool:
     """Tell whether an op is to be compiled; warn, once in a process, where that is wanted and cannot be.
 
     Args:
         backend: "compile", or "auto": on a CPU, from `PAYS` elements on.
-        tensors: what the op works on.
+        tensor: one of the op's tensors; it tells the device.
+        numel: elements of all of them.
     """
-    if not tensors or not has_data(tensors[0]) or torch.compiler.is_compiling():
+    on_cpu = tensor.device.type == "cpu"
+    if backend == "auto" and not (on_cpu and numel >= PAYS):
         return False
-    on_cpu = tensors[0].device.type == "cpu"
-    if backend == "auto" and not (on_cpu and sum(tensor.numel() for tensor in tensors) >= PAYS):
+    if not has_data(tensor) or torch.compiler.is_compiling():
         return False
-    if not _refusals and on_cpu:
-        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-        if shutil.which(compiler) is None:
-            _refuse(f"there is no C++ compiler {compiler!r}", "install one, or name one in CXX")
+    if not _refusals and on_cpu and shutil.which(cpp_compiler()) is None:
+        _refuse(f"there is no C++ compiler {cpp_compiler()!r}", "install one, or name one in CXX")
     return not _refusals
+
+
+def cpp_compiler() -> str:
+    """Return the name of the compiler that torch takes for C++."""
+    return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
 
 
 class Compiled:

@@ -6,7 +6,6 @@ Kernel modules import ``triton`` and ``tl`` from here, so that they can also be 
 
 import contextlib
 import os
-from collections.abc import Sequence
 
 import torch
 
@@ -48,14 +47,14 @@ def interpreting():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def resolve_backend(backend: str, tensor: torch.Tensor, compiled: Sequence[torch.Tensor] = ()) -> str:
+def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) -> str:
     """Return ``"triton"``, ``"compile"`` or ``"reference"``.
 
     Args:
         backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter; on a CPU ``"compile"`` where that pays;
             else the reference.
         tensor: one of the op's tensors; it tells the device.
-        compiled: all tensors of an op that can be compiled. Of others, ``"compile"`` is the reference.
+        compiled: elements of all tensors of an op that can be compiled. Of others, ``"compile"`` is the reference.
 
     Raises:
         ValueError: unknown name, or Triton is asked for where it cannot run.
@@ -68,7 +67,8 @@ def resolve_backend(backend: str, tensor: torch.Tensor, compiled: Sequence[torch
         raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
     if backend in ("auto", "triton") and can_run:
         return "triton"
-    return "compile" if backend != "reference" and can_compile(backend, compiled) else "reference"
+    wanted = backend != "reference" and compiled
+    return "compile" if wanted and can_compile(backend, tensor, compiled) else "reference"
 
 
 def device_guard(device):

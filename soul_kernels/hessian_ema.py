@@ -183,7 +183,7 @@ def hessian_ema(
     check_on_device("grad_factor", grad_factor, table.devices)
     check_on_device("skip", skip, table.devices)
     check_on_device("steps", steps, table.devices, numel=len(hessians))
-    backend = resolve_backend(backend, hessians[0], compiled=hessians)
+    backend = resolve_backend(backend, hessians[0], compiled=table.numel)
     if check_only:
         if roles["g"] is grads and roles["u"] is probes:  # copies do not outlive this call
             table.confirm(token)

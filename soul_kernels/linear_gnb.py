@@ -42,7 +42,8 @@ def linear_gnb(
         rows: as in `linear_logprob`: every token that is kept.
         logits_dtype: as in `linear_logprob`.
         chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile"
+            is the reference.
 
     Returns:
         The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] int64, -100 where

@@ -47,7 +47,8 @@ def linear_kl(
         logits_dtype: as in `linear_logprob`. Of low precision it is far off for values close to 0: bf16 logits cost more than
             100% of the gradient there.
         chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile"
+            is the reference.
 
     Returns:
         [B, T] fp32 (fp64 for fp64 inputs of the reference).

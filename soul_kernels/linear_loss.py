@@ -57,8 +57,8 @@ def linear_logprob(
         logits_dtype: of the logits of a chunk: torch.float32, or the dtype of hidden, which saves 2 to 8% of the time and half
             of the scratch, and costs 7e-3 in log-probability.
         chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference". Second
-            derivatives and forward-mode ones need "reference", called outside of torch.compile.
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile"
+            is the reference. Second derivatives and forward-mode ones need "reference", called outside of torch.compile.
 
     Returns:
         [B, T] fp32 (fp64 for fp64 inputs of the reference).
@@ -169,7 +169,8 @@ def linear_objective(
         return_logps: also return the log-probabilities, [B, T] fp32, detached.
         logits_dtype: as in `linear_logprob`. Of low precision it is far off for a divergence close to 0.
         chunk_bytes: scratch memory for one chunk, in bytes.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile"
+            is the reference.
 
     Returns:
         The loss, [] fp32; with ``return_logps`` the pair of loss and log-probabilities. If every label is ignored the loss

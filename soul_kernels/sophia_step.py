@@ -340,7 +340,7 @@ def sophia_step(
     check_on_device("steps", steps, table.devices, numel=len(params))
     check_on_device("corrections", corrections, table.devices, numel=len(params))
     check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
-    backend = resolve_backend(backend, params[0], compiled=params)
+    backend = resolve_backend(backend, params[0], compiled=table.numel)
     if check_only:
         if roles["g"] is grads:  # copies do not outlive this call
             table.confirm(token)

@@ -4,4 +4,6 @@
 def add_place(group):
     """Declares ``--device`` and ``--backend``."""
     group.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu or cuda (default: %(default)s)")
-    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, triton or reference (default: %(default)s)")
+    group.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto, triton, compile or reference (default: %(default)s)"
+    )

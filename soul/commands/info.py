@@ -14,9 +14,11 @@ def add_arguments(parser):
 def run(args):
     """Runs the command."""
     import platform
+    import shutil
 
     import torch
 
+    from soul_kernels._compiled import PAYS, cpp_compiler
     from soul_kernels._launch import has_triton, interpreting, resolve_backend, triton
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -28,6 +30,11 @@ def run(args):
         f"GPUs: {', '.join(gpus) or 'none'}",
         f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}",
     ]
+    if device == "cpu" and not interpreting():
+        found = shutil.which(cpp_compiler())
+        lines.append(
+            f"from {PAYS} parameters on: {f'compile, by {found}' if found else f'reference, without {cpp_compiler()}'}"
+        )
     for extra, modules in {
         "hf": ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml"),
         "eval": ("rouge_score", "scipy", "sklearn"),

@@ -101,6 +101,8 @@ def round_stochastic(x, noise, dtype):
 
     Representable values stay as they are, NaN and inf as well. ``noise``: [numel] of 32 bits.
     """
+    if dtype == torch.float32:
+        return x
     dropped = DROPPED[dtype]
     return _assemble(_words(x, dtype) + (noise >> (32 - dropped)) >> dropped, x, dtype)
 
