@@ -188,7 +188,7 @@ _REMEDY = "see docs/running.md, or pass backend='reference'"
 
 def _refuse(reason: str, remedy: str) -> None:
     _refusals.append(reason)
-    cost = "in 4 to 8 times the time of compiled ones"
+    cost = "in 3 to 8 times the time of compiled ones"
     text = f"backend 'compile': {reason}; steps run in plain PyTorch, with the same results, {cost}: {remedy}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
