@@ -28,8 +28,9 @@ from soul_kernels.reference.rounding import GROUP
 
 BLOCK = 1 << 20  # elements: a call costs 40 us, and what 8-bit states need in between takes 8 bytes an element
 SHORTEST = 2 * GROUP  # one row would be a variant of its own: torch.compile makes constants of the sizes 0 and 1
-# Elements in an optimizer from which "auto" compiles on a CPU. A variant takes some 10 s the first time, and 2 s from the disk
-# later on. In every step it saves 8 ns an element and thread at least, 0.13 s for these: 10 s in 75 steps.
+# Elements in an optimizer from which "auto" compiles on a CPU. The first variant takes 15 to 24 s of processor time, 3 to 5 s
+# where torch finds it on the disk. On one thread a step then saves 10 ns an element (fp32) to 70 ns (bf16, compensated), for
+# these 0.16 to 1.2 s: the first compilation is repaid in 20 to 90 steps, a later one in 5 to 20.
 PAYS = 1 << 24
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "off",  # these three: the bits of the reference
@@ -87,7 +88,7 @@ class Compiled:
         if lead.numel() < SHORTEST or lead.shape[1] != GROUP:
             return self.function(*arguments, **options)
         signature = tuple(argument if argument is None else getattr(argument, "dtype", None) for argument in arguments)
-        key = (self.function, lead.device, signature, *options.items(), torch.get_num_threads())
+        key = (self.function, lead.device, signature, *options.items(), _surroundings(lead.device.type))
         variant = _variants.get(key)
         if variant is None and not _refusals:
             with _lock:
@@ -99,9 +100,20 @@ class Compiled:
         try:
             variant(*arguments, **options)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            # Something global has changed, such as the default dtype, and torch compiles anew before it computes anything.
+            # Something else has changed, and torch compiles anew before it computes anything.
             _refuse(_first_line(error), _REMEDY)
             self.function(*arguments, **options)
+
+
+def _surroundings(device_type: str) -> tuple:
+    """Return what torch compiles anew for where it has changed; each has a variant, so that none is compiled unproven."""
+    return (
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+    )
 
 
 def _proven(function: Callable[..., None], arguments: tuple, options: dict) -> Callable[..., None]:

@@ -20,6 +20,7 @@ from soul import SOUL
 from soul_kernels import _compiled, hessian_ema, sophia_step
 from soul_kernels._launch import resolve_backend
 from soul_kernels.reference.rounding import GROUP
+from tests.helpers import peak_bytes
 from tests.optimizers import BRAIN, FLOAT, HALF, give_gradients, make
 from tests.test_sophia_step import OPTIONS, clone_storage, make_storage
 
@@ -90,23 +91,31 @@ def test_compiled_ema_equals_the_reference_bit_for_bit(state_dtype, small_blocks
 def test_one_variant_serves_all_tensors(fresh):
     """Whatever their sizes, layouts and places in memory, and whatever the numbers."""
     graphs = torch._dynamo.utils.counters["stats"]
-    base = torch.randn(40, 20 * GROUP)
-    params = make(shapes=((2 * GROUP,), (3 * GROUP, 2), (1 << 16,), (64, 3, 16, 2), (1000, 700)))
-    params += [base[:10].clone().requires_grad_(), base[3:5].detach().requires_grad_(), base[6:9].t().detach().requires_grad_()]
+    before, base = graphs["unique_graphs"], torch.randn(40, 20 * GROUP)
+    params = make(shapes=((2 * GROUP,), (3 * GROUP, 2), (1 << 16,), (64, 3, 16, 2), (1000, 701)))
+    params += [base[3:5].detach().requires_grad_(), base[6:9].t().detach().requires_grad_()]
     optimizer = SOUL(params, lr=1e-3, backend="compile", max_grad_norm=1.0)
-    seen = []
     for lr, bs in ((1e-3, 5120), (1e-5, 100), (0.0, 7)):
         optimizer.param_groups[0]["lr"] = lr
         give_gradients(params)
+        params[bs % 2].grad = None  # another list of tensors each time
         optimizer.step(bs=bs)
-        seen.append(graphs["unique_graphs"])
-        with torch.no_grad():
-            params[2].grad = None  # another list of tensors
     capturable = SOUL(make(shapes=((5, 3 * GROUP),)), lr=1e-3, backend="compile", max_grad_norm=1.0, capturable=True)
     give_gradients(capturable.param_groups[0]["params"])
     capturable.step()
-    assert len(_compiled._variants) == 1 and not _compiled._refusals
-    assert seen == [seen[0]] * 3 and graphs["unique_graphs"] == seen[0]
+    lists = make_storage([(6 * GROUP,)], CPU, FLOAT, FLOAT, "nearest")[0]
+    numbers = dict(lr=torch.tensor([1e-3]), telemetry=torch.zeros(3, dtype=torch.float64), grad_factor=torch.ones(1))
+    sophia_step(*lists, **OPTIONS | numbers, maximize=True, beta2=0.9, corrections=torch.ones(1), backend="compile")
+    assert not _compiled._refusals and len(_compiled._variants) == 1
+    assert graphs["unique_graphs"] == before + 1
+
+
+def test_a_compiled_step_holds_little_memory():
+    """At most 64 MiB, however large a tensor is: 8-bit states need most."""
+    lists, more = make_storage([(1 << 22,)], CPU, BRAIN, "8bit", "compensated")
+    options = OPTIONS | dict(param_rounding="compensated", backend="compile", telemetry=torch.zeros(3, dtype=torch.float64))
+    assert peak_bytes(lambda: sophia_step(*lists, **options, **more, beta2=0.95), CPU) <= 64 * 2**20
+    assert not _compiled._refusals
 
 
 def add(param, *, amount):

@@ -30,8 +30,9 @@ def blocks(written: Sequence, read: Sequence, scales: Sequence = (), size: int |
         [1, less than GROUP]; then the scales [rows]. What was None stays None.
     """
     like = written[0]
-    vectors = [tensor if tensor is None else in_memory_order(tensor) for tensor in written]
-    vectors += [tensor if tensor is None else in_memory_order(_laid_out(tensor, like)) for tensor in read]
+    # Detached: views of a parameter would need gradients, and have the parameter's shape for torch.compile to remember.
+    vectors = [tensor if tensor is None else in_memory_order(tensor.detach()) for tensor in written]
+    vectors += [tensor if tensor is None else in_memory_order(_laid_out(tensor.detach(), like)) for tensor in read]
     size = BLOCK if size is None else size
     whole = like.numel() - like.numel() % GROUP
     edges = [*range(0, whole, size), whole, *([like.numel()] if like.numel() > whole else ())]
