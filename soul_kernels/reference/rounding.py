@@ -72,17 +72,28 @@ def bits(x):
 
 
 def from_bits(pattern):
-    """The fp32 tensor of a bit pattern."""
-    return ((pattern ^ SIGN) - SIGN).to(torch.int32).view(torch.float32)
+    """The fp32 tensor of a bit pattern: of its lower 32 bits."""
+    return pattern.to(torch.int32).view(torch.float32)
+
+
+def _sign(x):
+    """The sign bit of the pattern of ``x``, where it stands there."""
+    return x.view(torch.int32).to(torch.int64) & SIGN
+
+
+def _magnitude(x, dtype):
+    """fp32 bits of ``|x|``, for fp16 of ``|x| 2^-112``: the exponent range of ``dtype``."""
+    if dtype == torch.float16:
+        return bits(x.abs() * 2.0**-112)
+    return x.view(torch.int32).to(torch.int64) & (SIGN - 1)
 
 
 def _words(x, dtype):
     """fp32 bits of ``x`` in the exponent range of ``dtype``; one pattern for all NaN, one for all that overflow fp16."""
-    magnitude = bits(x.abs())
-    is_nan = magnitude > 0x7F800000
+    magnitude = _magnitude(x, dtype)
     if dtype == torch.float16:
-        magnitude = bits(x.abs() * 2.0**-112).clamp(max=INFINITE[dtype] << DROPPED[dtype])
-    return torch.where(is_nan, NAN[dtype] << DROPPED[dtype], magnitude)
+        magnitude = magnitude.clamp(max=INFINITE[dtype] << DROPPED[dtype])
+    return torch.where(x != x, NAN[dtype] << DROPPED[dtype], magnitude)
 
 
 def _assemble(magnitude, x, dtype):
@@ -90,7 +101,7 @@ def _assemble(magnitude, x, dtype):
 
     The way leads over fp32, which has every number of 16 bits: torch.compile makes vectors of it, and none of 16-bit integers.
     """
-    value = from_bits((magnitude << DROPPED[dtype]) | (bits(x) & SIGN))
+    value = from_bits((magnitude << DROPPED[dtype]) | _sign(x))
     if dtype == torch.float16:
         value = torch.where(magnitude > INFINITE[dtype], float("nan"), value * 2.0**112)
     return value.to(dtype)
@@ -134,12 +145,11 @@ def join(high, low):
     """
     dtype = high.dtype
     wide = high.float()
-    magnitude = bits(wide.abs() if dtype == torch.bfloat16 else wide.abs() * 2.0**-112) >> DROPPED[dtype]
-    value = from_bits(((magnitude << 8) + low) << (DROPPED[dtype] - 8))
+    magnitude = _magnitude(wide, dtype) >> DROPPED[dtype]
+    value = from_bits(((magnitude << 8) + low) << (DROPPED[dtype] - 8) | _sign(wide))
     if dtype == torch.float16:
         value = value * 2.0**112
-    value = torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, wide.abs())
-    return torch.where(bits(wide) >= SIGN, -value, value)
+    return torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, wide)
 
 
 # 8-bit states: `value = scale * code`, one power-of-two scale for GROUP values, so that scaling is exact. The codes are small
