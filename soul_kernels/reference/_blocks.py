@@ -12,8 +12,8 @@ import torch
 
 from soul_kernels.reference.rounding import GROUP, in_memory_order
 
-# Elements, a multiple of GROUP. Of 2^13 to 2^18 this was the fastest (2 MiB of second-level cache, one thread); 2^17 takes up to
-# half more.
+# Elements, a multiple of GROUP. Of 2^13 to 2^18 this was the fastest (2 MiB of second-level cache, one thread); 2^17 takes up
+# to half more.
 BLOCK = 1 << 16
 
 
