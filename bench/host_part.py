@@ -19,7 +19,7 @@ def main(rounds=200):
     samples = {"gradients where they were": [], "gradients at new addresses": []}
     with (
         mock.patch("soul_kernels._table.launch", new=lambda *args, **arguments: None),
-        mock.patch("soul_kernels.sophia_step.resolve_backend", new=lambda *args: "triton"),
+        mock.patch("soul_kernels.sophia_step.resolve_backend", new=lambda *args, **options: "triton"),
     ):
         opt.step()
         for number in range(rounds):

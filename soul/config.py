@@ -73,7 +73,7 @@ class UnlearnConfig:
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
         stop_retain_prob: end the run, and say so, once ``retain_prob`` is below it; None: never.
         seed: of the data order and the refusals.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "compile", "torch" or "reference".
         reference_cache: directory to keep what `soul.reference` computes in, or None.
     """
 

@@ -31,7 +31,7 @@ class EvaluateConfig:
         max_new_tokens: where a generated answer is cut off. TOFU: 200 tokens, the prompt among them; open-unlearning: 200.
         batch_size: sequences a batch.
         min_k: which part of an answer's tokens Min-K% and Min-K%++ look at.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "compile", "torch" or "reference".
     """
 
     template: str = "plain"

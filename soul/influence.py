@@ -181,7 +181,7 @@ def unlearn_once(
         blockwise: as in `WoodFisher`, for that only.
         batch_size: sequences at a time.
         generator: ``torch.Generator`` on the model's device, for the labels of "gnb".
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "compile", "torch" or "reference".
 
     Returns:
         A dict of floats: ``forget_nll`` and ``retain_nll``, means over tokens before the update; ``step``, ``damping``; and

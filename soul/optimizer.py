@@ -33,6 +33,7 @@ from soul._states import (
 )
 from soul_kernels import grad_norm, hessian_ema, sophia_step
 from soul_kernels._checks import argument_error, check_overlap
+from soul_kernels._launch import resolve_backend
 from soul_kernels.reference.rounding import join
 
 HESSIAN_NOISE = 1 << 62  # update_hessian draws other noise than step
@@ -86,7 +87,8 @@ class SophiaG(Optimizer):
             you write other values into a parameter, what is left in ``low_bits`` adds up to half a unit in its last place.
         state_dtype: torch.float32, torch.bfloat16 or "8bit" for both states. None: h in fp32, and m in bf16 for bf16
             parameters, else in fp32. h in bf16, and both in 8 bits, are rounded stochastically.
-        backend: "auto" (Triton on a GPU, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU; on a CPU "compile" from 16.8 million parameters on; else the reference), "triton",
+            "compile" (the reference under torch.compile, the same bits) or "reference". See docs/running.md.
         skip_nonfinite: a step whose gradients, of any group, are not all finite changes nothing, and is counted in `telemetry`.
             False lets NaN and inf through, as torch does.
         clip_target: fraction of the coordinates to be clipped, with rho="auto" only (default 0.5).
@@ -153,9 +155,10 @@ class SophiaG(Optimizer):
         self._norm = self._skipped = None
         self._versions = []  # of the parts' tables, when parameters were last checked for overlap
         self._release = None  # the GradientRelease that steps this optimizer
+        self._numel = None  # elements of all parameters
 
     def __getstate__(self):
-        derived = ("_parts", "_stepped", "_norm", "_norms", "_skipped", "_versions", "_release")
+        derived = ("_parts", "_stepped", "_norm", "_norms", "_skipped", "_versions", "_release", "_numel")
         return {name: value for name, value in super().__getstate__().items() if name not in derived}
 
     def __setstate__(self, state):
@@ -169,6 +172,7 @@ class SophiaG(Optimizer):
     def add_param_group(self, param_group):
         """Adds a group, as in ``torch.optim.Optimizer``; its options and parameters are checked."""
         super().add_param_group(param_group)
+        self._numel = None
         group = self.param_groups[-1]
         try:
             check_group(group, len(self.param_groups) - 1)
@@ -269,7 +273,7 @@ class SophiaG(Optimizer):
                     skip=_move(skip, part.device),
                     telemetry=part.telemetry,
                     table=part.table,
-                    backend=group["backend"],
+                    backend=self._backend(group, part),
                 )
                 calls.append(call)
         if len(calls) > 1:
@@ -344,7 +348,7 @@ class SophiaG(Optimizer):
                     grad_factor=factor,
                     skip=_move(skip, part.device),
                     table=part.hessian_table,
-                    backend=group["backend"],
+                    backend=self._backend(group, part),
                 )
                 calls.append(call)
         if len(calls) > 1:
@@ -530,6 +534,14 @@ class SophiaG(Optimizer):
             handle.remove()
             place.remove()
             self._release = release
+
+    def _backend(self, group, part):
+        """The backend of a part. "auto" goes by all parameters, also where they are stepped one at a time."""
+        if group["backend"] != "auto" or part.device.type != "cpu":
+            return group["backend"]
+        if self._numel is None:
+            self._numel = sum(local(param).numel() for each in self.param_groups for param in each["params"])
+        return resolve_backend("auto", local(part.params[0]), compiled=self._numel)
 
     def _keep(self, norm):
         """Copies a norm to where `telemetry` reads it: replays of several CUDA graphs all write there."""

@@ -58,7 +58,7 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
             that is not what it should be is computed again, with a warning. Whoever can write there can change the results.
         batch_size: sequences at a time, in the order of the dataset.
         tokenizer: the dataset's, whose vocabulary then is a part of the cache's key.
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "compile", "torch" or "reference".
 
     Returns:
         List of floats, in nats.

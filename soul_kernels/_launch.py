@@ -10,6 +10,7 @@ import os
 import torch
 
 from soul_kernels._checks import argument_error, check_choice
+from soul_kernels._compiled import can_compile
 from soul_kernels._versions import check_version
 
 try:
@@ -33,7 +34,7 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
 else:
     check_version("triton", triton.__version__)
 
-BACKENDS = ("auto", "triton", "torch", "reference")
+BACKENDS = ("auto", "triton", "compile", "torch", "reference")
 
 
 def has_triton():
@@ -54,13 +55,14 @@ def runs_on_cpu():
     return bool(active) and active.get_active_torch_device().type == "cpu"
 
 
-def resolve_backend(backend, tensor):
-    """Returns ``"triton"`` or ``"reference"``.
+def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) -> str:
+    """Return ``"triton"``, ``"compile"`` or ``"reference"``.
 
     Args:
-        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter, else the reference, and so does
-            ``"torch"`` anywhere.
+        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter; on a CPU ``"compile"`` where that pays;
+            else the reference, and so does ``"torch"``.
         tensor: one of the op's tensors; it tells the device.
+        compiled: elements of all tensors of an op that can be compiled. Of others, ``"compile"`` is the reference.
 
     Raises:
         ValueError: unknown name, or Triton is asked for where it cannot run.
@@ -71,7 +73,10 @@ def resolve_backend(backend, tensor):
         reason = "Triton is not installed" if not has_triton() else f"the tensors are on {tensor.device}"
         remedy = "take 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
         raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
-    return "triton" if backend in ("auto", "triton") and can_run else "reference"
+    if backend in ("auto", "triton") and can_run:
+        return "triton"
+    wanted = backend in ("auto", "compile") and compiled
+    return "compile" if wanted and can_compile(backend, tensor, compiled) else "reference"
 
 
 def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:

@@ -23,6 +23,7 @@ class TensorTable:
     def __init__(self):
         self._roles = self._key = None
         self.salts, self.devices, self.buckets = [], [], []
+        self.numel = 0  # elements of all tensors of the first role
         self.version = 0  # how often it was rebuilt
         self._confirmed = None
         self._captured = []  # what replays of a CUDA graph read: it must outlive every rebuild
@@ -76,6 +77,7 @@ class TensorTable:
         self._roles = None  # nothing is known if anything below fails
         self.version += 1
         lead = next(iter(roles.values()))
+        self.numel = sum(tensor.numel() for tensor in lead)
         flat = []
         place = {}  # role -> for each of its tensors, the place in the flat list (-1: absent) and an offset in bytes
         for role, tensors in roles.items():

@@ -65,7 +65,8 @@ def grad_norm(grads, *, table=None, backend="auto"):
     Args:
         grads: list of dense tensors, any shapes, fp32, bf16 or fp16, on any devices; not changed.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile" is
+            the reference: one read of the gradients has nothing to fuse.
 
     Returns:
         fp32 tensor of shape () on the device of the first gradient; 0 without gradients. Nothing waits for the device.
@@ -89,7 +90,7 @@ def grad_norm(grads, *, table=None, backend="auto"):
                 raise argument_error(name, f"dtype {names}", grad.dtype, "convert it first")
         roles = {"g": [grad if is_dense(grad) else grad.contiguous() for grad in grads]}
         table.rebuild(roles, read_only="g", salts=noise_salts(0, None, grads))
-    if resolve_backend(backend, grads[0]) == "reference":
+    if resolve_backend(backend, grads[0]) != "triton":
         return _reference_grad_norm(grads)
     partials = []
     for bucket in table.buckets:

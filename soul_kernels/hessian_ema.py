@@ -12,8 +12,10 @@ from soul_kernels._checks import (
     has_data,
     same_layout,
 )
+from soul_kernels._compiled import Compiled
 from soul_kernels._launch import chunk_of_program, chunk_pointer, resolve_backend, tl, triton
 from soul_kernels._table import TensorTable, noise_salts
+from soul_kernels.reference.hessian_ema import ema_block
 from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
 from soul_kernels.rounding import GROUP, load, load_state, noise_key, noise_words, store_state
 
@@ -155,7 +157,8 @@ def hessian_ema(
         skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
         check_only: check all arguments and prepare the ``table``, and change nothing.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter; on a CPU "compile" where that pays; else the reference),
+            "triton", "compile" or "reference". "compile" is the reference under torch.compile, with the same bits.
 
     Raises:
         ValueError: an argument does not fit; nothing was changed.
@@ -180,15 +183,16 @@ def hessian_ema(
     check_on_device("grad_factor", grad_factor, table.devices)
     check_on_device("skip", skip, table.devices)
     check_on_device("steps", steps, table.devices, numel=len(hessians))
-    backend = resolve_backend(backend, hessians[0])
+    backend = resolve_backend(backend, hessians[0], compiled=table.numel)
     if check_only:
         if roles["g"] is grads and roles["u"] is probes:  # copies do not outlive this call
             table.confirm(token)
         return
-    if backend == "reference":
+    if backend != "triton":
+        run = Compiled(ema_block) if backend == "compile" else ema_block
         _reference_hessian_ema(
             hessians, grads, beta2=beta2, scale=scale, probes=probes, hessian_scales=hessian_scales,
-            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(hessians[0]) else None,
+            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(hessians[0]) else None, run=run,
         )  # fmt: skip
         return
     table.launch(

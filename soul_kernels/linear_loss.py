@@ -60,8 +60,8 @@ def linear_logprob(
             of the scratch, and costs 7e-3 in log-probability. Without kernels they are always fp32.
         chunk_bytes: scratch memory for one chunk, in bytes. None: 1 GiB, on a CPU 64 MiB.
         backend: "auto" (Triton on a GPU and under the interpreter, else "torch"); "triton"; "torch", the same sweep over chunks
-            in plain PyTorch; or "reference", the definition, which keeps all logits. Second derivatives and forward-mode ones
-            need "reference", called outside of torch.compile.
+            in plain PyTorch; or "reference", the definition, which keeps all logits. "compile" is "torch". Second derivatives
+            and forward-mode ones need "reference", called outside of torch.compile.
 
     Returns:
         [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).

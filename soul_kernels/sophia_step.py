@@ -16,10 +16,12 @@ from soul_kernels._checks import (
     has_data,
     same_layout,
 )
+from soul_kernels._compiled import Compiled
 from soul_kernels._launch import chunk_of_program, chunk_pointer, option, resolve_backend, tl, triton
 from soul_kernels._table import TensorTable, noise_salts
 from soul_kernels.hessian_ema import ema, match_layout
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
+from soul_kernels.reference.sophia_step import step_block
 from soul_kernels.rounding import (
     GROUP,
     ROUNDINGS,
@@ -294,7 +296,8 @@ def sophia_step(
             norm of ``lr * (...)``. None: not counted.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
         check_only: check all arguments and prepare the ``table``, and change nothing.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference".
+        backend: "auto" (Triton on a GPU and under the interpreter; on a CPU "compile" where that pays; else the reference),
+            "triton", "compile" or "reference". "compile" is the reference under torch.compile, with the same bits.
 
     Raises:
         ValueError: an argument does not fit; nothing was changed.
@@ -337,19 +340,20 @@ def sophia_step(
     check_on_device("steps", steps, table.devices, numel=len(params))
     check_on_device("corrections", corrections, table.devices, numel=len(params))
     check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
-    backend = resolve_backend(backend, params[0])
+    backend = resolve_backend(backend, params[0], compiled=table.numel)
     if check_only:
         if roles["g"] is grads:  # copies do not outlive this call
             table.confirm(token)
         return
-    if backend == "reference":
+    if backend != "triton":
+        run = Compiled(step_block) if backend == "compile" else step_block
         with torch.no_grad():  # kernels know nothing of autograd
             _reference_sophia_step(
                 params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
                 beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
                 exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
                 salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(params[0]) else None,
-                telemetry=telemetry,
+                telemetry=telemetry, run=run,
             )  # fmt: skip
         return
     table.launch(

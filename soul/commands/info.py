@@ -14,20 +14,28 @@ def add_arguments(parser):
 def run(args):
     """Runs the command."""
     import platform
+    import shutil
 
     import torch
 
-    from soul_kernels._launch import has_triton, interpreting, resolve_head_backend, triton
+    from soul_kernels._compiled import PAYS, cpp_compiler
+    from soul_kernels._launch import has_triton, interpreting, resolve_backend, resolve_head_backend, triton
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = "cuda" if gpus else "cpu"
-    backend = resolve_head_backend("auto", torch.empty(0, device=device))
+    tensor = torch.empty(0, device=device)
+    step, loss = resolve_backend("auto", tensor), resolve_head_backend("auto", tensor)
     lines = [
         f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}",
         f"GPUs: {', '.join(gpus) or 'none'}",
-        f"backend of tensors on {device}: {backend}{' (interpreted)' if interpreting() else ''}",
+        f"backend on {device}: {loss} for losses, {step} for steps{' (interpreted)' if interpreting() else ''}",
     ]
+    if device == "cpu" and not interpreting():
+        found = shutil.which(cpp_compiler())
+        lines.append(
+            f"steps from {PAYS} parameters on: {f'compile, by {found}' if found else f'reference, without {cpp_compiler()}'}"
+        )
     for extra, modules in {
         "hf": ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml"),
         "eval": ("rouge_score", "scipy", "sklearn"),

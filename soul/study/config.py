@@ -45,7 +45,7 @@ class StudyConfig:
         retain_rows: retain rows to measure probability on; at most as many are asked with false answers.
         seeds: of initial weights, order of the data, and drawn labels; each has models of its own.
         device: "auto", "cpu" or "cuda".
-        backend: "auto", "triton", "torch" or "reference".
+        backend: "auto", "triton", "compile", "torch" or "reference".
         workers: processes, on a CPU; 0: one a core.
     """
 

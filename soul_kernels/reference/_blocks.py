@@ -2,37 +2,44 @@
 
 Over whole tensors the references of the optimizer's ops would go through memory once for each of some forty operations, and
 hold as many temporaries of a tensor's size. All these operations are elementwise, and 8-bit states share a scale within groups
-that no block divides, so the results are the same bit for bit, whatever `BLOCK` is.
+that no block divides, so the results are the same bit for bit, whatever `BLOCK` is. A block has the groups for its rows.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from soul_kernels.reference.rounding import GROUP, in_memory_order
 
-# Elements, a multiple of GROUP. Of 2^13 to 2^18 this was the fastest; 2^15 takes a fifth more (AMD EPYC, one thread).
-BLOCK = 1 << 17
+# Elements, a multiple of GROUP. Of 2^13 to 2^18 this was the fastest (2 MiB of second-level cache, one thread); 2^17 takes up
+# to half more.
+BLOCK = 1 << 16
 
 
-def blocks(written: Sequence, read: Sequence, scales: Sequence = ()) -> Iterator[tuple]:
+def blocks(written: Sequence, read: Sequence, scales: Sequence = (), size: int | None = None) -> Iterator[tuple]:
     """Yield tensors of one shape block by block, in the order in which the written ones lie in memory.
 
     Args:
         written: dense tensors that lie alike, or None.
         read: tensors in any layout, or None. One that lies otherwise is copied first.
         scales: fp32 [ceil(numel / GROUP)] tensors of the scales of 8-bit states, or None.
+        size: elements of a block, a power of two and multiple of GROUP; None: `BLOCK`.
 
     Yields:
-        The index of the block's first element; then a view [n <= BLOCK] of every tensor, and the scales of its groups. What was
-        None stays None.
+        The number of the block's first element; then a view of every tensor, [rows, GROUP] or, of what is left at the end,
+        [1, less than GROUP]; then the scales [rows]. What was None stays None.
     """
     like = written[0]
-    vectors = [tensor if tensor is None else in_memory_order(tensor) for tensor in written]
-    vectors += [tensor if tensor is None else in_memory_order(_laid_out(tensor, like)) for tensor in read]
-    for start in range(0, like.numel(), BLOCK):
-        stop = min(start + BLOCK, like.numel())
-        views = (vector if vector is None else vector[start:stop] for vector in vectors)
+    # Detached: views of a parameter would need gradients, and have the parameter's shape for torch.compile to remember.
+    vectors = [tensor if tensor is None else in_memory_order(tensor.detach()) for tensor in written]
+    vectors += [tensor if tensor is None else in_memory_order(_laid_out(tensor.detach(), like)) for tensor in read]
+    size = BLOCK if size is None else size
+    whole = like.numel() - like.numel() % GROUP
+    edges = [*range(0, whole, size), whole, *([like.numel()] if like.numel() > whole else ())]
+    for start, stop in itertools.pairwise(edges):
+        shape = (-1, GROUP) if stop <= whole else (1, -1)
+        views = (vector if vector is None else vector[start:stop].view(shape) for vector in vectors)
         groups = slice(start // GROUP, -(-stop // GROUP))
         yield start, *views, *(scale if scale is None else scale[groups] for scale in scales)
 

@@ -10,21 +10,29 @@ for an 8-bit momentum, 15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
 ``|x| 2^-112``, shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
 """
 
+import math
+
 import torch
 
 GROUP = 256  # values that share the scale of an 8-bit state
 PRIME = 0x9E3779B9  # 2^32 / golden ratio: consecutive counters become far apart
 WORD = 0xFFFFFFFF
+SIGN = 0x80000000  # bit of an fp32 pattern
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of the fp32 magnitude that the format has not
 INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 LARGEST_WEIGHT = {torch.bfloat16: float.fromhex("0x1.FEFEp127"), torch.float16: 65519.875}  # the largest with low bits, 127
 
 
+def scalar(value):
+    """The fp32 tensor of shape () that a number is in the formulas, or the one element of a tensor."""
+    return value.reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
+
+
 def mix(x):
     """A bijection of 32-bit words that spreads every input bit (lowbias32 of C. Wellons, less its first shift)."""
     x = (x * 0x7FEB352D) & WORD
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
+    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & WORD  # the same modulo 2^32, and no product leaves int64
     return x ^ (x >> 16)
 
 
@@ -33,19 +41,29 @@ def salt(seed, tensor):
     return mix(mix(mix(mix(seed & WORD) ^ (seed >> 32 & WORD)) + tensor & WORD) ^ PRIME)
 
 
-def noise(salt, step, numel, device, start=0):
-    """Return a 32-bit word for each of ``numel`` elements of a tensor, from number ``start`` on, at one step (a number or a
-    tensor of one): [numel] int64.
+def noise_key(salt, step, start, device):
+    """Return what the noise of a block starts from: an int64 tensor of shape ().
+
+    Args:
+        salt: of the tensor.
+        step: a number or a tensor of one, which is never read: a tensor may be without data.
+        start: number of the block's first element; no block may reach beyond a multiple of 2^32.
+        device: of the block.
     """
-    index = torch.arange(start, start + numel, device=device)
-    step = step.long() if isinstance(step, torch.Tensor) else int(step)  # never read: a tensor may be without data
-    key = mix(mix((salt + step * PRIME) & WORD) ^ (index >> 32))
-    return mix(key ^ (index & WORD))
+    step = step.long() if isinstance(step, torch.Tensor) else torch.tensor(int(step), device=device)
+    return mix(mix((salt + step * PRIME) & WORD) ^ (start >> 32))
 
 
-def store_nearest(destination, x):
-    """``destination <- x``, rounded to nearest, ties to even, into the dtype of ``destination``; in place."""
-    destination.copy_(x)
+def noise_words(key, start, shape):
+    """Return a 32-bit word for each element of a block: an int64 tensor of its shape.
+
+    Args:
+        key: the block's `noise_key`.
+        start: number of the block's first element, or a tensor of it.
+        shape: of the block, whose elements are numbered in the order of its dimensions.
+    """
+    index = torch.arange(math.prod(shape), device=key.device).view(shape)
+    return mix(key ^ (index + (start & WORD)))
 
 
 def bits(x):
@@ -54,35 +72,50 @@ def bits(x):
 
 
 def from_bits(pattern):
-    """The fp32 tensor of a bit pattern."""
-    return torch.where(pattern >= 2**31, pattern - 2**32, pattern).to(torch.int32).view(torch.float32)
+    """The fp32 tensor of a bit pattern: of its lower 32 bits."""
+    return pattern.to(torch.int32).view(torch.float32)
+
+
+def _sign(x):
+    """The sign bit of the pattern of ``x``, where it stands there."""
+    return x.view(torch.int32).to(torch.int64) & SIGN
+
+
+def _magnitude(x, dtype):
+    """fp32 bits of ``|x|``, for fp16 of ``|x| 2^-112``: the exponent range of ``dtype``."""
+    if dtype == torch.float16:
+        return bits(x.abs() * 2.0**-112)
+    return x.view(torch.int32).to(torch.int64) & (SIGN - 1)
 
 
 def _words(x, dtype):
     """fp32 bits of ``x`` in the exponent range of ``dtype``; one pattern for all NaN, one for all that overflow fp16."""
+    magnitude = _magnitude(x, dtype)
     if dtype == torch.float16:
-        magnitude = bits(x.abs() * 2.0**-112).clamp(max=INFINITE[dtype] << DROPPED[dtype])
-    else:
-        magnitude = bits(x.abs())
-    return torch.where(x.isnan(), NAN[dtype] << DROPPED[dtype], magnitude)
+        magnitude = magnitude.clamp(max=INFINITE[dtype] << DROPPED[dtype])
+    return torch.where(x != x, NAN[dtype] << DROPPED[dtype], magnitude)
 
 
 def _assemble(magnitude, x, dtype):
-    """16-bit magnitudes with the signs of ``x``."""
-    pattern = magnitude | (x.signbit().long() << 15)
-    return torch.where(pattern >= 2**15, pattern - 2**16, pattern).to(torch.int16).view(dtype)
+    """16-bit magnitudes with the signs of ``x``.
+
+    The way leads over fp32, which has every number of 16 bits: torch.compile makes vectors of it, and none of 16-bit integers.
+    """
+    value = from_bits((magnitude << DROPPED[dtype]) | _sign(x))
+    if dtype == torch.float16:
+        value = torch.where(magnitude > INFINITE[dtype], float("nan"), value * 2.0**112)
+    return value.to(dtype)
 
 
-def store_stochastic(destination, x, noise):
-    """``destination <- x``, up or down with the probabilities that make the mean right; in place.
+def round_stochastic(x, noise, dtype):
+    """fp32 -> ``dtype``, up or down with the probabilities that make the mean right.
 
     Representable values stay as they are, NaN and inf as well. ``noise``: [numel] of 32 bits.
     """
-    dtype = destination.dtype
     if dtype == torch.float32:
-        return store_nearest(destination, x)
+        return x
     dropped = DROPPED[dtype]
-    destination.copy_(_assemble(_words(x, dtype) + (noise >> (32 - dropped)) >> dropped, x, dtype))
+    return _assemble(_words(x, dtype) + (noise >> (32 - dropped)) >> dropped, x, dtype)
 
 
 def split(x, noise, dtype):
@@ -111,12 +144,12 @@ def join(high, low):
     ``low`` counts for nothing where ``high`` is 0 or not finite: it may be left from another value that the user has replaced.
     """
     dtype = high.dtype
-    magnitude = high.view(torch.int16).to(torch.int64) & 0x7FFF
-    value = from_bits(((magnitude << 8) + low) << (DROPPED[dtype] - 8))
+    wide = high.float()
+    magnitude = _magnitude(wide, dtype) >> DROPPED[dtype]
+    value = from_bits(((magnitude << 8) + low) << (DROPPED[dtype] - 8) | _sign(wide))
     if dtype == torch.float16:
         value = value * 2.0**112
-    value = torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, high.abs().float())
-    return torch.where(high.view(torch.int16) < 0, -value, value)
+    return torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, wide)
 
 
 # 8-bit states: `value = scale * code`, one power-of-two scale for GROUP values, so that scaling is exact. The codes are small
@@ -127,37 +160,51 @@ MAGNITUDE = {"exp_avg": 0x7F, "hessian": 0xFF}
 SHRINK = {"exp_avg": 120, "hessian": 112}  # 2^-SHRINK brings a code's exponent range to the lowest one of fp32
 
 
-def encode(x, noise, kind):
-    """fp32 [numel] -> codes uint8 [numel] and scales fp32 [ceil(numel / GROUP)], rounded stochastically.
+def encode_groups(x, noise, kind):
+    """fp32 [groups, n] -> codes uint8 [groups, n] and scales fp32 [groups], rounded stochastically.
 
     A NaN or an inf makes its whole group NaN, through the scale.
 
     Args:
-        x: the values, in memory order.
-        noise: [numel] of 32 bits.
+        x: the values.
+        noise: [groups, n] of 32 bits.
         kind: "exp_avg" or "hessian"; a negative Hessian is stored as 0.
     """
     if kind == "hessian":
         x = torch.where(x < 0, 0.0, x)
-    magnitude = bits(x.abs())
-    largest = torch.nn.functional.pad(magnitude, (0, -x.numel() % GROUP)).view(-1, GROUP).amax(1)
-    largest = largest.clamp(max=0x7F800000)  # whichever NaN it is
+    largest = bits(x.abs()).amax(1).clamp(max=0x7F800000)  # whichever NaN it is
     # A mantissa from 1.875 on could be rounded up beyond the largest code: the eighth moves it to the next exponent.
     exponent = (((largest + 0x100000) >> 23) - TOP[kind]).clamp(min=1)
     scale = torch.where(largest < 0x7F800000, from_bits(exponent << 23), float("nan"))
-    inverse = from_bits((254 - exponent) << 23).repeat_interleave(GROUP)[: x.numel()]
+    inverse = from_bits((254 - exponent) << 23)
     field = (noise >> 12 if kind == "exp_avg" else noise) & 0xFFF
-    code = bits(x.abs() * inverse * 2.0 ** -SHRINK[kind]) + ((field << 8) | 0x80) >> 20
+    code = bits(x.abs() * inverse[:, None] * 2.0 ** -SHRINK[kind]) + ((field << 8) | 0x80) >> 20
     if kind == "exp_avg":
-        code = code & 0x7F | (x.signbit().long() << 7)
+        code = code & 0x7F | (bits(x) >> 31 << 7)
     return (code & 0xFF).to(torch.uint8), scale
 
 
-def decode(code, scale, kind):
-    """The fp32 values of 8-bit codes; the inverse of `encode`."""
+def decode_groups(code, scale, kind):
+    """The fp32 values [groups, n] of 8-bit codes; the inverse of `encode_groups`."""
     magnitude = code.to(torch.int64) & MAGNITUDE[kind]
-    value = from_bits(magnitude << 20) * 2.0 ** SHRINK[kind] * scale.repeat_interleave(GROUP)[: code.numel()]
+    value = from_bits(magnitude << 20) * 2.0 ** SHRINK[kind] * scale[:, None]
     return torch.where(code > 127, -value, value) if kind == "exp_avg" else value
+
+
+def encode(x, noise, kind):
+    """`encode_groups` of a vector in memory order: [numel] -> [numel] and [ceil(numel / GROUP)]."""
+    code, scale = encode_groups(_in_groups(x), _in_groups(noise), kind)
+    return code.view(-1)[: x.numel()], scale
+
+
+def decode(code, scale, kind):
+    """`decode_groups` of a vector in memory order: [numel] and [ceil(numel / GROUP)] -> [numel]."""
+    return decode_groups(_in_groups(code), scale, kind).view(-1)[: code.numel()]
+
+
+def _in_groups(x):
+    """A vector as rows of GROUP elements, the last of which is filled up with 0."""
+    return torch.nn.functional.pad(x, (0, -x.numel() % GROUP)).view(-1, GROUP)
 
 
 def in_memory_order(tensor):
@@ -172,14 +219,21 @@ def load_state(state, scale, kind):
     return decode(in_memory_order(state), scale, kind).as_strided(state.shape, state.stride())
 
 
-def store_state(state, scale, x, word, kind):
-    """Stores fp32 values in a state. A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest."""
+def load_block(state, scale, kind):
+    """The fp32 values of a block [rows, n] of a state, whose scales are [rows]."""
+    return state.float() if state.dtype != torch.uint8 else decode_groups(state, scale, kind)
+
+
+def store_block(state, scale, x, word, kind):
+    """Store fp32 values [rows, n] in a block of a state.
+
+    A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest.
+    """
     if state.dtype == torch.uint8:
-        x = torch.empty_like(state, dtype=torch.float32).copy_(x)  # the layout of the state
-        code, new_scale = encode(in_memory_order(x), in_memory_order(word), kind)
-        in_memory_order(state).copy_(code)
+        code, new_scale = encode_groups(x, word, kind)
+        state.copy_(code)
         scale.copy_(new_scale)
     elif state.dtype == torch.bfloat16 and kind == "hessian":
-        store_stochastic(state, x, (word << 16) & WORD)
+        state.copy_(round_stochastic(x, (word << 16) & WORD, state.dtype))
     else:
-        store_nearest(state, x)
+        state.copy_(x)  # to nearest, ties to even
