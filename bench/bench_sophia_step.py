@@ -18,6 +18,7 @@ from bench._optimizers import (
     torchao_adamw,
 )
 from soul import SOUL, SophiaG
+from soul_kernels._launch import interpreting, resolve_backend
 
 STATE_DTYPES = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -163,8 +164,8 @@ def other_peers(soul, params, dtype, quick):
 def check(optimizer, variants, device, dtype, quick):
     """Two steps of every variant of ours against the reference: parameters and states are equal bit for bit.
 
-    8-bit states on a GPU are not: there the kernel divides approximately and fuses multiply-add, so that a number at the border
-    of two codes falls either way once in a great while. At lr 1e-2 each such one is worth 2e-4, and a wrong kernel 1e-1.
+    8-bit states are not where the kernel is compiled: it divides approximately and fuses multiply-add, so that a number at the
+    border of two codes falls either way once in a great while. At lr 1e-2 each such one is worth 2e-4, and a wrong kernel 1e-1.
     """
     worst = 0.0
     for options in variants:
@@ -181,7 +182,7 @@ def check(optimizer, variants, device, dtype, quick):
         (got, got_states), (want, want_states) = results
         error = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(got, want))
         worst = max(worst, error)
-        if device.type == "cuda" and options.get("state_dtype") == "8bit":
+        if options.get("state_dtype") == "8bit" and resolve_backend("auto", params[0]) == "triton" and not interpreting():
             assert error < 1e-3, f"{options}: parameters differ from the reference by {error}"
             continue
         same = all(torch.equal(a[name], b[name]) for a, b in zip(got_states, want_states) for name in b)

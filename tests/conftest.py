@@ -96,6 +96,12 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """On a CPU the ops compute as they do for a user without a GPU."""
+    monkeypatch.setattr("soul_kernels._launch.runs_on_cpu", lambda: False)
+
+
 @pytest.fixture(params=["triton", "torch"])
 def backend(request, monkeypatch):
     """How an op sweeps over rows: with the kernels, and in plain PyTorch, there in blocks so small that a test has several."""

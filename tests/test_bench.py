@@ -43,12 +43,6 @@ def untimed(monkeypatch):
     monkeypatch.setattr(_harness, "time_interleaved", lambda calls, device, budget_s: dict.fromkeys(calls, (1.0, 1.0, 1.0)))
 
 
-@pytest.fixture
-def uninterpreted(monkeypatch):
-    """Ops take their references on the CPU, as they do for a user: the kernels of the heads have tests of their own."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-
-
 def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch):
     """A call below the resolution of the clock takes at most as long as that."""
     monkeypatch.setattr(_harness.time, "perf_counter", lambda: 7.0)
@@ -60,7 +54,7 @@ def test_a_clock_that_stands_still_divides_nothing_by_zero(monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_every_case_is_right_and_runs(op, untimed, request):
     if op.startswith("linear"):
-        request.getfixturevalue("uninterpreted")
+        request.getfixturevalue("without_kernels")
     for make in importlib.import_module(f"bench.bench_{op}").cases(CPU, quick=True):
         case = make()
         rows = _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
@@ -187,7 +181,7 @@ def cross_entropy():
     return next(iter(bench_linear_loss.cases(CPU, quick=True)))()
 
 
-def test_every_variant_of_a_loss_has_its_own_errors(cross_entropy, untimed, uninterpreted, monkeypatch, capsys):
+def test_every_variant_of_a_loss_has_its_own_errors(cross_entropy, untimed, without_kernels, monkeypatch, capsys):
     for name in ["liger_kernel", *(name for name in sys.modules if name.startswith("liger_kernel."))]:
         monkeypatch.setitem(sys.modules, name, None)
     rows = {row["variant"]: row for row in _harness.run_case(cross_entropy, CPU, LIMITS, budget_s=0.0)}
@@ -234,7 +228,7 @@ def test_a_wrong_peer_is_reported_and_a_wrong_loss_of_ours_is_not_timed(monkeypa
     assert _heads.make_case("CE", 16, 16, 50, True, functions, CPU).check()["eager"]["dX flat"] > 1e-2
 
 
-def test_a_label_that_was_not_drawn_by_its_number_is_noticed(uninterpreted, monkeypatch):
+def test_a_label_that_was_not_drawn_by_its_number_is_noticed(without_kernels, monkeypatch):
     right = _heads.linear_gnb
     monkeypatch.setattr(_heads, "linear_gnb", lambda *args, uniforms, **options: right(*args, uniforms=1 - uniforms, **options))
     (case, *_) = (make() for make in bench_linear_gnb.cases(CPU, quick=True))

@@ -22,9 +22,8 @@ LEAN = "ours, 8-bit states, gradient release, checkpointing"
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Ops take their references, as they do for a user without a GPU, and nobody waits for rounds of timing."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+def quick(monkeypatch, without_kernels):
+    """Ops compute as they do for a user without a GPU, and nobody waits for rounds of timing."""
     monkeypatch.setattr(_harness, "time_interleaved", once)
 
 

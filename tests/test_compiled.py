@@ -217,9 +217,8 @@ def test_a_variant_that_can_be_compiled_no_more(fresh, monkeypatch):
     assert value == 2.0 and len(said) == 1 and "No space left on device" in said[0]
 
 
-def test_auto_compiles_large_models_on_a_cpu(fresh, monkeypatch):
+def test_auto_compiles_large_models_on_a_cpu(fresh, monkeypatch, without_kernels):
     """By all parameters of an optimizer, also where they are in groups or stepped one at a time."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")  # there "auto" means the kernels
     compiled = []
     monkeypatch.setattr(_compiled, "_proven", lambda function, *_: compiled.append(function.__name__) or function)
     monkeypatch.setattr(_compiled, "PAYS", 4 * GROUP)

@@ -257,9 +257,8 @@ def theirs_undial(model, reference, inputs, beta=10.0):
 
 
 @pytest.mark.parametrize("name", ["kl", "undial"])
-def test_takes_less_memory_than_open_unlearnings_code(name, monkeypatch):
+def test_takes_less_memory_than_open_unlearnings_code(name, monkeypatch, without_kernels):
     """On a CPU without kernels, at a vocabulary of 64 times the width. The batch is small, and so are the chunks."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(_head_checks, "CPU_CHUNK_BYTES", 2**19)
     monkeypatch.setattr(_rows, "DIVERGENCE_BLOCK", 2**14)
     config = transformers.LlamaConfig(**COMMON | dict(vocab_size=4096, hidden_size=64))

@@ -21,7 +21,7 @@ from soul.integrations.open_unlearning import CONFIGS
 from soul.models import head, hidden_states, transform
 from soul.prepare import prepare
 from soul.reference import reference_hidden, reference_logps
-from soul_kernels import linear_objective
+from soul_kernels import _launch, linear_objective
 from tests import tolerances as tol
 from tests.helpers import assert_close, mutant, needs_kernels_on_cpu, relative_error
 from tests.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
@@ -35,10 +35,8 @@ class UnlearnTrainer(SOULTrainerMixin, transformers.Trainer):
     pass
 
 
-@pytest.fixture(autouse=True)
-def reference_ops(monkeypatch):
-    """What is tested here is what calls the ops; in the interpreter it would take three times as long."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+# What is tested here is what calls the ops.
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -188,7 +186,7 @@ def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypa
 
 @needs_kernels_on_cpu
 def test_loss_of_a_batch_by_the_kernels(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_launch, "runs_on_cpu", lambda: True)
     check_loss_of("npo, kl")  # log-probabilities, a divergence and an objective in one
 
 

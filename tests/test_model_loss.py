@@ -56,10 +56,8 @@ FAMILIES = {
 BENT = ("gemma2", "phi", "cohere", "cohere2", "granite")  # capped; with a bias; scaled
 
 
-@pytest.fixture(autouse=True)
-def reference_ops(monkeypatch):
-    """The way from a model to the ops is tested here, not the kernels, which are slow in the interpreter."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+# The way from a model to the ops is tested here, not the kernels.
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 def randomized(model):

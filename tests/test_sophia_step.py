@@ -7,7 +7,7 @@ from soul_kernels import grad_norm, hessian_ema, sophia_step
 from soul_kernels._launch import launch, runs_on_cpu, triton_dtype
 from soul_kernels._table import _chunk_map
 from soul_kernels.reference import _blocks
-from soul_kernels.reference.rounding import decode, encode, join, noise, salt, split, store_nearest, store_stochastic
+from soul_kernels.reference.rounding import decode, encode, join, noise_key, noise_words, round_stochastic, salt, split
 from soul_kernels.rounding import ROUNDINGS
 from soul_kernels.sophia_step import CONFIG_8BIT, _sophia_step_kernel
 from tests import tolerances as tol
@@ -138,12 +138,12 @@ def stored_param(x, words, dtype, rounding):
     """The fp32 value of a parameter that has been stored."""
     if dtype != FLOAT and rounding == "compensated":
         return join(*split(x, words, dtype))
-    stored = torch.empty_like(x, dtype=dtype)
-    if rounding == "stochastic":
-        store_stochastic(stored, x, words)
-    else:
-        store_nearest(stored, x)
-    return stored.float()
+    return (round_stochastic(x, words, dtype) if rounding == "stochastic" else x.to(dtype)).float()
+
+
+def words_of(salt, tensor):
+    """The noise of all elements of a tensor in the first step, [numel] int64."""
+    return noise_words(noise_key(salt, 0, 0, tensor.device), 0, (tensor.numel(),))
 
 
 def flat_values(storage, i):
@@ -188,7 +188,7 @@ def check_8_bit_step(storage, device, *, step=sophia_step, beta2, rounding, seed
     step(*lists, **OPTIONS, **more, **options)
     counts = []
     for i, param in enumerate(lists[0]):
-        words = noise(salt(seed, i), 0, param.numel(), device)
+        words = words_of(salt(seed, i), param)
         values = (flat_values(states, i) for states in (before, storage))
         if param.numel():
             counts.append(check_8_bit_tensor(*values, beta2, rounding, words, param.dtype))
@@ -210,7 +210,7 @@ def test_8_bit_states_hold_what_exact_values_round_to(p_dtype, rounding, backend
     (_, grads, _, hessians), more = storage
     _, g, _, h = flat_values(storage, 0)
     hessian_ema(hessians, grads, beta2=0.99, seed=9, hessian_scales=more["hessian_scales"], backend=backend)
-    exact, words = 0.99 * h + (1 - 0.99) * g * g, noise(salt(9, 0), 0, len(h), device)
+    exact, words = 0.99 * h + (1 - 0.99) * g * g, words_of(salt(9, 0), h)
     got = flat_values(storage, 0)[3]
     check_rounded(got, exact, 5 * 2.0**-24 * exact, lambda x: decode(*encode(x, words, "hessian"), "hessian"), "h")
 

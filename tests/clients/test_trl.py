@@ -26,10 +26,8 @@ TRAINERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def reference_ops(monkeypatch):
-    """The trainers are tested here, not the kernels, which are slow in the interpreter."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+# The trainers are tested here, not the kernels.
+pytestmark = pytest.mark.usefixtures("without_kernels")
 
 
 @pytest.fixture
