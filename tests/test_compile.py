@@ -20,7 +20,7 @@ import tempfile
 import pytest
 
 import soul_kernels.token_logprob
-from soul_kernels._launch import has_triton, interpreting, tl, triton
+from soul_kernels._launch import has_triton, runs_on_cpu, tl, triton
 from soul_kernels.grad_norm import CONFIG as NORM_CONFIG
 from soul_kernels.grad_norm import SUM_CONFIG, _norm_kernel, _squares_kernel
 from soul_kernels.hessian_ema import CONFIG as EMA_CONFIG
@@ -39,8 +39,8 @@ from soul_kernels.token_logprob import (
     _statistics_kernel,
 )
 
-if interpreting() or not has_triton():
-    pytest.skip("needs Triton's compiler: run make test-compile", allow_module_level=True)
+if runs_on_cpu() or not has_triton():
+    pytest.skip("a run of its own, with Triton's compiler alone: make test-compile", allow_module_level=True)
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402

@@ -14,14 +14,14 @@ CROSS_CHECKS = [
     "tests/test_hessian_ema.py::test_kernel_equals_reference_bit_for_bit",
     "tests/test_grad_norm.py::test_against_fp64",
     "tests/test_rounding.py::test_8_bit_kernel_equals_reference",
-    "tests/test_token_logprob.py::test_every_vocabulary_size[4097]",
-    "tests/test_token_logprob.py::test_all_statistics[4097]",
-    "tests/test_token_draw.py::test_labels_are_drawn_by_inverse_cdf[4097]",
-    "tests/test_kl_divergence.py::test_every_vocabulary_size[kl-2049]",
-    "tests/test_kl_divergence.py::test_every_vocabulary_size[soul_kl-2049]",
-    "tests/test_linear_loss.py::test_objectives_against_fp64",
-    "tests/test_linear_gnb.py::test_capped_and_scaled_logits",
-    "tests/test_linear_kl.py::test_capped_and_scaled_logits",
+    "tests/test_token_logprob.py::test_every_vocabulary_size[triton-4097]",
+    "tests/test_token_logprob.py::test_all_statistics[triton-4097]",
+    "tests/test_token_draw.py::test_labels_are_drawn_by_inverse_cdf[triton-4097]",
+    "tests/test_kl_divergence.py::test_every_vocabulary_size[triton-kl-2049]",
+    "tests/test_kl_divergence.py::test_every_vocabulary_size[triton-soul_kl-2049]",
+    "tests/test_linear_loss.py::test_objectives_against_fp64[triton-dtype0-False]",
+    "tests/test_linear_gnb.py::test_capped_and_scaled_logits[triton]",
+    "tests/test_linear_kl.py::test_capped_and_scaled_logits[triton]",
 ]
 
 
