@@ -40,12 +40,12 @@ def _codec_kernel(
 
 
 @triton.jit
-def _noise_kernel(out_ptr, salt, step, start, BLOCK: tl.constexpr):
+def _noise_kernel(out_ptr, salt, step, start, CROSSES: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     step = step + 0.0  # what the interpreter passes is no tensor yet
     start = tl.zeros([], tl.int64) + start
     salt = tl.zeros([], tl.int64) + salt
-    tl.store(out_ptr + offsets, noise_words(noise_key(salt, step, start), start, offsets).to(tl.int64))
+    tl.store(out_ptr + offsets, noise_words(noise_key(salt, step), start, offsets, CROSSES).to(tl.int64))
 
 
 def bit_patterns(device):
@@ -256,10 +256,12 @@ def words_of(salt, step, numel):
 def test_noise_kernel_equals_reference(device):
     out = torch.empty(1024, dtype=torch.int64, device=device)
     salt = reference.salt(7, 3)
-    for start in (0, 2**32 + 3 * 16384):  # the upper half of the offset counts as well
-        launch(_noise_kernel, (1,), device, out_ptr=out, salt=salt, step=5.0, start=start, BLOCK=1024)
-        key = reference.mix(reference.mix(salt + 5 * reference.PRIME & reference.WORD) ^ (start >> 32))
-        assert out.tolist() == [reference.mix(key ^ (start + i & reference.WORD)) for i in range(1024)]
+    for start in (0, 2**32 + 3 * 16384, 3 * 2**32 - 500):  # the upper half of the number counts as well
+        crosses = start % 2**32 > 2**31
+        launch(_noise_kernel, (1,), device, out_ptr=out, salt=salt, step=5.0, start=start, CROSSES=crosses, BLOCK=1024)
+        key = reference.mix(salt + 5 * reference.PRIME & reference.WORD)
+        numbers = range(start, start + 1024)
+        assert out.tolist() == [reference.mix(reference.mix(key ^ (n >> 32)) ^ (n & reference.WORD)) for n in numbers]
         if start == 0:
             assert torch.equal(out.cpu(), words_of(salt, 5, 1024))
 

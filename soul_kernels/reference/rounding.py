@@ -3,8 +3,9 @@
 All of it is integer arithmetic or exact powers of two, so that these definitions, the interpreter and a GPU agree bit for bit.
 
 **Noise** is a hash of (seed, tensor, step, element), never the device's random state: replicas agree, and a resumed run
-repeats what an uninterrupted one does. One 32-bit word an element, split into fields: bits 31..16 for the parameter, 23..12
-for an 8-bit momentum, 15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
+repeats what an uninterrupted one does. An element's number is the one in the whole tensor: shards draw what one process draws.
+One 32-bit word an element, split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit momentum, 15..0 for a bf16
+Hessian or 11..0 for an 8-bit one.
 
 **Magnitudes.** bf16 is the upper half of fp32. An fp16 number is the same with another exponent range: the fp32 bits of
 ``|x| 2^-112``, shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
@@ -47,7 +48,7 @@ def noise_key(salt, step, start, device):
     Args:
         salt: of the tensor.
         step: a number or a tensor of one, which is never read: a tensor may be without data.
-        start: number of the block's first element; no block may reach beyond a multiple of 2^32.
+        start: number of the block's first element in the whole tensor; no block may reach beyond a multiple of 2^32.
         device: of the block.
     """
     step = step.long() if isinstance(step, torch.Tensor) else torch.tensor(int(step), device=device)
@@ -59,7 +60,7 @@ def noise_words(key, start, shape):
 
     Args:
         key: the block's `noise_key`.
-        start: number of the block's first element, or a tensor of it.
+        start: the same, or a tensor of it.
         shape: of the block, whose elements are numbered in the order of its dimensions.
     """
     index = torch.arange(math.prod(shape), device=key.device).view(shape)
