@@ -144,8 +144,8 @@ def stored_param(x, words, dtype, rounding):
 
 
 def words_of(salt, tensor):
-    """The noise of all elements of a tensor in the first step, [numel] int64."""
-    return noise_words(noise_key(salt, 0, 0, tensor.device), 0, (tensor.numel(),))
+    """The noise of all elements of a tensor in the first step, [numel] int32."""
+    return noise_words(noise_key(salt, 0, 0, tensor.device), torch.tensor(0, device=tensor.device), (tensor.numel(),))
 
 
 def flat_values(storage, i):
