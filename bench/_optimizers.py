@@ -54,7 +54,7 @@ def compiled_reference(soul, params):
     options = dict(
         lr=1e-4, beta1=0.965, rho=0.04, bs=5120, eps=1e-15, weight_decay=0.1, maximize=False, eps_mode="add",
         param_rounding="nearest", low_bits=None, exp_avg_scales=None, hessian_scales=None, corrections=None,
-        salts=[0] * len(params), steps=None, grad_factor=None, skip=None, telemetry=None,
+        salts=[0] * len(params), offsets=[0] * len(params), steps=None, grad_factor=None, skip=None, telemetry=None,
     )  # fmt: skip
     values, step = [p.detach() for p in params], compiled(reference_step)
     return lambda: step(values, grads, exp_avgs, hessians, beta2=0.99 if soul else None, **options)

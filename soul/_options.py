@@ -40,7 +40,7 @@ def option_on(value, device):
 
 def merged_options(current, saved):
     """The options of a group and those of a checkpoint, which win but for what belongs to the machine and to the run."""
-    merged = current | saved | {name: current[name] for name in ("backend", "capturable")}
+    merged = current | saved | {name: current[name] for name in ("backend", "capturable", "noise")}
     if "published_code" in current and "state_dtype" in saved:  # of a SophiaG, unless it says something else
         merged["published_code"] = saved.get("published_code", False)
     if "clip_target" not in saved and current["clip_target"] is not None:

@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from soul._options import ON_DEVICE, check_options, check_param_dtype, check_sees_all, rounding_of
-from soul._shards import is_sharded, local, place, splits
+from soul._shards import first_number, is_sharded, local, place, splits
 from soul._states import STATES, new_state
 from soul_kernels import TensorTable
 from soul_kernels._checks import argument_error, has_data, is_dense, same_layout
@@ -36,6 +36,7 @@ class Part:
         states: the state of each.
         device: where they are.
         tensor_ids: number of each parameter in the optimizer, for its noise.
+        tensor_offsets: number of the first element that this process holds of each, for the same.
         table, hessian_table, norm_table: for the launches of `sophia_step`, `hessian_ema` and `grad_norm`.
         telemetry: fp64 [3] on the device, what `sophia_step` counts there.
         numel: coordinates of the parameters, over all shards.
@@ -46,6 +47,7 @@ class Part:
 
     def __init__(self, params, states, tensor_ids):
         self.params, self.states, self.tensor_ids = params, states, tensor_ids
+        self.tensor_offsets = [first_number(param) for param in params]
         self.device, self._mesh, self._placements = place(params[0])
         self.table, self.hessian_table, self.norm_table = TensorTable(), TensorTable(), TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -125,14 +127,6 @@ class Part:
         if self._corrections is None:
             self._corrections = values
         return self._corrections.copy_(values)
-
-    def shard(self):
-        """A number for the part of the parameters that this process holds; replicas of one part have the same."""
-        number = 0
-        for dim, placement in enumerate(self._placements):
-            if splits(placement):
-                number = number * self._mesh.size(dim) + self._mesh.get_local_rank(dim)
-        return number
 
     def sum_over_shards(self, value):
         """Adds up, in place, a number that every process has for its own shards."""

@@ -6,6 +6,8 @@ import sys
 
 import torch
 
+APART = 1 << 40  # between the numbers of shards that do not follow one another: more than any has elements
+
 
 def is_sharded(tensor):
     """Tells whether this is a DTensor, without importing it."""
@@ -20,6 +22,37 @@ def local(tensor):
 def splits(placement):
     """Tells whether processes hold different parts (Shard, and the _StridedShard of FSDP over tensor parallelism)."""
     return not placement.is_replicate() and not placement.is_partial()
+
+
+def is_cut(param):
+    """Tells whether other processes hold other parts of this parameter."""
+    return is_sharded(param) and any(map(splits, param.placements))
+
+
+def first_number(param):
+    """The number of the first element that this process holds, for the noise of the parameter.
+
+    Elements are numbered in the order of memory. Shards of rows, which FSDP2 makes, with or without tensor parallelism by rows
+    below it, have the numbers that they have in the whole parameter: all processes together draw what one process draws.
+    Other shards have numbers of their own, and replicas of one the same.
+    """
+    if not is_cut(param) or not param.numel():
+        return 0
+    mesh = param.device_mesh
+    cuts = [(p, mesh.size(dim), mesh.get_local_rank(dim)) for dim, p in enumerate(param.placements) if splits(p)]
+    dense = torch.empty_like(local(param), device="meta")
+    length = param.numel() // len(param)  # of a row
+    if all(placement.dim == 0 for placement, _, _ in cuts) and (not len(dense) or dense.stride(0) == length):
+        first, rows = 0, len(param)
+        for _, size, rank in sorted(cuts, key=lambda cut: hasattr(cut[0], "split_factor")):  # _StridedShard cuts shards
+            step = -(-rows // size)
+            skipped = min(rank * step, rows)
+            first, rows = first + skipped, min(step, rows - skipped)
+        return first * length
+    shard = 0
+    for _, size, rank in cuts:
+        shard = shard * size + rank
+    return (1 + shard) * APART
 
 
 def place(param):

@@ -5,12 +5,13 @@ import contextlib
 import torch
 
 from soul._options import rounding_of
-from soul._shards import is_sharded, local
+from soul._shards import is_cut, is_sharded, local
 from soul_kernels._checks import argument_error, same_layout
 from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, load_state, split
 
 STATES = ("exp_avg", "hessian")
 MIDDLE = 1 << 31  # of the noise: a weight is then rounded to nearest
+NOISE = 2  # version of the noise; in 1 the shards of a parameter drew each its own, and everything else as in 2
 LONG_AGO = 1e6  # updates of a Hessian whose checkpoint does not say how many there were: no bias is left
 
 
@@ -86,6 +87,23 @@ def loaded_state(param, group, counters, saved, cast):
             raise argument_error("state_dict low_bits", f"{tuple(param.shape)} of torch.int8", got, remedy)
         state["low_bits"].copy_(low)
     return state
+
+
+def check_noise(param, group, saved_group, state):
+    """Raises where a parameter would go on with other noise than the checkpoint was written with.
+
+    Args:
+        param: the parameter.
+        group: its options.
+        saved_group: those of the checkpoint, which say the version of its noise.
+        state: the parameter's loaded state.
+    """
+    version = saved_group.get("noise", 1 if "state_dtype" in saved_group else NOISE)  # the published class draws none
+    if version == NOISE or (version == 1 and not is_cut(param)):
+        return
+    if (param.dtype != torch.float32 and rounding_of(group) != "nearest") or state["hessian"].dtype != torch.float32:
+        remedy = f"resume with the soul-kernels that wrote it, or set noise = {NOISE} in its param_groups: new random bits"
+        raise argument_error("state_dict noise", f"version {NOISE}", version, remedy)
 
 
 def published_state(state):

@@ -23,8 +23,10 @@ from soul._options import (
 from soul._parts import COUNTERS, Parts
 from soul._shards import hidden_sharding, is_sharded, local
 from soul._states import (
+    NOISE,
     Fp32Parameters,
     check_fp32,
+    check_noise,
     check_not_exported,
     loaded_state,
     new_state,
@@ -94,7 +96,8 @@ class SophiaG(Optimizer):
         clip_target: fraction of the coordinates to be clipped, with rho="auto" only (default 0.5).
         bias_correction: h is divided by ``1 - b2^t``, t the number of its updates, where it is used.
         eps_mode: "add" as published, or "max" as in the papers: ``m / max(rho bs h, eps)``.
-        seed: of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element).
+        seed: of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element). Shards of rows (FSDP2) draw
+            what one process draws. Checkpoints carry the version of the noise in their groups' ``noise``.
 
     Raises:
         ValueError: naming the argument, what was expected, what came, and the remedy.
@@ -142,6 +145,7 @@ class SophiaG(Optimizer):
             bias_correction=bias_correction,
             eps_mode=eps_mode,
             seed=seed,
+            noise=NOISE,  # no choice: checkpoints carry the version
         )
         check_values(defaults)  # an option that is wrong is named even where the parameters are wrong as well
         self._reset()
@@ -266,8 +270,9 @@ class SophiaG(Optimizer):
                     eps_mode=group["eps_mode"],
                     param_rounding=rounding_of(group),
                     corrections=corrections,
-                    seed=group["seed"] + part.shard(),
+                    seed=group["seed"],
                     tensor_ids=part.tensor_ids,
+                    tensor_offsets=part.tensor_offsets,
                     steps=part.count("step"),
                     grad_factor=self._factor(group, norm, part.device),
                     skip=_move(skip, part.device),
@@ -342,8 +347,9 @@ class SophiaG(Optimizer):
                     grads=grads,
                     probes=None if probes is None else part.locals([self._probe(probes, p) for p in part.params]),
                     beta2=group["betas"][1],
-                    seed=HESSIAN_NOISE + group["seed"] + part.shard(),
+                    seed=HESSIAN_NOISE + group["seed"],
                     tensor_ids=part.tensor_ids,
+                    tensor_offsets=part.tensor_offsets,
                     steps=part.count("hessian_step"),
                     grad_factor=factor,
                     skip=_move(skip, part.device),
@@ -496,8 +502,10 @@ class SophiaG(Optimizer):
         whose meaning it decides. Checkpoints of the published class do not have it: a SOUL loads them with
         ``published_code=True`` only.
 
+        Shards that draw noise do not go on with a version of it that is not the checkpoint's ``noise``.
+
         Raises:
-            ValueError: the checkpoint does not fit the parameters or the class; nothing was changed.
+            ValueError: the checkpoint does not fit the parameters, the class or the noise; nothing was changed.
         """
         current = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         states = {}
@@ -516,6 +524,7 @@ class SophiaG(Optimizer):
                     if state_dict["state"].get(key):
                         cast = "state_dtype" not in saved_group
                         states[param] = loaded_state(param, merged, self._counters(merged), state_dict["state"][key], cast)
+                        check_noise(param, merged, saved_group, states[param])
             for group, saved_group in zip(current, saved_groups):
                 check_momentum(group, saved_group)
             return state_dict | {"param_groups": options}

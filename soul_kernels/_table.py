@@ -4,25 +4,27 @@ import array
 import functools
 import itertools
 import operator
+from collections.abc import Sequence
 
 import torch
 
 from soul_kernels._checks import argument_error, has_data
 from soul_kernels._launch import launch, triton_dtype
-from soul_kernels.reference.rounding import salt
+from soul_kernels.reference.rounding import GROUP, salt
 
 
 class TensorTable:
     """What a launch over many tensors needs on the device, rebuilt only where something changed.
 
-    For every bucket of tensors that one launch can serve (device, dtypes, alignment) it holds a table [roles + 2, n_tensors]
-    int64: addresses, one row a role, then element counts and noise salts; and the chunk map. An allocator hands the same
-    address out for another tensor, so `unchanged` compares every tensor's address, dtype, device, shape and strides.
+    For every bucket of tensors that one launch can serve (device, dtypes, alignment) it holds a table int64 [rows, n_tensors]
+    and the chunk map. Rows are addresses, one row a role, then element counts and, where noise is drawn, salts and offsets.
+    An allocator hands the same address out for another tensor, so `unchanged` compares every tensor's address, dtype, device,
+    shape and strides.
     """
 
     def __init__(self):
         self._roles = self._key = None
-        self.salts, self.devices, self.buckets = [], [], []
+        self.salts, self.offsets, self.devices, self.buckets = [], [], [], []
         self.numel = 0  # elements of all tensors of the first role
         self.version = 0  # how often it was rebuilt
         self._confirmed = None
@@ -63,14 +65,15 @@ class TensorTable:
         self._addresses = addresses
         return all(bucket.move_read_only(addresses) for bucket in self.buckets)
 
-    def rebuild(self, roles, key=None, *, read_only, salts, side=()):
+    def rebuild(self, roles, key=None, *, read_only, salts=(), offsets=(), side=()):
         """Takes over tensors that were found to fit together.
 
         Args:
             roles: as in `unchanged`.
             key: as in `unchanged`.
             read_only: the role that is only read.
-            salts: one int a tensor, which its noise starts from; kept as an attribute.
+            salts: one int a tensor, which its noise starts from; kept as an attribute. Empty where none is drawn.
+            offsets: the same, the number of its first element in its noise.
             side: roles that are not walked element by element, of a dtype that the kernel knows. A role that has one tensor
                 [number of tensors] in its list has a number for each.
         """
@@ -91,7 +94,7 @@ class TensorTable:
                 if tensor is not None:
                     flat.append(tensor)
         self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
-        self.salts = salts
+        self.salts, self.offsets = salts, offsets
         if not all(map(has_data, flat)):
             self.buckets = []  # there is nothing to launch on, and nothing by which the tensors could be known again
             return
@@ -111,7 +114,8 @@ class TensorTable:
                 dtypes=dtypes,
                 aligned=aligned,
                 numels=tuple(lead[p].numel() for p in positions),
-                salts=[salts[p] for p in positions],
+                salts=[salts[p] for p in positions] if salts else [],
+                offsets=[offsets[p] for p in positions] if offsets else [],
                 rows={role: [place[role][p] for p in positions] for role in roles},
                 read_only=read_only,
                 addresses=self._addresses,
@@ -136,10 +140,10 @@ class TensorTable:
     def launch(self, kernel, *, chunk, **arguments):
         """Launches ``kernel`` once for every bucket.
 
-        The kernel receives, beside ``arguments``: ``table_ptr``; ``chunk_tensor_ptr`` and ``chunk_piece_ptr`` [programs]
-            int32 (the
-        column of the table, and the piece of ``chunk`` elements); ``n_tensors``; ``ALIGNED``: every address is a multiple of 16
-        bytes; ``CHUNK``; and a dtype for each role that is walked: ``P_DTYPE`` for the role "p", None where it is absent.
+        The kernel receives, beside ``arguments``: ``table_ptr``; ``chunk_tensor_ptr`` and ``chunk_piece_ptr`` [programs] int32
+        (the column of the table, and the piece of ``chunk`` elements); ``n_tensors``; ``ALIGNED``: every address is a multiple
+        of 16 bytes; ``CHUNK``; where noise is drawn, ``CROSSES``: a multiple of 2^32 may lie within a chunk, in the numbers of
+        its elements; and a dtype for each role that is walked: ``P_DTYPE`` for the role "p", None where it is absent.
         """
         for bucket in self.buckets:
             bucket.launch(kernel, chunk=chunk, **arguments)
@@ -153,11 +157,12 @@ class TensorTable:
 class _Bucket:
     """The tensors of one launch."""
 
-    def __init__(self, *, device, dtypes, aligned, numels, salts, rows, read_only, addresses, captured):
+    def __init__(self, *, device, dtypes, aligned, numels, salts, offsets, rows, read_only, addresses, captured):
         self.device, self.aligned, self.numels = device, aligned, numels
         self.dtypes = {f"{role.upper()}_DTYPE": triton_dtype(dtype) for role, dtype in dtypes}
         values = [0 if i < 0 else addresses[i] + offset for row in rows.values() for i, offset in row]  # below 0: absent
-        self._values = array.array("q", [*values, *numels, *salts])
+        self._values = array.array("q", [*values, *numels, *salts, *offsets])
+        self._offsets = offsets
         row = list(rows).index(read_only) * len(numels)
         self._read_only = slice(row, row + len(numels))  # of the values
         places = [i for i, _ in rows[read_only]]
@@ -183,6 +188,8 @@ class _Bucket:
         chunk_tensor, chunk_piece = self.chunk_map(chunk)
         if not self.aligned:  # one element an access: half a block keeps the addresses in registers
             arguments["BLOCK"] //= 2
+        if self._offsets:
+            arguments["CROSSES"] = any(map(functools.partial(_crosses, chunk), self._offsets, self.numels))
         launch(
             kernel,
             (len(chunk_tensor),),
@@ -260,6 +267,35 @@ def _chunk_map(numels, chunk, device, stream=None):
 def _upload(host, device):
     """A copy on the device, without waiting for it: from pinned memory, which torch reuses when the device has read it."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+def _crosses(chunk: int, offset: int, numel: int) -> bool:
+    """Tell whether a chunk of a tensor has elements on both sides of a multiple of 2^32."""
+    return bool(offset % chunk) and offset >> 32 != offset + numel - 1 >> 32
+
+
+def noise_offsets(tensor_offsets: Sequence[int] | None, *states: Sequence[torch.Tensor]) -> list[int]:
+    """Return for each tensor the number of its first element in its noise.
+
+    Args:
+        tensor_offsets: the argument of an op.
+        states: lists of the tensors' states. A group of 8-bit values must be one in the whole tensor as well.
+
+    Raises:
+        ValueError: they are not what they must be.
+    """
+    if tensor_offsets is None:
+        return [0] * len(states[0])
+    if len(tensor_offsets) != len(states[0]):
+        expected = f"{len(states[0])} integers, one a tensor"
+        raise argument_error("tensor_offsets", expected, len(tensor_offsets), "pass 0 for a tensor that is whole")
+    for index, offset in enumerate(tensor_offsets):
+        step = GROUP if any(each[index].dtype == torch.uint8 for each in states) else 1
+        if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62 or offset % step:
+            expected = f"a multiple of {GROUP}, the groups of 8-bit states," if step > 1 else "an integer"
+            remedy = "pass the number of the piece's first element in the whole tensor"
+            raise argument_error(f"tensor_offsets[{index}]", f"{expected} from 0", repr(offset), remedy)
+    return list(tensor_offsets)
 
 
 def noise_salts(seed, tensor_ids, tensors):

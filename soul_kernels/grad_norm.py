@@ -4,7 +4,7 @@ import torch
 
 from soul_kernels._checks import PARAM_DTYPES, argument_error, check_gradient, is_dense
 from soul_kernels._launch import chunk_of_program, chunk_pointer, launch, resolve_backend, tl, triton
-from soul_kernels._table import TensorTable, noise_salts
+from soul_kernels._table import TensorTable
 from soul_kernels.reference.grad_norm import grad_norm as _reference_grad_norm
 from soul_kernels.rounding import load
 
@@ -15,7 +15,7 @@ SUM_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def _squares_kernel(
-    table_ptr,  # [3, n_tensors] int64: addresses of g; element counts; salts (not used)
+    table_ptr,  # [2, n_tensors] int64: addresses of g; element counts
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
     partial_ptr,  # [programs] fp64: the sum of squares of this piece is written here
@@ -89,7 +89,7 @@ def grad_norm(grads, *, table=None, backend="auto"):
                 names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
                 raise argument_error(name, f"dtype {names}", grad.dtype, "convert it first")
         roles = {"g": [grad if is_dense(grad) else grad.contiguous() for grad in grads]}
-        table.rebuild(roles, read_only="g", salts=noise_salts(0, None, grads))
+        table.rebuild(roles, read_only="g")
     if resolve_backend(backend, grads[0]) != "triton":
         return _reference_grad_norm(grads)
     partials = []

@@ -14,7 +14,7 @@ from soul_kernels._checks import (
 )
 from soul_kernels._compiled import Compiled
 from soul_kernels._launch import chunk_of_program, chunk_pointer, resolve_backend, tl, triton
-from soul_kernels._table import TensorTable, noise_salts
+from soul_kernels._table import TensorTable, noise_offsets, noise_salts
 from soul_kernels.reference.hessian_ema import ema_block
 from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
 from soul_kernels.rounding import GROUP, load, load_state, noise_key, noise_words, store_state
@@ -42,12 +42,13 @@ def _ema_block(
     group,  # the block's first group of 8-bit values, from the start of the chunk
     groups,  # how many groups the chunk has
     key,
-    start,
+    first,  # number of the chunk's first element, for the noise
     beta2,
     weight,
     factor,
     H_DTYPE: tl.constexpr,
     U_DTYPE: tl.constexpr,
+    CROSSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     h = load_state(h_ptr, h_scale_ptr, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
@@ -60,14 +61,14 @@ def _ema_block(
         products = g * load(u_ptr, offsets, mask).to(tl.float32)
     noise = 0
     if key is not None:
-        noise = noise_words(key, start, offsets)
+        noise = noise_words(key, first, offsets, CROSSES)
     h = ema(h, products, beta2, weight)
     store_state(h_ptr, h_scale_ptr, h, noise, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def _hessian_ema_kernel(
-    table_ptr,  # [7, n_tensors] int64: addresses of h, g, probe u, scale of h, step; element counts; salts
+    table_ptr,  # [8, n_tensors] int64: addresses of h, g, probe u, scale of h, step; element counts; salts; offsets
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
     factor_ptr,  # [] fp32: the gradients are multiplied by it; None: 1
@@ -79,6 +80,7 @@ def _hessian_ema_kernel(
     G_DTYPE: tl.constexpr,
     U_DTYPE: tl.constexpr,  # None: g takes the place of u
     STEPS: tl.constexpr,  # the noise depends on a step of each tensor
+    CROSSES: tl.constexpr,  # a chunk may lie on both sides of element 2^32 of its tensor
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -93,11 +95,13 @@ def _hessian_ema_kernel(
     EIGHT_BITS: tl.constexpr = tl.float32 if H_DTYPE == tl.uint8 else None
     h_scale_ptr = chunk_pointer(table_ptr, 3 * n_tensors + tensor, start // GROUP, EIGHT_BITS, False)
     key = None
+    first = None
     if H_DTYPE != tl.float32:
         step = 0.0
         if STEPS:
             step = tl.load(tl.load(table_ptr + 4 * n_tensors + tensor).to(tl.pointer_type(tl.float32)))
-        key = noise_key(tl.load(table_ptr + 6 * n_tensors + tensor), step, start)
+        key = noise_key(tl.load(table_ptr + 6 * n_tensors + tensor), step)
+        first = tl.load(table_ptr + 7 * n_tensors + tensor) + start
     factor = None
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
@@ -106,14 +110,14 @@ def _hessian_ema_kernel(
     full = count // BLOCK
     for block in range(full):
         _ema_block(
-            h_ptr, h_scale_ptr, g_ptr, u_ptr, block * BLOCK + lanes, None, block * (BLOCK // GROUP), groups, key, start,
-            beta2, weight, factor, H_DTYPE, U_DTYPE, BLOCK,
+            h_ptr, h_scale_ptr, g_ptr, u_ptr, block * BLOCK + lanes, None, block * (BLOCK // GROUP), groups, key, first,
+            beta2, weight, factor, H_DTYPE, U_DTYPE, CROSSES, BLOCK,
         )  # fmt: skip
     if full * BLOCK < count:
         offsets = full * BLOCK + lanes
         _ema_block(
-            h_ptr, h_scale_ptr, g_ptr, u_ptr, offsets, offsets < count, full * (BLOCK // GROUP), groups, key, start,
-            beta2, weight, factor, H_DTYPE, U_DTYPE, BLOCK,
+            h_ptr, h_scale_ptr, g_ptr, u_ptr, offsets, offsets < count, full * (BLOCK // GROUP), groups, key, first,
+            beta2, weight, factor, H_DTYPE, U_DTYPE, CROSSES, BLOCK,
         )  # fmt: skip
 
 
@@ -128,6 +132,7 @@ def hessian_ema(
     hessian_scales=None,
     seed=0,
     tensor_ids=None,
+    tensor_offsets=None,
     steps=None,
     grad_factor=None,
     skip=None,
@@ -152,6 +157,8 @@ def hessian_ema(
         hessian_scales: list of fp32 [ceil(numel / 256)], the scales of 8-bit states; None elsewhere. Mutated.
         seed: of the noise of stochastic rounding. Where ``steps`` is not given, pass another one at every call.
         tensor_ids: one int a tensor, its number in the noise; None: its position.
+        tensor_offsets: one int a tensor, the number of its first element in the tensor that it is a piece of, as in
+            `sophia_step`. None: 0.
         steps: fp32 [number of tensors] on the device: what distinguishes the noise of this call from that of others.
         grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
         skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
@@ -168,7 +175,7 @@ def hessian_ema(
     if not hessians and not grads:
         return
     roles = {"h": hessians, "g": grads, "u": probes, "h_scale": hessian_scales, "step": None if steps is None else [steps]}
-    key = (seed, tensor_ids)
+    key = (seed, tensor_ids, tensor_offsets)
     table = TensorTable() if table is None else table
     token = (*map(id, (hessians, grads, probes, hessian_scales, steps)), key)
     if not table.unchanged(roles, key, token):
@@ -179,7 +186,8 @@ def hessian_ema(
         check_scales("hessian_scales", hessian_scales, "hessians", hessians)
         roles |= {"g": match_layout(grads, hessians), "u": probes and match_layout(probes, hessians)}
         salts = noise_salts(seed, tensor_ids, hessians)
-        table.rebuild(roles, key, read_only="g", salts=salts, side=SIDE)
+        offsets = noise_offsets(tensor_offsets, hessians)
+        table.rebuild(roles, key, read_only="g", salts=salts, offsets=offsets, side=SIDE)
     check_on_device("grad_factor", grad_factor, table.devices)
     check_on_device("skip", skip, table.devices)
     check_on_device("steps", steps, table.devices, numel=len(hessians))
@@ -192,7 +200,8 @@ def hessian_ema(
         run = Compiled(ema_block) if backend == "compile" else ema_block
         _reference_hessian_ema(
             hessians, grads, beta2=beta2, scale=scale, probes=probes, hessian_scales=hessian_scales,
-            salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(hessians[0]) else None, run=run,
+            salts=table.salts, offsets=table.offsets, steps=steps, grad_factor=grad_factor,
+            skip=skip if has_data(hessians[0]) else None, run=run,
         )  # fmt: skip
         return
     table.launch(

@@ -19,16 +19,18 @@ def mix(x):
 
 
 @triton.jit
-def noise_key(salt, step, start):
-    """What the elements of one chunk share: a word from the tensor's salt, its step, and the upper half of the offset."""
-    key = mix(salt.to(tl.uint32) + step.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
-    return mix(key ^ (start >> 32).to(tl.uint32))
+def noise_key(salt, step):
+    """What the elements of one tensor share in one step."""
+    return mix(salt.to(tl.uint32) + step.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
 
 
 @triton.jit
-def noise_words(key, start, offsets):
-    """One 32-bit word an element."""
-    return mix(key ^ (start.to(tl.uint32) + offsets.to(tl.uint32)))
+def noise_words(key, first, offsets, CROSSES: tl.constexpr):
+    """One 32-bit word an element, whose number is ``first + offsets``; ``CROSSES``: a multiple of 2^32 may lie in between."""
+    high = first >> 32  # elsewhere the same for all: computed once, before the loop
+    if CROSSES:
+        high = (first + offsets) >> 32
+    return mix(mix(key ^ high.to(tl.uint32)) ^ (first.to(tl.uint32) + offsets.to(tl.uint32)))
 
 
 @triton.jit

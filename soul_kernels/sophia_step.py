@@ -18,7 +18,7 @@ from soul_kernels._checks import (
 )
 from soul_kernels._compiled import Compiled
 from soul_kernels._launch import chunk_of_program, chunk_pointer, option, resolve_backend, tl, triton
-from soul_kernels._table import TensorTable, noise_salts
+from soul_kernels._table import TensorTable, noise_offsets, noise_salts
 from soul_kernels.hessian_ema import ema, match_layout
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
 from soul_kernels.reference.sophia_step import step_block
@@ -58,7 +58,7 @@ def _step_block(
     group,  # the block's first group of 8-bit values, from the start of the chunk
     groups,  # how many groups the chunk has
     key,
-    start,
+    first,  # number of the chunk's first element, for the noise
     lr,
     beta1,
     beta1_rest,
@@ -74,6 +74,7 @@ def _step_block(
     HESSIAN_IN_STEP: tl.constexpr,
     ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
+    CROSSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Updates one block; returns for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
@@ -89,7 +90,7 @@ def _step_block(
     h = load_state(h_ptr, h_scale_ptr, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
     noise = 0
     if key is not None:
-        noise = noise_words(key, start, offsets)
+        noise = noise_words(key, first, offsets, CROSSES)
     m = beta1 * m + beta1_rest * g
     if HESSIAN_IN_STEP:
         h = ema(h, g * g, beta2, beta2_rest)
@@ -126,7 +127,8 @@ def _step_block(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def _sophia_step_kernel(
-    table_ptr,  # [11, n_tensors] int64: addresses of p, g, m, h, low bits, scales of m and h, step, correction; counts; salts
+    table_ptr,  # [12, n_tensors] int64: addresses of p, g, m, h, low bits, scales of m and h, step, correction; counts;
+    # salts; offsets: of noise
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
     telemetry_ptr,  # [3] fp64: clipped and lost coordinates and the update's squared norm are added here; None: not counted
@@ -153,6 +155,7 @@ def _sophia_step_kernel(
     ROUNDING: tl.constexpr,
     STEPS: tl.constexpr,  # the noise depends on a step of each tensor
     CORRECTIONS: tl.constexpr,  # h is divided by a number of each tensor
+    CROSSES: tl.constexpr,  # a chunk may lie on both sides of element 2^32 of its tensor
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -173,11 +176,13 @@ def _sophia_step_kernel(
     # fp32 parameters are stored as they come out, whatever the caller asked for.
     STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
     key = None
+    first = None
     if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
         step = 0.0
         if STEPS:
             step = tl.load(tl.load(table_ptr + 7 * n_tensors + tensor).to(tl.pointer_type(tl.float32)))
-        key = noise_key(tl.load(table_ptr + 10 * n_tensors + tensor), step, start)
+        key = noise_key(tl.load(table_ptr + 10 * n_tensors + tensor), step)
+        first = tl.load(table_ptr + 11 * n_tensors + tensor) + start
     factor = None
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
@@ -195,8 +200,8 @@ def _sophia_step_kernel(
     for block in range(full):
         counts, change = _step_block(
             p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, block * BLOCK + lanes, None,
-            block * (BLOCK // GROUP), groups, key, start, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
-            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, BLOCK,
+            block * (BLOCK // GROUP), groups, key, first, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
+            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK,
         )  # fmt: skip
         counted += counts
         moved += change * change
@@ -205,8 +210,8 @@ def _sophia_step_kernel(
         inside = offsets < count
         counts, change = _step_block(
             p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, offsets, inside,
-            full * (BLOCK // GROUP), groups, key, start, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
-            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, BLOCK,
+            full * (BLOCK // GROUP), groups, key, first, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
+            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK,
         )  # fmt: skip
         counted += tl.where(inside, counts, 0)
         moved += tl.where(inside, change * change, 0.0)
@@ -240,6 +245,7 @@ def sophia_step(
     corrections=None,
     seed=0,
     tensor_ids=None,
+    tensor_offsets=None,
     steps=None,
     grad_factor=None,
     skip=None,
@@ -288,6 +294,8 @@ def sophia_step(
         corrections: fp32 [number of tensors] on the device: h is divided by it, for instance by ``1 - beta2^t``.
         seed: of the noise of stochastic rounding. Where ``steps`` is not given, pass another one at every call.
         tensor_ids: one int a tensor, its number in the noise; None: its position.
+        tensor_offsets: one int a tensor, the number of its first element in the tensor that it is a piece of, in the order of
+            memory: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
         steps: fp32 [number of tensors] on the device: what distinguishes the noise of this call from that of others.
         grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
         skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
@@ -320,7 +328,7 @@ def sophia_step(
         "h_scale": hessian_scales, "step": None if steps is None else [steps],
         "correction": None if corrections is None else [corrections],
     }  # fmt: skip
-    key = (seed, tensor_ids, param_rounding)
+    key = (seed, tensor_ids, tensor_offsets, param_rounding)
     table = TensorTable() if table is None else table
     token = (*map(id, (params, grads, exp_avgs, hessians, low_bits, exp_avg_scales, hessian_scales, steps, corrections)), key)
     if not table.unchanged(roles, key, token):
@@ -331,7 +339,9 @@ def sophia_step(
         if not params:
             return
         roles["g"] = match_layout(grads, params)
-        table.rebuild(roles, key, read_only="g", salts=noise_salts(seed, tensor_ids, params), side=SIDE)
+        salts = noise_salts(seed, tensor_ids, params)
+        offsets = noise_offsets(tensor_offsets, exp_avgs, hessians)
+        table.rebuild(roles, key, read_only="g", salts=salts, offsets=offsets, side=SIDE)
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("bs", bs)):
         if isinstance(value, torch.Tensor):
             check_on_device(name, value, table.devices)
@@ -352,8 +362,8 @@ def sophia_step(
                 params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
                 beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
                 exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
-                salts=table.salts, steps=steps, grad_factor=grad_factor, skip=skip if has_data(params[0]) else None,
-                telemetry=telemetry, run=run,
+                salts=table.salts, offsets=table.offsets, steps=steps, grad_factor=grad_factor,
+                skip=skip if has_data(params[0]) else None, telemetry=telemetry, run=run,
             )  # fmt: skip
         return
     table.launch(

@@ -115,7 +115,7 @@ def step(p, m, h, rounding, hessian, *, all_options=False, aligned=True):
         stored=("P_DTYPE", "M_DTYPE", "LOW_DTYPE", "H_DTYPE" if hessian else ""),
         P_DTYPE=DTYPES[p], G_DTYPE=DTYPES[p], M_DTYPE=DTYPES[m], H_DTYPE=DTYPES[h],
         LOW_DTYPE=tl.int8 if rounding == "compensated" else None, ON_DEVICE=15 if all_options else 0, HESSIAN_IN_STEP=hessian,
-        ADD_EPS=not all_options, ROUNDING=rounding, STEPS=True, CORRECTIONS=all_options,
+        ADD_EPS=not all_options, ROUNDING=rounding, STEPS=True, CORRECTIONS=all_options, CROSSES=False,
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def ema(h, g, probe=None):
     config = EMA_CONFIG_8BIT if h == "8bit" else EMA_CONFIG
     dtypes = {"H_DTYPE": DTYPES[h], "G_DTYPE": DTYPES[g], "U_DTYPE": probe and DTYPES[probe]}
     signature = dict.fromkeys(["beta2", "weight"], "fp32")
-    return walk(_hessian_ema_kernel, signature, config, stored=("H_DTYPE",), STEPS=True, **dtypes)
+    return walk(_hessian_ema_kernel, signature, config, stored=("H_DTYPE",), STEPS=True, CROSSES=False, **dtypes)
 
 
 def squares(g):

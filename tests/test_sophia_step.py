@@ -1,9 +1,11 @@
 import itertools
+import shutil
 
 import pytest
 import torch
 
 from soul_kernels import grad_norm, hessian_ema, sophia_step
+from soul_kernels._compiled import Compiled, _refusals, cpp_compiler
 from soul_kernels._launch import launch, runs_on_cpu, triton_dtype
 from soul_kernels._table import _chunk_map
 from soul_kernels.reference import _blocks
@@ -142,8 +144,8 @@ def stored_param(x, words, dtype, rounding):
 
 
 def words_of(salt, tensor):
-    """The noise of all elements of a tensor in the first step, [numel] int64."""
-    return noise_words(noise_key(salt, 0, 0, tensor.device), 0, (tensor.numel(),))
+    """The noise of all elements of a tensor in the first step, [numel] int32."""
+    return noise_words(noise_key(salt, 0, 0, tensor.device), torch.tensor(0, device=tensor.device), (tensor.numel(),))
 
 
 def flat_values(storage, i):
@@ -225,6 +227,73 @@ def test_mutants_of_8_bit_states_do_not_pass(old, new, device, tmp_path):
     storage = make_storage([(20000,)], device, BRAIN, "8bit", "compensated")
     with pytest.raises(AssertionError):
         check_8_bit_step(storage, device, step=broken.sophia_step, beta2=0.95, rounding="compensated", seed=0, backend="triton")
+
+
+COMPILES = pytest.mark.skipif(shutil.which(cpp_compiler()) is None, reason="no C++ compiler")
+CUT = (
+    (BRAIN, BRAIN, "compensated"),
+    (HALF, FLOAT, "compensated"),
+    (BRAIN, BRAIN, "stochastic"),
+    (BRAIN, "8bit", "compensated"),
+)
+# Of a tensor of 20500 elements, whose chunks have 16384: where it begins in the whole one, and where it is cut.
+PLACES = {
+    "at the beginning": (0, (3001, 16384)),
+    "2^32 at a cut": (2**32 - 3001, (3001, 16384)),
+    "2^32 within pieces": (5 * 2**32 - 9000, (3001, 16384)),
+}
+
+
+@pytest.mark.parametrize("backend, p_dtype, state_dtype, rounding", [
+    *((backend, *storage) for backend in ("reference", "triton") for storage in CUT),
+    pytest.param("compile", BRAIN, BRAIN, "compensated", marks=COMPILES),
+    pytest.param("compile", BRAIN, "8bit", "compensated", marks=COMPILES),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("place", PLACES)
+def test_pieces_of_a_tensor_draw_the_noise_of_the_whole(place, p_dtype, state_dtype, rounding, backend, device, monkeypatch):
+    """Cut in three and stepped piece by piece, a tensor becomes what it becomes as one, bit for bit. Of 8-bit states the groups
+    must be those of the whole: cut at multiples of 256 only.
+    """
+    monkeypatch.setattr(_blocks, "BLOCK", 1024)
+    monkeypatch.setattr(Compiled, "size", 4096)
+    unit, (first, cuts) = 256 if state_dtype == "8bit" else 1, PLACES[place]
+    first, edges = first // unit * unit, [0, *(cut // unit * unit for cut in cuts), 20500]
+    lists, more = make_storage([(20500,)], device, p_dtype, state_dtype, rounding)
+    groups = {name: unit if name.endswith("scales") else 1 for name in more}
+    cut = [slice(low, high) for low, high in itertools.pairwise(edges)]
+    pieces = [[tensors[0][here].clone() for here in cut] for tensors in lists]
+    more_pieces = {
+        name: [tensors[0][here.start // groups[name] : -(-here.stop // groups[name])].clone() for here in cut]
+        for name, tensors in more.items()
+    }
+    options = OPTIONS | dict(param_rounding=rounding, beta2=0.95, seed=3)
+
+    def step(lists, more, offsets, ids, backend):
+        steps = torch.full((len(ids),), 7.0, device=device)
+        sophia_step(*lists, **options, **more, tensor_ids=ids, tensor_offsets=offsets, steps=steps, backend=backend)
+        scales = more.get("hessian_scales")
+        hessian_ema(lists[3], lists[1], beta2=0.9, hessian_scales=scales, seed=9, tensor_ids=ids, tensor_offsets=offsets,
+                    steps=steps, backend=backend)  # fmt: skip
+
+    step(lists, more, [first], [2], "reference" if unit == 1 else backend)  # 8-bit kernels differ from it by fused operations
+    step(pieces, more_pieces, [first + edge for edge in edges[:-1]], [2] * 3, backend)
+    assert not _refusals
+    for (whole,), parts in zip((*lists, *more.values()), (*pieces, *more_pieces.values())):
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("offsets, message", [
+    ([0], r"^tensor_offsets: expected 2 integers, one a tensor, got 1; "),
+    ([0, -1], r"^tensor_offsets\[1\]: expected an integer from 0, got -1; "),
+    ([0, 1.0], r"^tensor_offsets\[1\]: expected an integer from 0, got 1.0; "),
+    ([256, 255], r"^tensor_offsets\[1\]: expected a multiple of 256, the groups of 8-bit states, from 0, got 255; "),
+])  # fmt: skip
+def test_offsets_that_do_not_fit_are_named(offsets, message, device):
+    lists, more = make_storage([(500,), (700,)], device, BRAIN, "8bit" if 256 in offsets else BRAIN, "nearest")
+    with pytest.raises(ValueError, match=message):
+        sophia_step(*lists, **OPTIONS, **more, tensor_offsets=offsets)
+    with pytest.raises(ValueError, match=message):
+        hessian_ema(lists[3], lists[1], beta2=0.9, hessian_scales=more.get("hessian_scales"), tensor_offsets=offsets)
 
 
 def test_noise_depends_on_seed_step_and_tensor_but_not_on_how_tensors_are_bucketed(device):
@@ -477,7 +546,7 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
     small = make([(16384,)], device, (BRAIN,) * 4)
     for big, part in zip(lists, small):
         big[0][window] = part[0]
-    table = torch.tensor([[t[0].data_ptr()] for t in lists] + [[0]] * 5 + [[n], [0]])
+    table = torch.tensor([[t[0].data_ptr()] for t in lists] + [[0]] * 5 + [[n], [0], [0]])
     options = dict(
         lr=1e-2, weight_decay=0.1, rho=0.04, bs=50.0, beta1=0.9, beta1_rest=0.1, beta2=0.0, beta2_rest=0.0, eps=1e-15
     )
@@ -485,8 +554,8 @@ def test_offsets_beyond_two_to_the_31(device, monkeypatch):
         _sophia_step_kernel, (1,), device, table_ptr=table, chunk_tensor_ptr=torch.tensor([0], dtype=torch.int32),
         chunk_piece_ptr=torch.tensor([piece], dtype=torch.int32),
         telemetry_ptr=None, factor_ptr=None, skip_ptr=None, n_tensors=1, LOW_DTYPE=None, ON_DEVICE=0, HESSIAN_IN_STEP=False,
-        ADD_EPS=True, ROUNDING="nearest", STEPS=False, CORRECTIONS=False, ALIGNED=True, CHUNK=16384, BLOCK=2048, **options,
-        **{f"{r}_DTYPE": triton_dtype(BRAIN) for r in "PGMH"},
+        ADD_EPS=True, ROUNDING="nearest", STEPS=False, CORRECTIONS=False, CROSSES=False, ALIGNED=True, CHUNK=16384,
+        BLOCK=2048, **options, **{f"{r}_DTYPE": triton_dtype(BRAIN) for r in "PGMH"},
     )  # fmt: skip
     sophia_step(*small, **OPTIONS, backend="reference")
     assert torch.equal(lists[0][0][window], small[0][0])

@@ -30,7 +30,7 @@ def ema_block(hessian, grad, probe, h_scale, key, start, numbers, factor):
         probe: [rows, n], or None: ``grad``.
         h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated. None elsewhere.
         key: the block's `noise_key`; None where nothing is rounded by chance.
-        start: int64 [], number of the first element.
+        start: int64 [], number of the first element in the whole tensor.
         numbers: the `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
     """
@@ -42,7 +42,7 @@ def ema_block(hessian, grad, probe, h_scale, key, start, numbers, factor):
 
 
 def hessian_ema(
-    hessians, grads, *, beta2, scale, probes, hessian_scales, salts, steps, grad_factor, skip,
+    hessians, grads, *, beta2, scale, probes, hessian_scales, salts, offsets, steps, grad_factor, skip,
     run: Callable[..., None] = ema_block,
 ):  # fmt: skip
     """``soul_kernels.hessian_ema`` in plain PyTorch; mutates ``hessians`` and ``hessian_scales``.
@@ -55,7 +55,7 @@ def hessian_ema(
     factor = None if grad_factor is None else scalar(grad_factor)
     for i, whole in enumerate(hessians):
         read, scales = (grads[i], probes and probes[i]), (hessian_scales and hessian_scales[i],)
-        step = 0 if steps is None else steps[i]
-        for start, hessian, grad, probe, h_scale in blocks([whole], read, scales, size=getattr(run, "size", None)):
+        step, size = 0 if steps is None else steps[i], getattr(run, "size", None)
+        for start, hessian, grad, probe, h_scale in blocks([whole], read, scales, size=size, first=offsets[i]):
             key = None if whole.dtype == torch.float32 else noise_key(salts[i], step, start, whole.device)
             run(hessian, grad, probe, h_scale, key, torch.tensor(start, device="cpu"), numbers, factor)

@@ -3,8 +3,9 @@
 All of it is integer arithmetic or exact powers of two, so that these definitions, the interpreter and a GPU agree bit for bit.
 
 **Noise** is a hash of (seed, tensor, step, element), never the device's random state: replicas agree, and a resumed run
-repeats what an uninterrupted one does. One 32-bit word an element, split into fields: bits 31..16 for the parameter, 23..12
-for an 8-bit momentum, 15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
+repeats what an uninterrupted one does. An element's number is the one in the whole tensor: shards draw what one process draws.
+One 32-bit word an element, split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit momentum, 15..0 for a bf16
+Hessian or 11..0 for an 8-bit one.
 
 **Magnitudes.** bf16 is the upper half of fp32. An fp16 number is the same with another exponent range: the fp32 bits of
 ``|x| 2^-112``, shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
@@ -17,7 +18,7 @@ import torch
 GROUP = 256  # values that share the scale of an 8-bit state
 PRIME = 0x9E3779B9  # 2^32 / golden ratio: consecutive counters become far apart
 WORD = 0xFFFFFFFF
-SIGN = 0x80000000  # bit of an fp32 pattern
+SIGN = -(1 << 31)  # bit of an fp32 pattern, as int32
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of the fp32 magnitude that the format has not
 INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
@@ -29,11 +30,25 @@ def scalar(value):
     return value.reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
+def _right(x, by):
+    """``x >> by`` of 32-bit words: zeros come in from above, whatever the sign."""
+    return (x >> by) & (WORD >> by)
+
+
+def _times(x, factor):
+    """The lower half of a product of 32-bit words; that of int32 tensors wraps around."""
+    return x * (factor - (factor >> 31 << 32)) if isinstance(x, torch.Tensor) else x * factor & WORD
+
+
 def mix(x):
-    """A bijection of 32-bit words that spreads every input bit (lowbias32 of C. Wellons, less its first shift)."""
-    x = (x * 0x7FEB352D) & WORD
-    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & WORD  # the same modulo 2^32, and no product leaves int64
-    return x ^ (x >> 16)
+    """A bijection of 32-bit words that spreads every input bit (lowbias32 of C. Wellons, less its first shift).
+
+    Words are Python's integers, or int32 tensors: a vector of a CPU holds twice as many as of int64, and AVX2 has no product of
+    those.
+    """
+    x = _times(x, 0x7FEB352D)
+    x = _times(x ^ _right(x, 15), 0x846CA68B)
+    return x ^ _right(x, 16)
 
 
 def salt(seed, tensor):
@@ -42,50 +57,50 @@ def salt(seed, tensor):
 
 
 def noise_key(salt, step, start, device):
-    """Return what the noise of a block starts from: an int64 tensor of shape ().
+    """Return what the noise of a block starts from: an int32 tensor of shape ().
 
     Args:
         salt: of the tensor.
         step: a number or a tensor of one, which is never read: a tensor may be without data.
-        start: number of the block's first element; no block may reach beyond a multiple of 2^32.
+        start: number of the block's first element in the whole tensor; no block may reach beyond a multiple of 2^32.
         device: of the block.
     """
     step = step.long() if isinstance(step, torch.Tensor) else torch.tensor(int(step), device=device)
-    return mix(mix((salt + step * PRIME) & WORD) ^ (start >> 32))
+    return mix(mix((salt + step * PRIME).to(torch.int32)) ^ (start >> 32))
 
 
 def noise_words(key, start, shape):
-    """Return a 32-bit word for each element of a block: an int64 tensor of its shape.
+    """Return a 32-bit word for each element of a block: an int32 tensor of its shape.
 
     Args:
         key: the block's `noise_key`.
-        start: number of the block's first element, or a tensor of it.
+        start: the same, as an int64 tensor.
         shape: of the block, whose elements are numbered in the order of its dimensions.
     """
-    index = torch.arange(math.prod(shape), device=key.device).view(shape)
-    return mix(key ^ (index + (start & WORD)))
+    index = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device).view(shape)
+    return mix(key ^ (index + start.to(torch.int32)))
 
 
 def bits(x):
-    """The bit pattern of an fp32 tensor as int64 in [0, 2^32)."""
-    return x.view(torch.int32).to(torch.int64) & WORD
+    """The bit pattern of an fp32 tensor: int32."""
+    return x.view(torch.int32)
 
 
 def from_bits(pattern):
-    """The fp32 tensor of a bit pattern: of its lower 32 bits."""
+    """The fp32 tensor of a bit pattern: int32, or what has it as its lower 32 bits."""
     return pattern.to(torch.int32).view(torch.float32)
 
 
 def _sign(x):
     """The sign bit of the pattern of ``x``, where it stands there."""
-    return x.view(torch.int32).to(torch.int64) & SIGN
+    return bits(x) & SIGN
 
 
 def _magnitude(x, dtype):
     """fp32 bits of ``|x|``, for fp16 of ``|x| 2^-112``: the exponent range of ``dtype``."""
     if dtype == torch.float16:
         return bits(x.abs() * 2.0**-112)
-    return x.view(torch.int32).to(torch.int64) & (SIGN - 1)
+    return bits(x) & ~SIGN
 
 
 def _words(x, dtype):
@@ -110,12 +125,13 @@ def _assemble(magnitude, x, dtype):
 def round_stochastic(x, noise, dtype):
     """fp32 -> ``dtype``, up or down with the probabilities that make the mean right.
 
-    Representable values stay as they are, NaN and inf as well. ``noise``: [numel] of 32 bits.
+    Representable values stay as they are, NaN and inf as well. ``noise``: a 32-bit word for each, here and below int32, or
+    int64 in [0, 2^32).
     """
     if dtype == torch.float32:
         return x
     dropped = DROPPED[dtype]
-    return _assemble(_words(x, dtype) + (noise >> (32 - dropped)) >> dropped, x, dtype)
+    return _assemble(_words(x, dtype) + _right(noise, 32 - dropped) >> dropped, x, dtype)
 
 
 def split(x, noise, dtype):
@@ -129,7 +145,7 @@ def split(x, noise, dtype):
         ``high`` in ``dtype`` and ``low`` in int8.
     """
     below = DROPPED[dtype] - 8
-    field = torch.where(x.abs() < LARGEST_WEIGHT[dtype], noise >> (32 - below), 0)
+    field = torch.where(x.abs() < LARGEST_WEIGHT[dtype], _right(noise, 32 - below), 0)
     weight = (_words(x, dtype) + field) >> below
     tiny = torch.zeros_like(weight, dtype=torch.bool)
     if dtype == torch.float16:  # half the smallest number is 3e-8: what would become 0 goes up or down as chance has it
@@ -180,13 +196,13 @@ def encode_groups(x, noise, kind):
     field = (noise >> 12 if kind == "exp_avg" else noise) & 0xFFF
     code = bits(x.abs() * inverse[:, None] * 2.0 ** -SHRINK[kind]) + ((field << 8) | 0x80) >> 20
     if kind == "exp_avg":
-        code = code & 0x7F | (bits(x) >> 31 << 7)
+        code = code & 0x7F | (_right(bits(x), 31) << 7)
     return (code & 0xFF).to(torch.uint8), scale
 
 
 def decode_groups(code, scale, kind):
     """The fp32 values [groups, n] of 8-bit codes; the inverse of `encode_groups`."""
-    magnitude = code.to(torch.int64) & MAGNITUDE[kind]
+    magnitude = code.to(torch.int32) & MAGNITUDE[kind]
     value = from_bits(magnitude << 20) * 2.0 ** SHRINK[kind] * scale[:, None]
     return torch.where(code > 127, -value, value) if kind == "exp_avg" else value
 
@@ -234,6 +250,6 @@ def store_block(state, scale, x, word, kind):
         state.copy_(code)
         scale.copy_(new_scale)
     elif state.dtype == torch.bfloat16 and kind == "hessian":
-        state.copy_(round_stochastic(x, (word << 16) & WORD, state.dtype))
+        state.copy_(round_stochastic(x, word << 16, state.dtype))
     else:
         state.copy_(x)  # to nearest, ties to even

@@ -47,7 +47,7 @@ def step_block(
         m_scale: fp32 [rows], the scales of an 8-bit momentum; mutated. None elsewhere.
         h_scale: the same of an 8-bit Hessian.
         key: the block's `noise_key`; None where nothing is rounded by chance.
-        start: int64 [], number of the first element.
+        start: int64 [], number of the first element in the whole tensor.
         numbers: the tensor's `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
         telemetry: fp64 [3] that the counts of `soul_kernels.sophia_step` are added to, or None.
@@ -87,7 +87,7 @@ def step_block(
 
 def sophia_step(
     params, grads, exp_avgs, hessians, *, lr, beta1, rho, bs, eps, weight_decay, beta2, maximize, eps_mode, param_rounding,
-    low_bits, exp_avg_scales, hessian_scales, corrections, salts, steps, grad_factor, skip, telemetry,
+    low_bits, exp_avg_scales, hessian_scales, corrections, salts, offsets, steps, grad_factor, skip, telemetry,
     run: Callable[..., None] = step_block,
 ):  # fmt: skip
     """``soul_kernels.sophia_step`` in plain PyTorch; mutates all but grads.
@@ -117,7 +117,7 @@ def sophia_step(
         step = 0 if steps is None else steps[i]
         if corrections is not None:
             numbers = numbers._replace(h_weight=h_weight / corrections[i])
-        for start, *tensors in blocks(written, [grads[i]], scales, size=getattr(run, "size", None)):
+        for start, *tensors in blocks(written, [grads[i]], scales, size=getattr(run, "size", None), first=offsets[i]):
             key = noise_key(salts[i], step, start, whole.device) if draws else None
             run(
                 *tensors, key, torch.tensor(start, device="cpu"), numbers, factor, telemetry,

@@ -116,7 +116,7 @@ def _run_tensor(variant: Any, kernel: Kernel) -> Run:
     values = numbers | {name: torch.tensor(numbers[name]) for name in on_device}
     values |= {f"{name}_ptr": torch.tensor(numbers[name]) for name in ("factor", "skip")}
     values |= {
-        "table_ptr": torch.tensor([*(0 if c is None else c.data_ptr() for c in columns), numel, 12345]),
+        "table_ptr": torch.tensor([*(0 if c is None else c.data_ptr() for c in columns), numel, 12345, 0]),
         "chunk_tensor_ptr": torch.zeros(programs, dtype=torch.int32),
         "chunk_piece_ptr": torch.arange(programs, dtype=torch.int32),
         "telemetry_ptr": torch.zeros(3, dtype=torch.float64),
