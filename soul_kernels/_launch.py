@@ -98,6 +98,15 @@ def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
     return resolved if resolved == "triton" or backend == "reference" else "torch"
 
 
+def multiplies_bf16() -> bool:
+    """Tell whether the processor multiplies matrices of bf16 faster than those of fp32: whether it has tiles (AMX).
+
+    AVX512-BF16 alone does not make up for what is converted, and without either a product of bf16 takes 5 to 9 times as long
+    (docs/running.md has what was measured).
+    """
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+
+
 def device_guard(device):
     """Makes ``device`` current for the launches inside, where it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
