@@ -14,7 +14,7 @@ from soul.models import trained
 from soul.optimizer import SOUL, SophiaG
 from soul.templates import check_template
 from soul_kernels._checks import argument_error, check_choice, check_positive, check_range, check_whole, shown
-from soul_kernels._launch import BACKENDS
+from soul_kernels._launch import BACKENDS, multiplies_bf16
 from soul_kernels.rounding import ROUNDINGS
 
 OPTIMIZERS = ("soul", "adamw")
@@ -211,14 +211,23 @@ class UnlearnConfig:
         return losses.build(METHODS, self.method, self.method_options)
 
 
-def parameter_dtype(dtype, config, adapters=None):
-    """What the dtype "auto" of parameters is: bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters,
-    which are fp32; and float32 for AdamW and the method "influence". Any other name stays.
+def parameter_dtype(dtype: str, config: UnlearnConfig, adapters: dict | None = None, device_type: str = "cuda") -> str:
+    """Return the dtype of parameters, by name: what "auto" stands for, and any other name as it is.
+
+    "auto" is bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters, which are fp32; and float32 for
+    AdamW and the method "influence". On a processor whose products of bf16 are slow it is float32 for all.
+
+    Args:
+        dtype: a name, or "auto".
+        config: `UnlearnConfig`.
+        adapters: arguments of `soul.models.add_adapters`, or None.
+        device_type: of the device that the model is to run on: "cpu", "cuda".
     """
     if dtype != "auto":
         return dtype
     keeps_bits = config.optimizer == "soul" and config.method != "influence"
-    return "bfloat16" if adapters or keeps_bits else "float32"
+    slow = device_type == "cpu" and not multiplies_bf16()
+    return "bfloat16" if (adapters or keeps_bits) and not slow else "float32"
 
 
 def build_optimizer(model, config):
@@ -230,8 +239,7 @@ def build_optimizer(model, config):
     params = trained(model)
     if config.optimizer == "adamw":
         betas = config.betas or (0.9, 0.999)
-        fused = params[0].is_cuda
-        return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=fused)
+        return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
     options = dict(
         lr=config.lr,
         betas=config.betas or (0.9, 0.95),

@@ -46,7 +46,8 @@ class Unlearner:
         config: `UnlearnConfig`; None: its defaults.
         tokenizer: of a model that is loaded.
         dtype: of the parameters of a model to be loaded: "float32", "bfloat16" or "float16". "auto" is bfloat16 for SOUL, which
-            keeps 8 more bits of every weight, and under adapters, which are fp32; and float32 for AdamW.
+            keeps 8 more bits of every weight, and under adapters, which are fp32; and float32 for AdamW, and for all on a
+            processor without AMX, whose products of bf16 are slow.
         device: "auto", "cpu" or "cuda", of a model to be loaded.
         adapters: trains LoRA adapters instead of the model: a dict of `soul.models.add_adapters`'s arguments.
 
@@ -95,7 +96,8 @@ class Unlearner:
         rows = {name: self._rows(name, source) for name, source in given.items()}
         self._digests = {name: datasets.digest(found) for name, found in rows.items()}
         if isinstance(model, (str, os.PathLike)):
-            dtype, place = parameter_dtype(dtype, self.config, adapters), models.pick_device(device)
+            place = models.pick_device(device)
+            dtype = parameter_dtype(dtype, self.config, adapters, place.type)
             # One card has no room for the whole model. `distributed.shard` copies what each process needs.
             model, tokenizer = models.load(model, dtype=dtype, device="cpu" if several else place, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):

@@ -2,7 +2,7 @@
 
 import torch
 
-from soul_kernels._head_rows import mm_fp32, product_with_weight
+from soul_kernels._head_rows import mm_fp32, product_with_weight, products_in
 
 
 class HeadGradients:
@@ -41,7 +41,8 @@ class HeadGradients:
         if self.x is not None:
             product_with_weight(dlogits, self.rows.head.weight, self.x[part])
         if self.weight is not None and not self.fp16:
-            _accumulate_fp32(self.weight, dlogits.T, self.rows.x[part], first=chunk.start == 0)
+            with products_in(self.rows.options.compute_dtype, dlogits):
+                _accumulate_fp32(self.weight, dlogits.T, self.rows.x[part], first=chunk.start == 0)
         bias = None if self.bias is None else dlogits.sum(0, dtype=self.bias.dtype)
         if self.fp16:
             if self.x is not None:

@@ -3,6 +3,7 @@
 What the ops on hidden states are made of; nothing here knows of objectives or autograd.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from soul_kernels._launch import multiplies_bf16
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference import _rows
 from soul_kernels.reference.token_logprob import (
@@ -98,7 +100,7 @@ class Options(NamedTuple):
     def factor_dtype(self) -> torch.dtype:
         """Of hidden states and gradients of logits as factors of the GEMMs. The weight stays in the compute dtype.
 
-        Without kernels the gradient always takes the place of the logits; processors have no GEMM from bf16 to fp32.
+        Without kernels the gradient always takes the place of the logits; `torch.mm` has no GEMM from bf16 to fp32 on a CPU.
         """
         return self.compute_dtype if self.backend == "triton" else self.logits_dtype
 
@@ -442,8 +444,9 @@ class DrawnRows(HeadRows):
 def _product(x, head, out):
     """``out = x @ weight.T + bias``, in the dtype of ``out``: fp32, or that of the factors."""
     if x.dtype != head.weight.dtype:
-        for part, weight in _converted_blocks(head.weight, x.dtype):
-            torch.mm(x, weight.T, out=out[:, part])
+        with products_in(head.weight.dtype, x):  # exact: x has been rounded to it
+            for part, weight in _converted_blocks(head.weight, x.dtype):
+                torch.mm(x, weight.T, out=out[:, part])
     elif out.dtype == torch.float32:
         mm_fp32(x, head.weight.T, out)
     else:
@@ -453,12 +456,40 @@ def _product(x, head, out):
 
 
 def product_with_weight(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """``out = dlogits @ weight`` in fp32 (fp64 in fp64), whatever the dtype of the weight."""
+    """``out = dlogits @ weight`` in fp32 (fp64 in fp64), whatever the dtype of the weight.
+
+    Gradients of logits in fp32 are rounded to a weight's bf16, as the kernels round them, where `products_in` says so.
+    """
     if dlogits.dtype == weight.dtype:
         mm_fp32(dlogits, weight, out)
         return
-    for part, block in _converted_blocks(weight, dlogits.dtype):
-        out.addmm_(dlogits[:, part], block, beta=0 if part.start == 0 else 1)
+    with products_in(weight.dtype, dlogits):
+        for part, block in _converted_blocks(weight, dlogits.dtype):
+            out.addmm_(dlogits[:, part], block, beta=0 if part.start == 0 else 1)
+
+
+@contextlib.contextmanager
+def products_in(dtype: torch.dtype, factor: Tensor) -> Iterator[None]:
+    """Meanwhile a CPU rounds factors of fp32 products to bf16 on their way into its tiles, if it has tiles; sums and results
+    stay fp32. Products of numbers that are bf16 already, in fp32 tensors, lose nothing.
+
+    It is the only way to such a product that torch has on a CPU. The switch belongs to the whole process: fp32 products that
+    other threads begin meanwhile are rounded as well.
+
+    Args:
+        dtype: what is computed in; any but bf16 changes nothing.
+        factor: one of the factors; any but fp32 on a CPU changes nothing.
+    """
+    widened = dtype == torch.bfloat16 and factor.dtype == torch.float32 and factor.device.type == "cpu"
+    if not (widened and multiplies_bf16()):
+        yield
+        return
+    switch = torch.backends.mkldnn.matmul
+    before, switch.fp32_precision = switch.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def _converted_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -98,6 +98,15 @@ def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
     return resolved if resolved == "triton" or backend == "reference" else "torch"
 
 
+def multiplies_bf16() -> bool:
+    """Tell whether the processor multiplies matrices of bf16 faster than those of fp32: whether it has tiles (AMX).
+
+    With oneDNN kept to AVX512-BF16 a product of bf16 takes 1.8 times as long as one of fp32, with AVX-512 or AVX2 alone 5 to 10
+    times (docs/running.md has what was measured).
+    """
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()
+
+
 def device_guard(device):
     """Makes ``device`` current for the launches inside, where it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

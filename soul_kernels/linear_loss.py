@@ -7,9 +7,9 @@ known only after all chunks have been seen; and one for the tokens whose diverge
 
 Memory beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the gradient of the kept rows, and V D fp32 for that
 of a trained head, until backward; an fp32 head gets that one as its gradient. Without kernels also a few MiB for blocks of
-logits and of a bf16 or fp16 weight, which is multiplied in fp32. The reference does not use ``chunk_bytes``: it makes
-divergences and statistics in chunks of 16 MiB of logits, and keeps the fp32 logits of all kept rows for log-probabilities with
-gradients.
+logits and of a bf16 or fp16 weight, which is converted to fp32; a CPU with AMX rounds it to bf16 again, in its tiles. The
+reference does not use ``chunk_bytes``: it makes divergences and statistics in chunks of 16 MiB of logits, and keeps the fp32
+logits of all kept rows for log-probabilities with gradients.
 """
 
 import functools
@@ -200,7 +200,7 @@ def linear_objective(
     return (loss, logps) if return_logps else loss
 
 
-@torch.compiler.disable  # with a plain function as the objective the graph breaks here; what is inside is not traced
+@torch._disable_dynamo  # with a plain function as the objective the graph breaks here; `torch.compiler.disable` imports dynamo
 def _in_the_open(
     hidden: Tensor, head: Head, labels: Tensor, objective: Callable, *, options: Options, **call: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -111,6 +111,14 @@ def test_import_is_silent_and_needs_neither_triton_nor_extras():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+def test_import_leaves_the_compiler_where_it_is():
+    """torch.compile's front end takes longer to import than torch itself, and torch imports it when it is first used."""
+    code = "import torch, sys; before = {*sys.modules}; import soul; print(*sorted({*sys.modules} - before))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    found = result.stdout.split()
+    assert "soul.unlearn" in found and not [m for m in found if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
+
+
 def test_an_old_torch_or_triton_is_named_before_anything_fails():
     """At import, with the versions that setup.py asks for; later versions, and what is no version, pass."""
     code = """

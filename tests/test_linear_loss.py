@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from soul import losses
-from soul_kernels import TokenBatch, _launch, linear_logprob, linear_objective
+from soul_kernels import TokenBatch, _head_gradients, _head_rows, _launch, linear_logprob, linear_objective
 from soul_kernels._head_rows import HeadRows
 from soul_kernels.reference import linear_loss as reference
 from tests import tolerances as tol
@@ -644,3 +644,47 @@ def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
         if retain:
             (2 * loss).backward()
             assert_close(case["weight"].grad, 3 * first, 1e-6, "both walks")
+
+
+@pytest.mark.parametrize("dtype, tiles", [(BRAIN, True), (BRAIN, False), (HALF, True), (FLOAT, True)])
+def test_products_of_bf16_go_to_the_tiles_of_a_cpu(dtype, tiles, monkeypatch):
+    """All three of a trained head, where there are tiles and the model is bf16; nothing else of the process is rounded."""
+    switch, seen = torch.backends.mkldnn.matmul, []
+    before = switch.fp32_precision
+
+    def spied(function):
+        def spy(*args, **options):
+            seen.append(switch.fp32_precision)
+            return function(*args, **options)
+
+        return spy
+
+    case = make("cpu", dtype)
+    monkeypatch.setattr(_head_rows, "multiplies_bf16", lambda: tiles)
+    monkeypatch.setattr(_head_rows, "_converted_blocks", spied(_head_rows._converted_blocks))
+    monkeypatch.setattr(_head_gradients, "_accumulate_fp32", spied(_head_gradients._accumulate_fp32))
+    options = dict(is_forget=case["is_forget"], backend="torch")
+    loss = linear_objective(case["hidden"], case["weight"], case["labels"], OBJECTIVES["graddiff"], **options)
+    loss.backward()
+    within = "bf16" if dtype == BRAIN and tiles else before
+    assert set(seen) == {within} and len(seen) >= {FLOAT: 1, HALF: 2, BRAIN: 3}[dtype]
+    assert switch.fp32_precision == before
+
+
+def test_what_goes_wrong_in_a_product_leaves_no_rounding_behind(monkeypatch):
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    monkeypatch.setattr(_head_rows, "multiplies_bf16", lambda: True)
+    with pytest.raises(RuntimeError, match="size mismatch|cannot be multiplied"):
+        _head_rows.product_with_weight(torch.zeros(2, 3), torch.zeros(4, 5, dtype=BRAIN), torch.zeros(2, 5))
+    assert switch.fp32_precision == before
+
+
+@pytest.mark.skipif(not _launch.multiplies_bf16(), reason="this processor has no tiles for bf16")
+def test_logits_from_the_tiles_are_exact_sums():
+    """bf16 logits would be off by 4e-3 of their size; these are fp32 sums of exact products."""
+    x, weight = torch.randn(64, 192).to(BRAIN), torch.randn(700, 192).to(BRAIN)
+    logits = torch.empty(64, 700)
+    _head_rows._product(x.float(), _head_rows.Head(weight), logits)
+    exact = x.double() @ weight.double().T
+    assert relative_error(logits, exact) < 1e-6 < 1e-4 < relative_error((x @ weight.T).float(), exact)

@@ -14,7 +14,7 @@ from soul import UnlearnConfig, Unlearner, models
 from soul._parts import Parts
 from soul.batches import collate
 from soul.cli import main
-from soul.config import build_optimizer, build_scheduler
+from soul.config import build_optimizer, build_scheduler, parameter_dtype
 from soul.datasets import read_examples
 from soul.graph import GraphedStep, pad
 from soul.influence import unlearn_once
@@ -113,16 +113,44 @@ def test_a_run_of_adapters_that_has_ended_is_not_begun_again(place, tmp_path, ca
     assert "this run has ended" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("flags, dtype", [
     ((), torch.bfloat16), (("--optimizer=adamw",), torch.float32), (("--optimizer=adamw", "--lora-rank=2"), torch.bfloat16),
 ])  # fmt: skip
-def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, place, tmp_path, monkeypatch):
+def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, tiles, place, tmp_path, monkeypatch):
+    """No bits of an update; and no time, on a processor without tiles for products of bf16."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    if not (tiles or torch.cuda.is_available()):
+        dtype = torch.float32
     seen = []
     monkeypatch.setattr("soul.unlearner.unlearn", lambda model, *args, log, **_: seen.append(model) or log.touch() or [{}])
     assert main(words(place, tmp_path / "out", *flags)) == 0
     parameters = dict(seen[0].named_parameters())
     assert {p.dtype for name, p in parameters.items() if "lora" not in name} == {dtype}
     assert {p.dtype for p in parameters.values() if p.requires_grad} == {torch.float32 if "--lora-rank=2" in flags else dtype}
+
+
+def test_the_dtype_of_parameters_goes_by_optimizer_and_device(monkeypatch):
+    soul, adamw, influence = UnlearnConfig(), UnlearnConfig(optimizer="adamw"), UnlearnConfig(method="influence")
+    for tiles in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        for device_type in ("cpu", "cuda"):
+            low = "bfloat16" if tiles or device_type == "cuda" else "float32"
+            for config, adapters, expected in (
+                (soul, None, low), (adamw, None, "float32"), (adamw, {"rank": 2}, low), (influence, None, "float32"),
+            ):  # fmt: skip
+                assert parameter_dtype("auto", config, adapters, device_type) == expected
+                assert parameter_dtype("float16", config, adapters, device_type) == "float16"
+        assert parameter_dtype("auto", soul) == "bfloat16"  # a plan is for a GPU
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)  # without oneDNN nobody uses the tiles
+    assert parameter_dtype("auto", soul, None, "cpu") == "float32"
+
+
+def test_adamw_is_one_pass_on_every_device():
+    layer = torch.nn.Linear(2, 2)
+    optimizer = build_optimizer(layer, UnlearnConfig(optimizer="adamw"))
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
 
 
 def test_options_from_a_file(place, tmp_path):

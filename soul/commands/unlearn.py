@@ -89,7 +89,7 @@ def add_arguments(parser):
     how.add_argument("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16, with 8 more bits in soul's "
                      "state, or float32, with bf16 autocast on a GPU; adamw loses most updates of bfloat16 below lr 1e-4 "
-                     "(default: bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
+                     "(default: bfloat16 for soul and under adapters; float32 for adamw and on CPUs without AMX)")  # fmt: skip
     how.add_argument(
         "--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)"
     )
