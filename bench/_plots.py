@@ -100,7 +100,7 @@ def _roofline(rows, limits):
 def _peers(rows, limits):
     """Of every op the case with most variants, ours and theirs."""
     chosen = {}
-    for op in dict.fromkeys(row.get("op") for row in rows if row.get("op") != "scaling"):
+    for op in dict.fromkeys(row.get("op") for row in rows if row.get("op") not in ("scaling", "start")):
         of_op = [row for row in rows if row.get("op") == op]
         cases = {row["case"]: [r for r in of_op if r["case"] == row["case"]] for row in of_op}
         largest = max(cases.values(), key=len)
