@@ -413,6 +413,11 @@ def _line(row, floor):
     return line
 
 
+def cost(row):
+    """Milliseconds: of one thread those that it has worked, which others on the machine do not add to; elsewhere the wall's."""
+    return row["processor_ms"] if row.get("threads") == 1 and "processor_ms" in row else row.get("ms")
+
+
 def compiled(function):
     """``torch.compile`` for the shapes of one case: those of the case before would have it compile for any shape."""
     return torch.compile(function, dynamic=False)

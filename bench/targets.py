@@ -7,7 +7,7 @@ target of which there is no row, is not measured: nothing is guessed.
 import dataclasses
 import re
 
-from bench._harness import WRONG
+from bench._harness import WRONG, cost
 
 HALF = r"^ours, (nearest|stochastic|compensated), (default|fp32|bf16) states"  # states of 16 bits or more
 EIGHT = r"^ours, compensated, 8-bit states"
@@ -107,11 +107,6 @@ TARGETS = [
 GPT2_32, GPT2_16 = r"^SOUL\.step, GPT-2 124M, float32", r"^SOUL\.step, GPT-2 124M, bfloat16"
 SMOLLM2 = r"^step, smollm2-135m.* sequences, \d"  # those that the published recipe is not in
 CHUNK_MIB = 64  # what a loss takes for logits on a CPU by default
-
-
-def cost(row):
-    """Milliseconds: of one thread those that it has worked, which others on the machine do not add to; elsewhere the wall's."""
-    return row["processor_ms"] if row.get("threads") == 1 and "processor_ms" in row else row.get("ms")
 
 
 def cost_of_a_byte(row):

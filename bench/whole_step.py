@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import gc
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -279,5 +280,6 @@ def summary(rows, limits):
             told = f"{ratio:.2f}x as fast as the published recipe, {told}"
         if row.get("peak_mib") and "planned_mib" in row:
             told += f"; peak {row['peak_mib'] / 1024:.2f} GiB, planned {row['planned_mib'] / 1024:.2f}"
-        lines.append(f"{row['case'].split(', ')[1]}, {row['variant']}: {told}")
+        of = ", ".join([row["case"].split(", ")[1], *re.findall(r"\d+ threads?$", row["case"])])
+        lines.append(f"{of}, {row['variant']}: {told}")
     return {"lines": lines, "speedups": speedups} if lines else None

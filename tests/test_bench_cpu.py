@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from bench import __main__, _harness, bench_linear_loss, bench_sophia_step, results, start, targets, whole_step
+from bench import __main__, _harness, _plots, bench_linear_loss, bench_sophia_step, results, start, targets, whole_step
 from bench._llama import TINY
 
 CPU = torch.device("cpu")
@@ -119,8 +119,18 @@ def test_what_has_no_row_or_no_peer_is_not_measured(monkeypatch):
 
 def test_one_thread_is_judged_by_what_it_worked_and_more_by_what_one_waits():
     row = {"ms": 5.0, "processor_ms": 3.0, "gb_per_s": 2.0}
-    assert targets.cost(row | {"threads": 1}) == 3.0 and targets.cost(row | {"threads": 2}) == targets.cost(row) == 5.0
+    assert _harness.cost(row | {"threads": 1}) == 3.0 and _harness.cost(row | {"threads": 2}) == _harness.cost(row) == 5.0
     assert targets.cost_of_a_byte(row | {"threads": 1}) == 3.0 / 10.0 and targets.cost_of_a_byte({"ms": 5.0}) is None
+
+
+def test_a_picture_shows_what_is_judged():
+    """A bar is as long as the cost, and where the wall's time says nothing it has no whiskers."""
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    row = {"variant": "ours", "ms": 50.0, "ms_p20": 40.0, "ms_p80": 90.0, "processor_ms": 30.0, "extra_mib": 5.0}
+    for threads, length, text in ((1, 30.0, "30 ms of a processor, 5 MiB"), (2, 50.0, "50 ms")):
+        axes = matplotlib.Figure().add_subplot()
+        _plots._bars(axes, [row | {"threads": threads}])
+        assert axes.patches[0].get_width() == length and axes.texts[0].get_text() == text
 
 
 def test_what_a_process_works_that_was_started_counts():
