@@ -119,6 +119,11 @@ def at_most(what, op, case, variant, than, limit, value=cost, unit="x", **more):
     return Target(what, op, case, variant, value, limit, than=than, unit=unit, **more)
 
 
+def first_step_s(row):
+    """Seconds of the first step, by the clock that `cost` takes."""
+    return row.get("first_step_processor_s" if row.get("threads") == 1 else "first_step_s")
+
+
 def beyond_gradients(row):
     """Memory that a loss takes beyond the gradients, over that of a chunk of logits."""
     known = row.get("extra_mib") is not None and "gradients_mib" in row
@@ -145,7 +150,7 @@ CPU_TARGETS = [
     times("whole SOUL step against the published recipe", r"^step, smollm2-135m", r"^ours, SOUL", r"^published recipe", 8,
           op="step", value=cost),
     at_most("import soul, beyond torch's own", "start", r"", r"^ours, import", r"^import torch", 300, unit=" ms", minus=True),
-    Target("first step, compiled before", "start", r"", r"^ours, first step", "first_step_s", 5, unit=" s"),
+    Target("first step, compiled before", "start", r"", r"^ours, first step", first_step_s, 5, unit=" s"),
 ]  # fmt: skip
 
 
