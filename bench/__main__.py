@@ -6,27 +6,39 @@
 
 import argparse
 import importlib
+import os
 import pathlib
 import sys
 
 import torch
 
 from bench import compare, results, targets
-from bench._harness import WRONG, ceilings, datasheet, environment, failure, free, run_case
+from bench._harness import WRONG, ceilings, cores, datasheet, environment, failure, free, load, run_case
 from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
-OF_MEASUREMENTS = ("json", "results", "plots", "compare", "targets")  # options that write or read them
-MODULES = {op: f"bench.bench_{op}" for op in OPS} | {"step": "bench.whole_step", "scaling": "bench.scaling"}
+OF_MEASUREMENTS = ("json", "results", "plots", "compare", "targets", "threads")  # options that write or read them
+MODULES = {op: f"bench.bench_{op}" for op in OPS} | {
+    "step": "bench.whole_step",
+    "start": "bench.start",
+    "scaling": "bench.scaling",
+}
+JUDGED = ("sophia_step", "linear_loss", "step", "start")  # on a CPU at full size
 
 
 def main(argv=None):
     """Runs what the command line names; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Times the ops against their baselines.")
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(MODULES)} (default: all)")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help=f"of {', '.join(MODULES)} (default: all; on a CPU {', '.join(JUDGED)})"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--threads", metavar="N", nargs="+", type=thread_count,
+        help="on a CPU: measure with each of these numbers of threads (default: 1 and all cores; with --quick all cores)",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="small inputs, without torch.compile")
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="only cases with TEXT in their name; also those that do not run by default"
@@ -52,6 +64,8 @@ def main(argv=None):
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # the latter: built without it
         parser.error(f"--device: expected cpu or cuda, got {args.device} ({str(error).splitlines()[0]})")
+    if args.threads and torch.device(args.device).type != "cpu":
+        parser.error(f"--threads: expected --device cpu beside it, got {args.device}; a GPU's work has no threads to set")
     if args.model and (asked := [name for name in OF_MEASUREMENTS if getattr(args, name) is not None]):
         parser.error(f"--model: expected no --{asked[0]} beside it, which is about measurements; got both")
     if args.source and not args.plots:
@@ -74,28 +88,55 @@ def main(argv=None):
     return run(args)
 
 
+def thread_count(text):
+    """A number of threads from the command line."""
+    try:
+        count = int(text)
+    except ValueError:
+        count = 0
+    if not 1 <= count <= cores():
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers from 1 to {cores()}, the processors that this process may use, got {text!r}; "
+            "names of ops come before --threads"
+        )
+    return count
+
+
 def run(args):
     """Measures, prints, and writes what the arguments ask for; returns the exit status: 1 where something of ours was wrong."""
+    threads = torch.get_num_threads()
+    try:
+        return _run(args)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(args):
     device = torch.device(args.device)
-    header = environment(device)
-    print("  ".join(f"{name} {value}" for name, value in header.items() if value))
+    header, limits = environment(device), {}
+    args.threads = sorted(set(args.threads or ([cores()] if args.quick else [1, cores()]))) if device.type == "cpu" else [None]
     if device.type == "cpu":
-        print("no GPU: references and baselines at small sizes; good for regressions, not for claims")
-    limits = ceilings(device)
+        header["threads"] = ", ".join(map(str, args.threads))
+    print("  ".join(f"{name} {value}" for name, value in header.items() if value))
+    if args.quick and device.type == "cpu":
+        print("quick, on a CPU: small sizes; good for regressions, not for claims")
     said = datasheet(header["device"])
-    print(
-        f"ceilings: copy {limits['copy_bytes_per_s'] / 1e9:.0f} GB/s{said['copy']}, "
-        f"GEMM {limits['gemm_flop_per_s'] / 1e12:.2f} TFLOP/s{said['gemm']}"
-    )
+    for count in args.threads:
+        set_threads(count)
+        limits[count] = ceilings(device)
+        print(
+            f"ceilings{with_threads('', count)}: copy {limits[count]['copy_bytes_per_s'] / 1e9:.0f} GB/s{said['copy']}, "
+            f"GEMM {limits[count]['gemm_flop_per_s'] / 1e12:.2f} TFLOP/s{said['gemm']}"
+        )
     rows = []
-    for op in args.ops or MODULES:
+    for op in args.ops or (JUDGED if device.type == "cpu" and not args.quick else MODULES):
         print(f"\n== {op}")
         try:
             rows += run_op(op, args, header, limits, rows)
         except MissingExtra as error:
             print(f"left out: {error}")
     if args.plots:
-        found = {"environment": header, "ceilings": limits, "rows": rows}
+        found = {"environment": header, "ceilings": limits[args.threads[-1]], "rows": rows}
         print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(found, args.plots)])))
     if args.only and not rows:
         print(f"--only: expected a part of the name of a case, got {args.only!r}: nothing was measured", file=sys.stderr)
@@ -103,25 +144,51 @@ def run(args):
     return int(any(row.get("reason", "").startswith(WRONG) for row in rows))
 
 
+def set_threads(count):
+    """Has torch, and the processes that are started from here on, use so many threads; None leaves it as it is."""
+    if count is not None:
+        torch.set_num_threads(count)
+        os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+def with_threads(name, count):
+    """The name of a case with the number of threads that it is measured with; None: on a GPU, as it is."""
+    return name if count is None else f"{name}, {count} thread{'s' if count > 1 else ''}"
+
+
 def run_op(op, args, header, limits, before):
-    """The rows of the cases of one op. They are written after every case, so that a run that is cut off leaves what it has."""
+    """The rows of the cases of one op. They are written after every case, so that a run that is cut off leaves what it has.
+
+    Args:
+        op: one of `MODULES`.
+        args: of the command line.
+        header: of `environment`; the highest load that was seen goes into it.
+        limits: number of threads, or None on a GPU -> what `ceilings` returns. Files have those of the most threads.
+        before: rows of other ops.
+    """
     module, device, rows = importlib.import_module(MODULES[op]), torch.device(args.device), []
     path = args.results and results.folder_of(header, args.results) / f"{op}.json"
 
     def save(summary=None):
+        if header.get("load") is not None:
+            header["highest load"] = max(load(), header["load"], header.get("highest load", 0.0))
         if path and rows:
-            results.write(path, header, limits, rows, summary)
+            results.write(path, header, limits[args.threads[-1]], rows, summary)
         if args.json:
-            results.write(args.json, header, limits, before + rows)
+            results.write(args.json, header, limits[args.threads[-1]], before + rows)
 
-    for make in module.cases(device, args.quick):
+    for count, make in made_with(args.threads, module, device, args.quick):
         torch.manual_seed(0)
-        case, name = None, f"a case of {op}"
+        case, name = None, with_threads(f"a case of {op}", count)
         try:
             case = make()
-            name = case.name
-            if args.only in name and (args.only or case.default):
-                rows += [{"op": op} | row for row in run_case(case, device, limits, args.budget)]
+            case.name = name = with_threads(case.name, count)
+            wanted = not case.once or count == args.threads[-1]
+            if wanted and args.only in name and (args.only or case.default):
+                rows += [
+                    {"op": op} | row | ({"threads": count} if count else {})
+                    for row in run_case(case, device, limits[count], args.budget)
+                ]
         except torch.OutOfMemoryError:
             print(f"{name}: left out, all of it together does not fit into the memory of this device")
         except MissingExtra:
@@ -132,12 +199,20 @@ def run_op(op, args, header, limits, before):
         case = None
         free(device)
         save()
-    if hasattr(module, "summary") and (found := module.summary(rows, limits)):
+    if hasattr(module, "summary") and (found := module.summary(rows, limits[args.threads[-1]])):
         print("\n" + "\n".join(found.pop("lines")))
         save(found)
     if path and rows:
         print(f"\n{path}")
     return rows
+
+
+def made_with(threads, module, device, quick):
+    """Numbers of threads, each with functions that make the cases of a module, to be run with so many."""
+    for count in threads:
+        set_threads(count)
+        for make in module.cases(device, quick):
+            yield count, make
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ A time is wall time from an idle device to an idle device, host work included, i
 which all variants of a case take turns, so that clocks and temperature treat them alike.
 """
 
+import ctypes
 import dataclasses
 import datetime
 import gc
 import importlib.metadata
+import os
 import pathlib
 import platform
 import re
@@ -28,6 +30,8 @@ PEERS = (
 )  # fmt: skip
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
 WRONG = "wrong, not timed: "  # in place of the times of what is ours
+SLOW_MS = 1e3  # of a call: the calls that were made before are warm-up enough
+ROUNDS = ((0.0, 5), (5.0, 3), (60.0, 1))  # seconds of a round, and at least so many rounds from there on
 
 
 @dataclasses.dataclass
@@ -50,6 +54,8 @@ class Case:
         alone: every variant is made, measured and dropped before the next one is made, instead of all taking turns: where each
             holds so much memory that it is to have the device, and a peak, of its own.
         at: sizes, name -> number, for `bench.scaling`; they go into every row.
+        own_memory: every variant holds parameters and states of its own, so that it has a peak also where all take turns (CPU).
+        once: on a CPU only with the most threads of a run, for what takes long or has no threads.
     """
 
     name: str
@@ -63,6 +69,8 @@ class Case:
     model: dict | None = None
     alone: bool = False
     at: dict = dataclasses.field(default_factory=dict)
+    own_memory: bool = False
+    once: bool = False
 
     def rates(self, variant, ms, limits):
         """What a time means: rates, and percentages of what this machine reaches."""
@@ -99,23 +107,94 @@ def time_once(call, device):
 
 
 def time_interleaved(calls, device, budget_s):
-    """Median, 20th and 80th percentile of the milliseconds of each call, taken in turns after a warm-up."""
-    for call in calls.values():
-        for _ in range(3):
-            call()
-    turn = sum(time_once(call, device) for call in calls.values()) / 1e3
-    rounds = int(min(50, max(5, budget_s / max(turn, 1e-6))))
-    samples = {name: [] for name in calls}
-    for _ in range(rounds):
+    """Median, 20th and 80th percentile of the milliseconds of each call, taken in turns after a warm-up; and the median of the
+    milliseconds that processors have worked on it, on all threads, which others on the machine do not add to.
+
+    Where a call takes more than `SLOW_MS`, its first one here counts: it was called before. Rounds are as many as fit into the
+    budget, and at least those of `ROUNDS`.
+    """
+    samples, worked, turn = {name: [] for name in calls}, {name: [] for name in calls}, 0.0
+    for name, call in calls.items():
+        for _ in range(4):
+            begun = worked_s()
+            ms = time_once(call, device)
+            if ms > SLOW_MS:
+                samples[name].append(ms)
+                worked[name].append((worked_s() - begun) * 1e3)
+                break
+        turn += ms / 1e3
+    least = [rounds for seconds, rounds in ROUNDS if turn >= seconds][-1]
+    rounds = int(min(50, max(least, budget_s / max(turn, 1e-6))))
+    for _ in range(rounds - all(samples.values())):
         for name, call in calls.items():
+            begun = worked_s()
             samples[name].append(time_once(call, device))
-    return {name: (statistics.median(s), *(statistics.quantiles(s, n=5)[i] for i in (0, 3))) for name, s in samples.items()}
+            worked[name].append((worked_s() - begun) * 1e3)
+    return {name: (statistics.median(s), *spread(s), statistics.median(worked[name])) for name, s in samples.items()}
+
+
+def worked_s():
+    """Seconds that processors have worked for this process and for those that it has started and waited for."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
+
+
+def spread(samples):
+    """20th and 80th percentile; of one sample, itself."""
+    if len(samples) == 1:
+        return samples * 2
+    return [statistics.quantiles(samples, n=5)[i] for i in (0, 3)]
+
+
+def check_room(nbytes):
+    """Raises OutOfMemoryError where less than that is left on this machine: Linux would end the process in the middle of it."""
+    info = pathlib.Path("/proc/meminfo")
+    left = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
+    if left and int(left.group(1)) * 1024 < nbytes:
+        raise torch.OutOfMemoryError
+
+
+class Resident:
+    """Memory of this process, in MiB, as Linux counts it: what lies in pages, whoever has allocated it.
+
+    What the C library keeps of memory that was freed is given back first: it would hide what the next call takes.
+    """
+
+    @staticmethod
+    def now():
+        """What there is, or None where the system does not tell."""
+        gc.collect()
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError, TypeError):
+            pass  # another C library
+        return Resident._read("VmRSS")
+
+    @staticmethod
+    def highest(call):
+        """The most that there was while ``call`` ran, or None; it is called in either case."""
+        try:
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        except OSError:
+            call()
+            return None
+        call()
+        return Resident._read("VmHWM")
+
+    @staticmethod
+    def _read(name):
+        try:
+            found = re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+        except OSError:
+            return None
+        return int(found.group(1)) / 1024 if found else None
 
 
 def peak_extra_mib(call, device):
-    """MiB that one call allocates at most, beyond what is there before it."""
+    """MiB that one call allocates at most, beyond what is there before it; None where the system does not tell."""
     if device.type != "cuda":
-        return None
+        before, highest = Resident.now(), Resident.highest(call)
+        return None if before is None or highest is None else max(0.0, highest - before)
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -159,7 +238,10 @@ def environment(device):
         "driver": _run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "clocks": _run("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader") if gpu else None,
         "cpu": cpu_model() if gpu else None,
-        "threads": None if gpu else torch.get_num_threads(),
+        "threads": None if gpu else str(torch.get_num_threads()),
+        "cores": None if gpu else cores(),
+        "vector": None if gpu else torch.backends.cpu.get_cpu_capability(),
+        "load": None if gpu else load(),  # of the machine when the run began
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # with the CUDA that it was built for, which its package's version may not tell
         **{package: version(package) for package in ("triton", *PEERS)},
@@ -183,6 +265,16 @@ def cpu_model():
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def cores():
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load():
+    """Processes that ran or waited for a processor, on average over the last minute, this one among them; or None."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
 def _run(*command):
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
@@ -194,7 +286,8 @@ def start(name, make):
     """Makes a variant and calls it once: the callable, or None and the reason why it does not run here. Ours must."""
     try:
         call = make()
-        call()
+        if not getattr(call, "called", False):
+            call()
         return call, None
     except Exception as error:  # a variant that does not run here is a line, not a crash: the others are not to be lost
         if name.startswith("ours"):
@@ -222,22 +315,34 @@ def measure(variants, device, budget_s):
     """Makes variants and times them in turns.
 
     Returns:
-        Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``extra_mib`` (of a call), ``peak_mib`` (of all, since before the first
-        was made) and, where the callable has them, what its attribute ``told`` and its method ``phases`` tell; or of
-        ``reason`` alone, why it did not run.
+        Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``processor_ms`` (on a CPU), ``extra_mib`` (of a call), ``peak_mib``
+        (since before it was made; on a GPU of all, since before the first was made) and, where the callable has them, what its
+        attribute ``told`` and its method ``phases`` tell, this not where a step takes as long as the last of `ROUNDS`; or of
+        ``reason`` alone, why it did not run. A callable that was called while it was made says so by its attribute ``called``.
     """
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if gpu else 0
-    started = {name: start(name, make) for name, make in variants.items()}
+    started, found = {}, {}
+    for name, make in variants.items():
+        held = None if gpu else Resident.now()
+        started[name] = call, _ = start(name, make)
+        if call and not gpu:
+            there = Resident.now()
+            extra = peak_extra_mib(call, device)
+            found[name] = {"extra_mib": extra, "peak_mib": None if extra is None else there - held + extra}
     calls = {name: call for name, (call, _) in started.items() if call}
     highest = torch.cuda.max_memory_allocated(device) if gpu else 0  # so far; a CUDA graph is captured by now
-    found = {name: {"extra_mib": peak_extra_mib(call, device)} for name, call in calls.items()}
-    for name, (median, low, high) in time_interleaved(calls, device, budget_s).items() if calls else ():
-        peak = (max(highest, torch.cuda.max_memory_allocated(device)) - before) / 2**20 if gpu else None
-        found[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **found[name], "peak_mib": peak}
+    if gpu:
+        found = {name: {"extra_mib": peak_extra_mib(call, device)} for name, call in calls.items()}
+    for name, (median, low, high, *worked) in time_interleaved(calls, device, budget_s).items() if calls else ():
+        found[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **found[name]}
+        if worked and not gpu:
+            (found[name]["processor_ms"],) = worked
+        if gpu:
+            found[name]["peak_mib"] = (max(highest, torch.cuda.max_memory_allocated(device)) - before) / 2**20
         found[name] |= getattr(calls[name], "told", {})
         phases = getattr(calls[name], "phases", None)
-        if phases is not None and (told := phases()):
+        if phases is not None and median < 1e3 * ROUNDS[-1][0] and (told := phases()):
             found[name]["phases"] = told
     return found | {name: {"reason": reason} for name, (_, reason) in started.items() if reason}
 
@@ -269,7 +374,7 @@ def run_case(case, device, limits, budget_s):
         if "reason" in found:
             print(f"  {name:<{width}}{found['reason']}")
             continue
-        if not case.alone:
+        if not (case.alone or case.own_memory):
             del row["peak_mib"]  # of all variants together
         row |= case.rates(name, row["ms"], limits)
         if "ms" in measured.get(case.floor, {}):
@@ -289,6 +394,8 @@ def run_case(case, device, limits, budget_s):
 def _line(row, floor):
     """What a row says, but its name, phases and errors."""
     line = f"{row['ms']:10.3f} ms  ({row['ms_p20']:.3f} to {row['ms_p80']:.3f})"
+    if "processor_ms" in row:
+        line += f"  {row['processor_ms']:10.3f} of processors"
     if "percent_of_floor" in row:
         line += f"  {row['percent_of_floor']:6.1f}% of {floor}"
     if "gb_per_s" in row:
@@ -304,6 +411,11 @@ def _line(row, floor):
     elif row["extra_mib"] is not None:
         line += f"  {row['extra_mib']:8.0f} MiB"
     return line
+
+
+def cost(row):
+    """Milliseconds: of one thread those that it has worked, which others on the machine do not add to; elsewhere the wall's."""
+    return row["processor_ms"] if row.get("threads") == 1 and "processor_ms" in row else row.get("ms")
 
 
 def compiled(function):

@@ -31,8 +31,8 @@ class Setup:
         return dataclasses.replace(self, shape=llama(**{name: getattr(self.shape, name) for name in names} | sizes))
 
 
+SMOLLM2 = Setup(llama("smollm2-135m", hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3, vocab=49152, tied=True))
 LLAMA_1B, LLAMA_7B = Setup(shape_of("llama-3.2-1b")), Setup(shape_of("llama-2-7b"))
-SMALL = Setup(llama("small", hidden=128, intermediate=344, layers=4, heads=4, kv_heads=2, vocab=4000, tied=True), (20, 40), 128)
 TINY = Setup(llama("tiny", hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=200, tied=True), (6, 12), 32)
 
 

@@ -46,6 +46,20 @@ def published(step, soul, params):
     return functools.partial(step, [p.detach() for p in params], grads, *states, soul=soul)
 
 
+def compiled_published(soul, params):
+    """The published step under torch.compile, as one tries it: one tensor at a time, any length, compiled once."""
+    step = torch.compile(published_step, dynamic=True)
+    grads = [p.grad.view(-1) for p in params]
+    states = [(torch.zeros_like(g), g * g) for g in grads]
+    tensors = [([p.detach().view(-1)], [g], [m], [h]) for p, g, (m, h) in zip(params, grads, states)]
+
+    def call():
+        for of_tensor in tensors:
+            step(*of_tensor, soul=soul)
+
+    return call
+
+
 def compiled_reference(soul, params):
     """torch.compile of the reference, states in the dtypes that ours has."""
     grads = [p.grad for p in params]

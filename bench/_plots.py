@@ -2,9 +2,11 @@
 
 import re
 
+from bench._harness import cost
 from soul._extras import require
 
 OURS, OTHERS = "#1f6f8b", "#b8c4cc"
+XLABEL = "ms, median; whiskers: 20th to 80th percentile; of one thread of a CPU: time that it has worked"
 MARKERS = {"sophia_step": "o", "scaling": "s", "step": "D"}  # ops in the roofline
 STEP_FLOPS = 14  # a parameter: 3 for m, 4 for h, 7 for the clipped step and decay
 
@@ -27,7 +29,7 @@ def plot_cases(rows, header, folder):
         figure = _figure(10, 1.3 + 0.38 * len(timed))
         axes = figure.add_subplot()
         _bars(axes, timed)
-        axes.set_xlabel("ms, median; whiskers: 20th to 80th percentile")
+        axes.set_xlabel(XLABEL)
         axes.set_title(f"{case}\n{_origin(header)}", fontsize=9)
         paths.append(folder / (re.sub(r"[^a-z0-9]+", "-", case.lower()).strip("-") + ".png"))
         figure.savefig(paths[-1], dpi=120)
@@ -100,7 +102,7 @@ def _roofline(rows, limits):
 def _peers(rows, limits):
     """Of every op the case with most variants, ours and theirs."""
     chosen = {}
-    for op in dict.fromkeys(row.get("op") for row in rows if row.get("op") != "scaling"):
+    for op in dict.fromkeys(row.get("op") for row in rows if row.get("op") not in ("scaling", "start")):
         of_op = [row for row in rows if row.get("op") == op]
         cases = {row["case"]: [r for r in of_op if r["case"] == row["case"]] for row in of_op}
         largest = max(cases.values(), key=len)
@@ -114,7 +116,7 @@ def _peers(rows, limits):
         _bars(axes, timed)
         axes.set_title(f"{op}: {timed[0]['case']}", fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
-    axes.set_xlabel("ms, median; whiskers: 20th to 80th percentile")
+    axes.set_xlabel(XLABEL)
     return figure
 
 
@@ -154,26 +156,39 @@ def _figure(width, height):
 
 
 def _bars(axes, timed):
-    """A bar a row, with whiskers and what the time means."""
-    spread = [[row["ms"] - row["ms_p20"] for row in timed], [row["ms_p80"] - row["ms"] for row in timed]]
+    """A bar a row, with whiskers and what the time means; of what one thread of a CPU has worked, the bar alone."""
+    waited = [row["ms"] == cost(row) for row in timed]
+    spread = [
+        [(row["ms"] - row["ms_p20"]) * known for row, known in zip(timed, waited)],
+        [(row["ms_p80"] - row["ms"]) * known for row, known in zip(timed, waited)],
+    ]
     colors = [OURS if row["variant"].startswith("ours") else OTHERS for row in timed]
     bars = axes.barh(
-        [row["variant"] for row in timed], [row["ms"] for row in timed], xerr=spread, color=colors, ecolor="#555555"
+        [row["variant"] for row in timed], [cost(row) for row in timed], xerr=spread, color=colors, ecolor="#555555"
     )
     axes.bar_label(bars, [_label(row) for row in timed], padding=6, fontsize=8)
     axes.invert_yaxis()
     longest = max(len(_label(row)) for row in timed)
-    axes.set_xlim(0, max(row["ms_p80"] for row in timed) / (0.95 - 0.009 * longest))  # room for the labels
+    axes.set_xlim(
+        0, max(row["ms_p80"] if known else cost(row) for row, known in zip(timed, waited)) / (0.95 - 0.009 * longest)
+    )  # room for the labels
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def _origin(header):
-    """Where times are from."""
-    return f"{header['device']}, torch {header['torch']}, triton {header['triton']}, {header['commit']}, {header.get('date')}"
+    """Where times are from; of a CPU also how much the machine had to do."""
+    load = header.get("highest load") or header.get("load")
+    busy = f", {header['cores']} cores, load up to {load}" if load is not None else ""
+    versions = f"torch {header['torch']}, triton {header['triton']}, {header['commit']}"
+    return f"{header['device']}, {versions}, {header.get('date')}{busy}"
 
 
 def _label(row):
     """Time, what it means, and by how much dX is wrong, where that is known of every variant."""
+    if row["ms"] != cost(row):
+        return f"{float(f'{cost(row):.3g}'):,.6g} ms of a processor" + (
+            f", {row['extra_mib']:.0f} MiB" if row.get("extra_mib") is not None else ""
+        )
     keys = ("percent_of_floor", "percent_of_copy", "percent_of_gemm")
     percent = next((f", {row[key]:.0f}% of {key[11:]}" for key in keys if key in row), "")
     wrong = [f"{value:.0e} {name[3:]}" for name, value in row.get("errors", {}).items() if name.startswith("dX ")]

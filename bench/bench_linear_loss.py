@@ -6,17 +6,36 @@ frozen head. By default one thing at a time differs from N 4096, D 2048, V 12825
 the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
 ``--only "NPO, N 16384"`` its six.
 
+On a CPU there is one case at full size: CE with the widths of SmolLM2-135M, of whose 4,096 tokens 1,024 have a label. The small
+ones of the others run by name.
+
 Peers are there where the work is equal, for CE, each as it comes and at its most accurate. Every variant has its errors beside
 its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
 """
 
+import dataclasses
 import functools
 import itertools
 
 import torch
 import torch.nn.functional as F
 
-from bench._heads import LOSSES, QUICK, SHAPES, SIZES, SMALL, functions_of, make_case
+from bench._harness import Case, compiled
+from bench._heads import (
+    FLOOR,
+    LOSSES,
+    QUICK,
+    SHAPES,
+    SIZES,
+    SMALL,
+    Inputs,
+    functions_of,
+    make_case,
+    ours,
+    relative,
+    split,
+    train,
+)
 
 
 def liger(**options):
@@ -67,6 +86,95 @@ PEERS = {
 }
 
 
+@dataclasses.dataclass
+class SomeKept(Inputs):
+    """Inputs of which some tokens are to be ignored: ours is given all of them, and ``flat`` are those that count."""
+
+    def __post_init__(self):
+        self.keep = self.labels >= 0
+        self.rows, self.is_forget_on_cpu = self.keep.flatten().nonzero()[:, 0], self.is_forget
+
+    @property
+    def flat(self):
+        """Hidden states [n, D] and labels [n] of the tokens that count."""
+        return self.hidden.flatten(0, 1)[self.rows], self.labels.flatten()[self.rows]
+
+
+def of_all_tokens(inputs):
+    """What Hugging Face's models do: logits of every token in fp32, cross-entropy with -100 ignored."""
+    return F.cross_entropy((inputs.hidden @ inputs.weight.T).float().flatten(0, 1), inputs.labels.flatten())
+
+
+def of_kept_tokens(inputs):
+    """What a careful user writes: the same of the tokens that count."""
+    x, labels = inputs.flat
+    return F.cross_entropy((x @ inputs.weight.T).float(), labels)
+
+
+def fresh_gemms(x, w):
+    """The three matrix products alone, of the tokens that count, each result in new memory: logits, dX, dW."""
+    logits = x @ w.T
+    return logits @ w, logits.T @ x
+
+
+def compare(functions, inputs):
+    """Relative errors of every variant that runs: loss and gradients against the plain loss of all tokens. Ours must be right.
+
+    All compute in fp32, so that they differ by the order of sums.
+    """
+
+    def results(function):
+        loss, _ = split(function(inputs))
+        return {"loss": loss.detach()[None, None]} | dict(zip(("dX", "dW"), torch.autograd.grad(loss, inputs.trained)))
+
+    want, found = results(of_all_tokens), {}
+    for name, make in functions.items():
+        try:
+            got = results(make())
+        except Exception:  # a peer that does not run here says why when it is to be timed
+            if name.startswith("ours"):
+                raise
+            continue
+        found[name] = {key: relative(got[key].flatten(0, -2), value.flatten(0, -2)) for key, value in want.items()}
+        wrong = {key: error for key, error in found[name].items() if not error < 1e-4}
+        assert not (wrong and name.startswith("ours")), f"{name}: {wrong}"
+    return found
+
+
+def make_kept_case(n, kept, d, n_vocab, device):
+    """Cross-entropy in fp32 of ``kept`` tokens of n, trained head, with all its peers."""
+    weight = (torch.randn(n_vocab, d, device=device) * (2 / d**0.5)).requires_grad_()
+    hidden = torch.randn(8, n // 8, d, device=device).requires_grad_()
+    labels = torch.randint(n_vocab, (8, n // 8), device=device)
+    labels[:, : -kept // 8] = -100  # prompts, of which nothing is learned
+    inputs = SomeKept(hidden, weight, labels, torch.ones(8, dtype=torch.bool))
+    assert len(inputs.rows) == kept
+    functions = {
+        "ours": lambda: ours("CE"),
+        "plain Hugging Face loss": lambda: of_all_tokens,
+        "eager, of tokens with a label": lambda: of_kept_tokens,
+        "torch.compile of it": lambda: compiled(of_kept_tokens),
+        **{name: make for name, make in PEERS.items() if name in ("Liger", "torch linear_cross_entropy, chunks")},
+    }
+    made = {name: functools.cache(make) for name, make in functions.items()}
+
+    def start(name):
+        call = functools.partial(train, made[name](), inputs)
+        call.told = {"gradients_mib": sum(tensor.nbytes for tensor in inputs.trained) / 2**20}
+        return call
+
+    x = inputs.flat[0].detach()
+    variants = {FLOOR: lambda: functools.partial(fresh_gemms, x, weight.detach())}
+    return Case(
+        f"CE, N {kept} of {n}, D {d}, V {n_vocab}, float32, trained head",
+        variants | {name: functools.partial(start, name) for name in functions},
+        lambda: compare(made, inputs),
+        flops=3 * 2 * kept * n_vocab * d,
+        floor=FLOOR,
+        at={"N": kept, "D": d, "V": n_vocab},
+    )
+
+
 def runs_by_default(loss, n, d, n_vocab, frozen):
     """Tells whether a case runs without being asked for: where at most one thing differs from the first of each."""
     if frozen:
@@ -77,11 +185,13 @@ def runs_by_default(loss, n, d, n_vocab, frozen):
 
 
 def cases(device, quick):
-    """Functions that make the cases; without a GPU one of each loss and head at a small size, by our references.
+    """Functions that make the cases; without a GPU one of each loss and head at a small size, and one at full size.
 
     Without a GPU and quick, only CE is there with a frozen head.
     """
     if device.type == "cpu":
+        if not quick:
+            yield functools.partial(make_kept_case, 4096, 1024, 576, 49152, device)
         sizes = [(loss, *SMALL, frozen) for frozen in (False, True) for loss in LOSSES]
         if quick:
             sizes = [*((loss, *QUICK, False) for loss in LOSSES), ("CE", *QUICK, True)]
@@ -90,5 +200,5 @@ def cases(device, quick):
         sizes = [(loss, n, d, n_vocab, frozen) for frozen, (d, n_vocab), n, loss in grid]
     for size in sizes:
         functions = functions_of(size[0], device, quick) | (PEERS if size[0] == "CE" else {})
-        default = device.type == "cpu" or runs_by_default(*size)
+        default = quick if device.type == "cpu" else runs_by_default(*size)
         yield functools.partial(make_case, *size, functions, device, default=default)

@@ -1,13 +1,15 @@
 """One optimizer step: ours in every rounding and state dtype, against the published code, torch.compile, and fused AdamWs."""
 
+import dataclasses
 import functools
 import gc
 
 import torch
 
-from bench._harness import Case, compiled
+from bench._harness import Case, check_room, compiled
 from bench._optimizers import (
     bitsandbytes_adamw,
+    compiled_published,
     compiled_reference,
     flash_adamw,
     foreach_step,
@@ -74,6 +76,11 @@ def models():
         ("GPT-2 124M", gpt2(), torch.bfloat16),
         ("LoRA 128 x 32,768", lora(), torch.bfloat16),
     ]
+
+
+def blocks(millions):
+    """Tensors of a million parameters."""
+    return [(1000, 1000)] * millions
 
 
 def tiny(quick):
@@ -144,6 +151,13 @@ def compiled_peers(soul, params, dtype, quick):
     }
 
 
+def cpu_peers(soul, params, dtype, quick):
+    """`torch_peers`, and what torch.compile makes of the published step."""
+    size = (7 if soul else 6) * dtype.itemsize
+    name = f"published {'SOUL' if soul else 'SophiaG'}, torch.compile"
+    return torch_peers(soul, params, dtype, quick) | {name: (lambda: compiled_published(soul, params), size)}
+
+
 def other_peers(soul, params, dtype, quick):
     """Other libraries, like `torch_peers`: cases of their own, because the states of all together exceed 80 GB."""
     size, half = dtype.itemsize, dtype != torch.float32
@@ -164,13 +178,15 @@ def other_peers(soul, params, dtype, quick):
 def check(optimizer, variants, device, dtype, quick):
     """Two steps of every variant of ours against the reference: parameters and states are equal bit for bit.
 
+    On a CPU "auto" takes the compiled step for large models only, so it is checked by name, unless it is to be quick.
+
     8-bit states are not where the kernel is compiled: it divides approximately and fuses multiply-add, so that a number at the
     border of two codes falls either way once in a great while. At lr 1e-2 each such one is worth 2e-4, and a wrong kernel 1e-1.
     """
     worst = 0.0
     for options in variants:
         results = []
-        for backend in ("auto", "reference"):
+        for backend in ("compile" if device.type == "cpu" and not quick else "auto", "reference"):
             torch.manual_seed(0)
             params = make_params(tiny(True) if quick else [(300, 257), (17,), ()], device, dtype)
             opt = optimizer(params, lr=1e-2, bs=51200, backend=backend, **options)  # about half of them clipped
@@ -244,8 +260,33 @@ def fits(nbytes, device):
     return free >= nbytes
 
 
+def make_sizes_case(device):
+    """A step in the defaults on two models, one four times as large as the other: the cost of a parameter is the same."""
+    case, sizes = None, (124, 496)
+    check_room(sum(sizes) * 1e6 * (2 + 2 + 2 + 4 + 1))  # parameters, gradients, m, h, low bits
+    for millions in sizes:
+        of_size = make_case("over sizes", SOUL, [{}], blocks(millions), device, torch.bfloat16, False)
+        ((variant, make),), (moved,) = of_size.variants.items(), of_size.bytes.values()
+        name = f"{variant}, {millions} M parameters"
+        case = case or dataclasses.replace(of_size, variants={}, bytes={}, once=True)
+        case.variants[name], case.bytes[name] = make, moved
+    return case
+
+
+def cpu_cases(device):
+    """Functions that make the cases of a CPU: GPT-2, all that ours can store a model in, beside its peers."""
+    gpt = functools.partial(make_case, "GPT-2 124M", SOUL, device=device, shapes=gpt2(), quick=False, peers=cpu_peers)
+    yield functools.partial(gpt, [dict(), dict(state_dtype="8bit")], dtype=torch.float32)
+    half = [dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(), dict(state_dtype="8bit")]
+    yield functools.partial(gpt, half, dtype=torch.bfloat16)
+    yield functools.partial(make_sizes_case, device)
+
+
 def cases(device, quick):
     """Functions that make the cases."""
+    if device.type == "cpu" and not quick:
+        yield from cpu_cases(device)
+        return
     if device.type == "cpu":
         sizes = [("tiny", tiny(quick), torch.float32), ("tiny", tiny(quick), torch.bfloat16)]
     else:

@@ -11,8 +11,9 @@ DIGITS = 5  # significant ones: a time is good for three
 
 
 def folder_of(header, root=FOLDER):
-    """Folder of the results of one card or processor."""
-    return root / re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    """Folder of the results of one card or processor: its name in lower-case letters, digits and hyphens."""
+    name = re.sub(r"\((r|tm|c)\)|[®™©]", " ", header["device"].lower())
+    return root / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown")
 
 
 def write(path, header, limits, rows, summary=None):

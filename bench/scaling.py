@@ -46,6 +46,7 @@ def loss_case(n, d, n_vocab, device):
     """Cross-entropy with a trained head, ours beside the bare matrix products."""
     case = _heads.make_case("CE", n, d, n_vocab, False, {"ours": lambda: _heads.ours("CE")}, device, op="linear loss")
     # Logits in fp32 are read twice, and their gradient is written once, in 16 bits on a GPU.
+    case.once = True  # a series is of one number of threads
     case.model = {"ours": (case.flops, n * n_vocab * (4 + 4 + (2 if device.type == "cuda" else 4)))}
     return case
 
@@ -55,7 +56,7 @@ def step_case(n_params, n_tensors, device, quick):
     shapes, dtype = [(n_params // n_tensors,)] * n_tensors, torch.bfloat16
     name = f"{n_params:,} parameters in {n_tensors:,} tensor{'s' if n_tensors > 1 else ''}"
     case = optimizer_bench.make_case(name, SOUL, [{}], shapes, device, dtype, quick)
-    case.at = {"params": n_params, "tensors": n_tensors}
+    case.at, case.once = {"params": n_params, "tensors": n_tensors}, True
     case.model = {variant: (0, moved) for variant, moved in case.bytes.items()}
     return case
 

@@ -7,11 +7,12 @@ target of which there is no row, is not measured: nothing is guessed.
 import dataclasses
 import re
 
-from bench._harness import WRONG
+from bench._harness import WRONG, cost
 
 HALF = r"^ours, (nearest|stochastic|compensated), (default|fp32|bf16) states"  # states of 16 bits or more
 EIGHT = r"^ours, compensated, 8-bit states"
 DEFAULT = r"^ours, compensated, default states"
+DEFAULT_32 = r"^ours, exact, default states"
 SAME = r"^ours, nearest, bf16 states"  # in dtypes and rounding like the published class on bf16 parameters
 ONE_B = r"^step, llama-3.2-1b"
 BIG_HEAD = r"N (4096|16384), .* trained head"
@@ -33,6 +34,8 @@ class Target:
             one's over that one's elsewhere. None: the value itself.
         unit: after the numbers.
         best: the best variant of a case counts, where they are ways to do the same, and not the worst.
+        minus: the other variant's value is taken off in place of being divided by.
+        aim: for information: "reached" or "short of", and neither passed nor failed.
     """
 
     what: str
@@ -45,6 +48,8 @@ class Target:
     than: str | None = None
     unit: str = ""
     best: bool = False
+    minus: bool = False
+    aim: bool = False
 
 
 def largest_error(pattern):
@@ -57,9 +62,9 @@ def largest_error(pattern):
     return value
 
 
-def times(what, case, variant, than, limit, op="sophia_step", best=False):
+def times(what, case, variant, than, limit, op="sophia_step", best=False, value="ms"):
     """A target of being so many times faster."""
-    return Target(what, op, case, variant, "ms", limit, at_least=True, than=than, unit="x", best=best)
+    return Target(what, op, case, variant, value, limit, at_least=True, than=than, unit="x", best=best)
 
 
 def copy(what, case, variant, limit):
@@ -72,7 +77,7 @@ TARGETS = [
     copy("SOUL step, 1.24 B, 8-bit states, compensated weights", r"^SOUL.step, Llama-3.2-1B", EIGHT, 90),
     times("the same against SOUL's code", r"^SOUL.step, Llama-3.2-1B", EIGHT, r"^published SOUL, eager", 6),
     copy("step, 124 M in 148 tensors, bf16, states of 16 bits or more", r"step, GPT-2 124M.*bfloat16", HALF, 94),
-    copy("step, 124 M in 148 tensors, fp32", r"step, GPT-2 124M, float32", r"^ours, exact, default states", 94),
+    copy("step, 124 M in 148 tensors, fp32", r"step, GPT-2 124M, float32", DEFAULT_32, 94),
     times("step, 124 M, bf16, against the published class, same states", r"124M, bf", SAME, r"^published.*, eager", 40),
     Target("step, LoRA, 128 tensors", "sophia_step", r"step, LoRA", DEFAULT, "ms", 0.10, unit=" ms"),
     times("step, LoRA, against the published class", r"step, LoRA", DEFAULT, r"^published.*, eager", 100),
@@ -98,12 +103,63 @@ TARGETS = [
 ]  # fmt: skip
 
 
+# On a CPU a case has one number of threads, and a target holds for all that were measured.
+GPT2_32, GPT2_16 = r"^SOUL\.step, GPT-2 124M, float32", r"^SOUL\.step, GPT-2 124M, bfloat16"
+SMOLLM2 = r"^step, smollm2-135m.* sequences, \d"  # those that the published recipe is not in
+CHUNK_MIB = 64  # what a loss takes for logits on a CPU by default
+
+
+def cost_of_a_byte(row):
+    """`cost` over the bytes that a row must move, in any unit."""
+    return cost(row) / (row["gb_per_s"] * row["ms"]) if row.get("gb_per_s") else None
+
+
+def at_most(what, op, case, variant, than, limit, value=cost, unit="x", **more):
+    """A target of a CPU: a variant's value over that of another one in the same run."""
+    return Target(what, op, case, variant, value, limit, than=than, unit=unit, **more)
+
+
+def first_step_s(row):
+    """Seconds of the first step, by the clock that `cost` takes."""
+    return row.get("first_step_processor_s" if row.get("threads") == 1 else "first_step_s")
+
+
+def beyond_gradients(row):
+    """Memory that a loss takes beyond the gradients, over that of a chunk of logits."""
+    known = row.get("extra_mib") is not None and "gradients_mib" in row
+    return (row["extra_mib"] - row["gradients_mib"]) / CHUNK_MIB if known else None
+
+
+CPU_TARGETS = [
+    at_most("step, fp32, over torch AdamW, foreach", "sophia_step", GPT2_32, DEFAULT_32, r"^torch AdamW, foreach", 1.0),
+    at_most("the same over the published code, eager", "sophia_step", GPT2_32, DEFAULT_32, r"^published SOUL, eager", 0.2),
+    at_most("the same over torch AdamW, fused", "sophia_step", GPT2_32, DEFAULT_32, r"^torch AdamW, fused", 1.5, aim=True),
+    at_most("step, bf16 nearest, over the published code, eager", "sophia_step", GPT2_16, SAME, r"^published SOUL, eager", 0.5),
+    at_most("step, bf16 compensated, over the same", "sophia_step", GPT2_16, DEFAULT, r"^published SOUL, eager", 1.0),
+    Target("step, memory beyond parameters, gradients and states", "sophia_step", r"^SOUL\.step", r"^ours", "extra_mib", 64,
+           unit=" MiB"),
+    at_most("step, cost of a parameter, 496 M over 124 M", "sophia_step", r"over sizes", r"496 M parameters",
+            r"124 M parameters", 1.15, cost_of_a_byte),
+    at_most("loss, 1,024 of 4,096 tokens, V 49152, over bare GEMMs", "linear_loss", r"^CE, N 1024 of", r"^ours$",
+            r"^bare GEMMs", 1.15),
+    Target("the same, memory beyond gradients over a chunk of 64 MiB", "linear_loss", r"^CE, N 1024 of", r"^ours$",
+           beyond_gradients, 1.2, unit="x"),
+    at_most("whole step, AdamW here over plain PyTorch's", "step", SMOLLM2, r"^ours, AdamW", r"^plain PyTorch", 1.0),
+    at_most("whole step, SOUL here over plain PyTorch with AdamW", "step", SMOLLM2, r"^ours, SOUL", r"^plain PyTorch", 1.1),
+    at_most("the same, peak memory", "step", SMOLLM2, r"^ours", r"^plain PyTorch", 1.1, "peak_mib"),
+    times("whole SOUL step against the published recipe", r"^step, smollm2-135m", r"^ours, SOUL", r"^published recipe", 8,
+          op="step", value=cost),
+    at_most("import soul, beyond torch's own", "start", r"", r"^ours, import", r"^import torch", 300, unit=" ms", minus=True),
+    Target("first step, compiled before", "start", r"", r"^ours, first step", first_step_s, 5, unit=" s"),
+]  # fmt: skip
+
+
 def judge(target, rows):
     """What rows say of a target.
 
     Returns:
-        Verdict ("pass", "fail" or "not measured"), the worst value or None, and the case and variant that it is of; with the
-        reason where that is wrong and so has no value.
+        Verdict ("pass", "fail" or "not measured"; of an aim "reached" or "short of" in place of the first two), the worst value
+        or None, and the case and variant that it is of; with the reason where that is wrong and so has no value.
     """
     cases = {}
     for row in rows:
@@ -119,8 +175,7 @@ def judge(target, rows):
             value = _value(target, row) if re.search(target.variant, row["variant"]) else None
             if value is not None and target.than is not None:
                 other = [_value(target, peer) for peer in of_case if re.search(target.than, peer["variant"])]
-                other = [peer for peer in other if peer]
-                value = None if not other or not value else other[0] / value if target.at_least else value / other[0]
+                value = _against(target, value, [peer for peer in other if peer])
             if value is not None:
                 here.append((value, f"{case}: {row['variant']}"))
         if here and target.best:
@@ -132,7 +187,17 @@ def judge(target, rows):
         return "not measured", None, None
     value, where = min(found) if target.at_least else max(found)
     reached = value >= target.limit if target.at_least else value <= target.limit
-    return "pass" if reached else "fail", value, where
+    good, bad = ("reached", "short of") if target.aim else ("pass", "fail")
+    return good if reached else bad, value, where
+
+
+def _against(target, value, others):
+    """A value beside that of another variant, or None."""
+    if not others or not value:
+        return None
+    if target.minus:
+        return value - others[0]
+    return others[0] / value if target.at_least else value / others[0]
 
 
 def _value(target, row):
@@ -140,27 +205,36 @@ def _value(target, row):
 
 
 def main(results):
-    """Prints a line a target, from results as `bench.results.read` returns them; returns the verdicts.
+    """Prints a line a target, from results as `bench.results.read` returns them.
 
     Args:
         results: list of them, each of one device; may be empty.
+
+    Returns:
+        The verdicts of `TARGETS`, then those of `CPU_TARGETS`.
     """
-    rows = []
+    rows = {"cuda": [], "cpu": []}
     for one in results:
         environment = one["environment"]
         told = f"{environment['device']}, torch {environment['torch']}, {environment['date']}, commit {environment['commit']}"
-        if environment["kind"] == "cuda":
-            rows += one["rows"]
-        else:
-            told += ": not a GPU, so no target is judged by it"
+        if environment["kind"] == "cpu":
+            told += f", threads {environment.get('threads')}, load {environment.get('load')}"
+        rows[environment["kind"]] += one["rows"]
         print(told)
     verdicts = []
-    for target in TARGETS:
-        verdict, value, where = judge(target, rows)
-        wanted = f"{'>=' if target.at_least else '<='} {target.limit:g}{target.unit}"
-        told = "" if where is None else f"   [{where}]"
-        told = told if value is None else f"  got {value:.4g}{target.unit}{told}"
-        print(f"{verdict:<14}{target.what}: {wanted}{told}")
-        verdicts.append(verdict)
-    print(", ".join(f"{verdicts.count(word)} {word}" for word in ("pass", "fail", "not measured")))
+    for kind, title, chosen in (("cuda", "GPU", TARGETS), ("cpu", "CPU", CPU_TARGETS)):
+        print(f"\n{title}")
+        here = [judged(target, rows[kind]) for target in chosen]
+        print(", ".join(f"{here.count(word)} {word}" for word in ("pass", "fail", "not measured")))
+        verdicts += here
     return verdicts
+
+
+def judged(target, rows):
+    """Prints a target's line; returns the verdict."""
+    verdict, value, where = judge(target, rows)
+    wanted = f"{'>=' if target.at_least else '<='} {target.limit:g}{target.unit}"
+    told = "" if where is None else f"   [{where}]"
+    told = told if value is None else f"  got {value:.4g}{target.unit}{told}"
+    print(f"{verdict:<14}{target.what}: {wanted}{told}")
+    return verdict

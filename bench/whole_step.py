@@ -9,20 +9,22 @@ AdamW.
 Before anything is timed, every variant takes two steps on a model of the same widths and two layers: likelihoods, gradient
 norms and updates must be those of the published recipe. At full size every first loss must be that of the others.
 
-Each variant is alone on the device, so that its peak memory is its own. Phases come from a step of their own, in which the
-device is waited for at every border; together they therefore take longer than a step.
+On a GPU each variant is alone on the device, so that its peak memory is its own; on a CPU they take turns, because others may
+use the machine as well. Phases come from a step of their own, in which the device is waited for at every border; together they
+therefore take longer than a step.
 """
 
 import dataclasses
 import functools
 import gc
 import math
+import re
 
 import torch
 import torch.nn.functional as F
 
 from bench._harness import Case, failure
-from bench._llama import LLAMA_1B, LLAMA_7B, SMALL, TINY, make_model, make_sequences
+from bench._llama import LLAMA_1B, LLAMA_7B, SMOLLM2, TINY, make_model, make_sequences
 from bench._optimizers import published_step
 from bench._steps import EagerStep, OurStep, sequences_of
 from soul.batches import collate
@@ -77,7 +79,7 @@ def published(setup, model, device, *, lr=LR, rho=RHO, max_grad_norm=1.0):
     return EagerStep(model, micro_batches, update, all_logits=True, max_grad_norm=max_grad_norm)
 
 
-def plain(setup, model, device, *, lr=LR):
+def plain(setup, model, device, *, lr=LR, rho=None):
     """One batch, logits of labelled tokens, fused AdamW: an `EagerStep`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     return EagerStep(model, [[collate(*data(setup), device=device)]], optimizer.step, all_logits=False)
@@ -88,9 +90,12 @@ def ours(setup, model, device, *, lr=LR, rho=RHO, **options):
     return OurStep(model, collate(*data(setup), device=device), config_of(lr=lr, rho=rho, **options))
 
 
-def config_of(**options):
+def config_of(optimizer="soul", **options):
     """The `UnlearnConfig` of ours, with further options."""
-    return UnlearnConfig(method="graddiff", published_code=True, batch_size=N_SEQUENCES, **options)
+    published_code = optimizer == "soul"
+    return UnlearnConfig(
+        method="graddiff", optimizer=optimizer, published_code=published_code, batch_size=N_SEQUENCES, **options
+    )
 
 
 def data(setup):
@@ -110,7 +115,8 @@ def two_steps(make, setup, device, dtype, rho):
 
 
 def check(variants, max_grad_norm, setup, device, dtype):
-    """Two steps of every variant of ours on two layers: values and updates are those of the published recipe.
+    """Two steps of every variant of ours on two layers: values and updates are those of the published recipe; of "ours, AdamW",
+    those of plain PyTorch with AdamW.
 
     As it is published nearly all coordinates are clipped, and h decides nothing. A gradient of norm s has P elements of about
     s / P^1/2; with a rho for that some are clipped, and some are not.
@@ -118,14 +124,17 @@ def check(variants, max_grad_norm, setup, device, dtype):
     Returns:
         Variant -> its errors by name or, where it is wrong or does not run, why: the others are timed all the same.
     """
-    setup = setup.of(layers=min(2, setup.shape.layers))
+    setup = setup.of(
+        layers=min(2, setup.shape.layers), **({"vocab": min(4096, setup.shape.vocab)} if device.type == "cpu" else {})
+    )
     norm = two_steps(published, setup, device, dtype, RHO)[1][0]["grad_norm"]
     rho = 4 * setup.shape.numel**0.5 / min(norm, max_grad_norm or math.inf) / 5120  # bs
     reference = functools.partial(published, max_grad_norm=max_grad_norm)
-    known, errors = two_steps(reference, setup, device, dtype, rho), {}
+    known_of, errors = functools.cache(lambda make: two_steps(make, setup, device, dtype, rho)), {}
     for name, make in variants.items():
         if name.startswith("ours"):
             try:
+                known = known_of(plain if name.startswith("ours, AdamW") else reference)
                 errors[name] = compared(two_steps(make, setup, device, dtype, rho), known, GATES[dtype])
             except Exception as error:
                 errors[name] = failure(error)
@@ -156,7 +165,7 @@ def compared(steps, known, gates):
     return worst
 
 
-def make_case(setup, variants, options, device, dtype, *, default=True):
+def make_case(setup, variants, options, device, dtype, *, default=True, once=False):
     """The case of one model.
 
     Args:
@@ -167,6 +176,7 @@ def make_case(setup, variants, options, device, dtype, *, default=True):
         device: where.
         dtype: of the parameters.
         default: runs without being asked for.
+        once: as in `Case`.
     """
     shape, first = setup.shape, {}  # the first likelihoods at full size, those of whoever came first
     batch = collate(*data(setup))
@@ -184,6 +194,7 @@ def make_case(setup, variants, options, device, dtype, *, default=True):
             assert abs(values[key] - known) < 2 * GATES[dtype]["nll"], f"{name}: {key} {values[key]}, others {known}"
         if name.startswith("ours"):
             step.told = {"planned_mib": planned.peak_bytes / 2**20}
+        step.called = True
         return step
 
     def cost(name):
@@ -197,21 +208,37 @@ def make_case(setup, variants, options, device, dtype, *, default=True):
         return flops(eager, planned.case.tokens), passes
 
     size = f"{shape.numel / 1e6:.4g} M parameters, {name_of_dtype}"
+    name_of_case = f"step, {shape.name}, {size}, {N_SEQUENCES} + {N_SEQUENCES} sequences"
+    if once:
+        name_of_case += ", against the published recipe"
     return Case(
-        f"step, {shape.name}, {size}, {N_SEQUENCES} + {N_SEQUENCES} sequences",
+        name_of_case,
         {name: functools.partial(start, name) for name in variants},
         functools.partial(check, variants, config.max_grad_norm, setup, device, dtype),
         tokens=int(batch.attention_mask.sum()),
         model={name: cost(name) for name in variants},
-        alone=True,
+        alone=device.type == "cuda",
+        own_memory=True,
         default=default,
+        once=once,
         at={"kept tokens": work[1], "sequences": len(work[0])},
     )
+
+
+def cpu_cases(device):
+    """Functions that make the cases of a CPU: SmolLM2-135M in fp32, the published recipe apart, because it takes so long."""
+    soul = {"ours, SOUL": ours}
+    careful = {"plain PyTorch, one batch, AdamW": plain, "ours, AdamW": functools.partial(ours, optimizer="adamw")}
+    yield functools.partial(make_case, SMOLLM2, careful | soul, {}, device, torch.float32)
+    yield functools.partial(make_case, SMOLLM2, {"published recipe": published} | soul, {}, device, torch.float32, once=True)
 
 
 def cases(device, quick):
     """Functions that make the cases."""
     gpu = device.type == "cuda"
+    if not gpu and not quick:
+        yield from cpu_cases(device)
+        return
     variants = {
         "published recipe": published,
         "plain PyTorch, one batch, AdamW": plain,
@@ -223,7 +250,7 @@ def cases(device, quick):
             "ours, --cuda-graph": functools.partial(ours, cuda_graph=True),
             "ours, --compile --cuda-graph": functools.partial(ours, compile=True, cuda_graph=True),
         }
-    setup = LLAMA_1B if gpu else TINY if quick else SMALL
+    setup = LLAMA_1B if gpu else TINY
     yield functools.partial(make_case, setup, variants, {}, device, torch.bfloat16 if gpu else torch.float32)
     # With gradient release there is no norm to clip by.
     lean = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=None)
@@ -253,5 +280,6 @@ def summary(rows, limits):
             told = f"{ratio:.2f}x as fast as the published recipe, {told}"
         if row.get("peak_mib") and "planned_mib" in row:
             told += f"; peak {row['peak_mib'] / 1024:.2f} GiB, planned {row['planned_mib'] / 1024:.2f}"
-        lines.append(f"{row['case'].split(', ')[1]}, {row['variant']}: {told}")
+        of = ", ".join([row["case"].split(", ")[1], *re.findall(r"\d+ threads?$", row["case"])])
+        lines.append(f"{of}, {row['variant']}: {told}")
     return {"lines": lines, "speedups": speedups} if lines else None

@@ -151,8 +151,8 @@ def verdicts(*rows, **header):
 def test_without_results_nothing_is_measured(capsys):
     assert __main__.main(["--targets"]) == 0
     out = capsys.readouterr().out
-    assert out.count("not measured  ") == len(targets.TARGETS) and "0 pass, 0 fail" in out
-    # Nor by a processor, nor by rows that did not run.
+    assert out.count("not measured  ") == len(targets.TARGETS + targets.CPU_TARGETS) and out.count("0 pass, 0 fail") == 2
+    # Nor those of a GPU by a processor, nor any by rows that did not run.
     reason = {"op": "sophia_step", "case": ONE_B, "variant": EIGHT, "reason": "no"}
     for one in (verdicts(row("sophia_step", ONE_B, EIGHT, 1.0, percent_of_copy=99.0), kind="cpu"), verdicts(reason)):
         assert set(one.values()) == {"not measured"}
@@ -309,12 +309,14 @@ def test_what_does_not_fit_is_left_out_and_the_rest_goes_on(untimed, monkeypatch
     made.append(_harness.Case("apart", {"ours": too_much, "a peer": lambda: dict}, dict, alone=True))
     module = types.SimpleNamespace(cases=lambda device, quick: [too_much, *(lambda case=case: case for case in made)])
     monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
-    assert __main__.main(["grad_norm", "--device", "cpu", "--json", str(tmp_path / "rows.json")]) == 0
+    assert __main__.main(["grad_norm", "--device", "cpu", "--threads", "1", "--json", str(tmp_path / "rows.json")]) == 0
     out = capsys.readouterr().out
-    assert "big: left out" in out and "a case of grad_norm: left out" in out  # the inputs alone are too much for the second
+    assert (
+        "big, 1 thread: left out" in out and "a case of grad_norm, 1 thread: left out" in out
+    )  # the inputs alone are too much for the second
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert [(r["case"], r["variant"], "ms" in r) for r in rows] == [
-        ("small", "ours", True), ("apart", "ours", False), ("apart", "a peer", True)]  # fmt: skip
+        ("small, 1 thread", "ours", True), ("apart, 1 thread", "ours", False), ("apart, 1 thread", "a peer", True)]  # fmt: skip
 
 
 def test_a_wrong_case_is_told_and_does_not_cost_the_others(untimed, monkeypatch, tmp_path, capsys):
@@ -332,12 +334,12 @@ def test_a_wrong_case_is_told_and_does_not_cost_the_others(untimed, monkeypatch,
         str(tmp_path / "rows.json"),
         *(["--plots", str(tmp_path)] if importlib.util.find_spec("matplotlib") else []),
     ]
-    assert __main__.main(["grad_norm", "--device", "cpu", *where]) == 1
-    assert "bad: wrong, not timed: dX is 0.5" in capsys.readouterr().out
+    assert __main__.main(["grad_norm", "--device", "cpu", "--threads", "1", *where]) == 1
+    assert "bad, 1 thread: wrong, not timed: dX is 0.5" in capsys.readouterr().out
     rows = results.read(tmp_path / "rows.json")["rows"]
     assert [(r["case"], "ms" in r, r.get("reason")) for r in rows] == [
-        ("a case of grad_norm", False, "wrong, not timed: RuntimeError: CUDA error"),
-        ("bad", False, "wrong, not timed: dX is 0.5"), ("good", True, None)]  # fmt: skip
+        ("a case of grad_norm, 1 thread", False, "wrong, not timed: RuntimeError: CUDA error"),
+        ("bad, 1 thread", False, "wrong, not timed: dX is 0.5"), ("good, 1 thread", True, None)]  # fmt: skip
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the extra hf")
