@@ -78,11 +78,12 @@ class GlobalMemory:
         self._set(self.arguments)
 
     def _set(self, ranges: Sequence[Range]) -> None:
-        merged: list[Range] = []  # views of one storage overlap
+        merged: list[Range] = []  # views of one storage overlap; an argument's name says the most
         for entry in sorted(set(ranges)):
             if merged and entry.start < merged[-1].stop:
-                stop = max(entry.stop, merged[-1].stop)
-                merged[-1] = Range(merged[-1].start, stop, merged[-1].name)
+                before = merged[-1]
+                name = entry.name if entry in self.arguments and before not in self.arguments else before.name
+                merged[-1] = Range(before.start, max(entry.stop, before.stop), name)
             elif entry.stop > entry.start:
                 merged.append(entry)
         self.ranges = merged
