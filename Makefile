@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS := all,test,bench,lint
 PYTEST := $(BIN)/python -m pytest
 # Of test-gpu: files, and seconds for each.
-TESTS ?= $(filter-out tests/test_compile.py,$(wildcard tests/test_*.py))
+TESTS ?= $(filter-out tests/kernels/test_compile.py tests/clients/%,$(wildcard tests/test_*.py tests/*/test_*.py))
 LIMIT ?= 400
 
 # Of test-ptx: GPUs to compile for; another version of Triton, in a folder of its own; more options of pytest; files that launch
@@ -12,14 +12,14 @@ LIMIT ?= 400
 TARGETS ?= sm_80 sm_90 sm_100
 TRITON ?=
 OPTIONS ?=
-TESTS_PTX := $(addprefix tests/test_,$(addsuffix .py,ptx_arithmetic ptx ptx_faults sophia_step hessian_ema grad_norm rounding table \
-    token_logprob token_draw kl_divergence linear_loss linear_kl linear_gnb losses head_ops functional optimizer optimizer_storage \
-    optimizer_device optimizer_checkpoints release curvature influence unlearner models model_loss reference memory))
+TESTS_PTX := tests/ptx tests/optim tests/models tests/test_losses.py tests/test_functional.py tests/test_model_loss.py \
+    tests/run/test_influence.py tests/run/test_unlearner.py \
+    $(filter-out %/test_compile.py %/test_compiled.py %/test_interpreter.py,$(wildcard tests/kernels/test_*.py))
 
 # Of test-clients: whose code, and a checkout of locuslab/open-unlearning; without one only its interface is tested.
 CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.py))
 OPEN_UNLEARNING ?=
-TESTS_open_unlearning := tests/test_integrations.py tests/test_functional.py
+TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_functional.py
 
 .PHONY: help install demo test test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
 
@@ -50,7 +50,7 @@ $(TARGETS:%=test-ptx-%): test-ptx-%: install $(if $(TRITON),.triton/$(TRITON)/in
 	touch $@
 
 test-compile: install ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942; no GPU needed
-	TRITON_INTERPRET=0 $(PYTEST) tests/test_compile.py
+	TRITON_INTERPRET=0 $(PYTEST) tests/kernels/test_compile.py
 
 # An error on the device is the end of its process, and a kernel may hang: so a process a file. pytest ends with 5 where a file
 # is skipped as a whole.

@@ -6,7 +6,7 @@ import random
 import torch
 
 from soul._extras import require
-from soul.data import Sequence
+from soul.data.examples import Sequence
 from soul.plan import Shape, shape_of
 from soul.plan.shapes import llama
 

@@ -8,13 +8,13 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import soul.optimizer
-import soul.step
+import soul.optim.optimizer
+import soul.run.step
 from bench._harness import forget_compiled, synchronize
-from soul.config import build_optimizer
-from soul.graph import GraphedStep
-from soul.models import checkpointing, compiled
-from soul.release import release_gradients
+from soul.models.causal_lm import checkpointing, compiled
+from soul.optim.release import release_gradients
+from soul.run.config import build_optimizer
+from soul.run.graph import GraphedStep
 
 PHASES = ("forward", "loss + backward", "clipping", "optimizer")
 
@@ -63,11 +63,11 @@ def no_phases(name):
 
 
 class EagerStep:
-    """A step in plain PyTorch; a call returns the same values as `soul.step.train_step`.
+    """A step in plain PyTorch; a call returns the same values as `soul.run.step.train_step`.
 
     Args:
         model: is changed in place.
-        micro_batches: lists of `soul.batches.Batch`: those of a micro-batch have a forward each, and a backward together.
+        micro_batches: lists of `soul.data.batches.Batch`: those of a micro-batch have a forward each, and a backward together.
         update: function without arguments, called once all gradients are there.
         all_logits: of every position, as the model itself returns them; or of those that have a label.
         max_grad_norm: or None.
@@ -130,7 +130,7 @@ class OurStep:
 
     Args:
         model: is changed in place.
-        batch: `soul.batches.Batch`, of forget and retain sequences.
+        batch: `soul.data.batches.Batch`, of forget and retain sequences.
         config: `UnlearnConfig`.
     """
 
@@ -148,7 +148,9 @@ class OurStep:
         self.sequences, self.kept = sequences_of([batch]), len(batch.rows)
 
     def _step(self, batch):
-        return soul.step.train_step(self.model, [batch], self._objective, self.optimizer, self._config, release=self._release)
+        return soul.run.step.train_step(
+            self.model, [batch], self._objective, self.optimizer, self._config, release=self._release
+        )
 
     def __call__(self):
         """One step."""
@@ -161,8 +163,8 @@ class OurStep:
         name = "step" if self._release is None else "_step_of"
         watch = Stopwatch(self._device)
         with (
-            mock.patch.object(soul.step, "hidden_states", watch.wrap("forward", soul.step.hidden_states)),
-            mock.patch.object(soul.optimizer, "grad_norm", watch.wrap("clipping", soul.optimizer.grad_norm)),
+            mock.patch.object(soul.run.step, "hidden_states", watch.wrap("forward", soul.run.step.hidden_states)),
+            mock.patch.object(soul.optim.optimizer, "grad_norm", watch.wrap("clipping", soul.optim.optimizer.grad_norm)),
             mock.patch.object(self.optimizer, name, watch.wrap("optimizer", getattr(self.optimizer, name))),
         ):
             self._step(self.batch)

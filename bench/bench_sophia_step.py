@@ -20,7 +20,7 @@ from bench._optimizers import (
     torchao_adamw,
 )
 from soul import SOUL, SophiaG
-from soul_kernels._launch import interpreting, resolve_backend
+from soul_kernels.backends import interpreting, resolve_backend
 
 STATE_DTYPES = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
 ROUNDINGS = ("nearest", "stochastic", "compensated")

@@ -9,7 +9,7 @@ import functools
 import torch
 
 from bench._harness import Case
-from soul_kernels._head_rows import row_width
+from soul_kernels.chunks import row_width
 from soul_kernels.reference.token_logprob import ENTROPY, LOGP, N_ALL, N_BASIC, ONE_MINUS_P, VARIANCE, token_logprob
 from soul_kernels.reference.token_logprob import token_statistics as reference_statistics
 from soul_kernels.token_logprob import token_gradient, token_statistics

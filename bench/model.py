@@ -1,8 +1,8 @@
 """``python -m bench --model h100``: how long the ops would take on a card that is not here. Modelled, not measured.
 
-The compiled kernels have been executed without a card (``tests/compiled_kernels.json``), so it is known what they load, store
-and compute for each element. The time of a kernel is that of its scarcest resource, as if all others were used at the same
-time: the largest of its bytes at the card's copy bandwidth and, for each unit, its instructions at the unit's rate. Losses from
+The compiled kernels have been executed without a card (``tests/kernels/compiled_kernels.json``), so it is known what they
+load, store and compute for each element. The time of a kernel is that of its scarcest resource, as if all others were used at
+the same time: the largest of its bytes at the card's copy bandwidth and, for each unit, its instructions at the unit's rate. Losses from
 hidden states add their matrix products at the card's GEMM rate. Not in it: the host and its launches, waiting for memory and at
 barriers, and the last programs of a launch. bench/README.md says how far off that is.
 
@@ -22,7 +22,7 @@ from bench._heads import LOSSES, SHAPES, SIZES
 from soul import SOUL, SophiaG
 from soul.plan.cards import CARDS
 
-EVIDENCE = pathlib.Path(__file__).parent.parent / "tests" / "compiled_kernels.json"
+EVIDENCE = pathlib.Path(__file__).parent.parent / "tests" / "kernels" / "compiled_kernels.json"
 # Instructions of a thread that a multiprocessor of compute capability 9.0 takes in a clock: four schedulers of one warp each;
 # then by unit, from the table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++ Programming Guide.
 RATES = {"issued": 128, "float": 128, "integer": 64, "special": 16, "exchange": 32}

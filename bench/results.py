@@ -4,7 +4,7 @@ import json
 import pathlib
 import re
 
-from soul_kernels._checks import argument_error
+from soul_kernels.errors import argument_error
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 DIGITS = 5  # significant ones: a time is good for three

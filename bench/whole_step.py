@@ -27,10 +27,10 @@ from bench._harness import Case, failure
 from bench._llama import LLAMA_1B, LLAMA_7B, SMOLLM2, TINY, make_model, make_sequences
 from bench._optimizers import published_step
 from bench._steps import EagerStep, OurStep, sequences_of
-from soul.batches import collate
-from soul.config import UnlearnConfig
+from soul.data.batches import collate
 from soul.plan import Tokens, plan
 from soul.plan.time import flops, optimizer_bytes
+from soul.run.config import UnlearnConfig
 
 N_SEQUENCES = 4  # to forget, and as many to retain
 MIN_BYTES_7B = 45e9  # of a card, for the 7B case to run without being asked for

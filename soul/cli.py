@@ -7,14 +7,15 @@ import argparse
 import errno
 import sys
 
-from soul import __version__, console
+from soul import __version__
 from soul._extras import MissingExtra
-from soul.checkpoint import Stopped
+from soul.checkpoint.local import Stopped
 from soul.commands import demo, evaluate, info, plan, study, unlearn
 from soul.commands._file import expand
-from soul.distributed import launched
-from soul.unlearn import Diverged
-from soul_kernels._checks import ArgumentError, argument_error
+from soul.distributed.processes import launched
+from soul.output import console
+from soul.run.loop import Diverged
+from soul_kernels.errors import ArgumentError, argument_error
 
 COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
 
@@ -22,7 +23,7 @@ COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": stu
 def main(argv=None):
     """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed or a result
     that could not be written, 141 for a result whose reader has gone, 143 for a run that SIGTERM has stopped and ``--resume``
-    continues. The status is that of the work, whatever becomes of reports on the console (`soul.console`).
+    continues. The status is that of the work, whatever becomes of reports on the console (`soul.output.console`).
     """
     with console.safe(whole_process=argv is None):
         return _status(sys.argv[1:] if argv is None else argv)

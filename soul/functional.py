@@ -34,11 +34,14 @@ import weakref
 
 import torch
 
-from soul import losses, models
+from soul import losses
 from soul._extras import require
+from soul.models import causal_lm
 from soul_kernels import TokenBatch, linear_logprob, linear_objective
-from soul_kernels._checks import argument_error, check_choice, has_data
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, transformed
+from soul_kernels.errors import argument_error, check_choice
+from soul_kernels.reference.token_logprob import transformed
+from soul_kernels.tensors import has_data
+from soul_kernels.tokens import IGNORE_INDEX
 
 COMPAT = (None, "open-unlearning")
 CHECKED = weakref.WeakKeyDictionary()  # model -> scale and cap that its logits were seen to have: to compare waits for a GPU
@@ -331,15 +334,15 @@ def _at_head(model, inputs, function):
     Raises:
         ArgumentError: the model's logits are something else, or it does not call its head once.
     """
-    inner = models.bare(model)
+    inner = causal_lm.bare(model)
     _check_not_compiled(model, inner)
-    layer, transform, sent = _head_of(inner), models.transform(inner), []
+    layer, transform, sent = _head_of(inner), causal_lm.transform(inner), []
     own = _own_forward(layer)
     traced = torch.compiler.is_compiling()  # nothing has a value then
     known = traced or CHECKED.get(inner) == transform
 
     def forward(hidden):
-        weight, bias = models.head(inner)
+        weight, bias = causal_lm.head(inner)
         value = function(hidden, weight, bias, transform)
         if own is not None and not known and has_data(value):
             _check_linear(own, hidden, weight, bias, inner)
@@ -361,7 +364,7 @@ def _at_head(model, inputs, function):
     if not known and has_data(got):
         want = transformed(probes, **transform)
         if got.shape != want.shape or not ((got - want).abs() <= 1e-2 * want.abs()).all():  # outputs may be rounded to bf16
-            raise models.other_logits(inner)
+            raise causal_lm.other_logits(inner)
         CHECKED[inner] = transform
     return value + carrier.reshape(value.shape) / transform["logit_scale"]
 
@@ -402,7 +405,7 @@ def _check_linear(forward, hidden, weight, bias, model):
         row = hidden.reshape(-1, hidden.shape[-1])[-1:]
         got, want = forward(row), torch.nn.functional.linear(row, weight, bias)
         if got.shape != want.shape or not ((got - want).abs() <= 1e-2 * want.abs().max()).all():
-            raise models.other_logits(model)
+            raise causal_lm.other_logits(model)
 
 
 @contextlib.contextmanager

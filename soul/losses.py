@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from soul_kernels import Divergence, register_objective
-from soul_kernels._checks import argument_error, check_choice, check_positive, check_range
+from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
 
 
 def forget_nll(logps, batch):

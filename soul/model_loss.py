@@ -13,10 +13,11 @@ from collections.abc import Mapping
 
 import torch
 
-from soul import functional, losses, models
+from soul import functional, losses
+from soul.models import causal_lm
 from soul_kernels import linear_logprob, linear_objective
-from soul_kernels._checks import argument_error, check_choice
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
+from soul_kernels.errors import argument_error, check_choice
+from soul_kernels.tokens import IGNORE_INDEX
 
 
 def unlearning_loss(
@@ -157,8 +158,8 @@ def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps
     given = {"ref_logps": ref_logps} if objective.needs_reference else {}
     if divergence is None and not needs_logps:
         return given
-    bare = models.bare(model)
-    if ref_model is None and not models.has_adapters(bare):
+    bare = causal_lm.bare(model)
+    if ref_model is None and not causal_lm.has_adapters(bare):
         remedy = "pass ref_model, a copy made before training, or ref_logps where the objective needs no more"
         raise argument_error("ref_model", f"a reference for {objective}", None, remedy)
     needed = is_forget & needs_logps
@@ -166,7 +167,7 @@ def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps
         needed = needed | {"forget": is_forget, "retain": ~is_forget, "all": torch.ones_like(is_forget)}[divergence.of]
     rows = needed.nonzero()[:, 0].to(labels.device)
     # A frozen head is the same without adapters, and need not outlive the forward, after which FSDP may take it apart.
-    own = ref_model is None and not any(t is not None and t.requires_grad for t in models.head(bare))
+    own = ref_model is None and not any(t is not None and t.requires_grad for t in causal_lm.head(bare))
     found = {}
 
     def keep(hidden, weight, bias, transform):
@@ -186,6 +187,6 @@ def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps
         if ref_model is not None:
             functional._at_head(ref_model, chosen, keep)
         else:
-            with models.as_reference(bare):
+            with causal_lm.as_reference(bare):
                 functional._at_head(model, chosen, keep)
     return {**given, **found}

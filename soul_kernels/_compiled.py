@@ -23,8 +23,8 @@ from collections.abc import Callable
 
 import torch
 
-from soul_kernels._checks import has_data
 from soul_kernels.reference.rounding import GROUP
+from soul_kernels.tensors import has_data
 
 BLOCK = 1 << 20  # elements: a call costs 40 us, and what 8-bit states need in between takes 8 bytes an element
 SHORTEST = 2 * GROUP  # one row would be a variant of its own: torch.compile makes constants of the sizes 0 and 1

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 import torch
 
-from soul_kernels._checks import argument_error, has_data
 from soul_kernels._launch import launch, triton_dtype
+from soul_kernels.errors import argument_error
 from soul_kernels.reference.rounding import GROUP, salt
+from soul_kernels.tensors import has_data
 
 
 class TensorTable:

@@ -2,11 +2,13 @@
 
 import torch
 
-from soul_kernels._checks import PARAM_DTYPES, argument_error, check_gradient, is_dense
-from soul_kernels._launch import chunk_of_program, chunk_pointer, launch, resolve_backend, tl, triton
+from soul_kernels._launch import chunk_of_program, chunk_pointer, launch, tl, triton
 from soul_kernels._table import TensorTable
+from soul_kernels.backends import resolve_backend
+from soul_kernels.errors import argument_error
 from soul_kernels.reference.grad_norm import grad_norm as _reference_grad_norm
 from soul_kernels.rounding import load
+from soul_kernels.tensors import PARAM_DTYPES, check_gradient, is_dense
 
 # Larger pieces than in the step: fewer partial sums, which one program adds up.
 CONFIG = {"chunk": 65536, "BLOCK": 2048, "num_warps": 8}
@@ -14,7 +16,7 @@ SUM_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
-def _squares_kernel(
+def squares_kernel(
     table_ptr,  # [2, n_tensors] int64: addresses of g; element counts
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
@@ -41,7 +43,7 @@ def _squares_kernel(
 
 
 @triton.jit(do_not_specialize=["n_partials"])
-def _norm_kernel(
+def norm_kernel(
     partial_ptr,  # [n_partials] fp64
     norm_ptr,  # [] fp32: the square root of their sum is written here
     n_partials,
@@ -95,11 +97,11 @@ def grad_norm(grads, *, table=None, backend="auto"):
     partials = []
     for bucket in table.buckets:
         partials.append(torch.empty(len(bucket.chunk_map(CONFIG["chunk"])[0]), dtype=torch.float64, device=bucket.device))
-        bucket.launch(_squares_kernel, partial_ptr=partials[-1], **CONFIG)
+        bucket.launch(squares_kernel, partial_ptr=partials[-1], **CONFIG)
     device = grads[0].device
     if not partials:  # all of them are empty
         return torch.zeros((), dtype=torch.float32, device=device)
     partial = partials[0] if len(partials) == 1 else torch.cat([p.to(device, non_blocking=True) for p in partials])
     norm = torch.empty((), dtype=torch.float32, device=device)
-    launch(_norm_kernel, (1,), device, partial_ptr=partial, norm_ptr=norm, n_partials=len(partial), **SUM_CONFIG)
+    launch(norm_kernel, (1,), device, partial_ptr=partial, norm_ptr=norm, n_partials=len(partial), **SUM_CONFIG)
     return norm

@@ -2,22 +2,23 @@
 
 import torch
 
-from soul_kernels._checks import (
+from soul_kernels._compiled import Compiled
+from soul_kernels._launch import chunk_of_program, chunk_pointer, tl, triton
+from soul_kernels._table import TensorTable, noise_offsets, noise_salts
+from soul_kernels.backends import resolve_backend
+from soul_kernels.errors import check_range
+from soul_kernels.reference.hessian_ema import ema_block
+from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
+from soul_kernels.rounding import GROUP, load, load_state, noise_key, noise_words, store_state
+from soul_kernels.tensors import (
     PARAM_DTYPES,
     STATE_DTYPES,
     check_on_device,
-    check_range,
     check_scales,
     check_tensor_lists,
     has_data,
     same_layout,
 )
-from soul_kernels._compiled import Compiled
-from soul_kernels._launch import chunk_of_program, chunk_pointer, resolve_backend, tl, triton
-from soul_kernels._table import TensorTable, noise_offsets, noise_salts
-from soul_kernels.reference.hessian_ema import ema_block
-from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
-from soul_kernels.rounding import GROUP, load, load_state, noise_key, noise_words, store_state
 
 # Elements a program, elements a loop turn, warps; 8-bit states need more registers an element.
 CONFIG = {"chunk": 16384, "BLOCK": 2048, "num_warps": 8}
@@ -67,7 +68,7 @@ def _ema_block(
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
-def _hessian_ema_kernel(
+def hessian_ema_kernel(
     table_ptr,  # [8, n_tensors] int64: addresses of h, g, probe u, scale of h, step; element counts; salts; offsets
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
@@ -205,7 +206,7 @@ def hessian_ema(
         )  # fmt: skip
         return
     table.launch(
-        _hessian_ema_kernel,
+        hessian_ema_kernel,
         factor_ptr=grad_factor,
         skip_ptr=skip,
         beta2=float(beta2),

@@ -6,7 +6,6 @@ term of the divergence can be formed without cancellation.
 
 from soul_kernels._launch import tl, triton
 from soul_kernels.reference.kl_divergence import FLOOR
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
 from soul_kernels.token_logprob import (
     VECTORS,
     launch_rows,
@@ -17,6 +16,7 @@ from soul_kernels.token_logprob import (
     store_zeros,
     times_slope,
 )
+from soul_kernels.tokens import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
 SMALLEST = tl.constexpr(FLOOR)
@@ -83,7 +83,7 @@ def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
 
 
 @triton.jit(**VECTORS)
-def _divergence_kernel(
+def divergence_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     ref_logits_ptr,  # [n, V] the same of the reference
     labels_ptr,  # [n] int64: -100 is an ignored row
@@ -166,7 +166,7 @@ def _divergence_gradient_block(
 
 
 @triton.jit(**VECTORS)
-def _divergence_gradient_kernel(
+def divergence_gradient_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     ref_logits_ptr,  # [n, V] the same of the reference
     labels_ptr,  # [n] int64: -100 is an ignored row
@@ -175,7 +175,7 @@ def _divergence_gradient_kernel(
     ref_statistics_ptr,  # [4, n] fp32, the same of the reference
     ref_statistics_stride,
     strengths_ptr,  # [n] fp32 or None
-    divergences_ptr,  # [2, n] fp32, from _divergence_kernel
+    divergences_ptr,  # [2, n] fp32, from divergence_kernel
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
     weights_ptr,  # [n] fp32, derivative of the objective by the divergence
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
@@ -251,7 +251,7 @@ def divergence_statistics(
         softcap: as in `token_statistics`, of both.
     """
     launch_rows(
-        _divergence_kernel,
+        divergence_kernel,
         DIVERGENCE_CONFIG,
         logits,
         statistics,
@@ -291,7 +291,7 @@ def divergence_gradient(
         softcap: as in `token_statistics`, of both.
     """
     launch_rows(
-        _divergence_gradient_kernel,
+        divergence_gradient_kernel,
         GRADIENT_CONFIG,
         logits,
         statistics,

@@ -5,14 +5,16 @@ import functools
 import torch
 from torch import Tensor
 
-from soul_kernels import _head_ops
-from soul_kernels._checks import argument_error
-from soul_kernels._head_autograd import Swept
-from soul_kernels._head_checks import check_device, check_head, check_rows, check_rows_type, wanted
-from soul_kernels._head_gradients import HeadGradients
-from soul_kernels._head_rows import DrawnRows, Head, Options
+from soul_kernels._head import custom_ops
+from soul_kernels._head.autograd import Swept
+from soul_kernels._head.checks import check_device, check_head, check_rows, check_rows_type, wanted
+from soul_kernels._head.gradients import HeadGradients
+from soul_kernels._head.rows import DrawnRows
+from soul_kernels.chunks import Options
+from soul_kernels.errors import argument_error
 from soul_kernels.reference import linear_gnb as _reference
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, LOGP
+from soul_kernels.reference.token_logprob import LOGP
+from soul_kernels.tokens import IGNORE_INDEX, Head
 
 
 def linear_gnb(
@@ -62,8 +64,8 @@ def linear_gnb(
         uniforms = torch.rand(keep.shape, dtype=torch.float32, device=hidden.device, generator=generator)
     check_rows_type(rows, hidden)
     call = dict(rows=rows, options=options, needs=wanted(hidden, weight, bias))
-    if _head_ops.is_opaque(options, hidden, weight, keep):
-        return _head_ops.gnb(hidden, head, keep, uniforms, **call)
+    if custom_ops.is_opaque(options, hidden, weight, keep):
+        return custom_ops.gnb(hidden, head, keep, uniforms, **call)
     if not options.fused:
         return reference_gnb(hidden, head, keep, uniforms, rows=rows, options=options)
     return Swept.apply(hidden, weight, bias, functools.partial(sweep, hidden, head, keep, uniforms, **call))[:2]

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from soul_kernels import _head_ops
-from soul_kernels._head_autograd import PerToken
-from soul_kernels._head_checks import (
+from soul_kernels._head import custom_ops
+from soul_kernels._head.autograd import PerToken
+from soul_kernels._head.checks import (
     check_head,
     check_labels,
     check_labels_type,
@@ -14,8 +14,10 @@ from soul_kernels._head_checks import (
     check_reference,
     wanted,
 )
-from soul_kernels._head_rows import Head, HeadRows, Options, Reference
+from soul_kernels._head.rows import HeadRows
+from soul_kernels.chunks import Options
 from soul_kernels.reference import linear_kl as _reference
+from soul_kernels.tokens import Head, Reference
 
 
 def linear_kl(
@@ -58,9 +60,9 @@ def linear_kl(
     check_per_sequence("strengths", strengths, hidden)
     check_own_head(weight, bias, ref_weight, ref_bias)
     reference = check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, None, strengths)
-    if _head_ops.is_opaque(options, hidden, weight, labels):
+    if custom_ops.is_opaque(options, hidden, weight, labels):
         check_labels_type(hidden, labels, rows)
-        return _head_ops.per_token(hidden, head, labels, rows, options, reference)
+        return custom_ops.per_token(hidden, head, labels, rows, options, reference)
     if not options.fused:
         return reference_kl(hidden, head, labels, rows, options, reference)
     check_labels(hidden, weight, labels, rows, fused=True)

@@ -18,10 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from soul_kernels import _head_ops
-from soul_kernels._checks import check_scalar
-from soul_kernels._head_autograd import PerToken, Swept, sweep_objective
-from soul_kernels._head_checks import (
+from soul_kernels._head import custom_ops
+from soul_kernels._head.autograd import PerToken, Swept, sweep_objective
+from soul_kernels._head.checks import (
     check_head,
     check_labels,
     check_labels_type,
@@ -30,9 +29,12 @@ from soul_kernels._head_checks import (
     check_reference,
     wanted,
 )
-from soul_kernels._head_rows import Head, HeadRows, Options
+from soul_kernels._head.rows import HeadRows
+from soul_kernels.chunks import Options
 from soul_kernels.reference import linear_loss as _reference
-from soul_kernels.reference.linear_loss import TokenBatch, needed_sequences, sequence_strengths
+from soul_kernels.reference.linear_loss import needed_sequences, sequence_strengths
+from soul_kernels.tensors import check_scalar
+from soul_kernels.tokens import Head, TokenBatch
 
 
 def linear_logprob(
@@ -72,9 +74,9 @@ def linear_logprob(
             values to check. From backward: a second derivative is asked for where there is none.
     """
     head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
-    if _head_ops.is_opaque(options, hidden, weight, labels):
+    if custom_ops.is_opaque(options, hidden, weight, labels):
         check_labels_type(hidden, labels, rows)
-        return _head_ops.per_token(hidden, head, labels, rows, options, None)
+        return custom_ops.per_token(hidden, head, labels, rows, options, None)
     if not options.fused:
         return reference_logprob(hidden, head, labels, rows, options)
     check_labels(hidden, weight, labels, rows, fused=True)
@@ -117,9 +119,9 @@ def linear_statistics(
         ValueError: as `linear_logprob`.
     """
     head, options = check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend)
-    if _head_ops.is_opaque(options, hidden, weight, labels):
+    if custom_ops.is_opaque(options, hidden, weight, labels):
         check_labels_type(hidden, labels, rows)
-        return _head_ops.statistics(hidden, head, labels, rows, options)
+        return custom_ops.statistics(hidden, head, labels, rows, options)
     return measure(hidden, head, labels, rows, options)
 
 
@@ -190,11 +192,11 @@ def linear_objective(
         check_own_head(weight, bias, ref_weight, ref_bias)
     call = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps, options=options)
     call |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-    if _head_ops.is_opaque(options, hidden, weight, labels) and _head_ops.takes(objective):
+    if custom_ops.is_opaque(options, hidden, weight, labels) and custom_ops.takes(objective):
         check_labels_type(hidden, labels, rows)
         if divergence is not None:
             check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, divergence.kind)
-        loss, logps = _head_ops.objective(hidden, head, labels, objective, needs=wanted(hidden, weight, bias), **call)
+        loss, logps = custom_ops.objective(hidden, head, labels, objective, needs=wanted(hidden, weight, bias), **call)
     else:
         loss, logps = _in_the_open(hidden, head, labels, objective, **call)
     return (loss, logps) if return_logps else loss

@@ -2,23 +2,11 @@
 
 import torch
 
-from soul_kernels._checks import (
-    PARAM_DTYPES,
-    STATE_DTYPES,
-    argument_error,
-    check_choice,
-    check_on_device,
-    check_overlap,
-    check_positive,
-    check_range,
-    check_scales,
-    check_tensor_lists,
-    has_data,
-    same_layout,
-)
 from soul_kernels._compiled import Compiled
-from soul_kernels._launch import chunk_of_program, chunk_pointer, option, resolve_backend, tl, triton
+from soul_kernels._launch import chunk_of_program, chunk_pointer, option, tl, triton
 from soul_kernels._table import TensorTable, noise_offsets, noise_salts
+from soul_kernels.backends import resolve_backend
+from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
 from soul_kernels.hessian_ema import ema, match_layout
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
 from soul_kernels.reference.sophia_step import step_block
@@ -34,6 +22,16 @@ from soul_kernels.rounding import (
     round_stochastic,
     split,
     store_state,
+)
+from soul_kernels.tensors import (
+    PARAM_DTYPES,
+    STATE_DTYPES,
+    check_on_device,
+    check_overlap,
+    check_scales,
+    check_tensor_lists,
+    has_data,
+    same_layout,
 )
 
 # Elements a program, elements a loop turn, warps. Sane choices differ by 1 to 2% (measured on an H100); with 8 warps older
@@ -126,7 +124,7 @@ def _step_block(
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
-def _sophia_step_kernel(
+def sophia_step_kernel(
     table_ptr,  # [12, n_tensors] int64: addresses of p, g, m, h, low bits, scales of m and h, step, correction; counts;
     # salts; offsets: of noise
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
@@ -367,7 +365,7 @@ def sophia_step(
             )  # fmt: skip
         return
     table.launch(
-        _sophia_step_kernel,
+        sophia_step_kernel,
         telemetry_ptr=telemetry,
         factor_ptr=grad_factor,
         skip_ptr=skip,

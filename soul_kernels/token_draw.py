@@ -37,7 +37,7 @@ def _likeliest_block(z, row_max, rest, count):
 
 
 @triton.jit(**VECTORS)
-def _likeliest_kernel(
+def likeliest_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64: -100 is an ignored row, anything else one that counts
     statistics_ptr,  # [4, n] fp32: nothing, maximum, sum of exp(z - max), 1 - p of the likeliest label
@@ -112,11 +112,11 @@ def _draw_block(
 
 
 @triton.jit(**VECTORS)
-def _draw_kernel(
+def draw_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64: -100 is an ignored row; elsewhere the label that was drawn is written
     uniforms_ptr,  # [n] fp32 in [0, 1)
-    statistics_ptr,  # [4, n] fp32, from _likeliest_kernel; log p of the drawn label is written
+    statistics_ptr,  # [4, n] fp32, from likeliest_kernel; log p of the drawn label is written
     statistics_stride,
     coefficients_ptr,  # [n] fp32, derivative of the loss by log p of the drawn label
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
@@ -190,7 +190,7 @@ def likeliest_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap
         softcap: as in `token_statistics`.
     """
     launch_rows(
-        _likeliest_kernel,
+        likeliest_kernel,
         STATISTICS_CONFIG,
         logits,
         statistics,
@@ -213,7 +213,7 @@ def draw_labels(logits, labels, uniforms, statistics, coefficients, out, *, logi
         softcap: as in `token_statistics`.
     """
     launch_rows(
-        _draw_kernel,
+        draw_kernel,
         DRAW_CONFIG,
         logits,
         statistics,

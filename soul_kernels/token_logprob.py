@@ -6,8 +6,9 @@ registers.
 """
 
 from soul_kernels._launch import launch, tl, triton, triton_dtype
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, N_ALL
+from soul_kernels.reference.token_logprob import N_ALL
 from soul_kernels.rounding import round_nearest
+from soul_kernels.tokens import IGNORE_INDEX
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
 
@@ -112,7 +113,7 @@ def _rest_block(z, columns, label, row_max, rest, sum1, sum2, left_max, ALL: tl.
 
 
 @triton.jit(**VECTORS)
-def _statistics_kernel(
+def statistics_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64
     statistics_ptr,  # [4 or 7, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label); hit, entropy, variance
@@ -190,10 +191,10 @@ def _gradient_block(
 
 
 @triton.jit(**VECTORS)
-def _gradient_kernel(
+def gradient_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64
-    statistics_ptr,  # [4, n] fp32, from _statistics_kernel
+    statistics_ptr,  # [4, n] fp32, from statistics_kernel
     statistics_stride,
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
@@ -269,7 +270,7 @@ def token_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap=Non
         softcap: then capped: ``softcap tanh(z / softcap)``; None: not.
     """
     launch_rows(
-        _statistics_kernel,
+        statistics_kernel,
         STATISTICS_CONFIG,
         logits,
         statistics,
@@ -293,7 +294,7 @@ def token_gradient(logits, labels, statistics, coefficients, out, *, logit_scale
         softcap: as in `token_statistics`.
     """
     launch_rows(
-        _gradient_kernel,
+        gradient_kernel,
         GRADIENT_CONFIG,
         logits,
         statistics,

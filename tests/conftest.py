@@ -99,19 +99,19 @@ def device():
 @pytest.fixture
 def without_kernels(monkeypatch):
     """On a CPU the ops compute as they do for a user without a GPU."""
-    monkeypatch.setattr("soul_kernels._launch.runs_on_cpu", lambda: False)
+    monkeypatch.setattr("soul_kernels.backends.runs_on_cpu", lambda: False)
 
 
 @pytest.fixture(params=["triton", "torch"])
 def backend(request, monkeypatch):
     """How an op sweeps over rows: with the kernels, and in plain PyTorch, there in blocks so small that a test has several."""
     if request.param == "torch":
-        from soul_kernels import _head_rows
+        from soul_kernels._head import rows as head_rows
         from soul_kernels.reference import _rows
 
         monkeypatch.setattr(_rows, "BLOCK", 2000)
         monkeypatch.setattr(_rows, "DIVERGENCE_BLOCK", 1000)
-        monkeypatch.setattr(_head_rows, "WEIGHT_BLOCK", 1000)
+        monkeypatch.setattr(head_rows, "WEIGHT_BLOCK", 1000)
     return request.param
 
 

@@ -116,7 +116,7 @@ def test_import_leaves_the_compiler_where_it_is():
     code = "import torch, sys; before = {*sys.modules}; import soul; print(*sorted({*sys.modules} - before))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     found = result.stdout.split()
-    assert "soul.unlearn" in found and not [m for m in found if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
+    assert "soul.run.loop" in found and not [m for m in found if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
 
 
 def test_an_old_torch_or_triton_is_named_before_anything_fails():
@@ -198,7 +198,7 @@ def test_version_and_public_names():
 
 
 def test_options_that_would_have_no_effect_on_kernels_are_refused():
-    command = [sys.executable, "-m", "pytest", "--ptx-strict", "tests/test_grad_norm.py"]
+    command = [sys.executable, "-m", "pytest", "--ptx-strict", "tests/kernels/test_grad_norm.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 4 and "--ptx-strict: expected no GPU" in ended.stderr

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from soul import losses
 from soul_kernels import TokenBatch, TokenStatistics, linear_objective
-from tests import tolerances as tol
-from tests.helpers import assert_close, assert_rows_close, mutant
+from tests.support import tolerances as tol
+from tests.support.helpers import assert_close, assert_rows_close, mutant
 
 B, T, V = 6, 5, 1009  # an odd vocabulary
 KEPT = [4, 2, 3, 3, 2, 3]  # ragged; two pairs of forget sequences, two retain sequences

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import soul
-from soul import functional, losses, models
+from soul import functional, losses
+from soul.models import causal_lm
 from soul_kernels import linear_objective
-from tests import tolerances as tol
-from tests.models import examples, sequences, tiny_tokenizer
+from tests.support import tolerances as tol
+from tests.support.models import examples, sequences, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -123,10 +124,10 @@ def check_npo(model, batch, loss):
 def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
     model, batch = model_of(family), make_batch()
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
-    models.check_linear_head(model)  # `soul unlearn` takes the other way, from hidden states that the body returns
+    causal_lm.check_linear_head(model)  # `soul unlearn` takes the other way, from hidden states that the body returns
     retain = batch["retain"] | {"labels": functional._shifted(batch["retain"]), "rows": None}
     with torch.no_grad():
-        error = models.token_logps(model, types.SimpleNamespace(**retain))[:, :-1] - logps_of(model, batch["retain"])[0]
+        error = causal_lm.token_logps(model, types.SimpleNamespace(**retain))[:, :-1] - logps_of(model, batch["retain"])[0]
     assert error.abs().max() <= tol.LOGP_ABS
 
 
@@ -134,14 +135,14 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
 def test_a_lost_bias_scale_or_cap_would_be_noticed(family, monkeypatch):
     """By the numbers, since the hidden states and the weight of the head alone give another loss; and by name."""
     model, batch, objective = model_of(family), make_batch(), losses.NPO(beta=0.1)
-    bias = models.head(model)[1]
+    bias = causal_lm.head(model)[1]
     assert (bias is None) != (family == "phi")
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="is not"):
         patch.setattr("soul.model_loss.linear_objective", lambda *args, bias, logit_scale, softcap, **options: linear_objective(
             *args, **options))  # fmt: skip
         check_npo(model, batch, soul.unlearning_loss(model, batch, objective))
     if bias is None:
-        monkeypatch.setattr(models, "transform", lambda model: {"logit_scale": 1.0, "softcap": None})
+        monkeypatch.setattr(causal_lm, "transform", lambda model: {"logit_scale": 1.0, "softcap": None})
         with pytest.raises(ValueError, match=f"got other logits in {type(model).__name__}"):
             soul.unlearning_loss(model, batch, objective)
 

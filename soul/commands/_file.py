@@ -5,7 +5,7 @@ import pathlib
 import re
 
 from soul._extras import require
-from soul_kernels._checks import argument_error
+from soul_kernels.errors import argument_error
 
 
 def expand(words, parser_of):

@@ -6,9 +6,9 @@ import sys
 from soul._extras import require
 from soul.commands._place import add_place
 from soul.commands._template import add_template
-from soul.console import print_result
-from soul.metrics import MIN_K
-from soul_kernels._checks import argument_error
+from soul.evaluate.metrics import MIN_K
+from soul.output.console import print_result
+from soul_kernels.errors import argument_error
 
 HELP = "TOFU's metrics, of a model or of evaluation logs"
 
@@ -44,22 +44,22 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command."""
-    from soul import eval_logs
-    from soul.metrics import summarize
-    from soul.output import check_writable
+    from soul.evaluate import logs
+    from soul.evaluate.metrics import summarize
+    from soul.output.directory import check_writable
 
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):  # before anything takes its time
         require(name, "eval")
-    target = None if args.json is None else eval_logs.check_new_file(args.json, "json")
+    target = None if args.json is None else logs.check_new_file(args.json, "json")
     if target is not None:
         check_writable("json", target)
     if args.from_logs is not None:
         for name in ("data", "output", "retain_model", "holdout"):
             if getattr(args, name) is not None:
                 raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
-        columns, retain, written, counts = eval_logs.read_logs(args.from_logs), None, {}, {}
+        columns, retain, written, counts = logs.read_logs(args.from_logs), None, {}, {}
         if args.retain_logs is not None:
-            retain = eval_logs.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
+            retain = logs.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
     else:
         columns, retain, written, counts = _run_model(args, target)
     summary = summarize(columns, retain)
@@ -68,11 +68,11 @@ def run(args):
         lines.append("no forget quality: it needs a retain model's logs (--retain-logs)")
     try:
         for directory, logs in written.items():
-            eval_logs.write_logs(directory, logs)
+            logs.write_logs(directory, logs)
         for path, told in counts.items():
-            eval_logs.write_json(path, told)
+            logs.write_json(path, told)
         if target is not None:
-            eval_logs.write_json(target, summary)
+            logs.write_json(target, summary)
     except BaseException:  # a full disk must not cost the numbers
         print(*lines, sep="\n")
         raise
@@ -87,11 +87,12 @@ def _run_model(args, target):
     import functools
     import pathlib
 
-    from soul import datasets, eval_logs, models
-    from soul.datasets import read_questions
-    from soul.evaluate import EvaluateConfig, retain_log, tofu_logs
-    from soul.output import DATA_FILE, check_output
-    from soul.templates import Template
+    from soul.data.sources import examples, read_questions, rows
+    from soul.data.templates import Template
+    from soul.evaluate import logs
+    from soul.evaluate.model import EvaluateConfig, retain_log, tofu_logs
+    from soul.models import causal_lm
+    from soul.output.directory import DATA_FILE, check_output
 
     for name in ("data", "output"):
         if getattr(args, name) is None:
@@ -102,26 +103,26 @@ def _run_model(args, target):
         raise argument_error("rows", "a positive whole number", args.rows, "leave it out to take all")
     config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
     output = check_output(args.output)
-    if target is not None and eval_logs.in_the_way(target, (output, output / "retain")):
+    if target is not None and logs.in_the_way(target, (output, output / "retain")):
         raise argument_error("json", "a file beside the logs", str(target), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
     sources = {name: f"tofu:{file}_perturbed" if args.data == "tofu" else pathlib.Path(args.data) / f"{file}_perturbed.jsonl"
                for name, file in files.items()}  # fmt: skip
     sets = {name: read_questions(source)[: args.rows] for name, source in sources.items()}
-    held_out = datasets.rows(args.holdout) if args.holdout else []
+    held_out = rows(args.holdout) if args.holdout else []
     retain, written = None, {}
     if args.retain_logs is not None:
-        retain = eval_logs.read_retain_log(args.retain_logs, len(sets["forget"]))
-    load = functools.partial(models.load, dtype=args.dtype, device=models.pick_device(args.device))
+        retain = logs.read_retain_log(args.retain_logs, len(sets["forget"]))
+    load = functools.partial(causal_lm.load, dtype=args.dtype, device=causal_lm.pick_device(args.device))
     if args.retain_model is not None:  # first, and gone before the other one comes
         log = retain_log(*load(args.retain_model), sets["forget"], config)
-        retain = eval_logs.columns(log, "retain model, forget", eval_logs.RATIO)
+        retain = logs.columns(log, "retain model, forget", logs.RATIO)
         written[output / "retain"] = {"forget": log}
     model, tokenizer = load(args.model)
-    holdout = datasets.examples(held_out, Template(config.template, tokenizer, config.system)) if held_out else []
+    holdout = examples(held_out, Template(config.template, tokenizer, config.system)) if held_out else []
     counts, progress = {}, functools.partial(print, file=sys.stderr)
     logs = tofu_logs(model, tokenizer, sets, config, holdout=holdout, progress=progress, counts=counts)
-    columns = eval_logs.check_logs(logs, {name: f"model, {name}" for name in logs})
+    columns = logs.check_logs(logs, {name: f"model, {name}" for name in logs})
     told = {name: dataclasses.asdict(count) for name, count in counts.items()}
     return columns, retain, {output: logs, **written}, {output / DATA_FILE: told}

@@ -2,7 +2,7 @@
 
 from soul import __version__
 from soul._extras import MissingExtra, require
-from soul.console import print_result
+from soul.output.console import print_result
 
 HELP = "versions, devices and backends: what to put into a bug report"
 
@@ -18,8 +18,8 @@ def run(args):
 
     import torch
 
-    from soul_kernels._compiled import PAYS, cpp_compiler
-    from soul_kernels._launch import has_triton, interpreting, resolve_backend, resolve_head_backend, triton
+    from soul_kernels._launch import triton
+    from soul_kernels.backends import PAYS, cpp_compiler, has_triton, interpreting, resolve_backend, resolve_head_backend
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = "cuda" if gpus else "cpu"

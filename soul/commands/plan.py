@@ -3,10 +3,10 @@
 import math
 
 from soul.commands._plan import add_card, card_options, names_of
-from soul.console import print_result
 from soul.losses import OBJECTIVES
+from soul.output.console import print_result
 from soul.plan.shapes import PRESETS
-from soul_kernels._checks import argument_error
+from soul_kernels.errors import argument_error
 
 HELP = "memory and time of a run on a given card, computed from the shapes of a model"
 
@@ -36,9 +36,9 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command."""
-    from soul.config import UnlearnConfig
     from soul.plan import plan
     from soul.plan._plan import tokens_of
+    from soul.run.config import UnlearnConfig
 
     names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",
              "gradient_release")  # fmt: skip

@@ -32,7 +32,7 @@ def run(args):
     from soul.study.config import PRESETS
     from soul.study.data import tofu_data
     from soul.study.run import check_ready
-    from soul_kernels._checks import check_choice
+    from soul_kernels.errors import check_choice
 
     check_choice("preset", args.preset, ("laptop", "tofu"))
     given = {name: getattr(args, name) for name in ("seeds", "objectives") if getattr(args, name) is not None}

@@ -13,9 +13,9 @@ from soul._extras import require
 from soul.commands._place import add_place
 from soul.commands._plan import add_card, card_options, names_of
 from soul.commands._template import add_template
-from soul.config import METHODS
-from soul.console import print_result
-from soul_kernels._checks import argument_error, check_choice
+from soul.output.console import print_result
+from soul.run.config import METHODS
+from soul_kernels.errors import argument_error, check_choice
 
 NOT_OF_THE_RUN = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
 SAVING = ("save_every", "save_minutes", "keep", "resume")
@@ -111,8 +111,8 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command, in every process that torchrun has started."""
-    from soul.distributed import started
-    from soul.models import pick_device
+    from soul.distributed.processes import started
+    from soul.models.causal_lm import pick_device
 
     with started(pick_device(args.device)):
         _run(args)
@@ -120,7 +120,7 @@ def run(args):
 
 def left(args):
     """Return what an interrupted run has left in its output directory, in words."""
-    from soul.checkpoint import is_saved
+    from soul.checkpoint.local import is_saved
 
     output = pathlib.Path(args.output)
     if not is_saved(output):
@@ -131,11 +131,11 @@ def left(args):
 
 
 def _run(args):
-    from soul.checkpoint import Checkpoints, has_ended
-    from soul.config import UnlearnConfig
-    from soul.distributed import Processes, check_supported
-    from soul.output import CHECKPOINTS, check_output
-    from soul.unlearner import Unlearner
+    from soul.checkpoint.local import Checkpoints, has_ended
+    from soul.distributed.processes import Processes, check_supported
+    from soul.output.directory import CHECKPOINTS, check_output
+    from soul.run.config import UnlearnConfig
+    from soul.run.unlearner import Unlearner
 
     processes = Processes.here()
     processes.check_alike({name: value for name, value in vars(args).items() if name not in NOT_COMPARED})
@@ -189,9 +189,9 @@ def _check_ended(args, output, config):
     Options are compared with those that the run has left in ``soul_config.json``, rows with their digests in ``data.json``.
     The model is compared by its name: loading it would take longer than it is worth.
     """
-    from soul import datasets
-    from soul.output import DATA_FILE, RUN_FILE
-    from soul.run_state import check_same
+    from soul.checkpoint.format import check_same
+    from soul.data import sources
+    from soul.output.directory import DATA_FILE, RUN_FILE
 
     defaults = argparse.ArgumentParser()
     add_arguments(defaults)
@@ -209,9 +209,9 @@ def _check_ended(args, output, config):
     contents = {name: counts["content"] for name, counts in kept.items() if isinstance(counts, dict) and "content" in counts}
     if contents:  # of data that lie elsewhere now, the rows decide
         sources = {name: (saved.pop(name), now.pop(name))[1] for name in ("forget", "retain")}
-        rows = {n: datasets.rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
+        rows = {n: sources.rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
         saved |= {f"content of {name}": content for name, content in contents.items()}
-        now |= {f"content of {name}": datasets.digest(found) for name, found in rows.items()}
+        now |= {f"content of {name}": sources.digest(found) for name, found in rows.items()}
     if config.refusals is not None:
         now["content of refusals"] = config.decisive()["refusals"]
     check_same(saved, now, "the run that has ended")

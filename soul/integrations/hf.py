@@ -20,14 +20,15 @@ from collections.abc import Mapping
 
 import torch
 
-from soul import functional, losses, models
-from soul._shards import hidden_sharding
-from soul.curvature import GNB, RetainFisher
+from soul import functional, losses
+from soul.distributed.shards import hidden_sharding
 from soul.model_loss import unlearning_loss
-from soul.optimizer import SOUL, SophiaG
+from soul.models import causal_lm
+from soul.optim.curvature import GNB, RetainFisher
+from soul.optim.optimizer import SOUL, SophiaG
 from soul_kernels import linear_gnb, linear_objective
-from soul_kernels._checks import argument_error, check_choice
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
+from soul_kernels.errors import argument_error, check_choice
+from soul_kernels.tokens import IGNORE_INDEX
 
 OPTIMIZERS = {"soul": SOUL, "sophiag": SophiaG}
 CURVATURES = (None, "retain_fisher", "gnb")
@@ -244,7 +245,7 @@ class SOULTrainerMixin:
             _check_in_one_piece(self.model)
             for dataset in ours:
                 dataset.add_reference(self.model)
-        elif not models.has_adapters(models.bare(self.model)):
+        elif not causal_lm.has_adapters(causal_lm.bare(self.model)):
             self.ref_model = self.prepare_reference_model(self.model)
 
     def _taken_for_divided(self, num_items_in_batch):
@@ -319,10 +320,10 @@ class UnlearningDataset(torch.utils.data.Dataset):
 
     def add_reference(self, model, *, cache=None, batch_size=8):
         """Puts ``ref_logps`` into the rows, from the model as it is now, which is not changed: `soul.reference_logps`."""
-        from soul.reference import reference_logps
+        from soul.models.ref_model import reference_logps
 
         if self.ref_logps is None:
-            self.ref_logps = reference_logps(models.bare(model), self.forget, cache=cache, batch_size=batch_size)
+            self.ref_logps = reference_logps(causal_lm.bare(model), self.forget, cache=cache, batch_size=batch_size)
 
     def __len__(self):
         return len(self.forget) // (2 if self.pairs else 1)

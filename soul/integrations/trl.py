@@ -1,8 +1,8 @@
 """Data with TRL's columns, prompt/completion or prompt/chosen/rejected, of texts or conversations -> `soul.data.Example`."""
 
-from soul.data import Example
-from soul.templates import Template
-from soul_kernels._checks import argument_error, check_choice
+from soul.data.examples import Example
+from soul.data.templates import Template
+from soul_kernels.errors import argument_error, check_choice
 
 TAKE = ("completion", "rejected", "chosen", "pairs")
 

@@ -5,14 +5,13 @@ import math
 
 import torch
 
-from soul.config import UnlearnConfig
 from soul.losses import OBJECTIVES
-from soul.models import DTYPES, check_rank, is_named
+from soul.models.causal_lm import DTYPES, check_rank, is_named
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
-from soul_kernels._checks import argument_error, check_choice, check_whole
-from soul_kernels._head_checks import CHUNK_BYTES
-from soul_kernels._head_rows import Options
+from soul.run.config import UnlearnConfig
+from soul_kernels.chunks import CHUNK_BYTES, Options
+from soul_kernels.errors import argument_error, check_choice, check_whole
 
 ATTENTIONS = ("sdpa", "eager")
 

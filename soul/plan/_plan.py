@@ -2,14 +2,14 @@
 
 import dataclasses
 
-from soul.config import UnlearnConfig, parameter_dtype
-from soul.distributed import check_supported
+from soul.distributed.processes import check_supported
 from soul.plan._case import Case, Tokens, check_plannable
 from soul.plan.cards import NETWORK, card_of
 from soul.plan.memory import phases, trained_numel
 from soul.plan.shapes import shape_of
 from soul.plan.time import floor_seconds, step_seconds
-from soul_kernels._checks import ArgumentError
+from soul.run.config import UnlearnConfig, parameter_dtype
+from soul_kernels.errors import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True)

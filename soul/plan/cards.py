@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from soul_kernels._checks import argument_error
+from soul_kernels.errors import argument_error
 
 NETWORK = 50e9  # bytes a second into and out of each GPU, where nothing is said: one 400 Gbit/s link a GPU
 

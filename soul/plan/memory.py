@@ -5,9 +5,9 @@ import math
 
 import torch
 
-from soul._states import new_state
+from soul.optim.states import new_state
 from soul.plan.activations import FLOAT, again_bytes, kept_bytes, last_norm_bytes, working_bytes
-from soul_kernels._head_rows import chunk_rows, row_bytes
+from soul_kernels.chunks import chunk_rows, row_bytes
 from soul_kernels.reference.token_logprob import N_BASIC
 
 FORWARD, BACKWARD, STEP = "forward and loss", "backward", "optimizer step"
@@ -42,7 +42,7 @@ def resident(case):
 
 
 def state_bytes(case):
-    """Part -> bytes of the optimizer's states, of everything that is trained; as `soul._states` makes them."""
+    """Part -> bytes of the optimizer's states, of everything that is trained; as `soul.optim.states` makes them."""
     if case.config.optimizer == "adamw":
         return {"optimizer states": 2 * case.trained_dtype.itemsize * trained_numel(case)}
     found = collections.Counter()

@@ -3,13 +3,13 @@
 import dataclasses
 
 from soul._extras import require
-from soul.feed import chosen, micro_batches, order_of, together
 from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
 from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of
-from soul.prepare import prepare
-from soul.unlearner import Unlearner
-from soul_kernels._checks import argument_error
+from soul.run.feed import chosen, micro_batches, order_of, together
+from soul.run.prepare import prepare
+from soul.run.unlearner import Unlearner
+from soul_kernels.errors import argument_error
 
 
 def plan_run(model, forget, retain, config, **options):
@@ -50,7 +50,7 @@ def plan_run(model, forget, retain, config, **options):
 
 
 def _steps(config, forget, retain):
-    """Yields the micro-batches of each step as `Tokens`, in the order in which `soul.unlearn.unlearn` takes them."""
+    """Yields the micro-batches of each step as `Tokens`, in the order in which `soul.run.loop.unlearn` takes them."""
     objective = config.objective()
     n, of = together(objective), None if objective.divergence is None else objective.divergence.of
     for _, examples, kept in order_of(forget, retain, n, config):

@@ -4,11 +4,11 @@ import math
 import pathlib
 import sys
 
-from soul.config import UnlearnConfig
 from soul.plan._plan import plan
 from soul.plan.cards import CARDS
 from soul.plan.shapes import PRESETS
-from soul_kernels._checks import argument_error
+from soul.run.config import UnlearnConfig
+from soul_kernels.errors import argument_error
 
 LENGTH = 512
 LEAST = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=math.inf)

@@ -6,8 +6,8 @@ import os
 import pathlib
 
 from soul._extras import require
-from soul._model_files import check_config, config_of
-from soul_kernels._checks import ArgumentError, argument_error
+from soul.models.files import check_config, config_of
+from soul_kernels.errors import ArgumentError, argument_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def read_config(name):
     """The configuration of a directory or a hub name; no code that comes with it is run.
 
     Raises:
-        ArgumentError: there is none, or `soul._model_files.check_config` refuses it.
+        ArgumentError: there is none, or `soul.models.files.check_config` refuses it.
     """
     transformers = require("transformers", "hf")
     looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()

@@ -1,7 +1,7 @@
 """Least time of a step: FLOPs of its matrix products, bytes of its optimizer, and what FSDP2 sends; on paper, not measured."""
 
 from soul.plan.memory import state_bytes, trained_numel
-from soul_kernels._head_rows import chunk_rows
+from soul_kernels.chunks import chunk_rows
 
 GEMMS, OPTIMIZER, NETWORK = "matrix products", "optimizer", "network"
 

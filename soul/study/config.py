@@ -4,11 +4,11 @@ import dataclasses
 import itertools
 import json
 
-from soul_kernels._checks import argument_error, check_choice, check_range
-from soul_kernels._launch import BACKENDS
+from soul_kernels.backends import BACKENDS
+from soul_kernels.errors import argument_error, check_choice, check_range
 
 OBJECTIVES = {"graddiff": "GradDiff", "po": "PO", "npo": "NPO", "simnpo": "SimNPO"}
-ARMS = {  # name -> title, options of `soul.config.UnlearnConfig`
+ARMS = {  # name -> title, options of `soul.run.config.UnlearnConfig`
     "adamw": ("AdamW", {"optimizer": "adamw"}),
     "soul": ("SOUL as published", {"optimizer": "soul", "published_code": True}),
     "soul_retain": ("SOUL, retain curvature", {"optimizer": "soul", "curvature": "retain"}),

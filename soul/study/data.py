@@ -5,10 +5,10 @@ import hashlib
 import json
 import pathlib
 
-from soul import corpus
-from soul.data import Question, ask
-from soul.datasets import read_examples, read_questions
-from soul_kernels._checks import argument_error
+from soul.data import fictitious
+from soul.data.examples import Question, ask
+from soul.data.sources import read_examples, read_questions
+from soul_kernels.errors import argument_error
 
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
 
@@ -83,7 +83,7 @@ def _shortest(rows, authors, config, length):
 def demo_data(config):
     """People made up from the first seed: `StudyData`."""
     n = config.forget_authors
-    people = corpus.fictitious_authors(2 * n + config.retain_authors, config.seeds[0])
+    people = fictitious.fictitious_authors(2 * n + config.retain_authors, config.seeds[0])
     forget, holdout, retain = (
         [
             Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"]))

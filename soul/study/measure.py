@@ -1,4 +1,4 @@
-"""What is measured on a model of a study; formulas are in `soul.metrics`."""
+"""What is measured on a model of a study; formulas are in `soul.evaluate.metrics`."""
 
 import dataclasses
 import math
@@ -6,16 +6,9 @@ import statistics
 
 import torch
 
-from soul import metrics
-from soul.evaluate import (
-    Asked,
-    EvaluateConfig,
-    answer_columns,
-    encode_questions,
-    kl_divergence,
-    ratio_columns,
-)
-from soul.prepare import encode_for
+from soul.evaluate import metrics
+from soul.evaluate.model import Asked, EvaluateConfig, answer_columns, encode_questions, kl_divergence, ratio_columns
+from soul.models.encoding import encode_for
 
 UTILITY = ("retain_prob", "retain_memorization", "retain_truth_ratio")
 BATCH = {"cpu": 16, "cuda": 128}  # sequences to measure at a time; larger ones are slower
@@ -57,7 +50,7 @@ def encode_start(full, retain_model, tokenizer, data, config):
 
 
 def truth_ratios(model, asked, options):
-    """`soul.metrics.truth_ratio` of every question, [n]."""
+    """`soul.evaluate.metrics.truth_ratio` of every question, [n]."""
     columns = ratio_columns(model, asked, options)
     return metrics.truth_ratio(columns["avg_paraphrased_loss"], columns["average_perturb_loss"])
 

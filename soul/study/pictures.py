@@ -7,7 +7,7 @@ from soul._extras import require
 from soul.study.config import ARMS, INFLUENCE, OBJECTIVES, Run
 from soul.study.fronts import pareto
 from soul.study.results import GRID, TITLES
-from soul_kernels._checks import argument_error
+from soul_kernels.errors import argument_error
 
 COLORS = {arm: f"C{index}" for index, arm in enumerate(ARMS)} | {INFLUENCE: "0.35"}
 MARKERS = {arm: marker for arm, marker in zip(ARMS, "os^D")} | {INFLUENCE: "x"}

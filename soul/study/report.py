@@ -4,7 +4,7 @@ import json
 import statistics
 import textwrap
 
-from soul.files import write_text
+from soul.output.files import write_text
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS, chance
 from soul.study.pictures import draw

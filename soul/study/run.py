@@ -17,21 +17,21 @@ import time
 import torch
 
 from soul._extras import require
-from soul.checkpoint import save_model
-from soul.config import UnlearnConfig
-from soul.console import safe_stream
-from soul.eval_logs import write_json
-from soul.files import sweep, sync, whole
-from soul.influence import unlearn_once
-from soul.models import load, pick_device
-from soul.output import check_no_links, check_output, lock
-from soul.prepare import encode_for
+from soul.checkpoint.local import save_model
+from soul.evaluate.logs import write_json
+from soul.models.causal_lm import load, pick_device
+from soul.models.encoding import encode_for
+from soul.output.console import safe_stream
+from soul.output.directory import check_no_links, check_output, lock
+from soul.output.files import sweep, sync, whole
+from soul.run.config import UnlearnConfig
+from soul.run.influence import unlearn_once
+from soul.run.loop import Diverged, unlearn
 from soul.study.config import ARMS, INFLUENCE, runs
 from soul.study.measure import encode_start, measure
 from soul.study.scratch import new_model, train, train_tokenizer
-from soul.unlearn import Diverged, unlearn
-from soul_kernels._checks import argument_error
-from soul_kernels._launch import resolve_backend
+from soul_kernels.backends import resolve_backend
+from soul_kernels.errors import argument_error
 
 STUDY_FILE, RESULTS_FILE = "study.json", "results.json"
 
@@ -270,7 +270,7 @@ def _measure_start(study, seed):
 
 
 def unlearn_config(run, config):
-    """The `soul.config.UnlearnConfig` of a run that is not of influence."""
+    """The `soul.run.config.UnlearnConfig` of a run that is not of influence."""
     options, given = dict(run.options), dict(ARMS[run.arm][1])
     if "curvature" in given:
         given |= {"clip_target": config.clip_target, "curvature_every": config.curvature_every}

@@ -5,11 +5,11 @@ import random
 import torch
 
 from soul._extras import require
-from soul.batches import batches_by_length, collate
-from soul.config import UnlearnConfig, build_scheduler
+from soul.data.batches import batches_by_length, collate
 from soul.losses import GradDiff
-from soul.models import pick_device
-from soul.step import train_step
+from soul.models.causal_lm import pick_device
+from soul.run.config import UnlearnConfig, build_scheduler
+from soul.run.step import train_step
 
 
 def train_tokenizer(examples, vocab_size):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from soul_kernels.reference import token_draw, token_logprob
 from soul_kernels.reference.kl_divergence import entropy, kl_divergence, reference_distribution
-from soul_kernels.reference.token_logprob import HIT, IGNORE_INDEX, LOGP, N_ALL, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
+from soul_kernels.reference.token_logprob import HIT, LOGP, N_ALL, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
+from soul_kernels.tokens import IGNORE_INDEX
 
 # Elements of logits in a block: of 2^16 to 2^22 the fastest on one thread, by little. A divergence makes some fifteen tensors.
 BLOCK = 1 << 18

@@ -1,27 +1,11 @@
 """How far a model's distribution over the vocabulary is from that of a reference, row by row."""
 
-from typing import NamedTuple
-
 import torch
 
 from soul_kernels.reference.token_logprob import log_probabilities
 
 KINDS = ("kl", "soul_kl")
 FLOOR = 1e-12  # SOUL's code adds it within the logarithm
-
-
-class Divergence(NamedTuple):
-    """Which divergence an objective needs, and of which sequences.
-
-    Attributes:
-        of: "forget", "retain" or "all".
-        kind: "kl" or "soul_kl": see `kl_divergence`.
-        strength: how far the reference's logit of the label is lowered in forget sequences (UNDIAL's beta).
-    """
-
-    of: str
-    kind: str = "kl"
-    strength: float = 0.0
 
 
 def reference_distribution(ref_logits, labels, strengths=None):

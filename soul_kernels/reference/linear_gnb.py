@@ -4,7 +4,8 @@ import torch
 
 from soul_kernels.reference.linear_loss import head_logits
 from soul_kernels.reference.token_draw import draw_labels
-from soul_kernels.reference.token_logprob import IGNORE_INDEX, token_logprob
+from soul_kernels.reference.token_logprob import token_logprob
+from soul_kernels.tokens import IGNORE_INDEX
 
 
 def linear_gnb(hidden, weight, keep, uniforms, *, bias=None, logit_scale=1.0, softcap=None):

@@ -1,33 +1,13 @@
 """What one row of logits says of its label: log p, accurate where p is close to 1, and the statistics that metrics need."""
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
-IGNORE_INDEX = -100
+from soul_kernels.tokens import TokenStatistics
 
 # Rows of the statistics of a chunk; those from HIT on are filled on request.
 LOGP, ROW_MAX, TOTAL, ONE_MINUS_P, HIT, ENTROPY, VARIANCE = range(7)
 N_BASIC, N_ALL = 4, 7
-
-
-class TokenStatistics(NamedTuple):
-    """Statistics of each token under p = softmax(logits), all of one shape, 0 at ignored tokens.
-
-    Attributes:
-        logps: log p(label).
-        lse: logsumexp of the logits.
-        hits: 1.0 where the label is the argmax (the first, among equals), else 0.0: exact memorization, extraction strength.
-        entropies: ``-sum_v p_v log p_v``; the mean of log p under the model is its negative.
-        variances: ``sum_v p_v (log p_v)^2 - (sum_v p_v log p_v)^2``; Min-K++ is ``(logp + entropy) / sqrt(variance)``.
-    """
-
-    logps: torch.Tensor
-    lse: torch.Tensor
-    hits: torch.Tensor
-    entropies: torch.Tensor
-    variances: torch.Tensor
 
 
 def transformed(logits, logit_scale=1.0, softcap=None):

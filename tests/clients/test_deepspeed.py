@@ -11,8 +11,8 @@ import torch
 from soul import SOUL, losses
 from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning
 from soul.integrations.open_unlearning import CONFIGS
-from tests.models import sequences, tiny_model
-from tests.test_distributed import backward, batch, make_net, run
+from tests.distributed.test_processes import backward, batch, make_net, run
+from tests.support.models import sequences, tiny_model
 
 deepspeed = pytest.importorskip("deepspeed")
 transformers = pytest.importorskip("transformers")

@@ -1,7 +1,7 @@
 """open-unlearning's own source with our trainers in it, in the environment of its pins: `make test-clients`.
 
 OPEN_UNLEARNING names a checkout of locuslab/open-unlearning. Its public interface without its source is tested in
-tests/test_integrations.py, which the same target runs at the same pins.
+tests/integrations/test_integrations.py, which the same target runs at the same pins.
 """
 
 import copy
@@ -22,10 +22,10 @@ from soul import SOUL, functional  # noqa: E402
 from soul.integrations import open_unlearning  # noqa: E402
 from soul.integrations.hf import SOULTrainerMixin  # noqa: E402
 from soul.integrations.open_unlearning import CONFIGS  # noqa: E402
-from tests import tolerances as tol  # noqa: E402
-from tests.helpers import assert_close, peak_bytes  # noqa: E402
-from tests.models import sequences, tiny_model  # noqa: E402
-from tests.test_integrations import ForgetRetain, fresh_accelerate, its_collator, reference_ops  # noqa: E402, F401
+from tests.integrations.test_integrations import ForgetRetain, fresh_accelerate, its_collator, reference_ops  # noqa: E402, F401
+from tests.support import tolerances as tol  # noqa: E402
+from tests.support.helpers import assert_close, peak_bytes  # noqa: E402
+from tests.support.models import sequences, tiny_model  # noqa: E402
 
 OU = "open-unlearning"
 REGISTRATION = """

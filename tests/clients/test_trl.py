@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from soul import SOUL, losses
 from soul.integrations.hf import SOULTrainerMixin, UnlearningDataset, collate_unlearning
-from tests.models import sequences, tiny_model, tiny_tokenizer
+from tests.support.models import sequences, tiny_model, tiny_tokenizer
 
 QUESTIONS = [f"Where is number {i}?" for i in range(4)]
 PAIRS = [{"prompt": text, "chosen": f" in house {i}", "rejected": f" nobody knows {i}"} for i, text in enumerate(QUESTIONS)]

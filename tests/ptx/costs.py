@@ -1,8 +1,8 @@
 """What executed PTX instructions cost a card: the SASS instructions that ptxas makes of them, by the unit that runs them.
 
 An estimate. ptxas merges some instructions (three logical ones into one, an address into a load) and adds others. Only the
-machine code tells which, and that is not executed here. ``tests/test_compile.py`` holds the estimate against the machine code
-of kernels that are one plain loop.
+machine code tells which, and that is not executed here. ``tests/kernels/test_compile.py`` holds the estimate against the
+machine code of kernels that are one plain loop.
 """
 
 import collections

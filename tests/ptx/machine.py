@@ -7,8 +7,8 @@ where programs disagree the batch is split in two. Threads of a program run in l
 result here: `races` decides from who accessed what, and since which barrier, whether a card may order two accesses otherwise.
 
 What may be changed safely: an instruction that is missing goes into `arithmetic` where it computes on registers only, and
-into `_OPERATIONS` here where it does more. Either needs its test in ``tests/test_ptx_arithmetic.py`` or
-``tests/test_ptx.py``.
+into `_OPERATIONS` here where it does more. Either needs its test in ``tests/ptx/test_ptx_arithmetic.py`` or
+``tests/ptx/test_ptx.py``.
 """
 
 import collections

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from soul_kernels._head_rows import row_width
+from soul_kernels.chunks import row_width
 from soul_kernels.reference.rounding import GROUP
-from soul_kernels.reference.token_logprob import IGNORE_INDEX
+from soul_kernels.tokens import IGNORE_INDEX
 from tests.ptx.costs import UNITS, issued
 from tests.ptx.driver import launch
 from tests.ptx.machine import Checks, Counts, Kernel
@@ -22,9 +22,9 @@ ROWS = 2
 TAIL = 77  # elements of a tensor behind its last full block
 # Rows of the tables, in the kernels' own order: for what is walked the prefix of the constant that is its dtype.
 TABLES = {
-    "_sophia_step_kernel": ("P", "G", "M", "H", "LOW", "scales", "scales", "number", "number"),
-    "_hessian_ema_kernel": ("H", "G", "U", "scales", "number"),
-    "_squares_kernel": ("G",),
+    "sophia_step_kernel": ("P", "G", "M", "H", "LOW", "scales", "scales", "number", "number"),
+    "hessian_ema_kernel": ("H", "G", "U", "scales", "number"),
+    "squares_kernel": ("G",),
 }
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "uint8": torch.uint8,
                 "int8": torch.int8}  # fmt: skip
@@ -62,7 +62,7 @@ class Run:
 
 
 def execute(variant: Any, ptx: str, shared: int, vocabularies: tuple[int, ...] = VOCABULARIES) -> dict[str, Run]:
-    """Run a variant of ``tests.test_compile.KERNELS``.
+    """Run a variant of ``tests.kernels.test_compile.KERNELS``.
 
     Args:
         variant: what was compiled.

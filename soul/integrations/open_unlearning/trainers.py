@@ -15,7 +15,7 @@ from trainer.unlearn.grad_diff import GradDiff  # open-unlearning's
 
 from soul import functional, losses
 from soul.integrations.hf import SOULTrainerMixin
-from soul_kernels._checks import argument_error, check_choice
+from soul_kernels.errors import argument_error, check_choice
 
 RETAIN_LOSS_TYPES = {"NLL": "ce", "KL": "kl"}
 RENAMED = {"ignore_first_n_answer_tokens": "ignore_first"}

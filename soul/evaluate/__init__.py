@@ -1,0 +1,8 @@
+"""Evaluation: what a model still knows. `metrics` has the formulas, `model` runs models, `logs` reads and writes TOFU's files.
+
+May import: models, data, output, and below. Start with `model`.
+"""
+
+from soul.evaluate.model import EvaluateConfig, answer_probability
+
+__all__ = ["EvaluateConfig", "answer_probability"]

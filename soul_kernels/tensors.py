@@ -1,0 +1,146 @@
+"""Checks of tensors that an op reads or writes: dtype, layout, device, overlap."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from soul_kernels.errors import argument_error
+from soul_kernels.reference.rounding import GROUP
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # uint8: codes of an 8-bit state
+
+
+def is_dense(tensor):
+    """Tells whether the elements fill one block of memory, each once, in whatever order of dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def has_data(tensor):
+    """Tells whether a tensor has memory. On the device meta and under FakeTensorMode it has none: no address, no values."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
+def overlaps_itself(tensor):
+    """Tells whether two elements of a tensor may lie at the same address, as those of an expanded one do."""
+    reach = 0  # the offset of the last element over the dimensions with smaller strides
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
+def same_layout(a, b):
+    """Tells whether two tensors of one shape hold element i at the same offset."""
+    return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
+
+
+def check_gradient(name, grad):
+    """Raises for a sparse or complex gradient: neither has a place in an element-wise second-order step."""
+    if grad.layout != torch.strided:
+        raise argument_error(name, "a dense tensor", f"layout {grad.layout}", "use sparse=False in the embedding")
+    if grad.is_complex():
+        raise argument_error(name, "a real tensor", f"dtype {grad.dtype}", "pass torch.view_as_real(parameter)")
+
+
+def check_tensor_lists(dtypes, *, written=(), **lists):
+    """Checks lists of tensors that are walked together.
+
+    Args:
+        dtypes: name of a list -> the dtypes that its tensors may have.
+        written: names of the lists whose tensors are changed; none of those may overlap another, and each must lie in memory as
+            the first list's does.
+        **lists: the lists by argument name. The first one sets length, shapes and devices of all, and its tensors must
+            be dense (no gaps, no overlap within).
+
+    Raises:
+        ValueError: naming the list and the index of the first tensor that does not fit.
+    """
+    lead_name, lead = next(iter(lists.items()))
+    for name, tensors in lists.items():
+        if len(tensors) != len(lead):
+            raise argument_error(name, f"{len(lead)} tensors, as many as {lead_name}", len(tensors), "pass equal lists")
+        for index, (first, tensor) in enumerate(zip(lead, tensors)):
+            where = f"{name}[{index}]"
+            if not isinstance(tensor, torch.Tensor):
+                raise argument_error(where, "a tensor", type(tensor).__name__, f"leave it out of {lead_name} as well")
+            check_gradient(where, tensor)
+            if tensor.dtype not in dtypes[name]:
+                names = ", ".join(str(d) for d in dtypes[name])
+                raise argument_error(where, f"dtype {names}", tensor.dtype, "convert it first")
+            if tensor.shape != first.shape:
+                remedy = f"it must match {lead_name}[{index}]"
+                raise argument_error(where, f"shape {tuple(first.shape)}", tuple(tensor.shape), remedy)
+            if tensor.device != first.device:
+                remedy = f"move it to where {lead_name}[{index}] is"
+                raise argument_error(where, f"device {first.device}", tensor.device, remedy)
+            if name == lead_name and not is_dense(tensor):
+                got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
+                raise argument_error(where, "dense strides (no gaps, no overlap)", got, "pass tensor.contiguous()")
+            if name in written and not same_layout(tensor, first):
+                remedy = f"create it with torch.zeros_like({lead_name}[{index}])"
+                raise argument_error(where, f"strides {first.stride()}", tensor.stride(), remedy)
+    check_overlap({name: tensors for name, tensors in lists.items() if name in written})
+
+
+def check_overlap(lists):
+    """Raises where two dense tensors of the named lists share memory: two programs would write there at once."""
+    spans = []
+    for name, tensors in lists.items():
+        for index, tensor in enumerate(tensors):
+            if tensor is not None and tensor.numel() and has_data(tensor):
+                begin = tensor.data_ptr()
+                spans.append((str(tensor.device), begin, begin + tensor.numel() * tensor.element_size(), name, index))
+    spans.sort()
+    for (device, _, end, *first), (other_device, begin, _, *second) in zip(spans, spans[1:]):
+        if device == other_device and begin < end:
+            (name, index), (twin, twin_index) = second, first
+            got, remedy = f"the memory of {twin}[{twin_index}]", "pass a tied tensor once, and no views of one another"
+            raise argument_error(f"{name}[{index}]", "memory of its own", got, remedy)
+
+
+def check_scales(name, scales, states_name, states):
+    """Raises unless every 8-bit state has its scales, fp32 [ceil(numel / 256)], and no other state has any."""
+    for index, state in enumerate(states):
+        scale = None if scales is None else scales[index] if index < len(scales) else None
+        where, count = f"{name}[{index}]", -(-state.numel() // GROUP)
+        if state.dtype != torch.uint8:
+            if scale is not None:
+                raise argument_error(
+                    where, f"None beside {state.dtype} in {states_name}", "a tensor", "pass scales for uint8 only"
+                )
+        elif not isinstance(scale, torch.Tensor):
+            raise argument_error(
+                where, f"fp32 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
+            )
+        elif scale.dtype != torch.float32 or scale.shape != (count,) or not scale.is_contiguous():
+            got, remedy = f"{tuple(scale.shape)} of {scale.dtype}", f"one scale for {GROUP} values"
+            raise argument_error(where, f"({count},) of torch.float32", got, remedy)
+        elif scale.device != state.device:
+            raise argument_error(where, f"device {state.device}", scale.device, f"move it to where {states_name}[{index}] is")
+
+
+def check_on_device(name, tensor, devices, dtype=torch.float32, numel=1):
+    """Raises unless ``tensor`` has ``numel`` elements of ``dtype`` and is on the one device in ``devices``; None passes."""
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
+        got = f"{tuple(tensor.shape)} of {tensor.dtype}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise argument_error(name, f"{numel} elements of {dtype}", got, f"pass a contiguous tensor of {dtype}")
+    if devices != [tensor.device]:
+        expected = " and ".join(map(str, devices))
+        raise argument_error(name, f"device {expected}", tensor.device, "call once for each device, with a tensor there")
+
+
+def check_scalar(loss):
+    """Raises unless an objective has returned one number."""
+    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise argument_error("objective", "a loss of shape ()", got, "return a tensor, summed over tokens and sequences")

@@ -1,0 +1,458 @@
+"""``torchrun --nproc-per-node 2 -m soul unlearn``: the run of one process, over gloo on the CPU.
+
+A set of processes takes seconds to start: most runs share one (tests/support/torchrun_worker.py).
+"""
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+from soul.checkpoint.local import has_ended
+from soul.checkpoint.sharded import ShardedCheckpoints
+from soul.cli import main
+from soul.distributed import processes as distributed
+from soul.distributed.processes import check_alike, check_supported, launched, started
+from soul.run.config import UnlearnConfig
+from soul.run.loop import unlearn
+from tests.support.models import examples, tiny_model, tiny_tokenizer
+from tests.support.torchrun_worker import run
+
+ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+VOLATILE = ("tokens_per_s", "peak_memory_gib")
+TIMEOUT = 120
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment
+
+# 5 examples to forget in batches of 3: one process has 2 forget and 1 retain sequences, the other the opposite; then, with 2
+# examples, one each. With batches of 1 one process has the forget sequence and the other the retain sequence; without a
+# retain term (ga) the other has nothing.
+EQUAL = {
+    "untied head": ("llama, untied", {"method": "graddiff"}),
+    "tied head, sums of sequences": ("llama, tied", {"method": "npo"}),
+    "an empty part": ("gpt2, tied", {"method": "ga", "batch_size": 1, "optimizer": "adamw"}),
+    "KL of one process's sequences": ("llama, untied", {"method": "klmin", "batch_size": 1}),
+    "micro-batches, pairs, no clipping": ("llama, tied", {"method": "dpo", "accumulate": 2, "batch_size": 1,
+                                                          "max_grad_norm": None}),
+    "rho moves, evaluation": ("llama, tied", {"method": "simnpo", "clip_target": 0.5, "eval_every": 2}),
+    "curvature": ("llama, untied", {"method": "graddiff", "curvature": "retain", "curvature_every": 2, "bs": 8}),
+    "curvature of an empty part": ("llama, tied", {"method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8,
+                                                   "batch_size": 1, "gradient_checkpointing": True}),
+}  # fmt: skip
+# Dropout, which draws in each process; checkpoints after each second step of 4.
+SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
+BF16 = ("llama, tied", {"method": "graddiff"}, {"dtype": "bfloat16", "save_every": 2})
+REFUSED = {
+    "compile": {"compile": True},
+    "gradient_release": {"gradient_release": True, "max_grad_norm": None},
+    "state_dtype": {"state_dtype": "8bit"},
+    "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
+}
+# What the last process does otherwise, and how it is told.
+ODD = {
+    "epochs": ({"epochs": 3}, "epochs: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
+    "lr": ({"lr": 2e-3}, "lr: expected the same in all 2 processes, got 0.001 in process 0, 0.002 in process 1; "),
+    "seed": ({"seed": 1, "data": True}, "seed: expected the same in all 2 processes, got 0 in process 0, 1 in process 1; "),
+    "weight decay": ({"weight_decay": 0.1}, "weight_decay: expected the same in all 2 processes, got 0.0 in process 0, "),
+    "data": ({"data": True}, "content of forget: expected the same in all 2 processes, got '"),
+    "weights": ({"weights": True}, "content of the model: expected the same in all 2 processes, got '"),
+    "configuration": ({"activation": "gelu"}, "configuration of the model, hidden_act: expected the same in all 2 processes, "
+                      "got 'silu' in process 0, 'gelu' in process 1; "),
+    "save_every": ({"save_every": 3}, "save_every: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
+}  # fmt: skip
+
+
+def kept(case, output, **how):
+    family, options, given = case
+    return [family, options, {**given, "output": output, **how}]
+
+
+CASES = {
+    **{name: [*case, {}] for name, case in EQUAL.items()},
+    "whole": kept(SAVED, "whole"),
+    "stopped": kept(SAVED, "broken", stop=3),
+    "not resumed": kept(SAVED, "broken"),
+    "resumed": kept(SAVED, "broken", resume=True),
+    "as the command": ["llama, tied", {"method": "npo", "epochs": 30}, {}],
+    "bf16 whole": kept(BF16, "bf16 whole"),
+    "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
+    # The newest one is damaged in what the last process alone has read: all go back to the one before.
+    "bf16 resumed": kept(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    # The clock of the first process goes 4 minutes a step, that of the other one stands still.
+    "by time": kept(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
+    "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
+    "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
+    **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
+    **{f"odd, {name}": ["llama, tied", {}, {"output": "odd", "save_every": 2, "odd": odd}] for name, (odd, _) in ODD.items()},
+}
+
+
+def torchrun(*words, processes=2):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]  # on a port of its own
+    command = [sys.executable, *launcher, "-m", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def ended(process):
+    """Exit status, and what it has printed."""
+    try:
+        out, errors = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return process.returncode, out, errors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "cases.json").write_text(json.dumps(list(CASES.values())))
+    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder))
+    assert status == 0, errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What each of the two processes has found, by case."""
+    numbers = enumerate(CASES)
+    return {name: [torch.load(folder / f"{n}.{rank}.pt", weights_only=True) for rank in (0, 1)] for n, name in numbers}
+
+
+def lasting(records):
+    return [{name: value for name, value in record.items() if name not in VOLATILE} for record in records]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_are_one(found, name):
+    """To fp32 rounding, relative to how far the weights have moved; and both keep the same log."""
+    family, options = EQUAL[name]
+    first, second = found[name]
+    records, weights = run(family, options)
+    assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
+    start, got = tiny_model(family).state_dict(), first["weights"]
+    assert list(got) == list(weights)
+    moved = sum((weights[n] - start[n]).double().square().sum() for n in weights).sqrt()
+    off = sum((weights[n] - got[n]).double().square().sum() for n in weights).sqrt()
+    assert moved > 0 and off <= 1e-4 * moved, f"{off / moved:.1e}"  # 5e-6 as measured; AdamW's first steps amplify rounding
+    for one, two in zip(lasting(records), lasting(first["records"]), strict=True):
+        assert list(one) == list(two)
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5), one["step"]
+
+
+def equal(one, two):
+    assert list(one["weights"]) == list(two["weights"]) and lasting(one["records"]) == lasting(two["records"])
+    return all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
+
+
+def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
+    """The generators of both processes are where they were; of bf16 weights the 8 more bits too, and the noise goes on."""
+    for prefix in ("", "bf16 "):
+        (whole, _), (resumed, second) = found[f"{prefix}whole"], found[f"{prefix}resumed"]
+        for rank in found[f"{prefix}stopped"]:
+            assert rank["error"] == "Stopped" and rank["text"].endswith(
+                "stopped after step 3 of 4; with --resume it goes on after step 3"
+            )
+        assert equal(whole, resumed) and lasting(second["records"]) == lasting(whole["records"])
+        assert not (folder / f"{prefix}broken" / "checkpoints").exists()
+    dry = found["tied head, sums of sequences"][0]
+    assert not equal({**dry, "records": []}, {**found["whole"][0], "records": []})  # dropout did something
+    assert [rank["seed"] for rank in found["whole"]] == [0, 1]  # of another dropout in each
+    assert [rank["text"].split(":")[0] for rank in found["not resumed"]] == ["output", "output"]
+    told = found["bf16 resumed"][0]["warnings"]
+    assert len(told) == 1 and "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in told[0]
+
+
+def test_all_processes_save_by_the_clock_of_the_first(found):
+    """They would wait for each other for ever if each looked at its own."""
+    assert [rank["saved"] for rank in found["by time"]] == [[2, 4], [2, 4]]
+    assert equal(found["by time"][0], found["whole"][0])
+
+
+def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(found, folder):
+    for rank in found["full disk"]:
+        assert rank["error"] == "OSError"
+        told = "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
+        assert rank["text"].endswith(told)
+    assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_the_reference_is_computed_in_the_same_way_and_kept_once(found, folder):
+    """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
+    (path,) = (folder / "cache").iterdir()
+    before = path.stat().st_mtime_ns
+    records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
+    assert [p.stat().st_mtime_ns for p in (folder / "cache").iterdir()] == [before]
+    assert found["cached"][0]["records"][0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
+
+
+def test_what_is_saved_is_a_plain_model(found, folder):
+    """Safetensors with plain names, each tensor once, that transformers loads."""
+    got = AutoModelForCausalLM.from_pretrained(folder / "bf16 whole", dtype="auto").state_dict()
+    want = found["bf16 whole"][0]["weights"]
+    assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
+    assert json.loads((folder / "bf16 whole" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert (folder / "bf16 whole" / "model.safetensors").stat().st_size < 1.1 * 2 * sum(
+        p.numel() for p in tiny_model("llama, tied").parameters()
+    )  # the tied head is not there twice
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(found, folder, name):
+    for rank in found[f"refused, {name}"]:
+        assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_processes_that_are_not_to_do_the_same_end_all(found, folder, name):
+    """With another lr, seed or data the run ended with status 0 and another result; with other epochs it never ended."""
+    for rank in found[f"odd, {name}"]:
+        assert rank["error"] == "ArgumentError" and rank["text"].startswith(ODD[name][1])
+        assert rank["text"].endswith("give every process the same options, files and library versions")
+    assert not (folder / "odd").exists()
+
+
+def test_what_differs_is_named_with_its_values_and_processes():
+    alike = {"lr": 1e-3, "torch": "2.11", "content of forget": "ab"}
+    check_alike([alike, dict(alike), dict(alike)])
+    check_alike([{"x": float("nan")}] * 2)
+    check_alike([{"method_options": {"beta": 1, "alpha": 2}}, {"method_options": {"alpha": 2, "beta": 1}}])
+    for changes, told in (
+        ([{}, {"lr": 2e-3, "content of forget": "cd"}, {}], "lr: expected the same in all 3 processes, got 0.001 in processes "
+         "0 2, 0.002 in process 1;"),
+        ([{"content of forget": "cd"}, {}, {}], "content of forget: .* got 'cd' in process 0, 'ab' in processes 1 2;"),
+        ([{}, {}, {"torch": "2.13"}], "torch: .* got '2.11' in processes 0 1, '2.13' in process 2;"),
+        ([{}, {"peft": "0.21"}, {}], "peft: .* got nothing in processes 0 2, '0.21' in process 1;"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            check_alike([alike | change for change in changes])
+
+
+def test_what_is_refused_without_a_run():
+    with pytest.raises(ValueError, match="method: expected another one than 'influence' with several processes"):
+        check_supported(UnlearnConfig(method="influence"))
+    with pytest.raises(ValueError, match="lora_rank: expected None with several processes, got 4"):
+        check_supported(UnlearnConfig(), adapters={"rank": 4})
+
+
+def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
+    """Its head is in pieces where the loss takes it."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model = torch.distributed.fsdp.fully_shard(tiny_model("llama, tied"), mesh=mesh)
+        with pytest.raises(
+            ValueError, match="model: expected a whole model, got one in shards; .*soul.distributed.processes.shard"
+        ):
+            unlearn(model, tiny_tokenizer(), examples(2), examples(2), UnlearnConfig())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_other_commands_are_refused(monkeypatch, capsys):
+    """N processes would each do the whole of it, into one directory."""
+    for name, value in zip(TORCHRUN, ("1", "1", "2", "localhost", "1")):
+        monkeypatch.setenv(name, value)
+    assert main(["info"]) == 2
+    assert "torchrun: expected 'soul unlearn', got 'soul info'; start it without" in capsys.readouterr().err
+
+
+WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
+
+
+@pytest.mark.parametrize("name, value, told", [
+    ("WORLD_SIZE", "two", r"WORLD_SIZE: expected a whole number >= 1, got 'two'; start all processes with torchrun"),
+    ("WORLD_SIZE", "-2", "WORLD_SIZE: expected a whole number >= 1, got '-2'"),
+    ("WORLD_SIZE", "0", "WORLD_SIZE: expected a whole number >= 1, got '0'"),
+    ("RANK", "2", "RANK: expected a whole number from 0 to 1 with WORLD_SIZE=2, got '2'"),
+    ("RANK", "", "RANK: expected a whole number from 0 to 1 with WORLD_SIZE=2, got ''"),
+    ("RANK", "-1", "RANK: expected a whole number from 0 to 1"), ("RANK", None, "RANK: .* got none; "),
+    ("LOCAL_RANK", "x", "LOCAL_RANK: expected a whole number from 0 to 1"), ("LOCAL_RANK", "7", "LOCAL_RANK: expected"),
+    ("MASTER_PORT", None, "MASTER_PORT: expected a whole number from 1 to 65535 with WORLD_SIZE=2, got none"),
+    ("MASTER_PORT", "99999", "MASTER_PORT: expected"), ("MASTER_PORT", "1.5", "MASTER_PORT: expected"),
+    ("MASTER_ADDR", None, "MASTER_ADDR: expected a host name with WORLD_SIZE=2, got none"),
+    ("MASTER_ADDR", " ", "MASTER_ADDR: expected a host name"),
+])  # fmt: skip
+def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, told, monkeypatch, capsys):
+    """It ended in a traceback, in an endless wait, or in one process that took itself for the only one."""
+    for variable, good in WHOLE.items():
+        monkeypatch.setenv(variable, good)
+    assert launched() == 2
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=told):
+        launched()
+    assert main(["unlearn", "--model", "x", "--forget", "x", "--output", "x", "--device", "cpu"]) == 2
+    assert f"soul unlearn: {name}: expected" in capsys.readouterr().err
+
+
+def test_without_several_processes_the_variables_say_nothing(monkeypatch):
+    for variable, value in zip(TORCHRUN, ("x", "x", "1", "", "x")):
+        monkeypatch.setenv(variable, value)
+    assert launched() == 1
+    monkeypatch.delenv("WORLD_SIZE")
+    assert launched() == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
+    for variable, value in zip(TORCHRUN, (rank, rank, "2", "127.0.0.1", str(free_port()))):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    begun, told = time.monotonic(), r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
+    with pytest.raises(ValueError, match=told), started(torch.device("cpu")):
+        raise AssertionError("there is a group of one process")
+    assert time.monotonic() - begun < 60 and not torch.distributed.is_initialized()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Model and data for the command: those of the worker."""
+    place = tmp_path_factory.mktemp("command")
+    tiny_model("llama, tied").save_pretrained(place / "model")
+    tiny_tokenizer().save_pretrained(place / "model")
+    rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(12)]
+    (place / "forget.jsonl").write_text("".join(rows[:5]))
+    (place / "retain.jsonl").write_text("".join(rows[5:]))
+    return place
+
+
+def words(place, output, *more):
+    given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
+    paths = [word for name, value in given.items() for word in (f"--{name}", place / value)]
+    how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
+    return ["soul", "unlearn", *paths, *how.split(), *more]
+
+
+def test_the_command_ends_with_status_2_in_every_process_that_differs(place):
+    """As on two machines, where somebody has typed another number."""
+    port, processes = free_port(), []
+    for rank, epochs in enumerate(("1", "2")):
+        variables = dict(zip(TORCHRUN, (str(rank), str(rank), "2", "127.0.0.1", str(port))))
+        environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", *map(str, words(place, "odd", "--epochs", epochs))]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
+    for process in processes:
+        status, _, errors = ended(process)
+        assert status == 2, errors
+        assert "soul unlearn: epochs: expected the same in all 2 processes, got 1 in process 0, 2 in process 1; " in errors
+    assert not (place / "odd").exists()
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def children(pid):
+    return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
+def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(found, place):
+    """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
+    process = torchrun(*words(place, "broken", "--resume"))  # from the start, where there is nothing yet
+    until = time.monotonic() + TIMEOUT
+    while len(lines(place / "broken" / "log.jsonl")) < 10:
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(children(process.pid)[-1], signal.SIGKILL)
+    status, _, errors = ended(process)
+    assert status == 1 and "SIGKILL" in errors
+    assert not (place / "broken" / "model.safetensors").exists()
+    shutil.copytree(place / "broken", place / "three")
+
+    two = torchrun(*words(place, "broken", "--resume"))
+    three = torchrun(*words(place, "three", "--resume"), processes=3)
+    whole = found["as the command"][0]
+    for process, output, tolerance in ((two, place / "broken", 0.0), (three, place / "three", 1e-5)):
+        status, out, errors = ended(process)
+        assert status == 0, errors
+        assert out.count("probability of a forget answer") == 1  # one process speaks
+        assert ("processes was 2 and is 3: last bits may differ" in errors) == (tolerance > 0)
+        weights = safetensors.torch.load_file(output / "model.safetensors")
+        records = [json.loads(line) for line in lines(output / "log.jsonl")]
+        assert len(records) == 60 and not (output / "checkpoints").exists()
+        for one, other in zip(lasting(whole["records"]), lasting(records), strict=True):
+            assert other == (pytest.approx(one, rel=1e-3, abs=1e-5) if tolerance else one)
+        for name, tensor in weights.items():
+            assert torch.allclose(tensor, whole["weights"][name], rtol=0, atol=tolerance), name
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def sharded_run(checkpoints):
+    """One run of 6 steps of a model in shards; its log."""
+    model = distributed.shard(tiny_model(), torch.device("cpu"))
+    config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
+    records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
+    return [record["loss"] for record in records]
+
+
+def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_no_other_run(group_of_one, tmp_path):
+    """As in tests/checkpoint/test_resume.py; files of one process, by the code of several."""
+    want = sharded_run(ShardedCheckpoints(tmp_path, every=2))
+    path = tmp_path / "step-6" / "training.json"
+    whole = path.read_bytes()
+    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    for position in range(begin, whole.index(b'"environment"'), 23):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 7]) + whole[position + 1 :])
+        ShardedCheckpoints(tmp_path, resume=True).check(described)
+    path.write_bytes(whole.replace(b'"lr": 0.001', b'"lr": 0.003', 1))
+    with pytest.warns(UserWarning, match="step-6: damaged .checksum of training.json.; trying the one before it"):
+        assert sharded_run(ShardedCheckpoints(tmp_path, resume=True)) == want
+
+
+def test_an_error_while_the_last_sharded_checkpoints_are_removed_does_not_hide_the_model(group_of_one, tmp_path, monkeypatch):
+    """At each of the removals; what is left has no name of a checkpoint, or is whole."""
+    sharded_run(ShardedCheckpoints(tmp_path / "run" / "checkpoints", every=3))
+    (tmp_path / "run" / "config.json").write_text("{}")  # of the model, which is saved before
+    for number in range(10):
+        output, left = tmp_path / f"removed {number}", [number]
+        shutil.copytree(tmp_path / "run", output)
+        checkpoints = ShardedCheckpoints(output / "checkpoints")
+
+        def unlink(*args, left=left, real=os.unlink, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(*args, **options)
+
+        assert not has_ended(output, checkpoints)
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr(os, "unlink", unlink)
+            checkpoints.end(output)
+        assert has_ended(output, checkpoints) and (output / "soul_ended.txt").is_file()
+        if not caught:  # nothing was left to remove
+            assert number == 4 and not checkpoints.directory.exists()
+            break
+        assert "could not be removed" in str(caught[0].message) and not checkpoints.steps()

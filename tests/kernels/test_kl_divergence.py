@@ -1,0 +1,223 @@
+"""The row kernels of the divergences against fp64; the op on hidden states is in ``test_linear_kl``."""
+
+import functools
+
+import pytest
+import torch
+
+from soul_kernels._head import rows as head_rows
+from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
+from soul_kernels.reference import kl_divergence as reference
+from soul_kernels.reference.token_logprob import token_logprob, transformed
+from soul_kernels.token_logprob import STATISTICS_CONFIG, token_statistics
+from tests.support import tolerances as tol
+from tests.support.helpers import assert_close, assert_rows_close, mutant
+
+
+@pytest.fixture
+def row_functions(backend, monkeypatch):
+    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    functions = head_rows.row_functions(backend)
+    for name in ("token_statistics", "divergence_statistics", "divergence_gradient"):
+        monkeypatch.setitem(globals(), name, getattr(functions, name))
+
+
+def run(logits, ref_logits, labels, coefficients, weights, *, statistics_op=None, gradient_op=None,
+        out=None, strengths=None, kind="kl", **transform):  # fmt: skip
+    both = [torch.empty(4, len(labels), device=logits.device) for _ in range(2)]
+    for raw, statistics in zip((logits, ref_logits), both):
+        token_statistics(raw, labels, statistics, **transform)
+    divergences = torch.full((2, len(labels)), float("nan"), device=logits.device)
+    options = dict(strengths=strengths, kind=kind, **transform)
+    (statistics_op or divergence_statistics)(logits, ref_logits, labels, *both, divergences, **options)
+    out = torch.full_like(logits, float("nan")) if out is None else out
+    (gradient_op or divergence_gradient)(logits, ref_logits, labels, *both, divergences, coefficients, weights, out, **options)
+    return divergences, out
+
+
+def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None, kind="kl", **transform):
+    """Definition in fp64, without the care for small values that fp32 needs: KL as sum q (log q - log p)."""
+    leaf = logits.double().requires_grad_()
+    z, z_ref = (transformed(t, **transform) for t in (leaf, ref_logits.double()))
+    log_p, log_q = z.log_softmax(1), reference.reference_distribution(z_ref, labels, strengths)
+    if kind == "kl":
+        value = (log_q.exp() * torch.where(log_q.exp() > 0, log_q - log_p, 0.0)).sum(1)
+    else:
+        value = -(log_p.exp() * torch.log(log_q.exp() + 1e-12)).sum(1)
+    loss = (token_logprob(z, labels) * coefficients + value * weights).sum()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return torch.stack([value.detach(), reference.entropy(log_q)]), gradient
+
+
+def run_reference(logits, ref_logits, labels, coefficients, weights, *, strengths=None, kind="kl"):
+    """What `run` returns, of the reference in fp32 under autograd."""
+    leaf = logits.clone().requires_grad_()
+    log_q = reference.reference_distribution(ref_logits, labels, strengths)
+    value = reference.kl_divergence(leaf, labels, log_q, kind)
+    (gradient,) = torch.autograd.grad((token_logprob(leaf, labels) * coefficients + value * weights).sum(), leaf)
+    return torch.stack([value.detach(), reference.entropy(log_q)]), gradient
+
+
+def log_of_sum_error(n_vocab):
+    """Bound on the error of the logarithm of a row's sum where one term, exp(0) = 1, is nearly all of it.
+
+    Each addition that this term takes part in rounds to a multiple of 2^-23, by 2^-24 at most. A compiled kernel makes 7 of
+    them in a thread of the block and 9 between its 512 threads; numpy, which serves the interpreter, makes 15 + 3 in a leaf of
+    128 terms and 5 between leaves. One more for each block, and one for the label.
+    """
+    return (24 + -(-n_vocab // STATISTICS_CONFIG["BLOCK"])) * 2**-24
+
+
+def check(device, n_vocab=4099, distance=1.0, kind="kl", strengths=None, spread=3.0, limit=tol.GRAD_OBJECTIVE, **options):
+    transform = {name: options.pop(name) for name in ("logit_scale", "softcap") if name in options}
+    logits = torch.randn(5, n_vocab, device=device) * spread
+    ref_logits = logits + torch.randn(5, n_vocab, device=device) * distance
+    labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab // 3, 0], device=device)
+    coefficients = torch.tensor([0.0, 0.0, 1.0, -0.5, 2.0], device=device)
+    weights = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0], device=device)
+    if strengths is not None:
+        strengths = torch.tensor(strengths, device=device)
+    arguments = (logits, ref_logits, labels, coefficients, weights)
+    divergences, gradient = run(*arguments, strengths=strengths, kind=kind, **transform, **options)
+    want, want_gradient = oracle(*arguments, strengths=strengths, kind=kind, **transform)
+    assert (divergences[0] >= 0).all() or kind == "soul_kl"  # -log(1 + 1e-12) of a certain token
+    # Beside the label each log q carries the error of the logarithm of the sum: an entropy close to 0 is known to that.
+    allowed = limit * want.abs() + torch.tensor([[1e-9], [log_of_sum_error(n_vocab)]], device=device)
+    assert ((divergences.double() - want).abs() <= allowed).all(), "value"
+    assert_rows_close(gradient, want_gradient, tol.WORST_ROW_FP32 + limit, "dlogits")
+    assert gradient.double().sum(1).abs().max() <= 1e-5 or transform  # a gradient of softmaxes sums to 0
+
+
+# 1 and 2: hardly a distribution. 129: a warp and one. 2048, 2049: one block, and one element more. 50257: a tail.
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("n_vocab", [1, 2, 129, 2048, 2049, 50257])
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_every_vocabulary_size(kind, n_vocab, device):
+    check(device, n_vocab, kind=kind)
+
+
+# KL of about 5e-7, where the sum of q (log q - log p) has lost everything in fp32, to 50, where expm1(-d) overflows.
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("distance, limit", [(1e-3, 5e-3), (0.1, 1e-4), (10.0, tol.GRAD_OBJECTIVE), (60.0, tol.GRAD_OBJECTIVE)])
+def test_from_close_to_far(distance, limit, device):
+    # The rounding of z and of log-sum-exp, 1e-6, is a thousandth of the differences at 1e-3.
+    check(device, distance=distance, limit=limit)
+
+
+def test_entropy_of_a_reference_that_is_nearly_certain(device):
+    torch.manual_seed(138)  # of 400 in the interpreter, the one whose sum is off the most where the entropy is small: 4.5 2^-24
+    check(device, distance=10.0)
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_lowered_labels(kind, device):
+    """UNDIAL's teacher: some rows untouched, some with a little off, one whose label is out of the race."""
+    check(device, kind=kind, strengths=[0.0, 0.5, 3.0, 10.0, 200.0])
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("kind", reference.KINDS)
+def test_capped_and_scaled_logits(kind, device):
+    check(device, kind=kind, strengths=[0.0, 1.0, 3.0, 0.0, 5.0], spread=20.0, logit_scale=0.5, softcap=8.0)
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("strengths", [None, [4.0] * 4])
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize("rest", [1e-4, 1e-9])
+def test_memorised_by_both(rest, kind, strengths, device):
+    """p and q of the label are 1 but for 1e-9: value, entropy and gradient keep their relative accuracy."""
+    labels = torch.randint(5000, (4,), device=device)
+    both = []
+    for _ in range(2):
+        logits = torch.randn(4, 5000, device=device)
+        others = logits.double().scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+        both.append(logits.scatter(1, labels[:, None], (others - torch.log(torch.tensor(rest).double())).float()[:, None]))
+    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    strengths = None if strengths is None else torch.tensor(strengths, device=device)
+    divergences, gradient = run(*both, labels, zeros, weights, kind=kind, strengths=strengths)
+    want, want_gradient = oracle(*both, labels, zeros, weights, kind=kind, strengths=strengths)
+    assert_close(divergences, want, tol.ONE_MINUS_P, "divergence and entropy")
+    assert ((divergences.double() - want).abs() <= 2 * tol.ONE_MINUS_P * want).all()
+    assert_rows_close(gradient, want_gradient, 2 * tol.ONE_MINUS_P, "dlogits")
+
+
+@pytest.mark.parametrize("n_vocab, backend", [(50257, "triton"), (50257, "torch"), (50257, "reference"), (128256, "reference")])
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("strengths", [None, [0.0, 1.0, 3.0, 5.0]])
+@pytest.mark.parametrize("distance", [1.0, 1e-2])
+def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, device):
+    """Where p and q of the label are about 1/V, its gradient p - q is as exact as that of any other token.
+
+    1 - p and 1 - q are then close to 1, and their difference would carry the rounding of 1: 6e-8 against p of 2e-5.
+    """
+    logits = torch.randn(4, n_vocab, device=device)
+    ref_logits = logits + torch.randn(4, n_vocab, device=device) * distance
+    labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab // 3], device=device)
+    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    strengths = None if strengths is None else torch.tensor(strengths, device=device)
+    op = run_reference if backend == "reference" else run
+    _, gradient = op(logits, ref_logits, labels, zeros, weights, strengths=strengths)
+    _, want = oracle(logits, ref_logits, labels, zeros, weights, strengths=strengths)
+    p = logits.double().softmax(1)
+    error = ((gradient.double() - want).abs() / p).gather(1, labels[:, None])
+    # The logits of size 5 and the logarithms of the sums, 11, are rounded by 1e-6 at most; so p and q are.
+    larger = (want.abs() / p).gather(1, labels[:, None]).clamp(min=1.0)  # q may be larger than p
+    assert (error <= 1e-5 * larger).all(), error
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_equal_distributions_are_exactly_zero_apart(device):
+    logits = torch.randn(4, 5000, device=device) * 5
+    labels, ones = torch.arange(4, device=device), torch.ones(4, device=device)
+    divergences, gradient = run(logits, logits.clone(), labels, 0 * ones, ones)
+    assert (divergences[0] == 0).all() and (gradient == 0).all()
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_masked_entries_ignored_rows_and_low_precision(device):
+    logits, ref_logits = (torch.randn(3, 4100, device=device) for _ in range(2))
+    logits[0, 100:], ref_logits[0, 100:] = -torch.inf, -torch.inf  # entries that no model can say
+    ref_logits[1, 4000:] = -torch.inf  # that the reference cannot say
+    logits[2], ref_logits[2] = float("nan"), float("nan")
+    labels = torch.tensor([5, 7, -100], device=device)
+    ones = torch.ones(3, device=device)
+    divergences, want = run(logits, ref_logits, labels, ones, ones)
+    assert torch.isfinite(divergences).all() and torch.isfinite(want).all() and (want[2] == 0).all()
+    expected, _ = oracle(logits[1:2], ref_logits[1:2], labels[1:2], ones[1:2], ones[1:2])
+    assert_close(divergences[0, 1:2], expected[0], tol.GRAD_OBJECTIVE, "KL")
+    low = torch.full((3, 4160), float("nan"), device=device, dtype=torch.bfloat16)
+    run(logits, ref_logits, labels, ones, ones, out=low[:, :4100])
+    assert torch.equal(low[:, :4100], want.bfloat16()) and low[:, 4100:].isnan().all()
+    copy = logits.clone()
+    assert torch.equal(run(copy, ref_logits, labels, ones, ones, out=copy)[1], want)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("far = q * (d - 1.0) + p", "far = q * d"),
+    ("near = q * d * d * (0.5", "near = q * d * d * (1.0"),
+    ("ref_rest - rest, label_p", "rest - ref_rest, label_p"),
+    ("label_difference, p - q)", "p - q, p - q)"),  # 1 - p is lost
+    # The digits of an unlikely label's p are lost.
+    ("tl.where(rest < 0.5, ref_rest - rest, label_p - tl.exp(label_log_q))", "ref_rest - rest"),
+    ("label_difference, p - q)", "label_difference, q - p)"),
+    ("_surprise(log_q) - divergence", "_surprise(log_q)"),
+    ("tl.where(columns == label, ref_z - lowered, ref_z)", "ref_z - lowered"),
+    ("total = others + at_label", "total = total"),
+    ("tl.where(columns == label, label_log_q, ", "tl.where(columns == label, ref_gap - ref_log_total, "),
+    ("coefficient * tl.where(is_label, rest, -p)", "0.0 * p"),
+    ("gradient += weight * tl.where", "gradient += tl.where"),
+    ("times_slope(gradient, raw,", "times_slope(gradient, 0.0 * raw,"),
+])  # fmt: skip
+def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
+    broken = mutant("soul_kernels.kl_divergence", old, new, tmp_path)
+    ops = dict(statistics_op=broken.divergence_statistics, gradient_op=broken.divergence_gradient)
+    monkeypatch.setitem(globals(), "run", functools.partial(run, **ops))
+    with pytest.raises(AssertionError):
+        for kind in reference.KINDS:
+            test_every_vocabulary_size(kind, 2049, device)
+            test_lowered_labels(kind, device)
+            test_capped_and_scaled_logits(kind, device)
+            test_memorised_by_both(1e-9, kind, [4.0] * 4, device)
+        test_gradient_at_an_unlikely_label(1e-2, None, 50257, "triton", device)

@@ -1,0 +1,227 @@
+import functools
+
+import pytest
+import torch
+
+from soul_kernels._head import rows as head_rows
+from soul_kernels.backends import runs_on_cpu
+from soul_kernels.reference import token_logprob as reference
+from soul_kernels.reference.token_logprob import token_logprob
+from soul_kernels.token_logprob import token_gradient, token_statistics
+from tests.support import tolerances as tol
+from tests.support.helpers import assert_rows_close, mutant
+
+# 1: nothing beside the label. 127 to 129: around a warp's worth. 4096, 4097: one block, and one element more.
+# 32003, 50257: odd vocabularies of real models.
+VOCABULARIES = (1, 2, 17, 127, 128, 129, 4096, 4097, 32003, 50257)
+
+
+@pytest.fixture
+def row_functions(backend, monkeypatch):
+    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    functions = head_rows.row_functions(backend)
+    for name in ("token_statistics", "token_gradient"):
+        monkeypatch.setitem(globals(), name, getattr(functions, name))
+
+
+def run(logits, labels, coefficients, out=None, statistics_op=None, gradient_op=None):
+    statistics = torch.full((4, len(labels)), float("nan"), device=logits.device)
+    (statistics_op or token_statistics)(logits, labels, statistics)
+    out = torch.full_like(logits, float("nan")) if out is None else out
+    (gradient_op or token_gradient)(logits, labels, statistics, coefficients, out)
+    return statistics, out
+
+
+def oracle(logits, labels, coefficients):
+    leaf = logits.double().requires_grad_()
+    logp = token_logprob(leaf, labels)
+    (gradient,) = torch.autograd.grad(logp, leaf, coefficients.double())
+    return logp.detach(), gradient
+
+
+def peaked(n, n_vocab, rest, device):
+    """Rows whose label has probability 1 - rest, with the rest spread unevenly over the other entries."""
+    labels = torch.randint(n_vocab, (n,), device=device)
+    logits = torch.randn(n, n_vocab, device=device)
+    others = logits.double().scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    at_label = others + torch.log1p(torch.tensor(-rest, dtype=torch.float64)) - torch.log(torch.tensor(rest).double())
+    return logits.scatter(1, labels[:, None], at_label.float()[:, None]), labels
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("n_vocab", VOCABULARIES)
+def test_every_vocabulary_size(n_vocab, device):
+    logits = torch.randn(5, n_vocab, device=device) * 4
+    labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, 0, n_vocab - 1], device=device)
+    coefficients = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0], device=device)
+    statistics, gradient = run(logits, labels, coefficients)
+    logp, want = oracle(logits, labels, coefficients)
+    assert (statistics[0].double() - logp).abs().max() <= tol.LOGP_ABS
+    assert_rows_close(gradient, want, tol.WORST_ROW_FP32, "dlogits")
+    assert gradient.double().sum(1).abs().max() <= 1e-5  # a softmax gradient sums to 0
+
+
+# From a flat guess to memorised text, where unlearning starts.
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("rest", [1 - 1e-4, 0.5, 1e-2, 1e-4, 1e-7, 1e-10])
+def test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device):
+    logits, labels = peaked(6, 5000, rest, device)
+    statistics, gradient = run(logits, labels, torch.ones(6, device=device))
+    logp, want = oracle(logits, labels, torch.ones(6, device=device))
+    exact = -torch.expm1(logp)
+    assert ((statistics[3].double() - exact) / exact).abs().max() <= tol.ONE_MINUS_P
+    assert ((statistics[0].double() - logp) / logp).abs().max() <= tol.ONE_MINUS_P
+    assert_rows_close(gradient, want, tol.WORST_ROW_FP32, "dlogits")
+    naive = 1 - logits.softmax(1).gather(1, labels[:, None])[:, 0].double()
+    if rest <= 1e-7:  # what the field computes is lost here: the test can tell the difference
+        assert ((naive - exact) / exact).abs().max() > 100 * tol.ONE_MINUS_P
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_extreme_logits(device):
+    logits = torch.full((4, 300), -80.0, device=device)
+    logits[0, 5], logits[1, 7], logits[2, :] = 80.0, 80.0, 80.0
+    logits[3, 100:] = -torch.inf  # vocabulary entries that are masked out
+    labels = torch.tensor([5, 8, 0, 1], device=device)
+    statistics, gradient = run(logits, labels, torch.ones(4, device=device))
+    want = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    assert (statistics[0].double() - want).abs().max() <= 1e-4  # |log p| is up to 160 here
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_ignored_rows_are_zero_and_foreign_labels_are_nan(device):
+    logits = torch.randn(4, 200, device=device)
+    logits[0] = float("nan")  # hidden states of padding may be anything
+    labels = torch.tensor([-100, 7, 200, -1], device=device)
+    statistics, gradient = run(logits, labels, torch.ones(4, device=device))
+    assert statistics[0, 0] == 0 and statistics[0, 2:].isnan().all()
+    assert (gradient[[0, 2, 3]] == 0).all() and (gradient[1] != 0).all()
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_nan_logits_surface(device):
+    logits = torch.randn(2, 200, device=device)
+    logits[1, 150] = float("nan")
+    statistics, _ = run(logits, torch.tensor([3, 3], device=device), torch.ones(2, device=device))
+    assert statistics[0].isnan().tolist() == [False, True]
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_in_place_and_low_precision_outputs(device):
+    logits, labels = torch.randn(3, 4200, device=device), torch.tensor([1, 4199, 77], device=device)
+    coefficients = torch.randn(3, device=device)
+    _, want = run(logits, labels, coefficients)
+    buffer = torch.full((3, 4224), float("nan"), device=device, dtype=torch.bfloat16)  # padded rows
+    _, rounded = run(logits, labels, coefficients, out=buffer[:, :4200])
+    assert torch.equal(rounded, want.bfloat16()) and buffer[:, 4200:].isnan().all()
+    copy = logits.clone()
+    _, in_place = run(copy, labels, coefficients, out=copy)
+    assert torch.equal(in_place, want)
+
+
+@pytest.mark.skipif(not runs_on_cpu(), reason="4 GiB a matrix: untouched memory costs nothing on the CPU only")
+def test_rows_beyond_two_to_the_31(monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # with NaN: it would be touched
+    rows, stride = 3, 2**30 + 64  # row 2 starts beyond 2^31 elements
+    logits = torch.empty(2 * stride + 64, dtype=torch.float16).as_strided((rows, 50), (stride, 1))
+    logits.copy_(torch.randn(rows, 50))
+    labels = torch.tensor([1, 2, 3])
+    statistics, _ = run(logits, labels, torch.ones(rows), out=torch.empty(rows, 50))
+    want = logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+    assert (statistics[0].double() - want).abs().max() <= tol.LOGP_ABS
+
+
+# Capped as Gemma 2 does, scaled as Cohere and Granite do, both; a cap far below the logits, where tanh saturates.
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("logit_scale, softcap", [(1.0, 30.0), (0.0625, None), (-2.0, 5.0), (1.0, 0.5)])
+def test_capped_and_scaled_logits(logit_scale, softcap, device):
+    raw = torch.randn(4, 4100, device=device) * 20  # a tail of 4 columns: what lies beyond must not be capped into the sum
+    labels = torch.tensor([0, 4099, 7, -100], device=device)
+    transform = dict(logit_scale=logit_scale, softcap=softcap)
+    statistics, out = torch.empty(7, 4, device=device), torch.full_like(raw, float("nan"))
+    token_statistics(raw, labels, statistics, **transform)
+    token_gradient(raw, labels, statistics, torch.ones(4, device=device), out, **transform)
+    leaf = raw.double().requires_grad_()
+    logits = reference.transformed(leaf, **transform)
+    logp = token_logprob(logits[:3], labels[:3])
+    (want,) = torch.autograd.grad(logp.sum(), leaf)
+    assert (statistics[0, :3].double() - logp).abs().max() <= 2 * tol.LOGP_ABS
+    assert_rows_close(out, want, 2 * tol.WORST_ROW_FP32, "dlogits")
+    check_all_statistics(statistics[:, :3], logits[:3], labels[:3], but="hits")  # where tanh saturates, logits tie in fp32
+
+
+def check_all_statistics(statistics, logits, labels, but=None):
+    want = reference.token_statistics(logits, labels)
+    got = (statistics[0], statistics[1] + statistics[2].log(), *statistics[4:])
+    for name, a, b in zip(want._fields, got, want):
+        assert name == but or ((a.double() - b).abs() <= 1e-4 * (0.2 + b.abs())).all(), (
+            f"{name}: {(a.double() - b).abs().max():.1e}"
+        )
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("n_vocab", [1, 2, 129, 4097, 50257])  # one entry, a warp and one, a block and one, a real odd one
+def test_all_statistics(n_vocab, device):
+    """Flat to peaked rows, masked entries, labels anywhere, likely and not."""
+    logits = torch.randn(8, n_vocab, device=device) * torch.tensor([0.0, 0.1, 1, 3, 8, 3, 3, 30], device=device)[:, None]
+    logits[5:7, n_vocab // 2 + 1 :] = -torch.inf
+    labels = torch.randint(n_vocab // 2 + 1, (8,), device=device)
+    labels[2:7:2] = logits[2:7:2].argmax(1)
+    statistics = torch.empty(7, 8, device=device)
+    token_statistics(logits, labels, statistics)
+    check_all_statistics(statistics, logits.double(), labels)
+    basic = torch.empty(4, 8, device=device)
+    token_statistics(logits, labels, basic)
+    assert torch.equal(basic, statistics[:4])  # asking for more changes nothing
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_statistics_of_memorised_tokens_and_ties(device):
+    logits, labels = peaked(4, 5000, 1e-7, device)
+    logits[2:] = 0.0
+    logits[2, [10, 4500]], logits[3, [10, 4500]] = 5.0, 5.0  # the argmax is the first of equals, as in torch
+    labels[2:] = torch.tensor([10, 4500], device=device)
+    statistics = torch.empty(7, 4, device=device)
+    token_statistics(logits, labels, statistics)
+    want = reference.token_statistics(logits.double(), labels)
+    assert statistics[4].tolist() == want.hits.tolist() == [1.0, 1.0, 1.0, 0.0]
+    assert ((statistics[5].double() - want.entropies) / want.entropies).abs().max() <= tol.ONE_MINUS_P
+    assert ((statistics[6].double() - want.variances) / want.variances).abs().max() <= tol.ONE_MINUS_P
+
+
+@pytest.mark.parametrize("old, new", [
+    ("tl.where(columns == label, 0.0, tl.exp(z - new_max))", "tl.exp(z - new_max)"),  # the label counted twice
+    ("rescale * rest + ", "rest + "),
+    ("at_label, -tl.exp(z - row_max) * scale", "at_label, tl.exp(z - row_max) * scale"),
+    ("at_label = coefficient * tl.load", "at_label = tl.load"),
+    ("tl.load(statistics_ptr + 3 * statistics_stride + row)", "(1.0 - tl.exp(tl.load(statistics_ptr + row)))"),  # softmax - 1
+    ("log1p(rest), tl.log(total)", "tl.log(1.0 + rest), tl.log(total)"),
+    ("columns == label", "columns == label + 1"),
+    ("scale = coefficient / total", "scale = 1.0 / total"),
+])  # fmt: skip
+def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
+    broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
+    ops = dict(statistics_op=broken.token_statistics, gradient_op=broken.token_gradient)
+    monkeypatch.setitem(globals(), "run", functools.partial(run, **ops))
+    with pytest.raises(AssertionError):
+        test_every_vocabulary_size(4097, device)
+        for rest in (0.5, 1e-10):
+            test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("shift * (2.0 * sum1 + shift * rest)", "shift * (sum1 + shift * rest)"),
+    ("sum1 + shift * rest)", "sum1)"),
+    ("left_max < at_label", "left_max <= at_label"),
+    ("- exp_label * label_gap) / total", ") / total"),
+    ("- mean * mean", ""),
+    ("tl.where(exp > 0.0, z - new_max, 0.0)", "z - new_max"),
+])  # fmt: skip
+def test_mutants_of_the_other_statistics_do_not_pass(old, new, device, tmp_path, monkeypatch):
+    broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
+    monkeypatch.setitem(globals(), "token_statistics", broken.token_statistics)
+    with pytest.raises(AssertionError):
+        for n_vocab in (2, 50257):  # where the label weighs much, and where it weighs little
+            test_all_statistics(n_vocab, device)
+        test_statistics_of_memorised_tokens_and_ties(device)

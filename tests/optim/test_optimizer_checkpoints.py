@@ -1,0 +1,318 @@
+"""Checkpoints: of the published class, of this one, of others; resuming bit for bit."""
+
+import copy
+import io
+
+import pytest
+import torch
+
+from soul import SOUL, SophiaG
+from soul_kernels.reference.rounding import load_state
+from tests.support.helpers import assert_close
+from tests.support.optimizers import BRAIN, FLOAT, HALF, PublishedSophiaG, give_gradients, make, twin
+
+
+def test_loads_a_checkpoint_of_the_published_class_and_goes_on(device):
+    params = make(device)
+    others = twin(params)
+    published = PublishedSophiaG(others, lr=1e-3)
+    for _ in range(3):
+        give_gradients(params, others)
+        published.update_hessian()
+        published.step()
+    params = twin(others)
+    ours = SophiaG(params, lr=5.0, bs=5120)
+    buffer = io.BytesIO()
+    torch.save(published.state_dict(), buffer)
+    buffer.seek(0)
+    ours.load_state_dict(torch.load(buffer, weights_only=True))
+    assert ours.param_groups[0]["lr"] == 1e-3 and ours.param_groups[0]["eps"] == 1e-15
+    assert ours.state[params[0]]["step"] == 3
+    give_gradients(params, others)
+    ours.step(), published.step()
+    for p, q in zip(params, others):
+        assert_close(p, q, 1e-6, "p after loading")
+
+
+def through_torch_save(state_dict, tmp_path):
+    torch.save(state_dict, tmp_path / "optimizer.pt")
+    return torch.load(tmp_path / "optimizer.pt", weights_only=True)
+
+
+def through_safetensors(state_dict, tmp_path):
+    """Tensors flat, by index and name; options beside them."""
+    pytest.importorskip("safetensors")
+    from safetensors.torch import load_file, save_file
+
+    save_file({f"{i}.{n}": t for i, state in state_dict["state"].items() for n, t in state.items()}, tmp_path / "o.safetensors")
+    states = {}
+    for key, tensor in load_file(tmp_path / "o.safetensors").items():
+        index, name = key.split(".")
+        states.setdefault(int(index), {})[name] = tensor
+    return {"state": states, "param_groups": copy.deepcopy(state_dict["param_groups"])}
+
+
+@pytest.mark.parametrize("through", [through_torch_save, through_safetensors])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "compensated"])
+@pytest.mark.parametrize("state_dtype", [None, FLOAT, BRAIN, "8bit"], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
+def test_resume_is_bitwise(dtype, state_dtype, rounding, through, device, tmp_path):
+    """torch's own load_state_dict would cast every state, int8 codes and scales included, to the parameter's dtype."""
+    params = make(device, dtype, shapes=((40, 7), (300,), ()))
+    options = dict(bias_correction=True, rho="auto", seed=3, state_dtype=state_dtype, param_rounding=rounding)
+    opt = SophiaG(params, lr=1e-3, **options)
+    for _ in range(2):
+        give_gradients(params)
+        opt.update_hessian()
+        opt.step()
+    resumed_params = twin(params)
+    resumed = SophiaG(resumed_params, lr=9.0)  # options come from the checkpoint
+    resumed.load_state_dict(state_dict=through(opt.state_dict(), tmp_path))
+    for _ in range(2):
+        give_gradients(params, resumed_params)
+        for each in (opt, resumed):
+            each.update_hessian()
+            each.step()
+    assert torch.equal(opt.param_groups[0]["rho"], resumed.param_groups[0]["rho"])
+    for p, q in zip(params, resumed_params):
+        assert torch.equal(p, q)
+        assert opt.state[p].keys() == resumed.state[q].keys()
+        for name, value in opt.state[p].items():
+            assert value.dtype == resumed.state[q][name].dtype and torch.equal(value, resumed.state[q][name]), name
+
+
+def test_checkpoint_of_another_shape_is_refused():
+    a, b = SOUL(make()), SOUL(make(shapes=((4, 5), (7,), ())))
+    give_gradients(a.param_groups[0]["params"])
+    a.step()
+    b.param_groups[0]["lr"] = 0.5
+    give_gradients(b.param_groups[0]["params"])
+    b.step()
+    before = copy.deepcopy(b.state_dict())
+    with pytest.raises(ValueError, match=r"state_dict exp_avg: expected shape \(4, 5\), got \(40, 5\)"):
+        b.load_state_dict(a.state_dict())
+    after = b.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(after["state"][key][name], value) for name, value in state.items())
+
+
+def test_checkpoints_of_other_optimizers_and_with_bad_options_are_refused():
+    params = make()
+    opt = SOUL(params, lr=1e-3)
+    give_gradients(params)
+    opt.step()
+    adam = torch.optim.AdamW(others := twin(params))
+    give_gradients(params, others)
+    adam.step()
+    bad = copy.deepcopy(opt.state_dict())
+    bad["param_groups"][0]["rho"] = -1.0
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match="state_dict: expected states exp_avg, hessian, got exp_avg, exp_avg_sq, step"):
+        opt.load_state_dict(adam.state_dict())
+    with pytest.raises(ValueError, match="rho: expected"):
+        opt.load_state_dict(bad)
+    assert opt.state_dict()["param_groups"] == before["param_groups"]
+    assert torch.equal(opt.state[params[0]]["exp_avg"], before["state"][0]["exp_avg"])
+    opt.load_state_dict(before)
+    assert opt.clip_fraction() != opt.clip_fraction()  # NaN: the last step was another optimizer's
+
+
+def test_loading_keeps_what_the_checkpoint_does_not_say():
+    params = make()
+    published = PublishedSophiaG(twin(params), lr=1e-3)
+    ours = SophiaG([{"params": params, "bs": 7}], backend="reference")
+    ours.load_state_dict(published.state_dict())
+    assert ours.param_groups[0]["bs"] == 7 and ours.param_groups[0]["backend"] == "reference"
+    other = SophiaG(twin(params), backend="auto", rho=0.5)
+    other.load_state_dict(ours.state_dict())
+    assert other.param_groups[0]["backend"] == "auto" and other.param_groups[0]["rho"] == 0.04
+
+
+def test_load_hooks_see_and_change_the_checkpoint():
+    params = make(dtype=BRAIN)
+    a, b = SOUL(params, lr=1e-3), SOUL(twin(params), lr=1e-3)
+    give_gradients(params)
+    a.step()
+    seen = []
+
+    def double_hessian(optimizer, state_dict):
+        for state in state_dict["state"].values():
+            state["hessian"] = 2 * state["hessian"]
+        return state_dict
+
+    b.register_load_state_dict_pre_hook(double_hessian)
+    b.register_load_state_dict_post_hook(lambda optimizer: seen.extend(s["hessian"].dtype for s in optimizer.state.values()))
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    assert seen == [FLOAT] * 3  # the post-hook finds the states as they are going to stay
+    for p, q in zip(params, b.param_groups[0]["params"]):
+        assert torch.equal(b.state[q]["hessian"], 2 * a.state[p]["hessian"])
+
+
+def test_a_published_checkpoint_loads_into_any_storage():
+    params = make(shapes=((300,),))
+    published = PublishedSophiaG(params, lr=1e-3)
+    give_gradients(params)
+    published.update_hessian(), published.step()
+    for state_dtype, tolerance in ((FLOAT, 0.0), (BRAIN, 5e-3), ("8bit", 0.04)):
+        (param,) = other = twin(params, BRAIN)
+        opt = SophiaG(other, state_dtype=state_dtype, bias_correction=True)
+        opt.load_state_dict(published.state_dict())
+        state = opt.state[param]
+        for name in ("exp_avg", "hessian"):
+            value = load_state(state[name], state.get(f"{name}_scale"), name)
+            assert_close(value, published.state[params[0]][name], tolerance, f"{name} as {state_dtype}")
+        give_gradients(other)
+        opt.step()
+        assert param.isfinite().all() and state["low_bits"].any()
+
+
+def test_the_published_class_loads_our_checkpoint_and_goes_on():
+    params = make()
+    others = twin(params)
+    ours = SophiaG(params, lr=1e-3)
+    give_gradients(params)
+    ours.update_hessian(), ours.step()
+    others = twin(params)
+    published = PublishedSophiaG(others, lr=9.0)
+    published.load_state_dict(copy.deepcopy(ours.state_dict()))  # torch would share the tensors
+    give_gradients(params, others)
+    ours.step(), published.step()
+    for p, q in zip(params, others):
+        assert_close(p, q, 1e-6, "p after loading")
+
+
+def test_8_bit_states_load_into_another_memory_format():
+    """Groups are of neighbours in memory: codes that were copied by index would meet the wrong scales."""
+    params = make(shapes=((4, 6, 5, 7),))
+    opt = SOUL(params, state_dtype="8bit")
+    params[0].grad = torch.randn(4, 6, 5, 7) * torch.logspace(-4, 0, 6)[:, None, None]
+    opt.step()
+    (other,) = others = [params[0].detach().to(memory_format=torch.channels_last).requires_grad_()]
+    loaded = SOUL(others)
+    loaded.load_state_dict(opt.state_dict())
+    for name in ("exp_avg", "hessian"):
+        got, want = (
+            load_state(o.state[p][name], o.state[p][f"{name}_scale"], name) for o, p in ((loaded, other), (opt, params[0]))
+        )
+        assert_close(got, want, 0.04, name)
+
+
+def test_a_published_checkpoint_leaves_rho_auto():
+    params = make()
+    published = PublishedSophiaG(params, lr=1e-3, rho=0.5)
+    opt = SophiaG(twin(params), rho="auto", clip_target=0.3)
+    opt.load_state_dict(published.state_dict())
+    group = opt.param_groups[0]
+    assert group["clip_target"] == 0.3 and group["rho"].item() == pytest.approx(0.04) and group["lr"] == 1e-3
+
+
+def test_low_bits_of_another_model_are_refused():
+    params = make(dtype=BRAIN)
+    opt = SOUL(params)
+    give_gradients(params)
+    opt.step()
+    checkpoint = copy.deepcopy(opt.state_dict())
+    checkpoint["state"][0]["low_bits"] = torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"^state_dict low_bits: expected \(40, 5\) of torch.int8, got \(3,\)"):
+        opt.load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("kind, published_code", [(SophiaG, None), (SOUL, True), (SOUL, False)])
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+def test_an_export_to_the_published_class_goes_on_there(kind, published_code, state_dtype):
+    """With the same states and the same momentum, whatever ours are stored in; and it comes back."""
+    options = {} if published_code is None else {"published_code": published_code}
+    params = make(shapes=((300,), (7, 5)))
+    ours = kind(params, lr=torch.tensor(1e-3), betas=(0.81, 0.95), rho=0.5, bs=20, state_dtype=state_dtype, **options)
+    for _ in range(2):
+        give_gradients(params)
+        if kind is SophiaG:
+            ours.update_hessian()
+        ours.step()
+    exported = ours.export_published()
+    assert all(set(state) == {"step", "exp_avg", "hessian"} for state in exported["state"].values())
+    names = {"lr", "betas", "rho", "weight_decay", "maximize", "capturable", "params"}
+    assert set(exported["param_groups"][0]) == names and type(exported["param_groups"][0]["lr"]) is float
+    others = twin(params)
+    published = PublishedSophiaG(others, lr=9.0, soul=kind is SOUL)
+    published.load_state_dict(exported)
+    for p, q in zip(params, others):
+        for name in ("exp_avg", "hessian"):
+            state = ours.state[p]
+            assert torch.equal(load_state(state[name], state.get(f"{name}_scale"), name), published.state[q][name]), name
+            assert published.state[q][name].data_ptr() != state[name].data_ptr()
+    give_gradients(params, others)
+    ours.step(), published.step(bs=20)
+    for p, q in zip(params, others):
+        # After the step: 8-bit states have been rounded in ours, and the published class has none to round.
+        assert_close(p, q, 1e-5 if state_dtype is None else 1e-3, "p after the export")
+    back = kind(twin(params), state_dtype="8bit", **options | ({} if kind is SophiaG else {"published_code": True}))
+    back.load_state_dict(published.state_dict())
+    assert int(back.state[back.param_groups[0]["params"][0]]["step"]) == 3
+
+
+def test_codes_that_were_taken_for_values_are_refused():
+    """A plain state_dict with 8-bit states in the published class: nothing stops it there, and its states are nonsense."""
+    params = make(shapes=((300,),))
+    opt = SOUL(params, state_dtype="8bit", published_code=True)
+    give_gradients(params)
+    opt.step()
+    published = PublishedSophiaG(twin(params))
+    published.load_state_dict(copy.deepcopy(opt.state_dict()))
+    before = copy.deepcopy(opt.state_dict())
+    message = r"^state_dict exp_avg: expected codes in torch.uint8 beside exp_avg_scale, got torch.float32; .*export_published"
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(published.state_dict())
+    wrong = copy.deepcopy(before)
+    wrong["state"][0]["hessian"] = wrong["state"][0]["hessian"].to(torch.int8)
+    with pytest.raises(ValueError, match="^state_dict hessian: expected floating-point values, or codes in torch.uint8, got"):
+        opt.load_state_dict(wrong)
+    for name, value in opt.state[params[0]].items():
+        assert torch.equal(value, before["state"][0][name])
+
+
+def test_the_momentum_of_a_checkpoint_is_kept_or_refused():
+    """beta1 means itself or its square, as published_code says; the checkpoints of SOUL's own code do not say it."""
+    params = make()
+    published = PublishedSophiaG(params, betas=(0.9, 0.95), soul=True)
+    give_gradients(params)
+    published.step()
+    paper = SOUL(twin(params), betas=(0.5, 0.5))
+    with pytest.raises(ValueError, match="^published_code: expected True for a checkpoint of SOUL.s published code, got False"):
+        paper.load_state_dict(published.state_dict())
+    assert paper.param_groups[0]["betas"] == (0.5, 0.5) and not paper.state
+    marked = copy.deepcopy(published.state_dict())
+    marked["param_groups"][0]["published_code"] = False  # of other code, as the user knows
+    paper.load_state_dict(marked)
+    assert paper.param_groups[0]["betas"] == (0.9, 0.95)
+    code = SOUL(twin(params), published_code=True)
+    code.load_state_dict(published.state_dict())
+    assert code.param_groups[0]["published_code"] is True
+    for source, want in ((code, True), (paper, False), (SophiaG(make()), False)):  # ours carry it, as they carry betas
+        for other in (SOUL(twin(params)), SOUL(twin(params), published_code=True)):
+            other.load_state_dict(source.state_dict())
+            assert other.param_groups[0]["published_code"] is want
+    with pytest.raises(ValueError, match="^state_dict published_code: expected False for SophiaG, got True; load it into SOUL"):
+        SophiaG(twin(params)).load_state_dict(code.state_dict())
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(FLOAT, 1e-6), (BRAIN, 1e-2)])
+def test_as_published_is_the_published_code(dtype, tolerance):
+    params = make(dtype=dtype, shapes=((40, 5), (300,)))
+    others = twin(params)
+    ours = SOUL.as_published([{"params": params[:1], "weight_decay": 0.0}, {"params": params[1:]}], lr=1e-2, rho=0.1, bs=50)
+    theirs = PublishedSophiaG([{"params": others[:1], "weight_decay": 0.0}, {"params": others[1:]}], lr=1e-2, rho=0.1,
+                              betas=(0.9, 0.95), soul=True)  # fmt: skip
+    for _ in range(5):
+        give_gradients(params, others)
+        ours.step(), theirs.step(bs=50)
+    for p, q in zip(params, others):
+        assert ours.state[p].keys() == theirs.state[q].keys()  # no low bits
+        for name, value in ours.state[p].items():
+            assert name == "step" or value.dtype == theirs.state[q][name].dtype == dtype
+        assert_close(p, q, tolerance, "p")
+        assert_close(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"], tolerance, "m")
+    assert [g["weight_decay"] for g in ours.param_groups] == [0.0, 0.1]
+    with pytest.raises(ValueError, match="^params: expected one dtype in group 0, got torch.bfloat16 and torch.float32; make"):
+        SOUL.as_published([*make(), *make(dtype=BRAIN)])

@@ -1,0 +1,222 @@
+"""What is stored: low bits, 8-bit states, and how far bf16 parameters get."""
+
+import pytest
+import torch
+
+from soul import SOUL, SophiaG
+from tests.support.optimizers import BRAIN, FLOAT, HALF, give_gradients, make
+
+
+def test_storage_policy():
+    """Parameter dtype, state_dtype and param_rounding -> dtypes of m, h and the low bits."""
+    int8, uint8 = torch.int8, torch.uint8
+    for dtype, state_dtype, rounding, m, h, low in (
+        (FLOAT, None, "auto", FLOAT, FLOAT, None),
+        (BRAIN, None, "auto", BRAIN, FLOAT, int8),
+        (HALF, None, "auto", FLOAT, FLOAT, int8),
+        (BRAIN, None, "nearest", BRAIN, FLOAT, None),
+        (BRAIN, FLOAT, "stochastic", FLOAT, FLOAT, None),
+        (FLOAT, BRAIN, "compensated", BRAIN, BRAIN, None),
+        (BRAIN, "8bit", "auto", uint8, uint8, int8),
+    ):
+        (param,) = params = make(dtype=dtype, shapes=((300,),))
+        opt = SOUL(params, state_dtype=state_dtype, param_rounding=rounding)
+        give_gradients(params)
+        opt.step()
+        state = opt.state[param]
+        assert (state["exp_avg"].dtype, state["hessian"].dtype) == (m, h)
+        assert (state["low_bits"].dtype if "low_bits" in state else None) == low
+        assert ("exp_avg_scale" in state) == (state_dtype == "8bit")
+
+
+def bf16_run(steps=500, lr=5e-6, weight_decay=0.1, zero_gradients=False, **options):
+    """Displacement of bf16 parameters, in fp64, and that of an fp32 run with the same gradients from the same start.
+
+    By the reference, which the kernels equal bit for bit: the interpreter would take minutes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    start = (torch.randn(4096, generator=generator) * 0.02).bfloat16()
+    low, exact = start.clone().requires_grad_(), start.float().requires_grad_()
+    more = dict(lr=lr, weight_decay=weight_decay, bs=1, rho=0.04, backend="reference")
+    runs = [SOUL([low], **more, **options), SOUL([exact], **more)]
+    drift = torch.randn(4096, generator=generator)
+    for _ in range(steps):
+        grad = torch.zeros(4096) if zero_gradients else drift + torch.randn(4096, generator=generator)
+        low.grad, exact.grad = grad.bfloat16(), grad.bfloat16().float()
+        for run in runs:
+            run.step()
+    moved = runs[0].export_fp32()[low].double() - start.double()
+    return moved, exact.detach().double() - start.double(), start.double()
+
+
+@pytest.mark.parametrize("options, low, high", [
+    ({"param_rounding": "compensated"}, 0.99, 1.01),
+    ({"param_rounding": "compensated", "state_dtype": "8bit"}, 0.97, 1.03),  # another h, hence another clip here and there
+    ({"param_rounding": "stochastic"}, 0.95, 1.05),  # unbiased, but noisy: 4 standard deviations of 4096 walks
+    ({"param_rounding": "nearest"}, -1.0, 0.3),  # the published practice; the reason for all of this
+], ids=["compensated", "8bit", "stochastic", "nearest"])  # fmt: skip
+def test_bf16_goes_as_far_as_fp32(options, low, high):
+    """Projection of the displacement on that of an fp32 run, 500 steps of 5e-6."""
+    moved, want, _ = bf16_run(**options)
+    assert low <= (moved @ want / (want @ want)).item() <= high
+
+
+@pytest.mark.parametrize("rounding, works", [("compensated", True), ("nearest", False)])
+def test_decay_alone_shrinks_bf16_parameters(rounding, works):
+    """lr wd = 5e-7, far below the last bit even of 24-bit weights: only stochastic rounding there keeps it."""
+    moved, want, start = bf16_run(zero_gradients=True, param_rounding=rounding)
+    shrink = (moved @ start / (start @ start)).item() / (want @ start / (start @ start)).item()
+    assert (abs(shrink - 1) < 0.1) == works
+
+
+def tiny_language_model_loss(**options):
+    """Final loss of a bigram model with a hidden layer on a fixed random text, trained with SophiaG."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(0, 24, (4, 33), generator=generator)
+    text[:, 1::2] = (text[:, :-1:2] * 5 + 3) % 24  # half of it can be learned
+    weights = [torch.randn(s, generator=generator) * 0.3 for s in ((24, 32), (32, 48), (48, 24))]
+    params = [w.requires_grad_() for w in weights]
+    opt = SophiaG(params, lr=5e-3, rho="auto", bs=1, weight_decay=0.0, backend="reference", **options)
+    for index in range(150):
+        hidden = torch.tanh(params[0][text[:, :-1]] @ params[1]) @ params[2]
+        loss = torch.nn.functional.cross_entropy(hidden.flatten(0, 1), text[:, 1:].flatten())
+        opt.zero_grad()
+        loss.backward()
+        if index % 5 == 0:
+            opt.update_hessian()
+        opt.step()
+    return loss.item()
+
+
+def test_8_bit_states_train_as_well_as_fp32_states():
+    exact = tiny_language_model_loss()
+    assert exact < 2.0  # it has learned: ln 24 is 3.2
+    assert tiny_language_model_loss(state_dtype="8bit") == pytest.approx(exact, rel=0.02)
+    assert tiny_language_model_loss(state_dtype=BRAIN) == pytest.approx(exact, rel=0.02)
+
+
+def test_export_fp32(device):
+    linear = torch.nn.Linear(8, 4, device=device).bfloat16()
+    opt = SOUL(linear.parameters(), lr=1e-4)
+    before = opt.export_fp32()
+    assert all(torch.equal(before[p], p.float()) and before[p].data_ptr() != p.data_ptr() for p in linear.parameters())
+    give_gradients(list(linear.parameters()))
+    opt.step()
+    kept = [p.detach().clone() for p in linear.parameters()]
+    with opt.export_fp32() as exported:
+        for p in linear.parameters():
+            assert p.dtype == FLOAT and torch.equal(p, exported[p])
+        assert linear(torch.ones(1, 8, device=device)).dtype == FLOAT
+        with pytest.raises(ValueError, match="export_fp32: expected parameters in the dtype of training, got fp32 values"):
+            opt.export_fp32()
+    for p, k in zip(linear.parameters(), kept):
+        assert torch.equal(p, k) and torch.equal(exported[p].bfloat16(), k) and not torch.equal(exported[p], k.float())
+    give_gradients(list(linear.parameters()))
+    opt.step()  # and on
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
+@pytest.mark.parametrize("rounding", ["compensated", "nearest"])
+def test_import_fp32_is_the_inverse_of_export_fp32(rounding, dtype, device):
+    params = make(device, dtype)
+    opt = SOUL(params, lr=1e-3, param_rounding=rounding)
+    give_gradients(params)
+    opt.step()
+    exported, stored = opt.export_fp32(), [p.detach().clone() for p in params]
+    low = [opt.state[p]["low_bits"].clone() for p in params if "low_bits" in opt.state[p]]
+    assert any(bits.any() for bits in low) == (rounding == "compensated" and dtype != FLOAT)
+    other = SOUL(fresh := [torch.zeros_like(p, requires_grad=True) for p in params], param_rounding=rounding)  # without states
+    for optimizer, targets in ((opt, params), (other, fresh)):
+        for p in targets:
+            p.data.fill_(3.0)
+        optimizer.import_fp32({p: exported[q] for p, q in zip(targets, params)})
+        for p, q, was in zip(targets, params, stored):
+            assert torch.equal(p, was) and torch.equal(optimizer.export_fp32()[p], exported[q])
+        assert all(torch.equal(optimizer.state[p]["low_bits"], bits) for p, bits in zip(targets, low))
+    give_gradients(params, fresh)
+    opt.step(), other.step()
+    third = torch.full((40, 5), 1 / 3, device=device)
+    opt.import_fp32({params[0]: third})  # of another source: to nearest; and the others stay
+    error = (opt.export_fp32()[params[0]] / third - 1).abs().max().item()
+    assert error <= {FLOAT: 0.0, BRAIN: 2.0**-8, HALF: 2.0**-11}[dtype] / (256 if low else 1)
+
+
+def test_import_fp32_checks_all_before_it_changes_any():
+    params = make(dtype=BRAIN)
+    opt = SOUL([{"params": params[:1]}, {"params": params[1:]}])
+    before = [p.detach().clone() for p in params]
+    good = {params[0]: torch.zeros(40, 5)}
+    for values, message in (
+        (good | {params[1]: torch.zeros(8)}, r"of parameter 0 in group 1: expected \(7,\) of torch.float32, got \(8,\) of"),
+        (
+            good | {params[2]: torch.zeros((), dtype=BRAIN)},
+            "of parameter 1 in group 1: expected .* of torch.bfloat16; pass the",
+        ),
+        (good | {params[1]: 0.0}, "of parameter 0 in group 1: expected .* got float"),
+        (good | {torch.zeros(3): torch.zeros(3)}, ": expected parameters of this optimizer as keys, got a value for a tensor"),
+        (good | {"weight": torch.zeros(3)}, ": expected parameters of this optimizer as keys, got a value for 'weight'"),
+        ([1.0], ": expected a dict, parameter -> fp32 tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=f"^import_fp32 ?{message}"):
+            opt.import_fp32(values)
+    give_gradients(params)
+    opt.step()
+    before = [p.detach().clone() for p in params]
+    with opt.export_fp32() as exported, pytest.raises(ValueError, match="^import_fp32: expected parameters in the dtype of"):
+        opt.import_fp32(exported)
+    assert all(torch.equal(p, b) for p, b in zip(params, before))
+
+
+def gapped(tensor):
+    """The same values, of which some dimension has gaps in memory."""
+    if tensor.dim() == 0:
+        return tensor
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 7.0, dtype=tensor.dtype, device=tensor.device)
+    return wide[..., ::2].copy_(tensor)
+
+
+@pytest.mark.parametrize("kind, options", [
+    (SOUL, {}), (SophiaG, {"state_dtype": "8bit", "max_grad_norm": 0.1, "capturable": True}),
+    (SOUL, {"param_rounding": "stochastic", "rho": "auto"}),
+], ids=["plain", "8bit", "stochastic"])  # fmt: skip
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
+def test_parameters_with_gaps_step_as_dense_ones_do(dtype, kind, options, device):
+    """Bit for bit, through checkpoints and exports; and what lies in the gaps stays as it is."""
+    params = make(device, dtype, shapes=((9, 30), (7,)))
+    others = [gapped(p.detach()).requires_grad_() for p in params]
+    bases = [q.detach().as_strided((2 * p.numel(),), (1,)) for p, q in zip(params, others)]
+    dense, strided = kind(params, lr=1e-2, **options), kind(others, lr=1e-2, **options)
+    for index in range(3):
+        give_gradients(params, others)
+        others[0].grad = gapped(others[0].grad)
+        for opt in (dense, strided):
+            if kind is SophiaG:
+                opt.update_hessian()
+            opt.step()
+        if index == 1:
+            strided = kind(others, **options)
+            strided.load_state_dict(dense.state_dict())
+    exported = strided.export_fp32()
+    strided.import_fp32(exported)
+    for p, q, base in zip(params, others, bases):
+        assert torch.equal(p, q) and torch.equal(exported[q], dense.export_fp32()[p]) and (base[1::2] == 7).all()
+        assert all(torch.equal(value, strided.state[q][name]) for name, value in dense.state[p].items())
+    assert dense.telemetry() == strided.telemetry()
+
+
+def test_slices_of_one_tensor_are_stepped_and_shared_elements_are_refused():
+    base = torch.randn(6, 10)
+    left, right = base[:, :4].requires_grad_(), base[:, 4:].requires_grad_()  # their address ranges overlap
+    params = [left.detach().contiguous().requires_grad_(), right.detach().contiguous().requires_grad_()]
+    strided, dense = SOUL([{"params": [left]}, {"params": [right]}], lr=1e-2), SOUL(params, lr=1e-2)
+    give_gradients([left, right], params)
+    strided.step(), dense.step()
+    assert torch.equal(base, torch.cat([p.detach() for p in params], 1))
+    kept = base.clone()
+    third = base[2:3].requires_grad_()
+    for groups in ([left, third], [third, left], [{"params": [third]}, {"params": [left]}]):
+        opt = SOUL(groups)
+        give_gradients([left, third])
+        with pytest.raises(ValueError, match="^parameter . in group .: expected memory of its own, got elements of another"):
+            opt.step()
+    assert torch.equal(base, kept)

@@ -1,0 +1,415 @@
+"""The planner: exact parameter counts, and bytes that a step really takes."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import types
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import soul.optim.optimizer
+import soul.run.loop
+from soul import Unlearner
+from soul.cli import main
+from soul.data.batches import collate
+from soul.data.examples import Sequence
+from soul.models.causal_lm import add_adapters, checkpointing, hidden_states
+from soul.models.ref_model import reference_head
+from soul.optim.release import release_gradients
+from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
+from soul.plan._case import Case
+from soul.plan.activations import layer_bytes
+from soul.plan.memory import BACKWARD, FORWARD, STEP, phases, resident
+from soul.plan.run import plan_run
+from soul.plan.scaling import with_tables
+from soul.plan.time import floor_seconds, step_seconds
+from soul.run.config import UnlearnConfig, build_optimizer
+from soul.run.step import train_step
+from soul_kernels import TokenBatch
+from soul_kernels.backends import interpreting
+from soul_kernels.errors import ArgumentError
+from tests.support.helpers import needs_kernels_on_cpu, peak_bytes
+from tests.support.models import FAMILIES, examples, tiny_model, tiny_tokenizer
+
+DOCS = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
+SIZES = dict(hidden_size=32, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrix products on a CPU take scratch memory for every thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclasses.dataclass
+class Measured:
+    """A random Llama, and one step of it in Triton's interpreter, measured."""
+
+    case: Case
+    before: int  # bytes of parameters, states and what else is there all the time
+    extra: int  # the most that a step allocates beyond them
+
+
+def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, attention="sdpa", adapters=None, tied=True,
+            cast=False, layers=3, vocab=256, **options):  # fmt: skip
+    """Measures one step, after another one that has made the states, on whole sequences of ``length`` tokens."""
+    config = UnlearnConfig(backend="triton", batch_size=sequences // 2, **options)
+    sizes = SIZES | dict(vocab_size=vocab, tie_word_embeddings=tied, num_hidden_layers=layers)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, attn_implementation=attention))
+    shape = shape_of(model)
+    model = model.to(getattr(torch, dtype))
+    if adapters is not None:
+        model = add_adapters(model, **adapters)
+    model.train()
+    optimizer = build_optimizer(model, config)
+    release = release_gradients(model, optimizer) if config.gradient_release else None
+    batches = [batch(length, labelled, sequences, ragged, vocab) for _ in range(config.accumulate)]
+    always, ref_head = [*model.parameters()], (None, None)
+    if config.objective().divergence is not None:
+        ref_head = reference_head(model)
+        hidden = torch.randn(sequences, length, SIZES["hidden_size"]).to(getattr(torch, dtype))
+        batches = [dataclasses.replace(part, ref_hidden=hidden) for part in batches]
+        always += [ref_head[0], hidden]
+    whole = None
+    if len(batches) > 1:
+        whole = TokenBatch.from_labels(*(torch.cat([getattr(b, name) for b in batches]) for name in ("labels", "is_forget")))
+    step = lambda: train_step(model, batches, config.objective(), optimizer, config, ref_head, whole, release)  # noqa: E731
+    with contextlib.ExitStack() as stack:
+        if config.gradient_checkpointing:
+            stack.enter_context(checkpointing(model))
+        if cast:  # as on a GPU
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        step()
+        optimizer.zero_grad(set_to_none=True)
+        extra = peak_bytes(step, torch.device("cpu"))
+    always += [value for state in optimizer.state.values() for value in state.values()]
+    before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in always}.values())
+    tokens = Tokens(sequences, length, labelled=len(batches[0].rows), padded=ragged)
+    case = Case(shape, config, tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
+    return Measured(case, before, extra)
+
+
+def batch(length, labelled, sequences, ragged, vocab):
+    made = []
+    for index in range(sequences):
+        ids = torch.randint(2, vocab, (length - 2 * (ragged and index > 0),)).tolist()
+        prompt = len(ids) - labelled
+        made.append(Sequence(ids, [-100] * (prompt - 1) + ids[prompt:] + [-100], prompt))
+    return collate(made[: sequences // 2], made[sequences // 2 :])
+
+
+# Which part is the largest differs. Labels are few: on a CPU, bf16 products for them go through copies in fp32. AdamW is faster
+# than SOUL in the interpreter, and serves where the optimizer does not matter.
+LONG = dict(length=192, optimizer="adamw")
+MEASURED = {
+    # Parameters, gradients and AdamW's states.
+    "fp32 adamw, short": dict(length=6, labelled=2, dtype="float32", optimizer="adamw", layers=8),
+    # The same with SOUL's default states and the low bits.
+    "bf16 soul, short": dict(length=6, labelled=2),
+    # Activations, as they are with the fast kernels and equal lengths.
+    "bf16, long": LONG,
+    # A mask: keys and values of as many heads as queries, and a copy of the mask in every layer.
+    "bf16, long, padded": dict(LONG, ragged=True),
+    # Probabilities of all pairs of tokens, kept in fp32 and in bf16.
+    "bf16, long, eager": dict(LONG, length=128, attention="eager"),
+    # The same in fp32, where they are kept once.
+    "fp32, long, eager": dict(LONG, length=128, attention="eager", dtype="float32"),
+    # One hidden state a layer, and one layer computed again.
+    "bf16, long, checkpoints": dict(LONG, gradient_checkpointing=True),
+    # Neither all gradients nor states of two bytes: what is left is the loss and one layer.
+    "bf16 soul, 8bit, release, checkpoints, untied": dict(
+        length=48, labelled=4, state_dtype="8bit", gradient_release=True, max_grad_norm=None, gradient_checkpointing=True,
+        tied=False, layers=2,
+    ),
+    # Gradients of the first micro-batch beside the activations of the second.
+    "fp32, accumulated": dict(LONG, length=48, dtype="float32", accumulate=2, layers=8),
+    # A copy of the head, hidden states of the reference, and logits of both.
+    "fp32, KL to a reference": dict(LONG, length=32, labelled=24, dtype="float32", method="klmin", vocab=2048),
+    # fp32 parameters under autocast: bf16 copies of matrices and of what goes into them.
+    "fp32, autocast": dict(LONG, dtype="float32", cast=True),
+    # Frozen matrices keep no input, but adapters do, in fp32.
+    "adapters": dict(LONG, adapters=dict(rank=4, targets="all-linear")),
+}  # fmt: skip
+
+
+@needs_kernels_on_cpu
+@pytest.mark.parametrize("name", MEASURED)
+def test_plan_is_within_15_percent_of_what_a_step_takes(name):
+    measured = measure(**MEASURED[name])
+    found = phases(measured.case)
+    sums = {name: sum(parts.values()) for name, parts in found.items()}
+    if (
+        interpreting() and not measured.case.config.gradient_release
+    ):  # it keeps the arguments of its last launch until the next one
+        sums[BACKWARD] += found[FORWARD]["logits of a chunk"]
+    peak, known = max(sums.values()), sum(resident(measured.case).values())
+    assert measured.before == pytest.approx(known, rel=0.01, abs=4096)  # counters beside the states
+    assert abs(peak / (measured.before + measured.extra) - 1) <= 0.15, sums
+    assert abs((peak - known) / measured.extra - 1) <= 0.15, sums  # without what is always there, which hides errors
+
+
+# bf16, and fp32, where fp32 copies are the tensors themselves; autocast; both kinds of attention, with a mask and without;
+# adapters: each has a term of its own.
+@pytest.mark.parametrize("options", [
+    dict(), dict(ragged=True), dict(dtype="float32", ragged=True), dict(attention="eager"),
+    dict(dtype="float32", attention="eager"), dict(dtype="float32", cast=True), dict(lora=True),
+    dict(lora=True, attention="eager"),
+], ids=str)  # fmt: skip
+def test_a_layer_keeps_what_autograd_saves(options):
+    """Exactly, but for the inverse deviations of the norms, 4 bytes a token each."""
+    dtype, attention = options.get("dtype", "bfloat16"), options.get("attention", "sdpa")
+    ragged, cast = options.get("ragged", False), options.get("cast", False)
+    adapters = dict(rank=4, targets="all-linear") if options.get("lora") else None
+    tokens = Tokens(2, 44, padded=ragged)  # 88 tokens: no matrix has such a side
+    mask = torch.ones(2, 44, dtype=torch.int64)
+    mask[1, -5:] = 0 if ragged else 1
+    shape = shape_of(LlamaConfig(**SIZES, vocab_size=64))
+
+    def saved(layers):
+        config = LlamaConfig(**SIZES | dict(vocab_size=64, num_hidden_layers=layers), attn_implementation=attention)
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).train()
+        model = add_adapters(model, **adapters) if adapters else model
+        known, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+        keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor)
+        with keep, torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            hidden_states(model, types.SimpleNamespace(input_ids=torch.ones_like(mask), attention_mask=mask))
+        if cast:  # copies of matrices, which another part counts
+            sizes = {size[::-1] for size in shape.linear.values()}
+            known |= {t.untyped_storage().data_ptr() for t in kept if tuple(t.shape) in sizes}
+        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        return sum(size for at, size in found.items() if at not in known)
+
+    case = Case(shape, UnlearnConfig(), tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
+    assert layer_bytes(case) + 2 * 4 * tokens.n == pytest.approx((saved(5) - saved(3)) / 2, rel=1e-3)
+
+
+def test_parameters_are_counted_exactly():
+    published = {"llama-3.2-1b": 1_235_814_400, "llama-2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248,
+                 "llama-3-70b": 70_553_706_496}  # fmt: skip
+    assert {name: shape_of(name).numel for name in PRESETS} == published
+    for name, sizes in PRESETS.items():  # and each matrix is as transformers makes it
+        config = LlamaConfig(
+            vocab_size=sizes["vocab"],
+            hidden_size=sizes["hidden"],
+            intermediate_size=sizes["intermediate"],
+            num_hidden_layers=sizes["layers"],
+            num_attention_heads=sizes["heads"],
+            num_key_value_heads=sizes["kv_heads"],
+            tie_word_embeddings=sizes["tied"],
+        )
+        ours, theirs = shape_of(name), shape_of(config)
+        assert dataclasses.replace(theirs, name=name) == ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes_of_all_families(family):
+    """From a configuration, its dict, and a model: the same; and planned without an error."""
+    config = FAMILIES[family]()
+    model = tiny_model(family)
+    shape = shape_of(config)
+    assert shape.numel == sum(p.numel() for p in model.parameters()) == shape_of(model).numel
+    assert shape_of(config.to_dict()) == shape
+    assert 0 < shape.outside_numel < shape.numel and shape.linear_numel < shape.numel
+    per_layer = shape.linear_numel / shape.layers
+    assert 0.95 * per_layer <= shape.layer_numel  # OPT projects outside of its layers as well
+    assert shape.layer_numel <= 1.1 * per_layer + 20 * shape.hidden  # norms and biases
+    assert plan(shape, length=16).peak_bytes > shape.numel * 11  # parameters, low bits, states and gradients
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, and data of unequal lengths."""
+    root = tmp_path_factory.mktemp("plan")
+    tiny_model().save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    rows = [json.dumps({"prompt": e.prompt, "completion": e.answer * (1 + i % 3)}) + "\n" for i, e in enumerate(examples(9))]
+    (root / "forget.jsonl").write_text("".join(rows[:5]))
+    (root / "retain.jsonl").write_text("".join(rows[5:]))
+    return root
+
+
+def words(place, *more):
+    files = [f"--{name}={place / file}" for name, file in
+             dict(model="model", forget="forget.jsonl", retain="retain.jsonl", output="out").items()]  # fmt: skip
+    return ["unlearn", *files, "--batch-size=2", "--epochs=2", "--backend=reference", "--device=cpu", *more]
+
+
+# DPO: two sequences an example; KL: tokens that are compared; accumulation: several micro-batches a step, the last one smaller.
+@pytest.mark.parametrize("options", [
+    dict(), dict(method="dpo"), dict(method="klmin"), dict(accumulate=2), dict(method="ga"),
+], ids=str)  # fmt: skip
+def test_a_dry_run_knows_the_batches_of_the_run(place, options, monkeypatch):
+    config = UnlearnConfig(batch_size=2, epochs=2, backend="reference", **options)
+    files = place / "forget.jsonl", None if options.get("method") == "ga" else place / "retain.jsonl"
+    planned = plan_run(place / "model", *files, config)
+    seen = []
+
+    def step(model, batches, *others):
+        for part in batches:
+            compared = 0 if part.ref_hidden is None else int((part.labels != -100)[~part.is_forget].sum())
+            seen.append((*part.labels.shape, len(part.rows), compared))
+        return {name: torch.zeros(()) for name in ("loss", "forget_nll")}
+
+    monkeypatch.setattr(soul.run.loop, "train_step", step)
+    monkeypatch.setattr(soul.optim.optimizer.SophiaG, "telemetry", lambda self: {"groups": [{"clip_fraction": 0.0}]})
+    records = Unlearner(str(place / "model"), *files, config, device="cpu").run(progress=False)
+    tokens = planned.case.tokens
+    assert planned.steps[0] == len(records)
+    most = max(b * t for b, t, _, _ in seen)
+    assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in seen and tokens.n == most
+
+
+def test_dry_run_writes_nothing_and_reads_no_weights(place, capsys):
+    (place / "model" / "model.safetensors").rename(place / "weights")
+    try:
+        before = sorted(place.rglob("*"))
+        assert main(words(place, "--dry-run", "--card=24:1000:100", "--optimizer=adamw")) == 0
+        printed = capsys.readouterr().out
+        assert sorted(place.rglob("*")) == before
+    finally:
+        (place / "weights").rename(place / "model" / "model.safetensors")
+    assert "27,168 parameters in float32" in printed and "24:1000:100" in printed
+    assert "Floor of the run: " in printed and "for 6 steps" in printed and "estimate on paper" in printed
+    assert main(words(place, "--dry-run", "--model=7b")) == 2 and "the preset '7b'" in capsys.readouterr().err
+    assert main(words(place, "--dry-run", "--card=nonsense")) == 2
+    assert main(words(place, "--dry-run", "--max-length=2")) == 2  # what would stop the run stops its plan
+    errors = capsys.readouterr().err
+    assert "card: expected" in errors and "raise --max-length" in errors
+
+
+def test_plan_command(capsys):
+    assert main(["plan", "--model=7b", "--gradient-checkpointing", "--gradient-release", "--state-dtype=8bit"]) == 0
+    options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
+    assert capsys.readouterr().out == plan("7b", config_of(**options)).table() + "\n"
+    assert main(["plan", "--model=70b", "--gpus=64", "--lora-rank=8", "--length=128", "--labelled=99", "--network=25"]) == 0
+    printed = capsys.readouterr().out
+    assert "103,546,880 trained" in printed and "8 sequences of 128 tokens, 99 labelled; 64 x h100" in printed
+    assert "25 GB/s a GPU as given" in printed
+    assert "soul unlearn does not run it so: lora_rank: expected None with several processes, got 8" in printed
+    assert main(["plan", "--model=7b", "--gpus=2"]) == 0 and "does not run" not in capsys.readouterr().out
+    assert main(["plan", "--model=7b", "--gpus=2", "--state-dtype=8bit"]) == 2
+    assert main(["plan", "--model=7b", "--lora-targets=q_proj"]) == 2
+    assert "lora_targets: expected nothing without --lora-rank" in capsys.readouterr().err
+
+
+def test_the_tables_of_the_docs_are_what_the_planner_prints():
+    text = DOCS.read_text(encoding="utf-8")
+    assert with_tables(text) == text, "python -m soul.plan.scaling docs/scaling.md"
+    assert "not measured" in text
+    with pytest.raises(ArgumentError, match="whole"):
+        with_tables("nothing")
+
+
+def config_of(**options):
+    return UnlearnConfig(**{"max_grad_norm": math.inf if options.get("gradient_release") else 1.0, **options})
+
+
+def test_a_floor_that_was_worked_out_by_hand():
+    """The 1B, 8 sequences of 96 tokens: 7.9 ms for the matrix products, 5.8 ms for 14 bytes a parameter."""
+    config = config_of(state_dtype="bfloat16", param_rounding="stochastic", max_grad_norm=None)
+    found = plan("1b", config, Tokens(8, 96))
+    assert found.seconds["matrix products"] == pytest.approx(7.9e-3, rel=0.02)
+    assert found.seconds["optimizer"] == pytest.approx(14 * 1_235_814_400 / 3000e9, rel=1e-6)
+
+
+def test_a_peak_that_was_measured_on_an_h100():
+    """The same step by a prototype: 10.7 GiB."""
+    config = config_of(state_dtype="bfloat16", param_rounding="stochastic", max_grad_norm=None)
+    assert plan("1b", config, Tokens(8, 96)).peak_bytes == pytest.approx(10.7 * 2**30, rel=0.15)
+
+
+def test_full_parameter_7b_within_40_gb():
+    options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
+    found = plan("7b", config_of(**options), length=512)
+    assert found.peak_bytes <= 40e9 and found.fits
+    parts = found.phases[FORWARD]
+    assert parts["parameters"] == 2 * 6_738_415_616 and parts["low bits"] == 6_738_415_616
+    scales = 2 * 4 * 6_738_415_616 / 256  # every size of this model is a multiple of 256
+    assert parts["optimizer states"] == 2 * 6_738_415_616 + scales
+    for name in options:  # each of the three is needed
+        fewer = {**options, name: None if name == "state_dtype" else False}
+        assert plan("7b", config_of(**fewer), length=512).peak_bytes > 40e9, name
+
+
+BATCH = Tokens(8, 512)
+
+
+def peak(model="1b", tokens=BATCH, /, card="h100", gpus=1, dtype="auto", adapters=None, attention="sdpa", **options):
+    where = dict(card=card, gpus=gpus, dtype=dtype, adapters=adapters, attention=attention)
+    return plan(model, config_of(**options), tokens, **where).peak_bytes
+
+
+def test_what_takes_more():
+    base = peak()
+    assert peak("1b", Tokens(8, 1024)) > peak("1b", Tokens(16, 512)) > base > peak("1b", Tokens(8, 512, padded=False))
+    assert peak("1b", Tokens(8, 512, labelled=100)) < base  # fewer logits
+    assert peak(method="klmin") > base and peak(attention="eager") > base
+    assert peak(dtype="float32") > base > peak(state_dtype="bfloat16") > peak(state_dtype="8bit")
+    assert peak(param_rounding="stochastic") == base - 1_235_814_400
+    assert (
+        peak(accumulate=2) > base > peak(gradient_checkpointing=True) > peak(gradient_checkpointing=True, gradient_release=True)
+    )
+    assert peak(gradient_release=True, accumulate=2) == pytest.approx(
+        peak(accumulate=2), rel=0.05
+    )  # released in the last one only
+    assert peak(gradient_checkpointing=True, adapters=dict(rank=8)) < peak(gradient_checkpointing=True) / 2
+    shards = [peak("70b", gpus=n, gradient_checkpointing=True) for n in (1, 8, 64, 512)]
+    assert shards == sorted(shards, reverse=True)
+    alone, shared = (plan("70b", gpus=n) for n in (1, 64))
+    assert shared.phases[STEP]["parameters"] == pytest.approx(alone.phases[STEP]["parameters"] / 64, rel=1e-6)
+
+
+def test_what_takes_longer():
+    def case(tokens=BATCH, gpus=1, adapters=None, dtype="bfloat16", **options):
+        return Case(shape_of("7b"), config_of(**options), tokens, dtype, adapters, "sdpa", card_of("h100"), gpus)
+
+    base = step_seconds(case())
+    assert base["matrix products"] * 4 / 3 > step_seconds(case(gradient_checkpointing=True))["matrix products"]
+    assert base["matrix products"] < step_seconds(case(gradient_checkpointing=True))["matrix products"]
+    assert step_seconds(case(accumulate=3))["matrix products"] == pytest.approx(3 * base["matrix products"])
+    assert step_seconds(case(adapters=dict(rank=8)))["matrix products"] < base["matrix products"]
+    assert step_seconds(case(Tokens(8, 512, labelled=64)))["matrix products"] < base["matrix products"]
+    assert step_seconds(case(method="klmin"))["matrix products"] > base["matrix products"]
+    sharded = step_seconds(case(gpus=8))
+    assert sharded["optimizer"] == base["optimizer"] / 8
+    assert sharded["network"] == pytest.approx(7 / 8 * 3 * 2 * 6_738_415_616 / 50e9)
+    assert floor_seconds(sharded) == max(sharded["network"], sharded["matrix products"]) + sharded["optimizer"]
+
+
+def test_cards():
+    assert plan("1b", card="48:864:181").case.card == Card("48:864:181", 48e9, 864e9, 181e12)
+    assert plan("1b", card=Card("x", 1e9, 1e9, 1e12)).fits is False
+    assert not plan("70b", card="h100").fits and "does not fit" in plan("70b").table()
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: plan("1b", card="3090"), "card: expected one of h100, h200"),
+    (lambda: plan("1b", card="1:2:nan"), "card"),
+    (lambda: plan("1b", gpus=0), "gpus"),
+    (lambda: plan("1b", network=0.0), "network"),
+    (lambda: plan("1b", attention="flash"), "attention"),
+    (lambda: plan("1b", dtype="int8"), "dtype"),
+    (lambda: plan("1b", adapters=dict(rank=4, targets=["query"])), "lora_targets: expected names .* k_proj"),
+    (lambda: plan("1b", adapters=dict(rank=4, targets=["q_proj", "query"])), "lora_targets: expected names .* got 'query'"),
+    (lambda: plan({"model_type": "mamba"}), "model: expected layers with attention heads, got MambaConfig"),
+    (lambda: plan("1b", adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
+    (lambda: plan("1b", config_of(state_dtype="8bit"), gpus=2), "state_dtype: expected float32 or bfloat16"),
+    (lambda: plan("1b", length=0), "length"),
+    (lambda: plan("1b", tokens=Tokens(2, 8, labelled=17)), "labelled: expected .* at most 16"),
+    (lambda: plan("1b", config_of(method="influence", max_grad_norm=1.0)), "method: expected .* is not planned"),
+    (lambda: plan("./nowhere"), "model: expected a directory"),
+    (lambda: plan({"hidden_size": 8}), "model_type"),
+    (lambda: plan({"model_type": "nonsense"}), "model_type"),
+    (lambda: plan({"model_type": "llama", "num_hidden_layers": 10**9}), "num_hidden_layers: expected at most 4096"),
+    (lambda: plan({"model_type": "t5"}), "causal language model"),
+])  # fmt: skip
+def test_bad_arguments(call, said):
+    with pytest.raises(ArgumentError, match=said):
+        call()

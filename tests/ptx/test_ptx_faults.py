@@ -1,0 +1,188 @@
+"""Faults planted in the library's own kernels, each of which the machine for PTX must find (``pytest --ptx``)."""
+
+import re
+
+import pytest
+import torch
+
+from soul_kernels import _table, grad_norm, sophia_step
+from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
+from soul_kernels.token_draw import draw_labels, likeliest_statistics
+from soul_kernels.token_logprob import token_gradient, token_statistics
+from tests.support.helpers import mutant
+
+Finding = pytest.importorskip("tests.ptx.machine", reason="Triton is not installed").Finding
+
+V = 2 * 4096 + 108  # two whole blocks of the largest row kernel, and a tail
+
+
+def one_step(sophia_step=sophia_step, n=20_000, misaligned=False):
+    """A step of two tensors in bf16, from which views begin off a 16-byte border where that is asked for; the parameters."""
+    torch.manual_seed(0)
+    skip = int(misaligned)
+    params = [torch.randn(size + skip).bfloat16()[skip:] for size in (n, 333)]
+    grads = [torch.randn(size + skip).bfloat16()[skip:] for size in (n, 333)]
+    states = [[torch.zeros(size) for size in (n, 333)] for _ in range(2)]
+    options = dict(lr=1e-2, beta1=0.9, beta2=0.95, rho=0.04, weight_decay=0.1, eps=1e-8, bs=16, backend="triton")
+    sophia_step(params, grads, *states, **options)
+    return torch.cat(params)
+
+
+def test_a_mask_one_too_far(card, tmp_path):
+    """The last program of the longer tensor loads a gradient that is not there."""
+    one_step(sophia_step)
+    broken = mutant("soul_kernels.sophia_step", "offsets < count", "offsets <= count", tmp_path)
+    with pytest.raises(Finding, match=r"outside of memory: 2 bytes, 0 bytes after the end of a tensor \(bfloat16 \[\d+\]"):
+        one_step(broken.sophia_step)
+
+
+def test_an_alignment_that_is_promised_and_does_not_hold(card, monkeypatch):
+    one_step(sophia_step, misaligned=True)
+
+    class Promised(_table._Bucket):
+        def __init__(self, **options):
+            super().__init__(**options | {"aligned": True})
+
+    monkeypatch.setattr(_table, "_Bucket", Promised)
+    with pytest.raises(Finding, match=r"misaligned access: 16 bytes .* in a tensor \(bfloat16"):
+        one_step(sophia_step, misaligned=True)
+
+
+def test_a_chunk_that_is_done_twice(card, monkeypatch):
+    chunk_map = _table._chunk_map
+
+    def twice(*arguments):
+        return tuple(torch.cat([column, column[:1]]) for column in chunk_map(*arguments))
+
+    monkeypatch.setattr(_table, "_chunk_map", twice)
+    with pytest.raises(Finding, match=r"race in global memory with a \w+ of program \(?\d+.* in a tensor"):
+        one_step(sophia_step)
+
+
+def test_a_flipped_sign(card):
+    want = one_step(sophia_step)
+    card.edit = lambda ptx: re.sub(r"\bsub(\.rn)?\.f32", r"add\1.f32", ptx, count=1)
+    assert not torch.equal(one_step(sophia_step), want)
+
+
+def draw(draw_labels=draw_labels, dtype=torch.float32):
+    """Draws from a whole block, from the tail, and from the end of a row: the sum there falls short of the target, so that the
+    last label is chosen, and its gradient stored once more. In place where the dtype allows.
+    """
+    torch.manual_seed(0)
+    results = []
+    for n_vocab in (V, 2 * 4096):
+        logits = torch.randn(6, n_vocab)
+        labels, statistics = torch.zeros(6, dtype=torch.int64), torch.zeros(4, 6)
+        likeliest_statistics(logits, labels, statistics)
+        statistics[2, 4:] *= 1 + 1e-4
+        uniforms = torch.tensor([0.1, 0.6, 0.9, 0.99, 1 - 2**-24, 1 - 2**-24])
+        out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        draw_labels(logits, labels, uniforms, statistics, torch.ones(6), out)
+        results += [labels, statistics, out]
+    return results
+
+
+def test_a_barrier_that_was_removed_from_the_source(card, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        draw(dtype=dtype)
+    lines = "tl.debug_barrier()  # other threads have stored the block that holds it, and no value orders two stores"
+    broken = mutant("soul_kernels.token_draw", lines, "pass", tmp_path)
+    with pytest.raises(Finding, match=r"race in global memory with a store .* in argument \w+_ptr \(float32 \[6, 8300\]"):
+        draw(broken.draw_labels)
+
+
+def rows():
+    torch.manual_seed(0)
+    labels = torch.tensor([0, 17, V - 1, -100])
+    return torch.randn(4, V), torch.randn(4, V), labels, torch.randn(4)
+
+
+def statistics(n):
+    logits, _, labels, _ = rows()
+    out = torch.zeros(n, 4)
+    token_statistics(logits, labels, out)
+    return out
+
+
+def gradient():
+    logits, _, labels, coefficients = rows()
+    token_gradient(logits, labels, statistics(4), coefficients, logits)
+    return logits
+
+
+def likeliest():
+    logits, _, labels, _ = rows()
+    out = torch.zeros(4, 4)
+    likeliest_statistics(logits, labels, out)
+    return out
+
+
+def divergence(kind):
+    logits, reference, labels, coefficients = rows()
+    own, others, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
+    token_statistics(logits, labels, own)
+    token_statistics(reference, labels, others)
+    arguments = (logits, reference, labels, own, others)
+    divergence_statistics(*arguments, divergences, kind=kind)
+    divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits, kind=kind)
+    return divergences, logits
+
+
+CALLS = {
+    "statistics": lambda: statistics(4), "all statistics": lambda: statistics(7), "gradient": gradient, "likeliest": likeliest,
+    "draw": draw, "kl": lambda: divergence("kl"), "soul_kl": lambda: divergence("soul_kl"),
+    "grad_norm": lambda: grad_norm([torch.ones(100_000)], backend="triton"),
+    "step": lambda: one_step(sophia_step),
+}  # fmt: skip
+
+
+def tensors(result):
+    return [result] if isinstance(result, torch.Tensor) else [tensor for part in result for tensor in tensors(part)]
+
+
+def without_barrier(name, number):
+    """An edit that removes the barrier of this number from the kernel of this name, and says whether there was one."""
+    removed = []
+
+    def edit(ptx):
+        if f".entry {name}(" not in ptx:
+            return ptx
+        barriers = list(re.finditer(r"\tbar\.sync \t0;\n", ptx))
+        if number >= len(barriers):
+            return ptx
+        removed.append(number)
+        return ptx[: barriers[number].start()] + ptx[barriers[number].end() :]
+
+    return edit, removed
+
+
+def kernels_of(call, card):
+    names = []
+
+    def note(ptx):
+        names.append(re.search(r"\.entry (\w+)\(", ptx)[1])
+        return ptx
+
+    card.edit = note
+    call()
+    card.edit = None
+    return list(dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_barrier_that_was_removed_from_a_compiled_kernel(name, card):
+    """Each of them singly: a race is found, or a result changes."""
+    call = CALLS[name]
+    want = tensors(call())
+    for kernel in kernels_of(call, card):
+        number, removed = 0, [True]
+        while removed:
+            card.edit, removed = without_barrier(kernel, number)
+            try:
+                same = all(torch.equal(a, b) for a, b in zip(tensors(call()), want, strict=True))
+            except Finding:
+                same = False
+            assert not (removed and same), f"barrier {number} of {kernel}: nothing was found without it"
+            number += 1
+        assert number > 1 or kernel in ("gradient_kernel", "divergence_gradient_kernel")  # which reduce nothing

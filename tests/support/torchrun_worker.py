@@ -1,0 +1,144 @@
+"""The program that tests/distributed/test_torchrun.py starts with torchrun.
+
+It makes several runs in one set of processes, since a set takes seconds to start.
+"""
+
+import errno
+import importlib
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+import types
+import warnings
+
+import torch
+import torch.distributed as dist
+
+import soul
+from soul.checkpoint import format as run_state
+from soul.checkpoint import local as checkpoint
+from soul.checkpoint.local import Stopped
+from soul.checkpoint.sharded import ShardedCheckpoints
+from soul.distributed import processes as distributed
+from soul.distributed.processes import Processes, whole_state
+from tests.support.models import examples, tiny_model, tiny_tokenizer
+
+unlearn_module = importlib.import_module("soul.run.loop")
+
+
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, **how):
+    """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process.
+
+    ``odd`` is what the last process does otherwise: an option of the config or of the run, "data", "weights" or "activation".
+    """
+    odd = odd if odd and dist.get_rank() == dist.get_world_size() - 1 else {}
+    how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
+    options = options | {name: odd[name] for name in odd if name in ("lr", "seed", "weight_decay", "epochs")}
+    config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
+    rows, model = examples(13)["data" in odd :], tiny_model(family).to(getattr(torch, dtype))
+    rows = rows[:12]
+    if "weights" in odd:
+        model.model.norm.weight.data[-1] += 1e-3
+    if "activation" in odd:
+        model.config.hidden_act = odd["activation"]
+    model.config.attention_dropout = dropout
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = dropout
+    unlearner = soul.Unlearner(model, rows[:5], rows[5:], config, tokenizer=tiny_tokenizer())
+    records = unlearner.run(output, progress=False, **how)
+    if Processes.of(unlearner.model).size == 1:
+        return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
+    return records, whole_state(unlearner.model)
+
+
+def told_to_stop(step):
+    """From now on the last process gets SIGTERM in that step."""
+    real, left = unlearn_module.train_step, [step]
+
+    def train_step(*args):
+        left[0] -= 1
+        if left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    unlearn_module.train_step = train_step
+
+
+def disk_full_at_second_write():
+    """From now on the last process can write one file with tensors, and no more."""
+    real, left = run_state.write_tensors, [1]
+
+    def write_tensors(*args):
+        left[0] -= 1
+        if left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*args)
+
+    run_state.write_tensors = write_tensors
+
+
+def clocked(seconds):
+    """From now on a step moves the clock of a process by its number of seconds; returns the list of steps that are saved."""
+    real, save, now, saved = unlearn_module.train_step, ShardedCheckpoints.save, [0.0], []
+
+    def train_step(*args):
+        now[0] += seconds[dist.get_rank()]
+        return real(*args)
+
+    def spy(checkpoints, step, *args):
+        saved.append(step)
+        save(checkpoints, step, *args)
+
+    checkpoint.time = types.SimpleNamespace(monotonic=lambda: now[0])
+    unlearn_module.train_step, ShardedCheckpoints.save = train_step, spy
+    return saved
+
+
+def case(folder, family, options, how):
+    """The result of one run, or what it raised."""
+    stop, damage, real = how.pop("stop", 0), how.pop("damage", None), unlearn_module.train_step
+    full, clock, saved, save = how.pop("full", False), how.pop("clock", None), [], ShardedCheckpoints.save
+    if "reference_cache" in options:
+        options["reference_cache"] = str(folder / options["reference_cache"])
+    if "output" in how:
+        how["output"] = folder / how["output"]
+    if damage and dist.get_rank() == 0:
+        with open(how["output"] / "checkpoints" / damage, "rb+") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"damaged!")
+    dist.barrier()
+    if stop:
+        told_to_stop(stop)
+    if clock:
+        saved = clocked(clock)
+    write = run_state.write_tensors
+    if full:
+        disk_full_at_second_write()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            records, weights = run(family, options, **how)
+        told = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
+        return {"records": records, "weights": weights, "warnings": told, "seed": torch.initial_seed(), "saved": saved}
+    except (ValueError, OSError, Stopped) as error:
+        return {"error": type(error).__name__, "text": str(error)}
+    finally:
+        unlearn_module.train_step, run_state.write_tensors = real, write
+        ShardedCheckpoints.save, checkpoint.time = save, time
+
+
+def main(folder):
+    folder = pathlib.Path(folder)
+    with distributed.started(torch.device("cpu")):
+        for number, given in enumerate(json.loads((folder / "cases.json").read_text())):
+            torch.save(case(folder, *given), folder / f"{number}.{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])
+    os._exit(0)  # as in tests/distributed/test_processes.py
