@@ -72,9 +72,10 @@ $(CLIENTS:%=test-client-%): test-client-%: .venv-clients/%/installed
 bench: install ## time the ops on what there is
 	$(BIN)/python -m bench
 
-lint: install ## ruff: rules and formatting
+lint: install ## ruff: rules and formatting; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean: ## remove .venv, .venv-clients and all that was made
 	rm -rf .venv .venv-clients .triton out build *.egg-info .pytest_cache .ruff_cache

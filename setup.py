@@ -24,7 +24,7 @@ HF = [
 ]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.9"]
-TEST = ["pytest>=8.0", "numpy>=2.0", "accelerate>=1.7"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7"]
 
 setup(
     name="soul-kernels",
@@ -53,8 +53,8 @@ setup(
             "cut-cross-entropy>=25.1.1",
         ],
         "test": TEST,
-        # One version of the linter, the same on every machine and in CI.
-        "lint": ["ruff==0.17.6"],
+        # One version of the linter and of the type checker, the same on every machine and in CI.
+        "lint": ["ruff==0.17.6", "mypy==2.4.1"],
         "all": [*HF, *EVAL, *PLOTS],
     },
     entry_points={"console_scripts": ["soul = soul.cli:main"]},

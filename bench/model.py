@@ -2,9 +2,9 @@
 
 The compiled kernels have been executed without a card (``tests/kernels/compiled_kernels.json``), so it is known what they
 load, store and compute for each element. The time of a kernel is that of its scarcest resource, as if all others were used at
-the same time: the largest of its bytes at the card's copy bandwidth and, for each unit, its instructions at the unit's rate. Losses from
-hidden states add their matrix products at the card's GEMM rate. Not in it: the host and its launches, waiting for memory and at
-barriers, and the last programs of a launch. bench/README.md says how far off that is.
+the same time: the largest of its bytes at the card's copy bandwidth and, for each unit, its instructions at the unit's rate.
+Losses from hidden states add their matrix products at the card's GEMM rate. Not in it: the host and its launches, waiting for
+memory and at barriers, and the last programs of a launch. bench/README.md says how far off that is.
 
 A row is what the benchmarks of the ops time on a GPU, under the same names.
 """

@@ -3,7 +3,7 @@
 import torch
 
 from soul_kernels._compiled import PAYS, can_compile, cpp_compiler
-from soul_kernels._launch import has_triton, interpreting, runs_on_cpu
+from soul_kernels._launch import has_triton, interpreting, runs_on_cpu, triton
 from soul_kernels.errors import argument_error, check_choice
 
 __all__ = [
@@ -16,9 +16,15 @@ __all__ = [
     "resolve_backend",
     "resolve_head_backend",
     "runs_on_cpu",
+    "triton_version",
 ]
 
 BACKENDS = ("auto", "triton", "compile", "torch", "reference")
+
+
+def triton_version() -> str | None:
+    """Return the version of Triton, or None where it is not installed."""
+    return triton.__version__ if has_triton() else None
 
 
 def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) -> str:

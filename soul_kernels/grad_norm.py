@@ -27,6 +27,7 @@ def squares_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the sum of the squares of each chunk."""
     tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 1, CHUNK)
     g_ptr = chunk_pointer(table_ptr, tensor, start, G_DTYPE, ALIGNED)
     lanes = tl.arange(0, BLOCK)
@@ -49,6 +50,7 @@ def norm_kernel(
     n_partials,
     BLOCK: tl.constexpr,
 ):
+    """Write the square root of the sum of all partial sums."""
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, n_partials, BLOCK):
         offsets = start + tl.arange(0, BLOCK)

@@ -86,6 +86,7 @@ def hessian_ema_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update one chunk of one Hessian."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) != 0.0:
             return

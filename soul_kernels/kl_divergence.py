@@ -105,6 +105,7 @@ def divergence_kernel(
     SOUL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the divergence of one row, and the entropy of its reference."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     divergence = 0.0
@@ -192,6 +193,7 @@ def divergence_gradient_kernel(
     OUT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the gradient of one row's divergence by its logits."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     out_row = out_ptr + row * out_stride

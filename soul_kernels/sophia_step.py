@@ -158,6 +158,7 @@ def sophia_step_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update one chunk of one parameter and its states."""
     if skip_ptr is not None:
         if tl.load(skip_ptr) != 0.0:
             return

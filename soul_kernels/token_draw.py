@@ -50,6 +50,7 @@ def likeliest_kernel(
     CAPPED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the sum of one row without its likeliest token."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     row_max = -1.0e30
@@ -130,6 +131,7 @@ def draw_kernel(
     OUT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Draw the label of one row, and write the gradient of its log-probability."""
     row = tl.program_id(0).to(tl.int64)
     coefficient = tl.load(coefficients_ptr + row)
     row_max = tl.load(statistics_ptr + statistics_stride + row)

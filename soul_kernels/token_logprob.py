@@ -127,6 +127,7 @@ def statistics_kernel(
     ALL: tl.constexpr,  # the last three as well
     BLOCK: tl.constexpr,
 ):
+    """Write the statistics of one row."""
     row = tl.program_id(0).to(tl.int64)  # before it meets the stride: n * V passes 2^31
     label = tl.load(labels_ptr + row)
     row_ptr = logits_ptr + row * row_stride
@@ -208,6 +209,7 @@ def gradient_kernel(
     OUT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write the gradient of one row by its logits."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     coefficient = tl.load(coefficients_ptr + row)

@@ -15,9 +15,11 @@ import pytest
 import soul
 import soul_kernels
 from soul_kernels import _versions
+from tests.support import architecture
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOT_OPS = {"rounding"}  # device functions: tested, but nothing to time on their own
+BESIDE = {"backends", "chunks", "errors", "tensors", "tokens"}  # public, and no ops
 
 
 def stems(folder, prefix=""):
@@ -26,9 +28,9 @@ def stems(folder, prefix=""):
 
 
 def test_every_op_has_its_reference_test_and_benchmark():
-    ops = stems("soul_kernels")
+    ops = stems("soul_kernels") - BESIDE
     assert ops == stems("soul_kernels/reference")
-    assert ops <= stems("tests", "test_")
+    assert ops <= stems("tests/kernels", "test_")
     assert ops - NOT_OPS == stems("bench", "bench_")
 
 
@@ -37,27 +39,64 @@ def imported(path):
 
 
 def names_of(node):
-    """What a statement imports; of any other node nothing."""
+    """The modules that a statement imports; of any other node nothing."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module] if isinstance(node, ast.ImportFrom) else []
 
 
-@pytest.mark.parametrize("folder, forbidden", [
-    ("soul_kernels/reference", ("triton", "soul", "bench", "tests", "soul_kernels._launch")),
-    ("soul_kernels", ("soul", "bench", "tests", "transformers")),
-    ("soul", ("bench", "tests", "triton", "soul.integrations")),
-    ("soul/study", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
-    ("soul/plan", ("bench", "tests", "triton", "soul.integrations", "soul.commands")),
-    ("soul/commands", ("bench", "tests", "triton", "soul.integrations")),
-    ("soul/integrations", ("bench", "tests", "triton", "trl")),
-    ("soul/integrations/open_unlearning", ("bench", "tests", "triton")),
+def test_arrows_run_one_way():
+    assert architecture.wrong_arrows(ROOT) == []
+
+
+def test_private_modules_are_imported_by_their_own_package_and_their_tests_only():
+    assert architecture.private_imports(ROOT) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert architecture.circles(ROOT) == []
+
+
+def test_every_function_is_annotated():
+    assert architecture.without_annotations(ROOT) == []
+
+
+@pytest.mark.parametrize("rule, file, line", [
+    (architecture.wrong_arrows, "soul_kernels/grad_norm.py", "from soul.losses import NPO"),
+    (architecture.wrong_arrows, "soul/data/rows.py", "from soul.models import causal_lm"),
+    (architecture.wrong_arrows, "soul/optim/states.py", "def late():\n    from soul.run import config"),
+    (architecture.wrong_arrows, "soul_kernels/reference/rounding.py", "from soul_kernels import backends"),
+    (architecture.private_imports, "soul/losses.py", "from soul_kernels._table import TensorTable"),
+    (architecture.private_imports, "soul/losses.py", "from soul_kernels.sophia_step import _check_tensors"),
+    (architecture.private_imports, "tests/kernels/test_table.py", "from soul_kernels import _compiled"),
+    (architecture.circles, "soul_kernels/errors.py", "def late():\n    import soul_kernels.tensors"),
+    (architecture.without_annotations, "soul/losses.py", "def untyped(x):\n    return x"),
 ])  # fmt: skip
-def test_arrows_run_one_way(folder, forbidden):
-    for path in (ROOT / folder).glob("*.py"):
-        for name in imported(path):
-            wrong = [f for f in forbidden if name == f or name.startswith(f + ".")]
-            assert not wrong, f"{path.relative_to(ROOT)} imports {name}"
+def test_a_planted_breach_is_found(rule, file, line, tmp_path):
+    for package in architecture.PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("*.json", "__pycache__", "results"))
+    path = tmp_path / file
+    path.write_text(f"{path.read_text()}\n\n{line}\n")
+    assert len(rule(tmp_path)) == len(rule(ROOT)) + 1
+
+
+def test_only_one_module_imports_triton():
+    for package in ("soul_kernels", "soul"):
+        users = [path.name for path in (ROOT / package).rglob("*.py") if any(
+            name.partition(".")[0] == "triton" for name in imported(path))]  # fmt: skip
+        assert users == ["_launch.py"] * (package == "soul_kernels")
+
+
+OPTIONAL = {"transformers", "trl", "peft", "datasets", "matplotlib", "scipy", "sklearn", "rouge_score"}
+
+
+@pytest.mark.parametrize("package", ["soul_kernels", "soul"])
+def test_what_an_extra_brings_is_imported_within_functions(package):
+    """But in `soul.integrations`, where somebody who has them comes from."""
+    for path in (ROOT / package).rglob("*.py"):
+        if "integrations" not in path.parts:
+            names = {name.partition(".")[0] for node in ast.parse(path.read_text()).body for name in names_of(node) if name}
+            assert not names & OPTIONAL, path
 
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi"}  # import -> name on PyPI, if another
@@ -80,15 +119,10 @@ def test_what_is_imported_is_declared(monkeypatch):
             assert needed in names, f"{path.relative_to(ROOT)} imports {name}, and setup.py does not ask for {needed}"
 
 
-def test_only_one_module_imports_triton():
-    users = [p.name for p in (ROOT / "soul_kernels").rglob("*.py") if any(n.split(".")[0] == "triton" for n in imported(p))]
-    assert users == ["_launch.py"]
-
-
 def test_tests_are_collected_without_the_extras():
     """One module that cannot be imported, and pytest runs nothing at all; a machine with a GPU may have next to nothing."""
     optional = {"accelerate", "datasets", "matplotlib", "peft", "pyarrow", "rouge_score", "scipy", "sklearn"}
-    for path in (ROOT / "tests").glob("*.py"):
+    for path in (ROOT / "tests").rglob("*.py"):
         names = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in names_of(node)}
         wrong = optional & names
         assert not wrong, f"{path.name} imports {wrong}: pytest.importorskip where it is used"

@@ -18,8 +18,7 @@ def run(args):
 
     import torch
 
-    from soul_kernels._launch import triton
-    from soul_kernels.backends import PAYS, cpp_compiler, has_triton, interpreting, resolve_backend, resolve_head_backend
+    from soul_kernels.backends import PAYS, cpp_compiler, interpreting, resolve_backend, resolve_head_backend, triton_version
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = "cuda" if gpus else "cpu"
@@ -27,7 +26,7 @@ def run(args):
     step, loss = resolve_backend("auto", tensor), resolve_head_backend("auto", tensor)
     lines = [
         f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
-        f"torch {torch.__version__}, triton {triton.__version__ if has_triton() else 'not installed'}",
+        f"torch {torch.__version__}, triton {triton_version() or 'not installed'}",
         f"GPUs: {', '.join(gpus) or 'none'}",
         f"backend on {device}: {loss} for losses, {step} for steps{' (interpreted)' if interpreting() else ''}",
     ]

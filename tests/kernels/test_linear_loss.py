@@ -608,7 +608,7 @@ def test_bad_input_is_named(change, message, backend):
 @pytest.mark.parametrize("runs", [False, True])
 def test_the_way_of_computing_is_chosen_by_the_device(runs, monkeypatch):
     """Without kernels "auto" sweeps all the same; the definition, which needs memory for all logits, must be asked for."""
-    monkeypatch.setattr(_launch, "runs_on_cpu", lambda: runs)
+    monkeypatch.setattr(backends, "runs_on_cpu", lambda: runs)
     tensor, kernels = torch.empty(1), runs and backends.has_triton()
     for backend, ours in (("auto", "triton" if kernels else "torch"), ("torch", "torch"), ("reference", "reference")):
         assert backends.resolve_head_backend(backend, tensor) == ours

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from soul.models.encoding import encode_for
 
 import soul
 from soul import losses
@@ -14,6 +13,7 @@ from soul.data.batches import Order, collate
 from soul.data.examples import Example
 from soul.evaluate.model import answer_probability
 from soul.models.causal_lm import token_logps
+from soul.models.encoding import encode_for
 from soul.models.ref_model import check_cache
 from soul.output.directory import check_output
 from soul.run import feed
