@@ -6,7 +6,7 @@ import torch
 
 from bench._harness import Case, compiled
 from bench.bench_sophia_step import gpt2, llama_1b, tiny
-from soul_kernels import TensorTable, hessian_ema
+from soul_kernels import HessianEma
 
 STATES = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "8-bit": (torch.uint8, 1 + 4 / 256)}
 
@@ -27,7 +27,11 @@ def ours(grads, dtype, **options):
     scales = None
     if dtype == torch.uint8:
         scales = [torch.zeros(-(-g.numel() // 256), device=g.device) for g in grads]
-    call = functools.partial(hessian_ema, hessians, grads, beta2=0.99, hessian_scales=scales, table=TensorTable(), **options)
+    ema = HessianEma()
+
+    def call() -> None:
+        ema.prepare(hessians, grads, beta2=0.99, hessian_scales=scales, **options)()
+
     return call, hessians + (scales or [])
 
 

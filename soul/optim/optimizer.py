@@ -1,6 +1,5 @@
 """SophiaG and SOUL: states, groups and checkpoints. The arithmetic is in ``soul_kernels``."""
 
-import functools
 import sys
 from collections.abc import Mapping
 
@@ -33,7 +32,7 @@ from soul.optim.states import (
     published_state,
     store_fp32,
 )
-from soul_kernels import grad_norm, hessian_ema, sophia_step
+from soul_kernels import Guards, Noise, StepOptions, StepTensors, grad_norm
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.rounding import join
@@ -158,7 +157,7 @@ class SophiaG(Optimizer):
         self._stepped = {}  # group index -> parts of the last step, for telemetry
         self._norms = {}  # device -> the norm of the gradients in the last step there, always in the same place
         self._norm = self._skipped = None
-        self._versions = []  # of the parts' tables, when parameters were last checked for overlap
+        self._versions = []  # of the parts' steps, when parameters were last checked for overlap
         self._release = None  # the GradientRelease that steps this optimizer
         self._numel = None  # elements of all parameters
 
@@ -245,7 +244,8 @@ class SophiaG(Optimizer):
     def _run(self, work, bs=None):
         """Steps the parts in ``work``: [(group, [(part, gradients)])]."""
         norm, skip = self._norm_and_skip(work)
-        calls, params = [], []
+        steps = []
+        params = []
         for group, parts in work:
             for part, grads in parts:
                 in_step = self._beta2_in_step(group)
@@ -255,42 +255,34 @@ class SophiaG(Optimizer):
                     corrections = part.corrections(group["betas"][1], updates)
                 part.telemetry.zero_()
                 params.append(part.params_in())
-                call = functools.partial(
-                    sophia_step,
-                    params[-1],
-                    grads,
-                    **part.lists(),
-                    lr=option_on(group["lr"], part.device),
-                    weight_decay=option_on(group["weight_decay"], part.device),
-                    rho=option_on(group["rho"], part.device),
-                    bs=option_on(group["bs"] if bs is None else bs, part.device),
-                    beta1=self._beta1(group),
-                    beta2=in_step,
-                    eps=group["eps"],
-                    maximize=group["maximize"],
-                    eps_mode=group["eps_mode"],
-                    param_rounding=rounding_of(group),
-                    corrections=corrections,
-                    seed=group["seed"],
-                    tensor_ids=part.tensor_ids,
-                    tensor_offsets=part.tensor_offsets,
-                    steps=part.count("step"),
-                    grad_factor=self._factor(group, norm, part.device),
-                    skip=_move(skip, part.device),
+                step = part.step.prepare(
+                    StepTensors(params[-1], grads, **part.lists()),
+                    StepOptions(
+                        lr=option_on(group["lr"], part.device),
+                        beta1=self._beta1(group),
+                        rho=option_on(group["rho"], part.device),
+                        bs=option_on(group["bs"] if bs is None else bs, part.device),
+                        eps=group["eps"],
+                        weight_decay=option_on(group["weight_decay"], part.device),
+                        beta2=in_step,
+                        maximize=group["maximize"],
+                        eps_mode=group["eps_mode"],
+                        param_rounding=rounding_of(group),
+                        corrections=corrections,
+                    ),
+                    noise=Noise(group["seed"], part.tensor_ids, part.tensor_offsets, part.count("step")),
+                    guards=Guards(self._factor(group, norm, part.device), _move(skip, part.device)),
                     telemetry=part.telemetry,
-                    table=part.table,
                     backend=self._backend(group, part),
                 )
-                calls.append(call)
-        if len(calls) > 1:
-            for call in calls:
-                call(check_only=True)
-            versions = [part.table.version for _, parts in work for part, _ in parts]
-            if versions != self._versions:  # the op has seen the tensors of one part at a time
+                steps.append(step)
+        if len(steps) > 1:
+            versions = [part.step.version for _, parts in work for part, _ in parts]
+            if versions != self._versions:  # each step has seen the tensors of its own part only
                 check_overlap({"parameters": [p for tensors in params for p in tensors]})
                 self._versions = versions
-        for call in calls:
-            call()
+        for step in steps:
+            step()
         self._norm = self._keep(norm)
         for group, parts in work:
             for part, _ in parts:
@@ -336,33 +328,26 @@ class SophiaG(Optimizer):
         skip = None
         if grad_scale is not None or any(group["skip_nonfinite"] for group, _ in work):  # scaled gradients overflow as a matter
             skip = self._not_finite(self._total_norm(work))  # of course, and inf would stay in h for good
-        calls = []
+        updates = []
         for group, parts in work:
             for part, grads in parts:
                 factor = None
                 if grad_scale is not None:
                     factor = torch.ones((), dtype=torch.float32, device=part.device) / _move(grad_scale, part.device)
-                call = functools.partial(
-                    hessian_ema,
+                update = part.hessian_ema.prepare(
                     **part.lists("hessian", "hessian_scale"),
                     grads=grads,
                     probes=None if probes is None else part.locals([self._probe(probes, p) for p in part.params]),
                     beta2=group["betas"][1],
-                    seed=HESSIAN_NOISE + group["seed"],
-                    tensor_ids=part.tensor_ids,
-                    tensor_offsets=part.tensor_offsets,
-                    steps=part.count("hessian_step"),
-                    grad_factor=factor,
-                    skip=_move(skip, part.device),
-                    table=part.hessian_table,
+                    noise=Noise(
+                        HESSIAN_NOISE + group["seed"], part.tensor_ids, part.tensor_offsets, part.count("hessian_step")
+                    ),
+                    guards=Guards(factor, _move(skip, part.device)),
                     backend=self._backend(group, part),
                 )
-                calls.append(call)
-        if len(calls) > 1:
-            for call in calls:
-                call(check_only=True)
-        for call in calls:
-            call()
+                updates.append(update)
+        for update in updates:
+            update()
         for _, parts in work:
             for part, _ in parts:
                 part.count("hessian_step").add_(1 if skip is None else 1 - _move(skip, part.device))

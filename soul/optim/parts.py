@@ -8,7 +8,7 @@ import torch
 from soul.distributed.shards import first_number, is_sharded, local, place, splits
 from soul.optim.options import ON_DEVICE, check_options, check_param_dtype, check_sees_all, rounding_of
 from soul.optim.states import STATES, new_state
-from soul_kernels import TensorTable
+from soul_kernels import HessianEma, SophiaStep, TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
 from soul_kernels.tensors import has_data, is_dense, same_layout
@@ -38,8 +38,8 @@ class Part:
         device: where they are.
         tensor_ids: number of each parameter in the optimizer, for its noise.
         tensor_offsets: number of the first element that this process holds of each, for the same.
-        table, hessian_table, norm_table: for the launches of `sophia_step`, `hessian_ema` and `grad_norm`.
-        telemetry: fp64 [3] on the device, what `sophia_step` counts there.
+        step, hessian_ema, norm_table: what steps the parameters, updates their Hessians and serves their `grad_norm`.
+        telemetry: fp64 [3] on the device, what the step counts there.
         numel: coordinates of the parameters, over all shards.
 
     The ops walk dense tensors. A parameter with gaps, such as a slice of columns, is stepped in a dense buffer: `params_in`
@@ -50,7 +50,9 @@ class Part:
         self.params, self.states, self.tensor_ids = params, states, tensor_ids
         self.tensor_offsets = [first_number(param) for param in params]
         self.device, self._mesh, self._placements = place(params[0])
-        self.table, self.hessian_table, self.norm_table = TensorTable(), TensorTable(), TensorTable()
+        self.step = SophiaStep()
+        self.hessian_ema = HessianEma()
+        self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.numel = sum(p.numel() for p in params)
         # Reading a column of the states takes as long as all else in a small step: hence itemgetter where it can be.

@@ -1,0 +1,173 @@
+"""What the ops over lists of tensors share: their bundles of arguments, and calls that are checked first and launched later."""
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from soul_kernels._table import TensorTable
+from soul_kernels.errors import argument_error
+from soul_kernels.reference.rounding import GROUP, salt
+from soul_kernels.tensors import check_on_device, same_layout
+
+
+class Noise(NamedTuple):
+    """Where the noise of stochastic rounding comes from: it is a hash of (seed, tensor, step, element).
+
+    Attributes:
+        seed: of the whole run. Without ``steps``, pass another one at every call.
+        tensor_ids: one int a tensor, its number in the noise; None: its position in the list.
+        tensor_offsets: one int a tensor. Where the tensor is a piece of a larger one, it is the number of its first element
+            there, in the order of memory: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
+        steps: fp32 [number of tensors] on the device, which sets the noise of this call apart from that of other calls.
+    """
+
+    seed: int = 0
+    tensor_ids: Sequence[int] | None = None
+    tensor_offsets: Sequence[int] | None = None
+    steps: Tensor | None = None
+
+    def salts(self, tensors: Sequence[Tensor]) -> list[int]:
+        """Return one salt a tensor, from the seed and from the tensor's number."""
+        numbers = range(len(tensors)) if self.tensor_ids is None else self.tensor_ids
+        return [salt(self.seed, number) for number in numbers]
+
+    def offsets(self, *states: Sequence[Tensor]) -> list[int]:
+        """Return the number of each tensor's first element in its noise.
+
+        Args:
+            states: lists of the tensors' states. A group of 8-bit values must be one in the whole tensor as well.
+
+        Raises:
+            ValueError: ``tensor_offsets`` does not fit.
+        """
+        count = len(states[0])
+        if self.tensor_offsets is None:
+            return [0] * count
+        if len(self.tensor_offsets) != count:
+            expected = f"{count} integers, one a tensor"
+            raise argument_error("tensor_offsets", expected, len(self.tensor_offsets), "pass 0 for a tensor that is whole")
+        for index, offset in enumerate(self.tensor_offsets):
+            unit = GROUP if any(each[index].dtype == torch.uint8 for each in states) else 1
+            if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62 or offset % unit:
+                expected = f"a multiple of {GROUP}, the groups of 8-bit states," if unit > 1 else "an integer"
+                remedy = "pass the number of the piece's first element in the whole tensor"
+                raise argument_error(f"tensor_offsets[{index}]", f"{expected} from 0", repr(offset), remedy)
+        return list(self.tensor_offsets)
+
+
+class Guards(NamedTuple):
+    """What is done about gradients that are too large, scaled, or not finite. It is read on the device: nothing waits for it.
+
+    Attributes:
+        grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
+        skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
+    """
+
+    grad_factor: Tensor | None = None
+    skip: Tensor | None = None
+
+    def check(self, devices: Sequence[torch.device]) -> None:
+        """Raise unless both are one fp32 number on the one device in ``devices``, or None."""
+        check_on_device("grad_factor", self.grad_factor, devices)
+        check_on_device("skip", self.skip, devices)
+
+
+DEFAULT_NOISE = Noise()
+NO_GUARDS = Guards()
+
+Bundle = TypeVar("Bundle", bound=NamedTuple)
+
+
+def with_fields(bundle: Bundle, keywords: dict[str, Any]) -> Bundle:
+    """Return the bundle with those of its fields that are in ``keywords``, which are taken out of there."""
+    fields = {name: keywords.pop(name) for name in bundle._fields if name in keywords}
+    return bundle._replace(**fields) if fields else bundle
+
+
+def check_all_taken(function: str, keywords: dict[str, Any]) -> None:
+    """Raise the TypeError of Python where a keyword is a field of no bundle."""
+    for name in keywords:
+        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+
+
+class PreparedCall:
+    """A call of an op whose arguments have been checked, and which has changed nothing yet: call it, once.
+
+    It goes by the addresses that were checked. So it must follow before anything is done to the tensors, and before the object
+    that prepared it prepares another call.
+    """
+
+    __slots__ = ("_copy", "_number", "_run", "_table")
+
+    def __init__(self, table: TensorTable, run: Callable[[], None], copy: Callable[[], object] | None = None) -> None:
+        self._run = run
+        self._copy = copy
+        self._table = table
+        self._number = table.next_call()
+
+    def __call__(self) -> None:
+        """Change the tensors.
+
+        Raises:
+            RuntimeError: it was called before, or another call was prepared with the same table since.
+        """
+        if self._number != self._table.call:
+            raise RuntimeError("prepared call: expected to be called once, before the next one is prepared; prepare it anew")
+        self._table.next_call()
+        with torch.no_grad():  # kernels know nothing of autograd
+            copies = self._copy and self._copy()
+            self._run()
+            del copies  # which the launch has read
+
+
+def nothing_to_do() -> None:
+    """Do nothing: the run of a call without tensors."""
+
+
+def rebuild_table(
+    table: TensorTable,
+    roles: dict[str, Sequence[Any] | None],
+    key: object,
+    *,
+    read: Collection[str],
+    salts: Sequence[int],
+    offsets: Sequence[int],
+    side: Collection[str],
+) -> Callable[[], object] | None:
+    """Rebuild the table from tensors that were found to fit together; gradients of other strides need copies first.
+
+    Args:
+        table: the table; "g" is its role that is only read.
+        roles: as in `TensorTable.rebuild`, the tensors of ``read`` as they came.
+        key: as in `TensorTable.rebuild`.
+        read: roles whose tensors are copied where they do not lie in memory as those of the first role do.
+        salts: as in `TensorTable.rebuild`.
+        offsets: as in `TensorTable.rebuild`.
+        side: as in `TensorTable.rebuild`.
+
+    Returns:
+        None where the table is complete. Else a function that makes the copies, completes the table and returns the copies. It
+        is called right before the launch: the copies of all calls that are prepared together would take the memory of all
+        gradients.
+    """
+    lead: Sequence[Tensor] = roles[next(iter(roles))] or ()
+    rebuild = functools.partial(table.rebuild, key=key, read_only="g", salts=salts, offsets=offsets, side=side)
+    if all(same_layout(*pair) for role in read for pair in zip(roles[role] or (), lead)):
+        rebuild(roles)
+        return None
+    table.describe(lead, salts, offsets)
+
+    def copy() -> object:
+        copies = {role: tensors and _match_layout(tensors, lead) for role, tensors in roles.items() if role in read}
+        rebuild(roles | copies)
+        return copies
+
+    return copy
+
+
+def _match_layout(grads: Sequence[Tensor], leaders: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradients, as copies where their strides differ from their leader's."""
+    return [g if same_layout(g, lead) else torch.empty_like(lead, dtype=g.dtype).copy_(g) for g, lead in zip(grads, leaders)]
