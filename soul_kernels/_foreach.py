@@ -7,9 +7,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from soul_kernels._launch import tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.rounding import GROUP, salt
+from soul_kernels.rounding import GROUP as GROUP_SIZE
+from soul_kernels.rounding import noise_key
 from soul_kernels.tensors import check_on_device, same_layout
 
 
@@ -171,3 +174,85 @@ def rebuild_table(
 def _match_layout(grads: Sequence[Tensor], leaders: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradients, as copies where their strides differ from their leader's."""
     return [g if same_layout(g, lead) else torch.empty_like(lead, dtype=g.dtype).copy_(g) for g, lead in zip(grads, leaders)]
+
+
+class Chunk(NamedTuple):
+    """What a program works on, as a kernel has it: some elements of one tensor, and the column of the table for it.
+
+    Attributes:
+        table_ptr: [rows, n_tensors] int64, as `TensorTable` describes it.
+        n_tensors: the columns.
+        tensor: the column.
+        start: the chunk's first element in its tensor, int64: tensors pass 2^31.
+        count: how many elements it has.
+    """
+
+    table_ptr: Any
+    n_tensors: Any
+    tensor: Any
+    start: Any
+    count: Any
+
+
+class ChunkNoise(NamedTuple):
+    """Where the noise of a chunk starts from, as a kernel has it.
+
+    Attributes:
+        key: what all elements of the tensor share in this call; None where nothing is rounded stochastically.
+        first: number of the chunk's first element in the noise.
+    """
+
+    key: Any
+    first: Any
+
+
+@triton.jit
+def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, ROLES: tl.constexpr, CHUNK: tl.constexpr):
+    """Return the `Chunk` of this program. ``ROLES``: rows of addresses, which the row of element counts follows."""
+    tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
+    start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
+    count = tl.minimum(tl.load(table_ptr + (n_tensors * ROLES + tensor)) - start, CHUNK).to(tl.int32)
+    return Chunk(table_ptr, n_tensors, tensor, start, count)
+
+
+@triton.jit
+def table_entry(chunk, ROW: tl.constexpr):
+    """Return the entry of the table in row ``ROW`` for the chunk's tensor."""
+    return tl.load(chunk.table_ptr + (chunk.n_tensors * ROW + chunk.tensor))
+
+
+@triton.jit
+def chunk_pointer(chunk, ROW: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return a pointer to the chunk's first element in the tensor of a role."""
+    if DTYPE is None:  # an absent role: something that is never read (Triton 3.6 cannot return None)
+        return chunk.table_ptr
+    else:
+        pointer = table_entry(chunk, ROW).to(tl.pointer_type(DTYPE)) + chunk.start
+        if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
+
+
+@triton.jit
+def scale_pointer(chunk, ROW: tl.constexpr, STATE_DTYPE: tl.constexpr):
+    """Return a pointer to the chunk's first scale in the role ``ROW``, if its state has 8 bits."""
+    if STATE_DTYPE == tl.uint8:
+        return table_entry(chunk, ROW).to(tl.pointer_type(tl.float32)) + chunk.start // GROUP_SIZE
+    else:
+        return chunk.table_ptr
+
+
+@triton.jit
+def number_of_tensor(chunk, ROW: tl.constexpr):
+    """Return the fp32 number that a role has for the chunk's tensor."""
+    return tl.load(table_entry(chunk, ROW).to(tl.pointer_type(tl.float32)))
+
+
+@triton.jit
+def noise_of_chunk(chunk, ROLES: tl.constexpr, STEP_ROW: tl.constexpr, STEPS: tl.constexpr):
+    """Return the `ChunkNoise`. Rows of salts and of offsets follow the one of element counts."""
+    step = 0.0
+    if STEPS:
+        step = number_of_tensor(chunk, STEP_ROW)
+    key = noise_key(table_entry(chunk, ROLES + 1), step)
+    return ChunkNoise(key, table_entry(chunk, ROLES + 2) + chunk.start)

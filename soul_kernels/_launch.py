@@ -66,36 +66,6 @@ def launch(kernel, grid, device, *, enable_fp_fusion=False, **arguments):
         kernel[grid](**arguments, enable_fp_fusion=enable_fp_fusion)
 
 
-@triton.jit
-def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, ROLES: tl.constexpr, CHUNK: tl.constexpr):
-    """Which tensor this program works on, from which element (int64: tensors pass 2^31), and how many elements."""
-    tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
-    start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(table_ptr + ROLES * n_tensors + tensor) - start, CHUNK).to(tl.int32)
-    return tensor, start, count
-
-
-@triton.jit
-def chunk_pointer(table_ptr, entry, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to element ``start`` of the tensor whose address is the table's ``entry``."""
-    if DTYPE is None:  # an absent role: something that is never read (Triton 3.6 cannot return None)
-        return table_ptr
-    else:
-        pointer = tl.load(table_ptr + entry).to(tl.pointer_type(DTYPE)) + start
-        if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
-            pointer = tl.multiple_of(pointer, 16)
-        return pointer
-
-
 def triton_dtype(dtype):
     """The Triton dtype of a torch dtype; None stays None."""
     return dtype and getattr(tl, str(dtype).removeprefix("torch."))
-
-
-@triton.jit
-def option(value, ON_DEVICE: tl.constexpr, BIT: tl.constexpr):
-    """A number that is an argument, or lies on the device where ``ON_DEVICE`` has ``BIT``; in fp32."""
-    if ON_DEVICE & BIT:
-        return tl.load(value).to(tl.float32)
-    else:
-        return tl.zeros([], tl.float32) + value

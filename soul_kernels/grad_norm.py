@@ -2,7 +2,8 @@
 
 import torch
 
-from soul_kernels._launch import chunk_of_program, chunk_pointer, launch, tl, triton
+from soul_kernels._foreach import chunk_of_program, chunk_pointer
+from soul_kernels._launch import launch, tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
@@ -13,6 +14,9 @@ from soul_kernels.tensors import PARAM_DTYPES, check_gradient, is_dense
 # Larger pieces than in the step: fewer partial sums, which one program adds up.
 CONFIG = {"chunk": 65536, "BLOCK": 2048, "num_warps": 8}
 SUM_CONFIG = {"BLOCK": 4096, "num_warps": 8}
+# The rows of the table, of which element counts are the last one.
+G_ROW = tl.constexpr(0)
+N_ROLES = tl.constexpr(1)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -28,17 +32,17 @@ def squares_kernel(
     BLOCK: tl.constexpr,
 ):
     """Write the sum of the squares of each chunk."""
-    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 1, CHUNK)
-    g_ptr = chunk_pointer(table_ptr, tensor, start, G_DTYPE, ALIGNED)
+    chunk = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, N_ROLES, CHUNK)
+    g_ptr = chunk_pointer(chunk, G_ROW, G_DTYPE, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
-    full = count // BLOCK
+    full = chunk.count // BLOCK
     for block in range(full):
         g = load(g_ptr, block * BLOCK + lanes, None).to(tl.float32)
         squares += g * g
-    if full * BLOCK < count:
+    if full * BLOCK < chunk.count:
         offsets = full * BLOCK + lanes
-        g = load(g_ptr, offsets, offsets < count).to(tl.float32)
+        g = load(g_ptr, offsets, offsets < chunk.count).to(tl.float32)
         squares += g * g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(squares.to(tl.float64), 0))
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -10,21 +10,26 @@ from soul_kernels._compiled import Compiled
 from soul_kernels._foreach import (
     DEFAULT_NOISE,
     NO_GUARDS,
+    ChunkNoise,
     Guards,
     Noise,
     PreparedCall,
     check_all_taken,
+    chunk_of_program,
+    chunk_pointer,
+    noise_of_chunk,
     nothing_to_do,
     rebuild_table,
+    scale_pointer,
     with_fields,
 )
-from soul_kernels._launch import chunk_of_program, chunk_pointer, tl, triton
+from soul_kernels._launch import tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import check_range
 from soul_kernels.reference.hessian_ema import ema_block
 from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
-from soul_kernels.rounding import GROUP, load, load_state, noise_key, noise_words, store_state
+from soul_kernels.rounding import GROUP, Block, load, load_state, noise_words, store_state
 from soul_kernels.tensors import (
     PARAM_DTYPES,
     STATE_DTYPES,
@@ -37,8 +42,11 @@ from soul_kernels.tensors import (
 # Elements a program, elements a loop turn, warps; 8-bit states need more registers an element.
 CONFIG = {"chunk": 16384, "BLOCK": 2048, "num_warps": 8}
 CONFIG_8BIT = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
-ROLES = ("h", "g", "u", "h_scale", "step")  # rows of the table, in this order
+# Rows of the table, in this order; the kernel knows them by number. Element counts, salts and offsets follow.
+ROLES = ("h", "g", "u", "h_scale", "step")
 SIDE = ("h_scale", "step")  # rows that are not walked element by element
+H_ROW, G_ROW, U_ROW, H_SCALE_ROW, STEP_ROW = map(tl.constexpr, range(len(ROLES)))
+N_ROLES = tl.constexpr(len(ROLES))
 
 
 @triton.jit
@@ -47,39 +55,47 @@ def ema(h, products, beta2, weight):
     return beta2 * h + weight * products
 
 
+class Pointers(NamedTuple):
+    """Where a chunk begins in the tensors of each role, as the kernel has it."""
+
+    h: Any
+    h_scale: Any
+    g: Any
+    u: Any
+
+
+class Numbers(NamedTuple):
+    """What all elements share: fp32."""
+
+    beta2: Any
+    weight: Any  # (1 - beta2) * scale
+    factor: Any  # of the gradients, or None
+
+
 @triton.jit
 def _ema_block(
-    h_ptr,
-    h_scale_ptr,
-    g_ptr,
-    u_ptr,
-    offsets,  # [BLOCK] int32, from the start of the chunk
-    mask,  # [BLOCK] bool, or None in a full block
-    group,  # the block's first group of 8-bit values, from the start of the chunk
-    groups,  # how many groups the chunk has
-    key,
-    first,  # number of the chunk's first element, for the noise
-    beta2,
-    weight,
-    factor,
+    pointers,  # `Pointers`
+    block,  # `Block`
+    noise,  # `ChunkNoise`
+    numbers,  # `Numbers`
     H_DTYPE: tl.constexpr,
     U_DTYPE: tl.constexpr,
     CROSSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    h = load_state(h_ptr, h_scale_ptr, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
-    g = load(g_ptr, offsets, mask).to(tl.float32)
-    if factor is not None:
-        g = g * factor
+    h = load_state(pointers.h, pointers.h_scale, block, H_DTYPE, True, BLOCK)
+    g = load(pointers.g, block.offsets, block.mask).to(tl.float32)
+    if numbers.factor is not None:
+        g = g * numbers.factor
     if U_DTYPE is None:
         products = g * g
     else:
-        products = g * load(u_ptr, offsets, mask).to(tl.float32)
-    noise = 0
-    if key is not None:
-        noise = noise_words(key, first, offsets, CROSSES)
-    h = ema(h, products, beta2, weight)
-    store_state(h_ptr, h_scale_ptr, h, noise, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
+        products = g * load(pointers.u, block.offsets, block.mask).to(tl.float32)
+    words = 0
+    if noise.key is not None:
+        words = noise_words(noise.key, noise.first, block.offsets, CROSSES)
+    h = ema(h, products, numbers.beta2, numbers.weight)
+    store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -105,37 +121,30 @@ def hessian_ema_kernel(
     if skip_ptr is not None:
         if tl.load(skip_ptr) != 0.0:
             return
-    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 5, CHUNK)
-    h_ptr = chunk_pointer(table_ptr, tensor, start, H_DTYPE, ALIGNED)
-    g_ptr = chunk_pointer(table_ptr, n_tensors + tensor, start, G_DTYPE, ALIGNED)
-    u_ptr = chunk_pointer(table_ptr, 2 * n_tensors + tensor, start, U_DTYPE, ALIGNED)
-    EIGHT_BITS: tl.constexpr = tl.float32 if H_DTYPE == tl.uint8 else None
-    h_scale_ptr = chunk_pointer(table_ptr, 3 * n_tensors + tensor, start // GROUP, EIGHT_BITS, False)
-    key = None
-    first = None
+    chunk = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, N_ROLES, CHUNK)
+    pointers = Pointers(
+        h=chunk_pointer(chunk, H_ROW, H_DTYPE, ALIGNED),
+        h_scale=scale_pointer(chunk, H_SCALE_ROW, H_DTYPE),
+        g=chunk_pointer(chunk, G_ROW, G_DTYPE, ALIGNED),
+        u=chunk_pointer(chunk, U_ROW, U_DTYPE, ALIGNED),
+    )
+    noise = ChunkNoise(None, None)
     if H_DTYPE != tl.float32:
-        step = 0.0
-        if STEPS:
-            step = tl.load(tl.load(table_ptr + 4 * n_tensors + tensor).to(tl.pointer_type(tl.float32)))
-        key = noise_key(tl.load(table_ptr + 6 * n_tensors + tensor), step)
-        first = tl.load(table_ptr + 7 * n_tensors + tensor) + start
+        noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
     factor = None
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
+    numbers = Numbers(beta2, weight, factor)
     lanes = tl.arange(0, BLOCK)
-    groups = tl.cdiv(count, GROUP)
-    full = count // BLOCK
-    for block in range(full):
-        _ema_block(
-            h_ptr, h_scale_ptr, g_ptr, u_ptr, block * BLOCK + lanes, None, block * (BLOCK // GROUP), groups, key, first,
-            beta2, weight, factor, H_DTYPE, U_DTYPE, CROSSES, BLOCK,
-        )  # fmt: skip
-    if full * BLOCK < count:
+    groups = tl.cdiv(chunk.count, GROUP)
+    full = chunk.count // BLOCK
+    for index in range(full):
+        block = Block(index * BLOCK + lanes, None, index * (BLOCK // GROUP), groups)
+        _ema_block(pointers, block, noise, numbers, H_DTYPE, U_DTYPE, CROSSES, BLOCK)
+    if full * BLOCK < chunk.count:
         offsets = full * BLOCK + lanes
-        _ema_block(
-            h_ptr, h_scale_ptr, g_ptr, u_ptr, offsets, offsets < count, full * (BLOCK // GROUP), groups, key, first,
-            beta2, weight, factor, H_DTYPE, U_DTYPE, CROSSES, BLOCK,
-        )  # fmt: skip
+        block = Block(offsets, offsets < chunk.count, full * (BLOCK // GROUP), groups)
+        _ema_block(pointers, block, noise, numbers, H_DTYPE, U_DTYPE, CROSSES, BLOCK)
 
 
 class HessianEma:

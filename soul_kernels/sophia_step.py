@@ -11,15 +11,21 @@ from soul_kernels._compiled import Compiled
 from soul_kernels._foreach import (
     DEFAULT_NOISE,
     NO_GUARDS,
+    ChunkNoise,
     Guards,
     Noise,
     PreparedCall,
     check_all_taken,
+    chunk_of_program,
+    chunk_pointer,
+    noise_of_chunk,
     nothing_to_do,
+    number_of_tensor,
     rebuild_table,
+    scale_pointer,
     with_fields,
 )
-from soul_kernels._launch import chunk_of_program, chunk_pointer, option, tl, triton
+from soul_kernels._launch import tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
@@ -29,10 +35,10 @@ from soul_kernels.reference.sophia_step import step_block
 from soul_kernels.rounding import (
     GROUP,
     ROUNDINGS,
+    Block,
     join,
     load,
     load_state,
-    noise_key,
     noise_words,
     round_nearest,
     round_stochastic,
@@ -54,69 +60,102 @@ from soul_kernels.tensors import (
 # compilers stop at 128 registers a thread and spill. 8-bit states are bound by instructions: fused multiply-add there.
 CONFIG = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
 CONFIG_8BIT = CONFIG | {"enable_fp_fusion": True}
-ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")  # rows of the table, in this order
-SIDE = ("m_scale", "h_scale", "step", "correction")  # rows that are not walked element by element
-ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that may lie on the device; bit i of the kernel's ON_DEVICE
 EPS_MODES = ("add", "max")
+# Rows of the table, in this order; the kernel knows them by number. Element counts, salts and offsets follow.
+ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")
+SIDE = ("m_scale", "h_scale", "step", "correction")  # rows that are not walked element by element
+P_ROW, G_ROW, M_ROW, H_ROW, LOW_ROW, M_SCALE_ROW, H_SCALE_ROW, STEP_ROW, CORRECTION_ROW = map(tl.constexpr, range(len(ROLES)))
+N_ROLES = tl.constexpr(len(ROLES))
+# Options that may lie on the device, and the bits of the kernel's ON_DEVICE that say so.
+ON_DEVICE_BITS = {"lr": 1, "weight_decay": 2, "rho": 4, "bs": 8}
+LR_BIT, WEIGHT_DECAY_BIT, RHO_BIT, BS_BIT = map(tl.constexpr, ON_DEVICE_BITS.values())
+
+
+class Pointers(NamedTuple):
+    """Where a chunk begins in the tensors of each role, as the kernel has it."""
+
+    p: Any
+    g: Any
+    m: Any
+    h: Any
+    low: Any
+    m_scale: Any
+    h_scale: Any
+
+
+class Numbers(NamedTuple):
+    """What all elements of a tensor share, as the kernel has it: fp32."""
+
+    lr: Any
+    weight_decay: Any
+    h_weight: Any  # rho bs, divided by the tensor's bias correction
+    beta1: Any
+    beta1_rest: Any
+    beta2: Any
+    beta2_rest: Any
+    eps: Any
+    factor: Any  # of the gradients, or None
+
+
+class Variant(NamedTuple):
+    """What the compiler knows of the step of a block."""
+
+    P_DTYPE: Any
+    M_DTYPE: Any
+    H_DTYPE: Any
+    HESSIAN_IN_STEP: Any
+    ADD_EPS: Any
+    ROUNDING: Any
+    CROSSES: Any
+    BLOCK: Any
+
+
+@triton.jit
+def option(value, ON_DEVICE: tl.constexpr, BIT: tl.constexpr):
+    """Return a number in fp32, which is an argument, or lies on the device where ``ON_DEVICE`` has ``BIT``."""
+    if BIT & ON_DEVICE:  # in this order: the interpreter of Triton 3.6 has no `int & constexpr`
+        return tl.load(value).to(tl.float32)
+    else:
+        return tl.zeros([], tl.float32) + value
 
 
 @triton.jit
 def _step_block(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    h_ptr,
-    low_ptr,
-    m_scale_ptr,
-    h_scale_ptr,
-    offsets,  # [BLOCK] int32, from the start of the chunk
-    mask,  # [BLOCK] bool, or None in a full block: an unmasked access is what becomes a 16-byte one
-    group,  # the block's first group of 8-bit values, from the start of the chunk
-    groups,  # how many groups the chunk has
-    key,
-    first,  # number of the chunk's first element, for the noise
-    lr,
-    beta1,
-    beta1_rest,
-    beta2,
-    beta2_rest,
-    h_weight,
-    eps,
-    weight_decay,
-    factor,
-    P_DTYPE: tl.constexpr,
-    M_DTYPE: tl.constexpr,
-    H_DTYPE: tl.constexpr,
-    HESSIAN_IN_STEP: tl.constexpr,
-    ADD_EPS: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    CROSSES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pointers,  # `Pointers`
+    block,  # `Block`
+    noise,  # `ChunkNoise`
+    numbers,  # `Numbers`
+    VARIANT: tl.constexpr,  # `Variant`
 ):
-    """Updates one block; returns for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
-    stored = load(p_ptr, offsets, mask)
+    """Update one block; return for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
+    P_DTYPE: tl.constexpr = VARIANT.P_DTYPE
+    M_DTYPE: tl.constexpr = VARIANT.M_DTYPE
+    H_DTYPE: tl.constexpr = VARIANT.H_DTYPE
+    ROUNDING: tl.constexpr = VARIANT.ROUNDING
+    BLOCK: tl.constexpr = VARIANT.BLOCK
+    stored = load(pointers.p, block.offsets, block.mask)
     if ROUNDING == "compensated":
-        p = join(stored, load(low_ptr, offsets, mask), P_DTYPE)
+        p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)
     else:
         p = stored.to(tl.float32)
-    g = load(g_ptr, offsets, mask).to(tl.float32)
-    if factor is not None:
-        g = g * factor
-    m = load_state(m_ptr, m_scale_ptr, offsets, mask, group, groups, M_DTYPE, False, BLOCK)
-    h = load_state(h_ptr, h_scale_ptr, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
-    noise = 0
-    if key is not None:
-        noise = noise_words(key, first, offsets, CROSSES)
-    m = beta1 * m + beta1_rest * g
-    if HESSIAN_IN_STEP:
-        h = ema(h, g * g, beta2, beta2_rest)
-        store_state(h_ptr, h_scale_ptr, h, noise, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
+    g = load(pointers.g, block.offsets, block.mask).to(tl.float32)
+    if numbers.factor is not None:
+        g = g * numbers.factor
+    m = load_state(pointers.m, pointers.m_scale, block, M_DTYPE, False, BLOCK)
+    h = load_state(pointers.h, pointers.h_scale, block, H_DTYPE, True, BLOCK)
+    words = 0
+    if noise.key is not None:
+        words = noise_words(noise.key, noise.first, block.offsets, VARIANT.CROSSES)
+    m = numbers.beta1 * m + numbers.beta1_rest * g
+    if VARIANT.HESSIAN_IN_STEP:
+        h = ema(h, g * g, numbers.beta2, numbers.beta2_rest)
+        store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, BLOCK)
     # NaN must come through every clamp. Hutchinson's estimate may be negative.
-    curvature = h_weight * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ADD_EPS:
-        denominator = curvature + eps
+    curvature = numbers.h_weight * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if VARIANT.ADD_EPS:
+        denominator = curvature + numbers.eps
     else:
-        denominator = tl.maximum(curvature, eps, propagate_nan=tl.PropagateNan.ALL)
+        denominator = tl.maximum(curvature, numbers.eps, propagate_nan=tl.PropagateNan.ALL)
     if M_DTYPE == tl.uint8:  # bound by instructions: 2 ulp are nothing beside 3 mantissa bits
         update = m / denominator
     else:
@@ -124,17 +163,17 @@ def _step_block(
     clipped = tl.abs(update) >= 1.0
     update = tl.minimum(update, 1.0, propagate_nan=tl.PropagateNan.ALL)
     update = tl.maximum(update, -1.0, propagate_nan=tl.PropagateNan.ALL)
-    store_state(m_ptr, m_scale_ptr, m, noise, offsets, mask, group, groups, M_DTYPE, False, BLOCK)
+    store_state(pointers.m, pointers.m_scale, m, words, block, M_DTYPE, False, BLOCK)
     # Decay and step in one fp32 expression: (1 - lr wd) in fp32 would be off by 5% at lr wd = 5e-7.
-    change = lr * (weight_decay * p + update)
+    change = numbers.lr * (numbers.weight_decay * p + update)
     if ROUNDING == "compensated":
-        new, low = split(p - change, noise, P_DTYPE)
-        tl.store(low_ptr + offsets, low, mask=mask)
+        new, low = split(p - change, words, P_DTYPE)
+        tl.store(pointers.low + block.offsets, low, mask=block.mask)
     elif ROUNDING == "stochastic":
-        new = round_stochastic(p - change, noise, P_DTYPE)
+        new = round_stochastic(p - change, words, P_DTYPE)
     else:
         new = round_nearest(p - change, P_DTYPE)
-    tl.store(p_ptr + offsets, new, mask=mask)
+    tl.store(pointers.p + block.offsets, new, mask=block.mask)
     counts = clipped.to(tl.int32)
     if ROUNDING == "nearest" and P_DTYPE != tl.float32:
         counts += ((new.to(tl.float32) == p) & (change != 0.0)).to(tl.int32) << 16
@@ -143,8 +182,7 @@ def _step_block(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def sophia_step_kernel(
-    table_ptr,  # [12, n_tensors] int64: addresses of p, g, m, h, low bits, scales of m and h, step, correction; counts;
-    # salts; offsets: of noise
+    table_ptr,  # [12, n_tensors] int64: an address for each of ROLES; element counts; salts and offsets of the noise
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
     telemetry_ptr,  # [3] fp64: clipped and lost coordinates and the update's squared norm are added here; None: not counted
@@ -165,7 +203,7 @@ def sophia_step_kernel(
     M_DTYPE: tl.constexpr,
     H_DTYPE: tl.constexpr,
     LOW_DTYPE: tl.constexpr,
-    ON_DEVICE: tl.constexpr,  # bits: 1 lr, 2 weight_decay, 4 rho, 8 bs
+    ON_DEVICE: tl.constexpr,  # ON_DEVICE_BITS
     HESSIAN_IN_STEP: tl.constexpr,
     ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -180,58 +218,57 @@ def sophia_step_kernel(
     if skip_ptr is not None:
         if tl.load(skip_ptr) != 0.0:
             return
-    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 9, CHUNK)
-    p_ptr = chunk_pointer(table_ptr, tensor, start, P_DTYPE, ALIGNED)
-    g_ptr = chunk_pointer(table_ptr, n_tensors + tensor, start, G_DTYPE, ALIGNED)
-    m_ptr = chunk_pointer(table_ptr, 2 * n_tensors + tensor, start, M_DTYPE, ALIGNED)
-    h_ptr = chunk_pointer(table_ptr, 3 * n_tensors + tensor, start, H_DTYPE, ALIGNED)
-    low_ptr = chunk_pointer(table_ptr, 4 * n_tensors + tensor, start, LOW_DTYPE, ALIGNED)
-    M_SCALE: tl.constexpr = tl.float32 if M_DTYPE == tl.uint8 else None
-    H_SCALE: tl.constexpr = tl.float32 if H_DTYPE == tl.uint8 else None
-    m_scale_ptr = chunk_pointer(table_ptr, 5 * n_tensors + tensor, start // GROUP, M_SCALE, False)
-    h_scale_ptr = chunk_pointer(table_ptr, 6 * n_tensors + tensor, start // GROUP, H_SCALE, False)
+    chunk = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, N_ROLES, CHUNK)
+    pointers = Pointers(
+        p=chunk_pointer(chunk, P_ROW, P_DTYPE, ALIGNED),
+        g=chunk_pointer(chunk, G_ROW, G_DTYPE, ALIGNED),
+        m=chunk_pointer(chunk, M_ROW, M_DTYPE, ALIGNED),
+        h=chunk_pointer(chunk, H_ROW, H_DTYPE, ALIGNED),
+        low=chunk_pointer(chunk, LOW_ROW, LOW_DTYPE, ALIGNED),
+        m_scale=scale_pointer(chunk, M_SCALE_ROW, M_DTYPE),
+        h_scale=scale_pointer(chunk, H_SCALE_ROW, H_DTYPE),
+    )
     # fp32 parameters are stored as they come out, whatever the caller asked for.
     STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
-    key = None
-    first = None
+    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK)
+    noise = ChunkNoise(None, None)
     if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
-        step = 0.0
-        if STEPS:
-            step = tl.load(tl.load(table_ptr + 7 * n_tensors + tensor).to(tl.pointer_type(tl.float32)))
-        key = noise_key(tl.load(table_ptr + 10 * n_tensors + tensor), step)
-        first = tl.load(table_ptr + 11 * n_tensors + tensor) + start
+        noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
     factor = None
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
-    lr = option(lr, ON_DEVICE, 1)
-    weight_decay = option(weight_decay, ON_DEVICE, 2)
-    h_weight = option(rho, ON_DEVICE, 4) * option(bs, ON_DEVICE, 8)
+    h_weight = option(rho, ON_DEVICE, RHO_BIT) * option(bs, ON_DEVICE, BS_BIT)
     if CORRECTIONS:
-        h_weight = tl.div_rn(h_weight, tl.load(tl.load(table_ptr + 8 * n_tensors + tensor).to(tl.pointer_type(tl.float32))))
+        h_weight = tl.div_rn(h_weight, number_of_tensor(chunk, CORRECTION_ROW))
+    numbers = Numbers(
+        lr=option(lr, ON_DEVICE, LR_BIT),
+        weight_decay=option(weight_decay, ON_DEVICE, WEIGHT_DECAY_BIT),
+        h_weight=h_weight,
+        beta1=beta1,
+        beta1_rest=beta1_rest,
+        beta2=beta2,
+        beta2_rest=beta2_rest,
+        eps=eps,
+        factor=factor,
+    )
     lanes = tl.arange(0, BLOCK)
-    groups = tl.cdiv(count, GROUP)
+    groups = tl.cdiv(chunk.count, GROUP)
     # Kept per lane: one reduction a program, not one a block. Both counts of a lane stay below 2^16.
     counted = tl.zeros([BLOCK], tl.int32)
     moved = tl.zeros([BLOCK], tl.float32)
-    full = count // BLOCK
-    for block in range(full):
-        counts, change = _step_block(
-            p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, block * BLOCK + lanes, None,
-            block * (BLOCK // GROUP), groups, key, first, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
-            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK,
-        )  # fmt: skip
+    full = chunk.count // BLOCK
+    for index in range(full):
+        block = Block(index * BLOCK + lanes, None, index * (BLOCK // GROUP), groups)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
         counted += counts
         moved += change * change
-    if full * BLOCK < count:
+    if full * BLOCK < chunk.count:
         offsets = full * BLOCK + lanes
-        inside = offsets < count
-        counts, change = _step_block(
-            p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, offsets, inside,
-            full * (BLOCK // GROUP), groups, key, first, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
-            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK,
-        )  # fmt: skip
-        counted += tl.where(inside, counts, 0)
-        moved += tl.where(inside, change * change, 0.0)
+        mask = offsets < chunk.count
+        block = Block(offsets, mask, full * (BLOCK // GROUP), groups)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
+        counted += tl.where(mask, counts, 0)
+        moved += tl.where(mask, change * change, 0.0)
     if telemetry_ptr is not None:
         # Counts are integers, exact in fp64 in whatever order they are added.
         tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64))
@@ -295,10 +332,10 @@ class StepOptions(NamedTuple):
     def check(self) -> int:
         """Raise ValueError where an option is out of its bounds; return which options are tensors, as bits of ON_DEVICE."""
         on_device = 0
-        for bit, name in enumerate(ON_DEVICE):
+        for name, bit in ON_DEVICE_BITS.items():
             value = getattr(self, name)
             if isinstance(value, Tensor):
-                on_device |= 1 << bit
+                on_device |= bit
             elif name == "bs":
                 check_positive("bs", value, "pass the number of predictions in the batch behind h")
             else:
@@ -314,7 +351,7 @@ class StepOptions(NamedTuple):
     def check_on_device(self, on_device: int, devices: Sequence[torch.device], n_tensors: int) -> None:
         """Raise ValueError where an option that is a tensor does not fit or is not on the one device in ``devices``."""
         if on_device:
-            for name in ON_DEVICE:
+            for name in ON_DEVICE_BITS:
                 if isinstance(value := getattr(self, name), Tensor):
                     check_on_device(name, value, devices)
         check_on_device("corrections", self.corrections, devices, numel=n_tensors)

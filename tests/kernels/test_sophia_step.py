@@ -228,10 +228,10 @@ def test_8_bit_states_hold_what_exact_values_round_to(p_dtype, rounding, backend
     check_rounded(got, exact, 5 * 2.0**-24 * exact, lambda x: decode(*encode(x, words, "hessian"), "hessian"), "h")
 
 
-@pytest.mark.parametrize("old, new", [
-    ("update = m / denominator", "update = m / denominator * 1.000004"),  # 2^-18
-    ("store_state(m_ptr, m_scale_ptr, m, noise", "store_state(m_ptr, m_scale_ptr, m, noise ^ 0x1000"),  # its last bit
-    ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, h_scale_ptr, h, noise ^ 1"),
+@pytest.mark.parametrize("old, new", [  # off by 2^-18; noise whose last bit is flipped
+    ("update = m / denominator", "update = m / denominator * 1.000004"),
+    ("store_state(pointers.m, pointers.m_scale, m, words", "store_state(pointers.m, pointers.m_scale, m, words ^ 0x1000"),
+    ("store_state(pointers.h, pointers.h_scale, h, words", "store_state(pointers.h, pointers.h_scale, h, words ^ 1"),
 ])  # fmt: skip
 def test_mutants_of_8_bit_states_do_not_pass(old, new, device, tmp_path):
     broken = mutant("soul_kernels.sophia_step", old, new, tmp_path)
@@ -419,17 +419,17 @@ def test_fifty_steps_follow_the_published_formulas(device):
 
 @pytest.mark.parametrize("old, new", [
     ("p - change", "p + change"),  # sign
-    ("weight_decay * p + update", "update"),  # no decay
-    ("beta1 * m + beta1_rest * g", "beta1 * m + g"),
-    ("curvature + eps", "curvature"),  # 0 / 0
+    ("numbers.weight_decay * p + update", "update"),  # no decay
+    ("numbers.beta1 * m + numbers.beta1_rest * g", "numbers.beta1 * m + g"),
+    ("curvature + numbers.eps", "curvature"),  # 0 / 0
     ("tl.minimum(update, 1.0, propagate_nan=tl.PropagateNan.ALL)", "update"),  # clipped on one side only
     ("tl.maximum(update, -1.0, propagate_nan=tl.PropagateNan.ALL)", "update"),
-    ("h_weight * tl.maximum(h", "tl.maximum(h"),
-    ("ema(h, g * g, beta2, beta2_rest)", "ema(h, g * g, beta2, 0.0)"),
-    ("ema(h, g * g, beta2, beta2_rest)", "ema(h, g * g, 1.0, beta2_rest)"),
-    ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, h_scale_ptr, m, noise"),
-    ("store_state(m_ptr, m_scale_ptr, m, noise", "store_state(m_ptr, m_scale_ptr, g, noise"),
-    ("chunk_pointer(table_ptr, 2 * n_tensors", "chunk_pointer(table_ptr, 3 * n_tensors"),  # m and h mixed up
+    ("numbers.h_weight * tl.maximum(h", "tl.maximum(h"),
+    ("ema(h, g * g, numbers.beta2, numbers.beta2_rest)", "ema(h, g * g, numbers.beta2, 0.0)"),
+    ("ema(h, g * g, numbers.beta2, numbers.beta2_rest)", "ema(h, g * g, 1.0, numbers.beta2_rest)"),
+    ("store_state(pointers.h, pointers.h_scale, h, words", "store_state(pointers.h, pointers.h_scale, m, words"),
+    ("store_state(pointers.m, pointers.m_scale, m, words", "store_state(pointers.m, pointers.m_scale, g, words"),
+    ("m=chunk_pointer(chunk, M_ROW", "m=chunk_pointer(chunk, H_ROW"),  # m and h mixed up
 ])  # fmt: skip
 def test_mutants_do_not_pass(old, new, device, tmp_path):
     broken = mutant("soul_kernels.sophia_step", old, new, tmp_path)
@@ -470,12 +470,12 @@ def check_low_precision(step, device, steps=120):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("key = noise_key(", "key = 0 * noise_key("),  # the same noise at every step
-    ("new, low = split(p - change, noise", "new, low = split(p - change, noise * 0"),  # not stochastic: cut off
-    ("tl.store(low_ptr + offsets, low", "tl.store(low_ptr + offsets, low * 0"),  # low bits lost
-    ("p = join(stored, load(low_ptr, offsets, mask), P_DTYPE)", "p = stored.to(tl.float32)"),
-    ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, m_scale_ptr, h, noise"),
-    ("load_state(m_ptr, m_scale_ptr, offsets", "load_state(m_ptr, h_scale_ptr, offsets"),
+    ("noise_words(noise.key, ", "noise_words(0 * noise.key, "),  # the same noise at every step
+    ("new, low = split(p - change, words", "new, low = split(p - change, words * 0"),  # not stochastic: cut off
+    ("tl.store(pointers.low + block.offsets, low", "tl.store(pointers.low + block.offsets, low * 0"),  # low bits lost
+    ("p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)", "p = stored.to(tl.float32)"),
+    ("store_state(pointers.h, pointers.h_scale, h, words", "store_state(pointers.h, pointers.m_scale, h, words"),
+    ("load_state(pointers.m, pointers.m_scale, block", "load_state(pointers.m, pointers.h_scale, block"),
 ])  # fmt: skip
 def test_low_precision_mutants_do_not_pass(old, new, device, tmp_path):
     with pytest.raises(AssertionError):
