@@ -237,12 +237,14 @@ def sophia_step_kernel(
     factor = None
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
+    lr = option(lr, ON_DEVICE, LR_BIT)
+    weight_decay = option(weight_decay, ON_DEVICE, WEIGHT_DECAY_BIT)
     h_weight = option(rho, ON_DEVICE, RHO_BIT) * option(bs, ON_DEVICE, BS_BIT)
     if CORRECTIONS:
         h_weight = tl.div_rn(h_weight, number_of_tensor(chunk, CORRECTION_ROW))
     numbers = Numbers(
-        lr=option(lr, ON_DEVICE, LR_BIT),
-        weight_decay=option(weight_decay, ON_DEVICE, WEIGHT_DECAY_BIT),
+        lr=lr,
+        weight_decay=weight_decay,
         h_weight=h_weight,
         beta1=beta1,
         beta1_rest=beta1_rest,
