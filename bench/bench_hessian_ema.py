@@ -1,8 +1,11 @@
 """The Hessian EMA on its own, as ``SophiaG.update_hessian`` runs it every k steps."""
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench._harness import Case, compiled
 from bench.bench_sophia_step import gpt2, llama_1b, tiny
@@ -11,18 +14,18 @@ from soul_kernels import HessianEma
 STATES = {"fp32": (torch.float32, 4), "bf16": (torch.bfloat16, 2), "8-bit": (torch.uint8, 1 + 4 / 256)}
 
 
-def models():
-    """The models of the table: name, shapes, dtype of the gradients."""
+def models() -> list[tuple[str, list[tuple[int, ...]], torch.dtype]]:
+    """Return the models of the table: name, shapes, dtype of the gradients."""
     return [("Llama-3.2-1B", llama_1b(), torch.bfloat16), ("GPT-2 124M", gpt2(), torch.float32)]
 
 
-def eager(hessians, grads):
+def eager(hessians: list[Tensor], grads: list[Tensor]) -> None:
     for h, g in zip(hessians, grads):
         h.mul_(0.99).addcmul_(g, g, value=0.01)
 
 
-def ours(grads, dtype, **options):
-    """The call, and the Hessians (with scales) that it changes."""
+def ours(grads: list[Tensor], dtype: torch.dtype, **options: Any) -> tuple[Callable[[], None], list[Tensor]]:
+    """Return the call, and the Hessians (with scales) that it changes."""
     hessians = [torch.zeros_like(g, dtype=dtype) for g in grads]
     scales = None
     if dtype == torch.uint8:
@@ -35,8 +38,8 @@ def ours(grads, dtype, **options):
     return call, hessians + (scales or [])
 
 
-def check(device, dtype):
-    """Two updates against the reference: bit for bit, but for 8-bit states on a GPU, where multiply-add is fused."""
+def check(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Check two updates against the reference: bit for bit, but for 8-bit states on a GPU, where multiply-add is fused."""
     worst = 0.0
     for name, (h_dtype, _) in STATES.items():
         results = []
@@ -54,7 +57,7 @@ def check(device, dtype):
     return {"elements that are not the reference's": worst}
 
 
-def make_case(name, shapes, device, dtype, quick):
+def make_case(name: str, shapes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype, quick: bool) -> Case:
     grads = [torch.randn(s, device=device, dtype=dtype) for s in shapes]
     variants, per_param = {}, {}
     for state, (h_dtype, width) in STATES.items():
@@ -77,8 +80,8 @@ def make_case(name, shapes, device, dtype, quick):
     )
 
 
-def cases(device, quick):
-    """Functions that make the cases."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases."""
     if device.type == "cpu":
         sizes = [("tiny", tiny(quick), torch.float32)]
     else:

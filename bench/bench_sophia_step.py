@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench._harness import Case, check_room, compiled
 from bench._optimizers import (
@@ -24,13 +27,16 @@ from soul_kernels.backends import interpreting, resolve_backend
 
 STATE_DTYPES = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
 ROUNDINGS = ("nearest", "stochastic", "compensated")
+Shapes = list[tuple[int, ...]]
+Options = dict[str, Any]  # of the optimizer
+Peers = dict[str, tuple[Callable[[], Callable], float]]  # name -> function that makes it, bytes a parameter
 HUGE = 2**31 + 2**20  # elements: offsets beyond 32 bits
 HUGE_BYTES = 28 * HUGE  # parameters, gradients and the states of all variants of that case, with 2 bytes to spare
 
 
-def llama_1b():
-    """Shapes of Llama-3.2-1B, 1,235.8 M parameters in 146 tensors."""
-    layer = [
+def llama_1b() -> Shapes:
+    """Return the shapes of Llama-3.2-1B, 1,235.8 M parameters in 146 tensors."""
+    layer: Shapes = [
         (2048, 2048),
         (512, 2048),
         (512, 2048),
@@ -44,9 +50,9 @@ def llama_1b():
     return [(128256, 2048), *layer * 16, (2048,)]
 
 
-def gpt2():
-    """Shapes of GPT-2, 124.4 M parameters in 148 tensors."""
-    layer = [
+def gpt2() -> Shapes:
+    """Return the shapes of GPT-2, 124.4 M parameters in 148 tensors."""
+    layer: Shapes = [
         (768,),
         (768,),
         (768, 2304),
@@ -63,13 +69,13 @@ def gpt2():
     return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
 
 
-def lora():
-    """LoRA of rank 8 on q and v of a 7B model: 128 tensors, 4.2 M parameters."""
+def lora() -> Shapes:
+    """Return the shapes of LoRA of rank 8 on q and v of a 7B model: 128 tensors, 4.2 M parameters."""
     return [(8, 4096), (4096, 8)] * 64
 
 
-def models():
-    """The models of the tables: name, shapes, dtype."""
+def models() -> list[tuple[str, Shapes, torch.dtype]]:
+    """Return the models of the tables: name, shapes, dtype."""
     return [
         ("Llama-3.2-1B", llama_1b(), torch.bfloat16),
         ("GPT-2 124M", gpt2(), torch.float32),
@@ -78,54 +84,61 @@ def models():
     ]
 
 
-def blocks(millions):
-    """Tensors of a million parameters."""
+def blocks(millions: int) -> Shapes:
+    """Return the shapes of tensors of a million parameters."""
     return [(1000, 1000)] * millions
 
 
-def tiny(quick):
-    """Small tensors for a machine without a GPU."""
+def tiny(quick: bool) -> Shapes:
+    """Return the shapes of small tensors for a machine without a GPU."""
     return [(30, 40), (17,)] if quick else [(1000, 256), (256, 256), (256,)]
 
 
-def make_params(shapes, device, dtype):
-    """Parameters with gradients, of the size of real weights."""
+def make_params(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Return parameters with gradients, of the size of real weights."""
     params = [torch.randn(s, device=device, dtype=dtype).mul_(0.02).requires_grad_() for s in shapes]
     for p in params:
         p.grad = torch.randn_like(p).mul_(1e-3)
     return params
 
 
-def ours(optimizer, params, **options):
+def ours(optimizer: type[SophiaG], params: list[Tensor], **options: Any) -> Callable:
     opt = optimizer(params, lr=1e-4, **options)
     if optimizer is SophiaG:
         opt.update_hessian()  # a Hessian of zeros would draw less power than a real one
     return opt.step
 
 
-def bytes_per_param(dtype, hessian_in_step, *, param_rounding="compensated", state_dtype=None):
-    """What one pass must move: p and m read and written, g and h read, and h written with the Hessian in the step.
+def bytes_per_param(
+    dtype: torch.dtype,
+    hessian_in_step: bool,
+    *,
+    param_rounding: str = "compensated",
+    state_dtype: torch.dtype | str | None = None,
+) -> float:
+    """Return the bytes that one pass must move: p and m are read and written, g and h read, and h written in SOUL's step.
 
     Low bits of compensated parameters are read and written; so is an fp32 scale for 256 values with every 8-bit state.
     """
-    m, h = {
+    sizes: dict[torch.dtype | str | None, tuple[float, float]] = {
         None: (2 if dtype == torch.bfloat16 else 4, 4),
         torch.float32: (4, 4),
         torch.bfloat16: (2, 2),
         "8bit": (1 + 4 / 256, 1 + 4 / 256),
-    }[state_dtype]
+    }
+    m, h = sizes[state_dtype]
     low = 2 if param_rounding == "compensated" and dtype != torch.float32 else 0
     return 3 * dtype.itemsize + 2 * m + (2 if hessian_in_step else 1) * h + low
 
 
-def label_of(dtype, *, param_rounding="compensated", state_dtype=None):
-    """Name of the variant of ours with these options."""
+def label_of(dtype: torch.dtype, *, param_rounding: str = "compensated", state_dtype: torch.dtype | str | None = None) -> str:
+    """Return the name of the variant of ours with these options."""
     rounding = param_rounding if dtype != torch.float32 else "exact"
     return f"ours, {rounding}, {STATE_DTYPES[state_dtype]} states"
 
 
-def torch_peers(soul, params, dtype, quick):
-    """What torch alone does: name -> (function that makes it, bytes a parameter that one pass over its states must move)."""
+def torch_peers(soul: bool, params: list[Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return the optimizers of torch alone: name -> (function that makes it, bytes a parameter that one pass must move)."""
     size = dtype.itemsize
     same = (7 if soul else 6) * size  # both states in the dtype of the parameter
     label = "SOUL" if soul else "SophiaG"
@@ -137,8 +150,8 @@ def torch_peers(soul, params, dtype, quick):
     }
 
 
-def compiled_peers(soul, params, dtype, quick):
-    """What torch.compile makes of it, like `torch_peers`: cases of their own, because compiling 150 tensors takes a minute."""
+def compiled_peers(soul: bool, params: list[Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return the same under torch.compile: in cases of their own, because compiling 150 tensors takes a minute."""
     return {
         f"foreach {'SOUL' if soul else 'SophiaG'}, torch.compile": (
             lambda: published(compiled(foreach_step), soul, params),
@@ -151,32 +164,34 @@ def compiled_peers(soul, params, dtype, quick):
     }
 
 
-def cpu_peers(soul, params, dtype, quick):
-    """`torch_peers`, and what torch.compile makes of the published step."""
+def cpu_peers(soul: bool, params: list[Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return `torch_peers`, and the published step under torch.compile."""
     size = (7 if soul else 6) * dtype.itemsize
     name = f"published {'SOUL' if soul else 'SophiaG'}, torch.compile"
     return torch_peers(soul, params, dtype, quick) | {name: (lambda: compiled_published(soul, params), size)}
 
 
-def other_peers(soul, params, dtype, quick):
-    """Other libraries, like `torch_peers`: cases of their own, because the states of all together exceed 80 GB."""
+def other_peers(soul: bool, params: list[Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return other libraries' optimizers: in cases of their own, because the states of all together exceed 80 GB."""
     size, half = dtype.itemsize, dtype != torch.float32
-    found = {"optimi AdamW": (lambda: optimi_adamw(params, kahan_sum=False), 7 * size)}
+    peers: Peers = {"optimi AdamW": (lambda: optimi_adamw(params, kahan_sum=False), 7 * size)}
     if half:
-        found["optimi AdamW, Kahan"] = (lambda: optimi_adamw(params, kahan_sum=True), 9 * size)
+        peers["optimi AdamW, Kahan"] = (lambda: optimi_adamw(params, kahan_sum=True), 9 * size)
     # Both states in 8 bits with a 16-bit scale for 32, read and written; one byte of low bits below fp32, read and written.
-    found["FlashOptim AdamW, 8-bit"] = (lambda: flash_adamw(params), 3 * size + 4 * (1 + 2 / 32) + 2 * half)
+    peers["FlashOptim AdamW, 8-bit"] = (lambda: flash_adamw(params), 3 * size + 4 * (1 + 2 / 32) + 2 * half)
     eight = 3 * size + 4 * (1 + 4 / 256)
     if not quick:  # compiles
-        found["torchao AdamW, 8-bit"] = (lambda: torchao_adamw(params), eight)
-    found["bitsandbytes AdamW, 8-bit"] = (lambda: bitsandbytes_adamw(params), eight)
+        peers["torchao AdamW, 8-bit"] = (lambda: torchao_adamw(params), eight)
+    peers["bitsandbytes AdamW, 8-bit"] = (lambda: bitsandbytes_adamw(params), eight)
     # It is handed h's estimate, which in SOUL's place it reads in every step.
-    found["pytorch_optimizer SophiaH"] = (lambda: sophia_h(soul, params), (8 if soul else 6) * size)
-    return found
+    peers["pytorch_optimizer SophiaH"] = (lambda: sophia_h(soul, params), (8 if soul else 6) * size)
+    return peers
 
 
-def check(optimizer, variants, device, dtype, quick):
-    """Two steps of every variant of ours against the reference: parameters and states are equal bit for bit.
+def check(
+    optimizer: type[SophiaG], variants: list[Options], device: torch.device, dtype: torch.dtype, quick: bool
+) -> dict[str, float]:
+    """Check two steps of every variant of ours against the reference: parameters and states are equal bit for bit.
 
     On a CPU "auto" takes the compiled step for large models only, so it is checked by name, unless it is to be quick.
 
@@ -206,8 +221,8 @@ def check(optimizer, variants, device, dtype, quick):
     return {"difference from the reference": worst}
 
 
-def check_far_end(params):
-    """One step: the last elements, beyond 2^31, are those of the reference, bit for bit."""
+def check_far_end(params: list[Tensor]) -> dict[str, float]:
+    """Check after one step that the last elements, beyond 2^31, are those of the reference, bit for bit."""
     (param,) = params
     end = param.detach()[-4096:].clone().requires_grad_()
     end.grad = param.grad[-4096:].clone()
@@ -220,11 +235,21 @@ def check_far_end(params):
     return {"difference from the reference beyond 2^31": 0.0}
 
 
-def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, peers=None):
-    """Ours with each of the options in ``variants``; the parameters and gradients are shared by all that take turns."""
+def make_case(
+    name: str,
+    optimizer: type[SophiaG],
+    variants: list[Options],
+    shapes: Shapes,
+    device: torch.device,
+    dtype: torch.dtype,
+    quick: bool,
+    *,
+    peers: Callable[[bool, list[Tensor], torch.dtype, bool], Peers] | None = None,
+) -> Case:
+    """Return the case of ours with each of the options in ``variants``; the parameters and gradients are shared by all that take turns."""
     soul = optimizer is SOUL
     params = make_params(shapes, device, dtype)
-    made = {}
+    made: Peers = {}
     for options in variants:
         per_param = bytes_per_param(dtype, soul, **options)
         made[label_of(dtype, **options)] = functools.partial(ours, optimizer, params, **options), per_param
@@ -240,8 +265,8 @@ def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, peers=
     )
 
 
-def make_huge_case(device, quick):
-    variants = [dict(param_rounding="nearest"), dict(), dict(state_dtype="8bit")]
+def make_huge_case(device: torch.device, quick: bool) -> Case:
+    variants: list[Options] = [dict(param_rounding="nearest"), dict(), dict(state_dtype="8bit")]
     case = make_case(f"one tensor of {HUGE:,}", SOUL, variants, [(HUGE,)], device, torch.bfloat16, quick)
     params = case.variants[next(iter(case.variants))].args[1]
     case.variants["torch AdamW, fused"] = lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step
@@ -250,8 +275,8 @@ def make_huge_case(device, quick):
     return case
 
 
-def fits(nbytes, device):
-    """Tells whether a GPU has so much memory left, and says so if it does not."""
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Tell whether a GPU has so much memory left, and print it where it does not."""
     gc.collect()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
@@ -260,8 +285,8 @@ def fits(nbytes, device):
     return free >= nbytes
 
 
-def make_sizes_case(device):
-    """A step in the defaults on two models, one four times as large as the other: the cost of a parameter is the same."""
+def make_sizes_case(device: torch.device) -> Case:
+    """Return the case of a step in the defaults on two models, one four times as large as the other: the cost of a parameter is the same."""
     case, sizes = None, (124, 496)
     check_room(sum(sizes) * 1e6 * (2 + 2 + 2 + 4 + 1))  # parameters, gradients, m, h, low bits
     for millions in sizes:
@@ -273,8 +298,8 @@ def make_sizes_case(device):
     return case
 
 
-def cpu_cases(device):
-    """Functions that make the cases of a CPU: GPT-2, all that ours can store a model in, beside its peers."""
+def cpu_cases(device: torch.device) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases of a CPU: GPT-2, all that ours can store a model in, beside its peers."""
     gpt = functools.partial(make_case, "GPT-2 124M", SOUL, device=device, shapes=gpt2(), quick=False, peers=cpu_peers)
     yield functools.partial(gpt, [dict(), dict(state_dtype="8bit")], dtype=torch.float32)
     half = [dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(), dict(state_dtype="8bit")]
@@ -282,8 +307,8 @@ def cpu_cases(device):
     yield functools.partial(make_sizes_case, device)
 
 
-def cases(device, quick):
-    """Functions that make the cases."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases."""
     if device.type == "cpu" and not quick:
         yield from cpu_cases(device)
         return

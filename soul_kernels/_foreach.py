@@ -1,4 +1,11 @@
-"""What the ops over lists of tensors share: their bundles of arguments, and calls that are checked first and launched later."""
+"""What the ops over lists of tensors share: bundles of arguments, calls that are checked before they run, and the prologue.
+
+On the host an op prepares a call: it checks its arguments, renews the `TensorTable` where something has changed, and returns
+a `PreparedCall`, which launches. In the kernel the prologue finds the chunk of a program (`chunk_of_program`), its pointers
+in the tensors of each role (`chunk_pointer`, `scale_pointer`) and where its noise starts (`noise_of_chunk`). The bundles that
+kernels pass on are NamedTuples, which the compilers of Triton take apart: they cost no instruction.
+"""
+# mypy: allow-incomplete-defs
 
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -215,8 +222,7 @@ def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, RO
     return Chunk(table_ptr, n_tensors, tensor, start, count)
 
 
-# Two ways to add up one address: so have the compilers of Triton 3.6 and 3.9 the fewest instructions. The addresses of roles share
-# their 32-bit products.
+# Two orders of one sum: with these the compilers of Triton 3.6 and 3.9 emit the fewest instructions.
 @triton.jit
 def _address(chunk, ROW: tl.constexpr):
     """Return the address in row ``ROW`` for the chunk's tensor."""

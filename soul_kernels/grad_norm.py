@@ -1,6 +1,14 @@
-"""The global L2 norm of many gradients: one read of them, one launch, and a second of one program that adds up."""
+"""The global L2 norm of many gradients: one launch reads them once, and a second one, of one program, adds up.
+
+Safe to change: the two configurations. The order in which squares are added up is part of the result.
+"""
+# mypy: allow-incomplete-defs
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from soul_kernels._foreach import chunk_of_program, chunk_pointer
 from soul_kernels._launch import launch, tl, triton
@@ -13,7 +21,7 @@ from soul_kernels.tensors import PARAM_DTYPES, check_gradient, is_dense
 
 # Larger pieces than in the step: fewer partial sums, which one program adds up.
 CONFIG = {"chunk": 65536, "BLOCK": 2048, "num_warps": 8}
-SUM_CONFIG = {"BLOCK": 4096, "num_warps": 8}
+SUM_CONFIG: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
 # The rows of the table, of which element counts are the last one.
 G_ROW = tl.constexpr(0)
 N_ROLES = tl.constexpr(1)
@@ -63,18 +71,18 @@ def norm_kernel(
 
 
 @torch.no_grad()
-def grad_norm(grads, *, table=None, backend="auto"):
-    """The L2 norm of all gradients together, ``sqrt(sum_i ||g_i||^2)``, as ``torch.nn.utils.get_total_norm`` defines it.
+def grad_norm(grads: Sequence[Tensor], *, table: TensorTable | None = None, backend: str = "auto") -> Tensor:
+    """Return the L2 norm of all gradients together, ``sqrt(sum_i ||g_i||^2)``, as ``torch.nn.utils.get_total_norm`` defines it.
 
     Squares are summed in fp32 within a thread and in fp64 from there on, always in the same order: the result is the same at
-    every run. It is finite exactly if all gradients are (and their squares do not overflow fp32), so it also is the finite
-    flag.
+    every run. It is finite exactly if all gradients are finite and their squares do not overflow fp32, so it serves as the flag
+    of finite gradients too.
 
     Args:
         grads: list of dense tensors, any shapes, fp32, bf16 or fp16, on any devices; not changed.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile" is
-            the reference: one read of the gradients has nothing to fuse.
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference". "compile" is
+            the reference: there is nothing to fuse in one read of the gradients.
 
     Returns:
         fp32 tensor of shape () on the device of the first gradient; 0 without gradients. Nothing waits for the device.
@@ -84,7 +92,7 @@ def grad_norm(grads, *, table=None, backend="auto"):
     """
     if not grads:
         return torch.zeros((), dtype=torch.float32)
-    roles = {"g": grads}
+    roles: dict[str, Sequence[Tensor]] = {"g": grads}
     table = TensorTable() if table is None else table
     if not table.unchanged(roles):
         table.forget()

@@ -1,4 +1,8 @@
-"""``h <- beta2 h + (1 - beta2) scale g^2`` over many tensors in one launch."""
+"""``h <- beta2 h + (1 - beta2) scale g^2`` over many tensors in one launch.
+
+Built as ``sophia_step.py`` is, which explains how; its kernel shares the formula of the average, `ema`.
+"""
+# mypy: allow-incomplete-defs
 
 import functools
 from collections.abc import Sequence

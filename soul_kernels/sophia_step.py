@@ -1,4 +1,18 @@
-"""Momentum, Hessian EMA, decay, clipped update and rounding of many tensors in one pass over memory."""
+"""Momentum, Hessian EMA, decay, clipped update and rounding of many tensors in one pass over memory.
+
+How it works. `SophiaStep.prepare` checks the arguments and keeps a table of the tensors' addresses on the device
+(``_table.py``); the call that it returns launches `sophia_step_kernel` once for all tensors of the same dtypes and alignment.
+Each program takes one chunk of one tensor: it looks up its pointers and its noise (``_foreach.py``), then walks over the
+chunk in blocks. `_step_block` updates a block: it loads every operand once, computes in fp32 and rounds once to each tensor's
+storage (``rounding.py``). All full blocks are accessed without a mask, for only such accesses become 16-byte ones; the last
+block of a tensor has one.
+
+What defines the numbers is ``reference/sophia_step.py``, of which the kernel is a copy bit for bit, but for 8-bit states,
+whose kernels use fused multiply-add. Safe to change: the configurations. Whoever changes the arithmetic or its order changes
+both files. A new tensor of the step is a new entry in ``ROLES`` and in `Pointers`; a new option a field of `StepOptions` and
+of `Numbers`.
+"""
+# mypy: allow-incomplete-defs
 
 import functools
 from collections.abc import Sequence
