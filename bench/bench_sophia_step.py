@@ -225,9 +225,11 @@ def check_far_end(params: list[Tensor]) -> dict[str, float]:
     """Check after one step that the last elements, beyond 2^31, are those of the reference, bit for bit."""
     (param,) = params
     end = param.detach()[-4096:].clone().requires_grad_()
+    assert param.grad is not None
     end.grad = param.grad[-4096:].clone()
-    options = dict(lr=1e-2, bs=51200, param_rounding="nearest")
-    big, small = SOUL(params, **options), SOUL([end], backend="reference", **options)
+    options: Options = dict(lr=1e-2, bs=51200, param_rounding="nearest")
+    big = SOUL(params, **options)
+    small = SOUL([end], backend="reference", **options)
     big.step()
     small.step()
     same = [torch.equal(big.state[param][name][-4096:], small.state[end][name]) for name in ("exp_avg", "hessian")]
@@ -246,7 +248,10 @@ def make_case(
     *,
     peers: Callable[[bool, list[Tensor], torch.dtype, bool], Peers] | None = None,
 ) -> Case:
-    """Return the case of ours with each of the options in ``variants``; the parameters and gradients are shared by all that take turns."""
+    """Return the case of ours with each of the options in ``variants``.
+
+    The parameters and gradients are shared by all that take turns.
+    """
     soul = optimizer is SOUL
     params = make_params(shapes, device, dtype)
     made: Peers = {}
@@ -270,6 +275,7 @@ def make_huge_case(device: torch.device, quick: bool) -> Case:
     case = make_case(f"one tensor of {HUGE:,}", SOUL, variants, [(HUGE,)], device, torch.bfloat16, quick)
     params = case.variants[next(iter(case.variants))].args[1]
     case.variants["torch AdamW, fused"] = lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step
+    assert isinstance(case.bytes, dict)
     case.bytes["torch AdamW, fused"] = 14 * HUGE
     case.check = functools.partial(check_far_end, params)
     return case
@@ -286,16 +292,21 @@ def fits(nbytes: int, device: torch.device) -> bool:
 
 
 def make_sizes_case(device: torch.device) -> Case:
-    """Return the case of a step in the defaults on two models, one four times as large as the other: the cost of a parameter is the same."""
-    case, sizes = None, (124, 496)
+    """Return the case of a step in the defaults on two models, one four times as large as the other.
+
+    The cost of a parameter is the same.
+    """
+    sizes = (124, 496)
     check_room(sum(sizes) * 1e6 * (2 + 2 + 2 + 4 + 1))  # parameters, gradients, m, h, low bits
+    variants, moved = {}, {}
     for millions in sizes:
         of_size = make_case("over sizes", SOUL, [{}], blocks(millions), device, torch.bfloat16, False)
-        ((variant, make),), (moved,) = of_size.variants.items(), of_size.bytes.values()
-        name = f"{variant}, {millions} M parameters"
-        case = case or dataclasses.replace(of_size, variants={}, bytes={}, once=True)
-        case.variants[name], case.bytes[name] = make, moved
-    return case
+        assert isinstance(of_size.bytes, dict)
+        for variant, make in of_size.variants.items():
+            name = f"{variant}, {millions} M parameters"
+            variants[name] = make
+            moved[name] = of_size.bytes[variant]
+    return dataclasses.replace(of_size, variants=variants, bytes=moved, once=True)
 
 
 def cpu_cases(device: torch.device) -> Iterator[Callable[[], Case]]:
@@ -319,10 +330,10 @@ def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
     last = []  # should the time be short
     for name, shapes, dtype in sizes:
         for optimizer in (SophiaG, SOUL):
-            main = [dict(), dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
+            main: list[Options] = [dict(), dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
+            groups: list[list[Options]] = []
             if dtype == torch.float32:
                 main = [dict(), dict(state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
-                groups = []
             else:
                 groups = [[dict(param_rounding=r, state_dtype=s) for r in ROUNDINGS] for s in STATE_DTYPES]
             options = shapes, device, dtype, quick
