@@ -127,10 +127,9 @@ class PreparedCall:
         if self._number != self._table.call:
             raise RuntimeError("prepared call: expected to be called once, before the next one is prepared; prepare it anew")
         self._table.next_call()
-        with torch.no_grad():  # kernels know nothing of autograd
-            copies = self._copy and self._copy()
-            self._run()
-            del copies  # which the launch has read
+        copies = None if self._copy is None else self._copy()
+        self._run()
+        del copies  # which the launch has read
 
 
 def nothing_to_do() -> None:
@@ -170,6 +169,7 @@ def rebuild_table(
         return None
     table.describe(lead, salts, offsets)
 
+    @torch.no_grad()
     def copy() -> object:
         copies = {role: tensors and _match_layout(tensors, lead) for role, tensors in roles.items() if role in read}
         rebuild(roles | copies)

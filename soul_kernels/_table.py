@@ -243,6 +243,7 @@ class _Bucket:
         self._stream: int | None = None  # on which the table was uploaded
         self._captured = captured
         self._maps: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}  # (chunk, stream) -> chunk map
+        self._crosses: dict[int, bool] = {}  # chunk -> whether a multiple of 2^32 may lie within one
 
     def move_read_only(self, addresses: Sequence[int]) -> bool:
         """Take over where the read-only tensors lie now; False where they no longer have the alignment of this bucket."""
@@ -262,7 +263,9 @@ class _Bucket:
         if not self.aligned:  # one element an access: half a block keeps the addresses in registers
             arguments["BLOCK"] //= 2
         if self._offsets:
-            arguments["CROSSES"] = any(map(functools.partial(_crosses, chunk), self._offsets, self.numels))
+            if chunk not in self._crosses:
+                self._crosses[chunk] = any(map(functools.partial(_crosses, chunk), self._offsets, self.numels))
+            arguments["CROSSES"] = self._crosses[chunk]
         launch(
             kernel,
             (len(chunk_tensor),),

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from soul_kernels._compiled import Compiled
@@ -219,7 +220,7 @@ class HessianEma:
             salts=table.salts, offsets=table.offsets, steps=noise.steps, grad_factor=guards.grad_factor,
             skip=guards.skip if has_data(hessians[0]) else None, run=Compiled(ema_block) if backend == "compile" else ema_block,
         )  # fmt: skip
-        return PreparedCall(table, run)
+        return PreparedCall(table, torch.no_grad()(run))  # kernels know nothing of autograd
 
 
 def hessian_ema(

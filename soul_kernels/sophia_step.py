@@ -458,7 +458,7 @@ class SophiaStep:
         )  # fmt: skip
         if not has_data(params[0]):
             run.keywords["skip"] = None
-        return PreparedCall(table, run)
+        return PreparedCall(table, torch.no_grad()(run))  # kernels know nothing of autograd
 
 
 def _argument(value: float | Tensor) -> float | Tensor:
