@@ -37,7 +37,7 @@ import torch
 from soul import losses
 from soul._extras import require
 from soul.models import causal_lm
-from soul_kernels import TokenBatch, linear_logprob, linear_objective
+from soul_kernels import Head, Reference, TokenBatch, linear_logprob, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.reference.token_logprob import transformed
 from soul_kernels.tensors import has_data
@@ -69,7 +69,7 @@ def compute_kl_divergence(model, target_model, inputs, *, compat=None):
         labels = _labels_of_coded_kl(labels)
     nothing = torch.zeros(len(labels), dtype=torch.bool)
     objective = losses.KLMin(gamma=0.0, alpha=1.0)
-    return _objective(model, inputs, labels, objective, is_forget=nothing, **_reference(target_model, inputs))
+    return _objective(model, inputs, labels, objective, is_forget=nothing, reference=_reference(target_model, inputs))
 
 
 def compute_batch_nll(model, inputs, *, compat=None):
@@ -90,7 +90,7 @@ def compute_batch_nll(model, inputs, *, compat=None):
     labels, kept = _shifted(inputs), []
 
     def sums(hidden, weight, bias, transform):
-        logps = linear_logprob(hidden, weight, labels.to(hidden.device), bias=bias, **transform)
+        logps = linear_logprob(hidden, Head(weight, bias, **transform), labels.to(hidden.device))
         kept.append(logps.detach())
         return (-logps).sum(1)
 
@@ -168,8 +168,8 @@ def compute_undial_loss(model, ref_model, inputs, beta, *, compat=None):
     check_choice("compat", compat, COMPAT)
     reference, labels = _reference(ref_model, inputs), _shifted(inputs)
     if compat:
-        labels = _labels_of_coded_undial(labels, len(reference["ref_weight"]))
-    return _objective(model, inputs, labels, losses.UNDIAL(beta=beta, alpha=0.0), **reference)
+        labels = _labels_of_coded_undial(labels, len(reference.weight))
+    return _objective(model, inputs, labels, losses.UNDIAL(beta=beta, alpha=0.0), reference=reference)
 
 
 def compute_wga_loss(model, inputs, beta, *, compat=None):
@@ -283,8 +283,8 @@ def _objective(model, inputs, labels, objective, **options):
     kept = []
 
     def value(hidden, weight, bias, transform):
-        loss, logps = linear_objective(hidden, weight, labels.to(hidden.device), objective, bias=bias, return_logps=True,
-                                       **options, **transform)  # fmt: skip
+        head = Head(weight, bias, **transform)
+        loss, logps = linear_objective(hidden, head, labels.to(hidden.device), objective, return_logps=True, **options)
         kept.append(logps)
         return loss
 
@@ -310,16 +310,16 @@ def _side(model, ref_model, inputs, compat):
 
 
 def _reference(model, inputs):
-    """Hidden states and head of a reference model, as arguments of the ops."""
-    found = {}
+    """Return a reference model's `soul_kernels.Reference` on a batch."""
+    found = []
 
     def keep(hidden, weight, bias, transform):
-        found.update(ref_hidden=hidden, ref_weight=weight.detach(), ref_bias=None if bias is None else bias.detach())
+        found.append(Reference(hidden, weight.detach(), None if bias is None else bias.detach()))
         return hidden.new_zeros(())
 
     with torch.no_grad():
         _at_head(model, inputs, keep)
-    return found
+    return found[0]
 
 
 def _at_head(model, inputs, function):

@@ -15,7 +15,7 @@ import torch
 
 from soul import functional, losses
 from soul.models import causal_lm
-from soul_kernels import linear_logprob, linear_objective
+from soul_kernels import Head, Reference, linear_logprob, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -75,8 +75,9 @@ def unlearning_loss(
 
     def value(hidden, weight, bias, transform):
         counting = functional._labels_as_coded(labels, batch, objective, len(weight)) if compat else labels
-        loss, logps = linear_objective(hidden, weight, counting.to(hidden.device), objective, bias=bias, is_forget=is_forget,
-                                       return_logps=True, **reference, **transform)  # fmt: skip
+        head = Head(weight, bias, **transform)
+        loss, logps = linear_objective(hidden, head, counting.to(hidden.device), objective, is_forget=is_forget,
+                                       return_logps=True, **reference)  # fmt: skip
         kept.append(logps)
         return loss
 
@@ -173,13 +174,14 @@ def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps
     def keep(hidden, weight, bias, transform):
         here = rows.to(hidden.device)
         if needs_logps:
-            sums = linear_logprob(hidden, weight, labels[rows].to(hidden.device), bias=bias, **transform).sum(1)
+            sums = linear_logprob(hidden, Head(weight, bias, **transform), labels[rows].to(hidden.device)).sum(1)
             found["ref_logps"] = sums.new_zeros(len(labels)).index_copy_(0, here, sums)
         if divergence is not None:
             whole = hidden.new_zeros(len(labels), *hidden.shape[1:])
-            found["ref_hidden"] = whole.index_copy_(0, here, hidden)
+            reference = Reference(whole.index_copy_(0, here, hidden))
             if not own:
-                found.update(ref_weight=weight.detach(), ref_bias=None if bias is None else bias.detach())
+                reference = Reference(reference.hidden, weight.detach(), None if bias is None else bias.detach())
+            found["reference"] = reference
         return hidden.new_zeros(())
 
     chosen = {name: value[rows] for name, value in joined.items()}

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import soul
 from soul import functional, losses
 from soul.models import causal_lm
-from soul_kernels import linear_objective
+from soul_kernels import Head, linear_objective
 from tests.support import tolerances as tol
 from tests.support.models import examples, sequences, tiny_tokenizer
 
@@ -138,8 +138,8 @@ def test_a_lost_bias_scale_or_cap_would_be_noticed(family, monkeypatch):
     bias = causal_lm.head(model)[1]
     assert (bias is None) != (family == "phi")
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="is not"):
-        patch.setattr("soul.model_loss.linear_objective", lambda *args, bias, logit_scale, softcap, **options: linear_objective(
-            *args, **options))  # fmt: skip
+        patch.setattr("soul.model_loss.linear_objective", lambda hidden, head, *args, **options: linear_objective(
+            hidden, Head(head.weight), *args, **options))  # fmt: skip
         check_npo(model, batch, soul.unlearning_loss(model, batch, objective))
     if bias is None:
         monkeypatch.setattr(causal_lm, "transform", lambda model: {"logit_scale": 1.0, "softcap": None})

@@ -14,7 +14,7 @@ from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
-from soul_kernels import TokenStatistics, linear_kl
+from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
 from soul_kernels.backends import BACKENDS
 from soul_kernels.errors import argument_error, check_choice, check_whole
 from soul_kernels.tokens import IGNORE_INDEX
@@ -261,10 +261,10 @@ def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
     with evaluating(model), evaluating(other), autocast(model):
         for part in _batches(sequences, batch_size):
             batch = collate(part, [], device=device)
-            values = linear_kl(
-                hidden_states(model, batch), weight, batch.labels, hidden_states(other, batch), ref_weight=ref_weight,
-                bias=bias, ref_bias=ref_bias, rows=batch.rows, backend=backend, **transform(model),
-            )  # fmt: skip
+            reference = Reference(hidden_states(other, batch), ref_weight, ref_bias)
+            options = LinearOptions(token_indices=batch.rows, backend=backend)
+            own_head = Head(weight, bias, **transform(model))
+            values = linear_kl(hidden_states(model, batch), own_head, batch.labels, reference, options=options)
             total += values.sum().item()
             count += len(batch.rows)
     return total / count

@@ -26,7 +26,7 @@ from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
 from soul.optim.curvature import GNB, RetainFisher
 from soul.optim.optimizer import SOUL, SophiaG
-from soul_kernels import linear_gnb, linear_objective
+from soul_kernels import Head, linear_gnb, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -269,10 +269,11 @@ class SOULTrainerMixin:
 
         def value(hidden, weight, bias, transform):
             here = labels.to(hidden.device)
+            head = Head(weight, bias, **transform)
             if self.curvature == "gnb":
                 keep, generator = here != IGNORE_INDEX, self._hessian.generator()
-                return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
-            return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
+                return linear_gnb(hidden, head, keep, generator=generator)[0]
+            return linear_objective(hidden, head, here, losses.PO(alpha=0.0))
 
         return functional._at_head(model, retain, value)
 

@@ -12,7 +12,7 @@ import torch
 from soul._extras import MissingExtra, require
 from soul.distributed.processes import Processes, gathered, is_finite
 from soul.models.files import MAX_RANK, adapters_of, check_directory, check_patterns, config_of
-from soul_kernels import linear_gnb, linear_logprob, linear_statistics
+from soul_kernels import Head, LinearOptions, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error, check_choice, check_positive, check_range, check_whole
 from soul_kernels.reference.token_logprob import transformed
 from soul_kernels.tokens import IGNORE_INDEX
@@ -198,7 +198,7 @@ def head(model):
 
 
 def transform(model):
-    """How the products of hidden states and head become logits, as keyword arguments of the ops: scaled and soft-capped.
+    """Return how products of hidden states and head become logits, as keyword arguments of `soul_kernels.Head`.
 
     Raises:
         ArgumentError: the model's configuration has no finite number there.
@@ -356,7 +356,8 @@ def _at_head(op, model, batch, backend):
         weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            return op(hidden, weight, batch.labels, bias=bias, rows=batch.rows, backend=backend, **transform(model))
+            options = LinearOptions(token_indices=batch.rows, backend=backend)
+            return op(hidden, Head(weight, bias, **transform(model)), batch.labels, options=options)
 
     return gathered(model, compute)
 
@@ -370,8 +371,10 @@ def gnb_loss(model, batch, *, generator=None, backend="auto"):
         weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            options = dict(bias=bias, rows=batch.rows, generator=generator, backend=backend, **transform(model))
-            return linear_gnb(hidden, weight, batch.labels != IGNORE_INDEX, **options)[0]
+            keep = batch.labels != IGNORE_INDEX
+            options = LinearOptions(token_indices=batch.rows, backend=backend)
+            own_head = Head(weight, bias, **transform(model))
+            return linear_gnb(hidden, own_head, keep, generator=generator, options=options)[0]
 
     return gathered(model, compute)
 

@@ -84,8 +84,9 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
 def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None):
     """Hidden states of each sequence under the model as it is now: the reference of UNDIAL and of KL terms.
 
-    Give them to `soul.data.batches.collate` (``ref_hidden``), and the head to `soul_kernels.linear_objective`. As exact as
-    `reference_logps`: at the unchanged model a divergence in a batch of the same sequences is exactly 0.
+    Give them to `soul.data.batches.collate` (``ref_hidden``), and ``batch.ref_hidden`` with the head, as a
+    `soul_kernels.Reference`, to `soul_kernels.linear_objective`. As exact as `reference_logps`: at the unchanged model a
+    divergence in a batch of the same sequences is exactly 0.
 
     Args:
         model: as in `reference_logps`, and so are the others.

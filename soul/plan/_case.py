@@ -10,7 +10,7 @@ from soul.models.causal_lm import DTYPES, check_rank, is_named
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul.run.config import UnlearnConfig
-from soul_kernels.chunks import CHUNK_BYTES, Options
+from soul_kernels.chunks import CHUNK_BYTES, ResolvedOptions
 from soul_kernels.errors import argument_error, check_choice, check_whole
 
 ATTENTIONS = ("sdpa", "eager")
@@ -172,8 +172,8 @@ class Case:
 
     @property
     def head_options(self):
-        """The `Options` of the fused loss, as the run calls it."""
-        return Options(self.compute_dtype, torch.float32, CHUNK_BYTES)
+        """The `ResolvedOptions` of the fused loss, as the run calls it."""
+        return ResolvedOptions(self.compute_dtype, torch.float32, CHUNK_BYTES)
 
 
 def _is(name, target):

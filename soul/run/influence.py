@@ -16,7 +16,7 @@ import torch
 from soul import losses
 from soul.data.batches import collate
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, trained, transform
-from soul_kernels import hessian_ema, linear_gnb, linear_objective
+from soul_kernels import Head, LinearOptions, hessian_ema, linear_gnb, linear_objective
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error, check_choice, check_positive
 from soul_kernels.tokens import IGNORE_INDEX
@@ -243,18 +243,19 @@ def _over_retain(model, params, grads, retain, damping, curvature, blockwise, ba
 def _gradients(model, params, sequences, batch_size, backend, *, drawn=False, generator=None):
     """For each batch: its part of all tokens, the gradients of its mean negative log-likelihood, and that on true labels."""
     total, objective = _tokens(sequences), losses.PO(alpha=0.0)
-    (weight, bias), options = head(model), dict(transform(model), backend=backend)
+    own_head = Head(*head(model), **transform(model))
     for start in range(0, len(sequences), batch_size):
-        batch = collate(sequences[start : start + batch_size], [], device=weight.device)
+        batch = collate(sequences[start : start + batch_size], [], device=own_head.weight.device)
+        options = LinearOptions(token_indices=batch.rows, backend=backend)
         with autocast(model):
             hidden = hidden_states(model, batch)
             if drawn:
                 keep = batch.labels != IGNORE_INDEX
-                loss, _ = linear_gnb(hidden, weight, keep, bias=bias, rows=batch.rows, generator=generator, **options)
+                loss, _ = linear_gnb(hidden, own_head, keep, generator=generator, options=options)
                 with torch.no_grad():
-                    nll = linear_objective(hidden, weight, batch.labels, objective, bias=bias, rows=batch.rows, **options)
+                    nll = linear_objective(hidden, own_head, batch.labels, objective, options=options)
             else:
-                loss = linear_objective(hidden, weight, batch.labels, objective, bias=bias, rows=batch.rows, **options)
+                loss = linear_objective(hidden, own_head, batch.labels, objective, options=options)
                 nll = loss.detach()
         found = torch.autograd.grad(loss, params, allow_unused=True)
         yield len(batch.rows) / total, [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)], nll.detach()

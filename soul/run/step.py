@@ -10,7 +10,7 @@ from soul.models.causal_lm import as_reference, autocast, gnb_loss, has_adapters
 from soul.optim.curvature import GNB
 from soul.optim.optimizer import SophiaG
 from soul.run.config import norm_limit
-from soul_kernels import linear_objective
+from soul_kernels import Head, LinearOptions, Reference, linear_objective
 from soul_kernels.tokens import IGNORE_INDEX
 
 
@@ -104,19 +104,14 @@ def _loss(model, batch, objective, config, ref_head):
         with autocast(model):
             return linear_objective(
                 hidden_states(model, batch),
-                weight,
+                Head(weight, bias, **transform(model)),
                 batch.labels,
                 objective,
-                bias=bias,
                 is_forget=batch.is_forget,
                 ref_logps=batch.ref_logps,
-                ref_hidden=ref_hidden,
-                ref_weight=ref_weight,
-                ref_bias=ref_bias,
-                rows=batch.rows,
+                reference=None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias),
                 return_logps=True,
-                backend=config.backend,
-                **transform(model),
+                options=LinearOptions(token_indices=batch.rows, backend=config.backend),
             )
 
     return gathered(model, compute)

@@ -21,7 +21,7 @@ from soul.models.causal_lm import head, hidden_states, transform
 from soul.models.ref_model import reference_hidden, reference_logps
 from soul.run.config import UnlearnConfig
 from soul.run.prepare import prepare
-from soul_kernels import _launch, linear_objective
+from soul_kernels import Head, Reference, _launch, linear_objective
 from tests.distributed.test_processes import run
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, mutant, needs_kernels_on_cpu, relative_error
@@ -101,9 +101,9 @@ def by_hand(model, reference, forget, retain, objective):
     batch = collate(forget, retain, ref_logps=reference_logps(reference, forget), ref_hidden=hidden and hidden.hidden)
     weight, bias = head(model)
     return linear_objective(
-        hidden_states(model, batch), weight, batch.labels, objective, bias=bias, is_forget=batch.is_forget,
-        ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, ref_weight=hidden and hidden.weight,
-        ref_bias=hidden and hidden.bias, **transform(model),
+        hidden_states(model, batch), Head(weight, bias, **transform(model)), batch.labels, objective,
+        is_forget=batch.is_forget, ref_logps=batch.ref_logps,
+        reference=hidden and Reference(batch.ref_hidden, hidden.weight, hidden.bias),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import transformers.masking_utils
 from soul.data.batches import collate
 from soul.losses import GradDiff
 from soul.models import causal_lm, files
-from soul_kernels import TokenBatch, linear_objective
+from soul_kernels import Head, LinearOptions, TokenBatch, linear_objective
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close
 from tests.support.models import COMMON, FAMILIES, lora_model, sequences, tiny_model, tiny_tokenizer
@@ -29,9 +29,10 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
     objective = GradDiff(gamma=0.5, alpha=2.0)
     weight, bias = causal_lm.head(model)
     assert (bias is not None) == ("bias" in family)
-    loss, logps = linear_objective(causal_lm.hidden_states(model, batch), weight, batch.labels, objective, bias=bias,
-                                   is_forget=batch.is_forget, rows=batch.rows, return_logps=True,
-                                   **causal_lm.transform(model))  # fmt: skip
+    head = Head(weight, bias, **causal_lm.transform(model))
+    loss, logps = linear_objective(causal_lm.hidden_states(model, batch), head, batch.labels, objective,
+                                   is_forget=batch.is_forget, return_logps=True,
+                                   options=LinearOptions(token_indices=batch.rows))  # fmt: skip
     assert (causal_lm.token_logps(model, batch) - logps).abs().max() <= tol.LOGP_ABS
     loss.backward()
     got = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -9,7 +9,7 @@ from soul import losses
 from soul.data.batches import collate
 from soul.models import causal_lm, ref_model
 from soul.models.ref_model import reference_head, reference_hidden, reference_logps
-from soul_kernels import linear_objective
+from soul_kernels import LinearOptions, Reference, linear_objective
 from tests.support import tolerances as tol
 from tests.support.helpers import needs_kernels_on_cpu
 from tests.support.models import lora_model, sequences, tiny_model, tiny_tokenizer
@@ -66,8 +66,9 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
 
         watched.divergence = objective.divergence
         loss = linear_objective(
-            causal_lm.hidden_states(model, batch), weight, batch.labels, watched, is_forget=batch.is_forget, rows=batch.rows,
-            ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, ref_weight=states.weight, backend=backend,
+            causal_lm.hidden_states(model, batch), weight, batch.labels, watched, is_forget=batch.is_forget,
+            ref_logps=batch.ref_logps, reference=Reference(batch.ref_hidden, states.weight),
+            options=LinearOptions(token_indices=batch.rows, backend=backend),
         )  # fmt: skip
         if objective.needs_reference and size == 4:
             assert loss.item() == (2 / 0.5 * torch.tensor(2.0).log()).item()

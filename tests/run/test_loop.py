@@ -21,7 +21,7 @@ from soul.run.config import UnlearnConfig, build_scheduler
 from soul.run.loop import Diverged, unlearn
 from soul.run.prepare import prepare
 from soul.run.step import Recorded
-from soul_kernels import linear_objective
+from soul_kernels import LinearOptions, Reference, linear_objective
 from soul_kernels.backends import runs_on_cpu
 from tests.support.helpers import mutant, needs_kernels_on_cpu
 from tests.support.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
@@ -306,9 +306,17 @@ def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
     found = []
     for chunk_bytes in (2**30, 14 * row_bytes):
         recorded = Counted(objective)
-        loss = linear_objective(hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, rows=batch.rows,
-                                ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, chunk_bytes=chunk_bytes,
-                                backend="triton")  # fmt: skip
+        options = LinearOptions(token_indices=batch.rows, chunk_bytes=chunk_bytes, backend="triton")
+        loss = linear_objective(
+            hidden,
+            weight,
+            batch.labels,
+            recorded,
+            is_forget=batch.is_forget,
+            ref_logps=batch.ref_logps,
+            reference=Reference(batch.ref_hidden),
+            options=options,
+        )
         assert set(recorded.sums) == {"forget", "retain"} and recorded.calls == (1 if chunk_bytes == 2**30 else calls)
         assert sum(recorded.sums.values()).item() == pytest.approx(loss.item(), rel=1e-6)
         found.append({name: value.item() for name, value in recorded.sums.items()})

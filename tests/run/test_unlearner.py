@@ -22,7 +22,7 @@ from soul.run.influence import unlearn_once
 from soul.run.loop import unlearn
 from soul.run.prepare import prepare
 from soul.run.step import train_step
-from soul_kernels import TensorTable, linear_objective
+from soul_kernels import LinearOptions, TensorTable, linear_objective
 from tests.evaluate.test_model import ROWS, question_rows
 from tests.support.helpers import mutant, needs_kernels_on_cpu, needs_rouge
 from tests.support.models import FAMILIES, examples, sequences, tiny_model, tiny_tokenizer
@@ -302,10 +302,10 @@ def check_padding(module):
     kept = (wide.labels.flatten() != -100).nonzero()[:, 0]
     assert torch.equal(wide.rows[: len(kept)], kept) and (wide.labels.flatten()[wide.rows[len(kept) :]] == -100).all()
     weight, hidden = torch.randn(300, 8, requires_grad=True), torch.randn(5, 16, 8)
-    loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget, rows=wide.rows,
-                            ref_logps=wide.ref_logps, backend="triton")  # fmt: skip
+    loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget,
+                            ref_logps=wide.ref_logps, options=LinearOptions(wide.rows, backend="triton"))  # fmt: skip
     plain = linear_objective(hidden[:, :length], weight, batch.labels, soul.losses.NPO(), is_forget=batch.is_forget,
-                             rows=batch.rows, ref_logps=batch.ref_logps, backend="triton")  # fmt: skip
+                             ref_logps=batch.ref_logps, options=LinearOptions(batch.rows, backend="triton"))  # fmt: skip
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
