@@ -1,6 +1,8 @@
 """The rules of the house: names mirror, arrows run one way, importing is harmless."""
 
 import ast
+import importlib
+import inspect
 import os
 import pathlib
 import re
@@ -223,6 +225,18 @@ def test_on_a_gpu_a_file_that_fails_or_hangs_does_not_cost_the_others(tmp_path):
         assert result.returncode == status, result
         assert all(f"{name}: status {codes[name]}" in result.stdout.splitlines() for name in names.split())
         assert "0\ngood: status 0" in result.stdout
+
+
+WIDE = {"sophia_step", "hessian_ema"}  # their easy form takes every option as a keyword; bundles are the other form
+
+
+def test_no_public_function_of_the_kernels_has_more_than_ten_parameters():
+    functions = [getattr(soul_kernels, name) for name in soul_kernels.__all__]
+    for stem in ("linear_gnb", "linear_kl", "linear_loss"):
+        functions += vars(importlib.import_module(f"soul_kernels.reference.{stem}")).values()
+    functions = {function for function in functions if inspect.isfunction(function) and function.__name__ not in WIDE}
+    assert soul_kernels.linear_objective in functions
+    assert [f for f in functions if len(inspect.signature(f).parameters) > 10] == []
 
 
 def test_version_and_public_names():

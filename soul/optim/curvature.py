@@ -175,8 +175,8 @@ class Hutchinson(Curvature):
 
     h keeps the sign of its average, and counts as ``max(h, 0)`` where the step divides by it (8-bit states are refused). The
     closure returns a loss whose operations can be differentiated twice: of the attention kernels the "math" one, and of this
-    library's losses those with ``backend="reference"``; all others refuse. The estimate is of the mean loss itself: use
-    ``bs=1`` in the optimizer.
+    library's losses those with ``LinearOptions(backend="reference")``; all others refuse. The estimate is of the mean loss
+    itself: use ``bs=1`` in the optimizer.
 
     Args:
         optimizer: a `SophiaG`.
