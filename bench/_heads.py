@@ -254,15 +254,16 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return (wrong / right).sqrt().item()
 
 
-def errors_of(output: Output, inputs: Inputs, objective: Objective, known: Callable[[], Exact]) -> dict[str, float]:
+def errors_of(output: Output, inputs: Inputs, objective: Objective, exact_result: Callable[[], Exact]) -> dict[str, float]:
     """Return the errors of one function's output: of the loss and the details absolute, of the gradients relative.
 
-    Those of the loss are relative where it is above 1. ``known`` returns the result of `exact` for the labels of the inputs.
+    Those of the loss are relative where it is above 1. ``exact_result`` returns the result of `exact` for the labels of the
+    inputs.
     """
     loss, detail = split(output)
     gradients = torch.autograd.grad(loss, inputs.trained)
     drawn = detail if detail is not None and detail.dtype == torch.int64 else None
-    want, values, missed, *want_gradients = known() if drawn is None else exact(inputs, objective, drawn)
+    want, values, missed, *want_gradients = exact_result() if drawn is None else exact(inputs, objective, drawn)
     errors = {"loss": abs(loss.item() - want) / max(1.0, abs(want))}
     if drawn is not None and missed is not None:
         errors["draw"] = missed
@@ -301,12 +302,12 @@ def check(
         gates |= {"dX": 1e-4, "dW": 1e-4}
     errors_by_name: dict[str, dict[str, float]] = {}
     for kind, inputs in inputs_of.items():
-        known = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
+        exact_result = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
         for name, make in functions.items():
             ours = name.startswith("ours")
-            seen = inputs if ours else dataclasses.replace(inputs, uniforms=None)  # a peer has random numbers of its own
+            own_inputs = inputs if ours else dataclasses.replace(inputs, uniforms=None)  # a peer has random numbers of its own
             try:
-                errors = errors_of(make()(seen), seen, objective, known)
+                errors = errors_of(make()(own_inputs), own_inputs, objective, exact_result)
             except Exception:  # a peer that does not run here says why when it is to be timed
                 if ours:
                     raise
@@ -344,8 +345,8 @@ def ours(loss: str, chunk_bytes: int | None = None) -> Function:
 def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Callable[[], Function]]:
     """Return ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
 
-    Eager PyTorch is also there under torch.compile, unless it is to be quick. Drawing labels is compared with the plain
-    cross-entropy at the same place as well.
+    Eager PyTorch also runs under torch.compile, but for ``quick``. Drawing labels is compared with our plain cross-entropy as
+    well.
     """
     functions: dict[str, Callable[[], Function]] = {"ours": lambda: ours(loss)}
     if device.type == "cuda":

@@ -1,15 +1,15 @@
 """The tables of the losses: five of them from hidden states, against eager PyTorch, torch.compile, and fused cross-entropies.
 
-On a GPU there is a case for every loss of CE, GradDiff, NPO, KL (to a reference, over all tokens) and GNB (labels drawn from
-the model), every shape (D, V) of (2048, 128256), (4096, 32000), (4096, 128256), N of 512, 4096 and 16384 tokens, trained and
-frozen head. By default one thing at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen head,
-the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
+On a GPU there is a case for every loss of CE, GradDiff, NPO, KL (to a reference model, over all tokens) and GNB (labels drawn
+from the model), every shape (D, V) of (2048, 128256), (4096, 32000), (4096, 128256), N of 512, 4096 and 16384 tokens, trained
+and frozen head. By default one thing at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen
+head, the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
 ``--only "NPO, N 16384"`` its six.
 
 On a CPU there is one case at full size: CE with the widths of SmolLM2-135M, of whose 4,096 tokens 1,024 have a label. The small
 ones of the others run by name.
 
-Peers are there where the work is equal, for CE, each as it comes and at its most accurate. Every variant has its errors beside
+Peers run where the work is equal, which is CE, each as it comes and at its most accurate. Every variant has its errors beside
 its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
 """
 
@@ -199,7 +199,7 @@ def runs_by_default(loss: str, n: int, d: int, n_vocab: int, frozen: bool) -> bo
 def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
     """Yield functions that make the cases; without a GPU one of each loss and head at a small size, and one at full size.
 
-    Without a GPU and quick, only CE is there with a frozen head.
+    Without a GPU and quick, only CE runs with a frozen head.
     """
     if device.type == "cpu":
         if not quick:

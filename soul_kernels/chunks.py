@@ -21,7 +21,7 @@ class LinearOptions(NamedTuple):
     Attributes:
         token_indices: [R] int64, rising flat indices ``b * T + t`` of the tokens to compute: every token that carries a label
             (for `linear_gnb`, every token that is kept), and any ignored ones. The last index may repeat if its token is
-            ignored, to pad R to a fixed size. As a CPU tensor they spare a wait for the device. None: found from the labels.
+            ignored, to pad R to a fixed size. As a CPU tensor they spare a wait for the device. None: taken from the labels.
             The reference checks them and does without.
         logits_dtype: dtype of the logits of a chunk: torch.float32, or the dtype of hidden, which saves 2 to 8% of the time and
             half of the scratch, and costs 7e-3 in log-probability. For a divergence close to 0 it costs more than 100% of the

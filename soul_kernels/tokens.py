@@ -17,7 +17,8 @@ class TokenStatistics(NamedTuple):
     Attributes:
         logps: log p(label).
         lse: logsumexp of the logits.
-        hits: 1.0 where the label is the argmax (the first, among equals), else 0.0: exact memorization, extraction strength.
+        hits: 1.0 where the label is the argmax (the first among equals), else 0.0; exact memorization and extraction strength
+            are made of it.
         entropies: ``-sum_v p_v log p_v``; the mean of log p under the model is its negative.
         variances: ``sum_v p_v (log p_v)^2 - (sum_v p_v log p_v)^2``; Min-K++ is ``(logp + entropy) / sqrt(variance)``.
     """
@@ -110,7 +111,7 @@ class Reference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """The facts about tokens that an objective gets beside their log-probabilities.
+    """The facts that an objective gets about tokens, beside their log-probabilities.
 
     The counts are those of the **whole** batch, even where ``mask`` covers only some of its tokens. An objective that divides
     by the counts, and not by sums over ``mask``, can be evaluated on pieces of the batch, and the values add up.

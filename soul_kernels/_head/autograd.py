@@ -30,7 +30,7 @@ def refuse(derivatives: str) -> NoReturn:
 
 
 class _Once(torch.autograd.Function):
-    """Gradients, as they are; to differentiate them is an error."""
+    """The identity on gradients, which refuses to be differentiated."""
 
     generate_vmap_rule = True
 
@@ -57,7 +57,7 @@ def once_differentiable(anchor: Tensor, gradients: Gradients) -> Gradients:
     It may be asked for under ``create_graph=True`` and torch.func. As constants the gradients would be left out of it silently.
 
     Args:
-        anchor: an output of the op, empty, that nobody else sees: a caller may change any other output in place.
+        anchor: an empty output of the op that no caller gets, since a caller may change the others in place.
         gradients: each may be None.
     """
     if not torch.is_grad_enabled() or not anchor.requires_grad:

@@ -106,7 +106,7 @@ def _resolved(hidden: Tensor, weight: Tensor, options: LinearOptions) -> Resolve
 
 
 def check_labels_type(hidden: Tensor, labels: Tensor, token_indices: Tensor | None) -> None:
-    """Check what is known of labels [B, T] and token indices without reading them."""
+    """Check shapes, dtypes and devices of labels [B, T] and token indices without reading any value."""
     if labels.shape != hidden.shape[:2]:
         got = tuple(labels.shape)
         raise argument_error(
@@ -119,7 +119,7 @@ def check_labels_type(hidden: Tensor, labels: Tensor, token_indices: Tensor | No
 
 
 def check_labels(hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, fused: bool) -> None:
-    """Check labels [B, T] and token indices, and read them where that waits for no device."""
+    """Check labels [B, T] and token indices; their values only where reading them waits for no device."""
     check_labels_type(hidden, labels, token_indices)
     check_indices(token_indices, labels != IGNORE_INDEX, hidden)
     if fused and token_indices is not None and hidden.is_cuda:
@@ -134,7 +134,7 @@ def check_labels(hidden: Tensor, head: Head, labels: Tensor, token_indices: Tens
 
 
 def check_indices_type(token_indices: Tensor | None, hidden: Tensor) -> None:
-    """Check what is known of token indices without reading them; None passes."""
+    """Check shape, dtype and device of token indices without reading any value; None passes."""
     if token_indices is None:
         return
     if not isinstance(token_indices, Tensor):
@@ -148,7 +148,7 @@ def check_indices_type(token_indices: Tensor | None, hidden: Tensor) -> None:
 
 
 def check_indices(token_indices: Tensor | None, keep: Tensor, hidden: Tensor) -> None:
-    """Check token indices; against the kept tokens [B, T] where that waits for no device."""
+    """Check token indices; their values, and that all kept tokens [B, T] are listed, where that waits for no device."""
     check_indices_type(token_indices, hidden)
     if token_indices is None or token_indices.device.type != "cpu":
         return

@@ -1,9 +1,10 @@
 """The ops on hidden states as opaque custom ops, one each, for kernels and reference alike.
 
-They are what torch.compile and torch.export put into a graph without a break, and what runs where tensors hold no values
-(FakeTensorMode, the meta device), because the shapes of the results are known beforehand. Nothing is computed here: the ops
-take their arguments apart into values that an op may take, and put them together again for the functions of `sweeps`. Token
-indices must be known when the ops are traced: without ``token_indices`` the kernels compute every token, ignored ones for
+torch.compile and torch.export put them into a graph without a break, and they run where tensors hold no values (FakeTensorMode,
+the meta device), because the shapes of their results are known beforehand. Nothing is computed here: the arguments of a call
+are taken apart into values that an op may take, and the op puts them together again for the functions of `sweeps`.
+
+Token indices must be known when the ops are traced: without ``token_indices`` the kernels compute every token, ignored ones for
 nothing.
 """
 
@@ -186,7 +187,7 @@ def _fake_swept(
 
 def _save_swept(ctx: Context, inputs: Sequence[Any], output: Outputs) -> None:
     hidden, weight, bias, _, token_indices, *_, needs = inputs
-    ctx.set_materialize_grads(False)  # that of dW alone would be V D zeros
+    ctx.set_materialize_grads(False)  # for the output that is dW alone they would be V D zeros
     ctx.mark_non_differentiable(*output[1:-1])
     ctx.save_for_backward(token_indices, *output[2:])
     ctx.hidden_shape = hidden.shape
@@ -320,7 +321,7 @@ def _save_per_token(ctx: Context, inputs: Sequence[Any], output: tuple[Tensor, T
     hidden, *_, ctx.form_x = inputs
     _, x, anchor = output
     ctx.mark_non_differentiable(x)
-    ctx.set_materialize_grads(False)  # of the rows there is none
+    ctx.set_materialize_grads(False)  # no gradient comes for the second output
     ctx.hidden_shape = hidden.shape
     ctx.dtype = hidden.dtype
     ctx.n_inputs = len(inputs)

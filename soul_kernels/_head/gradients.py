@@ -45,8 +45,8 @@ class HeadGradients:
         rows = chunk.span
         if self.fp16:
             # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest possible
-            # element to between 32 and 64 and is divided out of the fp32 sums. Of each row, where no sum over rows is wanted:
-            # the gradient of a memorised row may be 1e-9 of another's, and what it will be multiplied with is not known.
+            # element to between 32 and 64 and is divided out of the fp32 sums. Where no sum over rows is needed, each row has a
+            # power of its own: the gradient of a memorised row may be 1e-9 of another's, and its later factor is not known yet.
             bounds = self.head_rows.bounds(chunk, coefficients, weights)
             if self.weight is not None or self.bias is not None:
                 bounds = bounds.max()
@@ -97,7 +97,7 @@ def scaled_gradients(
         scale: [] upstream gradient of the loss.
         dtypes: dtypes of hidden, weight and bias; of bias None where there is none.
         hidden_shape: [B, T, D].
-        last: nobody needs ``gradients`` any more: they may be changed, and returned.
+        last: ``gradients`` are not needed any more: they may be changed, and returned.
     """
     x, weight, bias = (
         None if gradient is None or dtype is None else _scaled(gradient, scale, dtype, last)

@@ -28,11 +28,11 @@ def objective_of(number: int) -> ObjectiveFunction:
     Raises:
         ArgumentError: the objective is gone, or the number comes from a program that another process has exported.
     """
-    known = number ^ _process if number >> 62 else number
-    if known not in _objectives:
+    local_number = number ^ _process if number >> 62 else number
+    if local_number not in _objectives:
         remedy = "keep a reference to it; a program that is to run in another process can return log-probabilities only"
         raise argument_error("objective", "one that is alive in this process", f"number {number}, which is not", remedy)
-    return _objectives[known]
+    return _objectives[local_number]
 
 
 def exported_number(number: int) -> int:

@@ -101,7 +101,7 @@ class HeadRows:
         host_indices: the same on the CPU, where the caller has passed them there, or None.
         statistics: [4 or 7, R] fp32 or, in fp64, fp64; filled chunk by chunk: see
             `soul_kernels.token_logprob.token_statistics`.
-        kind: of divergence, or None without a reference model. The following are there with one only.
+        kind: kind of divergence, or None without a reference model. The attributes below exist with one only.
         ref_x: [R', D'], hidden states of the reference model, for the R' rows that have some.
         ref_head: its `Head`.
         ref_statistics: [4, R'], as ``statistics``.
@@ -170,7 +170,7 @@ class HeadRows:
             picked = mask.nonzero()[:, 0].to(indices.device, non_blocking=True)
             indices = indices.index_select(0, picked)
             sequences = sequences.index_select(0, picked)
-        elif n_rows:  # of rows that only the device knows all get a reference; the objective leaves out what it does not need
+        elif n_rows:  # rows that only the device knows all get a reference; the objective leaves out what it does not need
             self._runs = [Run(0, n_rows, 0)]
         self.ref_x = self._select(comparison.hidden, indices)
         if comparison.needed is not None and len(indices) == n_rows:  # those of the others may hold anything, NaN as well
@@ -366,7 +366,7 @@ class HeadRows:
         return copied
 
     def free_scratch(self) -> None:
-        """Give the scratch memory of the chunks back; it is made anew when needed."""
+        """Free the scratch memory of the chunks; `load` makes it anew."""
         self._logits = self._ref_logits = self._gradient = None
         self._loaded = self.x.new_empty(0)
 
@@ -389,7 +389,7 @@ class DrawnRows(HeadRows):
     def __init__(
         self, hidden: Tensor, head: Head, keep: Tensor, token_indices: Tensor | None, options: ResolvedOptions, uniforms: Tensor
     ) -> None:
-        labels = torch.where(keep, 0, IGNORE_INDEX)  # of those that are kept no label is known yet
+        labels = torch.where(keep, 0, IGNORE_INDEX)  # 0 stands for labels that are not drawn yet
         super().__init__(hidden, head, labels, token_indices, options)
         self.uniforms = self.gather(uniforms)
 
@@ -408,7 +408,7 @@ class DrawnRows(HeadRows):
         return out
 
     def bounds(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return bounds as `HeadRows.bounds`; no label is known yet, and 1 - p may be anything up to 1."""
+        """Return bounds as `HeadRows.bounds`, with 1 in the place of 1 - p: no label is drawn yet."""
         return coefficients.abs() * abs(self.head.logit_scale)
 
 
@@ -465,9 +465,10 @@ def products_in(dtype: torch.dtype, factor: Tensor) -> Iterator[None]:
 
 
 def _converted_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield blocks of rows of a weight in another dtype, in which it never exists as a whole, each after its place as a slice.
+    """Yield the rows of a weight block by block in another dtype, in which it never exists as a whole.
 
-    The blocks share one block of memory: new memory for each would take longer than the conversion.
+    Each block comes after the slice of its rows. The blocks share one block of memory: new memory for each would take longer
+    than the conversion.
     """
     size = min(max(WEIGHT_BLOCK // max(weight.shape[1], 1), 1), len(weight))
     memory = weight.new_empty((size, weight.shape[1]), dtype=dtype)

@@ -1,6 +1,6 @@
 """The sweeps that the ops on hidden states run over the chunks of a head's rows, and their counterparts in the reference.
 
-Every function here computes what an op returns, for tensors with values, without a graph around it: `autograd` shows the
+Every function here computes what an op returns, for tensors with values, without a graph around it. `autograd` shows the
 results to autograd, `custom_ops` runs the same functions within opaque ops.
 """
 
@@ -120,8 +120,8 @@ def _sweep_chunks(
 ) -> tuple[Tensor, HeadGradients | None]:
     """Run the objective over all chunks; return the loss and the gradients (None if none is needed).
 
-    One sweep does where chunks can be evaluated one by one: where there is one only, or the objective is a sum over what lies
-    within chunks. Otherwise its derivatives are known only after a first sweep over all rows.
+    One sweep does where chunks can be evaluated one by one: where there is only one, or the objective is a sum over tokens,
+    sequences or pairs that chunks do not cut. Otherwise its derivatives are known only after a first sweep over all rows.
     """
     gradients = HeadGradients(head_rows, needs) if any(needs) else None
     additive = getattr(objective, "additive", None)
@@ -196,7 +196,7 @@ def _differentiate(objective: ObjectiveFunction, logps: Tensor, batch: TokenBatc
         value = objective(leaves[0], batch)
         check_scalar(value)
         derivatives: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if value.requires_grad:  # not if the objective looks at nothing here
+        if value.requires_grad:  # an objective need not look at any token of this chunk
             derivatives = torch.autograd.grad(value, leaves, allow_unused=True)
     filled = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(leaves, derivatives)]
     return value.detach().to(logps.dtype), filled
