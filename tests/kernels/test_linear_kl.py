@@ -87,7 +87,7 @@ def test_capped_and_scaled_logits(backend, device):
     check(device, backend=backend, bias=True, logit_scale=0.5, softcap=2.0)
 
 
-def test_rows_and_no_grad(backend, device):
+def test_token_indices_and_no_grad(backend, device):
     case = make(device)
     want = linear_kl(**case, backend=backend)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
@@ -96,9 +96,9 @@ def test_rows_and_no_grad(backend, device):
     case["labels"][-1, -1] = -100
     rows = rows[rows != case["labels"].numel() - 1]
     padded = torch.cat([rows, torch.full((3,), case["labels"].numel() - 1)])
-    for given in (rows, padded, padded.to(device)):
+    for token_indices in (rows, padded, padded.to(device)):
         with torch.no_grad():
-            got = linear_kl(**case, token_indices=given, backend=backend)
+            got = linear_kl(**case, token_indices=token_indices, backend=backend)
         assert not got.requires_grad
         assert_close(got[:-1], want[:-1], 1e-6, "value")
 

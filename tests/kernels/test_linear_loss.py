@@ -7,10 +7,11 @@ import torch
 
 import soul_kernels
 from soul import losses
-from soul_kernels import Head, TokenBatch, backends
+from soul_kernels import Head, Reference, TokenBatch, backends
 from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
 from soul_kernels._head.rows import HeadRows
+from soul_kernels.errors import ArgumentError
 from soul_kernels.reference import linear_loss as reference
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, loose, mutant, needs_kernels_on_cpu, relative_error
@@ -201,17 +202,17 @@ def test_all_labels_ignored(backend, device):
             assert (gradient == 0).all()
 
 
-def test_rows_from_the_host_and_padded(backend, device):
-    """The collator's path: row indices on the CPU, padded with an ignored position to a fixed count."""
+def test_token_indices_from_the_host_and_padded(backend, device):
+    """The collator's path: token indices on the CPU, padded with an ignored position to a fixed count."""
     case = make(device)
     want = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
     want_gradients = gradients_of(want, case, 1.0)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
     padded = torch.cat([rows, torch.full((5,), case["labels"].numel() - 1)])
     everything = torch.arange(case["labels"].numel())
-    for given in (rows, padded, everything, padded.to(device)):
+    for token_indices in (rows, padded, everything, padded.to(device)):
         for chunk_rows in (1000, 7):  # 7: the sequences are cut with the counts that the rows give
-            options = dict(token_indices=given, chunk_bytes=chunk_rows * 192 * 4, backend=backend)
+            options = dict(token_indices=token_indices, chunk_bytes=chunk_rows * 192 * 4, backend=backend)
             loss = linear_objective(**case, objective=OBJECTIVES["npo"], **options)
             assert_close(loss, want, 1e-6, "loss")
             for name, got, expected in zip(("dX", "dW"), gradients_of(loss, case, 1.0), want_gradients):
@@ -612,6 +613,42 @@ def check_formulas(module, name, device):
 def test_bad_input_is_named(change, message, backend):
     with pytest.raises(ValueError, match=message):
         linear_objective(**make("cpu") | change, objective=OBJECTIVES["npo"], backend=backend)
+
+
+def test_a_head_is_a_weight_and_a_bias():
+    """In one bundle or beside each other: the same numbers, from every op that takes a head."""
+    case = make("cpu", bias=True)
+    gnb, kl, statistics = soul_kernels.linear_gnb, soul_kernels.linear_kl, soul_kernels.linear_statistics
+    hidden, weight, labels, bias = (case[name] for name in ("hidden", "weight", "labels", "bias"))
+    reference = Reference(hidden.detach() + 0.1, weight.detach(), bias.detach())
+    keep, uniforms = labels != -100, torch.rand(labels.shape)
+    calls = [
+        lambda weight, **bias: linear_logprob(hidden, weight, labels, **bias),
+        lambda weight, **bias: linear_objective(hidden, weight, labels, losses.GradAscent(), **bias),
+        lambda weight, **bias: linear_objective(hidden, weight, labels, losses.UNDIAL(), reference=reference, **bias),
+        lambda weight, **bias: kl(hidden, weight, labels, reference, **bias),
+        lambda weight, **bias: gnb(hidden, weight, keep, uniforms=uniforms, **bias)[0],
+        lambda weight, **bias: statistics(hidden, weight, labels, **bias).entropies,
+    ]
+    for call in calls:
+        assert torch.equal(call(Head(weight, bias)), call(weight, bias=bias))
+        assert not torch.equal(call(Head(weight, bias)), call(weight))
+
+
+@pytest.mark.parametrize("bundle, message", [
+    ({"options": {"backend": "torch"}}, "options: expected soul_kernels.LinearOptions, got dict"),
+    ({"reference": torch.zeros(5, 9, 16)}, "reference: expected soul_kernels.Reference, got Tensor"),
+    ({"reference": None}, "reference: expected the hidden states and the head of the reference model, got None"),
+    ({"reference": Reference(torch.zeros(5, 9, 16))}, "reference.weight: expected the head of the reference model"),
+    ({"reference": Reference(torch.zeros(5, 9, dtype=torch.int64), torch.zeros(131, 16))},
+     "reference.hidden: expected a floating-point dtype, got torch.int64"),
+])  # fmt: skip
+def test_a_wrong_bundle_is_named(bundle, message):
+    case = make("cpu")
+    for op, needs in ((soul_kernels.linear_objective, {"objective": losses.KLMin()}), (soul_kernels.linear_kl, {})):
+        keywords = {"reference": Reference(case["hidden"].detach(), case["weight"].detach())} | needs | bundle
+        with pytest.raises(ArgumentError, match=message):
+            op(case["hidden"], case["weight"], case["labels"], **keywords)
 
 
 @pytest.mark.parametrize("runs", [False, True])
