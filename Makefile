@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves; both can be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := all,test,bench,lint
+EXTRAS := all,test,bench,lint,docs,dist
 PYTEST := $(BIN)/python -m pytest
 # Of test-gpu: files, and seconds for each.
 TESTS ?= $(filter-out tests/test_compile.py,$(wildcard tests/test_*.py))
@@ -21,7 +21,7 @@ CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
+.PHONY: help install demo test test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,5 +76,14 @@ lint: install ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: install ## the documentation site, in out/site; a broken link or reference is an error
+	$(BIN)/mkdocs build --strict --quiet --site-dir out/site
+
+dist: install ## source distribution and wheel, in dist, checked for what they hold
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py dist
+
 clean: ## remove .venv, .venv-clients and all that was made
-	rm -rf .venv .venv-clients .triton out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-clients .triton out build dist *.egg-info .pytest_cache .ruff_cache
