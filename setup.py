@@ -68,7 +68,12 @@ setup(
         "test": TEST,
         # One version of the linter, the same on every machine and in CI.
         "lint": ["ruff==0.17.6"],
-        "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1.0,<2"],
+        "docs": [
+            "mkdocs>=1.6.1,<2",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1.0,<2",
+            "pymdown-extensions<12",  # newer ones fail with the last mkdocstrings that Python 3.10 gets
+        ],
         "dist": ["build>=1.2.2,<2", "twine>=6.1,<8"],
         "all": [*HF, *EVAL, *PLOTS],
     },
