@@ -255,9 +255,7 @@ def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         model = torch.distributed.fsdp.fully_shard(tiny_model("llama, tied"), mesh=mesh)
-        with pytest.raises(
-            ValueError, match="model: expected a whole model, got one in shards; .*soul.distributed.shard"
-        ):
+        with pytest.raises(ValueError, match="model: expected a whole model, got one in shards; .*soul.distributed.shard"):
             unlearn(model, tiny_tokenizer(), examples(2), examples(2), UnlearnConfig())
     finally:
         torch.distributed.destroy_process_group()
