@@ -196,9 +196,7 @@ def check_shards(model):
         ArgumentError: its parameters are DTensors, and `shard` has not made them.
     """
     if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
-        raise argument_error(
-            "model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard"
-        )
+        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
 
 
 def gathered(model, compute):
