@@ -115,13 +115,13 @@ BROKEN = {
     "empty": (lambda log: "", "expected JSON, got broken JSON"),
     "not text": (lambda log: b"\xff\xfe\x00", "expected JSON, got broken JSON (UnicodeDecodeError)"),
     "deep": (lambda log: "[" * 100000, "expected JSON, got broken JSON (RecursionError)"),
-    "a list": (lambda log: "[1]", "expected a JSON object of columns, got list; is this an evaluation log of TOFU"),
-    "of another program": (lambda log: '{"scores": {}}', "'avg_gt_loss': expected an object of one value a row, got no such"),
-    "no column": (lambda log: without(log, "average_perturb_loss"), "'average_perturb_loss': expected an object of one value"),
-    "empty column": (lambda log: json.dumps(log | {"avg_gt_loss": {}}), "'avg_gt_loss': expected an object of one value a row"),
-    "column is a list": (lambda log: json.dumps(log | {"avg_gt_loss": [1]}), "one value a row, got list"),
+    "a list": (lambda log: "[1]", "expected a JSON object of columns, got list; check that this is an evaluation log of TOFU"),
+    "of another program": (lambda log: '{"scores": {}}', "'avg_gt_loss': expected an object of values by row, got no such"),
+    "no column": (lambda log: without(log, "average_perturb_loss"), "'average_perturb_loss': expected an object of values"),
+    "empty column": (lambda log: json.dumps(log | {"avg_gt_loss": {}}), "'avg_gt_loss': expected an object of values by row"),
+    "column is a list": (lambda log: json.dumps(log | {"avg_gt_loss": [1]}), "values by row, got list"),
     "row gone": (lambda log: without(log, "rougeL_recall", "3"), "'rougeL_recall': expected the 8 rows of 'avg_gt_loss', got "
-                 "7, and row '3' is not in both"),
+                 "7; row '3' is in only one of the two"),
     "NaN": (lambda log: changed(log, "avg_gt_loss", "2", math.nan), "'avg_gt_loss', row '2': expected a finite number >= 0, "
             "got nan; the model or the file is broken"),
     "inf": (lambda log: changed(log, "average_perturb_loss", "2", [1.0, math.inf, 2.0]), "row '2': expected a finite number >= "
@@ -154,7 +154,7 @@ def test_a_holdout_log_needs_scores_on_both_sides(place, capsys):
     scores = {name: {str(i): -1.0 - i for i in range(3)} for name in metrics.MEMBERSHIP}
     (place / "logs" / "eval_log_holdout.json").write_text(json.dumps(scores))
     assert main(from_logs(place)) == 2
-    assert f"{FORGET}, 'min_k': expected an object of one value a row, got no such column" in capsys.readouterr().err
+    assert f"{FORGET}, 'min_k': expected an object of values by row, got no such column" in capsys.readouterr().err
     assert not (place / "out.json").exists()
     log = made_up()[FORGET] | {name: {str(i): -0.5 for i in range(8)} for name in metrics.MEMBERSHIP}
     (place / "logs" / FORGET).write_text(json.dumps(log))
@@ -359,9 +359,9 @@ def test_logs_against_all_logits(models):
 @pytest.mark.parametrize("old, new", [
     ("len(labels) - (labels[-1] == end and len(labels) > 1)", "len(labels)"),
     ("metrics.min_k(normalized, config.min_k)", "metrics.min_k(normalized)"),
-    ("zip(part, packed", "zip(sorted(part), packed"),
-    (".view(len(asked.answers), -1)", ".view(-1, len(asked.answers)).T"),
-    ('_statistics(model, asked.paraphrased, **options), "para', '_statistics(model, asked.answers, **options), "para'),
+    ("zip(indices, packed", "zip(sorted(indices), packed"),
+    (".view(len(questions.answers), -1)", ".view(-1, len(questions.answers)).T"),
+    ('losses(questions.paraphrased, "para', 'losses(questions.answers, "para'),
     ("sums / counts", "sums / (counts - 1)"),
     ("metrics.exact_memorization(hits)", "metrics.exact_memorization(entropies)"),
 ], ids=lambda text: text[:20])  # fmt: skip
@@ -481,7 +481,7 @@ def bad(models, tmp_path):
     ({"holdout": "BAD/text.jsonl"}, "text.jsonl, line 1: expected one JSON object"),
     ({"template": "{answer} {question}"}, "template: expected a text with {question} that ends in {answer}"),
     ({"rows": 0}, "rows: expected a positive whole number, got 0"),
-    ({"min-k": 0}, "min_k: expected a part in (0, 1], got 0.0"),
+    ({"min-k": 0}, "min_k: expected a fraction in (0, 1], got 0.0"),
     ({"batch-size": 0}, "batch_size: expected a positive whole number, got 0"),
     ({"max-new-tokens": 5000}, "max_new_tokens: expected at most 2048 positions, got 5000 after a prompt of"),
     ({"max-length": 4}, "forget, answer, row 0: expected a label within 4 tokens"),
