@@ -5,9 +5,10 @@ The formulas are in `soul.evaluate.metrics`. Here questions are encoded (`encode
 ROUGE comes from statistics of single tokens (`soul_kernels.linear_statistics`), so logits of whole sequences are never kept.
 """
 
+import collections.abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -52,7 +53,7 @@ class EvaluateConfig:
     batch_size: int = 32
     min_k: float = metrics.MIN_K
     backend: str = "auto"
-    long_texts: ClassVar[str] = "truncate"  # no option: a log has a number for every row
+    long_texts = "truncate"  # not a field and no option: a log has a number for every row
 
     def __post_init__(self) -> None:
         check_template(self.template, self.system)
@@ -130,7 +131,7 @@ def tofu_logs(
     sets: Mapping[str, list[Question]],
     config: EvaluateConfig,
     *,
-    holdout: list[Example] | tuple[()] = (),
+    holdout: collections.abc.Sequence[Example] = (),
     progress: Callable[[str], object] = print,
     counts: dict[str, Counts] | None = None,
 ) -> dict[str, Log]:
@@ -156,7 +157,7 @@ def tofu_logs(
     encoded = {name: encode_questions(model, tokenizer, rows, config, name, counts) for name, rows in sets.items()}
     if holdout:
         counts["holdout"] = Counts(rows=len(holdout))
-    held_out = encode_for(model, tokenizer, holdout, config, "holdout", counts.get("holdout"))
+    held_out = encode_for(model, tokenizer, list(holdout), config, "holdout", counts.get("holdout"))
     for name, count in counts.items():
         if count.truncated:
             progress(f"{name}: {count.told(config.max_length)}")
