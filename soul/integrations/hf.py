@@ -266,7 +266,7 @@ class SOULTrainerMixin:
 
     def _curvature_loss(self, model, retain):
         """The loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
-        labels = functional._shifted(retain)
+        labels = functional.shifted_labels(retain)
 
         def value(hidden, weight, bias, transform):
             here = labels.to(hidden.device)
@@ -275,7 +275,7 @@ class SOULTrainerMixin:
                 return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
             return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
 
-        return functional._at_head(model, retain, value)
+        return functional.at_head(model, retain, value)
 
 
 def _epochs(dataset):

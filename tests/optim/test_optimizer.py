@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import math
 import warnings
 import weakref
@@ -139,6 +140,23 @@ def test_deepcopy_and_tied_parameters(device):
     before = params[0].detach().clone()
     tied.step()
     assert torch.allclose((params[0] - before).abs(), torch.full_like(before, 1e-3), rtol=1e-3)  # stepped once
+
+
+@pytest.mark.parametrize("call, defaults, missing", [
+    (SophiaG, {}, set()),
+    (SOUL, {"lr": 5e-6, "betas": (0.9, 0.95), "published_code": False}, set()),
+    (SOUL.as_published, {"lr": 5e-6, "betas": (0.9, 0.95)}, {"param_rounding", "state_dtype"}),  # which it sets
+])  # fmt: skip
+def test_every_option_is_spelled_out_with_its_type_and_default(call, defaults, missing):
+    """So that help() and an editor show them; the defaults are those of SophiaG but for the ones that are documented."""
+    options = inspect.signature(SophiaG).parameters
+    signature = inspect.signature(call).parameters
+    assert {*signature} == {*options, *defaults} - missing and "weight_decay" in signature
+    for name, parameter in signature.items():
+        assert parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.annotation is not inspect.Parameter.empty
+        if name in options:
+            assert parameter.annotation == options[name].annotation
+        assert parameter.default == (defaults[name] if name in defaults else options[name].default)
 
 
 @pytest.mark.parametrize("options, message", [
