@@ -56,17 +56,17 @@ class PausableRelease(Protocol):
 
 
 class SophiaG(Optimizer):
-    """Sophia with the published two calls, each one pass over memory, per element in fp32::
+    """Sophia with the two calls of the published class, each one pass over memory; per element, in fp32::
 
         step():           m = b1 m + (1 - b1) g
                           p = p - lr (weight_decay p + clamp(m / (rho bs max(h, 0) + eps), -1, 1))
         update_hessian(): h = b2 h + (1 - b2) g g
 
-    Liu et al. 2023 (arXiv 2305.14342), algorithm 3, as coded in the published class, whose checkpoints load here. Call
-    ``update_hessian()`` every k steps while the gradients are those of a loss with labels sampled from the model, or let
-    ``soul.curvature`` do it.
+    g is the gradient, m the state ``exp_avg`` and h the state ``hessian``; b1 and b2 are the betas. Liu et al. 2023 (arXiv
+    2305.14342), algorithm 3, as coded in the published class, whose checkpoints can be loaded. Call ``update_hessian()`` every
+    k steps while the gradients are those of a loss with labels sampled from the model, or let ``soul.curvature`` do it.
 
-    Nothing in ``step()`` waits for the device.
+    Parameters and states are changed in place, gradients are not. Nothing in ``step()`` waits for the device.
 
     Args:
         params: parameters or parameter groups: fp32, bf16 or fp16 tensors on any devices, or DTensors. Those with gaps in
@@ -82,14 +82,14 @@ class SophiaG(Optimizer):
         maximize: ascend instead of descend.
         capturable: the step can be captured in a CUDA graph: lr, weight_decay, rho and bs become fp32 tensors on the device in
             the groups, where a scheduler fills them and a replay reads them. Run one step before the capture.
-        max_grad_norm: the gradients, all groups' together, are scaled to this L2 norm where theirs is larger, as
-            ``clip_grad_norm_`` does, but within the step: they are not changed, and nothing is rounded in between. Under
-            DeepSpeed's ZeRO and FSDP1 the optimizer sees one process's piece of the gradients: there this option, rho="auto"
-            and ``skip_nonfinite`` are refused. Under torch's ZeroRedundancyOptimizer, which cannot be told from a whole model,
-            leave them out as well.
+        max_grad_norm: L2 norm that the gradients of all groups together are scaled down to, as ``clip_grad_norm_`` does, but
+            within the step: the gradients themselves stay as they are, and nothing is rounded in between. Under DeepSpeed's
+            ZeRO and FSDP1, where the optimizer sees one process's piece of the gradients, this option, rho="auto" and
+            ``skip_nonfinite`` are refused. Under torch's ZeroRedundancyOptimizer, which looks like a whole model, leave them
+            out as well.
         param_rounding: how parameters below fp32 are stored: "nearest", "stochastic" or "compensated" (8 more bits in the state
-            ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case. Where
-            you write other values into a parameter, what is left in ``low_bits`` adds up to half a unit in its last place.
+            ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case. If you
+            write other values into a parameter, its old ``low_bits`` still add up to half a unit in the last place.
         state_dtype: torch.float32, torch.bfloat16 or "8bit" for both states. None: h in fp32, and m in bf16 for bf16
             parameters, else in fp32. h in bf16, and both in 8 bits, are rounded stochastically.
         backend: "auto" (Triton on a GPU; on a CPU "compile" from 16.8 million parameters on; else the reference), "triton",
@@ -99,11 +99,11 @@ class SophiaG(Optimizer):
         clip_target: fraction of the coordinates to be clipped, with rho="auto" only (default 0.5).
         bias_correction: h is divided by ``1 - b2^t``, t the number of its updates, where it is used.
         eps_mode: "add" as published, or "max" as in the papers: ``m / max(rho bs h, eps)``.
-        seed: of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element). Shards of rows (FSDP2) draw
-            what one process draws. Checkpoints carry the version of the noise in their groups' ``noise``.
+        seed: seed of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element). Shards of rows (FSDP2)
+            draw what one process draws. Checkpoints carry the version of the noise in their groups, as ``noise``.
 
     Attributes:
-        hessian_in_step: whether ``step()`` itself refreshes h, from the same gradient; False, but for `SOUL`.
+        hessian_in_step: whether ``step()`` itself refreshes h, from the same gradient: True for `SOUL` only.
         gradient_release: the `soul.optim.release.GradientRelease` that steps this optimizer, or None.
 
     Raises:
@@ -174,7 +174,7 @@ class SophiaG(Optimizer):
         self._reset()
         for group in self.param_groups:
             for name, value in self.defaults.items():
-                if name != "differentiable":  # torch has put it there, and no checkpoint has it
+                if name != "differentiable":  # an entry of torch's own, which checkpoints of this class lack
                     group.setdefault(name, value)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -269,8 +269,8 @@ class SophiaG(Optimizer):
         Args:
             probes: parameter -> tensor u of its shape; the gradients are then products H u with the Hessian, and
                 ``h = b2 h + (1 - b2) u Hu`` (Hutchinson).
-            grad_scale: what the gradients are divided by first: a GradScaler's scale, a float or a tensor, unless
-                ``unscale_`` has been called. None: 1.
+            grad_scale: a float or a tensor that the gradients are divided by first: the scale of a GradScaler whose
+                ``unscale_`` has not been called. None: 1.
 
         Raises:
             ValueError: an option or a gradient does not fit; nothing was changed.
@@ -356,7 +356,7 @@ class SophiaG(Optimizer):
                 Parameters that are not in it keep their values.
 
         Raises:
-            ValueError: a value does not fit its parameter, or is of a parameter that is not this optimizer's; nothing was
+            ValueError: a value does not fit its parameter, or belongs to a parameter of another optimizer; nothing was
                 changed.
         """
         if not isinstance(values, Mapping):
@@ -400,9 +400,8 @@ class SophiaG(Optimizer):
         Differs from ``torch.optim.Optimizer``: states keep the dtype that they were saved in, where torch casts them to that
         of their parameter (a published checkpoint is brought to this optimizer's ``state_dtype``); options that the checkpoint
         does not have stay as they are; ``backend`` and ``capturable``, which belong to the machine and to the run, stay in
-        any case. Whether a `SOUL` does as its published code does, ``published_code``, is part of the checkpoint, as beta1 is,
-        whose meaning it decides. Checkpoints of the published class do not have it: a SOUL loads them with
-        ``published_code=True`` only.
+        any case. ``published_code`` of a `SOUL`, which decides the meaning of beta1, is taken from the checkpoint together with
+        beta1. Checkpoints of the published class do not have it: a SOUL loads them with ``published_code=True`` only.
 
         Shards that draw noise refuse a checkpoint with another version of it, which its groups carry as ``noise``.
 
@@ -413,7 +412,7 @@ class SophiaG(Optimizer):
         states: dict[torch.Tensor, dict[str, Any]] = {}
 
         def merge(optimizer: Optimizer, checkpoint: dict[str, Any]) -> dict[str, Any]:
-            """Runs after the user's own hooks, on the checkpoint as they left it."""
+            """Check and merge the checkpoint as the user's own hooks, which run before, have left it."""
             if len(checkpoint["param_groups"]) != len(self.param_groups):
                 return checkpoint  # torch raises, and says why
             counters = counters_of(self.hessian_in_step)
@@ -422,7 +421,7 @@ class SophiaG(Optimizer):
             return checkpoint | {"param_groups": options}
 
         def put_states(optimizer: Optimizer) -> None:
-            """Runs before the user's own hooks."""
+            """Replace the states that torch has cast; the user's own hooks run after this."""
             self.state.update(states)
             for group in self.param_groups:
                 settle_options(group)

@@ -58,7 +58,7 @@ class GradientRelease:
     """The hooks of `release_gradients`, which makes it.
 
     Args:
-        optimizer: the optimizer; it is told, by its attribute ``gradient_release``.
+        optimizer: the optimizer, whose attribute ``gradient_release`` this sets.
         params: its parameters.
     """
 

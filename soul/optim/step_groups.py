@@ -70,9 +70,9 @@ class StepGroup:
         states: the state of each.
         device: the device that they are on.
         tensor_ids: number of each parameter in the optimizer, for its noise.
-        tensor_offsets: number of the first element that this process holds of each, for the same.
+        tensor_offsets: number of the first element that this process holds of each parameter, for its noise.
         table, hessian_table, norm_table: for the launches of `sophia_step`, `hessian_ema` and `grad_norm`.
-        telemetry: fp64 [3] on the device, what `sophia_step` counts there.
+        telemetry: fp64 [3] on the device, the counts of `sophia_step` in the last step.
         numel: coordinates of the parameters, over all shards.
 
     The ops walk dense tensors. A parameter with gaps, such as a slice of columns, is stepped in a dense buffer: `dense_params`
@@ -187,7 +187,7 @@ class GroupStep(NamedTuple):
     def of(cls, group: ParamGroup, step_groups: list[StepGroup]) -> "GroupStep":
         """Return the step groups with the gradients that their parameters hold now."""
         grads: list[list[Any]] = [[p.grad for p in each.params] for each in step_groups]  # None only where one does not fit
-        return cls(group, step_groups, [each.locals(own) for each, own in zip(step_groups, grads)])
+        return cls(group, step_groups, [each.locals(of_each) for each, of_each in zip(step_groups, grads)])
 
 
 class StepGroups:

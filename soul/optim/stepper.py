@@ -69,7 +69,8 @@ class Stepper:
             bs: overrides the groups' ``bs``, or None.
             grad_scale: the scale of a GradScaler that has not unscaled the gradients, or None.
             found_inf: the GradScaler's verdict, or None.
-            released: whether gradients are released: then nothing may be left to do, and what is known of the last step stays.
+            released: whether gradients are released in the backward pass, which leaves nothing to do: then telemetry stays that
+                of the backward pass.
 
         Raises:
             ArgumentError: an option or a gradient does not fit; nothing was changed.
@@ -80,17 +81,17 @@ class Stepper:
         try:
             self._run(work, bs, grad_scale, found_inf)
         except ValueError:
-            self.step_groups.check_gradients()  # the ops name positions in lists; this names the parameter, if it is to blame
+            self.step_groups.check_gradients()  # names the parameter whose gradient is at fault; the ops name list entries
             raise
         self.stepped = {index: list(group_step.step_groups) for index, group_step in enumerate(work)}
 
     def step_one(self, param: torch.Tensor, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
-        """Step one parameter. A parameter that is stepped for the second time begins another backward pass in `stepped`."""
+        """Step one parameter; arguments as in `step`."""
         group_step = self.step_groups.collect_one(param)
         (step_group,) = group_step.step_groups
         index, _ = self.step_groups.position_of(param)
         stepped = self.stepped.setdefault(index, [])
-        if step_group in stepped:
+        if step_group in stepped:  # another backward pass has begun
             stepped.clear()
         stepped.append(step_group)
         self._run([group_step], None, grad_scale, found_inf)
@@ -232,7 +233,7 @@ class Stepper:
         return probes[param]
 
     def grad_norm(self) -> torch.Tensor | None:
-        """Return the norm of the last step's gradients where the step needed it, else that of the gradients there are now."""
+        """Return the norm of the gradients; see `soul.SophiaG.grad_norm`."""
         return total_norm(self.step_groups.collect()) if self._norm is None else self._norm
 
     def telemetry(self) -> dict[str, Any]:
