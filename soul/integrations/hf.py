@@ -30,7 +30,8 @@ from soul.distributed.shards import hidden_sharding
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
 from soul.optim.curvature import GNB, RetainFisher
-from soul.optim.optimizer import SOUL, SophiaG
+from soul.optim.optimizer import SophiaG
+from soul.optim.soul import SOUL
 from soul_kernels import linear_gnb, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
@@ -69,7 +70,7 @@ def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[Sop
         if option in options:
             remedy = f"set {argument} of the TrainingArguments"
             raise argument_error(f"soul_args.{option}", "none, since the Trainer sets it", options[option], remedy)
-    known = {*inspect.signature(SophiaG).parameters, *inspect.signature(OPTIMIZERS[name]).parameters} - {"params", "options"}
+    known = {*inspect.signature(OPTIMIZERS[name]).parameters} - {"params"}
     for option in options:
         if option not in known:
             raise argument_error("soul_args", f"options of {OPTIMIZERS[name].__name__} ({', '.join(sorted(known))})", option,
@@ -314,7 +315,7 @@ class SOULTrainerMixin(_Trainer):
 
     def _curvature_loss(self, model: torch.nn.Module, retain: Mapping[str, Any]) -> torch.Tensor:
         """Return the loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
-        labels = functional._shifted(retain)
+        labels = functional.shifted_labels(retain)
 
         def value(
             hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: dict[str, Any]
@@ -325,7 +326,7 @@ class SOULTrainerMixin(_Trainer):
                 return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
             return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
 
-        return functional._at_head(model, retain, value)
+        return functional.at_head(model, retain, value)
 
 
 def _epochs(dataset: object) -> "TrainerCallback":
