@@ -561,6 +561,14 @@ class SophiaG(Optimizer):
             self._norms[norm.device] = torch.empty_like(norm)
         return self._norms[norm.device].copy_(norm)
 
+    def gradient_norm(self) -> torch.Tensor | None:
+        """Return the L2 norm of all gradients before clipping, fp32 [] on the device of the first ones; None without gradients.
+
+        After a step that needed the norm it is that one, else it is computed from the gradients as they are now. Either way no
+        table of tensors is made that the step has not made, so the call may be captured in a CUDA graph.
+        """
+        return self._total_norm(self._parts.collect()) if self._norm is None else self._norm
+
     def _total_norm(self, work):
         """The norm of all gradients, fp32 [] on the device of the first part; None without gradients."""
         norms = []

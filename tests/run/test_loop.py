@@ -20,7 +20,7 @@ from soul.run import feed
 from soul.run.config import UnlearnConfig, build_scheduler
 from soul.run.loop import Diverged, unlearn
 from soul.run.prepare import prepare
-from soul.run.step import Recorded
+from soul.run.step import RecordedObjective
 from soul_kernels import linear_objective
 from soul_kernels.backends import runs_on_cpu
 from tests.support.helpers import mutant, needs_kernels_on_cpu
@@ -285,7 +285,7 @@ def test_adapters_are_trained_against_the_model_without_them(method, tokenizer):
         assert records[0]["loss_retain"] == 0.0 < records[1]["loss_retain"]  # in the very same batch: exactly
 
 
-class Counted(Recorded):
+class Counted(RecordedObjective):
     calls = 0
 
     def __call__(self, logps, batch):
@@ -358,7 +358,8 @@ def ragged(n):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("batch.within(self.whole)", "batch"), ("total + loss.detach()", "loss.detach()"), ("sums.get(name, 0.0) -", "0.0 -"),
+    ("batch.within(self.whole)", "batch"), ('terms.get("loss", 0.0) + loss.detach()', "loss.detach()"),
+    ("sums.get(name, 0.0) -", "0.0 -"),
 ])  # fmt: skip
 def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeypatch):
     broken = mutant("soul.run.step", old, new, tmp_path)

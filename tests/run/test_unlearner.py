@@ -316,7 +316,7 @@ def test_padding():
 
 @needs_kernels_on_cpu
 @pytest.mark.parametrize("old, new", [("// length * more", "* 0"), ("value=last", "value=0"),
-                                      ("wider(batch.labels, -100)", "wider(batch.labels, 0)")])  # fmt: skip
+                                      ("wider(batch.labels, IGNORE_INDEX)", "wider(batch.labels, 0)")])  # fmt: skip
 def test_wrong_padding_is_noticed(old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
         check_padding(mutant("soul.run.graph", old, new, tmp_path))
