@@ -6,8 +6,8 @@ it: the step, the log, the progress bar, the evaluation, divergence, checkpoints
 
 Three orders must not change. What a method needs of the reference model is computed (by `Feed`) before a checkpoint is loaded,
 since the checkpoint changes the model. A record is complete, and written to the log, before its numbers are checked, so that
-the log shows the step at which a run diverged. And nothing but a step may draw random numbers: a resumed run has to go on bit for
-bit.
+the log shows the step at which a run diverged. And nothing but a step may draw random numbers, or a resumed run would not go on
+bit for bit.
 """
 
 import contextlib

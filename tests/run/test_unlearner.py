@@ -283,7 +283,7 @@ def test_padded_steps_are_those_of_the_batch(options, tokenizer, monkeypatch):
     want, records = run(tokenizer, n=3, backend="triton", epochs=1, **options)
     made = []
     monkeypatch.setattr(unlearn_module, "GraphedStep", lambda *given: made.append(Padded(*given)) or made[-1])
-    monkeypatch.setattr("soul.run.prepare._check_place", lambda *given: None)
+    monkeypatch.setattr("soul.run.prepare._check_device", lambda *given: None)
     got, padded = run(tokenizer, n=3, backend="triton", epochs=1, cuda_graph=True, **options)
     assert len(made[0].shapes) <= len(padded) == len(records)
     for a, b in zip(padded, records):
@@ -401,7 +401,7 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(gradient_release=True, optimizer="adamw"), "optimizer: expected 'soul'"),
     (dict(state_dtype="8bit", optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_dtype belongs to it"),
     (dict(published_code=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; published_code belongs to it"),
-    (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; from there on it moves"),
+    (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; rho starts there and moves"),
     (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
     (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
