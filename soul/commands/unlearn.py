@@ -170,8 +170,8 @@ def _run(args):
     for name, counts in unlearner.counts.items() if processes.first else ():
         print(f"{name}: {counts.told(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
-    about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
-    records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, about=about, **keeping)
+    options = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
+    records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, options=options, **keeping)
     seconds = time.perf_counter() - begun
     after = unlearner.forget_probability()
     if not processes.first:

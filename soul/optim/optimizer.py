@@ -561,7 +561,7 @@ class SophiaG(Optimizer):
             self._norms[norm.device] = torch.empty_like(norm)
         return self._norms[norm.device].copy_(norm)
 
-    def gradient_norm(self) -> torch.Tensor | None:
+    def grad_norm(self) -> torch.Tensor | None:
         """Return the L2 norm of all gradients before clipping, fp32 [] on the device of the first ones; None without gradients.
 
         After a step that needed the norm it is that one, else it is computed from the gradients as they are now. Either way no

@@ -120,7 +120,7 @@ def _update(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> Tensor |
         optimizer.step()
         return full(norm)
     optimizer.step()  # clips by itself, without a pass of its own
-    return None if config.gradient_release else optimizer.gradient_norm()
+    return None if config.gradient_release else optimizer.grad_norm()
 
 
 def _loss(
