@@ -70,8 +70,8 @@ def unlearn(
     Args:
         model: a Hugging Face causal language model on its device, as it was before unlearning, also where a run is resumed:
             what the method needs of the reference model comes from it. If peft has wrapped it, the adapters are trained, and
-            the reference model is the one without them. If `soul.distributed.processes.shard` has put it in shards, every
-            process calls this function with the same arguments, and takes its share of every step.
+            the reference model is the one without them. If `soul.distributed.shard` has put it in shards, every process
+            calls this function with the same arguments, and takes its share of every step.
         tokenizer: the model's tokenizer.
         forget: examples to forget.
         retain: examples to retain; may be empty for objectives without a retain term.
