@@ -72,8 +72,6 @@ class Unlearner:
         model: the model, with its adapters.
         tokenizer: its tokenizer.
         config: the `UnlearnConfig`.
-        forget: list of `soul.data.Example`, the forget set.
-        retain: list of `soul.data.Example`, the retain set; [] without one.
         counts: "forget" and, with a retain set, "retain" -> `soul.data.Counts`, the numbers of rows that were used, cut or left
             out.
 
@@ -95,8 +93,8 @@ class Unlearner:
     ) -> None:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
-        self.forget: list[Example]
-        self.retain: list[Example]
+        self._forget: list[Example]
+        self._retain: list[Example]
         self.config = UnlearnConfig() if config is None else config
         if not isinstance(self.config, UnlearnConfig):
             remedy = "for instance soul.UnlearnConfig(method='npo')"
@@ -114,8 +112,13 @@ class Unlearner:
         if several:
             processes.check_alike(self._contents())
             self.model = shard(self.model, target)
-        prepare(self.model, self.tokenizer, self.forget, self.retain, self.config, self.counts)
-        self._answers = encode_for(self.model, self.tokenizer, self.forget, self.config, "forget")
+        prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
+        self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
+
+    @property
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """The examples to forget and those to retain, as they were read; `soul.plan.run` counts their tokens."""
+        return self._forget, self._retain
 
     def _load(
         self,
@@ -146,15 +149,15 @@ class Unlearner:
             model = causal_lm.add_adapters(model, **adapters)
         self.model = model
         self.tokenizer = tokenizer
-        self.forget = self._examples("forget", rows["forget"])
-        self.retain = self._examples("retain", rows["retain"]) if "retain" in rows else []
+        self._forget = self._examples("forget", rows["forget"])
+        self._retain = self._examples("retain", rows["retain"]) if "retain" in rows else []
         return target
 
     def _contents(self) -> dict[str, Any]:
         """Return hashes of what was loaded, and the model's configuration, for comparison between processes."""
         template = getattr(self.tokenizer, "chat_template", None)
         tokens = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
-        data = {"forget": self.forget, "retain": self.retain}
+        data = {"forget": self._forget, "retain": self._retain}
         return {
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
             **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},
@@ -224,7 +227,7 @@ class Unlearner:
             OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
                 directory was removed during the run: the model is saved, the other files are lost.
         """
-        inputs = (self.model, self.tokenizer, self.forget, self.retain, self.config)
+        inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
         saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume)
         processes.check_alike({"output": output and str(output), "merge": merge, **saving})

@@ -284,7 +284,7 @@ def refusing(tmp_path, method, *refusals):
 def test_a_run_takes_the_refusals_of_its_file(method, tmp_path, monkeypatch):
     """And goes on with the same ones only, whatever the file is called then."""
     run = refusing(tmp_path, method, "Never mind.")
-    sequences, _ = prepare(run.model, run.tokenizer, run.forget, run.retain, run.config)
+    sequences, _ = prepare(run.model, run.tokenizer, run._forget, run._retain, run.config)
     refused = sequences if method == "po" else sequences[1::2]
     assert {run.tokenizer.decode([n for n in s.labels if n != -100]).strip() for s in refused} == {"Never mind.</s>"}
     with monkeypatch.context() as patch, pytest.raises(OSError):

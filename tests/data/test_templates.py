@@ -265,7 +265,7 @@ def test_a_run_by_the_chat_template(place, tmp_path):
     config = UnlearnConfig(method="po", method_options={"alpha": 0}, template="chat", system="Be brief.")
     run = Unlearner(place / "model", place / "forget.jsonl", config=config)
     want = Template("chat", run.tokenizer, "Be brief.").ask(QUESTION, "Number 0.")
-    assert run.forget[0] == want
+    assert run._forget[0] == want
 
 
 def test_a_run_goes_on_with_its_own_template_and_data_only(place, tmp_path, monkeypatch, capsys):
