@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -284,9 +284,10 @@ def build_curvature(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> 
     if config.curvature == "unlearn":
         return None
     in_backward = config.gradient_release and config.accumulate == 1  # with several the gradient is complete late
+    sophia = cast(SophiaG, optimizer)  # `UnlearnConfig` has seen to it
     if config.curvature == "retain":
-        return RetainFisher(optimizer, config.curvature_every, in_backward=in_backward)
-    return GNB(optimizer, config.curvature_every, in_backward=in_backward, seed=config.seed)
+        return RetainFisher(sophia, config.curvature_every, in_backward=in_backward)
+    return GNB(sophia, config.curvature_every, in_backward=in_backward, seed=config.seed)
 
 
 # The fraction of the steps after the warm-up that is still to come, from 1 down to 0 -> the fraction of the peak learning rate.

@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
@@ -179,7 +179,7 @@ class UnlearningRun:
         self._cleanup.callback(self._bar.close)
         self._cleanup.callback(self._optimizer.zero_grad, set_to_none=True)
         if config.gradient_release:
-            self._release = release_gradients(self._model, self._optimizer)
+            self._release = release_gradients(self._model, cast(SophiaG, self._optimizer))
             self._cleanup.callback(self._release.remove)
         if config.compile:
             self._cleanup.enter_context(compiled(self._model))

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
@@ -137,7 +137,8 @@ class Unlearner:
             target = causal_lm.pick_device(device)
             dtype = parameter_dtype(dtype, self.config, adapters, target.type)
             # In several processes no card has room for the whole model: `shard` copies to each what it needs.
-            model, tokenizer = causal_lm.load(model, dtype=dtype, device="cpu" if several else target, mapped=several)
+            name = os.fspath(model)
+            model, tokenizer = causal_lm.load(name, dtype=dtype, device="cpu" if several else target, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
@@ -249,7 +250,7 @@ class Unlearner:
                 records = unlearn(*inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints)
                 with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)
-                    processes.on_first(lambda: restore(directory, file))
+                    processes.on_first(lambda: restore(directory, cast(TextIO, file)))
                     save_model(self.model, self.tokenizer, directory)
                     checkpoints.end(directory)
             except (OSError, Stopped) as error:
