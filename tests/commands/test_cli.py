@@ -83,13 +83,13 @@ def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
 ], ids=lambda changes: changes["method"])  # fmt: skip
 def test_options_reach_the_method(place, changes, monkeypatch):
     """Each in the type that the method expects."""
-    found, name, value = [], *changes["option"].split("=")
+    objectives, name, value = [], *changes["option"].split("=")
     real = UnlearnConfig.objective
-    monkeypatch.setattr(UnlearnConfig, "objective", lambda config: found.append(real(config)) or found[-1])
+    monkeypatch.setattr(UnlearnConfig, "objective", lambda config: objectives.append(real(config)) or objectives[-1])
     cache = f"cache_{changes['method']}"
     assert main(command(place, **changes, output=f"out_{changes['method']}", reference_cache=cache)) == 0
-    default = inspect.signature(type(found[0])).parameters[name].default
-    got = getattr(found[0], name)
+    default = inspect.signature(type(objectives[0])).parameters[name].default
+    got = getattr(objectives[0], name)
     assert str(got) == value and type(got) is type(default) and got != default
     assert (place / cache).is_dir() == (changes["method"] in ("dpo", "undial"))
 
@@ -101,8 +101,8 @@ def test_bf16_parameters_stay_bf16(place):
 
 
 def test_a_run_that_has_reached_its_aim_ends_early(place, capsys):
-    given = dict(eval_every=1, stop_forget_prob=1, stop_retain_prob=0.0, accumulate=2)
-    assert main(command(place, output="out_early", epochs=9, **given)) == 0
+    options = dict(eval_every=1, stop_forget_prob=1, stop_retain_prob=0.0, accumulate=2)
+    assert main(command(place, output="out_early", epochs=9, **options)) == 0
     out = capsys.readouterr().out
     assert re.search(r"ended after step 1: forget probability 0\.\d+ has reached 1\n1 step in", out)
     assert (place / "out_early" / "model.safetensors").is_file()
