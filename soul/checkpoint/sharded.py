@@ -74,7 +74,7 @@ class ShardedCheckpoints(Checkpoints):
         states = self.processes.gather(run_state.random_state())
         state = {"format": FORMAT, **run_state.about(step, model, parts, records, run, states, tensors)}
         tensors |= {MODEL + name: tensor for name, tensor in run_state.changing(model).items()}
-        aside = self.processes.of_first(scratch_path(self.directory))
+        aside = self.processes.broadcast(scratch_path(self.directory))
         writer = _Writer(aside)
         try:
             self.clear()
@@ -99,7 +99,7 @@ class ShardedCheckpoints(Checkpoints):
         generators of processes that were not there.
         """
         self.check(run)
-        steps = self.processes.of_first(self.steps())
+        steps = self.processes.broadcast(self.steps())
         for step in steps:
             path = self.path(step)
             found, wrong = run_state.read(path, FORMAT, lambda names: names[self.processes.rank :: self.processes.size])

@@ -5,7 +5,7 @@ import weakref
 
 import torch
 
-from soul.distributed.shards import first_number, is_sharded, local, place, splits
+from soul.distributed.shards import device_and_sharding, first_number, is_sharded, local, splits
 from soul.optim.options import ON_DEVICE, check_options, check_param_dtype, check_sees_all, rounding_of
 from soul.optim.states import STATES, new_state
 from soul_kernels import TensorTable
@@ -49,7 +49,7 @@ class Part:
     def __init__(self, params, states, tensor_ids):
         self.params, self.states, self.tensor_ids = params, states, tensor_ids
         self.tensor_offsets = [first_number(param) for param in params]
-        self.device, self._mesh, self._placements = place(params[0])
+        self.device, self._mesh, self._placements = device_and_sharding(params[0])
         self.table, self.hessian_table, self.norm_table = TensorTable(), TensorTable(), TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.numel = sum(p.numel() for p in params)
@@ -232,7 +232,7 @@ class Parts:
         for param in params:
             if not state[param]:
                 state[param] = new_state(param, group, self._optimizer._counters(group))
-            places.setdefault(place(param), []).append(param)
+            places.setdefault(device_and_sharding(param), []).append(param)
         self._known_states = list(state.values())
         numbers = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
         return [Part(here, [state[p] for p in here], [numbers[id(p)] for p in here]) for here in places.values()]
@@ -320,5 +320,5 @@ class Parts:
 def _all_fit(parts, params):
     places = {}
     for param in params:
-        places.setdefault(place(param), []).append(param)
+        places.setdefault(device_and_sharding(param), []).append(param)
     return len(places) == len(parts) and all(part.fits(here) for part, here in zip(parts, places.values()))

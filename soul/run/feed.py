@@ -62,7 +62,7 @@ class Feed:
 
     def retained(self, kept):
         """Batches of the retain sequences alone, a list: what curvature is taken from."""
-        parts = [self._processes.part([], part)[1] for part in _split(kept, self._config.batch_size)]
+        parts = [self._processes.share([], part)[1] for part in _split(kept, self._config.batch_size)]
         return [collate([self._retain[i] for i in part] or [NOTHING], [], device=self._device) for part in parts]
 
     def n_tokens(self, examples, kept):
@@ -74,7 +74,7 @@ class Feed:
 
     def _micro_batch(self, examples, kept):
         has_retain = bool(kept)
-        examples, kept = self._processes.part(examples, kept)
+        examples, kept = self._processes.share(examples, kept)
         (forget, retain), states = self._sequences(examples, kept), None
         own = chosen(examples, self._together)
         if self._ref_states is not None:

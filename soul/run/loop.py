@@ -195,7 +195,7 @@ def _evaluated(model, answers, config):
     with evaluating(model):
         options = dict(batch_size=config.batch_size, backend=config.backend)
         found = {f"{name}_prob": answer_probability(model, part, **options) for name, part in answers.items()}
-    found = Processes.of(model).of_first(found)  # all end in the same step
+    found = Processes.of(model).broadcast(found)  # all end in the same step
     reasons, forget_limit, retain_limit = [], config.stop_forget_prob, config.stop_retain_prob
     if forget_limit is not None and found["forget_prob"] <= forget_limit:
         reasons.append(f"forget probability {found['forget_prob']:.4g} has reached {forget_limit:g}")

@@ -243,7 +243,7 @@ def test_what_differs_is_named_with_its_values_and_processes():
 
 
 def test_what_is_refused_without_a_run():
-    with pytest.raises(ValueError, match="method: expected another one than 'influence' with several processes"):
+    with pytest.raises(ValueError, match="method: expected a method other than 'influence' with several processes"):
         check_supported(UnlearnConfig(method="influence"))
     with pytest.raises(ValueError, match="lora_rank: expected None with several processes, got 4"):
         check_supported(UnlearnConfig(), adapters={"rank": 4})
