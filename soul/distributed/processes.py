@@ -241,8 +241,7 @@ def check_shards(model: torch.nn.Module) -> None:
         ArgumentError: its parameters are DTensors, and `shard` has not made them.
     """
     if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
-        remedy = "put it in shards with soul.distributed.shard"
-        raise argument_error("model", "a whole model", "one in shards", remedy)
+        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
 
 
 def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
