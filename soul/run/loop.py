@@ -80,8 +80,8 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
             if processes.size > 1:
                 run["several processes"] = True
             checkpoints.check(run)
-            processes.on_first(lambda: stack.enter_context(checkpoints.alone()))
-            checkpoints.clear()
+            processes.on_first(lambda: stack.enter_context(checkpoints.locked()))
+            checkpoints.prepare()
         feed = Feed(model, tokenizer, forget, retain, objective, config)
 
         model.train()

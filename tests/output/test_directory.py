@@ -10,7 +10,7 @@ import warnings
 import pytest
 
 import soul
-from soul.checkpoint.local import Checkpoints, Stopped, save_model
+from soul.checkpoint import Checkpoints, Stopped, save_model
 from soul.cli import main
 from soul.data.examples import Example
 from soul.models.causal_lm import load
@@ -193,7 +193,7 @@ def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
 
 def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
     """Another one would remove what is being written, and the two would mix their steps."""
-    with Checkpoints(tmp_path).alone():
+    with Checkpoints(tmp_path).locked():
         (tmp_path / ".half.tmp").mkdir()
         with pytest.raises(
             ValueError, match="checkpoints: expected a directory that no run is using, got .*, which a run is using"
@@ -213,8 +213,8 @@ def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer,
     assert json.loads((output / "soul_config.json").read_text())["lr"] == 1e-4
     (output / "model.safetensors").unlink(), (output / "config.json").unlink()
     (output / "checkpoints").mkdir()
-    given = [json.loads(line) for line in lines(place / "forget.jsonl")]
-    forget = [Example(row["prompt"], row["completion"]) for row in given]
+    rows = [json.loads(line) for line in lines(place / "forget.jsonl")]
+    forget = [Example(row["prompt"], row["completion"]) for row in rows]
     model, _ = load(place / "model", dtype="bfloat16")
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
@@ -246,13 +246,13 @@ def test_resume_wants_an_output_directory_of_its_own(place, capsys):
 def test_a_generation_config_that_transformers_does_not_save_costs_no_model(tokenizer, tmp_path):
     """As those with a temperature and without sampling, which it loads."""
     model = tiny_model()
-    given = model.generation_config
-    given.do_sample, given.temperature, given.eos_token_id = False, 0.6, 7
+    config = model.generation_config
+    config.do_sample, config.temperature, config.eos_token_id = False, 0.6, 7
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="generation_config.json is a default"):
         save_model(model, tokenizer, tmp_path)
-    assert model.generation_config is given and type(model).from_pretrained(tmp_path).generation_config.temperature != 0.6
+    assert model.generation_config is config and type(model).from_pretrained(tmp_path).generation_config.temperature != 0.6
     assert same(type(model).from_pretrained(tmp_path), model)
 
 
