@@ -53,6 +53,12 @@ def test_private_modules_are_imported_by_their_own_package_and_their_tests_only(
     assert architecture.private_imports(ROOT) == []
 
 
+def test_no_module_reaches_into_private_attributes_of_another_object():
+    assert architecture.friend_access(ROOT) == []
+    used = "".join(path.read_text() for path in (ROOT / "soul").rglob("*.py"))
+    assert [name for name in architecture.FOREIGN_PRIVATE if name not in used] == []
+
+
 def test_no_modules_import_each_other_in_a_circle():
     assert architecture.circles(ROOT) == []
 
@@ -69,6 +75,8 @@ def test_every_function_is_annotated():
     (architecture.private_imports, "soul/losses.py", "from soul_kernels._table import TensorTable"),
     (architecture.private_imports, "soul/losses.py", "from soul_kernels.sophia_step import _check_tensors"),
     (architecture.private_imports, "tests/kernels/test_table.py", "from soul_kernels import _compiled"),
+    (architecture.friend_access, "soul/run/step.py", "def norm(optimizer):\n    return optimizer._stepper"),
+    (architecture.friend_access, "soul/run/step.py", "def norm(optimizer):\n    return getattr(optimizer, '_stepper')"),
     (architecture.circles, "soul_kernels/errors.py", "def late():\n    import soul_kernels.tensors"),
     (architecture.without_annotations, "soul/losses.py", "def untyped(x):\n    return x"),
 ])  # fmt: skip

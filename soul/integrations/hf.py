@@ -25,7 +25,8 @@ from soul.distributed.shards import hidden_sharding
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
 from soul.optim.curvature import GNB, RetainFisher
-from soul.optim.optimizer import SOUL, SophiaG
+from soul.optim.optimizer import SophiaG
+from soul.optim.soul import SOUL
 from soul_kernels import linear_gnb, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
@@ -57,7 +58,7 @@ def optimizer_of(soul_args, args):
         if option in options:
             remedy = f"set {place} of the TrainingArguments"
             raise argument_error(f"soul_args.{option}", "no such option here", options[option], remedy)
-    known = {*inspect.signature(SophiaG).parameters, *inspect.signature(OPTIMIZERS[name]).parameters} - {"params", "options"}
+    known = {*inspect.signature(OPTIMIZERS[name]).parameters} - {"params"}
     for option in options:
         if option not in known:
             raise argument_error("soul_args", f"options of {OPTIMIZERS[name].__name__} ({', '.join(sorted(known))})", option,
@@ -265,7 +266,7 @@ class SOULTrainerMixin:
 
     def _curvature_loss(self, model, retain):
         """The loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
-        labels = functional._shifted(retain)
+        labels = functional.shifted_labels(retain)
 
         def value(hidden, weight, bias, transform):
             here = labels.to(hidden.device)
@@ -274,7 +275,7 @@ class SOULTrainerMixin:
                 return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
             return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
 
-        return functional._at_head(model, retain, value)
+        return functional.at_head(model, retain, value)
 
 
 def _epochs(dataset):

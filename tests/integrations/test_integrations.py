@@ -179,7 +179,7 @@ def test_compat_of_a_batch_is_open_unlearnings_code(name, longer):
     ("undial, kl", "forget", 'objective.retain == "kl"', 'objective.retain == "ce"'),
 ])  # fmt: skip
 def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypatch):
-    monkeypatch.setattr(functional, "_labels_as_coded", mutant("soul.functional", old, new, tmp_path)._labels_as_coded)
+    monkeypatch.setattr(functional, "labels_as_coded", mutant("soul.functional", old, new, tmp_path).labels_as_coded)
     with pytest.raises(AssertionError):
         check_compat_of(name, longer)
 
