@@ -145,7 +145,7 @@ def _not_readable(error: Exception) -> Damaged:
 def pack_run(
     step: int,
     model: torch.nn.Module,
-    parts: Mapping[str, Stateful],
+    components: Mapping[str, Stateful],
     records: list[dict[str, Any]],
     run: Mapping[str, object],
     random_states: RandomState | list[RandomState],
@@ -156,7 +156,7 @@ def pack_run(
     Args:
         step: number of steps taken.
         model: on its device.
-        parts: components with a state, by name.
+        components: objects with a state, by name.
         records: the log so far.
         run: description of the run, by `soul.checkpoint.local.describe`.
         random_states: of this process, or of each process by rank.
@@ -166,7 +166,7 @@ def pack_run(
         "step": step,
         "run": run,
         "environment": environment(model),
-        "parts": pack({name: part.state_dict() for name, part in parts.items()}, tensors),
+        "parts": pack({name: component.state_dict() for name, component in components.items()}, tensors),
         "random": pack(random_states, tensors),
         "records": records,
     }

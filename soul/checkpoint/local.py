@@ -187,7 +187,7 @@ class Checkpoints:
         self,
         step: int,
         model: torch.nn.Module,
-        parts: Mapping[str, Stateful],
+        components: Mapping[str, Stateful],
         records: list[dict[str, Any]],
         run: Mapping[str, object],
     ) -> None:
@@ -196,7 +196,7 @@ class Checkpoints:
         Args:
             step: number of steps taken.
             model: its trainable parameters and buffers are saved.
-            parts: components with a state, by name: optimizer, schedule, order of the data, curvature.
+            components: objects with a state, by name: optimizer, schedule, order of the data, curvature.
             records: the log so far.
             run: the description of the run that `describe` has returned.
 
@@ -204,7 +204,7 @@ class Checkpoints:
             OSError: it could not be written, with the reason; the earlier checkpoints still exist.
         """
         tensors: dict[str, torch.Tensor] = {}
-        state = {"format": FORMAT, **pack_run(step, model, parts, records, run, random_state(), tensors)}
+        state = {"format": FORMAT, **pack_run(step, model, components, records, run, random_state(), tensors)}
         files = {"model": separate(mutable_tensors(model)), "training": separate(tensors)}
         state["checksums"] = {name: file_digest(content) for name, content in files.items()}
         aside = scratch_path(self.directory)
@@ -299,14 +299,16 @@ class Checkpoints:
             check_same(state["run"], run)
             return
 
-    def load(self, model: torch.nn.Module, parts: Mapping[str, Stateful], run: Mapping[str, object]) -> list[dict[str, Any]]:
+    def load(
+        self, model: torch.nn.Module, components: Mapping[str, Stateful], run: Mapping[str, object]
+    ) -> list[dict[str, Any]]:
         """Restore a run from its newest complete checkpoint; pass over a damaged one with a warning.
 
         The random generators of Python and torch are set as well.
 
         Args:
             model: its trainable parameters and buffers are changed in place.
-            parts: the components that were passed to `save`, by name; changed in place.
+            components: the objects that were passed to `save`, by name; changed in place.
             run: the description of the run that `describe` has returned; it must be that of the checkpoint.
 
         Returns:
@@ -330,8 +332,8 @@ class Checkpoints:
             check_fits(path.name, tensors, {name: (tuple(t.shape), t.dtype) for name, t in files["model"].items()})
             warn_of_environment(path, state["environment"], environment(model))
             states = unpack(state["parts"], files["training"])
-            for name, part in parts.items():
-                part.load_state_dict(states[name])
+            for name, component in components.items():
+                component.load_state_dict(states[name])
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(files["model"][name])

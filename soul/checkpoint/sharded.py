@@ -105,14 +105,14 @@ class ShardedCheckpoints(Checkpoints):
         self,
         step: int,
         model: torch.nn.Module,
-        parts: Mapping[str, Stateful],
+        components: Mapping[str, Stateful],
         records: list[dict[str, Any]],
         run: Mapping[str, object],
     ) -> None:
         """As in `Checkpoints`; the random generators of every process are saved."""
         tensors: dict[str, torch.Tensor] = {}
         random_states = self.processes.gather(random_state())
-        state = {"format": FORMAT, **pack_run(step, model, parts, records, run, random_states, tensors)}
+        state = {"format": FORMAT, **pack_run(step, model, components, records, run, random_states, tensors)}
         tensors |= {MODEL + name: tensor for name, tensor in mutable_tensors(model).items()}
         aside = self.processes.broadcast(scratch_path(self.directory))
         writer = _Writer(aside)
@@ -132,7 +132,9 @@ class ShardedCheckpoints(Checkpoints):
                 shutil.rmtree(aside, ignore_errors=True)
             raise self.save_error(step, error) from error
 
-    def load(self, model: torch.nn.Module, parts: Mapping[str, Stateful], run: Mapping[str, object]) -> list[dict[str, Any]]:
+    def load(
+        self, model: torch.nn.Module, components: Mapping[str, Stateful], run: Mapping[str, object]
+    ) -> list[dict[str, Any]]:
         """As in `Checkpoints`.
 
         A run may go on with another number of processes; then last bits differ, and the random generators of additional
@@ -168,8 +170,8 @@ class ShardedCheckpoints(Checkpoints):
                     tensors[name] = torch.empty(tensor.size, dtype=dtype, device="cpu")
             dcp.load(tensors, storage_reader=_Reader(path, layout))
             states = unpack(state["parts"], tensors)
-            for name, part in parts.items():
-                part.load_state_dict(states[name])
+            for name, component in components.items():
+                component.load_state_dict(states[name])
             random_states = unpack(state["random"], tensors)
             if self.processes.rank < len(random_states):
                 set_random_state(random_states[self.processes.rank])
