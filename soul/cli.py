@@ -12,7 +12,7 @@ from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
 from soul.commands import demo, evaluate, info, plan, study, unlearn
-from soul.commands._file import expand
+from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
 from soul.run.loop import Diverged

@@ -10,9 +10,10 @@ import pathlib
 import time
 
 from soul._extras import require
-from soul.commands._place import add_place
-from soul.commands._plan import add_card, card_options, names_of
-from soul.commands._template import add_template
+from soul.commands.card_options import add_card, card_options
+from soul.commands.device_options import add_device
+from soul.commands.lists import names_of
+from soul.commands.template_options import add_template
 from soul.output.console import print_result
 from soul.run.config import METHODS
 from soul_kernels.errors import argument_error, check_choice
@@ -102,7 +103,7 @@ def add_arguments(parser):
     how.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
     how.add_argument("--resume", action="store_true", help="go on after the newest checkpoint in --output, bit for bit; all "
                      "other options as before. Without one, from the start")  # fmt: skip
-    add_place(how)
+    add_device(how)
     dry = parser.add_argument_group("plan")
     dry.add_argument("--dry-run", action="store_true", help="print the memory and the least time that the run takes on a card, "
                      "from the model's configuration and the files; read no weights, and write nothing")  # fmt: skip
