@@ -95,7 +95,7 @@ class Feed:
         """Return batches of the retain sequences alone: what curvature is taken from."""
         batches = []
         for indices in _split(retained, self._config.batch_size):
-            _, share = self._processes.part([], indices)
+            _, share = self._processes.share([], indices)
             batches.append(collate([self._retain[i] for i in share] or [NO_SEQUENCE], [], device=self._device))
         return batches
 
@@ -110,7 +110,7 @@ class Feed:
     def _micro_batch(self, examples: list[int], retained: list[int]) -> Batch:
         """Return this process's share of a micro-batch."""
         has_retain = bool(retained)
-        examples, retained = self._processes.part(examples, retained)
+        examples, retained = self._processes.share(examples, retained)
         forget, retain = self._sequences(examples, retained)
         forget_indices = sequence_indices(examples, self._per_example)
         ref_hidden = None

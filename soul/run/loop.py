@@ -227,8 +227,8 @@ class UnlearningRun:
         if self._processes.size > 1:
             identity["several processes"] = True
         checkpoints.check(identity)
-        self._processes.on_first(lambda: self._cleanup.enter_context(checkpoints.alone()))
-        checkpoints.clear()
+        self._processes.on_first(lambda: self._cleanup.enter_context(checkpoints.locked()))
+        checkpoints.prepare()
         return identity
 
     def _stateful(self) -> dict[str, Any]:
@@ -342,7 +342,7 @@ class UnlearningRun:
                 f"{name}_prob": answer_probability(self._model, sequences, batch_size=config.batch_size, backend=config.backend)
                 for name, sequences in self._answers.items()
             }
-        record: Record = self._processes.of_first(probabilities)  # all processes end in the same step
+        record: Record = self._processes.broadcast(probabilities)  # all processes end in the same step
         reasons = self._reasons_to_stop(record)
         if reasons:
             record["stopped"] = "; ".join(reasons)

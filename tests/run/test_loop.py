@@ -591,6 +591,6 @@ def test_what_cannot_be_written_is_found_before_anything_takes_its_time(tmp_path
     asked = []
     monkeypatch.setattr("os.access", lambda path, mode: asked.append(path))  # as root may everything
     for check in (check_output, lambda path: check_cache(path, "output")):
-        with pytest.raises(ValueError, match=f"output: expected a place that can be written, got {tmp_path}, which cannot"):
+        with pytest.raises(ValueError, match=f"output: expected a writable path, got {tmp_path}, which is not"):
             check(tmp_path / "new" / "deep")
     assert set(asked) == {tmp_path} and not list(tmp_path.iterdir())

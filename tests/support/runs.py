@@ -7,7 +7,7 @@ import signal
 
 import torch
 
-from soul.checkpoint.local import Checkpoints
+from soul.checkpoint import Checkpoints
 from soul.cli import main
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
