@@ -64,7 +64,7 @@ def compute_kl_divergence(model, target_model, inputs, *, compat=None):
         Loss [] and outputs.
     """
     check_choice("compat", compat, COMPAT)
-    labels = _shifted(inputs)
+    labels = shifted_labels(inputs)
     if compat:
         labels = _labels_of_coded_kl(labels)
     nothing = torch.zeros(len(labels), dtype=torch.bool)
@@ -87,14 +87,14 @@ def compute_batch_nll(model, inputs, *, compat=None):
         [B] fp32, 0 (with zero gradient) for a sequence without label, and outputs.
     """
     check_choice("compat", compat, COMPAT)
-    labels, kept = _shifted(inputs), []
+    labels, kept = shifted_labels(inputs), []
 
     def sums(hidden, weight, bias, transform):
         logps = linear_logprob(hidden, Head(weight, bias, **transform), labels.to(hidden.device))
         kept.append(logps.detach())
         return (-logps).sum(1)
 
-    return _at_head(model, inputs, sums), _outputs(kept[0], labels != IGNORE_INDEX)
+    return at_head(model, inputs, sums), trainer_outputs(kept[0], labels != IGNORE_INDEX)
 
 
 def compute_dpo_loss(model, ref_model, win_inputs=None, lose_inputs=None, beta=1.0, *, compat=None):
@@ -166,7 +166,7 @@ def compute_undial_loss(model, ref_model, inputs, beta, *, compat=None):
         ValueError: in compatibility mode, a vocabulary of less than 100: there is no such token.
     """
     check_choice("compat", compat, COMPAT)
-    reference, labels = _reference(ref_model, inputs), _shifted(inputs)
+    reference, labels = _reference(ref_model, inputs), shifted_labels(inputs)
     if compat:
         labels = _labels_of_coded_undial(labels, len(reference.weight))
     return _objective(model, inputs, labels, losses.UNDIAL(beta=beta, alpha=0.0), reference=reference)
@@ -187,7 +187,7 @@ def compute_wga_loss(model, inputs, beta, *, compat=None):
         Loss [] and outputs.
     """
     check_choice("compat", compat, COMPAT)
-    return _objective(model, inputs, _shifted(inputs), losses.WGA(beta=beta, alpha=0.0))
+    return _objective(model, inputs, shifted_labels(inputs), losses.WGA(beta=beta, alpha=0.0))
 
 
 def compute_satimp_loss(model, inputs, beta1, beta2, *, compat=None):
@@ -206,7 +206,7 @@ def compute_satimp_loss(model, inputs, beta1, beta2, *, compat=None):
         Loss [] and outputs.
     """
     check_choice("compat", compat, COMPAT)
-    return _objective(model, inputs, _shifted(inputs), losses.SatImp(beta1=beta1, beta2=beta2, alpha=0.0))
+    return _objective(model, inputs, shifted_labels(inputs), losses.SatImp(beta1=beta1, beta2=beta2, alpha=0.0))
 
 
 def compute_batch_ceu(model, inputs, ignore_first_n_answer_tokens=1, *, compat=None):
@@ -225,15 +225,15 @@ def compute_batch_ceu(model, inputs, ignore_first_n_answer_tokens=1, *, compat=N
         Loss [] and outputs.
     """
     check_choice("compat", compat, COMPAT)
-    objective, labels = losses.CEU(ignore_first=ignore_first_n_answer_tokens, alpha=0.0), _shifted(inputs)
+    objective, labels = losses.CEU(ignore_first=ignore_first_n_answer_tokens, alpha=0.0), shifted_labels(inputs)
     if compat:
         objective = losses.CEU(ignore_first=0, alpha=0.0)
         kept = (inputs["labels"] != IGNORE_INDEX).cumsum(1) > ignore_first_n_answer_tokens
-        labels = _shifted({"labels": inputs["labels"].masked_fill(~kept, IGNORE_INDEX)})
+        labels = shifted_labels({"labels": inputs["labels"].masked_fill(~kept, IGNORE_INDEX)})
     return _objective(model, inputs, labels, objective)
 
 
-def _shifted(inputs):
+def shifted_labels(inputs):
     """Labels as the ops want them: ``labels[:, t]`` is predicted at position t, nothing at the last. A copy."""
     return torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
 
@@ -252,7 +252,7 @@ def _labels_of_coded_undial(labels, n_vocab):
     return coded
 
 
-def _labels_as_coded(labels, inputs, objective, n_vocab):
+def labels_as_coded(labels, inputs, objective, n_vocab):
     """Shifted labels of forget and retain sequences in one batch, with which an objective is a mean over the positions that
     open-unlearning's code counts: those of the KL retain term and of UNDIAL, each within its own batch before the two were
     padded to one length.
@@ -288,11 +288,11 @@ def _objective(model, inputs, labels, objective, **options):
         kept.append(logps)
         return loss
 
-    counted = (labels != IGNORE_INDEX) & (_shifted(inputs) != IGNORE_INDEX)  # compatibility fills in labels of its own
-    return _at_head(model, inputs, value), _outputs(kept[0], counted)
+    counted = (labels != IGNORE_INDEX) & (shifted_labels(inputs) != IGNORE_INDEX)  # compatibility fills in labels of its own
+    return at_head(model, inputs, value), trainer_outputs(kept[0], counted)
 
 
-def _outputs(logps, counted):
+def trainer_outputs(logps, counted):
     """What a trainer gets in the place of the model's output, of detached ``logps`` [B, T] and bool ``counted`` [B, T]."""
     counted = counted.to(logps.device)
     loss = -(logps * counted).sum() / counted.sum().clamp(min=1)
@@ -304,7 +304,7 @@ def _side(model, ref_model, inputs, compat):
     nll, outputs = compute_batch_nll(model, inputs)
     with torch.no_grad():
         ref_nll, _ = compute_batch_nll(ref_model, inputs)
-    counts = (_shifted(inputs) != IGNORE_INDEX).any(1).to(nll.device)
+    counts = (shifted_labels(inputs) != IGNORE_INDEX).any(1).to(nll.device)
     labels = torch.zeros_like(counts, dtype=torch.int64)
     return -nll, -ref_nll.to(nll.device), labels if compat else labels.masked_fill(~counts, IGNORE_INDEX), outputs
 
@@ -318,11 +318,11 @@ def _reference(model, inputs):
         return hidden.new_zeros(())
 
     with torch.no_grad():
-        _at_head(model, inputs, keep)
+        at_head(model, inputs, keep)
     return found[0]
 
 
-def _at_head(model, inputs, function):
+def at_head(model, inputs, function):
     """Calls the model with ``function(hidden, weight, bias, transform)`` in the place of its head; returns its value.
 
     The head's output is one row of logits, as wide as the vocabulary. In it travels the value, [] or [B], so that DDP and hooks

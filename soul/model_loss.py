@@ -69,23 +69,23 @@ def unlearning_loss(
     if not isinstance(objective, losses.Objective):
         raise argument_error("objective", "an objective of soul.losses", repr(objective), "for instance soul.losses.NPO()")
     joined, is_forget, ref_logps = _joined(batch, objective)
-    labels = functional._shifted(joined)
+    labels = functional.shifted_labels(joined)
     reference = _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps)
     kept = []
 
     def value(hidden, weight, bias, transform):
-        counting = functional._labels_as_coded(labels, batch, objective, len(weight)) if compat else labels
+        counting = functional.labels_as_coded(labels, batch, objective, len(weight)) if compat else labels
         head = Head(weight, bias, **transform)
         loss, logps = linear_objective(hidden, head, counting.to(hidden.device), objective, is_forget=is_forget,
                                        return_logps=True, **reference)  # fmt: skip
         kept.append(logps)
         return loss
 
-    loss = functional._at_head(model, joined, value)
+    loss = functional.at_head(model, joined, value)
     if not return_outputs:
         return loss
     counted = (labels != IGNORE_INDEX) & is_forget.to(labels.device)[:, None]
-    return loss, functional._outputs(kept[0], counted)
+    return loss, functional.trainer_outputs(kept[0], counted)
 
 
 def _joined(batch, objective):
@@ -187,8 +187,8 @@ def _reference(model, ref_model, joined, labels, is_forget, objective, ref_logps
     chosen = {name: value[rows] for name, value in joined.items()}
     with torch.no_grad():
         if ref_model is not None:
-            functional._at_head(ref_model, chosen, keep)
+            functional.at_head(ref_model, chosen, keep)
         else:
             with causal_lm.as_reference(bare):
-                functional._at_head(model, chosen, keep)
+                functional.at_head(model, chosen, keep)
     return {**given, **found}
