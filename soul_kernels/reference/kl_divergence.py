@@ -6,6 +6,7 @@ from soul_kernels.reference.token_logprob import log_probabilities
 
 KINDS = ("kl", "soul_kl")
 FLOOR = 1e-12  # SOUL's code adds it within the logarithm
+DIVERGENCE, REF_ENTROPY = range(2)  # rows of the divergences of a chunk
 
 
 def reference_distribution(ref_logits, labels, strengths=None):
