@@ -18,7 +18,7 @@ from soul_kernels.token_logprob import (
     ROW_MAX,
     TOTAL,
     VECTORS,
-    Block,
+    ColumnBlock,
     Transform,
     launch_rows,
     load_logits,
@@ -151,9 +151,9 @@ def divergence_kernel(
         for start in range(0, n_vocab, BLOCK):
             columns = start + lanes
             if start < row.tail:
-                raw, gap, ref_gap = _load_both(row, row_max, ref, Block(columns, None), transform)
+                raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, None), transform)
             else:
-                raw, gap, ref_gap = _load_both(row, row_max, ref, Block(columns, columns < n_vocab), transform)
+                raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, columns < n_vocab), transform)
             # At the label, where p may be close to 1, as it was summed without it.
             log_p = tl.where(columns == row.label, label_log_p, gap - log_total)
             log_q = tl.where(columns == row.label, ref.label_log_q, ref_gap - ref_log_total)
@@ -226,10 +226,10 @@ def divergence_gradient_kernel(
         )
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            _divergence_gradient_block(row, ref, out_row, Block(start + lanes, None), factors, transform, SOUL)
+            _divergence_gradient_block(row, ref, out_row, ColumnBlock(start + lanes, None), factors, transform, SOUL)
         if row.tail < n_vocab:
             columns = row.tail + lanes
-            _divergence_gradient_block(row, ref, out_row, Block(columns, columns < n_vocab), factors, transform, SOUL)
+            _divergence_gradient_block(row, ref, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform, SOUL)
     else:
         store_zeros(out_row, n_vocab, BLOCK)
 

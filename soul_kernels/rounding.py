@@ -170,7 +170,7 @@ def load(ptr, offsets, mask):
 
 @triton.jit
 def load_state(ptr, scale_ptr, offsets, mask, group, groups, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a block of a state in fp32. ``group``: index of its first scale; ``groups``: number of scales of the chunk."""
+    """A block of a state in fp32. ``group``: its first scale; ``groups``: how many scales the chunk has."""
     stored = load(ptr, offsets, mask)
     if DTYPE == tl.uint8:
         index = group + tl.arange(0, BLOCK // GROUP)
@@ -183,10 +183,7 @@ def load_state(ptr, scale_ptr, offsets, mask, group, groups, DTYPE: tl.constexpr
 def store_state(
     ptr, scale_ptr, x, noise, offsets, mask, group, groups, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Store a block of a state.
-
-    A bf16 Hessian is rounded stochastically: rounding to nearest would lose its small changes.
-    """
+    """Stores a block of a state. A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest."""
     if DTYPE == tl.uint8:
         code, scale = encode(x, noise, HESSIAN, BLOCK)
         index = group + tl.arange(0, BLOCK // GROUP)

@@ -19,7 +19,7 @@ from soul_kernels.token_logprob import (
     STATISTICS_CONFIG,
     TOTAL,
     VECTORS,
-    Block,
+    ColumnBlock,
     Transform,
     launch_rows,
     load_logits,
@@ -97,10 +97,10 @@ def likeliest_kernel(
     if row.label != IGNORED:
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            sums = _add_block(sums, row, Block(start + lanes, None), transform)
+            sums = _add_block(sums, row, ColumnBlock(start + lanes, None), transform)
         if row.tail < n_vocab:
             columns = row.tail + lanes
-            sums = _add_block(sums, row, Block(columns, columns < n_vocab), transform)
+            sums = _add_block(sums, row, ColumnBlock(columns, columns < n_vocab), transform)
     total = sums.rest + sums.count
     tl.store(statistic(statistics_ptr, statistics_stride, row, ROW_MAX), sums.row_max)
     tl.store(statistic(statistics_ptr, statistics_stride, row, TOTAL), total)
@@ -179,10 +179,10 @@ def draw_kernel(
         draw = Draw(running=0.0, chosen=-1, logp=0.0, last=-1, last_raw=0.0)
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            draw = _draw_block(draw, row, out_row, Block(start + lanes, None), factors, transform)
+            draw = _draw_block(draw, row, out_row, ColumnBlock(start + lanes, None), factors, transform)
         if row.tail < n_vocab:
             columns = row.tail + lanes
-            draw = _draw_block(draw, row, out_row, Block(columns, columns < n_vocab), factors, transform)
+            draw = _draw_block(draw, row, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform)
         chosen = draw.chosen
         logp = draw.logp
         if chosen < 0:  # the sums of this kernel, in another order than the total, stay below a target close to it

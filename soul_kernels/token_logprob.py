@@ -68,7 +68,7 @@ class Row(NamedTuple):
     tail: tl.tensor  # the first column that lies in no whole block
 
 
-class Block(NamedTuple):
+class ColumnBlock(NamedTuple):
     """Some columns of a row."""
 
     columns: tl.tensor  # [BLOCK] int32
@@ -221,10 +221,10 @@ def statistics_kernel(
     if (row.label >= 0) & (row.label < n_vocab):
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            sums = _add_block(sums, row, Block(start + lanes, None), transform, ALL)
+            sums = _add_block(sums, row, ColumnBlock(start + lanes, None), transform, ALL)
         if row.tail < n_vocab:
             columns = row.tail + lanes
-            sums = _add_block(sums, row, Block(columns, columns < n_vocab), transform, ALL)
+            sums = _add_block(sums, row, ColumnBlock(columns, columns < n_vocab), transform, ALL)
         at_label = transformed(tl.load(row.logits + row.label).to(tl.float32), transform)
         gap = sums.row_max - at_label
         exp_label = tl.exp(-gap)
@@ -285,10 +285,10 @@ def gradient_kernel(
     lanes = tl.arange(0, BLOCK)  # before the branch: within, a loop turn of the bf16 gradient has 4 of 320 instructions more
     if (row.label >= 0) & (row.label < n_vocab):
         for start in range(0, row.tail, BLOCK):
-            _gradient_block(row, out_row, Block(start + lanes, None), factors, transform)
+            _gradient_block(row, out_row, ColumnBlock(start + lanes, None), factors, transform)
         if row.tail < n_vocab:
             columns = row.tail + lanes
-            _gradient_block(row, out_row, Block(columns, columns < n_vocab), factors, transform)
+            _gradient_block(row, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform)
     else:
         store_zeros(out_row, n_vocab, BLOCK)
 
