@@ -61,6 +61,7 @@ PRIVATE = {
 }
 # Private attributes of objects that are not ours -> why `soul` needs them. It uses no others.
 FOREIGN_PRIVATE = {
+    "_ActionsContainer": "what add_argument_group and the parser have in common; argparse has no public name for it",
     "_actions": "argparse lists the options of a parser nowhere else",
     "_compiled_call_impl": "torch has no public way back from Module.compile, nor to ask whether a module is compiled",
     "_disable_dynamo": "as in torch.optim: torch.compiler.disable imports the compiler, which takes longer than torch",
