@@ -338,7 +338,7 @@ def test_an_objective_says_what_it_lacks(device):
     without = {key: value for key, value in case.items() if key != "ref_weight"}
     with pytest.raises(ValueError, match="ref_weight: expected the head of the reference beside a weight that is trained"):
         linear_objective(**without, objective=losses.KLMin())
-    with pytest.raises(ValueError, match="ref_logps: expected one value a sequence, got None"):
+    with pytest.raises(ValueError, match="ref_logps: expected one value per sequence, got None"):
         linear_objective(**case, objective=losses.DPO())
 
 
@@ -349,7 +349,7 @@ def test_an_objective_says_what_it_lacks(device):
     ("dpo", "refusal - answer", "answer - refusal"),
     ("dpo", "batch.whole.is_forget & batch.whole.mask", "batch.is_forget & batch.mask"),  # pairs of a part only
     ("wga", "torch.exp(self.beta * logps.detach())", "torch.exp(self.beta * logps)"),  # differentiated
-    ("satimp", "self.beta1 * known", "self.beta2 * known"),
+    ("satimp", "self.beta1 * constant", "self.beta2 * constant"),
     ("ceu", "batch.mask.cumsum(1) > self", "batch.mask.cumsum(1) >= self"),
     ("ceu", "entropy - log_rest", "-log_rest"),
     ("ceu", "-torch.expm1(torch.where(likely, logps, -1.0))", "1 - torch.exp(torch.where(likely, logps, -1.0))"),  # softmax - 1

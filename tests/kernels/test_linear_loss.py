@@ -590,7 +590,7 @@ def check_formulas(module, name, device):
     ({"hidden": torch.zeros(45, 16)}, r"hidden: expected \[B, T, D\], got \(45, 16\)"),
     ({"bias": torch.zeros(130)}, r"bias: expected shape \(131,\), got \(130,\)"),
     ({"is_forget": torch.ones(4, dtype=torch.bool)}, r"is_forget: expected shape \(5,\), got \(4,\)"),
-    ({"ref_logps": None}, r"ref_logps: expected one value a sequence, got None"),
+    ({"ref_logps": None}, r"ref_logps: expected one value per sequence, got None"),
     ({"is_forget": torch.ones(5, dtype=torch.int64)}, r"is_forget: expected dtype torch.bool, got torch.int64"),
     ({"rows": torch.tensor([4, 3])}, r"rows: expected rising indices in \[0, 45\)"),
     ({"rows": torch.tensor([3, 3, 4])}, r"rows: expected rising indices in \[0, 45\)"),
