@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 from soul import functional
+from soul.models import head_call
 from soul_kernels._head import checks as head_checks
 from soul_kernels.reference import _rows
 from tests.support import tolerances as tol
@@ -203,23 +204,30 @@ def test_what_the_formulas_mean(name):
         check(functional, name, family, None)
 
 
-@pytest.mark.parametrize("name, compat, old, new", [
-    ("kl", OU, "masked_fill(labels == IGNORE_INDEX, 0)", "clone()"),  # labelled positions only
-    ("kl", None, "    if compat:\n        labels = _labels_of", "    if True:\n        labels = _labels_of"),
-    ("undial", OU, "n_vocab + IGNORE_INDEX", "0"),
-    ("undial", OU, "coded[:, -1] = IGNORE_INDEX", "pass"),  # the last position as well
-    ("dpo", None, "zip(lose[:3], win[:3])", "zip(win[:3], lose[:3])"),
-    ("dpo", OU, "labels if compat else", "labels if False else"),
-    ("win", None, "-logps, -refs\n", "logps, refs\n"),
-    ("ceu", OU, "> ignore_first_n", ">= ignore_first_n"),
-    ("ceu", None, "CEU(ignore_first=ignore", "CEU(ignore_first=0 * ignore"),
-    ("nll", None, 'inputs["labels"][:, 1:], (0, 1)', 'inputs["labels"][:, :-1], (0, 1)'),  # not shifted
-    ("wga", None, "(value - value.detach())", "value.detach()"),  # no gradient
+@pytest.mark.parametrize("module, name, compat, old, new", [
+    ("compat", "kl", OU, "masked_fill(labels == IGNORE_INDEX, 0)", "clone()"),  # labelled positions only
+    ("functional", "kl", None, "    if compat:\n        labels = labels_for", "    if True:\n        labels = labels_for"),
+    ("compat", "undial", OU, "n_vocab + IGNORE_INDEX", "0"),
+    ("compat", "undial", OU, "coded[:, -1] = IGNORE_INDEX", "pass"),  # the last position as well
+    ("functional", "dpo", None, "torch.stack([lose, win], 1)", "torch.stack([win, lose], 1)"),
+    ("functional", "dpo", OU, "labels if compat else", "labels if False else"),
+    ("functional", "win", None, "= -logps\n            ref_logps = -ref_logps\n", "= logps\n"),
+    ("functional", "ceu", OU, "> ignore_first_n", ">= ignore_first_n"),
+    ("functional", "ceu", None, "CEU(ignore_first=ignore", "CEU(ignore_first=0 * ignore"),
+    ("models.head_call", "nll", None, 'inputs["labels"][:, 1:], (0, 1)', 'inputs["labels"][:, :-1], (0, 1)'),  # not shifted
+    ("models.head_call", "wga", None, "(value - value.detach())", "value.detach()"),  # no gradient
 ])  # fmt: skip
-def test_mutants_do_not_pass(name, compat, old, new, tmp_path):
-    broken = mutant("soul.functional", old, new, tmp_path)
+def test_mutants_do_not_pass(module, name, compat, old, new, tmp_path, monkeypatch):
+    broken = mutant(f"soul.{module}", old, new, tmp_path)
+    if module == "functional":
+        tested = broken
+    else:  # a mutant of what the functions import
+        tested = functional
+        for attribute, value in vars(broken).items():
+            if getattr(value, "__module__", None) == broken.__name__ and hasattr(functional, attribute):
+                monkeypatch.setattr(functional, attribute, value)
     with pytest.raises(AssertionError):
-        check(broken, name, "llama, tied", compat)
+        check(tested, name, "llama, tied", compat)
 
 
 @pytest.mark.parametrize("compat", [None, OU])
@@ -290,8 +298,10 @@ def test_names_and_signatures_are_those_of_open_unlearning():
         "compute_satimp_loss": "(model, inputs, beta1, beta2)",
         "compute_batch_ceu": "(model, inputs, ignore_first_n_answer_tokens=1)",
     }
-    for name, signature in expected.items():
-        assert str(inspect.signature(getattr(functional, name))) == signature[:-1] + ", *, compat=None)"
+    for name, names_and_defaults in expected.items():
+        signature = inspect.signature(getattr(functional, name))
+        parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+        assert str(inspect.Signature(parameters)) == names_and_defaults[:-1] + ", *, compat=None)"
     own = (value for value in vars(functional).values() if getattr(value, "__module__", None) == functional.__name__)
     assert {value.__name__ for value in own if value.__name__[0] != "_"} == set(expected)
 
@@ -477,7 +487,7 @@ def test_a_replaced_forward_is_compiled():
     model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(5, 3)
 
     def replaced(x):
-        with functional._forward_replaced(model[1], lambda hidden: hidden.sum()):
+        with head_call._forward_replaced(model[1], lambda hidden: hidden.sum()):
             return model(x)
 
     assert torch.compile(replaced, backend="eager")(x) == replaced(x) == model[0](x).sum()

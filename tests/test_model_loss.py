@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import soul
-from soul import functional, losses
-from soul.models import causal_lm
+from soul import losses
+from soul.models import causal_lm, head_call
 from soul_kernels import linear_objective
 from tests.support import tolerances as tol
 from tests.support.models import examples, sequences, tiny_tokenizer
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
     model, batch = model_of(family), make_batch()
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
     causal_lm.check_linear_head(model)  # `soul unlearn` takes the other way, from hidden states that the body returns
-    retain = batch["retain"] | {"labels": functional._shifted(batch["retain"]), "rows": None}
+    retain = batch["retain"] | {"labels": head_call.shifted_labels(batch["retain"]), "rows": None}
     with torch.no_grad():
         error = causal_lm.token_logps(model, types.SimpleNamespace(**retain))[:, :-1] - logps_of(model, batch["retain"])[0]
     assert error.abs().max() <= tol.LOGP_ABS
@@ -235,8 +235,8 @@ def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_fr
 def test_a_model_is_compared_with_its_configuration_once(monkeypatch):
     """The comparison waits for the device, so a training loop must not repeat it."""
     model, batch, comparisons = model_of("cohere"), make_batch(), []
-    formula = functional.transformed
-    monkeypatch.setattr(functional, "transformed", lambda *a, **options: comparisons.append(a) or formula(*a, **options))
+    formula = head_call.transformed
+    monkeypatch.setattr(head_call, "transformed", lambda *a, **options: comparisons.append(a) or formula(*a, **options))
     losses_of_steps = [soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)).item() for _ in range(3)]
     assert len(comparisons) == 1 and len({*losses_of_steps}) == 1
     model.config.logit_scale = 0.5  # the model itself keeps the scale that it was made with

@@ -91,7 +91,7 @@ def _run_model(args, target):
     from soul.data.templates import Template
     from soul.evaluate import logs
     from soul.evaluate.model import EvaluateConfig, retain_log, tofu_logs
-    from soul.models import causal_lm
+    from soul.models import loading
     from soul.output.directory import DATA_FILE, check_output
 
     for name in ("data", "output"):
@@ -114,7 +114,7 @@ def _run_model(args, target):
     retain, written = None, {}
     if args.retain_logs is not None:
         retain = logs.read_retain_log(args.retain_logs, len(sets["forget"]))
-    load = functools.partial(causal_lm.load, dtype=args.dtype, device=causal_lm.pick_device(args.device))
+    load = functools.partial(loading.load, dtype=args.dtype, device=loading.pick_device(args.device))
     if args.retain_model is not None:  # first, and gone before the other one comes
         log = retain_log(*load(args.retain_model), sets["forget"], config)
         retain = logs.columns(log, "retain model, forget", logs.RATIO)

@@ -112,7 +112,7 @@ def add_arguments(parser):
 def run(args):
     """Runs the command, in every process that torchrun has started."""
     from soul.distributed.processes import started
-    from soul.models.causal_lm import pick_device
+    from soul.models.loading import pick_device
 
     with started(pick_device(args.device)):
         _run(args)

@@ -20,10 +20,11 @@ from collections.abc import Mapping
 
 import torch
 
-from soul import functional, losses
+from soul import losses
 from soul.distributed.shards import hidden_sharding
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
+from soul.models.head_call import call_at_head, shifted_labels
 from soul.optim.curvature import GNB, RetainFisher
 from soul.optim.optimizer import SOUL, SophiaG
 from soul_kernels import linear_gnb, linear_objective
@@ -265,7 +266,7 @@ class SOULTrainerMixin:
 
     def _curvature_loss(self, model, retain):
         """The loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
-        labels = functional._shifted(retain)
+        labels = shifted_labels(retain)
 
         def value(hidden, weight, bias, transform):
             here = labels.to(hidden.device)
@@ -274,7 +275,7 @@ class SOULTrainerMixin:
                 return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
             return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
 
-        return functional._at_head(model, retain, value)
+        return call_at_head(model, retain, value)
 
 
 def _epochs(dataset):

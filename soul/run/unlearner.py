@@ -15,7 +15,9 @@ from soul.data.templates import Template
 from soul.distributed import processes as distributed
 from soul.distributed.processes import Processes
 from soul.models import causal_lm
+from soul.models.adapters import add_adapters
 from soul.models.encoding import encode_for
+from soul.models.loading import load, pick_device
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import (
     CHECKPOINTS,
@@ -99,10 +101,10 @@ class Unlearner:
         rows = {name: self._rows(name, source) for name, source in given.items()}
         self._digests = {name: sources.digest(found) for name, found in rows.items()}
         if isinstance(model, (str, os.PathLike)):
-            place = causal_lm.pick_device(device)
+            place = pick_device(device)
             dtype = parameter_dtype(dtype, self.config, adapters, place.type)
             # One card has no room for the whole model. `distributed.shard` copies what each process needs.
-            model, tokenizer = causal_lm.load(model, dtype=dtype, device="cpu" if several else place, mapped=several)
+            model, tokenizer = load(model, dtype=dtype, device="cpu" if several else place, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
@@ -111,7 +113,7 @@ class Unlearner:
             place = next(model.parameters()).device
         if adapters:
             torch.manual_seed(self.config.seed)
-            model = causal_lm.add_adapters(model, **adapters)
+            model = add_adapters(model, **adapters)
         self.model, self.tokenizer = model, tokenizer
         found = {name: self._examples(name, part) for name, part in rows.items()}
         self._forget, self._retain = found["forget"], found.get("retain", [])

@@ -12,7 +12,7 @@ import soul
 from soul.checkpoint.local import Checkpoints, Stopped, save_model
 from soul.cli import main
 from soul.data.examples import Example
-from soul.models.causal_lm import load
+from soul.models.loading import load
 from soul.output import directory as output_module
 from soul.output import files
 from soul.output.directory import occupy

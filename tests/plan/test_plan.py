@@ -17,7 +17,8 @@ from soul import Unlearner
 from soul.cli import main
 from soul.data.batches import collate
 from soul.data.examples import Sequence
-from soul.models.causal_lm import add_adapters, checkpointing, hidden_states
+from soul.models.adapters import add_adapters
+from soul.models.causal_lm import checkpointing, hidden_states
 from soul.models.ref_model import reference_head
 from soul.optim.release import release_gradients
 from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
