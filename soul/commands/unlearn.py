@@ -168,7 +168,7 @@ def _run(args):
     place = dict(dtype=args.dtype, device=args.device)
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, **place)
     for name, counts in unlearner.counts.items() if processes.first else ():
-        print(f"{name}: {counts.told(config.max_length)}")
+        print(f"{name}: {counts.summary(config.max_length)}")
     before, begun = unlearner.forget_probability(), time.perf_counter()
     about = {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_RUN}
     records = unlearner.run(output, save_minutes=minutes, resume=args.resume, merge=args.merge, about=about, **keeping)

@@ -120,7 +120,7 @@ def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print, cou
     held_out = encode_for(model, tokenizer, holdout, config, "holdout", counts.get("holdout"))
     for name, count in counts.items():
         if count.truncated:
-            progress(f"{name}: {count.told(config.max_length)}")
+            progress(f"{name}: {count.summary(config.max_length)}")
     logs = {}
     for name, of in asked.items():
         progress(f"{name}: {len(of.answers)} questions")

@@ -1,9 +1,8 @@
 """Examples -> token ids that fit a model."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from soul.data import examples as data
+from soul.data.examples import Counts, Example, Sequence, encode
 from soul.models.causal_lm import head
 from soul_kernels.errors import argument_error
 
@@ -24,11 +23,11 @@ class EncodingOptions(Protocol):
 def encode_for(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    examples: Sequence[data.Example],
+    examples: list[Example],
     config: EncodingOptions,
     name: str,
-    counts: data.Counts | None = None,
-) -> list[data.Sequence]:
+    counts: Counts | None = None,
+) -> list[Sequence]:
     """Encode examples, and check that the model has a head row for every token and a position for the longest sequence.
 
     Args:
@@ -42,7 +41,7 @@ def encode_for(
     Raises:
         ArgumentError: it names the row, or the length, that does not fit.
     """
-    sequences = data.encode(
+    sequences = encode(
         examples,
         tokenizer,
         vocab_size=head(model)[0].shape[0],

@@ -131,7 +131,7 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
     assert batch.labels.flatten()[batch.rows].tolist() == [7, 7, 8, 9]
     assert batch.is_forget.tolist() == [True, False] and batch.ref_logps.tolist() == [-3.0, 0.0]
     assert batch.ref_hidden is None
-    with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one a forget sequence"):
+    with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one per forget sequence"):
         batches.collate([a], [b], ref_logps=[-3.0, 0.0])
 
 

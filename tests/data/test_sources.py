@@ -176,7 +176,7 @@ def test_blank_rows_end_a_run_or_are_counted(broken):
     with pytest.raises(ValueError, match="rows, row 1, column 'text'"):
         sources.rows(rows)
     assert [row["text"] for _, row in sources.rows(rows, drop=True, counts=counts)] == ["a", "b"]
-    assert counts == Counts(rows=3, blank=1) and counts.told(8) == "3 rows; 1 blank, left out"
+    assert counts == Counts(rows=3, blank=1) and counts.summary(8) == "3 rows; 1 blank, left out"
     with pytest.raises(ValueError, match="rows, row 0: expected a row that is not blank, here or below, got none"):
         sources.rows([broken], drop=True)
     with pytest.raises(ValueError, match="row 1, column 'text': expected a string, got int"):  # broken is not blank
