@@ -63,7 +63,7 @@ def nlls(model, inputs):
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
 
 
-def kept(inputs):
+def labelled(inputs):
     return inputs["labels"][:, 1:] != -100
 
 
@@ -94,12 +94,12 @@ class Coded:
 
     @staticmethod
     def wga(model, ref, inputs, beta=0.7):  # src/trainer/utils.py, compute_wga_loss
-        nll = nlls(model, inputs)[kept(inputs)]
+        nll = nlls(model, inputs)[labelled(inputs)]
         return -((-nll).exp().detach() ** beta * nll).mean()
 
     @staticmethod
     def satimp(model, ref, inputs, beta1=0.5, beta2=1.5):  # src/trainer/utils.py, compute_satimp_loss
-        nll = nlls(model, inputs)[kept(inputs)]
+        nll = nlls(model, inputs)[labelled(inputs)]
         p = (-nll).exp().detach()
         return -(p**beta1 * (1 - p) ** beta2 * nll).mean()
 
@@ -121,19 +121,19 @@ class Meant(Coded):
 
     @staticmethod
     def kl(model, ref, inputs):
-        log_p, log_q = (logits_and_labels(m, inputs)[0].log_softmax(-1)[kept(inputs)] for m in (model, ref))
+        log_p, log_q = (logits_and_labels(m, inputs)[0].log_softmax(-1)[labelled(inputs)] for m in (model, ref))
         log_q = log_q.detach()
         return (log_q.exp() * (log_q - log_p)).sum(1).mean()
 
     @staticmethod
     def dpo(model, ref, win, lose, beta=0.1):
-        counted = torch.stack([kept(x).any(1) for x in (win, lose) if x is not None]).all(0)
+        counted = torch.stack([labelled(x).any(1) for x in (win, lose) if x is not None]).all(0)
         return Coded.dpo(model, ref, *(x and {k: v[counted] for k, v in x.items()} for x in (win, lose)), beta)
 
     @staticmethod
     def undial(model, ref, inputs, beta=3.0):
-        logits, labels = (x[kept(inputs)] for x in logits_and_labels(model, inputs))
-        teacher = logits_and_labels(ref, inputs)[0][kept(inputs)].detach()
+        logits, labels = (x[labelled(inputs)] for x in logits_and_labels(model, inputs))
+        teacher = logits_and_labels(ref, inputs)[0][labelled(inputs)].detach()
         teacher[torch.arange(len(labels)), labels] -= beta
         return F.cross_entropy(logits, teacher.softmax(-1))
 
@@ -182,9 +182,9 @@ def check(module, name, family, compat):
     want = theirs(Coded if compat else Meant, exact, exact_reference)
     assert got.dtype == torch.float32
     assert_close(got, want, tol.GRAD_FP32, name)
-    found = gradients(model, got)
+    grads = gradients(model, got)
     for parameter, expected in gradients(exact, want).items():
-        assert_close(found[parameter], expected, tol.WORST_ROW_FP32, f"{name}, {parameter}")  # fp32 through all layers
+        assert_close(grads[parameter], expected, tol.WORST_ROW_FP32, f"{name}, {parameter}")  # fp32 through all layers
     assert all(parameter.grad is None for parameter in reference.parameters())
     return want
 
@@ -302,8 +302,8 @@ def test_names_and_signatures_are_those_of_open_unlearning():
         signature = inspect.signature(getattr(functional, name))
         parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
         assert str(inspect.Signature(parameters)) == names_and_defaults[:-1] + ", *, compat=None)"
-    own = (value for value in vars(functional).values() if getattr(value, "__module__", None) == functional.__name__)
-    assert {value.__name__ for value in own if value.__name__[0] != "_"} == set(expected)
+    defined_there = (value for value in vars(functional).values() if getattr(value, "__module__", None) == functional.__name__)
+    assert {value.__name__ for value in defined_there if value.__name__[0] != "_"} == set(expected)
 
 
 def test_outputs_are_what_a_trainer_takes():
@@ -359,10 +359,10 @@ def test_models_that_bend_their_logits(family):
     exact = copy.deepcopy(model).double()
     got, want = functional.compute_batch_nll(model, LOSE)[0], Coded.nll(exact, None, LOSE)
     assert_close(got, want, tol.GRAD_FP32, "nll")
-    found = gradients(model, got)
+    grads = gradients(model, got)
     for parameter, expected in gradients(exact, want).items():
         if expected.norm() > 1e-6:
-            assert_close(found[parameter], expected, 1e-3, parameter)
+            assert_close(grads[parameter], expected, 1e-3, parameter)
 
 
 def test_distributed_data_parallel_sees_the_loss():
@@ -420,11 +420,11 @@ def test_adapters(modules_to_save):
         assert_close(got, want, tol.GRAD_FP32, "loss")
         trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, exact)]
         assert trained[0] and trained[0] == trained[1]
-        found, expected = (
+        grads, expected = (
             torch.autograd.grad(value, [m.get_parameter(name) for name in trained[0]])
             for m, value in ((model, got), (exact, want))
         )
-        for name, a, b in zip(trained[0], found, expected):
+        for name, a, b in zip(trained[0], grads, expected):
             assert_close(a, b, tol.WORST_ROW_FP32, name)
 
 

@@ -186,8 +186,8 @@ def test_pairs_are_answers_with_their_refusals():
 
 def test_orders_cover_everything():
     sequences = [Sequence([0] * n, [0] * n, 1) for n in torch.randint(1, 40, (53,)).tolist()]
-    found = batches.batches_by_length(sequences, 4, random.Random(0))
-    assert sorted(i for batch in found for i in batch) == list(range(53))
+    index_lists = batches.batches_by_length(sequences, 4, random.Random(0))
+    assert sorted(i for batch in index_lists for i in batch) == list(range(53))
 
 
 def test_order_covers_everything_and_goes_on():

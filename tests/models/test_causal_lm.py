@@ -51,10 +51,10 @@ def test_a_compilation_of_the_users_own_is_there_afterwards(monkeypatch):
     monkeypatch.setattr(causal_lm, "COMPILE", dict(backend="eager"))
     model = tiny_model()
     model.base_model.compile(backend="eager")
-    own = model.base_model._compiled_call_impl
+    users_own = model.base_model._compiled_call_impl
     with causal_lm.compiled(model):
-        assert model.base_model._compiled_call_impl is not own
-    assert model.base_model._compiled_call_impl is own
+        assert model.base_model._compiled_call_impl is not users_own
+    assert model.base_model._compiled_call_impl is users_own
 
 
 class Capped(transformers.LlamaForCausalLM):
