@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import soul.optim.optimizer
+import soul.optim.gradients
 import soul.run.step
 from bench._harness import forget_compiled, synchronize
 from soul.models.causal_lm import checkpointing, compiled
@@ -160,11 +160,11 @@ class OurStep:
         """Milliseconds of one step by phase; none of a graph, which is replayed as a whole."""
         if self._graphed is not None:
             return {}
-        name = "step" if self._release is None else "_step_of"
+        name = "step" if self._release is None else "step_parameter"
         watch = Stopwatch(self._device)
         with (
             mock.patch.object(soul.run.step, "hidden_states", watch.wrap("forward", soul.run.step.hidden_states)),
-            mock.patch.object(soul.optim.optimizer, "grad_norm", watch.wrap("clipping", soul.optim.optimizer.grad_norm)),
+            mock.patch.object(soul.optim.gradients, "grad_norm", watch.wrap("clipping", soul.optim.gradients.grad_norm)),
             mock.patch.object(self.optimizer, name, watch.wrap("optimizer", getattr(self.optimizer, name))),
         ):
             self._step(self.batch)

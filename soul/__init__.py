@@ -9,8 +9,9 @@ from soul import functional, losses, plan
 from soul.model_loss import unlearning_loss
 from soul.models.ref_model import reference_hidden, reference_logps
 from soul.optim import curvature
-from soul.optim.optimizer import SOUL, SophiaG
+from soul.optim.optimizer import SophiaG
 from soul.optim.release import release_gradients
+from soul.optim.soul import SOUL
 from soul.run.config import UnlearnConfig
 from soul.run.unlearner import Unlearner
 from soul_kernels import __version__

@@ -26,7 +26,8 @@ from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
 from soul.models.head_call import call_at_head, shifted_labels
 from soul.optim.curvature import GNB, RetainFisher
-from soul.optim.optimizer import SOUL, SophiaG
+from soul.optim.optimizer import SophiaG
+from soul.optim.soul import SOUL
 from soul_kernels import linear_gnb, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
@@ -58,7 +59,7 @@ def optimizer_of(soul_args, args):
         if option in options:
             remedy = f"set {place} of the TrainingArguments"
             raise argument_error(f"soul_args.{option}", "no such option here", options[option], remedy)
-    known = {*inspect.signature(SophiaG).parameters, *inspect.signature(OPTIMIZERS[name]).parameters} - {"params", "options"}
+    known = {*inspect.signature(OPTIMIZERS[name]).parameters} - {"params"}
     for option in options:
         if option not in known:
             raise argument_error("soul_args", f"options of {OPTIMIZERS[name].__name__} ({', '.join(sorted(known))})", option,

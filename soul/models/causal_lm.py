@@ -333,7 +333,7 @@ def check_linear_head(model: "PreTrainedModel") -> None:
             formula = transformed(torch.nn.functional.linear(hidden * enlarge, weight, bias).float(), **options)
             hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
             try:
-                logits = model(**trial._asdict(), use_cache=False).logits.float()
+                logits = model(input_ids=trial.input_ids, attention_mask=trial.attention_mask, use_cache=False).logits.float()
             finally:
                 hook.remove()
             if not logits.isfinite().all():

@@ -39,7 +39,7 @@ def plan_run(model, forget, retain, config, **options):
         raise argument_error("model", "a model with a tokenizer", f"{model} ({type(error).__name__})", "check it") from error
     anywhere = dataclasses.replace(config, backend="reference", cuda_graph=False)  # the run's own machine is another one
     run = Unlearner(empty, forget, retain, anywhere, tokenizer=tokenizer)  # which checks all that can be checked
-    data = prepare(empty, tokenizer, run._forget, run._retain, anywhere)
+    data = prepare(empty, tokenizer, *run.examples, anywhere)
     steps = list(_steps(config, *data))
     micro = [tokens for batches in steps for tokens in batches]
     largest = {max(micro, key=lambda t: (t.n, t.n_labelled)), max(micro, key=lambda t: (t.n_labelled, t.n))}

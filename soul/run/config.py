@@ -11,7 +11,8 @@ from soul.data.examples import REFUSALS, read_refusals
 from soul.data.templates import check_template
 from soul.models.causal_lm import trained
 from soul.optim.curvature import GNB, RetainFisher
-from soul.optim.optimizer import SOUL, SophiaG
+from soul.optim.optimizer import SophiaG
+from soul.optim.soul import SOUL
 from soul.run.influence import Influence
 from soul_kernels.backends import BACKENDS, multiplies_bf16
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range, check_whole, shown

@@ -87,9 +87,7 @@ def _update(optimizer, config):
     optimizer.step()  # clips by itself, without a pass of its own
     if config.gradient_release:
         return None
-    if optimizer._norm is not None:
-        return optimizer._norm
-    return optimizer._total_norm(optimizer._parts.collect())  # by tables that are kept: a graph cannot make any
+    return optimizer.grad_norm()
 
 
 def _loss(model, batch, objective, config, ref_head):

@@ -96,6 +96,11 @@ class Unlearner:
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
 
+    @property
+    def examples(self) -> tuple[list[Example], list[Example]]:
+        """The examples to forget and those to retain, as they were read; `soul.plan.run` counts their tokens."""
+        return self._forget, self._retain
+
     def _load(self, model, tokenizer, given, dtype, device, adapters, several):
         """Read data and model; return the device that the model is to run on."""
         rows = {name: self._rows(name, source) for name, source in given.items()}

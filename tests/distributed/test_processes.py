@@ -1,7 +1,6 @@
 """The optimizers in two processes: DDP, FSDP2 and torch.distributed.checkpoint, over gloo on the CPU."""
 
 import copy
-import os
 import time
 
 import pytest
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from soul import SOUL, SophiaG
+from soul.distributed import exit_process
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -54,7 +54,7 @@ def _start(rank, folder, world, worker, args):
         raise RuntimeError(str(error)) from error
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # torch's own threads have been seen to abort the interpreter's end, once in hundreds: all is on disk
+    exit_process(0)
 
 
 class Net(torch.nn.Module):
@@ -276,7 +276,7 @@ def noise_worker(folder):
         param.grad = torch.ones_like(param)
         opt = SOUL([param], lr=0.1, **options)
         opt.step()
-        offsets.append(opt._stepped[0][0].tensor_offsets[0])
+        offsets.append(opt._stepper.stepped[0][0].tensor_offsets[0])
         checkpoint = opt.state_dict()
         opt.load_state_dict(copy.deepcopy(checkpoint))
         del checkpoint["param_groups"][0]["noise"]  # of the first version, which had no number
@@ -363,7 +363,7 @@ def tensor_parallel_worker(folder):
     net(batch(0)[0]).square().sum().backward()
     norm = torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()]).norm().item()
     opt.step()
-    offsets = [offset for part in opt._stepped[0] for offset in part.tensor_offsets]
+    offsets = [offset for step_group in opt._stepper.stepped[0] for offset in step_group.tensor_offsets]
     return {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
 
 

@@ -16,7 +16,7 @@ from soul.data.batches import collate
 from soul.data.sources import read_examples
 from soul.models import causal_lm
 from soul.models.loading import load
-from soul.optim.parts import Parts
+from soul.optim.step_groups import StepGroups
 from soul.run.config import build_optimizer, build_scheduler, parameter_dtype
 from soul.run.graph import GraphedStep, pad
 from soul.run.influence import unlearn_once
@@ -196,13 +196,13 @@ def run(tokenizer, n=5, **options):
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
-    held, real = [], Parts.collect
+    held, real = [], StepGroups.collect
 
-    def spy(parts, *args):
-        held.append(sum(p.grad is not None for p in parts._optimizer.param_groups[0]["params"]))
-        return real(parts, *args)
+    def spy(step_groups, *args):
+        held.append(sum(p.grad is not None for p in step_groups._optimizer.param_groups[0]["params"]))
+        return real(step_groups, *args)
 
-    monkeypatch.setattr(Parts, "collect", spy)
+    monkeypatch.setattr(StepGroups, "collect", spy)
     got, released = run(tokenizer, max_grad_norm=None, gradient_release=True, **options)
     assert [n for n in held if not n] == [0] * len(records)  # the others are refreshes of h from micro-batches
     assert len(held) == len(records) or options == dict(curvature="retain", accumulate=2, batch_size=1)

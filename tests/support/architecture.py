@@ -1,4 +1,4 @@
-"""The rules of imports and annotations, as functions of a source tree that list what breaks them.
+"""The rules of imports, private names and annotations, as functions of a source tree that list what breaks them.
 
 Imports within functions count like those at the top of a file: an arrow that is deferred is an arrow.
 """
@@ -22,7 +22,7 @@ WINGS = {
     "losses": set(),
     "compat": {"losses"},
     "output": set(),
-    "distributed": set(),
+    "distributed": {"output"},
     "data": {"_extras", "_limits"},
     "optim": {"distributed"},
     "models": {"_extras", "data", "distributed", "output"},
@@ -59,6 +59,19 @@ PRIVATE = {
     "tests.ptx.test_ptx_faults": {"_table"},
     "tests.test_functional": {"_head.checks", "reference._rows"},
     "tests.test_layout": {"_versions"},
+}
+# Private attributes of objects that are not ours -> why `soul` needs them. It uses no others.
+FOREIGN_PRIVATE = {
+    "_actions": "argparse lists the options of a parser nowhere else",
+    "_compiled_call_impl": "torch has no public way back from Module.compile, nor to ask whether a module is compiled",
+    "_disable_dynamo": "as in torch.optim: torch.compiler.disable imports the compiler, which takes longer than torch",
+    "_exit": "os._exit, which documents it",
+    "_foreach_add_": "one launch for a list of tensors, as in torch.optim",
+    "_fsdp_flattened": "the mark that FSDP1 leaves on parameters",
+    "_getframe": "sys._getframe, which documents it",
+    "_no_split_modules": "transformers names the classes of a model's layers nowhere else",
+    "_orig_mod": "the mark of a module that torch.compile has wrapped",
+    "_replace": "public in a NamedTuple",
 }
 
 
@@ -130,6 +143,34 @@ def private_imports(root: pathlib.Path) -> list[str]:
         if any(part.startswith("_") and not part.startswith("__") for part in parts):
             wrong.append(f"{importer}:{line} imports {module}{f' ({name})' if name else ''}")
     return wrong
+
+
+def friend_access(root: pathlib.Path) -> list[str]:
+    """List the places where ``soul`` reaches into the private attributes of another object than ``self`` and ``cls``.
+
+    Who needs such an attribute gets a method or an attribute without underscore, documented. ``getattr`` and its kin count.
+    """
+    wrong = []
+    for name, path in modules(root).items():
+        if name.partition(".")[0] != "soul":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            attribute = _private_attribute(node)
+            if attribute is not None and attribute not in FOREIGN_PRIVATE:
+                wrong.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    return wrong
+
+
+def _private_attribute(node: ast.AST) -> str | None:
+    """Return the private attribute of another object that an expression reads or writes, or None."""
+    if isinstance(node, ast.Attribute):
+        owner, attribute = node.value, node.attr
+    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+        owner, attribute = node.args[0], getattr(node.args[1], "value", "")
+    else:
+        return None
+    is_private = isinstance(attribute, str) and attribute.startswith("_") and not attribute.startswith("__")
+    return attribute if is_private and ast.unparse(owner) not in ("self", "cls", "super()") else None
 
 
 def circles(root: pathlib.Path) -> list[list[str]]:
