@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
     model, batch = model_of(family), make_batch()
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
     causal_lm.check_linear_head(model)  # `soul unlearn` takes the other way, from hidden states that the body returns
-    retain = batch["retain"] | {"labels": head_call.shifted_labels(batch["retain"]), "rows": None}
+    retain = batch["retain"] | {"labels": head_call.shifted_labels(batch["retain"]), "token_indices": None}
     with torch.no_grad():
         error = causal_lm.token_logps(model, types.SimpleNamespace(**retain))[:, :-1] - logps_of(model, batch["retain"])[0]
     assert error.abs().max() <= tol.LOGP_ABS

@@ -21,9 +21,9 @@ class Batch:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 0 at padding; None: every position is attended to.
         labels: [B, T] int64, shifted, -100 at prompts and padding.
-        rows: [R] int64 on the CPU, flat indices of the labelled positions. They are known here, which saves a wait for the
-            device.
-        is_forget: [B] bool, on the CPU like ``rows``.
+        token_indices: [R] int64 on the CPU, flat indices of the labelled positions. They are known here, which saves a wait for
+            the device.
+        is_forget: [B] bool, on the CPU like ``token_indices``.
         has_retain: whether there are sequences to retain.
         ref_logps: [B] fp32 log-probabilities under the reference model, 0 for retain sequences; or None.
         ref_hidden: [B, T, D] hidden states of the reference model, or None.
@@ -32,7 +32,7 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor | None
     labels: Tensor
-    rows: Tensor
+    token_indices: Tensor
     is_forget: Tensor
     has_retain: bool
     ref_logps: Tensor | None = None
@@ -55,7 +55,7 @@ def collate(
     Args:
         forget: list of `Sequence`; for `soul.losses.DPO` of pairs, each refusal right after its answer.
         retain: list of `Sequence`.
-        device: where the batch goes; ``rows`` and ``is_forget`` stay on the CPU.
+        device: where the batch goes; ``token_indices`` and ``is_forget`` stay on the CPU.
         ref_logps: log-probabilities of the forget sequences under the reference model, a list of floats, or None.
         ref_hidden: hidden states of the reference model for all sequences at their labelled positions, from
             `soul.reference_hidden`: a list of [n, D] tensors, with None for a sequence whose states are not needed; or None.
@@ -77,7 +77,7 @@ def collate(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         labels=labels.to(device),
-        rows=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
+        token_indices=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
         is_forget=torch.arange(len(sequences), device="cpu") < len(forget),
         has_retain=bool(retain),
         ref_logps=all_ref_logps,

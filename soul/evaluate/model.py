@@ -208,7 +208,7 @@ def sequence_statistics(model, sequences, *, batch_size=32, backend="auto"):
     with evaluating(model):
         for part in _batches(order, batch_size):
             batch = collate([sequences[i] for i in part], [], device=device)
-            rows = batch.rows.to(device)
+            rows = batch.token_indices.to(device)
             packed = torch.stack([values.view(-1).index_select(0, rows) for values in token_statistics(model, batch, backend)])
             counts = [sequences[i].n_labels for i in part]
             for i, piece in zip(part, packed.cpu().double().split(counts, 1)):
@@ -263,8 +263,8 @@ def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
             batch = collate(part, [], device=device)
             values = linear_kl(
                 hidden_states(model, batch), weight, batch.labels, hidden_states(other, batch), ref_weight=ref_weight,
-                bias=bias, ref_bias=ref_bias, rows=batch.rows, backend=backend, **transform(model),
+                bias=bias, ref_bias=ref_bias, rows=batch.token_indices, backend=backend, **transform(model),
             )  # fmt: skip
             total += values.sum().item()
-            count += len(batch.rows)
+            count += len(batch.token_indices)
     return total / count

@@ -259,7 +259,7 @@ def _at_head(op: Callable[..., T], model: "PreTrainedModel", batch: "Batch", bac
         weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            return op(hidden, weight, batch.labels, bias=bias, rows=batch.rows, backend=backend, **transform(model))
+            return op(hidden, weight, batch.labels, bias=bias, rows=batch.token_indices, backend=backend, **transform(model))
 
     return gathered(model, compute)
 
@@ -282,7 +282,7 @@ def gnb_loss(
         weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            options = dict(bias=bias, rows=batch.rows, generator=generator, backend=backend, **transform(model))
+            options = dict(bias=bias, rows=batch.token_indices, generator=generator, backend=backend, **transform(model))
             return linear_gnb(hidden, weight, batch.labels != IGNORE_INDEX, **options)[0]
 
     return gathered(model, compute)

@@ -141,7 +141,7 @@ def reference_hidden(
         with as_reference(model), autocast(model):
             for batch in _batches(dataset, batch_size, device):
                 hidden = gathered(model, functools.partial(hidden_states, model, batch)).flatten(0, 1)
-                states.append(hidden.index_select(0, batch.rows.to(device)).cpu())
+                states.append(hidden.index_select(0, batch.token_indices.to(device)).cpu())
         return torch.cat(states[1:] or states)
 
     convention = {"batch_size": batch_size}

@@ -9,17 +9,17 @@ import torch
 
 TOKENS = 32  # the length of a batch is padded to a multiple
 ROWS = 128  # and so is the number of its labelled tokens
-TENSORS = ("input_ids", "labels", "rows", "is_forget", "ref_logps", "ref_hidden")
+TENSORS = ("input_ids", "labels", "token_indices", "is_forget", "ref_logps", "ref_hidden")
 
 
 def pad(batch, tokens=TOKENS, rows=ROWS):
     """The same batch in one of few shapes, all of it on the device.
 
-    Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Indices of rows are filled
+    Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Token indices are filled
     up with the last position, which never has a label.
 
     Args:
-        batch: a `soul.data.batches.Batch` [B, T] with R rows.
+        batch: a `soul.data.batches.Batch` [B, T] with R labelled tokens.
         tokens: T becomes a multiple of it.
         rows: R becomes a multiple of it.
     """
@@ -30,7 +30,7 @@ def pad(batch, tokens=TOKENS, rows=ROWS):
         return torch.nn.functional.pad(values, (0, more), value=filling)
 
     # Flat indices b T + t of the wider batch.
-    indices = batch.rows + batch.rows // length * more
+    indices = batch.token_indices + batch.token_indices // length * more
     last = n_sequences * (length + more) - 1
     indices = torch.nn.functional.pad(indices, (0, -len(indices) % rows), value=last)
     hidden = batch.ref_hidden
@@ -39,7 +39,7 @@ def pad(batch, tokens=TOKENS, rows=ROWS):
         input_ids=wider(batch.input_ids),
         attention_mask=None,
         labels=wider(batch.labels, -100),
-        rows=indices.to(device, non_blocking=True),
+        token_indices=indices.to(device, non_blocking=True),
         is_forget=batch.is_forget.to(device, non_blocking=True),
         ref_hidden=None if hidden is None else torch.nn.functional.pad(hidden, (0, 0, 0, more)),
     )

@@ -250,14 +250,20 @@ def _gradients(model, params, sequences, batch_size, backend, *, drawn=False, ge
             hidden = hidden_states(model, batch)
             if drawn:
                 keep = batch.labels != IGNORE_INDEX
-                loss, _ = linear_gnb(hidden, weight, keep, bias=bias, rows=batch.rows, generator=generator, **options)
+                loss, _ = linear_gnb(hidden, weight, keep, bias=bias, rows=batch.token_indices, generator=generator, **options)
                 with torch.no_grad():
-                    nll = linear_objective(hidden, weight, batch.labels, objective, bias=bias, rows=batch.rows, **options)
+                    nll = linear_objective(
+                        hidden, weight, batch.labels, objective, bias=bias, rows=batch.token_indices, **options
+                    )
             else:
-                loss = linear_objective(hidden, weight, batch.labels, objective, bias=bias, rows=batch.rows, **options)
+                loss = linear_objective(hidden, weight, batch.labels, objective, bias=bias, rows=batch.token_indices, **options)
                 nll = loss.detach()
         found = torch.autograd.grad(loss, params, allow_unused=True)
-        yield len(batch.rows) / total, [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)], nll.detach()
+        yield (
+            len(batch.token_indices) / total,
+            [torch.zeros_like(p) if g is None else g for p, g in zip(params, found)],
+            nll.detach(),
+        )
 
 
 def _over_diagonal(grads, hessians, damping):

@@ -111,7 +111,7 @@ def _loss(model, batch, objective, config, ref_head):
                 ref_hidden=ref_hidden,
                 ref_weight=ref_weight,
                 ref_bias=ref_bias,
-                rows=batch.rows,
+                rows=batch.token_indices,
                 return_logps=True,
                 backend=config.backend,
                 **transform(model),
@@ -141,11 +141,11 @@ def curvature_loss(model, batches, curvature, config):
         curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
         config: `UnlearnConfig`, for ``backend``.
     """
-    n_tokens = Processes.of(model).total(sum(len(batch.rows) for batch in batches))
+    n_tokens = Processes.of(model).total(sum(len(batch.token_indices) for batch in batches))
     generator = curvature.generator() if isinstance(curvature, GNB) else None
     for position, batch in enumerate(batches, 1):
         if generator is not None:
-            loss = gnb_loss(model, batch, generator=generator, backend=config.backend) * (len(batch.rows) / n_tokens)
+            loss = gnb_loss(model, batch, generator=generator, backend=config.backend) * (len(batch.token_indices) / n_tokens)
         else:
             loss = -token_logps(model, batch, config.backend).sum() / n_tokens
         if position == len(batches):

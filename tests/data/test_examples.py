@@ -127,8 +127,8 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
     batch = batches.collate([a], [b], ref_logps=[-3.0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
-    assert batch.rows.tolist() == [1, 6, 7, 8]
-    assert batch.labels.flatten()[batch.rows].tolist() == [7, 7, 8, 9]
+    assert batch.token_indices.tolist() == [1, 6, 7, 8]
+    assert batch.labels.flatten()[batch.token_indices].tolist() == [7, 7, 8, 9]
     assert batch.is_forget.tolist() == [True, False] and batch.ref_logps.tolist() == [-3.0, 0.0]
     assert batch.ref_hidden is None
     with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one per forget sequence"):

@@ -25,7 +25,7 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
     weight, bias = causal_lm.head(model)
     assert (bias is not None) == ("bias" in family)
     loss, logps = linear_objective(causal_lm.hidden_states(model, batch), weight, batch.labels, objective, bias=bias,
-                                   is_forget=batch.is_forget, rows=batch.rows, return_logps=True,
+                                   is_forget=batch.is_forget, rows=batch.token_indices, return_logps=True,
                                    **causal_lm.transform(model))  # fmt: skip
     assert (causal_lm.token_logps(model, batch) - logps).abs().max() <= tol.LOGP_ABS
     loss.backward()

@@ -66,8 +66,9 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
 
         watched.divergence = objective.divergence
         loss = linear_objective(
-            causal_lm.hidden_states(model, batch), weight, batch.labels, watched, is_forget=batch.is_forget, rows=batch.rows,
-            ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, ref_weight=states.weight, backend=backend,
+            causal_lm.hidden_states(model, batch), weight, batch.labels, watched, is_forget=batch.is_forget,
+            rows=batch.token_indices, ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, ref_weight=states.weight,
+            backend=backend,
         )  # fmt: skip
         if objective.needs_reference and size == 4:
             assert loss.item() == (2 / 0.5 * torch.tensor(2.0).log()).item()

@@ -306,7 +306,7 @@ def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
     found = []
     for chunk_bytes in (2**30, 14 * row_bytes):
         recorded = Counted(objective)
-        loss = linear_objective(hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, rows=batch.rows,
+        loss = linear_objective(hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, rows=batch.token_indices,
                                 ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, chunk_bytes=chunk_bytes,
                                 backend="triton")  # fmt: skip
         assert set(recorded.sums) == {"forget", "retain"} and recorded.calls == (1 if chunk_bytes == 2**30 else calls)
@@ -435,7 +435,7 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
             real(optimizer, **options)
 
         monkeypatch.setattr(step_module, "gnb_loss", lambda model, batch, generator, backend:
-                            -token_logps(model, batch, backend).sum() / len(batch.rows))  # fmt: skip
+                            -token_logps(model, batch, backend).sum() / len(batch.token_indices))  # fmt: skip
         monkeypatch.setattr(soul.SophiaG, "update_hessian", spy)
         model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
         assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)

@@ -271,7 +271,7 @@ class Padded(GraphedStep):
 
     def __call__(self, batch):
         batch = pad(batch, tokens=8, rows=16)
-        self.shapes.add((tuple(batch.input_ids.shape), len(batch.rows)))
+        self.shapes.add((tuple(batch.input_ids.shape), len(batch.token_indices)))
         return self._step(batch)
 
 
@@ -296,17 +296,20 @@ def check_padding(module):
     """Labels stay beside their tokens, every labelled row is there once, and what is added has no label."""
     batch = collate(sequences(3), sequences(5)[3:], ref_logps=[-1.0] * 3)
     wide = module.pad(batch, tokens=16, rows=64)
-    assert wide.labels.shape == (5, 16) and len(wide.rows) == 64 and wide.attention_mask is None
+    assert wide.labels.shape == (5, 16) and len(wide.token_indices) == 64 and wide.attention_mask is None
     length = batch.labels.shape[1]
     assert torch.equal(wide.labels[:, :length], batch.labels) and (wide.labels[:, length:] == -100).all()
     assert torch.equal(wide.input_ids[:, :length], batch.input_ids)
     kept = (wide.labels.flatten() != -100).nonzero()[:, 0]
-    assert torch.equal(wide.rows[: len(kept)], kept) and (wide.labels.flatten()[wide.rows[len(kept) :]] == -100).all()
+    assert (
+        torch.equal(wide.token_indices[: len(kept)], kept)
+        and (wide.labels.flatten()[wide.token_indices[len(kept) :]] == -100).all()
+    )
     weight, hidden = torch.randn(300, 8, requires_grad=True), torch.randn(5, 16, 8)
-    loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget, rows=wide.rows,
+    loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget, rows=wide.token_indices,
                             ref_logps=wide.ref_logps, backend="triton")  # fmt: skip
     plain = linear_objective(hidden[:, :length], weight, batch.labels, soul.losses.NPO(), is_forget=batch.is_forget,
-                             rows=batch.rows, ref_logps=batch.ref_logps, backend="triton")  # fmt: skip
+                             rows=batch.token_indices, ref_logps=batch.ref_logps, backend="triton")  # fmt: skip
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
