@@ -327,5 +327,5 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         hashed.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = full(tensor.detach()).contiguous().view(-1).view(torch.uint8)
         for start in range(0, len(flat), HASHED_BYTES):
-            hashed.update(flat[start : start + HASHED_BYTES].cpu().numpy())
+            hashed.update(flat[start : start + HASHED_BYTES].cpu().numpy().data)
     return hashed.hexdigest()

@@ -6,7 +6,7 @@ from soul._extras import require
 from soul.plan._case import Tokens, check_plannable
 from soul.plan._plan import plan
 from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of
-from soul.run.feed import chosen, micro_batches, order_of, together
+from soul.run.feed import micro_batches, order_of, sequence_indices, sequences_per_example
 from soul.run.prepare import prepare
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error
@@ -52,10 +52,10 @@ def plan_run(model, forget, retain, config, **options):
 def _steps(config, forget, retain):
     """Yields the micro-batches of each step as `Tokens`, in the order in which `soul.run.loop.unlearn` takes them."""
     objective = config.objective()
-    n, of = together(objective), None if objective.divergence is None else objective.divergence.of
+    n, of = sequences_per_example(objective), None if objective.divergence is None else objective.divergence.of
     for _, examples, kept in order_of(forget, retain, n, config):
         yield [
-            _tokens([forget[i] for i in chosen(part, n)], [retain[i] for i in others], of)
+            _tokens([forget[i] for i in sequence_indices(part, n)], [retain[i] for i in others], of)
             for part, others in micro_batches(examples, kept, config.batch_size)
         ]
 

@@ -7,7 +7,7 @@ import statistics
 import torch
 
 from soul.evaluate import metrics
-from soul.evaluate.model import Asked, EvaluateConfig, answer_columns, encode_questions, kl_divergence, ratio_columns
+from soul.evaluate.model import EncodedQuestions, EvaluateConfig, answer_columns, encode_questions, kl_divergence, ratio_columns
 from soul.models.encoding import encode_for
 
 UTILITY = ("retain_prob", "retain_memorization", "retain_truth_ratio")
@@ -19,16 +19,16 @@ LEAST = 1e-300  # p-values below are rounding
 class Start:
     """What all runs of a seed start from and are measured against: models, tokenizer, and the encoded questions.
 
-    ``forget`` and ``questions`` are `Asked`, ``retain`` and ``holdout`` lists of `soul.data.Sequence`; ``retain_ratios`` are
-    the truth ratios of the retain model on the forget set.
+    ``forget`` and ``questions`` are `EncodedQuestions`, ``retain`` and ``holdout`` lists of `soul.data.Sequence`;
+    ``retain_ratios`` are the truth ratios of the retain model on the forget set.
     """
 
     full: object
     retain_model: object
     tokenizer: object
     options: EvaluateConfig
-    forget: Asked
-    questions: Asked
+    forget: EncodedQuestions
+    questions: EncodedQuestions
     retain: list
     holdout: list
     retain_ratios: object
