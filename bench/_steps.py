@@ -78,7 +78,7 @@ class EagerStep:
         self._all_logits, self._max_grad_norm = all_logits, max_grad_norm
         self._params = list(model.parameters())
         batches = [batch for part in micro_batches for batch in part]
-        self.sequences, self.kept = sequences_of(batches), sum(len(batch.rows) for batch in batches)
+        self.sequences, self.kept = sequences_of(batches), sum(len(batch.token_indices) for batch in batches)
         self._n_forget = sum(int(((b.labels.cpu() != -100) & b.is_forget[:, None]).sum()) for b in batches)
         self._n_retain = self.kept - self._n_forget
 
@@ -114,7 +114,7 @@ class EagerStep:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return logits.flatten(0, 1), labels, is_forget
         hidden = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows = batch.rows.to(device)
+        rows = batch.token_indices.to(device)
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[rows]), labels[rows], is_forget[rows]
 
     def phases(self):
@@ -145,7 +145,7 @@ class OurStep:
         if config.gradient_checkpointing:
             self._open.enter_context(checkpointing(model))
         self._graphed = GraphedStep(self._step, self._device) if config.cuda_graph else None
-        self.sequences, self.kept = sequences_of([batch]), len(batch.rows)
+        self.sequences, self.kept = sequences_of([batch]), len(batch.token_indices)
 
     def _step(self, batch):
         return soul.run.step.train_step(

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import os
 import pathlib
@@ -25,8 +26,8 @@ BESIDE = {"backends", "chunks", "errors", "tensors", "tokens"}  # public, and no
 
 
 def stems(folder, prefix=""):
-    found = {path.stem.removeprefix(prefix) for path in (ROOT / folder).glob(f"{prefix}*.py")}
-    return {stem for stem in found if not stem.startswith("_")}
+    every = {path.stem.removeprefix(prefix) for path in (ROOT / folder).glob(f"{prefix}*.py")}
+    return {stem for stem in every if not stem.startswith("_")}
 
 
 def test_every_op_has_its_reference_test_and_benchmark():
@@ -73,6 +74,56 @@ def test_no_modules_import_each_other_in_a_circle(house):
 
 def test_every_function_is_annotated(house):
     assert architecture.without_annotations(house) == []
+
+
+QUOTED = re.compile(r"`(soul(?:_kernels)?(?:\.\w+)+)")
+IMPORTED = re.compile(r"^ *from (soul(?:_kernels)?(?:\.\w+)*) import (\w+(?:, \w+)*)", re.MULTILINE)
+SUFFIXES = (".json", ".md", ".py", ".txt", ".yaml")
+
+
+def documented_names(text):
+    """Return the dotted names of ours that a text quotes in backticks or imports; names of files are none."""
+    names = [name for name in QUOTED.findall(text) if not name.endswith(SUFFIXES)]
+    return names + [f"{module}.{name}" for module, imported in IMPORTED.findall(text) for name in imported.split(", ")]
+
+
+def is_there(name):
+    """Tell whether a dotted name is a module or an attribute of one; what only an extra can import counts as there."""
+    module, *rest = name.split(".")
+    value = importlib.import_module(module)
+    for step in rest:
+        module = f"{module}.{step}"
+        if not hasattr(value, step):
+            if not hasattr(value, "__path__") or importlib.util.find_spec(module) is None:
+                return False
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                return True
+        value = getattr(value, step)
+    return True
+
+
+def test_names_in_documents_and_docstrings_are_there():
+    texts = {path: path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))}
+    for package in ("soul", "soul_kernels"):
+        for path in (ROOT / package).rglob("*.py"):
+            documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, documented)]
+            texts[path] = "\n".join(ast.get_docstring(node) or "" for node in nodes)
+    for path, text in texts.items():
+        missing = [name for name in documented_names(text) if not is_there(name)]
+        assert not missing, f"{path.relative_to(ROOT)} names {missing}"
+
+
+@pytest.mark.parametrize("text, missing", [
+    ("see `soul.losses.NPO(beta=0.1)`, ``soul.data``, `soul_config.json` and `soul.integrations.open_unlearning.trainers`", []),
+    ("`soul.losses.Npo`", ["soul.losses.Npo"]),
+    ("``soul.rewards``", ["soul.rewards"]),
+    ("from soul.models import load, unload", ["soul.models.unload"]),
+])  # fmt: skip
+def test_a_name_that_is_not_there_is_found(text, missing):
+    assert [name for name in documented_names(text) if not is_there(name)] == missing
 
 
 @pytest.mark.parametrize("rule, file, line", [

@@ -23,7 +23,7 @@ from soul.commands.lists import names_of
 from soul.commands.template_options import add_template
 from soul.data.sources import digest, rows
 from soul.distributed.processes import Processes, check_supported, started
-from soul.models.causal_lm import pick_device
+from soul.models.loading import pick_device
 from soul.output.console import print_result
 from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, check_output
 from soul.plan.run import plan_run
@@ -218,7 +218,7 @@ def _run(args: argparse.Namespace) -> None:
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, dtype=args.dtype, device=args.device)
     if processes.first:
         for name, counts in unlearner.counts.items():
-            print(f"{name}: {counts.told(config.max_length)}")
+            print(f"{name}: {counts.summary(config.max_length)}")
     probability_before = unlearner.forget_probability()
     begun = time.perf_counter()
     records = unlearner.run(

@@ -6,7 +6,8 @@ import math
 import torch
 
 from soul.losses import OBJECTIVES
-from soul.models.causal_lm import DTYPES, check_rank, is_named
+from soul.models.adapters import check_rank, is_named
+from soul.models.loading import DTYPES
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul.run.config import UnlearnConfig

@@ -15,7 +15,7 @@ from soul_kernels.tokens import IGNORE_INDEX
 
 TOKENS = 32  # the length of a batch is padded to a multiple of it
 ROWS = 128  # the number of labelled tokens is padded to a multiple of it
-TENSORS = ("input_ids", "labels", "rows", "is_forget", "ref_logps", "ref_hidden")
+TENSORS = ("input_ids", "labels", "token_indices", "is_forget", "ref_logps", "ref_hidden")
 
 Step = Callable[[Batch], dict[str, Tensor]]
 
@@ -23,11 +23,11 @@ Step = Callable[[Batch], dict[str, Tensor]]
 def pad(batch: Batch, tokens: int = TOKENS, rows: int = ROWS) -> Batch:
     """Return the same batch in one of few shapes, all of it on the device.
 
-    Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Indices of rows are filled
+    Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Token indices are filled
     up with the last position, which never has a label.
 
     Args:
-        batch: a `soul.data.batches.Batch` [B, T] with R rows.
+        batch: a `soul.data.batches.Batch` [B, T] with R labelled tokens.
         tokens: T becomes a multiple of it.
         rows: R becomes a multiple of it.
     """
@@ -39,7 +39,7 @@ def pad(batch: Batch, tokens: int = TOKENS, rows: int = ROWS) -> Batch:
         return torch.nn.functional.pad(values, (0, more), value=filling)
 
     # Flat indices b T + t of the wider batch.
-    indices = batch.rows + batch.rows // length * more
+    indices = batch.token_indices + batch.token_indices // length * more
     last = n_sequences * (length + more) - 1
     indices = torch.nn.functional.pad(indices, (0, -len(indices) % rows), value=last)
     ref_hidden = batch.ref_hidden
@@ -50,7 +50,7 @@ def pad(batch: Batch, tokens: int = TOKENS, rows: int = ROWS) -> Batch:
         input_ids=wider(batch.input_ids),
         attention_mask=None,
         labels=wider(batch.labels, IGNORE_INDEX),
-        rows=indices.to(device, non_blocking=True),
+        token_indices=indices.to(device, non_blocking=True),
         is_forget=batch.is_forget.to(device, non_blocking=True),
         ref_hidden=ref_hidden,
     )

@@ -342,7 +342,7 @@ def _gradients(
     own_head = Head(*head(model), **transform(model))
     for start in range(0, len(sequences), batch_size):
         batch = collate(sequences[start : start + batch_size], [], device=own_head.weight.device)
-        options = LinearOptions(token_indices=batch.rows, backend=backend)
+        options = LinearOptions(token_indices=batch.token_indices, backend=backend)
         with autocast(model):
             hidden = hidden_states(model, batch)
             if drawn:
@@ -355,7 +355,7 @@ def _gradients(
                 nll = loss.detach()
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         whole = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)]
-        yield len(batch.rows) / total, whole, nll.detach()
+        yield len(batch.token_indices) / total, whole, nll.detach()
 
 
 def _over_diagonal(grads: Tensors, hessians: Tensors, damping: float) -> list[Tensor]:

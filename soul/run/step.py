@@ -149,7 +149,7 @@ def _loss(
                 ref_logps=batch.ref_logps,
                 reference=None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias),
                 return_logps=True,
-                options=LinearOptions(token_indices=batch.rows, backend=config.backend),
+                options=LinearOptions(token_indices=batch.token_indices, backend=config.backend),
             )
 
     return gathered(model, compute)
@@ -176,12 +176,12 @@ def curvature_loss(model: "PreTrainedModel", batches: list[Batch], curvature: Cu
         curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
         config: `UnlearnConfig`, for ``backend``.
     """
-    n_tokens = Processes.of(model).total(sum(len(batch.rows) for batch in batches))
+    n_tokens = Processes.of(model).total(sum(len(batch.token_indices) for batch in batches))
     generator = curvature.generator() if isinstance(curvature, GNB) else None
 
     def share_of(batch: Batch) -> Tensor:
         if generator is not None:
-            return gnb_loss(model, batch, generator=generator, backend=config.backend) * (len(batch.rows) / n_tokens)
+            return gnb_loss(model, batch, generator=generator, backend=config.backend) * (len(batch.token_indices) / n_tokens)
         return -token_logps(model, batch, config.backend).sum() / n_tokens
 
     for batch in batches[:-1]:

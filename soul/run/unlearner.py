@@ -22,7 +22,9 @@ from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
 from soul.distributed.processes import Processes, check_supported, shard
 from soul.models import causal_lm
+from soul.models.adapters import add_adapters
 from soul.models.encoding import encode_for
+from soul.models.loading import load, pick_device
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import (
     CHECKPOINTS,
@@ -134,11 +136,11 @@ class Unlearner:
         rows = {name: self._rows(name, source) for name, source in data.items()}
         self._digests = {name: sources.digest(rows_of_set) for name, rows_of_set in rows.items()}
         if isinstance(model, (str, os.PathLike)):
-            target = causal_lm.pick_device(device)
+            target = pick_device(device)
             dtype = parameter_dtype(dtype, self.config, adapters, target.type)
             # In several processes no card has room for the whole model: `shard` copies to each what it needs.
             name = os.fspath(model)
-            model, tokenizer = causal_lm.load(name, dtype=dtype, device="cpu" if several else target, mapped=several)
+            model, tokenizer = load(name, dtype=dtype, device="cpu" if several else target, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
@@ -147,7 +149,7 @@ class Unlearner:
             target = next(model.parameters()).device
         if adapters:
             torch.manual_seed(self.config.seed)
-            model = causal_lm.add_adapters(model, **adapters)
+            model = add_adapters(model, **adapters)
         self.model = model
         self.tokenizer = tokenizer
         self._forget = self._examples("forget", rows["forget"])

@@ -19,8 +19,8 @@ import torch
 from soul._extras import require
 from soul.checkpoint.local import save_model
 from soul.evaluate.logs import write_json
-from soul.models.causal_lm import load, pick_device
 from soul.models.encoding import encode_for
+from soul.models.loading import load, pick_device
 from soul.output.console import safe_stream
 from soul.output.directory import check_no_links, check_output, lock
 from soul.output.files import sweep, sync, whole

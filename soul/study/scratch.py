@@ -7,7 +7,7 @@ import torch
 from soul._extras import require
 from soul.data.batches import batches_by_length, collate
 from soul.losses import GradDiff
-from soul.models.causal_lm import pick_device
+from soul.models.loading import pick_device
 from soul.run.config import UnlearnConfig, build_scheduler
 from soul.run.step import train_step
 

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, functional, losses, unlearning_loss
+from soul import SOUL, SophiaG, losses, unlearning_loss
 from soul.data.batches import collate
 from soul.data.examples import Example, encode
 from soul.integrations import trl
@@ -179,7 +179,7 @@ def test_compat_of_a_batch_is_open_unlearnings_code(name, longer):
     ("undial, kl", "forget", 'objective.retain == "kl"', 'objective.retain == "ce"'),
 ])  # fmt: skip
 def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypatch):
-    monkeypatch.setattr(functional, "labels_as_coded", mutant("soul.functional", old, new, tmp_path).labels_as_coded)
+    monkeypatch.setattr("soul.model_loss.labels_as_coded", mutant("soul.compat", old, new, tmp_path).labels_as_coded)
     with pytest.raises(AssertionError):
         check_compat_of(name, longer)
 
@@ -191,7 +191,7 @@ def test_loss_of_a_batch_by_the_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("name, old, new", [
-    ("dpo", "torch.stack(padded[: len(forget)], 1).flatten(0, 1)", "torch.cat(padded[: len(forget)])"),  # not interleaved
+    ("dpo", "torch.stack(padded[:n_forget_sides], 1).flatten(0, 1)", "torch.cat(padded[:n_forget_sides])"),  # not interleaved
     ("npo", "index_copy_(0, here, sums)", "index_copy_(0, here.flip(0), sums)"),  # another sequence's reference
     ("klmin", '"retain": ~is_forget', '"retain": is_forget'),  # the reference of the wrong half
     ("graddiff", "< n_forget", "< n_forget - 1"),

@@ -600,7 +600,7 @@ def check_formulas(module, name, device):
     ({"weight": Head(torch.zeros(131, 16)), "bias": torch.zeros(131)}, "bias: expected None beside a Head, .* got a tensor"),
     ({"weight": [[0.0] * 16] * 131}, r"weight: expected a tensor \[V, D\] or a Head, got list"),
     ({"is_forget": torch.ones(4, dtype=torch.bool)}, r"is_forget: expected shape \(5,\), got \(4,\)"),
-    ({"ref_logps": None}, r"ref_logps: expected one value a sequence, got None"),
+    ({"ref_logps": None}, r"ref_logps: expected one value per sequence, got None"),
     ({"is_forget": torch.ones(5, dtype=torch.int64)}, r"is_forget: expected dtype torch.bool, got torch.int64"),
     ({"token_indices": torch.tensor([4, 3])}, r"token_indices: expected rising indices in \[0, 45\)"),
     ({"token_indices": torch.tensor([3, 3, 4])}, r"token_indices: expected rising indices in \[0, 45\)"),

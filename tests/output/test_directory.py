@@ -13,7 +13,7 @@ import soul
 from soul.checkpoint import Checkpoints, Stopped, save_model
 from soul.cli import main
 from soul.data.examples import Example
-from soul.models.causal_lm import load
+from soul.models.loading import load
 from soul.output.directory import occupy
 from soul.output.files import scratch_path
 from soul.run.config import UnlearnConfig

@@ -17,7 +17,8 @@ from soul import Unlearner
 from soul.cli import main
 from soul.data.batches import collate
 from soul.data.examples import Sequence
-from soul.models.causal_lm import add_adapters, checkpointing, hidden_states
+from soul.models.adapters import add_adapters
+from soul.models.causal_lm import checkpointing, hidden_states
 from soul.models.ref_model import reference_head
 from soul.optim.release import release_gradients
 from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
@@ -91,7 +92,7 @@ def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, 
         extra = peak_bytes(step, torch.device("cpu"))
     always += [value for state in optimizer.state.values() for value in state.values()]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in always}.values())
-    tokens = Tokens(sequences, length, labelled=len(batches[0].rows), padded=ragged)
+    tokens = Tokens(sequences, length, labelled=len(batches[0].token_indices), padded=ragged)
     case = Case(shape, config, tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
     return Measured(case, before, extra)
 
@@ -254,7 +255,7 @@ def test_a_dry_run_knows_the_batches_of_the_run(place, options, monkeypatch):
     def step(model, batches, *others):
         for part in batches:
             compared = 0 if part.ref_hidden is None else int((part.labels != -100)[~part.is_forget].sum())
-            seen.append((*part.labels.shape, len(part.rows), compared))
+            seen.append((*part.labels.shape, len(part.token_indices), compared))
         return {name: torch.zeros(()) for name in ("loss", "forget_nll")}
 
     monkeypatch.setattr(soul.run.loop, "train_step", step)

@@ -306,7 +306,7 @@ def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
     results = []
     for chunk_bytes in (2**30, 14 * row_bytes):
         recorded = Counted(objective)
-        options = LinearOptions(token_indices=batch.rows, chunk_bytes=chunk_bytes, backend="triton")
+        options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend="triton")
         loss = linear_objective(
             hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, ref_logps=batch.ref_logps,
             reference=Reference(batch.ref_hidden), options=options,
@@ -438,7 +438,7 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
             real(optimizer, **options)
 
         monkeypatch.setattr(step_module, "gnb_loss", lambda model, batch, generator, backend:
-                            -token_logps(model, batch, backend).sum() / len(batch.rows))  # fmt: skip
+                            -token_logps(model, batch, backend).sum() / len(batch.token_indices))  # fmt: skip
         monkeypatch.setattr(soul.SophiaG, "update_hessian", spy)
         model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
         assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)

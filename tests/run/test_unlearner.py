@@ -15,6 +15,7 @@ from soul.cli import main
 from soul.data.batches import collate
 from soul.data.sources import read_examples
 from soul.models import causal_lm
+from soul.models.loading import load
 from soul.optim.step_groups import StepGroups
 from soul.run.config import build_optimizer, build_scheduler, parameter_dtype
 from soul.run.graph import GraphedStep, pad
@@ -97,14 +98,14 @@ def test_adapters_by_flag(place, tmp_path):
     before = logits(base)
     want = logits(peft.PeftModel.from_pretrained(base, tmp_path / "lora"))
     assert (want - before).abs().max() > 1e-3
-    loaded, _ = causal_lm.load(tmp_path / "lora")
+    loaded, _ = load(tmp_path / "lora")
     assert torch.equal(logits(loaded), want)
     flags = ("--lora-rank=4", "--lora-alpha=8", "--lora-targets=q_proj,v_proj", "--merge", "--dtype=float32")
     assert main(words(place, tmp_path / "merged", *flags)) == 0
     merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "merged", place / "model"))
     changed = {n for (n, p), q in zip(merged.named_parameters(), base.parameters()) if not torch.equal(p, q)}
     assert len(changed) == 4 and all("q_proj" in name or "v_proj" in name for name in changed)
-    again, _ = causal_lm.load(tmp_path / "lora", dtype="bfloat16")
+    again, _ = load(tmp_path / "lora", dtype="bfloat16")
     assert {p.dtype for n, p in again.named_parameters() if "lora" not in n} == {torch.bfloat16}
 
 
@@ -218,7 +219,7 @@ def test_influence_is_a_method(place, tmp_path):
     flags += [f"--output={tmp_path / 'out'}"]
     assert main(["unlearn", *flags]) == 0
     (record,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    model, tokenizer = causal_lm.load(place / "model")
+    model, tokenizer = load(place / "model")
     config = UnlearnConfig(method="influence", batch_size=2)
     parts = prepare(model, tokenizer, *(read_examples(arguments[name]) for name in ("forget", "retain")), config)
     results = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
@@ -226,7 +227,7 @@ def test_influence_is_a_method(place, tmp_path):
     assert all(record[name] == pytest.approx(results[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
-    assert not torch.equal(logits(saved), logits(causal_lm.load(place / "model")[0]))
+    assert not torch.equal(logits(saved), logits(load(place / "model")[0]))
 
 
 def test_schedules():
@@ -270,7 +271,7 @@ class Padded(GraphedStep):
 
     def __call__(self, batch):
         batch = pad(batch, tokens=8, rows=16)
-        self.shapes.add((tuple(batch.input_ids.shape), len(batch.rows)))
+        self.shapes.add((tuple(batch.input_ids.shape), len(batch.token_indices)))
         return self._step(batch)
 
 
@@ -295,17 +296,21 @@ def check_padding(module):
     """Labels stay beside their tokens, every labelled row is there once, and what is added has no label."""
     batch = collate(sequences(3), sequences(5)[3:], ref_logps=[-1.0] * 3)
     wide = module.pad(batch, tokens=16, rows=64)
-    assert wide.labels.shape == (5, 16) and len(wide.rows) == 64 and wide.attention_mask is None
+    assert wide.labels.shape == (5, 16) and len(wide.token_indices) == 64 and wide.attention_mask is None
     length = batch.labels.shape[1]
     assert torch.equal(wide.labels[:, :length], batch.labels) and (wide.labels[:, length:] == -100).all()
     assert torch.equal(wide.input_ids[:, :length], batch.input_ids)
     kept = (wide.labels.flatten() != -100).nonzero()[:, 0]
-    assert torch.equal(wide.rows[: len(kept)], kept) and (wide.labels.flatten()[wide.rows[len(kept) :]] == -100).all()
+    assert (
+        torch.equal(wide.token_indices[: len(kept)], kept)
+        and (wide.labels.flatten()[wide.token_indices[len(kept) :]] == -100).all()
+    )
     weight, hidden = torch.randn(300, 8, requires_grad=True), torch.randn(5, 16, 8)
     loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget,
-                            ref_logps=wide.ref_logps, options=LinearOptions(wide.rows, backend="triton"))  # fmt: skip
+                            ref_logps=wide.ref_logps, options=LinearOptions(wide.token_indices, backend="triton"))  # fmt: skip
     plain = linear_objective(hidden[:, :length], weight, batch.labels, soul.losses.NPO(), is_forget=batch.is_forget,
-                             ref_logps=batch.ref_logps, options=LinearOptions(batch.rows, backend="triton"))  # fmt: skip
+                             ref_logps=batch.ref_logps,
+                             options=LinearOptions(batch.token_indices, backend="triton"))  # fmt: skip
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 

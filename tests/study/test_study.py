@@ -17,7 +17,7 @@ from soul.cli import main
 from soul.data import fictitious
 from soul.data.examples import encode
 from soul.evaluate.model import answer_probability, generate, kl_divergence
-from soul.models.causal_lm import load
+from soul.models.loading import load
 from soul.output.directory import lock
 from soul.output.files import scratch_path
 from soul.study import run as study_run
