@@ -1,7 +1,7 @@
 """Options of the commands that plan."""
 
-from soul.plan._case import check_where
 from soul.plan.cards import CARDS, NETWORK, card_of
+from soul.plan.case import check_where
 
 
 def add_card(group, hint=""):

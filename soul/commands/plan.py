@@ -37,7 +37,7 @@ def add_arguments(parser):
 def run(args):
     """Runs the command."""
     from soul.plan import plan
-    from soul.plan._plan import tokens_of
+    from soul.plan.planner import tokens_of
     from soul.run.config import UnlearnConfig
 
     names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",

@@ -21,8 +21,8 @@ from soul.models.causal_lm import add_adapters, checkpointing, hidden_states
 from soul.models.ref_model import reference_head
 from soul.optim.release import release_gradients
 from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
-from soul.plan._case import Case
 from soul.plan.activations import layer_bytes
+from soul.plan.case import Case
 from soul.plan.memory import BACKWARD, FORWARD, STEP, phases, resident
 from soul.plan.run import plan_run
 from soul.plan.scaling import with_tables
