@@ -84,17 +84,17 @@ def test_every_arm_is_searched_as_much():
 
 
 def test_arms_differ_in_the_optimizer_alone():
-    made = {run.arm: unlearn_config(run, TINY) for run in runs(TINY) if run.objective != INFLUENCE}
+    configs = {run.arm: unlearn_config(run, TINY) for run in runs(TINY) if run.objective != INFLUENCE}
     fields = ("optimizer", "published_code", "curvature", "clip_target")
-    told = {arm: tuple(getattr(config, name) for name in fields) for arm, config in made.items()}
-    assert told == {
+    options = {arm: tuple(getattr(config, name) for name in fields) for arm, config in configs.items()}
+    assert options == {
         "adamw": ("adamw", False, "unlearn", None),
         "soul": ("soul", True, "unlearn", None),
         "soul_retain": ("soul", False, "retain", 0.3),
         "soul_gnb": ("soul", False, "gnb", 0.3),
     }
     fields += ("curvature_every",)
-    rest = [{n: v for n, v in dataclasses.asdict(c).items() if n not in fields} for c in made.values()]
+    rest = [{n: v for n, v in dataclasses.asdict(c).items() if n not in fields} for c in configs.values()]
     assert all(other == rest[0] for other in rest)
 
 
@@ -108,7 +108,7 @@ def test_pareto_front_and_its_area():
     assert hypervolume([(0.2, 0.0), (0.5, -5.0)], (0.25, -10.0)) == 0.25 * 5
 
 
-def test_choice_keeps_what_must_be_kept():
+def test_a_chosen_run_keeps_the_retain_probability():
     before = {"retain_prob": 0.8, "forget_quality": -9.0}
     rows = [{"retain_prob": 0.77, "forget_quality": -4.0}, {"retain_prob": 0.8, "forget_quality": -6.0},
             {"retain_prob": 0.75, "forget_quality": 0.0}, {"diverged": "nan"}]  # fmt: skip
@@ -129,21 +129,21 @@ def test_choice_keeps_what_must_be_kept():
     ([5.0], OPEN, False),  # one seed tells nothing
 ])  # fmt: skip
 def test_verdict(differences, outcome, sure):
-    found = verdict(differences)
-    assert found["outcome"] == outcome
-    assert sure == (found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0)
+    result = verdict(differences)
+    assert result.outcome == outcome
+    assert sure == (result.interval is not None and result.interval[0] * result.interval[1] > 0) == result.excludes_zero
 
 
 def test_interval_is_students():
-    low, high = verdict([1.0, 3.0, 2.0])["interval"]
+    low, high = verdict([1.0, 3.0, 2.0]).interval
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
 def test_chance_is_how_often_equals_get_a_verdict():
     draws = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0)).tolist()
     for n in (2, 3, 4):
-        told = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
-        assert abs(told - chance(n)) < 0.015
+        frequency = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
+        assert abs(frequency - chance(n)) < 0.015
 
 
 def verdict_is_beyond_spread(differences):
@@ -266,9 +266,9 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     for picture in ("frontiers", "utility", "curves", "clipped"):
         assert f"({picture}.png)" in text and (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert report(json.loads((output / "results.json").read_text()), title="Small") == text  # of the JSON alone
-    told = " ".join(text.split())
-    assert "Per seed (0, 1), two Llamas" in told and "With 2 seeds chance alone does that for 39% of comparisons" in told
-    assert "95% interval" in told and "/2 seeds" in told and "means over the seeds that did not diverge;" in told
+    words = " ".join(text.split())
+    assert "Per seed (0, 1), two Llamas" in words and "With 2 seeds chance alone does that for 39% of comparisons" in words
+    assert "95% interval" in words and "/2 seeds" in words and "means over the seeds that did not diverge;" in words
     assert load(output / "seed0" / "full")[1]("x").input_ids  # what `soul unlearn` can go on with
     logs = list((output / "seed1" / "runs").glob("npo_*_lr0.001_alpha1.jsonl"))
     assert len(logs) == 4 and all(len(log.read_text().splitlines()) == 2 * 2 for log in logs)  # epochs, batches
@@ -320,10 +320,10 @@ def test_the_report_of_one_seed_speaks_of_no_spread(one_seed):
     text = (output / "report.md").read_text()
     assert report(json.loads((output / "results.json").read_text()), title="One") == text
     text = " ".join(text.split())
-    assert "With one seed (4), two Llamas" in text and "One seed tells nothing of the spread: no verdict." in text
+    assert "With one seed (4), two Llamas" in text and "One seed says nothing about the spread: no verdict." in text
     difference = r"- \*\*NPO, SOUL as published\*\*: in best forget quality [+-]\d+\.\d\d; in hypervolume [+-]\d+\.\d\d\. "
     assert re.search(difference, text) and text.count("/1 seed |") == 4 and "/1 seed, 1 of 1 runs diverged |" in text
-    for word in ("±", "interval", "wins", "deviation", "over the seeds", "Per seed", "Of each seed", "three", " seeds"):
+    for word in ("±", "interval", "wins", "deviation", "over the seeds", "Per seed", "For each seed", "three", " seeds"):
         assert word not in text, word
 
 
@@ -425,9 +425,11 @@ def test_a_worker_that_dies_is_an_error_of_the_system(one_seed, monkeypatch):
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda name: context)
     monkeypatch.setattr("soul.study.run._in_worker", None)
-    with pytest.raises(OSError, match="unlearn: a worker process has died, .*; the same command goes on from the results in "):
-        with study_run._workers(dataclasses.replace(TINY, workers=2)) as each:
-            each(_die, one_seed, [1, 2, 3], "unlearn")
+    with pytest.raises(
+        OSError, match="unlearn: a worker process has died, .*; the same command continues from the results in "
+    ):
+        with study_run._workers(dataclasses.replace(TINY, workers=2)) as run_jobs:
+            run_jobs(_die, one_seed, [1, 2, 3], "unlearn")
 
 
 def _die(study, job):
@@ -465,7 +467,7 @@ def test_real_data_goes_through_the_whole_study(tmp_path):
     results = run_study(output, data, config)
     text = write_report(Study(output, data, config), results, title="TOFU").read_text()
     assert len(results["rows"]) == 5 and not any("diverged" in row for row in results["rows"])
-    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "One seed tells nothing of the spread: no verdict." in text
+    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "One seed says nothing about the spread: no verdict." in text
 
 
 @pytest.mark.parametrize("words, message", [
