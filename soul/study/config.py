@@ -38,7 +38,7 @@ class StudyConfig:
         objectives: names in ``OBJECTIVES``.
         lrs: arm -> learning rates, equally many for each arm; together with ``alphas`` they are the grid of the arm.
         alphas: weights of the retain term; the weight of the forget term is 1.
-        clip_target: fraction of clipped coordinates that SOUL keeps to, in the arms with another curvature than the published.
+        clip_target: fraction of coordinates to clip in the arms with retain curvature and GNB, as in `UnlearnConfig`.
         curvature_every: steps between two refreshes of the curvature in these arms.
         dampings: dampings of the influence update; together with ``steps`` they are its grid, of equally many points.
         steps: factors of the influence update.
@@ -83,7 +83,7 @@ class StudyConfig:
             value = tuple(getattr(self, name))
             setattr(self, name, value)
             if not value or len(set(value)) < len(value):
-                raise argument_error(name, "at least one, each once", value, "check the options")
+                raise argument_error(name, "at least one value, and none twice", value, "check the options")
         for name in self.objectives:
             check_choice("objectives", name, tuple(OBJECTIVES))
         for seed in self.seeds:
@@ -95,7 +95,7 @@ class StudyConfig:
         sizes = {arm: len(set(lrs)) * len(self.alphas) for arm, lrs in self.lrs.items()}
         sizes[INFLUENCE] = len(self.dampings) * len(self.steps)
         if len(set(sizes.values())) > 1:
-            raise argument_error("lrs", "grids of as many points for every arm", sizes, "no arm is searched more than another")
+            raise argument_error("lrs", "grids of equal size for every arm", sizes, "no arm may be searched more than another")
         check_range("keep", self.keep, high=1.0)
         check_choice("backend", self.backend, BACKENDS)
 
