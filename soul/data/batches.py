@@ -15,7 +15,7 @@ class Batch:
 
     Attributes:
         input_ids: [B, T] int64.
-        attention_mask: [B, T] int64, 0 at padding.
+        attention_mask: [B, T] int64, 0 at padding; or None, where nothing attends to padding.
         labels: [B, T] int64, shifted, -100 at prompts and padding.
         rows: [R] int64 on the CPU, flat indices of the labelled positions: known here, so the device need not be asked.
         is_forget: [B] bool, on the CPU like ``rows``.
@@ -25,7 +25,7 @@ class Batch:
     """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
     labels: torch.Tensor
     rows: torch.Tensor
     is_forget: torch.Tensor

@@ -11,7 +11,7 @@ from soul.plan.case import Tokens, objective_of
 from soul.plan.planner import Plan, plan
 from soul.plan.shapes import PRESETS, SHORT_NAMES, empty_model, read_config, shape_of
 from soul.run.config import UnlearnConfig
-from soul.run.feed import chosen, micro_batches, order_of, together
+from soul.run.feed import micro_batches, order_of, sequence_indices, sequences_per_example
 from soul.run.prepare import prepare
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error
@@ -63,11 +63,11 @@ def plan_run(
 def _steps(config: UnlearnConfig, forget: list[TokenSequence], retain: list[TokenSequence]) -> Iterator[list[Tokens]]:
     """Yield the `Tokens` of the micro-batches of each step, in the order in which `soul.run.loop.unlearn` takes them."""
     objective = objective_of(config)
-    n_together = together(objective)
+    per_example = sequences_per_example(objective)
     compared_set = None if objective.divergence is None else objective.divergence.of
-    for _, forget_examples, retain_indices in order_of(forget, retain, n_together, config):
+    for _, forget_examples, retain_indices in order_of(forget, retain, per_example, config):
         yield [
-            _tokens([forget[i] for i in chosen(of_forget, n_together)], [retain[i] for i in of_retain], compared_set)
+            _tokens([forget[i] for i in sequence_indices(of_forget, per_example)], [retain[i] for i in of_retain], compared_set)
             for of_forget, of_retain in micro_batches(forget_examples, retain_indices, config.batch_size)
         ]
 

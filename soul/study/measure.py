@@ -9,7 +9,7 @@ import torch
 
 from soul.data.examples import Sequence
 from soul.evaluate import metrics
-from soul.evaluate.model import Asked, EvaluateConfig, answer_columns, encode_questions, kl_divergence, ratio_columns
+from soul.evaluate.model import EncodedQuestions, EvaluateConfig, answer_columns, encode_questions, kl_divergence, ratio_columns
 from soul.models.encoding import encode_for
 from soul.study.config import StudyConfig
 from soul.study.data import StudyData
@@ -44,8 +44,8 @@ class Start:
     retain_model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     options: EvaluateConfig
-    forget: Asked
-    questions: Asked
+    forget: EncodedQuestions
+    questions: EncodedQuestions
     retain: list[Sequence]
     holdout: list[Sequence]
     retain_ratios: torch.Tensor
@@ -80,7 +80,7 @@ def encode_start(
     )
 
 
-def truth_ratios(model: "PreTrainedModel", questions: Asked, options: EvaluateConfig) -> torch.Tensor:
+def truth_ratios(model: "PreTrainedModel", questions: EncodedQuestions, options: EvaluateConfig) -> torch.Tensor:
     """Return `soul.evaluate.metrics.truth_ratio` of every question, [n]."""
     columns = ratio_columns(model, questions, options)
     return metrics.truth_ratio(columns["avg_paraphrased_loss"], columns["average_perturb_loss"])

@@ -49,12 +49,12 @@ def fresh_accelerate():
 
 
 def arguments(folder, **options):
-    given = dict(
+    defaults = dict(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, max_grad_norm=0, remove_unused_columns=False,
         learning_rate=1e-3, lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
         logging_steps=1,
     )  # fmt: skip
-    return transformers.TrainingArguments(**(given | options))
+    return transformers.TrainingArguments(**(defaults | options))
 
 
 def make(folder, model, objective, *, forget=6, retain=5, soul_args=None, cls=UnlearnTrainer, **options):
@@ -535,7 +535,7 @@ def test_loss_and_optimizer_under_fsdp2(tmp_path):
     batch, model = torch.load(tmp_path / "batch.pt", weights_only=True), tiny_model("llama, untied")
     batch["forget"]["ref_logps"] = torch.tensor([-20.0, -25.0, -21.0])
     torch.save(batch, tmp_path / "batch.pt")
-    found = run(tmp_path, sharded_worker)
+    results = run(tmp_path, sharded_worker)
     groups = [[p for n, p in model.named_parameters() if ("norm" in n) == norm] for norm in (False, True)]
     optimizer = SOUL([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], 1e-3,
                      max_grad_norm=0.1)  # fmt: skip
@@ -544,8 +544,8 @@ def test_loss_and_optimizer_under_fsdp2(tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert all(torch.allclose(values[step], loss, rtol=1e-5) for values, _ in found)
-    for _, parameters in found:
+        assert all(torch.allclose(values[step], loss, rtol=1e-5) for values, _ in results)
+    for _, parameters in results:
         for got, want in zip(parameters, model.parameters()):
             assert (got - want).abs().max() < 1e-4  # a tenth of a step: at the threshold a coordinate may fall either way
 

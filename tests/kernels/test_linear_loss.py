@@ -509,8 +509,8 @@ def test_a_weight_changed_before_backward_is_noticed(backend, device):
     ("_head.rows", "out.add_(head.bias)", "out"),
     ("_head.gradients", "dlogits.sum(0, dtype=self.bias.dtype)", "0.0"),
     ("_head.rows", "_product(self.x[start:stop]", "_product(self.x[local]"),
-    ("token_logprob", "gradient = tl.where(columns == label, at_label, -", "gradient = tl.where(columns == label, -at_label, "),
-    ("token_logprob", "coefficient = tl.load(coefficients_ptr + row)", "coefficient = 0.0"),  # zero gradient
+    ("token_logprob", "row.label, factors.at_label, -", "row.label, -factors.at_label, "),
+    ("token_logprob", "coefficient = tl.load(coefficients_ptr + row.index)", "coefficient = 0.0"),  # zero gradient
 ])  # fmt: skip
 def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     use_mutant(module, old, new, tmp_path, monkeypatch)

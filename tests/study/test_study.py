@@ -292,7 +292,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
         run_study(output, demo_data(dataclasses.replace(config, seeds=(5,))), config)
     with open(output / "study.json", encoding="utf-8") as other:
         lock(other, "output", output)
-        with pytest.raises(ValueError, match="output: expected a directory in which nothing runs"):
+        with pytest.raises(ValueError, match="output: expected a directory that no run is using"):
             run_study(output, data, config)
 
 
