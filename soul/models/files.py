@@ -10,6 +10,7 @@ regular expressions of adapters take (`check_patterns`). What a chat template ma
 """
 
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -32,7 +33,7 @@ SIZE = re.compile(r"(size|dim|positions?|embeddings|embd|width)$")
 NAME = re.compile(r"[\w.-]*")
 
 
-def config_of(name: str | pathlib.Path, revision: str | None = None) -> dict[str, Any]:
+def config_of(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
     """Return the content of a model's ``config.json`` as a dict, checked by `check_config`.
 
     Args:

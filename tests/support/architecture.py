@@ -31,7 +31,7 @@ WINGS = {
     "evaluate": {"_extras", "data", "models", "output"},
     "checkpoint": {"_extras", "distributed", "models", "output"},
     "run": {"_extras", "checkpoint", "data", "distributed", "evaluate", "losses", "models", "optim", "output"},
-    "plan": {"_extras", "distributed", "losses", "models", "optim", "run"},
+    "plan": {"_extras", "data", "distributed", "losses", "models", "optim", "run"},
     "study": {"_extras", "checkpoint", "data", "evaluate", "losses", "models", "output", "run"},
     "integrations": {"compat", "data", "distributed", "losses", "model_loss", "models", "optim"},
     "": {"functional", "losses", "model_loss", "models", "optim", "plan", "run"},
