@@ -1,20 +1,22 @@
-"""What the benchmarks of ops on hidden states and a head share: inputs, losses in plain PyTorch, the floor, errors.
+"""Inputs, losses in plain PyTorch, the floor, and errors for the benchmarks of ops on hidden states and a head.
 
-Every variant of a case is a function of the same `Inputs`; it returns the loss, or the loss and a detail: what it knows of
-every token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case:
+Every variant of a case is a function of the same `Inputs`; it returns the loss, or the loss and a detail: a value of every
+token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case:
 their errors against fp64 on flat and on peaked inputs, and forward and backward of the flat ones to be timed.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from bench._harness import Case, compiled
-from soul.losses import NPO, PO, GradDiff, KLMin
-from soul_kernels import TokenBatch, linear_gnb, linear_objective
+from soul.losses import NPO, PO, GradDiff, KLMin, Objective
+from soul_kernels import LinearOptions, Reference, TokenBatch, linear_gnb, linear_objective
 from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
 from soul_kernels.reference.token_logprob import token_logprob
 
@@ -26,12 +28,18 @@ SHAPES = ((2048, 128256), (4096, 32000), (4096, 128256))  # D, V: Llama-3.2-1B, 
 SIZES = (4096, 512, 16384)  # N: tokens of a batch
 SMALL, QUICK = (256, 128, 4000), (32, 64, 1000)  # N, D, V where there is no GPU
 # Each over all tokens of the batch, but for the two that need forget and retain sequences: half of each.
-LOSSES = {"CE": PO(alpha=0.0), "GradDiff": GradDiff(), "NPO": NPO(), "KL": KLMin(gamma=0.0), "GNB": PO(alpha=0.0)}
+LOSSES: dict[str, Objective] = {
+    "CE": PO(alpha=0.0),
+    "GradDiff": GradDiff(),
+    "NPO": NPO(),
+    "KL": KLMin(gamma=0.0),
+    "GNB": PO(alpha=0.0),
+}
 
 
 @dataclasses.dataclass
 class Inputs:
-    """What goes into a loss. All tokens are kept, so that the work is equal, whether a variant drops ignored ones or not.
+    """Inputs of a loss. All tokens are kept, so that the work is equal, whether a variant drops ignored ones or not.
 
     Attributes:
         hidden: [B, T, D], requires grad.
@@ -39,8 +47,11 @@ class Inputs:
         labels: [B, T] int64.
         is_forget: [B] bool.
         ref_logps: [B] fp32, or None.
-        ref_hidden: [B, T, D] of the reference, close to hidden, or None.
+        ref_hidden: [B, T, D] of the reference model, close to hidden, or None.
         uniforms: [B, T] fp32, from which labels are drawn, or None.
+        keep: [B, T] bool, the tokens that count.
+        token_indices: [R] int64 on the CPU, their flat indices; there they spare ours a wait for the device.
+        is_forget_on_cpu: ``is_forget`` on the CPU, for the same reason.
     """
 
     hidden: torch.Tensor
@@ -51,35 +62,45 @@ class Inputs:
     ref_hidden: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert (self.labels >= 0).all(), "an ignored token would be less work for those who drop it"
         self.keep = torch.ones_like(self.labels, dtype=torch.bool)
-        # On the CPU they spare ours a wait for the device.
-        self.rows, self.is_forget_on_cpu = torch.arange(self.labels.numel()), self.is_forget.cpu()
+        self.token_indices = torch.arange(self.labels.numel())
+        self.is_forget_on_cpu = self.is_forget.cpu()
 
     @property
-    def ref_weight(self):
-        """Head of the reference: the same numbers, frozen."""
-        return self.weight.detach()
+    def reference(self) -> Reference:
+        """The reference model: its head has the same numbers as the model's, frozen."""
+        assert self.ref_hidden is not None, "inputs of a loss without a reference model"
+        return Reference(self.ref_hidden, self.weight.detach())
 
     @property
-    def trained(self):
-        """The tensors whose gradients are wanted."""
+    def trained(self) -> list[torch.Tensor]:
+        """The tensors whose gradients are computed."""
         return [tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad]
 
     @property
-    def flat(self):
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [N, D] and labels [N]."""
         return self.hidden.flatten(0, 1), self.labels.flatten()
 
 
-def make_inputs(loss, n, d, n_vocab, device, dtype, *, frozen):
-    """``{"flat": Inputs, "peaked": Inputs}`` for one of `LOSSES`; they share head and labels.
+Output: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a loss, or a loss and a detail
+Function: TypeAlias = Callable[[Inputs], Output]
+Functions: TypeAlias = Mapping[str, Callable[[], Function]]  # name of a variant -> function that makes it
+Exact: TypeAlias = tuple[float, torch.Tensor, float | None, torch.Tensor, torch.Tensor | None]
+
+
+def make_inputs(
+    loss: str, n: int, d: int, n_vocab: int, device: torch.device, dtype: torch.dtype, *, frozen: bool
+) -> dict[str, Inputs]:
+    """Return ``{"flat": Inputs, "peaked": Inputs}`` for one of `LOSSES`; they share head and labels.
 
     Flat: logits of standard deviation 2, as before training: p(label) about 1 / V. Peaked: every label has p between 0.98 and
     0.9999 or so, as in memorised text, which is where unlearning starts and where 1 - p is easily lost.
     """
-    shape = B, T = 8, n // 8
+    B = 8
+    shape = (B, n // B)
     weight = (torch.randn(n_vocab, d, device=device, dtype=dtype) * (2 / d**0.5)).requires_grad_(not frozen)
     labels = torch.randint(n_vocab, shape, device=device)
     n_forget = {"GradDiff": B // 2, "NPO": B // 2, "KL": 0}.get(loss, B)
@@ -88,8 +109,8 @@ def make_inputs(loss, n, d, n_vocab, device, dtype, *, frozen):
     at_label = weight.detach()[labels].float()
     gap = torch.empty(*shape, 1, device=device).uniform_(4.0, 9.0)  # log(p / (1 - p))
     share = (math.log(n_vocab) + 0.5 + gap) / at_label.square().sum(-1, keepdim=True)
-    found = {"flat": flat, "peaked": (0.5 * flat + share * at_label).to(dtype)}
-    for kind, hidden in found.items():
+    inputs_of = {}
+    for kind, hidden in (("flat", flat), ("peaked", (0.5 * flat + share * at_label).to(dtype))):
         inputs = Inputs(hidden.requires_grad_(), weight, labels, is_forget)
         if loss == "NPO":  # a little off the model itself, where no sequence is saturated
             inputs.ref_logps = summed_logps(inputs) + 3 * torch.randn(B, device=device)
@@ -97,38 +118,38 @@ def make_inputs(loss, n, d, n_vocab, device, dtype, *, frozen):
             inputs.ref_hidden = (hidden + 0.1 * torch.randn_like(hidden)).detach()
         if loss == "GNB":
             inputs.uniforms = torch.rand(*shape, device=device)
-        found[kind] = inputs
-    return found
+        inputs_of[kind] = inputs
+    return inputs_of
 
 
 @torch.no_grad()
-def summed_logps(inputs):
+def summed_logps(inputs: Inputs) -> torch.Tensor:
     """Log-probability of each sequence, [B] fp32."""
     x, labels = inputs.flat
-    parts = zip(x.split(EXACT_ROWS), labels.split(EXACT_ROWS))
-    logps = [-F.cross_entropy((part @ inputs.weight.T).float(), of_part, reduction="none") for part, of_part in parts]
+    chunks = zip(x.split(EXACT_ROWS), labels.split(EXACT_ROWS))
+    logps = [-F.cross_entropy((x @ inputs.weight.T).float(), labels, reduction="none") for x, labels in chunks]
     return torch.cat(logps).view(inputs.labels.shape).sum(1)
 
 
-def eager_objective(inputs, objective):
-    """Logits rounded to the dtype of the inputs, then fp32; log-softmax; objective: what a careful user writes."""
+def eager_objective(inputs: Inputs, objective: Objective) -> Output:
+    """Logits rounded to the dtype of the inputs, then fp32; log-softmax; objective: the code of a careful user."""
     x, labels = inputs.flat
     logits = (x @ inputs.weight.T).float()
     logps = -F.cross_entropy(logits, labels, reduction="none").view(inputs.labels.shape)
     return objective(logps, TokenBatch.from_labels(inputs.labels, inputs.is_forget, inputs.ref_logps)), logps.detach()
 
 
-def eager_kl(inputs):
+def eager_kl(inputs: Inputs) -> Output:
     """Mean of ``KL(reference || model)`` from fp32 log-softmaxes of both."""
     x, _ = inputs.flat
     log_p = (x @ inputs.weight.T).float().log_softmax(-1)
     with torch.no_grad():
-        log_q = (inputs.ref_hidden.flatten(0, 1) @ inputs.ref_weight.T).float().log_softmax(-1)
+        log_q = (inputs.reference.hidden.flatten(0, 1) @ inputs.weight.detach().T).float().log_softmax(-1)
     values = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     return values.mean(), values.detach().view(inputs.labels.shape)
 
 
-def eager_gnb(inputs):
+def eager_gnb(inputs: Inputs) -> Output:
     """Cross-entropy with labels from ``torch.multinomial``."""
     x, _ = inputs.flat
     logits = (x @ inputs.weight.T).float()
@@ -136,29 +157,30 @@ def eager_gnb(inputs):
     return F.cross_entropy(logits, labels), labels.view(inputs.labels.shape)
 
 
-def bare_gemms(inputs, with_reference):
-    """The matrix products alone, in chunks, in the dtype of the inputs: the floor.
+def bare_gemms(inputs: Inputs, with_reference: bool) -> None:
+    """Compute the matrix products alone, in chunks, in the dtype of the inputs: the floor.
 
-    3 for a trained head (logits, dX, dW), 2 for a frozen one, and 1 for the logits of a reference.
+    3 for a trained head (logits, dX, dW), 2 for a frozen one, and 1 for the logits of a reference model.
     """
     x, _ = inputs.flat
     x, w = x.detach(), inputs.weight.detach()
+    ref_x = inputs.reference.hidden.flatten(0, 1) if with_reference else None
     rows = min(len(x), FLOOR_ROWS)
     logits = torch.empty(rows, w.shape[0], device=x.device, dtype=x.dtype)
     dx, dw = torch.empty_like(x), torch.empty_like(w) if inputs.weight.requires_grad else None
     for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        z = logits[: len(part)]
-        if with_reference:
-            torch.mm(inputs.ref_hidden.flatten(0, 1)[start : start + rows], w.T, out=z)
-        torch.mm(part, w.T, out=z)
+        chunk = x[start : start + rows]
+        z = logits[: len(chunk)]
+        if ref_x is not None:
+            torch.mm(ref_x[start : start + rows], w.T, out=z)
+        torch.mm(chunk, w.T, out=z)
         torch.mm(z, w, out=dx[start : start + rows])
         if dw is not None:
-            torch.mm(z.T, part, out=dw)
+            torch.mm(z.T, chunk, out=dw)
 
 
-def train(function, inputs):
-    """One forward and backward; both gradients, or that of hidden alone, are formed anew and dropped."""
+def train(function: Function, inputs: Inputs) -> None:
+    """Run one forward and backward; both gradients, or that of hidden alone, are formed anew and dropped."""
     assert inputs.hidden.grad is None and inputs.weight.grad is None
     loss, _ = split(function(inputs))
     try:
@@ -168,13 +190,13 @@ def train(function, inputs):
         inputs.hidden.grad = inputs.weight.grad = None
 
 
-def split(output):
-    """Loss and detail of what a function of `Inputs` returned; the detail is None where there is none."""
+def split(output: Output) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return loss and detail of the output of a function of `Inputs`; the detail is None where there is none."""
     return output if isinstance(output, tuple) else (output, None)
 
 
-def exact(inputs, objective, labels):
-    """What a loss should be, in fp64 on the same inputs, a chunk of rows at a time.
+def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
+    """Return a loss and its gradients in fp64 on the same inputs, computed a chunk of rows at a time.
 
     Returns:
         Loss, and per token log-probabilities (or divergences) and, where there are uniforms, by how much one misses the
@@ -184,31 +206,33 @@ def exact(inputs, objective, labels):
     labels_of = labels.flatten()
     chunks = [slice(start, start + EXACT_ROWS) for start in range(0, len(x), EXACT_ROWS)]
 
-    def log_q(rows):
-        return reference_distribution(inputs.ref_hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
+    def log_q(rows: slice) -> torch.Tensor:
+        return reference_distribution(inputs.reference.hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
 
-    def misses(logits, rows):
+    def misses(logits: torch.Tensor, uniforms: torch.Tensor, rows: slice) -> torch.Tensor:
         p = logits.softmax(1)
-        upper, u = p.cumsum(1), inputs.uniforms.flatten()[rows].double()
+        upper, u = p.cumsum(1), uniforms.flatten()[rows].double()
         at = labels_of[rows, None]
         high, share = upper.gather(1, at)[:, 0], p.gather(1, at)[:, 0]
         return torch.maximum(u - high, high - share - u).clamp(min=0)
 
-    logps, divergences, missed = [], [], []
+    logps: list[torch.Tensor] = []
+    divergences: list[torch.Tensor] = []
+    missed: list[torch.Tensor] = []
     for rows in chunks:
         logits = x[rows] @ w.T
         logps.append(token_logprob(logits, labels_of[rows]))
         if inputs.ref_hidden is not None:
             divergences.append(kl_divergence(logits, labels_of[rows], log_q(rows)))
         if inputs.uniforms is not None:
-            missed.append(misses(logits, rows))
+            missed.append(misses(logits, inputs.uniforms, rows))
     leaves = [torch.cat(values).view(labels.shape).requires_grad_() for values in (logps, divergences) if values]
     batch = TokenBatch.from_labels(labels, inputs.is_forget, inputs.ref_logps)
     if divergences:
         batch = dataclasses.replace(batch, divergences=leaves[1])
     loss = objective(leaves[0], batch)
-    coefficients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    coefficients = [c.flatten() if c is not None else torch.zeros(len(x), device=x.device) for c in coefficients]
+    derivatives: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, leaves, allow_unused=True)
+    coefficients = [c.flatten() if c is not None else torch.zeros(len(x), device=x.device) for c in derivatives]
 
     dx, dw = torch.empty_like(x), torch.zeros_like(w) if inputs.weight.requires_grad else None
     for rows in chunks:
@@ -223,36 +247,38 @@ def exact(inputs, objective, labels):
     return loss.item(), leaves[-1].detach(), torch.cat(missed).max().item() if missed else None, dx, dw
 
 
-def relative(got, want):
-    """Relative error in the Frobenius norm, some rows at a time."""
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the relative error in the Frobenius norm, some rows at a time."""
     squares = [((a.double() - b).square().sum(), b.square().sum()) for a, b in zip(got.split(SLICE), want.split(SLICE))]
     wrong, right = (torch.stack(values).sum() for values in zip(*squares))
     return (wrong / right).sqrt().item()
 
 
-def errors_of(output, inputs, objective, known):
-    """Errors of one function's output: of the loss and the details absolute, of the gradients relative.
+def errors_of(output: Output, inputs: Inputs, objective: Objective, exact_result: Callable[[], Exact]) -> dict[str, float]:
+    """Return the errors of one function's output: of the loss and the details absolute, of the gradients relative.
 
-    Those of the loss are relative where it is above 1. ``known`` is what `exact` says for the labels of the inputs.
+    Those of the loss are relative where it is above 1. ``exact_result`` returns the result of `exact` for the labels of the
+    inputs.
     """
     loss, detail = split(output)
     gradients = torch.autograd.grad(loss, inputs.trained)
-    drawn = detail is not None and detail.dtype == torch.int64
-    want, values, missed, *want_gradients = exact(inputs, objective, detail) if drawn else known()
+    drawn = detail if detail is not None and detail.dtype == torch.int64 else None
+    want, values, missed, *want_gradients = exact_result() if drawn is None else exact(inputs, objective, drawn)
     errors = {"loss": abs(loss.item() - want) / max(1.0, abs(want))}
-    if drawn and missed is not None:
+    if drawn is not None and missed is not None:
         errors["draw"] = missed
-    elif detail is not None and not drawn:
+    elif detail is not None and drawn is None:
         errors["log p" if inputs.ref_hidden is None else "KL"] = (detail.double() - values).abs().max().item()
     for name, a, b in zip(("dX", "dW"), gradients, want_gradients):
+        assert b is not None, "a gradient of a frozen head"
         errors[name] = relative(a.flatten(0, -2), b)
         if name == "dW" and a.dtype != torch.float32:
             errors["dW before rounding"] = before_rounding(a, b, errors[name])
     return errors
 
 
-def before_rounding(got, want, error):
-    """Relative error of what ``got`` was rounded from: rounding is independent of it, so that their squares add up.
+def before_rounding(got: torch.Tensor, want: torch.Tensor, error: float) -> float:
+    """Return the relative error before rounding: rounding is independent of it, so that their squares add up.
 
     Args:
         got: of a dtype below fp32.
@@ -263,8 +289,10 @@ def before_rounding(got, want, error):
     return max(error**2 - of_rounding**2, 0.0) ** 0.5
 
 
-def check(functions, inputs_of, objective, dtype):
-    """Errors of every variant that runs, by its name; ours must be right.
+def check(
+    functions: Functions, inputs_of: dict[str, Inputs], objective: Objective, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """Return the errors of every variant that runs, by its name; ours must be right.
 
     bf16 gradients are off by 1.7e-3 for being rounded once. In fp32, and for what is fp32 in either case (loss, values of the
     tokens), it is the summation order; of cumulated probabilities, over the whole vocabulary.
@@ -272,14 +300,14 @@ def check(functions, inputs_of, objective, dtype):
     gates = {"loss": 1e-4, "log p": 1e-4, "KL": 1e-4, "draw": 1e-4, "dX": 4e-3, "dW": 4e-3, "dW before rounding": 4e-3}
     if dtype == torch.float32:
         gates |= {"dX": 1e-4, "dW": 1e-4}
-    found = {}
+    errors_by_name: dict[str, dict[str, float]] = {}
     for kind, inputs in inputs_of.items():
-        known = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
+        exact_result = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
         for name, make in functions.items():
             ours = name.startswith("ours")
-            seen = inputs if ours else dataclasses.replace(inputs, uniforms=None)  # a peer has random numbers of its own
+            own_inputs = inputs if ours else dataclasses.replace(inputs, uniforms=None)  # a peer has random numbers of its own
             try:
-                errors = errors_of(make()(seen), seen, objective, known)
+                errors = errors_of(make()(own_inputs), own_inputs, objective, exact_result)
             except Exception:  # a peer that does not run here says why when it is to be timed
                 if ours:
                     raise
@@ -287,52 +315,56 @@ def check(functions, inputs_of, objective, dtype):
             if ours:
                 wrong = {key: value for key, value in errors.items() if not value < gates[key]}
                 assert not wrong, f"{name}, {kind} inputs: {wrong}"
-            found.setdefault(name, {}).update({f"{key} {kind}": value for key, value in errors.items()})
-    return found
+            errors_by_name.setdefault(name, {}).update({f"{key} {kind}": value for key, value in errors.items()})
+    return errors_by_name
 
 
-def ours(loss, **options):
-    """One of `LOSSES` with our ops, a function of `Inputs`."""
+def ours(loss: str, chunk_bytes: int | None = None) -> Function:
+    """Return one of `LOSSES` with our ops, a function of `Inputs`."""
     objective = LOSSES[loss]
 
-    def gnb(inputs):
-        return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, rows=inputs.rows, **options)
+    def gnb(inputs: Inputs) -> Output:
+        options = LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes)
+        return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, options=options)
 
-    def kl(inputs):
+    def kl(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget_on_cpu,
-            ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight, rows=inputs.rows, **options,
+            reference=inputs.reference, options=LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes),
         )  # fmt: skip
 
-    def of_logps(inputs):
+    def of_logps(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget, ref_logps=inputs.ref_logps,
-            rows=inputs.rows, return_logps=True, **options,
+            return_logps=True, options=LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes),
         )  # fmt: skip
 
     return {"GNB": gnb, "KL": kl}.get(loss, of_logps)
 
 
-def functions_of(loss, device, quick):
-    """Ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
+def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Callable[[], Function]]:
+    """Return ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
 
-    Eager PyTorch is also there under torch.compile, unless it is to be quick. Drawing labels is compared with the plain
-    cross-entropy at the same place as well.
+    Eager PyTorch also runs under torch.compile, but for ``quick``. Drawing labels is compared with our plain cross-entropy as
+    well.
     """
-    found = {"ours": lambda: ours(loss)}
+    functions: dict[str, Callable[[], Function]] = {"ours": lambda: ours(loss)}
     if device.type == "cuda":
-        found["ours, chunks of 4 GiB"] = lambda: ours(loss, chunk_bytes=2**32)
+        functions["ours, chunks of 4 GiB"] = lambda: ours(loss, chunk_bytes=2**32)
     if loss == "GNB":
-        found["ours, plain cross-entropy"] = lambda: ours("CE")
+        functions["ours, plain cross-entropy"] = lambda: ours("CE")
     plain = {"KL": eager_kl, "GNB": eager_gnb}.get(loss) or functools.partial(eager_objective, objective=LOSSES[loss])
-    found["eager, torch.multinomial" if loss == "GNB" else "eager"] = lambda: plain
+    functions["eager, torch.multinomial" if loss == "GNB" else "eager"] = lambda: plain
     if not quick:
-        found["torch.compile of eager"] = lambda: compiled(plain)
-    return found
+        functions["torch.compile of eager"] = lambda: compiled(plain)
+    return functions
 
 
-def make_case(loss, n, d, n_vocab, frozen, functions, device, *, op=None, default=True):
-    """The case of one loss at one size. Its inputs are made when they are needed.
+def make_case(
+    loss: str, n: int, d: int, n_vocab: int, frozen: bool, functions: Functions, device: torch.device, *,
+    op: str | None = None, default: bool = True,
+) -> Case:  # fmt: skip
+    """Return the case of one loss at one size. Its inputs are made when they are needed.
 
     Args:
         loss: one of `LOSSES`.
@@ -341,20 +373,23 @@ def make_case(loss, n, d, n_vocab, frozen, functions, device, *, op=None, defaul
         n_vocab: size of the vocabulary.
         frozen: whether the head is.
         functions: name -> function that returns a function of `Inputs`.
-        device: where.
-        op: what is computed, for the name of the case; None: the loss.
+        device: the device to compute on.
+        op: the op, for the name of the case; None: the loss.
         default: runs without being asked for.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = functools.cache(lambda: make_inputs(loss, n, d, n_vocab, device, dtype, frozen=frozen))
     made = {name: functools.cache(make) for name, make in functions.items()}  # compiled once, for errors and times
-    variants = {FLOOR: lambda: functools.partial(bare_gemms, inputs()["flat"], loss == "KL")}
-    for name, make in made.items():
-        variants[name] = lambda make=make: functools.partial(train, make(), inputs()["flat"])
+
+    def start(name: str) -> Callable[[], None]:
+        return functools.partial(train, made[name](), inputs()["flat"])
+
+    variants: dict[str, Callable[[], Callable[[], None]]] = {name: functools.partial(start, name) for name in functions}
+    floor = {FLOOR: lambda: functools.partial(bare_gemms, inputs()["flat"], loss == "KL")}
     products = (2 if frozen else 3) + (loss == "KL")
     return Case(
         f"{op or loss}, N {n}, D {d}, V {n_vocab}, {str(dtype)[6:]}, {'frozen' if frozen else 'trained'} head",
-        variants,
+        floor | variants,
         lambda: check(made, inputs(), LOSSES[loss], dtype),
         flops=products * 2 * n * n_vocab * d,
         floor=FLOOR,

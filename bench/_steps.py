@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import soul.optim.optimizer
+import soul.optim.gradients
 import soul.run.step
 from bench._harness import forget_compiled, synchronize
 from soul.models.causal_lm import checkpointing, compiled
@@ -78,7 +78,7 @@ class EagerStep:
         self._all_logits, self._max_grad_norm = all_logits, max_grad_norm
         self._params = list(model.parameters())
         batches = [batch for part in micro_batches for batch in part]
-        self.sequences, self.kept = sequences_of(batches), sum(len(batch.rows) for batch in batches)
+        self.sequences, self.kept = sequences_of(batches), sum(len(batch.token_indices) for batch in batches)
         self._n_forget = sum(int(((b.labels.cpu() != -100) & b.is_forget[:, None]).sum()) for b in batches)
         self._n_retain = self.kept - self._n_forget
 
@@ -114,7 +114,7 @@ class EagerStep:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return logits.flatten(0, 1), labels, is_forget
         hidden = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows = batch.rows.to(device)
+        rows = batch.token_indices.to(device)
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[rows]), labels[rows], is_forget[rows]
 
     def phases(self):
@@ -145,7 +145,7 @@ class OurStep:
         if config.gradient_checkpointing:
             self._open.enter_context(checkpointing(model))
         self._graphed = GraphedStep(self._step, self._device) if config.cuda_graph else None
-        self.sequences, self.kept = sequences_of([batch]), len(batch.rows)
+        self.sequences, self.kept = sequences_of([batch]), len(batch.token_indices)
 
     def _step(self, batch):
         return soul.run.step.train_step(
@@ -160,11 +160,11 @@ class OurStep:
         """Milliseconds of one step by phase; none of a graph, which is replayed as a whole."""
         if self._graphed is not None:
             return {}
-        name = "step" if self._release is None else "_step_of"
+        name = "step" if self._release is None else "step_parameter"
         watch = Stopwatch(self._device)
         with (
             mock.patch.object(soul.run.step, "hidden_states", watch.wrap("forward", soul.run.step.hidden_states)),
-            mock.patch.object(soul.optim.optimizer, "grad_norm", watch.wrap("clipping", soul.optim.optimizer.grad_norm)),
+            mock.patch.object(soul.optim.gradients, "grad_norm", watch.wrap("clipping", soul.optim.gradients.grad_norm)),
             mock.patch.object(self.optimizer, name, watch.wrap("optimizer", getattr(self.optimizer, name))),
         ):
             self._step(self.batch)

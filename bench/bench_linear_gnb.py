@@ -5,12 +5,16 @@ vocabulary. What drawing costs is ours over ours with plain cross-entropy, which
 """
 
 import functools
+from collections.abc import Callable, Iterator
 
+import torch
+
+from bench._harness import Case
 from bench._heads import QUICK, SHAPES, SMALL, functions_of, make_case
 
 
-def cases(device, quick):
-    """Functions that make the cases; without a GPU at a small size, by our references."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases; without a GPU at a small size, by our references."""
     if device.type == "cpu":
         sizes = [QUICK if quick else SMALL]
     else:

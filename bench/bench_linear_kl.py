@@ -1,30 +1,32 @@
-"""Divergence from a reference token by token: ours against eager PyTorch and torch.compile, forward and backward of its mean.
+"""Divergence of each token from a reference model: ours, eager PyTorch and torch.compile, forward and backward of its mean.
 
-Being a number for each token, it may go into any function; so with a trained head backward computes all logits again, 6
-products in place of the 4 of the floor, which an objective of the divergences (the variant beside it) does not need.
+As a number for each token it may go into any function. So with a trained head backward computes all logits again: 6 products in
+place of the 4 of the floor. An objective of the divergences (the variant beside it) does not need that.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 
-from bench._heads import QUICK, SHAPES, SMALL, functions_of, make_case, ours
-from soul_kernels import linear_kl
+import torch
+
+from bench._harness import Case
+from bench._heads import QUICK, SHAPES, SMALL, Function, Inputs, Output, functions_of, make_case, ours
+from soul_kernels import LinearOptions, linear_kl
 
 
-def per_token(**options):
-    """``linear_kl`` and its mean, a function of `Inputs`."""
+def per_token(chunk_bytes: int | None = None) -> Function:
+    """Return ``linear_kl`` and its mean, a function of `Inputs`."""
 
-    def loss(inputs):
-        values = linear_kl(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.ref_hidden, ref_weight=inputs.ref_weight, rows=inputs.rows,
-            **options,
-        )  # fmt: skip
+    def loss(inputs: Inputs) -> Output:
+        options = LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes)
+        values = linear_kl(inputs.hidden, inputs.weight, inputs.labels, inputs.reference, options=options)
         return values.mean(), values.detach()
 
     return loss
 
 
-def cases(device, quick):
-    """Functions that make the cases; without a GPU at a small size, by our references."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases; without a GPU at a small size, by our references."""
     functions = functions_of("KL", device, quick) | {"ours": per_token}
     if "ours, chunks of 4 GiB" in functions:
         functions["ours, chunks of 4 GiB"] = lambda: per_token(chunk_bytes=2**32)

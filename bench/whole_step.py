@@ -180,7 +180,7 @@ def make_case(setup, variants, options, device, dtype, *, default=True, once=Fal
     """
     shape, first = setup.shape, {}  # the first likelihoods at full size, those of whoever came first
     batch = collate(*data(setup))
-    work = sequences_of([batch]), len(batch.rows)
+    work = sequences_of([batch]), len(batch.token_indices)
     config, name_of_dtype = config_of(**options), str(dtype)[6:]
     planned = plan(shape, config, Tokens(*batch.labels.shape, labelled=work[1]), dtype=name_of_dtype)
     one = Tokens(1, setup.pad_to)

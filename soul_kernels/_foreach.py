@@ -5,7 +5,6 @@ a `PreparedCall`, which launches. In the kernel the prologue finds the chunk of 
 in the tensors of each role (`chunk_pointer`, `scale_pointer`) and where its noise starts (`noise_of_chunk`). The bundles that
 kernels pass on are NamedTuples, which the compilers of Triton take apart: they cost no instruction.
 """
-# mypy: allow-incomplete-defs
 
 import functools
 from collections.abc import Callable, Collection, Sequence

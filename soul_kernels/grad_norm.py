@@ -2,7 +2,6 @@
 
 Safe to change: the two configurations. The order in which squares are added up is part of the result.
 """
-# mypy: allow-incomplete-defs
 
 from collections.abc import Sequence
 from typing import Any

@@ -2,7 +2,6 @@
 
 Built as ``sophia_step.py`` is, which explains how; its kernel shares the formula of the average, `ema`.
 """
-# mypy: allow-incomplete-defs
 
 import functools
 from collections.abc import Sequence

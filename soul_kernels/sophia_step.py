@@ -12,7 +12,6 @@ whose kernels use fused multiply-add. Safe to change: the configurations. Whoeve
 both files. A new tensor of the step is a new entry in ``ROLES`` and in `Pointers`; a new option a field of `StepOptions` and
 of `Numbers`.
 """
-# mypy: allow-incomplete-defs
 
 import functools
 from collections.abc import Sequence

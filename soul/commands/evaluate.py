@@ -1,20 +1,64 @@
-"""``soul evaluate``: TOFU's metrics."""
+"""``soul evaluate``: TOFU's metrics, of a model or of evaluation logs.
 
+Both ways end in the same columns of numbers (`Evaluation`), from which `soul.evaluate.metrics.summarize` computes the result.
+All options, paths and packages are checked before a model runs, since a run may take hours.
+"""
+
+import argparse
 import dataclasses
+import functools
+import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
 
 from soul._extras import require
-from soul.commands._place import add_place
-from soul.commands._template import add_template
-from soul.evaluate.metrics import MIN_K
+from soul.commands.device_options import add_device
+from soul.commands.template_options import add_template
+from soul.data.examples import Counts, Question
+from soul.data.sources import examples, read_questions, rows
+from soul.data.templates import Template
+from soul.evaluate.logs import (
+    RATIO,
+    check_logs,
+    check_new_file,
+    columns,
+    is_reserved,
+    read_logs,
+    read_retain_log,
+    write_json,
+    write_logs,
+)
+from soul.evaluate.metrics import MIN_K, summarize
+from soul.evaluate.model import EvaluateConfig, Log, retain_log, tofu_logs
+from soul.models.loading import load, pick_device
 from soul.output.console import print_result
+from soul.output.directory import DATA_FILE, check_output, check_writable
 from soul_kernels.errors import argument_error
 
 HELP = "TOFU's metrics, of a model or of evaluation logs"
 
 
-def add_arguments(parser):
-    """Declares the options."""
+class Evaluation(NamedTuple):
+    """What a command has read or computed, and the files that it has yet to write.
+
+    Attributes:
+        columns: set -> column -> tensor, of the model's logs.
+        retain: column -> tensor, of the retain model's log of the forget set; None: there is none.
+        logs: directory -> set -> log, to be written.
+        counts: file -> what became of the rows, to be written.
+    """
+
+    columns: dict[str, dict[str, torch.Tensor]]
+    retain: dict[str, torch.Tensor] | None
+    logs: dict[pathlib.Path, dict[str, Log]]
+    counts: dict[pathlib.Path, dict[str, Any]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     what = parser.add_argument_group("what")
     either = what.add_mutually_exclusive_group(required=True)
     either.add_argument("--from-logs", metavar="DIR", help="logs in TOFU's layout; no model, no GPU")
@@ -29,71 +73,65 @@ def add_arguments(parser):
     how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
     how.add_argument("--holdout", metavar="DATA", help="path or name of rows that the model never saw, as --forget "
                      "of soul unlearn: for the AUC of Min-K and Min-K++")  # fmt: skip
-    how.add_argument("--split", default="forget10", metavar="NAME", help="what was to be forgotten (default: %(default)s)")
-    how.add_argument("--rows", type=int, metavar="N", help="the first of each file (default: all; TOFU's own logs: 300)")
+    how.add_argument("--split", default="forget10", metavar="NAME", help="TOFU's name of the forget set (default: %(default)s)")
+    how.add_argument("--rows", type=int, metavar="N", help="take the first N of each file (default: all; TOFU's own logs: 300)")
     add_template(how)
-    how.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="part of the tokens (default: %(default)s)")
+    how.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="fraction of an answer's tokens that Min-K and "
+                     "Min-K++ look at (default: %(default)s)")  # fmt: skip
     how.add_argument(
         "--max-new-tokens", type=int, default=200, metavar="N", help="of a generated answer (default: %(default)s)"
     )
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters (default: %(default)s)")
-    add_place(how)
+    add_device(how)
 
 
-def run(args):
-    """Runs the command."""
-    from soul.evaluate import logs
-    from soul.evaluate.metrics import summarize
-    from soul.output.directory import check_writable
-
-    for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):  # before anything takes its time
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):
         require(name, "eval")
-    target = None if args.json is None else logs.check_new_file(args.json, "json")
-    if target is not None:
-        check_writable("json", target)
+    json_path = None if args.json is None else check_new_file(args.json, "json")
+    if json_path is not None:
+        check_writable("json", json_path)
     if args.from_logs is not None:
-        for name in ("data", "output", "retain_model", "holdout"):
-            if getattr(args, name) is not None:
-                raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
-        columns, retain, written, counts = logs.read_logs(args.from_logs), None, {}, {}
-        if args.retain_logs is not None:
-            retain = logs.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
+        evaluation = _read_logs(args)
     else:
-        columns, retain, written, counts = _run_model(args, target)
-    summary = summarize(columns, retain)
+        evaluation = _run_models(args, json_path)
+    summary = summarize(evaluation.columns, evaluation.retain)
     lines = [f"{name:36} {value:.6g}" for name, value in summary.items()]
-    if retain is None:
+    if evaluation.retain is None:
         lines.append("no forget quality: it needs a retain model's logs (--retain-logs)")
     try:
-        for directory, logs in written.items():
-            logs.write_logs(directory, logs)
-        for path, told in counts.items():
-            logs.write_json(path, told)
-        if target is not None:
-            logs.write_json(target, summary)
+        for directory, logs in evaluation.logs.items():
+            write_logs(directory, logs)
+        for path, counts in evaluation.counts.items():
+            write_json(path, counts)
+        if json_path is not None:
+            write_json(json_path, summary)
     except BaseException:  # a full disk must not cost the numbers
         print(*lines, sep="\n")
         raise
-    if target is None:
+    if json_path is None:
         print_result(*lines)
-    else:  # they are in the file
+    else:  # the numbers are in the file
         print(*lines, sep="\n")
 
 
-def _run_model(args, target):
-    """Columns of a model's logs, of the retain model's, and what to write: directory -> logs, and file -> counts."""
-    import functools
-    import pathlib
+def _read_logs(args: argparse.Namespace) -> Evaluation:
+    """Return what the logs in ``--from-logs`` and ``--retain-logs`` hold."""
+    for name in ("data", "output", "retain_model", "holdout"):
+        if getattr(args, name) is not None:
+            raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
+    logs = read_logs(args.from_logs)
+    retain = None
+    if args.retain_logs is not None:
+        retain = read_retain_log(args.retain_logs, len(logs["forget"]["avg_gt_loss"]))
+    return Evaluation(logs, retain, logs={}, counts={})
 
-    from soul.data.sources import examples, read_questions, rows
-    from soul.data.templates import Template
-    from soul.evaluate import logs
-    from soul.evaluate.model import EvaluateConfig, retain_log, tofu_logs
-    from soul.models import causal_lm
-    from soul.output.directory import DATA_FILE, check_output
 
+def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Evaluation:
+    """Run the model and, with ``--retain-model``, the retain model over TOFU's sets."""
     for name in ("data", "output"):
         if getattr(args, name) is None:
             raise argument_error(name, "a directory beside --model", "none", f"pass --{name}")
@@ -103,26 +141,39 @@ def _run_model(args, target):
         raise argument_error("rows", "a positive whole number", args.rows, "leave it out to take all")
     config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
     output = check_output(args.output)
-    if target is not None and logs.in_the_way(target, (output, output / "retain")):
-        raise argument_error("json", "a file beside the logs", str(target), "choose another name")
+    if json_path is not None and is_reserved(json_path, (output, output / "retain")):
+        raise argument_error("json", "a file beside the logs", str(json_path), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
-    sources = {name: f"tofu:{file}_perturbed" if args.data == "tofu" else pathlib.Path(args.data) / f"{file}_perturbed.jsonl"
-               for name, file in files.items()}  # fmt: skip
-    sets = {name: read_questions(source)[: args.rows] for name, source in sources.items()}
-    held_out = rows(args.holdout) if args.holdout else []
-    retain, written = None, {}
+    sets = {name: read_questions(_source(args.data, file))[: args.rows] for name, file in files.items()}
+    holdout_rows = rows(args.holdout) if args.holdout else []
+    retain = None
     if args.retain_logs is not None:
-        retain = logs.read_retain_log(args.retain_logs, len(sets["forget"]))
-    load = functools.partial(causal_lm.load, dtype=args.dtype, device=causal_lm.pick_device(args.device))
-    if args.retain_model is not None:  # first, and gone before the other one comes
-        log = retain_log(*load(args.retain_model), sets["forget"], config)
-        retain = logs.columns(log, "retain model, forget", logs.RATIO)
-        written[output / "retain"] = {"forget": log}
-    model, tokenizer = load(args.model)
-    holdout = examples(held_out, Template(config.template, tokenizer, config.system)) if held_out else []
-    counts, progress = {}, functools.partial(print, file=sys.stderr)
+        retain = read_retain_log(args.retain_logs, len(sets["forget"]))
+    load_model = functools.partial(load, dtype=args.dtype, device=pick_device(args.device))
+    retain_logs: dict[pathlib.Path, dict[str, Log]] = {}
+    if args.retain_model is not None:
+        log = _run_retain_model(load_model, args.retain_model, sets["forget"], config)
+        retain = columns(log, "retain model, forget", RATIO)
+        retain_logs[output / "retain"] = {"forget": log}
+    model, tokenizer = load_model(args.model)
+    holdout = examples(holdout_rows, Template(config.template, tokenizer, config.system)) if holdout_rows else []
+    counts: dict[str, Counts] = {}
+    progress = functools.partial(print, file=sys.stderr)
     logs = tofu_logs(model, tokenizer, sets, config, holdout=holdout, progress=progress, counts=counts)
-    columns = logs.check_logs(logs, {name: f"model, {name}" for name in logs})
-    told = {name: dataclasses.asdict(count) for name, count in counts.items()}
-    return columns, retain, {output: logs, **written}, {output / DATA_FILE: told}
+    checked = check_logs(logs, {name: f"model, {name}" for name in logs})
+    counts_as_dicts = {name: dataclasses.asdict(count) for name, count in counts.items()}
+    return Evaluation(checked, retain, logs={output: logs, **retain_logs}, counts={output / DATA_FILE: counts_as_dicts})
+
+
+def _run_retain_model(load_model: Callable[[str], tuple], name: str, questions: list[Question], config: EvaluateConfig) -> Log:
+    """Return the retain model's log. The model goes out of scope here, so that its memory is free for the next one."""
+    model, tokenizer = load_model(name)
+    return retain_log(model, tokenizer, questions, config)
+
+
+def _source(data: str, file: str) -> str | pathlib.Path:
+    """Return the source of one of TOFU's perturbed files: in a directory, or on the hub if ``data`` is "tofu"."""
+    if data == "tofu":
+        return f"tofu:{file}_perturbed"
+    return pathlib.Path(data) / f"{file}_perturbed.jsonl"

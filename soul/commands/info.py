@@ -1,5 +1,7 @@
 """``soul info``: what to put into a bug report."""
 
+import argparse
+
 from soul import __version__
 from soul._extras import MissingExtra, require
 from soul.output.console import print_result
@@ -7,12 +9,12 @@ from soul.output.console import print_result
 HELP = "versions, devices and backends: what to put into a bug report"
 
 
-def add_arguments(parser):
-    """Declares the options: none."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options. There are none."""
 
 
-def run(args):
-    """Runs the command."""
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     import platform
     import shutil
 
@@ -23,18 +25,18 @@ def run(args):
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     device = "cuda" if gpus else "cpu"
     tensor = torch.empty(0, device=device)
-    step, loss = resolve_backend("auto", tensor), resolve_head_backend("auto", tensor)
+    step_backend = resolve_backend("auto", tensor)
+    loss_backend = resolve_head_backend("auto", tensor)
     lines = [
         f"soul-kernels {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"torch {torch.__version__}, triton {triton_version() or 'not installed'}",
         f"GPUs: {', '.join(gpus) or 'none'}",
-        f"backend on {device}: {loss} for losses, {step} for steps{' (interpreted)' if interpreting() else ''}",
+        f"backend on {device}: {loss_backend} for losses, {step_backend} for steps{' (interpreted)' if interpreting() else ''}",
     ]
     if device == "cpu" and not interpreting():
-        found = shutil.which(cpp_compiler())
-        lines.append(
-            f"steps from {PAYS} parameters on: {f'compile, by {found}' if found else f'reference, without {cpp_compiler()}'}"
-        )
+        compiler = shutil.which(cpp_compiler())
+        backend = f"compile, by {compiler}" if compiler else f"reference, without {cpp_compiler()}"
+        lines.append(f"steps from {PAYS} parameters on: {backend}")
     for extra, modules in {
         "hf": ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml"),
         "eval": ("rouge_score", "scipy", "sklearn"),

@@ -1,8 +1,10 @@
 """``soul plan``: memory and least time of a step, before there is a GPU, a weight or a file of data."""
 
+import argparse
 import math
 
-from soul.commands._plan import add_card, card_options, names_of
+from soul.commands.card_options import add_card, card_options
+from soul.commands.lists import names_of
 from soul.losses import OBJECTIVES
 from soul.output.console import print_result
 from soul.plan.shapes import PRESETS
@@ -11,16 +13,17 @@ from soul_kernels.errors import argument_error
 HELP = "memory and time of a run on a given card, computed from the shapes of a model"
 
 
-def add_arguments(parser):
-    """Declares the options."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
     what = parser.add_argument_group("what")
     what.add_argument("--model", required=True, metavar="DIR_OR_NAME", help=f"{', '.join(PRESETS)}; or a directory or hub "
-                      "name, of which the configuration alone is read")  # fmt: skip
-    what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, as many to retain")
+                      "name, of which only the configuration is read")  # fmt: skip
+    what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to "
+                      "retain (default: %(default)s)")  # fmt: skip
     what.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     what.add_argument("--labelled", type=int, metavar="N", help="tokens with a label in a micro-batch (default: all)")
     add_card(parser.add_argument_group("where"))
-    how = parser.add_argument_group("how; as of soul unlearn")
+    how = parser.add_argument_group("how, as in soul unlearn")
     how.add_argument("--method", default="graddiff", metavar="NAME", help=f"{', '.join(OBJECTIVES)} (default: %(default)s)")
     how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     how.add_argument("--state-dtype", metavar="NAME", help="float32, bfloat16 or 8bit (default: h in fp32, m as parameters)")
@@ -29,15 +32,15 @@ def add_arguments(parser):
     how.add_argument("--gradient-checkpointing", action="store_true", help="keep one hidden state a layer")
     how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
-    how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
+    how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16 or float32 (default: "
                      "bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
 
 
-def run(args):
-    """Runs the command."""
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
     from soul.plan import plan
-    from soul.plan._plan import tokens_of
+    from soul.plan.planner import tokens_of
     from soul.run.config import UnlearnConfig
 
     names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",
@@ -50,4 +53,5 @@ def run(args):
     if args.lora_rank is not None:
         adapters = dict(rank=args.lora_rank, targets=names_of(args.lora_targets) if args.lora_targets else "all-linear")
     tokens = tokens_of(config, args.length, args.labelled)
-    print_result(plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args)).table())
+    planned = plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args))
+    print_result(planned.table())

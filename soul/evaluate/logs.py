@@ -1,7 +1,14 @@
-"""Evaluation logs in TOFU's layout: one JSON file a set, ``{column: {row: value}}``; read, checked, written."""
+"""Evaluation logs in TOFU's layout: one JSON file a set, ``{column: {row: value}}``. This file reads, checks and writes them.
+
+Every file is looked at as if a stranger had written it: each column, row and number is checked before a metric is computed, and
+the error names the file, the column and the row. Rows of several columns are paired by name. Files are never overwritten. The
+names in `FILES` and of the columns are TOFU's and stay.
+"""
 
 import json
 import pathlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -16,11 +23,12 @@ FILES = {
     "real_authors": "eval_real_author_wo_options.json",
     "world_facts": "eval_real_world_wo_options.json",
 }
-HOLDOUT, AGGREGATED = "eval_log_holdout.json", "eval_log_aggregated.json"
+HOLDOUT = "eval_log_holdout.json"
+AGGREGATED = "eval_log_aggregated.json"
 # Columns that are used, and the bounds of their values.
 RATIO = ("avg_paraphrased_loss", "average_perturb_loss")
 NEEDED = ("avg_gt_loss", "rougeL_recall", *RATIO)
-LARGEST = 1e30  # sums of what is called finite are finite
+LARGEST = 1e30  # sums of numbers that pass as finite are finite
 BOUNDS = {
     "avg_gt_loss": (0.0, LARGEST),
     "avg_paraphrased_loss": (0.0, LARGEST),
@@ -31,14 +39,14 @@ BOUNDS = {
     "min_k": (-LARGEST, LARGEST),
     "min_k_plus_plus": (-LARGEST, LARGEST),
 }
-REMEDY = "is this an evaluation log of TOFU, and whole?"
+REMEDY = "check that this is an evaluation log of TOFU and that it is complete"
 
 
-def read_logs(directory):
-    """Columns of the four sets' logs in a directory, and of the holdout set's where there is one: `check_logs` of files.
+def read_logs(directory: str | pathlib.Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Read the logs of the four sets from a directory, and that of the holdout set if there is one; see `check_logs`.
 
     Raises:
-        ArgumentError: a file is missing, truncated or foreign, or a number in it is not finite or out of bounds.
+        ArgumentError: a file is missing, truncated or not such a log, or a number in it is not finite or out of bounds.
     """
     directory = _directory(directory)
     files = {name: directory / file for name, file in FILES.items()}
@@ -47,31 +55,33 @@ def read_logs(directory):
     return check_logs({name: _read(path) for name, path in files.items()}, files)
 
 
-def check_logs(logs, where):
-    """The columns of logs that `soul.evaluate.metrics.summarize` takes.
+def check_logs(logs: Mapping[str, object], origins: Mapping[str, object]) -> dict[str, dict[str, torch.Tensor]]:
+    """Return the columns of logs that `soul.evaluate.metrics.summarize` takes.
 
     Args:
-        logs: set -> ``{column: {row: value}}``; with a "holdout" set the forget set must have what is compared with it.
-        where: set -> what to call its log in errors.
+        logs: set -> ``{column: {row: value}}``. With a "holdout" set the forget set must have the membership scores, too, since
+            they are compared.
+        origins: set -> how errors call its log, for instance its path.
 
     Raises:
         ArgumentError: as `columns`.
     """
-    needed = {name: MEMBERSHIP if name == "holdout" else NEEDED for name in logs}
+    needed: dict[str, tuple[str, ...]] = {name: MEMBERSHIP if name == "holdout" else NEEDED for name in logs}
     if "holdout" in logs:
         needed["forget"] = (*NEEDED, *MEMBERSHIP)
-    return {name: columns(log, where[name], needed[name], (*MEMORIZATION, *MEMBERSHIP)) for name, log in logs.items()}
+    optional = (*MEMORIZATION, *MEMBERSHIP)
+    return {name: columns(log, origins[name], needed[name], optional) for name, log in logs.items()}
 
 
-def read_retain_log(directory, rows):
-    """Columns of the forget set's log under a retain model: its truth ratios are all that is used.
+def read_retain_log(directory: str | pathlib.Path, rows: int) -> dict[str, torch.Tensor]:
+    """Read the columns of the truth ratio, the only ones that are used, from the forget set's log under a retain model.
 
     Args:
         directory: where its ``eval_log_forget.json`` is.
-        rows: how many there are in the log that it will be compared with.
+        rows: number of rows in the log that it will be compared with.
 
     Raises:
-        ArgumentError: as `read_logs`, or the rows are not as many.
+        ArgumentError: as `read_logs`, or the number of rows is another.
     """
     path = _directory(directory) / FILES["forget"]
     log = columns(_read(path), path, RATIO)
@@ -82,58 +92,67 @@ def read_retain_log(directory, rows):
     return log
 
 
-def columns(log, where, needed, optional=()):
-    """Columns of a log as fp64 tensors, [n], or [n, m] for m false answers, in the order of the first column's rows.
+def columns(log: object, origin: object, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Return columns of a log as fp64 tensors, [n], or [n, m] for m false answers, in the order of the first column's rows.
 
-    TOFU pairs columns by position; here rows are paired by name.
+    TOFU pairs the rows of its columns by position; here they are paired by name.
 
     Args:
-        log: ``{column: {row: value}}``.
-        where: what to call it in errors.
-        needed: names of columns that must be there.
-        optional: names of columns that may be.
+        log: ``{column: {row: value}}``; whatever else it is becomes an error.
+        origin: how errors call the log.
+        needed: names of columns that it must have.
+        optional: names of columns that are returned if it has them.
 
     Raises:
         ArgumentError: a column or row is missing, or a value is not a finite number within `BOUNDS`.
     """
-    found, rows = {}, None
     if not isinstance(log, dict):
-        raise argument_error(str(where), "a JSON object of columns", type(log).__name__, REMEDY)
+        raise argument_error(str(origin), "a JSON object of columns", type(log).__name__, REMEDY)
+    tensors: dict[str, torch.Tensor] = {}
+    rows: list[str] = []
     for name in (*needed, *(name for name in optional if name in log and name not in needed)):
         column = log.get(name)
         if not isinstance(column, dict) or not column:
-            got = "no such column" if name not in log else "an empty one" if column == {} else type(column).__name__
-            raise argument_error(f"{where}, {name!r}", "an object of one value a row", got, REMEDY)
+            if name not in log:
+                got = "no such column"
+            else:
+                got = "an empty one" if column == {} else type(column).__name__
+            raise argument_error(f"{origin}, {name!r}", "an object of values by row", got, REMEDY)
         rows = rows or list(column)
         if column.keys() != set(rows):
             odd = sorted(column.keys() ^ set(rows))[0]
-            got = f"{len(column)}, and row {odd!r} is not in both"
-            raise argument_error(f"{where}, {name!r}", f"the {len(rows)} rows of {needed[0]!r}", got, REMEDY)
+            got = f"{len(column)}; row {odd!r} is in only one of the two"
+            raise argument_error(f"{origin}, {name!r}", f"the {len(rows)} rows of {needed[0]!r}", got, REMEDY)
         values = [column[row] for row in rows]
-        found[name] = torch.tensor(_checked(values, rows, name, where), dtype=torch.float64, device="cpu")
-    return found
+        tensors[name] = torch.tensor(_checked(values, rows, name, origin), dtype=torch.float64, device="cpu")
+    return tensors
 
 
-def _checked(values, rows, name, where):
+def _checked(values: list[Any], rows: list[str], name: str, origin: object) -> list[float] | list[list[float]]:
+    """Return the values of one column as floats, for several false answers as lists of floats of one length."""
     low, high = BOUNDS[name]
-    least = "" if low == -LARGEST else f" >= {low:g}"
-    expected = f"a finite number{least}" if high == LARGEST else f"a number in [{low:g}, {high:g}]"
-    several = name == "average_perturb_loss"
+    if high == LARGEST:
+        expected = "a finite number" if low == -LARGEST else f"a finite number >= {low:g}"
+    else:
+        expected = f"a number in [{low:g}, {high:g}]"
+    is_list = name == "average_perturb_loss"
     for row, value in zip(rows, values):
-        place = f"{where}, {name!r}, row {row!r}"
-        if several and not (isinstance(value, list) and value and len(value) == len(values[0])):
+        label = f"{origin}, {name!r}, row {row!r}"
+        if is_list and not (isinstance(value, list) and value and len(value) == len(values[0])):
             count = f"{len(values[0])} " if isinstance(values[0], list) and values[0] else ""
             got = f"{len(value)} of them" if isinstance(value, list) else type(value).__name__
-            raise argument_error(place, f"a list of {count}numbers", got, REMEDY)
-        for number in value if several else [value]:
+            raise argument_error(label, f"a list of {count}numbers", got, REMEDY)
+        for number in value if is_list else [value]:
             is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not (is_number and low <= number <= high):  # NaN is not
+            if not (is_number and low <= number <= high):  # a NaN fails both comparisons
                 got = f"{number!r:.40}" if is_number else type(number).__name__
-                raise argument_error(place, expected, got, "the model or the file is broken")
-    return [[*map(float, value)] for value in values] if several else [*map(float, values)]
+                raise argument_error(label, expected, got, "the model or the file is broken")
+    if is_list:
+        return [[*map(float, value)] for value in values]
+    return [*map(float, values)]
 
 
-def _directory(path):
+def _directory(path: str | pathlib.Path) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_dir():
         got = "a file" if path.exists() else "no such directory"
@@ -141,7 +160,7 @@ def _directory(path):
     return path
 
 
-def _read(path):
+def _read(path: pathlib.Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -149,15 +168,18 @@ def _read(path):
         raise argument_error(str(path), "an evaluation log", got, f"the logs are {', '.join(FILES.values())}") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         reason = getattr(error, "msg", type(error).__name__)
-        raise argument_error(str(path), "JSON", f"broken JSON ({reason})", "was it written to the end?") from None
+        raise argument_error(str(path), "JSON", f"broken JSON ({reason})", "check that it was written to the end") from None
 
 
-def write_logs(directory, logs):
-    """Writes logs in TOFU's layout, each whole or not at all, and TOFU's aggregated file of its four sets.
+def write_logs(directory: str | pathlib.Path, logs: Mapping[str, object]) -> None:
+    """Write logs in TOFU's layout, each file whole or not at all, and TOFU's aggregated file if there are all four sets.
 
     Args:
-        directory: created where it is missing.
+        directory: created if it is missing.
         logs: set -> ``{column: {row: value}}``.
+
+    Raises:
+        ArgumentError: one of the files exists.
     """
     for name, log in logs.items():
         write_json(pathlib.Path(directory) / FILES.get(name, HOLDOUT), log)
@@ -165,15 +187,21 @@ def write_logs(directory, logs):
         write_json(pathlib.Path(directory) / AGGREGATED, {file: logs[name] for name, file in FILES.items()})
 
 
-def in_the_way(path, directories):
-    """Tells whether a file of this path would be a log of one of the directories, or one of those or above it."""
+def is_reserved(path: pathlib.Path, directories: Collection[pathlib.Path]) -> bool:
+    """Tell whether a path is needed for logs: it is one of the directories, lies above one, or is a file written into one."""
     names = (*FILES.values(), HOLDOUT, AGGREGATED, DATA_FILE)
-    taken = {place for d in directories for place in (d, *d.absolute().parents, *(d / name for name in names))}
-    return path.absolute() in {place.absolute() for place in taken}
+    reserved: set[pathlib.Path] = set()
+    for directory in directories:
+        reserved |= {directory, *directory.absolute().parents, *(directory / name for name in names)}
+    return path.absolute() in {other.absolute() for other in reserved}
 
 
-def check_new_file(path, name):
-    """Returns the path of a file that does not exist yet and can be written; creates nothing.
+def check_new_file(path: str | pathlib.Path, name: str) -> pathlib.Path:
+    """Return the path of a file that does not exist yet and that can be written. Nothing is created.
+
+    Args:
+        path: of the file.
+        name: the argument's name in errors.
 
     Raises:
         ArgumentError: it exists, or its directory cannot be made.
@@ -188,8 +216,8 @@ def check_new_file(path, name):
     return path
 
 
-def write_json(path, value):
-    """Writes a value as JSON: to the side first, then renamed. Never over a file that is there.
+def write_json(path: str | pathlib.Path, value: object) -> None:
+    """Write a value as JSON to a new file: under another name first, which is then changed, so that no half file remains.
 
     Raises:
         ArgumentError: the file exists.

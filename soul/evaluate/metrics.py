@@ -1,10 +1,12 @@
-"""Metrics of unlearning, as functions of numbers a token and of numbers a question; no models here.
+"""Metrics of unlearning, as functions of one number a token or one number a question. No model is run here.
 
-After TOFU (arXiv 2401.06121, ``aggregate_eval_stat.py``) and open-unlearning (OU, ``src/evals/metrics``); docs/evaluation.md
-has the table of who means what. All values are fp64 tensors or floats; losses are in nats a token.
+The formulas follow TOFU (arXiv 2401.06121, ``aggregate_eval_stat.py``) and open-unlearning (OU, ``src/evals/metrics``). "SOUL"
+is the code of the paper on second-order unlearning; docs/evaluation.md has a table of the definitions side by side. All values
+are fp64 tensors or floats; losses are in nats a token.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,95 +20,108 @@ MEMORIZATION = ("exact_memorization", "extraction_strength")
 MEMBERSHIP = ("min_k", "min_k_plus_plus")
 
 
-def probability(losses):
-    """Length-normalised probability of answers, ``exp(-loss)``, loss the mean over the answer's tokens and its end.
+def probability(losses: torch.Tensor) -> torch.Tensor:
+    """Return the length-normalised probability of answers, ``exp(-loss)``.
+
+    TOFU and OU define it alike. Both divide by the number of labels before the shift, which is one more than were predicted
+    where a text has no prompt.
 
     Args:
-        losses: [n] mean negative log-likelihoods.
-
-    As TOFU and OU. Both divide by the labels before the shift, one more than were predicted if a text has no prompt.
+        losses: [n] mean negative log-likelihoods, over the tokens of the answer and the end of the sequence.
     """
     return torch.exp(-losses)
 
 
-def option_probability(losses, perturbed_losses):
-    """Probability of the true answer among the false ones, ``p / (p + sum_j p_j)``, with p as `probability`.
+def option_probability(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
+    """Return the probability of the true answer among the false ones, ``p / (p + sum_j p_j)``, with p as in `probability`.
+
+    As TOFU. It is computed as a softmax, so that probabilities that underflow do not give 0 / 0. OU adds 1e-10 to the
+    denominator.
 
     Args:
         losses: [n] of the true answers.
-        perturbed_losses: [n, m] of the false ones.
-
-    As TOFU; computed as a softmax, so that probabilities that underflow do not give 0 / 0. OU adds 1e-10 to the denominator.
+        perturbed_losses: [n, m] of the false answers.
     """
     return torch.softmax(-_beside(losses, perturbed_losses), 1)[:, 0]
 
 
-def option_loss(losses, perturbed_losses):
-    """``-log`` of `option_probability`: TOFU's ``normalized_gt_loss``."""
+def option_loss(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
+    """Return ``-log`` of `option_probability`, TOFU's ``normalized_gt_loss``."""
     return -torch.log_softmax(-_beside(losses, perturbed_losses), 1)[:, 0]
 
 
-def _beside(losses, perturbed_losses):
+def _beside(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
+    """Return the losses [n, 1 + m] of the true answer, first, and of the false ones."""
     return torch.cat([losses[:, None], perturbed_losses], 1)
 
 
-def truth_ratio(paraphrased_losses, perturbed_losses):
-    """False against true, ``exp(paraphrased_loss - mean_j perturbed_loss_j)``: large where a model prefers false answers.
+def truth_ratio(paraphrased_losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
+    """Return the truth ratios ``exp(paraphrased_loss - mean_j perturbed_loss_j)``, large where a model prefers false answers.
+
+    This is the geometric mean of the false probabilities over the true one, as in TOFU's logs and its
+    ``aggregate_eval_stat.py`` (which holds the inverse), and in OU (with 1e-10 in the denominator). TOFU's ``utils.py`` and
+    SOUL take the arithmetic mean; SOUL asks the paraphrased question. Ratios beyond fp64 become its largest number.
 
     Args:
-        paraphrased_losses: [n] of the paraphrased true answer, or of the answer where there is no paraphrase.
+        paraphrased_losses: [n] of the paraphrased true answer, or of the answer itself where there is no paraphrase.
         perturbed_losses: [n, m] of the false answers.
-
-    The geometric mean of the false probabilities over the true one, as TOFU's logs and its ``aggregate_eval_stat.py`` (which
-    holds the inverse), and as OU (with 1e-10 in the denominator). TOFU's ``utils.py`` and SOUL take the arithmetic mean; SOUL
-    asks the paraphrased question. Ratios beyond fp64 become its largest number.
     """
     return torch.exp(paraphrased_losses - perturbed_losses.mean(1)).clamp(max=sys.float_info.max)
 
 
-def closer_to_one(ratios):
-    """``mean min(r, 1 / r)`` of truth ratios: TOFU's and OU's figure for the forget set; 1: true and false are alike."""
+def closer_to_one(ratios: torch.Tensor) -> torch.Tensor:
+    """Return ``mean min(r, 1 / r)`` of truth ratios, TOFU's and OU's figure for the forget set.
+
+    1 means that the model finds true and false answers equally likely.
+    """
     return torch.minimum(ratios, 1 / ratios).mean()
 
 
-def true_better(ratios):
-    """``mean max(0, 1 - r)`` of truth ratios: TOFU's and OU's figure for what is kept; 1: false answers are never likely."""
+def true_better(ratios: torch.Tensor) -> torch.Tensor:
+    """Return ``mean max(0, 1 - r)`` of truth ratios, TOFU's and OU's figure for the other sets.
+
+    1 means that the model finds no false answer likely.
+    """
     return (1 - ratios).clamp(min=0).mean()
 
 
-def forget_quality(ratios, retain_ratios):
-    """Two-sample Kolmogorov-Smirnov test of truth ratios on the forget set, against a model that never saw it.
-
-    Args:
-        ratios: [n] of the model.
-        retain_ratios: [m] of the retain model.
-
-    Returns:
-        The p-value, which is the forget quality (1: the two cannot be told apart), and the statistic.
+def forget_quality(ratios: torch.Tensor, retain_ratios: torch.Tensor) -> tuple[float, float]:
+    """Compare truth ratios on the forget set with those of a retain model by a two-sample Kolmogorov-Smirnov test.
 
     As TOFU, whose inverse ratios give the same test, and OU, which adds 1e-10 before it inverts. SOUL compares forget with
     retain questions of one model, which is another quantity.
+
+    Args:
+        ratios: [n] of the model.
+        retain_ratios: [m] of the retain model, which never saw the forget set.
+
+    Returns:
+        The p-value, which is the forget quality (1: the test cannot tell the two models apart), and the statistic.
     """
     test = require("scipy.stats", "eval").ks_2samp(ratios.tolist(), retain_ratios.tolist())
     return float(test.pvalue), float(test.statistic)
 
 
-def model_utility(parts):
-    """Harmonic mean of probability, ROUGE-L recall and truth ratio on retain, real authors and world facts; 0 if one is 0.
+def model_utility(numbers: Mapping[str, float]) -> float:
+    """Return the harmonic mean of probability, ROUGE-L recall and truth ratio over retain, real authors and world facts.
+
+    It is 0 if one of the nine is 0. As TOFU and OU (``hm_aggregate``): `probability` on retain, `option_probability` on the
+    other two sets, and `true_better` on all three.
 
     Args:
-        parts: dict with the nine ``{set}_{prob|rouge|truth_ratio}``, as `summarize` computes them.
-
-    As TOFU and OU (``hm_aggregate``): `probability` on retain, `option_probability` on the other two; `true_better`.
+        numbers: has the nine ``{set}_{prob|rouge|truth_ratio}``, as `summarize` computes them.
     """
-    names = [f"{name}_{part}" for name in UTILITY_SETS for part in ("prob", "rouge", "truth_ratio")]
-    return float(require("scipy.stats", "eval").hmean([parts[name] for name in names]))
+    names = [f"{name}_{quantity}" for name in UTILITY_SETS for quantity in ("prob", "rouge", "truth_ratio")]
+    return float(require("scipy.stats", "eval").hmean([numbers[name] for name in names]))
 
 
-def rouge_recall(answers, texts):
-    """ROUGE recalls of generated texts against true answers, with stemming: ``rouge1_recall`` and ``rougeL_recall``, [n] each.
+def rouge_recall(answers: Sequence[str], texts: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Return ROUGE recalls of generated texts against true answers, with stemming.
 
     As TOFU and OU. SOUL's code drops the first generated token.
+
+    Returns:
+        ``rouge1_recall`` and ``rougeL_recall``, [n] each.
     """
     scorer = require("rouge_score.rouge_scorer", "eval").RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     scores = [scorer.score(answer, text) for answer, text in zip(answers, texts)]
@@ -114,105 +129,117 @@ def rouge_recall(answers, texts):
             for name in ("rouge1", "rougeL")}  # fmt: skip
 
 
-def exact_memorization(hits):
-    """Part of an answer's tokens that are the argmax given the true tokens before them, ``mean_t hit_t``.
+def exact_memorization(hits: torch.Tensor) -> float:
+    """Return the fraction of an answer's tokens that are the argmax given the true tokens before them, ``mean_t hit_t``.
+
+    As OU, except that OU leaves out the last label, be it the end of the sequence or, in a text that was cut, a token.
 
     Args:
         hits: [n] of 0 and 1, without the end of the sequence.
-
-    As OU, which leaves out the last label, be it the end or, in a text that was cut, a token.
     """
     return hits.mean().item()
 
 
-def extraction_strength(hits):
-    """``1 - k / n``: k tokens of an answer must be given until every one that follows is the argmax.
+def extraction_strength(hits: torch.Tensor) -> float:
+    """Return ``1 - k / n``, where k tokens of an answer must be given until every token that follows is the argmax.
+
+    As OU (the idea is from arXiv 2012.07805), but 0 where the last token is missed: OU's loop ends at ``k = n - 1``, so that
+    its smallest value is 1 / n.
 
     Args:
         hits: [n] of 0 and 1, without the end of the sequence.
-
-    As OU (arXiv 2012.07805 has the idea), but 0 where the last token is missed: OU's loop ends at ``k = n - 1``, and its
-    smallest value is 1 / n.
     """
     missed = (hits == 0).nonzero()
-    return 1.0 - (missed.max().item() + 1 if len(missed) else 0) / len(hits)
+    k = missed.max().item() + 1 if len(missed) else 0
+    return 1.0 - k / len(hits)
 
 
-def min_k(scores, k=MIN_K):
-    """Mean of the lowest ``max(1, floor(k n))`` of n scores: Min-K% (arXiv 2310.16789) where they are log-probabilities.
+def min_k(scores: torch.Tensor, k: float = MIN_K) -> float:
+    """Return the mean of the lowest ``max(1, floor(k n))`` of n scores.
+
+    Of log-probabilities this is Min-K% (arXiv 2310.16789), of `normalized_logps` Min-K%++. As OU, which returns the negative.
+    SOUL scores question and answer together.
 
     Args:
         scores: [n] of an answer's tokens, without the end of the sequence.
-        k: which part of them, in (0, 1].
+        k: which fraction of them, in (0, 1].
 
-    As OU, which returns the negative. SOUL scores question and answer together.
+    Raises:
+        ArgumentError: k is outside (0, 1].
     """
-    check_part(k)
+    check_fraction(k)
     return scores.sort().values[: max(1, int(k * len(scores)))].mean().item()
 
 
-def check_part(k):
-    """Raises unless k is in (0, 1]."""
+def check_fraction(k: float) -> None:
+    """Raise unless k, the option ``min_k``, is in (0, 1]."""
     if not 0 < k <= 1:
-        raise argument_error("min_k", "a part in (0, 1]", k, "0.2 is the lowest fifth of the tokens")
+        raise argument_error("min_k", "a fraction in (0, 1]", k, "0.2 is the lowest fifth of the tokens")
 
 
-def normalized_logps(logps, entropies, variances):
-    """``(logp + entropy) / sqrt(max(variance, 1e-6))``: log-probabilities in units of their spread under the model.
+def normalized_logps(logps: torch.Tensor, entropies: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+    """Return ``(logp + entropy) / sqrt(max(variance, 1e-6))``: log-probabilities in units of their spread under the model.
+
+    Min-K%++ (arXiv 2404.02936) is `min_k` of these numbers; the floor of the variance is OU's.
 
     Args:
         logps: [n] log-probabilities of labels.
         entropies: [n], whose negatives are the means of log p under the model.
         variances: [n] of log p under the model.
-
-    What Min-K%++ (arXiv 2404.02936) gives to `min_k`; the floor is OU's.
     """
     return (logps + entropies) / variances.clamp(min=1e-6).sqrt()
 
 
-def membership_auc(forget, holdout):
-    """Area under the ROC curve of telling forget from holdout by a score; 1: forget scores higher, it is remembered; 0.5: not.
+def membership_auc(forget: torch.Tensor, holdout: torch.Tensor) -> float:
+    """Return the area under the ROC curve of a score that is to tell forget from holdout texts.
+
+    1: forget texts score higher, so they are remembered; 0.5: the score cannot tell. As OU, where score and label are both
+    negated. SOUL's curve is the mirror image, against real authors and world facts.
 
     Args:
-        forget: [n] scores of what was trained on.
-        holdout: [m] scores of what never was.
-
-    As OU, where score and label are both negated. SOUL's curve is the mirror image, against real authors and world facts.
+        forget: [n] scores of texts that the model was trained on.
+        holdout: [m] scores of texts that it never saw.
     """
     labels = [1] * len(forget) + [0] * len(holdout)
     return float(require("sklearn.metrics", "eval").roc_auc_score(labels, [*forget.tolist(), *holdout.tolist()]))
 
 
-def summarize(logs, retain_log=None):
-    """Everything that logs of the four sets say, as TOFU's ``aggregate_eval_stat.py`` defines it.
+def summarize(
+    logs: Mapping[str, Mapping[str, torch.Tensor]], retain_log: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, float]:
+    """Return all numbers that the logs of the four sets give, as TOFU's ``aggregate_eval_stat.py`` defines them.
 
     Args:
-        logs: set ("forget", "retain", "real_authors", "world_facts" and, where there is one, "holdout") -> its columns, from
+        logs: set ("forget", "retain", "real_authors", "world_facts" and, optionally, "holdout") -> its columns, from
             `soul.evaluate.logs.columns`.
-        retain_log: columns of the forget set under a model that never saw it, or None: then there is no forget quality.
+        retain_log: columns of the forget set under a model that never saw it. None: there is no forget quality.
 
     Returns:
-        Dict of floats: ``forget_quality`` and ``ks_statistic``, ``model_utility``, and for each set ``{set}_prob``,
-        ``{set}_rouge``, ``{set}_truth_ratio``, ``{set}_rows``; where the logs have them ``{set}_exact_memorization`` and
+        ``forget_quality`` and ``ks_statistic``, ``model_utility``, and for each set ``{set}_prob``, ``{set}_rouge``,
+        ``{set}_truth_ratio``, ``{set}_rows``; where the logs have them ``{set}_exact_memorization`` and
         ``{set}_extraction_strength``, and with a holdout set ``forget_min_k_auc`` and ``forget_min_k_plus_plus_auc``.
     """
     ratios = {name: truth_ratio(log["avg_paraphrased_loss"], log["average_perturb_loss"])
               for name, log in logs.items() if name != "holdout"}  # fmt: skip
-    parts = {}
+    numbers: dict[str, float] = {}
     for name, ratio in ratios.items():
-        log, losses, perturbed = logs[name], logs[name]["avg_gt_loss"], logs[name]["average_perturb_loss"]
-        chances = option_probability(losses, perturbed) if name in OPTION_SETS else probability(losses)
-        parts[f"{name}_prob"] = chances.mean().item()
-        parts[f"{name}_rouge"] = log["rougeL_recall"].mean().item()
-        parts[f"{name}_truth_ratio"] = (closer_to_one if name == "forget" else true_better)(ratio).item()
-        parts |= {f"{name}_{field}": log[field].mean().item() for field in MEMORIZATION if field in log}
-        parts[f"{name}_rows"] = len(ratio)
-    result = {}
+        log = logs[name]
+        if name in OPTION_SETS:
+            probabilities = option_probability(log["avg_gt_loss"], log["average_perturb_loss"])
+        else:
+            probabilities = probability(log["avg_gt_loss"])
+        aggregate = closer_to_one if name == "forget" else true_better
+        numbers[f"{name}_prob"] = probabilities.mean().item()
+        numbers[f"{name}_rouge"] = log["rougeL_recall"].mean().item()
+        numbers[f"{name}_truth_ratio"] = aggregate(ratio).item()
+        numbers |= {f"{name}_{field}": log[field].mean().item() for field in MEMORIZATION if field in log}
+        numbers[f"{name}_rows"] = len(ratio)
+    summary: dict[str, float] = {}
     if retain_log is not None:
         retain_ratio = truth_ratio(retain_log["avg_paraphrased_loss"], retain_log["average_perturb_loss"])
-        result["forget_quality"], result["ks_statistic"] = forget_quality(ratios["forget"], retain_ratio)
-    result["model_utility"] = model_utility(parts)
+        summary["forget_quality"], summary["ks_statistic"] = forget_quality(ratios["forget"], retain_ratio)
+    summary["model_utility"] = model_utility(numbers)
     if "holdout" in logs:
-        result |= {f"forget_{field}_auc": membership_auc(logs["forget"][field], logs["holdout"][field])
-                   for field in MEMBERSHIP}  # fmt: skip
-    return result | parts
+        summary |= {f"forget_{field}_auc": membership_auc(logs["forget"][field], logs["holdout"][field])
+                    for field in MEMBERSHIP}  # fmt: skip
+    return summary | numbers

@@ -1,23 +1,34 @@
-"""What a model still knows: TOFU's metrics and logs, and its distance to a model that never saw the data.
+"""Runs of a model for TOFU's metrics and logs, and its distance to a model that never saw the data.
 
-Formulas are in `soul.evaluate.metrics`. Here models are run, over statistics of tokens (`soul_kernels.linear_statistics`) and
-not over logits.
+The formulas are in `soul.evaluate.metrics`. Here questions are encoded (`encode_questions`), models are run over them
+(`sequence_statistics`, `generate`), and what comes out is put into the columns of TOFU's logs (`tofu_logs`). Every number but
+ROUGE comes from statistics of single tokens (`soul_kernels.linear_statistics`), so logits of whole sequences are never kept.
 """
 
+import collections.abc
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from soul.data.batches import collate
-from soul.data.examples import Counts
+from soul.data.examples import Counts, Example, Question, Sequence
 from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
-from soul_kernels import TokenStatistics, linear_kl
+from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
 from soul_kernels.backends import BACKENDS
 from soul_kernels.errors import argument_error, check_choice, check_whole
 from soul_kernels.tokens import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+T = TypeVar("T")
+Log = dict[str, dict[str, Any]]  # {column: {row: value}}, as JSON has it: numbers, lists of numbers, lists of texts
+Columns = dict[str, Any]  # column -> tensor [n] or [n, m], or list of n values
 
 
 @dataclasses.dataclass
@@ -25,13 +36,13 @@ class EvaluateConfig:
     """How TOFU's questions are asked.
 
     Attributes:
-        template: "plain", "chat" or a text: how question and answer are put into one (`soul.data.templates.Template`), as in
-            training.
+        template: "plain", "chat" or a text: how question and answer become one text (`soul.data.templates.Template`). It should
+            be that of training.
         system: system message of the chat template, or None.
         max_length: tokens of a sequence; longer ones are cut.
-        max_new_tokens: where a generated answer is cut off. TOFU: 200 tokens, the prompt among them; open-unlearning: 200.
+        max_new_tokens: tokens of a generated answer, at most. TOFU: 200 with the prompt; open-unlearning: 200 without.
         batch_size: sequences a batch.
-        min_k: which part of an answer's tokens Min-K% and Min-K%++ look at.
+        min_k: fraction of an answer's tokens that Min-K% and Min-K%++ look at.
         backend: "auto", "triton", "compile", "torch" or "reference".
     """
 
@@ -42,45 +53,65 @@ class EvaluateConfig:
     batch_size: int = 32
     min_k: float = metrics.MIN_K
     backend: str = "auto"
-    long_texts = "truncate"  # no option: a log has a number for every row
+    long_texts = "truncate"  # not a field and no option: a log has a number for every row
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_template(self.template, self.system)
         check_choice("backend", self.backend, BACKENDS)
-        metrics.check_part(self.min_k)
+        metrics.check_fraction(self.min_k)
         for name in ("max_length", "max_new_tokens", "batch_size"):
             check_whole(name, getattr(self, name), "check the options")
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """The questions of one set, encoded; lists of `soul.data.Sequence`, and ``examples`` for the true answers.
+class EncodedQuestions:
+    """The n questions of one set, encoded.
 
-    ``paraphrased`` is the list ``answers`` itself where there are no paraphrases; ``perturbed`` has the m false answers of a
-    question one after the other.
+    Attributes:
+        examples: [n], the questions with their true answers as texts.
+        answers: [n], the same as token ids.
+        paraphrased: [n], with the paraphrased answers; the list ``answers`` itself if there are no paraphrases.
+        perturbed: [n m], with the false answers, the m of one question after the m of another.
     """
 
-    examples: list
-    answers: list
-    paraphrased: list
-    perturbed: list
+    examples: list[Example]
+    answers: list[Sequence]
+    paraphrased: list[Sequence]
+    perturbed: list[Sequence]
 
 
-def encode_questions(model, tokenizer, questions, config, name, counts=None):
-    """`Asked` of a list of `soul.data.Question`; ``counts``, a dict, gets a `soul.data.Counts` for every kind of answer.
+def encode_questions(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: list[Question],
+    config: EvaluateConfig,
+    name: str,
+    counts: dict[str, Counts] | None = None,
+) -> EncodedQuestions:
+    """Encode the questions of one set with every kind of answer.
+
+    Args:
+        model: the causal language model that will be asked; its vocabulary and its positions bound the sequences.
+        tokenizer: its tokenizer.
+        questions: of TOFU's perturbed files.
+        config: template and lengths.
+        name: of the set, for errors and counts.
+        counts: gets a `soul.data.Counts` for every kind of answer; or None.
 
     Raises:
-        ArgumentError: a sequence or the answer to be generated does not fit the model, as `soul.models.encoding.encode_for`.
+        ArgumentError: a sequence, or the answer to be generated, does not fit the model, as `soul.models.encoding.encode_for`.
     """
-    template, counts = Template(config.template, tokenizer, config.system), {} if counts is None else counts
+    template = Template(config.template, tokenizer, config.system)
 
-    def encoded(pairs, kind):
+    def encode(pairs: list[tuple[str, str]], kind: str) -> tuple[list[Example], list[Sequence]]:
         label = f"{name}, {kind}"
         examples = [template.ask(*pair, f"{label}, row {index}") for index, pair in enumerate(pairs)]
-        counts[label] = Counts(rows=len(examples))
-        return examples, encode_for(model, tokenizer, examples, config, label, counts[label])
+        count = Counts(rows=len(examples))
+        if counts is not None:
+            counts[label] = count
+        return examples, encode_for(model, tokenizer, examples, config, label, count)
 
-    examples, answers = encoded([(q.question, q.answer) for q in questions], "answer")
+    examples, answers = encode([(q.question, q.answer) for q in questions], "answer")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(sequence.prompt_length for sequence in answers)
     if positions and longest + config.max_new_tokens > positions:
@@ -89,47 +120,57 @@ def encode_questions(model, tokenizer, questions, config, name, counts=None):
         raise argument_error("max_new_tokens", f"at most {positions} positions", got, remedy)
     paraphrased = answers
     if any(q.paraphrased != q.answer for q in questions):
-        paraphrased = encoded([(q.question, q.paraphrased) for q in questions], "paraphrased_answer")[1]
-    perturbed = encoded([(q.question, false) for q in questions for false in q.perturbed], "perturbed_answer")[1]
-    return Asked(examples, answers, paraphrased, perturbed)
+        _, paraphrased = encode([(q.question, q.paraphrased) for q in questions], "paraphrased_answer")
+    _, perturbed = encode([(q.question, false) for q in questions for false in q.perturbed], "perturbed_answer")
+    return EncodedQuestions(examples, answers, paraphrased, perturbed)
 
 
-def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print, counts=None):
-    """Runs a model over TOFU's sets.
+def tofu_logs(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sets: Mapping[str, list[Question]],
+    config: EvaluateConfig,
+    *,
+    holdout: collections.abc.Sequence[Example] = (),
+    progress: Callable[[str], object] = print,
+    counts: dict[str, Counts] | None = None,
+) -> dict[str, Log]:
+    """Run a model over TOFU's sets and return its logs.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        sets: "forget", "retain", "real_authors", "world_facts" -> list of `soul.data.Question`.
-        config: `EvaluateConfig`.
-        holdout: list of `soul.data.Example` that the model was never trained on, for the membership metrics.
-        progress: called with a line of text for every set, and for what was cut.
-        counts: a dict that gets a `soul.data.Counts` for every set and kind of answer; or None.
+        sets: "forget", "retain", "real_authors", "world_facts" -> questions.
+        config: how they are asked.
+        holdout: examples that the model was never trained on, for the membership metrics.
+        progress: called with a line of text for every set, and for every kind of answer of which some were cut.
+        counts: gets a `soul.data.Counts` for every set and kind of answer; or None.
 
     Returns:
-        Set -> log, in the layout of TOFU's files (`soul.evaluate.logs`), with columns of its own beside TOFU's:
+        Set -> log, in the layout of TOFU's files (`soul.evaluate.logs`), with these columns beside TOFU's:
         ``exact_memorization``, ``extraction_strength``, ``min_k``, ``min_k_plus_plus``.
 
     Raises:
         ArgumentError: as `encode_questions`, before the model runs.
     """
     counts = {} if counts is None else counts
-    asked = {name: encode_questions(model, tokenizer, part, config, name, counts) for name, part in sets.items()}
+    encoded = {name: encode_questions(model, tokenizer, rows, config, name, counts) for name, rows in sets.items()}
     if holdout:
         counts["holdout"] = Counts(rows=len(holdout))
-    held_out = encode_for(model, tokenizer, holdout, config, "holdout", counts.get("holdout"))
+    held_out = encode_for(model, tokenizer, list(holdout), config, "holdout", counts.get("holdout"))
     for name, count in counts.items():
         if count.truncated:
-            progress(f"{name}: {count.told(config.max_length)}")
+            progress(f"{name}: {count.summary(config.max_length)}")
     logs = {}
-    for name, of in asked.items():
-        progress(f"{name}: {len(of.answers)} questions")
-        log = answer_columns(model, tokenizer, of.answers, config)
-        texts = generate(model, tokenizer, of.answers, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
-        truths = [example.content for example in of.examples]
-        log["generated_text"] = [[e.prompt, text, truth] for e, text, truth in zip(of.examples, texts, truths)]
+    for name, questions in encoded.items():
+        answers = questions.answers
+        progress(f"{name}: {len(answers)} questions")
+        log = answer_columns(model, tokenizer, answers, config)
+        texts = generate(model, tokenizer, answers, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
+        truths = [example.content for example in questions.examples]
+        log["generated_text"] = [[e.prompt, text, truth] for e, text, truth in zip(questions.examples, texts, truths)]
         log |= metrics.rouge_recall(truths, texts)
-        log |= ratio_columns(model, of, config, log)
+        log |= ratio_columns(model, questions, config, log)
         if name in metrics.OPTION_SETS:
             log["normalized_gt_loss"] = metrics.option_loss(log["avg_gt_loss"], log["average_perturb_loss"])
         logs[name] = _by_row(log)
@@ -139,100 +180,160 @@ def tofu_logs(model, tokenizer, sets, config, *, holdout=(), progress=print, cou
     return logs
 
 
-def retain_log(model, tokenizer, questions, config):
-    """The part of a retain model's forget log that forget quality needs: the columns of the truth ratio."""
-    asked = encode_questions(model, tokenizer, questions, config, "forget")
-    return _by_row(ratio_columns(model, asked, config))
+def retain_log(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: list[Question], config: EvaluateConfig
+) -> Log:
+    """Return what forget quality needs of a retain model's log of the forget set: the columns of the truth ratio."""
+    encoded = encode_questions(model, tokenizer, questions, config, "forget")
+    return _by_row(ratio_columns(model, encoded, config))
 
 
-def _by_row(log):
-    """``{column: {row: value}}`` of columns that are tensors or lists."""
-    lists = {name: column.tolist() if isinstance(column, torch.Tensor) else column for name, column in log.items()}
+def _by_row(columns: Columns) -> Log:
+    """Return ``{column: {row: value}}`` of columns that are tensors or lists."""
+    lists = {name: column.tolist() if isinstance(column, torch.Tensor) else column for name, column in columns.items()}
     return {name: {str(row): value for row, value in enumerate(column)} for name, column in lists.items()}
 
 
-def answer_columns(model, tokenizer, sequences, config):
-    """Columns of answers: losses, and what is remembered of them, token by token; tensors and lists of one value a sequence."""
-    found = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
-    log = _losses(found, "gt")
-    memory = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}
-    for sequence, statistics in zip(sequences, found):
-        logps, _, hits, entropies, variances = _without_end(statistics, sequence, tokenizer.eos_token_id)
-        memory["exact_memorization"].append(metrics.exact_memorization(hits))
-        memory["extraction_strength"].append(metrics.extraction_strength(hits))
-        memory["min_k"].append(metrics.min_k(logps, config.min_k))
+def answer_columns(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[Sequence], config: EvaluateConfig
+) -> Columns:
+    """Return the columns of answers, one value a sequence: losses as tensors, memorization and membership as lists."""
+    statistics = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
+    log: Columns = _losses(statistics, "gt")
+    scores: dict[str, list[float]] = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}
+    for sequence, tokens in zip(sequences, statistics):
+        logps, _, hits, entropies, variances = _without_end(tokens, sequence, tokenizer.eos_token_id)
+        scores["exact_memorization"].append(metrics.exact_memorization(hits))
+        scores["extraction_strength"].append(metrics.extraction_strength(hits))
+        scores["min_k"].append(metrics.min_k(logps, config.min_k))
         normalized = metrics.normalized_logps(logps, entropies, variances)
-        memory["min_k_plus_plus"].append(metrics.min_k(normalized, config.min_k))
-    return log | memory
+        scores["min_k_plus_plus"].append(metrics.min_k(normalized, config.min_k))
+    return log | scores
 
 
-def ratio_columns(model, asked, config, log=None):
-    """Losses of paraphrased and perturbed answers; those of the answers in ``log`` serve where there is no paraphrase."""
-    options = dict(batch_size=config.batch_size, backend=config.backend)
-    if asked.paraphrased is asked.answers and log is not None:
-        columns = {f"{before}paraphrased{after}": log[f"{before}gt{after}"]
-                   for before, after in (("avg_", "_loss"), ("", "_loss"), ("num_token_", ""))}  # fmt: skip
+def ratio_columns(
+    model: "PreTrainedModel", questions: EncodedQuestions, config: EvaluateConfig, log: Columns | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the losses of paraphrased and perturbed answers, and the truth ratios.
+
+    Args:
+        model: a causal language model.
+        questions: n of them, each with m false answers.
+        config: batch size and backend.
+        log: columns of the true answers from `answer_columns`, which serve where there are no paraphrases. None: the losses of
+            the answers are computed again there.
+
+    Returns:
+        ``avg_paraphrased_loss``, ``paraphrased_loss``, ``num_token_paraphrased`` and ``truth_ratio``, [n];
+        ``average_perturb_loss``, ``perturb_loss`` and ``num_token_perturb``, [n, m].
+    """
+
+    def losses(sequences: list[Sequence], name: str) -> dict[str, torch.Tensor]:
+        statistics = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
+        return _losses(statistics, name)
+
+    if questions.paraphrased is questions.answers and log is not None:
+        columns = {
+            "avg_paraphrased_loss": log["avg_gt_loss"],
+            "paraphrased_loss": log["gt_loss"],
+            "num_token_paraphrased": log["num_token_gt"],
+        }
     else:
-        columns = _losses(sequence_statistics(model, asked.paraphrased, **options), "paraphrased")
-    flat = _losses(sequence_statistics(model, asked.perturbed, **options), "perturb")
-    perturbed = {name: values.view(len(asked.answers), -1) for name, values in flat.items()}
+        columns = losses(questions.paraphrased, "paraphrased")
+    flat = losses(questions.perturbed, "perturb")
+    perturbed = {name: values.view(len(questions.answers), -1) for name, values in flat.items()}
     perturbed["average_perturb_loss"] = perturbed.pop("avg_perturb_loss")  # TOFU's name
     ratio = metrics.truth_ratio(columns["avg_paraphrased_loss"], perturbed["average_perturb_loss"])
     return columns | perturbed | {"truth_ratio": ratio}
 
 
-def _losses(found, name):
-    sums = -torch.stack([statistics.logps.sum() for statistics in found])
-    counts = torch.tensor([len(statistics.logps) for statistics in found], device="cpu")
+def _losses(statistics: list[TokenStatistics], name: str) -> dict[str, torch.Tensor]:
+    """Return mean and summed losses of sequences and their numbers of tokens, [n] each, under the names of TOFU's columns."""
+    sums = -torch.stack([tokens.logps.sum() for tokens in statistics])
+    counts = torch.tensor([len(tokens.logps) for tokens in statistics], device="cpu")
     return {f"avg_{name}_loss": sums / counts, f"{name}_loss": sums, f"num_token_{name}": counts}
 
 
-def _without_end(statistics, sequence, end):
-    """Statistics of a sequence without those of the token that ends it, unless there is no other."""
+def _without_end(statistics: TokenStatistics, sequence: Sequence, end: int | None) -> TokenStatistics:
+    """Return the statistics of a sequence without those of the token that ends it, unless it is the only one."""
     labels = [label for label in sequence.labels if label != IGNORE_INDEX]
     count = len(labels) - (labels[-1] == end and len(labels) > 1)
     return TokenStatistics(*(values[:count] for values in statistics))
 
 
-def _batches(sequences, size):
-    return [sequences[i : i + size] for i in range(0, len(sequences), size)]
+def _batches(items: list[T], size: int) -> list[list[T]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def sequence_statistics(model, sequences, *, batch_size=32, backend="auto"):
-    """Statistics of the labelled tokens of every sequence: a list of `soul_kernels.TokenStatistics`, [n] fp64 on the CPU.
+def sequence_statistics(
+    model: "PreTrainedModel", sequences: list[Sequence], *, batch_size: int = 32, backend: str = "auto"
+) -> list[TokenStatistics]:
+    """Return the statistics of the n labelled tokens of every sequence, [n] fp64 on the CPU.
 
-    The longest go first, in batches of like length.
+    The model runs in evaluation mode, and is in its own mode again afterwards. The longest sequences go first, in batches of
+    similar length; the results are in the order of ``sequences``.
+
+    Args:
+        model: a causal language model.
+        sequences: from `soul.data.encode`.
+        batch_size: sequences a batch.
+        backend: "auto", "triton", "compile", "torch" or "reference".
     """
-    device, found = next(model.parameters()).device, [None] * len(sequences)
+    device = next(model.parameters()).device
+    statistics: dict[int, TokenStatistics] = {}
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].input_ids))
     with evaluating(model):
-        for part in _batches(order, batch_size):
-            batch = collate([sequences[i] for i in part], [], device=device)
-            rows = batch.rows.to(device)
+        for indices in _batches(order, batch_size):
+            batch = collate([sequences[i] for i in indices], [], device=device)
+            rows = batch.token_indices.to(device)
             packed = torch.stack([values.view(-1).index_select(0, rows) for values in token_statistics(model, batch, backend)])
-            counts = [sequences[i].n_labels for i in part]
-            for i, piece in zip(part, packed.cpu().double().split(counts, 1)):
-                found[i] = TokenStatistics(*piece)
-    return found
+            counts = [sequences[i].n_labels for i in indices]
+            for i, values in zip(indices, packed.cpu().double().split(counts, 1)):
+                statistics[i] = TokenStatistics(*values)
+    return [statistics[i] for i in range(len(sequences))]
 
 
-def answer_probability(model, sequences, *, batch_size=32, backend="auto"):
-    """Return the mean over sequences of `metrics.probability`, the length-normalised probability of TOFU (arXiv 2401.06121)."""
-    found = sequence_statistics(model, sequences, batch_size=batch_size, backend=backend)
-    return metrics.probability(_losses(found, "gt")["avg_gt_loss"]).mean().item()
+def answer_probability(
+    model: "PreTrainedModel", sequences: list[Sequence], *, batch_size: int = 32, backend: str = "auto"
+) -> float:
+    """Return the mean over sequences of `metrics.probability`, the length-normalised probability of TOFU (arXiv 2401.06121).
+
+    Args:
+        model: a causal language model; it is left as it was.
+        sequences: from `soul.data.encode`.
+        batch_size: sequences a batch.
+        backend: "auto", "triton", "compile", "torch" or "reference".
+    """
+    statistics = sequence_statistics(model, sequences, batch_size=batch_size, backend=backend)
+    return metrics.probability(_losses(statistics, "gt")["avg_gt_loss"]).mean().item()
 
 
-def generate(model, tokenizer, sequences, *, batch_size=32, max_new_tokens=96):
-    """The greedy answers to the prompts of encoded examples, a list of texts.
+def generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    sequences: list[Sequence],
+    *,
+    batch_size: int = 32,
+    max_new_tokens: int = 96,
+) -> list[str]:
+    """Return the greedy answers to the prompts of encoded examples.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        sequences: from `soul.data.encode`; only their prompts are read.
+        batch_size: prompts a batch, those of similar length together.
+        max_new_tokens: tokens of an answer, at most.
 
     Raises:
         ArgumentError: a sequence has no prompt.
     """
-    device, texts = next(model.parameters()).device, [None] * len(sequences)
+    device = next(model.parameters()).device
+    texts = [""] * len(sequences)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # fills up answers that have ended
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
-    for part in _batches(order, batch_size):
-        prompts = [sequences[i].input_ids[: sequences[i].prompt_length] for i in part]
+    for indices in _batches(order, batch_size):
+        prompts = [sequences[i].input_ids[: sequences[i].prompt_length] for i in indices]
         width = max(len(p) for p in prompts)
         if not all(prompts):
             raise argument_error("sequences", "prompts to answer", "a row without one", "ROUGE needs questions and answers")
@@ -242,13 +343,27 @@ def generate(model, tokenizer, sequences, *, batch_size=32, max_new_tokens=96):
             out = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end
             )
-        for i, text in zip(part, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
+        for i, text in zip(indices, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
             texts[i] = text
     return texts
 
 
-def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
-    """Distance to another model: mean over answer tokens of ``KL(other || model)`` in nats; 0 where they agree.
+def kl_divergence(
+    model: "PreTrainedModel",
+    other: "PreTrainedModel",
+    sequences: list[Sequence],
+    *,
+    batch_size: int = 32,
+    backend: str = "auto",
+) -> float:
+    """Return the distance to another model: the mean over answer tokens of ``KL(other || model)`` in nats, 0 if they agree.
+
+    Args:
+        model: a causal language model.
+        other: another one, with the same vocabulary.
+        sequences: from `soul.data.encode`.
+        batch_size: sequences a batch.
+        backend: "auto", "triton", "compile", "torch" or "reference".
 
     Raises:
         ArgumentError: the two models do not scale and cap their logits alike.
@@ -256,15 +371,18 @@ def kl_divergence(model, other, sequences, *, batch_size=32, backend="auto"):
     if transform(other) != transform(model):
         remedy = "compare models of one family"
         raise argument_error("other", f"logits with {transform(model)}", transform(other), remedy)
-    (weight, bias), (ref_weight, ref_bias) = head(model), head(other)
-    device, total, count = next(model.parameters()).device, 0.0, 0
+    weight, bias = head(model)
+    ref_weight, ref_bias = head(other)
+    device = next(model.parameters()).device
+    total = 0.0
+    count = 0
     with evaluating(model), evaluating(other), autocast(model):
-        for part in _batches(sequences, batch_size):
-            batch = collate(part, [], device=device)
-            values = linear_kl(
-                hidden_states(model, batch), weight, batch.labels, hidden_states(other, batch), ref_weight=ref_weight,
-                bias=bias, ref_bias=ref_bias, rows=batch.rows, backend=backend, **transform(model),
-            )  # fmt: skip
+        for sequences_of_batch in _batches(sequences, batch_size):
+            batch = collate(sequences_of_batch, [], device=device)
+            reference = Reference(hidden_states(other, batch), ref_weight, ref_bias)
+            options = LinearOptions(token_indices=batch.token_indices, backend=backend)
+            own_head = Head(weight, bias, **transform(model))
+            values = linear_kl(hidden_states(model, batch), own_head, batch.labels, reference, options=options)
             total += values.sum().item()
-            count += len(batch.rows)
+            count += len(batch.token_indices)
     return total / count

@@ -1,5 +1,5 @@
-"""What brings this library into other people's training code. Nothing here is imported by ``import soul``.
+"""Integrations with other people's training code. Nothing here is imported by ``import soul``.
 
-`soul.integrations.hf`: the Hugging Face Trainer. `soul.integrations.open_unlearning`: trainers and configurations for that code
-base. `soul.integrations.trl`: data sets with TRL's columns.
+`hf`: the Hugging Face Trainer. `open_unlearning`: trainers and configurations for that code base. `trl`: data sets with TRL's
+columns. May import: compat, data, losses, model_loss, models, optim, and what those may import. Start reading with `hf`.
 """

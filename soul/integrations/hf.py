@@ -8,56 +8,70 @@
                              objective=soul.losses.NPO(beta=0.1), soul_args={"rho": 0.04, "max_grad_norm": 1.0})
     trainer.train()
 
-Without ``objective`` it is the Trainer with another optimizer. Works with transformers 4.57 and 5, and with 4.45, which
-open-unlearning pins; with accelerate, DDP, FSDP2 and models wrapped by peft. Nothing is patched.
+Without ``objective`` it is the Trainer with another optimizer. It works with transformers 4.57 and 5, and with 4.45, which
+open-unlearning pins; with accelerate, DDP, FSDP2 and models wrapped by peft. Nothing is patched: the mixin overrides public
+methods of the Trainer and calls the base class for everything that is not its own. Methods that it must not rename are those of
+the Trainer, and `SOULTrainerMixin.prepare_reference_model`, which `soul.integrations.open_unlearning` overrides.
 """
 
+import collections.abc
 import copy
 import dataclasses
 import inspect
 import random
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from soul import functional, losses
+from soul import losses
+from soul.data.examples import Sequence
 from soul.distributed.shards import hidden_sharding
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
+from soul.models.head_call import call_at_head, shifted_labels
 from soul.optim.curvature import GNB, RetainFisher
-from soul.optim.optimizer import SOUL, SophiaG
-from soul_kernels import linear_gnb, linear_objective
+from soul.optim.optimizer import SophiaG
+from soul.optim.soul import SOUL
+from soul_kernels import Head, linear_gnb, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
 
-OPTIMIZERS = {"soul": SOUL, "sophiag": SophiaG}
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+else:
+    _Trainer = object  # the base class stands after the mixin: class X(SOULTrainerMixin, transformers.Trainer)
+
+OPTIMIZERS: dict[str, type[SophiaG]] = {"soul": SOUL, "sophiag": SophiaG}
 CURVATURES = (None, "retain_fisher", "gnb")
 
 
-def optimizer_of(soul_args, args):
-    """Class and keyword arguments of the optimizer that a Trainer is to make.
+def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[SophiaG], dict[str, Any]]:
+    """Return the class and the keyword arguments of the optimizer that a Trainer is to make.
 
     Args:
         soul_args: None, a mapping or a dataclass: ``optimizer`` ("soul", the default, or "sophiag"), and any keyword argument
             of it but lr and weight_decay.
-        args: ``TrainingArguments``: learning_rate, which schedulers then move, and weight_decay, which the Trainer's own
-            parameter groups set to 0 for biases and norms.
+        args: of the Trainer; learning_rate, which schedulers then move, is read here. The Trainer's own parameter groups have
+            weight_decay, which is 0 for biases and norms.
 
     Returns:
-        The class, and its keyword arguments. Under DeepSpeed without ``max_grad_norm``: DeepSpeed clips (`SOULTrainerMixin`).
+        The class, and its keyword arguments. Under DeepSpeed ``max_grad_norm`` is not among them: DeepSpeed clips
+        (`SOULTrainerMixin`).
 
     Raises:
-        ArgumentError: an option that there is not, or that is set elsewhere; or both would clip; or, under DeepSpeed, one
-            that needs the gradients of all processes.
+        ArgumentError: an option does not exist or is set elsewhere; Trainer and optimizer would both clip; or, under DeepSpeed,
+            an option needs the gradients of all processes.
     """
     options = _entries(soul_args)
     name = options.pop("optimizer", "soul")
     check_choice("soul_args.optimizer", name, tuple(OPTIMIZERS))
-    for option, place in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
+    for option, argument in (("lr", "learning_rate"), ("weight_decay", "weight_decay")):
         if option in options:
-            remedy = f"set {place} of the TrainingArguments"
-            raise argument_error(f"soul_args.{option}", "no such option here", options[option], remedy)
-    known = {*inspect.signature(SophiaG).parameters, *inspect.signature(OPTIMIZERS[name]).parameters} - {"params", "options"}
+            remedy = f"set {argument} of the TrainingArguments"
+            raise argument_error(f"soul_args.{option}", "none, since the Trainer sets it", options[option], remedy)
+    known = {*inspect.signature(OPTIMIZERS[name]).parameters} - {"params"}
     for option in options:
         if option not in known:
             raise argument_error("soul_args", f"options of {OPTIMIZERS[name].__name__} ({', '.join(sorted(known))})", option,
@@ -74,82 +88,98 @@ def optimizer_of(soul_args, args):
     return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
 
 
-class SOULTrainerMixin:
-    """Gives a Trainer SOUL's optimizers and, with an objective, unlearning: ``class MyTrainer(SOULTrainerMixin, Trainer)``.
+class SOULTrainerMixin(_Trainer):
+    """SOUL's optimizers and, with an objective, unlearning for a Trainer: ``class MyTrainer(SOULTrainerMixin, Trainer)``.
 
     Learning rate, weight decay and its exceptions, schedules, gradient accumulation and checkpoints stay the Trainer's.
-    An optimizer passed as ``optimizers=`` or ``optimizer_cls_and_kwargs=`` is used in place of SOUL's, as always.
+    An optimizer passed as ``optimizers=`` or ``optimizer_cls_and_kwargs=`` is used in place of SOUL's, as in any Trainer.
 
-    Clipping: by the Trainer's ``max_grad_norm`` (its default is 1), or within the step, without a pass over the gradients and
-    without waiting, by ``soul_args={"max_grad_norm": 1.0}`` and ``max_grad_norm=0`` in the TrainingArguments. Under DeepSpeed,
-    where a step sees one process's piece of the gradients, that number becomes ``gradient_clipping`` of DeepSpeed's
-    configuration, and ``clip_fraction`` is not logged.
+    Clipping: either by the Trainer's ``max_grad_norm`` (its default is 1); or within the step, without a pass over the
+    gradients and without waiting for the device, by ``soul_args={"max_grad_norm": 1.0}`` and ``max_grad_norm=0`` in the
+    TrainingArguments. Under DeepSpeed, where a step sees one process's piece of the gradients, that number becomes
+    ``gradient_clipping`` of DeepSpeed's configuration, and ``clip_fraction`` is not logged.
 
     Gradient accumulation: the loss is the mean over micro-batches of their losses, each a mean over its own tokens or
     sequences. ``num_items_in_batch`` is accepted, and does not change it.
 
     Args:
         *args: as for the Trainer.
-        soul_args: as in `optimizer_of`; besides ``curvature`` ("retain_fisher" or "gnb", on the retain batch; for "sophiag",
+        soul_args: as in `optimizer_of`. Also ``curvature`` ("retain_fisher" or "gnb", on the retain batch; for "sophiag",
             whose h stays 0 otherwise) and ``every`` (optimizer steps from one refresh to the next, 10).
         objective: a `soul.losses.Objective`; None: the Trainer's own loss.
-        ref_model: a frozen model for objectives that need a reference; None: made here where it is needed, a copy of the model.
+        ref_model: a frozen reference model for objectives that need one; None: a copy of the model is made if it is needed.
             Without ``objective`` it goes to the base class, which must have an argument of this name, as TRL's DPOTrainer does.
         **kwargs: as for the Trainer.
 
     Raises:
-        ArgumentError: options that do not fit; an objective for a trainer of TRL, whose data sets are its own; a reference
-            that nothing would use. Raised before anything is loaded or moved.
+        ArgumentError: options do not fit together; an objective for a trainer of TRL, which takes only its own data sets; or a
+            reference model that nothing would use. Raised before anything is loaded or moved.
     """
 
-    compat = None  # of `unlearning_loss`
+    compat: str | None = None  # of `unlearning_loss`
 
-    def __init__(self, *args, soul_args=None, objective=None, ref_model=None, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        soul_args: object = None,
+        objective: losses.Objective | None = None,
+        ref_model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         kwargs.update(self._arguments_of_base(objective, ref_model))
         options = _entries(soul_args)
-        self.curvature, self.every = options.pop("curvature", None), options.pop("every", 10)
-        self.soul_args, self.objective, self.ref_model = options, objective, ref_model
-        check_choice("soul_args.optimizer", options.get("optimizer", "soul"), tuple(OPTIMIZERS))
+        self.curvature = options.pop("curvature", None)
+        self.every = options.pop("every", 10)
+        self.soul_args = options
+        self.objective = objective
+        self.ref_model = ref_model
+        optimizer = options.get("optimizer", "soul")
+        check_choice("soul_args.optimizer", optimizer, tuple(OPTIMIZERS))
         check_choice("soul_args.curvature", self.curvature, CURVATURES)
-        if (self.curvature is None) != (options.get("optimizer", "soul") == "soul"):
+        if (self.curvature is None) != (optimizer == "soul"):
             remedy = "'retain_fisher' or 'gnb' for sophiag, whose h stays 0 otherwise; soul refreshes it by itself"
             raise argument_error("soul_args.curvature", "one for sophiag, none for soul", repr(self.curvature), remedy)
         if self.curvature is not None and objective is None:
             raise argument_error("soul_args.curvature", "None without an objective", repr(self.curvature), "pass an objective")
-        given = next((a for a in (*args, kwargs.get("args")) if hasattr(a, "remove_unused_columns")), None)
-        if given is not None:
-            optimizer_of(options, given)
-            self._check_deepspeed(getattr(given, "deepspeed_plugin", None))
-            if objective is not None and given.remove_unused_columns:
-                remedy = "forget and retain are no arguments of the model, and would be removed"
+        training_args = next((a for a in (*args, kwargs.get("args")) if hasattr(a, "remove_unused_columns")), None)
+        if training_args is not None:
+            optimizer_of(options, training_args)
+            self._check_deepspeed(getattr(training_args, "deepspeed_plugin", None))
+            if objective is not None and training_args.remove_unused_columns:
+                remedy = "the Trainer would remove forget and retain, which are no arguments of the model"
                 raise argument_error("args.remove_unused_columns", "False with an objective", True, remedy)
-        self._hessian = None
+        self._hessian: Any = None  # GNB or RetainFisher, made once there is an optimizer
         super().__init__(*args, **kwargs)
-        plugin, limit = getattr(self.args, "deepspeed_plugin", None), options.get("max_grad_norm")
-        if plugin is not None and limit is not None:  # where the Trainer has put args.max_grad_norm, which is 0 then
+        plugin = getattr(self.args, "deepspeed_plugin", None)
+        limit = options.get("max_grad_norm")
+        if plugin is not None and limit is not None:  # the Trainer has put args.max_grad_norm there, which is 0 then
             plugin.deepspeed_config["gradient_clipping"] = limit
         if objective is not None:
-            self._prepare_reference()
+            self._prepare_reference(objective)
             self.add_callback(_epochs(self.train_dataset))
 
-    def _check_deepspeed(self, plugin):
-        """Raises for what cannot work under DeepSpeed; ``plugin`` is accelerate's, or None."""
+    def _check_deepspeed(self, plugin: Any) -> None:
+        """Raise for what cannot work under DeepSpeed; ``plugin`` is accelerate's, or None without DeepSpeed."""
         if plugin is None:
             return
         if self.curvature is not None:
             remedy = "it hides the gradients that h would be refreshed from: use optimizer 'soul', or FSDP2"
             raise argument_error("soul_args.curvature", "none under DeepSpeed", repr(self.curvature), remedy)
         if "optimizer" in plugin.deepspeed_config:
-            got, remedy = plugin.deepspeed_config["optimizer"], "DeepSpeed would use that one: take it out"
+            got = plugin.deepspeed_config["optimizer"]
+            remedy = "take it out: DeepSpeed would use that one"
             raise argument_error("DeepSpeed's configuration", "no optimizer beside soul_args", got, remedy)
 
-    def _arguments_of_base(self, objective, ref_model):
+    def _arguments_of_base(
+        self, objective: losses.Objective | None, ref_model: torch.nn.Module | None
+    ) -> dict[str, torch.nn.Module]:
         """Return what the base class gets beside the caller's arguments: a reference model that is not for our objective.
 
         Raises:
-            ArgumentError: an objective for a trainer of TRL, or a reference that neither an objective nor the base class uses.
+            ArgumentError: an objective for a trainer of TRL, or a reference model that neither an objective nor the base class
+                uses.
         """
-        bases = type(self).__mro__[type(self).__mro__.index(SOULTrainerMixin) + 1 :]
+        bases: tuple[Any, ...] = type(self).__mro__[type(self).__mro__.index(SOULTrainerMixin) + 1 :]
         if objective is not None:
             for base in bases:
                 if base.__module__.split(".")[0] == "trl":
@@ -159,16 +189,18 @@ class SOULTrainerMixin:
         if ref_model is None:
             return {}
         if not any("ref_model" in inspect.signature(base.__init__).parameters for base in bases):
-            remedy = "pass objective=, or leave the reference out"
+            remedy = "pass objective=, or leave the reference model out"
             raise argument_error("ref_model", "None without an objective", type(ref_model).__name__, remedy)
         return {"ref_model": ref_model}
 
-    def get_optimizer_cls_and_kwargs(self, args, model=None):
-        """What `create_optimizer` makes, of the Trainer's parameter groups: see `optimizer_of`."""
+    def get_optimizer_cls_and_kwargs(
+        self, args: "TrainingArguments", model: Any = None
+    ) -> tuple[type[SophiaG], dict[str, Any]]:
+        """Return what `create_optimizer` makes of the Trainer's parameter groups; see `optimizer_of`."""
         return optimizer_of(self.soul_args, args)
 
-    def create_optimizer(self, *args, **kwargs):
-        """Makes the optimizer over the Trainer's parameter groups, unless one was passed.
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimizer over the Trainer's parameter groups, unless one was passed.
 
         Raises:
             ArgumentError: this version of the Trainer made another one.
@@ -180,28 +212,42 @@ class SOULTrainerMixin:
             raise argument_error("transformers", "a Trainer that makes the optimizer of its subclass", type(optimizer), remedy)
         return optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, **kwargs):
-        """The objective of an unlearning batch, by `unlearning_loss`; any other batch is the Trainer's."""
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the objective of an unlearning batch, by `unlearning_loss`; the loss of any other batch is the Trainer's."""
         if self.objective is None or "forget" not in inputs:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
-        options = dict(ref_model=self.ref_model, compat=self.compat, return_outputs=True)
-        loss, outputs = unlearning_loss(model, inputs, self.objective, **options)
+        loss, outputs = unlearning_loss(
+            model, inputs, self.objective, ref_model=self.ref_model, compat=self.compat, return_outputs=True
+        )
         if model.training and self._taken_for_divided(num_items_in_batch):
             loss = loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The objective of an unlearning batch, without logits; any other batch is the Trainer's."""
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Any, Any, Any]:
+        """Return the objective of an unlearning batch, without logits; any other batch is the Trainer's."""
         if self.objective is None or "forget" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
-    def training_step(self, model, inputs, *args, **kwargs):
-        """The Trainer's; with a curvature, at the last micro-batch of a step, h is refreshed when it is due."""
+    def training_step(self, model: torch.nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take the Trainer's step. With a curvature, refresh h at the last micro-batch of an optimizer step if it is due."""
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.curvature is not None and self.accelerator.sync_gradients:
             optimizer = self._inner_optimizer()
@@ -214,75 +260,85 @@ class SOULTrainerMixin:
                 self._hessian.step(lambda: self._curvature_loss(model, retain))
         return loss
 
-    def log(self, logs, *args, **kwargs):
-        """The Trainer's, with ``clip_fraction`` beside the loss: the fraction of the coordinates that moved by the full lr. Not
-        under DeepSpeed and FSDP1, where the optimizer counts one process's piece.
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as the Trainer does, with ``clip_fraction`` beside the loss.
+
+        It is the fraction of the coordinates that moved by the full lr. It is left out under DeepSpeed and FSDP1, where the
+        optimizer counts one process's piece.
         """
         optimizer = self._inner_optimizer()
         counts_all = isinstance(optimizer, SophiaG) and not any(hidden_sharding(g["params"]) for g in optimizer.param_groups)
         if "loss" in logs and counts_all:
-            groups = [(fraction, sum(p.numel() for p in group["params"]))
-                      for fraction, group in zip(optimizer.clip_fraction(), optimizer.param_groups)]  # fmt: skip
-            known = [(fraction, numel) for fraction, numel in groups if fraction == fraction]
+            fractions = optimizer.clip_fraction()
+            sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+            known = [(fraction, size) for fraction, size in zip(fractions, sizes) if fraction == fraction]  # not NaN
             if known:
                 logs = {**logs, "clip_fraction": sum(f * n for f, n in known) / sum(n for _, n in known)}
         return super().log(logs, *args, **kwargs)
 
-    def prepare_reference_model(self, model):
-        """A frozen copy of ``model``, in evaluation mode, prepared like it."""
+    def prepare_reference_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return a frozen copy of ``model``, in evaluation mode, prepared by accelerate as the model is."""
         _check_in_one_piece(model)
         copied = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
         return self.accelerator.prepare_model(copied, evaluation_mode=True)
 
-    def _prepare_reference(self):
-        """What the objective needs of the model as it is now, as cheaply as there is."""
-        needs_logps, divergence = self.objective.needs_reference, self.objective.divergence
-        if self.ref_model is not None or not (needs_logps or divergence):
+    def _prepare_reference(self, objective: losses.Objective) -> None:
+        """Keep what the objective needs of the model before unlearning, by the cheapest means.
+
+        Log-probabilities go into the data sets, if they are ours and nothing else is needed. A peft model is its own reference
+        model, with its adapters off. Otherwise a copy of the model is kept.
+        """
+        if self.ref_model is not None or not (objective.needs_reference or objective.divergence):
             return
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         ours = [dataset for dataset in (self.train_dataset, *evaluated) if isinstance(dataset, UnlearningDataset)]
-        if divergence is None and any(dataset is self.train_dataset for dataset in ours):
+        if objective.divergence is None and any(dataset is self.train_dataset for dataset in ours):
             _check_in_one_piece(self.model)
             for dataset in ours:
                 dataset.add_reference(self.model)
         elif not causal_lm.has_adapters(causal_lm.bare(self.model)):
             self.ref_model = self.prepare_reference_model(self.model)
 
-    def _taken_for_divided(self, num_items_in_batch):
-        """Tells whether the Trainer believes that a loss was divided by the number of micro-batches; ours never is."""
-        said = getattr(self, "loss_is_scaled_for_ga", None)
-        if said is not None:
-            return said
+    def _taken_for_divided(self, num_items_in_batch: Any) -> bool:
+        """Tell whether the Trainer believes that a loss was divided by the number of micro-batches. Ours never is."""
+        is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if is_scaled is not None:
+            return is_scaled
         by_model = num_items_in_batch is not None and getattr(self, "model_accepts_loss_kwargs", False)
         return by_model or getattr(self, "compute_loss_func", None) is not None
 
-    def _inner_optimizer(self):
-        """The optimizer without accelerate's wrapper."""
+    def _inner_optimizer(self) -> Any:
+        """Return the optimizer without accelerate's wrapper."""
         optimizer = self.optimizer
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer
         return optimizer
 
-    def _curvature_loss(self, model, retain):
-        """The loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
-        labels = functional._shifted(retain)
+    def _curvature_loss(self, model: torch.nn.Module, retain: Mapping[str, Any]) -> torch.Tensor:
+        """Return the loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
+        labels = shifted_labels(retain)
 
-        def value(hidden, weight, bias, transform):
+        def value(
+            hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: causal_lm.Transform
+        ) -> torch.Tensor:
             here = labels.to(hidden.device)
+            head = Head(weight, bias, **transform)
             if self.curvature == "gnb":
                 keep, generator = here != IGNORE_INDEX, self._hessian.generator()
-                return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
-            return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
+                return linear_gnb(hidden, head, keep, generator=generator)[0]
+            return linear_objective(hidden, head, here, losses.PO(alpha=0.0))
 
-        return functional._at_head(model, retain, value)
+        return call_at_head(model, retain, value)
 
 
-def _epochs(dataset):
-    """Return a callback that tells a dataset its epoch: with several processes accelerate reaches the sampler alone."""
+def _epochs(dataset: object) -> "TrainerCallback":
+    """Return a callback that sets the epoch of a data set. With several processes accelerate sets that of the sampler only."""
     from transformers import TrainerCallback
 
     class Epochs(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
+        def on_epoch_begin(
+            self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs: Any
+        ) -> None:
             if isinstance(dataset, UnlearningDataset):
                 dataset.set_epoch(int(state.epoch or 0))
 
@@ -298,8 +354,8 @@ class UnlearningDataset(torch.utils.data.Dataset):
     the epoch.
 
     Args:
-        forget: list of `soul.data.Sequence`, from `soul.data.encode`; for pairs, each answer with the preferred one after it.
-        retain: list of `soul.data.Sequence`; empty for objectives without a retain term.
+        forget: from `soul.data.encode`; for pairs, each answer with the preferred one after it.
+        retain: from `soul.data.encode`; empty for objectives without a retain term.
         pairs: the forget sequences are pairs.
         seed: of the draws.
 
@@ -307,28 +363,48 @@ class UnlearningDataset(torch.utils.data.Dataset):
         ArgumentError: there is nothing to forget, or a pair is not complete.
     """
 
-    def __init__(self, forget, retain=(), *, pairs=False, seed=0):
+    def __init__(
+        self,
+        forget: list[Sequence],
+        retain: collections.abc.Sequence[Sequence] = (),
+        *,
+        pairs: bool = False,
+        seed: int = 0,
+    ) -> None:
         if not forget or (pairs and len(forget) % 2):
             expected = "at least one sequence" if not forget else "an even number of sequences for pairs"
             raise argument_error("forget", expected, len(forget), "check the data")
-        self.forget, self.retain, self.pairs, self.seed = forget, retain, pairs, seed
-        self.epoch, self.ref_logps = 0, None
+        self.forget = forget
+        self.retain = retain
+        self.pairs = pairs
+        self.seed = seed
+        self.epoch = 0
+        self.ref_logps: list[float] | None = None
 
-    def set_epoch(self, epoch):
-        """Draws other retain sequences from here on."""
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other retain sequences from here on."""
         self.epoch = epoch
 
-    def add_reference(self, model, *, cache=None, batch_size=8):
-        """Puts ``ref_logps`` into the rows, from the model as it is now, which is not changed: `soul.reference_logps`."""
+    def add_reference(self, model: torch.nn.Module, *, cache: str | None = None, batch_size: int = 8) -> None:
+        """Put ``ref_logps`` into the rows, computed from the model as it is now (`soul.reference_logps`).
+
+        The model is not changed. A second call changes nothing.
+
+        Args:
+            model: the model before unlearning, bare or in wrappers with a ``module``.
+            cache: directory to keep the numbers in, or None.
+            batch_size: sequences a batch.
+        """
         from soul.models.ref_model import reference_logps
 
         if self.ref_logps is None:
             self.ref_logps = reference_logps(causal_lm.bare(model), self.forget, cache=cache, batch_size=batch_size)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.forget) // (2 if self.pairs else 1)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item: dict[str, Any]
         if self.pairs:
             item = {"forget": {"original": self._row(2 * index), "alternate": self._row(2 * index + 1)}}
         else:
@@ -338,26 +414,28 @@ class UnlearningDataset(torch.utils.data.Dataset):
             item["retain"] = _unshifted(self.retain[drawn])
         return item
 
-    def _row(self, index):
+    def _row(self, index: int) -> dict[str, Any]:
         row = _unshifted(self.forget[index])
         return row if self.ref_logps is None else {**row, "ref_logps": self.ref_logps[index]}
 
 
-def collate_unlearning(items):
-    """Collates items of an `UnlearningDataset`, or rows like its own: ``input_ids`` and ``labels`` are padded on the right.
+def collate_unlearning(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate items of an `UnlearningDataset`, or rows like its own: ``input_ids`` and ``labels`` are padded on the right.
 
-    Padding has id 0, mask 0 and label -100; a padding token may have been added to the tokenizer without a row in the model.
+    Padding has id 0, mask 0 and label -100. The tokenizer's own padding token is not used, since it may have been added without
+    a row in the model.
 
     Args:
-        items: list of dicts, nested or not, whose rows have ``input_ids``, ``labels`` and, if any has, ``ref_logps``; lists or
-            tensors.
+        items: dicts, nested or not, whose rows have ``input_ids``, ``labels`` and, if the first one has them, ``ref_logps``;
+            lists or tensors.
 
     Returns:
         Dicts of ``input_ids``, ``attention_mask`` and ``labels`` [B, T] int64 and ``ref_logps`` [B] fp32, nested as the items.
     """
     if "input_ids" not in items[0]:
         return {name: collate_unlearning([item[name] for item in items]) for name in items[0]}
-    ids, labels = ([torch.as_tensor(item[name], dtype=torch.int64) for item in items] for name in ("input_ids", "labels"))
+    ids = [torch.as_tensor(item["input_ids"], dtype=torch.int64) for item in items]
+    labels = [torch.as_tensor(item["labels"], dtype=torch.int64) for item in items]
     pad = torch.nn.utils.rnn.pad_sequence
     batch = {
         "input_ids": pad(ids, batch_first=True),
@@ -369,12 +447,17 @@ def collate_unlearning(items):
     return batch
 
 
-def _unshifted(sequence):
+def _unshifted(sequence: Sequence) -> dict[str, Any]:
+    """Return a row of a sequence, its labels at the positions of their own tokens, as models of transformers take them."""
     return {"input_ids": sequence.input_ids, "labels": [IGNORE_INDEX, *sequence.labels[:-1]]}
 
 
-def _entries(soul_args):
-    """A dict of a mapping, a dataclass or None."""
+def _entries(soul_args: object) -> dict[str, Any]:
+    """Return the entries of a mapping or a dataclass, none of None.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
     if dataclasses.is_dataclass(soul_args):
         return {field.name: getattr(soul_args, field.name) for field in dataclasses.fields(soul_args)}
     if soul_args is None or isinstance(soul_args, Mapping):
@@ -382,8 +465,8 @@ def _entries(soul_args):
     raise argument_error("soul_args", "a mapping or a dataclass", type(soul_args).__name__, "for instance {'rho': 0.04}")
 
 
-def _check_in_one_piece(model):
-    """Raises where DeepSpeed has partitioned the model while it was loaded: nothing gathers the pieces for a reference yet."""
+def _check_in_one_piece(model: torch.nn.Module) -> None:
+    """Raise if DeepSpeed partitioned the model as it was loaded: nothing gathers the pieces for a reference model yet."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         remedy = "load it before the TrainingArguments are made, or pass ref_model"
         raise argument_error("model", "a whole model, for the objective's reference", "pieces of DeepSpeed's ZeRO-3", remedy)

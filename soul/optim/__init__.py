@@ -1,5 +1,5 @@
-"""The optimizers SophiaG and SOUL, gradient release, and the curvature that they are given.
+"""The optimizers SophiaG and SOUL, gradient release, and the sources of curvature.
 
-`optimizer` is the public class, over `parts` (tensors that are stepped together), `states` and `options`; `curvature` and
-`release` are built on it. May import: distributed.shards. Start with `optimizer`.
+`optimizer` and `soul` are the public classes, `stepper` does their steps; `curvature` and `release` are built on them.
+May import: distributed.shards. Start with `optimizer`, then `stepper` and `step_groups`.
 """

@@ -1,6 +1,13 @@
-"""The options of a parameter group: what they may be, and where they live."""
+"""The options of a parameter group: their types, their checks, and the device that they live on.
+
+A parameter group is a dict, as in torch: ``params``, a list of tensors, and one entry an option. `SophiaG` documents the
+options. Users and schedulers write into the dict at any time, so `check_options` looks at it in every step. A check never
+waits for a device: an option that is a tensor on a GPU is read by the kernels alone.
+"""
 
 import math
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -11,18 +18,28 @@ from soul_kernels.rounding import ROUNDINGS
 from soul_kernels.sophia_step import EPS_MODES
 from soul_kernels.tensors import PARAM_DTYPES, check_gradient, has_data, overlaps_itself
 
+ParamGroup: TypeAlias = dict[str, Any]  # "params" and the options, by name
+Number: TypeAlias = float | torch.Tensor  # an option that may live on the device
+ParamRounding: TypeAlias = Literal["auto", "nearest", "stochastic", "compensated"]
+StateDtype: TypeAlias = torch.dtype | Literal["8bit", "float32", "bfloat16"] | None
+EpsMode: TypeAlias = Literal["add", "max"]
+Backend: TypeAlias = Literal["auto", "triton", "compile", "reference"]
+
 ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that live on the device with capturable=True
 RHO_AT_START = 0.04  # of rho="auto"
 PUBLISHED = ("lr", "betas", "rho", "weight_decay", "maximize", "capturable")  # the options that the published class has
 
 
-def rounding_of(group):
-    """What ``param_rounding`` comes to."""
+def rounding_of(group: ParamGroup) -> Literal["nearest", "stochastic", "compensated"]:
+    """Return ``param_rounding`` of a group as the ops take it: "auto" is "compensated"."""
     return "compensated" if group["param_rounding"] == "auto" else group["param_rounding"]
 
 
-def option_on(value, device):
-    """An option as the ops take it: a number, or an fp32 tensor on the device. A tensor on the CPU is read: no waiting."""
+def option_on(value: Number, device: torch.device) -> Number:
+    """Return an option as the ops take it: a number, or an fp32 tensor [] on ``device``.
+
+    A tensor on the CPU is read where the parameters are elsewhere, because that waits for nothing.
+    """
     if not isinstance(value, torch.Tensor):
         return value
     if value.device.type == "cpu" and device.type != "cpu" and has_data(value):
@@ -30,54 +47,80 @@ def option_on(value, device):
     return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
 
 
-def merged_options(current, saved):
-    """The options of a group and those of a checkpoint, which win but for what belongs to the machine and to the run."""
+def merged_options(current: ParamGroup, saved: ParamGroup) -> ParamGroup:
+    """Return the options of a group after a checkpoint is loaded into it.
+
+    Those of the checkpoint win, ``backend``, ``capturable`` and ``noise`` aside: they belong to the machine, to the run and to
+    this version of the library.
+
+    Args:
+        current: the options of the group.
+        saved: the options in the checkpoint; one of the published class has few of them.
+    """
     merged = current | saved | {name: current[name] for name in ("backend", "capturable", "noise")}
-    if "published_code" in current and "state_dtype" in saved:  # of a SophiaG, unless it says something else
+    if "published_code" in current and "state_dtype" in saved:  # a checkpoint of a SophiaG has no published_code
         merged["published_code"] = saved.get("published_code", False)
     if "clip_target" not in saved and current["clip_target"] is not None:
-        merged["rho"] = current["rho"]  # a published checkpoint knows a fixed one only
+        merged["rho"] = current["rho"]  # a published checkpoint has a fixed rho, which would be steered from here on
     return merged
 
 
-def check_momentum(current, saved):
-    """Raises where beta1 of a checkpoint would mean another momentum here.
+def check_momentum(current: ParamGroup, saved: ParamGroup) -> None:
+    """Raise where beta1 of a checkpoint would mean another momentum in this optimizer.
 
-    SOUL's published code averages with its square, and its checkpoints do not say so.
+    SOUL's published code averages with the square of beta1, and its checkpoints do not say so.
+
+    Args:
+        current: the options of the group.
+        saved: the options in the checkpoint.
+
+    Raises:
+        ArgumentError: the checkpoint is of the published code and this is a `SOUL` without ``published_code``; or it is of a
+            `SOUL` with ``published_code``, and this is a `SophiaG`.
     """
     if current.get("published_code") is False and "state_dtype" not in saved and "published_code" not in saved:
-        remedy = "take SOUL(..., published_code=True) or SOUL.as_published(...); if other code has written the checkpoint, put "
-        remedy += "published_code into its param_groups"
+        remedy = (
+            "take SOUL(..., published_code=True) or SOUL.as_published(...); if other code has written the checkpoint, put "
+            "published_code into its param_groups"
+        )
         raise argument_error("published_code", "True for a checkpoint of SOUL's published code", False, remedy)
     if saved.get("published_code") and "published_code" not in current:
         remedy = "load it into SOUL; or square betas[0] in its param_groups and set published_code to False there"
         raise argument_error("state_dict published_code", "False for SophiaG", True, remedy)
 
 
-def published_options(group, betas, known):
-    """The options of a group as the published class has them: numbers, and those that it knows.
+def published_options(group: ParamGroup, betas: Iterable[float], known: Collection[str]) -> ParamGroup:
+    """Return the options of a group as the published class has them: as numbers, and only those that it has.
 
     Args:
         group: the group, as ``state_dict()`` has it.
-        betas: what the published class is to average with.
-        known: names of all options of this class; other entries of the group belong to others, such as schedulers.
+        betas: the decays that the published class is to average with.
+        known: names of all options of this class. Other entries of the group are copied: they belong to schedulers.
     """
     published = {name: value for name, value in group.items() if name in PUBLISHED or name not in known}
     for name in ("lr", "rho", "weight_decay"):
         published[name] = float(published[name])
-    return published | {"betas": tuple(betas), "capturable": False}  # True fails there
+    return published | {"betas": tuple(betas), "capturable": False}  # the published class fails with True
 
 
-def check_releasable(group):
-    """Raises for an option that needs all gradients before the first parameter moves."""
-    for name, needs in (("max_grad_norm", "the norm of"), ("skip_nonfinite", "a look at"), ("clip_target", "the clips of")):
+def check_releasable(group: ParamGroup) -> None:
+    """Raise for an option of a group that needs all gradients before the first parameter moves.
+
+    Raises:
+        ArgumentError: ``max_grad_norm``, ``skip_nonfinite`` or ``clip_target`` is set.
+    """
+    for name, needs in (
+        ("max_grad_norm", "the norm of"),
+        ("skip_nonfinite", "a look at"),
+        ("clip_target", "the clipped fraction over"),
+    ):
         if group[name]:
             remedy = f"it needs {needs} all gradients before the first parameter moves"
             raise argument_error(name, "None or False with gradient release", group[name], remedy)
 
 
-def check_sees_all(group):
-    """Raises for an option that needs the gradients of all processes, where a group holds a piece that does not say so.
+def check_not_in_pieces(group: ParamGroup) -> None:
+    """Raise for an option that needs the gradients of all processes, where a framework hides that it has cut the parameters.
 
     Raises:
         ArgumentError: ``max_grad_norm``, ``skip_nonfinite`` or ``rho="auto"`` under DeepSpeed's ZeRO or FSDP1.
@@ -88,19 +131,21 @@ def check_sees_all(group):
     framework = hidden_sharding(group["params"])
     if framework is None:
         return
+    where = f"under {framework}, which shows the optimizer no more than this process's piece of the gradients"
     if clips:
         remedies = {"DeepSpeed": "set gradient_clipping in DeepSpeed's configuration", "FSDP1": "clip by its clip_grad_norm_"}
-        name, expected, got, remedy = "max_grad_norm", "None", group["max_grad_norm"], remedies[framework]
-    elif group["skip_nonfinite"]:
-        name, expected, got, remedy = "skip_nonfinite", "False", True, "leave it out, or use FSDP2"
-    else:
-        name, expected, got, remedy = "rho", "a number", "'auto'", "pass one, tuned in one process or under FSDP2"
-    where = f"under {framework}, which shows the optimizer no more than this process's piece of the gradients"
-    raise argument_error(name, f"{expected} {where}", got, remedy)
+        raise argument_error("max_grad_norm", f"None {where}", group["max_grad_norm"], remedies[framework])
+    if group["skip_nonfinite"]:
+        raise argument_error("skip_nonfinite", f"False {where}", True, "leave it out, or use FSDP2")
+    raise argument_error("rho", f"a number {where}", "'auto'", "pass one, tuned in one process or under FSDP2")
 
 
-def settle_options(group):
-    """Brings the options that live on the device there."""
+def settle_options(group: ParamGroup) -> None:
+    """Bring the options of a group into the form that steps use, in place.
+
+    rho="auto" becomes a number and a ``clip_target``, a dtype becomes its name, and the options that live on the device become
+    fp32 tensors [] there: those in ``ON_DEVICE`` with ``capturable``, else rho alone where it is steered.
+    """
     device = local(group["params"][0]).device if group["params"] else torch.device("cpu")
     if group["rho"] == "auto":
         group["rho"] = RHO_AT_START
@@ -108,55 +153,63 @@ def settle_options(group):
             group["clip_target"] = 0.5
     if isinstance(group["state_dtype"], torch.dtype):  # by name: torch.distributed.checkpoint gathers no dtypes
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-    for name in ON_DEVICE if group["capturable"] else ("rho",) if group["clip_target"] is not None else ():
+    names: tuple[str, ...] = ()
+    if group["capturable"]:
+        names = ON_DEVICE
+    elif group["clip_target"] is not None:
+        names = ("rho",)
+    for name in names:
         value = group[name]
         if not isinstance(value, torch.Tensor):
-            value = torch.tensor(value, dtype=torch.float32, device="cpu")  # whatever the defaults are
+            # On the CPU whatever the default device and dtype are.
+            value = torch.tensor(value, dtype=torch.float32, device="cpu")
         group[name] = value.detach().reshape(()).to(device, torch.float32, copy=True)
 
 
-def check_param_dtype(name, tensor):
-    """Raises for a parameter or gradient that the ops do not take."""
+def check_param_dtype(name: str, tensor: torch.Tensor) -> None:
+    """Raise for a parameter or a gradient whose layout or dtype the ops do not take; ``name`` is its name in the error."""
     check_gradient(name, tensor)
     if tensor.dtype not in PARAM_DTYPES:
         names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
         raise argument_error(name, f"dtype {names}", tensor.dtype, "convert it first")
 
 
-def check_bs(bs):
-    """Raises unless ``bs`` is positive, where that can be seen without waiting."""
+def check_bs(bs: Number) -> None:
+    """Raise unless ``bs`` is positive. A tensor on a GPU passes: reading it would wait."""
     if isinstance(bs, torch.Tensor) and (bs.device.type != "cpu" or not has_data(bs)):
-        return  # its value is there, and reading it would wait
+        return
     check_positive("bs", bs, "pass the number of predictions in the Hessian batch")
 
 
-def check_options(group):
-    """Raises for the first option that is not what it may be; waits for no device."""
+def check_options(group: ParamGroup) -> None:
+    """Raise for the first option of a group that does not fit, by itself or beside the others."""
     check_values(group)
     if group["clip_target"] is not None and not isinstance(group["rho"], (str, torch.Tensor)):
         raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
 
 
-def check_values(group):
-    """Raises for the first option that is not what it may be by itself; `check_options` also compares options."""
+def check_values(group: Mapping[str, Any]) -> None:
+    """Raise for the first option that does not fit by itself; `check_options` also compares options.
+
+    Args:
+        group: the options by name; parameters are not looked at.
+    """
     for name in ON_DEVICE:
         value = group[name]
         if isinstance(value, torch.Tensor):
             if value.numel() != 1:
-                raise argument_error(
-                    name, "one number", f"a tensor of {value.numel()}", f"use one parameter group for each {name}"
-                )
+                remedy = f"use one parameter group for each {name}"
+                raise argument_error(name, "one number", f"a tensor of {value.numel()}", remedy)
             if value.device.type != "cpu" or not has_data(value):
-                continue  # its value is there, and reading it would wait
+                continue  # reading it would wait
             value = float(value)
         if name == "bs":
             check_bs(value)
         elif not isinstance(value, str):
             check_range(name, value)
         elif name != "rho" or value != "auto":
-            raise argument_error(
-                name, "a number" + " or 'auto'" * (name == "rho"), repr(value), "check the optimizer's arguments"
-            )
+            expected = "a number or 'auto'" if name == "rho" else "a number"
+            raise argument_error(name, expected, repr(value), "check the optimizer's arguments")
     if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
         raise argument_error("betas", "two numbers, of momentum and Hessian", group["betas"], "for instance (0.9, 0.95)")
     for position, beta in enumerate(group["betas"]):
@@ -174,8 +227,8 @@ def check_values(group):
     check_choice("backend", group["backend"], BACKENDS)
 
 
-def check_group(group, index):
-    """Raises for options or parameters of a new group that do not fit."""
+def check_group(group: ParamGroup, index: int) -> None:
+    """Raise for options or parameters of a new group that do not fit; ``index`` is the group's number in the optimizer."""
     check_options(group)
     for position, param in enumerate(group["params"]):
         name = f"parameter {position} in group {index}"
@@ -187,7 +240,8 @@ def check_group(group, index):
             raise argument_error(name, "elements that share no memory", got, "make it contiguous first")
 
 
-def _check_sharded(name, param, group):
+def _check_sharded(name: str, param: Any, group: ParamGroup) -> None:
+    """Raise for a DTensor (``param``) that is a partial sum, and for states that could not be resharded."""
     if any(placement.is_partial() for placement in param.placements):
         raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), "redistribute it first")
     if group["state_dtype"] == "8bit":

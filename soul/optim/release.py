@@ -1,6 +1,7 @@
 """Gradient release: each parameter is stepped in the backward pass, as its gradient arrives, and the gradient is freed."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -10,34 +11,33 @@ from soul.optim.options import check_releasable
 from soul_kernels.errors import argument_error
 
 
-def release_gradients(model, optimizer):
-    """Makes ``loss.backward()`` step every parameter as soon as its gradient is complete, and free the gradient.
+def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRelease":
+    """Make ``loss.backward()`` step every parameter as soon as its gradient is complete, and free the gradient.
 
-    The memory of the gradients is then that of the largest few instead of all. ``optimizer.step()`` may be called as before;
-    it finds nothing left to do. Each step is the same, bit for bit, as without release.
+    Gradients then take the memory of the largest few instead of all. ``optimizer.step()`` may be called as before, and has
+    nothing left to do. Each step is the same, bit for bit, as without release.
 
     Args:
         model: the module whose parameters ``optimizer`` steps.
         optimizer: a `SophiaG` or `SOUL`.
 
     Returns:
-        A `GradientRelease`: ``with release.paused():`` gradients accumulate as usual (for the micro-batches before the last
-        one, and for passes whose gradients are not meant for a step), ``release.remove()`` ends it.
+        A `GradientRelease`. In ``with release.paused():`` gradients accumulate as usual, for the micro-batches before the last
+        one, and for passes whose gradients are not meant for a step; ``release.remove()`` ends the release.
 
     Raises:
-        ValueError: something needs all gradients at once: ``max_grad_norm`` and ``skip_nonfinite`` (a norm over all of
-            them), ``rho="auto"`` (the clipped fraction of a whole step), DistributedDataParallel (it reduces gradients in
+        ValueError: all gradients are needed at once, by ``max_grad_norm`` and ``skip_nonfinite`` (a norm over all of them), by
+            ``rho="auto"`` (the clipped fraction of a whole step) or by DistributedDataParallel (it reduces gradients in
             buckets, after the hooks); or the optimizer has parameters that are not the model's. A GradScaler is refused too,
             but only in its ``step``, when parameters have already been stepped with scaled gradients: use none.
     """
     if not isinstance(optimizer, SophiaG):
         raise argument_error("optimizer", "a SophiaG or SOUL", type(optimizer).__name__, "other optimizers step all at once")
-    if optimizer._release is not None:
+    if optimizer.gradient_release is not None:
         raise argument_error("optimizer", "one whose gradients are not released", "one that is", "call remove() first")
-    wrapped = [m for m in model.modules() if isinstance(m, torch.nn.parallel.DistributedDataParallel)]
-    if wrapped:
-        reason = "it averages gradients in buckets, after they were released; use FSDP"
-        raise argument_error("model", "no DistributedDataParallel", "one", reason)
+    if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in model.modules()):
+        remedy = "it averages gradients in buckets, after they were released; use FSDP"
+        raise argument_error("model", "no DistributedDataParallel", "one", remedy)
     for group in optimizer.param_groups:
         check_releasable(group)
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -49,38 +49,44 @@ def release_gradients(model, optimizer):
     world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
     if world > 1 and not all(map(is_sharded, params)):
         got = f"plain parameters in {world} processes"
-        raise argument_error(
-            "model", "one process, or sharded parameters", got, "nothing would average their gradients; use FSDP"
-        )
+        remedy = "nothing would average their gradients; use FSDP"
+        raise argument_error("model", "one process, or sharded parameters", got, remedy)
     return GradientRelease(optimizer, params)
 
 
 class GradientRelease:
-    """The hooks of `release_gradients`."""
+    """The hooks of `release_gradients`, which makes it.
 
-    def __init__(self, optimizer, params):
+    Args:
+        optimizer: the optimizer, whose attribute ``gradient_release`` this sets.
+        params: its parameters.
+    """
+
+    def __init__(self, optimizer: SophiaG, params: list[torch.Tensor]) -> None:
         self._optimizer = optimizer
         self._pauses = 0
-        self._handles = [p.register_post_accumulate_grad_hook(self._arrived) for p in dict.fromkeys(params) if p.requires_grad]
-        optimizer._release = self
+        trained = [p for p in dict.fromkeys(params) if p.requires_grad]
+        self._handles = [p.register_post_accumulate_grad_hook(self._step_and_free) for p in trained]
+        optimizer.gradient_release = self
 
-    def _arrived(self, param):
+    def _step_and_free(self, param: torch.Tensor) -> None:
+        """Step a parameter whose gradient is complete, and free the gradient; torch calls this in the backward pass."""
         if self._pauses == 0:
-            self._optimizer._step_of(param)
+            self._optimizer.step_parameter(param)
             param.grad = None
 
     @contextlib.contextmanager
-    def paused(self):
-        """Gradients stay, and add up, while the block runs; the next gradient outside of it brings the sum into the step."""
+    def paused(self) -> Iterator[None]:
+        """Let gradients stay, and add up, while the block runs; the next gradient outside of it brings the sum into a step."""
         self._pauses += 1
         try:
             yield
         finally:
             self._pauses -= 1
 
-    def remove(self):
-        """Ends the release; gradients stay again."""
+    def remove(self) -> None:
+        """End the release: gradients stay again until they are cleared."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._optimizer._release = None
+        self._optimizer.gradient_release = None

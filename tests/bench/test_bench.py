@@ -163,7 +163,7 @@ def test_bytes_are_those_of_the_table_and_of_the_states():
 def test_a_wrong_kernel_fails_the_check(monkeypatch):
     from soul_kernels import sophia_step as package_op  # noqa: F401
 
-    module = importlib.import_module("soul.optim.optimizer")
+    module = importlib.import_module("soul.optim.stepper")
     right = module.sophia_step
 
     def wrong(*args, backend, beta1, **options):

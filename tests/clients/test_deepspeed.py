@@ -106,19 +106,19 @@ def engines(tmp_path_factory):
 
 @pytest.mark.parametrize("zero", ZERO)
 def test_two_processes_are_one_with_the_clipping_of_deepspeed(engines, zero):
-    for found in engines:
-        assert_moved_alike(found[f"{zero}, 0.0"], *one_process())
-        assert_moved_alike(found[f"{zero}, 0.5"], *one_process(max_grad_norm=0.5))
+    for results in engines:
+        assert_moved_alike(results[f"{zero}, 0.0"], *one_process())
+        assert_moved_alike(results[f"{zero}, 0.5"], *one_process(max_grad_norm=0.5))
 
 
 @pytest.mark.parametrize("zero", ZERO)
 def test_what_needs_the_gradients_of_all_processes_is_refused(engines, zero):
     """In the step, max_grad_norm gave 42% and rho="auto" 151% of the movement as error in this very case."""
-    for found in engines:
-        assert "set gradient_clipping in DeepSpeed's configuration" in found[f"{zero}, max_grad_norm"]
-        assert found[f"{zero}, rho"].startswith("rho: expected a number under DeepSpeed")
-        assert found[f"{zero}, skip_nonfinite"].startswith("skip_nonfinite: expected False under DeepSpeed")
-        assert found[f"{zero}, telemetry"].startswith("telemetry: expected an optimizer of whole parameters or DTensors")
+    for results in engines:
+        assert "set gradient_clipping in DeepSpeed's configuration" in results[f"{zero}, max_grad_norm"]
+        assert results[f"{zero}, rho"].startswith("rho: expected a number under DeepSpeed")
+        assert results[f"{zero}, skip_nonfinite"].startswith("skip_nonfinite: expected False under DeepSpeed")
+        assert results[f"{zero}, telemetry"].startswith("telemetry: expected an optimizer of whole parameters or DTensors")
 
 
 def dataset():
@@ -127,11 +127,11 @@ def dataset():
 
 
 def trainer_of(folder, family, objective, soul_args, **options):
-    given = dict(output_dir=str(folder), max_steps=STEPS, max_grad_norm=0, remove_unused_columns=False, learning_rate=1e-3,
-                 lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
-                 logging_steps=1, dataloader_pin_memory=False)  # fmt: skip
+    defaults = dict(output_dir=str(folder), max_steps=STEPS, max_grad_norm=0, remove_unused_columns=False, learning_rate=1e-3,
+                    lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+                    logging_steps=1, dataloader_pin_memory=False)  # fmt: skip
     model = tiny_model(family)  # before the arguments, as open-unlearning does: with them there it would be born in pieces
-    args = transformers.TrainingArguments(**(given | options))
+    args = transformers.TrainingArguments(**(defaults | options))
     torch.manual_seed(3)
     return UnlearnTrainer(model=model, args=args, train_dataset=dataset(), data_collator=collate_unlearning,
                           objective=objective, soul_args=soul_args)  # fmt: skip
@@ -192,13 +192,13 @@ def test_open_unlearnings_launch_is_right_with_the_shipped_configuration(trainer
     start = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     trainer.train()
     end = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    for found in trainers:
-        got, (losses_at, names) = found[name]
+    for results in trainers:
+        got, (losses_at, names) = results[name]
         assert losses_at == pytest.approx(logged(trainer)[0], rel=1e-3) and "clip_fraction" not in names
         assert_moved_alike(got, start, end)
 
 
 def test_options_that_cannot_work_are_refused_when_the_trainer_is_made(trainers):
-    for found in trainers:
-        assert found["rho"].startswith("soul_args.rho: expected not 'auto' under DeepSpeed")
-        assert found["curvature"].startswith("soul_args.curvature: expected none under DeepSpeed")
+    for results in trainers:
+        assert results["rho"].startswith("soul_args.rho: expected not 'auto' under DeepSpeed")
+        assert results["curvature"].startswith("soul_args.curvature: expected none under DeepSpeed")

@@ -13,7 +13,7 @@ import torch
 
 from soul import Unlearner
 from soul.cli import main
-from soul.models.causal_lm import load
+from soul.models.loading import load
 from soul.output.console import SafeStream, safe_stream
 from soul.run.config import UnlearnConfig
 from tests.support.models import examples, tiny_model, tiny_tokenizer
@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def folder(tmp_path_factory):
     """A model directory, and files of data good and bad."""
     root = tmp_path_factory.mktemp("cli")
     tiny_model().save_pretrained(root / "model")
@@ -41,7 +41,7 @@ def place(tmp_path_factory):
     return root
 
 
-def command(place, **changes):
+def command(folder, **changes):
     options = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": "out"}
     words = [
         "unlearn",
@@ -58,20 +58,20 @@ def command(place, **changes):
     ]
     for name, value in {**options, **changes}.items():
         is_path = name in (*options, "reference_cache") and value is not None
-        words += [] if value is None else [f"--{name.replace('_', '-')}", str(place / value) if is_path else str(value)]
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(folder / value) if is_path else str(value)]
     return words
 
 
 @pytest.mark.parametrize("optimizer", ["soul", "adamw"])
-def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
+def test_unlearn_writes_a_model_that_loads(folder, optimizer, capsys):
     name = f"out_{optimizer}"
-    assert main(command(place, optimizer=optimizer, output=name, method="npo", beta=0.2)) == 0
-    out = place / name
+    assert main(command(folder, optimizer=optimizer, output=name, method="npo", beta=0.2)) == 0
+    out = folder / name
     assert (out / "model.safetensors").is_file() and not list(out.glob("*.bin"))
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
     assert json.loads((out / "soul_config.json").read_text())["beta"] == 0.2
     model, tokenizer = load(out)
-    old, _ = load(place / "model")
+    old, _ = load(folder / "model")
     assert not torch.equal(model.get_input_embeddings().weight, old.get_input_embeddings().weight)
     assert tokenizer("Question: where").input_ids == tiny_tokenizer()("Question: where").input_ids
     assert re.search(r"probability of a forget answer: 0\.\d+ before, 0\.\d+ after", capsys.readouterr().out)
@@ -81,37 +81,38 @@ def test_unlearn_writes_a_model_that_loads(place, optimizer, capsys):
     dict(method="dpo", option="factor=1"), dict(method="simnpo", option="delta=0.5"),
     dict(method="ceu", option="ignore_first=0"), dict(method="undial", option="retain=kl", alpha=0.5),
 ], ids=lambda changes: changes["method"])  # fmt: skip
-def test_options_reach_the_method(place, changes, monkeypatch):
+def test_options_reach_the_method(folder, changes, monkeypatch):
     """Each in the type that the method expects."""
-    found, name, value = [], *changes["option"].split("=")
+    name, value = changes["option"].split("=")
+    objectives = []
     real = UnlearnConfig.objective
-    monkeypatch.setattr(UnlearnConfig, "objective", lambda config: found.append(real(config)) or found[-1])
+    monkeypatch.setattr(UnlearnConfig, "objective", lambda config: objectives.append(real(config)) or objectives[-1])
     cache = f"cache_{changes['method']}"
-    assert main(command(place, **changes, output=f"out_{changes['method']}", reference_cache=cache)) == 0
-    default = inspect.signature(type(found[0])).parameters[name].default
-    got = getattr(found[0], name)
+    assert main(command(folder, **changes, output=f"out_{changes['method']}", reference_cache=cache)) == 0
+    default = inspect.signature(type(objectives[0])).parameters[name].default
+    got = getattr(objectives[0], name)
     assert str(got) == value and type(got) is type(default) and got != default
-    assert (place / cache).is_dir() == (changes["method"] in ("dpo", "undial"))
+    assert (folder / cache).is_dir() == (changes["method"] in ("dpo", "undial"))
 
 
-def test_bf16_parameters_stay_bf16(place):
-    assert main(command(place, dtype="bfloat16", output="out_bf16")) == 0
-    model, _ = load(place / "out_bf16", dtype="bfloat16")
+def test_bf16_parameters_stay_bf16(folder):
+    assert main(command(folder, dtype="bfloat16", output="out_bf16")) == 0
+    model, _ = load(folder / "out_bf16", dtype="bfloat16")
     assert model.get_input_embeddings().weight.dtype == torch.bfloat16
 
 
-def test_a_run_that_has_reached_its_aim_ends_early(place, capsys):
-    given = dict(eval_every=1, stop_forget_prob=1, stop_retain_prob=0.0, accumulate=2)
-    assert main(command(place, output="out_early", epochs=9, **given)) == 0
+def test_a_run_that_has_reached_its_aim_ends_early(folder, capsys):
+    options = dict(eval_every=1, stop_forget_prob=1, stop_retain_prob=0.0, accumulate=2)
+    assert main(command(folder, output="out_early", epochs=9, **options)) == 0
     out = capsys.readouterr().out
     assert re.search(r"ended after step 1: forget probability 0\.\d+ has reached 1\n1 step in", out)
-    assert (place / "out_early" / "model.safetensors").is_file()
+    assert (folder / "out_early" / "model.safetensors").is_file()
 
 
-def test_a_run_that_diverges_ends_with_1(place, capsys):
-    assert main(command(place, lr="1e30", output="out_nan", epochs="5")) == 1
+def test_a_run_that_diverges_ends_with_1(folder, capsys):
+    assert main(command(folder, lr="1e30", output="out_nan", epochs="5")) == 1
     assert "lower the learning rate" in capsys.readouterr().err
-    assert not (place / "out_nan" / "model.safetensors").exists()
+    assert not (folder / "out_nan" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -152,18 +153,18 @@ def test_a_run_that_diverges_ends_with_1(place, capsys):
     ({"method": "po", "forget": "long.jsonl", "max_length": 9999}, "max_length: expected sequences of at most 2048 tokens"),
     ({"method": "po", "forget": "text.jsonl"}, "forget, row 0: expected a prompt to refuse"),
 ])  # fmt: skip
-def test_bad_input_ends_with_2_and_writes_nothing(place, changes, message, capsys):
-    before = sorted(p.name for p in place.rglob("*"))
-    assert main(command(place, **changes)) == 2
+def test_bad_input_ends_with_2_and_writes_nothing(folder, changes, message, capsys):
+    before = sorted(p.name for p in folder.rglob("*"))
+    assert main(command(folder, **changes)) == 2
     assert message in capsys.readouterr().err
-    assert sorted(p.name for p in place.rglob("*")) == before
+    assert sorted(p.name for p in folder.rglob("*")) == before
 
 
-def test_options_are_not_abbreviated(place, capsys):
+def test_options_are_not_abbreviated(folder, capsys):
     """--conf would be taken for --config by the parser, after the file would have had to be read."""
-    (place / "run.yaml").write_text("seed: 3\n")
+    (folder / "run.yaml").write_text("seed: 3\n")
     with pytest.raises(SystemExit) as end:
-        main(command(place) + ["--conf", str(place / "run.yaml")])
+        main(command(folder) + ["--conf", str(folder / "run.yaml")])
     assert end.value.code == 2 and "unrecognized arguments: --conf" in capsys.readouterr().err
     with pytest.raises(SystemExit) as end:
         main(["--vers"])
@@ -177,8 +178,8 @@ def test_options_are_not_abbreviated(place, capsys):
     ("seed: 0x10", "argument --seed: invalid int value: '0x10'"),
     ("published_code: yes", "published_code: expected true or false, got 'yes'"),
     ("method: true", "method: expected a value, got true"),
-    ("seed: 1\nlr: 2\nseed: 3", "config: expected a YAML file, got .* \\(seed stands in line 1 and again in line 3\\)"),
-    ("option: {beta: 1, beta: 2}", "\\(beta stands in line 1 and again in line 1\\)"),
+    ("seed: 1\nlr: 2\nseed: 3", "config: expected a YAML file, got .* \\(seed is in line 1 and again in line 3\\)"),
+    ("option: {beta: 1, beta: 2}", "\\(beta is in line 1 and again in line 1\\)"),
     ("save-every: 1\nsave_every: 2", "config: expected every option once, got 'save_every' in"),
     ("option: [[1], 2]", "option: expected a value, got values within it"),
     ("lr: &a [*a]", "lr: expected a value, got values within it"),
@@ -188,15 +189,15 @@ def test_options_are_not_abbreviated(place, capsys):
     ("seed: " + "1" * 5000, "argument --seed: invalid int value"),
     ("lr: " + "1" * 400, "lr: expected a number >= 0.0, got inf"),
 ], ids=lambda value: value[:20] if len(value) < 5000 else "long")  # fmt: skip
-def test_values_of_a_file_are_those_of_the_command_line(place, text, message, capsys):
+def test_values_of_a_file_are_those_of_the_command_line(folder, text, message, capsys):
     """None is read as something else, none is dropped, and what is wrong is named."""
-    (place / "run.yaml").write_text(text + "\n")
-    words = [word for word in command(place) if word not in ("--epochs", "1", "--lr", "1e-2")]
+    (folder / "run.yaml").write_text(text + "\n")
+    words = [word for word in command(folder) if word not in ("--epochs", "1", "--lr", "1e-2")]
     try:
-        assert main([*words, "--config", str(place / "run.yaml")]) == 2
+        assert main([*words, "--config", str(folder / "run.yaml")]) == 2
     except SystemExit as end:
         assert end.code == 2
-    assert re.search(message, capsys.readouterr().err) and not (place / "out").exists()
+    assert re.search(message, capsys.readouterr().err) and not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("words, names", [
@@ -206,13 +207,13 @@ def test_values_of_a_file_are_those_of_the_command_line(place, text, message, ca
     (["evaluate", "--model=m", "--data=d", "--output=o"], ["max_new_tokens", "max_length", "batch_size"]),
     (["demo", "--output=o"], ["seed"]),
 ], ids=lambda value: " ".join(value[:1]))  # fmt: skip
-def test_huge_numbers_are_named(place, words, names, capsys):
+def test_huge_numbers_are_named(folder, words, names, capsys):
     """Of which Python makes integers that no float and no size can hold."""
     pytest.importorskip("scipy", reason="the extra eval is not installed")
     for name in names:
         for value in (2**63, "1" * 400):
-            given = command(place)[1:] if words[0] == "unlearn" else []
-            assert main([*words, *given, f"--{name.replace('_', '-')}={value}"]) == 2
+            required = command(folder)[1:] if words[0] == "unlearn" else []
+            assert main([*words, *required, f"--{name.replace('_', '-')}={value}"]) == 2
             assert f"soul {words[0]}: {name}: expected" in capsys.readouterr().err
     for call in (lambda: UnlearnConfig(lr=10**5000), lambda: UnlearnConfig(bs=10**5000), lambda: UnlearnConfig(seed=10**5000)):
         with pytest.raises(ValueError, match="expected a .*number.*, got a number of thousands of digits"):
@@ -226,9 +227,9 @@ def test_huge_numbers_are_named(place, words, names, capsys):
     ("--network=-3", "network: expected bytes a second, a positive number"),
     ("--network=nan", "network: expected bytes a second, a positive number"),
 ])  # fmt: skip
-def test_options_of_the_plan_are_checked_without_one_too(place, option, message, capsys):
-    assert main([*command(place), option]) == 2
-    assert message in capsys.readouterr().err and not (place / "out").exists()
+def test_options_of_the_plan_are_checked_without_one_too(folder, option, message, capsys):
+    assert main([*command(folder), option]) == 2
+    assert message in capsys.readouterr().err and not (folder / "out").exists()
 
 
 @pytest.mark.parametrize("words", [["demo"], ["study", "--data", "nowhere"]])
@@ -238,15 +239,15 @@ def test_options_of_the_plan_are_checked_without_one_too(place, option, message,
     (["--seed", str(2**70)], "seed: expected a whole number"),
     (["--output", "full"], "output: expected a new or an empty directory"),
 ])  # fmt: skip
-def test_studies_check_before_they_write(place, words, option, message, capsys, monkeypatch):
+def test_studies_check_before_they_write(folder, words, option, message, capsys, monkeypatch):
     for module in ("scipy", "sklearn"):
         pytest.importorskip(module, reason="the extra eval is not installed")
-    monkeypatch.chdir(place)
-    before = sorted(p.name for p in place.rglob("*"))
+    monkeypatch.chdir(folder)
+    before = sorted(p.name for p in folder.rglob("*"))
     option = ["--seeds" if words[0] == "study" and word == "--seed" else word for word in option]
     assert main([*words, "--output", "study_out", *option]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(p.name for p in place.rglob("*")) == before
+    assert sorted(p.name for p in folder.rglob("*")) == before
 
 
 class NoReader(io.StringIO):
@@ -272,25 +273,25 @@ BROKEN = {"dead pipe": NoReader, "full": Full, "closed": Closed, "none": lambda:
 
 
 @pytest.mark.parametrize("console", ["dead pipe", "none"])
-def test_a_broken_console_ends_no_run(place, console, monkeypatch):
+def test_a_broken_console_ends_no_run(folder, console, monkeypatch):
     """Neither what we print and draw, nor the progress bars of transformers, nor a warning."""
     monkeypatch.setenv("TQDM_DISABLE", "0")
     monkeypatch.setattr("sys.stdout", BROKEN[console]())
     monkeypatch.setattr("sys.stderr", BROKEN[console]())
     out = f"out_{console}"
-    assert main(command(place, output=out)) == 0
-    assert (place / out / "model.safetensors").is_file() and len((place / out / "log.jsonl").read_text().splitlines()) == 2
-    assert main(command(place, output=out)) == 2  # the status does not need a console either
+    assert main(command(folder, output=out)) == 0
+    assert (folder / out / "model.safetensors").is_file() and len((folder / out / "log.jsonl").read_text().splitlines()) == 2
+    assert main(command(folder, output=out)) == 2  # the status does not need a console either
     config = UnlearnConfig(epochs=1, backend="reference")
     unlearner = Unlearner(tiny_model(), examples(2), examples(4)[2:], config, tokenizer=tiny_tokenizer())
     assert len(unlearner.run(progress=True)) == 1
 
 
-def test_a_console_without_an_umlaut_ends_no_run(place, monkeypatch):
+def test_a_console_without_an_umlaut_ends_no_run(folder, monkeypatch):
     shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", shown)
-    assert main(command(place, output="out_ärger")) == 0
-    assert b"log.jsonl: " + str(place / "out_").encode() + b"\\xe4rger" in shown.buffer.getvalue()
+    assert main(command(folder, output="out_ärger")) == 0
+    assert b"log.jsonl: " + str(folder / "out_").encode() + b"\\xe4rger" in shown.buffer.getvalue()
 
 
 def test_a_safe_stream_is_silent_once_it_is_broken():
@@ -313,25 +314,25 @@ RESULTS = {"plan": PLAN, "info": ["info"], "help": ["--help"], "version": ["--ve
     ("none", 1, "standard output could not be written (Bad file descriptor)\n"),
 ])  # fmt: skip
 @pytest.mark.parametrize("name", RESULTS)
-def test_a_result_that_cannot_be_written_is_no_success(place, name, console, status, message, capsys, monkeypatch):
+def test_a_result_that_cannot_be_written_is_no_success(folder, name, console, status, message, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout", BROKEN[console]())
     assert main(RESULTS[name]) == status
     assert capsys.readouterr().err == (message and f"soul {RESULTS[name][0]}: {message}")
 
 
-def test_a_dry_run_is_a_result(place, monkeypatch):
+def test_a_dry_run_is_a_result(folder, monkeypatch):
     monkeypatch.setattr("sys.stdout", Full())
-    assert main([*command(place), "--dry-run"]) == 1
+    assert main([*command(folder), "--dry-run"]) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no descriptors to inherit")
-def test_a_process_ends_with_the_status_of_its_work(place):
+def test_a_process_ends_with_the_status_of_its_work(folder):
     """Python flushes standard output once more when it exits, and would end with 120. A descriptor that is closed must not
     become that of a file of ours, into which libraries then write.
     """
     reader, writer = os.pipe()
     os.close(reader)
-    run = command(place, output="out_process")
+    run = command(folder, output="out_process")
     code = (
         "import os, sys; from soul.cli import main; os.close(2)\n"
         f"sys.argv = ['soul', *{run!r}]; status = main()\n"
@@ -340,7 +341,7 @@ def test_a_process_ends_with_the_status_of_its_work(place):
     with os.fdopen(writer, "w") as pipe:
         ended = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.DEVNULL, cwd=ROOT)
     assert ended.returncode == 0
-    assert (place / "out_process" / "model.safetensors").is_file()
+    assert (folder / "out_process" / "model.safetensors").is_file()
 
 
 def test_unknown_words_end_with_2(capsys):

@@ -1,7 +1,6 @@
 """The optimizers in two processes: DDP, FSDP2 and torch.distributed.checkpoint, over gloo on the CPU."""
 
 import copy
-import os
 import time
 
 import pytest
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from soul import SOUL, SophiaG
+from soul.distributed import exit_process
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -54,7 +54,7 @@ def _start(rank, folder, world, worker, args):
         raise RuntimeError(str(error)) from error
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # torch's own threads have been seen to abort the interpreter's end, once in hundreds: all is on disk
+    exit_process(0)
 
 
 class Net(torch.nn.Module):
@@ -276,7 +276,7 @@ def noise_worker(folder):
         param.grad = torch.ones_like(param)
         opt = SOUL([param], lr=0.1, **options)
         opt.step()
-        offsets.append(opt._stepped[0][0].tensor_offsets[0])
+        offsets.append(opt._stepper.stepped[0][0].tensor_offsets[0])
         checkpoint = opt.state_dict()
         opt.load_state_dict(copy.deepcopy(checkpoint))
         del checkpoint["param_groups"][0]["noise"]  # of the first version, which had no number
@@ -300,10 +300,10 @@ NOISY = [
 
 
 def test_checkpoints_of_other_noise_are_refused_where_shards_draw_it(tmp_path):
-    for rank, found in enumerate(run(tmp_path, noise_worker)):
-        assert found["offsets"] == [18 * rank, 18 * rank, 0, 18 * rank, (1 + rank) << 40]
-        assert found["refusals"][:3] == [""] * 3
-        for text in found["refusals"][3:]:
+    for rank, result in enumerate(run(tmp_path, noise_worker)):
+        assert result["offsets"] == [18 * rank, 18 * rank, 0, 18 * rank, (1 + rank) << 40]
+        assert result["refusals"][:3] == [""] * 3
+        for text in result["refusals"][3:]:
             assert text.startswith("state_dict noise: expected version 2, got 1; resume with") and "set noise = 2 in" in text
 
 
@@ -363,16 +363,16 @@ def tensor_parallel_worker(folder):
     net(batch(0)[0]).square().sum().backward()
     norm = torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()]).norm().item()
     opt.step()
-    offsets = [offset for part in opt._stepped[0] for offset in part.tensor_offsets]
+    offsets = [offset for step_group in opt._stepper.stepped[0] for offset in step_group.tensor_offsets]
     return {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
 
 
 def test_fsdp_over_tensor_parallelism(tmp_path):
     """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
-    found = run(tmp_path, tensor_parallel_worker, world=4)
-    assert all(f["telemetry"] == found[0]["telemetry"] and f["rho"] == found[0]["rho"] for f in found)
-    assert found[0]["telemetry"]["grad_norm"] == pytest.approx(found[0]["norm"], rel=1e-6)
-    assert [f["offsets"] for f in found] == [[0, 0], [24, 4], [12, 2], [36, 6]]  # rank 1 has the other half of the rows
+    results = run(tmp_path, tensor_parallel_worker, world=4)
+    assert all(f["telemetry"] == results[0]["telemetry"] and f["rho"] == results[0]["rho"] for f in results)
+    assert results[0]["telemetry"]["grad_norm"] == pytest.approx(results[0]["norm"], rel=1e-6)
+    assert [f["offsets"] for f in results] == [[0, 0], [24, 4], [12, 2], [36, 6]]  # rank 1 has the other half of the rows
 
 
 def state_dicts(net, opt):

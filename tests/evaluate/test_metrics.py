@@ -116,7 +116,8 @@ def check_by_hand(module):
     assert torch.allclose(module.normalized_logps(tensor(-1), tensor(3), tensor(0)), tensor(2000.0))
     # pairs in which forget scores higher: 4 of 6, and a tie counts half
     assert module.membership_auc(tensor(3, 1), tensor(0, 2, 1)) == pytest.approx(4.5 / 6)
-    nine = {f"{s}_{part}": 0.5 for s in ("retain", "real_authors", "world_facts") for part in ("prob", "rouge", "truth_ratio")}
+    quantities = ("prob", "rouge", "truth_ratio")
+    nine = {f"{name}_{quantity}": 0.5 for name in metrics.UTILITY_SETS for quantity in quantities}
     assert module.model_utility(nine | {"retain_prob": 1.0, "forget_prob": 0.1}) == pytest.approx(9 / 17)
     assert module.model_utility(nine | {"retain_prob": 0.0}) == 0.0
 
@@ -180,22 +181,23 @@ def test_statistics_of_tokens_against_logits():
     logits = 3 * torch.randn(11, 50, dtype=torch.float64)
     labels = logits.argmax(1)
     labels[[0, 4]] = torch.tensor([7, 9])
-    found, logp = token_statistics(logits, labels), logits.log_softmax(1)
+    statistics = token_statistics(logits, labels)
+    logp = logits.log_softmax(1)
     chosen, p = logp.gather(1, labels[:, None])[:, 0], logp.exp()
     mu = (p * logp).sum(1)
     sigma = (p * logp.square()).sum(1) - mu.square()
     scores = (chosen - mu) / sigma.clamp(min=1e-6).sqrt()
-    assert metrics.min_k(found.logps) == pytest.approx(np.mean(sorted(chosen.tolist())[:4]))
-    normalized = metrics.normalized_logps(found.logps, found.entropies, found.variances)
+    assert metrics.min_k(statistics.logps) == pytest.approx(np.mean(sorted(chosen.tolist())[:4]))
+    normalized = metrics.normalized_logps(statistics.logps, statistics.entropies, statistics.variances)
     assert metrics.min_k(normalized, 0.2) == pytest.approx(np.mean(sorted(scores.tolist())[:2]))
-    assert metrics.exact_memorization(found.hits) == (logits.argmax(1) == labels).double().mean().item() == 9 / 11
+    assert metrics.exact_memorization(statistics.hits) == (logits.argmax(1) == labels).double().mean().item() == 9 / 11
     k = next(k for k in range(11) if torch.equal(logits.argmax(1)[k:], labels[k:]))
-    assert metrics.extraction_strength(found.hits) == 1 - k / 11 and k == 5
+    assert metrics.extraction_strength(statistics.hits) == 1 - k / 11 and k == 5
 
 
 @pytest.mark.parametrize("k", [0.0, -0.1, 1.1, math.nan])
-def test_min_k_takes_a_part(k):
-    with pytest.raises(ValueError, match="min_k: expected a part in"):
+def test_min_k_takes_a_fraction(k):
+    with pytest.raises(ValueError, match="min_k: expected a fraction in"):
         metrics.min_k(tensor(-1, -2), k)
 
 

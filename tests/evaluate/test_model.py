@@ -49,27 +49,27 @@ def write(directory, logs):
 
 
 @pytest.fixture
-def place(tmp_path):
+def folder(tmp_path):
     write(tmp_path / "logs", made_up())
     write(tmp_path / "retain", {FORGET: made_up(0.2)[FORGET]})  # no more than is used
     return tmp_path
 
 
-def from_logs(place, **changes):
+def from_logs(folder, **changes):
     options = {"from-logs": "logs", "retain-logs": "retain", "json": "out.json", **changes}
     words = ["evaluate"]
     for name, value in options.items():
-        words += [] if value is None else [f"--{name.replace('_', '-')}", str(place / value)]
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(folder / value)]
     return words
 
 
-def files_in(place):
-    return sorted(str(path.relative_to(place)) for path in place.rglob("*"))
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_logs_to_numbers(place, capsys):
-    assert main(from_logs(place)) == 0
-    got = json.loads((place / "out.json").read_text())
+def test_logs_to_numbers(folder, capsys):
+    assert main(from_logs(folder)) == 0
+    got = json.loads((folder / "out.json").read_text())
     printed = capsys.readouterr().out
     want = tofu_utility(made_up()) | dict(zip(("forget_quality", "ks_statistic"), tofu_quality(made_up(), made_up(0.2))))
     assert {name: pytest.approx(value, rel=1e-9) for name, value in want.items()}.items() <= got.items()
@@ -80,9 +80,9 @@ def test_logs_to_numbers(place, capsys):
     assert all(name in printed for name in got) and f"{got['model_utility']:.6g}" in printed
 
 
-def test_without_retain_logs_there_is_no_forget_quality(place, capsys):
-    assert main(from_logs(place, **{"retain-logs": None})) == 0
-    got = json.loads((place / "out.json").read_text())
+def test_without_retain_logs_there_is_no_forget_quality(folder, capsys):
+    assert main(from_logs(folder, **{"retain-logs": None})) == 0
+    got = json.loads((folder / "out.json").read_text())
     assert "forget_quality" not in got and got["model_utility"] > 0
     assert "--retain-logs" in capsys.readouterr().out
 
@@ -115,13 +115,13 @@ BROKEN = {
     "empty": (lambda log: "", "expected JSON, got broken JSON"),
     "not text": (lambda log: b"\xff\xfe\x00", "expected JSON, got broken JSON (UnicodeDecodeError)"),
     "deep": (lambda log: "[" * 100000, "expected JSON, got broken JSON (RecursionError)"),
-    "a list": (lambda log: "[1]", "expected a JSON object of columns, got list; is this an evaluation log of TOFU"),
-    "of another program": (lambda log: '{"scores": {}}', "'avg_gt_loss': expected an object of one value a row, got no such"),
-    "no column": (lambda log: without(log, "average_perturb_loss"), "'average_perturb_loss': expected an object of one value"),
-    "empty column": (lambda log: json.dumps(log | {"avg_gt_loss": {}}), "'avg_gt_loss': expected an object of one value a row"),
-    "column is a list": (lambda log: json.dumps(log | {"avg_gt_loss": [1]}), "one value a row, got list"),
+    "a list": (lambda log: "[1]", "expected a JSON object of columns, got list; check that this is an evaluation log of TOFU"),
+    "of another program": (lambda log: '{"scores": {}}', "'avg_gt_loss': expected an object of values by row, got no such"),
+    "no column": (lambda log: without(log, "average_perturb_loss"), "'average_perturb_loss': expected an object of values"),
+    "empty column": (lambda log: json.dumps(log | {"avg_gt_loss": {}}), "'avg_gt_loss': expected an object of values by row"),
+    "column is a list": (lambda log: json.dumps(log | {"avg_gt_loss": [1]}), "values by row, got list"),
     "row gone": (lambda log: without(log, "rougeL_recall", "3"), "'rougeL_recall': expected the 8 rows of 'avg_gt_loss', got "
-                 "7, and row '3' is not in both"),
+                 "7; row '3' is in only one of the two"),
     "NaN": (lambda log: changed(log, "avg_gt_loss", "2", math.nan), "'avg_gt_loss', row '2': expected a finite number >= 0, "
             "got nan; the model or the file is broken"),
     "inf": (lambda log: changed(log, "average_perturb_loss", "2", [1.0, math.inf, 2.0]), "row '2': expected a finite number >= "
@@ -139,29 +139,29 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_logs_end_with_2_and_write_nothing(place, kind, capsys):
+def test_broken_logs_end_with_2_and_write_nothing(folder, kind, capsys):
     breaking, message = BROKEN[kind]
     text = breaking(made_up()[FORGET])
-    (place / "logs" / FORGET).write_bytes(text if isinstance(text, bytes) else text.encode())
-    before = files_in(place)
-    assert main(from_logs(place)) == 2
+    (folder / "logs" / FORGET).write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = files_in(folder)
+    assert main(from_logs(folder)) == 2
     error = capsys.readouterr().err
     assert message in error and FORGET in error
-    assert files_in(place) == before
+    assert files_in(folder) == before
 
 
-def test_a_holdout_log_needs_scores_on_both_sides(place, capsys):
+def test_a_holdout_log_needs_scores_on_both_sides(folder, capsys):
     scores = {name: {str(i): -1.0 - i for i in range(3)} for name in metrics.MEMBERSHIP}
-    (place / "logs" / "eval_log_holdout.json").write_text(json.dumps(scores))
-    assert main(from_logs(place)) == 2
-    assert f"{FORGET}, 'min_k': expected an object of one value a row, got no such column" in capsys.readouterr().err
-    assert not (place / "out.json").exists()
+    (folder / "logs" / "eval_log_holdout.json").write_text(json.dumps(scores))
+    assert main(from_logs(folder)) == 2
+    assert f"{FORGET}, 'min_k': expected an object of values by row, got no such column" in capsys.readouterr().err
+    assert not (folder / "out.json").exists()
     log = made_up()[FORGET] | {name: {str(i): -0.5 for i in range(8)} for name in metrics.MEMBERSHIP}
-    (place / "logs" / FORGET).write_text(json.dumps(log))
-    assert main(from_logs(place)) == 0
-    assert json.loads((place / "out.json").read_text())["forget_min_k_auc"] == 1.0
-    (place / "logs" / FORGET).write_text(changed(log, "min_k_plus_plus", "1", math.nan))
-    assert main(from_logs(place, json="again.json")) == 2
+    (folder / "logs" / FORGET).write_text(json.dumps(log))
+    assert main(from_logs(folder)) == 0
+    assert json.loads((folder / "out.json").read_text())["forget_min_k_auc"] == 1.0
+    (folder / "logs" / FORGET).write_text(changed(log, "min_k_plus_plus", "1", math.nan))
+    assert main(from_logs(folder, json="again.json")) == 2
     assert "'min_k_plus_plus', row '1': expected a finite number, got nan" in capsys.readouterr().err
 
 
@@ -175,49 +175,49 @@ def test_a_holdout_log_needs_scores_on_both_sides(place, capsys):
     ({"json": "logs"}, "json: expected a new file"),
     ({"json": f"logs/{FORGET}/out.json"}, "json: expected a new file, got a path below the file"),
 ])  # fmt: skip
-def test_bad_paths_end_with_2_and_write_nothing(place, changes, message, capsys):
+def test_bad_paths_end_with_2_and_write_nothing(folder, changes, message, capsys):
     short = {name: {row: column[row] for row in "012"} for name, column in made_up()[FORGET].items()}
-    write(place / "short", {FORGET: short})
-    before, content = files_in(place), (place / "logs" / FORGET).read_text()
-    assert main(from_logs(place, **changes)) == 2
+    write(folder / "short", {FORGET: short})
+    before, content = files_in(folder), (folder / "logs" / FORGET).read_text()
+    assert main(from_logs(folder, **changes)) == 2
     assert message in capsys.readouterr().err
-    assert files_in(place) == before and (place / "logs" / FORGET).read_text() == content
+    assert files_in(folder) == before and (folder / "logs" / FORGET).read_text() == content
 
 
-def test_a_disk_that_fails_leaves_nothing_but_the_numbers_are_told(place, monkeypatch, capsys):
+def test_a_disk_that_fails_leaves_nothing_but_the_numbers_are_printed(folder, monkeypatch, capsys):
     def full(*_):
         raise OSError("no space left on device")
 
-    before = files_in(place)
+    before = files_in(folder)
     monkeypatch.setattr("os.fsync", full)
-    assert main(from_logs(place)) == 1
-    assert files_in(place) == before
+    assert main(from_logs(folder)) == 1
+    assert files_in(folder) == before
     assert "model_utility" in capsys.readouterr().out  # they may have taken hours
 
 
-def test_numbers_that_cannot_be_printed_must_be_in_a_file(place, monkeypatch):
+def test_numbers_that_cannot_be_printed_must_be_in_a_file(folder, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("sys.stdout", io.StringIO())
     monkeypatch.setattr("sys.stdout.flush", full)
-    assert main(from_logs(place, json=None)) == 1
-    assert main(from_logs(place)) == 0 and (place / "out.json").is_file()
+    assert main(from_logs(folder, json=None)) == 1
+    assert main(from_logs(folder)) == 0 and (folder / "out.json").is_file()
 
 
-def test_logs_need_no_models(place):
-    words = from_logs(place)
+def test_logs_need_no_models(folder):
+    words = from_logs(folder)
     result = run_without(
         "transformers", "tokenizers", "rouge_score", "triton", "tqdm",
         code=f"from soul.cli import main; sys.exit(main({words!r}))",
     )  # fmt: skip
     assert result.returncode == 0 and result.stderr == "", result.stderr
-    assert "forget_quality" in json.loads(pathlib.Path(place / "out.json").read_text())
-    twice = from_logs(place, json="b.json")
+    assert "forget_quality" in json.loads(pathlib.Path(folder / "out.json").read_text())
+    twice = from_logs(folder, json="b.json")
     code = f"from soul.cli import main\nprint(main({twice!r}))\nsys.modules['scipy'] = None\nprint(main({twice!r}))"
     result = run_without("scipy.stats", code=code)
     assert result.stdout.split() == ["2", "2"] and result.stderr.count("pip install 'soul-kernels[eval]'") == 2
-    assert not (place / "b.json").exists()
+    assert not (folder / "b.json").exists()
 
 
 def question_rows(name, n):
@@ -251,8 +251,9 @@ def models(tmp_path_factory):
     return root
 
 
-def of_model(models, place, *more, **changes):
-    options = {"model": models / "model", "data": models / "data", "output": place / "out", "json": place / "out" / "sum.json",
+def of_model(models, folder, *more, **changes):
+    out = folder / "out"
+    options = {"model": models / "model", "data": models / "data", "output": out, "json": out / "sum.json",
                "retain-model": models / "goal", "holdout": models / "holdout.jsonl", "device": "cpu", "backend": "reference",
                "max-new-tokens": 8, "batch-size": 3, **changes}  # fmt: skip
     return [
@@ -269,8 +270,8 @@ def test_a_model_to_logs_and_back(models, tmp_path, capsys):
     out, summary = tmp_path / "out", json.loads((tmp_path / "out" / "sum.json").read_text())
     assert files_in(out) == sorted(["sum.json", "data.json", "eval_log_aggregated.json", "eval_log_holdout.json",
                                     *FILES.values(), "retain", f"retain/{FORGET}"])  # fmt: skip
-    told = json.loads((out / "data.json").read_text())
-    assert told["forget, answer"]["rows"] == ROWS["forget"] and told["holdout"]["truncated"] == 0
+    counts = json.loads((out / "data.json").read_text())
+    assert counts["forget, answer"]["rows"] == ROWS["forget"] and counts["holdout"]["truncated"] == 0
     words = ["evaluate", "--from-logs", str(out), "--retain-logs", str(out / "retain"), "--json", str(tmp_path / "again.json")]
     assert main(words) == 0
     assert json.loads((tmp_path / "again.json").read_text()) == summary
@@ -359,9 +360,9 @@ def test_logs_against_all_logits(models):
 @pytest.mark.parametrize("old, new", [
     ("len(labels) - (labels[-1] == end and len(labels) > 1)", "len(labels)"),
     ("metrics.min_k(normalized, config.min_k)", "metrics.min_k(normalized)"),
-    ("zip(part, packed", "zip(sorted(part), packed"),
-    (".view(len(asked.answers), -1)", ".view(-1, len(asked.answers)).T"),
-    ('_statistics(model, asked.paraphrased, **options), "para', '_statistics(model, asked.answers, **options), "para'),
+    ("zip(indices, packed", "zip(sorted(indices), packed"),
+    (".view(len(questions.answers), -1)", ".view(-1, len(questions.answers)).T"),
+    ('losses(questions.paraphrased, "para', 'losses(questions.answers, "para'),
     ("sums / counts", "sums / (counts - 1)"),
     ("metrics.exact_memorization(hits)", "metrics.exact_memorization(entropies)"),
 ], ids=lambda text: text[:20])  # fmt: skip
@@ -377,8 +378,7 @@ def test_statistics_stand_where_their_sequences_stand(backend):
     model.train()
     texts = [data.Example("a" * n, "b" * m) for n, m in ((3, 4), (9, 1), (1, 7), (5, 5))]
     encoded = data.encode(texts, tokenizer, vocab_size=300)
-    found = sequence_statistics(model, encoded, batch_size=2, backend=backend)
-    for statistics, sequence in zip(found, encoded):
+    for statistics, sequence in zip(sequence_statistics(model, encoded, batch_size=2, backend=backend), encoded):
         logp, labels = eager(model.eval(), sequence)
         assert all(values.dtype == torch.float64 and values.shape == labels.shape for values in statistics)
         assert torch.allclose(statistics.logps, logp.gather(1, labels[:, None])[:, 0], atol=1e-4)
@@ -391,10 +391,10 @@ def test_statistics_stand_where_their_sequences_stand(backend):
 def test_adapters_take_part():
     with_adapters = lora_model()
     encoded = data.encode([data.Example("a b", " c d")], tiny_tokenizer(), vocab_size=300)
-    (found,) = sequence_statistics(with_adapters, encoded)
+    (statistics,) = sequence_statistics(with_adapters, encoded)
     with with_adapters.disable_adapter():
         (without_them,) = sequence_statistics(with_adapters, encoded)
-    assert not torch.allclose(found.logps, without_them.logps)
+    assert not torch.allclose(statistics.logps, without_them.logps)
 
 
 def test_templates():
@@ -406,7 +406,7 @@ def test_templates():
 
 @needs_rouge
 def test_what_is_asked_reaches_the_model(models, tmp_path):
-    """Template, rows, split and part of the tokens; without a retain model there is no forget quality."""
+    """Template, rows, split and fraction of the tokens; without a retain model there is no forget quality."""
     words = of_model(models, tmp_path, "--template", "Q {question} A {answer}", "--rows", "2", "--min-k", "1.0",
                      **{"retain-model": None, "holdout": None})  # fmt: skip
     assert main(words) == 0
@@ -416,9 +416,9 @@ def test_what_is_asked_reaches_the_model(models, tmp_path):
     for parameter in model.parameters():
         parameter.data.mul_(4)
     (sequence,) = data.encode([data.ask(*question_pair(0), "Q {question} A {answer}")], tokenizer, vocab_size=300)
-    (found,) = sequence_statistics(model, [sequence], backend="reference")
-    assert log["avg_gt_loss"]["0"] == pytest.approx(-found.logps.mean().item(), rel=1e-5)
-    assert log["min_k"]["0"] == pytest.approx(found.logps[:-1].mean().item(), rel=1e-5)
+    (statistics,) = sequence_statistics(model, [sequence], backend="reference")
+    assert log["avg_gt_loss"]["0"] == pytest.approx(-statistics.logps.mean().item(), rel=1e-5)
+    assert log["min_k"]["0"] == pytest.approx(statistics.logps[:-1].mean().item(), rel=1e-5)
     assert "forget_quality" not in json.loads((tmp_path / "out" / "sum.json").read_text())
 
 
@@ -481,7 +481,7 @@ def bad(models, tmp_path):
     ({"holdout": "BAD/text.jsonl"}, "text.jsonl, line 1: expected one JSON object"),
     ({"template": "{answer} {question}"}, "template: expected a text with {question} that ends in {answer}"),
     ({"rows": 0}, "rows: expected a positive whole number, got 0"),
-    ({"min-k": 0}, "min_k: expected a part in (0, 1], got 0.0"),
+    ({"min-k": 0}, "min_k: expected a fraction in (0, 1], got 0.0"),
     ({"batch-size": 0}, "batch_size: expected a positive whole number, got 0"),
     ({"max-new-tokens": 5000}, "max_new_tokens: expected at most 2048 positions, got 5000 after a prompt of"),
     ({"max-length": 4}, "forget, answer, row 0: expected a label within 4 tokens"),
@@ -499,8 +499,8 @@ def test_bad_input_ends_with_2_before_anything_is_written(models, bad, changes, 
     assert files_in(bad) == before
 
 
-def test_one_of_model_and_logs(place):
-    for words in (["evaluate"], [*from_logs(place), "--model", "x"]):
+def test_one_of_model_and_logs(folder):
+    for words in (["evaluate"], [*from_logs(folder), "--model", "x"]):
         with pytest.raises(SystemExit) as end:
             main(words)
         assert end.value.code == 2

@@ -414,7 +414,7 @@ def test_hooks_of_the_optimizer_fire():
 def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
     """A norm of one process's piece would clip each piece differently. DeepSpeed itself: tests/clients/test_deepspeed.py."""
     monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
-    for options, told in (
+    for options, message in (
         ({"max_grad_norm": 1.0}, "max_grad_norm: expected None under DeepSpeed, .*; set gradient_clipping in DeepSpeed's conf"),
         ({"rho": "auto"}, "rho: expected a number under DeepSpeed, .* got 'auto'"),
         ({"skip_nonfinite": True}, "skip_nonfinite: expected False under DeepSpeed"),
@@ -424,14 +424,14 @@ def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
         flat = torch.cat([p.detach().flatten() for p in opt.param_groups[0]["params"]]).requires_grad_()
         opt.param_groups[0]["params"] = [flat]  # as DeepSpeed does
         flat.grad, before = torch.ones_like(flat), flat.detach().clone()
-        if told is None:
+        if message is None:
             opt.step()
             assert not torch.equal(flat, before)
             for read in (opt.clip_fraction, opt.telemetry):
                 with pytest.raises(ValueError, match="telemetry: expected an optimizer of whole parameters .* under DeepSpeed"):
                     read()
         else:
-            with pytest.raises(ValueError, match=told):
+            with pytest.raises(ValueError, match=message):
                 opt.step()
             assert torch.equal(flat, before) and not opt.state
     opt = SOUL(make_net().parameters(), max_grad_norm=1.0)  # not under DeepSpeed, which something has imported

@@ -7,7 +7,7 @@ from soul import SOUL, SophiaG
 from soul.data.batches import collate
 from soul.models import causal_lm
 from soul.optim import curvature
-from soul_kernels import linear_gnb
+from soul_kernels import LinearOptions, linear_gnb
 from tests.support.helpers import assert_close
 from tests.support.models import sequences, tiny_model
 
@@ -44,7 +44,7 @@ def test_hutchinson_estimates_the_diagonal():
 @pytest.mark.parametrize("kind", [curvature.RetainFisher, curvature.GNB])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_h_is_the_average_of_squared_gradients_of_the_closures_loss(kind, in_backward):
-    """And what the parameters' gradients were is there again afterwards."""
+    """Gradients that the parameters had before are restored."""
     w, b = torch.randn(5, 3).requires_grad_(), torch.randn(3).requires_grad_()
     unused = torch.randn(4).requires_grad_()
     opt = SophiaG([w, b, unused], betas=(0.9, 0.8))
@@ -66,7 +66,7 @@ def test_h_is_the_average_of_squared_gradients_of_the_closures_loss(kind, in_bac
 
 
 def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
-    """B g g over draws from the model's own distribution has the mean sum x x (p - p^2) / B; true labels have another."""
+    """The mean of B g g over labels drawn from the model is sum x x (p - p^2) / B; with true labels it is another one."""
     torch.manual_seed(0)
     x = torch.randn(40, 6)
     w = (torch.randn(6, 5) * 0.5).requires_grad_()
@@ -76,7 +76,7 @@ def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
 
     def loss():
         keep = torch.ones(1, 40, dtype=torch.bool)
-        return linear_gnb(x[None], w.T, keep, generator=generator, backend="reference")[0]
+        return linear_gnb(x[None], w.T, keep, generator=generator, options=LinearOptions(backend="reference"))[0]
 
     for _ in range(2000):
         gnb.step(loss)
@@ -107,24 +107,24 @@ def test_labels_differ_between_steps_and_seeds_and_come_again_after_a_restart():
 
 
 def test_gnb_loss_of_a_language_model():
-    """The mean over the batch's labelled tokens, with labels of its own: at initialisation about log V."""
+    """The loss is a mean over the labelled tokens with drawn labels: at initialisation about log V."""
     model = tiny_model()
     batch = collate(sequences(3), [])
     gnb = curvature.GNB(SophiaG(model.parameters(), betas=(0.9, 0.9), backend="reference"), every=1)
-    found = []
+    losses = []
 
     def loss():
-        found.append(causal_lm.gnb_loss(model, batch, generator=gnb.generator()))
-        return found[-1]
+        losses.append(causal_lm.gnb_loss(model, batch, generator=gnb.generator()))
+        return losses[-1]
 
     gnb.step(loss)
-    assert abs(found[0].item() - math.log(300)) < 0.2
+    assert abs(losses[0].item() - math.log(300)) < 0.2
     weight, _ = causal_lm.head(model)
     assert gnb.optimizer.state[weight]["hessian"].sum() > 0
 
 
 def test_schedule_and_what_checkpoints_carry():
-    """A resumed run refreshes at the same steps, and h, its bias correction and its noise go on where they were."""
+    """A resumed run refreshes at the same steps, with the same h, bias correction and noise."""
 
     def run(stop_at=None):
         torch.manual_seed(0)

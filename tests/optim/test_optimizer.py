@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import math
 import warnings
 import weakref
@@ -113,6 +114,17 @@ def test_gradient_is_kept_and_zero_gradients_move_nothing(device):
     assert all(torch.equal(p, b) for p, b in zip(fresh, before))
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}], ids=["computed", "of the step"])
+def test_grad_norm_is_that_before_clipping(options, device):
+    params = make(device)
+    opt = SOUL([{"params": params[:1]}, {"params": params[1:]}], lr=1e-3, **options)
+    assert opt.grad_norm() is None  # no gradients
+    give_gradients(params)
+    opt.step()
+    assert opt.grad_norm().item() == pytest.approx(norm_of(params), rel=1e-6) and opt.grad_norm().shape == ()
+    assert (opt.telemetry()["grad_norm"] is None) == (not options)
+
+
 def test_clip_fraction(device):
     (p,) = params = make(device, shapes=((1000,),))
     opt = SophiaG([{"params": params}], lr=1e-3, rho=1.0, bs=1, betas=(0.0, 0.0), weight_decay=0.0)
@@ -139,6 +151,23 @@ def test_deepcopy_and_tied_parameters(device):
     before = params[0].detach().clone()
     tied.step()
     assert torch.allclose((params[0] - before).abs(), torch.full_like(before, 1e-3), rtol=1e-3)  # stepped once
+
+
+@pytest.mark.parametrize("call, defaults, missing", [
+    (SophiaG, {}, set()),
+    (SOUL, {"lr": 5e-6, "betas": (0.9, 0.95), "published_code": False}, set()),
+    (SOUL.as_published, {"lr": 5e-6, "betas": (0.9, 0.95)}, {"param_rounding", "state_dtype"}),  # which it sets
+])  # fmt: skip
+def test_every_option_is_spelled_out_with_its_type_and_default(call, defaults, missing):
+    """So that help() and an editor show them; the defaults are those of SophiaG but for the ones that are documented."""
+    options = inspect.signature(SophiaG).parameters
+    signature = inspect.signature(call).parameters
+    assert {*signature} == {*options, *defaults} - missing and "weight_decay" in signature
+    for name, parameter in signature.items():
+        assert parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.annotation is not inspect.Parameter.empty
+        if name in options:
+            assert parameter.annotation == options[name].annotation
+        assert parameter.default == (defaults[name] if name in defaults else options[name].default)
 
 
 @pytest.mark.parametrize("options, message", [
@@ -232,7 +261,7 @@ def test_nothing_moves_when_a_later_parameter_changed_its_layout():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("call", ["step", "update_hessian"])
 def test_a_known_gradient_that_fits_no_more_is_named_and_nothing_moves(groups, call):
-    """Known plans are checked by the ops, which know it as entry of a list."""
+    """Step groups that are known are checked by the ops, which name an entry of a list."""
     params = make()
     opt = SophiaG([{"params": params[:2]}, {"params": params[2:]}] if groups == 2 else params, lr=1e-3, max_grad_norm=1.0)
     give_gradients(params)
@@ -270,7 +299,7 @@ def test_bias_correction_makes_a_young_hessian_a_mean(device):
         others := twin(params), lr=1.0, betas=(0.0, 0.9), rho=20.0, bs=1, eps=0.0, weight_decay=0.0, bias_correction=True
     )
     before, others[0].grad = others[0].detach().clone(), small
-    soul.run.step()
+    soul.step()
     expected = (1 / (20 * small)).clamp(max=1)
     assert (expected < 1).float().mean() > 0.5  # where all are clipped, h plays no part
     assert_close(before - others[0], expected, 1e-4, "update of SOUL: h is g g at once")
@@ -325,7 +354,7 @@ def test_telemetry(device):
 
 
 def test_groups_of_mixed_dtypes_layouts_and_sizes(device):
-    """0-dim, empty, channels_last, transposed, misaligned, fp32 gradients of bf16 parameters: as the reference does it."""
+    """0-dim, empty, channels_last, transposed and misaligned tensors, fp32 gradients of bf16 parameters: as the reference."""
 
     def build():
         torch.manual_seed(0)
@@ -377,7 +406,7 @@ def test_an_error_in_one_group_comes_before_another_moves(spoil, message, backen
     give_gradients([a, b])
     opt.step()
     spoil(a, b, opt)
-    kept = [a.detach().clone(), copy.deepcopy(opt.state_dict()["state"][0])]
+    saved = [a.detach().clone(), copy.deepcopy(opt.state_dict()["state"][0])]
     for call in (opt.step, opt.update_hessian):
         if call == opt.update_hessian and not message.startswith("seed"):
             continue  # of the parameters it needs the gradients only
@@ -385,7 +414,7 @@ def test_an_error_in_one_group_comes_before_another_moves(spoil, message, backen
             call()
     with pytest.raises(ValueError, match=r"probes: expected one .* got none for parameter 0 in group 1|shape|memory|seed"):
         opt.update_hessian(probes={a: torch.ones(8)})
-    assert torch.equal(a, kept[0]) and all(torch.equal(opt.state[a][n], v) for n, v in kept[1].items())
+    assert torch.equal(a, saved[0]) and all(torch.equal(opt.state[a][n], v) for n, v in saved[1].items())
 
 
 def test_small_things_that_once_broke(device):
@@ -406,7 +435,7 @@ def test_small_things_that_once_broke(device):
 
 
 def test_states_are_freed_with_their_optimizer():
-    """At once: a cycle of references would keep gigabytes until Python's collector runs."""
+    """A deleted optimizer is freed at once: a cycle of references would keep gigabytes until Python's collector runs."""
     param = torch.nn.Parameter(torch.ones(4))
     param.grad = torch.ones(4)
     optimizer = SOUL([param])
@@ -421,7 +450,7 @@ def test_states_are_freed_with_their_optimizer():
 
 
 def test_another_default_device_or_dtype_changes_nothing():
-    """Another device and dtype by default, as models are loaded under: scalars on the way must not follow."""
+    """Models are loaded under another default device and dtype: the scalars of a step must not follow them."""
     outcomes = []
     for default in ("cpu", "meta"):
         torch.manual_seed(0)
@@ -465,11 +494,11 @@ def test_a_model_that_was_converted_is_named_with_the_remedy(groups, before, aft
     give_gradients(params)
     opt.step()
     model.to(after)
-    kept = copy.deepcopy(opt.state_dict()["state"])
+    saved = copy.deepcopy(opt.state_dict()["state"])
     with pytest.raises(ValueError, match=f"^parameter 0 in group 0: {message}") as error:
         opt.step()
     assert all(
-        torch.equal(state[name], value) for i, state in kept.items() for name, value in opt.state_dict()["state"][i].items()
+        torch.equal(state[name], value) for i, state in saved.items() for name, value in opt.state_dict()["state"][i].items()
     )
     if after != torch.float64:
         assert "optimizer.load_state_dict(optimizer.state_dict())" in str(error.value)
@@ -480,7 +509,7 @@ def test_a_model_that_was_converted_is_named_with_the_remedy(groups, before, aft
 
 
 def test_a_model_on_another_device_than_its_states_is_named_with_the_remedy():
-    """What model.to("cuda") leaves; without a GPU, the states go to another device instead."""
+    """The error after model.to("cuda"); without a GPU, the states go to another device instead."""
     params = make()
     opt = SOUL(params)
     give_gradients(params)
@@ -502,7 +531,7 @@ DATALESS = {
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("mode", ["fake", "meta"])
 def test_steps_on_tensors_without_data(mode, backend, options):
-    """FakeTensorMode and the device meta: shapes and dtypes alone, as estimates of memory and exports of graphs want it."""
+    """FakeTensorMode and the device meta have shapes and dtypes alone, for estimates of memory and exports of graphs."""
     with FakeTensorMode() if mode == "fake" else torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*data pointer")  # whoever reads an address is warned
         params = [torch.nn.Parameter(torch.ones(s, dtype=d)) for s in ((4, 5), (300,)) for d in (FLOAT, BRAIN)]

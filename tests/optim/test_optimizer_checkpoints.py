@@ -40,7 +40,7 @@ def through_torch_save(state_dict, tmp_path):
 
 
 def through_safetensors(state_dict, tmp_path):
-    """Tensors flat, by index and name; options beside them."""
+    """Return a checkpoint's tensors, by index and name, and its options."""
     pytest.importorskip("safetensors")
     from safetensors.torch import load_file, save_file
 
@@ -183,7 +183,7 @@ def test_the_published_class_loads_our_checkpoint_and_goes_on():
 
 
 def test_8_bit_states_load_into_another_memory_format():
-    """Groups are of neighbours in memory: codes that were copied by index would meet the wrong scales."""
+    """A scale is for 256 neighbours in memory: codes that are copied by index would get the wrong scales."""
     params = make(shapes=((4, 6, 5, 7),))
     opt = SOUL(params, state_dtype="8bit")
     params[0].grad = torch.randn(4, 6, 5, 7) * torch.logspace(-4, 0, 6)[:, None, None]
@@ -221,7 +221,7 @@ def test_low_bits_of_another_model_are_refused():
 @pytest.mark.parametrize("kind, published_code", [(SophiaG, None), (SOUL, True), (SOUL, False)])
 @pytest.mark.parametrize("state_dtype", [None, "8bit"])
 def test_an_export_to_the_published_class_goes_on_there(kind, published_code, state_dtype):
-    """With the same states and the same momentum, whatever ours are stored in; and it comes back."""
+    """States and momentum are the same for every way of storing ours; and the export can be loaded again."""
     options = {} if published_code is None else {"published_code": published_code}
     params = make(shapes=((300,), (7, 5)))
     ours = kind(params, lr=torch.tensor(1e-3), betas=(0.81, 0.95), rho=0.5, bs=20, state_dtype=state_dtype, **options)
@@ -253,7 +253,7 @@ def test_an_export_to_the_published_class_goes_on_there(kind, published_code, st
 
 
 def test_codes_that_were_taken_for_values_are_refused():
-    """A plain state_dict with 8-bit states in the published class: nothing stops it there, and its states are nonsense."""
+    """The published class loads a plain state_dict with 8-bit states without complaint; its states are then nonsense."""
     params = make(shapes=((300,),))
     opt = SOUL(params, state_dtype="8bit", published_code=True)
     give_gradients(params)
@@ -273,7 +273,7 @@ def test_codes_that_were_taken_for_values_are_refused():
 
 
 def test_the_momentum_of_a_checkpoint_is_kept_or_refused():
-    """beta1 means itself or its square, as published_code says; the checkpoints of SOUL's own code do not say it."""
+    """published_code says whether beta1 or its square acts; checkpoints of SOUL's own code do not say it."""
     params = make()
     published = PublishedSophiaG(params, betas=(0.9, 0.95), soul=True)
     give_gradients(params)

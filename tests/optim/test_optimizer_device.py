@@ -69,15 +69,15 @@ def test_rho_auto_holds_the_clip_target(device):
     assert opt.clip_fraction()[0] == pytest.approx(0.3, abs=0.03)
     rho = opt.param_groups[0]["rho"]
     assert rho.device.type == device.type and rho.dtype == FLOAT and opt.telemetry()["groups"][0]["rho"] == rho.item() != 0.04
-    kept = rho.clone()
+    saved = rho.clone()
     opt.param_groups[0]["lr"] = 0.0  # torch.distributed.checkpoint steps like this to make states
     give_gradients(params)
     opt.step()
-    assert torch.equal(rho, kept)
+    assert torch.equal(rho, saved)
 
 
 def test_rho_waits_for_a_hessian(device):
-    """Without one everything is clipped, and rho would run away."""
+    """Without a Hessian every coordinate is clipped, and rho would grow without bound."""
     params = make(device)
     opt = SophiaG(params, lr=1e-3, rho="auto")
     give_gradients(params)
@@ -88,7 +88,7 @@ def test_rho_waits_for_a_hessian(device):
 
 
 def test_capturable_keeps_its_options_on_the_device_and_follows_a_scheduler(device):
-    """Bit for bit what numbers do, and no tensor is ever replaced: a captured step reads the same addresses."""
+    """Tensors give the bits that numbers give, and none is ever replaced: a captured step reads the same addresses."""
     params = make(device)
     others = twin(params)
     a = SOUL(params, lr=1e-2, capturable=True)
@@ -139,7 +139,7 @@ def test_capture_refuses_what_replays_would_get_wrong(monkeypatch):
     {}, {"max_grad_norm": 1.0, "skip_nonfinite": True, "rho": "auto", "bias_correction": True}, {"state_dtype": "8bit"},
 ], ids=["plain", "everything", "8bit"])  # fmt: skip
 def test_replays_equal_eager_steps(options, device):
-    """With a schedule of lr and weight decay, gradients that change, and the noise of every step its own."""
+    """lr and weight decay follow a schedule, gradients change, and each step has noise of its own."""
     params = make(device, BRAIN, shapes=((300, 40), (77,)))
     others = twin(params)
     runs = [SOUL(p, lr=1e-3, capturable=True, **options) for p in (params, others)]
@@ -211,7 +211,7 @@ def test_a_step_never_waits_for_the_device(options, device):
 
 
 class Recording(TorchDispatchMode):
-    """What a CUDA graph is, on the CPU: the operations of a call, which `replay` repeats in the same memory."""
+    """A stand-in for a CUDA graph on the CPU: the operations of a call, which `replay` repeats in the same memory."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ class Recording(TorchDispatchMode):
 
 
 def test_telemetry_is_of_the_last_replay(device):
-    """Of several graphs of one optimizer, as for several shapes of a batch, each has gradients of its own."""
+    """Several graphs of one optimizer, one for each shape of a batch, each with gradients of its own."""
     params = make(device)
     opt = SOUL(params, lr=1e-3, capturable=True, max_grad_norm=1.0, backend="reference")
     give_gradients(params)
@@ -285,14 +285,14 @@ def scaled(opt, params, grad_scale, found_inf):
 
 
 def test_verdicts_of_several_devices_or_ranks_are_one_verdict():
-    """GradScaler adds them up: 2.0, in one element or none, is a skipped step, and one of them."""
+    """GradScaler adds up the verdicts of devices: 2.0 is one skipped step, like 1.0 in a tensor [1] or []."""
     params = make()
     opt = SOUL(params, lr=1e-3, rho="auto")
     give_gradients(params)
     opt.step()
     before = copy.deepcopy(opt.state_dict())
-    for found in (2.0, [1.0], 1.0):
-        scaled(opt, params, 4.0, found)
+    for found_inf in (2.0, [1.0], 1.0):
+        scaled(opt, params, 4.0, found_inf)
     after = opt.state_dict()
     assert after["param_groups"] == before["param_groups"]
     for index, state in after["state"].items():
@@ -301,7 +301,7 @@ def test_verdicts_of_several_devices_or_ranks_are_one_verdict():
 
 
 def test_a_refused_step_leaves_nothing_of_the_scaler():
-    """torch multiplies by a grad_scale that it finds."""
+    """torch multiplies a grad_scale that is already set."""
     (param,) = params = make(shapes=((5,),))
     opt = SOUL(params, lr=1e-3)
     param.grad = torch.ones(5)
@@ -324,7 +324,7 @@ def test_scaled_gradients_that_overflow_do_not_stay_in_the_hessian():
 
 
 def test_what_a_capture_uses_stays_where_it_is(monkeypatch):
-    """Eager calls between replays must not move the counters, nor drop the plans, that the graph goes on writing to."""
+    """Eager calls between replays must neither move the counters nor drop the step groups that the graph writes to."""
     params = make()
     opt = SophiaG(params, capturable=True)
     give_gradients(params)

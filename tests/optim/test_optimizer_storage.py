@@ -30,7 +30,7 @@ def test_storage_policy():
 
 
 def bf16_run(steps=500, lr=5e-6, weight_decay=0.1, zero_gradients=False, **options):
-    """Displacement of bf16 parameters, in fp64, and that of an fp32 run with the same gradients from the same start.
+    """Return the displacement of bf16 parameters, in fp64, and that of an fp32 run with the same gradients from the same start.
 
     By the reference, which the kernels equal bit for bit: the interpreter would take minutes.
     """
@@ -56,21 +56,21 @@ def bf16_run(steps=500, lr=5e-6, weight_decay=0.1, zero_gradients=False, **optio
     ({"param_rounding": "nearest"}, -1.0, 0.3),  # the published practice; the reason for all of this
 ], ids=["compensated", "8bit", "stochastic", "nearest"])  # fmt: skip
 def test_bf16_goes_as_far_as_fp32(options, low, high):
-    """Projection of the displacement on that of an fp32 run, 500 steps of 5e-6."""
+    """Return the projection of the displacement on that of an fp32 run, after 500 steps of 5e-6."""
     moved, want, _ = bf16_run(**options)
     assert low <= (moved @ want / (want @ want)).item() <= high
 
 
 @pytest.mark.parametrize("rounding, works", [("compensated", True), ("nearest", False)])
 def test_decay_alone_shrinks_bf16_parameters(rounding, works):
-    """lr wd = 5e-7, far below the last bit even of 24-bit weights: only stochastic rounding there keeps it."""
+    """lr wd = 5e-7 is far below the last bit even of 24-bit weights: only stochastic rounding does not lose it."""
     moved, want, start = bf16_run(zero_gradients=True, param_rounding=rounding)
     shrink = (moved @ start / (start @ start)).item() / (want @ start / (start @ start)).item()
     assert (abs(shrink - 1) < 0.1) == works
 
 
 def tiny_language_model_loss(**options):
-    """Final loss of a bigram model with a hidden layer on a fixed random text, trained with SophiaG."""
+    """Return the final loss of a bigram model with a hidden layer on a fixed random text, trained with SophiaG."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(0, 24, (4, 33), generator=generator)
     text[:, 1::2] = (text[:, :-1:2] * 5 + 3) % 24  # half of it can be learned
@@ -102,14 +102,14 @@ def test_export_fp32(device):
     assert all(torch.equal(before[p], p.float()) and before[p].data_ptr() != p.data_ptr() for p in linear.parameters())
     give_gradients(list(linear.parameters()))
     opt.step()
-    kept = [p.detach().clone() for p in linear.parameters()]
+    saved = [p.detach().clone() for p in linear.parameters()]
     with opt.export_fp32() as exported:
         for p in linear.parameters():
             assert p.dtype == FLOAT and torch.equal(p, exported[p])
         assert linear(torch.ones(1, 8, device=device)).dtype == FLOAT
         with pytest.raises(ValueError, match="export_fp32: expected parameters in the dtype of training, got fp32 values"):
             opt.export_fp32()
-    for p, k in zip(linear.parameters(), kept):
+    for p, k in zip(linear.parameters(), saved):
         assert torch.equal(p, k) and torch.equal(exported[p].bfloat16(), k) and not torch.equal(exported[p], k.float())
     give_gradients(list(linear.parameters()))
     opt.step()  # and on
@@ -168,7 +168,7 @@ def test_import_fp32_checks_all_before_it_changes_any():
 
 
 def gapped(tensor):
-    """The same values, of which some dimension has gaps in memory."""
+    """Return tensors of the same values, with gaps in memory in some dimension."""
     if tensor.dim() == 0:
         return tensor
     wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 7.0, dtype=tensor.dtype, device=tensor.device)
@@ -181,7 +181,7 @@ def gapped(tensor):
 ], ids=["plain", "8bit", "stochastic"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
 def test_parameters_with_gaps_step_as_dense_ones_do(dtype, kind, options, device):
-    """Bit for bit, through checkpoints and exports; and what lies in the gaps stays as it is."""
+    """Steps are equal bit for bit, through checkpoints and exports, and the elements in the gaps stay as they are."""
     params = make(device, dtype, shapes=((9, 30), (7,)))
     others = [gapped(p.detach()).requires_grad_() for p in params]
     bases = [q.detach().as_strided((2 * p.numel(),), (1,)) for p, q in zip(params, others)]
@@ -212,11 +212,11 @@ def test_slices_of_one_tensor_are_stepped_and_shared_elements_are_refused():
     give_gradients([left, right], params)
     strided.step(), dense.step()
     assert torch.equal(base, torch.cat([p.detach() for p in params], 1))
-    kept = base.clone()
+    saved = base.clone()
     third = base[2:3].requires_grad_()
     for groups in ([left, third], [third, left], [{"params": [third]}, {"params": [left]}]):
         opt = SOUL(groups)
         give_gradients([left, third])
         with pytest.raises(ValueError, match="^parameter . in group .: expected memory of its own, got elements of another"):
             opt.step()
-    assert torch.equal(base, kept)
+    assert torch.equal(base, saved)

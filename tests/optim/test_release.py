@@ -21,7 +21,7 @@ def loss_of(model, seed, rows=4):
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "8bit", "param_rounding": "stochastic"}], ids=["default", "8bit"])
 def test_released_steps_equal_plain_ones_bit_for_bit(options):
-    """Also for a tied weight, whose gradient is complete only when both of its uses have contributed."""
+    """Also for a tied weight, whose gradient is complete only after both of its uses."""
     plain, released = build(), build()
     a = SOUL(plain.parameters(), lr=1e-3, **options)
     b = SOUL(released.parameters(), lr=1e-3, **options)
@@ -92,9 +92,9 @@ def test_hessian_passes_pause_it_and_hold_no_gradients():
     release_gradients(model, opt)
     refresh = curvature.RetainFisher(opt, every=1, in_backward=True)
     loss_of(model, 0).backward()
-    kept = [p.detach().clone() for p in model.parameters()]
+    saved = [p.detach().clone() for p in model.parameters()]
     refresh.step(lambda: loss_of(model, 1))
-    assert alive(model) == 0 and all(torch.equal(p, k) for p, k in zip(model.parameters(), kept))
+    assert alive(model) == 0 and all(torch.equal(p, k) for p, k in zip(model.parameters(), saved))
     assert all(opt.state[p]["hessian"].any() and int(opt.state[p]["step"]) == 1 for p in model.parameters())
 
 
@@ -112,15 +112,15 @@ def test_refuses_what_needs_all_gradients(options, message):
 
 
 def test_is_kept_when_a_checkpoint_is_loaded():
-    """Accelerate's prepare() loads one. Curvature must go on pausing the release, or it would train on its own batch."""
+    """Accelerate's prepare() loads one. The curvature must still pause the release, or its batch would be trained on."""
     model = build()
     opt = SophiaG(model.parameters(), lr=1e-3)
     release_gradients(model, opt)
     loss_of(model, 0).backward()
     opt.load_state_dict(opt.state_dict())
-    kept = [p.detach().clone() for p in model.parameters()]
+    saved = [p.detach().clone() for p in model.parameters()]
     curvature.RetainFisher(opt, every=1).step(lambda: loss_of(model, 1))
-    assert all(torch.equal(p, k) for p, k in zip(model.parameters(), kept))
+    assert all(torch.equal(p, k) for p, k in zip(model.parameters(), saved))
     assert all(int(opt.state[p]["step"]) == int(opt.state[p]["hessian_step"]) == 1 for p in model.parameters())
     clipping = SophiaG(build().parameters(), max_grad_norm=1.0).state_dict()
     with pytest.raises(ValueError, match="^max_grad_norm: expected None or False with gradient release"):
@@ -130,7 +130,7 @@ def test_is_kept_when_a_checkpoint_is_loaded():
 
 
 def test_refuses_replicas(monkeypatch):
-    """Of a DDP module's inner module one cannot see that it is one; but no plain parameter has a place in many processes."""
+    """The inner module of a DDP module looks like any other; but with several processes no plain parameter is accepted."""
     model = build()
     opt = SOUL(model.parameters())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

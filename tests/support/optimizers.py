@@ -1,4 +1,4 @@
-"""The published optimizer, and parameters with gradients to step."""
+"""The published optimizer, and helpers that make parameters and their gradients."""
 
 import torch
 
@@ -6,7 +6,7 @@ FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 
 
 class PublishedSophiaG(torch.optim.Optimizer):
-    """The published class, as far as its numbers go; ``soul`` adds what SOUL's code does before it in every step."""
+    """The arithmetic of the published class; with ``soul`` each step first updates h and m, as SOUL's code does."""
 
     def __init__(self, params, lr=1e-4, betas=(0.965, 0.99), rho=0.04, weight_decay=0.1, maximize=False, soul=False):
         defaults = dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, maximize=maximize, capturable=False)
@@ -45,14 +45,17 @@ class PublishedSophiaG(torch.optim.Optimizer):
 
 
 def make(device="cpu", dtype=FLOAT, shapes=((40, 5), (7,), ())):
+    """Return random parameters."""
     return [torch.randn(s, device=device).to(dtype).requires_grad_() for s in shapes]
 
 
 def twin(params, dtype=None):
+    """Return copies of parameters, in ``dtype`` where it is given."""
     return [p.detach().to(dtype or p.dtype).clone().requires_grad_() for p in params]
 
 
 def give_gradients(params, *others, scale=1.0, generator=None):
+    """Give parameters random gradients, and the same ones to those at their positions in ``others``."""
     for index, p in enumerate(params):
         p.grad = torch.randn(p.shape, generator=generator).to(p) * scale
         for other in others:
@@ -60,4 +63,5 @@ def give_gradients(params, *others, scale=1.0, generator=None):
 
 
 def norm_of(params):
+    """Return the L2 norm of all gradients."""
     return torch.cat([p.grad.flatten().double() for p in params]).norm().item()

@@ -1,6 +1,6 @@
-"""Trainers and configurations for open-unlearning (locuslab/open-unlearning); README.md here says how to put them in.
+"""Trainers and configurations for open-unlearning (locuslab/open-unlearning); README.md here says how to install them.
 
-``soul.integrations.open_unlearning.trainers`` imports that code base's own package ``trainer``, and so works inside it only.
+``soul.integrations.open_unlearning.trainers`` imports that code base's own package ``trainer``, so it works only inside it.
 """
 
 import pathlib

@@ -6,14 +6,17 @@ At the end of its ``src/trainer/__init__.py``::
     for soul_trainer in soul_trainers.ALL:
         _register_trainer(soul_trainer)
 
-Source of what is subclassed: locuslab/open-unlearning, src/trainer/unlearn/grad_diff.py, as of d3d7cf9.
+Source of the base class: locuslab/open-unlearning, src/trainer/unlearn/grad_diff.py, as of d3d7cf9.
 """
 
 import inspect
+from typing import Any
 
+import torch
 from trainer.unlearn.grad_diff import GradDiff  # open-unlearning's
 
-from soul import functional, losses
+from soul import losses
+from soul.compat import COMPAT
 from soul.integrations.hf import SOULTrainerMixin
 from soul_kernels.errors import argument_error, check_choice
 
@@ -22,28 +25,36 @@ RENAMED = {"ignore_first_n_answer_tokens": "ignore_first"}
 
 
 class SOULUnlearn(SOULTrainerMixin, GradDiff):
-    """Any objective of `soul.losses`, by its name; the classes below have one each.
+    """Trainer with any objective of `soul.losses`, by its name; `ALL` has a subclass for each objective.
 
-    The formulas are those of `soul.losses`; docs/objectives.md lists where open-unlearning's code means something else.
-    The reference model, where one is needed and the model has no adapters, is prepared by open-unlearning's own code.
+    The formulas are those of `soul.losses`; docs/objectives.md lists where open-unlearning's code computes something else.
+    The reference model, if one is needed and the model has no adapters, is prepared by open-unlearning's own code.
 
     Args:
         *args: as for open-unlearning's trainers.
         method: a name in ``soul.losses.OBJECTIVES``.
         retain_loss_type: "NLL" or "KL"; an objective without a choice takes "NLL" only.
         soul_args: as in `soul.integrations.hf.SOULTrainerMixin`.
-        compat: None, or "open-unlearning": a KL retain term, and UNDIAL, are means over the positions that its code counts,
-            prompts and padding included. Refused where there is neither.
-        **kwargs: the objective's options under open-unlearning's names (gamma, alpha, beta, delta, ...), and what its trainers
-            take: model, args, data_collator, train_dataset, evaluators, template_args, ...
+        compat: None, or "open-unlearning": a KL retain term and UNDIAL are means over the positions that its code counts,
+            prompts and padding included. An error where the objective has neither.
+        **kwargs: the objective's options under open-unlearning's names (gamma, alpha, beta, delta, ...), and the arguments of
+            its trainers: model, args, data_collator, train_dataset, evaluators, template_args, ...
 
     Raises:
-        ArgumentError: an option does not fit.
+        ArgumentError: an option has a value that is not allowed, or does not fit the objective.
     """
 
-    method = None
+    method: str = ""  # of the subclasses, which have one objective each
 
-    def __init__(self, *args, method=None, retain_loss_type="NLL", soul_args=None, compat=None, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        method: str | None = None,
+        retain_loss_type: str = "NLL",
+        soul_args: object = None,
+        compat: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         method = method or self.method
         check_choice("method", method, tuple(losses.OBJECTIVES))
         check_choice("retain_loss_type", retain_loss_type, tuple(RETAIN_LOSS_TYPES))
@@ -56,23 +67,24 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
             remedy = "klmin has the KL term already, and ga has no retain term"
             raise argument_error("retain_loss_type", f"NLL for {method}", retain_loss_type, remedy)
         objective = losses.get(method, **options)
-        check_choice("compat", compat, functional.COMPAT)
+        check_choice("compat", compat, COMPAT)
         if compat and objective.divergence is None:
             remedy = "only a KL retain term and UNDIAL count other positions in its code: see docs/objectives.md"
             raise argument_error("compat", f"None for {method} with retain_loss_type {retain_loss_type}", compat, remedy)
         self.compat = compat
         super().__init__(*args, objective=objective, soul_args=soul_args, **kwargs)
 
-    def prepare_reference_model(self, model):
-        """A frozen copy of ``model``: open-unlearning's, which knows DeepSpeed."""
+    def prepare_reference_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Return a frozen copy of ``model``, made by open-unlearning's code, which knows DeepSpeed."""
         return self._prepare_ref_model(model).requires_grad_(False)
 
 
-def _of(method):
+def _trainer_of(method: str) -> type[SOULUnlearn]:
+    """Return the trainer of one objective, for instance ``SOULNPO``."""
     objective = losses.OBJECTIVES[method].__name__
     doc = f"`SOULUnlearn` with `soul.losses.{objective}`."
     return type(f"SOUL{objective}", (SOULUnlearn,), {"method": method, "__doc__": doc, "__module__": __name__})
 
 
-ALL = (SOULUnlearn, *(_of(method) for method in losses.OBJECTIVES))
+ALL: tuple[type[SOULUnlearn], ...] = (SOULUnlearn, *(_trainer_of(method) for method in losses.OBJECTIVES))
 globals().update({trainer.__name__: trainer for trainer in ALL})

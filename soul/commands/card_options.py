@@ -1,0 +1,34 @@
+"""The options of a command that say on which cards a run is planned."""
+
+import argparse
+from typing import Any
+
+from soul.plan.cards import CARDS, NETWORK, card_of
+from soul.plan.case import check_where
+
+
+def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:
+    """Declare ``--card``, ``--gpus``, ``--network`` and ``--attention`` on a parser or on a group of one.
+
+    Args:
+        group: gets the options.
+        hint: put before the help text of each.
+    """
+    group.add_argument("--card", default="h100", metavar="NAME", help=f"{hint}{', '.join(CARDS)}, or GB:GB/s:TFLOP/s "
+                       "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--gpus", type=int, default=1, metavar="N", help=f"{hint}GPUs that FSDP2 shards over (default: "
+                       "%(default)s)")  # fmt: skip
+    group.add_argument("--network", type=float, default=NETWORK / 1e9, metavar="GB/S", help=f"{hint}bandwidth into each GPU "
+                       "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--attention", default="sdpa", metavar="NAME", help=f"{hint}sdpa or eager (default: %(default)s)")
+
+
+def card_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of these options as keyword arguments of `soul.plan.plan`.
+
+    Raises:
+        ArgumentError: an option has a value that is not allowed.
+    """
+    options: dict[str, Any] = dict(gpus=args.gpus, network=args.network * 1e9, attention=args.attention)
+    check_where(**options)
+    return options | {"card": card_of(args.card)}

@@ -1,0 +1,75 @@
+"""Weights in fp32: the 24 bits of parameters that are rounded with "compensated", out of an optimizer and into it.
+
+A parameter in bf16 or fp16 holds the leading bits of its weight, and the int8 state ``low_bits`` the next 8. `joined` puts both
+together in fp32, `store_fp32` takes them apart again. While a `Fp32Parameters` is entered, the fp32 values stand in the
+parameters themselves; `check_not_exported` refuses what would take them for stored parameters.
+"""
+
+import contextlib
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from soul.distributed.shards import is_sharded, local
+from soul_kernels.errors import argument_error
+from soul_kernels.reference.rounding import join, split
+
+NEAREST = 1 << 31  # the middle of the range of the noise: with it a weight is rounded to nearest
+
+
+def joined(param: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """Return a copy of a parameter in fp32, with its low bits where its state has them; of a DTensor the local shard."""
+    value = local(param.detach())
+    check_not_exported("export_fp32", param, state)
+    if "low_bits" in state:
+        return join(value, local(state["low_bits"]))
+    return value.to(torch.float32, copy=True)
+
+
+def check_fp32(name: str, param: torch.Tensor, state: dict[str, Any], value: object) -> None:
+    """Raise unless ``value`` can be stored in a parameter by `store_fp32`; ``name`` is its name in the error."""
+    check_not_exported("import_fp32", param, state)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32 or value.shape != local(param).shape:
+        got = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise argument_error(name, f"{tuple(local(param).shape)} of torch.float32", got, "pass the values of export_fp32()")
+
+
+def check_not_exported(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
+    """Raise where a parameter holds the fp32 values of an export; ``name`` is the call to name in the error."""
+    if "low_bits" in state and local(param).dtype == torch.float32:
+        remedy = "leave the with statement of an export first"
+        raise argument_error(name, "parameters in the dtype of training", "fp32 values beside low bits", remedy)
+
+
+def store_fp32(param: torch.Tensor, state: dict[str, Any], value: torch.Tensor) -> None:
+    """Store ``value`` in a parameter and, where its state has them, in its low bits, rounded to nearest; in place."""
+    target = local(param.detach())
+    value = value.detach().to(target.device)
+    if "low_bits" not in state:
+        target.copy_(value)
+        return
+    high, rest = split(value, torch.full((), NEAREST, device=target.device), target.dtype)
+    target.copy_(high)
+    local(state["low_bits"]).copy_(rest)
+
+
+class Fp32Parameters(dict[torch.Tensor, torch.Tensor], contextlib.AbstractContextManager):
+    """The values of parameters in fp32, by parameter. Entered, it puts them into the parameters until it is left."""
+
+    def __enter__(self) -> "Fp32Parameters":
+        if any(is_sharded(param) for param in self):
+            raise argument_error(
+                "export_fp32", "whole parameters in a with statement", "DTensors", "use the dict: values of shards"
+            )
+        self._stored = {param: param.data for param in self}
+        for param, value in self.items():
+            param.data = value
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for param, value in self._stored.items():
+            param.data = value
+        del self._stored

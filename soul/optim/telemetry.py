@@ -1,0 +1,73 @@
+"""What the kernels count in a step, and rho, which is steered by it.
+
+`sophia_step` adds three numbers to the ``telemetry`` of a step group: clipped coordinates, coordinates whose update was lost
+to rounding, and the squared norm of the update. They stay on the device, where `steer_rho` uses them; `group_telemetry` reads
+them.
+"""
+
+import functools
+
+import torch
+
+from soul.distributed.shards import hidden_sharding
+from soul.optim.options import ParamGroup, option_on
+from soul.optim.step_groups import StepGroup
+from soul_kernels.errors import argument_error
+
+RHO_RANGE = (1e-12, 1e12)  # of a rho that is steered
+
+
+def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str, float]:
+    """Return the entry of a parameter group in `soul.SophiaG.telemetry`; waits for the device."""
+    totals = sum(
+        (step_group.sum_over_shards(step_group.telemetry.clone()).cpu() for step_group in step_groups),
+        torch.zeros(3, dtype=torch.float64, device="cpu"),
+    )
+    clipped, lost, squares = totals.tolist()
+    numel = sum(step_group.numel for step_group in step_groups) or float("nan")
+    return {
+        "clip_fraction": clipped / numel,
+        "update_norm": squares**0.5 if step_groups else float("nan"),
+        "lost_fraction": lost / numel,
+        "rho": float(group["rho"]),
+    }
+
+
+def check_counts_all(step_groups: list[StepGroup]) -> None:
+    """Raise where a framework hides that it has cut the parameters: this process has counted its own piece alone."""
+    for step_group in step_groups:
+        framework = hidden_sharding(step_group.params)
+        if framework is not None:
+            remedy = "measure in one process, or under FSDP2"
+            expected = "an optimizer of whole parameters or DTensors"
+            raise argument_error("telemetry", expected, f"one process's piece under {framework}", remedy)
+
+
+def steer_rho(group: ParamGroup, step_groups: list[StepGroup], skip: torch.Tensor | None, hessian_in_step: bool) -> None:
+    """Move rho of a group towards its ``clip_target``, in place: ``rho *= exp(fraction - clip_target)``.
+
+    It stays as it is in a skipped step, with lr = 0, and as long as there is no Hessian.
+
+    Args:
+        group: the parameter group; its ``rho`` is a tensor.
+        step_groups: what has just been stepped of it.
+        skip: whether the step was skipped, or None, as from `norm_and_skip`.
+        hessian_in_step: whether the step itself refreshes h.
+    """
+    rho = group["rho"]
+    numel = sum(step_group.numel for step_group in step_groups)
+    if not numel:
+        return
+    clipped = [
+        step_group.sum_over_shards(step_group.telemetry[:1].clone()).to(rho.device, non_blocking=True)
+        for step_group in step_groups
+    ]
+    change = (functools.reduce(torch.add, clipped)[0] / numel - group["clip_target"]).float()
+    change = change * (option_on(group["lr"], rho.device) != 0)
+    if not hessian_in_step:
+        updates = step_groups[0].count("hessian_step").amax()
+        change = change * (updates.to(rho.device, non_blocking=True) > 0)
+    if skip is not None:
+        change = change * (1 - skip.to(rho.device, non_blocking=True))
+    low, high = RHO_RANGE
+    rho.mul_(change.exp()).clamp_(low, high)
