@@ -1,7 +1,9 @@
 # `make demo` and `make test` do all the set-up themselves; both can be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := all,test,bench,lint
+EXTRAS := all,test,bench,lint,docs,dist
+# Of install: "lowest-direct" takes the oldest versions that setup.py admits, for all that it names itself.
+RESOLUTION ?= highest
 PYTEST := $(BIN)/python -m pytest
 # Of test-gpu: files, and seconds for each.
 TESTS ?= $(filter-out tests/kernels/test_compile.py tests/clients/%,$(wildcard tests/test_*.py tests/*/test_*.py))
@@ -21,7 +23,7 @@ CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint clean
+.PHONY: help install demo test test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,7 +32,12 @@ install: .venv/installed ## create .venv and install everything into it
 
 .venv/installed: setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
+ifeq ($(RESOLUTION),highest)
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+else
+	$(BIN)/python -m pip install --quiet 'uv>=0.8'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution $(RESOLUTION) --editable '.[$(EXTRAS)]'
+endif
 	touch $@
 
 demo: install ## unlearn fictitious authors on this machine: report and pictures in out/demo
@@ -38,6 +45,9 @@ demo: install ## unlearn fictitious authors on this machine: report and pictures
 	$(BIN)/soul demo --output out/demo
 
 test: install ## kernels compiled for a GPU and executed on the CPU, references, everything else; no GPU needed
+	$(PYTEST) --all-extras
+
+test-all: install ## every test
 	$(PYTEST) --all-extras
 
 test-ptx: $(TARGETS:%=test-ptx-%) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6, OPTIONS
@@ -77,5 +87,14 @@ lint: install ## ruff: rules and formatting; mypy: types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install ## the documentation site, in out/site; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir out/site
+
+dist: install ## source distribution and wheel, in dist, checked for what they hold
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py dist
+
 clean: ## remove .venv, .venv-clients and all that was made
-	rm -rf .venv .venv-clients .triton out build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-clients .triton out build dist *.egg-info .pytest_cache .ruff_cache

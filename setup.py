@@ -33,9 +33,22 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
+    keywords=["machine unlearning", "large language models", "second-order optimization", "Sophia", "Triton"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=find_packages(include=["soul", "soul.*", "soul_kernels", "soul_kernels.*"]),
-    package_data={"soul.integrations.open_unlearning": ["README.md", "configs/trainer/*.yaml"]},
+    # .ci/check_dist.py holds the wheel against the files of both packages.
+    package_data={
+        "soul": ["py.typed"],
+        "soul_kernels": ["py.typed"],
+        "soul.integrations.open_unlearning": ["README.md", "configs/trainer/*.yaml"],
+    },
     install_requires=["torch>=2.10", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "hf": HF,
@@ -55,6 +68,13 @@ setup(
         "test": TEST,
         # One version of the linter and of the type checker, the same on every machine and in CI.
         "lint": ["ruff==0.17.6", "mypy==2.4.1"],
+        "docs": [
+            "mkdocs>=1.6.1,<2",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1.0,<2",
+            "pymdown-extensions<12",  # newer ones fail with the last mkdocstrings that Python 3.10 gets
+        ],
+        "dist": ["build>=1.2.2,<2", "twine>=6.1,<8"],
         "all": [*HF, *EVAL, *PLOTS],
     },
     entry_points={"console_scripts": ["soul = soul.cli:main"]},

@@ -5,6 +5,7 @@ Bad input ends with a message and exit status 2, before anything is written.
 
 import argparse
 import errno
+import os
 import sys
 
 from soul import __version__
@@ -12,7 +13,7 @@ from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
 from soul.commands import demo, evaluate, info, plan, study, unlearn
 from soul.commands._file import expand
-from soul.distributed.processes import launched
+from soul.distributed import exit_process, launched
 from soul.output import console
 from soul.run.loop import Diverged
 from soul_kernels.errors import ArgumentError, argument_error
@@ -24,9 +25,14 @@ def main(argv=None):
     """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed or a result
     that could not be written, 141 for a result whose reader has gone, 143 for a run that SIGTERM has stopped and ``--resume``
     continues. The status is that of the work, whatever becomes of reports on the console (`soul.output.console`).
+
+    Without ``argv`` a process of torchrun ends here (`soul.distributed.exit_process`).
     """
     with console.safe(whole_process=argv is None):
-        return _status(sys.argv[1:] if argv is None else argv)
+        status = _status(sys.argv[1:] if argv is None else argv)
+    if argv is None and "WORLD_SIZE" in os.environ:
+        exit_process(status)
+    return status
 
 
 def _status(words):

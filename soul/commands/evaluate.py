@@ -44,22 +44,22 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command."""
-    from soul.evaluate import logs
+    from soul.evaluate import logs as log_files
     from soul.evaluate.metrics import summarize
     from soul.output.directory import check_writable
 
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):  # before anything takes its time
         require(name, "eval")
-    target = None if args.json is None else logs.check_new_file(args.json, "json")
+    target = None if args.json is None else log_files.check_new_file(args.json, "json")
     if target is not None:
         check_writable("json", target)
     if args.from_logs is not None:
         for name in ("data", "output", "retain_model", "holdout"):
             if getattr(args, name) is not None:
                 raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
-        columns, retain, written, counts = logs.read_logs(args.from_logs), None, {}, {}
+        columns, retain, written, counts = log_files.read_logs(args.from_logs), None, {}, {}
         if args.retain_logs is not None:
-            retain = logs.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
+            retain = log_files.read_retain_log(args.retain_logs, len(columns["forget"]["avg_gt_loss"]))
     else:
         columns, retain, written, counts = _run_model(args, target)
     summary = summarize(columns, retain)
@@ -68,11 +68,11 @@ def run(args):
         lines.append("no forget quality: it needs a retain model's logs (--retain-logs)")
     try:
         for directory, logs in written.items():
-            logs.write_logs(directory, logs)
+            log_files.write_logs(directory, logs)
         for path, told in counts.items():
-            logs.write_json(path, told)
+            log_files.write_json(path, told)
         if target is not None:
-            logs.write_json(target, summary)
+            log_files.write_json(target, summary)
     except BaseException:  # a full disk must not cost the numbers
         print(*lines, sep="\n")
         raise
@@ -89,7 +89,7 @@ def _run_model(args, target):
 
     from soul.data.sources import examples, read_questions, rows
     from soul.data.templates import Template
-    from soul.evaluate import logs
+    from soul.evaluate import logs as log_files
     from soul.evaluate.model import EvaluateConfig, retain_log, tofu_logs
     from soul.models import causal_lm
     from soul.output.directory import DATA_FILE, check_output
@@ -103,7 +103,7 @@ def _run_model(args, target):
         raise argument_error("rows", "a positive whole number", args.rows, "leave it out to take all")
     config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
     output = check_output(args.output)
-    if target is not None and logs.in_the_way(target, (output, output / "retain")):
+    if target is not None and log_files.in_the_way(target, (output, output / "retain")):
         raise argument_error("json", "a file beside the logs", str(target), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
@@ -113,16 +113,16 @@ def _run_model(args, target):
     held_out = rows(args.holdout) if args.holdout else []
     retain, written = None, {}
     if args.retain_logs is not None:
-        retain = logs.read_retain_log(args.retain_logs, len(sets["forget"]))
+        retain = log_files.read_retain_log(args.retain_logs, len(sets["forget"]))
     load = functools.partial(causal_lm.load, dtype=args.dtype, device=causal_lm.pick_device(args.device))
     if args.retain_model is not None:  # first, and gone before the other one comes
         log = retain_log(*load(args.retain_model), sets["forget"], config)
-        retain = logs.columns(log, "retain model, forget", logs.RATIO)
+        retain = log_files.columns(log, "retain model, forget", log_files.RATIO)
         written[output / "retain"] = {"forget": log}
     model, tokenizer = load(args.model)
     holdout = examples(held_out, Template(config.template, tokenizer, config.system)) if held_out else []
     counts, progress = {}, functools.partial(print, file=sys.stderr)
     logs = tofu_logs(model, tokenizer, sets, config, holdout=holdout, progress=progress, counts=counts)
-    columns = logs.check_logs(logs, {name: f"model, {name}" for name in logs})
+    columns = log_files.check_logs(logs, {name: f"model, {name}" for name in logs})
     told = {name: dataclasses.asdict(count) for name, count in counts.items()}
     return columns, retain, {output: logs, **written}, {output / DATA_FILE: told}

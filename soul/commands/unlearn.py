@@ -190,7 +190,7 @@ def _check_ended(args, output, config):
     The model is compared by its name: loading it would take longer than it is worth.
     """
     from soul.checkpoint.format import check_same
-    from soul.data import sources
+    from soul.data.sources import digest, rows
     from soul.output.directory import DATA_FILE, RUN_FILE
 
     defaults = argparse.ArgumentParser()
@@ -209,9 +209,9 @@ def _check_ended(args, output, config):
     contents = {name: counts["content"] for name, counts in kept.items() if isinstance(counts, dict) and "content" in counts}
     if contents:  # of data that lie elsewhere now, the rows decide
         sources = {name: (saved.pop(name), now.pop(name))[1] for name in ("forget", "retain")}
-        rows = {n: sources.rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
+        contents_now = {n: rows(s, n, drop=config.drop_unusable) for n, s in sources.items() if s is not None}
         saved |= {f"content of {name}": content for name, content in contents.items()}
-        now |= {f"content of {name}": sources.digest(found) for name, found in rows.items()}
+        now |= {f"content of {name}": digest(found) for name, found in contents_now.items()}
     if config.refusals is not None:
         now["content of refusals"] = config.decisive()["refusals"]
     check_same(saved, now, "the run that has ended")

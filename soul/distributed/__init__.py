@@ -1,4 +1,8 @@
-"""Several processes: what each of them holds of a tensor (`shards`), and the group that torchrun starts (`processes`).
+"""Several processes: the group that torchrun starts (`processes`), and what each of them holds of a tensor (`shards`).
 
-May import: nothing of ``soul`` but ``_extras``. Start with `processes`.
+May import: output. Start with `processes`.
 """
+
+from soul.distributed.processes import Processes, exit_process, launched, shard, started
+
+__all__ = ["Processes", "exit_process", "launched", "shard", "started"]

@@ -15,12 +15,14 @@ import json
 import math
 import os
 import re
+import sys
 import types
 
 import torch
 import torch.distributed as dist
 
 from soul.distributed.shards import is_sharded, local
+from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
 
 ALONE = "start all processes with torchrun; or unset WORLD_SIZE, and one process runs"
@@ -84,6 +86,25 @@ def started(device):
         yield
     finally:
         dist.destroy_process_group()
+
+
+def exit_process(status):
+    """End this process with an exit status at once: the interpreter is not finalized. The last line of a program that has used
+    `started`.
+
+    Gloo's threads outlive ``destroy_process_group``: torch keeps the group, in its caches of sharding decisions and as a
+    default argument of the functions in ``torch.distributed.nn``. Such a thread drops the tensors of a collective some time
+    after the collective is over, and takes the GIL to do so. CPython before 3.14 ends a thread that asks for the GIL during
+    finalization; in a C++ destructor that is ``std::terminate``. So a process whose run was complete aborted now and then on
+    a busy machine ("terminate called without an active exception", SIGABRT). Seen with torch 2.13;
+    https://github.com/pytorch/pytorch/issues/190489.
+
+    Args:
+        status: the exit status, an int.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        safe_stream(stream).flush()
+    os._exit(status)
 
 
 def _joined():
@@ -175,9 +196,7 @@ def check_shards(model):
         ArgumentError: its parameters are DTensors, and `shard` has not made them.
     """
     if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
-        raise argument_error(
-            "model", "a whole model", "one in shards", "put it in shards with soul.distributed.processes.shard"
-        )
+        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
 
 
 def gathered(model, compute):

@@ -39,7 +39,7 @@ def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True
     Args:
         model: a Hugging Face causal language model on its device, as it was before unlearning, also where a run is resumed:
             what the method needs of the reference comes from it. Where peft has wrapped it, the adapters are trained, and the
-            reference is the model without them. Where `soul.distributed.processes.shard` has put it in shards, every process
+            reference is the model without them. Where `soul.distributed.shard` has put it in shards, every process
             calls this, with the same arguments, and takes its part of every step.
         tokenizer: its tokenizer.
         forget: list of `soul.data.Example`.

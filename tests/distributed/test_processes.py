@@ -1,7 +1,6 @@
 """The optimizers in two processes: DDP, FSDP2 and torch.distributed.checkpoint, over gloo on the CPU."""
 
 import copy
-import os
 import time
 
 import pytest
@@ -18,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from soul import SOUL, SophiaG
+from soul.distributed import exit_process
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -54,7 +54,7 @@ def _start(rank, folder, world, worker, args):
         raise RuntimeError(str(error)) from error
     finally:
         dist.destroy_process_group()
-    os._exit(0)  # torch's own threads have been seen to abort the interpreter's end, once in hundreds: all is on disk
+    exit_process(0)
 
 
 class Net(torch.nn.Module):

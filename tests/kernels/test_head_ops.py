@@ -3,6 +3,7 @@ eager call.
 """
 
 import contextlib
+import gc
 import io
 
 import pytest
@@ -329,8 +330,10 @@ def test_what_an_exported_program_cannot_do_is_named(device):
 
     with pytest.raises(ArgumentError, match="objective: expected one that torch.export can refer to, got function"):
         export(model, x, plain, strict=False)
+    loss_of = inputs(device, "reference")["npo"]  # which keeps the objective alive: the program has only its number
     with torch.no_grad():
-        program = export(model, x, inputs(device, "reference")["npo"], strict=False)
+        program = export(model, x, loss_of, strict=False)
+    gc.collect()  # an objective that nobody keeps is gone now, not at a random time
     loss, _ = program.module()(x)
     with pytest.raises(ArgumentError, match="hidden: expected a program traced with its gradient"):
         loss.backward()

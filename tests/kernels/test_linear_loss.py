@@ -11,6 +11,7 @@ from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
 from soul_kernels._head.rows import HeadRows
 from soul_kernels.reference import linear_loss as reference
+from soul_kernels.tokens import Head
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, mutant, needs_kernels_on_cpu, relative_error
 
@@ -687,6 +688,6 @@ def test_logits_from_the_tiles_are_exact_sums():
     """bf16 logits would be off by 4e-3 of their size; these are fp32 sums of exact products."""
     x, weight = torch.randn(64, 192).to(BRAIN), torch.randn(700, 192).to(BRAIN)
     logits = torch.empty(64, 700)
-    head_rows._product(x.float(), head_rows.Head(weight), logits)
+    head_rows._product(x.float(), Head(weight), logits)
     exact = x.double() @ weight.double().T
     assert relative_error(logits, exact) < 1e-6 < 1e-4 < relative_error((x @ weight.T).float(), exact)

@@ -270,7 +270,7 @@ def test_bias_correction_makes_a_young_hessian_a_mean(device):
         others := twin(params), lr=1.0, betas=(0.0, 0.9), rho=20.0, bs=1, eps=0.0, weight_decay=0.0, bias_correction=True
     )
     before, others[0].grad = others[0].detach().clone(), small
-    soul.run.step()
+    soul.step()
     expected = (1 / (20 * small)).clamp(max=1)
     assert (expected < 1).float().mean() > 0.5  # where all are clipped, h plays no part
     assert_close(before - others[0], expected, 1e-4, "update of SOUL: h is g g at once")

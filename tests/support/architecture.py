@@ -21,7 +21,7 @@ WINGS = {
     "_limits": set(),
     "losses": set(),
     "output": set(),
-    "distributed": set(),
+    "distributed": {"output"},
     "data": {"_extras", "_limits"},
     "optim": {"distributed"},
     "models": {"_extras", "data", "distributed", "output"},
