@@ -1,13 +1,15 @@
-"""What the benchmarks of ops on hidden states and a head share: inputs, losses in plain PyTorch, the floor, errors.
+"""Shared by the benchmarks of ops on hidden states and a head: inputs, losses in plain PyTorch, the floor, errors.
 
-Every variant of a case is a function of the same `Inputs`; it returns the loss, or the loss and a detail: what it knows of
-every token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case:
-their errors against fp64 on flat and on peaked inputs, and forward and backward of the flat ones to be timed.
+Every variant of a case is a function of the same `Inputs`. It returns the loss, or the loss and a detail: a value of every
+token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case: it
+checks them against fp64 on flat and on peaked inputs, and times forward and backward on the flat ones.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ from soul_kernels import TokenBatch, linear_gnb, linear_objective
 from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
 from soul_kernels.reference.token_logprob import token_logprob
 
+Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # the loss, or the loss and a detail
+Objective = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
 FLOOR = "bare GEMMs"
 FLOOR_ROWS = 4096  # of a chunk: more are not faster
 EXACT_ROWS = 512  # of a chunk in fp64: half a GiB a tensor at V 128256
@@ -25,13 +29,19 @@ SLICE = 8192  # rows of dW that are compared at a time
 SHAPES = ((2048, 128256), (4096, 32000), (4096, 128256))  # D, V: Llama-3.2-1B, LLaMA-2-7B, Llama-3-8B
 SIZES = (4096, 512, 16384)  # N: tokens of a batch
 SMALL, QUICK = (256, 128, 4000), (32, 64, 1000)  # N, D, V where there is no GPU
-# Each over all tokens of the batch, but for the two that need forget and retain sequences: half of each.
-LOSSES = {"CE": PO(alpha=0.0), "GradDiff": GradDiff(), "NPO": NPO(), "KL": KLMin(gamma=0.0), "GNB": PO(alpha=0.0)}
+# Each is over all tokens of the batch; GradDiff and NPO need forget and retain sequences, and get half of each.
+LOSSES: dict[str, Any] = {
+    "CE": PO(alpha=0.0),
+    "GradDiff": GradDiff(),
+    "NPO": NPO(),
+    "KL": KLMin(gamma=0.0),
+    "GNB": PO(alpha=0.0),
+}
 
 
 @dataclasses.dataclass
 class Inputs:
-    """What goes into a loss. All tokens are kept, so that the work is equal, whether a variant drops ignored ones or not.
+    """Inputs of a loss. No token is ignored, so that the work is equal whether a variant drops ignored tokens or not.
 
     Attributes:
         hidden: [B, T, D], requires grad.
@@ -39,7 +49,7 @@ class Inputs:
         labels: [B, T] int64.
         is_forget: [B] bool.
         ref_logps: [B] fp32, or None.
-        ref_hidden: [B, T, D] of the reference, close to hidden, or None.
+        ref_hidden: [B, T, D] of the reference model, close to hidden, or None.
         uniforms: [B, T] fp32, from which labels are drawn, or None.
     """
 
@@ -51,30 +61,36 @@ class Inputs:
     ref_hidden: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
 
-    def __post_init__(self):
-        assert (self.labels >= 0).all(), "an ignored token would be less work for those who drop it"
+    def __post_init__(self) -> None:
+        assert (self.labels >= 0).all(), "an ignored token would be less work for variants that drop it"
         self.keep = torch.ones_like(self.labels, dtype=torch.bool)
-        # On the CPU they spare ours a wait for the device.
-        self.rows, self.is_forget_on_cpu = torch.arange(self.labels.numel()), self.is_forget.cpu()
+        # Ours is given these on the CPU, and so need not wait for the device.
+        self.rows = torch.arange(self.labels.numel())
+        self.is_forget_on_cpu = self.is_forget.cpu()
 
     @property
-    def ref_weight(self):
-        """Head of the reference: the same numbers, frozen."""
+    def ref_weight(self) -> torch.Tensor:
+        """Head of the reference model: the same numbers, frozen."""
         return self.weight.detach()
 
     @property
-    def trained(self):
-        """The tensors whose gradients are wanted."""
+    def trained(self) -> list[torch.Tensor]:
+        """The tensors whose gradients are computed."""
         return [tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad]
 
     @property
-    def flat(self):
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [N, D] and labels [N]."""
         return self.hidden.flatten(0, 1), self.labels.flatten()
 
 
-def make_inputs(loss, n, d, n_vocab, device, dtype, *, frozen):
-    """``{"flat": Inputs, "peaked": Inputs}`` for one of `LOSSES`; they share head and labels.
+Function = Callable[[Inputs], Output]
+
+
+def make_inputs(
+    loss: str, n: int, d: int, n_vocab: int, device: torch.device, dtype: torch.dtype, *, frozen: bool
+) -> dict[str, Inputs]:
+    """Return ``{"flat": Inputs, "peaked": Inputs}`` for one of `LOSSES`; they share head and labels.
 
     Flat: logits of standard deviation 2, as before training: p(label) about 1 / V. Peaked: every label has p between 0.98 and
     0.9999 or so, as in memorised text, which is where unlearning starts and where 1 - p is easily lost.
@@ -88,8 +104,8 @@ def make_inputs(loss, n, d, n_vocab, device, dtype, *, frozen):
     at_label = weight.detach()[labels].float()
     gap = torch.empty(*shape, 1, device=device).uniform_(4.0, 9.0)  # log(p / (1 - p))
     share = (math.log(n_vocab) + 0.5 + gap) / at_label.square().sum(-1, keepdim=True)
-    found = {"flat": flat, "peaked": (0.5 * flat + share * at_label).to(dtype)}
-    for kind, hidden in found.items():
+    inputs_of = {}
+    for kind, hidden in {"flat": flat, "peaked": (0.5 * flat + share * at_label).to(dtype)}.items():
         inputs = Inputs(hidden.requires_grad_(), weight, labels, is_forget)
         if loss == "NPO":  # a little off the model itself, where no sequence is saturated
             inputs.ref_logps = summed_logps(inputs) + 3 * torch.randn(B, device=device)
@@ -97,29 +113,30 @@ def make_inputs(loss, n, d, n_vocab, device, dtype, *, frozen):
             inputs.ref_hidden = (hidden + 0.1 * torch.randn_like(hidden)).detach()
         if loss == "GNB":
             inputs.uniforms = torch.rand(*shape, device=device)
-        found[kind] = inputs
-    return found
+        inputs_of[kind] = inputs
+    return inputs_of
 
 
 @torch.no_grad()
-def summed_logps(inputs):
-    """Log-probability of each sequence, [B] fp32."""
+def summed_logps(inputs: Inputs) -> torch.Tensor:
+    """Return the log-probability of each sequence, [B] fp32."""
     x, labels = inputs.flat
-    parts = zip(x.split(EXACT_ROWS), labels.split(EXACT_ROWS))
-    logps = [-F.cross_entropy((part @ inputs.weight.T).float(), of_part, reduction="none") for part, of_part in parts]
+    chunks = zip(x.split(EXACT_ROWS), labels.split(EXACT_ROWS))
+    logps = [-F.cross_entropy((x @ inputs.weight.T).float(), labels, reduction="none") for x, labels in chunks]
     return torch.cat(logps).view(inputs.labels.shape).sum(1)
 
 
-def eager_objective(inputs, objective):
-    """Logits rounded to the dtype of the inputs, then fp32; log-softmax; objective: what a careful user writes."""
+def eager_objective(inputs: Inputs, objective: Objective) -> Output:
+    """Apply an objective as a careful user writes it: logits rounded to the dtype of the inputs, then fp32; log-softmax."""
     x, labels = inputs.flat
     logits = (x @ inputs.weight.T).float()
     logps = -F.cross_entropy(logits, labels, reduction="none").view(inputs.labels.shape)
     return objective(logps, TokenBatch.from_labels(inputs.labels, inputs.is_forget, inputs.ref_logps)), logps.detach()
 
 
-def eager_kl(inputs):
-    """Mean of ``KL(reference || model)`` from fp32 log-softmaxes of both."""
+def eager_kl(inputs: Inputs) -> Output:
+    """Return the mean of ``KL(reference model || model)`` from fp32 log-softmaxes of both."""
+    assert inputs.ref_hidden is not None
     x, _ = inputs.flat
     log_p = (x @ inputs.weight.T).float().log_softmax(-1)
     with torch.no_grad():
@@ -128,66 +145,76 @@ def eager_kl(inputs):
     return values.mean(), values.detach().view(inputs.labels.shape)
 
 
-def eager_gnb(inputs):
-    """Cross-entropy with labels from ``torch.multinomial``."""
+def eager_gnb(inputs: Inputs) -> Output:
+    """Return the cross-entropy with labels from ``torch.multinomial``."""
     x, _ = inputs.flat
     logits = (x @ inputs.weight.T).float()
     labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
     return F.cross_entropy(logits, labels), labels.view(inputs.labels.shape)
 
 
-def bare_gemms(inputs, with_reference):
-    """The matrix products alone, in chunks, in the dtype of the inputs: the floor.
+def bare_gemms(inputs: Inputs, with_ref: bool) -> None:
+    """Compute the matrix products alone, in chunks, in the dtype of the inputs: the floor.
 
-    3 for a trained head (logits, dX, dW), 2 for a frozen one, and 1 for the logits of a reference.
+    There are 3 with a trained head (logits, dX, dW), 2 with a frozen one, and 1 more for the logits of a reference model.
     """
     x, _ = inputs.flat
-    x, w = x.detach(), inputs.weight.detach()
+    x = x.detach()
+    w = inputs.weight.detach()
     rows = min(len(x), FLOOR_ROWS)
     logits = torch.empty(rows, w.shape[0], device=x.device, dtype=x.dtype)
-    dx, dw = torch.empty_like(x), torch.empty_like(w) if inputs.weight.requires_grad else None
+    dx = torch.empty_like(x)
+    dw = torch.empty_like(w) if inputs.weight.requires_grad else None
     for start in range(0, len(x), rows):
-        part = x[start : start + rows]
-        z = logits[: len(part)]
-        if with_reference:
+        chunk = x[start : start + rows]
+        z = logits[: len(chunk)]
+        if with_ref:
+            assert inputs.ref_hidden is not None
             torch.mm(inputs.ref_hidden.flatten(0, 1)[start : start + rows], w.T, out=z)
-        torch.mm(part, w.T, out=z)
+        torch.mm(chunk, w.T, out=z)
         torch.mm(z, w, out=dx[start : start + rows])
         if dw is not None:
-            torch.mm(z.T, part, out=dw)
+            torch.mm(z.T, chunk, out=dw)
 
 
-def train(function, inputs):
-    """One forward and backward; both gradients, or that of hidden alone, are formed anew and dropped."""
+def train(function: Function, inputs: Inputs) -> None:
+    """Run forward and backward once; all gradients are formed anew and dropped."""
     assert inputs.hidden.grad is None and inputs.weight.grad is None
     loss, _ = split(function(inputs))
     try:
         loss.backward()
         assert inputs.hidden.grad is not None and (inputs.weight.grad is not None) == inputs.weight.requires_grad
-    finally:  # also where a peer runs out of memory half-way: the next one starts from nothing
+    finally:  # a peer may run out of memory half-way; the next variant starts without gradients all the same
         inputs.hidden.grad = inputs.weight.grad = None
 
 
-def split(output):
-    """Loss and detail of what a function of `Inputs` returned; the detail is None where there is none."""
+def split(output: Output) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return loss and detail of an `Output`; the detail may be None."""
     return output if isinstance(output, tuple) else (output, None)
 
 
-def exact(inputs, objective, labels):
-    """What a loss should be, in fp64 on the same inputs, a chunk of rows at a time.
+Exact = tuple[float, torch.Tensor, float | None, torch.Tensor, torch.Tensor | None]
+
+
+def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
+    """Compute a loss in fp64 on the same inputs, a chunk of rows at a time.
 
     Returns:
-        Loss, and per token log-probabilities (or divergences) and, where there are uniforms, by how much one misses the
-        interval of its label in the cumulated probabilities; dX [N, D] and dW [V, D], or None for a frozen head.
+        Loss; log-probabilities (or divergences) of the tokens [B, T]; where there are uniforms, the largest distance of one
+        from the interval of its label in the cumulated probabilities, else None; dX [N, D]; dW [V, D], or None for a frozen
+        head.
     """
-    x, w = inputs.hidden.detach().flatten(0, 1).double(), inputs.weight.detach().double()
+    x = inputs.hidden.detach().flatten(0, 1).double()
+    w = inputs.weight.detach().double()
     labels_of = labels.flatten()
     chunks = [slice(start, start + EXACT_ROWS) for start in range(0, len(x), EXACT_ROWS)]
 
-    def log_q(rows):
+    def log_q(rows: slice) -> Any:
+        assert inputs.ref_hidden is not None
         return reference_distribution(inputs.ref_hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
 
-    def misses(logits, rows):
+    def misses(logits: torch.Tensor, rows: slice) -> torch.Tensor:
+        assert inputs.uniforms is not None
         p = logits.softmax(1)
         upper, u = p.cumsum(1), inputs.uniforms.flatten()[rows].double()
         at = labels_of[rows, None]
@@ -207,10 +234,13 @@ def exact(inputs, objective, labels):
     if divergences:
         batch = dataclasses.replace(batch, divergences=leaves[1])
     loss = objective(leaves[0], batch)
-    coefficients = torch.autograd.grad(loss, leaves, allow_unused=True)
-    coefficients = [c.flatten() if c is not None else torch.zeros(len(x), device=x.device) for c in coefficients]
+    coefficients = [
+        c.flatten() if c is not None else torch.zeros(len(x), device=x.device)
+        for c in torch.autograd.grad(loss, leaves, allow_unused=True)
+    ]
 
-    dx, dw = torch.empty_like(x), torch.zeros_like(w) if inputs.weight.requires_grad else None
+    dx = torch.empty_like(x)
+    dw = torch.zeros_like(w) if inputs.weight.requires_grad else None
     for rows in chunks:
         logits = (x[rows] @ w.T).requires_grad_()
         value = (coefficients[0][rows] * token_logprob(logits, labels_of[rows])).sum()
@@ -223,36 +253,37 @@ def exact(inputs, objective, labels):
     return loss.item(), leaves[-1].detach(), torch.cat(missed).max().item() if missed else None, dx, dw
 
 
-def relative(got, want):
-    """Relative error in the Frobenius norm, some rows at a time."""
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the relative error in the Frobenius norm, computed some rows at a time."""
     squares = [((a.double() - b).square().sum(), b.square().sum()) for a, b in zip(got.split(SLICE), want.split(SLICE))]
     wrong, right = (torch.stack(values).sum() for values in zip(*squares))
     return (wrong / right).sqrt().item()
 
 
-def errors_of(output, inputs, objective, known):
-    """Errors of one function's output: of the loss and the details absolute, of the gradients relative.
+def errors_of(output: Output, inputs: Inputs, objective: Objective, known: Callable[[], Exact]) -> dict[str, float]:
+    """Return the errors of one function's output: of the loss and the detail absolute, of the gradients relative.
 
-    Those of the loss are relative where it is above 1. ``known`` is what `exact` says for the labels of the inputs.
+    The error of the loss is relative where it is above 1. ``known`` returns `exact` for the labels of the inputs.
     """
     loss, detail = split(output)
     gradients = torch.autograd.grad(loss, inputs.trained)
     drawn = detail is not None and detail.dtype == torch.int64
-    want, values, missed, *want_gradients = exact(inputs, objective, detail) if drawn else known()
+    want, values, missed, *want_gradients = exact(inputs, objective, detail) if drawn and detail is not None else known()
     errors = {"loss": abs(loss.item() - want) / max(1.0, abs(want))}
     if drawn and missed is not None:
         errors["draw"] = missed
     elif detail is not None and not drawn:
         errors["log p" if inputs.ref_hidden is None else "KL"] = (detail.double() - values).abs().max().item()
     for name, a, b in zip(("dX", "dW"), gradients, want_gradients):
+        assert b is not None  # it is for a frozen head alone, and that has no gradient here
         errors[name] = relative(a.flatten(0, -2), b)
         if name == "dW" and a.dtype != torch.float32:
             errors["dW before rounding"] = before_rounding(a, b, errors[name])
     return errors
 
 
-def before_rounding(got, want, error):
-    """Relative error of what ``got`` was rounded from: rounding is independent of it, so that their squares add up.
+def before_rounding(got: torch.Tensor, want: torch.Tensor, error: float) -> float:
+    """Return the relative error that ``got`` had before it was rounded: the two are independent, so their squares add up.
 
     Args:
         got: of a dtype below fp32.
@@ -263,48 +294,50 @@ def before_rounding(got, want, error):
     return max(error**2 - of_rounding**2, 0.0) ** 0.5
 
 
-def check(functions, inputs_of, objective, dtype):
-    """Errors of every variant that runs, by its name; ours must be right.
+def check(
+    functions: Mapping[str, Callable[[], Function]], inputs_of: Mapping[str, Inputs], objective: Objective, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
+    """Return the errors of every variant that runs, by its name; raise AssertionError where ours is wrong.
 
-    bf16 gradients are off by 1.7e-3 for being rounded once. In fp32, and for what is fp32 in either case (loss, values of the
-    tokens), it is the summation order; of cumulated probabilities, over the whole vocabulary.
+    bf16 gradients are off by 1.7e-3 because they are rounded once. Errors in fp32, and of what is fp32 in either case (loss,
+    values of the tokens), come from the order of sums; those of cumulated probabilities are over the whole vocabulary.
     """
     gates = {"loss": 1e-4, "log p": 1e-4, "KL": 1e-4, "draw": 1e-4, "dX": 4e-3, "dW": 4e-3, "dW before rounding": 4e-3}
     if dtype == torch.float32:
         gates |= {"dX": 1e-4, "dW": 1e-4}
-    found = {}
+    errors_by_name: dict[str, dict[str, float]] = {}
     for kind, inputs in inputs_of.items():
         known = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
         for name, make in functions.items():
-            ours = name.startswith("ours")
-            seen = inputs if ours else dataclasses.replace(inputs, uniforms=None)  # a peer has random numbers of its own
+            is_ours = name.startswith("ours")
+            seen = inputs if is_ours else dataclasses.replace(inputs, uniforms=None)  # a peer draws its own random numbers
             try:
                 errors = errors_of(make()(seen), seen, objective, known)
             except Exception:  # a peer that does not run here says why when it is to be timed
-                if ours:
+                if is_ours:
                     raise
                 continue
-            if ours:
+            if is_ours:
                 wrong = {key: value for key, value in errors.items() if not value < gates[key]}
                 assert not wrong, f"{name}, {kind} inputs: {wrong}"
-            found.setdefault(name, {}).update({f"{key} {kind}": value for key, value in errors.items()})
-    return found
+            errors_by_name.setdefault(name, {}).update({f"{key} {kind}": value for key, value in errors.items()})
+    return errors_by_name
 
 
-def ours(loss, **options):
-    """One of `LOSSES` with our ops, a function of `Inputs`."""
+def ours(loss: str, **options: Any) -> Function:
+    """Return one of `LOSSES` computed by our ops."""
     objective = LOSSES[loss]
 
-    def gnb(inputs):
+    def gnb(inputs: Inputs) -> Output:
         return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, rows=inputs.rows, **options)
 
-    def kl(inputs):
+    def kl(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget_on_cpu,
             ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight, rows=inputs.rows, **options,
         )  # fmt: skip
 
-    def of_logps(inputs):
+    def of_logps(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget, ref_logps=inputs.ref_logps,
             rows=inputs.rows, return_logps=True, **options,
@@ -313,44 +346,59 @@ def ours(loss, **options):
     return {"GNB": gnb, "KL": kl}.get(loss, of_logps)
 
 
-def functions_of(loss, device, quick):
-    """Ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
+def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Callable[[], Function]]:
+    """Return ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
 
-    Eager PyTorch is also there under torch.compile, unless it is to be quick. Drawing labels is compared with the plain
-    cross-entropy at the same place as well.
+    Eager PyTorch is also there under torch.compile, unless ``quick``. Drawing labels is also compared with our plain
+    cross-entropy at the same size.
     """
-    found = {"ours": lambda: ours(loss)}
+    functions: dict[str, Callable[[], Function]] = {"ours": lambda: ours(loss)}
     if device.type == "cuda":
-        found["ours, chunks of 4 GiB"] = lambda: ours(loss, chunk_bytes=2**32)
+        functions["ours, chunks of 4 GiB"] = lambda: ours(loss, chunk_bytes=2**32)
     if loss == "GNB":
-        found["ours, plain cross-entropy"] = lambda: ours("CE")
-    plain = {"KL": eager_kl, "GNB": eager_gnb}.get(loss) or functools.partial(eager_objective, objective=LOSSES[loss])
-    found["eager, torch.multinomial" if loss == "GNB" else "eager"] = lambda: plain
+        functions["ours, plain cross-entropy"] = lambda: ours("CE")
+    eager: dict[str, Function] = {"KL": eager_kl, "GNB": eager_gnb}
+    plain = eager.get(loss) or functools.partial(eager_objective, objective=LOSSES[loss])
+    functions["eager, torch.multinomial" if loss == "GNB" else "eager"] = lambda: plain
     if not quick:
-        found["torch.compile of eager"] = lambda: compiled(plain)
-    return found
+        functions["torch.compile of eager"] = lambda: compiled(plain)
+    return functions
 
 
-def make_case(loss, n, d, n_vocab, frozen, functions, device, *, op=None, default=True):
-    """The case of one loss at one size. Its inputs are made when they are needed.
+def make_case(
+    loss: str,
+    n: int,
+    d: int,
+    n_vocab: int,
+    frozen: bool,
+    functions: Mapping[str, Callable[[], Function]],
+    device: torch.device,
+    *,
+    op: str | None = None,
+    default: bool = True,
+) -> Case:
+    """Make the case of one loss at one size. Its inputs are made when they are needed.
 
     Args:
         loss: one of `LOSSES`.
         n: tokens.
         d: width of the hidden states.
         n_vocab: size of the vocabulary.
-        frozen: whether the head is.
+        frozen: the head has no gradient.
         functions: name -> function that returns a function of `Inputs`.
-        device: where.
-        op: what is computed, for the name of the case; None: the loss.
+        device: of the inputs.
+        op: name of what is computed, for the name of the case; None: the loss.
         default: runs without being asked for.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     inputs = functools.cache(lambda: make_inputs(loss, n, d, n_vocab, device, dtype, frozen=frozen))
     made = {name: functools.cache(make) for name, make in functions.items()}  # compiled once, for errors and times
+
+    def trained(name: str) -> functools.partial[None]:
+        return functools.partial(train, made[name](), inputs()["flat"])
+
     variants = {FLOOR: lambda: functools.partial(bare_gemms, inputs()["flat"], loss == "KL")}
-    for name, make in made.items():
-        variants[name] = lambda make=make: functools.partial(train, make(), inputs()["flat"])
+    variants |= {name: functools.partial(trained, name) for name in functions}
     products = (2 if frozen else 3) + (loss == "KL")
     return Case(
         f"{op or loss}, N {n}, D {d}, V {n_vocab}, {str(dtype)[6:]}, {'frozen' if frozen else 'trained'} head",

@@ -1,19 +1,25 @@
-"""Divergence from a reference token by token: ours against eager PyTorch and torch.compile, forward and backward of its mean.
+"""Divergence of each token from a reference model, forward and backward of its mean: ours, eager PyTorch and torch.compile.
 
-Being a number for each token, it may go into any function; so with a trained head backward computes all logits again, 6
-products in place of the 4 of the floor, which an objective of the divergences (the variant beside it) does not need.
+The divergences may go into any function, so with a trained head backward computes all logits again: 6 products in place of the
+4 of the floor. An objective of the divergences, which is the variant beside it, does not need that.
 """
 
 import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from bench._heads import QUICK, SHAPES, SMALL, functions_of, make_case, ours
+import torch
+
+from bench._harness import Case
+from bench._heads import QUICK, SHAPES, SMALL, Function, Inputs, Output, functions_of, make_case, ours
 from soul_kernels import linear_kl
 
 
-def per_token(**options):
-    """``linear_kl`` and its mean, a function of `Inputs`."""
+def per_token(**options: Any) -> Function:
+    """Return the mean of ``linear_kl`` as a function of `Inputs`."""
 
-    def loss(inputs):
+    def loss(inputs: Inputs) -> Output:
+        assert inputs.ref_hidden is not None
         values = linear_kl(
             inputs.hidden, inputs.weight, inputs.labels, inputs.ref_hidden, ref_weight=inputs.ref_weight, rows=inputs.rows,
             **options,
@@ -23,8 +29,8 @@ def per_token(**options):
     return loss
 
 
-def cases(device, quick):
-    """Functions that make the cases; without a GPU at a small size, by our references."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases; without a GPU at a small size, by our references."""
     functions = functions_of("KL", device, quick) | {"ours": per_token}
     if "ours, chunks of 4 GiB" in functions:
         functions["ours, chunks of 4 GiB"] = lambda: per_token(chunk_bytes=2**32)

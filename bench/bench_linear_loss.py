@@ -1,26 +1,28 @@
-"""The tables of the losses: five of them from hidden states, against eager PyTorch, torch.compile, and fused cross-entropies.
+"""The tables of the losses: five losses from hidden states, against eager PyTorch, torch.compile, and fused cross-entropies.
 
-On a GPU there is a case for every loss of CE, GradDiff, NPO, KL (to a reference, over all tokens) and GNB (labels drawn from
-the model), every shape (D, V) of (2048, 128256), (4096, 32000), (4096, 128256), N of 512, 4096 and 16384 tokens, trained and
-frozen head. By default one thing at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen head,
-the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
+On a GPU there is a case for every loss of CE, GradDiff, NPO, KL (to a reference model, over all tokens) and GNB (labels drawn
+from the model), every shape (D, V) of (2048, 128256), (4096, 32000), (4096, 128256), N of 512, 4096 and 16384 tokens, trained
+and frozen head. By default one setting at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen
+head, the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
 ``--only "NPO, N 16384"`` its six.
 
 On a CPU there is one case at full size: CE with the widths of SmolLM2-135M, of whose 4,096 tokens 1,024 have a label. The small
 ones of the others run by name.
 
-Peers are there where the work is equal, for CE, each as it comes and at its most accurate. Every variant has its errors beside
-its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
+Peers are compared where the work is equal, for CE, each as it comes and at its most accurate. Errors of every variant stand
+beside its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
 """
 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case, compiled
+from bench._harness import Case, Errors, compiled
 from bench._heads import (
     FLOOR,
     LOSSES,
@@ -28,7 +30,9 @@ from bench._heads import (
     SHAPES,
     SIZES,
     SMALL,
+    Function,
     Inputs,
+    Output,
     functions_of,
     make_case,
     ours,
@@ -38,34 +42,36 @@ from bench._heads import (
 )
 
 
-def liger(**options):
-    """Liger's fused linear cross-entropy: bf16 logits; dW in the dtype of the weight unless ``accum_dtype`` says otherwise."""
+def liger(**options: Any) -> Function:
+    """Return Liger's fused linear cross-entropy: bf16 logits; dW in ``accum_dtype``, by default the dtype of the weight."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    def loss(inputs):
+    def loss(inputs: Inputs) -> Output:
         x, labels = inputs.flat
         return liger_fused_linear_cross_entropy(x, inputs.weight, labels, **options)
 
     return loss
 
 
-def cut(**options):
-    """Cut cross-entropy. It leaves out blocks of small gradients unless ``filter_eps`` is None; ``impl="cce_exact"`` also adds
-    up in fp32, but is not in every release.
+def cut(**options: Any) -> Function:
+    """Return cut cross-entropy.
+
+    It leaves out blocks of small gradients unless ``filter_eps`` is None. With ``impl="cce_exact"`` it also adds up in fp32, but
+    not every release has that.
     """
     from cut_cross_entropy import linear_cross_entropy
 
-    def loss(inputs):
+    def loss(inputs: Inputs) -> Output:
         x, labels = inputs.flat
         return linear_cross_entropy(x, inputs.weight, labels, **options)
 
     return loss
 
 
-def of_torch(**options):
-    """What torch itself has, from 2.13 on: without options a plain matrix product and cross-entropy, with them in chunks."""
+def of_torch(**options: Any) -> Function:
+    """Return torch's own loss, from 2.13 on: without options a plain matrix product and cross-entropy, with them in chunks."""
 
-    def loss(inputs):
+    def loss(inputs: Inputs) -> Output:
         x, labels = inputs.flat
         chunking = torch.nn.LinearCrossEntropyOptions(**options) if options else None
         return F.linear_cross_entropy(x, inputs.weight, labels, options=chunking)
@@ -73,7 +79,7 @@ def of_torch(**options):
     return loss
 
 
-PEERS = {
+PEERS: dict[str, Callable[[], Function]] = {
     "Liger": liger,
     "Liger, accum_dtype fp32": lambda: liger(accum_dtype=torch.float32),
     "cut-cross-entropy": cut,
@@ -88,46 +94,48 @@ PEERS = {
 
 @dataclasses.dataclass
 class SomeKept(Inputs):
-    """Inputs of which some tokens are to be ignored: ours is given all of them, and ``flat`` are those that count."""
+    """Inputs of which some tokens are ignored: ours takes all of them, and ``flat`` are those with a label."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.keep = self.labels >= 0
-        self.rows, self.is_forget_on_cpu = self.keep.flatten().nonzero()[:, 0], self.is_forget
+        self.rows = self.keep.flatten().nonzero()[:, 0]
+        self.is_forget_on_cpu = self.is_forget
 
     @property
-    def flat(self):
-        """Hidden states [n, D] and labels [n] of the tokens that count."""
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [n, D] and labels [n] of the tokens with a label."""
         return self.hidden.flatten(0, 1)[self.rows], self.labels.flatten()[self.rows]
 
 
-def of_all_tokens(inputs):
-    """What Hugging Face's models do: logits of every token in fp32, cross-entropy with -100 ignored."""
+def of_all_tokens(inputs: Inputs) -> Output:
+    """Compute the loss as Hugging Face's models do: logits of every token in fp32, cross-entropy with -100 ignored."""
     return F.cross_entropy((inputs.hidden @ inputs.weight.T).float().flatten(0, 1), inputs.labels.flatten())
 
 
-def of_kept_tokens(inputs):
-    """What a careful user writes: the same of the tokens that count."""
+def of_labelled_tokens(inputs: Inputs) -> Output:
+    """Compute the same loss as a careful user writes it: logits of the tokens with a label only."""
     x, labels = inputs.flat
     return F.cross_entropy((x @ inputs.weight.T).float(), labels)
 
 
-def fresh_gemms(x, w):
-    """The three matrix products alone, of the tokens that count, each result in new memory: logits, dX, dW."""
+def fresh_gemms(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the three matrix products alone, of the tokens with a label, each result in new memory: logits, dX, dW."""
     logits = x @ w.T
     return logits @ w, logits.T @ x
 
 
-def compare(functions, inputs):
-    """Relative errors of every variant that runs: loss and gradients against the plain loss of all tokens. Ours must be right.
+def compare(functions: Mapping[str, Callable[[], Function]], inputs: Inputs) -> Errors:
+    """Return the relative errors of every variant that runs, of loss and gradients, against the plain loss of all tokens.
 
-    All compute in fp32, so that they differ by the order of sums.
+    All compute in fp32, so that they differ by the order of sums. AssertionError where ours is wrong.
     """
 
-    def results(function):
+    def results(function: Function) -> dict[str, torch.Tensor]:
         loss, _ = split(function(inputs))
         return {"loss": loss.detach()[None, None]} | dict(zip(("dX", "dW"), torch.autograd.grad(loss, inputs.trained)))
 
-    want, found = results(of_all_tokens), {}
+    want = results(of_all_tokens)
+    errors = {}
     for name, make in functions.items():
         try:
             got = results(make())
@@ -135,48 +143,63 @@ def compare(functions, inputs):
             if name.startswith("ours"):
                 raise
             continue
-        found[name] = {key: relative(got[key].flatten(0, -2), value.flatten(0, -2)) for key, value in want.items()}
-        wrong = {key: error for key, error in found[name].items() if not error < 1e-4}
+        errors[name] = {key: relative(got[key].flatten(0, -2), value.flatten(0, -2)) for key, value in want.items()}
+        wrong = {key: error for key, error in errors[name].items() if not error < 1e-4}
         assert not (wrong and name.startswith("ours")), f"{name}: {wrong}"
-    return found
+    return errors
 
 
-def make_kept_case(n, kept, d, n_vocab, device):
-    """Cross-entropy in fp32 of ``kept`` tokens of n, trained head, with all its peers."""
+@dataclasses.dataclass
+class Training:
+    """Forward and backward of one variant, as a call, with the memory of its gradients for the row."""
+
+    function: Function
+    inputs: Inputs
+
+    def __call__(self) -> None:
+        """Run forward and backward once."""
+        train(self.function, self.inputs)
+
+    @property
+    def row_fields(self) -> dict[str, float]:
+        """For `bench._harness.measure`."""
+        return {"gradients_mib": sum(tensor.nbytes for tensor in self.inputs.trained) / 2**20}
+
+
+def make_labelled_case(n: int, n_labelled: int, d: int, n_vocab: int, device: torch.device) -> Case:
+    """Make the case of cross-entropy in fp32 where ``n_labelled`` of n tokens have a label; trained head, all peers."""
     weight = (torch.randn(n_vocab, d, device=device) * (2 / d**0.5)).requires_grad_()
     hidden = torch.randn(8, n // 8, d, device=device).requires_grad_()
     labels = torch.randint(n_vocab, (8, n // 8), device=device)
-    labels[:, : -kept // 8] = -100  # prompts, of which nothing is learned
+    labels[:, : -n_labelled // 8] = -100  # prompts, of which nothing is learned
     inputs = SomeKept(hidden, weight, labels, torch.ones(8, dtype=torch.bool))
-    assert len(inputs.rows) == kept
-    functions = {
+    assert len(inputs.rows) == n_labelled
+    functions: dict[str, Callable[[], Function]] = {
         "ours": lambda: ours("CE"),
         "plain Hugging Face loss": lambda: of_all_tokens,
-        "eager, of tokens with a label": lambda: of_kept_tokens,
-        "torch.compile of it": lambda: compiled(of_kept_tokens),
+        "eager, of tokens with a label": lambda: of_labelled_tokens,
+        "torch.compile of it": lambda: compiled(of_labelled_tokens),
         **{name: make for name, make in PEERS.items() if name in ("Liger", "torch linear_cross_entropy, chunks")},
     }
     made = {name: functools.cache(make) for name, make in functions.items()}
 
-    def start(name):
-        call = functools.partial(train, made[name](), inputs)
-        call.told = {"gradients_mib": sum(tensor.nbytes for tensor in inputs.trained) / 2**20}
-        return call
+    def start(name: str) -> Training:
+        return Training(made[name](), inputs)
 
     x = inputs.flat[0].detach()
-    variants = {FLOOR: lambda: functools.partial(fresh_gemms, x, weight.detach())}
+    variants: dict[str, Callable[[], Any]] = {FLOOR: lambda: functools.partial(fresh_gemms, x, weight.detach())}
     return Case(
-        f"CE, N {kept} of {n}, D {d}, V {n_vocab}, float32, trained head",
+        f"CE, N {n_labelled} of {n}, D {d}, V {n_vocab}, float32, trained head",
         variants | {name: functools.partial(start, name) for name in functions},
         lambda: compare(made, inputs),
-        flops=3 * 2 * kept * n_vocab * d,
+        flops=3 * 2 * n_labelled * n_vocab * d,
         floor=FLOOR,
-        at={"N": kept, "D": d, "V": n_vocab},
+        at={"N": n_labelled, "D": d, "V": n_vocab},
     )
 
 
-def runs_by_default(loss, n, d, n_vocab, frozen):
-    """Tells whether a case runs without being asked for: where at most one thing differs from the first of each."""
+def runs_by_default(loss: str, n: int, d: int, n_vocab: int, frozen: bool) -> bool:
+    """Tell whether a case runs without being asked for: at most one setting differs from the first of each."""
     if frozen:
         return n == SIZES[0] and (d, n_vocab) == SHAPES[0]
     if n != SIZES[0]:
@@ -184,14 +207,14 @@ def runs_by_default(loss, n, d, n_vocab, frozen):
     return (d, n_vocab) == SHAPES[0] or loss in ("CE", "KL")
 
 
-def cases(device, quick):
-    """Functions that make the cases; without a GPU one of each loss and head at a small size, and one at full size.
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases; without a GPU one of each loss and head at a small size, and one at full size.
 
     Without a GPU and quick, only CE is there with a frozen head.
     """
     if device.type == "cpu":
         if not quick:
-            yield functools.partial(make_kept_case, 4096, 1024, 576, 49152, device)
+            yield functools.partial(make_labelled_case, 4096, 1024, 576, 49152, device)
         sizes = [(loss, *SMALL, frozen) for frozen in (False, True) for loss in LOSSES]
         if quick:
             sizes = [*((loss, *QUICK, False) for loss in LOSSES), ("CE", *QUICK, True)]

@@ -1,14 +1,16 @@
 """The row kernels alone: statistics (one read of the logits) and gradient (one read, one write).
 
-The gradient is given the statistics, where a softmax starts from logits alone: so there is also ours with both passes. Rows lie
-as in the scratch of the ops on hidden states, padded to whole 16 bytes and more; what is compared with has its own, contiguous.
+The gradient takes the statistics, while a softmax starts from logits alone. So there is also a variant of ours with both
+passes. Rows lie as in the scratch of the ops on hidden states, padded to whole 16 bytes and more; peers get contiguous rows of
+their own.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
-from bench._harness import Case
+from bench._harness import Case, Errors
 from soul_kernels.chunks import row_width
 from soul_kernels.reference.token_logprob import ENTROPY, LOGP, N_ALL, N_BASIC, ONE_MINUS_P, VARIANCE, token_logprob
 from soul_kernels.reference.token_logprob import token_statistics as reference_statistics
@@ -17,51 +19,54 @@ from soul_kernels.token_logprob import token_gradient, token_statistics
 CHECKED = 64  # rows
 
 
-def scratch(n, n_vocab, device, dtype=torch.float32):
-    """[n, V], not filled, laid out as a chunk of logits in the ops on hidden states."""
+def scratch(n: int, n_vocab: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Allocate [n, V], not filled, laid out as a chunk of logits in the ops on hidden states."""
     return torch.empty(n, row_width(n_vocab), device=device, dtype=dtype)[:, :n_vocab]
 
 
-def gradient_error(logits, labels, out):
-    """Log-probabilities of the first rows in fp64, and the relative error of their gradient in ``out``."""
+def gradient_error(logits: torch.Tensor, labels: torch.Tensor, out: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return the log-probabilities of the first rows in fp64, and the relative error of their gradient in ``out``."""
     leaf = logits[:CHECKED].double().requires_grad_()
     logp = token_logprob(leaf, labels[:CHECKED])
     (want,) = torch.autograd.grad(logp.sum(), leaf)
     return logp.detach(), ((out[:CHECKED].double() - want).norm() / want.norm()).item()
 
 
-def memorised_error(logits, labels):
-    """Largest relative error of 1 - p(label) where labels are known by heart: 1 - p from 0.1 down to 1e-10."""
-    logits, labels = logits[:CHECKED].clone(), labels[:CHECKED]
+def memorised_error(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Return the largest relative error of 1 - p(label) in memorised rows, where 1 - p goes from 0.1 down to 1e-10."""
+    logits = logits[:CHECKED].clone()
+    labels = labels[:CHECKED]
     rows = torch.arange(len(labels), device=labels.device)
     rest = logits.double().index_put((rows, labels), torch.tensor(-torch.inf, device=labels.device).double()).logsumexp(1)
-    wanted = torch.logspace(-1, -10, len(labels), device=labels.device, dtype=torch.float64)
-    logits[rows, labels] = (rest + torch.log1p(-wanted) - wanted.log()).float()
+    one_minus_p = torch.logspace(-1, -10, len(labels), device=labels.device, dtype=torch.float64)
+    logits[rows, labels] = (rest + torch.log1p(-one_minus_p) - one_minus_p.log()).float()
     statistics = torch.empty(N_BASIC, len(labels), device=labels.device)
     token_statistics(logits, labels, statistics)
     exact = torch.sigmoid(rest - logits[rows, labels].double())  # of the logits as they were rounded
     return ((statistics[ONE_MINUS_P] - exact) / exact).abs().max().item()
 
 
-def make_case(kind, n, n_vocab, device, quick):
+def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool) -> Case:
+    """Make the case of one kernel on ``n`` rows; ``kind`` is "statistics" or "gradient"."""
     logits = scratch(n, n_vocab, device).normal_(std=3)
     labels = torch.randint(n_vocab, (n,), device=device)
     basic = torch.empty(N_BASIC, n, device=device)
-    everything, ones = torch.empty(N_ALL, n, device=device), torch.ones(n, device=device)
+    everything = torch.empty(N_ALL, n, device=device)
+    ones = torch.ones(n, device=device)
     out = scratch(n, n_vocab, device, torch.bfloat16)
     measure = functools.partial(token_statistics, logits, labels, basic)
     measure_all = functools.partial(token_statistics, logits, labels, everything)
     gradient = functools.partial(token_gradient, logits, labels, basic, ones, out)
 
-    def both():
+    def both() -> None:
         measure()
         gradient()
 
-    def check():
+    def check() -> Errors:
         for call in (measure, measure_all, gradient):
             call()
-        errors = {}
-        logp, errors["gradient"] = gradient_error(logits, labels, out)
+        logp, error = gradient_error(logits, labels, out)
+        errors = {"gradient": error}
         want = reference_statistics(logits[:CHECKED].double(), labels[:CHECKED])
         compared = {
             "log p": (basic[LOGP], logp),
@@ -76,19 +81,25 @@ def make_case(kind, n, n_vocab, device, quick):
         return errors
 
     if kind == "statistics":
-        variants = {"ours": lambda: measure, "ours, all statistics": lambda: measure_all,
-                    "eager logsumexp": lambda: functools.partial(torch.logsumexp, logits.contiguous(), 1)}  # fmt: skip
-        moved = logits.nbytes
+        variants: dict[str, Callable[[], Callable[[], object]]] = {
+            "ours": lambda: measure,
+            "ours, all statistics": lambda: measure_all,
+            "eager logsumexp": lambda: functools.partial(torch.logsumexp, logits.contiguous(), 1),
+        }
+        moved = dict.fromkeys(variants, logits.nbytes)
     else:
-        variants = {"ours": lambda: gradient, "ours, from logits alone": lambda: both,
-                    "eager softmax": lambda: functools.partial(torch.softmax, logits.contiguous(), 1)}  # fmt: skip
+        variants = {
+            "ours": lambda: gradient,
+            "ours, from logits alone": lambda: both,
+            "eager softmax": lambda: functools.partial(torch.softmax, logits.contiguous(), 1),
+        }
         # A softmax in fp32 writes twice as much as ours.
         moved = dict.fromkeys(variants, logits.nbytes + out.nbytes) | {"eager softmax": 2 * logits.nbytes}
     return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
 
 
-def cases(device, quick):
-    """Functions that make the cases; none without a GPU, where there is no row kernel to time."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases; none without a GPU, where there is no row kernel to time."""
     if device.type == "cpu":
         print("row kernels: need a GPU")
         return

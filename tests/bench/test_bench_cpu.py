@@ -48,7 +48,7 @@ def rows_of_a_cpu(monkeypatch, worse=()):
     monkeypatch.setattr(bench_sophia_step, "blocks", lambda millions: [(millions,)])
     modules = {"sophia_step": bench_sophia_step, "step": whole_step, "start": start}
     made = [(op, make()) for op, module in modules.items() for make in module.cases(CPU, quick=False)]
-    made.append(("linear_loss", bench_linear_loss.make_kept_case(4096, 1024, 576, 49152, CPU)))
+    made.append(("linear_loss", bench_linear_loss.make_labelled_case(4096, 1024, 576, 49152, CPU)))
     rows = []
     for op, case in made:
         for count in (1, 2):
@@ -262,15 +262,15 @@ def test_slow_calls_are_warmed_up_by_those_before_and_take_fewer_rounds(monkeypa
 
 
 @pytest.fixture
-def kept_case(monkeypatch):
+def labelled_case(monkeypatch):
     monkeypatch.setattr(bench_linear_loss, "compiled", lambda function: function)
     monkeypatch.setattr(_harness, "time_interleaved", untimed)
     torch.manual_seed(0)
-    return bench_linear_loss.make_kept_case(64, 16, 32, 200, CPU)
+    return bench_linear_loss.make_labelled_case(64, 16, 32, 200, CPU)
 
 
-def test_losses_of_some_tokens_are_the_same_loss(kept_case, without_kernels):
-    rows = {row["variant"]: row for row in _harness.run_case(kept_case, CPU, LIMITS, budget_s=0.0)}
+def test_losses_of_some_tokens_are_the_same_loss(labelled_case, without_kernels):
+    rows = {row["variant"]: row for row in _harness.run_case(labelled_case, CPU, LIMITS, budget_s=0.0)}
     assert {"bare GEMMs", "ours", "plain Hugging Face loss", "eager, of tokens with a label"} <= rows.keys()
     assert max(rows["ours"]["errors"].values()) < 1e-5
     assert (
@@ -279,13 +279,13 @@ def test_losses_of_some_tokens_are_the_same_loss(kept_case, without_kernels):
     )
 
 
-def test_a_loss_of_other_tokens_is_not_timed(kept_case, without_kernels, monkeypatch):
+def test_a_loss_of_other_tokens_is_not_timed(labelled_case, without_kernels, monkeypatch):
     right = bench_linear_loss.of_all_tokens
     monkeypatch.setattr(
         bench_linear_loss, "of_all_tokens", lambda inputs: right(dataclasses.replace(inputs, labels=inputs.labels.clamp(min=0)))
     )
     with pytest.raises(AssertionError, match="ours: "):
-        kept_case.check()
+        labelled_case.check()
 
 
 def test_compiled_steps_are_checked_by_name(monkeypatch):
@@ -306,9 +306,9 @@ def test_compiled_steps_are_checked_by_name(monkeypatch):
 def test_a_process_tells_seconds_but_for_its_first(program, told, tmp_path):
     call = start.Process(program, str(tmp_path))
     call()
-    assert call.told == {}  # it has compiled
+    assert call.row_fields == {}  # it has compiled
     call()
-    assert call.told == told
+    assert call.row_fields == told
 
 
 def test_a_process_that_fails_says_why(tmp_path):

@@ -88,7 +88,7 @@ def a_token_less(step):
     row = int(step.batch.rows[0])
     labels.view(-1)[row] = -100
     step.batch = changed(step.batch, labels=labels, rows=step.batch.rows[1:])
-    step.kept = len(step.batch.rows)
+    step.n_labels = len(step.batch.rows)
 
 
 def other_tokens(step):
