@@ -56,7 +56,7 @@ def liger(**options: Any) -> Function:
 def cut(**options: Any) -> Function:
     """Return cut cross-entropy.
 
-    It leaves out blocks of small gradients unless ``filter_eps`` is None. With ``impl="cce_exact"`` it also adds up in fp32, but
+    It leaves out blocks of small gradients unless ``filter_eps`` is None. With ``impl="cce_exact"`` it also adds up in fp32;
     not every release has that.
     """
     from cut_cross_entropy import linear_cross_entropy
