@@ -418,8 +418,11 @@ def test_bytes_that_benchmarks_state_are_those_that_kernels_move():
 @pytest.mark.parametrize("op", OPS)
 def test_what_is_modelled_is_what_the_benchmarks_would_time_on_a_gpu(op, monkeypatch):
     """Names and bytes. A step's variants are spread over several cases there, as memory allows; chunks do not matter here."""
-    empty = lambda shapes, device, dtype: [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]  # noqa: E731
-    monkeypatch.setattr(step_bench, "make_params", empty)  # only sizes count, and random numbers take time on "meta", too
+
+    def make_params(shapes, device, dtype):
+        return [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+
+    monkeypatch.setattr(step_bench, "make_params", make_params)  # random numbers take time on "meta" too
     timed = {}
     for make in importlib.import_module(f"bench.bench_{op}").cases(torch.device("meta"), False):
         case = make()
