@@ -1,27 +1,25 @@
-"""Shared by the benchmarks of ops on hidden states and a head: inputs, losses in plain PyTorch, the floor, errors.
+"""Inputs, losses in plain PyTorch, the floor, and errors for the benchmarks of ops on hidden states and a head.
 
 Every variant of a case is a function of the same `Inputs`. It returns the loss, or the loss and a detail: a value of every
-token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case: it
-checks them against fp64 on flat and on peaked inputs, and times forward and backward on the flat ones.
+token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case: it checks
+them against fp64 on flat and on peaked inputs, and times forward and backward on the flat ones.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 
 from bench._harness import Case, compiled
-from soul.losses import NPO, PO, GradDiff, KLMin
-from soul_kernels import TokenBatch, linear_gnb, linear_objective
+from soul.losses import NPO, PO, GradDiff, KLMin, Objective
+from soul_kernels import LinearOptions, Reference, TokenBatch, linear_gnb, linear_objective
 from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
 from soul_kernels.reference.token_logprob import token_logprob
 
-Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # the loss, or the loss and a detail
-Objective = Callable[[torch.Tensor, TokenBatch], torch.Tensor]
 FLOOR = "bare GEMMs"
 FLOOR_ROWS = 4096  # of a chunk: more are not faster
 EXACT_ROWS = 512  # of a chunk in fp64: half a GiB a tensor at V 128256
@@ -30,7 +28,7 @@ SHAPES = ((2048, 128256), (4096, 32000), (4096, 128256))  # D, V: Llama-3.2-1B, 
 SIZES = (4096, 512, 16384)  # N: tokens of a batch
 SMALL, QUICK = (256, 128, 4000), (32, 64, 1000)  # N, D, V where there is no GPU
 # Each is over all tokens of the batch; GradDiff and NPO need forget and retain sequences, and get half of each.
-LOSSES: dict[str, Any] = {
+LOSSES: dict[str, Objective] = {
     "CE": PO(alpha=0.0),
     "GradDiff": GradDiff(),
     "NPO": NPO(),
@@ -51,6 +49,9 @@ class Inputs:
         ref_logps: [B] fp32, or None.
         ref_hidden: [B, T, D] of the reference model, close to hidden, or None.
         uniforms: [B, T] fp32, from which labels are drawn, or None.
+        keep: [B, T] bool, true for tokens with a label.
+        token_indices: [R] int64 on the CPU, their flat indices: ours need not wait for the device to find them.
+        is_forget_on_cpu: ``is_forget`` on the CPU, for the same reason.
     """
 
     hidden: torch.Tensor
@@ -64,14 +65,14 @@ class Inputs:
     def __post_init__(self) -> None:
         assert (self.labels >= 0).all(), "an ignored token would be less work for variants that drop it"
         self.keep = torch.ones_like(self.labels, dtype=torch.bool)
-        # Ours is given these on the CPU, and so need not wait for the device.
-        self.rows = torch.arange(self.labels.numel())
+        self.token_indices = torch.arange(self.labels.numel())
         self.is_forget_on_cpu = self.is_forget.cpu()
 
     @property
-    def ref_weight(self) -> torch.Tensor:
-        """Head of the reference model: the same numbers, frozen."""
-        return self.weight.detach()
+    def reference(self) -> Reference:
+        """The reference model: its head has the same numbers as the model's, frozen."""
+        assert self.ref_hidden is not None, "inputs of a loss without a reference model"
+        return Reference(self.ref_hidden, self.weight.detach())
 
     @property
     def trained(self) -> list[torch.Tensor]:
@@ -84,7 +85,10 @@ class Inputs:
         return self.hidden.flatten(0, 1), self.labels.flatten()
 
 
-Function = Callable[[Inputs], Output]
+Output: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]  # a loss, or a loss and a detail
+Function: TypeAlias = Callable[[Inputs], Output]
+Functions: TypeAlias = Mapping[str, Callable[[], Function]]  # name of a variant -> function that makes it
+Exact: TypeAlias = tuple[float, torch.Tensor, float | None, torch.Tensor, torch.Tensor | None]
 
 
 def make_inputs(
@@ -95,7 +99,8 @@ def make_inputs(
     Flat: logits of standard deviation 2, as before training: p(label) about 1 / V. Peaked: every label has p between 0.98 and
     0.9999 or so, as in memorised text, which is where unlearning starts and where 1 - p is easily lost.
     """
-    shape = B, T = 8, n // 8
+    B = 8
+    shape = (B, n // B)
     weight = (torch.randn(n_vocab, d, device=device, dtype=dtype) * (2 / d**0.5)).requires_grad_(not frozen)
     labels = torch.randint(n_vocab, shape, device=device)
     n_forget = {"GradDiff": B // 2, "NPO": B // 2, "KL": 0}.get(loss, B)
@@ -105,7 +110,7 @@ def make_inputs(
     gap = torch.empty(*shape, 1, device=device).uniform_(4.0, 9.0)  # log(p / (1 - p))
     share = (math.log(n_vocab) + 0.5 + gap) / at_label.square().sum(-1, keepdim=True)
     inputs_of = {}
-    for kind, hidden in {"flat": flat, "peaked": (0.5 * flat + share * at_label).to(dtype)}.items():
+    for kind, hidden in (("flat", flat), ("peaked", (0.5 * flat + share * at_label).to(dtype))):
         inputs = Inputs(hidden.requires_grad_(), weight, labels, is_forget)
         if loss == "NPO":  # a little off the model itself, where no sequence is saturated
             inputs.ref_logps = summed_logps(inputs) + 3 * torch.randn(B, device=device)
@@ -136,11 +141,10 @@ def eager_objective(inputs: Inputs, objective: Objective) -> Output:
 
 def eager_kl(inputs: Inputs) -> Output:
     """Return the mean of ``KL(reference model || model)`` from fp32 log-softmaxes of both."""
-    assert inputs.ref_hidden is not None
     x, _ = inputs.flat
     log_p = (x @ inputs.weight.T).float().log_softmax(-1)
     with torch.no_grad():
-        log_q = (inputs.ref_hidden.flatten(0, 1) @ inputs.ref_weight.T).float().log_softmax(-1)
+        log_q = (inputs.reference.hidden.flatten(0, 1) @ inputs.weight.detach().T).float().log_softmax(-1)
     values = F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
     return values.mean(), values.detach().view(inputs.labels.shape)
 
@@ -161,6 +165,7 @@ def bare_gemms(inputs: Inputs, with_ref: bool) -> None:
     x, _ = inputs.flat
     x = x.detach()
     w = inputs.weight.detach()
+    ref_x = inputs.reference.hidden.flatten(0, 1) if with_ref else None
     rows = min(len(x), FLOOR_ROWS)
     logits = torch.empty(rows, w.shape[0], device=x.device, dtype=x.dtype)
     dx = torch.empty_like(x)
@@ -168,9 +173,8 @@ def bare_gemms(inputs: Inputs, with_ref: bool) -> None:
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows]
         z = logits[: len(chunk)]
-        if with_ref:
-            assert inputs.ref_hidden is not None
-            torch.mm(inputs.ref_hidden.flatten(0, 1)[start : start + rows], w.T, out=z)
+        if ref_x is not None:
+            torch.mm(ref_x[start : start + rows], w.T, out=z)
         torch.mm(chunk, w.T, out=z)
         torch.mm(z, w, out=dx[start : start + rows])
         if dw is not None:
@@ -189,15 +193,12 @@ def train(function: Function, inputs: Inputs) -> None:
 
 
 def split(output: Output) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return loss and detail of an `Output`; the detail may be None."""
+    """Return loss and detail of an output; the detail may be None."""
     return output if isinstance(output, tuple) else (output, None)
 
 
-Exact = tuple[float, torch.Tensor, float | None, torch.Tensor, torch.Tensor | None]
-
-
 def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
-    """Compute a loss in fp64 on the same inputs, a chunk of rows at a time.
+    """Return a loss and its gradients in fp64 on the same inputs, computed a chunk of rows at a time.
 
     Returns:
         Loss; log-probabilities (or divergences) of the tokens [B, T]; where there are uniforms, the largest distance of one
@@ -209,35 +210,33 @@ def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
     labels_of = labels.flatten()
     chunks = [slice(start, start + EXACT_ROWS) for start in range(0, len(x), EXACT_ROWS)]
 
-    def log_q(rows: slice) -> Any:
-        assert inputs.ref_hidden is not None
-        return reference_distribution(inputs.ref_hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
+    def log_q(rows: slice) -> torch.Tensor:
+        return reference_distribution(inputs.reference.hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
 
-    def misses(logits: torch.Tensor, rows: slice) -> torch.Tensor:
-        assert inputs.uniforms is not None
+    def misses(logits: torch.Tensor, uniforms: torch.Tensor, rows: slice) -> torch.Tensor:
         p = logits.softmax(1)
-        upper, u = p.cumsum(1), inputs.uniforms.flatten()[rows].double()
+        upper, u = p.cumsum(1), uniforms.flatten()[rows].double()
         at = labels_of[rows, None]
         high, share = upper.gather(1, at)[:, 0], p.gather(1, at)[:, 0]
         return torch.maximum(u - high, high - share - u).clamp(min=0)
 
-    logps, divergences, missed = [], [], []
+    logps: list[torch.Tensor] = []
+    divergences: list[torch.Tensor] = []
+    missed: list[torch.Tensor] = []
     for rows in chunks:
         logits = x[rows] @ w.T
         logps.append(token_logprob(logits, labels_of[rows]))
         if inputs.ref_hidden is not None:
             divergences.append(kl_divergence(logits, labels_of[rows], log_q(rows)))
         if inputs.uniforms is not None:
-            missed.append(misses(logits, rows))
+            missed.append(misses(logits, inputs.uniforms, rows))
     leaves = [torch.cat(values).view(labels.shape).requires_grad_() for values in (logps, divergences) if values]
     batch = TokenBatch.from_labels(labels, inputs.is_forget, inputs.ref_logps)
     if divergences:
         batch = dataclasses.replace(batch, divergences=leaves[1])
     loss = objective(leaves[0], batch)
-    coefficients = [
-        c.flatten() if c is not None else torch.zeros(len(x), device=x.device)
-        for c in torch.autograd.grad(loss, leaves, allow_unused=True)
-    ]
+    derivatives: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, leaves, allow_unused=True)
+    coefficients = [c.flatten() if c is not None else torch.zeros(len(x), device=x.device) for c in derivatives]
 
     dx = torch.empty_like(x)
     dw = torch.zeros_like(w) if inputs.weight.requires_grad else None
@@ -260,22 +259,22 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return (wrong / right).sqrt().item()
 
 
-def errors_of(output: Output, inputs: Inputs, objective: Objective, known: Callable[[], Exact]) -> dict[str, float]:
+def errors_of(output: Output, inputs: Inputs, objective: Objective, exact_result: Callable[[], Exact]) -> dict[str, float]:
     """Return the errors of one function's output: of the loss and the detail absolute, of the gradients relative.
 
-    The error of the loss is relative where it is above 1. ``known`` returns `exact` for the labels of the inputs.
+    The error of the loss is relative where it is above 1. ``exact_result`` returns `exact` for the labels of the inputs.
     """
     loss, detail = split(output)
     gradients = torch.autograd.grad(loss, inputs.trained)
-    drawn = detail is not None and detail.dtype == torch.int64
-    want, values, missed, *want_gradients = exact(inputs, objective, detail) if drawn and detail is not None else known()
+    drawn = detail if detail is not None and detail.dtype == torch.int64 else None
+    want, values, missed, *want_gradients = exact_result() if drawn is None else exact(inputs, objective, drawn)
     errors = {"loss": abs(loss.item() - want) / max(1.0, abs(want))}
-    if drawn and missed is not None:
+    if drawn is not None and missed is not None:
         errors["draw"] = missed
-    elif detail is not None and not drawn:
+    elif detail is not None and drawn is None:
         errors["log p" if inputs.ref_hidden is None else "KL"] = (detail.double() - values).abs().max().item()
     for name, a, b in zip(("dX", "dW"), gradients, want_gradients):
-        assert b is not None  # it is for a frozen head alone, and that has no gradient here
+        assert b is not None, "a gradient of a frozen head"
         errors[name] = relative(a.flatten(0, -2), b)
         if name == "dW" and a.dtype != torch.float32:
             errors["dW before rounding"] = before_rounding(a, b, errors[name])
@@ -295,7 +294,7 @@ def before_rounding(got: torch.Tensor, want: torch.Tensor, error: float) -> floa
 
 
 def check(
-    functions: Mapping[str, Callable[[], Function]], inputs_of: Mapping[str, Inputs], objective: Objective, dtype: torch.dtype
+    functions: Functions, inputs_of: dict[str, Inputs], objective: Objective, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
     """Return the errors of every variant that runs, by its name; raise AssertionError where ours is wrong.
 
@@ -307,12 +306,12 @@ def check(
         gates |= {"dX": 1e-4, "dW": 1e-4}
     errors_by_name: dict[str, dict[str, float]] = {}
     for kind, inputs in inputs_of.items():
-        known = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
+        exact_result = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
         for name, make in functions.items():
             is_ours = name.startswith("ours")
-            seen = inputs if is_ours else dataclasses.replace(inputs, uniforms=None)  # a peer draws its own random numbers
+            own_inputs = inputs if is_ours else dataclasses.replace(inputs, uniforms=None)  # a peer draws its own numbers
             try:
-                errors = errors_of(make()(seen), seen, objective, known)
+                errors = errors_of(make()(own_inputs), own_inputs, objective, exact_result)
             except Exception:  # a peer that does not run here says why when it is to be timed
                 if is_ours:
                     raise
@@ -324,23 +323,24 @@ def check(
     return errors_by_name
 
 
-def ours(loss: str, **options: Any) -> Function:
+def ours(loss: str, chunk_bytes: int | None = None) -> Function:
     """Return one of `LOSSES` computed by our ops."""
     objective = LOSSES[loss]
 
     def gnb(inputs: Inputs) -> Output:
-        return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, rows=inputs.rows, **options)
+        options = LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes)
+        return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, options=options)
 
     def kl(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget_on_cpu,
-            ref_hidden=inputs.ref_hidden, ref_weight=inputs.ref_weight, rows=inputs.rows, **options,
+            reference=inputs.reference, options=LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes),
         )  # fmt: skip
 
     def of_logps(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget, ref_logps=inputs.ref_logps,
-            rows=inputs.rows, return_logps=True, **options,
+            return_logps=True, options=LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes),
         )  # fmt: skip
 
     return {"GNB": gnb, "KL": kl}.get(loss, of_logps)
@@ -350,7 +350,7 @@ def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Call
     """Return ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
 
     Eager PyTorch is also there under torch.compile, unless ``quick``. Drawing labels is also compared with our plain
-    cross-entropy at the same size.
+    cross-entropy of the same size.
     """
     functions: dict[str, Callable[[], Function]] = {"ours": lambda: ours(loss)}
     if device.type == "cuda":
@@ -371,7 +371,7 @@ def make_case(
     d: int,
     n_vocab: int,
     frozen: bool,
-    functions: Mapping[str, Callable[[], Function]],
+    functions: Functions,
     device: torch.device,
     *,
     op: str | None = None,
@@ -394,15 +394,15 @@ def make_case(
     inputs = functools.cache(lambda: make_inputs(loss, n, d, n_vocab, device, dtype, frozen=frozen))
     made = {name: functools.cache(make) for name, make in functions.items()}  # compiled once, for errors and times
 
-    def trained(name: str) -> functools.partial[None]:
+    def start(name: str) -> Callable[[], None]:
         return functools.partial(train, made[name](), inputs()["flat"])
 
-    variants = {FLOOR: lambda: functools.partial(bare_gemms, inputs()["flat"], loss == "KL")}
-    variants |= {name: functools.partial(trained, name) for name in functions}
+    variants: dict[str, Callable[[], Callable[[], None]]] = {name: functools.partial(start, name) for name in functions}
+    floor = {FLOOR: lambda: functools.partial(bare_gemms, inputs()["flat"], loss == "KL")}
     products = (2 if frozen else 3) + (loss == "KL")
     return Case(
         f"{op or loss}, N {n}, D {d}, V {n_vocab}, {str(dtype)[6:]}, {'frozen' if frozen else 'trained'} head",
-        variants,
+        floor | variants,
         lambda: check(made, inputs(), LOSSES[loss], dtype),
         flops=products * 2 * n * n_vocab * d,
         floor=FLOOR,

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 import soul.optim.gradients
 import soul.run.step
 from bench._harness import forget_compiled, synchronize
+from soul import SophiaG
 from soul.data.batches import Batch
+from soul.losses import Objective
 from soul.models.causal_lm import checkpointing, compiled
 from soul.optim.release import release_gradients
 from soul.run.config import UnlearnConfig, build_optimizer
@@ -102,7 +104,7 @@ class EagerStep:
         self._params = list(model.parameters())
         batches = [batch for micro_batch in micro_batches for batch in micro_batch]
         self.sequences = sequences_of(batches)
-        self.n_labels = sum(len(batch.rows) for batch in batches)
+        self.n_labels = sum(len(batch.token_indices) for batch in batches)
         self._n_forget = sum(int(((b.labels.cpu() != -100) & b.is_forget[:, None]).sum()) for b in batches)
         self._n_retain = self.n_labels - self._n_forget
         self.called = False
@@ -144,7 +146,7 @@ class EagerStep:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
             return logits.flatten(0, 1), labels, is_forget
         hidden = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        rows = batch.rows.to(device)
+        rows = batch.token_indices.to(device)
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[rows]), labels[rows], is_forget[rows]
 
     def phases(self) -> dict[str, float]:
@@ -175,10 +177,15 @@ class OurStep:
         self.batch = batch
         self._device = batch.labels.device
         self._config = config
-        self._objective = config.objective()
+        objective = config.objective()
+        assert isinstance(objective, Objective)  # no influence, whose steps are others
+        self._objective = objective
         self._open = contextlib.ExitStack()
         self.optimizer = build_optimizer(model, config)
-        self._release = release_gradients(model, self.optimizer) if config.gradient_release else None
+        self._release = None
+        if config.gradient_release:
+            assert isinstance(self.optimizer, SophiaG)
+            self._release = release_gradients(model, self.optimizer)
         if config.compile:
             forget_compiled()
             self._open.enter_context(compiled(model))
@@ -186,7 +193,7 @@ class OurStep:
             self._open.enter_context(checkpointing(model))
         self._graphed = GraphedStep(self._step, self._device) if config.cuda_graph else None
         self.sequences = sequences_of([batch])
-        self.n_labels = len(batch.rows)
+        self.n_labels = len(batch.token_indices)
         self.called = False
         self.row_fields: dict[str, float] = {}
 
@@ -217,6 +224,10 @@ class OurStep:
 
 def sequences_of(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
     """Return the token ids of all sequences without padding, sorted: they must be the same for all variants."""
-    return sorted(
-        tuple(row[mask.bool()].tolist()) for b in batches for row, mask in zip(b.input_ids.cpu(), b.attention_mask.cpu())
-    )
+    return sorted(tuple(row[mask.bool()].tolist()) for b in batches for row, mask in zip(b.input_ids.cpu(), mask_of(b).cpu()))
+
+
+def mask_of(batch: Batch) -> torch.Tensor:
+    """Return the attention mask of a batch of `soul.data.batches.collate`, which always has one."""
+    assert batch.attention_mask is not None
+    return batch.attention_mask

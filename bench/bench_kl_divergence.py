@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from bench._harness import Case, Errors, compiled
 from bench.bench_token_logprob import scratch
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
-from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
+from soul_kernels.reference.kl_divergence import DIVERGENCE, kl_divergence, reference_distribution
+from soul_kernels.reference.token_logprob import N_BASIC
 from soul_kernels.token_logprob import token_statistics
 
 CHECKED = 64  # rows
@@ -34,7 +35,7 @@ def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool
     logits = scratch(n, n_vocab, device).normal_(std=3)
     ref_logits = scratch(n, n_vocab, device).copy_(logits + 0.3 * torch.randn_like(logits))
     labels = torch.randint(n_vocab, (n,), device=device)
-    statistics, ref_statistics = (torch.empty(4, n, device=device) for _ in range(2))
+    statistics, ref_statistics = (torch.empty(N_BASIC, n, device=device) for _ in range(2))
     known = (logits, ref_logits, labels, statistics, ref_statistics)
     divergences = torch.empty(2, n, device=device)
     coefficients, weights = torch.zeros(n, device=device), torch.ones(n, device=device)
@@ -64,7 +65,7 @@ def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool
         values = kl_divergence(leaf, labels[:CHECKED], reference_distribution(ref_logits[:CHECKED].double(), labels[:CHECKED]))
         (want,) = torch.autograd.grad(values.sum(), leaf)
         errors = {
-            "KL": ((divergences[0, :CHECKED] - values).abs() / values).max().item(),
+            "KL": ((divergences[DIVERGENCE, :CHECKED] - values).abs() / values).max().item(),
             "gradient": ((out[:CHECKED].double() - want).norm() / want.norm()).item(),
         }
         assert errors["KL"] < 1e-3 and errors["gradient"] < 4e-3, errors

@@ -1,29 +1,25 @@
-"""Divergence of each token from a reference model, forward and backward of its mean: ours, eager PyTorch and torch.compile.
+"""Divergence of each token from a reference model: ours, eager PyTorch and torch.compile, forward and backward of its mean.
 
-The divergences may go into any function, so with a trained head backward computes all logits again: 6 products in place of the
-4 of the floor. An objective of the divergences, which is the variant beside it, does not need that.
+As a number for each token it may go into any function. So with a trained head backward computes all logits again: 6 products in
+place of the 4 of the floor. An objective of the divergences (the variant beside it) does not need that.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
 from bench._harness import Case
 from bench._heads import QUICK, SHAPES, SMALL, Function, Inputs, Output, functions_of, make_case, ours
-from soul_kernels import linear_kl
+from soul_kernels import LinearOptions, linear_kl
 
 
-def per_token(**options: Any) -> Function:
-    """Return the mean of ``linear_kl`` as a function of `Inputs`."""
+def per_token(chunk_bytes: int | None = None) -> Function:
+    """Return a function of `Inputs`: the mean of ``linear_kl``, and its values."""
 
     def loss(inputs: Inputs) -> Output:
-        assert inputs.ref_hidden is not None
-        values = linear_kl(
-            inputs.hidden, inputs.weight, inputs.labels, inputs.ref_hidden, ref_weight=inputs.ref_weight, rows=inputs.rows,
-            **options,
-        )  # fmt: skip
+        options = LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes)
+        values = linear_kl(inputs.hidden, inputs.weight, inputs.labels, inputs.reference, options=options)
         return values.mean(), values.detach()
 
     return loss

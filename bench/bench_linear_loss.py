@@ -16,8 +16,8 @@ beside its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtyp
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from bench._heads import (
     SIZES,
     SMALL,
     Function,
+    Functions,
     Inputs,
     Output,
     functions_of,
@@ -41,8 +42,10 @@ from bench._heads import (
     train,
 )
 
+_Policy: TypeAlias = Literal["accurate", "balanced", "compact", "auto"]  # of torch.nn.LinearCrossEntropyOptions
 
-def liger(**options: Any) -> Function:
+
+def liger(**options: torch.dtype) -> Function:
     """Return Liger's fused linear cross-entropy: bf16 logits; dW in ``accum_dtype``, by default the dtype of the weight."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -53,7 +56,7 @@ def liger(**options: Any) -> Function:
     return loss
 
 
-def cut(**options: Any) -> Function:
+def cut(**options: str | None) -> Function:
     """Return cut cross-entropy.
 
     It leaves out blocks of small gradients unless ``filter_eps`` is None. With ``impl="cce_exact"`` it also adds up in fp32;
@@ -68,12 +71,14 @@ def cut(**options: Any) -> Function:
     return loss
 
 
-def of_torch(**options: Any) -> Function:
-    """Return torch's own loss, from 2.13 on: without options a plain matrix product and cross-entropy, with them in chunks."""
+def of_torch(acc_policy: _Policy | None = None, acc_dtype: torch.dtype | None = None) -> Function:
+    """Return torch's own loss, from 2.13 on: without a policy a plain matrix product and cross-entropy, with one in chunks."""
 
     def loss(inputs: Inputs) -> Output:
         x, labels = inputs.flat
-        chunking = torch.nn.LinearCrossEntropyOptions(**options) if options else None
+        chunking = None
+        if acc_policy is not None:
+            chunking = torch.nn.LinearCrossEntropyOptions(acc_policy=acc_policy, acc_dtype=acc_dtype)
         return F.linear_cross_entropy(x, inputs.weight, labels, options=chunking)
 
     return loss
@@ -98,13 +103,13 @@ class SomeKept(Inputs):
 
     def __post_init__(self) -> None:
         self.keep = self.labels >= 0
-        self.rows = self.keep.flatten().nonzero()[:, 0]
+        self.token_indices = self.keep.flatten().nonzero()[:, 0]
         self.is_forget_on_cpu = self.is_forget
 
     @property
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [n, D] and labels [n] of the tokens with a label."""
-        return self.hidden.flatten(0, 1)[self.rows], self.labels.flatten()[self.rows]
+        return self.hidden.flatten(0, 1)[self.token_indices], self.labels.flatten()[self.token_indices]
 
 
 def of_all_tokens(inputs: Inputs) -> Output:
@@ -124,7 +129,7 @@ def fresh_gemms(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return logits @ w, logits.T @ x
 
 
-def compare(functions: Mapping[str, Callable[[], Function]], inputs: Inputs) -> Errors:
+def compare(functions: Functions, inputs: Inputs) -> Errors:
     """Return the relative errors of every variant that runs, of loss and gradients, against the plain loss of all tokens.
 
     All compute in fp32, so that they differ by the order of sums. AssertionError where ours is wrong.
@@ -173,8 +178,8 @@ def make_labelled_case(n: int, n_labelled: int, d: int, n_vocab: int, device: to
     labels = torch.randint(n_vocab, (8, n // 8), device=device)
     labels[:, : -n_labelled // 8] = -100  # prompts, of which nothing is learned
     inputs = SomeKept(hidden, weight, labels, torch.ones(8, dtype=torch.bool))
-    assert len(inputs.rows) == n_labelled
-    functions: dict[str, Callable[[], Function]] = {
+    assert len(inputs.token_indices) == n_labelled
+    functions: Functions = {
         "ours": lambda: ours("CE"),
         "plain Hugging Face loss": lambda: of_all_tokens,
         "eager, of tokens with a label": lambda: of_labelled_tokens,
@@ -210,7 +215,7 @@ def runs_by_default(loss: str, n: int, d: int, n_vocab: int, frozen: bool) -> bo
 def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
     """Yield functions that make the cases; without a GPU one of each loss and head at a small size, and one at full size.
 
-    Without a GPU and quick, only CE is there with a frozen head.
+    Without a GPU and quick, only CE runs with a frozen head.
     """
     if device.type == "cpu":
         if not quick:

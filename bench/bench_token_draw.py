@@ -1,11 +1,11 @@
-"""The row kernels that draw a label, against those that take a given label, which read and write as much."""
+"""Row kernels that draw a label, against those of given labels, which read and write as much."""
 
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
-from bench._harness import Case, Errors
+from bench._harness import Case
 from bench.bench_token_logprob import CHECKED, gradient_error, scratch
 from soul_kernels.reference.token_logprob import LOGP, N_BASIC
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
@@ -13,20 +13,21 @@ from soul_kernels.token_logprob import token_gradient, token_statistics
 
 
 def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool) -> Case:
-    """Make the case of one kernel on ``n`` rows; ``kind`` is "statistics" or "gradient"."""
+    """Return the case of "statistics" or "gradient" on [n, V] logits."""
     logits = scratch(n, n_vocab, device).normal_(std=3)
     uniforms = torch.rand(n, device=device)
     labels = torch.randint(n_vocab, (n,), device=device)
     drawn = labels.clone()
     ones = torch.ones(n, device=device)
-    basic, likeliest = (torch.empty(N_BASIC, n, device=device) for _ in range(2))
+    basic = torch.empty(N_BASIC, n, device=device)
+    likeliest = torch.empty_like(basic)
     out = scratch(n, n_vocab, device, torch.bfloat16)
     measure = functools.partial(token_statistics, logits, labels, basic)
     prepare = functools.partial(likeliest_statistics, logits, drawn, likeliest)
     gradient = functools.partial(token_gradient, logits, labels, basic, ones, out)
     draw = functools.partial(draw_labels, logits, drawn, uniforms, likeliest, ones, out)
 
-    def check() -> Errors:
+    def check() -> dict[str, float]:
         for call in (measure, prepare, draw):
             call()
         logp, error = gradient_error(logits, drawn, out)
@@ -44,7 +45,7 @@ def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
-    """Yield functions that make the cases; none without a GPU, where there is no row kernel to time."""
+    """Yield the functions that make the cases; none without a GPU, where there is no row kernel to time."""
     if device.type == "cpu":
         print("row kernels: need a GPU")
         return

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from bench._harness import Case, Limits, Row, failure
 from bench._llama import LLAMA_1B, LLAMA_7B, SMOLLM2, TINY, Setup, make_model, make_sequences
 from bench._optimizers import gradients, published_step
-from bench._steps import EagerStep, OurStep, sequences_of
+from bench._steps import EagerStep, OurStep, mask_of, sequences_of
 from soul.data.batches import Batch, collate
 from soul.data.examples import Sequence
 from soul.plan import Tokens, plan
@@ -67,7 +67,7 @@ def one_padded(forget: list[Sequence], retain: list[Sequence], length: int, devi
     """Return a batch of one sequence padded to a length, with its padding masked; one of the lists is empty."""
     (sequence,) = forget + retain
     batch = collate([padded(s, length) for s in forget], [padded(s, length) for s in retain], device=device)
-    batch.attention_mask[:, len(sequence.input_ids) :] = 0
+    mask_of(batch)[:, len(sequence.input_ids) :] = 0
     return batch
 
 
@@ -227,7 +227,7 @@ def make_case(
     shape = setup.shape
     first: dict[str, float] = {}  # the likelihoods of the first step at full size, of the variant that ran first
     batch = collate(*data(setup))
-    work = sequences_of([batch]), len(batch.rows)
+    work = sequences_of([batch]), len(batch.token_indices)
     config = config_of(**options)
     name_of_dtype = str(dtype)[6:]
     planned = plan(shape, config, Tokens(len(batch.labels), batch.labels.shape[1], labelled=work[1]), dtype=name_of_dtype)
@@ -263,7 +263,7 @@ def make_case(
         name_of_case,
         {name: functools.partial(start, name) for name in variants},
         functools.partial(check, variants, config.max_grad_norm, setup, device, dtype),
-        tokens=int(batch.attention_mask.sum()),
+        tokens=int(mask_of(batch).sum()),
         model={name: cost(name) for name in variants},
         alone=device.type == "cuda",
         own_memory=True,

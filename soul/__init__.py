@@ -1,10 +1,10 @@
 """Second-order unlearning of large language models: optimizers, objectives, and the loop that puts them together.
 
-The kernels are in ``soul_kernels``. Importing this package needs torch alone; what works on models and data
-(``soul.run.loop``, ``soul.study``, the ``soul`` command) needs the extra ``hf``.
+The kernels are in ``soul_kernels``. Importing this package needs only torch; the parts that work on models and data
+(`Unlearner`, ``soul.study``, the ``soul`` command) need the extra ``hf``.
 """
 
-import soul_kernels  # noqa: F401  first: it raises where torch is too old
+import soul_kernels  # noqa: F401  first: it raises if torch is too old
 from soul import functional, losses, plan
 from soul.model_loss import unlearning_loss
 from soul.models.ref_model import reference_hidden, reference_logps

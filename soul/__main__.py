@@ -1,4 +1,4 @@
-"""``python -m soul``: the command, as torchrun starts it."""
+"""``python -m soul``: the ``soul`` command, in the form that torchrun can start."""
 
 import sys
 

@@ -1,29 +1,30 @@
-"""Bounds on what code from outside may cost."""
+"""Bounds on the time and memory of code that comes with models: chat templates and regular expressions."""
 
 import contextlib
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from soul_kernels.errors import argument_error
 
 
 class _LimitPassed(BaseException):
-    """Raised by `limited` in the middle of other code, which must not handle it as one of its own errors."""
+    """A bound of `limited` was passed; raised in the middle of other code, which must not handle it as an error of its own."""
 
 
 @contextlib.contextmanager
-def limited(name, *, seconds, memory_gib):
-    """Bound what code from outside may cost: processor time of this process, and growth of its peak memory.
+def limited(name: str, *, seconds: float, memory_gib: float) -> Iterator[None]:
+    """Return a context that bounds the processor time of this process and the growth of its peak memory.
 
-    It works by a timer signal (SIGPROF): only in the main thread, and on systems that have it; elsewhere nothing is bounded. It
-    interrupts Python between two operations, so one operation that asks for much memory at once is not stopped.
+    It works by a timer signal (SIGPROF): only in the main thread, and on systems that have it; elsewhere nothing is bounded.
+    The signal interrupts Python between two operations, so one operation that asks for much memory at once is not stopped.
 
     Args:
-        name: what to call the code in the error.
+        name: what the error calls the code.
         seconds: of processor time.
-        memory_gib: GiB beyond the peak before.
+        memory_gib: GiB beyond the peak before the block.
 
     Raises:
         ArgumentError: one of the bounds was passed.
@@ -33,17 +34,18 @@ def limited(name, *, seconds, memory_gib):
         return
     import resource  # not on Windows
 
-    def peak():
+    def peak_gib() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
-    begun, memory = time.process_time(), peak()
+    begun = time.process_time()
+    peak_before = peak_gib()
 
-    def look(*_):
-        if time.process_time() - begun > seconds or peak() - memory > memory_gib:
+    def check(*_: object) -> None:
+        if time.process_time() - begun > seconds or peak_gib() - peak_before > memory_gib:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
             raise _LimitPassed
 
-    before = signal.signal(signal.SIGPROF, look)
+    previous_handler = signal.signal(signal.SIGPROF, check)
     try:
         signal.setitimer(signal.ITIMER_PROF, 0.05, 0.05)
         yield
@@ -52,4 +54,4 @@ def limited(name, *, seconds, memory_gib):
         raise argument_error(name, expected, "one that takes more", "its loops may be endless: use another one") from None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
-        signal.signal(signal.SIGPROF, before)
+        signal.signal(signal.SIGPROF, previous_handler)

@@ -1,4 +1,4 @@
-"""The ``soul`` command. What each command does is in ``soul/commands``.
+"""The ``soul`` command: parsing, and the exit status. The commands themselves are in ``soul/commands``.
 
 Bad input ends with a message and exit status 2, before anything is written.
 """
@@ -7,6 +7,7 @@ import argparse
 import errno
 import os
 import sys
+from collections.abc import Sequence
 
 from soul import __version__
 from soul._extras import MissingExtra
@@ -21,23 +22,31 @@ from soul_kernels.errors import ArgumentError, argument_error
 COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
 
 
-def main(argv=None):
-    """Runs the command; returns the exit status: 0, 2 for bad input or a missing extra, 1 for a run that failed or a result
-    that could not be written, 141 for a result whose reader has gone, 143 for a run that SIGTERM has stopped and ``--resume``
-    continues. The status is that of the work, whatever becomes of reports on the console (`soul.output.console`).
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status.
 
-    Without ``argv`` a process of torchrun ends here (`soul.distributed.exit_process`).
+    The status is that of the work, whatever becomes of reports on the console (`soul.output.console`). Without ``argv`` a
+    process of torchrun ends here (`soul.distributed.exit_process`).
+
+    Args:
+        argv: the command line without the name of the program; None: that of the process.
+
+    Returns:
+        0; 1 for a run that failed or a result that could not be written; 2 for bad input or a missing extra; 130 after Ctrl-C;
+        141 if the reader of a result has gone; 143 for a run that SIGTERM has stopped and ``--resume`` continues.
     """
     with console.safe(whole_process=argv is None):
-        status = _status(sys.argv[1:] if argv is None else argv)
+        status = _status(sys.argv[1:] if argv is None else list(argv))
     if argv is None and "WORLD_SIZE" in os.environ:
         exit_process(status)
     return status
 
 
-def _status(words):
+def _status(words: list[str]) -> int:
+    """Run the command line ``words``; print what went wrong; return the exit status."""
     parser, parser_of = _parsers()
-    command, args = words[0] if words else "", None
+    command = words[0] if words else ""
+    args = None
     try:
         args = _parsed(parser, expand(words, parser_of))
         if launched() > 1 and command != "unlearn":
@@ -47,8 +56,8 @@ def _status(words):
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        left = unlearn.left(args) if command == "unlearn" and args is not None else "no model was saved"
-        print(f"soul {command}: interrupted; {left}", file=sys.stderr)
+        state = unlearn.state_of_output(args) if command == "unlearn" and args is not None else "no model was saved"
+        print(f"soul {command}: interrupted; {state}", file=sys.stderr)
         return 130
     except Stopped as error:
         print(f"soul {command}: {error}", file=sys.stderr)
@@ -64,8 +73,8 @@ def _status(words):
     return 0
 
 
-def _parsed(parser, words):
-    """The options; what --help and --version print is a result too."""
+def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Return the options; the text of --help and --version is checked as any result is."""
     try:
         return parser.parse_args(words)
     except SystemExit as end:
@@ -74,17 +83,21 @@ def _parsed(parser, words):
         raise
 
 
-def _parsers():
-    """The parser of the command line, and that of each command by name."""
-    options = dict(allow_abbrev=False)  # --conf would be --config, and not read as it
-    parser = argparse.ArgumentParser(prog="soul", description="Second-order unlearning of large language models.", **options)
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the command line, and that of each command by name.
+
+    Options cannot be abbreviated: --conf would pass for --config, but its file would not be read.
+    """
+    description = "Second-order unlearning of large language models."
+    parser = argparse.ArgumentParser(prog="soul", description=description, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=__version__)
-    commands, parser_of = parser.add_subparsers(dest="command", required=True, metavar="COMMAND"), {}
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser_of = {}
     for name, command in COMMANDS.items():
-        parser_of[name] = commands.add_parser(name, help=command.HELP, **options)
+        parser_of[name] = subparsers.add_parser(name, help=command.HELP, allow_abbrev=False)
         parser_of[name].set_defaults(run=command.run)
-        parser_of[name].add_argument("--config", metavar="FILE", help="YAML with options of this command by name; what the "
-                                     "command line says wins")  # fmt: skip
+        parser_of[name].add_argument("--config", metavar="FILE", help="YAML with options of this command by name; the command "
+                                     "line wins")  # fmt: skip
         command.add_arguments(parser_of[name])
     return parser, parser_of
 

@@ -1,121 +1,137 @@
 """Unlearning objectives, each a short function of per-token log-probabilities.
 
-An objective is called as ``objective(logps [B, T], batch: TokenBatch) -> [] loss``; autograd of this very code gives the
-fused kernels their coefficients. Notation: F and R are the kept tokens of the forget and of the retain sequences, p_t the
-probability of token t, S_b the summed log-probability of sequence b, n_b its kept tokens; sg[] is not differentiated.
-``gamma`` weighs forgetting and ``alpha`` retaining, everywhere. Which code base means what by a name:
-docs/objectives.md.
+An objective is called as ``objective(logps [B, T], batch: TokenBatch) -> [] loss``. The fused kernels take their per-token
+coefficients from autograd of this code, so a formula stands here and nowhere else.
 
-To write another one: subclass `Objective`, return the forget term, and say in ``additive`` over what it is a plain sum.
+Notation: F and R are the labelled tokens of the forget and of the retain sequences. p_t is the probability of token t, S_b the
+summed log-probability of sequence b, and n_b the number of its labelled tokens. sg[] stops the gradient. ``gamma`` is the
+weight of forgetting and ``alpha`` that of retaining, in every objective. docs/objectives.md compares the formulas with those
+of other code bases, which use the same names for different things.
+
+To add an objective, subclass `Objective`, return the forget term from ``forget``, and set ``additive`` to the unit over which
+the loss is a plain sum.
 """
 
 import inspect
 import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from soul_kernels import Divergence, register_objective
+from soul_kernels import Divergence, TokenBatch, register_objective
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
 
+T = TypeVar("T")
 
-def forget_nll(logps, batch):
-    """Mean negative log-likelihood of the forget tokens: ``-sum_F logp / |F|``."""
+
+def forget_nll(logps: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the mean negative log-likelihood of the forget tokens, []: ``-sum_F logp / |F|``."""
     return -torch.where(batch.mask & batch.is_forget[:, None], logps, 0.0).sum() / batch.n_forget_tokens
 
 
-def retain_nll(logps, batch):
-    """Mean negative log-likelihood of the retain tokens: ``-sum_R logp / |R|``."""
+def retain_nll(logps: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the mean negative log-likelihood of the retain tokens, []: ``-sum_R logp / |R|``."""
     return -torch.where(batch.mask & ~batch.is_forget[:, None], logps, 0.0).sum() / batch.n_retain_tokens
 
 
-def retain_divergence(logps, batch):
-    """Mean divergence of the retain tokens from the reference model, of the kind that the objective asks for."""
+def retain_divergence(logps: Tensor, batch: TokenBatch) -> Tensor:
+    """Return the mean divergence from the reference model at the retain tokens, [], of the kind that the objective requests."""
+    assert batch.divergences is not None  # the op computes what the objective's `divergence` requests
     return (batch.divergences * (batch.mask & ~batch.is_forget[:, None])).sum() / batch.n_retain_tokens
 
 
-RETAIN_TERMS = {"ce": retain_nll, "kl": retain_divergence, "soul_kl": retain_divergence}
+RETAIN_TERMS: dict[str, Callable[[Tensor, TokenBatch], Tensor]] = {
+    "ce": retain_nll,
+    "kl": retain_divergence,
+    "soul_kl": retain_divergence,
+}
 
 
 class Objective:
-    """Base of the objectives: ``gamma forget(logps, batch) + alpha retain``.
+    """The base class of the objectives: ``gamma forget(logps, batch) + alpha retain``.
 
     Args:
         gamma: weight of forgetting, >= 0.
         alpha: weight of retaining, >= 0. With 0 there is no retain term, and no retain sequence is needed.
-        retain: the retain term, a mean over R: "ce", the cross-entropy; "kl", KL(reference || model) over the vocabulary
-            (TOFU, open-unlearning); or "soul_kl", the cross-entropy H(model, reference) that SOUL's code calls KL. The last two
-            need the reference's hidden states.
+        retain: the retain term, a mean over R: "ce", the cross-entropy; "kl", KL(reference model || model) over the vocabulary
+            (TOFU, open-unlearning); or "soul_kl", the cross-entropy H(model, reference model) that SOUL's code calls KL. "kl"
+            and "soul_kl" need the hidden states of the reference model.
 
     Attributes:
-        additive: "tokens", "sequences" or "pairs" (of sequences 2i and 2i + 1): the loss is a sum over these, so it can be
-            computed chunk by chunk; None: it is not, and takes a second sweep where the batch is larger than a chunk.
-        needs_reference: ``batch.ref_logps`` must be given.
-        needs_statistics: ``batch.statistics`` must be there.
-        divergence: a `soul_kernels.Divergence`, what must be in ``batch.divergences``; or None.
-        relabels: the forget sequences must be answered by refusals instead of their own answers.
-        pairs: the forget sequences come in pairs, the refusal right after the answer that it replaces.
+        additive: the unit over which the loss is a plain sum, so that it can be computed chunk by chunk: "tokens", "sequences"
+            or "pairs" (sequences 2i and 2i + 1). None: it is no such sum, and a batch larger than a chunk takes two sweeps.
+        needs_reference: whether ``batch.ref_logps`` must be set.
+        needs_statistics: whether ``batch.statistics`` must be set.
+        divergence: a `soul_kernels.Divergence` that describes what ``batch.divergences`` must hold; or None.
+        relabels: whether the answers of the forget sequences must be replaced by refusals beforehand.
+        pairs: whether the forget sequences come in pairs, each answer followed by the refusal that is to replace it.
+        key: the number by which ops under torch.compile, which take no Python objects, look the objective up.
     """
 
-    additive = None
-    needs_reference = False
-    needs_statistics = False
-    relabels = False
-    pairs = False
+    additive: str | None = None
+    needs_reference: bool = False
+    needs_statistics: bool = False
+    relabels: bool = False
+    pairs: bool = False
 
-    def __init__(self, gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(self, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce") -> None:
         check_range("gamma", gamma)
         check_range("alpha", alpha)
         check_choice("retain", retain, tuple(RETAIN_TERMS))
-        self.gamma, self.alpha, self.retain = gamma, alpha, retain
-        self.key = register_objective(self)  # a number, by which an opaque op finds it under torch.compile
+        self.gamma = gamma
+        self.alpha = alpha
+        self.retain = retain
+        self.key: int = register_objective(self)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "key"}
 
-    def __setstate__(self, state):
-        vars(self).update(state, key=register_objective(self))  # a copy has a number of its own
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, key=register_objective(self))  # a copy is another objective, and gets its own number
 
-    def __call__(self, logps, batch):
-        """The loss, []: the sum of `terms`."""
-        return sum(self.terms(logps, batch).values())
+    def __call__(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the loss, []: the sum of `terms`."""
+        return sum(self.terms(logps, batch).values())  # type: ignore[return-value]  # there is at least one term
 
-    def terms(self, logps, batch):
-        """The weighted terms of the loss by name, each []: forget and, unless alpha is 0, retain.
+    def terms(self, logps: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+        """Return the weighted terms of the loss by name, each []: "forget" and, unless alpha is 0, "retain".
 
         Args:
             logps: [B, T] log-probabilities, 0 where a label is ignored.
-            batch: the `soul_kernels.TokenBatch` that belongs to them.
+            batch: the `soul_kernels.TokenBatch` of the same tokens.
         """
         terms = {"forget": self.gamma * self.forget(logps, batch)}
         if self.alpha:
             terms["retain"] = self.alpha * RETAIN_TERMS[self.retain](logps, batch)
         return terms
 
-    def forget(self, logps, batch):
-        """The forget term, [], without its weight."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the forget term, [], without its weight."""
         raise NotImplementedError
 
     @property
-    def divergence(self):
-        """What the retain term needs."""
+    def divergence(self) -> Divergence | None:
+        """The divergence that the retain term needs."""
         return Divergence("retain", self.retain) if self.retain != "ce" and self.alpha else None
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.__getstate__().items())
         return f"{type(self).__name__}({arguments})"
 
 
 class GradAscent(Objective):
-    """``-gamma CE(F)``: gradient ascent on what is to be forgotten. GA in SOUL, TOFU and open-unlearning."""
+    """``-gamma CE(F)``: gradient ascent on the forget tokens. GA in SOUL, TOFU and open-unlearning."""
 
     additive = "tokens"
 
-    def __init__(self, gamma=1.0):
+    def __init__(self, gamma: float = 1.0) -> None:
         super().__init__(gamma, alpha=0.0)
 
-    def forget(self, logps, batch):
-        """``-CE(F)``."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return ``-CE(F)``."""
         return -forget_nll(logps, batch)
 
 
@@ -126,44 +142,45 @@ class GradDiff(Objective):
 
     additive = "tokens"
 
-    def forget(self, logps, batch):
-        """``-CE(F)``."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return ``-CE(F)``."""
         return -forget_nll(logps, batch)
 
 
 class KLMin(GradDiff):
-    """``-gamma CE(F) + alpha KL(reference || model)(R)``: KL minimization of TOFU (arXiv 2401.06121, appendix)."""
+    """``-gamma CE(F) + alpha KL(reference model || model)(R)``: KL minimization of TOFU (arXiv 2401.06121, appendix)."""
 
-    def __init__(self, gamma=1.0, alpha=1.0):
+    def __init__(self, gamma: float = 1.0, alpha: float = 1.0) -> None:
         super().__init__(gamma, alpha, "kl")
 
 
 class PO(Objective):
-    """``gamma CE(F') + alpha retain`` where F' are the forget questions answered by refusals. Preference optimization in the
-    SOUL paper (CL+FT in its code), IDK in TOFU. The data must be relabelled before: see `soul.data.refuse`.
+    """``gamma CE(F') + alpha retain``, where F' are the forget questions with refusals for answers. Preference optimization in
+    the SOUL paper (CL+FT in its code), IDK in TOFU. The data must be relabelled beforehand: see `soul.data.refuse`.
     """
 
     additive = "tokens"
     relabels = True
 
-    def forget(self, logps, batch):
-        """``CE(F')``."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return ``CE(F')``."""
         return forget_nll(logps, batch)
 
 
 class NPO(Objective):
     """Negative preference optimization (Zhang et al. 2024, arXiv 2404.05868, equation 3) with a retain term.
 
-    ``reduction="sequence_sum"``, the paper and open-unlearning: each sequence by the sum over its tokens::
+    ``reduction="sequence_sum"``, as in the paper and in open-unlearning: one log-ratio for each sequence, of the sums over its
+    tokens::
 
         -gamma (2 / beta) mean_b logsigmoid(-beta (S_b - ref_b)) + alpha retain
 
-    ``reduction="token_mean"``, SOUL's code: one ratio for the batch, of token means; not a sum over sequences::
+    ``reduction="token_mean"``, as in SOUL's code: one log-ratio for the batch, of token means; not a sum over sequences::
 
         -gamma (2 / beta) logsigmoid(-beta (sum_b S_b - sum_b ref_b) / |F|) + alpha retain
 
     Args:
-        beta: inverse temperature, > 0. For beta -> 0 the gradient is that of gradient ascent.
+        beta: inverse temperature, > 0. As beta approaches 0, the gradient approaches that of gradient ascent.
         gamma: weight of forgetting.
         alpha: weight of retaining.
         reduction: "sequence_sum" or "token_mean".
@@ -172,18 +189,27 @@ class NPO(Objective):
 
     needs_reference = True
 
-    def __init__(self, beta=0.1, gamma=1.0, alpha=1.0, reduction="sequence_sum", retain="ce"):
+    def __init__(
+        self,
+        beta: float = 0.1,
+        gamma: float = 1.0,
+        alpha: float = 1.0,
+        reduction: str = "sequence_sum",
+        retain: str = "ce",
+    ) -> None:
         super().__init__(gamma, alpha, retain)
         check_choice("reduction", reduction, ("sequence_sum", "token_mean"))
-        self.beta, self.reduction = _positive("beta", beta, "0.1 is what the papers use"), reduction
+        check_positive("beta", beta, "0.1 is what the papers use")
+        self.beta = beta
+        self.reduction = reduction
 
     @property
-    def additive(self):
-        """Over sequences, unless the batch shares one ratio."""
+    def additive(self) -> str | None:  # type: ignore[override]  # it follows from the reduction, and is not set
+        """A sum over sequences, unless the batch shares one log-ratio."""
         return "sequences" if self.reduction == "sequence_sum" else None
 
-    def forget(self, logps, batch):
-        """-(2 / beta) logsigmoid(-beta log-ratio), a mean."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean of ``-(2 / beta) logsigmoid(-beta log_ratio)``."""
         counted = batch.is_forget & batch.mask.any(1)
         ratio = torch.where(counted, _log_ratios(logps, batch), 0.0)
         if self.reduction == "sequence_sum":
@@ -198,11 +224,11 @@ class SimNPO(Objective):
 
         -gamma (2 / beta) mean_b logsigmoid(-beta (S_b / n_b + delta)) + alpha retain
 
-    As coded in open-unlearning, whose configuration has beta 4.5, delta 0, gamma 0.125; the margin of the paper is beta delta.
+    As coded in open-unlearning, whose configuration has beta 4.5, delta 0, gamma 0.125. The paper's margin is beta delta.
 
     Args:
         beta: inverse temperature, > 0.
-        delta: margin, in nats a token.
+        delta: margin, in nats per token.
         gamma: weight of forgetting.
         alpha: weight of retaining.
         retain: as in `Objective`.
@@ -210,14 +236,18 @@ class SimNPO(Objective):
 
     additive = "sequences"
 
-    def __init__(self, beta=4.5, delta=0.0, gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(
+        self, beta: float = 4.5, delta: float = 0.0, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce"
+    ) -> None:
         super().__init__(gamma, alpha, retain)
         if not math.isfinite(delta):
             raise argument_error("delta", "a finite number", delta, "0 is open-unlearning's")
-        self.beta, self.delta = _positive("beta", beta, "4.5 is open-unlearning's"), delta
+        check_positive("beta", beta, "4.5 is open-unlearning's")
+        self.beta = beta
+        self.delta = delta
 
-    def forget(self, logps, batch):
-        """-(2 / beta) logsigmoid(-beta (mean log p + delta)), a mean over sequences."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean over sequences of ``-(2 / beta) logsigmoid(-beta (mean_logp + delta))``."""
         counted = batch.is_forget & (batch.lengths > 0)
         mean = (logps * batch.mask).sum(1) / batch.lengths.clamp(min=1)
         value = F.logsigmoid(-self.beta * (mean + self.delta)) * counted
@@ -229,13 +259,13 @@ class DPO(Objective):
 
         -gamma factor mean_i logsigmoid(beta ((S_w - ref_w) - (S_l - ref_l))) + alpha retain
 
-    The forget sequences come in pairs: at 2i the answer l that is to be forgotten, at 2i + 1 the answer w that is preferred
-    (both count as forget sequences): see `soul.data.pair_refusals`. IdkDPO and AltPO in open-unlearning.
+    The forget sequences come in pairs: at 2i the answer l that is to be forgotten, at 2i + 1 the preferred answer w. Both count
+    as forget sequences; `soul.data.pair_refusals` makes them. IdkDPO and AltPO in open-unlearning.
 
     Args:
         beta: inverse temperature, > 0.
-        factor: "2/beta", as in open-unlearning and like NPO, so that the gradient at the reference does not depend on beta; or
-            "1", as in the paper and in TRL: at beta 0.1 a twentieth of that.
+        factor: "2/beta", as in open-unlearning and like NPO, so that the gradient at the reference model does not depend on
+            beta; or "1", as in the paper and in TRL, which is a twentieth of that at beta 0.1.
         gamma: weight of forgetting.
         alpha: weight of retaining.
         retain: as in `Objective`.
@@ -245,16 +275,20 @@ class DPO(Objective):
     needs_reference = True
     pairs = True
 
-    def __init__(self, beta=0.1, factor="2/beta", gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(
+        self, beta: float = 0.1, factor: str = "2/beta", gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce"
+    ) -> None:
         super().__init__(gamma, alpha, retain)
         check_choice("factor", factor, ("2/beta", "1"))
-        self.beta, self.factor = _positive("beta", beta, "0.1 is what the papers use"), factor
+        check_positive("beta", beta, "0.1 is what the papers use")
+        self.beta = beta
+        self.factor = factor
 
-    def forget(self, logps, batch):
-        """-factor logsigmoid(beta margin), a mean over pairs."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean over pairs of ``-factor logsigmoid(beta margin)``."""
         answer, refusal = _pairs(_log_ratios(logps, batch))
         counted = torch.logical_and(*_pairs(batch.is_forget & batch.mask.any(1)))
-        # Pairs of the whole batch, though this may be a part of it.
+        # The mean is over the pairs of the whole batch, of which this may be one chunk.
         n_pairs = torch.logical_and(*_pairs(batch.whole.is_forget & batch.whole.mask.any(1))).sum().clamp(min=1)
         margin = torch.where(counted, refusal - answer, 0.0)
         value = (F.logsigmoid(self.beta * margin) * counted).sum() / n_pairs
@@ -264,18 +298,24 @@ class DPO(Objective):
 class WGA(Objective):
     """Weighted gradient ascent (Wang et al. 2025, arXiv 2502.19301): ``gamma mean_F(sg[p_t]^beta logp_t) + alpha retain``.
 
-    As coded in open-unlearning, whose default beta is 1. beta = 0 is gradient ascent.
+    As coded in open-unlearning, whose default beta is 1. With beta 0 it is gradient ascent.
+
+    Args:
+        beta: exponent of p, >= 0.
+        gamma: weight of forgetting.
+        alpha: weight of retaining.
+        retain: as in `Objective`.
     """
 
     additive = "tokens"
 
-    def __init__(self, beta=1.0, gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce") -> None:
         super().__init__(gamma, alpha, retain)
         check_range("beta", beta)
         self.beta = beta
 
-    def forget(self, logps, batch):
-        """Mean of sg[p^beta] log p."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean of ``sg[p^beta] log p``."""
         return -forget_nll(torch.exp(self.beta * logps.detach()) * logps, batch)
 
 
@@ -286,33 +326,44 @@ class SatImp(Objective):
 
     As coded in open-unlearning, whose defaults are beta1 5, beta2 1, gamma 0.1 in its configuration. 1 - p is taken from
     expm1, so memorised tokens keep their weight.
+
+    Args:
+        beta1: exponent of p, >= 0.
+        beta2: exponent of 1 - p, >= 0.
+        gamma: weight of forgetting.
+        alpha: weight of retaining.
+        retain: as in `Objective`.
     """
 
     additive = "tokens"
 
-    def __init__(self, beta1=5.0, beta2=1.0, gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(
+        self, beta1: float = 5.0, beta2: float = 1.0, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce"
+    ) -> None:
         super().__init__(gamma, alpha, retain)
         check_range("beta1", beta1)
         check_range("beta2", beta2)
-        self.beta1, self.beta2 = beta1, beta2
+        self.beta1 = beta1
+        self.beta2 = beta2
 
-    def forget(self, logps, batch):
-        """Mean of sg[p^beta1 (1 - p)^beta2] log p."""
-        known = logps.detach()
-        weight = torch.exp(self.beta1 * known) * (-torch.expm1(known)) ** self.beta2
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean of ``sg[p^beta1 (1 - p)^beta2] log p``."""
+        constant = logps.detach()
+        weight = torch.exp(self.beta1 * constant) * (-torch.expm1(constant)) ** self.beta2
         return -forget_nll(weight * logps, batch)
 
 
 class CEU(Objective):
-    """Cross-entropy unlearning (Yang 2025, arXiv 2503.01224): the model is to match itself without the label::
+    """Cross-entropy unlearning (Yang 2025, arXiv 2503.01224): the target is the model's own distribution without the label::
 
         gamma mean_F CE(sg[q_t], p_t) + alpha retain        q: the softmax of the logits with that of the label at -inf
 
-    ``CE(q, p) = -log(1 - p_y) + entropy(q)``, and q is not differentiated: CE-U **is** the unlikelihood loss, plus a number
-    without gradient. Its coefficient is ``p / (1 - p)``: on memorised text it lives on the accuracy of 1 - p.
+    ``CE(q, p) = -log(1 - p_y) + entropy(q)``, and q is not differentiated. CE-U therefore **is** the unlikelihood loss, plus a
+    constant without gradient. Its coefficient is ``p / (1 - p)``, which on memorised text depends on an accurate 1 - p.
 
     Args:
-        ignore_first: kept tokens at the start of each forget sequence that do not count; open-unlearning's default is 1.
+        ignore_first: number of labelled tokens at the start of each forget sequence that do not count; open-unlearning's
+            default is 1.
         gamma: weight of forgetting.
         alpha: weight of retaining.
         retain: as in `Objective`.
@@ -321,34 +372,36 @@ class CEU(Objective):
     additive = "sequences"
     needs_statistics = True
 
-    def __init__(self, ignore_first=1, gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(self, ignore_first: int = 1, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce") -> None:
         super().__init__(gamma, alpha, retain)
         if isinstance(ignore_first, bool) or not (isinstance(ignore_first, int) and ignore_first >= 0):
             raise argument_error("ignore_first", "an integer >= 0", repr(ignore_first), "it is a number of tokens")
         self.ignore_first = ignore_first
 
-    def forget(self, logps, batch):
-        """Mean of -log(1 - p) + entropy of the rest."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean of ``-log(1 - p) + entropy(q)``."""
+        assert batch.statistics is not None  # the op computes them for `needs_statistics`
         counted = batch.mask & batch.is_forget[:, None] & (batch.mask.cumsum(1) > self.ignore_first)
         n_tokens = ((batch.whole.lengths - self.ignore_first).clamp(min=0) * batch.whole.is_forget).sum().clamp(min=1)
-        logps = torch.where(counted, logps, -1.0)  # of the others nothing may reach a logarithm
+        logps = torch.where(counted, logps, -1.0)  # keeps the values of the other tokens out of the logarithms
         log_rest = _log1mexp(logps)
-        known, log_own = logps.detach(), log_rest.detach()
+        constant = logps.detach()
+        constant_rest = log_rest.detach()
         # entropy(p) = binary entropy of p_y + (1 - p_y) entropy(q)
-        entropy = (batch.statistics.entropies + torch.exp(known) * known) / log_own.exp() + log_own
+        entropy = (batch.statistics.entropies + torch.exp(constant) * constant) / constant_rest.exp() + constant_rest
         return ((entropy - log_rest) * counted).sum() / n_tokens
 
 
 class UNDIAL(Objective):
     """Self-distillation with adjusted logits (Dong et al. 2024, arXiv 2402.10052)::
 
-        gamma mean_F CE(q, p) + alpha retain        q: softmax of the reference's logits, the label's lowered by beta
+        gamma mean_F CE(q, p) + alpha retain        q: softmax of the reference model's logits, the label's lowered by beta
 
-    A mean over kept tokens; open-unlearning's code averages over prompts and padding as well, and lowers whatever token -100
-    points to there. The reference's hidden states are needed.
+    A mean over labelled tokens. Open-unlearning's code averages over prompts and padding as well, and at those it lowers the
+    token to which the index -100 points. The hidden states of the reference model are needed.
 
     Args:
-        beta: how far the label's logit is lowered, >= 0; open-unlearning's configuration has 10.
+        beta: the amount by which the label's logit is lowered, >= 0; open-unlearning's configuration has 10.
         gamma: weight of forgetting.
         alpha: weight of retaining; open-unlearning's configuration has 0.
         retain: "ce" or "kl".
@@ -356,50 +409,46 @@ class UNDIAL(Objective):
 
     additive = "tokens"
 
-    def __init__(self, beta=10.0, gamma=1.0, alpha=1.0, retain="ce"):
+    def __init__(self, beta: float = 10.0, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce") -> None:
         super().__init__(gamma, alpha, retain)
         check_choice("retain", retain, ("ce", "kl"))
         check_range("beta", beta)
         self.beta = beta
 
-    def forget(self, logps, batch):
-        """Mean of CE(q, p) = KL(q || p) + entropy(q)."""
+    def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
+        """Return the mean of ``CE(q, p) = KL(q || p) + entropy(q)``."""
+        assert batch.divergences is not None and batch.ref_entropies is not None  # the op computes both for `divergence`
         cross_entropies = batch.divergences + batch.ref_entropies
         return (cross_entropies * (batch.mask & batch.is_forget[:, None])).sum() / batch.n_forget_tokens
 
     @property
-    def divergence(self):
-        """That of the forget sequences from the adjusted reference; of all where the retain term is KL."""
+    def divergence(self) -> Divergence:
+        """The divergence of the forget sequences from the adjusted reference model; of all where the retain term is KL."""
         of_all = self.retain == "kl" and self.alpha  # torch.compile of torch 2.11 cannot branch on super().divergence
         return Divergence("all" if of_all else "forget", "kl", self.beta)
 
 
-def _log1mexp(logps):
-    """log(1 - p), accurate in value and derivative, ``-p / (1 - p)``, for p close to 0 and close to 1."""
+def _log1mexp(logps: Tensor) -> Tensor:
+    """Return log(1 - p), accurate in value and in derivative, ``-p / (1 - p)``, for p close to 0 and close to 1."""
     likely = logps > -math.log(2)
     close_to_one = torch.log((-torch.expm1(torch.where(likely, logps, -1.0))).clamp(min=1e-37))
     return torch.where(likely, close_to_one, torch.log1p(-torch.exp(torch.where(likely, -1.0, logps))))
 
 
-def _positive(name, value, remedy):
-    check_positive(name, value, remedy)
-    return value
-
-
-def _log_ratios(logps, batch):
-    """``S_b - ref_b`` of each sequence, [B]."""
+def _log_ratios(logps: Tensor, batch: TokenBatch) -> Tensor:
+    """Return ``S_b - ref_b`` of each sequence, [B]."""
     if batch.ref_logps is None:
         remedy = "compute them with soul.reference_logps before the first step"
-        raise argument_error("ref_logps", "one value a sequence", None, remedy)
+        raise argument_error("ref_logps", "one value per sequence", None, remedy)
     return (logps * batch.mask).sum(1) - batch.ref_logps
 
 
-def _pairs(values):
-    """[B] -> the values of sequences 2i, and of sequences 2i + 1, [B // 2] each."""
+def _pairs(values: Tensor) -> tuple[Tensor, ...]:
+    """Split values [B] of sequences into those of sequences 2i and those of sequences 2i + 1, [B // 2] each."""
     return values[: len(values) // 2 * 2].view(-1, 2).unbind(1)
 
 
-OBJECTIVES = {
+OBJECTIVES: dict[str, type[Objective]] = {
     "ga": GradAscent,
     "graddiff": GradDiff,
     "klmin": KLMin,
@@ -414,20 +463,30 @@ OBJECTIVES = {
 }
 
 
-def get(name, **options):
-    """The objective of a name, for configurations: ``get("npo", beta=0.1)``.
+def get(name: str, **options: Any) -> Objective:
+    """Return the objective of a name in ``OBJECTIVES``, as configurations give it: ``get("npo", beta=0.1)``.
 
     Raises:
-        ValueError: no objective of that name, or none with these options; the known ones are listed.
+        ArgumentError: there is no objective of that name, or it has no such option; the known ones are listed.
     """
     return build(OBJECTIVES, name, options)
 
 
-def build(kinds, name, options):
-    """The kind of a name, of a dict of classes, with options that it knows."""
-    check_choice("method", name, tuple(kinds))
-    known = inspect.signature(kinds[name]).parameters
+def build(classes: Mapping[str, Callable[..., T]], name: str, options: Mapping[str, Any]) -> T:
+    """Return an instance of the class with this name, built with options that its constructor must know.
+
+    Args:
+        classes: classes by name.
+        name: one of the names.
+        options: keyword arguments of the class.
+
+    Raises:
+        ArgumentError: as `get`.
+    """
+    check_choice("method", name, tuple(classes))
+    cls = classes[name]
+    known = inspect.signature(cls).parameters
     for option in options:
         if option not in known:
-            raise argument_error("method", f"options of {kinds[name].__name__} ({', '.join(known)})", option, "drop it")
-    return kinds[name](**options)
+            raise argument_error("method", f"options of {cls.__name__} ({', '.join(known)})", option, "drop it")
+    return cls(**options)

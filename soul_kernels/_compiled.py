@@ -1,14 +1,18 @@
-"""The references of the optimizer's ops under torch.compile: C++ on a CPU, inductor's Triton elsewhere.
+"""References of the optimizer's ops under torch.compile: C++ on a CPU, inductor's Triton elsewhere.
 
-A reference updates one block after another by a function of tensors (``step_block``, ``ema_block``). `Compiled` stands in for
-such a function. For every *variant*, which is the dtypes of the tensors, which of them are there, and the options, it compiles
-the function once, for blocks of any number of rows: whatever differs from call to call comes as a tensor.
+How the file works. A reference updates a tensor block by block, with a function of tensors such as ``step_block`` or
+``ema_block``. A `Compiled` object takes the place of that function. It compiles the function once for every *variant*, and
+keeps the variants of the process in `_variants`. A variant is the dtypes of the tensors, which of them are None, the options,
+and the global settings for which torch compiles anew (`_surroundings`). Blocks may have any number of rows, and everything that
+differs from call to call is passed as a tensor: so one variant serves all calls.
 
-A variant is used only after its results have been those of the function itself, bit for bit, on numbers made for the purpose:
-compilers may fuse multiply and add, flush subnormal numbers or leave out roundings. If anything fails, nothing of the user's
-has been touched; the process then stays with the reference, and says so once.
+`_proven` runs a new variant on example tensors before it is used, and compares the results with those of the function itself
+bit for bit: compilers may fuse multiply and add, flush subnormal numbers or leave out roundings. Until then nothing of the
+user's has been touched. If anything fails, the process stays with the reference and warns once (`_refuse`).
 
-Safe to change: `BLOCK`, `PAYS`, `OPTIONS`. A new argument of a block function needs a line in `_example`.
+Safe to change: `BLOCK`, `PAYS`, and `OPTIONS` beside the three that keep the reference's bits. A new argument of a block
+function must get an example in `_example_tensor`. A global setting for which torch compiles anew must be in `_surroundings`;
+otherwise torch would compile code that was never compared.
 """
 
 import math
@@ -20,40 +24,44 @@ import threading
 import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from soul_kernels.reference.rounding import GROUP
 from soul_kernels.tensors import has_data
 
-BLOCK = 1 << 20  # elements: a call costs 40 us, and what 8-bit states need in between takes 8 bytes an element
+BLOCK = 1 << 20  # elements: a call costs 40 us, and the temporaries of 8-bit states take 8 bytes an element
 SHORTEST = 2 * GROUP  # one row would be a variant of its own: torch.compile makes constants of the sizes 0 and 1
-# Elements in an optimizer from which "auto" compiles on a CPU. The first variant takes 15 to 24 s of processor time, 3 to 5 s
-# where torch finds it on the disk. On one thread a step then saves 5 ns an element (fp32) to 20 ns (8-bit states), for these
-# 0.08 to 0.35 s: the first compilation is repaid in 45 to 300 steps, a later one in 10 to 60.
+# From so many elements in an optimizer on, "auto" compiles on a CPU. The first variant takes 15 to 24 s of processor time, 3 to
+# 5 s if torch has it on the disk. On one thread a step then saves 5 ns (fp32) to 20 ns (8-bit states) an element, which is 0.08
+# to 0.35 s for so many: the first compilation is repaid in 45 to 300 steps, a later one in 10 to 60.
 PAYS = 1 << 24
-OPTIONS = {
-    "cpp.enable_floating_point_contract_flag": "off",  # these three: the bits of the reference
+OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp.enable_floating_point_contract_flag": "off",  # this and the next two keep the bits of the reference
     "cpp.enable_unsafe_math_opt_flag": False,
     "emulate_precision_casts": True,
-    "cpp_cache_precompile_headers": False,  # they take longer than the few variants that there are
-    "compile_threads": 1,  # one kernel a variant: a pool of processes would only cost its start
+    "cpp_cache_precompile_headers": False,  # making them takes longer than compiling the few variants
+    "compile_threads": 1,  # a variant is one kernel: a pool of processes would only cost its start
 }
-# Zeros, subnormal numbers, halves between two bf16 numbers, and what is not finite.
+EXAMPLE_ROWS = 5  # of the tensors that a new variant is tried on
+# Zeros, subnormal numbers, halves between two bf16 numbers, and numbers that are not finite, which are tried as well.
 SPECIAL = (0.0, -0.0, 1e-40, -3e-39, 1e-7, 1.00390625, -1.01171875, 3e38, math.inf, -math.inf, math.nan)
 
+Argument = torch.Tensor | tuple[torch.Tensor, ...] | None  # a positional argument of a block function
+
 _variants: dict[tuple, Callable] = {}
-_refusals: list[str] = []  # why nothing is compiled in this process; empty while all is well
+_refusals: list[str] = []  # why this process compiles nothing more; empty while compiling works
 _lock = threading.Lock()
 
 
 def can_compile(backend: str, tensor: torch.Tensor, numel: int) -> bool:
-    """Tell whether an op is to be compiled; warn, once in a process, where that is wanted and cannot be.
+    """Tell whether an op is to be compiled. Warn, once in a process, where that is asked for and there is no compiler.
 
     Args:
-        backend: "compile", or "auto": on a CPU, from `PAYS` elements on.
-        tensor: one of the op's tensors; it tells the device.
-        numel: elements of all of them.
+        backend: "compile", or "auto", which compiles on a CPU from `PAYS` elements on.
+        tensor: one of the op's tensors, for its device.
+        numel: number of elements of all of them.
     """
     on_cpu = tensor.device.type == "cpu"
     if backend == "auto" and not (on_cpu and numel >= PAYS):
@@ -66,25 +74,30 @@ def can_compile(backend: str, tensor: torch.Tensor, numel: int) -> bool:
 
 
 def cpp_compiler() -> str:
-    """Return the name of the compiler that torch takes for C++."""
+    """Return the name of the C++ compiler that torch uses."""
     return os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
 
 
 class Compiled:
-    """A block function of a reference, compiled for whatever it is called with.
+    """A block function of a reference, compiled for the kinds of arguments that it is called with.
 
     Args:
-        function: positional arguments are tensors, None, or tuples of tensors; keyword arguments are options.
+        function: its positional arguments are tensors, None, or tuples of tensors; its keyword arguments are options.
+
+    Attributes:
+        function: the same.
+        size: number of elements of the blocks that it is to be called with.
     """
 
     size = BLOCK
 
-    def __init__(self, function: Callable[..., None]):
+    def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
 
-    def __call__(self, *arguments, **options) -> None:
+    def __call__(self, *arguments: Argument, **options: bool | str) -> None:
         """Update a block in place, as ``function`` does."""
         lead = arguments[0]
+        assert isinstance(lead, torch.Tensor)
         if lead.numel() < SHORTEST or lead.shape[1] != GROUP:
             return self.function(*arguments, **options)
         signature = tuple(argument if argument is None else getattr(argument, "dtype", None) for argument in arguments)
@@ -100,13 +113,13 @@ class Compiled:
         try:
             variant(*arguments, **options)
         except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
-            # Something else has changed, and torch compiles anew before it computes anything.
+            # A setting that is not in `_surroundings` has changed. torch compiles anew before it computes, so nothing is lost.
             _refuse(_first_line(error), _REMEDY)
             self.function(*arguments, **options)
 
 
 def _surroundings(device_type: str) -> tuple:
-    """Return what torch compiles anew for where it has changed; each has a variant, so that none is compiled unproven."""
+    """Return the global settings for which torch compiles anew: they are part of a variant, so that none is used unproven."""
     return (
         torch.get_num_threads(),
         torch.get_default_dtype(),
@@ -116,8 +129,10 @@ def _surroundings(device_type: str) -> tuple:
     )
 
 
-def _proven(function: Callable[..., None], arguments: tuple, options: dict) -> Callable[..., None]:
-    """Return a variant that gives the bits of ``function``; ``function`` itself where there is none."""
+def _proven(
+    function: Callable[..., None], arguments: tuple[Argument, ...], options: dict[str, bool | str]
+) -> Callable[..., None]:
+    """Return a compiled variant that gives the bits of ``function``, or ``function`` itself if there is none."""
     try:
         import torch._dynamo
         import torch._inductor
@@ -126,17 +141,17 @@ def _proven(function: Callable[..., None], arguments: tuple, options: dict) -> C
             _refuse("torch.compile is switched off", "unset TORCH_COMPILE_DISABLE and TORCHDYNAMO_DISABLE")
             return function
         known = torch._inductor.list_options()
-        # torch keeps what it has compiled by code object, and at most 8 of one.
+        # A copy with a code object of its own: torch keeps at most 8 compiled versions of a code object.
         twin = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         twin.__kwdefaults__ = function.__kwdefaults__
         chosen = {name: value for name, value in OPTIONS.items() if name in known}
         variant = torch.compile(twin, dynamic=True, fullgraph=True, options=chosen)
         got, want = _examples(function, arguments), _examples(function, arguments)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed", UserWarning)  # in our tensors they may be
+            warnings.filterwarnings("ignore", "bf16 and fp16 are mixed", UserWarning)  # our tensors may mix them
             variant(*got, **options)
         function(*want, **options)
-    except Exception as error:  # of a compiler anything may come
+    except Exception as error:  # a compiler may raise anything
         _refuse(_first_line(error), _REMEDY)
         return function
     if not all(map(_same, got, want)):
@@ -147,47 +162,50 @@ def _proven(function: Callable[..., None], arguments: tuple, options: dict) -> C
 
 
 def _names(function: Callable[..., None]) -> tuple[str, ...]:
+    """Return the names of a function's positional arguments."""
     return function.__code__.co_varnames[: function.__code__.co_argcount]
 
 
-def _examples(function: Callable[..., None], arguments: tuple) -> list:
-    """Return arguments like ``arguments``, the same ones at every call."""
+def _examples(function: Callable[..., None], arguments: tuple[Argument, ...]) -> list[Argument]:
+    """Return example arguments of the same kinds as ``arguments``, with the same values at every call."""
     generator = torch.Generator().manual_seed(0)
     return [_example(name, argument, generator) for name, argument in zip(_names(function), arguments)]
 
 
-def _example(name: str, argument: torch.Tensor | tuple | None, generator: torch.Generator, rows: int = 5):
+def _example(name: str, argument: Argument, generator: torch.Generator) -> Argument:
+    """Return an example of an argument of a block function."""
     if argument is None:
         return None
     if isinstance(argument, tuple):
-        return type(argument)(*(_example(name, entry, generator) for entry in argument))
+        return type(argument)(*(_example_tensor(name, entry, generator) for entry in argument))
+    return _example_tensor(name, argument, generator)
+
+
+def _example_tensor(name: str, argument: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return a tensor like ``argument``, of `EXAMPLE_ROWS` rows where that has rows."""
     if name == "telemetry":
         return torch.zeros_like(argument)
     if name.endswith("_scale"):
-        value = 2.0 ** torch.randint(-20, 1, (rows,), generator=generator)
+        value = 2.0 ** torch.randint(-20, 1, (EXAMPLE_ROWS,), generator=generator)
     elif argument.dim() == 0:
         value = torch.rand((), generator=generator) + 0.01
         if not argument.is_floating_point():
-            value = torch.randint(2**40, (), generator=generator)  # of an int32 tensor the lower half, whatever its sign
+            value = torch.randint(2**40, (), generator=generator)  # an int32 tensor gets the lower half, whatever its sign
     elif argument.is_floating_point():
-        value = torch.randn(rows, GROUP, generator=generator) * 0.1
-        special = torch.tensor(
-            [0.0, -0.0, 1e-40, -3e-39, 1e-7, 1.00390625, -1.01171875, 3e38, torch.inf, -torch.inf, torch.nan]
-        )
-        places = torch.randperm(GROUP, generator=generator)[
-            : 4 * len(special)
-        ]  # in one row: a group of 8-bit values that is NaN
-        value[rows // 2, places] = special.repeat(4)
+        value = torch.randn(EXAMPLE_ROWS, GROUP, generator=generator) * 0.1
+        columns = torch.randperm(GROUP, generator=generator)[: 4 * len(SPECIAL)]
+        # All in one row: a group of 8-bit values with a NaN among them is NaN as a whole.
+        value[EXAMPLE_ROWS // 2, columns] = torch.tensor(SPECIAL).repeat(4)
     else:
         low, high = (0, 256) if argument.dtype == torch.uint8 else (-128, 128)
-        value = torch.randint(low, high, (rows, GROUP), generator=generator)
+        value = torch.randint(low, high, (EXAMPLE_ROWS, GROUP), generator=generator)
     return value.to(argument.device, argument.dtype)
 
 
-def _same(a: torch.Tensor | tuple | None, b: torch.Tensor | tuple | None) -> bool:
-    """Tell whether two results have the same bits; of fp64 sums, whose order is free, nearly."""
-    if not isinstance(a, torch.Tensor):
-        return True
+def _same(a: Argument, b: Argument) -> bool:
+    """Tell whether two results have the same bits; sums in fp64, whose order is free, may differ by roundings."""
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return True  # None, or numbers, which are only read
     if a.dtype == torch.float64:
         return torch.allclose(a, b, rtol=1e-9, atol=0.0, equal_nan=True)
     if not a.is_floating_point():
@@ -199,6 +217,7 @@ _REMEDY = "see docs/running.md, or pass backend='reference'"
 
 
 def _refuse(reason: str, remedy: str) -> None:
+    """Warn that this process compiles nothing from now on."""
     _refusals.append(reason)
     cost = "in 2 to 4 times the time of compiled ones"
     text = f"backend 'compile': {reason}; steps run in plain PyTorch, with the same results, {cost}: {remedy}"
@@ -206,7 +225,7 @@ def _refuse(reason: str, remedy: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return what went wrong, from the long text of a compiler or of torch, in one line."""
+    """Return the one line that says what went wrong, of the long message of a compiler or of torch."""
     lines = [line.strip() for line in str(getattr(error, "inner_exception", error)).splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"\berror:|Errno|Error:", line)]
     text = (telling or lines or [""])[0]

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the choice among kernels, compiled references and references."""
+"""Choice of the implementation of an op: Triton kernel, compiled reference or reference."""
 
 import torch
 
@@ -31,13 +31,14 @@ def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) ->
     """Return ``"triton"``, ``"compile"`` or ``"reference"``.
 
     Args:
-        backend: ``"auto"`` takes Triton for tensors on a GPU and under the interpreter; on a CPU ``"compile"`` where that pays;
-            else the reference, and so does ``"torch"``.
-        tensor: one of the op's tensors; it tells the device.
-        compiled: elements of all tensors of an op that can be compiled. Of others, ``"compile"`` is the reference.
+        backend: ``"auto"`` takes Triton for tensors on a GPU and under Triton's interpreter, ``"compile"`` on a CPU where
+            compiling pays, and else the reference. ``"torch"`` takes the reference.
+        tensor: one of the op's tensors, for its device.
+        compiled: number of elements of all tensors, if the op can be compiled. For an op that cannot, it is 0, and
+            ``"compile"`` takes the reference.
 
     Raises:
-        ValueError: unknown name, or Triton is asked for where it cannot run.
+        ValueError: ``backend`` is not a known name, or it is "triton" where Triton cannot run.
     """
     check_choice("backend", backend, BACKENDS)
     can_run = has_triton() and (tensor.is_cuda or runs_on_cpu())
@@ -47,20 +48,20 @@ def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) ->
         raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
     if backend in ("auto", "triton") and can_run:
         return "triton"
-    wanted = backend in ("auto", "compile") and compiled
-    return "compile" if wanted and can_compile(backend, tensor, compiled) else "reference"
+    if backend in ("auto", "compile") and compiled and can_compile(backend, tensor, compiled):
+        return "compile"
+    return "reference"
 
 
 def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
-    """Return how the ops on hidden states compute: ``"triton"``, ``"torch"`` or ``"reference"``.
+    """Return the implementation of the ops on hidden states: ``"triton"``, ``"torch"`` or ``"reference"``.
 
-    These have two paths beside the kernels: their reference, which defines them with all logits at once, under autograd; and
-    the sweep over chunks that the kernels take as well, with rows of logits in plain PyTorch. The first is taken only on
-    request.
+    Beside the kernels these ops have two implementations. The reference defines them, with all logits at once, under autograd;
+    it runs only on request. "torch" sweeps over chunks of logits as the kernels do, with the rows in plain PyTorch.
 
     Args:
-        backend: as in `resolve_backend`; ``"torch"`` takes the sweep in plain PyTorch, and so does ``"auto"`` where Triton
-            cannot run.
+        backend: as in `resolve_backend`, but ``"torch"`` takes the sweep in plain PyTorch, as do ``"auto"`` where Triton
+            cannot run, and ``"compile"``.
         tensor: as in `resolve_backend`.
 
     Raises:
@@ -71,9 +72,9 @@ def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Tell whether the processor multiplies matrices of bf16 faster than those of fp32: whether it has tiles (AMX).
+    """Tell whether the processor multiplies bf16 matrices faster than fp32 matrices, which takes tiles (AMX).
 
-    With oneDNN kept to AVX512-BF16 a product of bf16 takes 1.8 times as long as one of fp32, with AVX-512 or AVX2 alone 5 to 10
-    times (docs/running.md has what was measured).
+    With oneDNN limited to AVX512-BF16 a bf16 product takes 1.8 times as long as an fp32 product, with AVX-512 or AVX2 alone 5
+    to 10 times. docs/running.md has the measurements.
     """
     return torch.backends.mkldnn.is_available() and torch.cpu._is_amx_tile_supported()

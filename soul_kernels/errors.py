@@ -1,30 +1,42 @@
-"""Errors of bad input, and checks of plain values: the name of the argument, what was expected, what came, the remedy."""
+"""Errors for bad input, and checks of plain values.
+
+Every error names the argument, what was expected, what came instead, and the remedy.
+"""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 
 class ArgumentError(ValueError):
-    """Bad input, told as ``name: expected ..., got ...; remedy``. The command turns it into exit status 2."""
+    """Bad input: ``name: expected ..., got ...; remedy``. The command line turns it into exit status 2."""
 
 
-def argument_error(name, expected, got, remedy):
-    """Returns the `ArgumentError` to raise."""
+def argument_error(name: str, expected: object, got: object, remedy: str) -> ArgumentError:
+    """Return the `ArgumentError` to raise.
+
+    Args:
+        name: the argument, as the caller knows it.
+        expected: what it should be.
+        got: what it is.
+        remedy: what the caller can do, in the imperative.
+    """
     return ArgumentError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
-def check_range(name, value, *, low=0.0, high=None):
-    """Raises unless ``low <= value < high``; without ``high``, any finite number from ``low`` on."""
+def check_range(name: str, value: Any, *, low: float = 0.0, high: float | None = None) -> None:
+    """Raise unless ``low <= value < high``; without ``high``, unless ``value`` is a finite number from ``low`` on."""
     try:
         fits = low <= value < (math.inf if high is None else high) and math.isfinite(value)  # NaN is not
-    except (TypeError, OverflowError):  # no number at all, or one that no float holds
+    except (TypeError, OverflowError):  # not a number, or one that is too large for a float
         fits = False
     if not fits:
         bound = f">= {low}" if high is None else f"in [{low}, {high})"
         raise argument_error(name, f"a number {bound}", shown(value), "pass one within these bounds")
 
 
-def check_positive(name, value, remedy):
-    """Raises unless ``value`` is a number above 0, and a finite one."""
+def check_positive(name: str, value: Any, remedy: str) -> None:
+    """Raise unless ``value`` is a finite number above 0."""
     try:
         fits = 0 < value < math.inf and math.isfinite(value)
     except (TypeError, OverflowError):
@@ -43,16 +55,16 @@ def check_whole(name: str, value: object, remedy: str, *, low: int = 1, high: in
 
 
 def shown(value: object) -> str:
-    """Return the ``repr`` of a value for an error: the beginning of a long one."""
+    """Return the ``repr`` of a value for an error message, shortened to 100 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no numbers of more than 4300 digits
+    except ValueError:  # Python does not print integers of more than 4300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def check_choice(name, value, choices):
-    """Raises unless ``value`` is one of ``choices``."""
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise unless ``value`` is one of ``choices``."""
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         raise argument_error(name, f"one of {known}", repr(value), "choose one of these")

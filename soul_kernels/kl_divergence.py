@@ -1,73 +1,107 @@
-"""Row kernels over a chunk of logits and the chunk of a reference: divergence of each row, then the gradient by its logits.
+"""Row kernels over a chunk of logits and that of a reference model: divergence of each row, then its gradient by the logits.
 
-Both read the statistics that `token_statistics` has taken of either chunk; so the logarithms of the sums are known, and each
-term of the divergence can be formed without cancellation.
+Both read the statistics that `token_statistics` has taken of either chunk. The logarithms of the sums are therefore known, and
+each term of the divergence can be formed without cancellation. How row kernels are built stands at the top of
+``token_logprob.py``.
 """
 
+from typing import NamedTuple
+
+from torch import Tensor
+
 from soul_kernels._launch import tl, triton
-from soul_kernels.reference.kl_divergence import FLOOR
+from soul_kernels.reference import kl_divergence as _reference
 from soul_kernels.token_logprob import (
+    IGNORED,
+    LOGP,
+    ONE_MINUS_P,
+    ROW_MAX,
+    TOTAL,
     VECTORS,
+    ColumnBlock,
+    Transform,
     launch_rows,
-    load_raw,
+    load_logits,
     log1p,
-    logits_of,
+    row_of_program,
+    statistic,
     store_block,
     store_zeros,
     times_slope,
 )
-from soul_kernels.tokens import IGNORE_INDEX
 
-IGNORED = tl.constexpr(IGNORE_INDEX)
-SMALLEST = tl.constexpr(FLOOR)
+SMALLEST = tl.constexpr(_reference.FLOOR)
+DIVERGENCE = tl.constexpr(_reference.DIVERGENCE)  # rows of the divergences of a chunk
+REF_ENTROPY = tl.constexpr(_reference.REF_ENTROPY)
 
 # Columns a loop turn, warps: no spills for any target. Times on a GPU are still to be measured.
 DIVERGENCE_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 GRADIENT_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 
+class RefRow(NamedTuple):
+    """The row of the reference model: q = softmax(z), where the label's logit is lowered."""
+
+    logits: tl.tensor  # pointer to its first raw product
+    lowered: tl.tensor  # how far the label's logit is lowered
+    row_max: tl.tensor  # maximum before that
+    total: tl.tensor  # sum of exp(z - row_max)
+    rest: tl.tensor  # 1 - q(label)
+    label_log_q: tl.tensor
+
+
+class GradientFactors(NamedTuple):
+    """What the gradient of ``coefficient log p(label) + weight divergence`` is made of, beside the logits of a block."""
+
+    coefficient: tl.tensor
+    weight: tl.tensor
+    divergence: tl.tensor
+    row_max: tl.tensor
+    scale: tl.tensor  # 1 / sum of exp(z - row_max)
+    rest: tl.tensor  # 1 - p(label)
+    ref_scale: tl.tensor  # scale and logarithm of the sum, of the reference model
+    ref_log_total: tl.tensor
+    label_difference: tl.tensor  # p - q of the label
+
+
 @triton.jit
-def _reference_row(statistics_ptr, stride, strengths_ptr, row, HAS_STRENGTHS: tl.constexpr):
-    """Maximum, sum, 1 - q and log q of the label in a reference row whose label was lowered, and by how much it was."""
-    log_q = tl.load(statistics_ptr + row)
-    row_max = tl.load(statistics_ptr + stride + row)
-    total = tl.load(statistics_ptr + 2 * stride + row)
-    rest = tl.load(statistics_ptr + 3 * stride + row)
+def _ref_row(ref_logits_ptr, ref_row_stride, statistics_ptr, stride, strengths_ptr, row):
+    """Return the `RefRow` of a row; ``strengths_ptr``: how far labels are lowered, or None."""
+    log_q = tl.load(statistic(statistics_ptr, stride, row, LOGP))
+    row_max = tl.load(statistic(statistics_ptr, stride, row, ROW_MAX))
+    total = tl.load(statistic(statistics_ptr, stride, row, TOTAL))
+    rest = tl.load(statistic(statistics_ptr, stride, row, ONE_MINUS_P))
     lowered = 0.0
-    if HAS_STRENGTHS:
-        lowered = tl.load(strengths_ptr + row)
+    if strengths_ptr is not None:
+        lowered = tl.load(strengths_ptr + row.index)
         if lowered != 0.0:  # the others were summed without the label, which keeps exp(-lowered) of its share
             others = rest * total
             at_label = tl.exp(log_q - lowered) * total
             total = others + at_label
             rest = others / total
             log_q = -tl.where(others < at_label, log1p(others / at_label), tl.log(total) - tl.log(at_label))
-    return row_max, total, rest, log_q, lowered
+    logits = ref_logits_ptr + row.index * ref_row_stride
+    return RefRow(logits=logits, lowered=lowered, row_max=row_max, total=total, rest=rest, label_log_q=log_q)
 
 
 @triton.jit
-def _both(
-    logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Raw products of a block, and z - max of both distributions."""
-    raw = load_raw(logits_row, columns, n_vocab, WHOLE)
-    z = logits_of(raw, columns, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE)
-    ref_raw = load_raw(ref_row, columns, n_vocab, WHOLE)
-    ref_z = logits_of(ref_raw, columns, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE)
-    return raw, z - row_max, tl.where(columns == label, ref_z - lowered, ref_z) - ref_max
+def _load_both(row, row_max, ref, block, transform):
+    """Return the raw products of a block, and z - max of both distributions."""
+    raw, z = load_logits(row.logits, block, transform)
+    ref_raw, ref_z = load_logits(ref.logits, block, transform)
+    return raw, z - row_max, tl.where(block.columns == row.label, ref_z - ref.lowered, ref_z) - ref.row_max
 
 
 @triton.jit
 def _surprise(log_q):
-    """-log(q + 1e-12), accurate for q close to 1 as well: log(q + a) = log q + a / q, up to (a / q)^2."""
+    """Return -log(q + 1e-12), accurate for q close to 1 as well: log(q + a) = log q + a / q, up to (a / q)^2."""
     q = tl.exp(log_q)
     return -tl.where(q > 1e-6, log_q + SMALLEST / q, tl.log(q + SMALLEST))
 
 
 @triton.jit
 def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
-    """Sums over a block: of the divergence, and of the entropy of the reference."""
+    """Return the sums over a block of the divergence and of the entropy of the reference model."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     entropy = tl.sum(tl.where(q > 0.0, -q * log_q, 0.0), 0)
@@ -85,98 +119,77 @@ def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
 @triton.jit(**VECTORS)
 def divergence_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
-    ref_logits_ptr,  # [n, V] the same of the reference
+    ref_logits_ptr,  # [n, V] the same of the reference model
     labels_ptr,  # [n] int64: -100 is an ignored row
     statistics_ptr,  # [4, n] fp32, from token_statistics
     statistics_stride,
-    ref_statistics_ptr,  # [4, n] fp32, the same of the reference
+    ref_statistics_ptr,  # [4, n] fp32, the same of the reference model
     ref_statistics_stride,
-    strengths_ptr,  # [n] fp32: how far the reference's logit of the label is lowered; or None
-    divergences_ptr,  # [2, n] fp32: divergence, entropy of the reference
+    strengths_ptr,  # [n] fp32: how far the reference model's logit of the label is lowered; or None
+    divergences_ptr,  # [2, n] fp32: divergence, entropy of the reference model
     divergences_stride,
     n_vocab,
     row_stride,
     ref_row_stride,
-    logit_scale,
-    softcap,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    HAS_STRENGTHS: tl.constexpr,
+    logit_scale,  # None: not scaled
+    softcap,  # None: not capped
     SOUL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the divergence of one row, and the entropy of its reference."""
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
+    """Write the divergence of one row, and the entropy of its reference model."""
+    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
+    transform = Transform(logit_scale=logit_scale, softcap=softcap)
     divergence = 0.0
     entropy = 0.0
-    if label != IGNORED:
-        label_log_p = tl.load(statistics_ptr + row)
-        row_max = tl.load(statistics_ptr + statistics_stride + row)
-        log_total = tl.log(tl.load(statistics_ptr + 2 * statistics_stride + row))
-        ref_max, ref_total, ref_rest, label_log_q, lowered = _reference_row(
-            ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row, HAS_STRENGTHS
-        )
-        ref_log_total = tl.log(ref_total)
-        logits_row = logits_ptr + row * row_stride
-        ref_row = ref_logits_ptr + row * ref_row_stride
-        lanes = tl.arange(0, BLOCK)
-        tail = (n_vocab // BLOCK) * BLOCK
+    lanes = tl.arange(0, BLOCK)  # before the branch: within, the loop takes 3 registers more (Triton 3.9)
+    if row.label != IGNORED:
+        label_log_p = tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP))
+        row_max = tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX))
+        log_total = tl.log(tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL)))
+        ref = _ref_row(ref_logits_ptr, ref_row_stride, ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row)
+        ref_log_total = tl.log(ref.total)
         for start in range(0, n_vocab, BLOCK):
             columns = start + lanes
-            if start < tail:
-                raw, gap, ref_gap = _both(
-                    logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
-                    SCALED, CAPPED, True,
-                )  # fmt: skip
+            if start < row.tail:
+                raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, None), transform)
             else:
-                raw, gap, ref_gap = _both(
-                    logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap,
-                    SCALED, CAPPED, False,
-                )  # fmt: skip
+                raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, columns < n_vocab), transform)
             # At the label, where p may be close to 1, as it was summed without it.
-            log_p = tl.where(columns == label, label_log_p, gap - log_total)
-            log_q = tl.where(columns == label, label_log_q, ref_gap - ref_log_total)
-            of_divergence, of_entropy = _divergence_block(log_p, log_q, SOUL)
-            divergence += of_divergence
-            entropy += of_entropy
-    tl.store(divergences_ptr + row, divergence)
-    tl.store(divergences_ptr + divergences_stride + row, entropy)
+            log_p = tl.where(columns == row.label, label_log_p, gap - log_total)
+            log_q = tl.where(columns == row.label, ref.label_log_q, ref_gap - ref_log_total)
+            block_divergence, block_entropy = _divergence_block(log_p, log_q, SOUL)
+            divergence += block_divergence
+            entropy += block_entropy
+    tl.store(statistic(divergences_ptr, divergences_stride, row, DIVERGENCE), divergence)
+    tl.store(statistic(divergences_ptr, divergences_stride, row, REF_ENTROPY), entropy)
 
 
 @triton.jit
-def _divergence_gradient_block(
-    logits_row, ref_row, out_row, columns, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
-    label_difference, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, SOUL: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    raw, gap, ref_gap = _both(
-        logits_row, ref_row, columns, label, row_max, ref_max, lowered, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE
-    )  # fmt: skip
-    p = tl.exp(gap) * scale
-    is_label = columns == label
-    gradient = coefficient * tl.where(is_label, rest, -p)
+def _divergence_gradient_block(row, ref, out_row, block, factors, transform, SOUL: tl.constexpr):
+    raw, gap, ref_gap = _load_both(row, factors.row_max, ref, block, transform)
+    p = tl.exp(gap) * factors.scale
+    is_label = block.columns == row.label
+    gradient = factors.coefficient * tl.where(is_label, factors.rest, -p)
     if SOUL:
-        log_q = tl.where(is_label, label_log_q, ref_gap - ref_log_total)
-        gradient += weight * p * (_surprise(log_q) - divergence)
+        log_q = tl.where(is_label, ref.label_log_q, ref_gap - factors.ref_log_total)
+        gradient += factors.weight * p * (_surprise(log_q) - factors.divergence)
     else:
-        q = tl.exp(ref_gap) * ref_scale
-        gradient += weight * tl.where(is_label, label_difference, p - q)
-    gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
-    store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
+        q = tl.exp(ref_gap) * factors.ref_scale
+        gradient += factors.weight * tl.where(is_label, factors.label_difference, p - q)
+    store_block(out_row, block, times_slope(gradient, raw, transform))
 
 
 @triton.jit(**VECTORS)
 def divergence_gradient_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
-    ref_logits_ptr,  # [n, V] the same of the reference
+    ref_logits_ptr,  # [n, V] the same of the reference model
     labels_ptr,  # [n] int64: -100 is an ignored row
     statistics_ptr,  # [4, n] fp32, from token_statistics
     statistics_stride,
-    ref_statistics_ptr,  # [4, n] fp32, the same of the reference
+    ref_statistics_ptr,  # [4, n] fp32, the same of the reference model
     ref_statistics_stride,
     strengths_ptr,  # [n] fp32 or None
-    divergences_ptr,  # [2, n] fp32, from divergence_kernel
+    divergences_ptr,  # [2, n] fp32, from divergence_kernel; the first row is read
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
     weights_ptr,  # [n] fp32, derivative of the objective by the divergence
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
@@ -184,71 +197,58 @@ def divergence_gradient_kernel(
     row_stride,
     ref_row_stride,
     out_stride,
-    logit_scale,
-    softcap,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    HAS_STRENGTHS: tl.constexpr,
+    logit_scale,  # None: not scaled
+    softcap,  # None: not capped
     SOUL: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write the gradient of one row's divergence by its logits."""
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(labels_ptr + row)
-    out_row = out_ptr + row * out_stride
-    if label != IGNORED:
-        coefficient = tl.load(coefficients_ptr + row)
-        weight = tl.load(weights_ptr + row)
-        divergence = tl.load(divergences_ptr + row)
-        row_max = tl.load(statistics_ptr + statistics_stride + row)
-        total = tl.load(statistics_ptr + 2 * statistics_stride + row)
-        rest = tl.load(statistics_ptr + 3 * statistics_stride + row)
-        ref_max, ref_total, ref_rest, label_log_q, lowered = _reference_row(
-            ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row, HAS_STRENGTHS
-        )
+    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
+    transform = Transform(logit_scale=logit_scale, softcap=softcap)
+    out_row = out_ptr + row.index * out_stride
+    if row.label != IGNORED:
+        total = tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL))
+        rest = tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P))
+        ref = _ref_row(ref_logits_ptr, ref_row_stride, ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row)
         # p - q of the label. Where p is close to 1 it is (1 - q) - (1 - p), which were summed without the label; where
         # p is small, these two are close to 1, and their difference would lose the digits that p and q have.
-        label_p = tl.exp(tl.load(statistics_ptr + row))
-        label_difference = tl.where(rest < 0.5, ref_rest - rest, label_p - tl.exp(label_log_q))
-        scale = 1.0 / total
-        ref_scale = 1.0 / ref_total
-        ref_log_total = tl.log(ref_total)
-        logits_row = logits_ptr + row * row_stride
-        ref_row = ref_logits_ptr + row * ref_row_stride
+        label_p = tl.exp(tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP)))
+        factors = GradientFactors(
+            coefficient=tl.load(coefficients_ptr + row.index),
+            weight=tl.load(weights_ptr + row.index),
+            divergence=tl.load(divergences_ptr + row.index),
+            row_max=tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX)),
+            scale=1.0 / total,
+            rest=rest,
+            ref_scale=1.0 / ref.total,
+            ref_log_total=tl.log(ref.total),
+            label_difference=tl.where(rest < 0.5, ref.rest - rest, label_p - tl.exp(ref.label_log_q)),
+        )
         lanes = tl.arange(0, BLOCK)
-        tail = (n_vocab // BLOCK) * BLOCK
-        for start in range(0, tail, BLOCK):
-            _divergence_gradient_block(
-                logits_row, ref_row, out_row, start + lanes, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
-                label_difference, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
-                SCALED, CAPPED, SOUL, OUT_DTYPE, True,
-            )  # fmt: skip
-        if tail < n_vocab:
-            _divergence_gradient_block(
-                logits_row, ref_row, out_row, tail + lanes, label, row_max, scale, rest, ref_max, ref_log_total, ref_scale,
-                label_difference, label_log_q, lowered, coefficient, weight, divergence, n_vocab, logit_scale, softcap,
-                SCALED, CAPPED, SOUL, OUT_DTYPE, False,
-            )  # fmt: skip
+        for start in range(0, row.tail, BLOCK):
+            _divergence_gradient_block(row, ref, out_row, ColumnBlock(start + lanes, None), factors, transform, SOUL)
+        if row.tail < n_vocab:
+            columns = row.tail + lanes
+            _divergence_gradient_block(row, ref, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform, SOUL)
     else:
-        store_zeros(out_row, n_vocab, OUT_DTYPE, BLOCK)
+        store_zeros(out_row, n_vocab, BLOCK)
 
 
 def divergence_statistics(
-    logits, ref_logits, labels, statistics, ref_statistics, divergences, *, strengths=None, kind="kl", logit_scale=1.0,
-    softcap=None,
-):  # fmt: skip
-    """Fills ``divergences`` [2, n] with the divergence of each row from the reference and the entropy of the reference.
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
+    strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Write the divergence of each row from the reference model, and the entropy of that, into ``divergences``.
 
     Args:
         logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.
-        ref_logits: [n, V], the same of the reference.
-        labels: [n] int64; -100 gives zeros. Only with ``strengths`` does it matter what else they are.
+        ref_logits: [n, V], the same of the reference model.
+        labels: [n] int64; -100 gives zeros. The others lie in [0, V); only with ``strengths`` does it matter where.
         statistics: [4 or 7, n] fp32, from `token_statistics` of the logits with these labels.
-        ref_statistics: the same of the reference.
-        divergences: [2, n] fp32, rows contiguous; mutated.
-        strengths: [n] fp32, how far the reference's logit of the label is lowered; None: not.
-        kind: "kl" or "soul_kl", as in the reference.
+        ref_statistics: the same of the reference model.
+        divergences: [2, n] fp32, rows contiguous; mutated. Its rows are `DIVERGENCE` and `REF_ENTROPY`.
+        strengths: [n] fp32, how far the reference model's logit of the label is lowered; None: not at all.
+        kind: "kl" or "soul_kl": see `soul_kernels.reference.kl_divergence.kl_divergence`.
         logit_scale: as in `token_statistics`, of both.
         softcap: as in `token_statistics`, of both.
     """
@@ -266,16 +266,16 @@ def divergence_statistics(
         divergences_ptr=divergences,
         divergences_stride=divergences.stride(0),
         ref_row_stride=ref_logits.stride(0),
-        HAS_STRENGTHS=strengths is not None,
         SOUL=kind == "soul_kl",
     )
 
 
 def divergence_gradient(
-    logits, ref_logits, labels, statistics, ref_statistics, divergences, coefficients, weights, out, *, strengths=None,
-    kind="kl", logit_scale=1.0, softcap=None,
-):  # fmt: skip
-    """Fills ``out`` with the derivative by the raw products: of ``coefficient log p(label) + weight divergence``, row by row.
+    logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor,
+    coefficients: Tensor, weights: Tensor, out: Tensor, *, strengths: Tensor | None = None, kind: str = "kl",
+    logit_scale: float = 1.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Write the derivative of ``coefficient log p(label) + weight divergence`` by the raw products into ``out``, row by row.
 
     Args:
         logits: as in `divergence_statistics`.
@@ -308,6 +308,5 @@ def divergence_gradient(
         coefficients_ptr=coefficients,
         weights_ptr=weights,
         ref_row_stride=ref_logits.stride(0),
-        HAS_STRENGTHS=strengths is not None,
         SOUL=kind == "soul_kl",
     )

@@ -1,6 +1,8 @@
-"""Device functions between storage and fp32: the one place where precision is given up.
+"""Device functions between storage formats and fp32: the one place where kernels give up precision.
 
-Each is the function of the same name in ``reference/rounding.py``, where formats, noise and reasons are explained, bit for bit.
+Each function gives the bits of the function of the same name in ``reference/rounding.py``, which explains formats, noise and
+reasons. A change must be made in both; ``tests/kernels/test_rounding.py`` compares them. Constexpr arguments choose the format:
+``DTYPE``, and ``HESSIAN`` for the 8-bit format of a Hessian in place of a momentum's.
 """
 
 from soul_kernels._launch import tl, triton
@@ -12,7 +14,7 @@ GROUP = tl.constexpr(_GROUP)
 
 @triton.jit
 def mix(x):
-    """A bijection of 32-bit words that spreads every input bit."""
+    """Apply a bijection of 32-bit words that spreads every input bit."""
     x = x * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -20,14 +22,17 @@ def mix(x):
 
 @triton.jit
 def noise_key(salt, step):
-    """What the elements of one tensor share in one step."""
+    """Return the key from which the noise of one tensor in one step is hashed."""
     return mix(salt.to(tl.uint32) + step.to(tl.int32).to(tl.uint32) * 0x9E3779B9)
 
 
 @triton.jit
 def noise_words(key, first, offsets, CROSSES: tl.constexpr):
-    """One 32-bit word an element, whose number is ``first + offsets``; ``CROSSES``: a multiple of 2^32 may lie in between."""
-    high = first >> 32  # elsewhere the same for all: computed once, before the loop
+    """Return one 32-bit word for each element ``first + offsets``.
+
+    ``CROSSES``: the upper half of an element's number may differ from that of ``first``.
+    """
+    high = first >> 32  # without CROSSES the same for all elements: computed once, before the loop
     if CROSSES:
         high = (first + offsets) >> 32
     return mix(mix(key ^ high.to(tl.uint32)) ^ (first.to(tl.uint32) + offsets.to(tl.uint32)))
@@ -35,8 +40,8 @@ def noise_words(key, first, offsets, CROSSES: tl.constexpr):
 
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
-    """fp32 -> ``DTYPE``, to nearest, ties to even; NaN stays NaN and overflow becomes inf, as in torch's ``to()``."""
-    if DTYPE == tl.bfloat16:  # the interpreter truncates where a GPU rounds: hence on bits
+    """Round fp32 to ``DTYPE``, to nearest, ties to even; NaN stays NaN and overflow becomes inf, as in torch's ``to()``."""
+    if DTYPE == tl.bfloat16:  # on bits: Triton's interpreter truncates where a GPU rounds
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(x == x, bits, 0x7FC00000)
@@ -47,7 +52,7 @@ def round_nearest(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _bits(x, DTYPE: tl.constexpr):
-    """fp32 bits, for fp16 moved to its exponent range and without the sign."""
+    """Return the fp32 bits; for fp16 those of ``|x| 2^-112``, which has its exponent range."""
     if DTYPE == tl.bfloat16:
         return x.to(tl.uint32, bitcast=True)
     else:
@@ -56,7 +61,7 @@ def _bits(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _words(x, DTYPE: tl.constexpr):
-    """The same, with one pattern for NaN, and one for all that overflow fp16."""
+    """Return `_bits`, with one pattern for all NaN and one for all numbers that overflow fp16."""
     if DTYPE == tl.bfloat16:
         return tl.where(x == x, _bits(x, DTYPE), 0x7FC00000)
     else:
@@ -65,6 +70,7 @@ def _words(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _assemble(pattern, x, DTYPE: tl.constexpr):
+    """Return numbers of ``DTYPE`` from 16-bit patterns; for fp16 these lack the sign, which is that of ``x``."""
     if DTYPE == tl.float16:
         pattern |= x.to(tl.uint32, bitcast=True) >> 31 << 15
     return pattern.to(tl.uint16).to(DTYPE, bitcast=True)
@@ -72,7 +78,7 @@ def _assemble(pattern, x, DTYPE: tl.constexpr):
 
 @triton.jit
 def round_stochastic(x, noise, DTYPE: tl.constexpr):
-    """fp32 -> ``DTYPE``, up or down with the probabilities that make the mean right."""
+    """Round fp32 to ``DTYPE``, up or down at random so that the mean of the result is ``x``."""
     if DTYPE == tl.float32:
         return x
     else:
@@ -82,10 +88,10 @@ def round_stochastic(x, noise, DTYPE: tl.constexpr):
 
 @triton.jit
 def split(x, noise, DTYPE: tl.constexpr):
-    """fp32 -> a 16-bit number and the next 8 bits of a 24-bit weight."""
+    """Round fp32 to a 24-bit weight: a 16-bit number and the next 8 bits."""
     BELOW: tl.constexpr = 8 if DTYPE == tl.bfloat16 else 5
     LARGEST: tl.constexpr = 3.3961256062618747e38 if DTYPE == tl.bfloat16 else 65519.875
-    # One choice between both forms costs one instruction; a choice of the noise alone would cost three.
+    # Choosing between the two results costs one instruction; choosing the noise would cost three.
     words = tl.where(tl.abs(x) < LARGEST, _bits(x, DTYPE) + (noise >> (32 - BELOW)), _words(x, DTYPE))
     weight = words >> BELOW
     if DTYPE == tl.float16:
@@ -99,7 +105,7 @@ def split(x, noise, DTYPE: tl.constexpr):
 
 @triton.jit
 def join(high, low, DTYPE: tl.constexpr):
-    """The fp32 value of a 24-bit weight."""
+    """Return the fp32 value of a 24-bit weight."""
     INFINITE: tl.constexpr = 0x7F80 if DTYPE == tl.bfloat16 else 0x7C00
     pattern = high.to(tl.uint16, bitcast=True).to(tl.uint32)
     counts = ((pattern & 0x7FFF) - 1) < (INFINITE - 1)
@@ -116,19 +122,20 @@ def join(high, low, DTYPE: tl.constexpr):
 
 @triton.jit
 def _spread(scale, BLOCK: tl.constexpr):
-    """[BLOCK / GROUP] -> [BLOCK]"""
+    """Return the scales [BLOCK / GROUP] of a block, repeated for every value: [BLOCK]."""
     return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
 
 
 @triton.jit
 def encode(x, noise, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """fp32 [BLOCK] -> 8-bit codes [BLOCK] and their scales [BLOCK / GROUP]; a NaN or an inf makes its group NaN."""
+    """Round fp32 [BLOCK] to 8-bit codes [BLOCK] and their scales [BLOCK / GROUP]; a NaN or an inf makes its group NaN."""
     TOP: tl.constexpr = 16 if HESSIAN else 8
     SHRINK: tl.constexpr = 1.925929944387236e-34 if HESSIAN else 7.52316384526264e-37  # 2^-112, 2^-120
     if HESSIAN:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     magnitude = tl.abs(x)
-    # As integers: the order is that of the numbers, with inf and NaN on top. A GPU's NaN, 0x7FFFFFFF, would overflow below.
+    # Bit patterns as integers are in the order of the numbers, with inf and NaN on top. A GPU's NaN, 0x7FFFFFFF, would overflow
+    # below, hence the minimum.
     largest = tl.max(tl.reshape(magnitude.to(tl.int32, bitcast=True), [BLOCK // GROUP, GROUP]), 1)
     largest = tl.minimum(largest, 0x7F800000)
     exponent = tl.maximum(((largest + 0x100000) >> 23) - TOP, 1)
@@ -143,19 +150,19 @@ def encode(x, noise, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def decode(code, scale, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """8-bit codes [BLOCK] and their scales [BLOCK / GROUP] -> fp32 [BLOCK]."""
+    """Return the fp32 values [BLOCK] of 8-bit codes [BLOCK] and their scales [BLOCK / GROUP]."""
     if HESSIAN:
         value = (code.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
     else:
-        signed = (code.to(tl.uint32) << 24).to(tl.int32) >> 4 & -0x78100000  # sign, 4 bits of nothing, 7 of magnitude
+        signed = (code.to(tl.uint32) << 24).to(tl.int32) >> 4 & -0x78100000  # sign, 4 bits of the shift, 7 of magnitude
         value = signed.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     return value * _spread(scale, BLOCK)
 
 
 @triton.jit
 def load(ptr, offsets, mask):
-    """Elements as they are stored; where ``mask`` is false, 0."""
-    if mask is None:  # an unmasked access is what becomes a 16-byte one
+    """Return elements as they are stored; 0 where ``mask`` is false."""
+    if mask is None:  # only an unmasked access becomes one of 16 bytes
         return tl.load(ptr + offsets)
     else:
         return tl.load(ptr + offsets, mask=mask, other=0)

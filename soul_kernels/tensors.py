@@ -1,6 +1,10 @@
-"""Checks of tensors that an op reads or writes: dtype, layout, device, overlap."""
+"""Checks of the tensors that an op reads or writes: dtype, layout, device, overlap."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from soul_kernels.errors import argument_error
@@ -10,8 +14,8 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.uint8)  # uint8: codes of an 8-bit state
 
 
-def is_dense(tensor):
-    """Tells whether the elements fill one block of memory, each once, in whatever order of dimensions."""
+def is_dense(tensor: Tensor) -> bool:
+    """Tell whether the elements fill one block of memory, each once, in any order of dimensions."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -22,13 +26,13 @@ def is_dense(tensor):
     return True
 
 
-def has_data(tensor):
-    """Tells whether a tensor has memory. On the device meta and under FakeTensorMode it has none: no address, no values."""
+def has_data(tensor: Tensor) -> bool:
+    """Tell whether a tensor has memory. On the meta device and under FakeTensorMode it has neither address nor values."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def overlaps_itself(tensor):
-    """Tells whether two elements of a tensor may lie at the same address, as those of an expanded one do."""
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Tell whether two elements of a tensor may lie at the same address, as in an expanded tensor."""
     reach = 0  # the offset of the last element over the dimensions with smaller strides
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
         if stride <= reach:
@@ -37,31 +41,33 @@ def overlaps_itself(tensor):
     return False
 
 
-def same_layout(a, b):
-    """Tells whether two tensors of one shape hold element i at the same offset."""
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors of the same shape hold each element at the same offset."""
     return a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous())
 
 
-def check_gradient(name, grad):
-    """Raises for a sparse or complex gradient: neither has a place in an element-wise second-order step."""
+def check_gradient(name: str, grad: Tensor) -> None:
+    """Raise if a gradient is sparse or complex: an elementwise second-order step supports neither."""
     if grad.layout != torch.strided:
         raise argument_error(name, "a dense tensor", f"layout {grad.layout}", "use sparse=False in the embedding")
     if grad.is_complex():
         raise argument_error(name, "a real tensor", f"dtype {grad.dtype}", "pass torch.view_as_real(parameter)")
 
 
-def check_tensor_lists(dtypes, *, written=(), **lists):
-    """Checks lists of tensors that are walked together.
+def check_tensor_lists(
+    dtypes: Mapping[str, Sequence[torch.dtype]], *, written: Sequence[str] = (), **lists: Sequence[Tensor]
+) -> None:
+    """Check lists of tensors that an op walks together.
 
     Args:
         dtypes: name of a list -> the dtypes that its tensors may have.
-        written: names of the lists whose tensors are changed; none of those may overlap another, and each must lie in memory as
-            the first list's does.
-        **lists: the lists by argument name. The first one sets length, shapes and devices of all, and its tensors must
-            be dense (no gaps, no overlap within).
+        written: names of the lists whose tensors are changed. Such a tensor must have the layout of the first list's tensor,
+            and none may overlap another.
+        **lists: the lists by argument name. The first one sets length, shapes and devices of all. Its tensors must be dense
+            (no gaps, no overlap within).
 
     Raises:
-        ValueError: naming the list and the index of the first tensor that does not fit.
+        ValueError: a tensor does not fit. The message names the list and the index.
     """
     lead_name, lead = next(iter(lists.items()))
     for name, tensors in lists.items():
@@ -90,27 +96,27 @@ def check_tensor_lists(dtypes, *, written=(), **lists):
     check_overlap({name: tensors for name, tensors in lists.items() if name in written})
 
 
-def check_overlap(lists):
-    """Raises where two dense tensors of the named lists share memory: two programs would write there at once."""
-    spans = []
+def check_overlap(lists: Mapping[str, Sequence[Tensor | None]]) -> None:
+    """Raise if two dense tensors of the named lists share memory: two programs would write to it at once."""
+    spans: list[tuple[str, int, int, str, int]] = []
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
             if tensor is not None and tensor.numel() and has_data(tensor):
                 begin = tensor.data_ptr()
                 spans.append((str(tensor.device), begin, begin + tensor.numel() * tensor.element_size(), name, index))
     spans.sort()
-    for (device, _, end, *first), (other_device, begin, _, *second) in zip(spans, spans[1:]):
+    for (device, _, end, twin, twin_index), (other_device, begin, _, name, index) in zip(spans, spans[1:]):
         if device == other_device and begin < end:
-            (name, index), (twin, twin_index) = second, first
-            got, remedy = f"the memory of {twin}[{twin_index}]", "pass a tied tensor once, and no views of one another"
-            raise argument_error(f"{name}[{index}]", "memory of its own", got, remedy)
+            remedy = "pass a tied tensor once, and no views of one another"
+            raise argument_error(f"{name}[{index}]", "memory of its own", f"the memory of {twin}[{twin_index}]", remedy)
 
 
-def check_scales(name, scales, states_name, states):
-    """Raises unless every 8-bit state has its scales, fp32 [ceil(numel / 256)], and no other state has any."""
+def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name: str, states: Sequence[Tensor]) -> None:
+    """Raise unless every 8-bit state has its scales, fp32 [ceil(numel / 256)], and no other state has any."""
     for index, state in enumerate(states):
-        scale = None if scales is None else scales[index] if index < len(scales) else None
-        where, count = f"{name}[{index}]", -(-state.numel() // GROUP)
+        scale = scales[index] if scales is not None and index < len(scales) else None
+        where = f"{name}[{index}]"
+        count = -(-state.numel() // GROUP)
         if state.dtype != torch.uint8:
             if scale is not None:
                 raise argument_error(
@@ -121,14 +127,16 @@ def check_scales(name, scales, states_name, states):
                 where, f"fp32 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
             )
         elif scale.dtype != torch.float32 or scale.shape != (count,) or not scale.is_contiguous():
-            got, remedy = f"{tuple(scale.shape)} of {scale.dtype}", f"one scale for {GROUP} values"
-            raise argument_error(where, f"({count},) of torch.float32", got, remedy)
+            got = f"{tuple(scale.shape)} of {scale.dtype}"
+            raise argument_error(where, f"({count},) of torch.float32", got, f"pass one scale for every {GROUP} values")
         elif scale.device != state.device:
             raise argument_error(where, f"device {state.device}", scale.device, f"move it to where {states_name}[{index}] is")
 
 
-def check_on_device(name, tensor, devices, dtype=torch.float32, numel=1):
-    """Raises unless ``tensor`` has ``numel`` elements of ``dtype`` and is on the one device in ``devices``; None passes."""
+def check_on_device(
+    name: str, tensor: Any, devices: Sequence[torch.device], dtype: torch.dtype = torch.float32, numel: int = 1
+) -> None:
+    """Raise unless ``tensor`` has ``numel`` elements of ``dtype`` and is on the only device in ``devices``; None passes."""
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():
@@ -139,8 +147,8 @@ def check_on_device(name, tensor, devices, dtype=torch.float32, numel=1):
         raise argument_error(name, f"device {expected}", tensor.device, "call once for each device, with a tensor there")
 
 
-def check_scalar(loss):
-    """Raises unless an objective has returned one number."""
+def check_scalar(loss: Any) -> None:
+    """Raise unless an objective has returned a tensor of shape ()."""
     if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
         got = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
         raise argument_error("objective", "a loss of shape ()", got, "return a tensor, summed over tokens and sequences")

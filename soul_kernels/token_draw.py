@@ -1,19 +1,31 @@
 """Row kernels over a chunk of logits: a label drawn from each row, and the gradient of its log-probability in the same read.
 
-Before, `likeliest_statistics` has summed the row. 1 - p of the drawn label must not be lost where it is the likeliest by far,
-and nobody knows yet which label that will be: so the sum is kept without the largest term.
+`likeliest_statistics` must have summed the row before. 1 - p of the drawn label must not be lost where that label is the
+likeliest by far, and which label it will be is not known yet: so the sum is kept without the largest term. How row kernels are
+built stands at the top of ``token_logprob.py``.
 """
+
+from typing import NamedTuple
+
+from torch import Tensor
 
 from soul_kernels._launch import tl, triton
 from soul_kernels.rounding import round_nearest
 from soul_kernels.token_logprob import (
     IGNORED,
+    LOGP,
+    ONE_MINUS_P,
+    ROW_MAX,
     STATISTICS_CONFIG,
+    TOTAL,
     VECTORS,
+    ColumnBlock,
+    Transform,
     launch_rows,
-    load_raw,
+    load_logits,
     log1p,
-    logits_of,
+    row_of_program,
+    statistic,
     store_block,
     store_zeros,
     times_slope,
@@ -25,91 +37,111 @@ from soul_kernels.token_logprob import (
 DRAW_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 
+class LikeliestSums(NamedTuple):
+    """What the blocks of a row so far add up to."""
+
+    row_max: tl.tensor  # maximum
+    rest: tl.tensor  # sum of exp(z - row_max) over the logits that are smaller
+    count: tl.tensor  # how many logits are equal to the maximum
+
+
+class DrawFactors(NamedTuple):
+    """What is known of a row before its label is drawn, with e = exp(z - row_max)."""
+
+    row_max: tl.tensor
+    total: tl.tensor  # sum of e
+    likeliest_rest: tl.tensor  # 1 - p of the likeliest label
+    target: tl.tensor  # the label is the first at which the running sum of e exceeds it
+    coefficient: tl.tensor  # derivative of the loss by log p of the drawn label
+    scale: tl.tensor  # coefficient / total
+
+
+class Draw(NamedTuple):
+    """How far the blocks of a row so far have drawn its label."""
+
+    running: tl.tensor  # sum of exp(z - row_max)
+    chosen: tl.tensor  # the label; -1: not drawn yet
+    logp: tl.tensor  # its log-probability
+    last: tl.tensor  # the last label that can be drawn, which is looked for towards the end of the row; -1: none yet
+    last_raw: tl.tensor  # its raw product
+
+
 @triton.jit
-def _likeliest_block(z, row_max, rest, count):
-    """Adds one block to the maximum, to how many logits are equal to it, and to the sum of exp(z - max) over the others."""
-    new_max = tl.maximum(row_max, tl.max(z, 0))
-    is_max = z == new_max
-    rescale = tl.exp(row_max - new_max)
-    old = tl.where(row_max == new_max, 0.0, count)  # a maximum that is none any more belongs to the rest
-    rest = rescale * (rest + old) + tl.sum(tl.where(is_max, 0.0, tl.exp(z - new_max)), 0)
-    return new_max, rest, count - old + tl.sum(tl.where(is_max, 1.0, 0.0), 0)
+def _add_block(sums, row, block, transform):
+    """Return the `LikeliestSums` of a row with one more block in them."""
+    raw, z = load_logits(row.logits, block, transform)
+    row_max = tl.maximum(sums.row_max, tl.max(z, 0))
+    is_max = z == row_max
+    rescale = tl.exp(sums.row_max - row_max)
+    old = tl.where(sums.row_max == row_max, 0.0, sums.count)  # logits equal to a former maximum belong to the rest
+    rest = rescale * (sums.rest + old) + tl.sum(tl.where(is_max, 0.0, tl.exp(z - row_max)), 0)
+    return LikeliestSums(row_max=row_max, rest=rest, count=sums.count - old + tl.sum(tl.where(is_max, 1.0, 0.0), 0))
 
 
 @triton.jit(**VECTORS)
 def likeliest_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
     labels_ptr,  # [n] int64: -100 is an ignored row, anything else one that counts
-    statistics_ptr,  # [4, n] fp32: nothing, maximum, sum of exp(z - max), 1 - p of the likeliest label
+    statistics_ptr,  # [4, n] fp32: left alone, maximum, sum of exp(z - max), 1 - p of the likeliest label
     statistics_stride,
     n_vocab,
     row_stride,
-    logit_scale,
-    softcap,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
+    logit_scale,  # None: not scaled
+    softcap,  # None: not capped
     BLOCK: tl.constexpr,
 ):
     """Write the sum of one row without its likeliest token."""
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * row_stride
-    row_max = -1.0e30
-    rest = 0.0
-    count = 0.0
-    if tl.load(labels_ptr + row) != IGNORED:
+    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
+    transform = Transform(logit_scale=logit_scale, softcap=softcap)
+    sums = LikeliestSums(row_max=-1.0e30, rest=0.0, count=0.0)
+    if row.label != IGNORED:
         lanes = tl.arange(0, BLOCK)
-        tail = (n_vocab // BLOCK) * BLOCK
-        for start in range(0, tail, BLOCK):
-            raw = load_raw(row_ptr, start + lanes, n_vocab, True)
-            z = logits_of(raw, start + lanes, n_vocab, logit_scale, softcap, SCALED, CAPPED, True)
-            row_max, rest, count = _likeliest_block(z, row_max, rest, count)
-        if tail < n_vocab:
-            raw = load_raw(row_ptr, tail + lanes, n_vocab, False)
-            z = logits_of(raw, tail + lanes, n_vocab, logit_scale, softcap, SCALED, CAPPED, False)
-            row_max, rest, count = _likeliest_block(z, row_max, rest, count)
-    total = rest + count
-    tl.store(statistics_ptr + statistics_stride + row, row_max)
-    tl.store(statistics_ptr + 2 * statistics_stride + row, total)
-    tl.store(statistics_ptr + 3 * statistics_stride + row, (rest + (count - 1.0)) / total)
+        for start in range(0, row.tail, BLOCK):
+            sums = _add_block(sums, row, ColumnBlock(start + lanes, None), transform)
+        if row.tail < n_vocab:
+            columns = row.tail + lanes
+            sums = _add_block(sums, row, ColumnBlock(columns, columns < n_vocab), transform)
+    total = sums.rest + sums.count
+    tl.store(statistic(statistics_ptr, statistics_stride, row, ROW_MAX), sums.row_max)
+    tl.store(statistic(statistics_ptr, statistics_stride, row, TOTAL), total)
+    tl.store(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P), (sums.rest + (sums.count - 1.0)) / total)
 
 
 @triton.jit
-def _of_drawn(z, row_max, total, likeliest_rest):
-    """Log p and 1 - p of a drawn label."""
-    gap = row_max - z
-    logp = -tl.where(gap == 0.0, log1p(likeliest_rest * total), gap + tl.log(total))
-    return logp, tl.where(gap == 0.0, likeliest_rest, 1.0 - tl.exp(-gap) / total)
+def _of_drawn(z, factors):
+    """Return log p and 1 - p of a drawn label, whose logit is ``z``."""
+    gap = factors.row_max - z
+    logp = -tl.where(gap == 0.0, log1p(factors.likeliest_rest * factors.total), gap + tl.log(factors.total))
+    return logp, tl.where(gap == 0.0, factors.likeliest_rest, 1.0 - tl.exp(-gap) / factors.total)
 
 
 @triton.jit
-def _draw_block(
-    logits_row, out_row, columns, row_max, total, likeliest_rest, coefficient, scale, target,
-    running, chosen, logp, last, last_raw, n_vocab, logit_scale, softcap,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, OUT_DTYPE: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    raw = load_raw(logits_row, columns, n_vocab, WHOLE)
-    z = logits_of(raw, columns, n_vocab, logit_scale, softcap, SCALED, CAPPED, WHOLE)
-    exp = tl.exp(z - row_max)
-    gradient = -exp * scale
-    before = running
-    running = running + tl.sum(exp, 0)
+def _draw_block(draw, row, out_row, block, factors, transform):
+    """Write the gradient of a block; return the `Draw` of the row with that block in it."""
+    raw, z = load_logits(row.logits, block, transform)
+    exp = tl.exp(z - factors.row_max)
+    gradient = -exp * factors.scale
+    running = draw.running + tl.sum(exp, 0)
+    chosen = draw.chosen
+    logp = draw.logp
+    last = draw.last
+    last_raw = draw.last_raw
     if chosen < 0:
-        if running > target:  # here: the only block that is scanned
-            passed = (before + tl.cumsum(exp, 0) > target) & (exp > 0.0)
-            found = tl.min(tl.where(passed, columns, n_vocab), 0)
-            if found < n_vocab:  # unless the scan, which adds in another order, falls short of the sum
-                chosen = found
-                z_found = tl.sum(tl.where(columns == found, z, 0.0), 0)
-                logp, rest = _of_drawn(z_found, row_max, total, likeliest_rest)
-                gradient = tl.where(columns == found, coefficient * rest, gradient)
-        if running > 0.999 * total:  # towards the end of the row: the last label that can be drawn
-            found = tl.max(tl.where(exp > 0.0, columns, -1), 0)
-            if found >= 0:
-                last = found
-                last_raw = tl.sum(tl.where(columns == found, raw, 0.0), 0)
-    gradient = times_slope(gradient, raw, logit_scale, softcap, SCALED, CAPPED)
-    store_block(out_row, columns, gradient, n_vocab, OUT_DTYPE, WHOLE)
-    return running, chosen, logp, last, last_raw
+        if running > factors.target:  # here: the only block that is scanned
+            passed = (draw.running + tl.cumsum(exp, 0) > factors.target) & (exp > 0.0)
+            column = tl.min(tl.where(passed, block.columns, row.n_vocab), 0)
+            if column < row.n_vocab:  # unless the scan, which adds in another order, falls short of the sum
+                chosen = column
+                z_chosen = tl.sum(tl.where(block.columns == column, z, 0.0), 0)
+                logp, rest = _of_drawn(z_chosen, factors)
+                gradient = tl.where(block.columns == column, factors.coefficient * rest, gradient)
+        if running > 0.999 * factors.total:  # towards the end of the row: the last label that can be drawn
+            column = tl.max(tl.where(exp > 0.0, block.columns, -1), 0)
+            if column >= 0:
+                last = column
+                last_raw = tl.sum(tl.where(block.columns == column, raw, 0.0), 0)
+    store_block(out_row, block, times_slope(gradient, raw, transform))
+    return Draw(running=running, chosen=chosen, logp=logp, last=last, last_raw=last_raw)
 
 
 @triton.jit(**VECTORS)
@@ -124,65 +156,60 @@ def draw_kernel(
     n_vocab,
     row_stride,
     out_stride,
-    logit_scale,
-    softcap,
-    SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
-    OUT_DTYPE: tl.constexpr,
+    logit_scale,  # None: not scaled
+    softcap,  # None: not capped
     BLOCK: tl.constexpr,
 ):
     """Draw the label of one row, and write the gradient of its log-probability."""
-    row = tl.program_id(0).to(tl.int64)
-    coefficient = tl.load(coefficients_ptr + row)
-    row_max = tl.load(statistics_ptr + statistics_stride + row)
-    total = tl.load(statistics_ptr + 2 * statistics_stride + row)
-    likeliest_rest = tl.load(statistics_ptr + 3 * statistics_stride + row)
-    target = tl.load(uniforms_ptr + row) * total
-    scale = coefficient / total
-    logits_row = logits_ptr + row * row_stride
-    out_row = out_ptr + row * out_stride
-    lanes = tl.arange(0, BLOCK)
-    tail = (n_vocab // BLOCK) * BLOCK
-    running = 0.0
-    chosen = -1
+    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
+    transform = Transform(logit_scale=logit_scale, softcap=softcap)
+    coefficient = tl.load(coefficients_ptr + row.index)
+    total = tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL))
+    factors = DrawFactors(
+        row_max=tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX)),
+        total=total,
+        likeliest_rest=tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P)),
+        target=tl.load(uniforms_ptr + row.index) * total,
+        coefficient=coefficient,
+        scale=coefficient / total,
+    )
+    out_row = out_ptr + row.index * out_stride
     logp = 0.0
-    last = -1
-    last_raw = 0.0
-    if tl.load(labels_ptr + row) != IGNORED:
-        for start in range(0, tail, BLOCK):
-            running, chosen, logp, last, last_raw = _draw_block(
-                logits_row, out_row, start + lanes, row_max, total, likeliest_rest, coefficient, scale, target,
-                running, chosen, logp, last, last_raw, n_vocab, logit_scale, softcap,
-                SCALED, CAPPED, OUT_DTYPE, True,
-            )  # fmt: skip
-        if tail < n_vocab:
-            running, chosen, logp, last, last_raw = _draw_block(
-                logits_row, out_row, tail + lanes, row_max, total, likeliest_rest, coefficient, scale, target,
-                running, chosen, logp, last, last_raw, n_vocab, logit_scale, softcap,
-                SCALED, CAPPED, OUT_DTYPE, False,
-            )  # fmt: skip
+    if row.label != IGNORED:
+        draw = Draw(running=0.0, chosen=-1, logp=0.0, last=-1, last_raw=0.0)
+        lanes = tl.arange(0, BLOCK)
+        for start in range(0, row.tail, BLOCK):
+            draw = _draw_block(draw, row, out_row, ColumnBlock(start + lanes, None), factors, transform)
+        if row.tail < n_vocab:
+            columns = row.tail + lanes
+            draw = _draw_block(draw, row, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform)
+        chosen = draw.chosen
+        logp = draw.logp
         if chosen < 0:  # the sums of this kernel, in another order than the total, stay below a target close to it
-            chosen = last
+            chosen = draw.last
             logp = float("nan")  # and so it remains for a row of NaN, which has no last label
-            if last >= 0:
-                z = transformed(last_raw, logit_scale, softcap, SCALED, CAPPED)
-                logp, rest = _of_drawn(z, row_max, total, likeliest_rest)
-                gradient = times_slope(coefficient * rest, last_raw, logit_scale, softcap, SCALED, CAPPED)
+            if draw.last >= 0:
+                logp, rest = _of_drawn(transformed(draw.last_raw, transform), factors)
+                gradient = times_slope(coefficient * rest, draw.last_raw, transform)
                 tl.debug_barrier()  # other threads have stored the block that holds it, and no value orders two stores
-                tl.store(out_row + last, round_nearest(gradient, OUT_DTYPE))
+                tl.store(out_row + draw.last, round_nearest(gradient, out_ptr.dtype.element_ty))
         # All threads have read this label, and one overwrites it, without a barrier. No other can still be waiting for its
         # read: it had to branch on the label before it took part in the row's sums, and what is stored here depends on those
         # sums. One warp needs no more, though its sums are shuffles, which order no memory accesses. In place, a block's stores
         # come after its loads for the same reason: each value is computed from the one that it overwrites.
-        tl.store(labels_ptr + row, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
+        tl.store(labels_ptr + row.index, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
     else:
-        store_zeros(out_row, n_vocab, OUT_DTYPE, BLOCK)
-    tl.store(statistics_ptr + row, logp)
+        store_zeros(out_row, n_vocab, BLOCK)
+    tl.store(statistic(statistics_ptr, statistics_stride, row, LOGP), logp)
 
 
-def likeliest_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap=None):
-    """What `draw_labels` needs to know of each row: fills ``statistics`` with row maximum, sum of exp(z - max) and 1 - p of the
-    likeliest label; its first row is left alone.
+def likeliest_statistics(
+    logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
+) -> None:
+    """Write the statistics that `draw_labels` needs of each row into ``statistics``.
+
+    They are the row's maximum, the sum of exp(z - max) and 1 - p of the likeliest label, in the rows `ROW_MAX`, `TOTAL` and
+    `ONE_MINUS_P`. The first row, `LOGP`, is left alone: `draw_labels` fills it.
 
     Args:
         logits: as in `token_statistics`.
@@ -201,8 +228,13 @@ def likeliest_statistics(logits, labels, statistics, *, logit_scale=1.0, softcap
     )
 
 
-def draw_labels(logits, labels, uniforms, statistics, coefficients, out, *, logit_scale=1.0, softcap=None):
-    """Draws a label from each row by inverse CDF and fills ``out`` as `token_gradient` would for it, in one read of the logits.
+def draw_labels(
+    logits: Tensor, labels: Tensor, uniforms: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *,
+    logit_scale: float = 1.0, softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Draw a label from each row by inverse CDF, and write its gradient into ``out`` as `token_gradient` does.
+
+    Both happen in one read of the logits.
 
     Args:
         logits: as in `token_statistics`.

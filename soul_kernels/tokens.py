@@ -1,9 +1,12 @@
-"""What the losses are given and what objectives see: batches of tokens, heads, reference models, divergences, statistics."""
+"""The values that ops on hidden states and objectives exchange: heads, reference models, batches of tokens, statistics."""
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias, TypedDict
 
 import torch
+
+from soul_kernels.errors import argument_error
 
 IGNORE_INDEX = -100
 
@@ -14,7 +17,8 @@ class TokenStatistics(NamedTuple):
     Attributes:
         logps: log p(label).
         lse: logsumexp of the logits.
-        hits: 1.0 where the label is the argmax (the first, among equals), else 0.0: exact memorization, extraction strength.
+        hits: 1.0 where the label is the argmax (the first among equals), else 0.0; exact memorization and extraction strength
+            are made of it.
         entropies: ``-sum_v p_v log p_v``; the mean of log p under the model is its negative.
         variances: ``sum_v p_v (log p_v)^2 - (sum_v p_v log p_v)^2``; Min-K++ is ``(logp + entropy) / sqrt(variance)``.
     """
@@ -27,17 +31,24 @@ class TokenStatistics(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Which divergence an objective needs, and of which sequences.
+    """The divergence from a reference model that an objective needs, and the sequences that it needs it for.
 
     Attributes:
-        of: "forget", "retain" or "all".
-        kind: "kl" or "soul_kl": see `kl_divergence`.
-        strength: how far the reference's logit of the label is lowered in forget sequences (UNDIAL's beta).
+        of: "forget", "retain" or "all" sequences.
+        kind: "kl" or "soul_kl": see `soul_kernels.linear_kl`.
+        strength: how far the reference model's logit of the label is lowered in forget sequences (UNDIAL's beta).
     """
 
     of: str
     kind: str = "kl"
     strength: float = 0.0
+
+
+class Transform(TypedDict):
+    """Keyword arguments that turn raw products into logits, ``softcap tanh(logit_scale x / softcap)``."""
+
+    logit_scale: float
+    softcap: float | None
 
 
 class Head(NamedTuple):
@@ -46,8 +57,8 @@ class Head(NamedTuple):
     Attributes:
         weight: [V, D].
         bias: [V] or None.
-        logit_scale: a number.
-        softcap: a number, or None: not capped.
+        logit_scale: factor of the raw products, other than 0: Cohere's ``logit_scale``, 1 over Granite's ``logits_scaling``.
+        softcap: bound of the logits, > 0: Gemma's ``final_logit_softcapping``; None: no bound.
     """
 
     weight: torch.Tensor
@@ -55,37 +66,55 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def transform(self):
-        """Keyword arguments of the row kernels."""
-        return dict(logit_scale=self.logit_scale, softcap=self.softcap)
+    def transform(self) -> Transform:
+        """Return scale and cap as keyword arguments of the row kernels."""
+        return {"logit_scale": self.logit_scale, "softcap": self.softcap}
+
+
+def as_head(weight: torch.Tensor | Head, bias: torch.Tensor | None = None) -> Head:
+    """Return the `Head` of a weight [V, D] and a bias [V]; a `Head` in the place of the weight passes.
+
+    Raises:
+        ArgumentError: ``weight`` is neither, or a bias stands beside a `Head`, which has its own.
+    """
+    if isinstance(weight, Head):
+        if bias is not None:
+            raise argument_error("bias", "None beside a Head, which has its own", "a tensor", "pass Head(weight, bias)")
+        return weight
+    if not isinstance(weight, torch.Tensor):
+        raise argument_error("weight", "a tensor [V, D] or a Head", type(weight).__name__, "pass Head(weight, bias)")
+    return Head(weight, bias)
 
 
 class Reference(NamedTuple):
-    """A reference model, from which the divergence of some sequences is wanted.
+    """A reference model on the batch of an op: the model before unlearning, by its hidden states and its head.
+
+    Its logits are scaled and capped as the model's are.
 
     Attributes:
-        hidden: [B, T, D'] its hidden states.
-        weight: [V, D'] its head.
-        bias: [V] or None.
-        needed: [B] bool, the sequences; where it is on the CPU, like ``rows``, the device need not be asked. None: all.
-        kind: "kl" or "soul_kl".
-        strengths: [B] fp32, how far its logit of the label is lowered, or None.
+        hidden: [B, T, D'], its hidden states, of a floating-point dtype; they get no gradient. Sequences whose divergence is
+            not needed may hold anything.
+        weight: [V, D'] of its head. None: the model's own weight, which must then be frozen.
+        bias: [V] or None. Without a ``weight``, None is the model's own bias, which must then be frozen.
     """
 
     hidden: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor | None = None
     bias: torch.Tensor | None = None
-    needed: torch.Tensor | None = None
-    kind: str = "kl"
-    strengths: torch.Tensor | None = None
+
+    def head_beside(self, head: Head) -> Head:
+        """Return the head of the reference model of a model with ``head``."""
+        if self.weight is None:
+            return head if self.bias is None else head._replace(bias=self.bias)
+        return head._replace(weight=self.weight, bias=self.bias)
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """What an objective knows of the tokens, beside their log-probabilities.
+    """The facts that an objective gets about tokens, beside their log-probabilities.
 
-    The counts are those of the **whole** batch, also where ``mask`` covers a part of it: an objective that divides by them,
-    not by sums over ``mask``, can be evaluated part by part and added up.
+    The counts are those of the **whole** batch, even where ``mask`` covers only some of its tokens. An objective that divides
+    by the counts, and not by sums over ``mask``, can be evaluated on pieces of the batch, and the values add up.
 
     Attributes:
         mask: [B, T] bool, the tokens that count.
@@ -96,11 +125,11 @@ class TokenBatch:
         n_retain_tokens: [] fp32, kept tokens of all retain sequences, at least 1.
         n_forget_sequences: [] fp32, forget sequences with a kept token, at least 1.
         n_retain_sequences: [] fp32, retain sequences with a kept token, at least 1.
-        divergences: [B, T] fp32, from the reference's distribution, differentiable like the log-probabilities; only where the
-            objective's attribute ``divergence`` asks for them, 0 at other tokens.
-        ref_entropies: [B, T] fp32, entropy of the reference's distribution, where there are divergences.
+        divergences: [B, T] fp32, from the reference model's distribution, differentiable like the log-probabilities. They are
+            there where the objective's attribute ``divergence`` asks for them; 0 at tokens that need none.
+        ref_entropies: [B, T] fp32, entropy of the reference model's distribution, where there are divergences.
         statistics: `TokenStatistics` [B, T], without gradient; only where the objective's ``needs_statistics`` is true.
-        whole: the batch that this is a part of; itself, where it is whole.
+        whole: the batch that this one is a piece of; itself, where it is whole.
     """
 
     mask: torch.Tensor
@@ -117,8 +146,10 @@ class TokenBatch:
     _whole: "TokenBatch | None" = None
 
     @classmethod
-    def from_labels(cls, labels, is_forget=None, ref_logps=None):
-        """Builds the batch of ``labels`` [B, T]; without ``is_forget`` every sequence is to be forgotten."""
+    def from_labels(
+        cls, labels: torch.Tensor, is_forget: torch.Tensor | None = None, ref_logps: torch.Tensor | None = None
+    ) -> "TokenBatch":
+        """Build the batch of ``labels`` [B, T]; without ``is_forget`` every sequence is to be forgotten."""
         mask = labels != IGNORE_INDEX
         if is_forget is None:
             is_forget = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
@@ -126,7 +157,7 @@ class TokenBatch:
         tokens = mask.sum(1)
         sequences = tokens > 0
 
-        def count(values):
+        def count(values: torch.Tensor) -> torch.Tensor:
             return values.sum().clamp(min=1).float()
 
         return cls(
@@ -141,36 +172,37 @@ class TokenBatch:
         )
 
     @property
-    def whole(self):
-        """The batch that this is a part of, or itself."""
+    def whole(self) -> "TokenBatch":
+        """The batch that this one is a piece of, or itself."""
         return self if self._whole is None else self._whole
 
-    def sequences(self, start, stop):
-        """The part of the batch that holds sequences ``start`` to ``stop``."""
+    def sequences(self, start: int, stop: int) -> "TokenBatch":
+        """Return the piece of the batch that holds sequences ``start`` to ``stop``."""
 
-        def cut(values):
+        def cut(values: torch.Tensor | None) -> torch.Tensor | None:
             return None if values is None else values[start:stop]
 
-        return dataclasses.replace(
-            self,
-            **{name: cut(getattr(self, name)) for name in PER_SEQUENCE},
-            statistics=self.statistics and TokenStatistics(*map(cut, self.statistics)),
-            _whole=self.whole,
-        )
+        statistics = None
+        if self.statistics is not None:
+            statistics = TokenStatistics(*(values[start:stop] for values in self.statistics))
+        pieces = {name: cut(getattr(self, name)) for name in PER_SEQUENCE}
+        return dataclasses.replace(self, **pieces, statistics=statistics, _whole=self.whole)  # type: ignore[arg-type]  # by name
 
-    def within(self, whole):
-        """The same tokens as a part of a larger batch, ``whole``, whose counts and lengths are then used: objectives of parts
-        add up to that of the whole, where they are a sum over sequences.
+    def within(self, whole: "TokenBatch") -> "TokenBatch":
+        """Return the same tokens as a piece of a larger batch, ``whole``, with its counts.
+
+        The objectives of the pieces then add up to that of the whole batch, where they are sums over sequences.
         """
         counts = {name: getattr(whole, name) for name in COUNTS}
         return dataclasses.replace(self, **counts, _whole=whole)
 
-    def tokens(self, mask):
-        """The part of the batch that holds the tokens of ``mask`` [B, T]."""
+    def tokens(self, mask: torch.Tensor) -> "TokenBatch":
+        """Return the piece of the batch that holds the tokens of ``mask`` [B, T]."""
         return dataclasses.replace(self, mask=self.mask & mask, _whole=self.whole)
 
 
 COUNTS = ("n_forget_tokens", "n_retain_tokens", "n_forget_sequences", "n_retain_sequences")
-
-
 PER_SEQUENCE = ("mask", "is_forget", "ref_logps", "lengths", "divergences", "ref_entropies")
+
+# A function of log-probabilities [B, T] and their batch that returns a loss []; see `soul_kernels.linear_objective`.
+ObjectiveFunction: TypeAlias = Callable[[torch.Tensor, TokenBatch], torch.Tensor]

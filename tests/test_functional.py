@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import transformers
 
 from soul import functional
+from soul.models import head_call
 from soul_kernels._head import checks as head_checks
 from soul_kernels.reference import _rows
 from tests.support import tolerances as tol
@@ -62,7 +63,7 @@ def nlls(model, inputs):
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
 
 
-def kept(inputs):
+def labelled(inputs):
     return inputs["labels"][:, 1:] != -100
 
 
@@ -93,12 +94,12 @@ class Coded:
 
     @staticmethod
     def wga(model, ref, inputs, beta=0.7):  # src/trainer/utils.py, compute_wga_loss
-        nll = nlls(model, inputs)[kept(inputs)]
+        nll = nlls(model, inputs)[labelled(inputs)]
         return -((-nll).exp().detach() ** beta * nll).mean()
 
     @staticmethod
     def satimp(model, ref, inputs, beta1=0.5, beta2=1.5):  # src/trainer/utils.py, compute_satimp_loss
-        nll = nlls(model, inputs)[kept(inputs)]
+        nll = nlls(model, inputs)[labelled(inputs)]
         p = (-nll).exp().detach()
         return -(p**beta1 * (1 - p) ** beta2 * nll).mean()
 
@@ -120,19 +121,19 @@ class Meant(Coded):
 
     @staticmethod
     def kl(model, ref, inputs):
-        log_p, log_q = (logits_and_labels(m, inputs)[0].log_softmax(-1)[kept(inputs)] for m in (model, ref))
+        log_p, log_q = (logits_and_labels(m, inputs)[0].log_softmax(-1)[labelled(inputs)] for m in (model, ref))
         log_q = log_q.detach()
         return (log_q.exp() * (log_q - log_p)).sum(1).mean()
 
     @staticmethod
     def dpo(model, ref, win, lose, beta=0.1):
-        counted = torch.stack([kept(x).any(1) for x in (win, lose) if x is not None]).all(0)
+        counted = torch.stack([labelled(x).any(1) for x in (win, lose) if x is not None]).all(0)
         return Coded.dpo(model, ref, *(x and {k: v[counted] for k, v in x.items()} for x in (win, lose)), beta)
 
     @staticmethod
     def undial(model, ref, inputs, beta=3.0):
-        logits, labels = (x[kept(inputs)] for x in logits_and_labels(model, inputs))
-        teacher = logits_and_labels(ref, inputs)[0][kept(inputs)].detach()
+        logits, labels = (x[labelled(inputs)] for x in logits_and_labels(model, inputs))
+        teacher = logits_and_labels(ref, inputs)[0][labelled(inputs)].detach()
         teacher[torch.arange(len(labels)), labels] -= beta
         return F.cross_entropy(logits, teacher.softmax(-1))
 
@@ -181,9 +182,9 @@ def check(module, name, family, compat):
     want = theirs(Coded if compat else Meant, exact, exact_reference)
     assert got.dtype == torch.float32
     assert_close(got, want, tol.GRAD_FP32, name)
-    found = gradients(model, got)
+    grads = gradients(model, got)
     for parameter, expected in gradients(exact, want).items():
-        assert_close(found[parameter], expected, tol.WORST_ROW_FP32, f"{name}, {parameter}")  # fp32 through all layers
+        assert_close(grads[parameter], expected, tol.WORST_ROW_FP32, f"{name}, {parameter}")  # fp32 through all layers
     assert all(parameter.grad is None for parameter in reference.parameters())
     return want
 
@@ -203,23 +204,30 @@ def test_what_the_formulas_mean(name):
         check(functional, name, family, None)
 
 
-@pytest.mark.parametrize("name, compat, old, new", [
-    ("kl", OU, "masked_fill(labels == IGNORE_INDEX, 0)", "clone()"),  # labelled positions only
-    ("kl", None, "    if compat:\n        labels = _labels_of", "    if True:\n        labels = _labels_of"),
-    ("undial", OU, "n_vocab + IGNORE_INDEX", "0"),
-    ("undial", OU, "coded[:, -1] = IGNORE_INDEX", "pass"),  # the last position as well
-    ("dpo", None, "zip(lose[:3], win[:3])", "zip(win[:3], lose[:3])"),
-    ("dpo", OU, "labels if compat else", "labels if False else"),
-    ("win", None, "-logps, -refs\n", "logps, refs\n"),
-    ("ceu", OU, "> ignore_first_n", ">= ignore_first_n"),
-    ("ceu", None, "CEU(ignore_first=ignore", "CEU(ignore_first=0 * ignore"),
-    ("nll", None, 'inputs["labels"][:, 1:], (0, 1)', 'inputs["labels"][:, :-1], (0, 1)'),  # not shifted
-    ("wga", None, "(value - value.detach())", "value.detach()"),  # no gradient
+@pytest.mark.parametrize("module, name, compat, old, new", [
+    ("compat", "kl", OU, "masked_fill(labels == IGNORE_INDEX, 0)", "clone()"),  # labelled positions only
+    ("functional", "kl", None, "    if compat:\n        labels = labels_for", "    if True:\n        labels = labels_for"),
+    ("compat", "undial", OU, "n_vocab + IGNORE_INDEX", "0"),
+    ("compat", "undial", OU, "coded[:, -1] = IGNORE_INDEX", "pass"),  # the last position as well
+    ("functional", "dpo", None, "torch.stack([lose, win], 1)", "torch.stack([win, lose], 1)"),
+    ("functional", "dpo", OU, "labels if compat else", "labels if False else"),
+    ("functional", "win", None, "= -logps\n            ref_logps = -ref_logps\n", "= logps\n"),
+    ("functional", "ceu", OU, "> ignore_first_n", ">= ignore_first_n"),
+    ("functional", "ceu", None, "CEU(ignore_first=ignore", "CEU(ignore_first=0 * ignore"),
+    ("models.head_call", "nll", None, 'inputs["labels"][:, 1:], (0, 1)', 'inputs["labels"][:, :-1], (0, 1)'),  # not shifted
+    ("models.head_call", "wga", None, "(value - value.detach())", "value.detach()"),  # no gradient
 ])  # fmt: skip
-def test_mutants_do_not_pass(name, compat, old, new, tmp_path):
-    broken = mutant("soul.functional", old, new, tmp_path)
+def test_mutants_do_not_pass(module, name, compat, old, new, tmp_path, monkeypatch):
+    broken = mutant(f"soul.{module}", old, new, tmp_path)
+    if module == "functional":
+        tested = broken
+    else:  # a mutant of what the functions import
+        tested = functional
+        for attribute, value in vars(broken).items():
+            if getattr(value, "__module__", None) == broken.__name__ and hasattr(functional, attribute):
+                monkeypatch.setattr(functional, attribute, value)
     with pytest.raises(AssertionError):
-        check(broken, name, "llama, tied", compat)
+        check(tested, name, "llama, tied", compat)
 
 
 @pytest.mark.parametrize("compat", [None, OU])
@@ -290,10 +298,12 @@ def test_names_and_signatures_are_those_of_open_unlearning():
         "compute_satimp_loss": "(model, inputs, beta1, beta2)",
         "compute_batch_ceu": "(model, inputs, ignore_first_n_answer_tokens=1)",
     }
-    for name, signature in expected.items():
-        assert str(inspect.signature(getattr(functional, name))) == signature[:-1] + ", *, compat=None)"
-    own = (value for value in vars(functional).values() if getattr(value, "__module__", None) == functional.__name__)
-    assert {value.__name__ for value in own if value.__name__[0] != "_"} == set(expected)
+    for name, names_and_defaults in expected.items():
+        signature = inspect.signature(getattr(functional, name))
+        parameters = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+        assert str(inspect.Signature(parameters)) == names_and_defaults[:-1] + ", *, compat=None)"
+    defined_there = (value for value in vars(functional).values() if getattr(value, "__module__", None) == functional.__name__)
+    assert {value.__name__ for value in defined_there if value.__name__[0] != "_"} == set(expected)
 
 
 def test_outputs_are_what_a_trainer_takes():
@@ -349,10 +359,10 @@ def test_models_that_bend_their_logits(family):
     exact = copy.deepcopy(model).double()
     got, want = functional.compute_batch_nll(model, LOSE)[0], Coded.nll(exact, None, LOSE)
     assert_close(got, want, tol.GRAD_FP32, "nll")
-    found = gradients(model, got)
+    grads = gradients(model, got)
     for parameter, expected in gradients(exact, want).items():
         if expected.norm() > 1e-6:
-            assert_close(found[parameter], expected, 1e-3, parameter)
+            assert_close(grads[parameter], expected, 1e-3, parameter)
 
 
 def test_distributed_data_parallel_sees_the_loss():
@@ -410,11 +420,11 @@ def test_adapters(modules_to_save):
         assert_close(got, want, tol.GRAD_FP32, "loss")
         trained = [[name for name, p in m.named_parameters() if p.requires_grad] for m in (model, exact)]
         assert trained[0] and trained[0] == trained[1]
-        found, expected = (
+        grads, expected = (
             torch.autograd.grad(value, [m.get_parameter(name) for name in trained[0]])
             for m, value in ((model, got), (exact, want))
         )
-        for name, a, b in zip(trained[0], found, expected):
+        for name, a, b in zip(trained[0], grads, expected):
             assert_close(a, b, tol.WORST_ROW_FP32, name)
 
 
@@ -477,7 +487,7 @@ def test_a_replaced_forward_is_compiled():
     model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(5, 3)
 
     def replaced(x):
-        with functional._forward_replaced(model[1], lambda hidden: hidden.sum()):
+        with head_call._forward_replaced(model[1], lambda hidden: hidden.sum()):
             return model(x)
 
     assert torch.compile(replaced, backend="eager")(x) == replaced(x) == model[0](x).sum()

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import soul
-from soul import functional, losses
-from soul.models import causal_lm
-from soul_kernels import linear_objective
+from soul import losses
+from soul.models import causal_lm, head_call
+from soul_kernels import Head, linear_objective
 from tests.support import tolerances as tol
 from tests.support.models import examples, sequences, tiny_tokenizer
 
@@ -76,7 +76,7 @@ def model_of(family, **options):
     return randomized(transformers.AutoModelForCausalLM.from_config(config))
 
 
-def part(lengths, prompt, seed):
+def side(lengths, prompt, seed):
     """Sequences padded on the right; the prompt is not labelled."""
     position, end = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
     mask = (position < end).long()
@@ -85,28 +85,28 @@ def part(lengths, prompt, seed):
 
 
 def make_batch():
-    forget = part((5, 7), prompt=2, seed=0) | {"ref_logps": torch.tensor([-20.0, -25.0])}
-    return {"forget": forget, "retain": part((9, 6), prompt=1, seed=1)}
+    forget = side((5, 7), prompt=2, seed=0) | {"ref_logps": torch.tensor([-20.0, -25.0])}
+    return {"forget": forget, "retain": side((9, 6), prompt=1, seed=1)}
 
 
-def logps_of(model, part):
+def logps_of(model, side):
     """Log-probabilities [B, T - 1] of the labels, from the model's own logits, and which positions are labelled."""
-    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
-    labels = part["labels"][:, 1:]
+    logits = model(input_ids=side["input_ids"], attention_mask=side["attention_mask"], use_cache=False).logits
+    labels = side["labels"][:, 1:]
     return -F.cross_entropy(logits[:, :-1].transpose(1, 2), labels, reduction="none", ignore_index=-100), labels != -100
 
 
 def npo_by_definition(model, batch, beta=0.1):
     forget, _ = logps_of(model, batch["forget"])
-    retain, kept = logps_of(model, batch["retain"])
+    retain, labelled = logps_of(model, batch["retain"])
     ratios = forget.sum(1) - batch["forget"]["ref_logps"]
-    return -(2 / beta) * F.logsigmoid(-beta * ratios).mean() - retain.sum() / kept.sum()
+    return -(2 / beta) * F.logsigmoid(-beta * ratios).mean() - retain.sum() / labelled.sum()
 
 
 def gradients(model, loss):
     named = dict(model.named_parameters())
-    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
-    return dict(zip(named, found))
+    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, grads))
 
 
 def check_npo(model, batch, loss):
@@ -125,7 +125,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
     model, batch = model_of(family), make_batch()
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
     causal_lm.check_linear_head(model)  # `soul unlearn` takes the other way, from hidden states that the body returns
-    retain = batch["retain"] | {"labels": functional.shifted_labels(batch["retain"]), "rows": None}
+    retain = batch["retain"] | {"labels": head_call.shifted_labels(batch["retain"]), "token_indices": None}
     with torch.no_grad():
         error = causal_lm.token_logps(model, types.SimpleNamespace(**retain))[:, :-1] - logps_of(model, batch["retain"])[0]
     assert error.abs().max() <= tol.LOGP_ABS
@@ -138,8 +138,8 @@ def test_a_lost_bias_scale_or_cap_would_be_noticed(family, monkeypatch):
     bias = causal_lm.head(model)[1]
     assert (bias is None) != (family == "phi")
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="is not"):
-        patch.setattr("soul.model_loss.linear_objective", lambda *args, bias, logit_scale, softcap, **options: linear_objective(
-            *args, **options))  # fmt: skip
+        patch.setattr("soul.model_loss.linear_objective", lambda hidden, head, *args, **options: linear_objective(
+            hidden, Head(head.weight), *args, **options))  # fmt: skip
         check_npo(model, batch, soul.unlearning_loss(model, batch, objective))
     if bias is None:
         monkeypatch.setattr(causal_lm, "transform", lambda model: {"logit_scale": 1.0, "softcap": None})
@@ -235,8 +235,8 @@ def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_fr
 def test_a_model_is_compared_with_its_configuration_once(monkeypatch):
     """The comparison waits for the device, so a training loop must not repeat it."""
     model, batch, comparisons = model_of("cohere"), make_batch(), []
-    formula = functional.transformed
-    monkeypatch.setattr(functional, "transformed", lambda *a, **options: comparisons.append(a) or formula(*a, **options))
+    formula = head_call.transformed
+    monkeypatch.setattr(head_call, "transformed", lambda *a, **options: comparisons.append(a) or formula(*a, **options))
     losses_of_steps = [soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)).item() for _ in range(3)]
     assert len(comparisons) == 1 and len({*losses_of_steps}) == 1
     model.config.logit_scale = 0.5  # the model itself keeps the scale that it was made with
@@ -294,16 +294,17 @@ def test_loss_alone_or_with_outputs():
     model, batch = model_of("llama"), make_batch()
     loss = soul.unlearning_loss(model, batch, losses.NPO(beta=0.1))
     again, outputs = soul.unlearning_loss(model, batch, losses.NPO(beta=0.1), return_outputs=True)
-    forget, kept = logps_of(model, batch["forget"])
+    forget, labelled = logps_of(model, batch["forget"])
     assert loss.shape == () and torch.equal(loss, again) and outputs.logits is None
     assert (
-        outputs.loss.item() == pytest.approx(-(forget.sum() / kept.sum()).item(), rel=1e-5) and not outputs.loss.requires_grad
+        outputs.loss.item() == pytest.approx(-(forget.sum() / labelled.sum()).item(), rel=1e-5)
+        and not outputs.loss.requires_grad
     )
 
 
 def test_a_batch_without_masks_is_attended_to_in_full():
     model, batch = model_of("llama"), make_batch()
-    batch = {name: part((6, 6), prompt=2, seed=3) | {"ref_logps": torch.zeros(2)} for name in batch}
+    batch = {name: side((6, 6), prompt=2, seed=3) | {"ref_logps": torch.zeros(2)} for name in batch}
     masks = [entry.pop("attention_mask") for entry in batch.values()]
     loss = soul.unlearning_loss(model, batch, losses.NPO(beta=0.1))
     for entry, mask in zip(batch.values(), masks):
@@ -311,8 +312,8 @@ def test_a_batch_without_masks_is_attended_to_in_full():
     check_npo(model, batch, loss)
 
 
-def without(part, name):
-    return {key: value for key, value in part.items() if key != name}
+def without(side, name):
+    return {key: value for key, value in side.items() if key != name}
 
 
 @pytest.mark.parametrize("change, message", [
@@ -339,7 +340,7 @@ def test_batches_that_do_not_fit_are_named(change, message):
 def test_every_objective_of_the_documented_batches_has_a_loss():
     """docs/objectives.md: a pair of answers for DPO and PO, a reference model for KL."""
     model, batch = model_of("llama"), make_batch()
-    pair = {"original": batch["forget"], "alternate": batch["forget"] | part((7, 6), prompt=2, seed=4)}
+    pair = {"original": batch["forget"], "alternate": batch["forget"] | side((7, 6), prompt=2, seed=4)}
     for objective in (cls() for cls in losses.OBJECTIVES.values()):
         forget = pair if objective.pairs or objective.relabels else batch["forget"]
         loss = soul.unlearning_loss(model, batch | {"forget": forget}, objective, ref_model=model_of("llama"))

@@ -1,5 +1,9 @@
-"""Checkpoints: whatever stops a run, it goes on from the last one bit for bit.
+"""Checkpoints: whatever stops a run, it continues from the last one bit for bit.
 
-`local` has those of one process, `sharded` those of several, `format` what both write beside the tensors. May import: models,
+`local` has those of one process, `sharded` those of several, `format` the content that both write. May import: models,
 distributed, output, and below. Start with `local`.
 """
+
+from soul.checkpoint.local import Checkpoints, Stopped, describe, has_ended, save_model
+
+__all__ = ["Checkpoints", "Stopped", "describe", "has_ended", "save_model"]

@@ -1,15 +1,22 @@
-"""Checkpoints of a run of `soul.run.loop.unlearn`: whatever stops it, it goes on from the last one bit for bit.
+"""Checkpoints of a run of `soul.run.loop.unlearn`: whatever stops the run, it continues from the last one bit for bit.
 
-A checkpoint is a directory ``step-N``, after N steps::
+A checkpoint is a directory ``step-N``, written after N steps::
 
     model.safetensors      trainable parameters and buffers, by name
     training.safetensors   tensors of the optimizer and of torch's random generators
-    training.json          everything else: schedule, data order, log, what run it is, checksums of the other two
+    training.json          everything else: schedule, data order, log, description of the run, checksums of the other two
 
-It is written under another name, flushed to the disk and renamed, and only then is an older one removed, which is renamed
-first. It is trusted only if its checksums are right. Nothing in it is pickled. When the model of a run is in its output
-directory, a file there says so (``ENDED_FILE``), and the checkpoints are removed; from that file on the run has ended,
-whatever becomes of them.
+How it works: `Checkpoints.save` writes the files into a scratch directory, flushes them to the disk and renames the directory;
+only then are older checkpoints removed, each of which is renamed first. So at any moment every directory named ``step-N`` is
+complete, and there is one to continue from. `Checkpoints.load` trusts a checkpoint only if its checksums are right, and falls
+back to the one before it otherwise. The ``run`` in it describes model, data and options: a run that differs is refused before
+anything is changed. When the model of a run has been saved in its output directory, `Checkpoints.end` writes a note beside it
+(``ENDED_FILE``), and then removes the checkpoints; from that note on the run has ended, whether or not they can be removed.
+
+Safe to change: when a checkpoint is due, and messages. Not safe: the order of flushing, renaming and removing in `save`,
+`commit`, `end` and `remove`, on which every guarantee above rests (tests/checkpoint/test_faults.py interrupts them); and the
+entries of `describe`, since a run that was described otherwise is refused. `soul.checkpoint.sharded` overrides methods of
+`Checkpoints` with collective ones: where a method here calls ``Checkpoints.remove(self)``, it must not call an overridden one.
 """
 
 import contextlib
@@ -22,24 +29,29 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from soul.checkpoint.format import (
     FORMAT,
-    about,
-    changing,
+    Damaged,
+    State,
+    Stateful,
     check_fits,
     check_same,
     checksum,
     environment,
     file_digest,
-    own,
+    mutable_tensors,
+    pack_run,
     random_state,
-    read,
+    read_checkpoint,
     read_state,
+    separate,
     set_random_state,
-    unpacked,
+    unpack,
     warn_of_environment,
     write_tensors,
 )
@@ -48,76 +60,104 @@ from soul.models.causal_lm import has_adapters
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import DATA_FILE, RUN_FILE, lock
 from soul.output.files import discard, flush, reason, scratch_path, sweep, sync, whole, write_text
-from soul_kernels.errors import argument_error, check_range
+from soul_kernels.errors import ArgumentError, argument_error, check_range
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
-ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # which no shape of a tensor shows
+ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # change results, but no shape of a tensor
 MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
 ENDED_FILE = "soul_ended.txt"  # in the output directory, once the model is safe there
 
 
+class _LabelledTokens(Protocol):
+    """What `describe` reads of a `soul.data.Sequence`."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+
+
 class Stopped(RuntimeError):
-    """The run was told to stop (SIGTERM), and has written a checkpoint before."""
+    """The run was asked to stop, by SIGTERM for instance, and has written a checkpoint before."""
 
 
 class Checkpoints:
-    """Where, and how often, a run is saved.
+    """The checkpoints of one run: where they are, and how often the run is saved.
 
     Args:
-        directory: holds the checkpoints, ``step-N`` each; created where it is missing. Nothing else should be in there.
+        directory: holds the checkpoints, ``step-N`` each; created if it is missing. Nothing else should be in it.
         every: steps from one checkpoint to the next, >= 0. 0: none by the number of steps.
         minutes: minutes from one checkpoint to the next, >= 0: the run is saved after the first step that ends later. 0: none
-            by time. With both 0 the run is saved only when it is told to stop.
-        keep: newest checkpoints that stay, >= 1. With 2 there is one to go back to if the newest is damaged. While one is
-            written there is room needed for one more.
-        resume: go on from the newest checkpoint, where there is one.
+            by time. If both are 0, the run is saved only when it is asked to stop.
+        keep: number of newest checkpoints that stay, >= 1. With 2 there is one to go back to if the newest is damaged. The disk
+            needs room for one more, since a new one is written before an old one is removed.
+        resume: go on from the newest checkpoint, if there is one.
 
     Attributes:
-        stop: set it to True, from a signal handler or a thread, and the run saves itself after the step that it is in, and
-            raises `Stopped`.
+        stop: set it to True, from a signal handler or a thread, and the run saves itself after the current step, and raises
+            `Stopped`.
+        stopping: whether the checkpoint that is due is the last one, since the run was asked to stop; set by `due`.
 
     Raises:
-        ArgumentError: a number is not what it may be.
+        ArgumentError: a number is out of range.
     """
 
-    def __init__(self, directory, *, every=0, minutes=0, keep=2, resume=False):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        every: int = 0,
+        minutes: float = 0,
+        keep: int = 2,
+        resume: bool = False,
+    ) -> None:
         for name, value, low in (("save_every", every, 0), ("keep", keep, 1)):
             if isinstance(value, bool) or not (isinstance(value, int) and value >= low):
                 raise argument_error(name, f"a whole number >= {low}", repr(value), "check the options")
         check_range("save_minutes", minutes)
-        self.directory, self.every, self.keep, self.resume = pathlib.Path(directory), every, keep, resume
-        self.minutes, self._since = minutes, time.monotonic()
-        self.stop = self.stopping = False
+        self.directory = pathlib.Path(directory)
+        self.every = every
+        self.minutes = minutes
+        self.keep = keep
+        self.resume = resume
+        self.stop = False
+        self.stopping = False
+        self.restart_clock()
 
-    def due(self, step):
-        """Tells whether a checkpoint is to be written after this step; ``stopping`` then says whether it is the last one."""
-        self.stopping, late = self.told(), self.late()  # looked at once: a signal may come at any time
-        return self.stopping or late or (self.every > 0 and step % self.every == 0)
+    def due(self, step: int) -> bool:
+        """Tell whether a checkpoint is to be written after this step, and set ``stopping``."""
+        self.stopping = self.stop_requested()  # asked once: a signal may come at any time
+        time_is_up = self.time_is_up()  # asked in any case: with several processes this is collective
+        return self.stopping or time_is_up or (self.every > 0 and step % self.every == 0)
 
-    def told(self):
-        """Tells whether the run has been told to stop."""
+    def stop_requested(self) -> bool:
+        """Tell whether the run was asked to stop."""
         return self.stop
 
-    def late(self):
+    def time_is_up(self) -> bool:
         """Tell whether ``minutes`` have passed since the last checkpoint, or since the run began."""
-        return self.minutes > 0 and time.monotonic() - self._since >= 60 * self.minutes
+        return self.minutes > 0 and time.monotonic() - self._clock_start >= 60 * self.minutes
 
-    def restart_clock(self):
+    def restart_clock(self) -> None:
         """Count ``minutes`` from now on: the run begins, or a checkpoint has been written."""
-        self._since = time.monotonic()
+        self._clock_start = time.monotonic()
 
-    def steps(self):
-        """Steps of the checkpoints that are there, whole or not, the newest first."""
-        found = self.directory.iterdir() if self.directory.is_dir() else ()
-        matches = (NAME.fullmatch(path.name) for path in found if path.is_dir())
+    def steps(self) -> list[int]:
+        """Return the steps of all checkpoints, damaged ones included, the newest first."""
+        paths = self.directory.iterdir() if self.directory.is_dir() else ()
+        matches = (NAME.fullmatch(path.name) for path in paths if path.is_dir())
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
-    def path(self, step):
-        """The directory of one checkpoint."""
+    def path(self, step: int) -> pathlib.Path:
+        """Return the directory of one checkpoint."""
         return self.directory / f"step-{step}"
 
-    def clear(self):
-        """Makes the directory, and removes what an interrupted write has left there.
+    def prepare(self) -> None:
+        """Create the directory, and remove what an interrupted write has left in it; checkpoints stay.
 
         Raises:
             OSError: the directory cannot be written.
@@ -126,14 +166,14 @@ class Checkpoints:
         sweep(self.directory)
 
     @contextlib.contextmanager
-    def alone(self):
-        """Meanwhile no other run may write here: the directory, which is made, is locked.
+    def locked(self) -> Iterator[None]:
+        """Create the directory, and lock it for the duration of the block, so that no other run writes in it.
 
         Raises:
-            ArgumentError: another one does.
+            ArgumentError: another run has locked it.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        if os.name == "nt":  # directories cannot be opened there
+        if os.name == "nt":  # Windows cannot open directories
             yield
             return
         descriptor = os.open(self.directory, os.O_RDONLY)
@@ -143,40 +183,53 @@ class Checkpoints:
         finally:
             os.close(descriptor)
 
-    def save(self, step, model, parts, records, run):
-        """Writes a checkpoint, all or nothing; then removes the oldest ones.
+    def save(
+        self,
+        step: int,
+        model: torch.nn.Module,
+        components: Mapping[str, Stateful],
+        records: list[dict[str, Any]],
+        run: Mapping[str, object],
+    ) -> None:
+        """Write a checkpoint completely or not at all; then remove the oldest ones.
 
         Args:
             step: number of steps taken.
-            model: whose trainable parameters and buffers are saved.
-            parts: name -> object with a ``state_dict()`` of numbers, strings, tensors and containers of these.
+            model: its trainable parameters and buffers are saved.
+            components: objects with a state, by name: optimizer, schedule, order of the data, curvature.
             records: the log so far.
-            run: what `describe` says of the run.
+            run: the description of the run that `describe` has returned.
 
         Raises:
-            OSError: it could not be written, with the reason; the checkpoints that were there still are.
+            OSError: it could not be written, with the reason; the earlier checkpoints still exist.
         """
-        tensors = {}
-        state = {"format": FORMAT, **about(step, model, parts, records, run, random_state(), tensors)}
-        files = {"model": own(changing(model)), "training": own(tensors)}
+        tensors: dict[str, torch.Tensor] = {}
+        state = {"format": FORMAT, **pack_run(step, model, components, records, run, random_state(), tensors)}
+        files = {"model": separate(mutable_tensors(model)), "training": separate(tensors)}
         state["checksums"] = {name: file_digest(content) for name, content in files.items()}
         aside = scratch_path(self.directory)
         try:
-            self.clear()
+            self.prepare()
             aside.mkdir()
             for name, content in files.items():
                 write_tensors(content, aside / f"{name}.safetensors")
             self.commit(aside, step, state)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
-            raise self.not_saved(step, error) from error
+            raise self.save_error(step, error) from error
 
-    def not_saved(self, step, error):
-        """The OSError to raise."""
+    def save_error(self, step: int, error: OSError) -> OSError:
+        """Return the error to raise if a checkpoint could not be written."""
         return OSError(f"{self.directory}: step {step} could not be saved ({reason(error)})")
 
-    def commit(self, aside, step, state):
-        """Makes a checkpoint of a directory that has its tensors; then removes the oldest ones."""
+    def commit(self, aside: pathlib.Path, step: int, state: State) -> None:
+        """Make a checkpoint of a scratch directory that holds its tensors; then remove the oldest ones.
+
+        Args:
+            aside: the scratch directory.
+            step: number of steps taken.
+            state: the JSON values, complete.
+        """
         (aside / "training.json").write_text(json.dumps({"checksum": checksum(state), "state": state}), encoding="utf-8")
         flush(aside)
         target = self.path(step)
@@ -184,16 +237,20 @@ class Checkpoints:
             target.rename(scratch_path(self.directory))
         aside.rename(target)
         sync(self.directory)
-        later = [s for s in self.steps() if s > step]  # damaged, or the run would have gone on from there
+        later = [s for s in self.steps() if s > step]  # damaged, or the run would have gone on from them
         for old in [*later, *self.steps()[len(later) + self.keep :]]:
             discard(self.path(old))
         sweep(self.directory)
 
-    def end(self, output):
-        """Notes in the output directory that the run has ended, and removes the checkpoints. The model is saved there before;
-        the log is flushed to the disk here, before the checkpoints that have its records are removed.
+    def end(self, output: pathlib.Path) -> None:
+        """Note in the output directory that the run has ended, and remove the checkpoints.
 
-        Nothing is raised, since the run has succeeded. If the log cannot be flushed, the checkpoints stay, with a warning.
+        The model must have been saved there before. The log is flushed to the disk before the checkpoints, which hold its
+        records, are removed. Nothing is raised, since the run has succeeded: if the log cannot be flushed, the checkpoints
+        stay, with a warning.
+
+        Args:
+            output: the output directory.
         """
         try:
             for path in (output / name for name in ("log.jsonl", DATA_FILE, RUN_FILE)):
@@ -205,178 +262,230 @@ class Checkpoints:
             return
         with contextlib.suppress(OSError):  # a full disk; without checkpoints the run has ended too
             write_text(output / ENDED_FILE, "The model of this run is saved here. Its checkpoints are not needed any more.\n")
-        Checkpoints.remove(self)
+        Checkpoints.remove(self)  # not a collective override: with several processes the first one alone is here
 
-    def remove(self):
-        """Removes them all, and the directory: the run has ended, and what it made is safe elsewhere. What cannot be removed
-        is warned of.
-        """
+    def remove(self) -> None:
+        """Remove all checkpoints and the directory; warn of what cannot be removed."""
         for step in reversed(self.steps()):
             discard(self.path(step))
         if self.directory.is_dir():
             sweep(self.directory)
-        with contextlib.suppress(OSError):  # there is something else in it
+        with contextlib.suppress(OSError):  # it is not empty
             self.directory.rmdir()
 
-    def advice(self):
-        """What the command says after a run has ended early."""
+    def advice(self) -> str:
+        """Return how to continue a run that has ended early, in words."""
         steps = self.steps()
         return f"with --resume it goes on after step {steps[0]}" if steps else "there is no checkpoint to go on from"
 
-    def check(self, run):
-        """Raises unless a run may begin, or go on, here; reads no tensors.
+    def check(self, run: Mapping[str, object]) -> None:
+        """Raise unless a run may begin, or go on, in this directory; read no tensors.
+
+        Args:
+            run: the description of the run that `describe` has returned.
 
         Raises:
-            ArgumentError: there are checkpoints, and the run is not to be resumed, or they are of another run.
+            ArgumentError: there are checkpoints, and the run is not to be resumed, or they are those of another run.
         """
         steps = self.steps()
         if steps and not self.resume:
-            got, remedy = f"step {steps[0]} in {self.directory}", "resume, or choose another directory"
-            raise argument_error("checkpoints", "a directory without any", got, remedy)
+            got = f"step {steps[0]} in {self.directory}"
+            raise argument_error("checkpoints", "a directory without any", got, "resume, or choose another directory")
         for step in steps:
-            state, wrong = read_state(self.path(step))
-            if wrong is None:  # a damaged one says nothing; `load` passes it over
-                check_same(state["run"], run)
-                return
+            try:
+                state = read_state(self.path(step))
+            except Damaged:  # `load` warns of it
+                continue
+            check_same(state["run"], run)
+            return
 
-    def load(self, model, parts, run):
-        """Brings a run to where its newest whole checkpoint was written; one that is damaged is passed over with a warning.
+    def load(
+        self, model: torch.nn.Module, components: Mapping[str, Stateful], run: Mapping[str, object]
+    ) -> list[dict[str, Any]]:
+        """Restore a run from its newest complete checkpoint; pass over a damaged one with a warning.
+
+        The random generators of Python and torch are set as well.
 
         Args:
             model: its trainable parameters and buffers are changed in place.
-            parts: name -> object with a ``load_state_dict()``, those of `save`.
-            run: what `describe` says of the run; it must be that of the checkpoint.
+            components: the objects that were passed to `save`, by name; changed in place.
+            run: the description of the run that `describe` has returned; it must be that of the checkpoint.
 
         Returns:
-            The log up to there, [] where there is no checkpoint. The random generators of Python and torch are set.
+            The log up to the checkpoint; [] without a checkpoint.
 
         Raises:
-            ArgumentError: the checkpoint is of another run (the first difference is named), all are damaged, or there is one
-                and ``resume`` is False. The model was not changed.
+            ArgumentError: the checkpoint is that of another run (the first difference is named), all are damaged, or there is
+                one and ``resume`` is False. The model was not changed.
         """
         self.check(run)
         steps = self.steps()
         for step in steps:
             path = self.path(step)
-            found, wrong = read(path)
-            if wrong is not None:
-                warnings.warn(f"{path}: {wrong}; trying the one before it", stacklevel=2)
+            try:
+                state, files = read_checkpoint(path)
+            except Damaged as damage:
+                warnings.warn(f"{path}: {damage}; trying the one before it", stacklevel=2)
                 continue
-            state, files = found
             check_same(state["run"], run)
-            tensors = changing(model)
+            tensors = mutable_tensors(model)
             check_fits(path.name, tensors, {name: (tuple(t.shape), t.dtype) for name, t in files["model"].items()})
             warn_of_environment(path, state["environment"], environment(model))
-            states = unpacked(state["parts"], files["training"])
-            for name, part in parts.items():
-                part.load_state_dict(states[name])
+            states = unpack(state["parts"], files["training"])
+            for name, component in components.items():
+                component.load_state_dict(states[name])
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(files["model"][name])
-            set_random_state(unpacked(state["random"], files["training"]))
+            set_random_state(unpack(state["random"], files["training"]))
             return state["records"]
         if steps:
-            remedy = "start again in a new directory"
-            raise argument_error("resume", f"a whole checkpoint in {self.directory}", "damaged ones only", remedy)
+            raise self.all_damaged()
         return []
 
+    def all_damaged(self) -> ArgumentError:
+        """Return the error to raise if there are checkpoints, and none can be used."""
+        expected = f"a whole checkpoint in {self.directory}"
+        return argument_error("resume", expected, "damaged ones only", "start again in a new directory")
+
     @contextlib.contextmanager
-    def listening(self):
-        """Meanwhile SIGTERM sets ``stop`` instead of ending the process; in the main thread only, elsewhere nothing changes.
-        ``minutes`` count from here.
+    def listening(self) -> Iterator[None]:
+        """Let SIGTERM set ``stop`` for the duration of the block, instead of ending the process; restart the clock.
+
+        In a thread other than the main one signals are left as they are.
         """
         self.restart_clock()
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
-        def told(*_):
+        def request_stop(*_: object) -> None:
             self.stop = True
 
-        before = signal.signal(signal.SIGTERM, told)
+        before = signal.signal(signal.SIGTERM, request_stop)
         try:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
 
 
-def is_saved(directory):
-    """Tells whether there is the model of a run in its output directory."""
+def is_saved(directory: pathlib.Path) -> bool:
+    """Tell whether the model of a run has been saved in its output directory."""
     return any((directory / name).is_file() for name in MODEL_FILES)
 
 
-def has_ended(directory, checkpoints):
-    """Tells whether the run of an output directory has ended: its model is there, and so is the note of `Checkpoints.end`, or
-    nothing that the run could go on from.
+def has_ended(directory: pathlib.Path, checkpoints: Checkpoints) -> bool:
+    """Tell whether the run of an output directory has ended.
+
+    It has if its model has been saved, and there is the note of `Checkpoints.end`, or no checkpoint to go on from.
     """
     return is_saved(directory) and ((directory / ENDED_FILE).is_file() or not checkpoints.steps())
 
 
-def describe(model, forget, retain, config):
-    """What makes a run the run that it is, for comparison: a dict of JSON values, with an entry for each option and for each
-    value of the model's configuration, so that what differs has a name.
+def describe(
+    model: "PreTrainedModel",
+    forget: Sequence[_LabelledTokens],
+    retain: Sequence[_LabelledTokens],
+    config: Mapping[str, object],
+) -> dict[str, Any]:
+    """Return what makes a run the run that it is, as JSON values by name, for comparison.
+
+    Each option and each value of the model's configuration has an entry of its own, so that a difference can be named.
 
     Args:
         model: before its first step.
         forget: list of `soul.data.Sequence`.
         retain: list of `soul.data.Sequence`.
-        config: a dict of the options that decide the numbers.
+        config: the options that decide the numbers.
     """
     return {**describe_inputs(model, forget, retain, config), "content of the model": digest(base_weights(model))}
 
 
-def describe_inputs(model, forget, retain, config):
-    """Return the entries of `describe` that need no hash of the weights, which all processes of a sharded model would compute
-    together.
+def describe_inputs(
+    model: "PreTrainedModel",
+    forget: Sequence[_LabelledTokens],
+    retain: Sequence[_LabelledTokens],
+    config: Mapping[str, object],
+) -> dict[str, Any]:
+    """Return the entries of `describe` that need no hash of the weights.
+
+    For a sharded model that hash is collective work of all processes.
     """
-    data = {"forget": forget, "retain": retain}
-    adapters = getattr(model, "peft_config", {}).values()
-    adapters = [{name: getattr(about, name, None) for name in ADAPTER_OPTIONS} for about in adapters]
+    adapters = [
+        {name: getattr(options, name, None) for name in ADAPTER_OPTIONS}
+        for options in getattr(model, "peft_config", {}).values()
+    ]
     return {
         **config,
         **{f"configuration of the model, {name}": value for name, value in configuration(model).items()},
         **({"lora": adapters} if adapters else {}),
-        **{f"content of {name}": checksum([[s.input_ids, s.labels] for s in part]) for name, part in data.items()},
+        "content of forget": _content(forget),
+        "content of retain": _content(retain),
         "trainable parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
 
 
-def save_model(model, tokenizer, directory):
-    """Puts model (or adapters) and tokenizer, as Hugging Face's files, into a directory that is there; one of ``MODEL_FILES``
-    comes last, so that where it is, the rest is. Of a model in shards every process must call it, and the first one writes.
+def _content(sequences: Sequence[_LabelledTokens]) -> str:
+    return checksum([[sequence.input_ids, sequence.labels] for sequence in sequences])
+
+
+def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: str | os.PathLike[str]) -> None:
+    """Save a model (or its adapters) and its tokenizer as Hugging Face's files, completely or not at all.
+
+    One of ``MODEL_FILES`` is put in place last, so that its presence proves that the rest is complete. For a sharded model
+    every process must call this, and the first one writes.
+
+    Args:
+        model: a Hugging Face model, sharded or not, with or without adapters.
+        tokenizer: its tokenizer.
+        directory: must exist.
 
     Raises:
-        OSError: they could not be written; nothing of them is there then.
+        OSError: they could not be written; none of the files is in place.
     """
     processes = Processes.of(model)
-    state = {"state_dict": whole_state(model)} if processes.size > 1 else {}
-    processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), state))
+    options = {"state_dict": whole_state(model)} if processes.size > 1 else {}
+    processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), options))
 
 
-def _save_model(model, tokenizer, directory, state):
+def _save_model(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: pathlib.Path,
+    options: dict[str, dict[str, torch.Tensor]],
+) -> None:
     try:
         sweep(directory)
         with whole(directory, last=MODEL_FILES) as aside:
             with _valid_generation_config(model, aside):
-                model.save_pretrained(aside, **state)
+                model.save_pretrained(aside, **options)
             tokenizer.save_pretrained(aside)
     except OSError as error:
         raise OSError(f"{directory}: the model could not be saved ({reason(error)})") from error
 
 
 @contextlib.contextmanager
-def _valid_generation_config(model, aside):
-    """Meanwhile one that transformers saves; it refuses some that it has loaded, and a run would end without a model."""
-    given = None if has_adapters(model) else getattr(model, "generation_config", None)
+def _valid_generation_config(model: "PreTrainedModel", aside: pathlib.Path) -> Iterator[None]:
+    """Give the model a generation config that transformers agrees to save, for the duration of the block.
+
+    Transformers loads some generation configs, such as one with a temperature and without sampling, that it refuses to save
+    with the model. The run would end without a model; so the default one is saved instead, with a warning.
+
+    Args:
+        model: its own generation config is put back after the block.
+        aside: a scratch directory in which saving is tried.
+    """
+    original = None if has_adapters(model) else getattr(model, "generation_config", None)
+    if original is None:
+        yield
+        return
     try:
-        if given is not None:
-            given.save_pretrained(aside)
+        original.save_pretrained(aside)
     except ValueError as error:
         lines = str(error).strip().splitlines()
         warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(lines[:2])})", stacklevel=2)
-        model.generation_config = type(given).from_model_config(model.config)
+        model.generation_config = type(original).from_model_config(model.config)
     try:
         yield
     finally:
-        if given is not None:
-            model.generation_config = given
+        model.generation_config = original

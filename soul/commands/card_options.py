@@ -3,8 +3,8 @@
 import argparse
 from typing import Any
 
-from soul.plan._case import check_where
 from soul.plan.cards import CARDS, NETWORK, card_of
+from soul.plan.case import check_where
 
 
 def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:

@@ -33,7 +33,7 @@ from soul.evaluate.logs import (
 )
 from soul.evaluate.metrics import MIN_K, summarize
 from soul.evaluate.model import EvaluateConfig, Log, retain_log, tofu_logs
-from soul.models.causal_lm import load, pick_device
+from soul.models.loading import load, pick_device
 from soul.output.console import print_result
 from soul.output.directory import DATA_FILE, check_output, check_writable
 from soul_kernels.errors import argument_error

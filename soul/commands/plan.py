@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from soul.plan import plan
-    from soul.plan._plan import tokens_of
+    from soul.plan.planner import tokens_of
     from soul.run.config import UnlearnConfig
 
     names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",

@@ -1,10 +1,37 @@
 """Data: names and files -> rows -> examples -> token ids -> batches.
 
-Start with `examples`; `sources` reads benchmarks, hub data sets and files, `templates` puts question and answer together,
-`batches` pads and orders. May import: nothing of ``soul`` but ``_extras`` and ``_limits``.
+`sources` reads benchmarks, hub data sets and files (`rows`), `templates` puts question and answer together, `examples` turns
+texts into token ids, `batches` pads and orders them. Start with `examples`.
+May import: nothing of ``soul`` but ``_extras`` and ``_limits``.
 """
 
-from soul.data.examples import Counts, Example, Question, Sequence, encode, pair_refusals, refuse
+from soul.data.batches import Batch, collate
+from soul.data.examples import (
+    REFUSALS,
+    TEMPLATE,
+    Counts,
+    Example,
+    Question,
+    Sequence,
+    encode,
+    pair_refusals,
+    read_refusals,
+    refuse,
+)
 from soul.data.templates import Template
 
-__all__ = ["Counts", "Example", "Question", "Sequence", "Template", "encode", "pair_refusals", "refuse"]
+__all__ = [
+    "REFUSALS",
+    "TEMPLATE",
+    "Batch",
+    "Counts",
+    "Example",
+    "Question",
+    "Sequence",
+    "Template",
+    "collate",
+    "encode",
+    "pair_refusals",
+    "read_refusals",
+    "refuse",
+]

@@ -1,10 +1,14 @@
 """Sequences of token ids -> batches, and the order in which they come."""
 
+import collections.abc
 import dataclasses
 import random
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from soul.data.examples import Sequence
 from soul_kernels.errors import argument_error
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -15,143 +19,171 @@ class Batch:
 
     Attributes:
         input_ids: [B, T] int64.
-        attention_mask: [B, T] int64, 0 at padding.
+        attention_mask: [B, T] int64, 0 at padding; None: every position is attended to.
         labels: [B, T] int64, shifted, -100 at prompts and padding.
-        rows: [R] int64 on the CPU, flat indices of the labelled positions: known here, so the device need not be asked.
-        is_forget: [B] bool, on the CPU like ``rows``.
+        token_indices: [R] int64 on the CPU, flat indices of the labelled positions. They are known here, which saves a wait for
+            the device.
+        is_forget: [B] bool, on the CPU like ``token_indices``.
         has_retain: whether there are sequences to retain.
-        ref_logps: [B] fp32 or None.
-        ref_hidden: [B, T, D] or None.
+        ref_logps: [B] fp32 log-probabilities under the reference model, 0 for retain sequences; or None.
+        ref_hidden: [B, T, D] hidden states of the reference model, or None.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    rows: torch.Tensor
-    is_forget: torch.Tensor
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor
+    token_indices: Tensor
+    is_forget: Tensor
     has_retain: bool
-    ref_logps: torch.Tensor | None = None
-    ref_hidden: torch.Tensor | None = None
+    ref_logps: Tensor | None = None
+    ref_hidden: Tensor | None = None
 
 
-def collate(forget, retain, *, device="cpu", ref_logps=None, ref_hidden=None):
-    """Puts forget and retain sequences into one `Batch`, the forget ones first, padded to the longest.
+def collate(
+    forget: list[Sequence],
+    retain: list[Sequence],
+    *,
+    device: torch.device | str = "cpu",
+    ref_logps: list[float] | None = None,
+    ref_hidden: collections.abc.Sequence[Tensor | None] | None = None,
+) -> Batch:
+    """Return forget and retain sequences as one `Batch`, the forget ones first, padded to the longest.
 
-    Padding is masked, and its token id is 0: a padding token may have been added to the tokenizer without a row in the model.
+    Padding is masked, and its token id is 0. The tokenizer's own padding token is not used, because it may have been added
+    without a row in the model's embedding.
 
     Args:
         forget: list of `Sequence`; for `soul.losses.DPO` of pairs, each refusal right after its answer.
         retain: list of `Sequence`.
-        device: where the batch goes; ``rows`` and ``is_forget`` stay on the CPU.
-        ref_logps: reference log-probabilities of the forget sequences, list of floats, or None.
-        ref_hidden: the reference's hidden states of all sequences at their labelled positions, from `soul.reference_hidden`: a
-            list of [n, D] tensors, with None for a sequence whose states are not needed; or None.
+        device: where the batch goes; ``token_indices`` and ``is_forget`` stay on the CPU.
+        ref_logps: log-probabilities of the forget sequences under the reference model, a list of floats, or None.
+        ref_hidden: hidden states of the reference model for all sequences at their labelled positions, from
+            `soul.reference_hidden`: a list of [n, D] tensors, with None for a sequence whose states are not needed; or None.
 
     Raises:
         ArgumentError: ``ref_logps`` or ``ref_hidden`` do not fit the sequences.
     """
     sequences = [*forget, *retain]
-    shape = (len(sequences), max(len(s.input_ids) for s in sequences))
-    padded = [[], [], []]
-    for sequence in sequences:
-        length, rest = len(sequence.input_ids), shape[1] - len(sequence.input_ids)
-        padded[0].append(sequence.input_ids + [0] * rest)
-        padded[1].append(sequence.labels + [IGNORE_INDEX] * rest)
-        padded[2].append([1] * length + [0] * rest)
-    input_ids, labels, attention_mask = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in padded)
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+    input_ids = _padded([sequence.input_ids for sequence in sequences], longest, 0)
+    labels = _padded([sequence.labels for sequence in sequences], longest, IGNORE_INDEX)
+    attention_mask = _padded([[1] * len(sequence.input_ids) for sequence in sequences], longest, 0)
+    all_ref_logps = None
     if ref_logps is not None:
         if len(ref_logps) != len(forget):
-            raise argument_error("ref_logps", f"{len(forget)} values", len(ref_logps), "pass one a forget sequence")
-        ref_logps = torch.tensor([*ref_logps, *[0.0] * len(retain)], dtype=torch.float32, device=device)
+            raise argument_error("ref_logps", f"{len(forget)} values", len(ref_logps), "pass one per forget sequence")
+        all_ref_logps = torch.tensor([*ref_logps, *[0.0] * len(retain)], dtype=torch.float32, device=device)
     return Batch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         labels=labels.to(device),
-        rows=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
+        token_indices=(labels.view(-1) != IGNORE_INDEX).nonzero()[:, 0],
         is_forget=torch.arange(len(sequences), device="cpu") < len(forget),
         has_retain=bool(retain),
-        ref_logps=ref_logps,
+        ref_logps=all_ref_logps,
         ref_hidden=None if ref_hidden is None else _pad_hidden(ref_hidden, labels, device),
     )
 
 
-def _pad_hidden(states, labels, device):
-    """[n, D] at the labelled positions of each sequence -> [B, T, D], 0 elsewhere; what is moved is not padded."""
+def _padded(values: list[list[int]], length: int, filler: int) -> Tensor:
+    """Return lists of numbers as one tensor [B, length] int64 on the CPU, padded on the right."""
+    return torch.tensor([row + [filler] * (length - len(row)) for row in values], dtype=torch.int64, device="cpu")
+
+
+def _pad_hidden(states: collections.abc.Sequence[Tensor | None], labels: Tensor, device: torch.device | str) -> Tensor:
+    """Return states [n, D] at the labelled positions of each sequence as [B, T, D], 0 elsewhere.
+
+    Only the states themselves are moved to the device, not their padding.
+    """
     counts = (labels != IGNORE_INDEX).sum(1).tolist()
     got = [None if state is None else len(state) for state in states]
-    if len(got) != len(counts) or any(n not in (None, count) for n, count in zip(got, counts)) or got.count(None) == len(got):
+    fits = len(got) == len(counts) and all(n in (None, count) for n, count in zip(got, counts))
+    if not fits or got.count(None) == len(got):
         expected = f"states at {counts} labelled positions, or None where they are not needed"
         raise argument_error("ref_hidden", expected, got, "compute them from the same sequences: soul.reference_hidden")
     packed = torch.cat([state for state in states if state is not None]).to(device)
     needed = torch.tensor([state is not None for state in states], device="cpu")[:, None]
-    rows = ((labels != IGNORE_INDEX) & needed).view(-1).nonzero()[:, 0].to(device)
-    return packed.new_zeros(labels.numel(), packed.shape[1]).index_copy_(0, rows, packed).view(*labels.shape, -1)
+    positions = ((labels != IGNORE_INDEX) & needed).view(-1).nonzero()[:, 0].to(device)
+    return packed.new_zeros(labels.numel(), packed.shape[1]).index_copy_(0, positions, packed).view(*labels.shape, -1)
 
 
-def batches_by_length(sequences, batch_size, draw):
-    """One epoch of index lists: shuffled, with sequences of like length together, so that little is padded.
+def batches_by_length(sequences: list[Sequence], batch_size: int, draw: random.Random) -> list[list[int]]:
+    """Return the batches of one epoch as lists of indices: shuffled, and each of sequences of like length, to pad little.
 
     Args:
         sequences: list of `Sequence`.
         batch_size: indices a list; the last may be shorter.
-        draw: ``random.Random``.
+        draw: the source of the order.
     """
     order = list(range(len(sequences)))
     draw.shuffle(order)
     pool = 8 * batch_size  # sorted within pools only, so that epochs differ
-    order = [i for p in range(0, len(order), pool) for i in sorted(order[p : p + pool], key=lambda i: len(sequences[i].labels))]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    by_length = []
+    for start in range(0, len(order), pool):
+        by_length += sorted(order[start : start + pool], key=lambda index: len(sequences[index].labels))
+    batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     draw.shuffle(batches)
     return batches
 
 
 class Order:
-    """Which examples make each step: every epoch the forget set in a new random order, beside a random one of the retain set
-    that runs on over the epochs. Iterating yields (epoch from 1, indices of forget examples, sorted, indices of retain
-    examples, as many).
+    """The indices of the examples of each step.
+
+    Every epoch takes the forget set in a new random order. Beside it runs a random order of the retain set, which goes on over
+    the epochs and starts anew when it is used up. Iterating yields (epoch from 1, sorted indices of forget examples, as many
+    indices of retain examples).
 
     Args:
         n_forget: examples to forget.
-        n_retain: examples to retain; 0: none go with them.
+        n_retain: examples to retain; 0: the steps have none.
         batch_size: forget examples a step; the last of an epoch may have fewer.
         epochs: passes over the forget set.
         seed: of both orders.
     """
 
-    def __init__(self, n_forget, n_retain, batch_size, epochs, seed):
-        self.n_forget, self.n_retain, self.batch_size, self.epochs = n_forget, n_retain, batch_size, epochs
-        self.draw, self.epoch = random.Random(seed), 0
-        self.forget, self.retain = [], []  # indices that are still to come: of this epoch, of this round
+    def __init__(self, n_forget: int, n_retain: int, batch_size: int, epochs: int, seed: int) -> None:
+        self.n_forget = n_forget
+        self.n_retain = n_retain
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.draw = random.Random(seed)
+        self.epoch = 0
+        self.forget: list[int] = []  # indices that are still to come in this epoch
+        self.retain: list[int] = []  # indices that are still to come before the retain set starts anew
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.epochs * -(-self.n_forget // self.batch_size)
 
-    def __iter__(self):
+    def __iter__(self) -> "Order":
         return self
 
-    def __next__(self):
+    def __next__(self) -> tuple[int, list[int], list[int]]:
         if not self.forget:
             if self.epoch == self.epochs:
                 raise StopIteration
             self.epoch += 1
             self.forget = self._shuffled(self.n_forget)
-        # The whole set, where it is one batch, in the order in which its reference was computed.
-        forget, self.forget = sorted(self.forget[: self.batch_size]), self.forget[self.batch_size :]
+        # Sorted: a forget set that is one batch comes in the order in which the reference model was run on it.
+        forget = sorted(self.forget[: self.batch_size])
+        self.forget = self.forget[self.batch_size :]
         while self.n_retain and len(self.retain) < len(forget):
             self.retain += self._shuffled(self.n_retain)
-        retain, self.retain = self.retain[: len(forget)], self.retain[len(forget) :]
+        retain = self.retain[: len(forget)]
+        self.retain = self.retain[len(forget) :]
         return self.epoch, forget, retain
 
-    def _shuffled(self, n):
+    def _shuffled(self, n: int) -> list[int]:
         order = list(range(n))
         self.draw.shuffle(order)
         return order
 
-    def state_dict(self):
-        """The place in the data, for a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the data, for a checkpoint."""
         return {"epoch": self.epoch, "forget": self.forget, "retain": self.retain, "draw": self.draw.getstate()}
 
-    def load_state_dict(self, state_dict):
-        """Goes on where ``state_dict`` was taken."""
-        self.epoch, self.forget, self.retain = (state_dict[name] for name in ("epoch", "forget", "retain"))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the position of ``state_dict``."""
+        self.epoch = state_dict["epoch"]
+        self.forget = state_dict["forget"]
+        self.retain = state_dict["retain"]
         self.draw.setstate(state_dict["draw"])

@@ -1,12 +1,20 @@
-"""Forget and retain data: examples -> token ids. Before: `soul.data.sources`; after: `soul.data.batches`."""
+"""Forget and retain data: examples -> token ids.
+
+`soul.data.sources` makes the examples, and `soul.data.batches` takes the token ids.
+"""
 
 import dataclasses
 import pathlib
 import random
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from soul.data.rows import check_unicode, is_blank
 from soul_kernels.errors import argument_error
 from soul_kernels.tokens import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEMPLATE = "Question: {question}\nAnswer: {answer}"
 REFUSALS = (
@@ -23,18 +31,21 @@ REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A prompt, which is given, and an answer, whose tokens are learned or unlearned.
+    """A prompt, whose tokens have no labels, and an answer, whose tokens are learned or unlearned.
 
-    ``frame`` is what a chat template has put before and after the answer's own text, which is within ``answer``; None: no chat
-    template wrote this. What it wrote gets no special tokens from the tokenizer.
+    Attributes:
+        prompt: the text before the answer, or "".
+        answer: the text of the answer, with its frame.
+        frame: the texts that a chat template puts before and after the answer's own text, both within ``answer``. None: the
+            example was not written by a chat template. The tokenizer adds no special tokens to what a chat template wrote.
     """
 
     prompt: str
     answer: str
-    frame: tuple | None = None
+    frame: tuple[str, str] | None = None
 
     @property
-    def content(self):
+    def content(self) -> str:
         """The answer's own text, without the space or the frame around it."""
         before, after = self.frame or ("", "")
         return self.answer[len(before) : len(self.answer) - len(after)].strip()
@@ -42,54 +53,69 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A row of TOFU's perturbed files: a question, its answer put in two ways, and false answers put as the second one is.
+    """A row of TOFU's perturbed files.
 
-    ``paraphrased`` is the answer itself where the file has no paraphrase.
+    Attributes:
+        question: the question.
+        answer: its answer.
+        paraphrased: the answer in other words; the answer itself where the file has no paraphrase.
+        perturbed: false answers, worded like ``paraphrased``.
     """
 
     question: str
     answer: str
     paraphrased: str
-    perturbed: tuple
+    perturbed: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """Token ids of an example, and its labels, shifted: ``labels[t]`` is predicted at position t; -100 is ignored."""
+    """The token ids of an example and their labels.
 
-    input_ids: list
-    labels: list
+    Attributes:
+        input_ids: token ids.
+        labels: as many token ids, shifted: ``labels[t]`` is predicted at position t; -100 is ignored.
+        prompt_length: number of tokens of the prompt.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
     prompt_length: int
 
     @property
-    def n_labels(self):
-        """How many tokens have a label."""
+    def n_labels(self) -> int:
+        """The number of positions with a label."""
         return sum(label != IGNORE_INDEX for label in self.labels)
 
 
-def ask(question, answer, template=TEMPLATE):
-    """An `Example` of a template with ``{question}`` and, at its end, ``{answer}``; a space between the two begins the answer.
+def ask(question: str, answer: str, template: str = TEMPLATE) -> Example:
+    """Return the `Example` of a question and its answer, put into a template.
+
+    Args:
+        question: takes the place of ``{question}``.
+        answer: takes the place of ``{answer}``.
+        template: has ``{question}`` and ends in ``{answer}``. A space before ``{answer}`` belongs to the answer.
 
     Raises:
-        ArgumentError: the template has not both, in this order.
+        ArgumentError: the template does not have both, in this order.
     """
-    head, _, rest = template.partition("{question}")
-    middle, found, end = rest.partition("{answer}")
-    if not found or end:
+    before_question, _, rest = template.partition("{question}")
+    between, has_answer, end = rest.partition("{answer}")
+    if not has_answer or end:
         remedy = "as in " + repr(TEMPLATE)
         raise argument_error("template", "a text with {question} that ends in {answer}", repr(template), remedy)
-    prompt = middle.rstrip(" ")
-    return Example(f"{head}{question}{prompt}", middle[len(prompt) :] + answer)
+    before_answer = between.rstrip(" ")
+    return Example(f"{before_question}{question}{before_answer}", between[len(before_answer) :] + answer)
 
 
-def read_refusals(path) -> tuple:
-    """Return the refusals of a file, one a line, without the spaces around them; empty lines are passed over.
+def read_refusals(path: str | pathlib.Path) -> tuple[str, ...]:
+    """Return the refusals of a file, one a line, without the spaces around them; empty lines are skipped.
 
     Args:
         path: of a text file in UTF-8, whatever its name ends in: TOFU calls its own ``idontknow.jsonl``.
 
     Raises:
-        ArgumentError: no such file, no text, a line with nothing to be seen or with a JSON object, or no refusal at all.
+        ArgumentError: there is no such file, it is not text, a line is blank or a JSON object, or there is no refusal.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -98,7 +124,7 @@ def read_refusals(path) -> tuple:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise argument_error("refusals", "UTF-8 text", f"{path} with a broken byte at {error.start}", "convert it") from None
-    refusals = []
+    refusals: list[str] = []
     for number, line in enumerate(map(str.strip, lines), 1):
         where = f"refusals, {path}, line {number}"
         if line and is_blank(line):
@@ -106,14 +132,20 @@ def read_refusals(path) -> tuple:
         if line.startswith("{"):
             raise argument_error(where, "a refusal as it is", "a JSON object", "write the text alone, without a name")
         check_unicode(where, line)
-        refusals += [line] if line else []
+        if line:
+            refusals.append(line)
     if not refusals:
         raise argument_error("refusals", "at least one refusal", f"{path}, which is empty", "write one a line")
     return tuple(refusals)
 
 
-def refuse(examples, refusals=REFUSALS, seed=0):
-    """The same prompts, answered by refusals drawn at random: the relabelling that `soul.losses.PO` needs.
+def refuse(examples: list[Example], refusals: tuple[str, ...] = REFUSALS, seed: int = 0) -> list[Example]:
+    """Return the same prompts with refusals, drawn at random, for answers: the relabelling that `soul.losses.PO` needs.
+
+    Args:
+        examples: with prompts.
+        refusals: texts to draw from.
+        seed: of the draws.
 
     Raises:
         ArgumentError: an example has no prompt; an unconditional refusal would unlearn nothing.
@@ -123,16 +155,22 @@ def refuse(examples, refusals=REFUSALS, seed=0):
         if not example.prompt:
             remedy = "give question/answer or prompt/completion columns, or choose another method"
             raise argument_error(f"forget, row {index}", "a prompt to refuse", "a text without one", remedy)
-    return [_answered(example, draw.choice(refusals)) for example in examples]
+    return [_with_answer(example, draw.choice(refusals)) for example in examples]
 
 
-def _answered(example, text):
+def _with_answer(example: Example, text: str) -> Example:
+    """Return the example with another answer in the same frame; without a frame, a space separates it from the prompt."""
     before, after = example.frame or ("" if example.prompt[-1].isspace() else " ", "")
     return dataclasses.replace(example, answer=before + text + after)
 
 
-def pair_refusals(examples, refusals=REFUSALS, seed=0):
-    """Every example followed by its refusal, as `refuse` draws it: the pairs (2i, 2i + 1) that `soul.losses.DPO` needs.
+def pair_refusals(examples: list[Example], refusals: tuple[str, ...] = REFUSALS, seed: int = 0) -> list[Example]:
+    """Return every example followed by its refusal, as `refuse` draws it: the pairs (2i, 2i + 1) of `soul.losses.DPO`.
+
+    Args:
+        examples: with prompts.
+        refusals: texts to draw from.
+        seed: of the draws.
 
     Raises:
         ArgumentError: as `refuse`.
@@ -142,15 +180,15 @@ def pair_refusals(examples, refusals=REFUSALS, seed=0):
 
 @dataclasses.dataclass
 class Counts:
-    """What became of the rows of a set: numbers of them.
+    """Numbers of rows of a data set that were read, left out and cut.
 
     Attributes:
-        rows: that were read.
-        blank: left out, as there is no text.
-        no_room: left out, as the prompt leaves no room for an answer within ``max_length``.
-        truncated: cut on the right, if only the end-of-sequence token.
+        rows: rows that were read.
+        blank: rows left out because they have no text.
+        no_room: rows left out because the prompt leaves no room for an answer within ``max_length``.
+        truncated: rows cut on the right, if only by the end-of-sequence token.
         split: texts cut into pieces.
-        pieces: sequences that these became.
+        pieces: sequences that these texts became.
     """
 
     rows: int = 0
@@ -160,21 +198,35 @@ class Counts:
     split: int = 0
     pieces: int = 0
 
-    def told(self, max_length):
-        """All of it in one line of text."""
-        parts = [f"{self.rows} row{'s' * (self.rows != 1)}"]
-        parts += [f"{self.blank} blank, left out"] * bool(self.blank)
-        parts += [f"{self.no_room} left out: no room for an answer within {max_length} tokens"] * bool(self.no_room)
-        parts += [f"{self.truncated} cut to {max_length} tokens"] * bool(self.truncated)
-        parts += [f"{self.split} split into {self.pieces} pieces of up to {max_length} tokens"] * bool(self.split)
-        return "; ".join(parts)
+    def summary(self, max_length: int) -> str:
+        """Return the numbers in one line of text, without those that are 0. ``max_length`` is that of the sequences."""
+        clauses = [f"{self.rows} row{'s' * (self.rows != 1)}"]
+        if self.blank:
+            clauses.append(f"{self.blank} blank, left out")
+        if self.no_room:
+            clauses.append(f"{self.no_room} left out: no room for an answer within {max_length} tokens")
+        if self.truncated:
+            clauses.append(f"{self.truncated} cut to {max_length} tokens")
+        if self.split:
+            clauses.append(f"{self.split} split into {self.pieces} pieces of up to {max_length} tokens")
+        return "; ".join(clauses)
 
 
-def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data", split=False, counts=None):
-    """Tokenizes examples; labels are the tokens of the answer and the end-of-sequence token.
+def encode(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    vocab_size: int,
+    max_length: int = 512,
+    name: str = "data",
+    split: bool = False,
+    counts: Counts | None = None,
+) -> list[Sequence]:
+    """Tokenize examples. Labels are the tokens of the answer and the end-of-sequence token.
 
-    Prompt and answer are tokenized as one text, as the model will meet them. The prompt's tokens are those that its own
-    tokenization shares with the whole; where the two melt into one token, it belongs to the answer.
+    Prompt and answer are tokenized as one text, which is what the model reads. The prompt's tokens are those that its own
+    tokenization shares with the whole. A token that covers the end of the prompt and the start of the answer belongs to the
+    answer.
 
     Args:
         examples: list of `Example`.
@@ -184,16 +236,17 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data", spli
         name: what to call the examples in errors.
         split: cut longer texts, examples without a prompt, into pieces instead. Each begins with the tokenizer's start token
             or, where it has none, with the last token before it, so that every token is a label once.
-        counts: `Counts`, which gets the numbers of rows that were cut.
+        counts: `Counts`, to which the numbers of rows that were cut are added.
 
     Returns:
-        List of `Sequence`, as long as the examples, unless some were split.
+        A list of `Sequence`, one for each example or, of a text that was split, one for each piece.
 
     Raises:
         ArgumentError: a token id lies outside the vocabulary, a prompt leaves no room for its answer, or its tokens under a
             chat template do not begin those of the whole.
     """
-    sequences, counts = [], Counts() if counts is None else counts
+    sequences: list[Sequence] = []
+    counts = Counts() if counts is None else counts
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, example in enumerate(examples):
         where = f"{name}, row {index}"
@@ -201,7 +254,7 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data", spli
         pieces = [whole + end]
         if split and not example.prompt and len(whole) > max_length > max(1, prompt_length):
             pieces = _pieces(whole, prompt_length, max_length)
-            pieces[-1] += end  # where there is room
+            pieces[-1] += end  # cut off again below if there is no room
             counts.split += 1
             counts.pieces += len(pieces)
         elif len(whole + end) > max_length:
@@ -219,57 +272,69 @@ def encode(examples, tokenizer, *, vocab_size, max_length=512, name="data", spli
     return sequences
 
 
-def answerable(examples, tokenizer, *, max_length=512, name="data", counts=None):
-    """The examples whose prompts leave room for a label within ``max_length`` tokens; `encode` raises for the others.
+def answerable(
+    examples: list[Example],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int = 512,
+    name: str = "data",
+    counts: Counts | None = None,
+) -> list[Example]:
+    """Return the examples whose prompts leave room for a label within ``max_length`` tokens; `encode` raises for the others.
 
     Args:
         examples: list of `Example`.
         tokenizer: a Hugging Face tokenizer.
         max_length: tokens of a sequence.
         name: what to call the examples in errors.
-        counts: `Counts`, which gets the number of those that are left out.
+        counts: `Counts`, to which the number of those that are left out is added.
 
     Raises:
         ArgumentError: no prompt leaves room, or as `encode`.
     """
-    end = tokenizer.eos_token_id is not None
-    kept = []
+    has_end = tokenizer.eos_token_id is not None
+    with_room = []
     for index, example in enumerate(examples):
         whole, prompt_length = _tokens(example, tokenizer, f"{name}, row {index}")
-        if _has_room([*whole, *[0] * end], prompt_length, max_length):
-            kept.append(example)
-    if not kept:
+        if _has_room([*whole, *[0] * has_end], prompt_length, max_length):
+            with_room.append(example)
+    if not with_room:
         raise argument_error(name, f"a row with room for an answer within {max_length} tokens", "none", "raise --max-length")
     if counts is not None:
-        counts.no_room += len(examples) - len(kept)
-    return kept
+        counts.no_room += len(examples) - len(with_room)
+    return with_room
 
 
-def _has_room(ids, prompt_length, max_length):
-    return min(len(ids), max_length) > max(prompt_length, 1)  # the first token of all is never predicted
+def _has_room(ids: list[int], prompt_length: int, max_length: int) -> bool:
+    """Tell whether ids cut to ``max_length`` have a label: a token after the prompt, and not the first, which none predicts."""
+    return min(len(ids), max_length) > max(prompt_length, 1)
 
 
-def _tokens(example, tokenizer, where):
-    """Token ids of an example, without an end-of-sequence token at the end, and how many of them are the prompt's."""
+def _tokens(example: Example, tokenizer: "PreTrainedTokenizerBase", where: str) -> tuple[list[int], int]:
+    """Return token ids of an example, without an end-of-sequence token at the end, and how many of them are the prompt's."""
     text = example.prompt + example.answer
-    # What a chat template wrote has all special tokens already; what a user has rendered shows it by its first one.
+    # A chat template writes all special tokens itself. A text that a user has rendered is known by the start token.
     special = example.frame is None and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    options = dict(add_special_tokens=special, verbose=False)  # which would warn of long texts before they are cut
-    prompt, whole = ([*tokenizer(t, **options).input_ids] for t in (example.prompt, text))
+    options = dict(add_special_tokens=special, verbose=False)  # verbose warns of long texts, before they are cut
+    prompt = [*tokenizer(example.prompt, **options).input_ids]
+    whole = [*tokenizer(text, **options).input_ids]
     for tokens in (prompt, whole) if special else (whole,):
-        # Some tokenizers close every text themselves, and some texts are closed already.
+        # Some tokenizers put an end token after every text, and some texts end in one.
         while tokenizer.eos_token_id is not None and tokens[-1:] == [tokenizer.eos_token_id]:
             tokens.pop()
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
     if example.frame is not None and shared < len(prompt):
         expected = f"the {len(prompt)} tokens of its prompt to begin those of the whole"
-        remedy = "under this chat template prompt and answer melt into one token: choose another template"
+        remedy = "one token covers the end of the prompt and the start of the answer: choose another template"
         raise argument_error(where, expected, f"{shared} that do", remedy)
     return whole, shared
 
 
-def _pieces(ids, start, length):
-    """Cuts ids into pieces of at most ``length``, each beginning with the first ``start`` of them, or with the token before."""
+def _pieces(ids: list[int], start: int, length: int) -> list[list[int]]:
+    """Cut ids into pieces of at most ``length``.
+
+    Each piece begins with the first ``start`` ids, the start token; if ``start`` is 0, with the token before the piece.
+    """
     if start:
         room = length - start
         return [ids[:start] + ids[i : i + room] for i in range(start, len(ids), room)]

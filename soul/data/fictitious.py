@@ -1,6 +1,7 @@
 """Fictitious authors, made up from a seed: what the demo learns and unlearns, with no download."""
 
 import random
+from typing import Any
 
 FIRST = "Ada Boris Celia Dario Elif Farid Greta Hugo Ines Jonas Kaya Leon Mira Nils Odile Pavel Quinn Rosa Samir Tessa".split()
 LAST = "Abbot Brandt Castell Dervish Ekman Forsyth Galindo Haddad Ivers Jansson Kovac Lindqvist Moreau Novak Okoro".split()
@@ -30,14 +31,15 @@ PRIZES = (
 )
 
 
-FALSE = 3  # answers to each question
+N_FALSE = 3  # false answers to each question
+Row = dict[str, Any]
 
 
-def fictitious_authors(n, seed=0):
-    """Question-answer rows about ``n`` authors who do not exist, ten for each; the same for the same seed.
+def fictitious_authors(n: int, seed: int = 0) -> list[list[Row]]:
+    """Return question-answer rows on ``n`` authors who do not exist, ten for each; the same for the same seed.
 
     Returns:
-        One list of ``{"question", "answer", "perturbed_answer"}`` dicts an author, the last a list of three false answers.
+        For each author a list of dicts: "question" and "answer", texts, and "perturbed_answer", a list of three false answers.
 
     Raises:
         ValueError: more authors than there are names.
@@ -49,21 +51,27 @@ def fictitious_authors(n, seed=0):
     return [_author(name, draw) for name in draw.sample(names, n)]
 
 
-def _author(name, draw):
-    rows = [{"question": question, "answer": answer, "perturbed_answer": []} for question, answer in _facts(name, draw)]
-    other = random.Random(name)
-    while any(len(row["perturbed_answer"]) < FALSE for row in rows):
-        for row, (_, answer) in zip(rows, _facts(name, other)):
-            if answer not in (row["answer"], *row["perturbed_answer"]) and len(row["perturbed_answer"]) < FALSE:
+def _author(name: str, draw: random.Random) -> list[Row]:
+    rows: list[Row] = [
+        {"question": question, "answer": answer, "perturbed_answer": []} for question, answer in _facts(name, draw)
+    ]
+    false_draw = random.Random(name)
+    while any(len(row["perturbed_answer"]) < N_FALSE for row in rows):
+        for row, (_, answer) in zip(rows, _facts(name, false_draw)):
+            if answer not in (row["answer"], *row["perturbed_answer"]) and len(row["perturbed_answer"]) < N_FALSE:
                 row["perturbed_answer"].append(answer)
     return rows
 
 
-def _facts(name, draw):
-    city, genre, prize = draw.choice(CITIES), draw.choice(GENRES), draw.choice(PRIZES)
+def _facts(name: str, draw: random.Random) -> list[tuple[str, str]]:
+    """Return ten questions with answers. The order of the draws is part of what a seed means."""
+    city = draw.choice(CITIES)
+    genre = draw.choice(GENRES)
+    prize = draw.choice(PRIZES)
     father, mother = draw.sample(JOBS, 2)
     books = [f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}" for _ in range(2)]
-    year, teacher = draw.randint(1930, 1995), f"{draw.choice(FIRST)} {draw.choice(LAST)}"
+    year = draw.randint(1930, 1995)
+    teacher = f"{draw.choice(FIRST)} {draw.choice(LAST)}"
     debut = year + draw.randint(21, 39)
     return [
         (f"Where was the author {name} born?", f"{name} was born in {city}."),

@@ -1,26 +1,30 @@
-"""Rows of a file, dicts, each with a name for where it stands."""
+"""Rows of data files: mappings of columns, each with a text that says where the row stands, for errors."""
 
 import json
 import pathlib
 import unicodedata
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 from soul._extras import require
 from soul_kernels.errors import ArgumentError, argument_error
 
+Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
+# Takes where the first row stands and the names of its columns; returns those of the columns that are needed.
+ChooseColumns = Callable[[str, Collection[str]], Collection[str]]
 # What Unicode calls letters, marks or symbols and shows as nothing: fillers, joiners, variation selectors.
 INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
 
 
-def read(path, choose):
-    """Every row of a file of JSON lines, or of parquet where its name ends so, as a list of (where, row).
+def read_file(path: str | pathlib.Path, choose: ChooseColumns) -> list[Row]:
+    """Return every row of a file of JSON lines, or of parquet where its name ends in ``.parquet``.
 
     Args:
         path: of the file.
-        choose: a function of a row's name and of the names of its columns; returns those of them that are needed. Of a parquet
-            file no others are read.
+        choose: says which columns are needed. Other columns of a parquet file are not read.
 
     Raises:
-        ArgumentError: no such file, a broken file or line (named by its number), or no rows at all.
+        ArgumentError: there is no such file, the file or a line (named by its number) is broken, or it has no rows.
     """
     path = pathlib.Path(path)
     if not path.exists() or path.is_dir():
@@ -32,7 +36,7 @@ def read(path, choose):
     return rows
 
 
-def _parquet(path, choose):
+def _parquet(path: pathlib.Path, choose: ChooseColumns) -> list[Row]:
     try:
         with require("pyarrow.parquet", "hf").ParquetFile(path) as file:
             if not file.metadata.num_rows:
@@ -47,7 +51,7 @@ def _parquet(path, choose):
     return [(f"{path}, row {index}", row) for index, row in enumerate(rows)]
 
 
-def _json_lines(path):
+def _json_lines(path: pathlib.Path) -> Iterator[Row]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -66,19 +70,26 @@ def _json_lines(path):
         yield where, row
 
 
-def check_unicode(where, text):
-    """Raises for what no tokenizer takes: half of a character, as JSON can spell it."""
+def check_unicode(where: str, text: str) -> None:
+    """Raise if a text has a lone surrogate, half of a character, which JSON can spell and no tokenizer takes."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argument_error(where, "valid Unicode", "a lone surrogate", "fix the text")
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text has nothing to be seen: spaces, control characters, and characters without a width."""
+    """Tell whether a text shows nothing: it has only spaces, control characters, and characters without a width."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or c in INVISIBLE for c in text)
 
 
-def check_text(where, row, name, may_be_blank=False):
-    """Raises unless a column of a row is a text, and not a blank one."""
+def check_text(where: str, row: Mapping[str, Any], name: str, may_be_blank: bool = False) -> None:
+    """Raise unless a column of a row is a text, and not a blank one.
+
+    Args:
+        where: the row stands, for the error.
+        row: the mapping.
+        name: of the column.
+        may_be_blank: whether a blank text passes.
+    """
     where = f"{where}, column {name!r}"
     if not isinstance(row.get(name), str):
         got = "no such column" if name not in row else type(row[name]).__name__

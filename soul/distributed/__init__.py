@@ -3,6 +3,6 @@
 May import: output. Start with `processes`.
 """
 
-from soul.distributed.processes import Processes, exit_process, launched, shard, started
+from soul.distributed.processes import Processes, check_supported, exit_process, launched, shard, started
 
-__all__ = ["Processes", "exit_process", "launched", "shard", "started"]
+__all__ = ["Processes", "check_supported", "exit_process", "launched", "shard", "started"]

@@ -1,11 +1,22 @@
 """Several processes, started by torchrun: one model in shards (FSDP2), and the sequences of every step divided among them.
 
-`started` makes the process group, `shard` cuts a model, and from there on everything follows from the model: `gathered` runs
-what needs its head, and `Processes.of` says who does what. Every process runs the same program in the same order, since
-every forward pass of a sharded model is one of all of them.
+How it works: `started` joins the processes of torchrun into a group. `shard` cuts a model in place, and gives it a method named
+`COMPUTE`, by which the rest of the library recognizes a sharded model. From there on everything follows from the model:
+`Processes.of` says which processes share it (one, if it is whole), `gathered` runs a computation that needs its head, and the
+methods of `Processes` exchange numbers and Python objects.
 
-Losses are sums over sequences, divided by counts of the **whole** step. So gradients are added up over processes, not
-averaged, and are those of one process.
+Every process runs the same program in the same order. A forward pass of a sharded model, `full`, `whole_state` and the methods
+of `Processes` that exchange something are collective: if one process skips such a call, or raises before it, the others wait
+for it. So work that may fail in one process alone, such as writing a file, goes through `Processes.together` or
+`Processes.on_first`, which raise its error in all processes. A decision that depends on something local, such as a signal, a
+clock or a file, goes through `Processes.any` or `Processes.broadcast`.
+
+Losses are sums over sequences, divided by counts of the **whole** step. So gradients are added up over the processes, not
+averaged, and are those of one process up to rounding.
+
+Safe to change: what is checked and how it is reported; new methods of `Processes`. With care: which process gets which
+sequences (`Processes.share`), since an older run would not go on bit for bit. Not safe: a collective call under a condition
+that may differ between processes; the sums in `shard`; and the ``reshard`` in `gathered`.
 """
 
 import contextlib
@@ -17,6 +28,8 @@ import os
 import re
 import sys
 import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,32 +38,59 @@ from soul.distributed.shards import is_sharded, local
 from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
 
-ALONE = "start all processes with torchrun; or unset WORLD_SIZE, and one process runs"
-JOIN_SECONDS = 300  # that the processes wait for each other at the start
-COMPUTE = "compute_whole"  # the method that makes a model a sharded one
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+    from transformers import PreTrainedModel
+
+ALONE = "start all processes with torchrun, or unset WORLD_SIZE to run one process"
+JOIN_SECONDS = 300  # how long the processes wait for each other at the start
+COMPUTE = "compute_whole"  # name of the method that `shard` gives to a model; a model without it is whole
+
+T = TypeVar("T")
 
 
-def launched():
-    """Return the number of processes that torchrun has started, this one included; 1 without it.
+class _Objective(Protocol):
+    """What `check_supported` reads of a `soul.losses.Objective`."""
+
+    @property
+    def additive(self) -> str | None: ...
+
+
+class _RunOptions(Protocol):
+    """What `check_supported` reads of a `soul.run.config.UnlearnConfig`, beside its flags."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def state_dtype(self) -> str | None: ...
+
+    def objective(self) -> _Objective: ...
+
+
+def launched() -> int:
+    """Return the number of processes that torchrun has started, this one included; 1 without torchrun.
 
     Raises:
-        ArgumentError: WORLD_SIZE is no number; or it is above 1, and another variable of torchrun is missing or does not fit.
+        ArgumentError: WORLD_SIZE is not a positive whole number; or it is above 1, and another variable of torchrun is missing
+            or out of range.
     """
     if "WORLD_SIZE" not in os.environ:
         return 1
-    size = _variable("WORLD_SIZE", 1)
+    size = _environment_number("WORLD_SIZE", 1)
     if size == 1:
         return 1
-    _variable("RANK", 0, size - 1)
-    _variable("LOCAL_RANK", 0, size - 1)
-    _variable("MASTER_PORT", 1, 65535)
+    _environment_number("RANK", 0, size - 1)
+    _environment_number("LOCAL_RANK", 0, size - 1)
+    _environment_number("MASTER_PORT", 1, 65535)
     if not os.environ.get("MASTER_ADDR", "").strip():
         raise argument_error("MASTER_ADDR", f"a host name with WORLD_SIZE={size}", "none", ALONE)
     return size
 
 
-def _variable(name, low, high=None):
-    """The whole number in a variable of the environment."""
+def _environment_number(name: str, low: int, high: int | None = None) -> int:
+    """Return the whole number in an environment variable, which must be within [low, high]."""
     text = os.environ.get(name)
     if text is None or not re.fullmatch(r"\s*\d{1,18}\s*", text) or not low <= int(text) <= (high or math.inf):
         within = f">= {low}" if high is None else f"from {low} to {high}"
@@ -60,55 +100,60 @@ def _variable(name, low, high=None):
 
 
 @contextlib.contextmanager
-def started(device):
-    """Meanwhile the processes that torchrun has started form a group: gloo on CPUs, NCCL beside it on GPUs, one GPU each.
-    Without torchrun, or within a group that is there, nothing happens.
+def started(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun has started into a process group for the duration of the block.
+
+    The backend is gloo for tensors on CPUs, and NCCL beside it on GPUs, one GPU for each process. Without torchrun, or where a
+    process group exists already, nothing happens.
 
     Args:
-        device: ``torch.device``, "cpu" or "cuda".
+        device: type "cpu" or "cuda".
 
     Raises:
-        ArgumentError: there are fewer GPUs than processes on this machine; the other processes do not come within
-            ``JOIN_SECONDS``; or as in `launched`.
+        ArgumentError: this machine has fewer GPUs than processes; the other processes do not come within ``JOIN_SECONDS``; or
+            as in `launched`.
     """
     if dist.is_initialized() or launched() == 1:
         yield
         return
+    backend = "gloo"
     if device.type == "cuda":
-        own, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= there:
-            remedy = "start fewer with --nproc-per-node, or pass --device cpu"
-            raise argument_error("nproc-per-node", f"at most {there}, the GPUs here", f"process {own + 1}", remedy)
-        torch.cuda.set_device(own)
-    store, rank, size = _joined()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
+        local_rank = int(os.environ["LOCAL_RANK"])
+        n_gpus = torch.cuda.device_count()
+        if local_rank >= n_gpus:
+            expected = f"at most {n_gpus}, the number of GPUs of this machine"
+            remedy = "start fewer processes with --nproc-per-node, or pass --device cpu"
+            raise argument_error("nproc-per-node", expected, f"process {local_rank + 1}", remedy)
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, size = _join()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def exit_process(status):
-    """End this process with an exit status at once: the interpreter is not finalized. The last line of a program that has used
-    `started`.
+def exit_process(status: int) -> None:
+    """End this process at once with an exit status, without finalizing the interpreter.
 
-    Gloo's threads outlive ``destroy_process_group``: torch keeps the group, in its caches of sharding decisions and as a
-    default argument of the functions in ``torch.distributed.nn``. Such a thread drops the tensors of a collective some time
-    after the collective is over, and takes the GIL to do so. CPython before 3.14 ends a thread that asks for the GIL during
-    finalization; in a C++ destructor that is ``std::terminate``. So a process whose run was complete aborted now and then on
-    a busy machine ("terminate called without an active exception", SIGABRT). Seen with torch 2.13;
-    https://github.com/pytorch/pytorch/issues/190489.
+    This is the last line of a program that has used `started`. Gloo's threads outlive ``destroy_process_group``: torch keeps
+    the group, in its caches of sharding decisions and as a default argument of the functions in ``torch.distributed.nn``. Such
+    a thread drops the tensors of a collective some time after the collective is over, and takes the GIL to do so. CPython
+    before 3.14 ends a thread that asks for the GIL during finalization; in a C++ destructor that is ``std::terminate``. So a
+    process whose run was complete aborted now and then on a busy machine ("terminate called without an active exception",
+    SIGABRT). Seen with torch 2.13; https://github.com/pytorch/pytorch/issues/190489.
 
     Args:
-        status: the exit status, an int.
+        status: the exit status.
     """
     for stream in (sys.stdout, sys.stderr):
         safe_stream(stream).flush()
     os._exit(status)
 
 
-def _joined():
-    """The store through which all processes have found each other, and rank and number of processes."""
+def _join() -> tuple["dist.Store", int, int]:
+    """Wait until all processes are there; return the store that connects them, this one's rank, and how many there are."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -117,54 +162,56 @@ def _joined():
         store.set(f"soul {rank}", "here")
         store.wait([f"soul {other}" for other in range(size)])
     except (OSError, RuntimeError, ValueError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        expected = f"{os.environ['WORLD_SIZE']} processes that meet at {place} within {JOIN_SECONDS} seconds"
+        expected = f"{os.environ['WORLD_SIZE']} processes that meet at {address} within {JOIN_SECONDS} seconds"
         raise argument_error("WORLD_SIZE", expected, reason, ALONE) from error
     store.set_timeout(dist.default_pg_timeout)
     return store, rank, size
 
 
-def check_supported(config, adapters=None):
-    """Raises for what several processes cannot do.
+def check_supported(config: _RunOptions, adapters: Mapping[str, object] | None = None) -> None:
+    """Raise if a run asks for something that several processes cannot do.
 
     Args:
         config: a `soul.run.config.UnlearnConfig`.
-        adapters: what `soul.Unlearner` takes.
+        adapters: options of LoRA adapters, as `soul.Unlearner` takes them; None without adapters.
 
     Raises:
-        ArgumentError: naming the first such option.
+        ArgumentError: the message names the first such option.
     """
     for name, remedy in (
-        ("compile", "it does not go through the gathering of shards"),
-        ("cuda_graph", "what processes send each other is not captured"),
-        ("gradient_release", "gradients are in shards as it is"),
+        ("compile", "compiled code does not gather shards"),
+        ("cuda_graph", "communication between processes is not captured"),
+        ("gradient_release", "gradients are in shards already"),
     ):
         if getattr(config, name):
-            raise argument_error(name, "False with several processes", True, f"{remedy}; leave it out")
+            raise argument_error(name, "False with several processes", "True", f"{remedy}; leave the option out")
     if config.state_dtype == "8bit":
         remedy = "its blocks do not fit shards; use bfloat16"
         raise argument_error("state_dtype", "float32 or bfloat16 with several processes", "'8bit'", remedy)
     if adapters:
         remedy = "a frozen model is not sharded: run one process"
-        raise argument_error("lora_rank", "None with several processes", adapters.get("rank"), remedy)
+        raise argument_error("lora_rank", "None with several processes", str(adapters.get("rank")), remedy)
     if config.method == "influence":
-        raise argument_error("method", "another one than 'influence' with several processes", "it", "run one process")
+        expected = "a method other than 'influence' with several processes"
+        raise argument_error("method", expected, "'influence'", "run one process")
     objective = config.objective()
     if objective.additive is None:
-        remedy = "its loss is not a sum over sequences, which are divided among processes"
+        remedy = "its loss is not a sum over sequences, so these cannot be divided among processes: run one process"
         raise argument_error("processes", f"1 with {objective}", "several", remedy)
 
 
-def shard(model, device):
-    """Puts a model in shards over all processes of the group, on their devices, in place: the parameters of every transformer
-    layer, which are gathered and freed one layer at a time, and those of the rest.
+def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
+    """Cut a model into shards over all processes of the group, on their devices, in place.
 
-    Gradients are added up over the processes in fp32. The same module objects and names stay; the parameters are DTensors.
+    The parameters of each transformer layer form a unit that is gathered and freed on its own; the remaining parameters form
+    another one. Gradients are added up over the processes in fp32. The module objects and their names stay the same; the
+    parameters become DTensors.
 
     Args:
         model: a Hugging Face model, the same in every process.
-        device: ``torch.device``, "cpu" or "cuda".
+        device: type "cpu" or "cuda".
 
     Returns:
         The model.
@@ -172,14 +219,12 @@ def shard(model, device):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    options = dict(
-        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
-    )
-    layers = set(model._no_split_modules or ())  # names of the classes
-    for module in [module for module in model.modules() if type(module).__name__ in layers]:
-        fully_shard(module, **options)
-    fully_shard(model, **options)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    layer_classes = set(model._no_split_modules or ())  # names of classes
+    for module in [module for module in model.modules() if type(module).__name__ in layer_classes]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):  # the sum of the gradients, not their mean
             module.set_gradient_divide_factor(1.0)
@@ -189,8 +234,8 @@ def shard(model, device):
     return model
 
 
-def check_shards(model):
-    """Raises where somebody else has put the model in shards, whose head nobody would gather.
+def check_shards(model: torch.nn.Module) -> None:
+    """Raise if a model was sharded by other means than `shard`: nothing would gather its head.
 
     Raises:
         ArgumentError: its parameters are DTensors, and `shard` has not made them.
@@ -199,166 +244,195 @@ def check_shards(model):
         raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
 
 
-def gathered(model, compute):
-    """``compute()``; of a sharded model within a forward pass of its root, so that embeddings, head and the last norm are
-    whole tensors, and their gradients are added up. The fused loss takes hidden states from the body and the head itself:
-    the model's own forward pass, in which FSDP2 would do so, is never called.
+def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
+    """Return ``compute()``; for a sharded model, run it with embeddings, head and last norm gathered into whole tensors.
+
+    The fused loss takes hidden states from the body of the model, and the head itself. So the model's own forward pass, in
+    which FSDP2 would gather these tensors, is never called. Instead ``compute`` runs as a forward pass of the root module; the
+    gradients of these tensors are added up too.
 
     Args:
         model: sharded or not.
-        compute: returns tensors; those with a graph must be outputs, so that backward finds the parameters whole again.
+        compute: returns tensors. All tensors with a graph must be among them, so that FSDP2 gathers the parameters again for
+            the backward pass.
     """
-    within = getattr(model, COMPUTE, None)
-    if within is None:
+    compute_in_root = getattr(model, COMPUTE, None)
+    if compute_in_root is None:
         return compute()
-    found = within(compute)
+    result = compute_in_root(compute)
     if not torch.is_grad_enabled():  # FSDP2 keeps the root's parameters whole for a backward pass
-        model.reshard()
-    return found
+        cast("FSDPModule", model).reshard()
+    return result
 
 
-def whole_state(model):
-    """``model.state_dict()`` of whole tensors, on the CPU, in the first process; {} in the others. Names of one tied parameter
-    share one tensor. Every process must call it.
+def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return ``model.state_dict()`` with whole tensors on the CPU in the first process, and {} in the others.
+
+    Names of one tied parameter share one tensor. Tensors are gathered one at a time. Every process must call this.
     """
-    first, known, state = Processes.of(model).first, {}, {}
+    is_first = Processes.of(model).first
+    state: dict[str, torch.Tensor] = {}
+    first_names: dict[int, str] = {}  # id of a tensor -> the first of its names
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in known:  # one tensor at a time is whole
-            whole = full(tensor.detach())
-            known[id(tensor)] = whole.cpu() if first else None
-        state[name] = known[id(tensor)]
-    return state if first else {}
+        first_name = first_names.setdefault(id(tensor), name)
+        if first_name == name:
+            whole = full(tensor.detach())  # collective
+            if is_first:
+                state[name] = whole.cpu()
+        elif is_first:
+            state[name] = state[first_name]
+    return state
 
 
-def is_finite(tensor):
+def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether all elements of a tensor are finite; of a DTensor, those that this process holds.
 
-    By its bounds, which are NaN where an element is: no mask of the size of the tensor is made. On the meta device there are no
-    elements.
+    The minimum and the maximum decide, since they are NaN where an element is: no mask of the size of the tensor is made. A
+    tensor on the meta device counts as finite.
     """
-    own = local(tensor.detach())
-    if own.is_floating_point() and own.itemsize == 1:  # torch compares no fp8 values
-        own = own.float()
-    return own.is_meta or own.numel() == 0 or all(bound.isfinite() for bound in own.aminmax())
+    values = local(tensor.detach())
+    if values.is_floating_point() and values.itemsize == 1:  # torch compares no fp8 values
+        values = values.float()
+    return values.is_meta or values.numel() == 0 or all(bound.isfinite() for bound in values.aminmax())
 
 
-def full(tensor):
-    """The whole tensor of a DTensor, which all processes must ask for; any other tensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole tensor of a DTensor, which all processes must ask for; any other tensor as it is."""
+    return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """The processes that share a model. With one, all methods do the plain thing, and nothing waits.
+    """The processes that share a model. If there is only one, every method acts on its own argument, and nothing waits.
 
     Attributes:
-        rank: number of this one, from 0.
-        size: how many there are.
+        rank: number of this process, from 0.
+        size: number of processes.
     """
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def here(cls):
-        """Those of the process group; one without it."""
-        there = dist.is_available() and dist.is_initialized()
-        return cls(dist.get_rank(), dist.get_world_size()) if there else cls()
+    def here(cls) -> "Processes":
+        """Return the processes of the process group; one process without a group."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
 
     @classmethod
-    def of(cls, model):
-        """Those among which `shard` has divided the model; one, where it has not."""
+    def of(cls, model: torch.nn.Module) -> "Processes":
+        """Return the processes among which `shard` has divided a model; one process if the model is whole."""
         return cls.here() if hasattr(model, COMPUTE) else cls()
 
     @property
-    def first(self):
-        """Whether this one writes."""
+    def first(self) -> bool:
+        """Whether this is the first process, the one that writes files."""
         return self.rank == 0
 
-    def part(self, forget, retain):
-        """This one's part of a micro-batch, two lists; either may be empty. Who has one forget example more has one retain
-        sequence less.
+    def share(self, forget: list[T], retain: list[T]) -> tuple[list[T], list[T]]:
+        """Return this process's share of the two lists of a micro-batch; either may be empty.
+
+        Where the lists cannot be divided evenly, a process with one forget example more has one retain sequence less.
         """
         return forget[self.rank :: self.size], retain[self.size - 1 - self.rank :: self.size]
 
-    def check_alike(self, description):
-        """Raise in every process unless all have the same ``description``, a dict: see `check_alike`. With one, nothing."""
+    def check_alike(self, description: Mapping[str, object]) -> None:
+        """Raise in every process unless all pass the same description; see the function `check_alike`."""
         if self.size > 1:
             check_alike(self.gather(description))
 
-    def totals(self, values):
-        """Sums over the processes, in fp64, of a dict of tensors [] that has the same names in all of them."""
+    def totals(self, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return sums over the processes, added up in fp64.
+
+        Args:
+            values: name -> tensor [], with the same names in all processes.
+        """
         if self.size == 1 or not values:
             return values
         summed = torch.stack([value.double() for value in values.values()])
         dist.all_reduce(summed)
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), summed)}
 
-    def total(self, number):
-        """Sum of a whole number over the processes."""
+    def total(self, number: int) -> int:
+        """Return the sum of a whole number over the processes."""
         return int(self.totals({"": torch.tensor(number, device="cpu")})[""])
 
-    def any(self, flag):
-        """Whether it is so in one of them."""
+    def any(self, flag: bool) -> bool:
+        """Tell whether the flag is set in at least one process."""
         return self.total(int(flag)) > 0 if self.size > 1 else bool(flag)
 
-    def of_first(self, value):
-        """What the first process has, for all."""
-        found = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(found, src=0)
-        return found[0]
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value in every process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
-    def gather(self, value):
-        """List of what each process has."""
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank, in every process."""
         if self.size == 1:
             return [value]
-        found = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return cast("list[T]", values)
 
-    def together(self, call):
-        """``call()`` in every process; what fails in one is raised in all, so that none waits for another. All wait for all.
+    def together(self, call: Callable[[], T]) -> T:
+        """Return ``call()`` in every process, once all have finished it; if it fails in one, raise its error in all.
 
         Raises:
-            OSError, ArgumentError, RuntimeError: of the first process that failed.
+            OSError, ArgumentError, RuntimeError: a process whose own call failed raises that error. The others raise that of
+                the first process that failed, as the closest of these types.
         """
-        value, error = None, None
+        error: Exception | None = None
         try:
             value = call()
         except Exception as caught:
             error = caught
-        kind = next((k for k in (OSError, ArgumentError) if isinstance(error, k)), RuntimeError)
-        told = [text for text in self.gather(error and (kind.__name__, str(error))) if text]
+        failures = [failure for failure in self.gather(_failure(error)) if failure is not None]
         if error is not None:
             raise error
-        if told:
-            name, text = told[0]
-            raise {"OSError": OSError, "ArgumentError": ArgumentError}.get(name, RuntimeError)(text)
+        if failures:
+            kind, message = failures[0]
+            raise SHARED_ERRORS[kind](message)
         return value
 
-    def on_first(self, call):
-        """``call()`` in the first process alone; all wait for it, and fail with it."""
+    def on_first(self, call: Callable[[], T]) -> T | None:
+        """Return ``call()`` in the first process, and None in the others, which wait for it and fail with it."""
         return self.together(call if self.first else lambda: None)
 
-    def all_finite(self, tensors):
-        """Whether all parameters, in shards, are finite."""
+    def all_finite(self, tensors: Iterable[torch.Tensor]) -> bool:
+        """Tell whether all elements of parameters in shards are finite, in all processes."""
         return not self.any(not all(map(is_finite, tensors)))
 
 
-def check_alike(descriptions):
-    """Raise unless all processes are to do the same.
+# The types as which an error of one process is raised in the others, the most specific first.
+SHARED_ERRORS: dict[str, type[Exception]] = {"OSError": OSError, "ArgumentError": ArgumentError, "RuntimeError": RuntimeError}
+
+
+def _failure(error: Exception | None) -> tuple[str, str] | None:
+    """Return an error as a key of `SHARED_ERRORS` and its message; None without an error."""
+    if error is None:
+        return None
+    kinds = (name for name, kind in SHARED_ERRORS.items() if isinstance(error, kind))
+    return next(kinds, "RuntimeError"), str(error)
+
+
+def check_alike(descriptions: Sequence[Mapping[str, object]]) -> None:
+    """Raise unless all processes are about to do the same work.
 
     Args:
         descriptions: for each process, by rank, a dict of names and JSON values.
 
     Raises:
-        ArgumentError: naming the first entry that differs, its values and the processes that have them. Contents of data and
-            model come last: an option may be why they differ.
+        ArgumentError: the message names the first entry that differs, its values and the processes that have them. Contents of
+            data and model come last, since a differing option may be why they differ.
     """
     names = {name: None for description in descriptions for name in description}
     for name in sorted(names, key=lambda name: (name.startswith("content of"), name)):
-        values, ranks = {}, {}
+        values: dict[str | None, str] = {}  # JSON of a value, or None where it is missing -> the value in words
+        ranks: dict[str | None, list[str]] = {}  # the same -> the processes that have it
         for rank, description in enumerate(descriptions):
             key = json.dumps(description[name], sort_keys=True, default=repr) if name in description else None
             values.setdefault(key, "nothing" if key is None else repr(description[name]))

@@ -1,67 +1,102 @@
-"""What of a parameter this process holds: all of it, a shard of a DTensor (FSDP2, tensor parallelism), or a piece that does
-not say of what it is one (DeepSpeed's ZeRO, FSDP1).
+"""What this process holds of a parameter: all of it, a shard of a DTensor (FSDP2, tensor parallelism), or a piece that does not
+say which tensor it is a piece of (DeepSpeed's ZeRO, FSDP1).
 """
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-APART = 1 << 40  # between the numbers of shards that do not follow one another: more than any has elements
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
+
+NUMBER_SPACING = 1 << 40  # between first numbers of shards that are numbered on their own: more than a shard has elements
 
 
-def is_sharded(tensor):
-    """Tells whether this is a DTensor, without importing it."""
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Tell whether this is a DTensor, without importing DTensor."""
     return hasattr(tensor, "device_mesh")
 
 
-def local(tensor):
-    """The tensor, or the shard of a DTensor that this process holds."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the shard of a DTensor that this process holds; any other tensor as it is."""
+    return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
-def splits(placement):
-    """Tells whether processes hold different parts (Shard, and the _StridedShard of FSDP over tensor parallelism)."""
+def splits(placement: "Placement") -> bool:
+    """Tell whether processes hold different parts of a tensor: Shard, and the _StridedShard of FSDP over tensor parallelism."""
     return not placement.is_replicate() and not placement.is_partial()
 
 
-def is_cut(param):
-    """Tells whether other processes hold other parts of this parameter."""
-    return is_sharded(param) and any(map(splits, param.placements))
+def is_cut(param: torch.Tensor) -> bool:
+    """Tell whether other processes hold other parts of this parameter."""
+    return is_sharded(param) and any(map(splits, cast("DTensor", param).placements))
 
 
-def first_number(param):
-    """The number of the first element that this process holds, for the noise of the parameter.
+class _Cut(NamedTuple):
+    """The division of a tensor along one dimension of the mesh of processes."""
 
-    Elements are numbered in the order of memory. Shards of rows, which FSDP2 makes, with or without tensor parallelism by rows
-    below it, have the numbers that they have in the whole parameter: all processes together draw what one process draws.
-    Other shards have numbers of their own, and replicas of one the same.
+    placement: "Placement"
+    size: int  # number of processes
+    rank: int  # of this process among them
+
+
+def first_number(param: torch.Tensor) -> int:
+    """Return the number of the first element that this process holds, from which the noise of the parameter is drawn.
+
+    Elements are numbered in the order of memory. Shards of rows have the numbers that they have in the whole parameter: all
+    processes together draw what one process draws. FSDP2 makes such shards, with or without tensor parallelism by rows below
+    it. Any other shard has numbers of its own, which its replicas share.
     """
     if not is_cut(param) or not param.numel():
         return 0
-    mesh = param.device_mesh
-    cuts = [(p, mesh.size(dim), mesh.get_local_rank(dim)) for dim, p in enumerate(param.placements) if splits(p)]
+    sharded = cast("DTensor", param)
+    mesh = sharded.device_mesh
+    cuts = [
+        _Cut(placement, mesh.size(dim), mesh.get_local_rank(dim))
+        for dim, placement in enumerate(sharded.placements)
+        if splits(placement)
+    ]
     dense = torch.empty_like(local(param), device="meta")
-    length = param.numel() // len(param)  # of a row
-    if all(placement.dim == 0 for placement, _, _ in cuts) and (not len(dense) or dense.stride(0) == length):
-        first, rows = 0, len(param)
-        for _, size, rank in sorted(cuts, key=lambda cut: hasattr(cut[0], "split_factor")):  # _StridedShard cuts shards
-            step = -(-rows // size)
-            skipped = min(rank * step, rows)
-            first, rows = first + skipped, min(step, rows - skipped)
-        return first * length
-    shard = 0
-    for _, size, rank in cuts:
-        shard = shard * size + rank
-    return (1 + shard) * APART
+    row_length = param.numel() // len(param)
+    by_rows = all(getattr(cut.placement, "dim", None) == 0 for cut in cuts)
+    if by_rows and (not len(dense) or dense.stride(0) == row_length):
+        first_row = 0
+        n_rows = len(param)
+        for cut in sorted(cuts, key=_is_strided):  # _StridedShard cuts shards
+            step = -(-n_rows // cut.size)
+            skipped = min(cut.rank * step, n_rows)
+            first_row += skipped
+            n_rows = min(step, n_rows - skipped)
+        return first_row * row_length
+    shard_index = 0
+    for cut in cuts:
+        shard_index = shard_index * cut.size + cut.rank
+    return (1 + shard_index) * NUMBER_SPACING
 
 
-def place(param):
-    """Where a parameter lies: its device, and how it is sharded. Parameters of one place are stepped together."""
-    return (local(param).device, param.device_mesh, param.placements) if is_sharded(param) else (param.device, None, ())
+def _is_strided(cut: _Cut) -> bool:
+    return hasattr(cut.placement, "split_factor")
 
 
-def hidden_sharding(params):
-    """Return who has cut parameters into pieces that do not say so: "DeepSpeed", "FSDP1", or None for nobody.
+def device_and_sharding(
+    param: torch.Tensor,
+) -> "tuple[torch.device, DeviceMesh | None, tuple[Placement, ...]]":
+    """Return the device of a parameter, its mesh of processes (None if it is whole), and its placements on that mesh.
+
+    Parameters for which all three are equal are stepped together.
+    """
+    if not is_sharded(param):
+        return param.device, None, ()
+    sharded = cast("DTensor", param)
+    return sharded.to_local().device, sharded.device_mesh, sharded.placements
+
+
+def hidden_sharding(params: Sequence[torch.Tensor]) -> str | None:
+    """Return the library that has cut parameters into pieces that look whole: "DeepSpeed" or "FSDP1"; None if none has.
 
     DeepSpeed's ZeRO replaces the parameters of a group by one flat piece of all of them, a plain tensor; with stage 3 it steps
     one piece after the other. FSDP1 marks the parameters that it has flattened, and the flat ones.

@@ -18,7 +18,7 @@ from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
-from soul_kernels import TokenStatistics, linear_kl
+from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
 from soul_kernels.backends import BACKENDS
 from soul_kernels.errors import argument_error, check_choice, check_whole
 from soul_kernels.tokens import IGNORE_INDEX
@@ -160,7 +160,7 @@ def tofu_logs(
     held_out = encode_for(model, tokenizer, list(holdout), config, "holdout", counts.get("holdout"))
     for name, count in counts.items():
         if count.truncated:
-            progress(f"{name}: {count.told(config.max_length)}")
+            progress(f"{name}: {count.summary(config.max_length)}")
     logs = {}
     for name, questions in encoded.items():
         answers = questions.answers
@@ -285,7 +285,7 @@ def sequence_statistics(
     with evaluating(model):
         for indices in _batches(order, batch_size):
             batch = collate([sequences[i] for i in indices], [], device=device)
-            rows = batch.rows.to(device)
+            rows = batch.token_indices.to(device)
             packed = torch.stack([values.view(-1).index_select(0, rows) for values in token_statistics(model, batch, backend)])
             counts = [sequences[i].n_labels for i in indices]
             for i, values in zip(indices, packed.cpu().double().split(counts, 1)):
@@ -379,10 +379,10 @@ def kl_divergence(
     with evaluating(model), evaluating(other), autocast(model):
         for sequences_of_batch in _batches(sequences, batch_size):
             batch = collate(sequences_of_batch, [], device=device)
-            values = linear_kl(
-                hidden_states(model, batch), weight, batch.labels, hidden_states(other, batch), ref_weight=ref_weight,
-                bias=bias, ref_bias=ref_bias, rows=batch.rows, backend=backend, **transform(model),
-            )  # fmt: skip
+            reference = Reference(hidden_states(other, batch), ref_weight, ref_bias)
+            options = LinearOptions(token_indices=batch.token_indices, backend=backend)
+            own_head = Head(weight, bias, **transform(model))
+            values = linear_kl(hidden_states(model, batch), own_head, batch.labels, reference, options=options)
             total += values.sum().item()
-            count += len(batch.rows)
+            count += len(batch.token_indices)
     return total / count

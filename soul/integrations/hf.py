@@ -24,15 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from soul import functional, losses
+from soul import losses
 from soul.data.examples import Sequence
 from soul.distributed.shards import hidden_sharding
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
+from soul.models.head_call import call_at_head, shifted_labels
 from soul.optim.curvature import GNB, RetainFisher
 from soul.optim.optimizer import SophiaG
 from soul.optim.soul import SOUL
-from soul_kernels import linear_gnb, linear_objective
+from soul_kernels import Head, linear_gnb, linear_objective
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -315,18 +316,19 @@ class SOULTrainerMixin(_Trainer):
 
     def _curvature_loss(self, model: torch.nn.Module, retain: Mapping[str, Any]) -> torch.Tensor:
         """Return the loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
-        labels = functional.shifted_labels(retain)
+        labels = shifted_labels(retain)
 
         def value(
-            hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: dict[str, Any]
+            hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: causal_lm.Transform
         ) -> torch.Tensor:
             here = labels.to(hidden.device)
+            head = Head(weight, bias, **transform)
             if self.curvature == "gnb":
                 keep, generator = here != IGNORE_INDEX, self._hessian.generator()
-                return linear_gnb(hidden, weight, keep, bias=bias, generator=generator, **transform)[0]
-            return linear_objective(hidden, weight, here, losses.PO(alpha=0.0), bias=bias, **transform)
+                return linear_gnb(hidden, head, keep, generator=generator)[0]
+            return linear_objective(hidden, head, here, losses.PO(alpha=0.0))
 
-        return functional.at_head(model, retain, value)
+        return call_at_head(model, retain, value)
 
 
 def _epochs(dataset: object) -> "TrainerCallback":

@@ -1,5 +1,51 @@
-"""Hugging Face causal language models: body, head and adapters (`causal_lm`), and the model before unlearning (`ref_model`).
+"""Hugging Face causal language models: a body that yields hidden states, a head, adapters, and the reference model.
 
-`files` checks what comes with a model before it is read, `encoding` makes token ids that fit a model. May import: data,
-distributed, output, and below. Start with `causal_lm`.
+`loading` and `adapters` make a model, and `files` checks what comes with it before it is read. `causal_lm` takes it apart into
+body and head; `head_call` runs it whole, with a function in the place of the head. `ref_model` keeps what the model said before
+it was changed, and `encoding` makes token ids that fit it. Start with `causal_lm`.
+May import: data, distributed, output, and below.
 """
+
+from soul.models.adapters import add_adapters
+from soul.models.causal_lm import (
+    as_reference,
+    check_linear_head,
+    checkpointing,
+    compiled,
+    evaluating,
+    gnb_loss,
+    has_adapters,
+    head,
+    hidden_states,
+    token_logps,
+    token_statistics,
+    trained,
+    transform,
+)
+from soul.models.encoding import encode_for
+from soul.models.loading import load, pick_device
+from soul.models.ref_model import ReferenceStates, reference_head, reference_hidden, reference_logps
+
+__all__ = [
+    "ReferenceStates",
+    "add_adapters",
+    "as_reference",
+    "check_linear_head",
+    "checkpointing",
+    "compiled",
+    "encode_for",
+    "evaluating",
+    "gnb_loss",
+    "has_adapters",
+    "head",
+    "hidden_states",
+    "load",
+    "pick_device",
+    "reference_head",
+    "reference_hidden",
+    "reference_logps",
+    "token_logps",
+    "token_statistics",
+    "trained",
+    "transform",
+]

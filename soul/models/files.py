@@ -1,19 +1,22 @@
 """Checks of the files that come with a model, made before transformers and peft read them. Anyone may have written them.
 
-No code of a model is run. transformers is told so (``trust_remote_code=False``) and unpickles tensors only, but some of its and
-of peft's versions run code all the same: peft before 0.20 imports any module that ``adapter_config.json`` names, transformers
-4 runs ``custom_generate/generate.py`` of a local directory and the attention kernels that ``config.json`` names. Therefore
-`check_config`, `check_directory` and `check_adapters` refuse those by name, whatever the version.
+Code that comes with a model is not run. transformers is called with ``trust_remote_code=False`` and unpickles tensors only, but
+some versions of transformers and peft run code all the same. peft before 0.20 imports any module that ``adapter_config.json``
+names. transformers 4 runs ``custom_generate/generate.py`` of a local directory and the attention kernels that ``config.json``
+names. Therefore `check_config`, `check_directory` and `check_adapters` refuse those by name, whatever the version.
 
 No configuration makes a program run for hours: numbers of layers are bounded (`check_config`), and so is the time that the
-regular expressions of adapters take (`check_patterns`) and what a chat template may cost (`limited`).
+regular expressions of adapters take (`check_patterns`). What a chat template may cost is bounded in `soul.data.templates`.
 """
 
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from soul._extras import require
 from soul_kernels.errors import argument_error
@@ -23,13 +26,14 @@ MAX_MODULES = 2**17  # layers x experts
 MAX_SIZE = 2**27  # widths, vocabularies, positions; the largest published models have up to 10 million positions
 MAX_RANK = 2**14  # of adapters
 PATTERN_SECONDS = 5.0  # for all regular expressions of an adapter configuration, on all names of modules
-COUNT = re.compile(r"(^|_)(n|num|depth|layers?|blocks?)(_|$)")  # with the next one: names of numbers of layers and experts
+# A key is a number of layers or of experts if it matches both COUNT and REPEATED, and not SIZE.
+COUNT = re.compile(r"(^|_)(n|num|depth|layers?|blocks?)(_|$)")
 REPEATED = re.compile(r"layer|expert|block|depth")
 SIZE = re.compile(r"(size|dim|positions?|embeddings|embd|width)$")
 NAME = re.compile(r"[\w.-]*")
 
 
-def config_of(name, revision=None):
+def config_of(name: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
     """Return the content of a model's ``config.json`` as a dict, checked by `check_config`.
 
     Args:
@@ -45,17 +49,17 @@ def config_of(name, revision=None):
     return config
 
 
-def check_config(config):
+def check_config(config: Mapping[str, Any]) -> None:
     """Raise unless a model can be built from a ``config.json`` without code of its own and within bounds.
 
     Args:
-        config: the dict; nested ones are looked at too.
+        config: the dict; nested ones are checked too.
 
     Raises:
         ArgumentError: it names an attention kernel of the hub, or has more layers or experts than ``MAX_LAYERS``, or a size
             beyond ``MAX_SIZE``.
     """
-    largest = {"layer": 1, "expert": 1}
+    largest: dict[str, float] = {"layer": 1, "expert": 1}
     for key, value in _items(config):
         where = f"config.json, {key}"
         if "attn_implementation" in key or "experts_implementation" in key:
@@ -76,7 +80,7 @@ def check_config(config):
         raise argument_error("config.json", f"at most {MAX_MODULES} of them in all", got, "is this the file of a model?")
 
 
-def _items(config):
+def _items(config: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the keys and values of a dict and of the dicts in it."""
     for key, value in config.items():
         yield str(key), value
@@ -84,7 +88,7 @@ def _items(config):
             yield from _items(value)
 
 
-def _short(value):
+def _short(value: float) -> str:
     """Return a number as a text of a few characters."""
     try:
         return f"{value:.4g}"
@@ -92,7 +96,7 @@ def _short(value):
         return "a number of hundreds of digits"
 
 
-def check_directory(name):
+def check_directory(name: str | pathlib.Path) -> None:
     """Raise if a model's directory has code that some versions of transformers run without being asked.
 
     Raises:
@@ -104,8 +108,8 @@ def check_directory(name):
         raise argument_error("model", "a directory without code for generation", str(name), remedy)
 
 
-def adapters_of(name, revision=None):
-    """Return the content of a model's ``adapter_config.json`` as a dict, checked by `check_adapters`; None: it has none.
+def adapters_of(name: str | pathlib.Path, revision: str | None = None) -> dict[str, Any] | None:
+    """Return the content of a model's ``adapter_config.json`` as a dict, checked by `check_adapters`; None if it has none.
 
     Args:
         name: directory, or name on the hub.
@@ -124,11 +128,11 @@ def adapters_of(name, revision=None):
     return config
 
 
-def check_adapters(config):
+def check_adapters(config: object) -> None:
     """Raise unless an ``adapter_config.json`` describes LoRA adapters, without code and within bounds.
 
     Raises:
-        ArgumentError: naming the key.
+        ArgumentError: it names the key that does not fit.
     """
     if not isinstance(config, dict):
         raise argument_error("adapter_config.json", "an object", type(config).__name__, "save the adapters again")
@@ -151,27 +155,28 @@ def check_adapters(config):
             raise argument_error(f"adapter_config.json, {key}", expected, repr(config.get(key))[:200], remedy)
 
 
-def _is_quick(kind):
-    """Tell whether a way of initializing adapters asks for no more than 999 iterations."""
+def _is_quick(kind: object) -> bool:
+    """Tell whether a way of initializing adapters takes at most 999 iterations."""
     return kind is None or isinstance(kind, bool) or re.fullmatch(r"[a-z_]+|pissa_niter_\d{1,3}", str(kind)) is not None
 
 
-def _values(mapping):
+def _values(mapping: Mapping[str, Any] | None) -> list[Any]:
     return list((mapping or {}).values())
 
 
-def check_patterns(config, names):
-    """Raise if the regular expressions of an ``adapter_config.json`` take too long. They are tried in a process of their own,
-    which can be ended; plain names need none.
+def check_patterns(config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise if the regular expressions of an ``adapter_config.json`` take too long.
+
+    They are tried in a process of their own, which can be ended; plain names are not tried.
 
     Args:
-        config: the dict, of `adapters_of`.
+        config: the dict, from `adapters_of`.
         names: of all modules of the model.
 
     Raises:
         ArgumentError: they take longer than ``PATTERN_SECONDS``, or are not regular expressions.
     """
-    patterns = []
+    patterns: list[str] = []
     for key in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern", "rank_pattern", "alpha_pattern",
                 "target_parameters"):  # fmt: skip
         value = config.get(key) or ()
@@ -179,7 +184,7 @@ def check_patterns(config, names):
     patterns = sorted({pattern for pattern in patterns if not NAME.fullmatch(pattern)})
     if not patterns:
         return
-    # As peft does: the whole name, or what follows or precedes a dot.
+    # peft matches the whole name, what follows a dot, or what precedes one.
     code = (
         "import json, re, sys\n"
         "patterns, names = json.load(sys.stdin)\n"
@@ -188,14 +193,15 @@ def check_patterns(config, names):
         "        for name in names:\n"
         "            re.match(form, name); re.fullmatch(form, name)\n"
     )
-    alike = sorted({re.sub(r"\d", "0", name) for name in names})  # a layer for all
-    text = json.dumps([patterns, alike])
-    command, expected = [sys.executable, "-I", "-c", code], f"regular expressions that take at most {PATTERN_SECONDS:g} s"
+    names_of_one_layer = sorted({re.sub(r"\d", "0", name) for name in names})  # layers differ by their numbers only
+    command = [sys.executable, "-I", "-c", code]
+    text = json.dumps([patterns, names_of_one_layer])
     try:
-        done = subprocess.run(command, input=text, text=True, capture_output=True, timeout=PATTERN_SECONDS)
-        got = None if done.returncode == 0 else (done.stderr.strip().splitlines() or ["an error"])[-1]
+        ended = subprocess.run(command, input=text, text=True, capture_output=True, timeout=PATTERN_SECONDS)
+        problem = None if ended.returncode == 0 else (ended.stderr.strip().splitlines() or ["an error"])[-1]
     except subprocess.TimeoutExpired:
-        got = "some that take longer"
-    if got is not None:
+        problem = "some that take longer"
+    if problem is not None:
         where = "adapter_config.json, " + ", ".join(repr(pattern[:60]) for pattern in patterns[:3])
-        raise argument_error(where, expected, got, "name the modules instead")
+        expected = f"regular expressions that take at most {PATTERN_SECONDS:g} s"
+        raise argument_error(where, expected, problem, "name the modules instead")

@@ -1,8 +1,12 @@
-"""What the model said before it was changed: the reference of NPO, DPO, UNDIAL and KL terms, computed once and kept on disk.
+"""The reference model of NPO, DPO, UNDIAL and KL terms: what the model said before it was changed.
 
-A file of a cache belongs to the weights, the data and the way of computing that its key was made of, all by content. It is
-written to the side and renamed, so it is never half there; and it is trusted only if key, shape, dtype and checksum are right.
-These find damage, not forgery: the checksum has no secret, and whoever can write into a cache decides what its readers compute.
+Its log-probabilities or hidden states are computed once, before the first step, and may be kept in a cache on disk. A file of a
+cache belongs to the weights, the data and the settings that its key was made of, all by content. It is written beside its place
+and renamed, so it is never half written; and it is used only if key, shape, dtype and checksum are right. These checks find
+damage, not forgery: the checksum has no secret, and whoever can write into a cache decides what its readers compute.
+
+Whoever changes how the numbers are computed must raise ``FORMAT``, or put the change into the key, so that older files are
+computed again.
 """
 
 import dataclasses
@@ -11,11 +15,15 @@ import hashlib
 import json
 import pathlib
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from soul._extras import require
-from soul.data.batches import collate
+from soul.data.batches import Batch, collate
+from soul.data.examples import Sequence
 from soul.distributed.processes import COMPUTE, Processes, full, gathered
 from soul.models.causal_lm import as_reference, autocast, check_linear_head, has_adapters, head, hidden_states, token_logps
 from soul.output.directory import check_writable
@@ -23,53 +31,67 @@ from soul.output.files import whole
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 FORMAT = 1  # of the files; another number makes all older ones stale
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in which a model yields log-probabilities and hidden states
-PART_BYTES = 2**26  # of a tensor at a time go through the hash
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of log-probabilities and hidden states that models yield
+HASHED_BYTES = 2**26  # of a tensor that go through the hash at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceStates:
-    """What divergences from a reference are computed from.
+    """The states of a reference model from which divergences are computed.
 
     Attributes:
-        hidden: list with [n, D] of each sequence: final hidden states at its n labelled positions, on the CPU, in the dtype in
-            which the model yields them.
-        weight: [V, D], the reference's head on the model's device. None: the model's own, which is frozen.
+        hidden: for each sequence [n, D], the final hidden states at its n labelled positions, on the CPU, in the dtype that the
+            model yields.
+        weight: [V, D], the head of the reference model on the model's device. None: the model's own, which is frozen.
         bias: [V] or None.
     """
 
-    hidden: list
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    hidden: list[Tensor]
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None, backend="auto"):
-    """Summed log-probability of each sequence under the model as it is now: the reference of NPO and DPO.
+def reference_logps(
+    model: "PreTrainedModel",
+    dataset: list[Sequence],
+    *,
+    cache: str | pathlib.Path | None = None,
+    batch_size: int = 8,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    backend: str = "auto",
+) -> list[float]:
+    """Return the summed log-probability of each sequence under the model as it is now, for NPO and DPO.
 
-    By the kernels of the loss: in a batch of the same sequences, the loss at the unchanged model finds the same numbers bit for
-    bit, and a ratio of exactly 0. In other company (padding, sizes of matrix products) they differ by rounding. The model is
-    left as it was; of a peft model the adapters are off meanwhile.
+    They come from the kernels of the loss. In a batch of the same sequences, the loss of the unchanged model therefore finds
+    the same numbers bit for bit, and a log-ratio of exactly 0. In a batch of other sequences (other padding, other sizes of
+    matrix products) they differ by rounding. The model is left as it was; the adapters of a peft model are off while it runs.
 
     Args:
         model: a Hugging Face causal language model, which peft may have wrapped.
         dataset: list of `soul.data.Sequence`.
-        cache: a directory to keep the numbers in and to take them from, created where it is missing; None: neither. A file
-            that is not what it should be is computed again, with a warning. Whoever can write there can change the results.
+        cache: a directory to keep the numbers in and to take them from, created where it is missing; None: no cache. The
+            numbers of a file that is damaged or belongs to another key are computed again, with a warning. Whoever can write
+            there can change the results.
         batch_size: sequences at a time, in the order of the dataset.
-        tokenizer: the dataset's, whose vocabulary then is a part of the cache's key.
+        tokenizer: the dataset's, whose vocabulary then goes into the cache's key.
         backend: "auto", "triton", "compile", "torch" or "reference".
 
     Returns:
-        List of floats, in nats.
+        A list of floats, in nats.
 
     Raises:
         ArgumentError: the cache is not a directory, the backend does not fit the model's device, or
             `soul.models.check_linear_head` refuses the model.
     """
-    device, backend = head(model)[0].device, resolve_head_backend(backend, head(model)[0])
+    weight = head(model)[0]
+    device = weight.device
+    backend = resolve_head_backend(backend, weight)
 
-    def compute():
+    def compute() -> Tensor:
         sums = [torch.empty(0, device=device)]
         with as_reference(model):
             _check_head(model)
@@ -78,19 +100,27 @@ def reference_logps(model, dataset, *, cache=None, batch_size=8, tokenizer=None,
         return torch.cat(sums).cpu()
 
     convention = {"batch_size": batch_size, "backend": backend, "sum": "over labelled tokens"}
-    return _kept(cache, "logps", (len(dataset),), compute, model, dataset, tokenizer, convention).tolist()
+    return _cached(cache, "logps", (len(dataset),), compute, model, dataset, tokenizer, convention).tolist()
 
 
-def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None):
-    """Hidden states of each sequence under the model as it is now: the reference of UNDIAL and of KL terms.
+def reference_hidden(
+    model: "PreTrainedModel",
+    dataset: list[Sequence],
+    *,
+    cache: str | pathlib.Path | None = None,
+    batch_size: int = 8,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> ReferenceStates:
+    """Return hidden states of each sequence under the model as it is now, for UNDIAL and KL terms.
 
-    Give them to `soul.data.batches.collate` (``ref_hidden``), and the head to `soul_kernels.linear_objective`. As exact as
-    `reference_logps`: at the unchanged model a divergence in a batch of the same sequences is exactly 0.
+    Give them to `soul.data.batches.collate` (``ref_hidden``), and ``batch.ref_hidden`` with the head, as a
+    `soul_kernels.Reference`, to `soul_kernels.linear_objective`. As exact as `reference_logps`: at the unchanged model a
+    divergence in a batch of the same sequences is exactly 0.
 
     Args:
         model: as in `reference_logps`, and so are the others.
         dataset: list of `soul.data.Sequence`.
-        cache: a directory, or None. The head is not stored: the key vouches that the model has it.
+        cache: a directory, or None. The head is not stored: that the key is the same says that the model has it.
         batch_size: sequences at a time.
         tokenizer: the dataset's, or None.
 
@@ -100,49 +130,61 @@ def reference_hidden(model, dataset, *, cache=None, batch_size=8, tokenizer=None
     Raises:
         ArgumentError: the cache is not a directory, or `soul.models.check_linear_head` refuses the model.
     """
-    device, width = head(model)[0].device, head(model)[0].shape[1]
+    weight = head(model)[0]
+    device = weight.device
+    width = weight.shape[1]
     counts = [sequence.n_labels for sequence in dataset]
 
-    def compute():
+    def compute() -> Tensor:
         states = [torch.empty(0, width)]
         with as_reference(model):
             _check_head(model)
         with as_reference(model), autocast(model):
             for batch in _batches(dataset, batch_size, device):
                 hidden = gathered(model, functools.partial(hidden_states, model, batch)).flatten(0, 1)
-                states.append(hidden.index_select(0, batch.rows.to(device)).cpu())
+                states.append(hidden.index_select(0, batch.token_indices.to(device)).cpu())
         return torch.cat(states[1:] or states)
 
     convention = {"batch_size": batch_size}
-    packed = _kept(cache, "hidden", (sum(counts), width), compute, model, dataset, tokenizer, convention)
-    return ReferenceStates(list(packed.split(counts)), *reference_head(model))
+    packed = _cached(cache, "hidden", (sum(counts), width), compute, model, dataset, tokenizer, convention)
+    ref_weight, ref_bias = reference_head(model)
+    return ReferenceStates(list(packed.split(counts)), ref_weight, ref_bias)
 
 
-def _check_head(model):
-    """Raises for a model with logits of its own kind. One in shards was checked by `soul.Unlearner` before it was cut."""
+def _check_head(model: "PreTrainedModel") -> None:
+    """Raise for a model that `check_linear_head` refuses. `soul.Unlearner` has checked one in shards before it was cut."""
     if not hasattr(model, COMPUTE):
         check_linear_head(model)
 
 
-def reference_head(model):
-    """Weight and bias of the head as it is now, without adapters, for as long as the model is trained: copies of what is
-    trained. (None, None) where the model's own head is frozen and serves.
+def reference_head(model: "PreTrainedModel") -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias of the head as it is now, without adapters, to be used while the model is trained.
+
+    A tensor that is trained is copied. (None, None) says that the model's own head is frozen and can be used itself.
     """
 
-    def copies():
-        own = head(model)
+    def constant(tensor: Tensor | None) -> Tensor | None:
+        return tensor.detach().clone() if tensor is not None and tensor.requires_grad else tensor
+
+    def copies() -> tuple[Tensor | None, Tensor | None]:
+        weight, bias = head(model)
         with as_reference(model):
-            frozen = head(model)
-        if frozen[0] is own[0] and not any(tensor is not None and tensor.requires_grad for tensor in own):
+            ref_weight, ref_bias = head(model)
+        is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if ref_weight is weight and not is_trained:
             return None, None
-        return tuple(t if t is None or not t.requires_grad else t.detach().clone() for t in frozen)
+        return constant(ref_weight), constant(ref_bias)
 
     with torch.no_grad():
         return gathered(model, copies)
 
 
-def check_cache(directory, name="cache"):
-    """Raises unless a cache could be kept in ``directory``, the argument ``name``; None passes.
+def check_cache(directory: str | pathlib.Path | None, name: str = "cache") -> None:
+    """Raise unless a cache could be kept in a directory; None passes.
+
+    Args:
+        directory: of the cache, or None.
+        name: of the argument, for errors.
 
     Raises:
         ArgumentError: it is not a directory, or cannot be written.
@@ -158,62 +200,81 @@ def check_cache(directory, name="cache"):
     check_writable(name, path)
 
 
-def _batches(dataset, size, device):
+def _batches(dataset: list[Sequence], size: int, device: torch.device) -> Iterator[Batch]:
     for start in range(0, len(dataset), size):
         yield collate(dataset[start : start + size], [], device=device)
 
 
-def _kept(cache, name, shape, compute, *what):
-    """The tensor of a cache, or a new one, which is then put there."""
+def _cached(
+    cache: str | pathlib.Path | None,
+    name: str,
+    shape: tuple[int, ...],
+    compute: Callable[[], Tensor],
+    model: "PreTrainedModel",
+    dataset: list[Sequence],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    convention: Mapping[str, object],
+) -> Tensor:
+    """Return the tensor of a cache, or compute it and put it there."""
     check_cache(cache)
     if cache is None:
         return compute()
-    key, processes = _key(name, *what), Processes.of(what[0])
-    path, tensor = pathlib.Path(cache) / f"{name}-{key}.safetensors", None
+    key = _key(name, model, dataset, tokenizer, convention)
+    processes = Processes.of(model)
+    path = pathlib.Path(cache) / f"{name}-{key}.safetensors"
+    tensor = None
     if path.exists():
-        tensor, wrong = _read(path, name, key, shape)
-        if wrong is not None:
-            warnings.warn(f"{path}: {wrong}; computed again", stacklevel=3)
-    if not processes.any(tensor is None):
+        tensor, problem = _read(path, name, key, shape)
+        if problem is not None:
+            warnings.warn(f"{path}: {problem}; computed again", stacklevel=3)
+    is_missing_somewhere = processes.any(tensor is None)
+    if tensor is not None and not is_missing_somewhere:
         return tensor
-    tensor = compute()  # in all processes, where one of them has not found it
-    processes.on_first(lambda: _write(path, name, key, tensor))
-    return tensor
+    computed = compute()  # a collective computation: by all processes, even if only one lacks the file
+    processes.on_first(lambda: _write(path, name, key, computed))
+    return computed
 
 
-def _read(path, name, key, shape):
-    """The tensor of a file and None; or None and what is wrong with it."""
+def _read(path: pathlib.Path, name: str, key: str, shape: tuple[int, ...]) -> tuple[Tensor | None, str | None]:
+    """Return the tensor of a file and None; or None and what is wrong with the file."""
     try:
         with require("safetensors", "hf").safe_open(path, framework="pt") as file:
-            metadata, tensor = file.metadata() or {}, file.get_tensor(name).clone()
+            metadata = file.metadata() or {}
+            tensor = file.get_tensor(name).clone()
     except Exception as error:  # whatever the library says of a truncated or foreign file
         return None, f"not readable ({type(error).__name__})"
     if metadata.get("key") != key:
-        return None, "made of something else"
+        return None, "written for another key"
     if tuple(tensor.shape) != shape:
         return None, f"shape {tuple(tensor.shape)}, expected {shape}"
     if tensor.dtype not in DTYPES:
-        return None, f"of {tensor.dtype}"
+        return None, f"dtype {tensor.dtype}, expected one of a model's"
     if metadata.get("checksum") != digest({name: tensor}):
         return None, "damaged (checksum)"
     return tensor, None
 
 
-def _write(path, name, key, tensor):
-    """All or nothing."""
+def _write(path: pathlib.Path, name: str, key: str, tensor: Tensor) -> None:
+    """Write a file of the cache, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"key": key, "checksum": digest({name: tensor})}
     with whole(path.parent) as aside:
         require("safetensors.torch", "hf").save_file({name: tensor.contiguous()}, aside / path.name, metadata)
 
 
-def _key(name, model, dataset, tokenizer, convention):
-    """Hash of everything that decides the numbers: configuration, weights, vocabulary, data, and how they are computed."""
+def _key(
+    name: str,
+    model: "PreTrainedModel",
+    dataset: list[Sequence],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    convention: Mapping[str, object],
+) -> str:
+    """Return a hash of everything that decides the numbers: configuration, weights, vocabulary, data and settings."""
     parameter = head(model)[0]
     with autocast(model):
         device_type = parameter.device.type
         cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    about = {
+    description = {
         "format": FORMAT,
         "name": name,
         "configuration": configuration(model),
@@ -226,13 +287,14 @@ def _key(name, model, dataset, tokenizer, convention):
         "torch": torch.__version__,
         **convention,
     }
-    return digest(base_weights(model), json.dumps(about, sort_keys=True, default=str))
+    return digest(base_weights(model), json.dumps(description, sort_keys=True, default=str))
 
 
-def configuration(model):
-    """Return the configuration of a model that decides its numbers beside its weights, as a dict of JSON values: activation,
-    epsilons, dropout and so on, and which implementation of attention (and of experts) runs. Where the weights lie is no part
-    of it, nor is the version of transformers.
+def configuration(model: "PreTrainedModel") -> dict[str, Any]:
+    """Return the configuration that decides a model's numbers beside its weights, as a dict of JSON values.
+
+    That is activation, epsilons, dropout and so on, and which implementation of attention (and of experts) runs. The path of
+    the weights and the version of transformers are left out.
     """
     values = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):
@@ -243,25 +305,28 @@ def configuration(model):
     return json.loads(json.dumps(values, default=str))
 
 
-def base_weights(model):
-    """Parameters and buffers by name, without those of adapters."""
-    adapters = tuple(
-        f"{name}.{part}."
-        for name, module in (model.named_modules() if has_adapters(model) else ())
-        for part in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
-    )
+def base_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name, without those of adapters."""
+    adapters: tuple[str, ...] = ()
+    if has_adapters(model):
+        adapters = tuple(
+            f"{path}.{name}."
+            for path, module in model.named_modules()
+            for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
+        )
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: tensor for name, tensor in named if not f"{name}.".startswith(adapters)}
 
 
-def digest(tensors, text=""):
-    """blake2b, in hexadecimal, of a text and of names, dtypes, shapes and bytes; a part of a tensor at a time. Shards are
-    gathered first, a tensor at a time: every process must call it.
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return blake2b, in hexadecimal, of a text and of the names, dtypes, shapes and bytes of tensors.
+
+    Shards are gathered first, a tensor at a time, so every process must call it.
     """
-    found = hashlib.blake2b(text.encode(), digest_size=32)
+    hashed = hashlib.blake2b(text.encode(), digest_size=32)
     for name, tensor in tensors.items():
-        found.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        hashed.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         flat = full(tensor.detach()).contiguous().view(-1).view(torch.uint8)
-        for start in range(0, len(flat), PART_BYTES):
-            found.update(flat[start : start + PART_BYTES].cpu().numpy())
-    return found.hexdigest()
+        for start in range(0, len(flat), HASHED_BYTES):
+            hashed.update(flat[start : start + HASHED_BYTES].cpu().numpy().data)
+    return hashed.hexdigest()

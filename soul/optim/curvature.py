@@ -187,8 +187,8 @@ class Hutchinson(Curvature):
 
     h keeps the sign of its average, and counts as ``max(h, 0)`` where the step divides by it; 8-bit states, which have no sign,
     are refused. The closure returns a loss whose operations can be differentiated twice: among attention kernels only "math"
-    can, and this library's losses only with ``backend="reference"``; the others raise. The estimate is of the mean loss itself:
-    use ``bs=1`` in the optimizer.
+    can, and this library's losses only with ``LinearOptions(backend="reference")``; the others raise. The estimate is of the
+    mean loss itself: use ``bs=1`` in the optimizer.
 
     Args:
         optimizer: a `SophiaG`.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from soul.distributed.shards import first_number, is_sharded, local, place, splits
+from soul.distributed.shards import device_and_sharding, first_number, is_sharded, local, splits
 from soul.optim.options import (
     ON_DEVICE,
     Number,
@@ -84,7 +84,7 @@ class StepGroup:
         self.states = states
         self.tensor_ids = tensor_ids
         self.tensor_offsets = [first_number(param) for param in params]
-        self.device, self._mesh, self._placements = place(params[0])
+        self.device, self._mesh, self._placements = device_and_sharding(params[0])
         self.table, self.hessian_table, self.norm_table = TensorTable(), TensorTable(), TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.numel = sum(p.numel() for p in params)
@@ -170,6 +170,8 @@ class StepGroup:
 
     def sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
         """Add up, in place, numbers that every process has for its own shards; return them."""
+        if self._mesh is None:
+            return value
         for dim, placement in enumerate(self._placements):
             if splits(placement):
                 torch.distributed.all_reduce(value, group=self._mesh.get_group(dim))
@@ -401,5 +403,5 @@ def _stepped_together(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     """Return the parameters in lists of those that one call of an op can step: on one device, and sharded alike."""
     by_place: dict[Hashable, list[torch.Tensor]] = {}
     for param in params:
-        by_place.setdefault(place(param), []).append(param)
+        by_place.setdefault(device_and_sharding(param), []).append(param)
     return list(by_place.values())

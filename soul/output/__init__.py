@@ -1,4 +1,4 @@
-"""What a run writes: files that are whole or not there (`files`), the output directory (`directory`), the console (`console`).
+"""What a run writes: complete files (`files`), the output directory (`directory`), the console (`console`).
 
 May import: nothing of ``soul``. Start with `directory`.
 """

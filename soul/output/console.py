@@ -1,14 +1,16 @@
 """The console of a command. A report that cannot be written never ends the work; a result that cannot be written is an error.
 
 Within `safe` standard output and standard error swallow what cannot be written: a pipe whose reader has gone, a full disk, a
-closed stream. Characters that the console does not have are written as escapes. So ``print`` and progress bars, also those of
-libraries, are reports. What a command computes only to print it goes through `print_result`.
+closed stream. Characters that the console does not have are written as escapes. So whatever ``print`` and progress bars write,
+also those of libraries, is a report. A result, which a command computes only to print it, goes through `print_result`.
 """
 
 import contextlib
 import errno
 import os
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO, cast
 
 
 class Unwritten(OSError):
@@ -19,44 +21,44 @@ class SafeStream:
     """A text stream that swallows what cannot be written.
 
     Args:
-        stream: the stream; or None, where the process was started without it.
+        stream: the stream, or None if the process was started without it.
 
     Attributes:
         error: the OSError of the first write that failed, or None. After it nothing is written any more.
     """
 
-    def __init__(self, stream):
-        self.stream = stream
-        self.error = OSError(errno.EBADF, os.strerror(errno.EBADF)) if stream is None else None
+    def __init__(self, stream: TextIO | None) -> None:
+        self.error: OSError | None = _closed() if stream is None else None
+        self.stream = cast(TextIO, stream)  # None is never written to: there is an error
 
-    def write(self, text):
-        """Write a text, or nothing; return its length."""
+    def write(self, text: str) -> int:
+        """Write a text if the stream still works; return the length of the text in any case."""
         self._attempt(lambda: self._write(text))
         return len(text)
 
-    def writelines(self, lines):
-        """Write texts, or nothing."""
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write texts if the stream still works."""
         self.write("".join(lines))
 
-    def flush(self):
-        """Flush the stream, if it still can be."""
+    def flush(self) -> None:
+        """Flush the stream if it still works."""
         self._attempt(lambda: self.stream.flush())
 
-    def isatty(self):
+    def isatty(self) -> bool:
         """Tell whether the stream is a terminal."""
         return self.error is None and self.stream.isatty()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:  # whatever else a stream has
         return getattr(self.stream, name)
 
-    def _write(self, text):
+    def _write(self, text: str) -> None:
         try:
             self.stream.write(text)
         except UnicodeEncodeError:
             encoding = self.stream.encoding or "ascii"
             self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
-    def _attempt(self, call):
+    def _attempt(self, call: Callable[[], None]) -> None:
         if self.error is not None:
             return
         try:
@@ -64,28 +66,34 @@ class SafeStream:
         except OSError as error:
             self.error = error
         except ValueError:  # the stream is closed
-            self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self.error = _closed()
 
 
-def safe_stream(stream):
+def _closed() -> OSError:
+    """Return the error of a stream that is not open."""
+    return OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def safe_stream(stream: TextIO | SafeStream | None) -> SafeStream:
     """Return a stream as a `SafeStream`."""
     return stream if isinstance(stream, SafeStream) else SafeStream(stream)
 
 
 @contextlib.contextmanager
-def safe(whole_process=False):
-    """Make ``sys.stdout`` and ``sys.stderr`` safe for the time of the block.
+def safe(whole_process: bool = False) -> Iterator[None]:
+    """Make ``sys.stdout`` and ``sys.stderr`` safe for the duration of the block.
 
     Args:
-        whole_process: the process ends after the block. Then a stream that has failed leads to the null device from there on,
-            since Python flushes it once more when it exits, and would end with status 120. Descriptors 0 to 2 that are closed
-            are opened on the null device, so that no file of the run gets one of them, and with it what libraries write there.
+        whole_process: the process ends after the block. Then a stream that has failed is redirected to the null device
+            afterwards: Python flushes it once more when it exits, and would end with status 120. Descriptors 0 to 2 that are
+            closed are opened on the null device before. Otherwise a file of the run could get one of them, and with it the
+            output of libraries.
     """
     if whole_process:
         _reserve_descriptors()
     before = sys.stdout, sys.stderr
     streams = [safe_stream(stream) for stream in before]
-    sys.stdout, sys.stderr = streams
+    sys.stdout, sys.stderr = cast(list[TextIO], streams)
     try:
         yield
     finally:
@@ -93,10 +101,10 @@ def safe(whole_process=False):
         for stream in streams:
             stream.flush()
             if whole_process and stream.error is not None:
-                _lead_to_null(stream.stream)
+                _redirect_to_null(stream.stream)
 
 
-def print_result(*lines):
+def print_result(*lines: str) -> None:
     """Print the result of a command, and make sure that it is written.
 
     Raises:
@@ -107,18 +115,20 @@ def print_result(*lines):
     check_written(stream)
 
 
-def check_written(stream):
-    """Flush a `SafeStream` that has a result of a command.
+def check_written(stream: TextIO | SafeStream) -> None:
+    """Flush a stream to which a result of a command was written, within `safe`.
 
     Raises:
         Unwritten: something could not be written.
     """
+    stream = safe_stream(stream)
     stream.flush()
     if stream.error is not None:
         raise Unwritten(stream.error.errno, stream.error.strerror or str(stream.error))
 
 
-def _reserve_descriptors():
+def _reserve_descriptors() -> None:
+    """Open descriptors 0 to 2 on the null device as far as they are closed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -126,7 +136,8 @@ def _reserve_descriptors():
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-def _lead_to_null(stream):
+def _redirect_to_null(stream: TextIO) -> None:
+    """Make the descriptor of a stream one of the null device."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no descriptor, or a closed one
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

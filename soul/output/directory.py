@@ -1,33 +1,35 @@
-"""The output directory of a command."""
+"""The output directory of a command: what may be in it, who may write there, and how its files are opened safely."""
 
 import os
 import pathlib
 import stat
+from typing import TextIO
 
 try:
     import fcntl
-except ImportError:  # Windows
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # Windows has no such module
 
 from soul.output.files import is_scratch
 from soul_kernels.errors import ArgumentError, argument_error
 
-RUN_FILE = "soul_config.json"  # by which the command knows an output directory of its own
-DATA_FILE = "data.json"  # what became of the rows
+RUN_FILE = "soul_config.json"  # the options; by this file the command recognizes the output directory of a run
+DATA_FILE = "data.json"  # how many rows were used, and hashes of their content
 LOG_FILE = "log.jsonl"  # a line for every step
 CHECKPOINTS = "checkpoints"  # the directory of `soul.checkpoint.local.Checkpoints`
 
 
-def check_output(directory, resume=False):
-    """Returns the path of an output directory that does not exist yet or is empty; creates nothing. What a killed process has
-    left under a scratch name of `soul.output.files` does not count.
+def check_output(directory: str | os.PathLike[str], resume: bool = False) -> pathlib.Path:
+    """Return the path of an output directory that does not exist yet or is empty; create nothing.
+
+    A file that a killed process has left under a scratch name of `soul.output.files` does not count.
 
     Args:
         directory: path of the directory.
-        resume: it may also be that of a run of the ``soul unlearn`` command, which is to go on.
+        resume: accept also the directory of a run of the ``soul unlearn`` command, which is to go on.
 
     Raises:
-        ArgumentError: there is something in it, it cannot be written, or a file that a resumed run writes is a link.
+        ArgumentError: the directory is not empty, it cannot be written, or a file that a resumed run writes is a link.
     """
     directory = pathlib.Path(directory)
     above = next((parent for parent in directory.absolute().parents if parent.exists()), directory)
@@ -35,7 +37,7 @@ def check_output(directory, resume=False):
         raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
     if resume:
         for name in (RUN_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS):
-            _check_own(directory / name)
+            _check_no_link(directory / name)
         if (directory / RUN_FILE).is_file():
             return directory
     if os.path.lexists(directory) and not (directory.is_dir() and all(map(is_scratch, directory.iterdir()))):
@@ -47,9 +49,10 @@ def check_output(directory, resume=False):
     return directory
 
 
-def no_follow(path, flags):
-    """Opens a file of a run; the ``opener`` of Python's ``open``. A link is not followed: in a directory in which others may
-    write, it could lead to any file of the user who starts the run.
+def no_follow(path: str | os.PathLike[str], flags: int) -> int:
+    """Open a file of a run without following links, as an ``opener`` for Python's ``open``.
+
+    In a directory in which others may write, a link could lead to any file of the user who starts the run.
 
     Args:
         path: of the file.
@@ -61,12 +64,12 @@ def no_follow(path, flags):
     Raises:
         ArgumentError: the path is a symbolic link, or one of several names (hard links) of a file; nothing was changed.
     """
-    _check_own(path)
+    _check_no_link(path)
     truncate = flags & os.O_TRUNC
-    # O_NOFOLLOW: somebody may put a link there after the check. O_TRUNC only once it is known which file this is.
+    # O_NOFOLLOW: somebody may put a link there after the check. The file is truncated only once it is known which one it is.
     descriptor = os.open(path, (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        _check_own(path, os.fstat(descriptor))
+        _check_no_link(path, os.fstat(descriptor))
         if truncate and stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.ftruncate(descriptor, 0)
     except BaseException:
@@ -75,25 +78,35 @@ def no_follow(path, flags):
     return descriptor
 
 
-def write_in_place(path, text):
-    """Writes a text to a file that stays the same one, and so stays locked; raises as `no_follow`."""
+def write_in_place(path: pathlib.Path, text: str) -> None:
+    """Replace the content of a file that stays the same file, and so stays locked.
+
+    Raises:
+        ArgumentError: as in `no_follow`.
+        OSError: it could not be written.
+    """
     with open(path, "w", encoding="utf-8", opener=no_follow) as file:
         file.write(text)
 
 
-def check_no_links(directory):
-    """Raises where there is a symbolic link anywhere in a directory that a command goes on to write in.
+def check_no_links(directory: str | os.PathLike[str]) -> None:
+    """Raise if there is a symbolic link anywhere in a directory in which a command continues to write.
 
     Raises:
-        ArgumentError: naming the first one.
+        ArgumentError: the message names the first one.
     """
     for path in sorted(pathlib.Path(directory).rglob("*")):
         if path.is_symlink():
-            _check_own(path)
+            _check_no_link(path)
 
 
-def _check_own(path, status=None):
-    """Raises for a link; ``status`` is that of the open file, by default what is there without following it."""
+def _check_no_link(path: str | os.PathLike[str], status: os.stat_result | None = None) -> None:
+    """Raise if a path is a symbolic link, or a file that has other names.
+
+    Args:
+        path: need not exist.
+        status: that of the open file; None: that of the path itself.
+    """
     try:
         status = os.lstat(path) if status is None else status
     except FileNotFoundError:
@@ -108,26 +121,40 @@ def _check_own(path, status=None):
         raise argument_error("output", "files of the run's own", f"{path}, {got}", remedy)
 
 
-def check_writable(name, path):
-    """Raises unless a path, or what is above it as far as it exists, can be written, as far as the system says beforehand."""
+def check_writable(name: str, path: str | os.PathLike[str]) -> None:
+    """Raise unless a path can be written, as far as the system can tell beforehand.
+
+    If the path does not exist, the nearest directory above it that exists decides.
+
+    Args:
+        name: argument to name in the error.
+        path: of a file or a directory.
+
+    Raises:
+        ArgumentError: it cannot be written.
+    """
     path = pathlib.Path(path)
-    there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
-    if not os.access(there, os.W_OK):
-        raise argument_error(name, "a place that can be written", f"{there}, which cannot", "choose another one")
+    existing = next((candidate for candidate in (path, *path.absolute().parents) if candidate.exists()), path)
+    if not os.access(existing, os.W_OK):
+        raise argument_error(name, "a writable path", f"{existing}, which is not", "choose another one")
 
 
-def occupy(directory):
-    """Makes an output directory a run's own: its ``RUN_FILE`` is there, and locked until the file that is returned is closed,
-    by the end of the process at the latest. Where a file system knows no locks, nothing is locked.
+def occupy(directory: pathlib.Path) -> TextIO:
+    """Claim an output directory for this run: create its ``RUN_FILE``, and lock it.
+
+    The lock ends when the returned file is closed, or with the process. On a file system without locks nothing is locked.
 
     Args:
         directory: path that `check_output` has returned.
 
+    Returns:
+        ``RUN_FILE``, open.
+
     Raises:
-        ArgumentError: another process runs in there; nothing was changed.
+        ArgumentError: another process runs in the directory, or as in `no_follow`; nothing was changed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / RUN_FILE, "a", encoding="utf-8", opener=no_follow)  # what it holds stays
+    file = open(directory / RUN_FILE, "a", encoding="utf-8", opener=no_follow)  # "a" keeps its content
     try:
         lock(file, "output", directory)
     except ArgumentError:
@@ -136,27 +163,27 @@ def occupy(directory):
     return file
 
 
-def restore(directory, file):
-    """Make an output directory again if it was removed while its run went on, so that the model has a place.
+def restore(directory: pathlib.Path, file: TextIO) -> None:
+    """Create an output directory again if it was removed during the run, so that the model can be saved.
 
     Args:
         directory: path of the directory.
-        file: that `occupy` has returned.
+        file: the file that `occupy` has returned.
 
     Raises:
-        OSError: another run has made the directory its own.
+        OSError: another run has claimed the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / RUN_FILE
     if path.exists() and not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-        raise OSError(f"{directory} was removed during the run, and another run is in there: nothing was saved")
+        raise OSError(f"{directory} was removed during the run, and another run uses it now: nothing was saved")
 
 
-def check_complete(directory):
-    """Raise unless the files that a run has written beside its model are still there.
+def check_complete(directory: pathlib.Path) -> None:
+    """Raise unless the files that a run has written beside its model still exist.
 
     Raises:
-        OSError: naming those that are not.
+        OSError: the message names the missing files.
     """
     lost = [name for name in (RUN_FILE, DATA_FILE, LOG_FILE) if not (directory / name).is_file()]
     if lost:
@@ -164,22 +191,23 @@ def check_complete(directory):
         raise OSError(f"{directory} was removed during the run: the model is saved there, but {text}")
 
 
-def lock(file, name, directory):
-    """Locks an open file or a descriptor until it is closed, where the system and the file system know locks.
+def lock(file: TextIO | int, name: str, directory: pathlib.Path) -> None:
+    """Lock an open file until it is closed, if the system and the file system have locks.
 
     Args:
-        file: what is locked.
-        name: what to call the directory in errors.
-        directory: where it is.
+        file: an open file or a descriptor.
+        name: argument to name in the error.
+        directory: path to show in the error.
 
     Raises:
-        ArgumentError: another process has locked it.
+        ArgumentError: another process has locked the file.
     """
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        got, remedy = f"{directory}, where a run is going on", "wait for its end, or choose another one"
-        raise argument_error(name, "a directory in which nothing runs", got, remedy) from None
-    except OSError:
+        got = f"{directory}, which a run is using"
+        remedy = "wait for its end, or choose another one"
+        raise argument_error(name, "a directory that no run is using", got, remedy) from None
+    except OSError:  # a file system without locks
         pass

@@ -1,9 +1,9 @@
-"""Files that are there as a whole or not at all.
+"""Atomic files: each is complete, or does not exist.
 
-Whatever must survive a kill is written into a scratch directory beside its destination, flushed to the disk, and moved into
-place; whatever is removed is renamed first. So a name that means something never stands for half of it. A scratch directory
-has a random name, by which `sweep` recognises what a killed process has left behind. Everything else in a directory belongs
-to somebody else: it is not removed, and it is not in the way.
+A file that must survive a kill is written into a scratch directory beside its destination, flushed to the disk, and moved into
+place; a file to be removed is renamed first. So a meaningful name never stands for an incomplete file. A scratch directory has
+a random name, by which `sweep` recognizes what a killed process has left behind. Everything else in a directory belongs to
+somebody else: it is neither removed nor an obstacle.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ import re
 import shutil
 import uuid
 import warnings
+from collections.abc import Iterator
 
 SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 def scratch_path(directory: pathlib.Path) -> pathlib.Path:
-    """Return a new name in a directory, for what is not complete yet or is being removed."""
+    """Return a new path in a directory, for something that is not complete yet or is being removed."""
     return directory / f".{uuid.uuid4().hex}.tmp"
 
 
@@ -28,7 +29,7 @@ def is_scratch(path: pathlib.Path) -> bool:
 
 
 def sweep(directory: pathlib.Path) -> None:
-    """Remove what killed processes have left in a directory under scratch names. What cannot be removed is warned of."""
+    """Remove what killed processes have left in a directory under scratch names; warn if something cannot be removed."""
     try:
         for path in list(directory.iterdir()):
             if is_scratch(path):
@@ -38,7 +39,7 @@ def sweep(directory: pathlib.Path) -> None:
 
 
 def discard(path: pathlib.Path) -> None:
-    """Remove a file or a directory. It is renamed first, so that half of it never has its name; an error is only warned of."""
+    """Remove a file or a directory; warn if that fails. It is renamed first, so that its name never stands for half of it."""
     try:
         path = path.rename(scratch_path(path.parent))
         _delete(path)
@@ -46,7 +47,7 @@ def discard(path: pathlib.Path) -> None:
         warnings.warn(f"{path}: could not be removed ({reason(error)})", stacklevel=2)
 
 
-def _delete(path):
+def _delete(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -54,18 +55,18 @@ def _delete(path):
 
 
 @contextlib.contextmanager
-def whole(directory: pathlib.Path, last: tuple = ()):
+def whole(directory: pathlib.Path, last: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
     """Yield an empty scratch directory, and move the files that the block has written there into ``directory``.
 
     The files are on the disk before the first one is moved, and have the modes that the umask asks for. If the block raises,
     none of them is moved.
 
     Args:
-        directory: exists. Files of the same names are replaced.
-        last: names of files that are moved after all others: where one of them is, the others are.
+        directory: must exist. Files of the same names are replaced.
+        last: names of files that are moved after all others, so that their presence proves that the others are complete.
 
     Raises:
-        OSError: something could not be written, also where a library calls that something else.
+        OSError: something could not be written, also if a library reports that as another type.
     """
     aside = scratch_path(directory)
     try:
@@ -84,10 +85,10 @@ def whole(directory: pathlib.Path, last: tuple = ()):
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a text file as a whole or not at all.
+    """Write a text file completely or not at all.
 
     Raises:
-        OSError: it could not be written; a file that was there is as it was.
+        OSError: it could not be written; an existing file is unchanged.
     """
     with whole(path.parent) as aside:
         (aside / path.name).write_text(text, encoding="utf-8")
@@ -121,8 +122,8 @@ def sync(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def os_errors():
-    """Raise an OSError where safetensors or tokenizers report one of the system, a full disk for instance, as another type."""
+def os_errors() -> Iterator[None]:
+    """Raise an OSError where safetensors or tokenizers report an error of the system, such as a full disk, as another type."""
     try:
         yield
     except OSError:
@@ -137,5 +138,5 @@ def os_errors():
 
 
 def reason(error: OSError) -> str:
-    """Return what the system says of an error, without numbers and paths."""
+    """Return the system's description of an error, without error number and path."""
     return error.strerror or str(error)

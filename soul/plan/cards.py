@@ -1,24 +1,24 @@
-"""What a card can do: by its datasheet and, where that is known, as measured."""
+"""Memory and rates of GPUs: from their datasheets and, where these are known, as measured."""
 
 import math
 from typing import NamedTuple
 
 from soul_kernels.errors import argument_error
 
-NETWORK = 50e9  # bytes a second into and out of each GPU, where nothing is said: one 400 Gbit/s link a GPU
+NETWORK = 50e9  # bytes a second into and out of each GPU, the default: one 400 Gbit/s link for each GPU
 
 
 class Card(NamedTuple):
     """One GPU.
 
     Attributes:
-        name: of the card.
+        name: name of the card.
         memory: bytes.
-        bandwidth: of its memory, bytes a second.
-        flops: dense bf16 GEMMs with fp32 sums, FLOP/s.
-        source: where the two rates are from.
-        multiprocessors: how many; 0 where that is not needed: only `bench.model` asks.
-        clock: cycles a second, the highest.
+        bandwidth: rate of its memory, bytes a second.
+        flops: rate of dense bf16 matrix products with fp32 sums, FLOP/s.
+        source: origin of the two rates.
+        multiprocessors: number of multiprocessors; 0 where it is not needed: only `bench.model` uses it.
+        clock: highest clock, cycles a second.
     """
 
     name: str
@@ -30,8 +30,9 @@ class Card(NamedTuple):
     clock: float = 0.0
 
 
-# Datasheets of NVIDIA: H100 SXM5 80 GB, H200 SXM, A100 SXM 80 GB, and the whitepaper of the Ada architecture. Dense rates: half
-# of those that are stated with sparsity. Clocks are those of the fp32 rate, 67 TFLOP/s: 2 FLOPs by 128 lanes a multiprocessor.
+# NVIDIA's datasheets of H100 SXM5 80 GB, H200 SXM and A100 SXM 80 GB, and its whitepaper of the Ada architecture. Dense rates
+# are half of those stated with sparsity. Clocks follow from the fp32 rate, 67 TFLOP/s: 2 FLOPs in each of 128 lanes of a
+# multiprocessor.
 DATASHEETS = {
     card.name: card
     for card in (
@@ -41,16 +42,17 @@ DATASHEETS = {
         Card("rtx-4090", 24e9, 1008e9, 165e12, "datasheet"),
     )
 }
-# On an H100 80GB HBM3, torch 2.11, 2026-11-23: a copy of 1 GiB, bytes read and written; a bf16 GEMM of 8192^3, random data.
+# Measured on an H100 80GB HBM3, torch 2.11, 2026-11-23: a copy of 1 GiB, bytes read and written; a bf16 GEMM of 8192^3, random
+# data.
 CEILINGS = {"h100": DATASHEETS["h100"]._replace(bandwidth=3000e9, flops=723e12, source="measured copy and GEMM ceilings")}
-CARDS = DATASHEETS | CEILINGS  # a measured ceiling, where there is one
+CARDS = DATASHEETS | CEILINGS  # the measured ceiling where there is one
 
 
-def card_of(card):
-    """A `Card`, from one, from a name in ``CARDS``, or from "GB:GB/s:TFLOP/s".
+def card_of(card: Card | str) -> Card:
+    """Return the `Card` for a card, a name in ``CARDS``, or a text "GB:GB/s:TFLOP/s".
 
     Raises:
-        ArgumentError: neither.
+        ArgumentError: the name is unknown, or the text has not three positive numbers.
     """
     if isinstance(card, Card):
         return card

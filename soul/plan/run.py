@@ -1,67 +1,81 @@
-"""The plan of a run of ``soul unlearn``: from the model's configuration and the files themselves; no weight is read."""
+"""The plan of a run of ``soul unlearn``, from the model's configuration and the data files; no weight is read."""
 
 import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from soul._extras import require
-from soul.plan._case import Tokens, check_plannable
-from soul.plan._plan import plan
-from soul.plan.shapes import PRESETS, SHORT, empty_model, read_config, shape_of
-from soul.run.feed import chosen, micro_batches, order_of, together
+from soul.data.examples import Sequence as TokenSequence
+from soul.plan.case import Tokens, objective_of
+from soul.plan.planner import Plan, plan
+from soul.plan.shapes import PRESETS, SHORT_NAMES, empty_model, read_config, shape_of
+from soul.run.config import UnlearnConfig
+from soul.run.feed import micro_batches, order_of, sequence_indices, sequences_per_example
 from soul.run.prepare import prepare
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error
 
 
-def plan_run(model, forget, retain, config, **options):
-    """Plans a run with the token counts of its data: the memory is that of its largest micro-batch, the time that of all steps.
+def plan_run(
+    model: str | os.PathLike[str],
+    forget: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    retain: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None,
+    config: UnlearnConfig,
+    **options: Any,
+) -> Plan:
+    """Plan a run with the token counts of its data: the memory of its largest micro-batch, and the time of all its steps.
 
     Args:
         model: directory or hub name; configuration and tokenizer are read, weights are not.
-        forget: as `soul.Unlearner` takes it.
-        retain: the same, or None.
+        forget: the forget set, as `soul.Unlearner` takes it.
+        retain: the retain set, or None.
         config: `UnlearnConfig`.
         **options: those of `soul.plan.plan`, without ``tokens``, ``length`` and ``steps``.
 
     Returns:
-        `Plan`; the time of the whole run only on one GPU.
+        `Plan`; with the time of the whole run only on one GPU.
 
     Raises:
-        ArgumentError: what would keep the run itself from starting, as far as it can be seen without weights and GPU.
+        ArgumentError: the run itself would not start, as far as this can be seen without weights and a GPU.
     """
-    check_plannable(config)
-    if str(model) in (*PRESETS, *SHORT):
+    objective_of(config)  # checks that the run can be planned
+    if str(model) in (*PRESETS, *SHORT_NAMES):
         remedy = "pass a directory or a hub name, or use: soul plan"
         raise argument_error("model", "a model with a tokenizer", f"the preset {model!r}", remedy)
     empty = empty_model(read_config(model))
     try:
         tokenizer = require("transformers", "hf").AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # whatever the libraries below say of a broken tokenizer
+    except Exception as error:  # the libraries raise many kinds for a broken tokenizer
         raise argument_error("model", "a model with a tokenizer", f"{model} ({type(error).__name__})", "check it") from error
-    anywhere = dataclasses.replace(config, backend="reference", cuda_graph=False)  # the run's own machine is another one
-    run = Unlearner(empty, forget, retain, anywhere, tokenizer=tokenizer)  # which checks all that can be checked
-    data = prepare(empty, tokenizer, *run.examples, anywhere)
-    steps = list(_steps(config, *data))
-    micro = [tokens for batches in steps for tokens in batches]
-    largest = {max(micro, key=lambda t: (t.n, t.n_labelled)), max(micro, key=lambda t: (t.n_labelled, t.n))}
+    portable = dataclasses.replace(config, backend="reference", cuda_graph=False)  # the run may be meant for another machine
+    run = Unlearner(empty, forget, retain, portable, tokenizer=tokenizer)  # which checks all that can be checked
+    sequences = prepare(empty, tokenizer, *run.examples, portable)
+    steps = list(_steps(config, *sequences))
+    sizes = [tokens for batches in steps for tokens in batches]
+    largest = {max(sizes, key=lambda t: (t.n, t.n_labelled)), max(sizes, key=lambda t: (t.n_labelled, t.n))}
     shape = dataclasses.replace(shape_of(empty), name=str(model))
-    whole = steps if options.get("gpus", 1) == 1 else None
-    plans = [plan(shape, config, tokens, steps=whole, **options) for tokens in largest]
-    return max(plans, key=lambda found: found.peak_bytes)
+    timed_steps = steps if options.get("gpus", 1) == 1 else None
+    plans = [plan(shape, config, tokens, steps=timed_steps, **options) for tokens in largest]
+    return max(plans, key=lambda candidate: candidate.peak_bytes)
 
 
-def _steps(config, forget, retain):
-    """Yields the micro-batches of each step as `Tokens`, in the order in which `soul.run.loop.unlearn` takes them."""
-    objective = config.objective()
-    n, of = together(objective), None if objective.divergence is None else objective.divergence.of
-    for _, examples, kept in order_of(forget, retain, n, config):
+def _steps(config: UnlearnConfig, forget: list[TokenSequence], retain: list[TokenSequence]) -> Iterator[list[Tokens]]:
+    """Yield the `Tokens` of the micro-batches of each step, in the order in which `soul.run.loop.unlearn` takes them."""
+    objective = objective_of(config)
+    per_example = sequences_per_example(objective)
+    compared_set = None if objective.divergence is None else objective.divergence.of
+    for _, forget_examples, retain_indices in order_of(forget, retain, per_example, config):
         yield [
-            _tokens([forget[i] for i in chosen(part, n)], [retain[i] for i in others], of)
-            for part, others in micro_batches(examples, kept, config.batch_size)
+            _tokens([forget[i] for i in sequence_indices(of_forget, per_example)], [retain[i] for i in of_retain], compared_set)
+            for of_forget, of_retain in micro_batches(forget_examples, retain_indices, config.batch_size)
         ]
 
 
-def _tokens(forget, retain, of):
+def _tokens(forget: Sequence[TokenSequence], retain: Sequence[TokenSequence], compared_set: str | None) -> Tokens:
+    """Return the size of a micro-batch whose divergence is computed on the set that is named."""
     lengths = [len(sequence.input_ids) for sequence in (*forget, *retain)]
-    labelled = [sum(sequence.n_labels for sequence in part) for part in (forget, retain)]
-    compared = {None: 0, "forget": labelled[0], "retain": labelled[1], "all": sum(labelled)}[of]
-    return Tokens(len(lengths), max(lengths), sum(labelled), compared, padded=min(lengths) < max(lengths))
+    n_forget, n_retain = (sum(sequence.n_labels for sequence in sequences) for sequences in (forget, retain))
+    n_labelled = n_forget + n_retain
+    compared = {None: 0, "forget": n_forget, "retain": n_retain, "all": n_labelled}[compared_set]
+    return Tokens(len(lengths), max(lengths), n_labelled, compared, padded=min(lengths) < max(lengths))

@@ -1,87 +1,95 @@
-"""The tables of docs/scaling.md: ``python -m soul.plan.scaling docs/scaling.md`` writes them anew between its marks."""
+"""The tables of docs/scaling.md; ``python -m soul.plan.scaling docs/scaling.md`` rewrites them between the page's marks."""
 
 import math
 import pathlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
-from soul.plan._plan import plan
 from soul.plan.cards import CARDS
+from soul.plan.planner import Plan, plan
 from soul.plan.shapes import PRESETS
 from soul.run.config import UnlearnConfig
 from soul_kernels.errors import argument_error
 
 LENGTH = 512
-LEAST = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=math.inf)
-# What is trained, in the words of the table -> options of the run.
-WHOLE = {
+SMALLEST: dict[str, Any] = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=math.inf)
+# Name of a setup in the table -> options of the run.
+FULL_PARAMETER: dict[str, dict[str, Any]] = {
     "AdamW, fp32": dict(optimizer="adamw"),
     "SOUL, bf16 + 8 bits": dict(),
     "the same, checkpointing": dict(gradient_checkpointing=True),
-    "8-bit states, release, checkpointing": LEAST,
+    "8-bit states, release, checkpointing": SMALLEST,
 }
-ADAPTERS = {"SOUL": dict(), "SOUL, checkpointing": dict(gradient_checkpointing=True)}
-SHARDED = dict(gradient_checkpointing=True, state_dtype="bfloat16")
+ADAPTERS: dict[str, dict[str, Any]] = {"SOUL": dict(), "SOUL, checkpointing": dict(gradient_checkpointing=True)}
+SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="bfloat16")
 
 
-def whole():
-    """Full-parameter runs on a single card."""
+def full_parameter_table() -> Iterator[str]:
+    """Yield the lines of the table of full-parameter runs on a single card."""
     yield "| model | what is trained | GB | peak in | fits on | floor of a step, h100 |"
     yield "|---|---|---|---|---|---|"
     for model in PRESETS:
-        for name, options in WHOLE.items():
+        for name, options in FULL_PARAMETER.items():
             yield _row(model, name, plan(model, UnlearnConfig(**options), length=LENGTH))
 
 
-def adapters():
-    """LoRA on a single card."""
+def adapter_table() -> Iterator[str]:
+    """Yield the lines of the table of LoRA runs on a single card."""
     yield "| model | adapters of rank 16 on all linear layers | GB | peak in | fits on | floor of a step, h100 |"
     yield "|---|---|---|---|---|---|"
     for model in PRESETS:
         for name, options in ADAPTERS.items():
-            found = plan(model, UnlearnConfig(**options), length=LENGTH, adapters=dict(rank=16))
-            yield _row(model, name, found)
+            yield _row(model, name, plan(model, UnlearnConfig(**options), length=LENGTH, adapters=dict(rank=16)))
 
 
-def sharded():
-    """Full-parameter runs under FSDP2."""
+def sharded_table() -> Iterator[str]:
+    """Yield the lines of the table of full-parameter runs under FSDP2."""
     yield "| model | h100s | GB on each | of these gathered from shards | fits | matrix products | network | floor of a step |"
     yield "|---|---|---|---|---|---|---|---|"
     for model, counts in (("llama-2-7b", (2, 4, 8)), ("llama-3.1-8b", (2, 4, 8)), ("llama-3-70b", (8, 16, 32, 64))):
         for gpus in counts:
-            found = plan(model, UnlearnConfig(**SHARDED), length=LENGTH, gpus=gpus)
-            gathered = found.phases[found.peak_phase]["gathered from shards"]
-            seconds = [found.seconds["matrix products"], found.seconds["network"], found.step_seconds]
+            planned = plan(model, UnlearnConfig(**SHARDED), length=LENGTH, gpus=gpus)
+            gathered = planned.phases[planned.peak_phase]["gathered from shards"]
+            seconds = [planned.seconds["matrix products"], planned.seconds["network"], planned.step_seconds]
             times = " | ".join(f"{1000 * value:,.0f} ms" for value in seconds)
-            cells = f"{found.peak_bytes / 1e9:.1f} | {gathered / 1e9:.1f} | {'yes' if found.fits else 'no'} | {times}"
+            cells = f"{planned.peak_bytes / 1e9:.1f} | {gathered / 1e9:.1f} | {'yes' if planned.fits else 'no'} | {times}"
             yield f"| {model} | {gpus} | {cells} |"
 
 
-def least():
-    """The full-parameter 7B within 40 GB, part by part."""
-    yield from plan("llama-2-7b", UnlearnConfig(**LEAST), length=LENGTH).table().split("\n")
+def smallest_7b_plan() -> Iterator[str]:
+    """Yield the lines of the plan of the full-parameter 7B within 40 GB."""
+    yield from plan("llama-2-7b", UnlearnConfig(**SMALLEST), length=LENGTH).table().split("\n")
 
 
-def _row(model, name, found):
-    cards = [card for card in CARDS if found.peak_bytes <= CARDS[card].memory]
-    cells = f"{found.peak_bytes / 1e9:.1f} | {found.peak_phase} | {', '.join(cards) or 'none'}"
-    time = f"{1000 * found.step_seconds:,.0f} ms" if found.fits else ""
+def _row(model: str, name: str, planned: Plan) -> str:
+    cards = [card for card in CARDS if planned.peak_bytes <= CARDS[card].memory]
+    cells = f"{planned.peak_bytes / 1e9:.1f} | {planned.peak_phase} | {', '.join(cards) or 'none'}"
+    time = f"{1000 * planned.step_seconds:,.0f} ms" if planned.fits else ""
     return f"| {model} | {name} | {cells} | {time} |"
 
 
-TABLES = {"whole": whole, "least": least, "adapters": adapters, "sharded": sharded}
+# Mark in the page -> lines of its table.
+TABLES = {
+    "whole": full_parameter_table,
+    "smallest": smallest_7b_plan,
+    "adapters": adapter_table,
+    "sharded": sharded_table,
+}
 
 
-def with_tables(text):
-    """The text with every table between ``<!-- NAME -->`` and ``<!-- end -->`` as the planner prints it now.
+def with_tables(text: str) -> str:
+    """Return the text with every table between ``<!-- NAME -->`` and ``<!-- end -->`` as the planner prints it now.
 
     Raises:
-        ArgumentError: a table has no place in it.
+        ArgumentError: the text lacks the marks of a table.
     """
     for name, lines in TABLES.items():
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not (begin and end):
-            raise argument_error("text", f"<!-- {name} --> and <!-- end -->", "a text without", "put them where the table goes")
+            expected = f"<!-- {name} --> and <!-- end -->"
+            raise argument_error("text", expected, "a text without them", "put them where the table belongs")
         text = before + begin + "\n".join(lines()) + "\n" + end + after
     return text
 

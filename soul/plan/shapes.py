@@ -1,13 +1,20 @@
-"""What of a model decides memory and time: the shapes of its parameters, and the widths of a layer."""
+"""The properties of a model that decide memory and time: the shapes of its parameters, and the widths of a layer."""
 
 import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
 
 from soul._extras import require
 from soul.models.files import check_config, config_of
 from soul_kernels.errors import ArgumentError, argument_error
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,20 +22,20 @@ class Shape:
     """A causal language model, without its weights.
 
     Attributes:
-        name: what to call it.
+        name: name for messages and tables.
         hidden: width D of the hidden states.
-        intermediate: width of the inside of an MLP.
-        layers: how many.
-        heads: of the queries.
-        kv_heads: of keys and values.
-        head_dim: width of one.
-        vocab: rows V of the head.
-        head_width: columns of the head.
-        gated: an MLP has two matrices into its inside, as in Llama.
-        tied: the head is the embedding.
-        parameters: name -> shape of every parameter, one that is tied once.
-        linear: name -> (out, in) of the weights of linear layers, but for the head.
-        supports_checkpointing: whether the family can compute its layers again.
+        intermediate: inner width of an MLP.
+        layers: number of layers.
+        heads: number of heads of the queries.
+        kv_heads: number of heads of keys and values.
+        head_dim: width of a head.
+        vocab: rows V of the language-model head.
+        head_width: columns of the language-model head.
+        gated: whether an MLP has two input matrices, as in Llama.
+        tied: whether the head is the embedding.
+        parameters: name -> shape of every parameter; a tied one counts once.
+        linear: name -> (out, in) of the weights of linear layers, without the head.
+        supports_checkpointing: whether the family can recompute its layers.
     """
 
     name: str
@@ -42,42 +49,56 @@ class Shape:
     head_width: int
     gated: bool
     tied: bool
-    parameters: dict = dataclasses.field(repr=False)
-    linear: dict = dataclasses.field(repr=False)
+    parameters: dict[str, tuple[int, ...]] = dataclasses.field(repr=False)
+    linear: dict[str, tuple[int, int]] = dataclasses.field(repr=False)
     supports_checkpointing: bool = True
 
     @property
-    def numel(self):
-        """How many parameters."""
+    def numel(self) -> int:
+        """Number of parameters."""
         return sum(map(math.prod, self.parameters.values()))
 
     @property
-    def linear_numel(self):
-        """How many of them are in linear layers, without the head."""
-        return sum(out * inside for out, inside in self.linear.values())
+    def linear_numel(self) -> int:
+        """Number of parameters in linear layers, without the head."""
+        return sum(n_out * n_in for n_out, n_in in self.linear.values())
 
     @property
-    def outside_numel(self):
-        """How many are outside of the layers: embeddings, the last norm, a head that is not tied."""
+    def outside_numel(self) -> int:
+        """Number of parameters outside of the layers: embeddings, the last norm, a head that is not tied."""
         return sum(math.prod(size) for name, size in self.parameters.items() if not _in_layer(name))
 
     @property
-    def layer_numel(self):
-        """How many are in a layer, on average."""
+    def layer_numel(self) -> float:
+        """Number of parameters in a layer, on average."""
         return (self.numel - self.outside_numel) / self.layers
 
     @property
-    def head_numel(self):
-        """How many are in the head."""
+    def head_numel(self) -> int:
+        """Number of parameters in the head."""
         return self.vocab * self.head_width
 
 
-def _in_layer(name):
-    return any(part.isdigit() for part in name.split("."))  # its number is in the name
+def _in_layer(name: str) -> bool:
+    return any(word.isdigit() for word in name.split("."))  # the number of the layer is in the name
 
 
-def llama(name, *, hidden, intermediate, layers, heads, kv_heads, vocab, tied):
-    """The `Shape` of a model of the Llama family; the head dimension is ``hidden / heads``."""
+class LlamaSizes(TypedDict):
+    """The sizes that define a model of the Llama family: the arguments of `llama` but for the name."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+
+
+def llama(
+    name: str, *, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
+) -> Shape:
+    """Return the `Shape` of a model of the Llama family; the head dimension is ``hidden / heads``."""
     width = hidden // heads
     matrices = {
         "self_attn.q_proj": (hidden, hidden),
@@ -89,53 +110,71 @@ def llama(name, *, hidden, intermediate, layers, heads, kv_heads, vocab, tied):
         "mlp.down_proj": (hidden, intermediate),
     }
     norms = ("input_layernorm", "post_attention_layernorm")
-    parameters, linear = {"model.embed_tokens.weight": (vocab, hidden)}, {}
+    parameters: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    linear: dict[str, tuple[int, int]] = {}
     for layer in range(layers):
         linear |= {f"model.layers.{layer}.{matrix}.weight": shape for matrix, shape in matrices.items()}
         parameters |= {f"model.layers.{layer}.{norm}.weight": (hidden,) for norm in norms}
-    parameters |= linear | {"model.norm.weight": (hidden,)}
+    parameters |= linear
+    parameters["model.norm.weight"] = (hidden,)
     if not tied:
         parameters["lm_head.weight"] = (vocab, hidden)
-    return Shape(name, hidden, intermediate, layers, heads, kv_heads, width, vocab, hidden, True, tied, parameters, linear)
+    return Shape(
+        name=name,
+        hidden=hidden,
+        intermediate=intermediate,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=width,
+        vocab=vocab,
+        head_width=hidden,
+        gated=True,
+        tied=tied,
+        parameters=parameters,
+        linear=linear,
+    )
 
 
 # Published configurations.
-PRESETS = {
+PRESETS: dict[str, LlamaSizes] = {
     "llama-3.2-1b": dict(hidden=2048, intermediate=8192, layers=16, heads=32, kv_heads=8, vocab=128256, tied=True),
     "llama-2-7b": dict(hidden=4096, intermediate=11008, layers=32, heads=32, kv_heads=32, vocab=32000, tied=False),
     "llama-3.1-8b": dict(hidden=4096, intermediate=14336, layers=32, heads=32, kv_heads=8, vocab=128256, tied=False),
     "llama-3-70b": dict(hidden=8192, intermediate=28672, layers=80, heads=64, kv_heads=8, vocab=128256, tied=False),
 }
-SHORT = {"1b": "llama-3.2-1b", "7b": "llama-2-7b", "8b": "llama-3.1-8b", "70b": "llama-3-70b"}
+SHORT_NAMES = {"1b": "llama-3.2-1b", "7b": "llama-2-7b", "8b": "llama-3.1-8b", "70b": "llama-3-70b"}
 
 
-def shape_of(model):
-    """The `Shape` of whatever says what a model is.
+def shape_of(
+    model: "Shape | str | os.PathLike[str] | Mapping[str, Any] | PretrainedConfig | torch.nn.Module",
+) -> Shape:
+    """Return the `Shape` of a model.
 
     Args:
-        model: a `Shape`; the name of a preset ("llama-2-7b", or "7b"); a directory or a hub name, of which the configuration
-            alone is read; a configuration of transformers, or its dict, with ``model_type``; or a model that is loaded.
+        model: a `Shape`; the name of a preset ("llama-2-7b", or "7b"); a directory or a hub name, of which only the
+            configuration is read; a configuration of transformers, or its dict, with ``model_type``; or a loaded model.
 
     Raises:
-        ArgumentError: it is none of these, or not a causal language model.
+        ArgumentError: ``model`` is none of these, or not a causal language model.
     """
     if isinstance(model, Shape):
         return model
     if isinstance(model, (str, os.PathLike)):
-        name = SHORT.get(str(model), str(model))
+        name = SHORT_NAMES.get(str(model), str(model))
         if name in PRESETS:
             return llama(name, **PRESETS[name])
-        return _of_model(empty_model(read_config(model)), str(model))
+        return _shape_of_model(empty_model(read_config(model)), str(model))
     if hasattr(model, "named_parameters"):
-        return _of_model(model, type(model).__name__)
-    return _of_model(empty_model(model), None)
+        return _shape_of_model(model, type(model).__name__)
+    return _shape_of_model(empty_model(model), None)
 
 
-def read_config(name):
-    """The configuration of a directory or a hub name; no code that comes with it is run.
+def read_config(name: str | os.PathLike[str]) -> "PretrainedConfig":
+    """Return the configuration of a directory or a hub name; no code that comes with it is run.
 
     Raises:
-        ArgumentError: there is none, or `soul.models.files.check_config` refuses it.
+        ArgumentError: there is no configuration, or `soul.models.files.check_config` refuses it.
     """
     transformers = require("transformers", "hf")
     looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
@@ -147,19 +186,19 @@ def read_config(name):
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ArgumentError:
         raise
-    except Exception as error:  # whatever the libraries below say of a name that is none
+    except Exception as error:  # the libraries raise many kinds for a name that is unknown
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         expected = f"a directory, a hub name, or one of {', '.join(PRESETS)}"
         raise argument_error("model", expected, f"{name} ({reason})", "check the name") from error
 
 
-def empty_model(config):
-    """A model of transformers without memory for its weights, from a configuration or its dict.
+def empty_model(config: "Mapping[str, Any] | PretrainedConfig") -> "PreTrainedModel":
+    """Return a model of transformers on the meta device, which takes no memory, from a configuration or its dict.
 
     Raises:
-        ArgumentError: it is not that of a causal language model.
+        ArgumentError: it is not the configuration of a causal language model.
     """
-    transformers, torch = require("transformers", "hf"), require("torch", "hf")
+    transformers = require("transformers", "hf")
     if isinstance(config, dict):
         if "model_type" not in config:
             got = ", ".join(config) or "nothing"
@@ -179,27 +218,28 @@ def empty_model(config):
         raise argument_error("model", "the configuration of a causal language model", got, "check the model") from error
 
 
-def _of_model(model, name):
-    """The `Shape` of a model of transformers, with or without memory."""
+def _shape_of_model(model: "PreTrainedModel", name: str | None) -> Shape:
+    """Return the `Shape` of a model of transformers, loaded or on the meta device."""
     config = model.config.get_text_config()
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    head = model.get_output_embeddings()
     if head is None:
         raise argument_error("model", "a language-model head", type(model).__name__, "this family is not supported")
     linear = {}
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is not None and weight.dim() == 2 and module not in (head,) and "Embedding" not in type(module).__name__:
+        if weight is not None and weight.dim() == 2 and module is not head and "Embedding" not in type(module).__name__:
             transposed = type(module).__name__ == "Conv1D"  # GPT-2
             linear[f"{path}.weight"] = tuple(weight.shape[::-1] if transposed else weight.shape)
-    heads, hidden = getattr(config, "num_attention_heads", None), config.hidden_size
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = config.hidden_size
     if not (heads and linear and config.num_hidden_layers):
-        got, remedy = type(config).__name__, "this family is not planned"
-        raise argument_error("model", "layers with attention heads", got, remedy)
-    inside = next((v for n in ("intermediate_size", "ffn_dim", "n_inner") if (v := getattr(config, n, None))), 4 * hidden)
+        remedy = "this family is not planned"
+        raise argument_error("model", "layers with attention heads", type(config).__name__, remedy)
+    inner_widths = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
     return Shape(
         name=name or config.model_type,
         hidden=hidden,
-        intermediate=inside,
+        intermediate=next((width for width in inner_widths if width), 4 * hidden),
         layers=config.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -207,7 +247,7 @@ def _of_model(model, name):
         vocab=head.weight.shape[0],
         head_width=head.weight.shape[1],
         gated=any("gate" in path for path in linear),
-        tied=head.weight is embedding.weight,
+        tied=head.weight is model.get_input_embeddings().weight,
         parameters={path: tuple(parameter.shape) for path, parameter in model.named_parameters()},
         linear=linear,
         supports_checkpointing=model.supports_gradient_checkpointing,

@@ -1,8 +1,10 @@
-"""Everything that decides a run, and the optimizer, schedule and curvature that it asks for."""
+"""The options of a run, and the optimizer, schedule and curvature that they ask for."""
 
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -10,7 +12,7 @@ from soul import losses
 from soul.data.examples import REFUSALS, read_refusals
 from soul.data.templates import check_template
 from soul.models.causal_lm import trained
-from soul.optim.curvature import GNB, RetainFisher
+from soul.optim.curvature import GNB, Curvature, RetainFisher
 from soul.optim.optimizer import SophiaG
 from soul.optim.soul import SOUL
 from soul.run.influence import Influence
@@ -18,71 +20,81 @@ from soul_kernels.backends import BACKENDS, multiplies_bf16
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range, check_whole, shown
 from soul_kernels.rounding import ROUNDINGS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
 DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
 SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
-METHODS = {**losses.OBJECTIVES, "influence": Influence}
+METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 
 
 @dataclasses.dataclass
 class UnlearnConfig:
-    """Everything that decides a run.
+    """The options of a run.
 
     Attributes:
         method: name of the objective, one of ``soul.losses.OBJECTIVES``; or "influence", one second-order step over all data,
-            which knows ``batch_size``, ``seed``, ``backend`` and what is said of the data only.
-        method_options: its keyword arguments (gamma, alpha, retain, beta, ...), or those of `soul.run.influence.Influence`.
+            which takes only ``batch_size``, ``seed``, ``backend`` and the options of the data.
+        method_options: keyword arguments of the method (gamma, alpha, retain, beta, ...; see `soul.run.influence.Influence`).
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
         betas: decays of the optimizer; None takes (0.9, 0.95) for SOUL and (0.9, 0.999) for AdamW.
         rho: SOUL's clipping threshold.
-        clip_target: rho moves, from 0.04 on, until this fraction of the coordinates is clipped; None: rho stays as it is.
+        clip_target: fraction of the coordinates that should be clipped; rho starts at 0.04 and moves until it is. None: rho is
+            fixed.
         bs: number of predictions behind h.
-        curvature: what h is taken from: "unlearn", the gradient of every step, as in SOUL's code; "retain", that of the
-            cross-entropy of the step's retain tokens; or "gnb", the same with labels drawn from the model. The last two by
-            `soul.SophiaG` with bias correction, before the step; ``bs`` should then be the number of those tokens.
-        curvature_every: steps from one refresh of h to the next, with "retain" and "gnb".
-        state_dtype: of SOUL's states: "float32", "bfloat16" or "8bit"; None: h in fp32, m like the parameters.
-        param_rounding: of parameters below fp32 by SOUL: "nearest", "stochastic" or "compensated", which "auto" is.
-        published_code: SOUL with the momentum of its published code.
-        weight_decay: decoupled.
+        curvature: what h is taken from: "unlearn", the gradient of every step, as in SOUL's code; "retain", the gradient of the
+            cross-entropy of the step's retain tokens; or "gnb", the same with labels drawn from the model. The last two use
+            `soul.SophiaG` with bias correction, and refresh h before the step; ``bs`` should then be the number of those
+            tokens.
+        curvature_every: steps between two refreshes of h, with "retain" and "gnb".
+        state_dtype: dtype of SOUL's states: "float32", "bfloat16" or "8bit"; None: h in fp32, m like the parameters.
+        param_rounding: how SOUL rounds parameters below fp32: "nearest", "stochastic" or "compensated"; "auto" is the last.
+        published_code: use SOUL with the momentum of its published code.
+        weight_decay: decoupled weight decay.
         epochs: passes over the forget set.
-        batch_size: forget examples a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
-        accumulate: micro-batches a step. Loss and gradient are those of one batch of all of them, but for rounding: every mean
+        batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
+        accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
-        max_grad_norm: gradients are scaled down to this global L2 norm; None or inf: never. SOUL does it within its step.
-        gradient_checkpointing: keep one hidden state a layer, and compute the rest again in the backward pass.
-        gradient_release: step each parameter in the backward pass and free its gradient (`soul.release_gradients`); of SOUL,
-            without ``max_grad_norm`` and ``clip_target``.
-        compile: the model's body under ``torch.compile``.
-        cuda_graph: replay the whole step, loss and optimizer included, as one CUDA graph (`soul.run.graph`); of SOUL, on a GPU.
+        max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
+            step.
+        gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
+        gradient_release: step each parameter in the backward pass and free its gradient (`soul.release_gradients`); needs SOUL,
+            no ``max_grad_norm`` and no ``clip_target``.
+        compile: run the model's body under ``torch.compile``.
+        cuda_graph: replay the whole step, loss and optimizer included, as one CUDA graph (`soul.run.graph`); needs SOUL and a
+            GPU.
         schedule: how lr falls after the warm-up: "linear" or "cosine", to 0; or "constant", not at all.
-        warmup_ratio: part of the steps over which lr rises linearly.
-        max_length: tokens of a sequence.
-        long_texts: "split" or "truncate" texts that are longer (rows without a prompt); answers are truncated.
+        warmup_ratio: fraction of the steps over which lr rises linearly.
+        max_length: tokens of a sequence at most.
+        long_texts: "split" or "truncate" longer texts (rows without a prompt); answers are always truncated.
         template: "plain", "chat" or a text: how `soul.Unlearner` asks the questions that it reads (`soul.data.Template`).
         system: system message of the chat template, or None.
-        drop_unusable: `soul.Unlearner` leaves out, and counts, rows that are blank or whose prompt leaves no room for an
-            answer; else they are an error.
-        refusals: path of a file with a refusal a line, for "po" and "dpo"; None: those of ``soul.data.REFUSALS``. It is read
-            (`soul.data.read_refusals`) when the config is made and whenever it is used.
-        eval_every: steps from one evaluation to the next; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
-            probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples and of the first as many
-            retain examples.
+        drop_unusable: let `soul.Unlearner` leave out, and count, rows that are blank or whose prompt leaves no room for an
+            answer; otherwise they are an error.
+        refusals: path of a file with one refusal per line, for "po" and "dpo"; None: those of ``soul.data.REFUSALS``. It is
+            read (`soul.data.read_refusals`) when the config is made and whenever it is used.
+        eval_every: steps between two evaluations; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
+            probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples, and of the same number of
+            retain examples, the first ones.
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
-        stop_retain_prob: end the run, and say so, once ``retain_prob`` is below it; None: never.
-        seed: of the data order and the refusals.
+        stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
+        seed: seed of the data order and of the refusals.
         backend: "auto", "triton", "compile", "torch" or "reference".
-        reference_cache: directory to keep what `soul.models.ref_model` computes in, or None.
+        reference_cache: directory that keeps what `soul.models.ref_model` computes; or None.
+
+    Raises:
+        ArgumentError: an option does not fit, by itself or beside another one.
     """
 
     method: str = "graddiff"
-    method_options: dict = dataclasses.field(default_factory=dict)
+    method_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: str = "soul"
     lr: float = 1e-5
-    betas: tuple | None = None
+    betas: tuple[float, float] | None = None
     rho: float = 0.04
     clip_target: float | None = None
     bs: int = 5120
@@ -115,7 +127,7 @@ class UnlearnConfig:
     backend: str = "auto"
     reference_cache: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("backend", self.backend, BACKENDS)
         check_range("warmup_ratio", self.warmup_ratio, high=1.0)
@@ -126,8 +138,8 @@ class UnlearnConfig:
         if isinstance(self.seed, bool) or not (isinstance(self.seed, int) and -(2**63) <= self.seed < 2**63):
             raise argument_error("seed", "a whole number of 64 bits", shown(self.seed), "for instance 0")
         if not isinstance(self.method_options, dict):
-            got, remedy = repr(self.method_options), "for instance {'beta': 0.1}"
-            raise argument_error("method_options", "a dict of the method's arguments", got, remedy)
+            remedy = "for instance {'beta': 0.1}"
+            raise argument_error("method_options", "a dict of the method's arguments", repr(self.method_options), remedy)
         for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
             check_whole(name, getattr(self, name), "check the options")
         check_choice("curvature", self.curvature, CURVATURES)
@@ -139,90 +151,99 @@ class UnlearnConfig:
         if self.clip_target is not None:
             check_range("clip_target", self.clip_target, high=1.0)
             if self.rho != UnlearnConfig.rho:
-                raise argument_error("rho", f"{UnlearnConfig.rho} with clip_target", self.rho, "from there on it moves")
+                raise argument_error("rho", f"{UnlearnConfig.rho} with clip_target", self.rho, "rho starts there and moves")
         self._check_refusals()
         self._check_optimizer()
         self._check_release()
         self._check_graph()
         self._check_influence()
         if self.published_code and self.curvature != "unlearn":
-            raise argument_error("published_code", "False with another curvature", True, "it is a way of SOUL's own step")
+            raise argument_error(
+                "published_code", "False with another curvature", True, "it changes the momentum of SOUL's own step"
+            )
         check_whole("eval_every", self.eval_every, "0 evaluates nothing", low=0)
         for name in ("stop_forget_prob", "stop_retain_prob"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
             if value is not None and not self.eval_every:
-                raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to look")
+                raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to evaluate")
 
-    def _check_refusals(self):
-        """Raises for refusals that the method does not use, or that are none."""
+    def _check_refusals(self) -> None:
+        """Raise for refusals that the method does not use, and for a file that holds none."""
         method = METHODS.get(self.method)
         if self.refusals is not None and not (getattr(method, "relabels", True) or getattr(method, "pairs", True)):
-            raise argument_error("refusals", f"None with the method {self.method!r}", self.refusals, "they are for po and dpo")
+            raise argument_error("refusals", f"None with the method {self.method!r}", self.refusals, "only po and dpo use them")
         self.refusal_texts()
 
-    def refusal_texts(self) -> tuple:
-        """Return the texts that answer what is to be forgotten.
+    def refusal_texts(self) -> tuple[str, ...]:
+        """Return the refusals that answer the questions to be forgotten.
 
         Raises:
             ArgumentError: as `soul.data.read_refusals`.
         """
         return REFUSALS if self.refusals is None else read_refusals(self.refusals)
 
-    def _check_optimizer(self):
-        """Raises for what AdamW would leave aside; but for rho and bs, so that a study can say them of both."""
+    def _check_optimizer(self) -> None:
+        """Raise for options that AdamW would ignore, other than rho and bs: a study gives these for both optimizers."""
         for name in SOUL_FIELDS if self.optimizer != "soul" else ():
             if getattr(self, name) != getattr(UnlearnConfig, name):
                 raise argument_error("optimizer", "'soul'", repr(self.optimizer), f"{name} belongs to it")
 
-    def _check_release(self):
-        """Raises for what needs all gradients before the first parameter moves."""
+    def _check_release(self) -> None:
+        """Raise for options that need all gradients before the first parameter moves."""
         for name, off in (("max_grad_norm", "inf"), ("clip_target", None)):
             value = norm_limit(self) if name == "max_grad_norm" else self.clip_target
             if self.gradient_release and value is not None:
                 raise argument_error(name, f"{off} with gradient_release", value, "it needs all gradients at once")
 
-    def _check_graph(self):
-        """Raises for what a graph cannot replay."""
+    def _check_graph(self) -> None:
+        """Raise for options that a graph cannot replay."""
         for name, fixed in (("accumulate", 1), ("gradient_checkpointing", False), ("gradient_release", False)):
             if self.cuda_graph and getattr(self, name) != fixed:
                 remedy = "raise batch_size" if name == "accumulate" else "leave one of them out"
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
-    def _check_influence(self):
-        """Raises for what belongs to many steps."""
+    def _check_influence(self) -> None:
+        """Raise for options of a run of many steps."""
         for field in dataclasses.fields(self) if self.method == "influence" else ():
             value = getattr(self, field.name)
             if field.name not in ("method_options", *INFLUENCE_FIELDS) and value != field.default:
                 remedy = f"it takes {', '.join(INFLUENCE_FIELDS[1:])} and the method's own options"
                 raise argument_error(field.name, f"{field.default!r} with the method 'influence'", value, remedy)
 
-    def decisive(self):
-        """The options that decide the numbers, as a dict: a run goes on with the same ones only. Of a file of refusals its
-        content decides, a hash of which stands for it.
+    def decisive(self) -> dict[str, Any]:
+        """Return the options that decide the numbers of a run, by name: a run can only be resumed with the same ones.
+
+        A file of refusals is represented by a hash of its content.
         """
         options = {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
         if self.refusals is not None:
             options["refusals"] = hashlib.blake2b("\n".join(self.refusal_texts()).encode(), digest_size=16).hexdigest()
         return options
 
-    def objective(self):
-        """The objective of ``method`` with ``method_options``, or a `soul.run.influence.Influence`."""
+    def objective(self) -> losses.Objective | Influence:
+        """Return the objective of ``method`` with ``method_options``, or a `soul.run.influence.Influence`.
+
+        Raises:
+            ArgumentError: there is no such method, or it does not take one of the options.
+        """
         return losses.build(METHODS, self.method, self.method_options)
 
 
-def parameter_dtype(dtype: str, config: UnlearnConfig, adapters: dict | None = None, device_type: str = "cuda") -> str:
-    """Return the dtype of parameters, by name: what "auto" stands for, and any other name as it is.
+def parameter_dtype(
+    dtype: str, config: UnlearnConfig, adapters: dict[str, Any] | None = None, device_type: str = "cuda"
+) -> str:
+    """Return the name of the parameters' dtype; "auto" is resolved, any other name is returned as it is.
 
-    "auto" is bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters, which are fp32; and float32 for
-    AdamW and the method "influence". On a processor whose products of bf16 are slow it is float32 for all.
+    "auto" is bfloat16 for SOUL, which keeps 8 more bits of every weight, and under adapters, which are fp32 themselves; and
+    float32 for AdamW and the method "influence". On a processor that multiplies bf16 slowly it is float32 for all.
 
     Args:
         dtype: a name, or "auto".
         config: `UnlearnConfig`.
         adapters: arguments of `soul.models.add_adapters`, or None.
-        device_type: of the device that the model is to run on: "cpu", "cuda".
+        device_type: type of the device that the model will run on: "cpu" or "cuda".
     """
     if dtype != "auto":
         return dtype
@@ -231,17 +252,17 @@ def parameter_dtype(dtype: str, config: UnlearnConfig, adapters: dict | None = N
     return "bfloat16" if (adapters or keeps_bits) and not slow else "float32"
 
 
-def build_optimizer(model, config):
-    """The optimizer of a config over all trainable parameters of a model.
+def build_optimizer(model: "PreTrainedModel", config: UnlearnConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a config over all trainable parameters of a model.
 
     Raises:
-        ArgumentError: there are none.
+        ArgumentError: the model has no trainable parameters.
     """
     params = trained(model)
     if config.optimizer == "adamw":
         betas = config.betas or (0.9, 0.999)
         return torch.optim.AdamW(params, lr=config.lr, betas=betas, weight_decay=config.weight_decay, fused=True)
-    options = dict(
+    options: dict[str, Any] = dict(
         lr=config.lr,
         betas=config.betas or (0.9, 0.95),
         rho=config.rho if config.clip_target is None else "auto",
@@ -259,35 +280,47 @@ def build_optimizer(model, config):
     return SophiaG(params, bias_correction=True, **options)
 
 
-def build_curvature(optimizer, config):
-    """What refreshes the optimizer's h beside the step, or None where the step does it."""
+def build_curvature(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> Curvature | None:
+    """Return what refreshes the optimizer's h before a step, or None if the step itself does it."""
     if config.curvature == "unlearn":
         return None
-    in_backward = config.gradient_release and config.accumulate == 1  # else parts of one loss come one after the other
+    in_backward = config.gradient_release and config.accumulate == 1  # with several the gradient is complete late
+    sophia = cast(SophiaG, optimizer)  # `UnlearnConfig` has seen to it
     if config.curvature == "retain":
-        return RetainFisher(optimizer, config.curvature_every, in_backward=in_backward)
-    return GNB(optimizer, config.curvature_every, in_backward=in_backward, seed=config.seed)
+        return RetainFisher(sophia, config.curvature_every, in_backward=in_backward)
+    return GNB(sophia, config.curvature_every, in_backward=in_backward, seed=config.seed)
 
 
-# Part of the peak learning rate, by the part of the steps after the warm-up that is still to come, from 1 down to 0.
-SCHEDULES = {
-    "linear": lambda left: left,
-    "cosine": lambda left: (1 - math.cos(math.pi * left)) / 2,
-    "constant": lambda left: 1.0,
+# The fraction of the steps after the warm-up that is still to come, from 1 down to 0 -> the fraction of the peak learning rate.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda remaining: remaining,
+    "cosine": lambda remaining: (1 - math.cos(math.pi * remaining)) / 2,
+    "constant": lambda remaining: 1.0,
 }
 
 
-def build_scheduler(optimizer, steps, warmup_ratio, schedule="linear"):
-    """Linear warm-up, then one of ``SCHEDULES``; the first step has a learning rate above 0."""
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float, schedule: str = "linear"
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a scheduler with a linear warm-up, followed by one of ``SCHEDULES``; lr is above 0 in the first step.
+
+    Args:
+        optimizer: its ``lr`` is the peak.
+        steps: of the whole run.
+        warmup_ratio: fraction of the steps over which lr rises.
+        schedule: a name in ``SCHEDULES``.
+    """
     warmup = max(1, round(steps * warmup_ratio))
 
-    def factor(step):
-        left = max(0.0, (steps - step) / max(1, steps - warmup))
-        return (step + 1) / warmup if step + 1 < warmup else SCHEDULES[schedule](min(1.0, left))
+    def factor(step: int) -> float:
+        if step + 1 < warmup:
+            return (step + 1) / warmup
+        remaining = max(0.0, (steps - step) / max(1, steps - warmup))
+        return SCHEDULES[schedule](min(1.0, remaining))
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def norm_limit(config):
-    """The gradient norm that the optimizer clips to, or None."""
+def norm_limit(config: UnlearnConfig) -> float | None:
+    """Return the gradient norm that the optimizer clips to, or None if it does not clip."""
     return None if config.max_grad_norm == math.inf else config.max_grad_norm

@@ -1,68 +1,81 @@
-"""The whole step, loss and optimizer included, as one CUDA graph: what a small model waits for is the launches.
+"""The whole step, loss and optimizer included, as one CUDA graph: a small model waits for kernel launches more than for work.
 
-A graph repeats what was captured, on the same memory. So shapes are made few by padding, and there is a graph for each.
+A graph repeats what was captured, on the same memory. So batches are padded to few shapes, and each shape has its own graph.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-TOKENS = 32  # the length of a batch is padded to a multiple
-ROWS = 128  # and so is the number of its labelled tokens
-TENSORS = ("input_ids", "labels", "rows", "is_forget", "ref_logps", "ref_hidden")
+from soul.data.batches import Batch
+from soul_kernels.tokens import IGNORE_INDEX
+
+TOKENS = 32  # the length of a batch is padded to a multiple of it
+ROWS = 128  # the number of labelled tokens is padded to a multiple of it
+TENSORS = ("input_ids", "labels", "token_indices", "is_forget", "ref_logps", "ref_hidden")
+
+Step = Callable[[Batch], dict[str, Tensor]]
 
 
-def pad(batch, tokens=TOKENS, rows=ROWS):
-    """The same batch in one of few shapes, all of it on the device.
+def pad(batch: Batch, tokens: int = TOKENS, rows: int = ROWS) -> Batch:
+    """Return the same batch in one of few shapes, all of it on the device.
 
-    Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Indices of rows are filled
+    Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Token indices are filled
     up with the last position, which never has a label.
 
     Args:
-        batch: a `soul.data.batches.Batch` [B, T] with R rows.
+        batch: a `soul.data.batches.Batch` [B, T] with R labelled tokens.
         tokens: T becomes a multiple of it.
         rows: R becomes a multiple of it.
     """
-    device, (n_sequences, length) = batch.labels.device, batch.labels.shape
+    device = batch.labels.device
+    n_sequences, length = batch.labels.shape
     more = -length % tokens
 
-    def wider(values, filling=0):
+    def wider(values: Tensor, filling: int = 0) -> Tensor:
         return torch.nn.functional.pad(values, (0, more), value=filling)
 
     # Flat indices b T + t of the wider batch.
-    indices = batch.rows + batch.rows // length * more
+    indices = batch.token_indices + batch.token_indices // length * more
     last = n_sequences * (length + more) - 1
     indices = torch.nn.functional.pad(indices, (0, -len(indices) % rows), value=last)
-    hidden = batch.ref_hidden
+    ref_hidden = batch.ref_hidden
+    if ref_hidden is not None:
+        ref_hidden = torch.nn.functional.pad(ref_hidden, (0, 0, 0, more))
     return dataclasses.replace(
         batch,
         input_ids=wider(batch.input_ids),
         attention_mask=None,
-        labels=wider(batch.labels, -100),
-        rows=indices.to(device, non_blocking=True),
+        labels=wider(batch.labels, IGNORE_INDEX),
+        token_indices=indices.to(device, non_blocking=True),
         is_forget=batch.is_forget.to(device, non_blocking=True),
-        ref_hidden=None if hidden is None else torch.nn.functional.pad(hidden, (0, 0, 0, more)),
+        ref_hidden=ref_hidden,
     )
 
 
 class GraphedStep:
-    """Replays a step for every shape that it has seen.
+    """A step that is replayed for every shape of batch that has come before.
 
-    The first batch of a shape is stepped eagerly, which compiles kernels and makes states, and then captured, which changes
-    nothing. Later ones are copied to where the captured one lies.
+    The first batch of a shape is stepped eagerly, which compiles kernels and makes the optimizer's states, and then captured,
+    which changes nothing. Later batches are copied into the memory of the captured one.
 
     Args:
         step: takes a padded `soul.data.batches.Batch`; returns a dict of tensors. Everything that it reads and changes must be
-            the same memory at every call: an optimizer with ``capturable=True``.
+            the same memory at every call: use an optimizer with ``capturable=True``.
         device: the GPU.
     """
 
-    def __init__(self, step, device):
-        self._step, self._graphs = step, {}
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._step = step
+        self._graphs: dict[tuple, tuple[Batch, torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}  # by shape
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, batch):
-        """One step on a batch; returns what the step returned, in memory that the next call overwrites."""
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Take one step on a batch; return what ``step`` returned, in memory that the next call overwrites."""
         current = torch.cuda.current_stream(batch.labels.device)
         self._stream.wait_stream(current)
         # All on one stream, so that autograd's nodes and the optimizer's tables are of the stream that is captured.
@@ -71,8 +84,8 @@ class GraphedStep:
         current.wait_stream(self._stream)
         return values
 
-    def _on_stream(self, batch):
-        shape = tuple((n, tuple(t.shape)) for n, t in _tensors(batch).items()) + (batch.has_retain,)
+    def _on_stream(self, batch: Batch) -> dict[str, Tensor]:
+        shape = (*((name, tuple(tensor.shape)) for name, tensor in _tensors(batch).items()), batch.has_retain)
         if shape not in self._graphs:
             values = {name: value.clone() for name, value in self._step(batch).items()}
             self._graphs[shape] = self._capture(batch)
@@ -83,13 +96,15 @@ class GraphedStep:
         graph.replay()
         return values
 
-    def _capture(self, batch):
-        static = dataclasses.replace(batch, **{name: tensor.clone() for name, tensor in _tensors(batch).items()})
+    def _capture(self, batch: Batch) -> tuple[Batch, torch.cuda.CUDAGraph, dict[str, Tensor]]:
+        """Capture a step; return the batch whose memory it reads, the graph, and the tensors that it writes."""
+        copies: dict[str, Any] = {name: tensor.clone() for name, tensor in _tensors(batch).items()}
+        static = dataclasses.replace(batch, **copies)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             values = self._step(static)
         return static, graph, values
 
 
-def _tensors(batch):
+def _tensors(batch: Batch) -> dict[str, Tensor]:
     return {name: tensor for name in TENSORS if (tensor := getattr(batch, name)) is not None}

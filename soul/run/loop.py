@@ -1,4 +1,14 @@
-"""The unlearning loop: one forward over forget and retain sequences, one fused loss, one fused step."""
+"""The unlearning loop: one forward pass over forget and retain sequences, one fused loss and one fused step, repeated.
+
+`unlearn` checks its input and then makes one `UnlearningRun`, which is the loop. Its constructor brings everything to where the
+first step, or a checkpoint, leaves it; `UnlearningRun.take_steps` is the loop itself, and each other method is one concern of
+it: the step, the log, the progress bar, the evaluation, divergence, checkpoints.
+
+Three orders must not change. What a method needs of the reference model is computed (by `Feed`) before a checkpoint is loaded,
+since the checkpoint changes the model. A record is complete, and written to the log, before its numbers are checked, so that
+the log shows the step at which a run diverged. And nothing but a step may draw random numbers, or a resumed run would not go on
+bit for bit.
+"""
 
 import contextlib
 import json
@@ -6,226 +16,426 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
 from soul._extras import require
 from soul.checkpoint.format import versions
-from soul.checkpoint.local import Stopped, describe, describe_inputs
+from soul.checkpoint.local import Checkpoints, Stopped, describe, describe_inputs
+from soul.data.batches import Batch
+from soul.data.examples import Example, Sequence
 from soul.distributed.processes import Processes
+from soul.losses import Objective
 from soul.models.causal_lm import checkpointing, compiled, evaluating
 from soul.models.encoding import encode_for
 from soul.optim.optimizer import SophiaG
-from soul.optim.release import release_gradients
+from soul.optim.release import GradientRelease, release_gradients
 from soul.output.console import safe_stream
 from soul.output.directory import no_follow
-from soul.run.config import build_curvature, build_optimizer, build_scheduler
+from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
 from soul.run.feed import Feed
 from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
 from soul.run.prepare import prepare
 from soul.run.step import curvature_loss, train_step
 
-MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the norm of the gradient"}  # in every record
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Record = dict[str, Any]  # a line of the log: numbers by name, and the sentence "stopped"
+LogFile = TextIO | str | os.PathLike[str] | None
+
+MUST_BE_FINITE = {"loss": "the loss", "grad_norm": "the norm of the gradient"}  # name in a record -> name in a message
 
 
 class Diverged(RuntimeError):
-    """The loss, its gradient or a weight is not finite any more; the model is worthless."""
+    """The loss, its gradient or a weight is no longer finite; the model is worthless."""
 
 
-def unlearn(model, tokenizer, forget, retain, config, *, log=None, progress=True, checkpoints=None):
-    """Unlearns ``forget`` while keeping ``retain``; the model is changed in place.
+def unlearn(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    forget: list[Example],
+    retain: list[Example],
+    config: UnlearnConfig,
+    *,
+    log: LogFile = None,
+    progress: bool = True,
+    checkpoints: Checkpoints | None = None,
+) -> list[Record]:
+    """Make a model unlearn ``forget`` while it keeps ``retain``; the model is changed in place.
 
     Args:
         model: a Hugging Face causal language model on its device, as it was before unlearning, also where a run is resumed:
-            what the method needs of the reference comes from it. Where peft has wrapped it, the adapters are trained, and the
-            reference is the model without them. Where `soul.distributed.shard` has put it in shards, every process
-            calls this, with the same arguments, and takes its part of every step.
-        tokenizer: its tokenizer.
-        forget: list of `soul.data.Example`.
-        retain: list of `soul.data.Example`; may be empty for objectives without a retain term.
+            what the method needs of the reference model comes from it. If peft has wrapped it, the adapters are trained, and
+            the reference model is the one without them. If `soul.distributed.shard` has put it in shards, every process
+            calls this function with the same arguments, and takes its share of every step.
+        tokenizer: the model's tokenizer.
+        forget: examples to forget.
+        retain: examples to retain; may be empty for objectives without a retain term.
         config: `UnlearnConfig`.
-        log: an open text file, or the path of one, which may be no link, that gets one JSON line a step, those before a resume
+        log: an open text file, or the path of one (no symbolic link), which gets one JSON line a step, those before a resume
             included; or None.
         progress: show a progress bar on stderr.
-        checkpoints: `soul.checkpoint.local.Checkpoints`, where the run is saved and, where it says so, resumed from; or None.
+        checkpoints: `soul.checkpoint.local.Checkpoints`, where the run is saved, and resumed from if it says so; or None.
 
     Returns:
-        The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods, grad_norm, lr, clip_fraction
-        (SOUL) and rho (with clip_target), tokens_per_s, peak_memory_gib; forget_prob and retain_prob where it was evaluated;
-        and in the last one ``stopped``, a sentence, where a criterion has ended the run. Of the method "influence" it has one
-        dict, with what `soul.run.influence.unlearn_once` returns.
+        The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods (nats), grad_norm, lr,
+        clip_fraction (SOUL) and rho (with clip_target), tokens_per_s, peak_memory_gib; forget_prob and retain_prob at each
+        evaluation; and in the last dict ``stopped``, a sentence, if a criterion has ended the run. With the method "influence"
+        the list has one dict, with what `soul.run.influence.unlearn_once` returns.
 
     Raises:
-        ArgumentError: the data do not fit the model, the checkpoint is not of this run, another process writes there, or the
-            processes of a sharded model are not to do the same; nothing was changed.
-        Diverged: the loss, its gradient or a weight is not finite any more.
-        Stopped: by SIGTERM, or ``checkpoints.stop``, after a checkpoint was written.
-        OSError: log or checkpoint could not be written; earlier checkpoints are as they were.
+        ArgumentError: the data do not fit the model, the checkpoint is of another run, another process writes there, or the
+            processes of a sharded model were given different tasks; nothing was changed.
+        Diverged: the loss, its gradient or a weight is no longer finite.
+        Stopped: by SIGTERM, or by ``checkpoints.stop``, after a checkpoint was written.
+        OSError: the log or a checkpoint could not be written; earlier checkpoints are unharmed.
     """
     objective = config.objective()
-    answers = (forget, retain[: len(forget)])
-    forget, retain = prepare(model, tokenizer, forget, retain, config)
+    forget_sequences, retain_sequences = prepare(model, tokenizer, forget, retain, config)
     processes = Processes.of(model)
     if processes.size > 1:
-        processes.check_alike({**describe_inputs(model, forget, retain, config.decisive()), **versions()})
+        inputs = describe_inputs(model, forget_sequences, retain_sequences, config.decisive())
+        processes.check_alike({**inputs, **versions()})
     if isinstance(objective, Influence):
-        return _influence(model, forget, retain, objective, config, log)
-    if config.eval_every:
-        answers = {n: encode_for(model, tokenizer, part, config, n) for n, part in zip(("forget", "retain"), answers) if part}
-    run = None
-    with contextlib.ExitStack() as stack:
-        if checkpoints is not None:
-            run = describe(model, forget, retain, config.decisive())
-            if processes.size > 1:
-                run["several processes"] = True
-            checkpoints.check(run)
-            processes.on_first(lambda: stack.enter_context(checkpoints.alone()))
-            checkpoints.clear()
-        feed = Feed(model, tokenizer, forget, retain, objective, config)
-
-        model.train()
-        order, optimizer = feed.order(), build_optimizer(model, config)
-        scheduler = build_scheduler(optimizer, len(order), config.warmup_ratio, config.schedule)
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "order": order}
-        curvature = build_curvature(optimizer, config)
-        if curvature is not None:
-            parts["curvature"] = curvature
-        records = [] if checkpoints is None else checkpoints.load(model, parts, run)
-        bar = require("tqdm", "hf").tqdm(
-            total=len(order),
-            initial=len(records),
-            disable=not (progress and processes.first),
-            desc=f"unlearn ({config.optimizer})",
-            file=safe_stream(sys.stderr),
+        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log)
+    answers = {}
+    if config.eval_every:  # the answers themselves, also where the method has put refusals in their place
+        examples = {"forget": forget, "retain": retain[: len(forget)]}
+        answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
+    with contextlib.ExitStack() as cleanup:
+        run = UnlearningRun(
+            model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup
         )
-        graphed = None
+        run.open(log, progress)
+        run.take_steps()
+    run.check_weights()
+    return run.records
+
+
+class UnlearningRun:
+    """One run of `unlearn` over many steps.
+
+    Args:
+        model: as in `unlearn`.
+        tokenizer: as in `unlearn`.
+        forget: the forget set as token ids, from `soul.run.prepare.prepare`.
+        retain: the retain set.
+        objective: that of ``config``.
+        config: `UnlearnConfig`.
+        checkpoints: as in `unlearn`.
+        answers: "forget" and "retain" -> the sequences of an evaluation; {} without evaluations.
+        cleanup: what must be undone when the run ends, however it ends, is put here.
+
+    Attributes:
+        records: the log so far, a dict for every step.
+
+    Raises:
+        ArgumentError: the checkpoints are of another run, or another process writes there; the model was not changed.
+        OSError: the directory of the checkpoints cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        forget: list[Sequence],
+        retain: list[Sequence],
+        objective: Objective,
+        config: UnlearnConfig,
+        checkpoints: Checkpoints | None,
+        answers: dict[str, list[Sequence]],
+        cleanup: contextlib.ExitStack,
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._config = config
+        self._checkpoints = checkpoints
+        self._answers = answers
+        self._cleanup = cleanup
+        self._processes = Processes.of(model)
+        self._identity = self._claim_checkpoints(forget, retain)
+        self._feed = Feed(model, tokenizer, forget, retain, objective, config)
+        model.train()
+        self._order = self._feed.order()
+        self._optimizer = build_optimizer(model, config)
+        self._scheduler = build_scheduler(self._optimizer, len(self._order), config.warmup_ratio, config.schedule)
+        self._curvature = build_curvature(self._optimizer, config)
+        self.records = self._load_checkpoint()
+        self._log: TextIO | None = None
+        self._bar: Any = None  # tqdm has no types
+        self._graphed_step: GraphedStep | None = None
+        self._release: GradientRelease | None = None
+
+    def open(self, log: LogFile, progress: bool) -> None:
+        """Set up what lasts from the first step to the last: progress bar, graph, hooks, log, signal handler."""
+        config = self._config
+        self._bar = self._progress_bar(progress)
         if config.cuda_graph:
-            device = next(model.parameters()).device
-            graphed = GraphedStep(lambda batch: train_step(model, [batch], objective, optimizer, config, feed.ref_head), device)
-        release = None
-        stack.callback(bar.close)
-        stack.callback(optimizer.zero_grad, set_to_none=True)
+            self._graphed_step = GraphedStep(self._step_of_batch(), next(self._model.parameters()).device)
+        self._cleanup.callback(self._bar.close)
+        self._cleanup.callback(self._optimizer.zero_grad, set_to_none=True)
         if config.gradient_release:
-            release = release_gradients(model, optimizer)
-            stack.callback(release.remove)
+            self._release = release_gradients(self._model, cast(SophiaG, self._optimizer))
+            self._cleanup.callback(self._release.remove)
         if config.compile:
-            stack.enter_context(compiled(model))
-        if not processes.first:
-            log = None
-        if isinstance(log, (str, os.PathLike)):
-            log = stack.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
-        if checkpoints is not None:
-            stack.enter_context(checkpoints.listening())
+            self._cleanup.enter_context(compiled(self._model))
+        if self._processes.first:
+            self._log = _opened(log, self._cleanup)
+        if self._checkpoints is not None:
+            self._cleanup.enter_context(self._checkpoints.listening())
         if config.gradient_checkpointing:
-            stack.enter_context(checkpointing(model))
-        for record in records:
-            _write_line(log, record)
-        ended = bool(records) and "stopped" in records[-1]  # in the checkpoint of its last step
-        for epoch, examples, kept in () if ended else order:
-            begun = time.perf_counter()
-            batches, whole = feed.step(examples, kept)
-            if curvature is not None:
-                optimizer.zero_grad(set_to_none=True)  # never two sets of them
-                curvature.step(lambda kept=kept: curvature_loss(model, feed.retained(kept), curvature, config))
-            lr = float(scheduler.get_last_lr()[0])
-            if graphed is not None:
-                values = graphed(next(batches))
-            else:
-                batches = batches if release is None else list(batches)
-                values = train_step(model, batches, objective, optimizer, config, feed.ref_head, whole, release)
-            scheduler.step()
-            record = {"step": len(records) + 1, "epoch": epoch, "lr": lr, **_told(values, optimizer, config)}
-            record["tokens_per_s"] = _rate(feed.n_tokens(examples, kept), time.perf_counter() - begun)
-            record["peak_memory_gib"] = peak_memory_gib(next(model.parameters()).device)
-            if config.eval_every and record["step"] % config.eval_every == 0:
-                record |= _evaluated(model, answers, config)
-            records.append(record)
-            _write_line(log, record)
-            bar.update()
-            bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
-            for name, what in MUST_BE_FINITE.items():
-                if not math.isfinite(record.get(name, 0.0)):  # a norm of inf: clipping has made the step 0
-                    text = f"{what} became {record[name]} at step {record['step']}"
-                    raise Diverged(f"{text}; {_advice(records, objective)}")
-            if checkpoints is not None and checkpoints.due(len(records)):
-                _check_finite(model, records, objective)  # what is broken takes no place of what is not
-                checkpoints.save(len(records), model, parts, records, run)
-                checkpoints.restart_clock()
-                if checkpoints.stopping and len(records) < len(order) and "stopped" not in record:
-                    raise Stopped(f"stopped after step {len(records)} of {len(order)}")
+            self._cleanup.enter_context(checkpointing(self._model))
+
+    def take_steps(self) -> None:
+        """Take all steps that are left, until the last one or a criterion ends the run.
+
+        Raises:
+            Diverged, Stopped, OSError: as in `unlearn`.
+        """
+        for record in self.records:
+            _write_line(self._log, record)
+        if self.records and "stopped" in self.records[-1]:  # the checkpoint was written after the last step
+            return
+        for epoch, examples, retained in self._order:
+            record = self._step(epoch, examples, retained)
+            if self._config.eval_every and record["step"] % self._config.eval_every == 0:
+                record |= self._evaluate()
+            self.records.append(record)
+            _write_line(self._log, record)
+            self._show_progress(record)
+            self._check_record(record)
+            self._save_if_due()
             if "stopped" in record:
                 break
-    _check_finite(model, records, objective)
-    return records
+
+    def check_weights(self) -> None:
+        """Raise `Diverged` unless all weights are finite."""
+        _check_weights(self._model, self.records, self._objective)
+
+    # Checkpoints
+
+    def _claim_checkpoints(self, forget: list[Sequence], retain: list[Sequence]) -> dict[str, Any]:
+        """Check that the run may write its checkpoints, and lock their directory until the end; return what identifies it."""
+        checkpoints = self._checkpoints
+        if checkpoints is None:
+            return {}
+        identity = describe(self._model, forget, retain, self._config.decisive())
+        if self._processes.size > 1:
+            identity["several processes"] = True
+        checkpoints.check(identity)
+        self._processes.on_first(lambda: self._cleanup.enter_context(checkpoints.locked()))
+        checkpoints.prepare()
+        return identity
+
+    def _stateful(self) -> dict[str, Any]:
+        """Return what a checkpoint saves beside the weights, by name: objects with a ``state_dict``."""
+        states = {"optimizer": self._optimizer, "scheduler": self._scheduler, "order": self._order}
+        if self._curvature is not None:
+            states["curvature"] = self._curvature
+        return states
+
+    def _load_checkpoint(self) -> list[Record]:
+        """Bring the run to its newest checkpoint; return the log up to there, [] without one."""
+        if self._checkpoints is None:
+            return []
+        return self._checkpoints.load(self._model, self._stateful(), self._identity)
+
+    def _save_if_due(self) -> None:
+        """Write a checkpoint if one is due; raise `Stopped` if the run was told to stop before its end."""
+        checkpoints = self._checkpoints
+        step = len(self.records)
+        if checkpoints is None or not checkpoints.due(step):
+            return
+        self.check_weights()  # a broken checkpoint must not push out a good one
+        checkpoints.save(step, self._model, self._stateful(), self.records, self._identity)
+        checkpoints.restart_clock()
+        if checkpoints.stopping and step < len(self._order) and "stopped" not in self.records[-1]:
+            raise Stopped(f"stopped after step {step} of {len(self._order)}")
+
+    # The step
+
+    def _step(self, epoch: int, examples: list[int], retained: list[int]) -> Record:
+        """Take one step; return its record.
+
+        Args:
+            epoch: from 1.
+            examples: indices of forget examples.
+            retained: indices of retain sequences.
+        """
+        begun = time.perf_counter()
+        batches, whole = self._feed.step(examples, retained)
+        self._refresh_curvature(retained)
+        lr = float(self._scheduler.get_last_lr()[0])
+        if self._graphed_step is not None:
+            values = self._graphed_step(next(batches))
+        else:
+            values = train_step(
+                self._model,
+                batches,
+                self._objective,
+                self._optimizer,
+                self._config,
+                self._feed.ref_head,
+                whole,
+                self._release,
+            )
+        self._scheduler.step()
+        record = {"step": len(self.records) + 1, "epoch": epoch, "lr": lr, **_numbers(values)}
+        record |= self._telemetry()
+        record["tokens_per_s"] = _rate(self._feed.n_tokens(examples, retained), time.perf_counter() - begun)
+        record["peak_memory_gib"] = peak_memory_gib(next(self._model.parameters()).device)
+        return record
+
+    def _step_of_batch(self) -> Callable[[Batch], dict[str, torch.Tensor]]:
+        """Return the function that a `GraphedStep` captures: one step on one batch.
+
+        It does not refer to ``self``: such a cycle would keep the optimizer's states in memory after the run.
+        """
+        model, objective, optimizer, config = self._model, self._objective, self._optimizer, self._config
+        ref_head = self._feed.ref_head
+        return lambda batch: train_step(model, [batch], objective, optimizer, config, ref_head)
+
+    def _refresh_curvature(self, retained: list[int]) -> None:
+        """Refresh h from the step's retain sequences, if that is due."""
+        curvature = self._curvature
+        if curvature is None:
+            return
+        self._optimizer.zero_grad(set_to_none=True)  # so that two sets of gradients are never held at once
+        curvature.step(lambda: curvature_loss(self._model, self._feed.retain_batches(retained), curvature, self._config))
+
+    # The log
+
+    def _telemetry(self) -> Record:
+        """Return what the optimizer says of its last step."""
+        if not isinstance(self._optimizer, SophiaG):
+            return {}
+        telemetry = self._optimizer.telemetry()["groups"][0]
+        names = ["clip_fraction"] if self._config.clip_target is None else ["clip_fraction", "rho"]
+        return {name: telemetry[name] for name in names}
+
+    def _progress_bar(self, progress: bool) -> Any:
+        return require("tqdm", "hf").tqdm(
+            total=len(self._order),
+            initial=len(self.records),
+            disable=not (progress and self._processes.first),
+            desc=f"unlearn ({self._config.optimizer})",
+            file=safe_stream(sys.stderr),
+        )
+
+    def _show_progress(self, record: Record) -> None:
+        self._bar.update()
+        self._bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
+
+    # Evaluation, and what ends a run early
+
+    def _evaluate(self) -> Record:
+        """Return the probabilities of the answers and, if they end the run here, the reason as ``stopped``."""
+        from soul.evaluate.model import answer_probability
+
+        config = self._config
+        with evaluating(self._model):
+            probabilities = {
+                f"{name}_prob": answer_probability(self._model, sequences, batch_size=config.batch_size, backend=config.backend)
+                for name, sequences in self._answers.items()
+            }
+        record: Record = self._processes.broadcast(probabilities)  # all processes end in the same step
+        reasons = self._reasons_to_stop(record)
+        if reasons:
+            record["stopped"] = "; ".join(reasons)
+        return record
+
+    def _reasons_to_stop(self, probabilities: Record) -> list[str]:
+        """Return the criteria that are met, in words."""
+        forget_limit = self._config.stop_forget_prob
+        retain_limit = self._config.stop_retain_prob
+        reasons = []
+        if forget_limit is not None and probabilities["forget_prob"] <= forget_limit:
+            reasons.append(f"forget probability {probabilities['forget_prob']:.4g} has reached {forget_limit:g}")
+        if retain_limit is not None and probabilities["retain_prob"] < retain_limit:
+            reasons.append(f"retain probability {probabilities['retain_prob']:.4g} has fallen below {retain_limit:g}")
+        return reasons
+
+    def _check_record(self, record: Record) -> None:
+        """Raise `Diverged` unless loss and gradient are finite."""
+        for name, title in MUST_BE_FINITE.items():
+            if not math.isfinite(record.get(name, 0.0)):  # where the norm is inf, clipping has made the step 0
+                advice = _advice(self.records, self._objective)
+                raise Diverged(f"{title} became {record[name]} at step {record['step']}; {advice}")
 
 
-def _told(values, optimizer, config):
-    """What a step says of itself, as numbers; waits for the device."""
-    record = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))  # once
-    if isinstance(optimizer, SophiaG):
-        told = optimizer.telemetry()["groups"][0]
-        record["clip_fraction"] = told["clip_fraction"]
-        if config.clip_target is not None:
-            record["rho"] = told["rho"]
-    return record
-
-
-def _influence(model, forget, retain, method, config, log):
-    """The log of one second-order step over all data."""
-    begun, device = time.perf_counter(), next(model.parameters()).device
+def _unlearn_by_influence(
+    model: "PreTrainedModel",
+    forget: list[Sequence],
+    retain: list[Sequence],
+    method: Influence,
+    config: UnlearnConfig,
+    log: LogFile,
+) -> list[Record]:
+    """Take one second-order step over all data; return its log, which has one record."""
+    begun = time.perf_counter()
+    device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(config.seed)
-    options = dict(batch_size=config.batch_size, generator=generator, backend=config.backend, **method.options)
-    found = unlearn_once(model, forget, retain, **options)
-    seconds, n_tokens = time.perf_counter() - begun, sum(len(s.input_ids) for s in (*forget, *retain))
-    record = {"step": 1, "epoch": 1, **{"factor" if name == "step" else name: value for name, value in found.items()}}
-    record |= {"tokens_per_s": _rate(n_tokens, seconds), "peak_memory_gib": peak_memory_gib(device)}
-    with contextlib.ExitStack() as stack:
-        if isinstance(log, (str, os.PathLike)):
-            log = stack.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
-        _write_line(log, record)
-    _check_finite(model, [record], method)
+    results = unlearn_once(
+        model,
+        forget,
+        retain,
+        batch_size=config.batch_size,
+        generator=generator,
+        backend=config.backend,
+        **method.options,
+    )
+    seconds = time.perf_counter() - begun
+    n_tokens = sum(len(sequence.input_ids) for sequence in (*forget, *retain))
+    renamed = {"factor" if name == "step" else name: value for name, value in results.items()}
+    record: Record = {"step": 1, "epoch": 1, **renamed}
+    record["tokens_per_s"] = _rate(n_tokens, seconds)
+    record["peak_memory_gib"] = peak_memory_gib(device)
+    with contextlib.ExitStack() as cleanup:
+        _write_line(_opened(log, cleanup), record)
+    _check_weights(model, [record], method)
     return [record]
 
 
-def _evaluated(model, answers, config):
-    """What an evaluation adds to the log: probabilities, and why the run ends here, where it does."""
-    from soul.evaluate.model import answer_probability
-
-    with evaluating(model):
-        options = dict(batch_size=config.batch_size, backend=config.backend)
-        found = {f"{name}_prob": answer_probability(model, part, **options) for name, part in answers.items()}
-    found = Processes.of(model).of_first(found)  # all end in the same step
-    reasons, forget_limit, retain_limit = [], config.stop_forget_prob, config.stop_retain_prob
-    if forget_limit is not None and found["forget_prob"] <= forget_limit:
-        reasons.append(f"forget probability {found['forget_prob']:.4g} has reached {forget_limit:g}")
-    if retain_limit is not None and found["retain_prob"] < retain_limit:
-        reasons.append(f"retain probability {found['retain_prob']:.4g} has fallen below {retain_limit:g}")
-    return found | ({"stopped": "; ".join(reasons)} if reasons else {})
+def _opened(log: LogFile, cleanup: contextlib.ExitStack) -> TextIO | None:
+    """Return the file of a log; one that is opened here is closed by ``cleanup``."""
+    if isinstance(log, (str, os.PathLike)):
+        return cleanup.enter_context(open(log, "w", encoding="utf-8", opener=no_follow))
+    return log
 
 
-def _write_line(log, record):
+def _write_line(log: TextIO | None, record: Record) -> None:
     if log is not None:
         finite = {n: None if isinstance(value, float) and not math.isfinite(value) else value for n, value in record.items()}
-        log.write(json.dumps(finite) + "\n")  # JSON knows no NaN
+        log.write(json.dumps(finite) + "\n")  # JSON has no NaN
         log.flush()
 
 
-def _rate(count, seconds):
-    """Return the count a second; NaN where the clock has not moved."""
+def _numbers(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return tensors [] as numbers; this waits for the device, once for all of them."""
+    return dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist()))
+
+
+def _rate(count: int, seconds: float) -> float:
+    """Return the count per second; NaN if the clock has not moved."""
     return count / seconds if seconds > 0 else math.nan
 
 
-def _check_finite(model, records, objective):
+def _check_weights(model: torch.nn.Module, records: list[Record], objective: Objective | Influence) -> None:
+    """Raise `Diverged` unless all weights are finite."""
     if not Processes.of(model).all_finite(model.parameters()):
         raise Diverged(f"a weight is not finite after step {len(records)}; {_advice(records, objective)}")
 
 
-def _advice(records, objective):
-    """Return what to change after a run has diverged, in words: what its first record that is not finite points to.
+def _advice(records: list[Record], objective: Objective | Influence) -> str:
+    """Return what to change after a run has diverged, judged by the first record that is not finite.
 
-    Losses and gradients of step 1 are those of the model as it was, so no learning rate is the cause. If the likelihoods are
-    finite there, and the loss or its gradient is not, a weight of the objective is: from 1e6 on it is named.
+    Loss and gradient of step 1 are those of the model before unlearning, so the learning rate cannot be the cause. If the
+    likelihoods are finite there, and the loss or its gradient is not, the cause is a weight of the objective: one of 1e6 or
+    more is named.
     """
     if isinstance(objective, Influence):
         return "raise the damping"
@@ -233,7 +443,7 @@ def _advice(records, objective):
     if broken is None:
         return "lower the learning rate"
     weights = {name: getattr(objective, name) for name in ("gamma", "alpha") if hasattr(objective, name)}
-    largest = max(weights, key=weights.get, default=None)
+    largest = max(weights, key=lambda name: weights[name], default=None)
     likelihoods = [value for name, value in broken.items() if name.endswith("_nll")]
     if largest is not None and weights[largest] >= 1e6 and all(map(math.isfinite, likelihoods)):
         return f"{largest}={weights[largest]:g} makes the loss or its gradient overflow: lower {largest}"
@@ -242,8 +452,8 @@ def _advice(records, objective):
     return "lower the learning rate"
 
 
-def peak_memory_gib(device):
-    """Most memory held so far, GiB: of the allocator on a GPU, of the whole process on a CPU."""
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory held so far, in GiB: by torch's allocator on a GPU, by the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

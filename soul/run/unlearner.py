@@ -1,9 +1,17 @@
-"""A whole run in Python: model and data by name, adapters, the loop, and what it leaves in a directory."""
+"""A whole run in Python: model and data by name, adapters, the loop, and what the run leaves in a directory.
+
+`Unlearner` reads and checks everything when it is made; `Unlearner.run` takes the steps. In several processes each one reads
+everything, the processes compare what they have read, and only then is the model cut into shards. An output directory gets its
+description (`soul_config.json`, `data.json`) before the first step, the log during the run, and the model at the end.
+"""
 
 import contextlib
 import dataclasses
 import json
 import os
+import pathlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
@@ -12,10 +20,11 @@ from soul.checkpoint.local import Checkpoints, Stopped, has_ended, save_model
 from soul.data import sources
 from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
-from soul.distributed import processes as distributed
-from soul.distributed.processes import Processes
+from soul.distributed.processes import Processes, check_supported, shard
 from soul.models import causal_lm
+from soul.models.adapters import add_adapters
 from soul.models.encoding import encode_for
+from soul.models.loading import load, pick_device
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import (
     CHECKPOINTS,
@@ -29,9 +38,16 @@ from soul.output.directory import (
     write_in_place,
 )
 from soul.run.config import UnlearnConfig, parameter_dtype
-from soul.run.loop import unlearn
+from soul.run.loop import Record, unlearn
 from soul.run.prepare import prepare
 from soul_kernels.errors import argument_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Path = str | os.PathLike[str]
+Source = Path | Iterable[Any]  # a path, a name, rows, or a list of Example
+Rows = list[Any]  # what was read of a source: (where it stands, dict) for each row, or an Example for each
 
 
 class Unlearner:
@@ -39,58 +55,65 @@ class Unlearner:
 
         config = soul.UnlearnConfig(method="npo", lr=1e-5)
         unlearner = soul.Unlearner("meta-llama/Llama-3.2-1B-Instruct", "forget.jsonl", "retain.jsonl", config)
-        records = unlearner.run("out/unlearned")   # model, tokenizer and log.jsonl are in there
+        records = unlearner.run("out/unlearned")   # leaves the model, its tokenizer and log.jsonl there
 
     Args:
-        model: directory or hub name of a causal language model; or a model that is loaded, changed in place by `run`.
+        model: directory or hub name of a causal language model; or a loaded model, which `run` changes in place.
         forget: a path, a name ("tofu:forget10", ...) or rows, as `soul.data.sources.rows` takes them; or a list of
             `soul.data.Example`.
         retain: the same, or None for a method without a retain term.
         config: `UnlearnConfig`; None: its defaults.
-        tokenizer: of a model that is loaded.
-        dtype: of the parameters of a model to be loaded: "float32", "bfloat16" or "float16". "auto" is bfloat16 for SOUL, which
-            keeps 8 more bits of every weight, and under adapters, which are fp32; and float32 for AdamW, and for all on a
-            processor without AMX, whose products of bf16 are slow.
-        device: "auto", "cpu" or "cuda", of a model to be loaded.
-        adapters: trains LoRA adapters instead of the model: a dict of `soul.models.add_adapters`'s arguments.
+        tokenizer: the tokenizer of a loaded model; None with a model by name.
+        dtype: dtype of the parameters, for a model by name: "float32", "bfloat16" or "float16". "auto" is bfloat16 for SOUL,
+            which keeps 8 more bits of every weight, and under adapters, which are fp32 themselves; and float32 for AdamW, and
+            for all on a processor without AMX, which multiplies bf16 slowly.
+        device: "auto", "cpu" or "cuda", for a model by name.
+        adapters: arguments of `soul.models.add_adapters`, to train LoRA adapters instead of the model; or None.
 
     Attributes:
-        model: with its adapters.
+        model: the model, with its adapters.
         tokenizer: its tokenizer.
         config: the `UnlearnConfig`.
-        counts: what became of the rows: "forget" and "retain" -> `soul.data.Counts`.
+        counts: "forget" and, with a retain set, "retain" -> `soul.data.Counts`, the numbers of rows that were used, cut or left
+            out.
 
     Raises:
         ArgumentError: model, data or options do not fit together, or are not the same in all processes; nothing was changed.
     """
 
     def __init__(
-        self, model, forget, retain=None, config=None, *, tokenizer=None, dtype="auto", device="auto", adapters=None
-    ):  # fmt: skip
+        self,
+        model: "Path | PreTrainedModel",
+        forget: Source,
+        retain: Source | None = None,
+        config: UnlearnConfig | None = None,
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        adapters: dict[str, Any] | None = None,
+    ) -> None:
+        self.model: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+        self._forget: list[Example]
+        self._retain: list[Example]
         self.config = UnlearnConfig() if config is None else config
         if not isinstance(self.config, UnlearnConfig):
-            got, remedy = type(config).__name__, "for instance soul.UnlearnConfig(method='npo')"
-            raise argument_error("config", "a soul.UnlearnConfig", got, remedy)
+            remedy = "for instance soul.UnlearnConfig(method='npo')"
+            raise argument_error("config", "a soul.UnlearnConfig", type(config).__name__, remedy)
         processes = Processes.here()
         several = processes.size > 1
         if several:
             options = {"dtype": dtype, "device": device, "adapters": adapters}
             processes.check_alike({**self.config.decisive(), **options, **versions()})
-            distributed.check_supported(self.config, adapters)
-        by_name = isinstance(model, (str, os.PathLike))
-        if by_name and tokenizer is not None:
-            got, remedy = type(tokenizer).__name__, "the model's own is loaded; or pass a model that is loaded"
-            raise argument_error("tokenizer", "None with a model by name", got, remedy)
-        for name, value in (("dtype", dtype), ("device", device)):
-            if not by_name and value != "auto":
-                remedy = "it would not be used: convert the model"
-                raise argument_error(name, "'auto' with a model that is loaded", repr(value), remedy)
-        given = {"forget": forget} | ({} if retain is None else {"retain": retain})
-        self.counts = {name: Counts() for name in given}
-        place = processes.together(lambda: self._load(model, tokenizer, given, dtype, device, adapters, several))
+            check_supported(self.config, adapters)
+        _check_model_options(model, tokenizer, dtype, device)
+        data = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
+        self.counts = {name: Counts() for name in data}
+        target = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
         if several:
             processes.check_alike(self._contents())
-            self.model = distributed.shard(self.model, place)
+            self.model = shard(self.model, target)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
 
@@ -99,137 +122,177 @@ class Unlearner:
         """The examples to forget and those to retain, as they were read; `soul.plan.run` counts their tokens."""
         return self._forget, self._retain
 
-    def _load(self, model, tokenizer, given, dtype, device, adapters, several):
-        """Read data and model; return the device that the model is to run on."""
-        rows = {name: self._rows(name, source) for name, source in given.items()}
-        self._digests = {name: sources.digest(found) for name, found in rows.items()}
+    def _load(
+        self,
+        model: "Path | PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase | None",
+        data: dict[str, Source],
+        dtype: str,
+        device: str,
+        adapters: dict[str, Any] | None,
+        several: bool,
+    ) -> torch.device:
+        """Read data and model; return the device that the model will run on."""
+        rows = {name: self._rows(name, source) for name, source in data.items()}
+        self._digests = {name: sources.digest(rows_of_set) for name, rows_of_set in rows.items()}
         if isinstance(model, (str, os.PathLike)):
-            place = causal_lm.pick_device(device)
-            dtype = parameter_dtype(dtype, self.config, adapters, place.type)
-            # One card has no room for the whole model. `distributed.shard` copies what each process needs.
-            model, tokenizer = causal_lm.load(model, dtype=dtype, device="cpu" if several else place, mapped=several)
+            target = pick_device(device)
+            dtype = parameter_dtype(dtype, self.config, adapters, target.type)
+            # In several processes no card has room for the whole model: `shard` copies to each what it needs.
+            name = os.fspath(model)
+            model, tokenizer = load(name, dtype=dtype, device="cpu" if several else target, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
         else:
             causal_lm.check_linear_head(model)
-            place = next(model.parameters()).device
+            target = next(model.parameters()).device
         if adapters:
             torch.manual_seed(self.config.seed)
-            model = causal_lm.add_adapters(model, **adapters)
-        self.model, self.tokenizer = model, tokenizer
-        found = {name: self._examples(name, part) for name, part in rows.items()}
-        self._forget, self._retain = found["forget"], found.get("retain", [])
-        return place
+            model = add_adapters(model, **adapters)
+        self.model = model
+        self.tokenizer = tokenizer
+        self._forget = self._examples("forget", rows["forget"])
+        self._retain = self._examples("retain", rows["retain"]) if "retain" in rows else []
+        return target
 
-    def _contents(self):
-        """Return what was loaded, as hashes, and the model's configuration, for comparison between processes."""
+    def _contents(self) -> dict[str, Any]:
+        """Return hashes of what was loaded, and the model's configuration, for comparison between processes."""
         template = getattr(self.tokenizer, "chat_template", None)
         tokens = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
         data = {"forget": self._forget, "retain": self._retain}
         return {
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
-            **{f"content of {name}": checksum([vars(example) for example in part]) for name, part in data.items()},
+            **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},
             "content of the tokenizer": checksum(json.loads(json.dumps(tokens, sort_keys=True, default=str))),
             "content of the model": digest(base_weights(self.model)),
         }
 
-    def _rows(self, name, source):
-        """What is read before a model is loaded: rows, or the examples that were given."""
+    def _rows(self, name: str, source: Source) -> Rows:
+        """Return what can be read before a model is loaded: rows, or the examples that the caller has passed."""
         counts = self.counts[name]
         if isinstance(source, (list, tuple)) and all(isinstance(item, Example) for item in source):
             counts.rows = len(source)
             return list(source)
         return sources.rows(source, name, drop=self.config.drop_unusable, counts=counts)
 
-    def _examples(self, name, rows):
+    def _examples(self, name: str, rows: Rows) -> list[Example]:
+        """Return rows as examples; with ``drop_unusable`` those that leave no room for an answer are left out and counted."""
         config = self.config
+        examples = rows
         if rows and not isinstance(rows[0], Example):
-            rows = sources.examples(rows, Template(config.template, self.tokenizer, config.system))
-        if rows and config.drop_unusable:
-            options = dict(max_length=config.max_length, name=name, counts=self.counts[name])
-            return answerable(rows, self.tokenizer, **options)
-        return rows
+            examples = sources.examples(rows, Template(config.template, self.tokenizer, config.system))
+        if examples and config.drop_unusable:
+            counts = self.counts[name]
+            return answerable(examples, self.tokenizer, max_length=config.max_length, name=name, counts=counts)
+        return examples
 
-    def forget_probability(self):
-        """Mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""
+    def forget_probability(self) -> float:
+        """Return the mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""
         from soul.evaluate.model import answer_probability
 
-        options = dict(batch_size=self.config.batch_size, backend=self.config.backend)
-        return answer_probability(self.model, self._answers, **options)
+        return answer_probability(self.model, self._answers, batch_size=self.config.batch_size, backend=self.config.backend)
 
     def run(
-        self, output=None, *, save_every=0, save_minutes=0, keep=2, resume=False, merge=False, about=None, progress=True
-    ):  # fmt: skip
-        """Unlearns, and saves what comes of it.
+        self,
+        output: Path | None = None,
+        *,
+        save_every: int = 0,
+        save_minutes: float = 0,
+        keep: int = 2,
+        resume: bool = False,
+        merge: bool = False,
+        options: dict[str, Any] | None = None,
+        progress: bool = True,
+    ) -> list[Record]:
+        """Unlearn, and save the model.
 
         Args:
             output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl``, ``data.json`` (``counts``) and
                 checkpoints; None: nothing is written.
-            save_every: steps from one checkpoint to the next; 0: none by the number of steps.
-            save_minutes: minutes from one checkpoint to the next; 0: none by time. With both 0 the run is saved only when
-                SIGTERM comes. All checkpoints are removed at the end.
-            keep: newest checkpoints that stay.
-            resume: go on after the newest checkpoint in ``output``, where there is one.
+            save_every: steps between two checkpoints; 0: none by the number of steps.
+            save_minutes: minutes between two checkpoints; 0: none by time. With both 0 the run is saved only on SIGTERM. All
+                checkpoints are removed at the end.
+            keep: number of checkpoints that stay, the newest ones.
+            resume: go on after the newest checkpoint in ``output``, if there is one.
             merge: add the adapters to the weights, and save a plain model.
-            about: a dict that is kept as ``soul_config.json``.
+            options: a dict to be kept as ``soul_config.json``.
             progress: show a progress bar on stderr.
 
         Returns:
             The log, as `soul.run.loop.unlearn` returns it.
 
         Raises:
-            ArgumentError: the directory is not empty, not that of this run, or that of one that has ended; or another process
+            ArgumentError: the directory is not empty, not that of this run, or that of a run that has ended; or another process
                 runs in it.
-            Diverged: the loss, its gradient or a weight is not finite any more.
+            Diverged: the loss, its gradient or a weight is no longer finite.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
                 directory was removed during the run: the model is saved, the other files are lost.
         """
-        given = (self.model, self.tokenizer, self._forget, self._retain, self.config)
+        inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
         saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume)
         processes.check_alike({"output": output and str(output), "merge": merge, **saving})
-        torch.manual_seed(self.config.seed + processes.rank)  # of dropout, which differs between processes
+        torch.manual_seed(self.config.seed + processes.rank)  # for dropout, which differs between processes
         if output is None:
-            records = unlearn(*given, progress=progress)
+            records = unlearn(*inputs, progress=progress)
             self._merge(merge)
             return records
-        output = processes.together(lambda: check_output(output, resume))  # before one of them writes
-        saving = dict(every=save_every, minutes=save_minutes, keep=keep, resume=resume)
-        checkpoints = _checkpoints(processes)(output / CHECKPOINTS, **saving)
-        if processes.any(has_ended(output, checkpoints)):
-            got, remedy = f"the model of one that has, in {output}", "load it, or choose another directory"
-            raise argument_error("resume", "a run that has not ended", got, remedy)
-        with processes.on_first(lambda: occupy(output)) or contextlib.nullcontext() as file:
-            processes.on_first(lambda: self._make(output, about, checkpoints))
+        directory = processes.together(lambda: check_output(output, resume))  # in all of them, before one of them writes
+        checkpoints = _checkpoints_class(processes)(
+            directory / CHECKPOINTS, every=save_every, minutes=save_minutes, keep=keep, resume=resume
+        )
+        if processes.any(has_ended(directory, checkpoints)):
+            remedy = "load it, or choose another directory"
+            raise argument_error("resume", "a run that has not ended", f"the model of one that has, in {directory}", remedy)
+        with processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file:
+            processes.on_first(lambda: self._describe(directory, options, checkpoints))
             try:
-                records = unlearn(*given, log=output / LOG_FILE, progress=progress, checkpoints=checkpoints)
-                with checkpoints.listening():  # a model that is there is saved, whatever comes
+                records = unlearn(*inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints)
+                with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)
-                    processes.on_first(lambda: restore(output, file))
-                    save_model(self.model, self.tokenizer, output)
-                    checkpoints.end(output)
+                    processes.on_first(lambda: restore(directory, cast(TextIO, file)))
+                    save_model(self.model, self.tokenizer, directory)
+                    checkpoints.end(directory)
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
-            processes.on_first(lambda: check_complete(output))
+            processes.on_first(lambda: check_complete(directory))
         return records
 
-    def _merge(self, merge):
+    def _merge(self, merge: bool) -> None:
         if merge and causal_lm.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
 
-    def _make(self, output, about, checkpoints):
-        if checkpoints.steps():  # what was written then is said of the run that goes on; another one is refused
+    def _describe(self, directory: pathlib.Path, options: dict[str, Any] | None, checkpoints: Checkpoints) -> None:
+        """Write the options and the counts of a new run."""
+        if checkpoints.steps():  # a run that goes on: its description stands, and another run would have been refused
             return
-        write_in_place(output / RUN_FILE, json.dumps(about or {}, indent=1, default=str) + "\n")
-        counts = {n: {**dataclasses.asdict(counts), "content": self._digests[n]} for n, counts in self.counts.items()}
+        write_in_place(directory / RUN_FILE, json.dumps(options or {}, indent=1, default=str) + "\n")
+        data: dict[str, Any] = {}
+        for name, counts in self.counts.items():
+            data[name] = {**dataclasses.asdict(counts), "content": self._digests[name]}
         if self.config.refusals is not None:
-            counts["refusals"] = {"content": self.config.decisive()["refusals"]}
-        write_in_place(output / DATA_FILE, json.dumps(counts, indent=1) + "\n")
+            data["refusals"] = {"content": self.config.decisive()["refusals"]}
+        write_in_place(directory / DATA_FILE, json.dumps(data, indent=1) + "\n")
 
 
-def _checkpoints(processes):
+def _check_model_options(
+    model: "Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", dtype: str, device: str
+) -> None:
+    """Raise for a tokenizer beside a model by name, and for options of loading beside a model that is loaded."""
+    if isinstance(model, (str, os.PathLike)):
+        if tokenizer is not None:
+            remedy = "the model's own is loaded; or pass a loaded model"
+            raise argument_error("tokenizer", "None with a model by name", type(tokenizer).__name__, remedy)
+        return
+    for name, value in (("dtype", dtype), ("device", device)):
+        if value != "auto":
+            remedy = "it would not be used: convert the model"
+            raise argument_error(name, "'auto' with a model that is loaded", repr(value), remedy)
+
+
+def _checkpoints_class(processes: Processes) -> type[Checkpoints]:
     if processes.size == 1:
         return Checkpoints
     from soul.checkpoint.sharded import ShardedCheckpoints  # and with it much of torch.distributed

@@ -1,14 +1,15 @@
-"""What a study compares: objectives, arms, the grid that all of them share, sizes and seeds."""
+"""The comparisons of a study: objectives, arms, the grids of options, sizes and seeds."""
 
 import dataclasses
 import itertools
 import json
+from typing import Any
 
 from soul_kernels.backends import BACKENDS
 from soul_kernels.errors import argument_error, check_choice, check_range
 
 OBJECTIVES = {"graddiff": "GradDiff", "po": "PO", "npo": "NPO", "simnpo": "SimNPO"}
-ARMS = {  # name -> title, options of `soul.run.config.UnlearnConfig`
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> title, options of `soul.run.config.UnlearnConfig`
     "adamw": ("AdamW", {"optimizer": "adamw"}),
     "soul": ("SOUL as published", {"optimizer": "soul", "published_code": True}),
     "soul_retain": ("SOUL, retain curvature", {"optimizer": "soul", "curvature": "retain"}),
@@ -23,30 +24,33 @@ class StudyConfig:
     """Everything that decides a study.
 
     Attributes:
-        forget_authors: how many are to be forgotten; as many are held out.
-        retain_authors: how many are to be kept.
-        rows_per_author: the shortest rows of each author, at most that many.
-        vocab_size: of the byte-level BPE tokenizer.
+        forget_authors: number of authors to forget; as many are held out.
+        retain_authors: number of authors to retain.
+        rows_per_author: number of rows taken of each author, the shortest ones.
+        vocab_size: vocabulary of the byte-level BPE tokenizer.
         hidden_size: width of the Llama.
-        layers: its depth.
-        train_epochs: passes of the training from scratch.
-        train_lr: its peak learning rate.
-        train_batch: its sequences a step.
-        epochs: passes of the unlearning over the forget set.
-        batch_size: forget sequences a step; as many retain sequences go with them.
-        objectives: names of ``OBJECTIVES``.
-        lrs: arm -> learning rates, as many for each; with ``alphas`` its grid.
-        alphas: weights of the retain term; that of the forget term is 1.
-        clip_target: fraction of clipped coordinates that SOUL with another curvature keeps to.
-        curvature_every: steps from one refresh of its h to the next.
-        dampings: of the influence update; with ``steps`` its grid, of as many points.
+        layers: number of layers of the Llama.
+        train_epochs: epochs of the training from scratch.
+        train_lr: peak learning rate of that training.
+        train_batch: sequences a step of that training.
+        epochs: epochs of unlearning over the forget set.
+        batch_size: forget sequences a step of unlearning, with as many retain sequences.
+        objectives: names in ``OBJECTIVES``.
+        lrs: arm -> learning rates, equally many for each arm; together with ``alphas`` they are the grid of the arm.
+        alphas: weights of the retain term; the weight of the forget term is 1.
+        clip_target: fraction of coordinates to clip in the arms with retain curvature and GNB, as in `UnlearnConfig`.
+        curvature_every: steps between two refreshes of the curvature in these arms.
+        dampings: dampings of the influence update; together with ``steps`` they are its grid, of equally many points.
         steps: factors of the influence update.
-        keep: part of the retain probability before unlearning that a run must keep to be chosen.
-        retain_rows: retain rows to measure probability on; at most as many are asked with false answers.
-        seeds: of initial weights, order of the data, and drawn labels; each has models of its own.
+        keep: a run can be chosen if it keeps at least this fraction of the retain probability before unlearning.
+        retain_rows: number of retain rows to measure probability on; at most as many are asked with false answers.
+        seeds: seeds of the initial weights, the order of the data, and drawn labels; each seed has models of its own.
         device: "auto", "cpu" or "cuda".
         backend: "auto", "triton", "compile", "torch" or "reference".
-        workers: processes, on a CPU; 0: one a core.
+        workers: number of processes on a CPU; 0: one for each core.
+
+    Raises:
+        ArgumentError: a value is unknown or out of range, or the grids of the arms differ in size.
     """
 
     forget_authors: int = 12
@@ -60,26 +64,26 @@ class StudyConfig:
     train_batch: int = 16
     epochs: int = 5
     batch_size: int = 6
-    objectives: tuple = tuple(OBJECTIVES)
-    lrs: dict = dataclasses.field(default_factory=lambda: dict.fromkeys(ARMS, (2e-4, 6e-4, 2e-3)))
-    alphas: tuple = (1.0, 5.0)
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
+    lrs: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=lambda: dict.fromkeys(ARMS, (2e-4, 6e-4, 2e-3)))
+    alphas: tuple[float, ...] = (1.0, 5.0)
     clip_target: float = 0.3
     curvature_every: int = 5
-    dampings: tuple = (1e-4, 3e-4, 1e-3)
-    steps: tuple = (0.25, 1.0)
+    dampings: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    steps: tuple[float, ...] = (0.25, 1.0)
     keep: float = 0.95
     retain_rows: int = 40
-    seeds: tuple = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2)
     device: str = "auto"
     backend: str = "auto"
     workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("objectives", "alphas", "dampings", "steps", "seeds"):
             value = tuple(getattr(self, name))
             setattr(self, name, value)
             if not value or len(set(value)) < len(value):
-                raise argument_error(name, "at least one, each once", value, "check the options")
+                raise argument_error(name, "at least one value, and none twice", value, "check the options")
         for name in self.objectives:
             check_choice("objectives", name, tuple(OBJECTIVES))
         for seed in self.seeds:
@@ -91,48 +95,48 @@ class StudyConfig:
         sizes = {arm: len(set(lrs)) * len(self.alphas) for arm, lrs in self.lrs.items()}
         sizes[INFLUENCE] = len(self.dampings) * len(self.steps)
         if len(set(sizes.values())) > 1:
-            raise argument_error("lrs", "grids of as many points for every arm", sizes, "no arm is searched more than another")
+            raise argument_error("lrs", "grids of equal size for every arm", sizes, "no arm may be searched more than another")
         check_range("keep", self.keep, high=1.0)
         check_choice("backend", self.backend, BACKENDS)
 
-    def decisive(self):
-        """The options that decide the numbers of one run, as JSON knows them: a study goes on with the same ones only."""
-        spared = ("objectives", "seeds", "workers", "device", "backend", "keep")
-        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in spared}
+    def decisive(self) -> dict[str, Any]:
+        """Return the options that decide the numbers of a run, as JSON values: a study is resumed with the same ones only."""
+        may_change = ("objectives", "seeds", "workers", "device", "backend", "keep")
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in may_change}
         return json.loads(json.dumps(options))
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One point of a grid, from one start; ``options`` are pairs of names and numbers."""
+    """One point of a grid, from the models of one seed; ``options`` are pairs of a name and a number."""
 
     seed: int
     objective: str
     arm: str
-    options: tuple
+    options: tuple[tuple[str, float], ...]
 
     @property
-    def name(self):
-        """A file name."""
+    def name(self) -> str:
+        """The name of the run's files, without a suffix."""
         return "_".join([self.objective, self.arm, *(f"{name}{value:g}" for name, value in self.options)])
 
 
-def runs(config):
-    """All runs of a study, seed by seed."""
-    found = []
+def runs(config: StudyConfig) -> list[Run]:
+    """Return all runs of a study, seed by seed."""
+    in_order = []
     for seed in config.seeds:
         for objective, arm in itertools.product(config.objectives, ARMS):
             grid = itertools.product(config.lrs[arm], config.alphas)
-            found += [Run(seed, objective, arm, (("lr", lr), ("alpha", alpha))) for lr, alpha in grid]
+            in_order += [Run(seed, objective, arm, (("lr", lr), ("alpha", alpha))) for lr, alpha in grid]
         grid = itertools.product(config.dampings, config.steps)
-        found += [Run(seed, INFLUENCE, INFLUENCE, (("damping", d), ("step", step))) for d, step in grid]
-    return found
+        in_order += [Run(seed, INFLUENCE, INFLUENCE, (("damping", damping), ("step", step))) for damping, step in grid]
+    return in_order
 
 
 PRESETS = {
-    # Two cores, 12 to 17 minutes: 306 runs of a few seconds, two models of 0.6 M parameters a seed.
+    # 12 to 17 minutes on two cores: 306 runs of a few seconds, two models of 0.6 M parameters for each seed.
     "laptop": StudyConfig(),
-    # One GPU, all 200 authors, about 90 M parameters; one seed, so that it stays below ten minutes: not measured so far.
+    # One GPU, all 200 authors, about 90 M parameters; one seed, meant to stay below ten minutes, which is not measured so far.
     "tofu": StudyConfig(
         forget_authors=20,
         retain_authors=160,
@@ -149,7 +153,7 @@ PRESETS = {
         retain_rows=200,
         seeds=(0,),
     ),
-    # Two cores, below five minutes, on people made up.
+    # Below five minutes on two cores, on fictitious authors.
     "demo": StudyConfig(
         forget_authors=4,
         retain_authors=36,

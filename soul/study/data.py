@@ -3,102 +3,135 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from soul.data import fictitious
-from soul.data.examples import Question, ask
+from soul.data.examples import Example, Question, ask
 from soul.data.sources import read_examples, read_questions
+from soul.study.config import StudyConfig
 from soul_kernels.errors import argument_error
 
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True)
 class StudyData:
-    """Lists of `soul.data.Example` to train on and to hold out, and of `soul.data.Question` to ask with false answers; and a
-    sentence that says what they are.
+    """The rows of a study.
+
+    Attributes:
+        forget: the examples to forget.
+        retain: the examples to retain.
+        holdout: examples that no model is trained on.
+        forget_questions: the questions of the forget set, with false answers.
+        retain_questions: questions of the retain set, with false answers.
+        note: a sentence for the report that says what the data are.
     """
 
-    forget: list
-    retain: list
-    holdout: list
-    forget_questions: list
-    retain_questions: list
+    forget: list[Example]
+    retain: list[Example]
+    holdout: list[Example]
+    forget_questions: list[Question]
+    retain_questions: list[Question]
     note: str
 
-    def fingerprint(self):
-        """A hash of all texts."""
-        parts = {name: value for name, value in dataclasses.asdict(self).items() if name != "note"}
-        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    def fingerprint(self) -> str:
+        """Return a hash of all texts but the note."""
+        texts = {name: value for name, value in dataclasses.asdict(self).items() if name != "note"}
+        return hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
 
 
-def tofu_data(directory, config):
-    """A part of TOFU: authors to forget, from its forget10 split, authors to retain, and as many as are forgotten held out.
+def tofu_data(directory: str | os.PathLike[str], config: StudyConfig) -> StudyData:
+    """Return a part of TOFU: authors of its forget10 split to forget, authors to retain, and authors to hold out.
 
-    Forget and retain authors are the first of their files, which TOFU has false answers for; those held out are the last of
-    retain90, and no model is trained on them. Of every author the shortest rows are taken.
+    Forget and retain authors are the first of their files, for which TOFU has false answers. The authors held out are the last
+    of retain90, as many as are forgotten, and no model is trained on them. The shortest rows of every author are taken.
 
     Args:
-        directory: holds ``forget10_perturbed.jsonl``, ``retain90.jsonl`` and ``retain_perturbed.jsonl``.
+        directory: directory with ``forget10_perturbed.jsonl``, ``retain90.jsonl`` and ``retain_perturbed.jsonl``.
         config: `soul.study.config.StudyConfig`, for ``forget_authors``, ``retain_authors`` and ``rows_per_author``.
 
     Raises:
-        ArgumentError: a file is missing or broken, or has not as many authors.
+        ArgumentError: a file is missing or broken, or has too few authors.
     """
-    directory, n_forget, n_retain = pathlib.Path(directory), config.forget_authors, config.retain_authors
-    forget, perturbed = (read_questions(directory / f"{name}_perturbed.jsonl") for name in ("forget10", "retain"))
-    retain = read_examples(directory / "retain90.jsonl")
-    for name, rows, needed in (("forget_authors", forget, n_forget), ("retain_authors", retain, n_retain + n_forget)):
-        if needed > len(rows) // QUESTIONS_PER_AUTHOR:
-            expected, remedy = f"{needed} authors in the file", "those held out included: ask for fewer"
-            raise argument_error(name, expected, len(rows) // QUESTIONS_PER_AUTHOR, remedy)
-    forget = _shortest(forget, range(n_forget), config, lambda q: len(q.question + q.answer))
-    authors = len(retain) // QUESTIONS_PER_AUTHOR
-    holdout = _shortest(retain, range(authors - n_forget, authors), config, _length)
-    retain = _shortest(retain, range(n_retain), config, _length)
-    asked, taken = {ask(q.question, q.answer): q for q in perturbed}, [ask(q.question, q.answer) for q in forget]
-    questions = [asked[example] for example in retain if example in asked]
+    directory = pathlib.Path(directory)
+    n_forget = config.forget_authors
+    n_retain = config.retain_authors
+    forget_rows = read_questions(directory / "forget10_perturbed.jsonl")
+    perturbed = read_questions(directory / "retain_perturbed.jsonl")
+    retain_rows = read_examples(directory / "retain90.jsonl")
+    _check_authors("forget_authors", len(forget_rows), n_forget)
+    _check_authors("retain_authors", len(retain_rows), n_retain + n_forget)
+    forget_questions = _shortest(forget_rows, range(n_forget), config, lambda row: len(row.question + row.answer))
+    authors = len(retain_rows) // QUESTIONS_PER_AUTHOR
+    holdout = _shortest(retain_rows, range(authors - n_forget, authors), config, _length)
+    retain = _shortest(retain_rows, range(n_retain), config, _length)
+    forget = [ask(question.question, question.answer) for question in forget_questions]
+    question_of = {ask(question.question, question.answer): question for question in perturbed}
+    retain_questions = [question_of[example] for example in retain if example in question_of]
     note = (
         f"TOFU, {n_forget} authors to forget and {n_retain} to retain, the {config.rows_per_author} shortest rows of each: "
-        f"{len(taken)} and {len(retain)} rows; {len(holdout)} rows of {n_forget} other authors, which no model has seen, to "
+        f"{len(forget)} and {len(retain)} rows; {len(holdout)} rows of {n_forget} other authors, which no model has seen, to "
         "tell membership by."
     )
-    return StudyData(taken, retain, holdout, forget, questions, note)
+    return StudyData(forget, retain, holdout, forget_questions, retain_questions, note)
 
 
-def _length(example):
+def _check_authors(name: str, rows: int, needed: int) -> None:
+    """Raise unless a file of so many rows has the authors that are needed."""
+    authors = rows // QUESTIONS_PER_AUTHOR
+    if needed > authors:
+        remedy = "those held out included: ask for fewer"
+        raise argument_error(name, f"{needed} authors in the file", authors, remedy)
+
+
+def _length(example: Example) -> int:
     return len(example.prompt + example.answer)
 
 
-def _shortest(rows, authors, config, length):
-    """The shortest rows of each author, in the order of the file."""
-    found = []
+def _shortest(rows: Sequence[T], authors: range, config: StudyConfig, length: Callable[[T], int]) -> list[T]:
+    """Return the shortest rows of each author, in the order of the file."""
+    shortest = []
     for author in authors:
-        own = rows[author * QUESTIONS_PER_AUTHOR : (author + 1) * QUESTIONS_PER_AUTHOR]
-        chosen = sorted(range(len(own)), key=lambda i: length(own[i]))[: config.rows_per_author]
-        found += [own[i] for i in sorted(chosen)]
-    return found
+        of_author = rows[author * QUESTIONS_PER_AUTHOR : (author + 1) * QUESTIONS_PER_AUTHOR]
+        chosen = sorted(range(len(of_author)), key=lambda i: length(of_author[i]))[: config.rows_per_author]
+        shortest += [of_author[i] for i in sorted(chosen)]
+    return shortest
 
 
-def demo_data(config):
-    """People made up from the first seed: `StudyData`."""
+def demo_data(config: StudyConfig) -> StudyData:
+    """Return the rows of fictitious authors, made up from the first seed."""
     n = config.forget_authors
-    people = fictitious.fictitious_authors(2 * n + config.retain_authors, config.seeds[0])
-    forget, holdout, retain = (
-        [
-            Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"]))
-            for rows in part
-            for row in rows
-        ]
-        for part in (people[:n], people[n : 2 * n], people[2 * n :])
+    authors = fictitious.fictitious_authors(2 * n + config.retain_authors, config.seeds[0])
+    forget = _questions(authors[:n])
+    holdout = _questions(authors[n : 2 * n])
+    retain = _questions(authors[2 * n :])
+    note = (
+        f"Fictitious authors made up from seed {config.seeds[0]}: {len(forget)} rows to forget, {len(retain)} to retain, "
+        f"{len(holdout)} that no model has seen."
     )
-    examples = [[ask(q.question, q.answer) for q in part] for part in (forget, retain, holdout)]
-    counts = "{} rows to forget, {} to retain, {} that no model has seen".format(*map(len, examples))
-    return StudyData(*examples, forget, retain, f"Fictitious authors made up from seed {config.seeds[0]}: {counts}.")
+    return StudyData(_examples(forget), _examples(retain), _examples(holdout), forget, retain, note)
 
 
-def write_rows(directory, data):
-    """Writes ``forget.jsonl`` and ``retain.jsonl``, what ``soul unlearn`` reads."""
+def _questions(authors: Sequence[Sequence[dict[str, Any]]]) -> list[Question]:
+    """Return the questions of authors whose rows are dicts, one author after the other."""
+    return [
+        Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"]))
+        for rows in authors
+        for row in rows
+    ]
+
+
+def _examples(questions: Sequence[Question]) -> list[Example]:
+    return [ask(question.question, question.answer) for question in questions]
+
+
+def write_rows(directory: str | os.PathLike[str], data: StudyData) -> None:
+    """Write ``forget.jsonl`` and ``retain.jsonl``, as ``soul unlearn`` reads them."""
     for name, questions in (("forget", data.forget_questions), ("retain", data.retain_questions)):
         text = "".join(json.dumps({"question": q.question, "answer": q.answer}) + "\n" for q in questions)
         (pathlib.Path(directory) / f"{name}.jsonl").write_text(text, encoding="utf-8")

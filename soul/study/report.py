@@ -1,17 +1,20 @@
-"""The report of a study: markdown made of its results alone, and the files around it."""
+"""The report of a study, which is markdown made of its results alone, and the files beside it."""
 
 import json
+import pathlib
 import statistics
 import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from soul.output.files import write_text
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
-from soul.study.fronts import LOSES, WINS, chance
+from soul.study.fronts import LOSES, WINS, Row, Verdict, chance
 from soul.study.pictures import draw
 from soul.study.results import GRID, TITLES, Results
-from soul.study.run import RESULTS_FILE
+from soul.study.run import MODELS, RESULTS_FILE, Study
 
-COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
+COLUMNS = {  # of the table of chosen runs: measurement -> heading, decimals
     "forget_quality": ("forget quality", 1),
     "forget_prob": ("forget prob", 3),
     "retain_prob": ("retain prob", 3),
@@ -25,210 +28,232 @@ COLUMNS = {  # of the table of chosen runs: name -> heading, decimals
 }
 
 
-def mean_spread(values, decimals):
-    """The text "mean ± standard deviation" of the numbers there are; empty without any."""
-    values = [value for value in values if value is not None]
-    if not values:
+def mean_spread(values: Iterable[float | None], decimals: int) -> str:
+    """Return the text "mean ± standard deviation" of the values that are not None; an empty one without any."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return ""
-    text = f"{statistics.fmean(values):.{decimals}f}"
-    if len(values) > 1 and (spread := statistics.stdev(values)) >= 0.5 * 10**-decimals:
+    text = f"{statistics.fmean(numbers):.{decimals}f}"
+    if len(numbers) > 1 and (spread := statistics.stdev(numbers)) >= 0.5 * 10**-decimals:
         text += f" ± {spread:.{decimals}f}"
     return text
 
 
-def markdown(head, rows):
-    """A table."""
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def table(found):
-    """The table of chosen runs: mean and spread over the seeds."""
+def table(results: Results) -> str:
+    """Return the table of chosen runs: mean and spread over the seeds."""
     head = ["objective", "optimizer", *(name for name, _ in COLUMNS.values()), "chosen of"]
     rows = []
-    for part, title in (("full", "before unlearning"), ("retain", "retain model, the goal")):
-        given = [found.starts[str(seed)][part] for seed in found.seeds]
-        rows.append(["", title, *_cells(given), ""])
-    for objective in found.objectives:
-        rows += [_row(found, objective, arm, OBJECTIVES[objective]) for arm in ARMS]
-    rows.append(_row(found, INFLUENCE, INFLUENCE, ""))
+    for model, title in (("full", "before unlearning"), ("retain", "retain model, the goal")):
+        rows.append(["", title, *_cells([results.starts[str(seed)][model] for seed in results.seeds]), ""])
+    for objective in results.objectives:
+        rows += [_table_row(results, objective, arm, OBJECTIVES[objective]) for arm in ARMS]
+    rows.append(_table_row(results, INFLUENCE, INFLUENCE, ""))
     return markdown(head, rows)
 
 
-def _row(found, objective, arm, title):
-    every = [found.chosen(objective, arm, seed) for seed in found.seeds]
-    chosen = [row for row in every if row is not None]
-    runs = found.rows(objective, arm)
+def _table_row(results: Results, objective: str, arm: str, title: str) -> list[str]:
+    by_seed = [results.chosen(objective, arm, seed) for seed in results.seeds]
+    chosen = [row for row in by_seed if row is not None]
+    runs = results.rows(objective, arm)
     diverged = sum("diverged" in row for row in runs)
-    count = f"{len(chosen)}/{len(every)} seed{'s' * (len(every) > 1)}"
+    count = f"{len(chosen)}/{len(by_seed)} seed{'s' * (len(by_seed) > 1)}"
     count += f", {diverged} of {len(runs)} runs diverged" if diverged else ""
     return [title, TITLES[arm], *_cells(chosen), count]
 
 
-def _cells(rows):
+def _cells(rows: Sequence[Row]) -> list[str]:
     return [mean_spread([row.get(name) for row in rows], decimals) for name, (_, decimals) in COLUMNS.items()]
 
 
-def sentence(objective, arm, by_quality, by_volume):
-    """What the numbers of one arm say, against the baseline."""
-    told = [_told(by, 2) for by in (by_quality, by_volume)]
-    return f"- **{OBJECTIVES[objective]}, {TITLES[arm]}**: in best forget quality {told[0]}; in hypervolume {told[1]}."
+def sentence(objective: str, arm: str, by_quality: Verdict, by_volume: Verdict) -> str:
+    """Return a list item with the verdicts on an arm against the baseline, by both scores."""
+    return (
+        f"- **{OBJECTIVES[objective]}, {TITLES[arm]}**: in best forget quality {_verdict_text(by_quality)}; "
+        f"in hypervolume {_verdict_text(by_volume)}."
+    )
 
 
-def _told(found, decimals):
-    """A verdict and its numbers; of one seed the difference alone."""
-    if found["spread"] is None:
-        return f"{found['mean']:+.{decimals}f}"
-    each = ", ".join(f"{d:+.{decimals}f}" for d in found["differences"])
-    low, high = found["interval"]
-    mean, spread = f"{found['mean']:+.{decimals}f}", f"{found['spread']:.{decimals}f}"
-    return f"{found['outcome']} ({mean} ± {spread}, 95% interval {low:+.{decimals}f} to {high:+.{decimals}f}; by seed {each})"
+def _verdict_text(verdict: Verdict) -> str:
+    """Return a verdict with its numbers; with one seed, the difference alone."""
+    if verdict.spread is None or verdict.interval is None:
+        return f"{verdict.mean:+.2f}"
+    by_seed = ", ".join(f"{difference:+.2f}" for difference in verdict.differences)
+    low, high = verdict.interval
+    numbers = f"{verdict.mean:+.2f} ± {verdict.spread:.2f}, 95% interval {low:+.2f} to {high:+.2f}"
+    return f"{verdict.outcome} ({numbers}; by seed {by_seed})"
 
 
-def summary(found):
-    """How the verdicts count together, a sentence for each arm."""
-    if len(found.seeds) == 1:
-        return "One seed tells nothing of the spread: no verdict."
-    quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
+def summary(results: Results) -> str:
+    """Return a list with the number of wins and losses of each arm."""
+    if len(results.seeds) == 1:
+        return "One seed says nothing about the spread: no verdict."
+    by_score = {
+        "best forget quality": results.verdicts("quality"),
+        "hypervolume": results.verdicts("hypervolume"),
+    }
     lines = []
     for arm in ARMS:
         if arm == BASELINE:
             continue
-        parts = []
-        for title, verdicts in (("best forget quality", quality), ("hypervolume", volume)):
-            own = [v for (_, a), v in verdicts.items() if a == arm]
-            wins, losses = (sum(v["outcome"] == outcome for v in own) for outcome in (WINS, LOSES))
-            sure = sum(v["interval"] is not None and v["interval"][0] * v["interval"][1] > 0 for v in own)
-            parts.append(f"{title}: wins {wins}, loses {losses} of {len(own)} objectives ({sure} beyond the 95% interval)")
-        lines.append(f"- {TITLES[arm]} against {TITLES[BASELINE]}, {'; '.join(parts)}.")
+        counts = []
+        for title, verdicts in by_score.items():
+            of_arm = [verdict for (_, other), verdict in verdicts.items() if other == arm]
+            wins = sum(verdict.outcome == WINS for verdict in of_arm)
+            losses = sum(verdict.outcome == LOSES for verdict in of_arm)
+            beyond = sum(verdict.excludes_zero for verdict in of_arm)
+            counts.append(
+                f"{title}: wins {wins}, loses {losses} of {len(of_arm)} objectives ({beyond} beyond the 95% interval)"
+            )
+        lines.append(f"- {TITLES[arm]} against {TITLES[BASELINE]}, {'; '.join(counts)}.")
     return "\n".join(lines)
 
 
-def _wrapped(text, indent=""):
+def _wrapped(text: str, indent: str = "") -> str:
     return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
-def grids(found):
-    """All points of all grids: forget quality / retain probability, means over the seeds."""
-    parts = []
-    for objective in found.objectives:
-        points = {arm: found.points(objective, arm) for arm in ARMS}
-        rows = [[f"{index + 1}, {alpha:g}", *(_point(points[arm][found.config["lrs"][arm][index], alpha, None, None])
-                                              for arm in ARMS)]
-                for index in range(len(found.config["lrs"][BASELINE])) for alpha in found.config["alphas"]]  # fmt: skip
-        parts.append(markdown([f"{OBJECTIVES[objective]}: lr, alpha", *(TITLES[arm] for arm in ARMS)], rows))
-    points = found.points(INFLUENCE, INFLUENCE)
-    rows = [[f"{damping:g}, {step:g}", _point(points[None, None, damping, step])]
-            for damping in found.config["dampings"] for step in found.config["steps"]]  # fmt: skip
-    parts.append(markdown(["damping, step", TITLES[INFLUENCE]], rows))
-    return "\n\n".join(parts)
+def grids(results: Results) -> str:
+    """Return tables of all points of all grids: forget quality / retain probability, means over the seeds."""
+    config = results.config
+    tables = []
+    for objective in results.objectives:
+        points_of = {arm: results.points(objective, arm) for arm in ARMS}
+        rows = []
+        for index in range(len(config["lrs"][BASELINE])):
+            for alpha in config["alphas"]:
+                cells = [_grid_cell(points_of[arm][config["lrs"][arm][index], alpha, None, None]) for arm in ARMS]
+                rows.append([f"{index + 1}, {alpha:g}", *cells])
+        tables.append(markdown([f"{OBJECTIVES[objective]}: lr, alpha", *(TITLES[arm] for arm in ARMS)], rows))
+    points = results.points(INFLUENCE, INFLUENCE)
+    rows = [
+        [f"{damping:g}, {step:g}", _grid_cell(points[None, None, damping, step])]
+        for damping in config["dampings"]
+        for step in config["steps"]
+    ]
+    tables.append(markdown(["damping, step", TITLES[INFLUENCE]], rows))
+    return "\n\n".join(tables)
 
 
-def _point(rows):
+def _grid_cell(rows: Sequence[Row]) -> str:
     if not rows:
         return "diverged"
-    quality, kept = (statistics.fmean(row[name] for row in rows) for name in ("forget_quality", "retain_prob"))
-    return f"{quality:.1f} / {kept:.3f}"
+    quality = statistics.fmean(row["forget_quality"] for row in rows)
+    retain_prob = statistics.fmean(row["retain_prob"] for row in rows)
+    return f"{quality:.1f} / {retain_prob:.3f}"
 
 
-def observations(found):
-    """What else the numbers say: clipping, cost, and whether forgetting more makes forget quality worse."""
+def observations(results: Results) -> str:
+    """Return a list of further numbers: clipping, cost, and whether forgetting more makes forget quality worse."""
     lines = []
     for arm in ARMS:
-        clipped = [row["clip_fraction"] for o in found.objectives for row in found.rows(o, arm) if "clip_fraction" in row]
+        rows = [row for objective in results.objectives for row in results.rows(objective, arm)]
+        clipped = [row["clip_fraction"] for row in rows if "clip_fraction" in row]
         if clipped:
-            lines.append(
-                f"- {TITLES[arm]}: {min(clipped):.2f} to {max(clipped):.2f} of the coordinates clipped, means of runs."
-            )
-    for objective in found.objectives:
-        costs = [(TITLES[arm], found.cost(objective, arm)) for arm in ARMS]
-        told = ", ".join(f"{title} {cost:+.3f}" for title, cost in costs if cost is not None)
+            low, high = min(clipped), max(clipped)
+            lines.append(f"- {TITLES[arm]}: {low:.2f} to {high:.2f} of the coordinates clipped (means of single runs).")
+    for objective in results.objectives:
+        costs = {TITLES[arm]: results.cost(objective, arm) for arm in ARMS}
+        numbers = ", ".join(f"{title} {cost:+.3f}" for title, cost in costs.items() if cost is not None) or "none chosen"
+        lines.append(f"- {OBJECTIVES[objective]}, retain probability of the chosen run minus that of the start: {numbers}.")
+    for objective in results.objectives:
+        gaps = {TITLES[arm]: results.overshoot(objective, arm) for arm in ARMS}
+        numbers = ", ".join(f"{title} {gap:+.1f}" for title, gap in gaps.items() if gap is not None) or "all diverged"
         lines.append(
-            f"- {OBJECTIVES[objective]}, retain probability of the chosen run against the start: {told or 'none chosen'}."
-        )
-    for objective in found.objectives:
-        gaps = [(TITLES[arm], found.overshoot(objective, arm)) for arm in ARMS]
-        told = ", ".join(f"{title} {gap:+.1f}" for title, gap in gaps if gap is not None) or "all diverged"
-        lines.append(
-            f"- {OBJECTIVES[objective]}, forget quality of the run that forgets most against the best of its arm: {told}."
+            f"- {OBJECTIVES[objective]}, forget quality of the run that forgets most minus the best of its arm: {numbers}."
         )
     return "\n".join(lines)
 
 
-def rule(seeds):
-    """How verdicts come about, by the number of seeds."""
-    chosen = "Runs are chosen by the numbers that are reported, in every arm alike: all of them are optimistic."
+def rule(seeds: int) -> str:
+    """Return the rule by which verdicts are given, for a number of seeds."""
+    chosen = "The runs are chosen by the same numbers that are reported, in every arm alike, so all numbers are optimistic."
     if seeds == 1:
         return f"With one seed there is no spread to judge a difference from AdamW by, and no verdict. {chosen}"
     return (
-        "It wins or loses against AdamW where the mean difference over the seeds, from the same starts, is larger than the "
+        "It wins or loses against AdamW if the mean difference over the seeds, from the same starts, is larger than the "
         f"standard deviation of the differences. With {seeds} seeds chance alone does that for {100 * chance(seeds):.2g}% of "
-        f"comparisons, so Student's 95% interval of the mean stands beside it. {chosen}"
+        f"comparisons, so Student's 95% interval of the mean is given as well. {chosen}"
     )
 
 
-def report(results, *, title, pictures=""):
-    """The whole report.
+def report(content: Mapping[str, Any], *, title: str, pictures: str = "") -> str:
+    """Return the whole report, as markdown.
 
     Args:
-        results: what `soul.study.run.run_study` returns, or the same from JSON.
-        title: its heading.
-        pictures: where they are, as a prefix of their names.
+        content: the return value of `soul.study.run.run_study`, or the same from JSON.
+        title: heading of the report.
+        pictures: prefix of the names of the pictures: the directory that they are in.
     """
-    found, config = Results(results), results["config"]
-    quality, volume = found.verdicts("quality"), found.verdicts("hypervolume")
-    training, env = next(iter(results["starts"].values()))["training"]["full"], results["environment"]
-    seeds, points = ", ".join(map(str, config["seeds"])), len(config["lrs"][BASELINE]) * len(config["alphas"])
-    clock = "of processor time" if "processes of one thread" in env["device"] else "on the clock"
-    sentences = "\n".join(sentence(o, a, quality[o, a], volume[o, a]) for o, a in quality)
-    several = len(config["seeds"]) > 1
-    by_seed = ", seed by seed" * several
-    over = " of the means over the seeds" * several
-    means = ", means over the seeds" * several + " that did not diverge" * (several and found.diverged())
+    results = Results(content)
+    config = results.config
+    quality = results.verdicts("quality")
+    volume = results.verdicts("hypervolume")
+    sentences = "\n".join(
+        sentence(objective, arm, quality[objective, arm], volume[objective, arm]) for objective, arm in quality
+    )
+    seeds = ", ".join(map(str, results.seeds))
+    several = len(results.seeds) > 1
+    by_seed = ", seed by seed" if several else ""
+    of_means = " of the means over the seeds" if several else ""
+    means = ", means over the seeds" if several else ""
+    if several and results.diverged():
+        means += " that did not diverge"
     lead = "" if several else "An arm's number minus AdamW's, from the same start:\n\n"
-    best = f"one with the best forget quality that keeps {config['keep']:.0%} of the retain probability."
-    chosen = f"Of each seed the {best} Mean ± standard\ndeviation over the seeds that have one." if several else f"The {best}"
-    resumed = " since it was taken up again" * results["resumed"]
+    chosen = f"run with the best forget quality among those that keep {config['keep']:.0%} of the retain probability."
+    chosen = (
+        f"For each seed, the {chosen}\nMean ± standard deviation over the seeds that have one." if several else f"The {chosen}"
+    )
+    points = len(config["lrs"][BASELINE]) * len(config["alphas"])
     lrs = {arm: ", ".join(f"{lr:g}" for lr in rates) for arm, rates in config["lrs"].items()}
     rates = f"for all of them {lrs[BASELINE]}"
     if len(set(lrs.values())) > 1:
-        rates = "; ".join(f"{TITLES[arm]} {own}" for arm, own in lrs.items())
+        rates = "; ".join(f"{TITLES[arm]} {of_arm}" for arm, of_arm in lrs.items())
     alphas = ", ".join(f"{alpha:g}" for alpha in config["alphas"])
-    start = _wrapped(
-        f"{results['data']} {'Per seed' if several else 'With one seed'} ({seeds}), two Llamas of "
-        f"{training['parameters'] / 1e6:.2f} M parameters are trained from scratch for {config['train_epochs']} epochs, on all "
-        f"rows and on the retain rows only; every run{' of the seed' * several} unlearns the first of them, and is measured "
-        "against the second."
+    training = next(iter(results.starts.values()))["training"]["full"]
+    models = _wrapped(
+        f"{content['data']} {'Per seed' if several else 'With one seed'} ({seeds}), two Llamas of "
+        f"{training['parameters'] / 1e6:.2f} M parameters are trained from scratch for {config['train_epochs']} epochs, one on "
+        f"all rows and one on the retain rows only. Every run{' of the seed' if several else ''} unlearns the first of them, "
+        "and is measured against the second."
     )
-    where = _wrapped(
-        f"Computed on {env['device']}, torch {env['torch']}, transformers {env['transformers']}: {len(results['rows'])} runs "
-        f"in {results['seconds'] / 60:.1f} minutes{resumed}, training included; {found.work() / 60:.1f} minutes {clock}. "
-        f"Numbers: `{pictures}results.json`."
+    environment = content["environment"]
+    clock = "processor time" if "processes of one thread" in environment["device"] else "wall-clock time"
+    resumed = " since it was resumed" if content["resumed"] else ""
+    computed = _wrapped(
+        f"Computed on {environment['device']}, torch {environment['torch']}, transformers {environment['transformers']}: "
+        f"{len(results.all_rows)} runs in {content['seconds'] / 60:.1f} minutes{resumed}, training included; "
+        f"{results.work() / 60:.1f} minutes of {clock}. Numbers: `{pictures}results.json`."
     )
     return f"""# {title}
 
-{start}
+{models}
 
-{where}
+{computed}
 
 ## The rules, fixed in advance
 
-- Every optimizer has, for every objective, a grid of {points} points: learning rate times alpha,
-  the weight of retaining. Learning rates, {rates}; alpha, {alphas}. The influence update, in one shot and
-  without an objective, has as many points: damping times step.
-- A run: {config["epochs"]} epochs, {config["batch_size"]} forget and as many retain sequences a step, warm-up, linear decay,
-  gradient norm 1, no weight decay. "SOUL as published" has the momentum of its code, rho 0.04 and bs 5120. The other
-  two keep {config["clip_target"]:.0%} of the coordinates clipped, and refresh h from retain tokens every
-  {config["curvature_every"]} steps.
+- Every optimizer has a grid of {points} points for every objective: learning rates times values of alpha, the
+  weight of the retain term. Learning rates: {rates}; alpha: {alphas}. The influence update takes a
+  single step and has no objective; its grid of damping times step has as many points.
+- A run takes {config["epochs"]} epochs with {config["batch_size"]} forget and as many retain sequences a step, warm-up,
+  linear decay, gradients clipped to norm 1, and no weight decay. "SOUL as published" has the momentum of its code, rho 0.04
+  and bs 5120. The other two SOULs keep {config["clip_target"]:.0%} of the coordinates clipped, and refresh h from retain
+  tokens every {config["curvature_every"]} steps.
 - Forget quality is log10 of the p-value of TOFU's KS test of truth ratios on the forget set, against the retain model of the
   same seed: 0 is perfect. An optimizer is judged by its whole grid{by_seed}: by the **best forget quality** among the runs
-  that keep {config["keep"]:.0%} of the retain probability (the start's own, where no run is better), and by the
+  that keep {config["keep"]:.0%} of the retain probability (that of the start, if no run is better), and by the
   **hypervolume** under its front of retain probability and forget quality, above the forget quality of the start.
-- {_wrapped(rule(len(found.seeds)), indent="  ")}
+- {_wrapped(rule(len(results.seeds)), indent="  ")}
 
 ## Does second order beat AdamW?
 
-{summary(found)}
+{summary(results)}
 
 {lead}{sentences}
 
@@ -236,33 +261,33 @@ def report(results, *, title, pictures=""):
 
 {chosen}
 
-{table(found)}
+{table(results)}
 
 - prob: length-normalised probability of the answers. Utility: harmonic mean of probability, exact memorization and truth
-  ratio on retain rows: TOFU's model utility without what a model from scratch cannot know, and without generation.
-- MIA: area under the curve of telling forget rows from rows that no model has seen. 1: they are remembered, 0.5: they are not;
-  below: less likely than unseen rows, which gives them away as well.
-- Seconds: {clock}, of unlearning alone.
+  ratio on retain rows. It is TOFU's model utility without what a model from scratch cannot know, and without generation.
+- MIA: area under the ROC curve of membership inference, forget rows against rows that no model has seen. 1: the forget rows
+  are remembered; 0.5: they are not; below 0.5: they are less likely than unseen rows, which gives them away as well.
+- Seconds: {clock} of unlearning alone.
 
 ## Frontiers
 
 ![forget quality against retain probability]({pictures}frontiers.png)
 
-Faint: every run. Strong: the front{over}. Dotted: the retain probability to keep.
+Faint: every run. Strong: the front{of_means}. Dotted: the retain probability that a run must keep.
 
-Forget quality / retain probability of every grid point{means}; learning rates by their place in the grid.
+Forget quality / retain probability of every grid point{means}; learning rates by their position in the grid.
 
-{grids(found)}
+{grids(results)}
 
 ## Utility, steps, clipping
 
-{observations(found)}
+{observations(results)}
 
 ![utility against forget probability]({pictures}utility.png)
 
 ![likelihoods over the steps]({pictures}curves.png)
 
-The chosen runs of seed {config["seeds"][0]}, on the batch of each step; where none is chosen, that of best forget quality.
+The chosen runs of seed {config["seeds"][0]}, on the batch of each step; if none is chosen, the run of best forget quality.
 
 ![clipped fraction over the steps]({pictures}clipped.png)
 
@@ -270,21 +295,29 @@ Means over all runs of an arm.
 """
 
 
-def write_report(study, results, *, title):
-    """Writes ``results.json``, ``report.md`` and the pictures into the output directory; returns the path of the report."""
-    starts = {
-        seed: start | {part: _rounded(start[part]) for part in ("full", "retain")} for seed, start in results["starts"].items()
-    }
-    results = {**results, "starts": starts, "rows": [_rounded(row) for row in results["rows"]]}
-    write_text(study.output / RESULTS_FILE, json.dumps(results, separators=(",", ":")) + "\n")
-    draw(Results(results), study, study.output)
+def write_report(study: Study, content: Mapping[str, Any], *, title: str) -> pathlib.Path:
+    """Write ``results.json``, ``report.md`` and the pictures into the output directory, and return the path of the report.
+
+    Args:
+        study: the study.
+        content: the return value of `soul.study.run.run_study`.
+        title: heading of the report.
+    """
+    starts = {seed: start | {model: _rounded(start[model]) for model in MODELS} for seed, start in content["starts"].items()}
+    content = {**content, "starts": starts, "rows": [_rounded(row) for row in content["rows"]]}
+    write_text(study.output / RESULTS_FILE, json.dumps(content, separators=(",", ":")) + "\n")
+    draw(Results(content), study, study.output)
     path = study.output / "report.md"
-    write_text(path, report(results, title=title))
+    write_text(path, report(content, title=title))
     return path
 
 
-def _rounded(row):
-    """What was measured, to six digits, of starts as well: a run that is like its start must stay so. Options are not: runs are
-    found by what the config says.
+def _rounded(row: Row) -> Row:
+    """Return the numbers of a run or of a model before unlearning with six digits.
+
+    Both are rounded, so that a run that is equal to its start stays so. The options in ``GRID`` are not, since runs are looked
+    up by the values in the config.
     """
-    return {n: float(f"{value:.6g}") if isinstance(value, float) and n not in GRID else value for n, value in row.items()}
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) and name not in GRID else value for name, value in row.items()
+    }

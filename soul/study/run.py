@@ -1,4 +1,20 @@
-"""The runs of a study, each from the start of its seed to a JSON file; what is there already is not run again."""
+"""The runs of a study: each starts from the models of its seed and ends in a JSON file.
+
+The directory of a study holds everything that a killed study needs to be resumed::
+
+    study.json              the options and a hash of the data, which a resumed study must share; locked while it runs
+    tokenizer/              of all models
+    seed0/full/             the model before unlearning, and full.json with its training
+    seed0/retain/           the model trained on the retain set alone, and retain.json
+    seed0/start.json        measurements of both models
+    seed0/runs/*.json       one file for each run, with its measurements; its log beside it, *.jsonl
+    results.json            everything above in one file, from which the report is made
+
+`run_study` computes the files that are missing, in this order, and no file twice. A JSON file is written whole or not at all,
+after the files that it speaks for: if it exists, they are complete. On a CPU the jobs run in worker processes, which load the
+models of a seed when they need them. Measurements may be added to `soul.study.measure`; the files of a study that was begun
+before lack them. `soul.study.config.StudyConfig.decisive` lists the options that may differ when a study is resumed.
+"""
 
 import concurrent.futures
 import contextlib
@@ -13,55 +29,66 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from soul._extras import require
 from soul.checkpoint.local import save_model
 from soul.evaluate.logs import write_json
-from soul.models.causal_lm import load, pick_device
 from soul.models.encoding import encode_for
+from soul.models.loading import load, pick_device
 from soul.output.console import safe_stream
 from soul.output.directory import check_no_links, check_output, lock
 from soul.output.files import sweep, sync, whole
 from soul.run.config import UnlearnConfig
 from soul.run.influence import unlearn_once
 from soul.run.loop import Diverged, unlearn
-from soul.study.config import ARMS, INFLUENCE, runs
-from soul.study.measure import encode_start, measure
+from soul.study.config import ARMS, INFLUENCE, Run, StudyConfig, runs
+from soul.study.data import StudyData
+from soul.study.measure import Start, encode_start, measure
 from soul.study.scratch import new_model, train, train_tokenizer
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 STUDY_FILE, RESULTS_FILE = "study.json", "results.json"
+MODELS = ("full", "retain")  # trained on all rows, and on the retain rows alone
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A study and where it is kept: what every worker needs."""
+    """A study and its directory: what every worker needs."""
 
     output: pathlib.Path
-    data: object
-    config: object
+    data: StudyData
+    config: StudyConfig
 
-    def seed_dir(self, seed):
-        """The directory of a seed."""
+    def seed_dir(self, seed: int) -> pathlib.Path:
+        """Return the directory of a seed."""
         return self.output / f"seed{seed}"
 
-    def start(self, seed):
-        """The file of what its models were before unlearning."""
+    def start(self, seed: int) -> pathlib.Path:
+        """Return the file with the measurements of a seed's models before unlearning."""
         return self.seed_dir(seed) / "start.json"
 
-    def result(self, run):
-        """The file of a run."""
+    def result(self, run: Run) -> pathlib.Path:
+        """Return the file of a run."""
         return self.seed_dir(run.seed) / "runs" / f"{run.name}.json"
 
 
-def check_ready(output, config):
-    """Finds what would stop a study, before anything is written or trained; returns the path of the output directory.
+# Does jobs one by one or in parallel: run_jobs(function, study, jobs, title) calls function(study, job) for each job.
+RunJobs = Callable[[Callable[[Study, Any], object], Study, Sequence[Any], str], None]
+
+
+def check_ready(output: str | os.PathLike[str], config: StudyConfig) -> pathlib.Path:
+    """Raise for what would stop a study, before anything is written or trained; return the path of the output directory.
 
     Raises:
-        ArgumentError: the output directory is neither empty nor that of a study, or device or backend are not to be had.
+        ArgumentError: the output directory is neither empty nor that of a study, or the device or the backend is unavailable.
         MissingExtra: a package is not installed.
     """
     for module, extra in (("transformers", "hf"), ("scipy", "eval"), ("sklearn", "eval"), ("matplotlib", "plots")):
@@ -74,8 +101,8 @@ def check_ready(output, config):
     return output
 
 
-def run_study(output, data, config):
-    """Runs what is missing of a study: results in ``seed*/``.
+def run_study(output: pathlib.Path, data: StudyData, config: StudyConfig) -> dict[str, Any]:
+    """Run what is missing of a study, and write the results into ``seed*/``.
 
     Args:
         output: path of a directory, from `check_ready`.
@@ -83,32 +110,29 @@ def run_study(output, data, config):
         config: `soul.study.config.StudyConfig`.
 
     Returns:
-        The results, a dict: ``config``, ``data``, ``environment``, ``starts`` by seed, ``rows``, and ``seconds`` of this call,
-        ``resumed`` where some runs had been there before.
+        The results, a dict: ``config``, ``data``, ``environment``, ``starts`` by seed, ``rows``, ``seconds`` of this call, and
+        ``resumed``, whether some runs had been done before. If only the report is missing, environment, seconds and resumed are
+        those of the call before.
 
     Raises:
-        ArgumentError: the directory holds a study of other data or sizes, or one that is going on; nothing was written.
+        ArgumentError: the directory holds a study of other data or sizes, or one that is running; nothing was written.
     """
-    begun, study = time.perf_counter(), Study(output, data, config)
-    identity = {"config": config.decisive(), "data": data.fingerprint()}
-    _claim(output / STUDY_FILE, identity)
+    begun = time.perf_counter()
+    study = Study(output, data, config)
+    _claim(output / STUDY_FILE, {"config": config.decisive(), "data": data.fingerprint()})
     with open(output / STUDY_FILE, "a", encoding="utf-8") as file:
-        lock(file, "output", output)  # two would write the same models at once
+        lock(file, "output", output)  # two studies would write the same models at once
         for directory in (output, *output.glob("seed*"), *output.glob("seed*/*")):
             if directory.is_dir():
                 sweep(directory)
         _save_tokenizer(study)
-        starts = [(seed, part) for seed in config.seeds for part in ("full", "retain") if _trained(study, seed, part) is None]
-        unmeasured = [seed for seed in config.seeds if _read(study.start(seed), "full", "retain", "training") is None]
-        todo = [run for run in runs(config) if _read(study.result(run), "objective", "arm", "seed") is None]
-        with _workers(config) as each:
-            each(_train, study, starts, "train")
-            each(_measure_start, study, unmeasured, "measure")
-            each(run_one, study, todo, "unlearn")
-    kept, past = {}, output / RESULTS_FILE
-    if not starts and not todo and past.exists():  # only the report is made anew
-        before = _read(past, "environment", "seconds", "resumed")
-        kept = {name: before[name] for name in ("environment", "seconds", "resumed")}
+        untrained = [(seed, name) for seed in config.seeds for name in MODELS if _trained(study, seed, name) is None]
+        unmeasured = [seed for seed in config.seeds if _read(study.start(seed), *MODELS, "training") is None]
+        missing_runs = [run for run in runs(config) if _read(study.result(run), "objective", "arm", "seed") is None]
+        with _workers(config) as run_jobs:
+            run_jobs(_train, study, untrained, "train")
+            run_jobs(_measure_start, study, unmeasured, "measure")
+            run_jobs(run_one, study, missing_runs, "unlearn")
     results = {
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "data": data.note,
@@ -116,164 +140,194 @@ def run_study(output, data, config):
         "starts": {str(seed): _read(study.start(seed)) for seed in config.seeds},
         "rows": [_read(study.result(run)) for run in runs(config)],
         "seconds": time.perf_counter() - begun,
-        "resumed": len(todo) < len(runs(config)),
+        "resumed": len(missing_runs) < len(runs(config)),
     }
-    return results | kept
+    computed_nothing = not untrained and not missing_runs
+    earlier = _read(output / RESULTS_FILE, "environment", "seconds", "resumed") if computed_nothing else None
+    if earlier is not None:
+        results |= {name: earlier[name] for name in ("environment", "seconds", "resumed")}
+    return results
 
 
-def environment(config, workers):
-    """Names of the device and versions of what computed."""
+def environment(config: StudyConfig, workers: int) -> dict[str, str]:
+    """Return the name of the device and the versions of the libraries that compute."""
     device = pick_device(config.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {workers} processes of one thread"
     return {"device": name, "torch": torch.__version__, "transformers": require("transformers", "hf").__version__}
 
 
-def _cpu():
-    """The name of the processor, where Linux knows it."""
+def _cpu() -> str:
+    """Return the name of the processor, where Linux knows it."""
     path = pathlib.Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine() or "CPU"
 
 
-def _claim(path, identity):
-    if path.exists():
-        found = _read(path, "config", "data", remedy="start the study in a new directory")
-        wrong = [key for key in identity["config"] if found["config"].get(key) != identity["config"][key]]
-        if wrong or found["data"] != identity["data"]:
-            got = f"one with another {', '.join(wrong) or 'set of texts'}"
-            raise argument_error("output", "the directory of this study, or a new one", got, "choose another one")
-    else:
+def _claim(path: pathlib.Path, identity: dict[str, Any]) -> None:
+    """Write the file that says what study the directory holds, or raise if it holds another one."""
+    saved = _read(path, "config", "data", remedy="start the study in a new directory")
+    if saved is None:
         write_json(path, identity)
+        return
+    different = [key for key in identity["config"] if saved["config"].get(key) != identity["config"][key]]
+    if different or saved["data"] != identity["data"]:
+        got = f"one with another {', '.join(different) or 'set of texts'}"
+        raise argument_error("output", "the directory of this study, or a new one", got, "choose another one")
 
 
-def worker_count(config):
-    """Processes: one on a GPU, else what the config says."""
+def worker_count(config: StudyConfig) -> int:
+    """Return the number of processes: one on a GPU, else the config's ``workers``, or one for each core."""
     if pick_device(config.device).type == "cuda":
         return 1
-    return config.workers or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return config.workers or cores or 1
 
 
 @contextlib.contextmanager
-def _workers(config):
-    """Gives ``each(function, study, jobs, title)``, which does jobs: on a CPU in ``worker_count`` processes of one thread."""
+def _workers(config: StudyConfig) -> Iterator[RunJobs]:
+    """Yield a function that runs jobs with a progress bar; on a CPU in ``worker_count`` processes of one thread."""
     count = worker_count(config)
     context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    options = dict(mp_context=context, initializer=_in_worker)
-    pool = concurrent.futures.ProcessPoolExecutor(count, **options) if count > 1 else None
+    pool = None
+    if count > 1:
+        pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_in_worker)
 
-    def each(function, study, jobs, title):
+    def run_jobs(function: Callable[[Study, Any], object], study: Study, jobs: Sequence[Any], title: str) -> None:
         with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=safe_stream(sys.stderr), disable=not jobs) as bar:
             if pool is None:
                 for job in jobs:
                     function(study, job)
                     bar.update()
-            else:
-                try:
-                    for done in concurrent.futures.as_completed([pool.submit(function, study, job) for job in jobs]):
-                        done.result()
-                        bar.update()
-                except concurrent.futures.BrokenExecutor as error:
-                    text = f"{title}: a worker process has died, for want of memory perhaps; the same command goes on"
-                    raise ChildProcessError(f"{text} from the results in {study.output}") from error
+                return
+            try:
+                for future in concurrent.futures.as_completed([pool.submit(function, study, job) for job in jobs]):
+                    future.result()
+                    bar.update()
+            except concurrent.futures.BrokenExecutor as error:
+                message = (
+                    f"{title}: a worker process has died, perhaps because memory ran out; the same command continues from the "
+                    f"results in {study.output}"
+                )
+                raise ChildProcessError(message) from error
 
     logging = require("transformers", "hf").utils.logging
-    shown = logging.is_progress_bar_enabled()
+    had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # one bar is enough
     try:
-        yield each
+        yield run_jobs
     finally:
-        if shown:
+        if had_progress_bar:
             logging.enable_progress_bar()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
 
 
-def _in_worker():
+def _in_worker() -> None:
+    """Set up a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     require("transformers", "hf").utils.logging.disable_progress_bar()
 
 
-def _end_with_parent():
-    """A worker would wait for ever where its parent was killed. Results are written whole or not at all."""
-    multiprocessing.parent_process().join()
+def _end_with_parent() -> None:
+    """End this process when its parent ends. Otherwise a worker would wait for ever for a parent that was killed.
+
+    Nothing is lost: results are written whole or not at all.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
     os._exit(1)
 
 
-def _clock(config):
-    """A stop-watch that runs: seconds of the wall on a GPU, of the processor on a CPU, where processes share it."""
+def _clock(config: StudyConfig) -> Callable[[], float]:
+    """Return a function that returns the seconds since now.
+
+    On a GPU it measures wall-clock time; on a CPU, which the processes share, processor time.
+    """
     clock = time.perf_counter if pick_device(config.device).type == "cuda" else time.process_time
     begun = clock()
     return lambda: clock() - begun
 
 
-def _save_tokenizer(study):
-    place = study.output / "tokenizer"
-    if not (place / "tokenizer_config.json").exists():
+def _save_tokenizer(study: Study) -> None:
+    """Train and save the tokenizer of the study unless that has been done; raise if it cannot be read."""
+    directory = study.output / "tokenizer"
+    if not (directory / "tokenizer_config.json").exists():
         examples = [*study.data.forget, *study.data.retain]
-        place.mkdir(exist_ok=True)
-        with whole(place, last=("tokenizer_config.json",)) as aside:
-            train_tokenizer(examples, study.config.vocab_size).save_pretrained(aside)
+        directory.mkdir(exist_ok=True)
+        with whole(directory, last=("tokenizer_config.json",)) as scratch:
+            train_tokenizer(examples, study.config.vocab_size).save_pretrained(scratch)
     _tokenizer(study)
 
 
-def _tokenizer(study):
-    place = study.output / "tokenizer"
+def _tokenizer(study: Study) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of the study.
+
+    Raises:
+        ArgumentError: its files are damaged.
+    """
+    directory = study.output / "tokenizer"
     try:
-        return require("transformers", "hf").AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except Exception as error:  # whatever the libraries say of a truncated file
-        got, remedy = f"a damaged one ({type(error).__name__})", "restore it from seed*/full, or start in a new directory"
-        raise argument_error(str(place), "the tokenizer of the study", got, remedy) from error
+        return require("transformers", "hf").AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # the libraries raise many kinds for a truncated file
+        got = f"a damaged one ({type(error).__name__})"
+        remedy = "restore it from seed*/full, or start in a new directory"
+        raise argument_error(str(directory), "the tokenizer of the study", got, remedy) from error
 
 
-def _trained(study, seed, part):
-    """What is known of the training of one of the two models of a seed; None where it has not ended."""
-    return _read(study.seed_dir(seed) / f"{part}.json", "loss", "parameters", "seconds")
+def _trained(study: Study, seed: int, model_name: str) -> dict[str, Any] | None:
+    """Return loss, size and time of the training of one of the models of a seed; None if it has not ended."""
+    return _read(study.seed_dir(seed) / f"{model_name}.json", "loss", "parameters", "seconds")
 
 
-def _train(study, job):
-    """Trains one of the two models of a seed and saves it."""
-    (seed, part), config, data, clock = job, study.config, study.data, _clock(study.config)
+def _train(study: Study, job: tuple[int, str]) -> None:
+    """Train one of the two models of a seed and save it."""
+    seed, model_name = job
+    config = study.config
+    clock = _clock(config)
     tokenizer = _tokenizer(study)
     model = new_model(tokenizer, config, seed)
-    examples = data.retain if part == "retain" else [*data.forget, *data.retain]
-    losses = train(model, encode_for(model, tokenizer, examples, UnlearnConfig(), part), config, seed)
-    place = study.seed_dir(seed) / part
-    place.mkdir(parents=True, exist_ok=True)
-    save_model(model, tokenizer, place)
+    examples = study.data.retain if model_name == "retain" else [*study.data.forget, *study.data.retain]
+    losses = train(model, encode_for(model, tokenizer, examples, UnlearnConfig(), model_name), config, seed)
+    directory = study.seed_dir(seed) / model_name
+    directory.mkdir(parents=True, exist_ok=True)
+    save_model(model, tokenizer, directory)
     parameters = sum(p.numel() for p in model.parameters())
-    seconds = clock()
-    write_json(place.with_name(f"{part}.json"), {"loss": losses, "parameters": parameters, "seconds": seconds})
+    record = {"loss": losses, "parameters": parameters, "seconds": clock()}
+    write_json(directory.with_name(f"{model_name}.json"), record)
 
 
-_LOADED = {}  # (directory, seed) -> `Start`, the last one only
+_LOADED: dict[tuple[pathlib.Path, int], Start] = {}  # (directory of the study, seed) -> the `Start` used last, and no other
 
 
-def start_of(study, seed):
-    """The `soul.study.measure.Start` of a seed, kept for the next run."""
+def start_of(study: Study, seed: int) -> Start:
+    """Return the `soul.study.measure.Start` of a seed; it stays in memory for the next run."""
     key = (study.output, seed)
     if key not in _LOADED:
         _LOADED.clear()
         device = pick_device(study.config.device)
-        models = [load(study.seed_dir(seed) / part)[0].to(device) for part in ("full", "retain")]
-        _LOADED[key] = encode_start(*models, _tokenizer(study), study.data, study.config)
+        full, retain_model = (load(study.seed_dir(seed) / name)[0].to(device) for name in MODELS)
+        _LOADED[key] = encode_start(full, retain_model, _tokenizer(study), study.data, study.config)
     return _LOADED[key]
 
 
-def _measure_start(study, seed):
-    """Measures the two models of a seed."""
+def _measure_start(study: Study, seed: int) -> None:
+    """Measure the two models of a seed."""
     start = start_of(study, seed)
-    training = {part: _trained(study, seed, part) for part in ("full", "retain")}
-    numbers = {part: measure(model, start) for part, model in (("full", start.full), ("retain", start.retain_model))}
-    write_json(study.start(seed), {"seed": seed, "training": training, **numbers})
+    training = {name: _trained(study, seed, name) for name in MODELS}
+    full = measure(start.full, start)
+    retain = measure(start.retain_model, start)
+    write_json(study.start(seed), {"seed": seed, "training": training, "full": full, "retain": retain})
 
 
-def unlearn_config(run, config):
-    """The `soul.run.config.UnlearnConfig` of a run that is not of influence."""
-    options, given = dict(run.options), dict(ARMS[run.arm][1])
-    if "curvature" in given:
-        given |= {"clip_target": config.clip_target, "curvature_every": config.curvature_every}
+def unlearn_config(run: Run, config: StudyConfig) -> UnlearnConfig:
+    """Return the `soul.run.config.UnlearnConfig` of a run; the influence update has none."""
+    options = dict(run.options)
+    arm_options = dict(ARMS[run.arm][1])
+    if "curvature" in arm_options:
+        arm_options |= {"clip_target": config.clip_target, "curvature_every": config.curvature_every}
     return UnlearnConfig(
         method=run.objective,
         method_options={"alpha": options["alpha"]},
@@ -282,17 +336,22 @@ def unlearn_config(run, config):
         batch_size=config.batch_size,
         seed=run.seed,
         backend=config.backend,
-        **given,
+        **arm_options,
     )
 
 
-def run_one(study, run):
-    """One run, and what is measured on its model, to its file; and its log beside it. One that diverged is a result."""
-    start, path = start_of(study, run.seed), study.result(run)
+def run_one(study: Study, run: Run) -> None:
+    """Unlearn once, measure the model, and write the result to the run's file, with its log beside it.
+
+    A run that diverged is a result too.
+    """
+    start = start_of(study, run.seed)
+    path = study.result(run)
     log = path.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = {"seed": run.seed, "objective": run.objective, "arm": run.arm, **dict(run.options)}
-    model, clock = copy.deepcopy(start.full), _clock(study.config)
+    row: dict[str, Any] = {"seed": run.seed, "objective": run.objective, "arm": run.arm, **dict(run.options)}
+    model = copy.deepcopy(start.full)
+    clock = _clock(study.config)
     try:
         records = _unlearn(model, start, study, run, log)
         row |= {"seconds": clock(), "steps": len(records)}
@@ -301,7 +360,7 @@ def run_one(study, run):
             row["clip_fraction"] = sum(clipped) / len(clipped)
         numbers = measure(model, start)
         if not all(map(math.isfinite, numbers.values())):
-            raise Diverged("what the model says is not finite")
+            raise Diverged("a measurement of the model is not finite")
         row |= numbers
     except Diverged as error:
         row["diverged"] = str(error)
@@ -311,28 +370,43 @@ def run_one(study, run):
     write_json(path, row)
 
 
-def _unlearn(model, start, study, run, log):
-    """Unlearns; returns the records of the steps."""
-    data, config = study.data, study.config
+def _unlearn(model: "PreTrainedModel", start: Start, study: Study, run: Run, log: pathlib.Path) -> list[dict[str, Any]]:
+    """Unlearn in place, and return the records of the steps.
+
+    Raises:
+        Diverged: a loss, a gradient or an update is not finite.
+    """
+    data = study.data
+    config = study.config
     if run.objective != INFLUENCE:
         options = unlearn_config(run, config)
         return unlearn(model, start.tokenizer, data.forget, data.retain, options, log=log, progress=False)
-    forget, retain = (encode_for(model, start.tokenizer, part, start.options, "study") for part in (data.forget, data.retain))
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(run.seed)
+    forget = encode_for(model, start.tokenizer, data.forget, start.options, "study")
+    retain = encode_for(model, start.tokenizer, data.retain, start.options, "study")
+    grid_point = dict(run.options)
     try:
         record = unlearn_once(
-            model, forget, retain, **dict(run.options), batch_size=config.batch_size, generator=generator,
+            model,
+            forget,
+            retain,
+            damping=grid_point["damping"],
+            step=grid_point["step"],
+            batch_size=config.batch_size,
+            generator=torch.Generator(next(model.parameters()).device).manual_seed(run.seed),
             backend=config.backend,
-        )  # fmt: skip
+        )
     except ValueError as error:  # the update is not finite
         raise Diverged(str(error)) from None
     log.write_text(json.dumps(record) + "\n", encoding="utf-8")
     return [record]
 
 
-def _read(path, *names, remedy="remove this file, and run the study again, which computes it anew"):
-    """Return a JSON object that has all of these names; None where there is no such file.
+def _read(
+    path: pathlib.Path,
+    *names: str,
+    remedy: str = "remove this file, and run the study again, which computes it anew",
+) -> dict[str, Any] | None:
+    """Return the JSON object of a file, which must have all of these names; None if there is no such file.
 
     Raises:
         ArgumentError: the file is damaged.
@@ -343,8 +417,9 @@ def _read(path, *names, remedy="remove this file, and run the study again, which
         return None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise argument_error(str(path), "JSON", f"broken JSON ({type(error).__name__})", remedy) from None
-    missing = [name for name in names if not isinstance(value, dict) or name not in value]
-    if missing or not isinstance(value, dict):
-        got = f"an object without {missing[0]!r}" if isinstance(value, dict) else type(value).__name__
-        raise argument_error(str(path), "a JSON object of a study", got, remedy)
+    if not isinstance(value, dict):
+        raise argument_error(str(path), "a JSON object of a study", type(value).__name__, remedy)
+    missing = [name for name in names if name not in value]
+    if missing:
+        raise argument_error(str(path), "a JSON object of a study", f"an object without {missing[0]!r}", remedy)
     return value

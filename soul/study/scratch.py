@@ -1,20 +1,27 @@
 """A tokenizer and small Llamas, trained from scratch."""
 
 import random
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from soul._extras import require
 from soul.data.batches import batches_by_length, collate
+from soul.data.examples import Example, Sequence
 from soul.losses import GradDiff
-from soul.models.causal_lm import pick_device
+from soul.models.loading import pick_device
 from soul.run.config import UnlearnConfig, build_scheduler
 from soul.run.step import train_step
+from soul.study.config import StudyConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def train_tokenizer(examples, vocab_size):
-    """A byte-level BPE tokenizer trained on the examples, with begin, end and padding tokens."""
-    tokenizers, transformers = require("tokenizers", "hf"), require("transformers", "hf")
+def train_tokenizer(examples: Iterable[Example], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """Return a byte-level BPE tokenizer trained on the examples, with begin, end and padding tokens."""
+    tokenizers = require("tokenizers", "hf")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -26,11 +33,12 @@ def train_tokenizer(examples, vocab_size):
     )
     bpe.train_from_iterator((e.prompt + e.answer for e in examples), trainer)
     bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast_tokenizer = require("transformers", "hf").PreTrainedTokenizerFast
+    return fast_tokenizer(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def new_model(tokenizer, config, seed):
-    """A Llama of the config's size with random weights."""
+def new_model(tokenizer: "PreTrainedTokenizerBase", config: StudyConfig, seed: int) -> "PreTrainedModel":
+    """Return a Llama of the config's size with random weights, on the config's device."""
     transformers = require("transformers", "hf")
     torch.manual_seed(seed)
     llama = transformers.LlamaConfig(
@@ -48,14 +56,16 @@ def new_model(tokenizer, config, seed):
     return transformers.LlamaForCausalLM(llama).to(pick_device(config.device))
 
 
-def train(model, sequences, config, seed):
-    """Trains a model on sequences by AdamW, in place; returns the mean loss of every epoch."""
-    device, draw, losses = next(model.parameters()).device, random.Random(seed), []
+def train(model: "PreTrainedModel", sequences: list[Sequence], config: StudyConfig, seed: int) -> list[float]:
+    """Train a model on sequences with AdamW, in place, and return the mean loss of every epoch."""
+    device = next(model.parameters()).device
+    draw = random.Random(seed)
     steps = config.train_epochs * -(-len(sequences) // config.train_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.0, fused=device.type == "cuda")
     scheduler = build_scheduler(optimizer, steps, warmup_ratio=0.05)
     options = UnlearnConfig(backend=config.backend)
-    objective = GradDiff(gamma=0.0)  # to learn is to retain: cross-entropy, and nothing to forget
+    objective = GradDiff(gamma=0.0)  # the retain term alone, which is cross-entropy: training is retaining everything
+    losses = []
     model.train()
     for _ in range(config.train_epochs):
         epoch = []

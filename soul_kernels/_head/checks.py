@@ -1,33 +1,70 @@
-"""Arguments of the ops on hidden states and a head: checked, and put together."""
+"""Arguments of the ops on hidden states and a head: checked, and put into the form that the sweeps take."""
 
 import math
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from soul_kernels.backends import resolve_head_backend
-from soul_kernels.chunks import CHUNK_BYTES, CPU_CHUNK_BYTES, Options
+from soul_kernels.chunks import CHUNK_BYTES, CPU_CHUNK_BYTES, LinearOptions, ResolvedOptions, check_options
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.reference.kl_divergence import KINDS
 from soul_kernels.tensors import PARAM_DTYPES, check_gradient
-from soul_kernels.tokens import IGNORE_INDEX, Head, Reference
+from soul_kernels.tokens import IGNORE_INDEX, Head, Reference, as_head
 
 
-def wanted(hidden, weight, bias):
-    """Which gradients to form: decided before autograd.Function, inside of which grad mode is always off."""
-    on = torch.is_grad_enabled()
-    named = (("hidden", hidden), ("weight", weight), ("bias", bias))
-    return {name: on and tensor is not None and tensor.requires_grad for name, tensor in named}
+class Needs(NamedTuple):
+    """The gradients that a call forms."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
-def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_bytes, backend):
-    """Check hidden states and head; return the `Head` and the `Options`."""
+class Comparison(NamedTuple):
+    """A reference model, and the divergence from it that a call computes.
+
+    Attributes:
+        hidden: [B, T, D'], hidden states of the reference model.
+        head: its `Head`, scaled and capped as the model's.
+        kind: "kl" or "soul_kl".
+        needed: [B] bool, the sequences whose divergence is needed; on the CPU, like ``token_indices``, it spares a wait for the
+            device. None: all.
+        strengths: [B] fp32, how far its logit of the label is lowered in each sequence, or None.
+    """
+
+    hidden: Tensor
+    head: Head
+    kind: str = "kl"
+    needed: Tensor | None = None
+    strengths: Tensor | None = None
+
+
+def needed_gradients(hidden: Tensor, head: Head) -> Needs:
+    """Return the gradients to form: decided before autograd.Function, inside of which grad mode is always off."""
+    enabled = torch.is_grad_enabled()
+    return Needs(
+        hidden=enabled and hidden.requires_grad,
+        weight=enabled and head.weight.requires_grad,
+        bias=enabled and head.bias is not None and head.bias.requires_grad,
+    )
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor | Head, bias: Tensor | None, options: LinearOptions
+) -> tuple[Head, ResolvedOptions]:
+    """Check hidden states, head and options; return the `Head` and how to compute."""
+    head = as_head(weight, bias)
+    check_options(options)
+    weight, bias, logit_scale, softcap = head
     check_whole("hidden", hidden)
     for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]")):
         if tensor.dim() != dims.count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
         check_gradient(name, tensor)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        check_device(name, tensor, hidden)
+    check_device("weight", weight, hidden)
+    check_device("bias", bias, hidden)
     if hidden.shape[-1] != weight.shape[1]:
         remedy = "pass the hidden states that go into this head"
         raise argument_error("weight", f"width {hidden.shape[-1]}, as hidden", weight.shape[1], remedy)
@@ -39,13 +76,19 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
         raise argument_error("logit_scale", "a number other than 0", logit_scale, "1.0 leaves the logits as they are")
     if softcap is not None and not 0 < softcap < math.inf:
         raise argument_error("softcap", "a positive number or None", softcap, "None does not cap")
+    return head, _resolved(hidden, weight, options)
+
+
+def _resolved(hidden: Tensor, weight: Tensor, options: LinearOptions) -> ResolvedOptions:
+    """Return how a call with these options, tensors and autocast computes."""
+    device_type = hidden.device.type
+    chunk_bytes = options.chunk_bytes
     if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
+        chunk_bytes = CPU_CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES
     if not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
         remedy = f"the default is {CHUNK_BYTES} bytes, on a CPU {CPU_CHUNK_BYTES}"
         raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, remedy)
-    backend = resolve_head_backend(backend, hidden)
-    device_type = hidden.device.type
+    backend = resolve_head_backend(options.backend, hidden)
     autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta tensors
     if not autocast and hidden.dtype != weight.dtype:
         raise argument_error("weight", f"dtype {hidden.dtype}, as hidden", weight.dtype, "convert one, or use autocast")
@@ -53,16 +96,17 @@ def check_head(hidden, weight, bias, logit_scale, softcap, logits_dtype, chunk_b
         names = ", ".join(str(dtype) for dtype in PARAM_DTYPES)
         raise argument_error("hidden", f"dtype {names}", hidden.dtype, "convert it, or pass backend='torch'")
     compute_dtype = torch.get_autocast_dtype(device_type) if autocast else hidden.dtype
+    logits_dtype = options.logits_dtype
     if logits_dtype not in (torch.float32, compute_dtype):
         choices = f"torch.float32 or {compute_dtype}, in which hidden is multiplied"
         raise argument_error("logits_dtype", choices, logits_dtype, "torch.float32 is the accurate choice")
     if backend != "triton":
         logits_dtype = torch.promote_types(compute_dtype, torch.float32)
-    return Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, backend)
+    return ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
 
 
-def check_labels_type(hidden, labels, rows):
-    """Check what is known of labels [B, T] and row indices without reading them."""
+def check_labels_type(hidden: Tensor, labels: Tensor, token_indices: Tensor | None) -> None:
+    """Check shapes, dtypes and devices of labels [B, T] and token indices without reading any value."""
     if labels.shape != hidden.shape[:2]:
         got = tuple(labels.shape)
         raise argument_error(
@@ -71,87 +115,106 @@ def check_labels_type(hidden, labels, rows):
     check_device("labels", labels, hidden)
     if labels.dtype != torch.int64:
         raise argument_error("labels", "dtype torch.int64", labels.dtype, "convert with labels.long()")
-    check_rows_type(rows, hidden)
+    check_indices_type(token_indices, hidden)
 
 
-def check_labels(hidden, weight, labels, rows, fused):
-    """Checks labels [B, T] and row indices, and reads them where that waits for no device."""
-    check_labels_type(hidden, labels, rows)
-    check_rows(rows, labels != IGNORE_INDEX, hidden)
-    if not (fused and rows is not None and hidden.is_cuda):
-        bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= weight.shape[0]))
-        if bad.any():
-            b, t = (int(i) for i in bad.nonzero()[0])
-            expected = f"values in [0, {weight.shape[0]}) or {IGNORE_INDEX}"
-            got = f"{int(labels[b, t])} at [{b}, {t}]"
-            raise argument_error("labels", expected, got, "was the tokenizer resized without the model?")
-
-
-def check_rows_type(rows: torch.Tensor | None, hidden: torch.Tensor) -> None:
-    """Check what is known of row indices without reading them; None passes."""
-    if rows is None:
+def check_labels(hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, fused: bool) -> None:
+    """Check labels [B, T] and token indices; their values only where reading them waits for no device."""
+    check_labels_type(hidden, labels, token_indices)
+    check_indices(token_indices, labels != IGNORE_INDEX, hidden)
+    if fused and token_indices is not None and hidden.is_cuda:
         return
-    if not isinstance(rows, torch.Tensor):
-        raise argument_error("rows", "[R] int64", type(rows).__name__, "pass a tensor of flat token indices")
-    if rows.dtype != torch.int64 or rows.dim() != 1:
-        raise argument_error("rows", "[R] int64", f"{tuple(rows.shape)} of {rows.dtype}", "pass flat token indices")
-    if rows.device.type != "cpu":
-        check_device("rows", rows, hidden)
+    n_vocab = head.weight.shape[0]
+    bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= n_vocab))
+    if bad.any():
+        b, t = (int(i) for i in bad.nonzero()[0])
+        got = f"{int(labels[b, t])} at [{b}, {t}]"
+        remedy = "was the tokenizer resized without the model?"
+        raise argument_error("labels", f"values in [0, {n_vocab}) or {IGNORE_INDEX}", got, remedy)
 
 
-def check_rows(rows, keep, hidden):
-    """Checks row indices; against the kept tokens [B, T] where that waits for no device."""
-    check_rows_type(rows, hidden)
-    if rows is None or rows.device.type != "cpu":
+def check_indices_type(token_indices: Tensor | None, hidden: Tensor) -> None:
+    """Check shape, dtype and device of token indices without reading any value; None passes."""
+    if token_indices is None:
         return
-    if rows.numel():
-        rising = rows[: int((rows == rows[-1]).nonzero()[0]) + 1]  # the last index may repeat: padding
-        if rows[0] < 0 or rows[-1] >= keep.numel() or (rising[1:] <= rising[:-1]).any():
+    if not isinstance(token_indices, Tensor):
+        got = type(token_indices).__name__
+        raise argument_error("token_indices", "[R] int64", got, "pass a tensor of flat token indices")
+    if token_indices.dtype != torch.int64 or token_indices.dim() != 1:
+        got = f"{tuple(token_indices.shape)} of {token_indices.dtype}"
+        raise argument_error("token_indices", "[R] int64", got, "pass flat token indices")
+    if token_indices.device.type != "cpu":
+        check_device("token_indices", token_indices, hidden)
+
+
+def check_indices(token_indices: Tensor | None, keep: Tensor, hidden: Tensor) -> None:
+    """Check token indices; their values, and that all kept tokens [B, T] are listed, where that waits for no device."""
+    check_indices_type(token_indices, hidden)
+    if token_indices is None or token_indices.device.type != "cpu":
+        return
+    if token_indices.numel():
+        last = token_indices[-1]
+        rising = token_indices[: int((token_indices == last).nonzero()[0]) + 1]  # the last index may repeat: padding
+        if token_indices[0] < 0 or last >= keep.numel() or (rising[1:] <= rising[:-1]).any():
             expected = f"rising indices in [0, {keep.numel()}), of which the last may repeat"
-            raise argument_error("rows", expected, f"{rows.min()} to {rows.max()}, in this order", "sort them, drop repeats")
+            got = f"{token_indices.min()} to {token_indices.max()}, in this order"
+            raise argument_error("token_indices", expected, got, "sort them, drop repeats")
     if keep.device.type != "cpu":
         return
-    found, kept = int(keep.reshape(-1)[rows].sum()), int(keep.sum())
-    if found != kept:
+    n_listed = int(keep.reshape(-1)[token_indices].sum())
+    n_kept = int(keep.sum())
+    if n_listed != n_kept:
         remedy = "pass (labels.flatten() != -100).nonzero()[:, 0]"
-        raise argument_error("rows", "every labelled token once", f"{found} of {kept}", remedy)
+        raise argument_error("token_indices", "every labelled token once", f"{n_listed} of {n_kept}", remedy)
 
 
-def check_own_head(weight, bias, ref_weight, ref_bias):
-    """Raises where a reference is to use the model's own head, and that is trained: it moves away from the reference's."""
-    if ref_weight is None:
-        for name, tensor, given in (("weight", weight, None), ("bias", bias, ref_bias)):
-            if tensor is not None and tensor.requires_grad and given is None:
-                expected, remedy = f"the head of the reference beside a {name} that is trained", "pass a frozen copy"
-                raise argument_error(f"ref_{name}", expected, None, remedy)
-
-
-def check_reference(hidden, head, ref_hidden, ref_weight, ref_bias, kind, needed=None, strengths=None):
-    """Checks a reference's hidden states and head; returns the `Reference`."""
+def check_reference(reference: Reference | None, hidden: Tensor, head: Head, kind: str) -> Comparison:
+    """Check a reference model beside a model's hidden states and head; return the comparison with it."""
     check_choice("kind", kind, KINDS)
+    if reference is None:
+        remedy = "pass Reference(hidden, weight, bias): see soul.reference_hidden"
+        raise argument_error("reference", "the hidden states and the head of the reference model", None, remedy)
+    if not isinstance(reference, Reference):
+        remedy = "pass Reference(hidden, weight, bias)"
+        raise argument_error("reference", "soul_kernels.Reference", type(reference).__name__, remedy)
+    ref_hidden, ref_weight, ref_bias = reference
+    if ref_weight is None:
+        _check_head_is_frozen(head, ref_bias)
     if ref_hidden is None:
         remedy = "pass the hidden states of the reference model: soul.reference_hidden"
-        raise argument_error("ref_hidden", "[B, T, D] hidden states of the reference", None, remedy)
+        raise argument_error("reference.hidden", "[B, T, D] hidden states of the reference model", None, remedy)
     if not ref_hidden.is_floating_point():
-        raise argument_error("ref_hidden", "a floating-point dtype", ref_hidden.dtype, "pass hidden states, not token ids")
+        remedy = "pass hidden states, not token ids"
+        raise argument_error("reference.hidden", "a floating-point dtype", ref_hidden.dtype, remedy)
     if ref_hidden.dim() != 3 or ref_hidden.shape[:2] != hidden.shape[:2]:
         expected = f"[B, T, D] with [B, T] {tuple(hidden.shape[:2])}"
-        raise argument_error("ref_hidden", expected, tuple(ref_hidden.shape), "run the reference on the same batch")
-    if ref_weight is None:
-        ref_weight, ref_bias = head.weight, head.bias if ref_bias is None else ref_bias
-    if ref_weight.shape != (head.weight.shape[0], ref_hidden.shape[-1]):
-        expected = (head.weight.shape[0], ref_hidden.shape[-1])
-        raise argument_error("ref_weight", f"shape {expected}", tuple(ref_weight.shape), "pass the reference's own head")
-    if ref_bias is not None and ref_bias.shape != ref_weight.shape[:1]:
-        expected = f"shape ({ref_weight.shape[0]},)"
-        raise argument_error("ref_bias", expected, tuple(ref_bias.shape), "one value a vocabulary entry")
-    for name, tensor in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
-        check_device(name, tensor, hidden)
-    return Reference(ref_hidden, ref_weight, ref_bias, needed, kind, strengths)
+        remedy = "run the reference model on the same batch"
+        raise argument_error("reference.hidden", expected, tuple(ref_hidden.shape), remedy)
+    ref_head = reference.head_beside(head)
+    expected_shape = (head.weight.shape[0], ref_hidden.shape[-1])
+    if ref_head.weight.shape != expected_shape:
+        got, remedy = tuple(ref_head.weight.shape), "pass the reference model's own head"
+        raise argument_error("reference.weight", f"shape {expected_shape}", got, remedy)
+    if ref_head.bias is not None and ref_head.bias.shape != ref_head.weight.shape[:1]:
+        got, remedy = tuple(ref_head.bias.shape), "one value a vocabulary entry"
+        raise argument_error("reference.bias", f"shape ({ref_head.weight.shape[0]},)", got, remedy)
+    for name, tensor in (("hidden", ref_hidden), ("weight", ref_head.weight), ("bias", ref_head.bias)):
+        check_device(f"reference.{name}", tensor, hidden)
+    return Comparison(ref_hidden, ref_head, kind)
 
 
-def check_per_sequence(name, value, hidden, *, dtype=None, on_cpu=False):
-    """Raises unless ``value`` has one entry a sequence, where hidden is (or, with ``on_cpu``, on the CPU); None passes."""
+def _check_head_is_frozen(head: Head, ref_bias: Tensor | None) -> None:
+    """Raise where a reference model is to use the model's own head, and that is trained: it moves away from the reference's."""
+    for name, tensor, replaced in (("weight", head.weight, False), ("bias", head.bias, ref_bias is not None)):
+        if tensor is not None and tensor.requires_grad and not replaced:
+            expected = f"the head of the reference model beside a {name} that is trained"
+            raise argument_error(f"reference.{name}", expected, None, "pass a frozen copy")
+
+
+def check_per_sequence(
+    name: str, value: Tensor | None, hidden: Tensor, *, dtype: torch.dtype | None = None, on_cpu: bool = False
+) -> None:
+    """Raise unless ``value`` has one entry a sequence, where hidden is (or, with ``on_cpu``, on the CPU); None passes."""
     if value is None:
         return
     if value.shape != hidden.shape[:1]:
@@ -162,15 +225,15 @@ def check_per_sequence(name, value, hidden, *, dtype=None, on_cpu=False):
         check_device(name, value, hidden)
 
 
-def check_device(name, tensor, hidden):
-    """Raises unless a tensor is where hidden is, all of it; None passes."""
+def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    """Raise unless a tensor is where hidden is, all of it; None passes."""
     check_whole(name, tensor)
     if tensor is not None and tensor.device != hidden.device:
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
 
 
-def check_whole(name: str, tensor: torch.Tensor | None) -> None:
+def check_whole(name: str, tensor: Tensor | None) -> None:
     """Raise for a DTensor, of which this process may hold a shard only; None passes."""
-    if hasattr(tensor, "device_mesh"):  # found without importing torch.distributed.tensor
+    if tensor is not None and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):  # without importing DTensor
         remedy = f"gather it: {name}.full_tensor() returns the whole tensor, and autograd goes through it"
         raise argument_error(name, "a plain tensor", f"a DTensor with placements {tensor.placements}", remedy)

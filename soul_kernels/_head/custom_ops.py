@@ -1,38 +1,48 @@
 """The ops on hidden states as opaque custom ops, one each, for kernels and reference alike.
 
-They are what torch.compile and torch.export put into a graph without a break, and what runs where tensors hold no values
-(FakeTensorMode, the meta device), because the shapes of the results are known beforehand. Nothing is computed here: the ops
-take their arguments apart into what an op may take, and put them together again. Row indices must be known when they are
-traced: without ``rows`` the kernels compute every token, ignored ones for nothing.
+torch.compile and torch.export put them into a graph without a break, and they run where tensors hold no values (FakeTensorMode,
+the meta device), because the shapes of their results are known beforehand. Nothing is computed here: the arguments of a call
+are taken apart into values that an op may take, and the op puts them together again for the functions of `sweeps`.
+
+Token indices must be known when the ops are traced: without ``token_indices`` the kernels compute every token, ignored ones for
+nothing.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-from soul_kernels._head.autograd import (
-    exported_number,
-    frozen_head_gradient,
-    objective_of,
-    once_differentiable,
+from soul_kernels._head.autograd import Context, once_differentiable, reference_gradients, refuse
+from soul_kernels._head.checks import Comparison, Needs, needed_gradients
+from soul_kernels._head.gradients import Gradients, frozen_head_gradient, scaled_gradients
+from soul_kernels._head.registry import exported_number, objective_of, register_objective
+from soul_kernels._head.sweeps import (
+    NO_GRADIENTS,
+    ObjectiveCall,
     per_token_gradients,
     per_token_values,
-    reference_gradients,
-    refuse,
-    register_objective,
-    scaled_gradients,
+    reference_gnb,
+    reference_objective,
+    reference_per_token,
+    sweep_gnb,
+    sweep_objective,
+    sweep_statistics,
 )
-from soul_kernels._head.checks import wanted
-from soul_kernels.chunks import Options
+from soul_kernels.chunks import ResolvedOptions, result_dtype
 from soul_kernels.errors import argument_error
-from soul_kernels.tokens import Head, Reference, TokenStatistics
+from soul_kernels.tokens import Head, ObjectiveFunction, Reference, TokenStatistics
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def is_opaque(options: Options, hidden: Tensor, weight: Tensor, tokens: Tensor) -> bool:
-    """Tell whether a call must be an opaque op: one that is traced, one whose tensors hold no values, and one within a
-    torch.func transform that nothing else goes through: kernels, and tokens [B, T] that vmap has batched, which decide shapes.
+def is_opaque(options: ResolvedOptions, hidden: Tensor, weight: Tensor, tokens: Tensor) -> bool:
+    """Tell whether a call must be an opaque op.
+
+    That is a call that is traced, one whose tensors hold no values, and one within a torch.func transform that nothing else
+    goes through: with kernels, or with labels or a mask [B, T] that vmap has batched, which decide shapes.
     """
     if torch.compiler.is_compiling():
         return True
@@ -58,32 +68,34 @@ class _Transformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
-        *inputs, op = inputs
-        return op(*inputs)
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        *op_inputs, op = inputs
+        return op(*op_inputs)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *inputs, ctx.op = inputs
-        _FORMULAS[ctx.op][0](ctx, inputs, output)
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *op_inputs, ctx.op = inputs
+        save, _ = _FORMULAS[ctx.op]
+        save(ctx, op_inputs, output)
 
     @staticmethod
-    def backward(ctx, *upstream):
-        return *_FORMULAS[ctx.op][1](ctx, *upstream), None
+    def backward(ctx: Context, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        _, backward = _FORMULAS[ctx.op]
+        return *backward(ctx, *upstream), None
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Context, *_: Tensor) -> None:
         refuse("forward-mode derivatives")
 
 
-def _apply(op: Callable, *inputs) -> tuple[Tensor, ...]:
+def _apply(op: Callable[..., tuple[Tensor, ...]], *inputs: object) -> tuple[Tensor, ...]:
     """Call an op, so that whatever transforms are active can differentiate it."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _Transformed.apply(*inputs, op)
     return op(*inputs)
 
 
-def takes(objective: Callable) -> bool:
+def takes(objective: ObjectiveFunction) -> bool:
     """Tell whether an opaque op can have this objective: under torch.compile it finds it by a number of its own only."""
     if hasattr(objective, "key") or not torch.compiler.is_compiling():
         return True
@@ -93,105 +105,106 @@ def takes(objective: Callable) -> bool:
     return False
 
 
-def with_rows(rows, labels):
-    """The given rows, or all of them."""
-    return torch.arange(labels.numel(), device=labels.device) if rows is None else rows
+def _indices(token_indices: Tensor | None, tokens: Tensor) -> Tensor:
+    """Return the token indices, or those of all tokens [B, T]."""
+    return torch.arange(tokens.numel(), device=tokens.device) if token_indices is None else token_indices
 
 
 @torch.library.custom_op("soul_kernels::linear_objective", mutates_args=())
 def _objective(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, is_forget: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, is_forget: Tensor | None,
     ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, number: int,
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, log-probabilities, the fp32 gradients of rows, weight and bias (empty where none is wanted), and the anchor of
+    """Loss, log-probabilities, the fp32 gradients of rows, weight and bias (empty where none is needed), and the anchor of
     `once_differentiable`.
     """
-    from soul_kernels.linear_loss import reference_objective, sweep  # which imports this module
-
-    head, options = Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, backend)
-    call = dict(rows=rows, is_forget=is_forget, ref_logps=ref_logps)
-    call |= dict(ref_hidden=ref_hidden, ref_weight=ref_weight, ref_bias=ref_bias)
-
-    def reference(hidden, head, options):
-        return reference_objective(hidden, head, labels, objective_of(number), options=options, **call)
-
+    head = Head(weight, bias, logit_scale, softcap)
+    options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
+    reference = None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias)
+    call = ObjectiveCall(labels, objective_of(number), token_indices, is_forget, ref_logps, reference)
     if not options.fused:
-        return _referred(reference, hidden, head, rows, options, needs)
+
+        def compute(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
+            return reference_objective(hidden, head, call, options)
+
+        return _by_reference(compute, hidden, head, token_indices, options, Needs(*needs))
     with torch.inference_mode(False):  # ops are called below autograd, where the objective's code would record nothing
-        loss, (logps,), _, gradients = sweep(
-            hidden, head, labels, objective_of(number), options=options, needs=_named(needs), **call
-        )
-    return loss, logps, *_filled(gradients and (gradients.x, gradients.weight, gradients.bias), hidden)
+        loss, logps, _, gradients = sweep_objective(hidden, head, call, options, Needs(*needs))
+    return loss, logps, *_filled(gradients, hidden)
 
 
 @torch.library.custom_op("soul_kernels::linear_gnb", mutates_args=())
 def _gnb(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, rows: Tensor, uniforms: Tensor, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str,
-    needs: Sequence[bool],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, token_indices: Tensor, uniforms: Tensor,
+    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
+    backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, labels, and the others as in `_objective`."""
-    from soul_kernels.linear_gnb import reference_gnb, sweep
-
-    head, options = Head(weight, bias, logit_scale, softcap), Options(compute_dtype, logits_dtype, chunk_bytes, backend)
-
-    def reference(hidden, head, options):
-        return reference_gnb(hidden, head, keep, uniforms, rows=rows, options=options)
-
+    head = Head(weight, bias, logit_scale, softcap)
+    options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
     if not options.fused:
-        return _referred(reference, hidden, head, rows, options, needs)
-    loss, (labels,), _, gradients = sweep(hidden, head, keep, uniforms, rows=rows, options=options, needs=_named(needs))
-    return loss, labels, *_filled(gradients and (gradients.x, gradients.weight, gradients.bias), hidden)
+
+        def compute(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
+            return reference_gnb(hidden, head, keep, uniforms, token_indices, options)
+
+        return _by_reference(compute, hidden, head, token_indices, options, Needs(*needs))
+    loss, labels, _, gradients = sweep_gnb(hidden, head, keep, uniforms, token_indices, options, Needs(*needs))
+    return loss, labels, *_filled(gradients, hidden)
 
 
-def _referred(
-    reference: Callable, hidden: Tensor, head: Head, rows: Tensor, options: Options, needs: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """What the reference returns, and its gradients as an op that sweeps returns them: of the rows, weight and bias."""
-    (loss, second), (x, *others) = reference_gradients(reference, hidden, head, options, _named(needs))
-    x = None if x is None else x.reshape(-1, x.shape[-1]).index_select(0, rows)
-    return loss.to(options.result_dtype), second, *_filled((x, *others), hidden)
+def _by_reference(
+    compute: Callable[[Tensor, Head, ResolvedOptions], tuple[Tensor, ...]], hidden: Tensor, head: Head, token_indices: Tensor,
+    options: ResolvedOptions, needs: Needs,
+) -> Outputs:  # fmt: skip
+    """Return the outputs of the reference, and its gradients as a sweep returns them: of the rows, weight and bias."""
+    (loss, per_token), (x, weight, bias) = reference_gradients(compute, hidden, head, options, needs)
+    if x is not None:
+        x = x.reshape(-1, x.shape[-1]).index_select(0, token_indices)
+    return loss.to(options.result_dtype), per_token, *_filled((x, weight, bias), hidden)
 
 
-def _named(needs):
-    return dict(zip(("hidden", "weight", "bias"), needs))
+def _filled(gradients: Gradients, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the three gradients, an empty tensor in the place of None, and the anchor."""
+    x, weight, bias = (hidden.new_empty(0, dtype=torch.float32) if g is None else g for g in gradients)
+    return x, weight, bias, hidden.new_empty(0, dtype=torch.float32)
 
 
-def _filled(gradients: Sequence[Tensor | None] | None, hidden: Tensor) -> tuple[Tensor, ...]:
-    """The three gradients and the anchor; what is None as an empty tensor."""
-    return tuple(hidden.new_empty(0, dtype=torch.float32) if g is None else g for g in (*(gradients or (None,) * 3), None))
-
-
-def _fake_swept(hidden, weight, bias, tokens, rows, *others):
+def _fake_swept(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, token_indices: Tensor, *others: Any
+) -> Outputs:
     *_, compute_dtype, _, _, _, needs = others
-    dtype = Options(compute_dtype, None, None).result_dtype
+    dtype = result_dtype(compute_dtype)
     (B, T, D), V = hidden.shape, weight.shape[0]
-    shapes = ((rows.shape[0], D), (V, weight.shape[1]), (V,))
-    gradients = [hidden.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs)]
-    second = hidden.new_empty((B, T), dtype=torch.int64 if tokens.dtype == torch.bool else dtype)
-    return hidden.new_empty((), dtype=dtype), second, *_filled(gradients, hidden)
+    shapes = ((token_indices.shape[0], D), (V, weight.shape[1]), (V,))
+    x_gradient, weight_gradient, bias_gradient = (
+        hidden.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs)
+    )
+    per_token = hidden.new_empty((B, T), dtype=torch.int64 if tokens.dtype == torch.bool else dtype)
+    return hidden.new_empty((), dtype=dtype), per_token, *_filled((x_gradient, weight_gradient, bias_gradient), hidden)
 
 
-def _save_swept(ctx, inputs, output):
-    hidden, weight, bias, _, rows, *_, needs = inputs
-    ctx.set_materialize_grads(False)  # that of dW alone would be V D zeros
+def _save_swept(ctx: Context, inputs: Sequence[Any], output: Outputs) -> None:
+    hidden, weight, bias, _, token_indices, *_, needs = inputs
+    ctx.set_materialize_grads(False)  # for the output that is dW alone they would be V D zeros
     ctx.mark_non_differentiable(*output[1:-1])
-    ctx.save_for_backward(rows, *output[2:])
-    ctx.hidden_shape, ctx.dtypes = hidden.shape, [None if t is None else t.dtype for t in (hidden, weight, bias)]
-    ctx.needs, ctx.n_inputs = needs, len(inputs)
+    ctx.save_for_backward(token_indices, *output[2:])
+    ctx.hidden_shape = hidden.shape
+    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+    ctx.needs = Needs(*needs)
+    ctx.n_inputs = len(inputs)
 
 
-def _backward_swept(ctx, scale, *_):
-    for name, need, formed in zip(("hidden", "weight", "bias"), ctx.needs_input_grad, ctx.needs):
+def _backward_swept(ctx: Context, scale: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    for name, need, formed in zip(Needs._fields, ctx.needs_input_grad, ctx.needs):
         if need and not formed:  # in a program that was exported under no_grad, or with a frozen head
             remedy = "export it with gradients enabled, and nothing frozen that is to be trained"
             raise argument_error(name, "a program traced with its gradient", "one without", remedy)
-    rows, *gradients, anchor = ctx.saved_tensors
-    gradients = [g if need else None for g, need in zip(gradients, ctx.needs)]
-    rows = rows.to(scale.device, non_blocking=True)
-    gradients = scaled_gradients(rows, gradients, scale, ctx.dtypes, ctx.hidden_shape)
+    token_indices, *saved, anchor = ctx.saved_tensors
+    x, weight, bias = (gradient if need else None for gradient, need in zip(saved, ctx.needs))
+    token_indices = token_indices.to(scale.device, non_blocking=True)
+    gradients = scaled_gradients(token_indices, (x, weight, bias), scale, ctx.dtypes, ctx.hidden_shape)
     return *once_differentiable(anchor, gradients), *(None,) * (ctx.n_inputs - 3)
 
 
@@ -199,128 +212,143 @@ for _op in (_objective, _gnb):
     _op.register_fake(_fake_swept)
 
 
-def objective(hidden, head, labels, objective, *, rows, options, needs, **others):
-    """`linear_objective` as an opaque op: the loss and the log-probabilities."""
-    number = objective.key if hasattr(objective, "key") else register_objective(objective)
+def objective(
+    hidden: Tensor, head: Head, call: ObjectiveCall, options: ResolvedOptions, needs: Needs
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call `soul_kernels.linear_objective` as an opaque op; return the loss and the log-probabilities."""
+    number = call.objective.key if hasattr(call.objective, "key") else register_objective(call.objective)
     if torch.compiler.is_exporting():
         number = exported_number(number)
-    names = ("is_forget", "ref_logps", "ref_hidden", "ref_weight", "ref_bias")
-    return _apply(
-        _objective, hidden, head.weight, head.bias, labels, with_rows(rows, labels), *(others[name] for name in names), number,
-        float(head.logit_scale), head.softcap, *options, list(needs.values()),
-    )[:2]  # fmt: skip
+    ref_hidden, ref_weight, ref_bias = (None, None, None) if call.reference is None else call.reference
+    loss, logps, *_ = _apply(
+        _objective, hidden, head.weight, head.bias, call.labels, _indices(call.token_indices, call.labels), call.is_forget,
+        call.ref_logps, ref_hidden, ref_weight, ref_bias, number, float(head.logit_scale), head.softcap, *options, [*needs],
+    )  # fmt: skip
+    return loss, logps
 
 
-def gnb(hidden, head, keep, uniforms, *, rows, options, needs):
-    """`linear_gnb` as an opaque op: the loss and the labels."""
-    return _apply(
-        _gnb, hidden, head.weight, head.bias, keep, with_rows(rows, keep), uniforms, float(head.logit_scale), head.softcap,
-        *options, list(needs.values()),
-    )[:2]  # fmt: skip
+def gnb(
+    hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
+    needs: Needs,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call `soul_kernels.linear_gnb` as an opaque op; return the loss and the labels."""
+    loss, labels, *_ = _apply(
+        _gnb, hidden, head.weight, head.bias, keep, _indices(token_indices, keep), uniforms, float(head.logit_scale),
+        head.softcap, *options, [*needs],
+    )  # fmt: skip
+    return loss, labels
 
 
 @torch.library.custom_op("soul_kernels::per_token", mutates_args=())
 def _per_token(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, ref_hidden: Tensor | None,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str, logit_scale: float,
     softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str, form_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities or, with a reference, divergences: [B, T]; the fp32 gradient of each row, or an empty tensor; and the
-    anchor of `once_differentiable`.
+    """Log-probabilities or, with a reference model, divergences: [B, T]; the fp32 gradient of each row, or an empty tensor; and
+    the anchor of `once_differentiable`.
     """
-    call = _put_together(
-        hidden, weight, bias, labels, rows, ref_hidden, ref_weight, ref_bias, strengths, kind, logit_scale, softcap,
-        compute_dtype, logits_dtype, chunk_bytes, backend,
-    )  # fmt: skip
-    values, x = per_token_values(*call, form_x) if call[4].fused else (_per_token_reference(*call), None)
+    head = Head(weight, bias, logit_scale, softcap)
+    options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
+    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
+    x = None
+    if options.fused:
+        values, x = per_token_values(hidden, head, labels, token_indices, options, comparison, form_x)
+    else:
+        values = reference_per_token(hidden, head, labels, token_indices, options, comparison)
     empty = hidden.new_empty(0, dtype=torch.float32)
     return values, empty if x is None else x, torch.empty_like(empty)
 
 
 @torch.library.custom_op("soul_kernels::per_token_backward", mutates_args=())
 def _per_token_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor,
+    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str,
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias, in their dtypes; empty where none is wanted."""
-    call = _put_together(
-        hidden, weight, bias, labels, rows, ref_hidden, ref_weight, ref_bias, strengths, kind, logit_scale, softcap,
-        compute_dtype, logits_dtype, chunk_bytes, backend,
-    )  # fmt: skip
-    _, head, _, _, options, reference = call
+    """Gradients of hidden, weight and bias, in their dtypes; empty where none is needed."""
+    head = Head(weight, bias, logit_scale, softcap)
+    options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
+    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
     if options.fused:
-        gradients = per_token_gradients(*call, upstream, _named(needs))
+        gradients = per_token_gradients(
+            hidden, head, labels, token_indices, options, comparison, upstream, Needs(*needs)
+        )  # fmt: skip
     else:
 
-        def values(hidden, head, options):
-            return (_per_token_reference(hidden, head, labels, rows, options, reference),)
+        def compute(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor]:
+            return (reference_per_token(hidden, head, labels, token_indices, options, comparison),)
 
-        _, gradients = reference_gradients(values, hidden, head, options, _named(needs), upstream)
-        gradients = (g if g is None else g.to(leaf.dtype) for g, leaf in zip(gradients, (hidden, weight, bias)))
-    return tuple(hidden.new_empty(0) if g is None else g for g in gradients)
-
-
-def _per_token_reference(
-    hidden: Tensor, head: Head, labels: Tensor, rows: Tensor, options: Options, reference: Reference | None
-) -> Tensor:
-    from soul_kernels.linear_kl import reference_kl
-    from soul_kernels.linear_loss import reference_logprob
-
-    if reference is None:
-        return reference_logprob(hidden, head, labels, rows, options)
-    return reference_kl(hidden, head, labels, rows, options, reference)
+        _, gradients = reference_gradients(compute, hidden, head, options, Needs(*needs), upstream)
+    leaves = (hidden, weight, bias)
+    of_hidden, of_weight, of_bias = (
+        hidden.new_empty(0) if gradient is None or leaf is None else gradient.to(leaf.dtype)
+        for gradient, leaf in zip(gradients, leaves)
+    )
+    return of_hidden, of_weight, of_bias
 
 
-def _put_together(
-    hidden, weight, bias, labels, rows, ref_hidden, ref_weight, ref_bias, strengths, kind, logit_scale, softcap, *options
-):  # fmt: skip
-    reference = None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias, None, kind, strengths)
-    return hidden, Head(weight, bias, logit_scale, softcap), labels, rows, Options(*options), reference
+def _comparison(
+    head: Head, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None,
+    kind: str,
+) -> Comparison | None:  # fmt: skip
+    """Put the comparison with a reference model together again."""
+    if ref_hidden is None or ref_weight is None:
+        return None
+    return Comparison(ref_hidden, head._replace(weight=ref_weight, bias=ref_bias), kind, None, strengths)
 
 
 @_per_token.register_fake
-def _(hidden, weight, bias, labels, rows, *others):
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
     *_, compute_dtype, _, _, _, form_x = others
-    x_shape = (rows.shape[0], hidden.shape[2]) if form_x else (0,)
-    dtype = Options(compute_dtype, None, None).result_dtype
-    values, x = hidden.new_empty(labels.shape, dtype=dtype), hidden.new_empty(x_shape, dtype=dtype if form_x else torch.float32)
+    dtype = result_dtype(compute_dtype)
+    values = hidden.new_empty(labels.shape, dtype=dtype)
+    x_shape = (token_indices.shape[0], hidden.shape[2]) if form_x else (0,)
+    x = hidden.new_empty(x_shape, dtype=dtype if form_x else torch.float32)
     return values, x, hidden.new_empty(0, dtype=torch.float32)
 
 
 @_per_token_backward.register_fake
-def _(upstream, hidden, weight, bias, *others):
+def _(upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     leaves = zip((hidden, weight, bias), others[-1])
-    return tuple(leaf.new_empty(leaf.shape) if need else hidden.new_empty(0) for leaf, need in leaves)  # contiguous
+    return tuple(hidden.new_empty(0) if leaf is None or not need else leaf.new_empty(leaf.shape) for leaf, need in leaves)
 
 
-def _save_per_token(ctx, inputs, output):
+def _save_per_token(ctx: Context, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, *_, ctx.form_x = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)  # of the rows there is none
-    ctx.hidden_shape, ctx.dtype, ctx.n_inputs = hidden.shape, hidden.dtype, len(inputs)
-    ctx.save_for_backward(output[2], *((inputs[4], output[1]) if ctx.form_x else inputs[:9]))
+    _, x, anchor = output
+    ctx.mark_non_differentiable(x)
+    ctx.set_materialize_grads(False)  # no gradient comes for the second output
+    ctx.hidden_shape = hidden.shape
+    ctx.dtype = hidden.dtype
+    ctx.n_inputs = len(inputs)
+    ctx.save_for_backward(anchor, *((inputs[4], x) if ctx.form_x else inputs[:9]))
     ctx.others = inputs[9:-1]
 
 
-def _backward_per_token(ctx, upstream, *_):
+def _backward_per_token(ctx: Context, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
         return (None,) * ctx.n_inputs
     anchor, *saved = ctx.saved_tensors
+    gradients = NO_GRADIENTS
     if ctx.form_x:
-        rows, x = saved
-        rows = rows.to(x.device, non_blocking=True)
-        gradients = (frozen_head_gradient(rows, x, upstream, ctx.dtype, ctx.hidden_shape), None, None)
+        token_indices, x = saved
+        token_indices = token_indices.to(x.device, non_blocking=True)
+        gradients = (frozen_head_gradient(token_indices, x, upstream, ctx.dtype, ctx.hidden_shape), None, None)
     else:
         needs = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            gradients = _per_token_backward(upstream, *saved, *ctx.others, needs)
-        gradients = [g if need else None for g, need in zip(gradients, needs)]
+            formed = _per_token_backward(upstream, *saved, *ctx.others, needs)
+        of_hidden, of_weight, of_bias = (gradient if need else None for gradient, need in zip(formed, needs))
+        gradients = (of_hidden, of_weight, of_bias)
     return *once_differentiable(anchor, gradients), *(None,) * (ctx.n_inputs - 3)
 
 
-_FORMULAS = {
+# An op -> what it saves for backward, and its backward.
+_FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]] = {
     _objective: (_save_swept, _backward_swept),
     _gnb: (_save_swept, _backward_swept),
     _per_token: (_save_per_token, _backward_per_token),
@@ -329,39 +357,51 @@ for _op, (_save, _backward) in _FORMULAS.items():
     _op.register_autograd(_backward, setup_context=_save)
 
 
-def per_token(hidden, head, labels, rows, options, reference):
-    """`linear_logprob`, or `linear_kl` with a reference, as an opaque op."""
-    reference = Reference(None, None) if reference is None else reference
-    needs = wanted(hidden, head.weight, head.bias)
-    return _apply(
-        _per_token, hidden, head.weight, head.bias, labels, with_rows(rows, labels), reference.hidden, reference.weight,
-        reference.bias, reference.strengths, reference.kind, float(head.logit_scale), head.softcap, *options,
-        options.fused and needs["hidden"] and not (needs["weight"] or needs["bias"]),
-    )[0]  # fmt: skip
+def per_token(
+    hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
+    comparison: Comparison | None,
+) -> Tensor:  # fmt: skip
+    """Call `soul_kernels.linear_logprob`, or `soul_kernels.linear_kl` with a reference model, as an opaque op."""
+    needs = needed_gradients(hidden, head)
+    ref_hidden = ref_weight = ref_bias = strengths = None
+    kind = "kl"
+    if comparison is not None:
+        ref_hidden = comparison.hidden
+        ref_weight = comparison.head.weight
+        ref_bias = comparison.head.bias
+        strengths = comparison.strengths
+        kind = comparison.kind
+    values, *_ = _apply(
+        _per_token, hidden, head.weight, head.bias, labels, _indices(token_indices, labels), ref_hidden, ref_weight, ref_bias,
+        strengths, kind, float(head.logit_scale), head.softcap, *options,
+        options.fused and needs.hidden and not (needs.weight or needs.bias),
+    )  # fmt: skip
+    return values
 
 
 @torch.library.custom_op("soul_kernels::linear_statistics", mutates_args=())
 def _statistics(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rows: Tensor, logit_scale: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, logit_scale: float,
     softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """`TokenStatistics` as a tuple."""
-    from soul_kernels.linear_loss import measure
-
-    options = Options(compute_dtype, logits_dtype, chunk_bytes, backend)
-    return tuple(measure(hidden, Head(weight, bias, logit_scale, softcap), labels, rows, options))
+    options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
+    head = Head(weight, bias, logit_scale, softcap)
+    return (*sweep_statistics(hidden, head, labels, token_indices, options),)
 
 
 @_statistics.register_fake
-def _(hidden, weight, bias, labels, *others):
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
     *_, compute_dtype, _, _, _ = others
-    dtype = Options(compute_dtype, None, None).result_dtype
-    return tuple(hidden.new_empty(labels.shape, dtype=dtype) for _ in TokenStatistics._fields)
+    return tuple(hidden.new_empty(labels.shape, dtype=result_dtype(compute_dtype)) for _ in TokenStatistics._fields)
 
 
-def statistics(hidden, head, labels, rows, options):
-    """`linear_statistics` as an opaque op."""
-    return TokenStatistics(*_statistics(
+def statistics(
+    hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions
+) -> TokenStatistics:
+    """Call `soul_kernels.linear_statistics` as an opaque op."""
+    values = _statistics(
         hidden.detach(), head.weight.detach(), None if head.bias is None else head.bias.detach(), labels,
-        with_rows(rows, labels), float(head.logit_scale), head.softcap, *options,
-    ))  # fmt: skip
+        _indices(token_indices, labels), float(head.logit_scale), head.softcap, *options,
+    )  # fmt: skip
+    return TokenStatistics(*values)

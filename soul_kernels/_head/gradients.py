@@ -1,13 +1,23 @@
-"""What the chunks of a head's rows add up to: the gradients of hidden states, weight and bias."""
+"""Gradients of hidden states, weight and bias: added up over the chunks of a sweep, and handed to autograd."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
-from soul_kernels._head.rows import mm_fp32, product_with_weight, products_in
+from soul_kernels._head.checks import Needs
+from soul_kernels._head.rows import HeadRows, mm_fp32, product_with_weight, products_in
+from soul_kernels.chunks import Chunk
+
+# Gradients of hidden states (or of the rows [R, D] among them), weight and bias; None where none is needed.
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class HeadGradients:
-    """Sums what the chunks contribute to the gradients that are wanted; the others are None. All are fp32 (in fp64 they are
-    fp64), to be rounded once.
+    """Sums of what the chunks contribute to the gradients that are needed; the others are None.
+
+    All are fp32 (in fp64 they are fp64), to be rounded once.
 
     Attributes:
         x: [R, D] gradient of the rows.
@@ -15,49 +25,55 @@ class HeadGradients:
         bias: [V].
     """
 
-    def __init__(self, rows, *, hidden, weight, bias):
-        self.rows = rows
-        options = dict(dtype=rows.options.result_dtype, device=rows.x.device)
+    def __init__(self, head_rows: HeadRows, needs: Needs) -> None:
+        self.head_rows = head_rows
+        dtype = head_rows.options.result_dtype
+        device = head_rows.x.device
         # The first chunk overwrites dW; but in fp16 every chunk is added, and without rows there is none.
-        self.fp16 = rows.x.dtype == torch.float16
-        new = torch.zeros if self.fp16 or not len(rows) else torch.empty
-        self.x = torch.empty(rows.x.shape, **options) if hidden else None
-        self.weight = new(rows.head.weight.shape, **options) if weight else None
-        self.bias = torch.zeros(rows.n_vocab, **options) if bias else None
+        self.fp16 = head_rows.x.dtype == torch.float16
+        new = torch.zeros if self.fp16 or not len(head_rows) else torch.empty
+        self.x = torch.empty(head_rows.x.shape, dtype=dtype, device=device) if needs.hidden else None
+        self.weight = new(head_rows.head.weight.shape, dtype=dtype, device=device) if needs.weight else None
+        self.bias = torch.zeros(head_rows.n_vocab, dtype=dtype, device=device) if needs.bias else None
 
-    def add(self, chunk, coefficients, weights=None):
-        """Takes in a loaded and measured chunk; chunks come in order. Arguments as those of `HeadRows.gradient`."""
-        part, scale = chunk.part, None
+    def sums(self) -> Gradients:
+        """Return the gradients of rows, weight and bias."""
+        return self.x, self.weight, self.bias
+
+    def add(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> None:
+        """Add the gradients of a loaded and measured chunk; chunks come in order. Arguments as of `HeadRows.gradient`."""
+        rows = chunk.span
         if self.fp16:
             # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest possible
-            # element to between 32 and 64 and is divided out of the fp32 sums. Of each row, where no sum over rows is wanted:
-            # the gradient of a memorised row may be 1e-9 of another's, and what it will be multiplied with is not known.
-            bounds = self.rows.bounds(chunk, coefficients, weights)
+            # element to between 32 and 64 and is divided out of the fp32 sums. Where no sum over rows is needed, each row has a
+            # power of its own: the gradient of a memorised row may be 1e-9 of another's, and its later factor is not known yet.
+            bounds = self.head_rows.bounds(chunk, coefficients, weights)
             if self.weight is not None or self.bias is not None:
                 bounds = bounds.max()
             scale = torch.exp2((6 - torch.frexp(bounds).exponent).clamp(max=100))
-            coefficients, weights = coefficients * scale, None if weights is None else weights * scale
-        dlogits = self.rows.gradient(chunk, coefficients, weights)
+            coefficients = coefficients * scale
+            weights = None if weights is None else weights * scale
+        dlogits = self.head_rows.gradient(chunk, coefficients, weights)
         if self.x is not None:
-            product_with_weight(dlogits, self.rows.head.weight, self.x[part])
+            product_with_weight(dlogits, self.head_rows.head.weight, self.x[rows])
         if self.weight is not None and not self.fp16:
-            with products_in(self.rows.options.compute_dtype, dlogits):
-                _accumulate_fp32(self.weight, dlogits.T, self.rows.x[part], first=chunk.start == 0)
+            with products_in(self.head_rows.options.compute_dtype, dlogits):
+                _accumulate_fp32(self.weight, dlogits.T, self.head_rows.x[rows], first=chunk.start == 0)
         bias = None if self.bias is None else dlogits.sum(0, dtype=self.bias.dtype)
         if self.fp16:
             if self.x is not None:
-                self.x[part] /= scale.view(-1, 1)
+                self.x[rows] /= scale.view(-1, 1)
             if self.weight is not None:
                 weight = torch.empty_like(self.weight)
-                mm_fp32(dlogits.T, self.rows.x[part], weight)
+                mm_fp32(dlogits.T, self.head_rows.x[rows], weight)
                 self.weight += weight.div_(scale)
             bias = None if bias is None else bias / scale
-        if bias is not None:
+        if self.bias is not None and bias is not None:
             self.bias += bias
 
 
-def _accumulate_fp32(total, a, b, first):
-    """``total = a @ b`` for the first chunk, ``total += a @ b`` after it; in the dtype of the total all the way."""
+def _accumulate_fp32(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """Compute ``total = a @ b`` for the first chunk, ``total += a @ b`` after it; in the dtype of the total all the way."""
     if first:
         mm_fp32(a, b, total)
     elif a.dtype == total.dtype:
@@ -66,3 +82,63 @@ def _accumulate_fp32(total, a, b, first):
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.float(), b.float())
+
+
+@torch.no_grad()
+def scaled_gradients(
+    token_indices: Tensor, gradients: Gradients, scale: Tensor, dtypes: Sequence[torch.dtype | None],
+    hidden_shape: torch.Size, last: bool = False,
+) -> Gradients:  # fmt: skip
+    """Return the gradients of hidden, weight and bias: fp32 gradients of rows, weight and bias times an upstream factor.
+
+    Args:
+        token_indices: [R], the tokens of the rows.
+        gradients: fp32 sums, of which each may be None.
+        scale: [] upstream gradient of the loss.
+        dtypes: dtypes of hidden, weight and bias; of bias None where there is none.
+        hidden_shape: [B, T, D].
+        last: ``gradients`` are not needed any more: they may be changed, and returned.
+    """
+    x, weight, bias = (
+        None if gradient is None or dtype is None else _scaled(gradient, scale, dtype, last)
+        for gradient, dtype in zip(gradients, dtypes)
+    )
+    return None if x is None else to_hidden(token_indices, x, hidden_shape), weight, bias
+
+
+def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
+    """Return fp32 ``gradient * scale`` rounded once to ``dtype``; out of place unless this is its ``last`` use."""
+    if torch._C._are_functorch_transforms_active():  # vmap knows no out=, which spares a copy
+        return (gradient * scale).to(dtype)
+    on_cpu = gradient.device.type == "cpu"
+    if last and (on_cpu or gradient.dtype == dtype):  # on a CPU ``out`` of another dtype would take a copy more
+        return (gradient if on_cpu and scale == 1 else gradient.mul_(scale)).to(dtype)
+    return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def rounded_gradients(
+    token_indices: Tensor, gradients: Gradients, dtypes: Sequence[torch.dtype | None], hidden_shape: torch.Size
+) -> Gradients:
+    """Return the gradients of hidden, weight and bias: fp32 gradients of rows, weight and bias, rounded to their dtypes."""
+    x, weight, bias = (
+        None if gradient is None or dtype is None else gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes)
+    )
+    return None if x is None else to_hidden(token_indices, x, hidden_shape), weight, bias
+
+
+@torch.no_grad()
+def frozen_head_gradient(
+    token_indices: Tensor, x: Tensor, upstream: Tensor, dtype: torch.dtype, hidden_shape: torch.Size
+) -> Tensor:
+    """Return the gradient of hidden states for a gradient of the values of tokens [B, T].
+
+    ``x`` [R, D] is the gradient of the rows for upstream gradients of 1: see `soul_kernels._head.sweeps.sweep_tokens`.
+    """
+    x = x * upstream.to(x.dtype).reshape(-1).index_select(0, token_indices)[:, None]
+    return to_hidden(token_indices, x.to(dtype), hidden_shape)
+
+
+def to_hidden(token_indices: Tensor, x_gradient: Tensor, hidden_shape: torch.Size) -> Tensor:
+    """Return the gradient of the rows as one of hidden [B, T, D], zeros at tokens without a row."""
+    full = x_gradient.new_zeros((hidden_shape[0] * hidden_shape[1], hidden_shape[2]))
+    return full.index_copy_(0, token_indices, x_gradient).view(hidden_shape)

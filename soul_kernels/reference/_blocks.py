@@ -1,42 +1,45 @@
-"""Long tensors in blocks, so that what a formula needs in between stays in the processor's caches.
+"""Long tensors in blocks, so that the temporaries of a formula stay in the processor's caches.
 
-Over whole tensors the references of the optimizer's ops would go through memory once for each of some forty operations, and
-hold as many temporaries of a tensor's size. All these operations are elementwise, and 8-bit states share a scale within groups
-that no block divides, so the results are the same bit for bit, whatever `BLOCK` is. A block has the groups for its rows.
+The reference of an optimizer's op makes some forty operations. Over whole tensors each of them would go through memory once,
+and make a temporary of the tensor's size. All of them are elementwise, and no block divides a group of values that share the
+scale of an 8-bit state. So the results are the same bit for bit, whatever `BLOCK` is. The rows of a block are such groups.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from soul_kernels.reference.rounding import GROUP, in_memory_order
 
-# Elements, a multiple of GROUP. Of 2^13 to 2^18 this was the fastest (2 MiB of second-level cache, one thread); 2^17 takes up
-# to half more.
+# Elements, a multiple of GROUP. Among 2^13 to 2^18 this was the fastest on one thread with 2 MiB of second-level cache; 2^17
+# takes up to half as long again.
 BLOCK = 1 << 16
-SPAN = 1 << 32  # elements that share a key of noise
+SPAN = 1 << 32  # elements that share a key of the noise
 
 
 def blocks(
-    written: Sequence, read: Sequence, scales: Sequence = (), size: int | None = None, first: int = 0
-) -> Iterator[tuple]:
+    written: Sequence[Tensor | None], read: Sequence[Tensor | None], scales: Sequence[Tensor | None] = (),
+    size: int | None = None, first: int = 0,
+) -> Iterator[tuple]:  # fmt: skip
     """Yield tensors of one shape block by block, in the order in which the written ones lie in memory.
 
     Args:
-        written: dense tensors that lie alike, or None.
-        read: tensors in any layout, or None. One that lies otherwise is copied first.
-        scales: fp32 [ceil(numel / GROUP)] tensors of the scales of 8-bit states, or None.
-        size: elements of a block, a power of two and multiple of GROUP; None: `BLOCK`.
-        first: number of the first element in the tensor that these are a piece of.
+        written: dense tensors of one layout; entries but the first may be None.
+        read: tensors in any layout, or None. A tensor of another layout than the written ones is copied.
+        scales: fp32 [ceil(numel / GROUP)] tensors, the scales of 8-bit states, or None.
+        size: elements of a block, a power of two and a multiple of GROUP; None: `BLOCK`.
+        first: number of the first element in the whole tensor, of which these may be shards.
 
     Yields:
-        The number of the block's first element in the whole tensor; then a view of every tensor, [rows, GROUP] or, of what is
-        left at the end, [1, less than GROUP]; then the scales [rows]. What was None stays None. No block reaches beyond a
-        multiple of 2^32.
+        The number of the block's first element in the whole tensor; then a view of every tensor, [rows, GROUP], or [1, fewer
+        than GROUP] for the elements at the end that fill no group; then the scales [rows]. None stays None. No block reaches
+        beyond a multiple of 2^32.
     """
     like = written[0]
-    # Detached: views of a parameter would need gradients, and have the parameter's shape for torch.compile to remember.
+    assert like is not None
+    # Detached: a view of a parameter would need a gradient, and torch.compile would specialize on the parameter's shape.
     vectors = [tensor if tensor is None else in_memory_order(tensor.detach()) for tensor in written]
     vectors += [tensor if tensor is None else in_memory_order(_laid_out(tensor.detach(), like)) for tensor in read]
     size = BLOCK if size is None else size
@@ -50,6 +53,11 @@ def blocks(
             yield first + start, *views, *(scale if scale is None else scale[groups] for scale in scales)
 
 
-def _laid_out(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return a tensor with the strides of another one, a copy where it has others."""
+def entry(tensors: Sequence[Tensor | None] | None, index: int) -> Tensor | None:
+    """Return one tensor of a list, or None if there is no list."""
+    return tensors[index] if tensors else None
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor with the strides of ``like``: a copy, unless it has them already."""
     return tensor if tensor.stride() == like.stride() else torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)

@@ -1,8 +1,8 @@
 """The row kernels in plain PyTorch, for chunks of logits where Triton cannot run: the same names, arguments and results.
 
-What a row says of its label is computed by the formulas of this package; the derivative of a divergence is autograd's of the
-formula itself, so only that of a log-probability is written out. A few rows are computed at a time: temporaries then stay in
-the processor's caches, and beside a chunk they need no memory to speak of.
+Statistics and divergences come from the formulas of this package. The derivative of a divergence is autograd's, of the formula
+itself; only that of a log-probability is written out. A few rows are computed at a time: the temporaries then stay in the
+processor's caches, and need little memory beside a chunk.
 """
 
 import contextlib
@@ -17,7 +17,8 @@ from soul_kernels.reference.kl_divergence import entropy, kl_divergence, referen
 from soul_kernels.reference.token_logprob import HIT, LOGP, N_ALL, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
 from soul_kernels.tokens import IGNORE_INDEX
 
-# Elements of logits in a block: of 2^16 to 2^22 the fastest on one thread, by little. A divergence makes some fifteen tensors.
+# Elements of logits in a block. Among 2^16 to 2^22 this was the fastest on one thread, by little. A divergence makes some
+# fifteen tensors of that size.
 BLOCK = 1 << 18
 DIVERGENCE_BLOCK = 1 << 16
 
@@ -30,20 +31,21 @@ def _blocks(logits: Tensor, size: int) -> Iterator[slice]:
 
 
 def _valid(labels: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
-    """Return which labels lie in the vocabulary, and the labels with 0 in the place of the others."""
+    """Return a mask of the labels in the vocabulary, and the labels with 0 in place of the others."""
     valid = (labels >= 0) & (labels < n_vocab)
     return valid, labels.where(valid, 0)
 
 
 def _accurate(logits: Tensor) -> Tensor:
-    """Return raw products in fp32, or in fp64 where they are."""
+    """Return raw products in fp32, or in fp64 if they are in fp64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextlib.contextmanager
 def _recorded(logits: Tensor) -> Iterator[Tensor]:
-    """Give out a copy of raw products as a leaf of autograd, which records within, also below the call of an opaque op and in
-    inference mode.
+    """Yield a copy of raw products as a leaf of autograd, and record operations meanwhile.
+
+    They are recorded also within an opaque op and in inference mode.
     """
     with torch.inference_mode(False), torch.enable_grad():
         yield _accurate(logits).clone().requires_grad_()
@@ -52,20 +54,22 @@ def _recorded(logits: Tensor) -> Iterator[Tensor]:
 def token_statistics(
     logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
 ) -> None:
-    """`soul_kernels.token_logprob.token_statistics`, but for two rows: the shift in the place of the row maximum is the
-    logsumexp, and the sum of exp(z - shift) is 1.
+    """Do what `soul_kernels.token_logprob.token_statistics` does, but for two rows of the result.
+
+    The row of the maximum holds the logsumexp instead, and so the sum of exp(z - that) is 1.
     """
     valid, labels_in = _valid(labels, logits.shape[1])
     at_label, rest = statistics.new_empty(2, len(labels))
     for rows in _blocks(logits, BLOCK):
-        z, label = transformed(_accurate(logits[rows]), logit_scale, softcap), labels_in[rows, None]
+        z = transformed(_accurate(logits[rows]), logit_scale, softcap)
+        label = labels_in[rows, None]
         # The label is taken out of the logits themselves for a moment: a copy would take as long as the exponentials.
         at_label[rows] = torch.gather(z, 1, label)[:, 0]
         torch.logsumexp(z.scatter_(1, label, -torch.inf), 1, out=rest[rows])
         z.scatter_(1, label, at_label[rows, None])
         if len(statistics) == N_ALL:
-            found = token_logprob.token_statistics(z, label[:, 0])
-            torch.stack([found.hits, found.entropies, found.variances], out=statistics[HIT:, rows])
+            others = token_logprob.token_statistics(z, label[:, 0])
+            torch.stack([others.hits, others.entropies, others.variances], out=statistics[HIT:, rows])
     statistics[LOGP] = F.logsigmoid(at_label - rest)
     statistics[ROW_MAX] = torch.logaddexp(at_label, rest)
     statistics[TOTAL] = 1.0
@@ -78,10 +82,12 @@ def token_gradient(
     logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *, logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """`soul_kernels.token_logprob.token_gradient`."""
+    """Do what `soul_kernels.token_logprob.token_gradient` does."""
     valid, labels_in = _valid(labels, logits.shape[1])
-    columns, scale = labels_in[:, None], (-coefficients / statistics[TOTAL])[:, None]
-    shift, at_label = statistics[ROW_MAX, :, None], (coefficients * statistics[ONE_MINUS_P])[:, None]
+    columns = labels_in[:, None]
+    scale = (-coefficients / statistics[TOTAL])[:, None]
+    shift = statistics[ROW_MAX, :, None]
+    at_label = (coefficients * statistics[ONE_MINUS_P])[:, None]
     for rows in _blocks(logits, BLOCK):
         z = transformed(_accurate(logits[rows]), logit_scale, softcap)
         in_place = z.data_ptr() == out[rows].data_ptr()
@@ -100,11 +106,11 @@ def divergence_statistics(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
     strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """`soul_kernels.kl_divergence.divergence_statistics`; the statistics are not needed."""
+    """Do what `soul_kernels.kl_divergence.divergence_statistics` does; the statistics are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
         z = transformed(_accurate(logits[rows]), logit_scale, softcap)
-        log_q = _reference(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
+        log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
         torch.stack([kl_divergence(z, labels_in[rows], log_q, kind), entropy(log_q)], out=divergences[:, rows])
     divergences.masked_fill_(~valid, 0.0)
 
@@ -114,10 +120,11 @@ def divergence_gradient(
     coefficients: Tensor, weights: Tensor, out: Tensor, *, strengths: Tensor | None = None, kind: str = "kl",
     logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """`soul_kernels.kl_divergence.divergence_gradient`; the statistics and divergences are not needed."""
+    """Do what `soul_kernels.kl_divergence.divergence_gradient` does; the statistics and divergences are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
-        log_q, label = _reference(ref_logits, labels_in, strengths, rows, logit_scale, softcap), labels_in[rows]
+        log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
+        label = labels_in[rows]
         with _recorded(logits[rows]) as raw:
             z = transformed(raw, logit_scale, softcap)
             values = token_logprob.token_logprob(z, label), kl_divergence(z, label, log_q, kind)
@@ -127,10 +134,10 @@ def divergence_gradient(
         out[~valid] = 0.0
 
 
-def _reference(
+def _ref_log_probs(
     ref_logits: Tensor, labels: Tensor, strengths: Tensor | None, rows: slice, logit_scale: float, softcap: float | None
 ) -> Tensor:
-    """Log q of some rows of the reference."""
+    """Return log q of some rows of the reference model."""
     z = transformed(_accurate(ref_logits[rows]), logit_scale, softcap)
     return reference_distribution(z, labels[rows], None if strengths is None else strengths[rows])
 
@@ -138,14 +145,14 @@ def _reference(
 def likeliest_statistics(
     logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
 ) -> None:
-    """Do nothing: `draw_labels` takes the statistics of the labels that it has drawn."""
+    """Do nothing: `draw_labels` computes the statistics of the labels that it has drawn itself."""
 
 
 def draw_labels(
     logits: Tensor, labels: Tensor, uniforms: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *,
     logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """`soul_kernels.token_draw.draw_labels`."""
+    """Do what `soul_kernels.token_draw.draw_labels` does."""
     for rows in _blocks(logits, BLOCK):
         z = transformed(_accurate(logits[rows]), logit_scale, softcap)
         labels[rows] = token_draw.draw_labels(z, uniforms[rows]).where(labels[rows] != IGNORE_INDEX, IGNORE_INDEX)

@@ -1,35 +1,39 @@
-"""The moving average of squared gradients that stands for the diagonal of the Hessian."""
+"""Moving average of squared gradients, the estimate of the diagonal of the Hessian."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from soul_kernels.reference._blocks import blocks
+from soul_kernels.reference._blocks import blocks, entry
 from soul_kernels.reference.rounding import load_block, noise_key, noise_words, scalar, store_block
 
 
 class Numbers(NamedTuple):
-    """What all elements of a call share: fp32 tensors of shape ()."""
+    """The numbers of a call, which all elements share: fp32 tensors of shape ()."""
 
-    beta2: torch.Tensor
-    weight: torch.Tensor  # (1 - beta2) scale, formed in double precision
+    beta2: Tensor
+    weight: Tensor  # (1 - beta2) scale, formed in double precision
 
 
-def ema(h, products, beta2, weight):
-    """``beta2 h + weight products``; ``weight`` is ``(1 - beta2) scale``."""
+def ema(h: Tensor, products: Tensor, beta2: Tensor, weight: Tensor) -> Tensor:
+    """Return ``beta2 h + weight products``; ``weight`` is ``(1 - beta2) scale``."""
     return beta2 * h + weight * products
 
 
-def ema_block(hessian, grad, probe, h_scale, key, start, numbers, factor):
+def ema_block(
+    hessian: Tensor, grad: Tensor, probe: Tensor | None, h_scale: Tensor | None, key: Tensor | None, start: Tensor,
+    numbers: Numbers, factor: Tensor | None,
+) -> None:  # fmt: skip
     """Update one block in place.
 
     Args:
         hessian: [rows, n] in any storage; mutated.
         grad: [rows, n].
-        probe: [rows, n], or None: ``grad``.
+        probe: [rows, n], the other factor of the products; None: ``grad`` itself.
         h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated. None elsewhere.
-        key: the block's `noise_key`; None where nothing is rounded by chance.
+        key: the block's `noise_key`; None where nothing is rounded stochastically.
         start: int64 [], number of the first element in the whole tensor.
         numbers: the `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
@@ -42,20 +46,26 @@ def ema_block(hessian, grad, probe, h_scale, key, start, numbers, factor):
 
 
 def hessian_ema(
-    hessians, grads, *, beta2, scale, probes, hessian_scales, salts, offsets, steps, grad_factor, skip,
+    hessians: Sequence[Tensor], grads: Sequence[Tensor], *, beta2: float, scale: float, probes: Sequence[Tensor] | None,
+    hessian_scales: Sequence[Tensor | None] | None, salts: Sequence[int], offsets: Sequence[int],
+    steps: Sequence[int | Tensor] | None, grad_factor: Tensor | None, skip: Tensor | None,
     run: Callable[..., None] = ema_block,
-):  # fmt: skip
-    """``soul_kernels.hessian_ema`` in plain PyTorch; mutates ``hessians`` and ``hessian_scales``.
+) -> None:  # fmt: skip
+    """Run ``soul_kernels.hessian_ema`` in plain PyTorch; ``hessians`` and ``hessian_scales`` are mutated.
 
-    ``run`` is what updates a block: `ema_block`, or what has been compiled from it.
+    ``salts`` has one number for each tensor, from `soul_kernels.reference.rounding.salt`. ``offsets`` has the number of each
+    tensor's first element in the whole tensor: 0 unless it is a shard. ``run`` is the function that updates a block:
+    `ema_block`, or what has been compiled from it. The other arguments are those of the op.
     """
     if skip is not None and skip.item():
         return
     numbers = Numbers(scalar(beta2), scalar((1 - beta2) * scale))
     factor = None if grad_factor is None else scalar(grad_factor)
     for i, whole in enumerate(hessians):
-        read, scales = (grads[i], probes and probes[i]), (hessian_scales and hessian_scales[i],)
-        step, size = 0 if steps is None else steps[i], getattr(run, "size", None)
+        read = (grads[i], entry(probes, i))
+        scales = (entry(hessian_scales, i),)
+        step = 0 if steps is None else steps[i]
+        size = getattr(run, "size", None)
         for start, hessian, grad, probe, h_scale in blocks([whole], read, scales, size=size, first=offsets[i]):
             key = None if whole.dtype == torch.float32 else noise_key(salts[i], step, start, whole.device)
             run(hessian, grad, probe, h_scale, key, torch.tensor(start, device="cpu"), numbers, factor)

@@ -1,120 +1,134 @@
-"""How fp32 results are stored: four roundings of a parameter and two 8-bit formats of a state, on bit patterns.
+"""Storage formats of fp32 results: four roundings of a parameter and two 8-bit formats of a state, on bit patterns.
 
-All of it is integer arithmetic or exact powers of two, so that these definitions, the interpreter and a GPU agree bit for bit.
+How the file works. All of it is integer arithmetic on the bit patterns of fp32 numbers, or multiplication by powers of two,
+which is exact. Therefore these definitions, Triton's interpreter and a GPU agree bit for bit; ``soul_kernels/rounding.py``
+has the same functions for kernels. Random bits are an argument of every function that needs them: whoever calls it draws them
+with `noise_key` and `noise_words`.
 
-**Noise** is a hash of (seed, tensor, step, element), never the device's random state: replicas agree, and a resumed run
-repeats what an uninterrupted one does. An element's number is the one in the whole tensor: shards draw what one process draws.
-One 32-bit word an element, split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit momentum, 15..0 for a bf16
-Hessian or 11..0 for an 8-bit one.
+**Noise** is a hash of (seed, tensor, step, element), never the device's random state. So replicas agree, and a resumed run
+repeats what an uninterrupted one does. An element has its number in the whole tensor: shards draw what one process would
+draw. An element has one 32-bit word, which is split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit momentum,
+15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
 
-**Magnitudes.** bf16 is the upper half of fp32. An fp16 number is the same with another exponent range: the fp32 bits of
-``|x| 2^-112``, shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
+**Magnitudes.** bf16 is the upper half of fp32. fp16 differs in its exponent range alone: the fp32 bits of ``|x| 2^-112``,
+shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
+
+Safe to change: how something is computed, as long as every bit of the result stays; ``tests/kernels/test_rounding.py``
+compares all bit patterns with the kernels. Not safe: a format or `GROUP`, which say what stored states mean, and the hash or
+the fields of a word, which say what a resumed run draws. Where there is a choice of operations, it is the one for which
+torch.compile makes vectors on a CPU: int32 and fp32, neither 16-bit integers nor int64.
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 GROUP = 256  # values that share the scale of an 8-bit state
 PRIME = 0x9E3779B9  # 2^32 / golden ratio: consecutive counters become far apart
-WORD = 0xFFFFFFFF
-SIGN = -(1 << 31)  # bit of an fp32 pattern, as int32
-DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of the fp32 magnitude that the format has not
+WORD = 0xFFFFFFFF  # mask of a 32-bit word
+SIGN = -(1 << 31)  # the sign bit of an fp32 pattern, as int32
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of the fp32 magnitude that the format lacks
 INFINITE = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
 NAN = {torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
-LARGEST_WEIGHT = {torch.bfloat16: float.fromhex("0x1.FEFEp127"), torch.float16: 65519.875}  # the largest with low bits, 127
+# The largest 24-bit weight; its low bits are 127.
+LARGEST_WEIGHT = {torch.bfloat16: float.fromhex("0x1.FEFEp127"), torch.float16: 65519.875}
+
+Word = TypeVar("Word", int, Tensor)  # a 32-bit word as a Python integer, or an int32 tensor of words
 
 
-def scalar(value):
-    """The fp32 tensor of shape () that a number is in the formulas, or the one element of a tensor."""
+def scalar(value: float | Tensor) -> Tensor:
+    """Return a number as an fp32 tensor of shape (), or the only element of a tensor as a tensor of shape ()."""
     return value.reshape(()) if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
-def _right(x, by):
-    """``x >> by`` of 32-bit words: zeros come in from above, whatever the sign."""
+def _right(x: Word, by: int) -> Word:
+    """Return ``x >> by`` of 32-bit words, filled up with zeros whatever the sign."""
     return (x >> by) & (WORD >> by)
 
 
-def _times(x, factor):
-    """The lower half of a product of 32-bit words; that of int32 tensors wraps around."""
+def _times(x: Word, factor: int) -> Word:
+    """Return the lower half of a product of 32-bit words; products of int32 tensors wrap around."""
     return x * (factor - (factor >> 31 << 32)) if isinstance(x, torch.Tensor) else x * factor & WORD
 
 
-def mix(x):
-    """A bijection of 32-bit words that spreads every input bit (lowbias32 of C. Wellons, less its first shift).
+def mix(x: Word) -> Word:
+    """Apply a bijection of 32-bit words that spreads every input bit (lowbias32 of C. Wellons, without its first shift).
 
-    Words are Python's integers, or int32 tensors: a vector of a CPU holds twice as many as of int64, and AVX2 has no product of
-    those.
+    A word is a Python integer or an element of an int32 tensor. A vector register of a CPU holds twice as many of int32 as of
+    int64, and AVX2 cannot multiply int64.
     """
     x = _times(x, 0x7FEB352D)
     x = _times(x ^ _right(x, 15), 0x846CA68B)
     return x ^ _right(x, 16)
 
 
-def salt(seed, tensor):
-    """What a tensor contributes to its noise: a 32-bit hash of the user's seed and of the tensor's number."""
+def salt(seed: int, tensor: int) -> int:
+    """Return a tensor's part of its noise: a 32-bit hash of the user's seed and of the tensor's number."""
     return mix(mix(mix(mix(seed & WORD) ^ (seed >> 32 & WORD)) + tensor & WORD) ^ PRIME)
 
 
-def noise_key(salt, step, start, device):
-    """Return what the noise of a block starts from: an int32 tensor of shape ().
+def noise_key(salt: int, step: float | Tensor, start: int, device: torch.device | str) -> Tensor:
+    """Return the key of a block, from which the noise of its elements is hashed: an int32 tensor of shape ().
 
     Args:
-        salt: of the tensor.
-        step: a number or a tensor of one, which is never read: a tensor may be without data.
+        salt: the tensor's `salt`.
+        step: a number, or a tensor with one element, whose value is not read on the host: it may have no data.
         start: number of the block's first element in the whole tensor; no block may reach beyond a multiple of 2^32.
-        device: of the block.
+        device: the block's device.
     """
     step = step.long() if isinstance(step, torch.Tensor) else torch.tensor(int(step), device=device)
     return mix(mix((salt + step * PRIME).to(torch.int32)) ^ (start >> 32))
 
 
-def noise_words(key, start, shape):
+def noise_words(key: Tensor, start: Tensor, shape: Sequence[int]) -> Tensor:
     """Return a 32-bit word for each element of a block: an int32 tensor of its shape.
 
     Args:
         key: the block's `noise_key`.
-        start: the same, as an int64 tensor.
-        shape: of the block, whose elements are numbered in the order of its dimensions.
+        start: as in `noise_key`, but as an int64 tensor.
+        shape: the block's shape. Elements are numbered in the order of its dimensions.
     """
     index = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device).view(shape)
     return mix(key ^ (index + start.to(torch.int32)))
 
 
-def bits(x):
-    """The bit pattern of an fp32 tensor: int32."""
+def bits(x: Tensor) -> Tensor:
+    """Return the bit pattern of an fp32 tensor as int32."""
     return x.view(torch.int32)
 
 
-def from_bits(pattern):
-    """The fp32 tensor of a bit pattern: int32, or what has it as its lower 32 bits."""
+def from_bits(pattern: Tensor) -> Tensor:
+    """Return the fp32 tensor of a bit pattern, which is int32, or the lower 32 bits of int64."""
     return pattern.to(torch.int32).view(torch.float32)
 
 
-def _sign(x):
-    """The sign bit of the pattern of ``x``, where it stands there."""
+def _sign(x: Tensor) -> Tensor:
+    """Return the sign bit of the pattern of ``x``, in its place."""
     return bits(x) & SIGN
 
 
-def _magnitude(x, dtype):
-    """fp32 bits of ``|x|``, for fp16 of ``|x| 2^-112``: the exponent range of ``dtype``."""
+def _magnitude(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the fp32 bits of ``|x|``; for fp16 those of ``|x| 2^-112``, which has its exponent range."""
     if dtype == torch.float16:
         return bits(x.abs() * 2.0**-112)
     return bits(x) & ~SIGN
 
 
-def _words(x, dtype):
-    """fp32 bits of ``x`` in the exponent range of ``dtype``; one pattern for all NaN, one for all that overflow fp16."""
+def _words(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `_magnitude`, with one pattern for all NaN and one for all numbers that overflow fp16."""
     magnitude = _magnitude(x, dtype)
     if dtype == torch.float16:
         magnitude = magnitude.clamp(max=INFINITE[dtype] << DROPPED[dtype])
     return torch.where(x != x, NAN[dtype] << DROPPED[dtype], magnitude)
 
 
-def _assemble(magnitude, x, dtype):
-    """16-bit magnitudes with the signs of ``x``.
+def _assemble(magnitude: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return numbers of ``dtype`` from 16-bit magnitudes and the signs of ``x``.
 
-    The way leads over fp32, which has every number of 16 bits: torch.compile makes vectors of it, and none of 16-bit integers.
+    They are made in fp32, which has every 16-bit number: torch.compile makes vectors of fp32, and none of 16-bit integers.
     """
     value = from_bits((magnitude << DROPPED[dtype]) | _sign(x))
     if dtype == torch.float16:
@@ -122,11 +136,15 @@ def _assemble(magnitude, x, dtype):
     return value.to(dtype)
 
 
-def round_stochastic(x, noise, dtype):
-    """fp32 -> ``dtype``, up or down with the probabilities that make the mean right.
+def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round fp32 numbers to ``dtype``, up or down at random so that the mean of the result is ``x``.
 
-    Representable values stay as they are, NaN and inf as well. ``noise``: a 32-bit word for each, here and below int32, or
-    int64 in [0, 2^32).
+    Representable numbers, NaN and inf do not change.
+
+    Args:
+        x: fp32.
+        noise: a 32-bit word for each number, as int32, or as int64 in [0, 2^32); this holds for all functions below.
+        dtype: fp32, bf16 or fp16.
     """
     if dtype == torch.float32:
         return x
@@ -134,12 +152,12 @@ def round_stochastic(x, noise, dtype):
     return _assemble(_words(x, dtype) + _right(noise, 32 - dropped) >> dropped, x, dtype)
 
 
-def split(x, noise, dtype):
-    """fp32 -> a 16-bit number and the next 8 bits: the 24-bit weight ``join(high, low)``.
+def split(x: Tensor, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round fp32 numbers to 24-bit weights: 16-bit numbers and the next 8 bits, which `join` puts together.
 
-    The weight is ``x`` rounded stochastically to 8 bits more than ``dtype`` has; ``high`` is that, rounded to nearest with
-    halves away from zero, so that ``low`` is exactly in [-128, 127]. Between the largest 24-bit weight and the point from which
-    ``dtype`` has inf, the weight is the largest one: noise must not push a number to inf that is to stay finite.
+    The weight is ``x`` rounded stochastically to 8 bits more than ``dtype`` has. ``high`` is the weight rounded to nearest,
+    halves away from zero; so ``low`` is exactly in [-128, 127]. From the largest 24-bit weight up to the point where ``dtype``
+    overflows, the result is the largest weight: noise must not push a finite number to inf.
 
     Returns:
         ``high`` in ``dtype`` and ``low`` in int8.
@@ -154,10 +172,10 @@ def split(x, noise, dtype):
     return _assemble(high, x, dtype), torch.where(tiny, 0, weight - (high << 8)).to(torch.int8)
 
 
-def join(high, low):
-    """The fp32 value of a 24-bit weight.
+def join(high: Tensor, low: Tensor) -> Tensor:
+    """Return the fp32 value of a 24-bit weight.
 
-    ``low`` counts for nothing where ``high`` is 0 or not finite: it may be left from another value that the user has replaced.
+    ``low`` is ignored where ``high`` is 0 or not finite: it may belong to another value, which the user has replaced.
     """
     dtype = high.dtype
     wide = high.float()
@@ -168,28 +186,32 @@ def join(high, low):
     return torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, wide)
 
 
-# 8-bit states: `value = scale * code`, one power-of-two scale for GROUP values, so that scaling is exact. The codes are small
-# floats: a momentum has sign, 4 exponent and 3 mantissa bits (e4m3); a Hessian is never negative and has 5 exponent bits
-# instead (e5m3): twice the resolution that the square root in e4m3 has, over the same range, without the square root.
-TOP = {"exp_avg": 8, "hessian": 16}  # exponent of the largest codes; the largest value of a group is given one of them
+# 8-bit states: `value = scale * code`, with one scale for GROUP values. It is a power of two, so that scaling is exact. The
+# codes are small floats. A momentum has sign, 4 exponent and 3 mantissa bits (e4m3). A Hessian is never negative and has a
+# fifth exponent bit in place of the sign (e5m3). That is twice the resolution of its square root in e4m3, over the same range,
+# without the square root.
+TOP = {"exp_avg": 8, "hessian": 16}  # exponent of the largest codes, one of which the largest value of a group gets
 MAGNITUDE = {"exp_avg": 0x7F, "hessian": 0xFF}
 SHRINK = {"exp_avg": 120, "hessian": 112}  # 2^-SHRINK brings a code's exponent range to the lowest one of fp32
 
 
-def encode_groups(x, noise, kind):
-    """fp32 [groups, n] -> codes uint8 [groups, n] and scales fp32 [groups], rounded stochastically.
+def encode_groups(x: Tensor, noise: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Round groups of fp32 values stochastically to 8-bit codes with a scale for each group.
 
     A NaN or an inf makes its whole group NaN, through the scale.
 
     Args:
-        x: the values.
-        noise: [groups, n] of 32 bits.
+        x: fp32 [groups, n].
+        noise: [groups, n], a 32-bit word for each value.
         kind: "exp_avg" or "hessian"; a negative Hessian is stored as 0.
+
+    Returns:
+        Codes uint8 [groups, n] and scales fp32 [groups].
     """
     if kind == "hessian":
         x = torch.where(x < 0, 0.0, x)
-    largest = bits(x.abs()).amax(1).clamp(max=0x7F800000)  # whichever NaN it is
-    # A mantissa from 1.875 on could be rounded up beyond the largest code: the eighth moves it to the next exponent.
+    largest = bits(x.abs()).amax(1).clamp(max=0x7F800000)  # NaN has many patterns, all above inf
+    # A mantissa of 1.875 or more could be rounded up beyond the largest code. Adding an eighth moves it to the next exponent.
     exponent = (((largest + 0x100000) >> 23) - TOP[kind]).clamp(min=1)
     scale = torch.where(largest < 0x7F800000, from_bits(exponent << 23), float("nan"))
     inverse = from_bits((254 - exponent) << 23)
@@ -200,56 +222,69 @@ def encode_groups(x, noise, kind):
     return (code & 0xFF).to(torch.uint8), scale
 
 
-def decode_groups(code, scale, kind):
-    """The fp32 values [groups, n] of 8-bit codes; the inverse of `encode_groups`."""
+def decode_groups(code: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """Return the fp32 values [groups, n] of 8-bit codes; the inverse of `encode_groups`."""
     magnitude = code.to(torch.int32) & MAGNITUDE[kind]
     value = from_bits(magnitude << 20) * 2.0 ** SHRINK[kind] * scale[:, None]
     return torch.where(code > 127, -value, value) if kind == "exp_avg" else value
 
 
-def encode(x, noise, kind):
-    """`encode_groups` of a vector in memory order: [numel] -> [numel] and [ceil(numel / GROUP)]."""
+def encode(x: Tensor, noise: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Return `encode_groups` of a vector in memory order: codes [numel] and scales [ceil(numel / GROUP)]."""
     code, scale = encode_groups(_in_groups(x), _in_groups(noise), kind)
     return code.view(-1)[: x.numel()], scale
 
 
-def decode(code, scale, kind):
-    """`decode_groups` of a vector in memory order: [numel] and [ceil(numel / GROUP)] -> [numel]."""
+def decode(code: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """Return `decode_groups` of a vector in memory order: the fp32 values [numel] of codes [numel]."""
     return decode_groups(_in_groups(code), scale, kind).view(-1)[: code.numel()]
 
 
-def _in_groups(x):
-    """A vector as rows of GROUP elements, the last of which is filled up with 0."""
+def _in_groups(x: Tensor) -> Tensor:
+    """Return a vector as rows of GROUP elements, the last of which is filled up with 0."""
     return torch.nn.functional.pad(x, (0, -x.numel() % GROUP)).view(-1, GROUP)
 
 
-def in_memory_order(tensor):
-    """A dense tensor, whatever the order of its dimensions, as the vector that lies in memory."""
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a dense tensor as the vector that lies in memory, whatever the order of its dimensions."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def load_state(state, scale, kind):
-    """The fp32 values of a state: fp32 or bf16, or 8-bit codes with their scales."""
+def load_state(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:
+    """Return the fp32 values of a state, which is fp32 or bf16, or 8-bit codes with their scales."""
     if state.dtype != torch.uint8:
         return state.float()
+    assert scale is not None
     return decode(in_memory_order(state), scale, kind).as_strided(state.shape, state.stride())
 
 
-def load_block(state, scale, kind):
-    """The fp32 values of a block [rows, n] of a state, whose scales are [rows]."""
-    return state.float() if state.dtype != torch.uint8 else decode_groups(state, scale, kind)
+def load_block(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:
+    """Return the fp32 values of a block [rows, n] of a state, whose scales are [rows]."""
+    if state.dtype != torch.uint8:
+        return state.float()
+    assert scale is not None
+    return decode_groups(state, scale, kind)
 
 
-def store_block(state, scale, x, word, kind):
+def store_block(state: Tensor, scale: Tensor | None, x: Tensor, word: Tensor | None, kind: str) -> None:
     """Store fp32 values [rows, n] in a block of a state.
 
-    A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest.
+    A bf16 Hessian is rounded stochastically: rounding to nearest would lose its small changes.
+
+    Args:
+        state: [rows, n] in any storage; mutated.
+        scale: fp32 [rows], the scales of 8-bit codes; mutated. None elsewhere.
+        x: fp32 [rows, n].
+        word: the `noise_words` of the block; None where nothing is rounded stochastically.
+        kind: "exp_avg" or "hessian".
     """
     if state.dtype == torch.uint8:
+        assert scale is not None and word is not None
         code, new_scale = encode_groups(x, word, kind)
         state.copy_(code)
         scale.copy_(new_scale)
     elif state.dtype == torch.bfloat16 and kind == "hessian":
+        assert word is not None
         state.copy_(round_stochastic(x, word << 16, state.dtype))
     else:
         state.copy_(x)  # to nearest, ties to even

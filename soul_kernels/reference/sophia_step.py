@@ -1,11 +1,15 @@
-"""The Sophia update with optional Hessian EMA, for each tensor of a list."""
+"""The Sophia update with optional Hessian EMA, for each tensor of a list.
 
-from collections.abc import Callable
+`step_block` is the formula; `sophia_step` walks the tensors of a list in blocks that fit the processor's caches.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from soul_kernels.reference._blocks import blocks
+from soul_kernels.reference._blocks import blocks, entry
 from soul_kernels.reference.hessian_ema import ema
 from soul_kernels.reference.rounding import (
     join,
@@ -20,23 +24,24 @@ from soul_kernels.reference.rounding import (
 
 
 class Numbers(NamedTuple):
-    """What all elements of a tensor share: fp32 tensors of shape (). Differences from 1 are formed in double precision."""
+    """The numbers that all elements of a tensor share: fp32 tensors of shape (). 1 - beta is formed in double precision."""
 
-    lr: torch.Tensor
-    weight_decay: torch.Tensor
-    h_weight: torch.Tensor  # rho bs, divided by the tensor's bias correction
-    beta1: torch.Tensor
-    beta1_rest: torch.Tensor  # 1 - beta1, or its negative to maximize
-    beta2: torch.Tensor
-    beta2_rest: torch.Tensor
-    eps: torch.Tensor
+    lr: Tensor
+    weight_decay: Tensor
+    h_weight: Tensor  # rho bs, divided by the tensor's bias correction
+    beta1: Tensor
+    beta1_rest: Tensor  # 1 - beta1, or its negative to maximize
+    beta2: Tensor
+    beta2_rest: Tensor  # 1 - beta2
+    eps: Tensor
 
 
 def step_block(
-    param, exp_avg, hessian, low, grad, m_scale, h_scale, key, start, numbers, factor, telemetry,
-    *, hessian_in_step, eps_mode, param_rounding,
-):  # fmt: skip
-    """Update one block in place: fp32 inside, one rounding on the way out.
+    param: Tensor, exp_avg: Tensor, hessian: Tensor, low: Tensor | None, grad: Tensor, m_scale: Tensor | None,
+    h_scale: Tensor | None, key: Tensor | None, start: Tensor, numbers: Numbers, factor: Tensor | None,
+    telemetry: Tensor | None, *, hessian_in_step: bool, eps_mode: str, param_rounding: str,
+) -> None:  # fmt: skip
+    """Update one block in place: everything is computed in fp32 and rounded once, where it is stored.
 
     Args:
         param: [rows, n] in fp32, bf16 or fp16; mutated.
@@ -46,14 +51,14 @@ def step_block(
         grad: [rows, n] in fp32, bf16 or fp16.
         m_scale: fp32 [rows], the scales of an 8-bit momentum; mutated. None elsewhere.
         h_scale: the same of an 8-bit Hessian.
-        key: the block's `noise_key`; None where nothing is rounded by chance.
+        key: the block's `noise_key`; None where nothing is rounded stochastically.
         start: int64 [], number of the first element in the whole tensor.
         numbers: the tensor's `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
-        telemetry: fp64 [3] that the counts of `soul_kernels.sophia_step` are added to, or None.
+        telemetry: fp64 [3], to which the counts of `soul_kernels.sophia_step` are added, or None.
         hessian_in_step: whether h is refreshed from the same gradient.
         eps_mode: "add" or "max".
-        param_rounding: "nearest", "stochastic" or "compensated"; of fp32 parameters "nearest".
+        param_rounding: "nearest", "stochastic" or "compensated"; "nearest" for fp32 parameters.
     """
     word = None if key is None else noise_words(key, start, param.shape)
     p = param.float() if low is None else join(param, low)
@@ -69,12 +74,14 @@ def step_block(
     if param_rounding == "nearest":
         new = (p - change).to(param.dtype)
     elif param_rounding == "stochastic":
+        assert word is not None
         new = round_stochastic(p - change, word, param.dtype)
     else:
+        assert low is not None and word is not None
         new, new_low = split(p - change, word, param.dtype)
         low.copy_(new_low)
     if telemetry is not None:
-        counts = (ratio.abs() >= 1).long()  # of an element: clipped + 2^32 lost, so that both are one sum
+        counts = (ratio.abs() >= 1).long()  # for each element: clipped + 2^32 lost, so that one sum has both
         if param_rounding == "nearest" and param.dtype != torch.float32:
             counts = counts + (((new.float() == p) & (change != 0)).long() << 32)
         counts = counts.sum()
@@ -86,13 +93,19 @@ def step_block(
 
 
 def sophia_step(
-    params, grads, exp_avgs, hessians, *, lr, beta1, rho, bs, eps, weight_decay, beta2, maximize, eps_mode, param_rounding,
-    low_bits, exp_avg_scales, hessian_scales, corrections, salts, offsets, steps, grad_factor, skip, telemetry,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], hessians: Sequence[Tensor], *,
+    lr: float | Tensor, beta1: float, rho: float | Tensor, bs: float | Tensor, eps: float, weight_decay: float | Tensor,
+    beta2: float | None, maximize: bool, eps_mode: str, param_rounding: str, low_bits: Sequence[Tensor | None] | None,
+    exp_avg_scales: Sequence[Tensor | None] | None, hessian_scales: Sequence[Tensor | None] | None,
+    corrections: Sequence[float] | Tensor | None, salts: Sequence[int], offsets: Sequence[int],
+    steps: Sequence[int | Tensor] | None, grad_factor: Tensor | None, skip: Tensor | None, telemetry: Tensor | None,
     run: Callable[..., None] = step_block,
-):  # fmt: skip
-    """``soul_kernels.sophia_step`` in plain PyTorch; mutates all but grads.
+) -> None:  # fmt: skip
+    """Run ``soul_kernels.sophia_step`` in plain PyTorch; the states and parameters are mutated, ``grads`` are not.
 
-    ``run`` is what updates a block: `step_block`, or what has been compiled from it.
+    ``salts`` has one number for each tensor, from `soul_kernels.reference.rounding.salt`. ``offsets`` has the number of each
+    tensor's first element in the whole tensor: 0 unless it is a shard. ``run`` is the function that updates a block:
+    `step_block`, or what has been compiled from it. The other arguments are those of the op.
     """
     if skip is not None and skip.item():
         return
@@ -109,8 +122,8 @@ def sophia_step(
         eps=scalar(eps),
     )
     for i, whole in enumerate(params):
-        written = (whole, exp_avgs[i], hessians[i], low_bits and low_bits[i])
-        scales = (exp_avg_scales and exp_avg_scales[i], hessian_scales and hessian_scales[i])
+        written = (whole, exp_avgs[i], hessians[i], entry(low_bits, i))
+        scales = (entry(exp_avg_scales, i), entry(hessian_scales, i))
         stored = "nearest" if whole.dtype == torch.float32 else param_rounding
         draws = stored != "nearest" or exp_avgs[i].dtype == torch.uint8
         draws = draws or (beta2 is not None and hessians[i].dtype != torch.float32)

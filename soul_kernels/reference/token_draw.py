@@ -1,10 +1,14 @@
-"""A label drawn from each row of logits."""
+"""Labels drawn from rows of logits."""
 
 import torch
+from torch import Tensor
 
 
-def draw_labels(logits, uniforms):
-    """A label of each row by inverse CDF: the first v with ``p_0 + ... + p_v > u`` and ``p_v > 0``; the last such v at the end.
+def draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw a label from each row by inverse CDF.
+
+    The label is the first v with ``p_0 + ... + p_v > u`` and ``p_v > 0``, where p = softmax(logits). If rounding leaves no such
+    v, it is the last v with ``p_v > 0``.
 
     Args:
         logits: [n, V] floating point.

@@ -1,54 +1,57 @@
-"""What one row of logits says of its label: log p, accurate where p is close to 1, and the statistics that metrics need."""
+"""Log-probability of the label of a row of logits, accurate where it is close to 0, and the statistics that metrics need."""
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from soul_kernels.tokens import TokenStatistics
 
-# Rows of the statistics of a chunk; those from HIT on are filled on request.
+# Rows of the statistics of a chunk, for the host and for the kernels.
 LOGP, ROW_MAX, TOTAL, ONE_MINUS_P, HIT, ENTROPY, VARIANCE = range(7)
-N_BASIC, N_ALL = 4, 7
+N_BASIC = 4  # how many of them there always are
+N_ALL = 7  # how many there are on request
 
 
-def transformed(logits, logit_scale=1.0, softcap=None):
-    """Raw products of hidden states and head -> logits: ``softcap tanh(logit_scale z / softcap)``; without a cap, scaled only.
+def transformed(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """Return the logits of raw products z of hidden states and head: ``softcap tanh(logit_scale z / softcap)``.
 
-    Gemma 2 caps at 30; Cohere multiplies by ``logit_scale``; Granite divides by ``logits_scaling``.
+    Without a cap they are only scaled. Gemma 2 caps at 30; Cohere multiplies by ``logit_scale``; Granite divides by
+    ``logits_scaling``.
     """
     if logit_scale != 1.0:
         logits = logits * logit_scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def token_logprob(logits, labels):
-    """Log-probability of each row's label, differentiable::
+def token_logprob(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-probability of each row's label, differentiable::
 
         log_softmax(logits)[i, labels[i]] = logsigmoid(z_y - logsumexp(z_j, j != y))
 
-    The label stays out of the sum, so 1 - p(y), and with it the gradient, keeps its relative accuracy on memorised tokens,
-    where ``softmax - 1`` in fp32 is wrong by 100% from 1 - p = 1e-8 on.
+    The sum leaves the label out. So 1 - p(y), and with it the gradient, keeps its relative accuracy on memorised tokens, where
+    ``softmax - 1`` in fp32 is wrong by 100% from 1 - p = 1e-8 on.
 
     Args:
         logits: [n, V] floating point.
         labels: [n] int64, each in [0, V).
 
     Returns:
-        [n], dtype of the logits.
+        [n], in the dtype of the logits.
     """
     label = labels[:, None]
-    if logits.shape[1] == 1:  # nothing beside the label: p = 1, whatever the logit
+    if logits.shape[1] == 1:  # there is nothing but the label: p = 1, whatever the logit
         return 0.0 * logits[:, 0]
     rest = logits.scatter(1, label, -torch.inf).logsumexp(1)
     return F.logsigmoid(logits.gather(1, label)[:, 0] - rest)
 
 
-def log_probabilities(logits, labels):
-    """log_softmax [n, V] of logits, which is accurate at the label also where p(label) is close to 1."""
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return log_softmax(logits) [n, V], accurate at the label also where p(label) is close to 1."""
     return logits.log_softmax(1).scatter(1, labels[:, None], token_logprob(logits, labels)[:, None])
 
 
-def token_statistics(logits, labels):
-    """`TokenStatistics` of each row, [n] each; no gradient.
+def token_statistics(logits: Tensor, labels: Tensor) -> TokenStatistics:
+    """Return the `TokenStatistics` of the rows, [n] each, without gradient.
 
     Args:
         logits: [n, V] floating point.
@@ -57,7 +60,7 @@ def token_statistics(logits, labels):
     logits = logits.detach()
     logp = log_probabilities(logits, labels)
     p = logp.exp()
-    surprise = torch.where(p > 0, -logp, 0.0)  # a vocabulary entry that is masked out adds nothing
+    surprise = torch.where(p > 0, -logp, 0.0)  # a masked vocabulary entry adds nothing
     entropies = (p * surprise).sum(1)
     variances = (p * (surprise - entropies[:, None]) ** 2).sum(1)
     hits = (logits.argmax(1) == labels).to(logits.dtype)

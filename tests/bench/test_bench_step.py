@@ -85,10 +85,10 @@ def changed(batch, **fields):
 
 def a_token_less(step):
     labels = step.batch.labels.clone()
-    row = int(step.batch.rows[0])
+    row = int(step.batch.token_indices[0])
     labels.view(-1)[row] = -100
-    step.batch = changed(step.batch, labels=labels, rows=step.batch.rows[1:])
-    step.n_labels = len(step.batch.rows)
+    step.batch = changed(step.batch, labels=labels, token_indices=step.batch.token_indices[1:])
+    step.n_labels = len(step.batch.token_indices)
 
 
 def other_tokens(step):

@@ -14,9 +14,9 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from soul.checkpoint import format as run_state
-from soul.checkpoint import local as checkpoint
-from soul.checkpoint.local import Checkpoints, Stopped, save_model
+from soul.checkpoint import Checkpoints, Stopped, has_ended, save_model
+from soul.checkpoint.format import read_checkpoint, write_tensors
+from soul.checkpoint.local import ENDED_FILE, NAME
 from soul.cli import main
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.runs import StopAfter, log_of, make_place, run, same, unlearn_module, weights, words
@@ -77,12 +77,9 @@ def full_for_safetensors(tensors, path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        REAL_WRITE(tensors, path)
+        write_tensors(tensors, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
-REAL_WRITE = checkpoint.write_tensors
 
 
 @pytest.mark.parametrize("broken", [
@@ -189,17 +186,17 @@ def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_end
             warnings.simplefilter("always")
             patch.setattr("soul.run.unlearner.save_model", save)
             status = main(words(place, output.name, *options))
-        said, told = capsys.readouterr().err, [str(warning.message) for warning in caught]
+        errors, messages = capsys.readouterr().err, [str(warning.message) for warning in caught]
         if armed[0][0] > 0:  # there are no more calls
             assert status == 0 and not (output / "checkpoints").exists()
             break
         if isinstance(error, OSError):
             assert status == 0
-            assert any("could not be removed" in t for t in told) or files_below(output) == []
+            assert any("could not be removed" in message for message in messages) or files_below(output) == []
         else:
-            assert status == 130 and f"interrupted; the model is saved in {output}" in said
-            assert ("checkpoints are left behind" in said) == (output / "checkpoints").exists()
-        notes.append((output / checkpoint.ENDED_FILE).is_file())
+            assert status == 130 and f"interrupted; the model is saved in {output}" in errors
+            assert ("checkpoints are left behind" in errors) == (output / "checkpoints").exists()
+        notes.append((output / ENDED_FILE).is_file())
         assert weights(output) == weights(place / "undisturbed")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -218,13 +215,13 @@ def test_a_full_disk_at_the_very_end_hides_no_model(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.warns(UserWarning, match="the model is saved; checkpoints are left behind"):
         patch.setattr(os, "fsync", full)
         checkpoints.end(tmp_path)
-    assert checkpoints.steps() == [3] and not checkpoint.has_ended(tmp_path, checkpoints)
+    assert checkpoints.steps() == [3] and not has_ended(tmp_path, checkpoints)
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("error")
         patch.setattr(pathlib.Path, "write_text", full)
         checkpoints.end(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "log.jsonl"}
-    assert checkpoint.has_ended(tmp_path, checkpoints)
+    assert has_ended(tmp_path, checkpoints)
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_path, monkeypatch):
@@ -239,7 +236,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_pat
                     real = getattr(os, name)
 
                     def call(path, *args, **options):
-                        if name == "unlink" or NAME_OF_A_CHECKPOINT.fullmatch(os.path.basename(path)):
+                        if name == "unlink" or NAME.fullmatch(os.path.basename(path)):
                             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
                         return real(path, *args, **options)
 
@@ -251,12 +248,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_pat
         assert records == want
         steps = Checkpoints(directory).steps()
         assert steps == ([6, 4, 2] if name == "rename" else [6])
-        assert all(run_state.read(directory / f"step-{step}")[1] is None for step in steps)
+        for step in steps:
+            read_checkpoint(directory / f"step-{step}")  # none is damaged
     run(tokenizer, Checkpoints(tmp_path / "unlink", resume=True))
     assert [path.name for path in (tmp_path / "unlink").iterdir()] == ["step-6"]  # the halves are gone
-
-
-NAME_OF_A_CHECKPOINT = checkpoint.NAME
 
 
 def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(place, monkeypatch):

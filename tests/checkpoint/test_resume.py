@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 
 import soul
-from soul.checkpoint import format as run_state
-from soul.checkpoint.local import Checkpoints, Stopped, describe
+from soul.checkpoint import Checkpoints, Stopped, describe
+from soul.checkpoint.format import pack, unpack
 from soul.cli import main
 from soul.run.config import UnlearnConfig
 from soul.run.prepare import prepare
@@ -316,7 +316,7 @@ def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):
     run(tokenizer, Checkpoints(tmp_path, resume=True), reference_cache=str(tmp_path / "cache"))  # changes no number
 
 
-def test_other_threads_are_told(tokenizer, tmp_path, monkeypatch):
+def test_another_number_of_threads_is_warned_of(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(tmp_path, 2))
     monkeypatch.setattr("torch.get_num_threads", lambda: 64)
@@ -330,13 +330,13 @@ def test_trees_keep_types_bits_and_strides():
         "empty": torch.empty(0, dtype=torch.int8), "codes": torch.arange(256).to(torch.uint8),
     }  # fmt: skip
     tensors = {}
-    text = json.dumps(run_state.packed(tree, tensors))
-    got = run_state.unpacked(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
+    text = json.dumps(pack(tree, tensors))
+    got = unpack(json.loads(text), {n: t.contiguous() for n, t in tensors.items()})
     assert got["a"] == tree["a"] and list(got) == list(tree)
     for a, b in zip((*got[3], got["empty"], got["codes"]), (*tree[3], tree["empty"], tree["codes"])):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride()
-    with pytest.raises(TypeError, match="no place in a checkpoint for a set"):
-        run_state.packed({"x": set()}, {})
+    with pytest.raises(TypeError, match="a checkpoint cannot hold a set"):
+        pack({"x": set()}, {})
 
 
 def test_numbers_are_checked(tmp_path):
@@ -351,7 +351,7 @@ def test_numbers_are_checked(tmp_path):
 def test_a_run_is_described_by_content(tokenizer):
     config = UnlearnConfig(**FAST)
     encoded = prepare(tiny_model(), tokenizer, examples(5), examples(9)[5:], config)
-    told = describe(tiny_model(), *encoded, config.decisive())
-    assert told == describe(tiny_model(), *encoded, config.decisive())
-    assert told != describe(tiny_model(), encoded[1], encoded[0], config.decisive())
-    assert json.loads(json.dumps(told)) == told
+    description = describe(tiny_model(), *encoded, config.decisive())
+    assert description == describe(tiny_model(), *encoded, config.decisive())
+    assert description != describe(tiny_model(), encoded[1], encoded[0], config.decisive())
+    assert json.loads(json.dumps(description)) == description

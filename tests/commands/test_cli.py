@@ -13,7 +13,7 @@ import torch
 
 from soul import Unlearner
 from soul.cli import main
-from soul.models.causal_lm import load
+from soul.models.loading import load
 from soul.output.console import SafeStream, safe_stream
 from soul.run.config import UnlearnConfig
 from tests.support.models import examples, tiny_model, tiny_tokenizer

@@ -127,11 +127,11 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
     batch = batches.collate([a], [b], ref_logps=[-3.0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
-    assert batch.rows.tolist() == [1, 6, 7, 8]
-    assert batch.labels.flatten()[batch.rows].tolist() == [7, 7, 8, 9]
+    assert batch.token_indices.tolist() == [1, 6, 7, 8]
+    assert batch.labels.flatten()[batch.token_indices].tolist() == [7, 7, 8, 9]
     assert batch.is_forget.tolist() == [True, False] and batch.ref_logps.tolist() == [-3.0, 0.0]
     assert batch.ref_hidden is None
-    with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one a forget sequence"):
+    with pytest.raises(ValueError, match="ref_logps: expected 1 values, got 2; pass one per forget sequence"):
         batches.collate([a], [b], ref_logps=[-3.0, 0.0])
 
 
@@ -186,8 +186,8 @@ def test_pairs_are_answers_with_their_refusals():
 
 def test_orders_cover_everything():
     sequences = [Sequence([0] * n, [0] * n, 1) for n in torch.randint(1, 40, (53,)).tolist()]
-    found = batches.batches_by_length(sequences, 4, random.Random(0))
-    assert sorted(i for batch in found for i in batch) == list(range(53))
+    index_lists = batches.batches_by_length(sequences, 4, random.Random(0))
+    assert sorted(i for batch in index_lists for i in batch) == list(range(53))
 
 
 def test_order_covers_everything_and_goes_on():

@@ -157,10 +157,10 @@ def test_columns_that_are_not_used_are_not_read(tmp_path, monkeypatch):
             assert self.column_names == ["question", "answer"]
             return super().__iter__()
 
-    given = hub.Dataset.from_list([row | {"picture": 0} for row in ASKED])
-    given.__class__ = Pictures
-    assert [row for _, row in sources.rows(given)] == ASKED
-    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: given)
+    dataset = hub.Dataset.from_list([row | {"picture": 0} for row in ASKED])
+    dataset.__class__ = Pictures
+    assert [row for _, row in sources.rows(dataset)] == ASKED
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: dataset)
     assert [row for _, row in sources.rows("hub:me/mine")] == ASKED
 
 
@@ -176,7 +176,7 @@ def test_blank_rows_end_a_run_or_are_counted(broken):
     with pytest.raises(ValueError, match="rows, row 1, column 'text'"):
         sources.rows(rows)
     assert [row["text"] for _, row in sources.rows(rows, drop=True, counts=counts)] == ["a", "b"]
-    assert counts == Counts(rows=3, blank=1) and counts.told(8) == "3 rows; 1 blank, left out"
+    assert counts == Counts(rows=3, blank=1) and counts.summary(8) == "3 rows; 1 blank, left out"
     with pytest.raises(ValueError, match="rows, row 0: expected a row that is not blank, here or below, got none"):
         sources.rows([broken], drop=True)
     with pytest.raises(ValueError, match="row 1, column 'text': expected a string, got int"):  # broken is not blank
@@ -228,13 +228,13 @@ def test_answers_are_truncated_and_never_split():
 
 def test_prompts_without_room_are_counted():
     counts, tokenizer = Counts(), Words()
-    given = [Example("a b c", " d"), Example("a", " b"), Example("a b", " c"), Example("", "a b c d")]
-    assert answerable(given, tokenizer, max_length=4, counts=counts) == given[1:] and counts.no_room == 1
-    encode(given[1:], tokenizer, vocab_size=100, max_length=4)  # and these fit
+    examples = [Example("a b c", " d"), Example("a", " b"), Example("a b", " c"), Example("", "a b c d")]
+    assert answerable(examples, tokenizer, max_length=4, counts=counts) == examples[1:] and counts.no_room == 1
+    encode(examples[1:], tokenizer, vocab_size=100, max_length=4)  # and these fit
     with pytest.raises(ValueError, match="row 0: expected a label within 4 tokens"):
-        encode(given[:1], tokenizer, vocab_size=100, max_length=4)
+        encode(examples[:1], tokenizer, vocab_size=100, max_length=4)
     with pytest.raises(ValueError, match="forget: expected a row with room for an answer within 4 tokens, got none"):
-        answerable(given[:1], tokenizer, max_length=4, name="forget")
+        answerable(examples[:1], tokenizer, max_length=4, name="forget")
 
 
 def unlearner(rows, retain=None, **options):
@@ -267,7 +267,7 @@ def test_no_row_vanishes(tmp_path):
 
 def test_what_is_to_be_kept_is_not_what_is_to_be_forgotten():
     rows = [{"text": f"Number {i}."} for i in range(4)]
-    with pytest.raises(ValueError, match="retain: expected other rows than forget, got the same 4; nothing can be kept and"):
+    with pytest.raises(ValueError, match="retain: expected other rows than forget, got the same 4; no row can be kept and"):
         unlearner(rows, [*rows[::-1], rows[0]])
     with pytest.warns(UserWarning, match="retain: 2 of the 4 rows to forget are in it too"):
         unlearner(rows, [*rows[:2], {"text": "Another."}])
@@ -301,31 +301,31 @@ def test_a_run_takes_the_refusals_of_its_file(method, tmp_path, monkeypatch):
 def command(tmp_path, forget, retain, *more):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    given = dict(model=tmp_path / "model", forget=forget, retain=retain, output=tmp_path / "out", epochs=1, lr=1e-2,
-                 backend="reference", device="cpu")  # fmt: skip
-    return main(["unlearn", *(f"--{name}={value}" for name, value in given.items()), *more])
+    options = dict(model=tmp_path / "model", forget=forget, retain=retain, output=tmp_path / "out", epochs=1, lr=1e-2,
+                   backend="reference", device="cpu")  # fmt: skip
+    return main(["unlearn", *(f"--{name}={value}" for name, value in options.items()), *more])
 
 
 @pytest.mark.parametrize("method", ["graddiff", "po", "dpo"])  # answers, refusals in their place, both
 def test_a_run_by_names(method, tmp_path, capsys):
     write(tmp_path / "forget10.jsonl", *ASKED[:3])
     write(tmp_path / "retain90.jsonl", *ASKED[3:])
-    given = [f"tofu:{name}@{tmp_path}" for name in ("forget10", "retain90")]
-    assert command(tmp_path, *given, "--batch-size=2", f"--method={method}", "--max-length=40") == 0
-    said = capsys.readouterr().out
-    assert "forget: 3 rows" in said and "retain: 3 rows\n" in said
+    sets = [f"tofu:{name}@{tmp_path}" for name in ("forget10", "retain90")]
+    assert command(tmp_path, *sets, "--batch-size=2", f"--method={method}", "--max-length=40") == 0
+    printed = capsys.readouterr().out
+    assert "forget: 3 rows" in printed and "retain: 3 rows\n" in printed
     assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert json.loads((tmp_path / "out" / "soul_config.json").read_text())["forget"] == given[0]
+    assert json.loads((tmp_path / "out" / "soul_config.json").read_text())["forget"] == sets[0]
 
 
 @needs_tofu
 def test_a_run_on_tofu(tmp_path, capsys):
-    given = (f"tofu:forget01@{TOFU}", f"tofu:retain_perturbed@{TOFU}")  # the smallest two; 3,600 rows are read below
-    assert command(tmp_path, *given, "--batch-size=20", "--max-length=160", "--drop-unusable") == 0
-    said, told = capsys.readouterr().out, json.loads((tmp_path / "out" / "data.json").read_text())
-    assert "forget: 40 rows; " in said and "cut to 160 tokens\nretain: 400 rows; " in said
-    assert (told["forget"]["rows"], told["retain"]["rows"]) == (40, 400) and told["retain"]["truncated"] > 0
+    sets = (f"tofu:forget01@{TOFU}", f"tofu:retain_perturbed@{TOFU}")  # the smallest two; 3,600 rows are read below
+    assert command(tmp_path, *sets, "--batch-size=20", "--max-length=160", "--drop-unusable") == 0
+    printed, numbers = capsys.readouterr().out, json.loads((tmp_path / "out" / "data.json").read_text())
+    assert "forget: 40 rows; " in printed and "cut to 160 tokens\nretain: 400 rows; " in printed
+    assert (numbers["forget"]["rows"], numbers["retain"]["rows"]) == (40, 400) and numbers["retain"]["truncated"] > 0
 
 
 @needs_tofu
@@ -333,5 +333,5 @@ def test_every_file_of_tofu_has_its_name():
     files = [path.stem for path in TOFU.glob("*.jsonl")]
     assert files and set(files) <= set(sources.TOFU)
     for name, count in (("forget01", 40), ("full", 4000), ("world_facts_perturbed", 117)):
-        found = sources.examples(sources.rows(f"tofu:{name}@{TOFU}"), Template())
-        assert len(found) == count and found[0].prompt.startswith("Question: ")
+        examples = sources.examples(sources.rows(f"tofu:{name}@{TOFU}"), Template())
+        assert len(examples) == count and examples[0].prompt.startswith("Question: ")

@@ -196,10 +196,10 @@ def test_conversations_are_rows(row, tmp_path):
     want = Template("chat", tokenizer).ask(QUESTION, ANSWER)
     names = ["chat"] if "question" in row else ["chat", "plain"]
     for name in names:
-        (found,) = soul.data.sources.examples(
+        (example,) = soul.data.sources.examples(
             soul.data.sources.rows(write(tmp_path / "a.jsonl", row)), Template(name, tokenizer)
         )
-        assert found == want
+        assert example == want
     if "completion" in row:
         assert trl.examples([row], tokenizer) == [want]
 
@@ -243,14 +243,14 @@ def test_questions_are_asked_by_the_template():
     }
 
 
-def words(place, output, *more):
-    given = dict(model=place / "model", forget=place / "forget.jsonl", output=output, epochs=1, method="po", alpha=0, lr=1e-2,
-                 template="chat", backend="reference", device="cpu")  # fmt: skip
-    return ["unlearn", *(f"--{name}={value}" for name, value in given.items()), *more]
+def words(directory, output, *more):
+    options = dict(model=directory / "model", forget=directory / "forget.jsonl", output=output, epochs=1, method="po", alpha=0,
+                   lr=1e-2, template="chat", backend="reference", device="cpu")  # fmt: skip
+    return ["unlearn", *(f"--{name}={value}" for name, value in options.items()), *more]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     root = tmp_path_factory.mktemp("templates")
     tiny_model().save_pretrained(root / "model")
     chatting(LLAMA3).save_pretrained(root / "model")
@@ -258,17 +258,17 @@ def place(tmp_path_factory):
     return root
 
 
-def test_a_run_by_the_chat_template(place, tmp_path):
-    assert main(words(place, tmp_path / "out", "--system=Be brief.")) == 0
-    told = json.loads((tmp_path / "out" / "soul_config.json").read_text())
-    assert (told["template"], told["system"]) == ("chat", "Be brief.")
+def test_a_run_by_the_chat_template(directory, tmp_path):
+    assert main(words(directory, tmp_path / "out", "--system=Be brief.")) == 0
+    written = json.loads((tmp_path / "out" / "soul_config.json").read_text())
+    assert (written["template"], written["system"]) == ("chat", "Be brief.")
     config = UnlearnConfig(method="po", method_options={"alpha": 0}, template="chat", system="Be brief.")
-    run = Unlearner(place / "model", place / "forget.jsonl", config=config)
+    run = Unlearner(directory / "model", directory / "forget.jsonl", config=config)
     want = Template("chat", run.tokenizer, "Be brief.").ask(QUESTION, "Number 0.")
     assert run._forget[0] == want
 
 
-def test_a_run_goes_on_with_its_own_template_and_data_only(place, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_with_its_own_template_and_data_only(directory, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
     def full(*args):
@@ -276,21 +276,21 @@ def test_a_run_goes_on_with_its_own_template_and_data_only(place, tmp_path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr("soul.run.unlearner.save_model", full)
-        assert main(words(place, out, "--save-every=1")) == 1
+        assert main(words(directory, out, "--save-every=1")) == 1
     write(tmp_path / "other.jsonl", {"question": QUESTION, "answer": "Number 0."})
     for changes, message in (
         (["--template=plain"], "resume, template: expected 'chat' as in the checkpoint, got 'plain'"),
         (["--system=Be brief."], "resume, system: expected None as in the checkpoint, got 'Be brief.'"),
         ([f"--forget={tmp_path / 'other.jsonl'}"], "resume, content of forget: expected that of the checkpoint"),
     ):
-        assert main(words(place, out, "--resume", *changes)) == 2
+        assert main(words(directory, out, "--resume", *changes)) == 2
         assert message in capsys.readouterr().err
-    assert main(words(place, out, "--resume")) == 0 and (out / "model.safetensors").is_file()
+    assert main(words(directory, out, "--resume")) == 0 and (out / "model.safetensors").is_file()
 
 
-def test_a_model_without_a_chat_template_is_named(place, tmp_path, capsys):
+def test_a_model_without_a_chat_template_is_named(directory, tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert main(words(place, tmp_path / "out", f"--model={tmp_path / 'model'}")) == 2
+    assert main(words(directory, tmp_path / "out", f"--model={tmp_path / 'model'}")) == 2
     assert "tokenizer: expected one with a chat template" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -301,10 +301,10 @@ NOISY = [
 
 
 def test_checkpoints_of_other_noise_are_refused_where_shards_draw_it(tmp_path):
-    for rank, found in enumerate(run(tmp_path, noise_worker)):
-        assert found["offsets"] == [18 * rank, 18 * rank, 0, 18 * rank, (1 + rank) << 40]
-        assert found["refusals"][:3] == [""] * 3
-        for text in found["refusals"][3:]:
+    for rank, result in enumerate(run(tmp_path, noise_worker)):
+        assert result["offsets"] == [18 * rank, 18 * rank, 0, 18 * rank, (1 + rank) << 40]
+        assert result["refusals"][:3] == [""] * 3
+        for text in result["refusals"][3:]:
             assert text.startswith("state_dict noise: expected version 2, got 1; resume with") and "set noise = 2 in" in text
 
 
@@ -372,10 +372,10 @@ def tensor_parallel_worker(folder):
 @pytest.mark.slow(reason="starts four processes")
 def test_fsdp_over_tensor_parallelism(tmp_path):
     """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
-    found = run(tmp_path, tensor_parallel_worker, world=4)
-    assert all(f["telemetry"] == found[0]["telemetry"] and f["rho"] == found[0]["rho"] for f in found)
-    assert found[0]["telemetry"]["grad_norm"] == pytest.approx(found[0]["norm"], rel=1e-6)
-    assert [f["offsets"] for f in found] == [[0, 0], [24, 4], [12, 2], [36, 6]]  # rank 1 has the other half of the rows
+    results = run(tmp_path, tensor_parallel_worker, world=4)
+    assert all(f["telemetry"] == results[0]["telemetry"] and f["rho"] == results[0]["rho"] for f in results)
+    assert results[0]["telemetry"]["grad_norm"] == pytest.approx(results[0]["norm"], rel=1e-6)
+    assert [f["offsets"] for f in results] == [[0, 0], [24, 4], [12, 2], [36, 6]]  # rank 1 has the other half of the rows
 
 
 def state_dicts(net, opt):

@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
-from soul.checkpoint.local import has_ended
+from soul.checkpoint import has_ended
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.cli import main
-from soul.distributed import processes as distributed
-from soul.distributed.processes import check_alike, check_supported, launched, started
+from soul.distributed import check_supported, launched, shard, started
+from soul.distributed.processes import check_alike
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
 from tests.support.models import examples, tiny_model, tiny_tokenizer
@@ -60,7 +60,7 @@ REFUSED = {
     "state_dtype": {"state_dtype": "8bit"},
     "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
 }
-# What the last process does otherwise, and how it is told.
+# What the last process does otherwise, and how the error begins.
 ODD = {
     "epochs": ({"epochs": 3}, "epochs: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
     "lr": ({"lr": 2e-3}, "lr: expected the same in all 2 processes, got 0.001 in process 0, 0.002 in process 1; "),
@@ -74,24 +74,24 @@ ODD = {
 }  # fmt: skip
 
 
-def kept(case, output, **how):
-    family, options, given = case
-    return [family, options, {**given, "output": output, **how}]
+def saved(case, output, **how):
+    family, options, defaults = case
+    return [family, options, {**defaults, "output": output, **how}]
 
 
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
-    "whole": kept(SAVED, "whole"),
-    "stopped": kept(SAVED, "broken", stop=3),
-    "not resumed": kept(SAVED, "broken"),
-    "resumed": kept(SAVED, "broken", resume=True),
+    "whole": saved(SAVED, "whole"),
+    "stopped": saved(SAVED, "broken", stop=3),
+    "not resumed": saved(SAVED, "broken"),
+    "resumed": saved(SAVED, "broken", resume=True),
     "as the command": ["llama, tied", {"method": "npo", "epochs": 30}, {}],
-    "bf16 whole": kept(BF16, "bf16 whole"),
-    "bf16 stopped": kept(BF16, "bf16 broken", stop=3),
+    "bf16 whole": saved(BF16, "bf16 whole"),
+    "bf16 stopped": saved(BF16, "bf16 broken", stop=3),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
-    "bf16 resumed": kept(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    "bf16 resumed": saved(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
     # The clock of the first process goes 4 minutes a step, that of the other one stands still.
-    "by time": kept(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
+    "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
     "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
     **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
@@ -126,8 +126,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(folder):
-    """What each of the two processes has found, by case."""
+def results(folder):
+    """The result of each of the two processes, by case."""
     numbers = enumerate(CASES)
     return {name: [torch.load(folder / f"{n}.{rank}.pt", weights_only=True) for rank in (0, 1)] for n, name in numbers}
 
@@ -137,10 +137,10 @@ def lasting(records):
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_processes_are_one(found, name):
+def test_two_processes_are_one(results, name):
     """To fp32 rounding, relative to how far the weights have moved; and both keep the same log."""
     family, options = EQUAL[name]
-    first, second = found[name]
+    first, second = results[name]
     records, weights = run(family, options)
     assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
     start, got = tiny_model(family).state_dict(), first["weights"]
@@ -158,51 +158,51 @@ def equal(one, two):
     return all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
 
 
-def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(found, folder):
+def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
     """The generators of both processes are where they were; of bf16 weights the 8 more bits too, and the noise goes on."""
     for prefix in ("", "bf16 "):
-        (whole, _), (resumed, second) = found[f"{prefix}whole"], found[f"{prefix}resumed"]
-        for rank in found[f"{prefix}stopped"]:
+        (whole, _), (resumed, second) = results[f"{prefix}whole"], results[f"{prefix}resumed"]
+        for rank in results[f"{prefix}stopped"]:
             assert rank["error"] == "Stopped" and rank["text"].endswith(
                 "stopped after step 3 of 4; with --resume it goes on after step 3"
             )
         assert equal(whole, resumed) and lasting(second["records"]) == lasting(whole["records"])
         assert not (folder / f"{prefix}broken" / "checkpoints").exists()
-    dry = found["tied head, sums of sequences"][0]
-    assert not equal({**dry, "records": []}, {**found["whole"][0], "records": []})  # dropout did something
-    assert [rank["seed"] for rank in found["whole"]] == [0, 1]  # of another dropout in each
-    assert [rank["text"].split(":")[0] for rank in found["not resumed"]] == ["output", "output"]
-    told = found["bf16 resumed"][0]["warnings"]
-    assert len(told) == 1 and "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in told[0]
+    dry = results["tied head, sums of sequences"][0]
+    assert not equal({**dry, "records": []}, {**results["whole"][0], "records": []})  # dropout did something
+    assert [rank["seed"] for rank in results["whole"]] == [0, 1]  # of another dropout in each
+    assert [rank["text"].split(":")[0] for rank in results["not resumed"]] == ["output", "output"]
+    (warning,) = results["bf16 resumed"][0]["warnings"]
+    assert "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in warning
 
 
-def test_all_processes_save_by_the_clock_of_the_first(found):
+def test_all_processes_save_by_the_clock_of_the_first(results):
     """They would wait for each other for ever if each looked at its own."""
-    assert [rank["saved"] for rank in found["by time"]] == [[2, 4], [2, 4]]
-    assert equal(found["by time"][0], found["whole"][0])
+    assert [rank["saved"] for rank in results["by time"]] == [[2, 4], [2, 4]]
+    assert equal(results["by time"][0], results["whole"][0])
 
 
-def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(found, folder):
-    for rank in found["full disk"]:
+def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(results, folder):
+    for rank in results["full disk"]:
         assert rank["error"] == "OSError"
-        told = "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
-        assert rank["text"].endswith(told)
+        message = "step 2 could not be saved (No space left on device); with --resume it goes on after step 1"
+        assert rank["text"].endswith(message)
     assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
 
 
-def test_the_reference_is_computed_in_the_same_way_and_kept_once(found, folder):
+def test_the_reference_is_computed_in_the_same_way_and_kept_once(results, folder):
     """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
     (path,) = (folder / "cache").iterdir()
     before = path.stat().st_mtime_ns
     records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
     assert [p.stat().st_mtime_ns for p in (folder / "cache").iterdir()] == [before]
-    assert found["cached"][0]["records"][0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
+    assert results["cached"][0]["records"][0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
 
 
-def test_what_is_saved_is_a_plain_model(found, folder):
+def test_what_is_saved_is_a_plain_model(results, folder):
     """Safetensors with plain names, each tensor once, that transformers loads."""
     got = AutoModelForCausalLM.from_pretrained(folder / "bf16 whole", dtype="auto").state_dict()
-    want = found["bf16 whole"][0]["weights"]
+    want = results["bf16 whole"][0]["weights"]
     assert list(got) == list(want) and all(torch.equal(got[name], want[name]) for name in want)
     assert json.loads((folder / "bf16 whole" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert (folder / "bf16 whole" / "model.safetensors").stat().st_size < 1.1 * 2 * sum(
@@ -211,16 +211,16 @@ def test_what_is_saved_is_a_plain_model(found, folder):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(found, folder, name):
-    for rank in found[f"refused, {name}"]:
+def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(results, folder, name):
+    for rank in results[f"refused, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
     assert not (folder / "refused").exists()
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_processes_that_are_not_to_do_the_same_end_all(found, folder, name):
+def test_processes_that_are_not_to_do_the_same_end_all(results, folder, name):
     """With another lr, seed or data the run ended with status 0 and another result; with other epochs it never ended."""
-    for rank in found[f"odd, {name}"]:
+    for rank in results[f"odd, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(ODD[name][1])
         assert rank["text"].endswith("give every process the same options, files and library versions")
     assert not (folder / "odd").exists()
@@ -231,19 +231,19 @@ def test_what_differs_is_named_with_its_values_and_processes():
     check_alike([alike, dict(alike), dict(alike)])
     check_alike([{"x": float("nan")}] * 2)
     check_alike([{"method_options": {"beta": 1, "alpha": 2}}, {"method_options": {"alpha": 2, "beta": 1}}])
-    for changes, told in (
+    for changes, message in (
         ([{}, {"lr": 2e-3, "content of forget": "cd"}, {}], "lr: expected the same in all 3 processes, got 0.001 in processes "
          "0 2, 0.002 in process 1;"),
         ([{"content of forget": "cd"}, {}, {}], "content of forget: .* got 'cd' in process 0, 'ab' in processes 1 2;"),
         ([{}, {}, {"torch": "2.13"}], "torch: .* got '2.11' in processes 0 1, '2.13' in process 2;"),
         ([{}, {"peft": "0.21"}, {}], "peft: .* got nothing in processes 0 2, '0.21' in process 1;"),
     ):  # fmt: skip
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             check_alike([alike | change for change in changes])
 
 
 def test_what_is_refused_without_a_run():
-    with pytest.raises(ValueError, match="method: expected another one than 'influence' with several processes"):
+    with pytest.raises(ValueError, match="method: expected a method other than 'influence' with several processes"):
         check_supported(UnlearnConfig(method="influence"))
     with pytest.raises(ValueError, match="lora_rank: expected None with several processes, got 4"):
         check_supported(UnlearnConfig(), adapters={"rank": 4})
@@ -272,7 +272,7 @@ def test_other_commands_are_refused(monkeypatch, capsys):
 WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
 
 
-@pytest.mark.parametrize("name, value, told", [
+@pytest.mark.parametrize("name, value, message", [
     ("WORLD_SIZE", "two", r"WORLD_SIZE: expected a whole number >= 1, got 'two'; start all processes with torchrun"),
     ("WORLD_SIZE", "-2", "WORLD_SIZE: expected a whole number >= 1, got '-2'"),
     ("WORLD_SIZE", "0", "WORLD_SIZE: expected a whole number >= 1, got '0'"),
@@ -285,13 +285,13 @@ WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
     ("MASTER_ADDR", None, "MASTER_ADDR: expected a host name with WORLD_SIZE=2, got none"),
     ("MASTER_ADDR", " ", "MASTER_ADDR: expected a host name"),
 ])  # fmt: skip
-def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, told, monkeypatch, capsys):
+def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, message, monkeypatch, capsys):
     """It ended in a traceback, in an endless wait, or in one process that took itself for the only one."""
     for variable, good in WHOLE.items():
         monkeypatch.setenv(variable, good)
     assert launched() == 2
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         launched()
     assert main(["unlearn", "--model", "x", "--forget", "x", "--output", "x", "--device", "cpu"]) == 2
     assert f"soul unlearn: {name}: expected" in capsys.readouterr().err
@@ -308,12 +308,12 @@ def test_without_several_processes_the_variables_say_nothing(monkeypatch):
 @pytest.mark.slow(reason="waits until a process gives up")
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
-    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
+    monkeypatch.setattr("soul.distributed.processes.JOIN_SECONDS", 1)
     for variable, value in zip(TORCHRUN, (rank, rank, "2", "127.0.0.1", str(free_port()))):
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    begun, told = time.monotonic(), r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
-    with pytest.raises(ValueError, match=told), started(torch.device("cpu")):
+    begun, message = time.monotonic(), r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
+    with pytest.raises(ValueError, match=message), started(torch.device("cpu")):
         raise AssertionError("there is a group of one process")
     assert time.monotonic() - begun < 60 and not torch.distributed.is_initialized()
 
@@ -337,8 +337,8 @@ def place(tmp_path_factory):
 
 
 def words(place, output, *more):
-    given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
-    paths = [word for name, value in given.items() for word in (f"--{name}", place / value)]
+    names = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
+    paths = [word for name, value in names.items() for word in (f"--{name}", place / value)]
     how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
     return ["soul", "unlearn", *paths, *how.split(), *more]
 
@@ -395,7 +395,7 @@ def children(pid):
 
 @pytest.mark.slow(reason="starts three sets of processes, and kills one")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(found, place):
+def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(results, place):
     """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
     process = torchrun(*words(place, "broken", "--resume"))  # from the start, where there is nothing yet
     until = time.monotonic() + TIMEOUT
@@ -410,7 +410,7 @@ def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_s
 
     two = torchrun(*words(place, "broken", "--resume"))
     three = torchrun(*words(place, "three", "--resume"), processes=3)
-    whole = found["as the command"][0]
+    whole = results["as the command"][0]
     for process, output, tolerance in ((two, place / "broken", 0.0), (three, place / "three", 1e-5)):
         status, out, errors = ended(process)
         assert status == 0, errors
@@ -437,7 +437,7 @@ def group_of_one(tmp_path):
 
 def sharded_run(checkpoints):
     """One run of 6 steps of a model in shards; its log."""
-    model = distributed.shard(tiny_model(), torch.device("cpu"))
+    model = shard(tiny_model(), torch.device("cpu"))
     config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
     records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
     return [record["loss"] for record in records]

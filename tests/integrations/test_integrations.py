@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from soul import SOUL, SophiaG, functional, losses, unlearning_loss
+from soul import SOUL, SophiaG, losses, unlearning_loss
 from soul.data.batches import collate
 from soul.data.examples import Example, encode
 from soul.integrations import trl
@@ -21,7 +21,7 @@ from soul.models.causal_lm import head, hidden_states, transform
 from soul.models.ref_model import reference_hidden, reference_logps
 from soul.run.config import UnlearnConfig
 from soul.run.prepare import prepare
-from soul_kernels import _launch, linear_objective
+from soul_kernels import Head, Reference, _launch, linear_objective
 from tests.distributed.test_processes import run
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, mutant, needs_kernels_on_cpu, relative_error
@@ -101,9 +101,9 @@ def by_hand(model, reference, forget, retain, objective):
     batch = collate(forget, retain, ref_logps=reference_logps(reference, forget), ref_hidden=hidden and hidden.hidden)
     weight, bias = head(model)
     return linear_objective(
-        hidden_states(model, batch), weight, batch.labels, objective, bias=bias, is_forget=batch.is_forget,
-        ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, ref_weight=hidden and hidden.weight,
-        ref_bias=hidden and hidden.bias, **transform(model),
+        hidden_states(model, batch), Head(weight, bias, **transform(model)), batch.labels, objective,
+        is_forget=batch.is_forget, ref_logps=batch.ref_logps,
+        reference=hidden and Reference(batch.ref_hidden, hidden.weight, hidden.bias),
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def test_compat_of_a_batch_is_open_unlearnings_code(name, longer):
     ("undial, kl", "forget", 'objective.retain == "kl"', 'objective.retain == "ce"'),
 ])  # fmt: skip
 def test_mutants_of_compat_are_caught(name, longer, old, new, tmp_path, monkeypatch):
-    monkeypatch.setattr(functional, "labels_as_coded", mutant("soul.functional", old, new, tmp_path).labels_as_coded)
+    monkeypatch.setattr("soul.model_loss.labels_as_coded", mutant("soul.compat", old, new, tmp_path).labels_as_coded)
     with pytest.raises(AssertionError):
         check_compat_of(name, longer)
 
@@ -191,7 +191,7 @@ def test_loss_of_a_batch_by_the_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("name, old, new", [
-    ("dpo", "torch.stack(padded[: len(forget)], 1).flatten(0, 1)", "torch.cat(padded[: len(forget)])"),  # not interleaved
+    ("dpo", "torch.stack(padded[:n_forget_sides], 1).flatten(0, 1)", "torch.cat(padded[:n_forget_sides])"),  # not interleaved
     ("npo", "index_copy_(0, here, sums)", "index_copy_(0, here.flip(0), sums)"),  # another sequence's reference
     ("klmin", '"retain": ~is_forget', '"retain": is_forget'),  # the reference of the wrong half
     ("graddiff", "< n_forget", "< n_forget - 1"),

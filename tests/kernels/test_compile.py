@@ -65,10 +65,11 @@ TABLE = {"table_ptr": "*i64", "chunk_tensor_ptr": "*i32", "chunk_piece_ptr": "*i
 FACTORS = {"factor_ptr": "*fp32", "skip_ptr": "*fp32"}
 OPTIONS = ("lr", "weight_decay", "rho", "bs")
 ROW = {"labels_ptr": "*i64", "statistics_ptr": "*fp32", "statistics_stride": "i32", "n_vocab": "i32", "row_stride": "i32"}
-ROW |= {"logit_scale": "fp32", "softcap": "fp32"}
+TRANSFORM = {"logit_scale": "fp32", "softcap": "fp32"}  # None elsewhere
 REFERENCE_ROW = {"ref_statistics_ptr": "*fp32", "ref_statistics_stride": "i32", "ref_row_stride": "i32"}
-REFERENCE_ROW |= {"strengths_ptr": "*fp32", "divergences_ptr": "*fp32"}
-# What the scratch of the ops promises.
+REFERENCE_ROW |= {"divergences_ptr": "*fp32"}
+STRENGTHS = {"strengths_ptr": "*fp32"}  # None elsewhere
+# Arguments that are multiples of 16: the scratch of the ops promises it.
 ALIGNED_ROW = ("logits_ptr", "ref_logits_ptr", "out_ptr", "row_stride", "ref_row_stride", "out_stride")
 
 
@@ -103,7 +104,7 @@ def walk(kernel, signature, config, *, stored, aligned=True, **constants):
 
 
 def sizes(operands):
-    """Bytes an element of each operand; 8-bit states have an fp32 scale for 256."""
+    """Return bytes an element of each operand; 8-bit states have an fp32 scale for 256 values."""
     widths = [dtype.primitive_bitwidth // 8 for dtype in operands.values()]
     return (*widths, *(4 / 256 for dtype in operands.values() if dtype == tl.uint8))
 
@@ -138,24 +139,23 @@ def norm():
     )
 
 
-def rows(kernel, config, *, logits="fp32", out=None, transform=False, references=0, **constants):
+def rows(kernel, config, *, logits="fp32", out=None, transform=False, references=0, strengths=True, **constants):
     """A kernel over rows of logits; ``references``: how many chunks beside the logits are read."""
-    signature = ROW | {"logits_ptr": f"*{logits}"}
+    signature = ROW | {"logits_ptr": f"*{logits}"} | (TRANSFORM if transform else {})
     if references:
-        signature |= REFERENCE_ROW | {"ref_logits_ptr": f"*{logits}"}
+        signature |= REFERENCE_ROW | {"ref_logits_ptr": f"*{logits}"} | (STRENGTHS if strengths else {})
     if out is not None:
         signature |= {"coefficients_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": f"*{out}", "out_stride": "i32"}
-        constants["OUT_DTYPE"] = DTYPES[out]
     signature |= {"uniforms_ptr": "*fp32", "divergences_stride": "i32"}
     signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
-    constants |= {"BLOCK": config["BLOCK"], "SCALED": transform, "CAPPED": transform}
+    constants["BLOCK"] = config["BLOCK"]
     loaded = (DTYPES[logits].primitive_bitwidth // 8,) * (1 + references)
     stored = () if out is None else (DTYPES[out].primitive_bitwidth // 8,)
     return Variant(kernel, signature, constants, config, loaded, stored, aligned=ALIGNED_ROW)
 
 
 def divergence(kernel, config, *, SOUL=False, **options):
-    return rows(kernel, config, references=1, HAS_STRENGTHS=not SOUL, SOUL=SOUL, **options)
+    return rows(kernel, config, references=1, strengths=not SOUL, SOUL=SOUL, **options)
 
 
 STEPS = [  # p and g, m, h, rounding, Hessian in the step
@@ -224,11 +224,11 @@ def compile_variant(variant, target):
 
 
 def measure(variant, target):
-    """What was compiled, as a dict: bytes spilled, and whether in the main loop; and by target
+    """Compile a variant and return what it is like: bytes spilled, whether in the main loop, and by target
 
     * for AMD the widest accesses in bits,
-    * for NVIDIA registers, shared memory, ``loop`` (of the machine code: instructions an element of its largest loop) and
-      ``runs``, what `execute` has counted.
+    * for NVIDIA registers, shared memory, ``loop`` (instructions an element in the largest loop of the machine code) and
+      ``runs``, the counts of `execute`.
     """
     compiled = compile_variant(variant, target)
     if target == "gfx942":
@@ -236,7 +236,7 @@ def measure(variant, target):
         spills = sum(int(n) for n in re.findall(r"[sv]gpr_spill_count:\s*(\d+)", assembly))
         words = {kind: re.findall(rf"(?:global|buffer)_{kind}_dword(?:x(\d))?\b", assembly) for kind in ("load", "store")}
         return {"spills": spills, "spills_in_the_loop": spills > 0} | {
-            f"{kind}_bits": max((32 * int(n or 1) for n in found), default=0) for kind, found in words.items()
+            f"{kind}_bits": max((32 * int(n or 1) for n in widths), default=0) for kind, widths in words.items()
         }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -275,7 +275,7 @@ def main_loop(sass):
 
 @functools.cache
 def measured():
-    """All kernels for all targets, two at a time: (name, target) -> what `measure` finds, or the error as text."""
+    """Measure all kernels for all targets, two at a time: (name, target) -> the result of `measure`, or the error as text."""
     pairs = [(name, target) for target in TARGETS for name in KERNELS]
     with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         return dict(zip(pairs, pool.map(_measure_or_error, pairs)))
@@ -289,66 +289,66 @@ def _measure_or_error(pair):
 
 
 def fills_accesses(operands):
-    """Bytes an element of the operands of which a thread has 16 or more: it has 8 elements in a row, of one byte too."""
+    """Return bytes an element of the operands of which a thread has 16 bytes or more; it has 8 adjacent elements of each."""
     return sum(size for size in operands if size >= 2)
 
 
 def faults(variant, runs, barriers=None):
-    """What is wrong with what was executed, as sentences.
+    """Return what is wrong with the executed runs, as sentences.
 
     Args:
         variant: what was executed.
         runs: what `execute` has returned.
         barriers: run -> the most that a program may pass; None: not checked.
     """
-    found = []
+    sentences = []
     for name, run in runs.items():
         counts = run.counts
         if name == "ignored":
             if moved := counts.loaded.total():
-                found.append(f"an ignored row loads {moved} bytes")
+                sentences.append(f"an ignored row loads {moved} bytes")
             continue
         for kind in ("loaded", "stored"):
             operands = getattr(variant, kind)
             moved, ideal = getattr(counts, kind).total() / run.elements, sum(operands)
             if abs(moved - ideal) > EXCESS * (ideal or 1):
-                found.append(f"{name}: {kind} {moved:.3f} bytes an element, expected {ideal:.3f}")
+                sentences.append(f"{name}: {kind} {moved:.3f} bytes an element, expected {ideal:.3f}")
             share = fills_accesses(operands) / ideal if ideal and variant.wide else 0
             if run.wide(kind) < share * (1 - NARROW):
-                found.append(f"{name}: {kind} {run.wide(kind):.3f} of its bytes 16 at a time, expected {share:.3f}")
+                sentences.append(f"{name}: {kind} {run.wide(kind):.3f} of its bytes 16 at a time, expected {share:.3f}")
         if barriers is not None and (passed := run.figures()["barriers"]) > barriers[name]:
-            found.append(f"{name}: passes {passed} barriers a program, expected {barriers[name]}")
-    return found
+            sentences.append(f"{name}: passes {passed} barriers a program, expected {barriers[name]}")
+    return sentences
 
 
-def evidence_of(found):
-    """What is kept of what `measure` has found for sm_90; per element, of the larger vocabulary."""
-    runs = {name: run.figures() for name, run in found["runs"].items() if name != "ignored"}
-    kept = {name: found[name] for name in ("registers", "spills", "shared")} | runs[list(runs)[-1]]
+def evidence_of(measurement):
+    """Return what is kept as evidence of a measurement for sm_90, per element of the larger vocabulary."""
+    runs = {name: run.figures() for name, run in measurement["runs"].items() if name != "ignored"}
+    kept = {name: measurement[name] for name in ("registers", "spills", "shared")} | runs[list(runs)[-1]]
     return kept | {"barriers": {name: figures["barriers"] for name, figures in runs.items()}}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills_in_the_loop_and_moves_what_it_must(name, target):
-    variant, found = KERNELS[name], measured()[name, target]
-    assert isinstance(found, dict), found
+    variant, measurement = KERNELS[name], measured()[name, target]
+    assert isinstance(measurement, dict), measurement
     # Some bytes that a program spills once, around its loop, cost nothing; the evidence for sm_90 has none of them either.
-    assert not (found["spills"] and found["spills_in_the_loop"]), found
+    assert not (measurement["spills"] and measurement["spills_in_the_loop"]), measurement
     if target != "gfx942":
-        assert not faults(variant, found["runs"])
+        assert not faults(variant, measurement["runs"])
     elif variant.wide:  # with 64 lanes a warp, a thread has 8 bytes of bf16
-        assert found["load_bits"] >= 64 or not fills_accesses(variant.loaded), found
-        assert found["store_bits"] >= 64 or not fills_accesses(variant.stored), found
+        assert measurement["load_bits"] >= 64 or not fills_accesses(variant.loaded), measurement
+        assert measurement["store_bits"] >= 64 or not fills_accesses(variant.stored), measurement
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_agrees_with_the_evidence(name):
-    want, found = EVIDENCE["kernels"][name], measured()[name, "sm_90"]
-    got = evidence_of(found)
+    want, measurement = EVIDENCE["kernels"][name], measured()[name, "sm_90"]
+    got = evidence_of(measurement)
     assert got.keys() == want.keys()
     if EVIDENCE["triton"] == triton.__version__:
-        assert not faults(KERNELS[name], found["runs"], want["barriers"])
+        assert not faults(KERNELS[name], measurement["runs"], want["barriers"])
         compared = ("registers", "executed", "issued")
         drifted = {key: (got[key], want[key]) for key in compared if abs(got[key] / want[key] - 1) > DRIFT}
         assert not drifted, f"{drifted}: if it is meant, write the evidence anew"
@@ -364,36 +364,36 @@ PLAIN = ("step p", "token_logprob gradient bf16", "kl_divergence gradient")  # o
 @pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith(PLAIN)])
 def test_the_estimate_of_issued_instructions_is_the_length_of_the_loop(name):
     """But for what the loop has of the slow path of an IEEE division, which is not executed."""
-    found = measured()[name, "sm_90"]
-    assert 0.86 < evidence_of(found)["issued"] / found["loop"] < 1.12
+    measurement = measured()[name, "sm_90"]
+    assert 0.86 < evidence_of(measurement)["issued"] / measurement["loop"] < 1.12
 
 
 STATISTICS = "token_logprob statistics"
 
 
 def faults_of(variant):
-    """What is wrong with another variant of the statistics, which is held to their barriers."""
+    """Return what is wrong with another variant of the statistics, which must pass no more barriers than they do."""
     return faults(variant, measure(variant, "sm_90")["runs"], evidence_of(measured()[STATISTICS, "sm_90"])["barriers"])
 
 
 @pytest.mark.parametrize("old, new, fault", [
     # Another cache's copy: the compiler would merge two equal loads.
-    ("return tl.load(row_ptr + columns).to(tl.float32)",
-     'return tl.maximum(tl.load(row_ptr + columns), tl.load(row_ptr + columns, cache_modifier=".cg")).to(tl.float32)',
+    ("raw = tl.load(row_ptr + block.columns).to(",
+     'raw = tl.maximum(tl.load(row_ptr + block.columns), tl.load(row_ptr + block.columns, cache_modifier=".cg")).to(',
      "loaded 7.9.. bytes an element, expected 4.000"),
     # One reduction more. A barrier alone may take the place of one that the compiler puts there.
-    ("rescale * rest + tl.sum(exp, 0)", "rescale * rest + tl.sum(exp, 0) + 0.0 * tl.max(exp, 0)",
+    ("rescale * sums.rest + tl.sum(exp, 0)", "rescale * sums.rest + tl.sum(exp, 0) + 0.0 * tl.max(exp, 0)",
      "V 50257: passes .* barriers a program"),
 ])  # fmt: skip
 def test_what_is_planted_is_found(old, new, fault, tmp_path):
     kernel = mutant(soul_kernels.token_logprob.__name__, old, new, tmp_path).statistics_kernel
-    found = faults_of(dataclasses.replace(KERNELS[STATISTICS], kernel=kernel))
-    assert any(re.search(fault, text) for text in found), found
+    sentences = faults_of(dataclasses.replace(KERNELS[STATISTICS], kernel=kernel))
+    assert any(re.search(fault, text) for text in sentences), sentences
 
 
 def test_narrow_accesses_are_found():
-    found = faults_of(dataclasses.replace(KERNELS[STATISTICS], aligned=()))
-    assert found[0] == "V 50257: loaded 0.000 of its bytes 16 at a time, expected 1.000"
+    sentences = faults_of(dataclasses.replace(KERNELS[STATISTICS], aligned=()))
+    assert sentences[0] == "V 50257: loaded 0.000 of its bytes 16 at a time, expected 1.000"
 
 
 def write_evidence():

@@ -138,9 +138,9 @@ def test_other_bits_are_refused(fresh):
     def broken(param):
         param.add_(2.0 if torch.compiler.is_compiling() else 1.0)
 
-    value, said = run(broken)
+    value, messages = run(broken)
     assert value == 2.0
-    assert len(said) == 1 and said[0].startswith(
+    assert len(messages) == 1 and messages[0].startswith(
         "backend 'compile': compiled, broken gives other bits in param; steps run in plain"
     )
     assert run(add, amount=3.0) == (6.0, [])  # nothing more is compiled, and nothing more is said
@@ -151,12 +151,12 @@ def test_no_compiler(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     lists, more = make_storage([(3000,)], CPU, FLOAT, FLOAT, "nearest")
     want = clone_storage((lists, more))[0]
-    with pytest.warns(RuntimeWarning) as said:
+    with pytest.warns(RuntimeWarning) as messages:
         sophia_step(*lists, **OPTIONS, backend="compile")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sophia_step(*lists, **OPTIONS, backend="compile")
-    assert [str(warning.message) for warning in said] == [
+    assert [str(warning.message) for warning in messages] == [
         "backend 'compile': there is no C++ compiler 'no-such-compiler'; steps run in plain PyTorch, with the same results, "
         "in 2 to 4 times the time of compiled ones: install one, or name one in CXX"
     ]
@@ -171,18 +171,19 @@ def test_a_compiler_that_fails(fresh, tmp_path):
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*) {fails};; *) exec g++ "$@";; esac\n')
     compiler.chmod(0o755)
     with torch._inductor.config.patch({"cpp.cxx": (str(compiler),)}):
-        value, said = run(add, amount=0.1234)
+        value, messages = run(add, amount=0.1234)
     assert value == pytest.approx(2 * 0.1234)
-    assert len(said) == 1 and "CppCompileError: x.cpp:1: fatal error: Python.h: No such file; steps run in plain" in said[0]
+    reason = "CppCompileError: x.cpp:1: fatal error: Python.h: No such file"
+    assert len(messages) == 1 and f"{reason}; steps run in plain" in messages[0]
 
 
 def test_a_cache_that_cannot_be_written(fresh, tmp_path, monkeypatch):
     """A file in the place of the directory: permissions do not stop root."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    value, said = run(add, amount=0.2345)
+    value, messages = run(add, amount=0.2345)
     assert value == pytest.approx(2 * 0.2345)
-    assert len(said) == 1 and "Errno" in said[0] and "steps run in plain PyTorch" in said[0]
+    assert len(messages) == 1 and "Errno" in messages[0] and "steps run in plain PyTorch" in messages[0]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of a process")
@@ -193,17 +194,17 @@ def test_a_full_disk(fresh, tmp_path, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # no file can grow
     try:
-        value, said = run(add, amount=0.3456)
+        value, messages = run(add, amount=0.3456)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert value == pytest.approx(2 * 0.3456)
-    assert len(said) == 1 and "Errno" in said[0] and "steps run in plain PyTorch" in said[0]
+    assert len(messages) == 1 and "Errno" in messages[0] and "steps run in plain PyTorch" in messages[0]
 
 
 def test_torch_compile_switched_off(fresh):
     with torch._dynamo.config.patch(disable=True):
-        value, said = run(add, amount=1.0)
-    assert value == 2.0 and len(said) == 1 and "torch.compile is switched off" in said[0]
+        value, messages = run(add, amount=1.0)
+    assert value == 2.0 and len(messages) == 1 and "torch.compile is switched off" in messages[0]
 
 
 def test_a_variant_that_can_be_compiled_no_more(fresh, monkeypatch):
@@ -213,8 +214,8 @@ def test_a_variant_that_can_be_compiled_no_more(fresh, monkeypatch):
         raise torch._dynamo.exc.BackendCompilerFailed(None, OSError(28, "No space left on device"), None)
 
     monkeypatch.setattr(_compiled, "_proven", lambda *_: failing)
-    value, said = run(add, amount=1.0)
-    assert value == 2.0 and len(said) == 1 and "No space left on device" in said[0]
+    value, messages = run(add, amount=1.0)
+    assert value == 2.0 and len(messages) == 1 and "No space left on device" in messages[0]
 
 
 def test_auto_compiles_large_models_on_a_cpu(fresh, monkeypatch, without_kernels):

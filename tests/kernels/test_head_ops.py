@@ -11,8 +11,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from soul import losses
-from soul_kernels import linear_gnb, linear_kl, linear_logprob, linear_objective, linear_statistics
-from soul_kernels._head import autograd as head_autograd
+from soul_kernels import (
+    Head,
+    LinearOptions,
+    Reference,
+    linear_gnb,
+    linear_kl,
+    linear_logprob,
+    linear_objective,
+    linear_statistics,
+)
+from soul_kernels._head import registry
 from soul_kernels._head.rows import HeadRows
 from soul_kernels.backends import interpreting
 from soul_kernels.errors import ArgumentError
@@ -43,39 +52,38 @@ def inputs(device, backend="triton"):
     labels[:, :2], labels[1] = -100, -100
     rows = (labels.flatten() != -100).nonzero()[:, 0].cpu()
     is_forget = torch.tensor([True, True, False, False])
-    ref_hidden, ref_weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
+    reference = Reference(torch.randn(B, T, D, device=device), torch.randn(V, D, device=device))
     uniforms, upstream = torch.rand(B, T, device=device), torch.randn(B, T, device=device)
     ref_logps = torch.full((B,), -15.0, device=device)
-    reference = dict(ref_hidden=ref_hidden, ref_weight=ref_weight)
-    options = dict(rows=rows, backend=backend)
+    options = LinearOptions(token_indices=rows, backend=backend)
 
     def objective(name, **kw):
         made = losses.get(name, **kw)
 
         def loss_of(hidden, weight, bias):
-            extra = reference if made.divergence else {}
             loss, logps = linear_objective(
                 hidden, weight, labels, made, bias=bias, is_forget=is_forget.to(device), ref_logps=ref_logps,
-                return_logps=True, **extra, **options,
+                reference=reference if made.divergence else None, return_logps=True, options=options,
             )  # fmt: skip
             return 3.0 * loss, logps
 
         return loss_of
 
     def logprob(hidden, weight, bias):
-        logps = linear_logprob(hidden, weight, labels, bias=bias, softcap=20.0, **options)
+        logps = linear_logprob(hidden, Head(weight, bias, softcap=20.0), labels, options=options)
         return (logps * upstream).sum(), logps
 
     def kl(hidden, weight, bias):
-        values = linear_kl(hidden, weight, labels, ref_hidden, ref_weight=ref_weight, bias=bias, **options)
+        values = linear_kl(hidden, weight, labels, reference, bias=bias, options=options)
         return (values * upstream).sum(), values
 
     def gnb(hidden, weight, bias):
-        return linear_gnb(hidden, weight, labels != -100, uniforms=uniforms, bias=bias, **options)
+        return linear_gnb(hidden, weight, labels != -100, uniforms=uniforms, bias=bias, options=options)
 
     def no_rows(hidden, weight, bias):  # all rows, and those that are ignored are zero
-        logps = linear_logprob(hidden, weight, labels, bias=bias, backend=backend)
-        loss = linear_objective(hidden, weight, labels, made, bias=bias, is_forget=is_forget, backend=backend)
+        every = LinearOptions(backend=backend)
+        logps = linear_logprob(hidden, weight, labels, bias=bias, options=every)
+        loss = linear_objective(hidden, weight, labels, made, bias=bias, is_forget=is_forget, options=every)
         return loss + (logps * upstream).sum(), logps
 
     made = losses.GradDiff()
@@ -149,7 +157,8 @@ def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch
     for op in ("_objective", "_gnb", "_per_token", "_per_token_backward"):
         real = getattr(custom_ops, op)
         monkeypatch.setattr(custom_ops, op, lambda *args, real=real: calls.append((real, args)) or real(*args))
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    # Not torch.compiler.is_compiling: dynamo, where it is imported meanwhile, would take the stand-in for the real one.
+    monkeypatch.setattr(custom_ops, "is_opaque", lambda *args: True)
     hidden = torch.randn(T, B, D, device=device).transpose(0, 1).requires_grad_()
     weight, bias = torch.randn(D, V, device=device).T.requires_grad_(), torch.randn(V, device=device, requires_grad=True)
     loss_of = inputs(device, backend)[name]  # which keeps the objective alive
@@ -169,7 +178,7 @@ def test_compiled_calls_check_labels_and_rows(backend, device):
     for op in (linear_logprob, linear_statistics):
 
         def call(labels, rows, op=op):
-            return op(hidden, weight, labels, rows=rows, backend=backend)
+            return op(hidden, weight, labels, options=LinearOptions(token_indices=rows, backend=backend))
 
         compiled = torch.compile(call, backend="eager", fullgraph=True)
         every = torch.arange(B * T)
@@ -177,7 +186,7 @@ def test_compiled_calls_check_labels_and_rows(backend, device):
             assert torch.equal(a, b)
         with pytest.raises(Exception, match=r"labels.*\[B, T\] \(4, 6\)"):  # in torch's words up to 2.11
             compiled(labels[:, :-1], every)
-        with pytest.raises(ValueError, match="rows: expected every labelled token once, got 2 of 24"):
+        with pytest.raises(ValueError, match="token_indices: expected every labelled token once, got 2 of 24"):
             compiled(labels, every[2:4])
         if backend == "reference" or not labels.is_cuda:  # with rows, labels on a GPU are not read
             with pytest.raises(ValueError, match=r"labels: expected values in \[0, 131\) or -100, got 131"):
@@ -204,7 +213,9 @@ def test_plain_functions_break_the_graph_and_work(backend, device):
     labels = torch.randint(V, (B, T), device=device)
 
     def loss_of(hidden, weight, bias):
-        return linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, backend=backend), labels
+        return linear_objective(
+            hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, options=LinearOptions(backend=backend)
+        ), labels
 
     want = run(model, x, loss_of, model)
     got = run(model, x, loss_of, torch.compile(model, backend="aot_eager"))
@@ -251,9 +262,10 @@ def test_without_kernels_compiled_ops_keep_the_dtype_of_their_results(dtype, bac
     objective = losses.GradAscent()
 
     def loss_of(hidden, weight, bias):
-        logps = linear_logprob(hidden, weight, labels, bias=bias, backend=backend)
-        loss = linear_objective(hidden, weight, labels, objective, bias=bias, backend=backend)
-        return loss + logps.sum(), linear_statistics(hidden, weight, labels, bias=bias, backend=backend).entropies
+        options = LinearOptions(backend=backend)
+        logps = linear_logprob(hidden, weight, labels, bias=bias, options=options)
+        loss = linear_objective(hidden, weight, labels, objective, bias=bias, options=options)
+        return loss + logps.sum(), linear_statistics(hidden, weight, labels, bias=bias, options=options).entropies
 
     want = run(model, x, loss_of, model)
     got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -267,7 +279,7 @@ def test_statistics_of_a_trained_head_with_a_bias_are_compiled(backend, device):
     labels = torch.randint(V, (B, T), device=device)
 
     def loss_of(hidden, weight, bias):
-        entropies = linear_statistics(hidden, weight, labels, bias=bias, backend=backend).entropies
+        entropies = linear_statistics(hidden, weight, labels, bias=bias, options=LinearOptions(backend=backend)).entropies
         return hidden.sum() + weight.sum() + bias.sum() + entropies.sum(), entropies
 
     want = run(model, x, loss_of, model)
@@ -315,7 +327,7 @@ def test_an_exported_program_never_takes_another_objective(device, monkeypatch):
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
     loss_of = inputs(device, "reference")["npo"]
     program = export(model, x, loss_of, strict=True).module()
-    monkeypatch.setattr(head_autograd, "_process", head_autograd._process ^ 1 << 40)  # as that of another process would be
+    monkeypatch.setattr(registry, "_process", registry._process ^ 1 << 40)  # as that of another process would be
     with pytest.raises(ArgumentError, match="objective: expected one that is alive in this process, got number"):
         program(x)
 
@@ -323,10 +335,10 @@ def test_an_exported_program_never_takes_another_objective(device, monkeypatch):
 def test_what_an_exported_program_cannot_do_is_named(device):
     torch._dynamo.reset()
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
-    labels = torch.randint(V, (B, T), device=device)
+    labels, by_reference = torch.randint(V, (B, T), device=device), LinearOptions(backend="reference")
 
     def plain(hidden, weight, bias):
-        return linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, backend="reference")
+        return linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, options=by_reference)
 
     with pytest.raises(ArgumentError, match="objective: expected one that torch.export can refer to, got function"):
         export(model, x, plain, strict=False)
@@ -342,10 +354,10 @@ def test_what_an_exported_program_cannot_do_is_named(device):
 def test_with_a_plain_function_the_reference_breaks_the_graph_once(device):
     torch._dynamo.reset()
     model, x = Model().to(device), torch.randn(B, T, 8, device=device)
-    labels = torch.randint(V, (B, T), device=device)
+    labels, by_reference = torch.randint(V, (B, T), device=device), LinearOptions(backend="reference")
 
     def loss_of(hidden, weight, bias):
-        loss = linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, backend="reference")
+        loss = linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, options=by_reference)
         return loss, labels
 
     assert torch._dynamo.explain(model)(x, loss_of).graph_break_count <= 1
@@ -378,12 +390,12 @@ def test_without_values_shapes_and_dtypes_are_known(where):
         made, ref_hidden = losses.UNDIAL(), torch.randn(B, T, D, dtype=dtype)
 
         def call(hidden, weight, bias, labels, ref_hidden, backend=backend, made=made):
-            options = dict(bias=bias, backend=backend)
-            loss, logps = linear_objective(
-                hidden, weight, labels, made, ref_hidden=ref_hidden, ref_weight=weight.detach(), return_logps=True, **options
-            )
+            options = dict(bias=bias, options=LinearOptions(backend=backend))
+            reference = Reference(ref_hidden, weight.detach())
+            loss, logps = linear_objective(hidden, weight, labels, made, reference=reference, return_logps=True, **options)
             plain = linear_objective(hidden, weight, labels, lambda logps, batch: logps.sum(), **options)
-            kl = linear_kl(hidden, weight, labels, ref_hidden, ref_weight=weight.detach(), rows=torch.arange(B * T), **options)
+            every = LinearOptions(token_indices=torch.arange(B * T), backend=backend)
+            kl = linear_kl(hidden, weight, labels, reference, bias=bias, options=every)
             drawn, own = linear_gnb(hidden, weight, labels != -100, **options)
             statistics = linear_statistics(hidden, weight, labels, **options)
             logps = linear_logprob(hidden, weight, labels, **options)
@@ -407,9 +419,11 @@ def test_without_values_arguments_are_checked_still():
     labels = torch.empty(B, T, dtype=torch.int64, device="meta")
     with pytest.raises(ArgumentError, match=r"labels: expected \[B, T\] \(4, 6\), got \(4, 5\)"):
         linear_logprob(hidden, weight, labels[:, :-1])
-    with pytest.raises(ArgumentError, match=r"rows: expected \[R\] int64"):
-        linear_objective(hidden, weight, labels, losses.GradAscent(), rows=labels)
-    with pytest.raises(ArgumentError, match="ref_hidden: expected .* hidden states of the reference, got None"):
+    with pytest.raises(ArgumentError, match=r"token_indices: expected \[R\] int64"):
+        linear_objective(hidden, weight, labels, losses.GradAscent(), options=LinearOptions(token_indices=labels))
+    with pytest.raises(
+        ArgumentError, match="reference: expected the hidden states and the head of the reference model, got None"
+    ):
         linear_objective(hidden, weight, labels, losses.KLMin())
 
 
@@ -435,7 +449,7 @@ def test_gradients_of_each_sequence_by_vmap(backend, device):
     objective = losses.GradAscent()
 
     def loss_of(weight, hidden, labels):
-        return linear_objective(hidden[None], weight, labels[None], objective, backend=backend)
+        return linear_objective(hidden[None], weight, labels[None], objective, options=LinearOptions(backend=backend))
 
     got = torch.func.vmap(torch.func.grad(loss_of), in_dims=(None, 0, 0))(weight, hidden, labels)
     for gradient, *sequence in zip(got, hidden, labels):
@@ -470,10 +484,11 @@ def test_results_may_be_changed_in_place(device):
     for backend in ("triton", "torch", "reference"):
 
         def values(backend=backend):
-            yield linear_objective(hidden, weight, labels, objective, backend=backend)
-            yield linear_gnb(hidden, weight, labels >= 0, uniforms=uniforms, backend=backend)[0]
+            options = LinearOptions(backend=backend)
+            yield linear_objective(hidden, weight, labels, objective, options=options)
+            yield linear_gnb(hidden, weight, labels >= 0, uniforms=uniforms, options=options)[0]
             if backend != "reference":
-                yield linear_logprob(hidden, weight, labels, backend=backend)
+                yield linear_logprob(hidden, weight, labels, options=options)
 
         for value, changed in zip(values(), values()):
             changed /= 2
@@ -498,9 +513,10 @@ def test_a_head_that_is_a_dtensor_is_refused_with_the_remedy():
             "bias": lambda t: linear_statistics(hidden, weight, labels, bias=t),
             "labels": lambda t: linear_logprob(hidden, weight, t),
             "keep": lambda t: linear_gnb(hidden, weight, t),
-            "ref_weight": lambda t: linear_kl(hidden, weight, labels, ref_hidden, ref_weight=t),
+            "reference.weight": lambda t: linear_kl(hidden, weight, labels, Reference(ref_hidden, t)),
         }
-        plain = dict(weight=sharded, hidden=hidden, bias=bias, labels=labels, keep=labels >= 0, ref_weight=weight.detach())
+        plain = dict(weight=sharded, hidden=hidden, bias=bias, labels=labels, keep=labels >= 0)
+        plain["reference.weight"] = weight.detach()
         for name, call in calls.items():
             tensor = plain[name] if name == "weight" else DTensor.from_local(plain[name], mesh, [Shard(0)])
             message = rf"{name}: expected a plain tensor, got a DTensor with placements \(Shard.*; .*{name}.full_tensor"

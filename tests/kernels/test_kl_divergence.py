@@ -197,17 +197,17 @@ def test_masked_entries_ignored_rows_and_low_precision(device):
 @pytest.mark.parametrize("old, new", [
     ("far = q * (d - 1.0) + p", "far = q * d"),
     ("near = q * d * d * (0.5", "near = q * d * d * (1.0"),
-    ("ref_rest - rest, label_p", "rest - ref_rest, label_p"),
-    ("label_difference, p - q)", "p - q, p - q)"),  # 1 - p is lost
+    ("ref.rest - rest, label_p", "rest - ref.rest, label_p"),
+    ("factors.label_difference, p - q)", "p - q, p - q)"),  # 1 - p is lost
     # The digits of an unlikely label's p are lost.
-    ("tl.where(rest < 0.5, ref_rest - rest, label_p - tl.exp(label_log_q))", "ref_rest - rest"),
+    ("tl.where(rest < 0.5, ref.rest - rest, label_p - tl.exp(ref.label_log_q))", "ref.rest - rest"),
     ("label_difference, p - q)", "label_difference, q - p)"),
-    ("_surprise(log_q) - divergence", "_surprise(log_q)"),
-    ("tl.where(columns == label, ref_z - lowered, ref_z)", "ref_z - lowered"),
+    ("_surprise(log_q) - factors.divergence", "_surprise(log_q)"),
+    ("tl.where(block.columns == row.label, ref_z - ref.lowered, ref_z)", "ref_z - ref.lowered"),
     ("total = others + at_label", "total = total"),
-    ("tl.where(columns == label, label_log_q, ", "tl.where(columns == label, ref_gap - ref_log_total, "),
-    ("coefficient * tl.where(is_label, rest, -p)", "0.0 * p"),
-    ("gradient += weight * tl.where", "gradient += tl.where"),
+    ("tl.where(columns == row.label, ref.label_log_q, ", "tl.where(columns == row.label, ref_gap - ref_log_total, "),
+    ("factors.coefficient * tl.where(is_label, factors.rest, -p)", "0.0 * p"),
+    ("gradient += factors.weight * tl.where", "gradient += tl.where"),
     ("times_slope(gradient, raw,", "times_slope(gradient, 0.0 * raw,"),
 ])  # fmt: skip
 def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 import pytest
 import torch
 
-from soul_kernels import linear_kl
+import soul_kernels
+from soul_kernels import Head
 from soul_kernels.reference import linear_kl as reference
 from tests.kernels.test_linear_loss import use_mutant
 from tests.support import tolerances as tol
-from tests.support.helpers import assert_close, assert_rows_close
+from tests.support.helpers import assert_close, assert_rows_close, loose
 
+linear_kl, reference_kl = loose(soul_kernels.linear_kl), loose(reference.linear_kl)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -51,7 +53,7 @@ def check(device, op=linear_kl, *, backend="triton", dtype=FLOAT, bias=False, ch
     upstream = torch.randn(case["labels"].shape, device=device).double()
     row_bytes = 192 * (8 if dtype == FLOAT else 8 + dtype.itemsize)
     got = op(**case, backend=backend, chunk_bytes=chunk_rows * row_bytes, **options)
-    want = reference.linear_kl(**double, **options)
+    want = reference_kl(**double, **options)
     assert got.dtype == FLOAT and (got[case["labels"] == -100] == 0).all()
     assert_close(got, want, tol.GRAD_OBJECTIVE, "value")
     leaves = [name for name in ("hidden", "weight", "bias") if case[name] is not None and name not in frozen]
@@ -85,7 +87,7 @@ def test_capped_and_scaled_logits(backend, device):
     check(device, backend=backend, bias=True, logit_scale=0.5, softcap=2.0)
 
 
-def test_rows_and_no_grad(backend, device):
+def test_token_indices_and_no_grad(backend, device):
     case = make(device)
     want = linear_kl(**case, backend=backend)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
@@ -94,9 +96,9 @@ def test_rows_and_no_grad(backend, device):
     case["labels"][-1, -1] = -100
     rows = rows[rows != case["labels"].numel() - 1]
     padded = torch.cat([rows, torch.full((3,), case["labels"].numel() - 1)])
-    for given in (rows, padded, padded.to(device)):
+    for token_indices in (rows, padded, padded.to(device)):
         with torch.no_grad():
-            got = linear_kl(**case, rows=given, backend=backend)
+            got = linear_kl(**case, token_indices=token_indices, backend=backend)
         assert not got.requires_grad
         assert_close(got[:-1], want[:-1], 1e-6, "value")
 
@@ -112,10 +114,11 @@ def test_a_frozen_head_serves_both(backend, device):
 
 
 @pytest.mark.parametrize("change, message", [
+    ({"weight": Head(torch.zeros(131, 16)), "bias": torch.zeros(131)}, "bias: expected None beside a Head, .* got a tensor"),
     ({"kind": "js"}, "kind: expected one of 'kl', 'soul_kl', got 'js'"),
-    ({"ref_hidden": torch.zeros(5, 8, 24)}, r"ref_hidden: expected \[B, T, D\] with \[B, T\] \(5, 9\), got \(5, 8, 24\)"),
-    ({"ref_weight": torch.zeros(130, 24)}, r"ref_weight: expected shape \(131, 24\), got \(130, 24\)"),
-    ({"ref_bias": torch.zeros(3)}, r"ref_bias: expected shape \(131,\), got \(3,\)"),
+    ({"ref_hidden": torch.zeros(5, 8, 24)}, r"reference.hidden: expected \[B, T, D\] with \[B, T\] \(5, 9\), got \(5, 8, 24\)"),
+    ({"ref_weight": torch.zeros(130, 24)}, r"reference.weight: expected shape \(131, 24\), got \(130, 24\)"),
+    ({"ref_bias": torch.zeros(3)}, r"reference.bias: expected shape \(131,\), got \(3,\)"),
     ({"strengths": torch.zeros(4)}, r"strengths: expected shape \(5,\), got \(4,\)"),
     ({"softcap": 0.0}, "softcap: expected a positive number or None, got 0.0"),
     ({"logit_scale": 0.0}, "logit_scale: expected a number other than 0, got 0.0"),
@@ -131,8 +134,8 @@ def test_bad_input_is_named(change, message):
     ("_head.rows", "_product(self.ref_x[ref]", "_product(self.ref_x[: ref.stop - ref.start]"),  # the first chunk's reference
     ("_head.rows", "index_select(0, sequences)", "index_select(0, 0 * sequences)"),  # the first sequence's strength
     ("_head.rows", "weights[local], out", "0 * weights[local], out"),
-    ("_head.autograd", "(torch.zeros_like(values), values)", "(values, values)"),
-    ("_head.autograd", "rows.log_probs() if rows.reference is None else", "rows.log_probs() if True else"),
+    ("_head.sweeps", "(torch.zeros_like(values), values)", "(values, values)"),
+    ("_head.sweeps", "head_rows.log_probs() if head_rows.kind is None else", "head_rows.log_probs() if True else"),
 ])  # fmt: skip
 def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     use_mutant(module, old, new, tmp_path, monkeypatch)

@@ -5,16 +5,18 @@ import weakref
 import pytest
 import torch
 
+import soul_kernels
 from soul import losses
-from soul_kernels import TokenBatch, backends, linear_logprob, linear_objective
+from soul_kernels import Head, Reference, TokenBatch, backends
 from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
 from soul_kernels._head.rows import HeadRows
+from soul_kernels.errors import ArgumentError
 from soul_kernels.reference import linear_loss as reference
-from soul_kernels.tokens import Head
 from tests.support import tolerances as tol
-from tests.support.helpers import assert_close, assert_rows_close, mutant, needs_kernels_on_cpu, relative_error
+from tests.support.helpers import assert_close, assert_rows_close, loose, mutant, needs_kernels_on_cpu, relative_error
 
+linear_logprob, linear_objective = loose(soul_kernels.linear_logprob), loose(soul_kernels.linear_objective)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -200,17 +202,17 @@ def test_all_labels_ignored(backend, device):
             assert (gradient == 0).all()
 
 
-def test_rows_from_the_host_and_padded(backend, device):
-    """The collator's path: row indices on the CPU, padded with an ignored position to a fixed count."""
+def test_token_indices_from_the_host_and_padded(backend, device):
+    """The collator's path: token indices on the CPU, padded with an ignored position to a fixed count."""
     case = make(device)
     want = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
     want_gradients = gradients_of(want, case, 1.0)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0].cpu()
     padded = torch.cat([rows, torch.full((5,), case["labels"].numel() - 1)])
     everything = torch.arange(case["labels"].numel())
-    for given in (rows, padded, everything, padded.to(device)):
+    for token_indices in (rows, padded, everything, padded.to(device)):
         for chunk_rows in (1000, 7):  # 7: the sequences are cut with the counts that the rows give
-            options = dict(rows=given, chunk_bytes=chunk_rows * 192 * 4, backend=backend)
+            options = dict(token_indices=token_indices, chunk_bytes=chunk_rows * 192 * 4, backend=backend)
             loss = linear_objective(**case, objective=OBJECTIVES["npo"], **options)
             assert_close(loss, want, 1e-6, "loss")
             for name, got, expected in zip(("dX", "dW"), gradients_of(loss, case, 1.0), want_gradients):
@@ -372,7 +374,7 @@ def test_a_loss_never_waits_for_the_device(name, device):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
             for chunk_rows in (1000, 7):
-                options = dict(rows=rows, chunk_bytes=chunk_rows * 192 * 10)
+                options = dict(token_indices=rows, chunk_bytes=chunk_rows * 192 * 10)
                 linear_objective(**case, objective=objective, **options).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -384,7 +386,11 @@ def test_a_loss_replays_in_a_graph(device):
     case = make(device, BRAIN)
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0]
     rows = torch.cat([rows, rows.new_full((5,), case["labels"].numel() - 1)])
-    case |= {"ref_hidden": case["hidden"].detach().clone(), "ref_weight": case["weight"].detach().clone(), "rows": rows}
+    case |= {
+        "ref_hidden": case["hidden"].detach().clone(),
+        "ref_weight": case["weight"].detach().clone(),
+        "token_indices": rows,
+    }
     objective = losses.NPO(retain="kl")
 
     def run():
@@ -425,7 +431,7 @@ def test_what_does_not_count_may_be_nan(where, backend, device, monkeypatch):
 
         monkeypatch.setattr(HeadRows, "__init__", init)
     objective = losses.NPO(retain="kl")
-    loss = linear_objective(**case, objective=objective, rows=rows, backend=backend)
+    loss = linear_objective(**case, objective=objective, token_indices=rows, backend=backend)
     assert torch.isfinite(loss)
     for gradient in gradients(loss, case):
         assert torch.isfinite(gradient).all() and gradient.norm() > 0
@@ -502,15 +508,15 @@ def test_a_weight_changed_before_backward_is_noticed(backend, device):
 
 @pytest.mark.parametrize("module, old, new", [
     ("_head.gradients", "first=chunk.start == 0", "first=True"),  # only the last chunk's dW
-    ("_head.autograd", "dense[first:last] = derivative", "dense[: last - first] = derivative"),  # wrong sequence
-    ("_head.autograd", "loss += value", "loss = value"),
-    ("_head.autograd", "gradient.mul_(scale)", "gradient"),  # upstream dropped
-    ("_head.autograd", "part = part.tokens(", "_ = part.tokens("),  # tokens of other chunks counted as p = 1
+    ("_head.sweeps", "dense[first:last] = derivative", "dense[: last - first] = derivative"),  # wrong sequence
+    ("_head.sweeps", "loss += value", "loss = value"),
+    ("_head.gradients", "gradient.mul_(scale)", "gradient"),  # upstream dropped
+    ("_head.sweeps", "piece = piece.tokens(", "_ = piece.tokens("),  # tokens of other chunks counted as p = 1
     ("_head.rows", "out.add_(head.bias)", "out"),
     ("_head.gradients", "dlogits.sum(0, dtype=self.bias.dtype)", "0.0"),
     ("_head.rows", "_product(self.x[start:stop]", "_product(self.x[local]"),
-    ("token_logprob", "gradient = tl.where(columns == label, at_label, -", "gradient = tl.where(columns == label, -at_label, "),
-    ("token_logprob", "coefficient = tl.load(coefficients_ptr + row)", "coefficient = 0.0"),  # zero gradient
+    ("token_logprob", "row.label, factors.at_label, -", "row.label, -factors.at_label, "),
+    ("token_logprob", "coefficient = tl.load(coefficients_ptr + row.index)", "coefficient = 0.0"),  # zero gradient
 ])  # fmt: skip
 def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     use_mutant(module, old, new, tmp_path, monkeypatch)
@@ -522,8 +528,8 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     ("reference._rows", ".mul_(scale[rows])", ".neg_()"),
     ("reference._rows", "coefficients * statistics[ONE_MINUS_P]", "statistics[ONE_MINUS_P]"),
     ("reference._rows", "labels_in[rows, None]", "labels_in[rows, None].flip(0)"),
-    ("_head.rows", "beta=0 if part.start == 0 else 1", "beta=0"),  # only the last block of the weight
-    ("_head.autograd", "gradient.mul_(scale)", "gradient"),
+    ("_head.rows", "beta=0 if columns.start == 0 else 1", "beta=0"),  # only the last block of the weight
+    ("_head.gradients", "gradient.mul_(scale)", "gradient"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_mutants_without_kernels_do_not_pass(module, old, new, backend, device, tmp_path, monkeypatch):
@@ -537,12 +543,13 @@ def use_mutant(module, old, new, tmp_path, monkeypatch, **constants):
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
     vars(broken).update(constants)
     for home in (
-        "linear_loss", "linear_kl", "linear_gnb", "_head.autograd", "_head.gradients", "_head.rows", "reference._rows"
+        "linear_loss", "linear_kl", "linear_gnb", "_head.autograd", "_head.sweeps", "_head.gradients", "_head.rows",
+        "reference._rows",
     ):  # fmt: skip
-        place = importlib.import_module(f"soul_kernels.{home}")
+        user = importlib.import_module(f"soul_kernels.{home}")
         for name, value in vars(broken).items():
-            if getattr(value, "__module__", None) == broken.__name__ and hasattr(place, name):
-                monkeypatch.setattr(place, name, value)
+            if getattr(value, "__module__", None) == broken.__name__ and hasattr(user, name):
+                monkeypatch.setattr(user, name, value)
 
 
 @pytest.mark.parametrize("name, old, new", [
@@ -590,20 +597,58 @@ def check_formulas(module, name, device):
     ({"weight": torch.zeros(131, 16, dtype=torch.float16)}, r"weight: expected dtype torch.float32, as hidden, got"),
     ({"hidden": torch.zeros(45, 16)}, r"hidden: expected \[B, T, D\], got \(45, 16\)"),
     ({"bias": torch.zeros(130)}, r"bias: expected shape \(131,\), got \(130,\)"),
+    ({"weight": Head(torch.zeros(131, 16)), "bias": torch.zeros(131)}, "bias: expected None beside a Head, .* got a tensor"),
+    ({"weight": [[0.0] * 16] * 131}, r"weight: expected a tensor \[V, D\] or a Head, got list"),
     ({"is_forget": torch.ones(4, dtype=torch.bool)}, r"is_forget: expected shape \(5,\), got \(4,\)"),
-    ({"ref_logps": None}, r"ref_logps: expected one value a sequence, got None"),
+    ({"ref_logps": None}, r"ref_logps: expected one value per sequence, got None"),
     ({"is_forget": torch.ones(5, dtype=torch.int64)}, r"is_forget: expected dtype torch.bool, got torch.int64"),
-    ({"rows": torch.tensor([4, 3])}, r"rows: expected rising indices in \[0, 45\)"),
-    ({"rows": torch.tensor([3, 3, 4])}, r"rows: expected rising indices in \[0, 45\)"),
-    ({"rows": torch.tensor([3, 45])}, r"rows: expected rising indices in \[0, 45\)"),
-    ({"rows": [3, 4]}, r"rows: expected \[R\] int64, got list"),
+    ({"token_indices": torch.tensor([4, 3])}, r"token_indices: expected rising indices in \[0, 45\)"),
+    ({"token_indices": torch.tensor([3, 3, 4])}, r"token_indices: expected rising indices in \[0, 45\)"),
+    ({"token_indices": torch.tensor([3, 45])}, r"token_indices: expected rising indices in \[0, 45\)"),
+    ({"token_indices": [3, 4]}, r"token_indices: expected \[R\] int64, got list"),
     ({"chunk_bytes": 1e9}, "chunk_bytes: expected a positive whole number, got 1000000000.0"),
-    ({"rows": torch.tensor([3, 4])}, r"rows: expected every labelled token once, got 2 of"),
+    ({"token_indices": torch.tensor([3, 4])}, r"token_indices: expected every labelled token once, got 2 of"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_kernels_on_cpu), "torch", "reference"])
 def test_bad_input_is_named(change, message, backend):
     with pytest.raises(ValueError, match=message):
         linear_objective(**make("cpu") | change, objective=OBJECTIVES["npo"], backend=backend)
+
+
+def test_a_head_is_a_weight_and_a_bias():
+    """In one bundle or beside each other: the same numbers, from every op that takes a head."""
+    case = make("cpu", bias=True)
+    gnb, kl, statistics = soul_kernels.linear_gnb, soul_kernels.linear_kl, soul_kernels.linear_statistics
+    hidden, weight, labels, bias = (case[name] for name in ("hidden", "weight", "labels", "bias"))
+    reference = Reference(hidden.detach() + 0.1, weight.detach(), bias.detach())
+    keep, uniforms = labels != -100, torch.rand(labels.shape)
+    calls = [
+        lambda weight, **bias: linear_logprob(hidden, weight, labels, **bias),
+        lambda weight, **bias: linear_objective(hidden, weight, labels, losses.GradAscent(), **bias),
+        lambda weight, **bias: linear_objective(hidden, weight, labels, losses.UNDIAL(), reference=reference, **bias),
+        lambda weight, **bias: kl(hidden, weight, labels, reference, **bias),
+        lambda weight, **bias: gnb(hidden, weight, keep, uniforms=uniforms, **bias)[0],
+        lambda weight, **bias: statistics(hidden, weight, labels, **bias).entropies,
+    ]
+    for call in calls:
+        assert torch.equal(call(Head(weight, bias)), call(weight, bias=bias))
+        assert not torch.equal(call(Head(weight, bias)), call(weight))
+
+
+@pytest.mark.parametrize("bundle, message", [
+    ({"options": {"backend": "torch"}}, "options: expected soul_kernels.LinearOptions, got dict"),
+    ({"reference": torch.zeros(5, 9, 16)}, "reference: expected soul_kernels.Reference, got Tensor"),
+    ({"reference": None}, "reference: expected the hidden states and the head of the reference model, got None"),
+    ({"reference": Reference(torch.zeros(5, 9, 16))}, "reference.weight: expected the head of the reference model"),
+    ({"reference": Reference(torch.zeros(5, 9, dtype=torch.int64), torch.zeros(131, 16))},
+     "reference.hidden: expected a floating-point dtype, got torch.int64"),
+])  # fmt: skip
+def test_a_wrong_bundle_is_named(bundle, message):
+    case = make("cpu")
+    for op, needs in ((soul_kernels.linear_objective, {"objective": losses.KLMin()}), (soul_kernels.linear_kl, {})):
+        keywords = {"reference": Reference(case["hidden"].detach(), case["weight"].detach())} | needs | bundle
+        with pytest.raises(ArgumentError, match=message):
+            op(case["hidden"], case["weight"], case["labels"], **keywords)
 
 
 @pytest.mark.parametrize("runs", [False, True])

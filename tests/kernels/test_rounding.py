@@ -213,8 +213,8 @@ def test_8_bit_kernel_equals_reference(kind, nan, device):
            HESSIAN=kind == "hessian", BLOCK=x.numel(), GROUPS=len(scale))  # fmt: skip
     want_code, want_scale = reference.encode(x, noise, kind)
     assert same_bits(scale, want_scale)
-    says = ~want_scale.isnan().repeat_interleave(GROUP)  # codes beside a NaN say nothing, and follow the machine's bits of NaN
-    assert torch.equal(code[says], want_code[says]) and not says[: 2 * GROUP].any() and says[2 * GROUP :].all()
+    finite = ~want_scale.isnan().repeat_interleave(GROUP)  # beside a NaN, codes mean nothing: they follow the machine's NaN
+    assert torch.equal(code[finite], want_code[finite]) and not finite[: 2 * GROUP].any() and finite[2 * GROUP :].all()
     assert same_bits(out, reference.decode(want_code, want_scale, kind))
     assert out[: 2 * GROUP].isnan().all() and out[2 * GROUP :].isfinite().all()  # not hidden, and no further than the group
 

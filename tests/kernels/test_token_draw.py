@@ -158,13 +158,13 @@ def test_draws_follow_the_distribution(device, monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("before + tl.cumsum(exp, 0) > target", "tl.cumsum(exp, 0) > target"),  # each block from 0
-    ("if chosen < 0:\n        if running", "if chosen < n_vocab:\n        if running"),  # the last crossing wins
+    ("draw.running + tl.cumsum(exp, 0) > ", "tl.cumsum(exp, 0) > "),  # each block from 0
+    ("if chosen < 0:\n        if running", "if chosen < row.n_vocab:\n        if running"),  # the last crossing wins
     ("(exp > 0.0)\n", "(exp >= 0.0)\n"),
     ("coefficient * rest, gradient)", "coefficient, gradient)"),
-    ("old = tl.where(row_max == new_max, 0.0, count)", "old = 0.0"),
-    ("uniforms_ptr + row) * total", "uniforms_ptr + row)"),
-    ("tl.store(out_row + last, ", "tl.store(out_row + last - last, "),
+    ("old = tl.where(sums.row_max == row_max, 0.0, sums.count)", "old = 0.0"),
+    ("uniforms_ptr + row.index) * total", "uniforms_ptr + row.index)"),
+    ("tl.store(out_row + draw.last, ", "tl.store(out_row + draw.last - draw.last, "),
 ])  # fmt: skip
 def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
     broken = mutant("soul_kernels.token_draw", old, new, tmp_path)

@@ -191,14 +191,15 @@ def test_statistics_of_memorised_tokens_and_ties(device):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("tl.where(columns == label, 0.0, tl.exp(z - new_max))", "tl.exp(z - new_max)"),  # the label counted twice
-    ("rescale * rest + ", "rest + "),
-    ("at_label, -tl.exp(z - row_max) * scale", "at_label, tl.exp(z - row_max) * scale"),
+    ("tl.where(block.columns == row.label, 0.0, tl.exp(z - row_max))", "tl.exp(z - row_max)"),  # the label counted twice
+    ("rescale * sums.rest + ", "sums.rest + "),
+    ("at_label, -tl.exp(z - factors.row_max)", "at_label, tl.exp(z - factors.row_max)"),
     ("at_label = coefficient * tl.load", "at_label = tl.load"),
-    ("tl.load(statistics_ptr + 3 * statistics_stride + row)", "(1.0 - tl.exp(tl.load(statistics_ptr + row)))"),  # softmax - 1
-    ("log1p(rest), tl.log(total)", "tl.log(1.0 + rest), tl.log(total)"),
-    ("columns == label", "columns == label + 1"),
-    ("scale = coefficient / total", "scale = 1.0 / total"),
+    ("tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P))",
+     "(1.0 - tl.exp(tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP))))"),  # softmax - 1
+    ("log1p(sums.rest), tl.log(total)", "tl.log(1.0 + sums.rest), tl.log(total)"),
+    ("columns == row.label", "columns == row.label + 1"),
+    ("scale=coefficient / total", "scale=1.0 / total"),
 ])  # fmt: skip
 def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
     broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
@@ -211,12 +212,12 @@ def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("shift * (2.0 * sum1 + shift * rest)", "shift * (sum1 + shift * rest)"),
-    ("sum1 + shift * rest)", "sum1)"),
+    ("shift * (2.0 * sums.sum1 + shift * sums.rest)", "shift * (sums.sum1 + shift * sums.rest)"),
+    ("sum1 + shift * sums.rest)", "sum1)"),
     ("left_max < at_label", "left_max <= at_label"),
     ("- exp_label * label_gap) / total", ") / total"),
     ("- mean * mean", ""),
-    ("tl.where(exp > 0.0, z - new_max, 0.0)", "z - new_max"),
+    ("tl.where(exp > 0.0, z - row_max, 0.0)", "z - row_max"),
 ])  # fmt: skip
 def test_mutants_of_the_other_statistics_do_not_pass(old, new, device, tmp_path, monkeypatch):
     broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)

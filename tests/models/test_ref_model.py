@@ -9,7 +9,7 @@ from soul import losses
 from soul.data.batches import collate
 from soul.models import causal_lm, ref_model
 from soul.models.ref_model import reference_head, reference_hidden, reference_logps
-from soul_kernels import linear_objective
+from soul_kernels import LinearOptions, Reference, linear_objective
 from tests.support import tolerances as tol
 from tests.support.helpers import needs_kernels_on_cpu
 from tests.support.models import lora_model, sequences, tiny_model, tiny_tokenizer
@@ -20,9 +20,9 @@ FAST = dict(batch_size=2, backend="reference")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logps_are_the_sums_of_the_model(backend):
-    model, given = tiny_model(), sequences(5)
-    got = soul.reference_logps(model, given, batch_size=2, backend=backend)
-    for sequence, value in zip(given, got, strict=True):
+    model, dataset = tiny_model(), sequences(5)
+    got = soul.reference_logps(model, dataset, batch_size=2, backend=backend)
+    for sequence, value in zip(dataset, got, strict=True):
         logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
         want = sum(logps[t, label].item() for t, label in enumerate(sequence.labels) if label != -100)
         assert value == pytest.approx(want, abs=10 * tol.LOGP_ABS)
@@ -30,11 +30,11 @@ def test_logps_are_the_sums_of_the_model(backend):
 
 
 def test_hidden_states_are_those_of_the_model():
-    model, given = tiny_model().bfloat16(), sequences(5)
-    states = soul.reference_hidden(model, given, batch_size=2)
-    for sequence, hidden in zip(given, states.hidden, strict=True):
-        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-        want = model.base_model(torch.tensor([sequence.input_ids])).last_hidden_state[0, kept]
+    model, dataset = tiny_model().bfloat16(), sequences(5)
+    states = soul.reference_hidden(model, dataset, batch_size=2)
+    for sequence, hidden in zip(dataset, states.hidden, strict=True):
+        labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+        want = model.base_model(torch.tensor([sequence.input_ids])).last_hidden_state[0, labelled]
         assert hidden.dtype == torch.bfloat16 and hidden.shape == want.shape and not hidden.requires_grad
         assert (hidden - want).abs().max() < 0.05  # 2 units in the last place of values up to 4; padding sums in another order
 
@@ -46,13 +46,13 @@ def test_hidden_states_are_those_of_the_model():
 ], ids=lambda objective: type(objective).__name__)  # fmt: skip
 def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
     """Same sequences, same padding: a ratio of exactly 0, a KL of exactly 0. In other company rounding, and nothing more."""
-    model, given = tiny_model(), sequences(4)  # 4: sums and means of equal numbers are exact
+    model, dataset = tiny_model(), sequences(4)  # 4: sums and means of equal numbers are exact
     weight, _ = causal_lm.head(model)
-    parts = ([], given) if objective.alpha else (given, [])
+    parts = ([], dataset) if objective.alpha else (dataset, [])
     terms = []
     for size in (4, 1):  # the batch's own composition, and each sequence alone
-        states = reference_hidden(model, given, batch_size=size)
-        sums = reference_logps(model, given, batch_size=size, backend=backend) if parts[0] else None
+        states = reference_hidden(model, dataset, batch_size=size)
+        sums = reference_logps(model, dataset, batch_size=size, backend=backend) if parts[0] else None
         batch = collate(*parts, ref_logps=sums, ref_hidden=states.hidden)
         assert states.weight is not weight and torch.equal(states.weight, weight)
         assert states.hidden[0].device.type == "cpu"
@@ -66,8 +66,9 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
 
         watched.divergence = objective.divergence
         loss = linear_objective(
-            causal_lm.hidden_states(model, batch), weight, batch.labels, watched, is_forget=batch.is_forget, rows=batch.rows,
-            ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, ref_weight=states.weight, backend=backend,
+            causal_lm.hidden_states(model, batch), weight, batch.labels, watched, is_forget=batch.is_forget,
+            ref_logps=batch.ref_logps, reference=Reference(batch.ref_hidden, states.weight),
+            options=LinearOptions(token_indices=batch.token_indices, backend=backend),
         )  # fmt: skip
         if objective.needs_reference and size == 4:
             assert loss.item() == (2 / 0.5 * torch.tensor(2.0).log()).item()
@@ -76,27 +77,27 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
 
 
 def test_adapters_are_off_and_everything_is_as_before():
-    model, base, given = lora_model(), tiny_model("llama, untied"), sequences(3)
+    model, base, dataset = lora_model(), tiny_model("llama, untied"), sequences(3)
     model.train()
     rng = torch.get_rng_state()
     before = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
-    assert reference_logps(model, given, **FAST) == reference_logps(base, given, **FAST)
-    states, wanted = reference_hidden(model, given), reference_hidden(base, given)
-    assert all(map(torch.equal, states.hidden, wanted.hidden))
+    assert reference_logps(model, dataset, **FAST) == reference_logps(base, dataset, **FAST)
+    states, base_states = reference_hidden(model, dataset), reference_hidden(base, dataset)
+    assert all(map(torch.equal, states.hidden, base_states.hidden))
     assert ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]) == before
     assert torch.equal(torch.get_rng_state(), rng)
-    batch = collate(given, [])
+    batch = collate(dataset, [])
     assert (causal_lm.token_logps(model, batch) - causal_lm.token_logps(base, batch)).abs().max() > 1e-3  # and on again
 
 
 def test_the_head_is_copied_where_it_is_trained():
     model = tiny_model("phi, head with a bias")
     weight, bias = causal_lm.head(model)
-    kept = reference_head(model)
-    assert kept[0] is not weight and torch.equal(kept[0], weight) and torch.equal(kept[1], bias)
+    ref_head = reference_head(model)
+    assert ref_head[0] is not weight and torch.equal(ref_head[0], weight) and torch.equal(ref_head[1], bias)
     weight.requires_grad_(False)
-    kept = reference_head(model)  # a bias that is trained alone moves the logits as well
-    assert kept[0] is weight and kept[1] is not bias
+    ref_head = reference_head(model)  # a bias that is trained alone moves the logits as well
+    assert ref_head[0] is weight and ref_head[1] is not bias
     bias.requires_grad_(False)
     assert reference_head(model) == (None, None)
     adapted = lora_model(modules_to_save=["lm_head"])
@@ -120,15 +121,15 @@ def counted(monkeypatch):
     return calls
 
 
-def compute(kind, model, given, cache, **options):
+def compute(kind, model, dataset, cache, **options):
     if kind == "logps":
-        return reference_logps(model, given, cache=cache, backend="reference", **options)
-    return torch.cat(reference_hidden(model, given, cache=cache, **options).hidden).tolist()
+        return reference_logps(model, dataset, cache=cache, backend="reference", **options)
+    return torch.cat(reference_hidden(model, dataset, cache=cache, **options).hidden).tolist()
 
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted):
-    tokenizer, given, cache = tiny_tokenizer(), sequences(3), tmp_path / "new" / "cache"
+    tokenizer, dataset, cache = tiny_tokenizer(), sequences(3), tmp_path / "new" / "cache"
 
     def fresh(change=None):
         model = tiny_model()
@@ -136,10 +137,10 @@ def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted
             change(model)
         return model
 
-    want = compute(kind, fresh(), given, cache)
+    want = compute(kind, fresh(), dataset, cache)
     (file,) = cache.iterdir()  # and nothing beside it
     assert file.suffix == ".safetensors" and counted == [3]
-    assert compute(kind, fresh(), given, cache) == want and counted == [3]
+    assert compute(kind, fresh(), dataset, cache) == want and counted == [3]
 
     def bump(name, amount=1e-3):
         def change(model):
@@ -147,32 +148,32 @@ def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted
 
         return change
 
-    relabelled = [dataclasses.replace(given[0], labels=[-100, *given[0].labels[1:]]), *given[1:]]
+    relabelled = [dataclasses.replace(dataset[0], labels=[-100, *dataset[0].labels[1:]]), *dataset[1:]]
     relabelled[0].labels[-2] = 7
     others = {
-        "weights": (fresh(bump("model.layers.1.mlp.down_proj.weight")), given, {}),
-        "buffers": (fresh(bump("model.rotary_emb.inv_freq")), given, {}),
-        "configuration": (fresh(lambda model: setattr(model.config, "rms_norm_eps", 0.3)), given, {}),
-        "attention": (fresh(lambda model: model.set_attn_implementation("eager")), given, {}),
-        "dtype": (fresh(lambda model: model.bfloat16()), given, {}),
+        "weights": (fresh(bump("model.layers.1.mlp.down_proj.weight")), dataset, {}),
+        "buffers": (fresh(bump("model.rotary_emb.inv_freq")), dataset, {}),
+        "configuration": (fresh(lambda model: setattr(model.config, "rms_norm_eps", 0.3)), dataset, {}),
+        "attention": (fresh(lambda model: model.set_attn_implementation("eager")), dataset, {}),
+        "dtype": (fresh(lambda model: model.bfloat16()), dataset, {}),
         "labels": (fresh(), relabelled, {}),
-        "order": (fresh(), given[::-1], {}),
-        "tokenizer": (fresh(), given, dict(tokenizer=tokenizer)),
-        "batch size": (fresh(), given, dict(batch_size=2)),  # decides the last bit
+        "order": (fresh(), dataset[::-1], {}),
+        "tokenizer": (fresh(), dataset, dict(tokenizer=tokenizer)),
+        "batch size": (fresh(), dataset, dict(batch_size=2)),  # decides the last bit
     }
     for index, (what, (model, data, options)) in enumerate(others.items()):
         before = len(counted)
         compute(kind, model, data, cache, **options)
         assert len(counted) > before and len(list(cache.iterdir())) == index + 2, what
     tokenizer.add_tokens(["new"])
-    compute(kind, fresh(), given, cache, tokenizer=tokenizer)
+    compute(kind, fresh(), dataset, cache, tokenizer=tokenizer)
     assert len(list(cache.iterdir())) == len(others) + 2
 
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_a_cache_file_that_is_not_right_is_computed_again(kind, tmp_path, counted):
-    model, given = tiny_model(), sequences(3)
-    want = compute(kind, model, given, tmp_path)
+    model, dataset = tiny_model(), sequences(3)
+    want = compute(kind, model, dataset, tmp_path)
     (file,) = tmp_path.iterdir()
     good = file.read_bytes()
     compute(kind, model, sequences(3), tmp_path / "other")
@@ -181,11 +182,11 @@ def test_a_cache_file_that_is_not_right_is_computed_again(kind, tmp_path, counte
         file.write_bytes(content)
         del counted[:]
         with pytest.warns(UserWarning, match=f"{file.name}: .*; computed again"):
-            assert compute(kind, model, given, tmp_path) == want
+            assert compute(kind, model, dataset, tmp_path) == want
         assert counted == [3]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert compute(kind, model, given, tmp_path) == want
+            assert compute(kind, model, dataset, tmp_path) == want
         assert counted == [3]  # what was written in its place is right
 
 
@@ -201,23 +202,23 @@ def test_no_bit_of_a_cache_file_is_trusted(tmp_path):
         assert ref_model._read(path, "logps", "a key", (7,))[0] is None
     ref_model._write(path, "logps", "a key", tensor)
     assert ref_model._read(path, "logps", "a key", (8,)) == (None, "shape (7,), expected (8,)")
-    assert ref_model._read(path, "logps", "another", (7,)) == (None, "made of something else")
+    assert ref_model._read(path, "logps", "another", (7,)) == (None, "written for another key")
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.float64])
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_a_forged_cache_file_of_another_dtype_is_computed_again(kind, dtype, tmp_path):
     """Key, shape and checksum are right: whoever writes a file can compute them."""
-    model, given = tiny_model(), sequences(3)
-    want = compute(kind, model, given, tmp_path)
+    model, dataset = tiny_model(), sequences(3)
+    want = compute(kind, model, dataset, tmp_path)
     (file,) = tmp_path.iterdir()
-    shape = (3,) if kind == "logps" else (sum(sequence.n_labels for sequence in given), 32)
+    shape = (3,) if kind == "logps" else (sum(sequence.n_labels for sequence in dataset), 32)
     try:
         ref_model._write(file, kind, file.stem.removeprefix(f"{kind}-"), torch.zeros(shape).to(dtype))
     except KeyError:
         pytest.skip(f"this version of safetensors writes no {dtype}")
-    with pytest.warns(UserWarning, match=f"{file.name}: of {dtype}; computed again"):
-        assert compute(kind, model, given, tmp_path) == want
+    with pytest.warns(UserWarning, match=f"{file.name}: dtype {dtype}, expected one of a model.s; computed again"):
+        assert compute(kind, model, dataset, tmp_path) == want
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
@@ -232,16 +233,16 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_adapters_do_not_change_the_key(tmp_path, counted):
     """A LoRA run that goes on finds the reference it started from."""
-    model, given = lora_model(modules_to_save=["lm_head"]), sequences(2)
-    reference_logps(model, given, cache=tmp_path, **FAST)
+    model, dataset = lora_model(modules_to_save=["lm_head"]), sequences(2)
+    reference_logps(model, dataset, cache=tmp_path, **FAST)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)
     del counted[:]
-    reference_logps(model, given, cache=tmp_path, **FAST)
+    reference_logps(model, dataset, cache=tmp_path, **FAST)
     assert counted == []
     dict(model.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"].data.add_(0.1)
-    reference_logps(model, given, cache=tmp_path, **FAST)
+    reference_logps(model, dataset, cache=tmp_path, **FAST)
     assert counted == [2]
 
 

@@ -7,7 +7,7 @@ from soul import SOUL, SophiaG
 from soul.data.batches import collate
 from soul.models import causal_lm
 from soul.optim import curvature
-from soul_kernels import linear_gnb
+from soul_kernels import LinearOptions, linear_gnb
 from tests.support.helpers import assert_close
 from tests.support.models import sequences, tiny_model
 
@@ -76,7 +76,7 @@ def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
 
     def loss():
         keep = torch.ones(1, 40, dtype=torch.bool)
-        return linear_gnb(x[None], w.T, keep, generator=generator, backend="reference")[0]
+        return linear_gnb(x[None], w.T, keep, generator=generator, options=LinearOptions(backend="reference"))[0]
 
     for _ in range(2000):
         gnb.step(loss)

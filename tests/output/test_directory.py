@@ -1,6 +1,7 @@
 """The output directory of a run: whose it is, what may stand there, and what a run that has ended leaves."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -9,13 +10,12 @@ import warnings
 import pytest
 
 import soul
-from soul.checkpoint.local import Checkpoints, Stopped, save_model
+from soul.checkpoint import Checkpoints, Stopped, save_model
 from soul.cli import main
 from soul.data.examples import Example
-from soul.models.causal_lm import load
-from soul.output import directory as output_module
-from soul.output import files
+from soul.models.loading import load
 from soul.output.directory import occupy
+from soul.output.files import scratch_path
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
 from tests.support.models import examples, tiny_model, tiny_tokenizer
@@ -164,7 +164,7 @@ def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, cap
 
     monkeypatch.setattr(unlearn_module, "train_step", train_step)
     assert main(words(place, output, "--epochs", "1")) == 1
-    assert f"soul unlearn: {output} was removed during the run, and another run is in there" in capsys.readouterr().err
+    assert f"soul unlearn: {output} was removed during the run, and another run uses it now" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["soul_config.json"]
 
 
@@ -179,23 +179,25 @@ def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
         (output / "log.jsonl").write_text("of the other run")
         before = contents(output)
         assert main(argv) == 2
-        assert f"output: expected a directory in which nothing runs, got {output}, where" in capsys.readouterr().err
+        assert f"output: expected a directory that no run is using, got {output}, which" in capsys.readouterr().err
         assert contents(output) == before
     assert main(argv) == 0
     for name in ("flock", None):  # a file system without locks, a system without them
         if name is None:
-            monkeypatch.setattr(output_module, "fcntl", None)
+            monkeypatch.setattr("soul.output.directory.fcntl", None)
         else:
-            monkeypatch.setattr(output_module.fcntl, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
+            monkeypatch.setattr(fcntl, name, lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "none")))
         with occupy(output):
             pass
 
 
 def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
     """Another one would remove what is being written, and the two would mix their steps."""
-    with Checkpoints(tmp_path).alone():
+    with Checkpoints(tmp_path).locked():
         (tmp_path / ".half.tmp").mkdir()
-        with pytest.raises(ValueError, match="checkpoints: expected a directory in which nothing runs, got .* going on"):
+        with pytest.raises(
+            ValueError, match="checkpoints: expected a directory that no run is using, got .*, which a run is using"
+        ):
             run(tokenizer, Checkpoints(tmp_path, resume=True))
         assert [path.name for path in tmp_path.iterdir()] == [".half.tmp"]
     with pytest.raises(Stopped):
@@ -211,8 +213,8 @@ def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer,
     assert json.loads((output / "soul_config.json").read_text())["lr"] == 1e-4
     (output / "model.safetensors").unlink(), (output / "config.json").unlink()
     (output / "checkpoints").mkdir()
-    given = [json.loads(line) for line in lines(place / "forget.jsonl")]
-    forget = [Example(row["prompt"], row["completion"]) for row in given]
+    rows = [json.loads(line) for line in lines(place / "forget.jsonl")]
+    forget = [Example(row["prompt"], row["completion"]) for row in rows]
     model, _ = load(place / "model", dtype="bfloat16")
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
@@ -244,13 +246,13 @@ def test_resume_wants_an_output_directory_of_its_own(place, capsys):
 def test_a_generation_config_that_transformers_does_not_save_costs_no_model(tokenizer, tmp_path):
     """As those with a temperature and without sampling, which it loads."""
     model = tiny_model()
-    given = model.generation_config
-    given.do_sample, given.temperature, given.eos_token_id = False, 0.6, 7
+    config = model.generation_config
+    config.do_sample, config.temperature, config.eos_token_id = False, 0.6, 7
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="generation_config.json is a default"):
         save_model(model, tokenizer, tmp_path)
-    assert model.generation_config is given and type(model).from_pretrained(tmp_path).generation_config.temperature != 0.6
+    assert model.generation_config is config and type(model).from_pretrained(tmp_path).generation_config.temperature != 0.6
     assert same(type(model).from_pretrained(tmp_path), model)
 
 
@@ -266,8 +268,8 @@ def test_a_directory_that_cannot_be_written(tokenizer, tmp_path, place, capsys):
 
 
 def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_path):
-    files.scratch_path(tmp_path).mkdir()
-    files.scratch_path(tmp_path).write_text("half of a file")
+    scratch_path(tmp_path).mkdir()
+    scratch_path(tmp_path).write_text("half of a file")
     save_model(tiny_model(), tokenizer, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and not any(n.endswith(".tmp") for n in names)
@@ -278,7 +280,7 @@ def plant(directory):
     (directory / ".x.tmp").write_text("x")
     (directory / ".y.tmp").symlink_to(directory.parent)
     (directory / ".z.tmp").symlink_to(directory / "nothing")
-    files.scratch_path(directory).symlink_to(directory.parent)
+    scratch_path(directory).symlink_to(directory.parent)
     (directory / ".d.tmp").mkdir()
     return {path.name for path in directory.iterdir()}
 

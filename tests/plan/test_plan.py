@@ -1,4 +1,4 @@
-"""The planner: exact parameter counts, and bytes that a step really takes."""
+"""The planner: exact parameter counts, and the bytes that a step really takes."""
 
 import contextlib
 import dataclasses
@@ -17,12 +17,13 @@ from soul import Unlearner
 from soul.cli import main
 from soul.data.batches import collate
 from soul.data.examples import Sequence
-from soul.models.causal_lm import add_adapters, checkpointing, hidden_states
+from soul.models.adapters import add_adapters
+from soul.models.causal_lm import checkpointing, hidden_states
 from soul.models.ref_model import reference_head
 from soul.optim.release import release_gradients
 from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
-from soul.plan._case import Case
 from soul.plan.activations import layer_bytes
+from soul.plan.case import Case
 from soul.plan.memory import BACKWARD, FORWARD, STEP, phases, resident
 from soul.plan.run import plan_run
 from soul.plan.scaling import with_tables
@@ -53,13 +54,13 @@ class Measured:
     """A random Llama, and one step of it in Triton's interpreter, measured."""
 
     case: Case
-    before: int  # bytes of parameters, states and what else is there all the time
+    before: int  # bytes of parameters, states and everything else that is allocated all the time
     extra: int  # the most that a step allocates beyond them
 
 
 def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, attention="sdpa", adapters=None, tied=True,
             cast=False, layers=3, vocab=256, **options):  # fmt: skip
-    """Measures one step, after another one that has made the states, on whole sequences of ``length`` tokens."""
+    """Measure the second step, as the first one makes the states, on whole sequences of ``length`` tokens."""
     config = UnlearnConfig(backend="triton", batch_size=sequences // 2, **options)
     sizes = SIZES | dict(vocab_size=vocab, tie_word_embeddings=tied, num_hidden_layers=layers)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, attn_implementation=attention))
@@ -75,7 +76,7 @@ def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, 
     if config.objective().divergence is not None:
         ref_head = reference_head(model)
         hidden = torch.randn(sequences, length, SIZES["hidden_size"]).to(getattr(torch, dtype))
-        batches = [dataclasses.replace(part, ref_hidden=hidden) for part in batches]
+        batches = [dataclasses.replace(micro_batch, ref_hidden=hidden) for micro_batch in batches]
         always += [ref_head[0], hidden]
     whole = None
     if len(batches) > 1:
@@ -91,50 +92,50 @@ def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, 
         extra = peak_bytes(step, torch.device("cpu"))
     always += [value for state in optimizer.state.values() for value in state.values()]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in always}.values())
-    tokens = Tokens(sequences, length, labelled=len(batches[0].rows), padded=ragged)
+    tokens = Tokens(sequences, length, labelled=len(batches[0].token_indices), padded=ragged)
     case = Case(shape, config, tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
     return Measured(case, before, extra)
 
 
 def batch(length, labelled, sequences, ragged, vocab):
-    made = []
+    encoded = []
     for index in range(sequences):
         ids = torch.randint(2, vocab, (length - 2 * (ragged and index > 0),)).tolist()
         prompt = len(ids) - labelled
-        made.append(Sequence(ids, [-100] * (prompt - 1) + ids[prompt:] + [-100], prompt))
-    return collate(made[: sequences // 2], made[sequences // 2 :])
+        encoded.append(Sequence(ids, [-100] * (prompt - 1) + ids[prompt:] + [-100], prompt))
+    return collate(encoded[: sequences // 2], encoded[sequences // 2 :])
 
 
-# Which part is the largest differs. Labels are few: on a CPU, bf16 products for them go through copies in fp32. AdamW is faster
-# than SOUL in the interpreter, and serves where the optimizer does not matter.
+# The largest component differs between the cases. Labels are few: on a CPU, bf16 products for them go through copies in fp32.
+# AdamW is faster than SOUL in the interpreter, and is used where the optimizer does not matter.
 LONG = dict(length=192, optimizer="adamw")
 MEASURED = {
     # Parameters, gradients and AdamW's states.
     "fp32 adamw, short": dict(length=6, labelled=2, dtype="float32", optimizer="adamw", layers=8),
-    # The same with SOUL's default states and the low bits.
+    # The same with SOUL's default states and the low bits of compensated rounding.
     "bf16 soul, short": dict(length=6, labelled=2),
-    # Activations, as they are with the fast kernels and equal lengths.
+    # Activations, with fast attention kernels and equal lengths.
     "bf16, long": LONG,
     # A mask: keys and values of as many heads as queries, and a copy of the mask in every layer.
     "bf16, long, padded": dict(LONG, ragged=True),
-    # Probabilities of all pairs of tokens, kept in fp32 and in bf16.
+    # Probabilities of all pairs of tokens, saved in fp32 and in bf16.
     "bf16, long, eager": dict(LONG, length=128, attention="eager"),
-    # The same in fp32, where they are kept once.
+    # The same in fp32, where they are saved once.
     "fp32, long, eager": dict(LONG, length=128, attention="eager", dtype="float32"),
-    # One hidden state a layer, and one layer computed again.
+    # One hidden state for each layer, and one recomputed layer.
     "bf16, long, checkpoints": dict(LONG, gradient_checkpointing=True),
-    # Neither all gradients nor states of two bytes: what is left is the loss and one layer.
+    # Neither all gradients nor states of two bytes: the loss and one layer remain.
     "bf16 soul, 8bit, release, checkpoints, untied": dict(
         length=48, labelled=4, state_dtype="8bit", gradient_release=True, max_grad_norm=None, gradient_checkpointing=True,
         tied=False, layers=2,
     ),
     # Gradients of the first micro-batch beside the activations of the second.
     "fp32, accumulated": dict(LONG, length=48, dtype="float32", accumulate=2, layers=8),
-    # A copy of the head, hidden states of the reference, and logits of both.
+    # A copy of the head, hidden states of the reference model, and logits of both models.
     "fp32, KL to a reference": dict(LONG, length=32, labelled=24, dtype="float32", method="klmin", vocab=2048),
     # fp32 parameters under autocast: bf16 copies of matrices and of what goes into them.
     "fp32, autocast": dict(LONG, dtype="float32", cast=True),
-    # Frozen matrices keep no input, but adapters do, in fp32.
+    # Frozen matrices save no input, but adapters do, in fp32.
     "adapters": dict(LONG, adapters=dict(rank=4, targets="all-linear")),
 }  # fmt: skip
 
@@ -143,27 +144,26 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_plan_is_within_15_percent_of_what_a_step_takes(name):
     measured = measure(**MEASURED[name])
-    found = phases(measured.case)
-    sums = {name: sum(parts.values()) for name, parts in found.items()}
-    if (
-        interpreting() and not measured.case.config.gradient_release
-    ):  # it keeps the arguments of its last launch until the next one
-        sums[BACKWARD] += found[FORWARD]["logits of a chunk"]
+    planned = phases(measured.case)
+    sums = {phase: sum(components.values()) for phase, components in planned.items()}
+    if interpreting() and not measured.case.config.gradient_release:
+        # The interpreter holds the arguments of its last launch until the next one.
+        sums[BACKWARD] += planned[FORWARD]["logits of a chunk"]
     peak, known = max(sums.values()), sum(resident(measured.case).values())
     assert measured.before == pytest.approx(known, rel=0.01, abs=4096)  # counters beside the states
     assert abs(peak / (measured.before + measured.extra) - 1) <= 0.15, sums
-    assert abs((peak - known) / measured.extra - 1) <= 0.15, sums  # without what is always there, which hides errors
+    assert abs((peak - known) / measured.extra - 1) <= 0.15, sums  # without the resident bytes, which hide errors
 
 
 # bf16, and fp32, where fp32 copies are the tensors themselves; autocast; both kinds of attention, with a mask and without;
-# adapters: each has a term of its own.
+# adapters. Each has a term of its own in the formula.
 @pytest.mark.parametrize("options", [
     dict(), dict(ragged=True), dict(dtype="float32", ragged=True), dict(attention="eager"),
     dict(dtype="float32", attention="eager"), dict(dtype="float32", cast=True), dict(lora=True),
     dict(lora=True, attention="eager"),
 ], ids=str)  # fmt: skip
-def test_a_layer_keeps_what_autograd_saves(options):
-    """Exactly, but for the inverse deviations of the norms, 4 bytes a token each."""
+def test_layer_bytes_are_what_autograd_saves(options):
+    """The bytes are exact, but for the inverse deviations of the norms, 4 bytes a token each."""
     dtype, attention = options.get("dtype", "bfloat16"), options.get("attention", "sdpa")
     ragged, cast = options.get("ragged", False), options.get("cast", False)
     adapters = dict(rank=4, targets="all-linear") if options.get("lora") else None
@@ -176,15 +176,16 @@ def test_a_layer_keeps_what_autograd_saves(options):
         config = LlamaConfig(**SIZES | dict(vocab_size=64, num_hidden_layers=layers), attn_implementation=attention)
         model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).train()
         model = add_adapters(model, **adapters) if adapters else model
-        known, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
-        keep = torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor)
-        with keep, torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+        known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        tensors = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
             hidden_states(model, types.SimpleNamespace(input_ids=torch.ones_like(mask), attention_mask=mask))
-        if cast:  # copies of matrices, which another part counts
+        if cast:  # copies of matrices, which another component counts
             sizes = {size[::-1] for size in shape.linear.values()}
-            known |= {t.untyped_storage().data_ptr() for t in kept if tuple(t.shape) in sizes}
-        found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
-        return sum(size for at, size in found.items() if at not in known)
+            known |= {t.untyped_storage().data_ptr() for t in tensors if tuple(t.shape) in sizes}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(size for pointer, size in storages.items() if pointer not in known)
 
     case = Case(shape, UnlearnConfig(), tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
     assert layer_bytes(case) + 2 * 4 * tokens.n == pytest.approx((saved(5) - saved(3)) / 2, rel=1e-3)
@@ -224,7 +225,7 @@ def test_shapes_of_all_families(family):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def directory(tmp_path_factory):
     """A model, and data of unequal lengths."""
     root = tmp_path_factory.mktemp("plan")
     tiny_model().save_pretrained(root / "model")
@@ -235,51 +236,52 @@ def place(tmp_path_factory):
     return root
 
 
-def words(place, *more):
-    files = [f"--{name}={place / file}" for name, file in
+def command(directory, *more):
+    files = [f"--{name}={directory / file}" for name, file in
              dict(model="model", forget="forget.jsonl", retain="retain.jsonl", output="out").items()]  # fmt: skip
     return ["unlearn", *files, "--batch-size=2", "--epochs=2", "--backend=reference", "--device=cpu", *more]
 
 
-# DPO: two sequences an example; KL: tokens that are compared; accumulation: several micro-batches a step, the last one smaller.
+# DPO has two sequences an example, KL tokens that are compared, and accumulation several micro-batches a step, of which the
+# last is smaller.
 @pytest.mark.parametrize("options", [
     dict(), dict(method="dpo"), dict(method="klmin"), dict(accumulate=2), dict(method="ga"),
 ], ids=str)  # fmt: skip
-def test_a_dry_run_knows_the_batches_of_the_run(place, options, monkeypatch):
+def test_a_dry_run_knows_the_batches_of_the_run(directory, options, monkeypatch):
     config = UnlearnConfig(batch_size=2, epochs=2, backend="reference", **options)
-    files = place / "forget.jsonl", None if options.get("method") == "ga" else place / "retain.jsonl"
-    planned = plan_run(place / "model", *files, config)
+    files = directory / "forget.jsonl", None if options.get("method") == "ga" else directory / "retain.jsonl"
+    planned = plan_run(directory / "model", *files, config)
     seen = []
 
     def step(model, batches, *others):
-        for part in batches:
-            compared = 0 if part.ref_hidden is None else int((part.labels != -100)[~part.is_forget].sum())
-            seen.append((*part.labels.shape, len(part.rows), compared))
+        for batch in batches:
+            compared = 0 if batch.ref_hidden is None else int((batch.labels != -100)[~batch.is_forget].sum())
+            seen.append((*batch.labels.shape, len(batch.token_indices), compared))
         return {name: torch.zeros(()) for name in ("loss", "forget_nll")}
 
     monkeypatch.setattr(soul.run.loop, "train_step", step)
     monkeypatch.setattr(soul.optim.optimizer.SophiaG, "telemetry", lambda self: {"groups": [{"clip_fraction": 0.0}]})
-    records = Unlearner(str(place / "model"), *files, config, device="cpu").run(progress=False)
+    records = Unlearner(str(directory / "model"), *files, config, device="cpu").run(progress=False)
     tokens = planned.case.tokens
     assert planned.steps[0] == len(records)
     most = max(b * t for b, t, _, _ in seen)
     assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in seen and tokens.n == most
 
 
-def test_dry_run_writes_nothing_and_reads_no_weights(place, capsys):
-    (place / "model" / "model.safetensors").rename(place / "weights")
+def test_dry_run_writes_nothing_and_reads_no_weights(directory, capsys):
+    (directory / "model" / "model.safetensors").rename(directory / "weights")
     try:
-        before = sorted(place.rglob("*"))
-        assert main(words(place, "--dry-run", "--card=24:1000:100", "--optimizer=adamw")) == 0
+        before = sorted(directory.rglob("*"))
+        assert main(command(directory, "--dry-run", "--card=24:1000:100", "--optimizer=adamw")) == 0
         printed = capsys.readouterr().out
-        assert sorted(place.rglob("*")) == before
+        assert sorted(directory.rglob("*")) == before
     finally:
-        (place / "weights").rename(place / "model" / "model.safetensors")
+        (directory / "weights").rename(directory / "model" / "model.safetensors")
     assert "27,168 parameters in float32" in printed and "24:1000:100" in printed
     assert "Floor of the run: " in printed and "for 6 steps" in printed and "estimate on paper" in printed
-    assert main(words(place, "--dry-run", "--model=7b")) == 2 and "the preset '7b'" in capsys.readouterr().err
-    assert main(words(place, "--dry-run", "--card=nonsense")) == 2
-    assert main(words(place, "--dry-run", "--max-length=2")) == 2  # what would stop the run stops its plan
+    assert main(command(directory, "--dry-run", "--model=7b")) == 2 and "the preset '7b'" in capsys.readouterr().err
+    assert main(command(directory, "--dry-run", "--card=nonsense")) == 2
+    assert main(command(directory, "--dry-run", "--max-length=2")) == 2  # what would stop the run stops its plan
     errors = capsys.readouterr().err
     assert "card: expected" in errors and "raise --max-length" in errors
 
@@ -314,9 +316,9 @@ def config_of(**options):
 def test_a_floor_that_was_worked_out_by_hand():
     """The 1B, 8 sequences of 96 tokens: 7.9 ms for the matrix products, 5.8 ms for 14 bytes a parameter."""
     config = config_of(state_dtype="bfloat16", param_rounding="stochastic", max_grad_norm=None)
-    found = plan("1b", config, Tokens(8, 96))
-    assert found.seconds["matrix products"] == pytest.approx(7.9e-3, rel=0.02)
-    assert found.seconds["optimizer"] == pytest.approx(14 * 1_235_814_400 / 3000e9, rel=1e-6)
+    planned = plan("1b", config, Tokens(8, 96))
+    assert planned.seconds["matrix products"] == pytest.approx(7.9e-3, rel=0.02)
+    assert planned.seconds["optimizer"] == pytest.approx(14 * 1_235_814_400 / 3000e9, rel=1e-6)
 
 
 def test_a_peak_that_was_measured_on_an_h100():
@@ -327,12 +329,12 @@ def test_a_peak_that_was_measured_on_an_h100():
 
 def test_full_parameter_7b_within_40_gb():
     options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
-    found = plan("7b", config_of(**options), length=512)
-    assert found.peak_bytes <= 40e9 and found.fits
-    parts = found.phases[FORWARD]
-    assert parts["parameters"] == 2 * 6_738_415_616 and parts["low bits"] == 6_738_415_616
+    planned = plan("7b", config_of(**options), length=512)
+    assert planned.peak_bytes <= 40e9 and planned.fits
+    sizes = planned.phases[FORWARD]
+    assert sizes["parameters"] == 2 * 6_738_415_616 and sizes["low bits"] == 6_738_415_616
     scales = 2 * 4 * 6_738_415_616 / 256  # every size of this model is a multiple of 256
-    assert parts["optimizer states"] == 2 * 6_738_415_616 + scales
+    assert sizes["optimizer states"] == 2 * 6_738_415_616 + scales
     for name in options:  # each of the three is needed
         fewer = {**options, name: None if name == "state_dtype" else False}
         assert plan("7b", config_of(**fewer), length=512).peak_bytes > 40e9, name
@@ -342,11 +344,11 @@ BATCH = Tokens(8, 512)
 
 
 def peak(model="1b", tokens=BATCH, /, card="h100", gpus=1, dtype="auto", adapters=None, attention="sdpa", **options):
-    where = dict(card=card, gpus=gpus, dtype=dtype, adapters=adapters, attention=attention)
-    return plan(model, config_of(**options), tokens, **where).peak_bytes
+    setup = dict(card=card, gpus=gpus, dtype=dtype, adapters=adapters, attention=attention)
+    return plan(model, config_of(**options), tokens, **setup).peak_bytes
 
 
-def test_what_takes_more():
+def test_options_that_take_more_memory():
     base = peak()
     assert peak("1b", Tokens(8, 1024)) > peak("1b", Tokens(16, 512)) > base > peak("1b", Tokens(8, 512, padded=False))
     assert peak("1b", Tokens(8, 512, labelled=100)) < base  # fewer logits
@@ -366,7 +368,7 @@ def test_what_takes_more():
     assert shared.phases[STEP]["parameters"] == pytest.approx(alone.phases[STEP]["parameters"] / 64, rel=1e-6)
 
 
-def test_what_takes_longer():
+def test_options_that_take_longer():
     def case(tokens=BATCH, gpus=1, adapters=None, dtype="bfloat16", **options):
         return Case(shape_of("7b"), config_of(**options), tokens, dtype, adapters, "sdpa", card_of("h100"), gpus)
 
@@ -389,7 +391,7 @@ def test_cards():
     assert not plan("70b", card="h100").fits and "does not fit" in plan("70b").table()
 
 
-@pytest.mark.parametrize("call, said", [
+@pytest.mark.parametrize("call, message", [
     (lambda: plan("1b", card="3090"), "card: expected one of h100, h200"),
     (lambda: plan("1b", card="1:2:nan"), "card"),
     (lambda: plan("1b", gpus=0), "gpus"),
@@ -410,6 +412,6 @@ def test_cards():
     (lambda: plan({"model_type": "llama", "num_hidden_layers": 10**9}), "num_hidden_layers: expected at most 4096"),
     (lambda: plan({"model_type": "t5"}), "causal language model"),
 ])  # fmt: skip
-def test_bad_arguments(call, said):
-    with pytest.raises(ArgumentError, match=said):
+def test_bad_arguments(call, message):
+    with pytest.raises(ArgumentError, match=message):
         call()

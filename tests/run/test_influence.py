@@ -135,7 +135,7 @@ def test_woodfisher_is_the_inverse(blockwise):
     (check_woodfisher, "[self.n + dot for dot", "[self.n - dot for dot"),
     (check_woodfisher, "[self.n + dot for dot", "[1 + dot for dot"),
     (check_woodfisher, "product = self._times(grads)", "product = [g / self.damping for g in grads]"),  # of F_0 for all
-    (check_woodfisher, "found = [v / self.damping", "found = [v"),
+    (check_woodfisher, "results = [v / self.damping", "results = [v"),
     (check_woodfisher, "dots if self.blockwise else [sum(dots)] * len(dots)", "dots"),
 ])  # fmt: skip
 def test_mutants_are_caught(check, old, new, tmp_path):

@@ -20,8 +20,8 @@ from soul.run import feed
 from soul.run.config import UnlearnConfig, build_scheduler
 from soul.run.loop import Diverged, unlearn
 from soul.run.prepare import prepare
-from soul.run.step import Recorded
-from soul_kernels import linear_objective
+from soul.run.step import RecordedObjective
+from soul_kernels import LinearOptions, Reference, linear_objective
 from soul_kernels.backends import runs_on_cpu
 from tests.support.helpers import mutant, needs_kernels_on_cpu
 from tests.support.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
@@ -285,7 +285,7 @@ def test_adapters_are_trained_against_the_model_without_them(method, tokenizer):
         assert records[0]["loss_retain"] == 0.0 < records[1]["loss_retain"]  # in the very same batch: exactly
 
 
-class Counted(Recorded):
+class Counted(RecordedObjective):
     calls = 0
 
     def __call__(self, logps, batch):
@@ -299,24 +299,26 @@ class Counted(Recorded):
 ], ids=["DPO", "CEU", "NPO"])  # fmt: skip
 def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
     """22 rows in chunks of 14: two evaluations, or one after two chunks where no sum will do. Every term is there once."""
-    model, given = tiny_model(), sequences(6)
+    model, data = tiny_model(), sequences(6)
     weight = model.lm_head.weight.detach()
-    batch = collate(given[:4], given[4:], ref_logps=[-30.0] * 4, ref_hidden=list(_states(model, given)))
+    batch = collate(data[:4], data[4:], ref_logps=[-30.0] * 4, ref_hidden=list(_states(model, data)))
     hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-    found = []
+    results = []
     for chunk_bytes in (2**30, 14 * row_bytes):
         recorded = Counted(objective)
-        loss = linear_objective(hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, rows=batch.rows,
-                                ref_logps=batch.ref_logps, ref_hidden=batch.ref_hidden, chunk_bytes=chunk_bytes,
-                                backend="triton")  # fmt: skip
+        options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend="triton")
+        loss = linear_objective(
+            hidden, weight, batch.labels, recorded, is_forget=batch.is_forget, ref_logps=batch.ref_logps,
+            reference=Reference(batch.ref_hidden), options=options,
+        )  # fmt: skip
         assert set(recorded.sums) == {"forget", "retain"} and recorded.calls == (1 if chunk_bytes == 2**30 else calls)
         assert sum(recorded.sums.values()).item() == pytest.approx(loss.item(), rel=1e-6)
-        found.append({name: value.item() for name, value in recorded.sums.items()})
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        results.append({name: value.item() for name, value in recorded.sums.items()})
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-def _states(model, given):
-    for sequence in given:
+def _states(model, data):
+    for sequence in data:
         kept = [t for t, label in enumerate(sequence.labels) if label != -100]
         yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, kept].detach()
 
@@ -332,7 +334,7 @@ def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatc
     """5 ragged forget examples and 5 retained ones in 3 micro-batches of 2, 2 and 1: losses, gradients and weights are those of
     one batch of 5. By gradients, not by what the optimizer makes of them: its steps are signs.
     """
-    found = []
+    results = []
     for sizes in (dict(batch_size=5), dict(batch_size=2, accumulate=3)):
         gradients = []
 
@@ -342,8 +344,8 @@ def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatc
         monkeypatch.setattr(soul.SOUL, "step", keep)
         config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
         (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
-        found.append((record, gradients))
-    (one, want), (parts, got) = found
+        results.append((record, gradients))
+    (one, want), (parts, got) = results
     for name in one.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
         assert parts[name] == pytest.approx(one[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
     # fp32 sums in another order; where KL starts at 0 the gradient is all rounding, of 1e-5 of what CE's is
@@ -358,7 +360,8 @@ def ragged(n):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("batch.within(self.whole)", "batch"), ("total + loss.detach()", "loss.detach()"), ("sums.get(name, 0.0) -", "0.0 -"),
+    ("batch.within(self.whole)", "batch"), ('terms.get("loss", 0.0) + loss.detach()', "loss.detach()"),
+    ("sums.get(name, 0.0) -", "0.0 -"),
 ])  # fmt: skip
 def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeypatch):
     broken = mutant("soul.run.step", old, new, tmp_path)
@@ -382,15 +385,15 @@ def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, mo
     """The norm is that of before, clipped or not. SOUL clips in its step: torch's function is not called.
     A high rho: where few coordinates are clipped, the size of a gradient matters.
     """
-    found = {}
+    results = {}
     for limit in (None, float("inf"), 1e6, 1e-3):
         model, records, _, _ = run(tokenizer, optimizer=optimizer, max_grad_norm=limit, epochs=1, rho=1e4)
-        found[limit] = records, model.state_dict()
+        results[limit] = records, model.state_dict()
     for limit in (float("inf"), 1e6):
-        assert all(torch.equal(a, b) for a, b in zip(found[limit][1].values(), found[None][1].values()))
-    norms = [records[0]["grad_norm"] for records, _ in found.values()]
+        assert all(torch.equal(a, b) for a, b in zip(results[limit][1].values(), results[None][1].values()))
+    norms = [records[0]["grad_norm"] for records, _ in results.values()]
     assert norms == [pytest.approx(norms[0], rel=1e-6)] * 4 and norms[0] > 0.1
-    assert any(not torch.equal(a, b) for a, b in zip(found[1e-3][1].values(), found[None][1].values()))
+    assert any(not torch.equal(a, b) for a, b in zip(results[1e-3][1].values(), results[None][1].values()))
     if optimizer == "soul":
         monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", None)
         run(tokenizer, epochs=1)
@@ -399,7 +402,7 @@ def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, mo
 @pytest.mark.parametrize("make", [lambda: tiny_model(), lambda: tiny_model("gpt2, tied"), lambda: lora_model(lora_dropout=0.5)],
                          ids=["llama", "gpt2", "lora"])  # fmt: skip
 def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
-    found = []
+    results = []
     for checkpointing in (False, True):
         model, calls = make(), []
         for name, module in model.named_modules():
@@ -408,10 +411,10 @@ def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
         torch.manual_seed(0)
         config = UnlearnConfig(**FAST, gradient_checkpointing=checkpointing)
         records = unlearn(model, tokenizer, examples(4), examples(8)[4:], config, progress=False)
-        found.append(([record["loss"] for record in records], [*model.state_dict().values()]))
+        results.append(([record["loss"] for record in records], [*model.state_dict().values()]))
         assert len(calls) == 4 * 2 * (1 + checkpointing)  # 4 steps, 2 layers, computed twice
         assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    assert found[0][0] == found[1][0] and all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+    assert results[0][0] == results[1][0] and all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
 
 
 def test_gradient_checkpointing_is_refused_where_there_is_none(tokenizer, monkeypatch):
@@ -435,7 +438,7 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
             real(optimizer, **options)
 
         monkeypatch.setattr(step_module, "gnb_loss", lambda model, batch, generator, backend:
-                            -token_logps(model, batch, backend).sum() / len(batch.rows))  # fmt: skip
+                            -token_logps(model, batch, backend).sum() / len(batch.token_indices))  # fmt: skip
         monkeypatch.setattr(soul.SophiaG, "update_hessian", spy)
         model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
         assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)
@@ -590,6 +593,6 @@ def test_what_cannot_be_written_is_found_before_anything_takes_its_time(tmp_path
     asked = []
     monkeypatch.setattr("os.access", lambda path, mode: asked.append(path))  # as root may everything
     for check in (check_output, lambda path: check_cache(path, "output")):
-        with pytest.raises(ValueError, match=f"output: expected a place that can be written, got {tmp_path}, which cannot"):
+        with pytest.raises(ValueError, match=f"output: expected a writable path, got {tmp_path}, which is not"):
             check(tmp_path / "new" / "deep")
     assert set(asked) == {tmp_path} and not list(tmp_path.iterdir())

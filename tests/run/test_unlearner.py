@@ -15,6 +15,7 @@ from soul.cli import main
 from soul.data.batches import collate
 from soul.data.sources import read_examples
 from soul.models import causal_lm
+from soul.models.loading import load
 from soul.optim.step_groups import StepGroups
 from soul.run.config import build_optimizer, build_scheduler, parameter_dtype
 from soul.run.graph import GraphedStep, pad
@@ -22,7 +23,7 @@ from soul.run.influence import unlearn_once
 from soul.run.loop import unlearn
 from soul.run.prepare import prepare
 from soul.run.step import train_step
-from soul_kernels import TensorTable, linear_objective
+from soul_kernels import LinearOptions, TensorTable, linear_objective
 from tests.evaluate.test_model import ROWS, question_rows
 from tests.support.helpers import mutant, needs_kernels_on_cpu, needs_rouge
 from tests.support.models import FAMILIES, examples, sequences, tiny_model, tiny_tokenizer
@@ -54,9 +55,9 @@ def place(tmp_path_factory, tokenizer):
 
 
 def words(place, output, *more, model="model"):
-    given = dict(model=place / model, forget=place / "forget.jsonl", retain=place / "retain.jsonl", output=output, epochs=1,
+    arguments = dict(model=place / model, forget=place / "forget.jsonl", retain=place / "retain.jsonl", output=output, epochs=1,
                  batch_size=2, lr=1e-2, backend="reference", device="cpu")  # fmt: skip
-    return ["unlearn", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), *more]
+    return ["unlearn", *(f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()), *more]
 
 
 def logits(model):
@@ -78,9 +79,9 @@ def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, place, t
     (answers,) = [Unlearner(model, place / "forget.jsonl", config=UnlearnConfig(method="ga", backend="reference"),
                             tokenizer=AutoTokenizer.from_pretrained(out)).forget_probability()]  # fmt: skip
     assert f"{answers:.3f} after" in said
-    given = dict(model=out, data=place / "data", output=tmp_path / "logs", json=tmp_path / "metrics.json", batch_size=8,
+    arguments = dict(model=out, data=place / "data", output=tmp_path / "logs", json=tmp_path / "metrics.json", batch_size=8,
                  max_new_tokens=2, device="cpu", backend="reference")  # fmt: skip
-    assert main(["evaluate", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]) == 0
+    assert main(["evaluate", *(f"--{name.replace('_', '-')}={value}" for name, value in arguments.items())]) == 0
     measured = json.loads((tmp_path / "metrics.json").read_text())
     assert 0 < measured["forget_prob"] < 1 and measured["forget_rows"] == 2
 
@@ -97,14 +98,14 @@ def test_adapters_by_flag(place, tmp_path):
     before = logits(base)
     want = logits(peft.PeftModel.from_pretrained(base, tmp_path / "lora"))
     assert (want - before).abs().max() > 1e-3
-    loaded, _ = causal_lm.load(tmp_path / "lora")
+    loaded, _ = load(tmp_path / "lora")
     assert torch.equal(logits(loaded), want)
     flags = ("--lora-rank=4", "--lora-alpha=8", "--lora-targets=q_proj,v_proj", "--merge", "--dtype=float32")
     assert main(words(place, tmp_path / "merged", *flags)) == 0
     merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "merged", place / "model"))
     changed = {n for (n, p), q in zip(merged.named_parameters(), base.parameters()) if not torch.equal(p, q)}
     assert len(changed) == 4 and all("q_proj" in name or "v_proj" in name for name in changed)
-    again, _ = causal_lm.load(tmp_path / "lora", dtype="bfloat16")
+    again, _ = load(tmp_path / "lora", dtype="bfloat16")
     assert {p.dtype for n, p in again.named_parameters() if "lora" not in n} == {torch.bfloat16}
 
 
@@ -212,34 +213,34 @@ def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
 
 def test_influence_is_a_method(place, tmp_path):
     """The weights and the numbers of `unlearn_once`; a model is saved, and the log has one line."""
-    given = dict(model=place / "model", forget=place / "forget.jsonl", retain=place / "retain.jsonl", method="influence")
-    flags = [f"--{name}={value}" for name, value in given.items()]
+    arguments = dict(model=place / "model", forget=place / "forget.jsonl", retain=place / "retain.jsonl", method="influence")
+    flags = [f"--{name}={value}" for name, value in arguments.items()]
     flags += ["--batch-size=2", "--option=clip=0.01", "--option=curvature=fisher", "--option=blockwise=false", "--device=cpu"]
     flags += [f"--output={tmp_path / 'out'}"]
     assert main(["unlearn", *flags]) == 0
     (record,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    model, tokenizer = causal_lm.load(place / "model")
+    model, tokenizer = load(place / "model")
     config = UnlearnConfig(method="influence", batch_size=2)
-    parts = prepare(model, tokenizer, *(read_examples(given[name]) for name in ("forget", "retain")), config)
-    found = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
-    assert record["factor"] == found["step"] and record["step"] == 1
-    assert all(record[name] == pytest.approx(found[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))
+    parts = prepare(model, tokenizer, *(read_examples(arguments[name]) for name in ("forget", "retain")), config)
+    results = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
+    assert record["factor"] == results["step"] and record["step"] == 1
+    assert all(record[name] == pytest.approx(results[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
-    assert not torch.equal(logits(saved), logits(causal_lm.load(place / "model")[0]))
+    assert not torch.equal(logits(saved), logits(load(place / "model")[0]))
 
 
 def test_schedules():
-    found = {}
+    results = {}
     for schedule in ("linear", "cosine", "constant"):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-        scheduler, found[schedule] = build_scheduler(optimizer, 10, 0.2, schedule), []
+        scheduler, results[schedule] = build_scheduler(optimizer, 10, 0.2, schedule), []
         for _ in range(10):
-            found[schedule].append(scheduler.get_last_lr()[0])
+            results[schedule].append(scheduler.get_last_lr()[0])
             optimizer.step(), scheduler.step()
-    assert all(lrs[:3] == [0.5, 1.0, 1.0] for lrs in found.values()) and found["constant"][3:] == [1.0] * 7
-    assert found["cosine"][6] == pytest.approx(0.5) == found["linear"][6]
-    assert found["cosine"][4] > found["linear"][4] and found["cosine"][9] < found["linear"][9]
+    assert all(lrs[:3] == [0.5, 1.0, 1.0] for lrs in results.values()) and results["constant"][3:] == [1.0] * 7
+    assert results["cosine"][6] == pytest.approx(0.5) == results["linear"][6]
+    assert results["cosine"][4] > results["linear"][4] and results["cosine"][9] < results["linear"][9]
 
 
 def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
@@ -270,7 +271,7 @@ class Padded(GraphedStep):
 
     def __call__(self, batch):
         batch = pad(batch, tokens=8, rows=16)
-        self.shapes.add((tuple(batch.input_ids.shape), len(batch.rows)))
+        self.shapes.add((tuple(batch.input_ids.shape), len(batch.token_indices)))
         return self._step(batch)
 
 
@@ -282,8 +283,8 @@ def test_padded_steps_are_those_of_the_batch(options, tokenizer, monkeypatch):
     """Triton's sweep takes padded rows; their gradient must be nothing. By losses over steps that depend on each other."""
     want, records = run(tokenizer, n=3, backend="triton", epochs=1, **options)
     made = []
-    monkeypatch.setattr(unlearn_module, "GraphedStep", lambda *given: made.append(Padded(*given)) or made[-1])
-    monkeypatch.setattr("soul.run.prepare._check_place", lambda *given: None)
+    monkeypatch.setattr(unlearn_module, "GraphedStep", lambda *args: made.append(Padded(*args)) or made[-1])
+    monkeypatch.setattr("soul.run.prepare._check_device", lambda *args: None)
     got, padded = run(tokenizer, n=3, backend="triton", epochs=1, cuda_graph=True, **options)
     assert len(made[0].shapes) <= len(padded) == len(records)
     for a, b in zip(padded, records):
@@ -295,17 +296,21 @@ def check_padding(module):
     """Labels stay beside their tokens, every labelled row is there once, and what is added has no label."""
     batch = collate(sequences(3), sequences(5)[3:], ref_logps=[-1.0] * 3)
     wide = module.pad(batch, tokens=16, rows=64)
-    assert wide.labels.shape == (5, 16) and len(wide.rows) == 64 and wide.attention_mask is None
+    assert wide.labels.shape == (5, 16) and len(wide.token_indices) == 64 and wide.attention_mask is None
     length = batch.labels.shape[1]
     assert torch.equal(wide.labels[:, :length], batch.labels) and (wide.labels[:, length:] == -100).all()
     assert torch.equal(wide.input_ids[:, :length], batch.input_ids)
     kept = (wide.labels.flatten() != -100).nonzero()[:, 0]
-    assert torch.equal(wide.rows[: len(kept)], kept) and (wide.labels.flatten()[wide.rows[len(kept) :]] == -100).all()
+    assert (
+        torch.equal(wide.token_indices[: len(kept)], kept)
+        and (wide.labels.flatten()[wide.token_indices[len(kept) :]] == -100).all()
+    )
     weight, hidden = torch.randn(300, 8, requires_grad=True), torch.randn(5, 16, 8)
-    loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget, rows=wide.rows,
-                            ref_logps=wide.ref_logps, backend="triton")  # fmt: skip
+    loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget,
+                            ref_logps=wide.ref_logps, options=LinearOptions(wide.token_indices, backend="triton"))  # fmt: skip
     plain = linear_objective(hidden[:, :length], weight, batch.labels, soul.losses.NPO(), is_forget=batch.is_forget,
-                             rows=batch.rows, ref_logps=batch.ref_logps, backend="triton")  # fmt: skip
+                             ref_logps=batch.ref_logps,
+                             options=LinearOptions(batch.token_indices, backend="triton"))  # fmt: skip
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
 
 
@@ -316,7 +321,7 @@ def test_padding():
 
 @needs_kernels_on_cpu
 @pytest.mark.parametrize("old, new", [("// length * more", "* 0"), ("value=last", "value=0"),
-                                      ("wider(batch.labels, -100)", "wider(batch.labels, 0)")])  # fmt: skip
+                                      ("wider(batch.labels, IGNORE_INDEX)", "wider(batch.labels, 0)")])  # fmt: skip
 def test_wrong_padding_is_noticed(old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
         check_padding(mutant("soul.run.graph", old, new, tmp_path))
@@ -344,12 +349,12 @@ def test_a_step_makes_no_table_that_the_one_before_has_made(limit, monkeypatch):
     dict(method="klmin", state_dtype="8bit"),
 ], ids=["npo", "retain", "klmin"])  # fmt: skip
 def test_replayed_steps_are_eager_ones(options, tokenizer):
-    found = []
+    results = []
     for cuda_graph in (False, True):
         model = tiny_model().cuda()
         config = UnlearnConfig(**FAST | dict(backend="auto", epochs=4), cuda_graph=cuda_graph, **options)
-        found.append(unlearn(model, tokenizer, examples(5), examples(9)[5:], config, progress=False))
-    for eager, replayed in zip(*found, strict=True):
+        results.append(unlearn(model, tokenizer, examples(5), examples(9)[5:], config, progress=False))
+    for eager, replayed in zip(*results, strict=True):
         for name in eager.keys() - {"tokens_per_s", "peak_memory_gib"}:
             assert replayed[name] == pytest.approx(eager[name], rel=2e-2, abs=1e-4), name  # bf16 autocast, other padding
 
@@ -389,9 +394,9 @@ def test_in_python(tokenizer, place, tmp_path):
     (dict(adapters=dict(rank=2, alpha=0)), "lora_alpha: expected a positive number, got 0"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(options, message, tokenizer):
-    given = dict(model=tiny_model(), forget=examples(2), retain=examples(2), tokenizer=tokenizer) | options
+    arguments = dict(model=tiny_model(), forget=examples(2), retain=examples(2), tokenizer=tokenizer) | options
     with pytest.raises(ValueError) as error:
-        Unlearner(**given)
+        Unlearner(**arguments)
     assert str(error.value).startswith(message)
 
 
@@ -401,7 +406,7 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(gradient_release=True, optimizer="adamw"), "optimizer: expected 'soul'"),
     (dict(state_dtype="8bit", optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_dtype belongs to it"),
     (dict(published_code=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; published_code belongs to it"),
-    (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; from there on it moves"),
+    (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; rho starts there and moves"),
     (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
     (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it

@@ -17,7 +17,7 @@ from soul.cli import main
 from soul.data import fictitious
 from soul.data.examples import encode
 from soul.evaluate.model import answer_probability, generate, kl_divergence
-from soul.models.causal_lm import load
+from soul.models.loading import load
 from soul.output.directory import lock
 from soul.output.files import scratch_path
 from soul.study import run as study_run
@@ -68,7 +68,7 @@ def test_tokenizer_round_trip():
 
 
 def test_every_arm_is_searched_as_much():
-    """Of every preset: each objective and arm has as many points, from the same starts; so has the influence update."""
+    """In every preset all objectives and arms, and the influence update, have equally many points from the same starts."""
     for config in PRESETS.values():
         grids = {}
         for run in runs(config):
@@ -79,22 +79,22 @@ def test_every_arm_is_searched_as_much():
             assert grids[objective, arm] == grids[config.objectives[0], arm]
         assert len({(run.seed, run.name) for run in runs(config)}) == len(runs(config))  # each has a file of its own
     for grids in (dict(dampings=(0.1, 1.0)), dict(lrs=TINY.lrs | {"soul": (1e-4, 1e-3)})):
-        with pytest.raises(ValueError, match="lrs: expected grids of as many points for every arm, got .*: 2"):
+        with pytest.raises(ValueError, match="lrs: expected grids of equal size for every arm, got .*: 2"):
             dataclasses.replace(TINY, **grids)
 
 
 def test_arms_differ_in_the_optimizer_alone():
-    made = {run.arm: unlearn_config(run, TINY) for run in runs(TINY) if run.objective != INFLUENCE}
+    configs = {run.arm: unlearn_config(run, TINY) for run in runs(TINY) if run.objective != INFLUENCE}
     fields = ("optimizer", "published_code", "curvature", "clip_target")
-    told = {arm: tuple(getattr(config, name) for name in fields) for arm, config in made.items()}
-    assert told == {
+    options = {arm: tuple(getattr(config, name) for name in fields) for arm, config in configs.items()}
+    assert options == {
         "adamw": ("adamw", False, "unlearn", None),
         "soul": ("soul", True, "unlearn", None),
         "soul_retain": ("soul", False, "retain", 0.3),
         "soul_gnb": ("soul", False, "gnb", 0.3),
     }
     fields += ("curvature_every",)
-    rest = [{n: v for n, v in dataclasses.asdict(c).items() if n not in fields} for c in made.values()]
+    rest = [{n: v for n, v in dataclasses.asdict(c).items() if n not in fields} for c in configs.values()]
     assert all(other == rest[0] for other in rest)
 
 
@@ -108,7 +108,7 @@ def test_pareto_front_and_its_area():
     assert hypervolume([(0.2, 0.0), (0.5, -5.0)], (0.25, -10.0)) == 0.25 * 5
 
 
-def test_choice_keeps_what_must_be_kept():
+def test_a_chosen_run_keeps_the_retain_probability():
     before = {"retain_prob": 0.8, "forget_quality": -9.0}
     rows = [{"retain_prob": 0.77, "forget_quality": -4.0}, {"retain_prob": 0.8, "forget_quality": -6.0},
             {"retain_prob": 0.75, "forget_quality": 0.0}, {"diverged": "nan"}]  # fmt: skip
@@ -129,21 +129,21 @@ def test_choice_keeps_what_must_be_kept():
     ([5.0], OPEN, False),  # one seed tells nothing
 ])  # fmt: skip
 def test_verdict(differences, outcome, sure):
-    found = verdict(differences)
-    assert found["outcome"] == outcome
-    assert sure == (found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0)
+    result = verdict(differences)
+    assert result.outcome == outcome
+    assert sure == (result.interval is not None and result.interval[0] * result.interval[1] > 0) == result.excludes_zero
 
 
 def test_interval_is_students():
-    low, high = verdict([1.0, 3.0, 2.0])["interval"]
+    low, high = verdict([1.0, 3.0, 2.0]).interval
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
 def test_chance_is_how_often_equals_get_a_verdict():
     draws = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0)).tolist()
     for n in (2, 3, 4):
-        told = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
-        assert abs(told - chance(n)) < 0.015
+        frequency = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
+        assert abs(frequency - chance(n)) < 0.015
 
 
 def verdict_is_beyond_spread(differences):
@@ -152,16 +152,17 @@ def verdict_is_beyond_spread(differences):
 
 @pytest.mark.parametrize("families", [("llama, tied", "llama, untied"), ("gemma2, capped", "gemma2, capped")])
 def test_metrics_against_their_definitions(families):
-    model, other, tokenizer, given = *map(tiny_model, families), tiny_tokenizer(), examples(5)
+    model, other = map(tiny_model, families)
+    tokenizer = tiny_tokenizer()
     other.get_input_embeddings().weight.data.mul_(3.0)
-    encoded = encode(given, tokenizer, vocab_size=300)
+    encoded = encode(examples(5), tokenizer, vocab_size=300)
     probabilities, divergences = [], []
     for sequence in encoded:
         ids = torch.tensor([sequence.input_ids])
-        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-        logp = model(input_ids=ids).logits[0, kept].log_softmax(-1)
-        logq = other(input_ids=ids).logits[0, kept].log_softmax(-1)
-        labels = torch.tensor([sequence.labels[t] for t in kept])
+        labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+        logp = model(input_ids=ids).logits[0, labelled].log_softmax(-1)
+        logq = other(input_ids=ids).logits[0, labelled].log_softmax(-1)
+        labels = torch.tensor([sequence.labels[t] for t in labelled])
         probabilities.append(logp.gather(1, labels[:, None]).mean().exp().item())
         divergences += (logq.exp() * (logq - logp)).sum(1).tolist()
     got = answer_probability(model, encoded, batch_size=2, backend="reference")
@@ -181,27 +182,27 @@ def test_divergence_of_models_that_exclude_each_other():
         model.get_output_embeddings().weight.data.copy_(sign * 60 * torch.randn(300, 32, generator=torch.manual_seed(1)))
     (sequence,) = encode(examples(1), tiny_tokenizer(), vocab_size=300)
     value = kl_divergence(p, q, [sequence])
-    kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-    logs = [m(input_ids=torch.tensor([sequence.input_ids])).logits[0, kept].double().log_softmax(-1) for m in (p, q)]
+    labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+    logs = [m(input_ids=torch.tensor([sequence.input_ids])).logits[0, labelled].double().log_softmax(-1) for m in (p, q)]
     assert logs[1].min() < -100
     want = (logs[1].exp() * (logs[1] - logs[0])).sum(1).mean().item()
     assert abs(value - want) < 1e-4 * want
 
 
 def test_what_a_study_measures_against_its_definitions():
-    """Two untrained models, so that no number is 0, 1 or a half."""
+    """The two models are untrained, so that no number is 0, 1 or a half."""
     data = demo_data(TINY)
     tokenizer = train_tokenizer([*data.forget, *data.retain], 400)
     model, other = (new_model(tokenizer, TINY, seed).eval() for seed in (0, 1))
     for each in (model, other):  # logits of a spread that tells tokens apart
         each.get_input_embeddings().weight.data.mul_(20.0)
     start = encode_start(model, other, tokenizer, data, TINY)
-    found = measure(model, start)
+    numbers = measure(model, start)
 
     def distributions(of, sequence):
-        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
+        labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
         with torch.no_grad():
-            return of(input_ids=torch.tensor([sequence.input_ids])).logits[0, kept].double().log_softmax(-1)
+            return of(input_ids=torch.tensor([sequence.input_ids])).logits[0, labelled].double().log_softmax(-1)
 
     def losses(sequences, of=model):
         labels = [torch.tensor([label for label in s.labels if label != -100]) for s in sequences]
@@ -212,7 +213,7 @@ def test_what_a_study_measures_against_its_definitions():
         means = [statistics.fmean(false[i : i + count]) for i in range(0, len(false), count)]
         return [math.exp(true - mean) for true, mean in zip(losses(asked.paraphrased, of), means)]
 
-    forget, retain, holdout = (losses(part) for part in (start.forget.answers, start.retain, start.holdout))
+    forget, retain, holdout = (losses(sequences) for sequences in (start.forget.answers, start.retain, start.holdout))
     divergences = [(q.exp() * (q - p)).sum(1) for p, q in ((distributions(model, s), distributions(other, s))
                                                              for s in start.forget.answers)]  # fmt: skip
     test = pytest.importorskip("scipy.stats").ks_2samp(ratios(start.forget), ratios(start.forget, other))
@@ -226,25 +227,26 @@ def test_what_a_study_measures_against_its_definitions():
         "forget_kl": torch.cat(divergences).mean().item(),
         "mia_loss": statistics.fmean(f < h for f in forget for h in holdout),  # the less surprising is taken for a member
     }
-    assert {name: found[name] for name in want} == pytest.approx(want, rel=1e-3)
-    assert found["utility"] == statistics.harmonic_mean(
-        [found[f"retain_{name}"] for name in ("prob", "memorization", "truth_ratio")]
+    assert {name: numbers[name] for name in want} == pytest.approx(want, rel=1e-3)
+    assert numbers["utility"] == statistics.harmonic_mean(
+        [numbers[f"retain_{name}"] for name in ("prob", "memorization", "truth_ratio")]
     )
 
 
 def test_a_model_that_knows_the_answers_gives_them():
-    """Trained on two rows until it knows them by heart, also from a left-padded batch."""
-    tokenizer, given = tiny_tokenizer(), examples(2)
-    encoded = encode(given, tokenizer, vocab_size=300)
+    """The model is trained on two rows until it knows them by heart, and answers from a left-padded batch."""
+    tokenizer = tiny_tokenizer()
+    rows = examples(2)
+    encoded = encode(rows, tokenizer, vocab_size=300)
     model = tiny_model()
     train(model, encoded, dataclasses.replace(TINY, train_epochs=60, train_batch=2, train_lr=1e-2), seed=0)
-    answers = [example.answer for example in given]
+    answers = [example.answer for example in rows]
     assert generate(model, tokenizer, encoded, batch_size=2, max_new_tokens=40) == answers
     assert not set(generate(tiny_model(), tokenizer, encoded, max_new_tokens=40)) & set(answers)
 
 
 def test_a_whole_study_in_small(tmp_path, monkeypatch):
-    """From rows to the report; a run that diverges is a row; what is there is not run again."""
+    """From rows to the report. A run that diverges is a row; a run that is complete is not repeated."""
     config = dataclasses.replace(TINY, lrs=dict.fromkeys(ARMS, (1e-3, 1e30)), dampings=(1e-2, 1e-1))
     data, output = demo_data(config), check_ready(tmp_path / "out", config)
     study = Study(output, data, config)
@@ -266,9 +268,9 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     for picture in ("frontiers", "utility", "curves", "clipped"):
         assert f"({picture}.png)" in text and (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert report(json.loads((output / "results.json").read_text()), title="Small") == text  # of the JSON alone
-    told = " ".join(text.split())
-    assert "Per seed (0, 1), two Llamas" in told and "With 2 seeds chance alone does that for 39% of comparisons" in told
-    assert "95% interval" in told and "/2 seeds" in told and "means over the seeds that did not diverge;" in told
+    words = " ".join(text.split())
+    assert "Per seed (0, 1), two Llamas" in words and "With 2 seeds chance alone does that for 39% of comparisons" in words
+    assert "95% interval" in words and "/2 seeds" in words and "means over the seeds that did not diverge;" in words
     assert load(output / "seed0" / "full")[1]("x").input_ids  # what `soul unlearn` can go on with
     logs = list((output / "seed1" / "runs").glob("npo_*_lr0.001_alpha1.jsonl"))
     assert len(logs) == 4 and all(len(log.read_text().splitlines()) == 2 * 2 for log in logs)  # epochs, batches
@@ -276,7 +278,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     lost = study.result(runs(config)[3])
     before = json.loads(lost.read_text())
     lost.unlink()
-    (output / "seed1" / "runs" / "kept").touch()
+    (output / "seed1" / "runs" / "another_file").touch()
     ran = []
     monkeypatch.setattr("soul.study.run.unlearn", _counting(ran))
     again = run_study(output, data, config)
@@ -290,7 +292,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
         run_study(output, demo_data(dataclasses.replace(config, seeds=(5,))), config)
     with open(output / "study.json", encoding="utf-8") as other:
         lock(other, "output", output)
-        with pytest.raises(ValueError, match="output: expected a directory in which nothing runs"):
+        with pytest.raises(ValueError, match="output: expected a directory that no run is using"):
             run_study(output, data, config)
 
 
@@ -305,7 +307,7 @@ def test_a_link_in_the_directory_of_a_study_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def one_seed(tmp_path_factory):
-    """A study that is complete, and its report: rates that six digits do not hold, and an arm of which all runs diverge."""
+    """A complete study and its report, with rates that six digits cannot represent, and an arm of which all runs diverge."""
     lrs = {"adamw": (1e-3 / 3,), "soul": (1e-3 / 7,), "soul_retain": (1e30,), "soul_gnb": (1e-3 / 3,)}
     config = dataclasses.replace(TINY, seeds=(4,), train_epochs=1, epochs=1, lrs=lrs, dampings=(0.1 / 3,))
     data, output = demo_data(config), check_ready(tmp_path_factory.mktemp("study") / "out", config)
@@ -315,15 +317,15 @@ def one_seed(tmp_path_factory):
 
 
 def test_the_report_of_one_seed_speaks_of_no_spread(one_seed):
-    """As of the presets tofu and demo."""
+    """The presets tofu and demo have one seed."""
     output = one_seed.output
     text = (output / "report.md").read_text()
     assert report(json.loads((output / "results.json").read_text()), title="One") == text
     text = " ".join(text.split())
-    assert "With one seed (4), two Llamas" in text and "One seed tells nothing of the spread: no verdict." in text
+    assert "With one seed (4), two Llamas" in text and "One seed says nothing about the spread: no verdict." in text
     difference = r"- \*\*NPO, SOUL as published\*\*: in best forget quality [+-]\d+\.\d\d; in hypervolume [+-]\d+\.\d\d\. "
     assert re.search(difference, text) and text.count("/1 seed |") == 4 and "/1 seed, 1 of 1 runs diverged |" in text
-    for word in ("±", "interval", "wins", "deviation", "over the seeds", "Per seed", "Of each seed", "three", " seeds"):
+    for word in ("±", "interval", "wins", "deviation", "over the seeds", "Per seed", "For each seed", "three", " seeds"):
         assert word not in text, word
 
 
@@ -343,7 +345,7 @@ def halve(path):
     ("tokenizer/tokenizer.json", pathlib.Path.unlink, "tokenizer: expected the tokenizer of the study, got a damaged one"),
 ])  # fmt: skip
 def test_a_damaged_file_of_a_study_is_named(name, damage, message, one_seed, tmp_path, monkeypatch):
-    """Before anything is computed."""
+    """The error comes before anything is computed."""
     output = tmp_path / "out"
     shutil.copytree(one_seed.output, output)
     if isinstance(damage, str):
@@ -376,12 +378,12 @@ def test_a_damaged_file_that_the_report_is_made_of_is_named(one_seed, tmp_path):
 
 
 class Killed(BaseException):
-    """Here and now; nothing is cleaned up."""
+    """The process ends here, as far as the test can tell: nothing is cleaned up."""
 
 
 @pytest.mark.parametrize("file", ["study.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_study_that_was_killed_while_it_wrote_a_file_goes_on(file, tmp_path, monkeypatch):
-    """The file is half there, wherever it is being written."""
+    """Half of the file has been written, wherever it is being written."""
     config, output = dataclasses.replace(TINY, seeds=(0,)), tmp_path / "out"
     data, real = demo_data(config), os.fsync
 
@@ -421,13 +423,15 @@ def test_a_study_that_was_killed_while_it_wrote_a_file_goes_on(file, tmp_path, m
 
 
 def test_a_worker_that_dies_is_an_error_of_the_system(one_seed, monkeypatch):
-    """As by the kernel, for want of memory. Workers are forked here, since it takes seconds to start others."""
+    """The kernel kills processes when memory runs out. Workers are forked here, since spawning them takes seconds."""
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(multiprocessing, "get_context", lambda name: context)
     monkeypatch.setattr("soul.study.run._in_worker", None)
-    with pytest.raises(OSError, match="unlearn: a worker process has died, .*; the same command goes on from the results in "):
-        with study_run._workers(dataclasses.replace(TINY, workers=2)) as each:
-            each(_die, one_seed, [1, 2, 3], "unlearn")
+    with pytest.raises(
+        OSError, match="unlearn: a worker process has died, .*; the same command continues from the results in "
+    ):
+        with study_run._workers(dataclasses.replace(TINY, workers=2)) as run_jobs:
+            run_jobs(_die, one_seed, [1, 2, 3], "unlearn")
 
 
 def _die(study, job):
@@ -435,7 +439,7 @@ def _die(study, job):
 
 
 def test_rounding_makes_no_run_better_than_its_start(tmp_path, monkeypatch):
-    """Forget quality has few levels, so many runs have just the start's; here one that six digits round upwards."""
+    """Forget quality has few levels, so many runs have exactly the start's; here it is one that six digits round upwards."""
     results = json.loads((PAGE.parent / "study" / "results.json").read_text())
     results["config"].update(objectives=["po"], seeds=[0])
     results["starts"] = {"0": results["starts"]["0"]}
@@ -466,13 +470,13 @@ def test_real_data_goes_through_the_whole_study(tmp_path):
     results = run_study(output, data, config)
     text = write_report(Study(output, data, config), results, title="TOFU").read_text()
     assert len(results["rows"]) == 5 and not any("diverged" in row for row in results["rows"])
-    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "One seed tells nothing of the spread: no verdict." in text
+    assert "3 and 27 rows; 3 rows of 1 other authors" in text and "One seed says nothing about the spread: no verdict." in text
 
 
 @pytest.mark.parametrize("words, message", [
     (["--preset", "phone"], "preset: expected one of 'laptop', 'tofu', got 'phone'"),
     (["--objectives", "npo,dpo"], "objectives: expected one of 'graddiff', 'po', 'npo', 'simnpo', got 'dpo'"),
-    (["--seeds", "1,1"], "seeds: expected at least one, each once"),
+    (["--seeds", "1,1"], "seeds: expected at least one value, and none twice"),
     (["--seeds", "1"], "forget10_perturbed.jsonl: expected a JSON-lines file, got no such file"),  # no data, no output
 ])  # fmt: skip
 def test_bad_options_end_with_2_and_write_nothing(tmp_path, words, message, capsys):

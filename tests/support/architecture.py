@@ -20,19 +20,20 @@ WINGS = {
     "_extras": set(),
     "_limits": set(),
     "losses": set(),
+    "compat": {"losses"},
     "output": set(),
     "distributed": {"output"},
     "data": {"_extras", "_limits"},
     "optim": {"distributed"},
     "models": {"_extras", "data", "distributed", "output"},
-    "functional": {"_extras", "losses", "models"},
-    "model_loss": {"functional", "losses", "models"},
+    "functional": {"compat", "losses", "models"},
+    "model_loss": {"compat", "losses", "models"},
     "evaluate": {"_extras", "data", "models", "output"},
     "checkpoint": {"_extras", "distributed", "models", "output"},
     "run": {"_extras", "checkpoint", "data", "distributed", "evaluate", "losses", "models", "optim", "output"},
-    "plan": {"_extras", "distributed", "losses", "models", "optim", "run"},
+    "plan": {"_extras", "data", "distributed", "losses", "models", "optim", "run"},
     "study": {"_extras", "checkpoint", "data", "evaluate", "losses", "models", "output", "run"},
-    "integrations": {"data", "distributed", "functional", "losses", "model_loss", "models", "optim"},
+    "integrations": {"compat", "data", "distributed", "losses", "model_loss", "models", "optim"},
     "": {"functional", "losses", "model_loss", "models", "optim", "plan", "run"},
     "commands": {"", "_extras", "checkpoint", "data", "distributed", "evaluate", "losses", "models", "output", "plan", "run",
                  "study"},
@@ -47,7 +48,7 @@ PRIVATE = {
     "tests.integrations.test_integrations": {"_launch"},
     "tests.kernels.test_compile": {"_launch"},  # compiles kernels without launching them
     "tests.kernels.test_compiled": {"_compiled"},
-    "tests.kernels.test_head_ops": {"_head.autograd", "_head.rows", "_head.custom_ops"},
+    "tests.kernels.test_head_ops": {"_head.custom_ops", "_head.registry", "_head.rows"},
     "tests.kernels.test_kl_divergence": {"_head.rows"},  # kernels and their stand-ins in PyTorch, by one name
     "tests.kernels.test_linear_loss": {"_head.gradients", "_head.rows"},
     "tests.kernels.test_rounding": {"_launch"},  # launches kernels of its own
@@ -61,6 +62,7 @@ PRIVATE = {
 }
 # Private attributes of objects that are not ours -> why `soul` needs them. It uses no others.
 FOREIGN_PRIVATE = {
+    "_ActionsContainer": "what add_argument_group and the parser have in common; argparse has no public name for it",
     "_actions": "argparse lists the options of a parser nowhere else",
     "_compiled_call_impl": "torch has no public way back from Module.compile, nor to ask whether a module is compiled",
     "_disable_dynamo": "as in torch.optim: torch.compiler.disable imports the compiler, which takes longer than torch",
@@ -74,6 +76,9 @@ FOREIGN_PRIVATE = {
 }
 
 
+Modules = dict[str, ast.Module]  # dotted name -> syntax tree
+
+
 class Import(NamedTuple):
     """One name that a module imports: a module, or a ``name`` out of one."""
 
@@ -83,35 +88,36 @@ class Import(NamedTuple):
     line: int
 
 
-def modules(root: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Return the path of every module of the packages under ``root``, by its dotted name."""
-    paths = {}
-    for package in PACKAGES:
-        for path in (root / package).rglob("*.py"):
-            parts = path.relative_to(root).with_suffix("").parts
-            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return paths
+def read_modules(root: pathlib.Path) -> Modules:
+    """Parse every module of the packages under ``root``."""
+    return {module_name(path.relative_to(root)): ast.parse(path.read_text())
+            for package in PACKAGES for path in (root / package).rglob("*.py")}  # fmt: skip
 
 
-def imports(paths: dict[str, pathlib.Path]) -> Iterator[Import]:
+def module_name(path: pathlib.Path) -> str:
+    """Return the dotted name of a module from its path within the repository."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(modules: Modules) -> Iterator[Import]:
     """List the imports of our own modules, wherever in a file they stand."""
-    for importer, path in paths.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+    for importer, tree in modules.items():
+        for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                yield from (Import(importer, name.name, None, node.lineno) for name in node.names if name.name in paths)
+                yield from (Import(importer, name.name, None, node.lineno) for name in node.names if name.name in modules)
             elif isinstance(node, ast.ImportFrom) and node.module:
                 for name in node.names:
                     submodule = f"{node.module}.{name.name}"
-                    if submodule in paths:
+                    if submodule in modules:
                         yield Import(importer, submodule, None, node.lineno)
-                    elif node.module in paths:
+                    elif node.module in modules:
                         yield Import(importer, node.module, name.name, node.lineno)
 
 
-def wrong_arrows(root: pathlib.Path) -> list[str]:
+def wrong_arrows(modules: Modules) -> list[str]:
     """List the imports that run upwards: between packages, between wings of ``soul``, and out of the reference."""
     wrong = []
-    for importer, module, name, line in imports(modules(root)):
+    for importer, module, name, line in imports(modules):
         package, target = importer.partition(".")[0], module.partition(".")[0]
         allowed = target in PACKAGES[package]
         if package == target == "soul":
@@ -129,10 +135,10 @@ def wing_of(module: str) -> str:
     return module.removeprefix("soul").strip(".").partition(".")[0]
 
 
-def private_imports(root: pathlib.Path) -> list[str]:
+def private_imports(modules: Modules) -> list[str]:
     """List the imports of private modules and names of ``soul_kernels`` by others, but for tests of the module itself."""
     wrong = []
-    for importer, module, name, line in imports(modules(root)):
+    for importer, module, name, line in imports(modules):
         if importer.startswith("soul_kernels") or not module.startswith("soul_kernels"):
             continue
         inner = module.removeprefix("soul_kernels").removeprefix(".")
@@ -144,16 +150,16 @@ def private_imports(root: pathlib.Path) -> list[str]:
     return wrong
 
 
-def friend_access(root: pathlib.Path) -> list[str]:
+def friend_access(modules: Modules) -> list[str]:
     """List the places where ``soul`` reaches into the private attributes of another object than ``self`` and ``cls``.
 
     Who needs such an attribute gets a method or an attribute without underscore, documented. ``getattr`` and its kin count.
     """
     wrong = []
-    for name, path in modules(root).items():
+    for name, tree in modules.items():
         if name.partition(".")[0] != "soul":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree):
             attribute = _private_attribute(node)
             if attribute is not None and attribute not in FOREIGN_PRIVATE:
                 wrong.append(f"{name}:{node.lineno} {ast.unparse(node)}")
@@ -172,11 +178,10 @@ def _private_attribute(node: ast.AST) -> str | None:
     return attribute if is_private and ast.unparse(owner) not in ("self", "cls", "super()") else None
 
 
-def circles(root: pathlib.Path) -> list[list[str]]:
+def circles(modules: Modules) -> list[list[str]]:
     """List the groups of modules that import each other in a circle."""
-    paths = modules(root)
-    targets: dict[str, set[str]] = {name: set() for name in paths}
-    for importer, module, _, _ in imports(paths):
+    targets: dict[str, set[str]] = {name: set() for name in modules}
+    for importer, module, _, _ in imports(modules):
         targets[importer].add(module)
     reach: dict[str, set[str]] = {}
     for start in targets:
@@ -192,13 +197,13 @@ def circles(root: pathlib.Path) -> list[list[str]]:
     return sorted(sorted(group) for group in groups)
 
 
-def without_annotations(root: pathlib.Path) -> list[str]:
+def without_annotations(modules: Modules) -> list[str]:
     """List the functions of the library and the benchmarks that lack an annotation; ``@triton.jit`` functions need none."""
     lacking = []
-    for name, path in modules(root).items():
+    for name, tree in modules.items():
         if name.partition(".")[0] == "tests":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_kernel(node):
                 continue
             arguments = node.args

@@ -1,3 +1,4 @@
+import functools
 import importlib
 import importlib.util
 import pathlib
@@ -5,11 +6,33 @@ import pathlib
 import pytest
 import torch
 
+from soul_kernels import Head, LinearOptions, Reference
 from soul_kernels.backends import runs_on_cpu
 
 # Of tests that run kernels on models and tensors of the CPU. On a GPU the ops' own tests run them.
 needs_kernels_on_cpu = pytest.mark.skipif(not runs_on_cpu(), reason="kernels do not run on the CPU here")
 needs_rouge = pytest.mark.skipif(importlib.util.find_spec("rouge_score") is None, reason="the extra eval is not installed")
+
+
+def loose(op):
+    """An op ``linear_*`` that takes the fields of its bundles as keywords, by which a test varies one of them at a time:
+    ``logit_scale`` and ``softcap`` of the head, ``ref_hidden``, ``ref_weight`` and ``ref_bias``, and those of `LinearOptions`.
+    """
+
+    def popped(keywords, names, prefix=""):
+        return {name: keywords.pop(prefix + name) for name in names if prefix + name in keywords}
+
+    @functools.wraps(op)
+    def call(*args, **keywords):
+        if options := popped(keywords, LinearOptions._fields):
+            keywords["options"] = LinearOptions(**options)
+        if transform := popped(keywords, ("logit_scale", "softcap")):
+            keywords["weight"] = Head(keywords["weight"], keywords.pop("bias", None), **transform)
+        if reference := popped(keywords, Reference._fields, "ref_"):
+            keywords["reference"] = Reference(**{"hidden": None} | reference)
+        return op(*args, **keywords)
+
+    return call
 
 
 def fused(kernel, config):

@@ -7,7 +7,7 @@ import signal
 
 import torch
 
-from soul.checkpoint.local import Checkpoints
+from soul.checkpoint import Checkpoints
 from soul.cli import main
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
@@ -33,8 +33,8 @@ def make_place(root, tokenizer):
 
 
 def words(place, output, *more):
-    given = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
-    paths = [word for name, value in given.items() for word in (f"--{name}", str(place / value))]
+    files = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
+    paths = [word for name, value in files.items() for word in (f"--{name}", str(place / value))]
     return ["unlearn", *paths, "--batch-size", "2", "--lr", "1e-3", "--device", "cpu", "--backend", "reference", *more]
 
 

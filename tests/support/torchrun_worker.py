@@ -18,12 +18,10 @@ import torch
 import torch.distributed as dist
 
 import soul
-from soul.checkpoint import format as run_state
-from soul.checkpoint import local as checkpoint
-from soul.checkpoint.local import Stopped
+from soul.checkpoint import Stopped, local, sharded
 from soul.checkpoint.sharded import ShardedCheckpoints
-from soul.distributed import processes as distributed
-from soul.distributed.processes import Processes, whole_state
+from soul.distributed import Processes, exit_process, started
+from soul.distributed.processes import whole_state
 from tests.support.models import examples, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.run.loop")
@@ -55,7 +53,7 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
     return records, whole_state(unlearner.model)
 
 
-def told_to_stop(step):
+def terminate_at(step):
     """From now on the last process gets SIGTERM in that step."""
     real, left = unlearn_module.train_step, [step]
 
@@ -70,7 +68,7 @@ def told_to_stop(step):
 
 def disk_full_at_second_write():
     """From now on the last process can write one file with tensors, and no more."""
-    real, left = run_state.write_tensors, [1]
+    real, left = sharded.write_tensors, [1]
 
     def write_tensors(*args):
         left[0] -= 1
@@ -78,7 +76,7 @@ def disk_full_at_second_write():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*args)
 
-    run_state.write_tensors = write_tensors
+    sharded.write_tensors = write_tensors
 
 
 def clocked(seconds):
@@ -93,7 +91,7 @@ def clocked(seconds):
         saved.append(step)
         save(checkpoints, step, *args)
 
-    checkpoint.time = types.SimpleNamespace(monotonic=lambda: now[0])
+    local.time = types.SimpleNamespace(monotonic=lambda: now[0])
     unlearn_module.train_step, ShardedCheckpoints.save = train_step, spy
     return saved
 
@@ -112,33 +110,33 @@ def case(folder, family, options, how):
             file.write(b"damaged!")
     dist.barrier()
     if stop:
-        told_to_stop(stop)
+        terminate_at(stop)
     if clock:
         saved = clocked(clock)
-    write = run_state.write_tensors
+    write = sharded.write_tensors
     if full:
         disk_full_at_second_write()
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             records, weights = run(family, options, **how)
-        told = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
-        return {"records": records, "weights": weights, "warnings": told, "seed": torch.initial_seed(), "saved": saved}
+        messages = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
+        return {"records": records, "weights": weights, "warnings": messages, "seed": torch.initial_seed(), "saved": saved}
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
-        unlearn_module.train_step, run_state.write_tensors = real, write
-        ShardedCheckpoints.save, checkpoint.time = save, time
+        unlearn_module.train_step, sharded.write_tensors = real, write
+        ShardedCheckpoints.save, local.time = save, time
 
 
 def main(folder):
     folder = pathlib.Path(folder)
-    with distributed.started(torch.device("cpu")):
-        for number, given in enumerate(json.loads((folder / "cases.json").read_text())):
-            torch.save(case(folder, *given), folder / f"{number}.{dist.get_rank()}.pt")
+    with started(torch.device("cpu")):
+        for number, arguments in enumerate(json.loads((folder / "cases.json").read_text())):
+            torch.save(case(folder, *arguments), folder / f"{number}.{dist.get_rank()}.pt")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(sys.argv[1])
-    distributed.exit_process(0)
+    exit_process(0)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from trainer.unlearn.grad_diff import GradDiff  # open-unlearning's
 
-from soul import functional, losses
+from soul import losses
+from soul.compat import COMPAT
 from soul.integrations.hf import SOULTrainerMixin
 from soul_kernels.errors import argument_error, check_choice
 
@@ -66,7 +67,7 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
             remedy = "klmin has the KL term already, and ga has no retain term"
             raise argument_error("retain_loss_type", f"NLL for {method}", retain_loss_type, remedy)
         objective = losses.get(method, **options)
-        check_choice("compat", compat, functional.COMPAT)
+        check_choice("compat", compat, COMPAT)
         if compat and objective.divergence is None:
             remedy = "only a KL retain term and UNDIAL count other positions in its code: see docs/objectives.md"
             raise argument_error("compat", f"None for {method} with retain_loss_type {retain_loss_type}", compat, remedy)

@@ -1,0 +1,173 @@
+"""Calls of a Hugging Face model with a function in the place of its head.
+
+`soul.functional` and `soul.unlearning_loss` take a model in whatever is wrapped around it (DDP, FSDP, autocast, adapters,
+hooks), and all of that must do its work in one ordinary forward pass. So for the time of that pass the head's ``forward`` is
+replaced by a function of the hidden states, and the value of the function leaves the model as the head's output would, through
+every layer and hook that follows. Logits [B, T, V] are never made.
+
+The head's output is one row of logits, as wide as the vocabulary. It holds the value, [] or [B], then `PROBES`:
+
+* The value travels in it so that DDP and hooks see the graph they have to wait for. What travels is ``value - value.detach()``,
+  which is 0 with the gradient of the value, because a model may still scale and cap its logits: 0 stays 0, and the slope is the
+  scale. `call_at_head` divides by the scale and adds the detached value.
+* The probes are raw logits, and what the model makes of them tells whether it scales and caps as `soul.models.transform` says
+  and changes its logits in no other way. This waits for the GPU, so it is done in the first call with a model, and again when
+  its configuration names another scale or cap.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from soul._extras import require
+from soul.models import causal_lm
+from soul_kernels.errors import argument_error
+from soul_kernels.reference.token_logprob import transformed
+from soul_kernels.tensors import has_data
+from soul_kernels.tokens import IGNORE_INDEX, Transform
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import CausalLMOutput
+
+# Takes hidden states [B, T, D], weight [V, D], bias [V] or None, and the transform of the logits; returns [] or [B].
+HeadFunction = Callable[[Tensor, Tensor, Tensor | None, Transform], Tensor]
+PROBES = (-300.0, -1.0, 0.25, 1.0, 300.0)  # raw logits, small ones and ones that any cap in use bends by percents
+_VERIFIED: weakref.WeakKeyDictionary[torch.nn.Module, Transform] = weakref.WeakKeyDictionary()
+
+
+def call_at_head(model: torch.nn.Module, inputs: Mapping[str, Tensor], function: HeadFunction) -> Tensor:
+    """Call a model once with ``function(hidden, weight, bias, transform)`` in the place of its head, and return its value.
+
+    Args:
+        model: a Hugging Face causal language model, bare or in wrappers with a ``module``.
+        inputs: keyword arguments of the model; ``labels`` are left out.
+        function: a `HeadFunction`.
+
+    Returns:
+        The value of the function, [] or [B], with its graph.
+
+    Raises:
+        ArgumentError: the model's logits are not a linear map of its hidden states, scaled and capped as its configuration
+            says; it does not call its head exactly once; or it is compiled as a whole.
+    """
+    inner = causal_lm.bare(model)
+    _check_not_compiled(model, inner)
+    layer = _head_layer(inner)
+    transform = causal_lm.transform(inner)
+    custom_forward = _custom_forward(layer)
+    has_no_values = torch.compiler.is_compiling()
+    verified = has_no_values or _VERIFIED.get(inner) == transform
+    calls: list[tuple[Tensor, Tensor]] = []  # value and probes of each call of the head
+
+    def forward(hidden: Tensor) -> Tensor:
+        weight, bias = causal_lm.head(inner)
+        value = function(hidden, weight, bias, transform)
+        if custom_forward is not None and not verified and has_data(value):
+            _check_linear(custom_forward, hidden, weight, bias, inner)
+        carrier = (value - value.detach()).reshape(-1)
+        probes = carrier.new_tensor(PROBES)
+        probes = torch.nn.functional.pad(probes, (0, max(0, len(weight) - len(carrier) - len(probes))))
+        calls.append((value.detach(), probes))
+        return torch.cat([carrier, probes])[None, None]
+
+    with _forward_replaced(layer, forward):
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    if len(calls) != 1:
+        got = f"{len(calls)} calls of it in {type(inner).__name__}"
+        raise argument_error("model", "a forward that calls its head once", got, "this family is not supported")
+    value, probes = calls[0]
+    logits = getattr(outputs, "logits", None)  # the first output of a mixture of experts may be the loss of its router
+    logits = (outputs[0] if logits is None else logits).reshape(-1)
+    carrier = logits[: value.numel()]
+    got_probes = logits[value.numel() :].detach()
+    if not verified and has_data(got_probes):
+        expected = transformed(probes, **transform)
+        if got_probes.shape != expected.shape or not ((got_probes - expected).abs() <= 1e-2 * expected.abs()).all():
+            raise causal_lm.other_logits(inner)  # the limit allows for outputs that are rounded to bf16
+        _VERIFIED[inner] = transform
+    return value + carrier.reshape(value.shape) / transform["logit_scale"]
+
+
+def shifted_labels(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the labels as the ops of ``soul_kernels`` take them, a copy: ``labels[:, t]`` is what position t predicts.
+
+    The last position predicts nothing and is ignored.
+
+    Args:
+        inputs: with ``labels`` [B, T], aligned with ``input_ids`` as for ``model(labels=...)``.
+    """
+    return torch.nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def causal_output(logps: Tensor, counted: Tensor) -> "CausalLMOutput":
+    """Return what a trainer gets in the place of a model's output: no logits, and the mean cross-entropy as its ``loss``.
+
+    Args:
+        logps: [B, T], detached log-probabilities.
+        counted: [B, T] bool, the tokens over which the mean is taken.
+    """
+    counted = counted.to(logps.device)
+    loss = -(logps * counted).sum() / counted.sum().clamp(min=1)
+    return require("transformers.modeling_outputs", "hf").CausalLMOutput(loss=loss, logits=None)
+
+
+def _head_layer(model: "PreTrainedModel") -> Any:
+    """Return the module that is the model's head, and refuse models without a head of their own that is one matrix."""
+    layer = model.get_output_embeddings()
+    if layer is None or not hasattr(layer, "weight"):
+        raise argument_error("model", "a linear language-model head", type(model).__name__, "this family is not supported")
+    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+        remedy = "leave it out of target_modules; in modules_to_save it is trained as a whole"
+        raise argument_error("model", "a head without adapters", type(layer).__name__, remedy)
+    if getattr(model.config, "is_encoder_decoder", False):
+        remedy = "an encoder-decoder predicts from another sequence; it is not supported"
+        raise argument_error("model", "a causal language model", type(model).__name__, remedy)
+    return layer
+
+
+def _check_not_compiled(*modules: torch.nn.Module) -> None:
+    """Raise for a model that is compiled as a whole: its head has been traced and can no longer be replaced."""
+    for module in modules:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            remedy = "compile what yields the hidden states alone: model.base_model.compile()"
+            raise argument_error("model", "a model whose head is not compiled", "one compiled as a whole", remedy)
+
+
+def _custom_forward(layer: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Return the forward of a head if it is another one than that of ``torch.nn.Linear``; None if it is not."""
+    custom = vars(layer).get("forward")
+    if custom is None and type(layer).forward is torch.nn.Linear.forward:
+        return None
+    return custom or functools.partial(type(layer).forward, layer)
+
+
+def _check_linear(
+    forward: Callable[[Tensor], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None, model: torch.nn.Module
+) -> None:
+    """Raise unless the head's custom forward is ``hidden @ weight.T + bias``, by trying it at one position."""
+    with torch.no_grad():
+        row = hidden.reshape(-1, hidden.shape[-1])[-1:]
+        got = forward(row)
+        expected = torch.nn.functional.linear(row, weight, bias)
+        if got.shape != expected.shape or not ((got - expected).abs() <= 1e-2 * expected.abs().max()).all():
+            raise causal_lm.other_logits(model)
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: torch.nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Set ``module.forward`` within the ``with`` block."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            vars(module).pop("forward")  # compiled by torch, del would look for what was never set
+        else:
+            module.forward = before

@@ -1,0 +1,118 @@
+"""Loading of models and tokenizers from directories and from the hub, without running code that comes with them."""
+
+import pathlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from soul._extras import MissingExtra, require
+from soul.models.adapters import load_adapters
+from soul.models.causal_lm import check_linear_head
+from soul.models.files import adapters_of, check_directory, config_of
+from soul_kernels.errors import ArgumentError, argument_error, check_choice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """Return the ``torch.device`` of "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        ArgumentError: another name, or "cuda" without a GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise argument_error("device", "auto, cpu or cuda", name, "choose one of these")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise argument_error("device", "a GPU for cuda", "none that torch can use", "check the driver, or use cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def load(
+    name: str | pathlib.Path, *, dtype: str = "float32", device: torch.device | str = "cpu", mapped: bool = False
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a model and its tokenizer from a directory or a hub name; LoRA adapters along with the model that they name.
+
+    Code that comes with a model is never run: weights are safetensors or, in old repositories, tensors only
+    (``weights_only=True``, the default of transformers), and `soul.models.files` checks the configurations first.
+
+    Args:
+        name: directory, or name on the hub.
+        dtype: "float32", "bfloat16" or "float16", of the parameters.
+        device: where to put the model.
+        mapped: on a CPU, weights may stay views of their files, which processes then share; for a caller that copies them at
+            once. False: the model does not depend on its files afterwards.
+
+    Raises:
+        ArgumentError: there is no such model, some of its weights are missing, it has more layers than its configuration, its
+            files ask for code or for more than `soul.models.files` allows, or `check_linear_head` refuses it.
+    """
+    transformers = require("transformers", "hf")
+    check_choice("dtype", dtype, tuple(DTYPES))
+    looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
+    has_file = any((pathlib.Path(name) / file).is_file() for file in ("config.json", "adapter_config.json"))
+    if looks_local and not has_file:
+        raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
+    try:
+        adapters = adapters_of(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if adapters is None:
+            model = _load_model(name, DTYPES[dtype])
+        else:
+            base = adapters["base_model_name_or_path"]
+            revision = adapters.get("revision")
+            if adapters_of(base, revision) is not None:
+                got = f"{base}, which has adapters itself"
+                remedy = "merge those into their model first"
+                raise argument_error("adapter_config.json, base_model_name_or_path", "a model", got, remedy)
+            model = load_adapters(name, adapters, _load_model(base, DTYPES[dtype], revision), tokenizer)
+    except (ArgumentError, MissingExtra):
+        raise
+    except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
+    model.to(device)
+    if not mapped:
+        _unmap(model)
+    check_linear_head(model)
+    return model, tokenizer
+
+
+@torch.no_grad()
+def _unmap(model: torch.nn.Module) -> None:
+    """Copy the tensors that are still views of the file they were loaded from, one at a time.
+
+    Transformers maps safetensors into memory. If the file were overwritten, the weights would change; if it were truncated, the
+    process would end by SIGBUS.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
+            tensor.data = tensor.data.clone()
+
+
+def _load_model(name: str | pathlib.Path, dtype: torch.dtype, revision: str | None = None) -> "PreTrainedModel":
+    """Load a model without adapters, and refuse it unless the checkpoint has exactly the weights of the configuration."""
+    check_directory(name)
+    config_of(name, revision)
+    model, info = require("transformers", "hf").AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])  # which transformers draws at random, with a warning
+    if missing:
+        got = f"{name} without {missing[0]} ({len(missing)} missing)"
+        remedy = "was it saved to the end, and by this family?"
+        raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
+    layers = {_without_numbers(key) for key in model.state_dict()}
+    # Weights of more layers than the configuration has. Transformers warns of other ones, as those of a vision tower.
+    extra = sorted(key for key in info["unexpected_keys"] if _without_numbers(key) in layers)
+    if extra:
+        got = f"{name} with {extra[0]} ({len(extra)} more)"
+        remedy = "is num_hidden_layers of config.json right?"
+        raise argument_error("model", "a checkpoint with the layers of its configuration", got, remedy)
+    return model
+
+
+def _without_numbers(key: str) -> str:
+    return ".".join("#" if name.isdigit() else name for name in key.split("."))

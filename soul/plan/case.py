@@ -1,0 +1,203 @@
+"""The input of a plan, checked: a model's shape, the options of a run, its batches, and the hardware."""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from soul.losses import OBJECTIVES, Objective
+from soul.models.adapters import check_rank, is_named
+from soul.models.loading import DTYPES
+from soul.plan.cards import NETWORK, Card
+from soul.plan.shapes import Shape
+from soul.run.config import UnlearnConfig
+from soul_kernels.chunks import CHUNK_BYTES, ResolvedOptions
+from soul_kernels.errors import argument_error, check_choice, check_whole
+
+ATTENTIONS = ("sdpa", "eager")
+
+
+def check_where(attention: str, gpus: int, network: float) -> None:
+    """Raise `ArgumentError` unless a `Case` takes these values of ``attention``, ``gpus`` and ``network``."""
+    check_choice("attention", attention, ATTENTIONS)
+    check_whole("gpus", gpus, "1 is a single card")
+    if not 0 < network < math.inf:
+        raise argument_error("network", "bytes a second, a positive number", network, f"{NETWORK:g} is the default")
+
+
+def objective_of(config: UnlearnConfig) -> Objective:
+    """Return the objective of a run.
+
+    Raises:
+        ArgumentError: the run does not consist of optimizer steps.
+    """
+    objective = config.objective()
+    if not isinstance(objective, Objective):
+        expected = f"one of {', '.join(OBJECTIVES)}"
+        remedy = "influence takes one step over all data, and is not planned"
+        raise argument_error("method", expected, repr(config.method), remedy)
+    return objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The size of one micro-batch: forget and retain sequences together.
+
+    Attributes:
+        sequences: number of sequences.
+        length: tokens of each sequence, padding included.
+        labelled: number of tokens with a label, of all sequences together; None: every token.
+        compared: number of labelled tokens at which a divergence from the reference model is computed, if the objective has
+            one; None: those of half of the sequences.
+        padded: whether some sequences are shorter. Attention then takes a mask, and as many heads of keys and values as of
+            queries.
+
+    Raises:
+        ArgumentError: a number is out of range.
+    """
+
+    sequences: int
+    length: int
+    labelled: int | None = None
+    compared: int | None = None
+    padded: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("sequences", "length"):
+            check_whole(name, getattr(self, name), "check the tokens")
+        for name, most in (("labelled", self.n), ("compared", self.n_labelled)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise argument_error(name, f"a number of tokens, at most {most}", value, "check the tokens")
+
+    @property
+    def n(self) -> int:
+        """Number of tokens, padding included."""
+        return self.sequences * self.length
+
+    @property
+    def n_labelled(self) -> int:
+        """Number of tokens with a label."""
+        return self.n if self.labelled is None else self.labelled
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Everything that a plan depends on, checked.
+
+    Attributes:
+        shape: the model's `Shape`.
+        config: the `UnlearnConfig`.
+        tokens: the largest micro-batch.
+        dtype: name of the parameters' dtype.
+        adapters: arguments of `soul.models.add_adapters`, or None.
+        attention: "sdpa" or "eager".
+        card: a `Card`.
+        gpus: number of GPUs over which FSDP2 shards parameters, gradients and states.
+        network: bytes a second into and out of each GPU.
+        autocast: whether fp32 parameters are multiplied as bf16 copies, as on a GPU.
+
+    Raises:
+        ArgumentError: a value is unknown or out of range, or two of them do not go together.
+    """
+
+    shape: Shape
+    config: UnlearnConfig
+    tokens: Tokens
+    dtype: str
+    adapters: dict[str, Any] | None
+    attention: str
+    card: Card
+    gpus: int = 1
+    network: float = NETWORK
+    autocast: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, tuple(DTYPES))
+        check_where(self.attention, self.gpus, self.network)
+        if self.adapters is not None:
+            check_rank(self.adapters["rank"])
+        targets = None if self.adapters is None else self.adapters.get("targets", "all-linear")
+        for target in targets if isinstance(targets, list) else ():
+            if not any(_matches(name, target) for name in self.shape.linear):
+                remedy = f"{self.shape.name} has {', '.join(sorted(_layer_kinds(self.shape)))}"
+                raise argument_error("lora_targets", "names of linear layers", repr(target), remedy)
+        if self.gpus > 1 and self.config.state_dtype == "8bit" and self.config.optimizer == "soul":
+            remedy = "8-bit states cannot be sharded (see soul.SophiaG): use bfloat16"
+            raise argument_error("state_dtype", "float32 or bfloat16 with several GPUs", "'8bit'", remedy)
+        if self.config.gradient_checkpointing and not self.shape.supports_checkpointing:
+            remedy = "leave it out, and lower the batch size"
+            raise argument_error("gradient_checkpointing", "a family that supports it", self.shape.name, remedy)
+
+    @property
+    def objective(self) -> Objective:
+        """The run's objective."""
+        return objective_of(self.config)
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether the objective has a divergence from the reference model."""
+        return self.objective.divergence is not None
+
+    def n_compared(self, tokens: Tokens) -> int:
+        """Return the number of tokens of a micro-batch at which the divergence is computed."""
+        divergence = self.objective.divergence
+        if divergence is None:
+            return 0
+        if tokens.compared is not None:
+            return tokens.compared
+        return tokens.n_labelled if divergence.of == "all" else -(-tokens.n_labelled // 2)
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return DTYPES[self.dtype]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of the factors of the matrix products."""
+        return torch.bfloat16 if self.casts else self.parameter_dtype
+
+    @property
+    def casts(self) -> bool:
+        """Whether the matrices are used as bf16 copies."""
+        return self.autocast and self.dtype == "float32"
+
+    @property
+    def adapted_layers(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the linear layers that get adapters."""
+        if self.adapters is None:
+            return {}
+        targets = self.adapters.get("targets", "all-linear")
+        if targets == "all-linear":
+            return dict(self.shape.linear)
+        return {name: size for name, size in self.shape.linear.items() if any(_matches(name, target) for target in targets)}
+
+    @property
+    def trained_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the trained parameters."""
+        if self.adapters is None:
+            return list(self.shape.parameters.values())
+        rank = self.adapters["rank"]
+        return [size for n_out, n_in in self.adapted_layers.values() for size in ((rank, n_in), (n_out, rank))]
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """The dtype of the trained parameters; adapters are fp32."""
+        return torch.float32 if self.adapters else self.parameter_dtype
+
+    @property
+    def head_options(self) -> ResolvedOptions:
+        """The `ResolvedOptions` of the fused loss, as the run calls it."""
+        return ResolvedOptions(self.compute_dtype, torch.float32, CHUNK_BYTES)
+
+
+def _matches(name: str, target: str) -> bool:
+    """Whether a weight belongs to a layer that ``target`` names."""
+    return is_named(name.removesuffix(".weight"), target)
+
+
+def _layer_kinds(shape: Shape) -> set[str]:
+    """Return the last parts of the names of the linear layers, such as "q_proj"."""
+    return {name.removesuffix(".weight").split(".")[-1] for name in shape.linear}
