@@ -1,8 +1,8 @@
 """Inputs, losses in plain PyTorch, the floor, and errors for the benchmarks of ops on hidden states and a head.
 
 Every variant of a case is a function of the same `Inputs`. It returns the loss, or the loss and a detail: a value of every
-token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case: it checks
-them against fp64 on flat and on peaked inputs, and times forward and backward on the flat ones.
+token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case: it
+checks them against fp64 on flat and on peaked inputs, and times forward and backward on the flat ones.
 """
 
 import dataclasses
