@@ -1,4 +1,4 @@
-"""``python -m bench.host_part``: what a LoRA step costs on the host, on any machine. It is not a step time."""
+"""``python -m bench.host_part``: the cost of a LoRA step on the host, on any machine. It is not the time of a step."""
 
 import statistics
 import time
@@ -7,15 +7,15 @@ from unittest import mock
 import torch
 
 from bench._harness import cpu_model
+from bench._optimizers import gradients
 from bench.bench_sophia_step import lora, make_params
 from soul import SOUL
 
 
 def main(rounds: int = 200) -> None:
-    """Time ``SOUL.step`` on LoRA's 128 tensors with the launch of the kernel replaced by nothing, and print medians."""
+    """Time ``SOUL.step`` on LoRA's 128 tensors with the launch of the kernel left out, and print medians."""
     params = make_params(lora(), torch.device("cpu"), torch.bfloat16)
-    here = [p.grad for p in params if p.grad is not None]
-    grads = [here, [g.clone() for g in here]]
+    grads = [gradients(params), [g.clone() for g in gradients(params)]]
     opt = SOUL(params)
     samples: dict[str, list[float]] = {"gradients where they were": [], "gradients at new addresses": []}
     with (
@@ -24,8 +24,8 @@ def main(rounds: int = 200) -> None:
     ):
         opt.step()
         for number in range(rounds):
-            for name, chosen in zip(samples, (number % 2, (number + 1) % 2)):
-                for p, g in zip(params, grads[chosen]):
+            for name, at in zip(samples, (number % 2, (number + 1) % 2)):
+                for p, g in zip(params, grads[at]):
                     p.grad = g
                 begun = time.perf_counter()
                 opt.step()
