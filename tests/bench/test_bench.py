@@ -26,6 +26,7 @@ from bench import bench_sophia_step as step_bench
 from bench.__main__ import OPS
 from soul import SOUL, SophiaG
 from soul.plan import card_of
+from soul_kernels import SophiaStep
 from tests.support.helpers import needs_kernels_on_cpu
 
 LIMITS = {"copy_bytes_per_s": 1e10, "gemm_flop_per_s": 1e11}
@@ -161,15 +162,13 @@ def test_bytes_are_those_of_the_table_and_of_the_states():
 
 
 def test_a_wrong_kernel_fails_the_check(monkeypatch):
-    from soul_kernels import sophia_step as package_op  # noqa: F401
+    prepare = SophiaStep.prepare
 
-    module = importlib.import_module("soul.optim.stepper")
-    right = module.sophia_step
+    def prepare_wrongly(self, tensors, options, *, backend, **others):
+        wrong = options if backend == "reference" else options._replace(beta1=options.beta1 * 0.999)
+        return prepare(self, tensors, wrong, backend=backend, **others)
 
-    def wrong(*args, backend, beta1, **options):
-        right(*args, backend=backend, beta1=beta1 if backend == "reference" else beta1 * 0.999, **options)
-
-    monkeypatch.setattr(module, "sophia_step", wrong)
+    monkeypatch.setattr(SophiaStep, "prepare", prepare_wrongly)
     for optimizer in (SophiaG, SOUL):
         with pytest.raises(AssertionError, match="not the reference's bits|differ from the reference by"):
             step_bench.check(optimizer, [dict(state_dtype="8bit")], CPU, torch.bfloat16, True)
