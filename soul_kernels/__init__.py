@@ -1,7 +1,7 @@
 """Fused Triton kernels for second-order unlearning, each with a pure-PyTorch reference.
 
-Reading ``__all__`` is reading the architecture: every op lives in the module of its own stem, its definition in
-``soul_kernels.reference`` under the same stem.
+``__all__`` lists the public names, the ops first. A module that defines ops has a counterpart of the same name in
+``soul_kernels.reference``, which defines their results.
 """
 
 from soul_kernels import _versions  # noqa: F401  first: it raises where torch is too old

@@ -13,21 +13,21 @@ class ArgumentError(ValueError):
 
 
 def argument_error(name: str, expected: object, got: object, remedy: str) -> ArgumentError:
-    """Return the `ArgumentError` to raise.
+    """Return the `ArgumentError` for a bad argument.
 
     Args:
-        name: the argument, as the caller knows it.
-        expected: what it should be.
-        got: what it is.
+        name: name of the argument, as the caller knows it.
+        expected: what its value should have been.
+        got: its value, or the property of it that is wrong.
         remedy: what the caller can do, in the imperative.
     """
     return ArgumentError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
 def check_range(name: str, value: Any, *, low: float = 0.0, high: float | None = None) -> None:
-    """Raise unless ``low <= value < high``; without ``high``, unless ``value`` is a finite number from ``low`` on."""
+    """Raise unless ``low <= value < high``; without ``high``, unless ``value`` is finite and at least ``low``."""
     try:
-        fits = low <= value < (math.inf if high is None else high) and math.isfinite(value)  # NaN is not
+        fits = low <= value < (math.inf if high is None else high) and math.isfinite(value)  # False for NaN
     except (TypeError, OverflowError):  # not a number, or one that is too large for a float
         fits = False
     if not fits:

@@ -1,4 +1,4 @@
-"""The values that ops on hidden states and objectives exchange: heads, reference models, batches of tokens, statistics."""
+"""Types that ops on hidden states and objectives exchange: heads, reference models, batches of tokens, statistics."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,8 +17,8 @@ class TokenStatistics(NamedTuple):
     Attributes:
         logps: log p(label).
         lse: logsumexp of the logits.
-        hits: 1.0 where the label is the argmax (the first among equals), else 0.0; exact memorization and extraction strength
-            are made of it.
+        hits: 1.0 where the label is the argmax (the first among equals), else 0.0. Exact memorization and extraction strength
+            are computed from it.
         entropies: ``-sum_v p_v log p_v``; the mean of log p under the model is its negative.
         variances: ``sum_v p_v (log p_v)^2 - (sum_v p_v log p_v)^2``; Min-K++ is ``(logp + entropy) / sqrt(variance)``.
     """
@@ -31,11 +31,11 @@ class TokenStatistics(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """The divergence from a reference model that an objective needs, and the sequences that it needs it for.
+    """Request of an objective: a kind of divergence from a reference model, and the sequences to compute it for.
 
     Attributes:
-        of: "forget", "retain" or "all" sequences.
-        kind: "kl" or "soul_kl": see `soul_kernels.linear_kl`.
+        of: the sequences: "forget", "retain" or "all".
+        kind: "kl" or "soul_kl"; see `soul_kernels.linear_kl`.
         strength: how far the reference model's logit of the label is lowered in forget sequences (UNDIAL's beta).
     """
 
@@ -72,10 +72,10 @@ class Head(NamedTuple):
 
 
 def as_head(weight: torch.Tensor | Head, bias: torch.Tensor | None = None) -> Head:
-    """Return the `Head` of a weight [V, D] and a bias [V]; a `Head` in the place of the weight passes.
+    """Return the `Head` of a weight [V, D] and a bias [V]; a `Head` passed as the weight is returned as it is.
 
     Raises:
-        ArgumentError: ``weight`` is neither, or a bias stands beside a `Head`, which has its own.
+        ArgumentError: ``weight`` is neither a tensor nor a `Head`, or a bias was passed with a `Head`, which has its own.
     """
     if isinstance(weight, Head):
         if bias is not None:
@@ -87,14 +87,14 @@ def as_head(weight: torch.Tensor | Head, bias: torch.Tensor | None = None) -> He
 
 
 class Reference(NamedTuple):
-    """A reference model on the batch of an op: the model before unlearning, by its hidden states and its head.
+    """The reference model, which is the model before unlearning: its hidden states on the batch of an op, and its head.
 
     Its logits are scaled and capped as the model's are.
 
     Attributes:
-        hidden: [B, T, D'], its hidden states, of a floating-point dtype; they get no gradient. Sequences whose divergence is
-            not needed may hold anything.
-        weight: [V, D'] of its head. None: the model's own weight, which must then be frozen.
+        hidden: [B, T, D'], hidden states of a floating-point dtype; they get no gradient. Sequences without a divergence may
+            hold anything.
+        weight: [V, D'] of the head. None: the model's own weight, which must then be frozen.
         bias: [V] or None. Without a ``weight``, None is the model's own bias, which must then be frozen.
     """
 
@@ -103,7 +103,7 @@ class Reference(NamedTuple):
     bias: torch.Tensor | None = None
 
     def head_beside(self, head: Head) -> Head:
-        """Return the head of the reference model of a model with ``head``."""
+        """Return the head of the reference model; what it leaves out is taken from ``head``, the model's own."""
         if self.weight is None:
             return head if self.bias is None else head._replace(bias=self.bias)
         return head._replace(weight=self.weight, bias=self.bias)
@@ -111,13 +111,15 @@ class Reference(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TokenBatch:
-    """The facts that an objective gets about tokens, beside their log-probabilities.
+    """A batch of tokens as an objective receives it beside their log-probabilities, or a piece of such a batch.
 
     The counts are those of the **whole** batch, even where ``mask`` covers only some of its tokens. An objective that divides
     by the counts, and not by sums over ``mask``, can be evaluated on pieces of the batch, and the values add up.
 
+    A token is kept if its label is not -100.
+
     Attributes:
-        mask: [B, T] bool, the tokens that count.
+        mask: [B, T] bool, the kept tokens of this piece.
         is_forget: [B] bool, the sequences to be forgotten; the others are to be retained.
         ref_logps: [B] fp32, summed log-probability of each sequence under the reference model, or None.
         lengths: [B] fp32, kept tokens of each sequence.
@@ -125,11 +127,11 @@ class TokenBatch:
         n_retain_tokens: [] fp32, kept tokens of all retain sequences, at least 1.
         n_forget_sequences: [] fp32, forget sequences with a kept token, at least 1.
         n_retain_sequences: [] fp32, retain sequences with a kept token, at least 1.
-        divergences: [B, T] fp32, from the reference model's distribution, differentiable like the log-probabilities. They are
-            there where the objective's attribute ``divergence`` asks for them; 0 at tokens that need none.
-        ref_entropies: [B, T] fp32, entropy of the reference model's distribution, where there are divergences.
-        statistics: `TokenStatistics` [B, T], without gradient; only where the objective's ``needs_statistics`` is true.
-        whole: the batch that this one is a piece of; itself, where it is whole.
+        divergences: [B, T] fp32, from the reference model's distribution, differentiable like the log-probabilities; 0 at
+            tokens that need none. None unless the objective's attribute ``divergence`` asks for them.
+        ref_entropies: [B, T] fp32, entropies of the reference model's distribution; None without ``divergences``.
+        statistics: `TokenStatistics` [B, T], without gradient; None unless the objective's ``needs_statistics`` is true.
+        whole: the batch that this one is a piece of, or this batch itself.
     """
 
     mask: torch.Tensor
@@ -173,7 +175,7 @@ class TokenBatch:
 
     @property
     def whole(self) -> "TokenBatch":
-        """The batch that this one is a piece of, or itself."""
+        """The batch that this one is a piece of, or this batch itself."""
         return self if self._whole is None else self._whole
 
     def sequences(self, start: int, stop: int) -> "TokenBatch":
@@ -189,9 +191,9 @@ class TokenBatch:
         return dataclasses.replace(self, **pieces, statistics=statistics, _whole=self.whole)  # type: ignore[arg-type]  # by name
 
     def within(self, whole: "TokenBatch") -> "TokenBatch":
-        """Return the same tokens as a piece of a larger batch, ``whole``, with its counts.
+        """Return the same tokens as a piece of the larger batch ``whole``, with the counts of ``whole``.
 
-        The objectives of the pieces then add up to that of the whole batch, where they are sums over sequences.
+        An objective that is a sum over sequences then has values on the pieces that add up to its value on the whole batch.
         """
         counts = {name: getattr(whole, name) for name in COUNTS}
         return dataclasses.replace(self, **counts, _whole=whole)

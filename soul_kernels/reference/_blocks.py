@@ -1,8 +1,9 @@
 """Long tensors in blocks, so that the temporaries of a formula stay in the processor's caches.
 
 The reference of an optimizer's op makes some forty operations. Over whole tensors each of them would go through memory once,
-and make a temporary of the tensor's size. All of them are elementwise, and no block divides a group of values that share the
-scale of an 8-bit state. So the results are the same bit for bit, whatever `BLOCK` is. The rows of a block are such groups.
+and make a temporary of the tensor's size. All of them are elementwise, and a block consists of whole groups: the values that
+share the scale of an 8-bit state. Each group is a row of the block. So the results are the same bit for bit, whatever `BLOCK`
+is.
 """
 
 import itertools
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from soul_kernels.reference.rounding import GROUP, in_memory_order
 
-# Elements, a multiple of GROUP. Among 2^13 to 2^18 this was the fastest on one thread with 2 MiB of second-level cache; 2^17
-# takes up to half as long again.
+# Elements of a block, a multiple of GROUP. Among 2^13 to 2^18 this was the fastest on one thread with 2 MiB of second-level
+# cache; 2^17 takes up to half as long again.
 BLOCK = 1 << 16
 SPAN = 1 << 32  # elements that share a key of the noise
 
@@ -30,10 +31,10 @@ def blocks(
         read: tensors in any layout, or None. A tensor of another layout than the written ones is copied.
         scales: fp32 [ceil(numel / GROUP)] tensors, the scales of 8-bit states, or None.
         size: elements of a block, a power of two and a multiple of GROUP; None: `BLOCK`.
-        first: number of the first element in the whole tensor, of which these may be shards.
+        first: index of the first element in the whole tensor: 0 unless the tensors are shards.
 
     Yields:
-        The number of the block's first element in the whole tensor; then a view of every tensor, [rows, GROUP], or [1, fewer
+        The index of the block's first element in the whole tensor; then a view of every tensor, [rows, GROUP], or [1, fewer
         than GROUP] for the elements at the end that fill no group; then the scales [rows]. None stays None. No block reaches
         beyond a multiple of 2^32.
     """

@@ -11,10 +11,10 @@ from soul_kernels.reference.rounding import load_block, noise_key, noise_words, 
 
 
 class Numbers(NamedTuple):
-    """The numbers of a call, which all elements share: fp32 tensors of shape ()."""
+    """Numbers that all elements of all tensors share, as fp32 tensors of shape ()."""
 
     beta2: Tensor
-    weight: Tensor  # (1 - beta2) scale, formed in double precision
+    weight: Tensor  # (1 - beta2) scale, computed in double precision
 
 
 def ema(h: Tensor, products: Tensor, beta2: Tensor, weight: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ def ema_block(
     """Update one block in place.
 
     Args:
-        hessian: [rows, n] in any storage; mutated.
-        grad: [rows, n].
+        hessian: [rows, n] in fp32 or bf16, or 8-bit codes in uint8; mutated.
+        grad: [rows, n] in fp32, bf16 or fp16.
         probe: [rows, n], the other factor of the products; None: ``grad`` itself.
-        h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated. None elsewhere.
+        h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated. None for other dtypes.
         key: the block's `noise_key`; None where nothing is rounded stochastically.
-        start: int64 [], number of the first element in the whole tensor.
+        start: int64 [], index of the block's first element in the whole tensor.
         numbers: the `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
     """
@@ -53,9 +53,8 @@ def hessian_ema(
 ) -> None:  # fmt: skip
     """Run ``soul_kernels.hessian_ema`` in plain PyTorch; ``hessians`` and ``hessian_scales`` are mutated.
 
-    ``salts`` has one number for each tensor, from `soul_kernels.reference.rounding.salt`. ``offsets`` has the number of each
-    tensor's first element in the whole tensor: 0 unless it is a shard. ``run`` is the function that updates a block:
-    `ema_block`, or what has been compiled from it. The other arguments are those of the op.
+    ``salts``, ``offsets`` and ``run`` are as in `soul_kernels.reference.sophia_step.sophia_step`; ``run`` is `ema_block`, or
+    `ema_block` compiled. The other arguments are those of the op.
     """
     if skip is not None and skip.item():
         return

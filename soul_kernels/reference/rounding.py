@@ -2,21 +2,21 @@
 
 How the file works. All of it is integer arithmetic on the bit patterns of fp32 numbers, or multiplication by powers of two,
 which is exact. Therefore these definitions, Triton's interpreter and a GPU agree bit for bit; ``soul_kernels/rounding.py``
-has the same functions for kernels. Random bits are an argument of every function that needs them: whoever calls it draws them
+has the same functions for kernels. Every function that needs random bits takes them as an argument; its caller draws them
 with `noise_key` and `noise_words`.
 
 **Noise** is a hash of (seed, tensor, step, element), never the device's random state. So replicas agree, and a resumed run
-repeats what an uninterrupted one does. An element has its number in the whole tensor: shards draw what one process would
-draw. An element has one 32-bit word, which is split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit momentum,
-15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
+repeats what an uninterrupted one does. Elements are numbered in the whole tensor, so that shards draw what one process would
+draw. Each element has one 32-bit word, which is split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit
+momentum, 15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
 
 **Magnitudes.** bf16 is the upper half of fp32. fp16 differs in its exponent range alone: the fp32 bits of ``|x| 2^-112``,
 shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
 
 Safe to change: how something is computed, as long as every bit of the result stays; ``tests/kernels/test_rounding.py``
 compares all bit patterns with the kernels. Not safe: a format or `GROUP`, which say what stored states mean, and the hash or
-the fields of a word, which say what a resumed run draws. Where there is a choice of operations, it is the one for which
-torch.compile makes vectors on a CPU: int32 and fp32, neither 16-bit integers nor int64.
+the fields of a word, which say what a resumed run draws. The operations are chosen so that torch.compile vectorizes them on a
+CPU: they are on int32 and fp32, not on 16-bit integers or int64.
 """
 
 import math
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 GROUP = 256  # values that share the scale of an 8-bit state
-PRIME = 0x9E3779B9  # 2^32 / golden ratio: consecutive counters become far apart
+PRIME = 0x9E3779B9  # 2^32 / golden ratio: multiples of it by consecutive counters are far apart
 WORD = 0xFFFFFFFF  # mask of a 32-bit word
 SIGN = -(1 << 31)  # the sign bit of an fp32 pattern, as int32
 DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # low bits of the fp32 magnitude that the format lacks
@@ -45,7 +45,7 @@ def scalar(value: float | Tensor) -> Tensor:
 
 
 def _right(x: Word, by: int) -> Word:
-    """Return ``x >> by`` of 32-bit words, filled up with zeros whatever the sign."""
+    """Return ``x >> by`` of 32-bit words as a logical shift: zeros come in from the left, whatever the sign."""
     return (x >> by) & (WORD >> by)
 
 
@@ -66,7 +66,7 @@ def mix(x: Word) -> Word:
 
 
 def salt(seed: int, tensor: int) -> int:
-    """Return a tensor's part of its noise: a 32-bit hash of the user's seed and of the tensor's number."""
+    """Return the salt of a tensor's noise: a 32-bit hash of the user's seed and the tensor's number."""
     return mix(mix(mix(mix(seed & WORD) ^ (seed >> 32 & WORD)) + tensor & WORD) ^ PRIME)
 
 
@@ -76,7 +76,7 @@ def noise_key(salt: int, step: float | Tensor, start: int, device: torch.device 
     Args:
         salt: the tensor's `salt`.
         step: a number, or a tensor with one element, whose value is not read on the host: it may have no data.
-        start: number of the block's first element in the whole tensor; no block may reach beyond a multiple of 2^32.
+        start: index of the block's first element in the whole tensor; no block may reach beyond a multiple of 2^32.
         device: the block's device.
     """
     step = step.long() if isinstance(step, torch.Tensor) else torch.tensor(int(step), device=device)
@@ -88,7 +88,7 @@ def noise_words(key: Tensor, start: Tensor, shape: Sequence[int]) -> Tensor:
 
     Args:
         key: the block's `noise_key`.
-        start: as in `noise_key`, but as an int64 tensor.
+        start: int64 tensor, otherwise as in `noise_key`.
         shape: the block's shape. Elements are numbered in the order of its dimensions.
     """
     index = torch.arange(math.prod(shape), dtype=torch.int32, device=key.device).view(shape)
@@ -101,12 +101,12 @@ def bits(x: Tensor) -> Tensor:
 
 
 def from_bits(pattern: Tensor) -> Tensor:
-    """Return the fp32 tensor of a bit pattern, which is int32, or the lower 32 bits of int64."""
+    """Return the fp32 tensor with a given bit pattern: int32, or int64, whose lower 32 bits count."""
     return pattern.to(torch.int32).view(torch.float32)
 
 
 def _sign(x: Tensor) -> Tensor:
-    """Return the sign bit of the pattern of ``x``, in its place."""
+    """Return the bit pattern of ``x`` with all bits but the sign cleared."""
     return bits(x) & SIGN
 
 
@@ -128,7 +128,7 @@ def _words(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _assemble(magnitude: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return numbers of ``dtype`` from 16-bit magnitudes and the signs of ``x``.
 
-    They are made in fp32, which has every 16-bit number: torch.compile makes vectors of fp32, and none of 16-bit integers.
+    They are assembled in fp32, which represents every 16-bit number: torch.compile vectorizes fp32, but not 16-bit integers.
     """
     value = from_bits((magnitude << DROPPED[dtype]) | _sign(x))
     if dtype == torch.float16:
@@ -153,7 +153,7 @@ def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(x: Tensor, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round fp32 numbers to 24-bit weights: 16-bit numbers and the next 8 bits, which `join` puts together.
+    """Round fp32 numbers to 24-bit weights, each a 16-bit number and the next 8 bits; `join` is the inverse.
 
     The weight is ``x`` rounded stochastically to 8 bits more than ``dtype`` has. ``high`` is the weight rounded to nearest,
     halves away from zero; so ``low`` is exactly in [-128, 127]. From the largest 24-bit weight up to the point where ``dtype``
@@ -166,7 +166,7 @@ def split(x: Tensor, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     field = torch.where(x.abs() < LARGEST_WEIGHT[dtype], _right(noise, 32 - below), 0)
     weight = (_words(x, dtype) + field) >> below
     tiny = torch.zeros_like(weight, dtype=torch.bool)
-    if dtype == torch.float16:  # half the smallest number is 3e-8: what would become 0 goes up or down as chance has it
+    if dtype == torch.float16:  # below 3e-8, half the smallest number, nearest would give 0: these are rounded stochastically
         tiny = weight < 0x80
     high = (weight + torch.where(tiny, noise >> 16 & 0xFF, 0x80)) >> 8
     return _assemble(high, x, dtype), torch.where(tiny, 0, weight - (high << 8)).to(torch.int8)
@@ -186,11 +186,11 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     return torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, wide)
 
 
-# 8-bit states: `value = scale * code`, with one scale for GROUP values. It is a power of two, so that scaling is exact. The
-# codes are small floats. A momentum has sign, 4 exponent and 3 mantissa bits (e4m3). A Hessian is never negative and has a
-# fifth exponent bit in place of the sign (e5m3). That is twice the resolution of its square root in e4m3, over the same range,
-# without the square root.
-TOP = {"exp_avg": 8, "hessian": 16}  # exponent of the largest codes, one of which the largest value of a group gets
+# 8-bit states: `value = scale * code`, with one scale for GROUP values. The scale is a power of two, so that scaling is exact.
+# The codes are small floats. A momentum has sign, 4 exponent and 3 mantissa bits (e4m3). A Hessian is never negative and has a
+# fifth exponent bit in place of the sign (e5m3). Storing its square root in e4m3 would cover the same range with half the
+# resolution.
+TOP = {"exp_avg": 8, "hessian": 16}  # exponent of the largest codes; the largest value of a group gets one of these codes
 MAGNITUDE = {"exp_avg": 0x7F, "hessian": 0xFF}
 SHRINK = {"exp_avg": 120, "hessian": 112}  # 2^-SHRINK brings a code's exponent range to the lowest one of fp32
 
@@ -241,12 +241,12 @@ def decode(code: Tensor, scale: Tensor, kind: str) -> Tensor:
 
 
 def _in_groups(x: Tensor) -> Tensor:
-    """Return a vector as rows of GROUP elements, the last of which is filled up with 0."""
+    """Return a vector as rows of GROUP elements; the last row is padded with 0."""
     return torch.nn.functional.pad(x, (0, -x.numel() % GROUP)).view(-1, GROUP)
 
 
 def in_memory_order(tensor: Tensor) -> Tensor:
-    """Return a dense tensor as the vector that lies in memory, whatever the order of its dimensions."""
+    """Return a dense tensor as a vector, in the order in which its elements lie in memory."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
@@ -259,7 +259,7 @@ def load_state(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:
 
 
 def load_block(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:
-    """Return the fp32 values of a block [rows, n] of a state, whose scales are [rows]."""
+    """Return the fp32 values of a block [rows, n] of a state; ``scale`` is [rows] for 8-bit codes, else None."""
     if state.dtype != torch.uint8:
         return state.float()
     assert scale is not None
@@ -273,7 +273,7 @@ def store_block(state: Tensor, scale: Tensor | None, x: Tensor, word: Tensor | N
 
     Args:
         state: [rows, n] in any storage; mutated.
-        scale: fp32 [rows], the scales of 8-bit codes; mutated. None elsewhere.
+        scale: fp32 [rows], the scales of 8-bit codes; mutated. None for other dtypes.
         x: fp32 [rows, n].
         word: the `noise_words` of the block; None where nothing is rounded stochastically.
         kind: "exp_avg" or "hessian".

@@ -1,4 +1,4 @@
-"""The Sophia update with optional Hessian EMA, for each tensor of a list.
+"""The Sophia update with an optional moving average (EMA) of the Hessian, for each tensor of a list.
 
 `step_block` is the formula; `sophia_step` walks the tensors of a list in blocks that fit the processor's caches.
 """
@@ -24,7 +24,7 @@ from soul_kernels.reference.rounding import (
 
 
 class Numbers(NamedTuple):
-    """The numbers that all elements of a tensor share: fp32 tensors of shape (). 1 - beta is formed in double precision."""
+    """Numbers that all elements of a tensor share, as fp32 tensors of shape (). 1 - beta is computed in double precision."""
 
     lr: Tensor
     weight_decay: Tensor
@@ -45,14 +45,14 @@ def step_block(
 
     Args:
         param: [rows, n] in fp32, bf16 or fp16; mutated.
-        exp_avg: [rows, n] in any storage of states; mutated.
-        hessian: the same; mutated with ``hessian_in_step`` only.
-        low: int8 [rows, n], the next 8 bits of a 24-bit weight; mutated. None elsewhere.
+        exp_avg: [rows, n] in fp32 or bf16, or 8-bit codes in uint8; mutated.
+        hessian: [rows, n] in the same dtypes; mutated with ``hessian_in_step`` only.
+        low: int8 [rows, n], the next 8 bits of a 24-bit weight; mutated. None without "compensated" rounding.
         grad: [rows, n] in fp32, bf16 or fp16.
-        m_scale: fp32 [rows], the scales of an 8-bit momentum; mutated. None elsewhere.
-        h_scale: the same of an 8-bit Hessian.
+        m_scale: fp32 [rows], the scales of an 8-bit momentum; mutated. None for other dtypes.
+        h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated with ``hessian_in_step`` only. None for other dtypes.
         key: the block's `noise_key`; None where nothing is rounded stochastically.
-        start: int64 [], number of the first element in the whole tensor.
+        start: int64 [], index of the block's first element in the whole tensor.
         numbers: the tensor's `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
         telemetry: fp64 [3], to which the counts of `soul_kernels.sophia_step` are added, or None.
@@ -81,7 +81,7 @@ def step_block(
         new, new_low = split(p - change, word, param.dtype)
         low.copy_(new_low)
     if telemetry is not None:
-        counts = (ratio.abs() >= 1).long()  # for each element: clipped + 2^32 lost, so that one sum has both
+        counts = (ratio.abs() >= 1).long()  # for each element clipped + 2^32 lost: one sum counts both
         if param_rounding == "nearest" and param.dtype != torch.float32:
             counts = counts + (((new.float() == p) & (change != 0)).long() << 32)
         counts = counts.sum()
@@ -103,9 +103,9 @@ def sophia_step(
 ) -> None:  # fmt: skip
     """Run ``soul_kernels.sophia_step`` in plain PyTorch; the states and parameters are mutated, ``grads`` are not.
 
-    ``salts`` has one number for each tensor, from `soul_kernels.reference.rounding.salt`. ``offsets`` has the number of each
-    tensor's first element in the whole tensor: 0 unless it is a shard. ``run`` is the function that updates a block:
-    `step_block`, or what has been compiled from it. The other arguments are those of the op.
+    ``salts`` has one number for each tensor, from `soul_kernels.reference.rounding.salt`. ``offsets`` has the index of each
+    tensor's first element in the whole tensor: 0 unless the tensor is a shard. ``run`` updates a block: it is `step_block`, or
+    `step_block` compiled. The other arguments are those of the op.
     """
     if skip is not None and skip.item():
         return
