@@ -1,9 +1,10 @@
-"""What the ops over lists of tensors share: bundles of arguments, calls that are checked before they run, and the prologue.
+"""Parts that the ops over lists of tensors share: bundles of arguments, prepared calls, and the prologue of the kernels.
 
 On the host an op prepares a call: it checks its arguments, renews the `TensorTable` where something has changed, and returns
 a `PreparedCall`, which launches. In the kernel the prologue finds the chunk of a program (`chunk_of_program`), its pointers
-in the tensors of each role (`chunk_pointer`, `scale_pointer`) and where its noise starts (`noise_of_chunk`). The bundles that
-kernels pass on are NamedTuples, which the compilers of Triton take apart: they cost no instruction.
+in the tensors of each role (`chunk_pointer`, `scale_pointer`) and the start of its noise (`noise_of_chunk`). A role is the
+list of all tensors of one kind, such as the gradients, and a row of the table. Kernels pass values on as NamedTuples; Triton
+takes these apart when it compiles, so they cost no instruction.
 """
 
 import functools
@@ -23,13 +24,13 @@ from soul_kernels.tensors import check_on_device, same_layout
 
 
 class Noise(NamedTuple):
-    """Where the noise of stochastic rounding comes from: it is a hash of (seed, tensor, step, element).
+    """Source of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element).
 
     Attributes:
-        seed: of the whole run. Without ``steps``, pass another one at every call.
-        tensor_ids: one int a tensor, its number in the noise; None: its position in the list.
-        tensor_offsets: one int a tensor. Where the tensor is a piece of a larger one, it is the number of its first element
-            there, in the order of memory: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
+        seed: seed of the whole run. Without ``steps``, pass another one at every call.
+        tensor_ids: one int per tensor, by which the hash tells tensors apart; None: its position in the list.
+        tensor_offsets: one int per tensor. For a piece of a larger tensor it is the index of the piece's first element in the
+            larger one, in memory order: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
         steps: fp32 [number of tensors] on the device, which sets the noise of this call apart from that of other calls.
     """
 
@@ -39,15 +40,16 @@ class Noise(NamedTuple):
     steps: Tensor | None = None
 
     def salts(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Return one salt a tensor, from the seed and from the tensor's number."""
+        """Return one salt per tensor, from the seed and from the tensor's id."""
         numbers = range(len(tensors)) if self.tensor_ids is None else self.tensor_ids
         return [salt(self.seed, number) for number in numbers]
 
     def offsets(self, *states: Sequence[Tensor]) -> list[int]:
-        """Return the number of each tensor's first element in its noise.
+        """Return the index that each tensor's first element has in the noise.
 
         Args:
-            states: lists of the tensors' states. A group of 8-bit values must be one in the whole tensor as well.
+            states: lists of the tensors' states. With 8-bit states an offset must be a multiple of 256, so that a group of the
+                piece is a group of the whole tensor.
 
         Raises:
             ValueError: ``tensor_offsets`` does not fit.
@@ -68,18 +70,20 @@ class Noise(NamedTuple):
 
 
 class Guards(NamedTuple):
-    """What is done about gradients that are too large, scaled, or not finite. It is read on the device: nothing waits for it.
+    """Factor and skip flag for gradients that are too large, scaled, or not finite.
+
+    Both are read on the device, so the host does not wait for their values.
 
     Attributes:
-        grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
-        skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
+        grad_factor: fp32 tensor of one element; the gradients are multiplied by it. None: 1.
+        skip: fp32 tensor of one element; unless it is 0, nothing is changed. None: 0.
     """
 
     grad_factor: Tensor | None = None
     skip: Tensor | None = None
 
     def check(self, devices: Sequence[torch.device]) -> None:
-        """Raise unless both are one fp32 number on the one device in ``devices``, or None."""
+        """Raise unless each is None or one fp32 number on the only device in ``devices``."""
         check_on_device("grad_factor", self.grad_factor, devices)
         check_on_device("skip", self.skip, devices)
 
@@ -91,22 +95,27 @@ Bundle = TypeVar("Bundle", bound=NamedTuple)
 
 
 def with_fields(bundle: Bundle, keywords: dict[str, Any]) -> Bundle:
-    """Return the bundle with those of its fields that are in ``keywords``, which are taken out of there."""
+    """Move the keywords that are fields of a bundle out of ``keywords``; return the bundle with their values."""
     fields = {name: keywords.pop(name) for name in bundle._fields if name in keywords}
     return bundle._replace(**fields) if fields else bundle
 
 
-def check_all_taken(function: str, keywords: dict[str, Any]) -> None:
-    """Raise the TypeError of Python where a keyword is a field of no bundle."""
-    for name in keywords:
-        raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+def refuse_unknown_keywords(function: str, keywords: dict[str, Any]) -> None:
+    """Raise Python's TypeError if any keyword is left, which is then a field of no bundle."""
+    if keywords:
+        raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(keywords))!r}")
 
 
 class PreparedCall:
-    """A call of an op whose arguments have been checked, and which has changed nothing yet: call it, once.
+    """A call of an op with checked arguments that has changed nothing yet. Call it once.
 
-    It goes by the addresses that were checked. So it must follow before anything is done to the tensors, and before the object
-    that prepared it prepares another call.
+    It uses the addresses that were checked. So it must be called before any of the tensors is changed or moved, and before the
+    object that prepared it prepares another call.
+
+    Args:
+        table: the table of the tensors, which counts the calls.
+        run: what runs the op.
+        copy: makes the copies that `run` needs, and returns them: see `rebuild_table`. None: no copies are needed.
     """
 
     __slots__ = ("_copy", "_number", "_run", "_table")
@@ -118,21 +127,21 @@ class PreparedCall:
         self._number = table.next_call()
 
     def __call__(self) -> None:
-        """Change the tensors.
+        """Run the op.
 
         Raises:
-            RuntimeError: it was called before, or another call was prepared with the same table since.
+            RuntimeError: this call has been made before, or another call has been prepared with the same table since.
         """
         if self._number != self._table.call:
             raise RuntimeError("prepared call: expected to be called once, before the next one is prepared; prepare it anew")
         self._table.next_call()
         copies = None if self._copy is None else self._copy()
         self._run()
-        del copies  # which the launch has read
+        del copies  # kept alive until the launch
 
 
 def nothing_to_do() -> None:
-    """Do nothing: the run of a call without tensors."""
+    """Do nothing, as the ``run`` of a `PreparedCall` without tensors."""
 
 
 def rebuild_table(
@@ -143,26 +152,26 @@ def rebuild_table(
     read: Collection[str],
     salts: Sequence[int],
     offsets: Sequence[int],
-    side: Collection[str],
+    auxiliary: Collection[str],
 ) -> Callable[[], object] | None:
-    """Rebuild the table from tensors that were found to fit together; gradients of other strides need copies first.
+    """Rebuild the table for tensors that have been checked; gradients with other strides must be copied first.
 
     Args:
         table: the table; "g" is its role that is only read.
-        roles: as in `TensorTable.rebuild`, the tensors of ``read`` as they came.
+        roles: as in `TensorTable.rebuild`; the tensors of the roles in ``read`` may have other strides.
         key: as in `TensorTable.rebuild`.
-        read: roles whose tensors are copied where they do not lie in memory as those of the first role do.
+        read: roles whose tensors are copied where their strides differ from those of the first role.
         salts: as in `TensorTable.rebuild`.
         offsets: as in `TensorTable.rebuild`.
-        side: as in `TensorTable.rebuild`.
+        auxiliary: as in `TensorTable.rebuild`.
 
     Returns:
-        None where the table is complete. Else a function that makes the copies, completes the table and returns the copies. It
-        is called right before the launch: the copies of all calls that are prepared together would take the memory of all
-        gradients.
+        None if the table is complete. Otherwise a function that makes the copies, completes the table and returns the copies,
+        to be called right before the launch. If calls that are prepared together made their copies at once, these would take
+        the memory of all gradients.
     """
     lead: Sequence[Tensor] = roles[next(iter(roles))] or ()
-    rebuild = functools.partial(table.rebuild, key=key, read_only="g", salts=salts, offsets=offsets, side=side)
+    rebuild = functools.partial(table.rebuild, key=key, read_only="g", salts=salts, offsets=offsets, auxiliary=auxiliary)
     if all(same_layout(*pair) for role in read for pair in zip(roles[role] or (), lead)):
         rebuild(roles)
         return None
@@ -183,14 +192,14 @@ def _match_layout(grads: Sequence[Tensor], leaders: Sequence[Tensor]) -> list[Te
 
 
 class Chunk(NamedTuple):
-    """What a program works on, as a kernel has it: some elements of one tensor, and the column of the table for it.
+    """The elements that a program works on, within a kernel: a range of one tensor.
 
     Attributes:
         table_ptr: [rows, n_tensors] int64, as `TensorTable` describes it.
-        n_tensors: the columns.
-        tensor: the column.
-        start: the chunk's first element in its tensor, int64: tensors pass 2^31.
-        count: how many elements it has.
+        n_tensors: number of columns of the table.
+        tensor: the tensor's column of the table.
+        start: index of the chunk's first element in its tensor, int64: tensors may have more than 2^31 elements.
+        count: number of elements of the chunk.
     """
 
     table_ptr: Any
@@ -201,11 +210,11 @@ class Chunk(NamedTuple):
 
 
 class ChunkNoise(NamedTuple):
-    """Where the noise of a chunk starts from, as a kernel has it.
+    """Start of a chunk's noise, within a kernel.
 
     Attributes:
-        key: what all elements of the tensor share in this call; None where nothing is rounded stochastically.
-        first: number of the chunk's first element in the noise.
+        key: the `noise_key` of the tensor in this call; None where nothing is rounded stochastically.
+        first: index of the chunk's first element in the noise.
     """
 
     key: Any
@@ -214,14 +223,15 @@ class ChunkNoise(NamedTuple):
 
 @triton.jit
 def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, ROLES: tl.constexpr, CHUNK: tl.constexpr):
-    """Return the `Chunk` of this program. ``ROLES``: rows of addresses, which the row of element counts follows."""
+    """Return the `Chunk` of this program. ``ROLES`` is the number of rows of addresses; the row of element counts is next."""
     tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
     start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
     count = tl.minimum(tl.load(table_ptr + ROLES * n_tensors + tensor) - start, CHUNK).to(tl.int32)
     return Chunk(table_ptr, n_tensors, tensor, start, count)
 
 
-# Two orders of one sum: with these the compilers of Triton 3.6 and 3.9 emit the fewest instructions.
+# The next two functions add the same terms in different orders: with these the compilers of Triton 3.6 and 3.9 emit the fewest
+# instructions.
 @triton.jit
 def _address(chunk, ROW: tl.constexpr):
     """Return the address in row ``ROW`` for the chunk's tensor."""
@@ -230,25 +240,25 @@ def _address(chunk, ROW: tl.constexpr):
 
 @triton.jit
 def _entry(chunk, ROW: tl.constexpr):
-    """Return the entry in row ``ROW`` for the chunk's tensor, where it is no address that elements are loaded from."""
+    """Return the entry in row ``ROW`` for the chunk's tensor, for rows that hold no address of elements."""
     return tl.load(chunk.table_ptr + ROW * chunk.n_tensors + chunk.tensor)
 
 
 @triton.jit
 def chunk_pointer(chunk, ROW: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Return a pointer to the chunk's first element in the tensor of a role."""
-    if DTYPE is None:  # an absent role: something that is never read (Triton 3.6 cannot return None)
+    if DTYPE is None:  # an absent role: a pointer that is never read, because a function of Triton 3.6 cannot return None
         return chunk.table_ptr
     else:
         pointer = _address(chunk, ROW).to(tl.pointer_type(DTYPE)) + chunk.start
-        if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
+        if ALIGNED:  # after the offset is added: only then are accesses 16 bytes wide
             pointer = tl.multiple_of(pointer, 16)
         return pointer
 
 
 @triton.jit
 def scale_pointer(chunk, ROW: tl.constexpr, STATE_DTYPE: tl.constexpr):
-    """Return a pointer to the chunk's first scale in the role ``ROW``, if its state has 8 bits."""
+    """Return a pointer to the chunk's first scale in row ``ROW``; one that is never read if the state is not 8-bit."""
     if STATE_DTYPE == tl.uint8:
         return _address(chunk, ROW).to(tl.pointer_type(tl.float32)) + chunk.start // GROUP_SIZE
     else:
@@ -257,13 +267,13 @@ def scale_pointer(chunk, ROW: tl.constexpr, STATE_DTYPE: tl.constexpr):
 
 @triton.jit
 def number_of_tensor(chunk, ROW: tl.constexpr):
-    """Return the fp32 number that a role has for the chunk's tensor."""
+    """Return the fp32 number of the chunk's tensor in a role that has one number per tensor."""
     return tl.load(_entry(chunk, ROW).to(tl.pointer_type(tl.float32)))
 
 
 @triton.jit
 def noise_of_chunk(chunk, ROLES: tl.constexpr, STEP_ROW: tl.constexpr, STEPS: tl.constexpr):
-    """Return the `ChunkNoise`. Rows of salts and of offsets follow the one of element counts."""
+    """Return the `ChunkNoise` of a chunk. The rows of salts and of offsets follow that of element counts."""
     step = 0.0
     if STEPS:
         step = number_of_tensor(chunk, STEP_ROW)

@@ -1,7 +1,7 @@
-"""Triton itself, and the launch of a kernel. No other module imports Triton or launches anything.
+"""Import of Triton, and the launch of a kernel. No other module imports Triton or launches anything.
 
-Kernel modules import ``triton`` and ``tl`` from here, so that they can be imported where Triton is not installed as well: the
-references serve there.
+Kernel modules import ``triton`` and ``tl`` from here, so that they can be imported where Triton is not installed. The
+references compute there.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ try:
 except ImportError:  # not Linux, or Triton left out: kernels are defined, never launched
 
     class _NoTriton:
-        """A stand-in for the two modules while kernel files are being read."""
+        """Stand-in for both modules, with which kernel modules can be imported."""
 
         def __getattr__(self, name: str) -> Any:
             return self
@@ -46,7 +46,7 @@ def interpreting() -> bool:
 
 
 def runs_on_cpu() -> bool:
-    """Tell whether kernels run on tensors of the CPU: in the interpreter, or by a Triton driver for the CPU that is active."""
+    """Tell whether kernels run on CPU tensors: in the interpreter, or because the active Triton driver is one for the CPU."""
     if interpreting():
         return True
     if not has_triton():
@@ -56,7 +56,7 @@ def runs_on_cpu() -> bool:
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which ``device`` is current for launches, where it is a GPU."""
+    """Return a context in which ``device`` is the current GPU; it does nothing for other devices."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -65,8 +65,9 @@ def launch(
 ) -> None:
     """Launch ``kernel`` on ``device``.
 
-    Fused multiply-add is off where a kernel does not ask for it: Triton's default changes between versions, and without it a
-    kernel's fp32 results are those of its reference, bit for bit. Most kernels are bound by memory, not by instructions.
+    Fused multiply-add is off unless a kernel asks for it. Triton's default changes between versions, and without fused
+    multiply-add a kernel's fp32 results are those of its reference, bit for bit. Most kernels are bound by memory, so they do
+    not need it.
     """
     with device_guard(device):
         kernel[grid](**arguments, enable_fp_fusion=enable_fp_fusion)

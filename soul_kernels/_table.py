@@ -1,17 +1,18 @@
-"""Tables of tensors on the device: addresses, sizes and chunk maps, kept from call to call and never believed blindly.
+"""Tables of tensors on the device: addresses, sizes and chunk maps, kept between calls and compared before every use.
 
 How it works. One launch serves many tensors: the kernel finds their addresses in a table in device memory, and a chunk map
-tells each program which tensor it works on, and which chunk of it. To build both takes longer than to launch the kernel. So a
-caller keeps a `TensorTable` and asks before every call whether it still holds: `TensorTable.unchanged`. An allocator hands
-the same address out for another tensor, and ``p.data = ...`` puts other memory under the same Python object. Neither objects
-nor addresses prove anything alone, so the address, dtype, device, shape and strides of every tensor are compared; C++ does
-that for all but the addresses, in one call. Only tensors that are read, the gradients, may lie elsewhere than before:
+tells each program which tensor it works on, and which chunk of it. Building both takes longer than launching the kernel. So a
+caller keeps a `TensorTable` and asks `TensorTable.unchanged` before every call whether the table is still valid. An allocator
+may return the same address for another tensor, and ``p.data = ...`` puts other memory under the same Python object. Neither
+the objects nor the addresses are proof alone, so the address, dtype, device, shape and strides of every tensor are compared;
+C++ does that for all but the addresses, in one call. Only tensors that are read, the gradients, may have moved:
 `_Bucket.move_read_only` replaces their row. After any other change the op checks all of its arguments again and calls
 `TensorTable.rebuild`.
 
 Three facts to keep in mind. A table that a captured CUDA graph reads must outlive every rebuild: it goes into ``_captured``.
-What was uploaded on one stream has not arrived on another. And the rows of a table have the order of the roles, by which the
-kernels know them: see ``ROLES`` in the ops' modules. Safe to change: how metadata are compared, and what is cached.
+An upload on one stream may not have arrived when another stream reads. And the rows of a table have the order of the roles,
+which is how the kernels know them: see ``ROLES`` in the ops' modules. Safe to change: how metadata are compared, and what is
+cached.
 """
 
 import array
@@ -28,23 +29,24 @@ from soul_kernels._launch import launch, triton_dtype
 from soul_kernels.errors import argument_error
 from soul_kernels.tensors import has_data
 
-# Name of a role -> its tensors, of which some may be absent; None where the whole role is.
+# Name of a role -> its tensors. An absent tensor is None, and so is an absent role.
 Roles = Mapping[str, Sequence[Tensor | None] | None]
 
 
 class TensorTable:
-    """What a launch over many tensors needs on the device, rebuilt only where something changed.
+    """Addresses and chunk maps of many tensors on the device, rebuilt only where something has changed.
 
-    For every bucket of tensors that one launch can serve (device, dtypes, alignment) it holds a table int64 [rows, n_tensors]
-    and the chunk map. The rows are addresses, one row a role, then element counts and, where noise is drawn, salts and offsets.
+    A bucket holds the tensors that one launch can serve: those with the same device, dtypes and alignment. Every bucket has a
+    table int64 [rows, n_tensors] and a chunk map. The rows hold addresses, one row per role, then element counts and, where
+    noise is drawn, salts and offsets.
 
     Attributes:
-        numel: elements of all tensors of the first role.
-        devices: where these are, each device once.
-        salts: one int a tensor, which its noise starts from; empty where none is drawn.
-        offsets: the same, the number of its first element in its noise.
-        buckets: the launches.
-        version: how often tensors came that it did not know.
+        numel: number of elements of all tensors of the first role.
+        devices: the devices of these tensors, each once.
+        salts: one int per tensor, the salt of its noise; empty where none is drawn.
+        offsets: one int per tensor, the index of its first element in its noise; empty where none is drawn.
+        buckets: one `_Bucket` per launch.
+        version: number of times that the table was given other tensors.
         call: number of the call that was prepared last.
     """
 
@@ -59,22 +61,22 @@ class TensorTable:
         self.version = 0
         self.call = 0
         self._addresses: list[int] = []
-        self._read_only = (0, 0)  # where the addresses of the role that is only read begin and end
+        self._read_only = (0, 0)  # begin and end of the read-only role in _addresses
         self._absent: list[int] = []  # positions of None among the entries of all lists
         self._guard: Any = None
-        self._metadata: list[tuple | None] | None = None  # where there is no guard
-        self._captured: list[Tensor] = []  # what replays of a CUDA graph read: it must outlive every rebuild
+        self._metadata: list[tuple | None] | None = None  # compared where there is no guard
+        self._captured: list[Tensor] = []  # tensors that replays of a CUDA graph read: they must outlive every rebuild
 
     def __reduce__(self) -> tuple:
         return TensorTable, ()  # a copy starts empty: addresses mean nothing to it
 
     def unchanged(self, roles: Roles, key: object = None) -> bool:
-        """Tell whether ``roles`` are what `rebuild` last saw; tensors that are only read may lie at other addresses.
+        """Tell whether the tensors are those of the last `rebuild`; the read-only ones may have moved.
 
         Args:
             roles: name -> list of tensors, or None for an absent role; entries of a list may be None, but not those of the
                 first role.
-            key: whatever else the table depends on; compared with ``==``.
+            key: anything else that the table depends on; compared with ``==``.
         """
         if self._key != key or self._roles != _counts(roles):
             return False
@@ -92,17 +94,17 @@ class TensorTable:
             return True
         begin, end = self._read_only
         if addresses[:begin] != self._addresses[:begin] or addresses[end:] != self._addresses[end:]:
-            return False  # what is written to lies elsewhere: whether tensors overlap must be checked again
+            return False  # a tensor that is written to has moved: whether tensors overlap must be checked again
         self._addresses = addresses
         return all(bucket.move_read_only(addresses) for bucket in self.buckets)
 
     def describe(self, lead: Sequence[Tensor], salts: Sequence[int] = (), offsets: Sequence[int] = ()) -> None:
-        """Take over what is known of tensors before they have addresses; `unchanged` answers no until `rebuild`.
+        """Set the attributes for new tensors without building a table; `unchanged` returns False until `rebuild`.
 
         Args:
             lead: the tensors of the first role.
-            salts: as the attribute.
-            offsets: as the attribute.
+            salts: see the attribute.
+            offsets: see the attribute.
         """
         self.forget()
         self.version += 1
@@ -120,33 +122,33 @@ class TensorTable:
         read_only: str,
         salts: Sequence[int] = (),
         offsets: Sequence[int] = (),
-        side: Collection[str] = (),
+        auxiliary: Collection[str] = (),
     ) -> None:
-        """Take over tensors that were found to fit together.
+        """Build the table of new tensors, which the op has checked.
 
         Args:
             roles: as in `unchanged`. Their order is that of the table's rows.
             key: as in `unchanged`.
             read_only: the role that is only read.
-            salts: as the attribute.
-            offsets: as the attribute.
-            side: roles that are not walked element by element, of a dtype that the kernel knows. A role that has one tensor
-                [number of tensors] in its list has a number for each.
+            salts: see the attribute.
+            offsets: see the attribute.
+            auxiliary: roles that are not walked element by element; the kernel knows their dtypes. The list of such a role may
+                be a single tensor [number of tensors], with one number per tensor.
         """
         lead: Sequence[Any] = roles[next(iter(roles))] or ()
         self.describe(lead, salts, offsets)
         flat: list[Tensor] = []
         entries = {}  # role -> for each of its tensors, its index in the flat list (-1: absent) and an offset in bytes
         for role, tensors in roles.items():
-            entries[role] = _entries(tensors, len(lead), flat, shared=role in side)
+            entries[role] = _entries(tensors, len(lead), flat, shared=role in auxiliary)
         if not all(map(has_data, flat)):
-            return  # there is nothing to launch on, and nothing by which the tensors could be known again
+            return  # without addresses nothing can be launched, and `unchanged` could not recognize the tensors
         self._addresses = list(map(torch.Tensor.data_ptr, flat))
         self._read_only = entries[read_only][0][0], entries[read_only][-1][0] + 1
-        columns: dict[tuple, list[int]] = {}  # what the tensors of one launch have in common -> their positions
+        columns: dict[tuple, list[int]] = {}  # (device, dtypes, aligned) of one launch -> positions of its tensors
         for position, tensor in enumerate(lead):
             if tensor.numel():
-                walked = {role: t[position] if t else None for role, t in roles.items() if role not in side}
+                walked = {role: t[position] if t else None for role, t in roles.items() if role not in auxiliary}
                 aligned = all(t is None or t.data_ptr() % 16 == 0 for t in walked.values())
                 dtypes = tuple((role, None if t is None else t.dtype) for role, t in walked.items())
                 columns.setdefault((tensor.device, dtypes, aligned), []).append(position)
@@ -172,21 +174,26 @@ class TensorTable:
         self._roles = _counts(roles)
 
     def forget(self) -> None:
-        """Make the next call of `unchanged` answer no."""
+        """Make `unchanged` return False until the next `rebuild`."""
         self._roles = None
 
     def next_call(self) -> int:
-        """Return the number of a call that begins; what was prepared before is no longer valid."""
+        """Count a new call and return its number; calls that were prepared before are no longer valid."""
         self.call += 1
         return self.call
 
     def launch(self, kernel: Any, *, chunk: int, **arguments: Any) -> None:
         """Launch ``kernel`` once for every bucket.
 
-        The kernel receives, beside ``arguments``: ``table_ptr``; ``chunk_tensor_ptr`` and ``chunk_piece_ptr`` [programs] int32
-        (the column of the table, and the piece of ``chunk`` elements); ``n_tensors``; ``ALIGNED``: every address is a multiple
-        of 16 bytes; ``CHUNK``; where noise is drawn, ``CROSSES``: a multiple of 2^32 may lie within a chunk, in the numbers of
-        its elements; and a dtype for each role that is walked: ``P_DTYPE`` for the role "p", None where it is absent.
+        Beside ``arguments`` the kernel receives:
+
+        * ``table_ptr`` and ``n_tensors``;
+        * ``chunk_tensor_ptr`` and ``chunk_piece_ptr``, [programs] int32: the column of the table, and the index of the piece of
+          ``chunk`` elements;
+        * ``ALIGNED``: whether every address is a multiple of 16 bytes;
+        * ``CHUNK``;
+        * ``CROSSES``, where noise is drawn: whether the indices of a chunk's elements may cross a multiple of 2^32;
+        * a dtype for each role that is walked: ``P_DTYPE`` for the role "p", None where the role is absent.
         """
         for bucket in self.buckets:
             bucket.launch(kernel, chunk=chunk, **arguments)
@@ -201,16 +208,16 @@ class _Bucket:
     """The tensors of one launch.
 
     Args:
-        device: where they are.
-        dtypes: role that is walked -> its dtype, None where it is absent; as pairs.
+        device: device of all tensors.
+        dtypes: pairs of a role that is walked and its dtype, None where the role is absent.
         aligned: whether every address of a walked role is a multiple of 16 bytes.
-        numels: elements of each tensor.
+        numels: number of elements of each tensor.
         salts: as in `TensorTable`.
         offsets: as in `TensorTable`.
         rows: role -> for each tensor its index in ``addresses`` (-1: absent) and an offset in bytes.
         read_only: the role that is only read.
-        addresses: of all tensors of the `TensorTable`.
-        captured: what replays of a CUDA graph read is appended here.
+        addresses: addresses of all tensors of the `TensorTable`.
+        captured: list to which the tensors are appended that replays of a CUDA graph read.
     """
 
     def __init__(
@@ -237,16 +244,16 @@ class _Bucket:
         begin = list(rows).index(read_only) * len(numels)
         self._read_only = slice(begin, begin + len(numels))  # of the values
         indices = [i for i, _ in rows[read_only]]
-        self._pick_read_only = operator.itemgetter(*indices, indices[0])  # always a tuple: itemgetter of one index gives none
+        self._pick_read_only = operator.itemgetter(*indices, indices[0])  # one index alone would not return a tuple
         self._table: Tensor | None = None
         self._spare: Tensor | None = None  # pinned memory from which a captured upload is replayed
-        self._stream: int | None = None  # on which the table was uploaded
+        self._stream: int | None = None  # the stream on which the table was uploaded
         self._captured = captured
         self._maps: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}  # (chunk, stream) -> chunk map
         self._crosses: dict[int, bool] = {}  # chunk -> whether a multiple of 2^32 may lie within one
 
     def move_read_only(self, addresses: Sequence[int]) -> bool:
-        """Take over where the read-only tensors lie now; False where they no longer have the alignment of this bucket."""
+        """Replace the addresses of the read-only tensors; return False if they no longer have the alignment of this bucket."""
         moved = self._pick_read_only(addresses)
         if self.aligned and functools.reduce(operator.or_, moved) % 16:
             return False
@@ -264,7 +271,7 @@ class _Bucket:
             arguments["BLOCK"] //= 2
         if self._offsets:
             if chunk not in self._crosses:
-                self._crosses[chunk] = any(map(functools.partial(_crosses, chunk), self._offsets, self.numels))
+                self._crosses[chunk] = any(map(functools.partial(_may_cross, chunk), self._offsets, self.numels))
             arguments["CROSSES"] = self._crosses[chunk]
         launch(
             kernel,
@@ -281,13 +288,13 @@ class _Bucket:
         )
 
     def on_device(self) -> Tensor:
-        """Return the table; it is uploaded where it changed, without waiting for the work that is queued on the device."""
+        """Return the table, uploaded if it has changed, without waiting for work that is queued on the device."""
         stream, capturing = _stream(self.device)
         table = self._table
         if table is None or (stream != self._stream and not capturing):  # another stream would not wait for the upload
             host = torch.frombuffer(self._values, dtype=torch.int64)
             if capturing:
-                # Nothing may be allocated on the host now; and a replay reads the buffer again, so it must not be used twice.
+                # During a capture nothing may be allocated on the host. A replay reads the buffer again: it is used only once.
                 if self._spare is None:
                     expected = "one step a graph, with gradients laid out as their parameters"
                     raise argument_error("CUDA graph", expected, "another table to upload", _EAGER_STEP)
@@ -307,8 +314,8 @@ class _Bucket:
     def chunk_map(self, chunk: int) -> tuple[Tensor, Tensor]:
         """Return the chunk map of this bucket for pieces of ``chunk`` elements."""
         stream, capturing = _stream(self.device)
-        if capturing:  # a capture begins on a device that is idle: the map of any stream has arrived
-            maps = [made for (size, _), made in self._maps.items() if size == chunk]
+        if capturing:  # a capture begins on an idle device: uploads of all streams have arrived
+            maps = [chunk_map for (size, _), chunk_map in self._maps.items() if size == chunk]
             if not maps:
                 raise argument_error("CUDA graph", "the options of the last step", "others", _EAGER_STEP)
             self._captured += maps[0]
@@ -322,7 +329,7 @@ _EAGER_STEP = "run one eager step before the capture"
 
 
 def _stream(device: torch.device) -> tuple[int | None, bool]:
-    """Return the current stream of a device, as a number, and whether it is being captured."""
+    """Return the handle of a device's current stream, and whether that stream is being captured."""
     if device.type != "cuda":
         return None, False
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
@@ -330,9 +337,10 @@ def _stream(device: torch.device) -> tuple[int | None, bool]:
 
 @functools.lru_cache(maxsize=64)
 def _chunk_map(numels: tuple[int, ...], chunk: int, device: torch.device, stream: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return which tensor, and which piece of it, each program works on: two int32 tensors, one entry a program.
+    """Return the tensor, and the piece of it, that each program works on: two int32 tensors with one entry per program.
 
-    A pure function of sizes, so it can be cached; for each stream, because another would not wait for the upload.
+    The result depends on the arguments only, so it can be cached. There is one for each ``stream``, because another stream
+    would not wait for the upload.
     """
     counts = torch.tensor([-(-numel // chunk) for numel in numels], device="cpu")  # whatever the default device is
     tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), counts)
@@ -342,12 +350,12 @@ def _chunk_map(numels: tuple[int, ...], chunk: int, device: torch.device, stream
 
 
 def _upload(host: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to the device and do not wait: from pinned memory, which torch reuses when the device has read it."""
+    """Copy a tensor to the device without waiting. Torch reuses the pinned memory only after the device has read it."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def _crosses(chunk: int, offset: int, numel: int) -> bool:
-    """Tell whether a chunk of a tensor has elements on both sides of a multiple of 2^32."""
+def _may_cross(chunk: int, offset: int, numel: int) -> bool:
+    """Tell whether a chunk of a tensor may have elements on both sides of a multiple of 2^32."""
     return bool(offset % chunk) and offset >> 32 != offset + numel - 1 >> 32
 
 
@@ -356,7 +364,7 @@ def _counts(roles: Roles) -> dict[str, int | None]:
 
 
 def _entries(tensors: Sequence[Tensor | None] | None, count: int, flat: list[Tensor], *, shared: bool) -> list[tuple[int, int]]:
-    """Append the tensors of a role to ``flat``; return for each of ``count`` columns the index there and an offset in bytes.
+    """Append the tensors of a role to ``flat``; return for each of ``count`` columns an index into it and an offset in bytes.
 
     The index is -1 where there is no tensor. ``shared``: the role may be one tensor with a number for every column.
     """
@@ -376,10 +384,10 @@ def _metadata(tensors: Sequence[Any]) -> list[tuple | None]:
 
 
 def _guard(tensors: Sequence[Tensor]) -> Any:
-    """Return a check of dtype, device, shape and strides of all tensors: one call of C++, at an eighth of the cost in Python.
+    """Return an object that checks dtype, device, shape and strides of all tensors in C++, at an eighth of the cost in Python.
 
-    torch.compile guards its graphs with it, but it is no public part of torch: None where it is missing or does not work, and
-    `_metadata` serves.
+    torch.compile guards its graphs with it, but it is no public part of torch. None where it is missing or does not work;
+    `_metadata` is compared instead.
     """
     try:
         guard = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)

@@ -1,6 +1,6 @@
-"""``h <- beta2 h + (1 - beta2) scale g^2`` over many tensors in one launch.
+"""Moving average of squared gradients, ``h <- beta2 h + (1 - beta2) scale g^2``, over many tensors in one launch.
 
-Built as ``sophia_step.py`` is, which explains how; its kernel shares the formula of the average, `ema`.
+The file is built like ``sophia_step.py``; the top of that file explains how. The kernels of both call `ema`.
 """
 
 import functools
@@ -18,12 +18,12 @@ from soul_kernels._foreach import (
     Guards,
     Noise,
     PreparedCall,
-    check_all_taken,
     chunk_of_program,
     chunk_pointer,
     noise_of_chunk,
     nothing_to_do,
     rebuild_table,
+    refuse_unknown_keywords,
     scale_pointer,
     with_fields,
 )
@@ -43,24 +43,24 @@ from soul_kernels.tensors import (
     has_data,
 )
 
-# Elements a program, elements a loop turn, warps; 8-bit states need more registers an element.
+# Elements per program, elements per loop iteration, warps; 8-bit states need more registers per element.
 CONFIG = {"chunk": 16384, "BLOCK": 2048, "num_warps": 8}
 CONFIG_8BIT = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
-# Rows of the table, in this order; the kernel knows them by number. Element counts, salts and offsets follow.
+# The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.
 ROLES = ("h", "g", "u", "h_scale", "step")
-SIDE = ("h_scale", "step")  # rows that are not walked element by element
+AUXILIARY = ("h_scale", "step")  # roles that are not walked element by element
 H_ROW, G_ROW, U_ROW, H_SCALE_ROW, STEP_ROW = map(tl.constexpr, range(len(ROLES)))
 N_ROLES = tl.constexpr(len(ROLES))
 
 
 @triton.jit
 def ema(h, products, beta2, weight):
-    """``beta2 h + weight products``; ``weight`` is ``(1 - beta2) scale``, formed in double precision on the host."""
+    """Return ``beta2 h + weight products``; ``weight`` is ``(1 - beta2) scale``, computed in double precision on the host."""
     return beta2 * h + weight * products
 
 
 class Pointers(NamedTuple):
-    """Where a chunk begins in the tensors of each role, as the kernel has it."""
+    """Pointers to the first element of a chunk in the tensor of each role, within the kernel."""
 
     h: Any
     h_scale: Any
@@ -69,7 +69,7 @@ class Pointers(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What all elements share: fp32."""
+    """Numbers that all elements share, in fp32, within the kernel."""
 
     beta2: Any
     weight: Any  # (1 - beta2) * scale
@@ -87,6 +87,7 @@ def _ema_block(
     CROSSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Update one block."""
     h = load_state(pointers.h, pointers.h_scale, block, H_DTYPE, True, BLOCK)
     g = load(pointers.g, block.offsets, block.mask).to(tl.float32)
     if numbers.factor is not None:
@@ -106,17 +107,17 @@ def _ema_block(
 def hessian_ema_kernel(
     table_ptr,  # [8, n_tensors] int64: addresses of h, g, probe u, scale of h, step; element counts; salts; offsets
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
-    chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
+    chunk_piece_ptr,  # [programs] int32: index of this program's piece, of CHUNK elements, in that tensor
     factor_ptr,  # [] fp32: the gradients are multiplied by it; None: 1
-    skip_ptr,  # [] fp32: anything but 0 leaves all as it is; None: 0
+    skip_ptr,  # [] fp32: unless it is 0, nothing is changed; None: 0
     n_tensors,
     beta2,
     weight,  # (1 - beta2) * scale
     H_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     U_DTYPE: tl.constexpr,  # None: g takes the place of u
-    STEPS: tl.constexpr,  # the noise depends on a step of each tensor
-    CROSSES: tl.constexpr,  # a chunk may lie on both sides of element 2^32 of its tensor
+    STEPS: tl.constexpr,  # whether the noise depends on a step of each tensor
+    CROSSES: tl.constexpr,  # whether a chunk may lie on both sides of a multiple of 2^32 in its noise
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,9 +153,9 @@ def hessian_ema_kernel(
 
 
 class HessianEma:
-    """Updates of Hessians that a caller keeps: `hessian_ema`, prepared.
+    """Repeated updates of the same Hessians: `hessian_ema` in two parts, `prepare` and the call that it returns.
 
-    As `soul_kernels.SophiaStep`: what does not change between calls is checked once and noticed when it does.
+    It works like `soul_kernels.SophiaStep`: tensors are checked once, and again if one has changed.
     """
 
     def __init__(self) -> None:
@@ -198,7 +199,7 @@ class HessianEma:
             check_scales("hessian_scales", hessian_scales, "hessians", hessians)
             salts = noise.salts(hessians)
             offsets = noise.offsets(hessians)
-            copy = rebuild_table(table, roles, key, read=("g", "u"), salts=salts, offsets=offsets, side=SIDE)
+            copy = rebuild_table(table, roles, key, read=("g", "u"), salts=salts, offsets=offsets, auxiliary=AUXILIARY)
         guards.check(table.devices)
         check_on_device("steps", noise.steps, table.devices, numel=len(hessians))
         backend = resolve_backend(backend, hessians[0], compiled=table.numel)
@@ -237,33 +238,34 @@ def hessian_ema(
 ) -> None:
     """Update diagonal Hessian estimates in place: ``h = beta2 * h + (1 - beta2) * scale * g * g``.
 
-    Computed in fp32 and rounded once to the dtype of ``h``: fp32 to nearest; bf16 and 8-bit stochastically, because nearest
-    would lose the small changes of a slow average. Sophia, Liu et al. 2023 (arXiv 2305.14342), algorithm 3 with the
+    The average is computed in fp32. bf16 and 8-bit Hessians are then rounded stochastically, because rounding to nearest would
+    lose the small changes of a slow average. Source: Sophia, Liu et al. 2023 (arXiv 2305.14342), algorithm 3 with the
     Gauss-Newton-Bartlett estimate, as coded in ``update_hessian()`` of the published class: the batch size enters later, in
     the step. With ``probes`` u and gradients H u, ``h = beta2 * h + (1 - beta2) * scale * u * Hu``: Hutchinson's estimate.
 
-    Who calls it again and again with the same tensors keeps a `HessianEma`.
+    To update the same tensors again and again, keep a `HessianEma`: it takes less time on the host.
 
     Args:
         hessians: list of dense tensors, any shapes, fp32 or bf16, or uint8 codes of 8-bit states; mutated.
         grads: list of tensors of the same shapes and devices, fp32, bf16 or fp16; not changed.
         beta2: decay of the average, in [0, 1).
         scale: factor of the squared gradient, >= 0.
-        probes: list of tensors as ``grads``, for Hutchinson's estimate; None: the gradients themselves.
-        hessian_scales: list of fp32 [ceil(numel / 256)], the scales of 8-bit states; None elsewhere. Mutated.
+        probes: list of tensors like ``grads``, for Hutchinson's estimate; None: the gradients themselves.
+        hessian_scales: list of fp32 [ceil(numel / 256)], the scales of 8-bit states; an entry is None for other dtypes.
+            Mutated.
         noise: where the noise of stochastic rounding comes from.
-        guards: a factor of the gradients, and whether to skip the update; both on the device.
+        guards: a factor of the gradients, and a flag to skip the update; both on the device.
         backend: "auto" (Triton on a GPU and under the interpreter; on a CPU "compile" where that pays; else the reference),
             "triton", "compile" or "reference". "compile" is the reference under torch.compile, with the same bits.
-        **fields: the fields of ``noise`` and ``guards`` by their own names: ``seed``, ``tensor_ids``, ``tensor_offsets``,
-            ``steps``, ``grad_factor``, ``skip``. They take the place of the bundle's.
+        **fields: the fields of `Noise` (``seed``, ``tensor_ids``, ``tensor_offsets``, ``steps``) and `Guards`
+            (``grad_factor``, ``skip``), which override those of ``noise`` and ``guards``.
 
     Raises:
         ValueError: an argument does not fit; nothing was changed.
     """
     noise = with_fields(noise, fields)
     guards = with_fields(guards, fields)
-    check_all_taken("hessian_ema", fields)
+    refuse_unknown_keywords("hessian_ema", fields)
     update = HessianEma().prepare(
         hessians, grads, beta2=beta2, scale=scale, probes=probes, hessian_scales=hessian_scales, noise=noise, guards=guards,
         backend=backend,

@@ -1,8 +1,8 @@
-"""Device functions between storage formats and fp32: the one place where kernels give up precision.
+"""Device functions that convert between storage formats and fp32. Kernels store numbers below fp32 through these only.
 
-Each function gives the bits of the function of the same name in ``reference/rounding.py``, which explains formats, noise and
-reasons. A change must be made in both; ``tests/kernels/test_rounding.py`` compares them. Constexpr arguments choose the format:
-``DTYPE``, and ``HESSIAN`` for the 8-bit format of a Hessian in place of a momentum's.
+Each function gives the same bits as the function of that name in ``reference/rounding.py``, which explains the formats, the
+noise and the reasons. A change must be made in both; ``tests/kernels/test_rounding.py`` compares them. Constexpr arguments
+choose the format: ``DTYPE``, and ``HESSIAN``, which is true for the 8-bit format of a Hessian and false for a momentum's.
 """
 
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ GROUP = tl.constexpr(_GROUP)
 
 
 class Block(NamedTuple):
-    """Elements of a chunk that a program works on at once, as a kernel has them.
+    """Elements of a chunk of a tensor that a program works on at once, within a kernel.
 
     Attributes:
         offsets: [BLOCK] int32, from the start of the chunk.
-        mask: [BLOCK] bool, or None in a full block: an unmasked access is what becomes a 16-byte one.
-        group: the block's first group of 8-bit values, from the start of the chunk.
-        groups: how many groups the chunk has.
+        mask: [BLOCK] bool, or None in a full block: only unmasked accesses are 16 bytes wide.
+        group: index of the block's first group of 8-bit values, from the start of the chunk.
+        groups: number of groups in the chunk.
     """
 
     offsets: Any
@@ -50,7 +50,7 @@ def noise_words(key, first, offsets, CROSSES: tl.constexpr):
 
     ``CROSSES``: the upper half of an element's number may differ from that of ``first``.
     """
-    high = first >> 32  # without CROSSES the same for all elements: computed once, before the loop
+    high = first >> 32  # without CROSSES the same for all elements, so the compiler computes it before the loop
     if CROSSES:
         high = (first + offsets) >> 32
     return mix(mix(key ^ high.to(tl.uint32)) ^ (first.to(tl.uint32) + offsets.to(tl.uint32)))
@@ -79,7 +79,7 @@ def _bits(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _words(x, DTYPE: tl.constexpr):
-    """Return `_bits`, with one pattern for all NaN and one for all numbers that overflow fp16."""
+    """Return `_bits`, with all NaN mapped to one pattern, and all numbers that overflow fp16 to another."""
     if DTYPE == tl.bfloat16:
         return tl.where(x == x, _bits(x, DTYPE), 0x7FC00000)
     else:
@@ -88,7 +88,7 @@ def _words(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def _assemble(pattern, x, DTYPE: tl.constexpr):
-    """Return numbers of ``DTYPE`` from 16-bit patterns; for fp16 these lack the sign, which is that of ``x``."""
+    """Return numbers of ``DTYPE`` from 16-bit patterns; fp16 patterns lack the sign, which is taken from ``x``."""
     if DTYPE == tl.float16:
         pattern |= x.to(tl.uint32, bitcast=True) >> 31 << 15
     return pattern.to(tl.uint16).to(DTYPE, bitcast=True)
@@ -140,7 +140,7 @@ def join(high, low, DTYPE: tl.constexpr):
 
 @triton.jit
 def _spread(scale, BLOCK: tl.constexpr):
-    """Return the scales [BLOCK / GROUP] of a block, repeated for every value: [BLOCK]."""
+    """Repeat each scale of a block [BLOCK / GROUP] for the values of its group: [BLOCK]."""
     return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
 
 
@@ -180,7 +180,7 @@ def decode(code, scale, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def load(ptr, offsets, mask):
     """Return elements as they are stored; 0 where ``mask`` is false."""
-    if mask is None:  # only an unmasked access becomes one of 16 bytes
+    if mask is None:  # only an unmasked access is 16 bytes wide
         return tl.load(ptr + offsets)
     else:
         return tl.load(ptr + offsets, mask=mask, other=0)
@@ -200,7 +200,7 @@ def load_state(ptr, scale_ptr, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr
 
 @triton.jit
 def store_state(ptr, scale_ptr, x, noise, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a `Block` of a state. A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest."""
+    """Store a `Block` of a state. A bf16 Hessian is rounded stochastically: rounding to nearest would lose small changes."""
     if DTYPE == tl.uint8:
         code, scale = encode(x, noise, HESSIAN, BLOCK)
         index = block.group + tl.arange(0, BLOCK // GROUP)

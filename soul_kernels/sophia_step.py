@@ -4,12 +4,12 @@ How it works. `SophiaStep.prepare` checks the arguments and keeps a table of the
 (``_table.py``); the call that it returns launches `sophia_step_kernel` once for all tensors of the same dtypes and alignment.
 Each program takes one chunk of one tensor: it looks up its pointers and its noise (``_foreach.py``), then walks over the
 chunk in blocks. `_step_block` updates a block: it loads every operand once, computes in fp32 and rounds once to each tensor's
-storage (``rounding.py``). All full blocks are accessed without a mask, for only such accesses become 16-byte ones; the last
-block of a tensor has one.
+storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. The last
+block of a tensor is masked unless it is full.
 
-What defines the numbers is ``reference/sophia_step.py``, of which the kernel is a copy bit for bit, but for 8-bit states,
-whose kernels use fused multiply-add. Safe to change: the configurations. Whoever changes the arithmetic or its order changes
-both files. A new tensor of the step is a new entry in ``ROLES`` and in `Pointers`; a new option a field of `StepOptions` and
+``reference/sophia_step.py`` defines the results. The kernel gives the same bits, except with 8-bit states: there it uses fused
+multiply-add. Safe to change: the configurations. A change of the arithmetic or of its order must be made in both files. A new
+tensor of the step needs an entry in ``ROLES`` and a field of `Pointers`; a new option needs a field of `StepOptions` and one
 of `Numbers`.
 """
 
@@ -28,13 +28,13 @@ from soul_kernels._foreach import (
     Guards,
     Noise,
     PreparedCall,
-    check_all_taken,
     chunk_of_program,
     chunk_pointer,
     noise_of_chunk,
     nothing_to_do,
     number_of_tensor,
     rebuild_table,
+    refuse_unknown_keywords,
     scale_pointer,
     with_fields,
 )
@@ -69,23 +69,24 @@ from soul_kernels.tensors import (
     same_layout,
 )
 
-# Elements a program, elements a loop turn, warps. Sane choices differ by 1 to 2% (measured on an H100); with 8 warps older
-# compilers stop at 128 registers a thread and spill. 8-bit states are bound by instructions: fused multiply-add there.
+# Elements per program, elements per loop iteration, warps. Sane choices differ by 1 to 2% (measured on an H100); with 8 warps
+# older compilers stop at 128 registers a thread and spill. Steps with 8-bit states are bound by instructions, not by memory:
+# they use fused multiply-add.
 CONFIG = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
 CONFIG_8BIT = CONFIG | {"enable_fp_fusion": True}
 EPS_MODES = ("add", "max")
-# Rows of the table, in this order; the kernel knows them by number. Element counts, salts and offsets follow.
+# The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.
 ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")
-SIDE = ("m_scale", "h_scale", "step", "correction")  # rows that are not walked element by element
+AUXILIARY = ("m_scale", "h_scale", "step", "correction")  # roles that are not walked element by element
 P_ROW, G_ROW, M_ROW, H_ROW, LOW_ROW, M_SCALE_ROW, H_SCALE_ROW, STEP_ROW, CORRECTION_ROW = map(tl.constexpr, range(len(ROLES)))
 N_ROLES = tl.constexpr(len(ROLES))
-# Options that may lie on the device, and the bits of the kernel's ON_DEVICE that say so.
+# Options that may be tensors on the device -> the bit of the kernel's ON_DEVICE that is set where they are.
 ON_DEVICE_BITS = {"lr": 1, "weight_decay": 2, "rho": 4, "bs": 8}
 LR_BIT, WEIGHT_DECAY_BIT, RHO_BIT, BS_BIT = map(tl.constexpr, ON_DEVICE_BITS.values())
 
 
 class Pointers(NamedTuple):
-    """Where a chunk begins in the tensors of each role, as the kernel has it."""
+    """Pointers to the first element of a chunk in the tensor of each role, within the kernel."""
 
     p: Any
     g: Any
@@ -97,21 +98,21 @@ class Pointers(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What all elements of a tensor share, as the kernel has it: fp32."""
+    """Numbers that all elements of a tensor share, in fp32, within the kernel."""
 
     lr: Any
     weight_decay: Any
     h_weight: Any  # rho bs, divided by the tensor's bias correction
     beta1: Any
-    beta1_rest: Any
+    beta1_rest: Any  # 1 - beta1, or its negative to maximize
     beta2: Any
-    beta2_rest: Any
+    beta2_rest: Any  # 1 - beta2
     eps: Any
     factor: Any  # of the gradients, or None
 
 
 class Variant(NamedTuple):
-    """What the compiler knows of the step of a block."""
+    """Compile-time constants of `_step_block`."""
 
     P_DTYPE: Any
     M_DTYPE: Any
@@ -119,13 +120,13 @@ class Variant(NamedTuple):
     HESSIAN_IN_STEP: Any
     ADD_EPS: Any
     ROUNDING: Any
-    CROSSES: Any
+    CROSSES: Any  # as in `noise_words`
     BLOCK: Any
 
 
 @triton.jit
 def option(value, ON_DEVICE: tl.constexpr, BIT: tl.constexpr):
-    """Return a number in fp32, which is an argument, or lies on the device where ``ON_DEVICE`` has ``BIT``."""
+    """Return an option in fp32: ``value`` itself, or the number that it points to where ``ON_DEVICE`` has ``BIT``."""
     if BIT & ON_DEVICE:  # in this order: the interpreter of Triton 3.6 has no `int & constexpr`
         return tl.load(value).to(tl.float32)
     else:
@@ -140,7 +141,7 @@ def _step_block(
     numbers,  # `Numbers`
     VARIANT: tl.constexpr,  # `Variant`
 ):
-    """Update one block; return for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
+    """Update one block; return two values for each coordinate: 1 if clipped plus 2^16 if lost to rounding, and the update."""
     P_DTYPE: tl.constexpr = VARIANT.P_DTYPE
     M_DTYPE: tl.constexpr = VARIANT.M_DTYPE
     H_DTYPE: tl.constexpr = VARIANT.H_DTYPE
@@ -169,7 +170,7 @@ def _step_block(
         denominator = curvature + numbers.eps
     else:
         denominator = tl.maximum(curvature, numbers.eps, propagate_nan=tl.PropagateNan.ALL)
-    if M_DTYPE == tl.uint8:  # bound by instructions: 2 ulp are nothing beside 3 mantissa bits
+    if M_DTYPE == tl.uint8:  # bound by instructions, and an error of 2 ulp does not matter beside 3 mantissa bits
         update = m / denominator
     else:
         update = tl.div_rn(m, denominator)
@@ -197,32 +198,32 @@ def _step_block(
 def sophia_step_kernel(
     table_ptr,  # [12, n_tensors] int64: an address for each of ROLES; element counts; salts and offsets of the noise
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
-    chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
+    chunk_piece_ptr,  # [programs] int32: index of this program's piece, of CHUNK elements, in that tensor
     telemetry_ptr,  # [3] fp64: clipped and lost coordinates and the update's squared norm are added here; None: not counted
     factor_ptr,  # [] fp32: the gradients are multiplied by it; None: 1
-    skip_ptr,  # [] fp32: anything but 0 leaves all as it is; None: 0
+    skip_ptr,  # [] fp32: unless it is 0, nothing is changed; None: 0
     n_tensors,
     lr,  # this and the next three: a number, or a pointer to one where ON_DEVICE says so
     weight_decay,
     rho,
     bs,
     beta1,
-    beta1_rest,  # 1 - beta1, or its negative to maximize; formed in double precision on the host
+    beta1_rest,  # 1 - beta1, or its negative to maximize; computed in double precision on the host
     beta2,
-    beta2_rest,
+    beta2_rest,  # 1 - beta2
     eps,
     P_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     M_DTYPE: tl.constexpr,
     H_DTYPE: tl.constexpr,
     LOW_DTYPE: tl.constexpr,
-    ON_DEVICE: tl.constexpr,  # ON_DEVICE_BITS
+    ON_DEVICE: tl.constexpr,  # sum of ON_DEVICE_BITS
     HESSIAN_IN_STEP: tl.constexpr,
     ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
-    STEPS: tl.constexpr,  # the noise depends on a step of each tensor
-    CORRECTIONS: tl.constexpr,  # h is divided by a number of each tensor
-    CROSSES: tl.constexpr,  # a chunk may lie on both sides of element 2^32 of its tensor
+    STEPS: tl.constexpr,  # whether the noise depends on a step of each tensor
+    CORRECTIONS: tl.constexpr,  # whether h is divided by a number of each tensor
+    CROSSES: tl.constexpr,  # whether a chunk may lie on both sides of a multiple of 2^32 in its noise
     ALIGNED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -268,7 +269,7 @@ def sophia_step_kernel(
     )
     lanes = tl.arange(0, BLOCK)
     groups = tl.cdiv(chunk.count, GROUP)
-    # Kept per lane: one reduction a program, not one a block. Both counts of a lane stay below 2^16.
+    # Sums are kept per lane: one reduction per program, not one per block. Both counts of a lane stay below 2^16.
     counted = tl.zeros([BLOCK], tl.int32)
     moved = tl.zeros([BLOCK], tl.float32)
     full = chunk.count // BLOCK
@@ -293,16 +294,17 @@ def sophia_step_kernel(
 
 
 class StepTensors(NamedTuple):
-    """The tensors of a Sophia step, as lists in one order.
+    """The tensors of a Sophia step: lists in which one index belongs to one parameter.
 
     Attributes:
         params: dense tensors, any shapes, fp32, bf16 or fp16; mutated.
         grads: tensors of the same shapes, fp32, bf16 or fp16; not changed.
         exp_avgs: momenta m, fp32, bf16 or 8-bit (uint8), laid out as the parameters; mutated.
-        hessians: diagonal Hessian estimates h, dtypes and layout likewise; mutated with ``beta2`` only.
-        low_bits: int8 tensors, laid out as the parameters, with "compensated" rounding; None for fp32 parameters. Mutated.
+        hessians: diagonal Hessian estimates h, of the dtypes and layout of ``exp_avgs``; mutated with ``beta2`` only.
+        low_bits: int8 tensors, laid out as the parameters, for "compensated" rounding; an entry is None for an fp32 parameter.
+            Mutated.
         exp_avg_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit momenta; mutated.
-        hessian_scales: the same of 8-bit Hessians; mutated with ``beta2`` only.
+        hessian_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit Hessians; mutated with ``beta2`` only.
     """
 
     params: Sequence[Tensor]
@@ -327,7 +329,7 @@ class StepOptions(NamedTuple):
         weight_decay: decoupled weight decay, >= 0.
         beta2: decay of the Hessian estimate, in [0, 1); None leaves it as it is.
         maximize: ascend instead of descend.
-        eps_mode: "add" as in the published code, or "max" as in the papers: ``m / max(rho * bs * h, eps)``.
+        eps_mode: "add" as in the published code, or "max" as in the papers: the denominator is ``max(rho * bs * h, eps)``.
         param_rounding: "nearest", "stochastic" or "compensated"; fp32 parameters are stored exactly in any case.
         corrections: fp32 [number of tensors] on the device: h is divided by it, for instance by ``1 - beta2^t``.
     """
@@ -345,7 +347,7 @@ class StepOptions(NamedTuple):
     corrections: Tensor | None = None
 
     def check(self) -> int:
-        """Raise ValueError where an option is out of its bounds; return which options are tensors, as bits of ON_DEVICE."""
+        """Raise ValueError if an option is out of its bounds; return the ON_DEVICE_BITS of the options that are tensors."""
         on_device = 0
         for name, bit in ON_DEVICE_BITS.items():
             value = getattr(self, name)
@@ -364,7 +366,7 @@ class StepOptions(NamedTuple):
         return on_device
 
     def check_on_device(self, on_device: int, devices: Sequence[torch.device], n_tensors: int) -> None:
-        """Raise ValueError where an option that is a tensor does not fit or is not on the one device in ``devices``."""
+        """Raise ValueError unless every option that is a tensor fits and is on the one device in ``devices``."""
         if on_device:
             for name in ON_DEVICE_BITS:
                 if isinstance(value := getattr(self, name), Tensor):
@@ -373,14 +375,14 @@ class StepOptions(NamedTuple):
 
 
 class SophiaStep:
-    """Sophia steps on tensors that a caller keeps: `sophia_step`, prepared.
+    """Repeated Sophia steps on the same tensors: `sophia_step` in two parts, `prepare` and the call that it returns.
 
-    What does not change between calls, such as the parameters, the states and most options, is checked once, and its table of
-    addresses stays on the device. Changes are noticed: of dtypes, devices, shapes, strides and addresses of all tensors, also
-    behind the same Python objects. Then everything is checked again.
+    Tensors are checked once, and the table of their addresses stays on the device. Before every step the dtypes, devices,
+    shapes, strides and addresses of all tensors are compared with those of the step before; if one has changed, also behind the
+    same Python object, everything is checked again.
 
-    `prepare` checks and changes nothing; the object that it returns steps. Who steps several lists of tensors prepares all of
-    them first: an error then leaves all of them as they were.
+    `prepare` checks and changes nothing; the object that it returns steps. To step several lists of tensors, prepare all of
+    them first: an error then leaves all of them unchanged.
 
     Example::
 
@@ -397,7 +399,7 @@ class SophiaStep:
 
     @property
     def version(self) -> int:
-        """How often tensors came that were not those of the call before, gradients at other addresses aside."""
+        """Number of calls with other tensors than the call before; gradients that have only moved do not count."""
         return self._table.version
 
     def prepare(
@@ -413,10 +415,10 @@ class SophiaStep:
         """Check all arguments and change nothing.
 
         Args:
-            tensors: what is stepped.
+            tensors: the tensors to step.
             options: the hyper-parameters.
             noise: where the noise of stochastic rounding comes from.
-            guards: a factor of the gradients, and whether to skip the step; both on the device.
+            guards: a factor of the gradients, and a flag to skip the step; both on the device.
             telemetry: as in `sophia_step`.
             backend: as in `sophia_step`.
 
@@ -441,7 +443,7 @@ class SophiaStep:
                 return PreparedCall(table, nothing_to_do)
             salts = noise.salts(params)
             offsets = noise.offsets(tensors.exp_avgs, tensors.hessians)
-            copy = rebuild_table(table, roles, key, read=("g",), salts=salts, offsets=offsets, side=SIDE)
+            copy = rebuild_table(table, roles, key, read=("g",), salts=salts, offsets=offsets, auxiliary=AUXILIARY)
         options.check_on_device(on_device, table.devices, len(params))
         guards.check(table.devices)
         check_on_device("steps", noise.steps, table.devices, numel=len(params))
@@ -451,17 +453,15 @@ class SophiaStep:
             launch = functools.partial(_launch, table, tensors, options, on_device, noise, guards, telemetry)
             return PreparedCall(table, launch, copy)
         run = functools.partial(
-            _reference_sophia_step, **tensors._asdict(), **options._asdict(), **guards._asdict(), salts=table.salts,
-            offsets=table.offsets, steps=noise.steps, telemetry=telemetry,
-            run=Compiled(step_block) if backend == "compile" else step_block,
+            _reference_sophia_step, **tensors._asdict(), **options._asdict(), salts=table.salts, offsets=table.offsets,
+            steps=noise.steps, grad_factor=guards.grad_factor, skip=guards.skip if has_data(params[0]) else None,
+            telemetry=telemetry, run=Compiled(step_block) if backend == "compile" else step_block,
         )  # fmt: skip
-        if not has_data(params[0]):
-            run.keywords["skip"] = None
         return PreparedCall(table, torch.no_grad()(run))  # kernels know nothing of autograd
 
 
 def _argument(value: float | Tensor) -> float | Tensor:
-    """Return what the kernel takes: numbers as floats, for which Triton compiles once."""
+    """Return an option as the kernel takes it: a tensor, or a float, since Triton would compile another variant for an int."""
     return value if isinstance(value, Tensor) else float(value)
 
 
@@ -531,22 +531,23 @@ def sophia_step(
     Without ``beta2`` this is ``SophiaG.step`` of the published class (Liu et al. 2023, arXiv 2305.14342, algorithm 3): its
     ``sign(m) min(|m| / (rho bs h + eps), 1)`` is the clamp. NaN and inf in a gradient propagate as they do in PyTorch.
 
-    **Rounding of parameters** below fp32. "nearest" loses an update smaller than half a unit in the last place: at
-    lr 5e-6 about 95% of it. "stochastic" rounds up or down so that the mean is right. "compensated" keeps the next 8 bits of
-    every parameter in ``low_bits``: a 24-bit weight, of which ``params`` is the nearest 16-bit number.
+    **Rounding of parameters** in bf16 and fp16. "nearest" loses every update smaller than half a unit in the last place: at
+    lr 5e-6 that is about 95% of the update. "stochastic" rounds up or down so that the mean is right. "compensated" keeps the
+    next 8 bits of every parameter in ``low_bits``: together they are a 24-bit weight, and ``params`` is the nearest 16-bit
+    number.
 
-    **8-bit states** are uint8 codes with one power-of-two scale for 256 consecutive elements in memory: m as sign, 4
-    exponent and 3 mantissa bits; h, never negative, as 5 exponent and 3 mantissa bits; rounded stochastically. Their
-    formats, and where the noise comes from, are defined in ``soul_kernels/reference/rounding.py``. m in bf16 is rounded to
-    nearest, h in bf16 stochastically.
+    **8-bit states** are uint8 codes, rounded stochastically, with one power-of-two scale for 256 consecutive elements in
+    memory. m has sign, 4 exponent and 3 mantissa bits; h, never negative, has 5 exponent and 3 mantissa bits.
+    ``soul_kernels/reference/rounding.py`` defines both formats and the noise. m in bf16 is rounded to nearest, h in bf16
+    stochastically.
 
-    Who steps the same tensors again and again keeps a `SophiaStep`, which costs less time on the host.
+    To step the same tensors again and again, keep a `SophiaStep`: it takes less time on the host.
 
     Args:
         params: list of dense tensors, any shapes, fp32, bf16 or fp16; mutated.
         grads: list of tensors of the same shapes, fp32, bf16 or fp16; not changed.
         exp_avgs: list of momenta m, fp32, bf16 or 8-bit (uint8), laid out as the parameters; mutated.
-        hessians: list of diagonal Hessian estimates h, dtypes and layout likewise; mutated with ``beta2`` only.
+        hessians: list of diagonal Hessian estimates h, of the dtypes and layout of ``exp_avgs``; mutated with ``beta2`` only.
         lr: learning rate, >= 0. This, ``weight_decay``, ``rho`` and ``bs`` may be an fp32 tensor of one element on the
             parameters' device instead; it is then read there, and its value is not checked.
         beta1: decay of the momentum, in [0, 1).
@@ -558,15 +559,15 @@ def sophia_step(
         param_rounding: "nearest", "stochastic" or "compensated", which needs ``low_bits``; fp32 parameters are stored exactly
             in any case.
         noise: where the noise of stochastic rounding comes from. Pass another ``seed`` at every call.
-        guards: a factor of the gradients, and whether to skip the step; both on the device.
+        guards: a factor of the gradients, and a flag to skip the step; both on the device.
         telemetry: fp64 [3] on the parameters' device, added to: the number of clipped coordinates (``|m| >=`` denominator:
             they move by the full lr), the number of coordinates whose update was lost to rounding to nearest, and the squared
             norm of ``lr * (...)``. None: not counted.
         backend: "auto" (Triton on a GPU and under the interpreter; on a CPU "compile" where that pays; else the reference),
             "triton", "compile" or "reference". "compile" is the reference under torch.compile, with the same bits.
-        **fields: what else `StepTensors`, `StepOptions`, `Noise` and `Guards` have, by its own name: ``low_bits``,
-            ``exp_avg_scales``, ``hessian_scales``; ``maximize``, ``eps_mode``, ``corrections``; ``seed``, ``tensor_ids``,
-            ``tensor_offsets``, ``steps``; ``grad_factor``, ``skip``. Fields of the latter two take the place of the bundle's.
+        **fields: the other fields of `StepTensors` (``low_bits``, ``exp_avg_scales``, ``hessian_scales``) and of `StepOptions`
+            (``maximize``, ``eps_mode``, ``corrections``), and those of `Noise` (``seed``, ``tensor_ids``, ``tensor_offsets``,
+            ``steps``) and `Guards` (``grad_factor``, ``skip``), which override the fields of ``noise`` and ``guards``.
 
     Raises:
         ValueError: an argument does not fit; nothing was changed.
@@ -577,13 +578,13 @@ def sophia_step(
     options = with_fields(options, fields)
     noise = with_fields(noise, fields)
     guards = with_fields(guards, fields)
-    check_all_taken("sophia_step", fields)
+    refuse_unknown_keywords("sophia_step", fields)
     step = SophiaStep().prepare(tensors, options, noise=noise, guards=guards, telemetry=telemetry, backend=backend)
     step()
 
 
 def _check_tensors(tensors: StepTensors, param_rounding: str) -> None:
-    """Raise ValueError where the tensors do not fit together."""
+    """Raise ValueError unless the tensors fit together."""
     params = tensors.params
     check_tensor_lists(
         {"params": PARAM_DTYPES, "grads": PARAM_DTYPES, "exp_avgs": STATE_DTYPES, "hessians": STATE_DTYPES},
