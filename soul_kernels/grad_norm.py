@@ -1,6 +1,6 @@
-"""The global L2 norm of many gradients: one launch reads them once, and a second one, of one program, adds up.
+"""The global L2 norm of many gradients. One launch reads them once; a second one, of one program, adds up the partial sums.
 
-Safe to change: the two configurations. The order in which squares are added up is part of the result.
+Safe to change: the two configurations. They decide the order in which squares are added up, and so the last bits of the result.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from soul_kernels.reference.grad_norm import grad_norm as _reference_grad_norm
 from soul_kernels.rounding import load
 from soul_kernels.tensors import PARAM_DTYPES, check_gradient, is_dense
 
-# Larger pieces than in the step: fewer partial sums, which one program adds up.
+# Larger chunks than in the step make fewer partial sums, which one program adds up.
 CONFIG = {"chunk": 65536, "BLOCK": 2048, "num_warps": 8}
 SUM_CONFIG: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
-# The rows of the table, of which element counts are the last one.
+# Rows of the table: one of addresses; the row of element counts follows.
 G_ROW = tl.constexpr(0)
 N_ROLES = tl.constexpr(1)
 
@@ -30,7 +30,7 @@ N_ROLES = tl.constexpr(1)
 def squares_kernel(
     table_ptr,  # [2, n_tensors] int64: addresses of g; element counts
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
-    chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
+    chunk_piece_ptr,  # [programs] int32: index of this program's piece, of CHUNK elements, in that tensor
     partial_ptr,  # [programs] fp64: the sum of squares of this piece is written here
     n_tensors,
     G_DTYPE: tl.constexpr,
@@ -38,7 +38,7 @@ def squares_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the sum of the squares of each chunk."""
+    """Write the sum of the squares of one chunk."""
     chunk = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, N_ROLES, CHUNK)
     g_ptr = chunk_pointer(chunk, G_ROW, G_DTYPE, ALIGNED)
     lanes = tl.arange(0, BLOCK)
@@ -57,7 +57,7 @@ def squares_kernel(
 @triton.jit(do_not_specialize=["n_partials"])
 def norm_kernel(
     partial_ptr,  # [n_partials] fp64
-    norm_ptr,  # [] fp32: the square root of their sum is written here
+    norm_ptr,  # [] fp32: the square root of the sum of all partial sums is written here
     n_partials,
     BLOCK: tl.constexpr,
 ):
@@ -73,9 +73,9 @@ def norm_kernel(
 def grad_norm(grads: Sequence[Tensor], *, table: TensorTable | None = None, backend: str = "auto") -> Tensor:
     """Return the L2 norm of all gradients together, ``sqrt(sum_i ||g_i||^2)``, as ``torch.nn.utils.get_total_norm`` defines it.
 
-    Squares are summed in fp32 within a thread and in fp64 from there on, always in the same order: the result is the same at
-    every run. It is finite exactly if all gradients are finite and their squares do not overflow fp32, so it serves as the flag
-    of finite gradients too.
+    Each thread sums squares in fp32, and the threads' sums are added in fp64, always in the same order: the result is the same
+    in every run. It is finite exactly if all gradients are finite and their squares do not overflow fp32, so it also tells
+    whether gradients are finite.
 
     Args:
         grads: list of dense tensors, any shapes, fp32, bf16 or fp16, on any devices; not changed.

@@ -1,8 +1,8 @@
-"""Row kernels over a chunk of logits and that of a reference model: divergence of each row, then its gradient by the logits.
+"""Row kernels over the logits of a model and of the reference model: divergence of each row, and then its gradient.
 
-Both read the statistics that `token_statistics` has taken of either chunk. The logarithms of the sums are therefore known, and
-each term of the divergence can be formed without cancellation. How row kernels are built stands at the top of
-``token_logprob.py``.
+Both kernels read the statistics that `token_statistics` has computed for either chunk. The logarithms of the sums are therefore
+known, and each term of the divergence can be computed without cancellation. The top of ``token_logprob.py`` explains how row
+kernels are built.
 """
 
 from typing import NamedTuple
@@ -34,24 +34,24 @@ SMALLEST = tl.constexpr(_reference.FLOOR)
 DIVERGENCE = tl.constexpr(_reference.DIVERGENCE)  # rows of the divergences of a chunk
 REF_ENTROPY = tl.constexpr(_reference.REF_ENTROPY)
 
-# Columns a loop turn, warps: no spills for any target. Times on a GPU are still to be measured.
+# Columns per loop iteration, warps: no spills for any target. Times on a GPU are still to be measured.
 DIVERGENCE_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 GRADIENT_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 
 class RefRow(NamedTuple):
-    """The row of the reference model: q = softmax(z), where the label's logit is lowered."""
+    """The row of the reference model: q = softmax(z), with the label's logit lowered."""
 
     logits: tl.tensor  # pointer to its first raw product
     lowered: tl.tensor  # how far the label's logit is lowered
-    row_max: tl.tensor  # maximum before that
+    row_max: tl.tensor  # maximum before the label's logit is lowered
     total: tl.tensor  # sum of exp(z - row_max)
     rest: tl.tensor  # 1 - q(label)
-    label_log_q: tl.tensor
+    label_log_q: tl.tensor  # log q(label)
 
 
 class GradientFactors(NamedTuple):
-    """What the gradient of ``coefficient log p(label) + weight divergence`` is made of, beside the logits of a block."""
+    """Numbers of a row from which the gradient of ``coefficient log p(label) + weight divergence`` is computed."""
 
     coefficient: tl.tensor
     weight: tl.tensor
@@ -59,14 +59,14 @@ class GradientFactors(NamedTuple):
     row_max: tl.tensor
     scale: tl.tensor  # 1 / sum of exp(z - row_max)
     rest: tl.tensor  # 1 - p(label)
-    ref_scale: tl.tensor  # scale and logarithm of the sum, of the reference model
-    ref_log_total: tl.tensor
-    label_difference: tl.tensor  # p - q of the label
+    ref_scale: tl.tensor  # 1 / sum of exp(z - row_max) of the reference model
+    ref_log_total: tl.tensor  # logarithm of that sum
+    label_difference: tl.tensor  # p(label) - q(label)
 
 
 @triton.jit
 def _ref_row(ref_logits_ptr, ref_row_stride, statistics_ptr, stride, strengths_ptr, row):
-    """Return the `RefRow` of a row; ``strengths_ptr``: how far labels are lowered, or None."""
+    """Return the `RefRow` of a row; ``strengths_ptr`` holds how far the labels' logits are lowered, or is None."""
     log_q = tl.load(statistic(statistics_ptr, stride, row, LOGP))
     row_max = tl.load(statistic(statistics_ptr, stride, row, ROW_MAX))
     total = tl.load(statistic(statistics_ptr, stride, row, TOTAL))
@@ -74,7 +74,7 @@ def _ref_row(ref_logits_ptr, ref_row_stride, statistics_ptr, stride, strengths_p
     lowered = 0.0
     if strengths_ptr is not None:
         lowered = tl.load(strengths_ptr + row.index)
-        if lowered != 0.0:  # the others were summed without the label, which keeps exp(-lowered) of its share
+        if lowered != 0.0:  # the rest was summed without the label; the label's term is multiplied by exp(-lowered)
             others = rest * total
             at_label = tl.exp(log_q - lowered) * total
             total = others + at_label
@@ -86,7 +86,7 @@ def _ref_row(ref_logits_ptr, ref_row_stride, statistics_ptr, stride, strengths_p
 
 @triton.jit
 def _load_both(row, row_max, ref, block, transform):
-    """Return the raw products of a block, and z - max of both distributions."""
+    """Return the raw products of a block, and z - row_max of both models."""
     raw, z = load_logits(row.logits, block, transform)
     ref_raw, ref_z = load_logits(ref.logits, block, transform)
     return raw, z - row_max, tl.where(block.columns == row.label, ref_z - ref.lowered, ref_z) - ref.row_max
@@ -101,14 +101,14 @@ def _surprise(log_q):
 
 @triton.jit
 def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
-    """Return the sums over a block of the divergence and of the entropy of the reference model."""
+    """Return what a block adds to the divergence, and to the entropy of the reference model."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     entropy = tl.sum(tl.where(q > 0.0, -q * log_q, 0.0), 0)
     if SOUL:
         return tl.sum(p * _surprise(log_q), 0), entropy
     else:
-        # q (d + exp(-d) - 1), d = log q - log p. Close to 0 by its series: the next term is below 3e-9 of the sum.
+        # q (d + exp(-d) - 1), d = log q - log p. Near d = 0 a series is used; its next term is below 3e-9 of the sum.
         d = tl.where(q > 0.0, log_q - log_p, 0.0)
         series = 1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d * (1 / 40320 - d / 362880))))
         near = q * d * d * (0.5 - d * (1 / 6 - d * series))
@@ -141,7 +141,7 @@ def divergence_kernel(
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
     divergence = 0.0
     entropy = 0.0
-    lanes = tl.arange(0, BLOCK)  # before the branch: within, the loop takes 3 registers more (Triton 3.9)
+    lanes = tl.arange(0, BLOCK)  # before the branch: within it, the loop takes 3 registers more (Triton 3.9)
     if row.label != IGNORED:
         label_log_p = tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP))
         row_max = tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX))
@@ -154,7 +154,7 @@ def divergence_kernel(
                 raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, None), transform)
             else:
                 raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, columns < n_vocab), transform)
-            # At the label, where p may be close to 1, as it was summed without it.
+            # At the label p may be close to 1: there the values are used that were summed without the label.
             log_p = tl.where(columns == row.label, label_log_p, gap - log_total)
             log_q = tl.where(columns == row.label, ref.label_log_q, ref_gap - ref_log_total)
             block_divergence, block_entropy = _divergence_block(log_p, log_q, SOUL)
@@ -166,6 +166,7 @@ def divergence_kernel(
 
 @triton.jit
 def _divergence_gradient_block(row, ref, out_row, block, factors, transform, SOUL: tl.constexpr):
+    """Write the gradient of a block."""
     raw, gap, ref_gap = _load_both(row, factors.row_max, ref, block, transform)
     p = tl.exp(gap) * factors.scale
     is_label = block.columns == row.label
@@ -202,7 +203,7 @@ def divergence_gradient_kernel(
     SOUL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the gradient of one row's divergence by its logits."""
+    """Write the gradient of one row's ``coefficient log p(label) + weight divergence``."""
     row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
     out_row = out_ptr + row.index * out_stride
@@ -210,8 +211,8 @@ def divergence_gradient_kernel(
         total = tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL))
         rest = tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P))
         ref = _ref_row(ref_logits_ptr, ref_row_stride, ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row)
-        # p - q of the label. Where p is close to 1 it is (1 - q) - (1 - p), which were summed without the label; where
-        # p is small, these two are close to 1, and their difference would lose the digits that p and q have.
+        # p - q of the label. Where p is close to 1 it is (1 - q) - (1 - p): both were summed without the label. Where p is
+        # small, both are close to 1, and their difference would lose the digits that p and q have.
         label_p = tl.exp(tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP)))
         factors = GradientFactors(
             coefficient=tl.load(coefficients_ptr + row.index),
@@ -238,19 +239,19 @@ def divergence_statistics(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
     strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Write the divergence of each row from the reference model, and the entropy of that, into ``divergences``.
+    """Write each row's divergence from the reference model, and the reference model's entropy, into ``divergences``.
 
     Args:
         logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.
         ref_logits: [n, V], the same of the reference model.
-        labels: [n] int64; -100 gives zeros. The others lie in [0, V); only with ``strengths`` does it matter where.
+        labels: [n] int64; -100 gives zeros. The other labels lie in [0, V); their values matter with ``strengths`` only.
         statistics: [4 or 7, n] fp32, from `token_statistics` of the logits with these labels.
         ref_statistics: the same of the reference model.
         divergences: [2, n] fp32, rows contiguous; mutated. Its rows are `DIVERGENCE` and `REF_ENTROPY`.
         strengths: [n] fp32, how far the reference model's logit of the label is lowered; None: not at all.
         kind: "kl" or "soul_kl": see `soul_kernels.reference.kl_divergence.kl_divergence`.
-        logit_scale: as in `token_statistics`, of both.
-        softcap: as in `token_statistics`, of both.
+        logit_scale: as in `token_statistics`, for both models.
+        softcap: as in `token_statistics`, for both models.
     """
     launch_rows(
         divergence_kernel,
@@ -289,8 +290,8 @@ def divergence_gradient(
         out: [n, V], fp32, bf16 or fp16, rows contiguous; mutated. ``logits`` itself where the dtype is the same.
         strengths: as in `divergence_statistics`.
         kind: as in `divergence_statistics`.
-        logit_scale: as in `token_statistics`, of both.
-        softcap: as in `token_statistics`, of both.
+        logit_scale: as in `token_statistics`, for both models.
+        softcap: as in `token_statistics`, for both models.
     """
     launch_rows(
         divergence_gradient_kernel,

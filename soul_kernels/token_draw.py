@@ -1,8 +1,8 @@
 """Row kernels over a chunk of logits: a label drawn from each row, and the gradient of its log-probability in the same read.
 
-`likeliest_statistics` must have summed the row before. 1 - p of the drawn label must not be lost where that label is the
-likeliest by far, and which label it will be is not known yet: so the sum is kept without the largest term. How row kernels are
-built stands at the top of ``token_logprob.py``.
+`likeliest_statistics` must sum the row first. Where the drawn label is the likeliest by far, its 1 - p must not be lost to
+cancellation. The label is not known before it is drawn, so the sum is kept without the largest term. The top of
+``token_logprob.py`` explains how row kernels are built.
 """
 
 from typing import NamedTuple
@@ -32,43 +32,43 @@ from soul_kernels.token_logprob import (
     transformed,
 )
 
-# Columns a loop turn, warps. With blocks of 4096, as the gradient of given labels has, Triton 3.6 takes 154 registers a thread
-# for sm_90: one program a multiprocessor, with which nothing overlaps. With these it is 80, and three.
+# Columns per loop iteration, warps. With blocks of 4096, as in `gradient_kernel`, Triton 3.6 takes 154 registers a thread for
+# sm_90: one program fits on a multiprocessor, and nothing overlaps with it. With this choice it takes 80, and three fit.
 DRAW_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 
 class LikeliestSums(NamedTuple):
-    """What the blocks of a row so far add up to."""
+    """Sums over the blocks of a row that have been read."""
 
-    row_max: tl.tensor  # maximum
-    rest: tl.tensor  # sum of exp(z - row_max) over the logits that are smaller
-    count: tl.tensor  # how many logits are equal to the maximum
+    row_max: tl.tensor  # maximum of the logits
+    rest: tl.tensor  # sum of exp(z - row_max) over the logits below the maximum
+    count: tl.tensor  # number of logits equal to the maximum
 
 
 class DrawFactors(NamedTuple):
-    """What is known of a row before its label is drawn, with e = exp(z - row_max)."""
+    """Numbers of a row that are known before its label is drawn, with e = exp(z - row_max)."""
 
     row_max: tl.tensor
     total: tl.tensor  # sum of e
     likeliest_rest: tl.tensor  # 1 - p of the likeliest label
-    target: tl.tensor  # the label is the first at which the running sum of e exceeds it
+    target: tl.tensor  # the drawn label is the first at which the running sum of e exceeds this
     coefficient: tl.tensor  # derivative of the loss by log p of the drawn label
     scale: tl.tensor  # coefficient / total
 
 
 class Draw(NamedTuple):
-    """How far the blocks of a row so far have drawn its label."""
+    """State of the draw after the blocks of a row that have been read."""
 
-    running: tl.tensor  # sum of exp(z - row_max)
-    chosen: tl.tensor  # the label; -1: not drawn yet
-    logp: tl.tensor  # its log-probability
-    last: tl.tensor  # the last label that can be drawn, which is looked for towards the end of the row; -1: none yet
-    last_raw: tl.tensor  # its raw product
+    running: tl.tensor  # sum of exp(z - row_max) over these blocks
+    chosen: tl.tensor  # the drawn label; -1: not drawn yet
+    logp: tl.tensor  # log-probability of ``chosen``
+    last: tl.tensor  # the last label with p > 0, searched for towards the end of the row; -1: none yet
+    last_raw: tl.tensor  # raw product of ``last``
 
 
 @triton.jit
 def _add_block(sums, row, block, transform):
-    """Return the `LikeliestSums` of a row with one more block in them."""
+    """Return the `LikeliestSums` of a row with one more block added."""
     raw, z = load_logits(row.logits, block, transform)
     row_max = tl.maximum(sums.row_max, tl.max(z, 0))
     is_max = z == row_max
@@ -81,8 +81,8 @@ def _add_block(sums, row, block, transform):
 @triton.jit(**VECTORS)
 def likeliest_kernel(
     logits_ptr,  # [n, V] raw products, row_stride elements from row to row
-    labels_ptr,  # [n] int64: -100 is an ignored row, anything else one that counts
-    statistics_ptr,  # [4, n] fp32: left alone, maximum, sum of exp(z - max), 1 - p of the likeliest label
+    labels_ptr,  # [n] int64: -100 is an ignored row; other values are not looked at
+    statistics_ptr,  # [4, n] fp32: not written, maximum, sum of exp(z - max), 1 - p of the likeliest label
     statistics_stride,
     n_vocab,
     row_stride,
@@ -90,7 +90,7 @@ def likeliest_kernel(
     softcap,  # None: not capped
     BLOCK: tl.constexpr,
 ):
-    """Write the sum of one row without its likeliest token."""
+    """Write the statistics of one row: see `likeliest_statistics`."""
     row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
     sums = LikeliestSums(row_max=-1.0e30, rest=0.0, count=0.0)
@@ -109,7 +109,7 @@ def likeliest_kernel(
 
 @triton.jit
 def _of_drawn(z, factors):
-    """Return log p and 1 - p of a drawn label, whose logit is ``z``."""
+    """Return log p and 1 - p of a drawn label with the logit ``z``."""
     gap = factors.row_max - z
     logp = -tl.where(gap == 0.0, log1p(factors.likeliest_rest * factors.total), gap + tl.log(factors.total))
     return logp, tl.where(gap == 0.0, factors.likeliest_rest, 1.0 - tl.exp(-gap) / factors.total)
@@ -117,7 +117,7 @@ def _of_drawn(z, factors):
 
 @triton.jit
 def _draw_block(draw, row, out_row, block, factors, transform):
-    """Write the gradient of a block; return the `Draw` of the row with that block in it."""
+    """Write the gradient of a block; return the `Draw` of the row after that block."""
     raw, z = load_logits(row.logits, block, transform)
     exp = tl.exp(z - factors.row_max)
     gradient = -exp * factors.scale
@@ -127,15 +127,15 @@ def _draw_block(draw, row, out_row, block, factors, transform):
     last = draw.last
     last_raw = draw.last_raw
     if chosen < 0:
-        if running > factors.target:  # here: the only block that is scanned
+        if running > factors.target:  # the label is in this block, the only one that is scanned
             passed = (draw.running + tl.cumsum(exp, 0) > factors.target) & (exp > 0.0)
             column = tl.min(tl.where(passed, block.columns, row.n_vocab), 0)
-            if column < row.n_vocab:  # unless the scan, which adds in another order, falls short of the sum
+            if column < row.n_vocab:  # the scan adds in another order and may fall short of the sum
                 chosen = column
                 z_chosen = tl.sum(tl.where(block.columns == column, z, 0.0), 0)
                 logp, rest = _of_drawn(z_chosen, factors)
                 gradient = tl.where(block.columns == column, factors.coefficient * rest, gradient)
-        if running > 0.999 * factors.total:  # towards the end of the row: the last label that can be drawn
+        if running > 0.999 * factors.total:  # towards the end of the row: look for the last label with p > 0
             column = tl.max(tl.where(exp > 0.0, block.columns, -1), 0)
             if column >= 0:
                 last = column
@@ -185,18 +185,19 @@ def draw_kernel(
             draw = _draw_block(draw, row, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform)
         chosen = draw.chosen
         logp = draw.logp
-        if chosen < 0:  # the sums of this kernel, in another order than the total, stay below a target close to it
+        if chosen < 0:  # this kernel adds in another order than the total was, and may stay below a target close to it
             chosen = draw.last
-            logp = float("nan")  # and so it remains for a row of NaN, which has no last label
+            logp = float("nan")  # stays NaN for a row of NaN, which has no last label
             if draw.last >= 0:
                 logp, rest = _of_drawn(transformed(draw.last_raw, transform), factors)
                 gradient = times_slope(coefficient * rest, draw.last_raw, transform)
                 tl.debug_barrier()  # other threads have stored the block that holds it, and no value orders two stores
                 tl.store(out_row + draw.last, round_nearest(gradient, out_ptr.dtype.element_ty))
-        # All threads have read this label, and one overwrites it, without a barrier. No other can still be waiting for its
-        # read: it had to branch on the label before it took part in the row's sums, and what is stored here depends on those
-        # sums. One warp needs no more, though its sums are shuffles, which order no memory accesses. In place, a block's stores
-        # come after its loads for the same reason: each value is computed from the one that it overwrites.
+        # All threads have read this label, and one overwrites it, without a barrier. No other thread can still be waiting for
+        # its read: it had to branch on the label before it took part in the row's sums, and the value stored here depends on
+        # those sums. A single warp needs no barrier either, though its sums are shuffles, which order no memory accesses. When
+        # the gradient overwrites the logits, a block's stores come after its loads for the same reason: each value is computed
+        # from the one that it overwrites.
         tl.store(labels_ptr + row.index, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
     else:
         store_zeros(out_row, n_vocab, BLOCK)
@@ -209,7 +210,7 @@ def likeliest_statistics(
     """Write the statistics that `draw_labels` needs of each row into ``statistics``.
 
     They are the row's maximum, the sum of exp(z - max) and 1 - p of the likeliest label, in the rows `ROW_MAX`, `TOTAL` and
-    `ONE_MINUS_P`. The first row, `LOGP`, is left alone: `draw_labels` fills it.
+    `ONE_MINUS_P`. The first row, `LOGP`, is not written: `draw_labels` fills it.
 
     Args:
         logits: as in `token_statistics`.
@@ -232,9 +233,7 @@ def draw_labels(
     logits: Tensor, labels: Tensor, uniforms: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *,
     logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Draw a label from each row by inverse CDF, and write its gradient into ``out`` as `token_gradient` does.
-
-    Both happen in one read of the logits.
+    """Draw a label from each row by inverse CDF, and write the gradient of its log-probability, in one read of the logits.
 
     Args:
         logits: as in `token_statistics`.
@@ -242,7 +241,7 @@ def draw_labels(
         uniforms: [n] fp32 in [0, 1): the label is the first v with ``p_0 + ... + p_v > u`` and ``p_v > 0``.
         statistics: [4, n] fp32, from `likeliest_statistics`; log p of the drawn labels is written to its first row. Mutated.
         coefficients: [n] fp32, derivative of the loss by each log p(label).
-        out: as in `token_gradient`; mutated.
+        out: receives the gradient, as in `token_gradient`; mutated.
         logit_scale: as in `token_statistics`.
         softcap: as in `token_statistics`.
     """

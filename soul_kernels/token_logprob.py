@@ -1,25 +1,25 @@
-"""Row kernels over a chunk of logits: the statistics of each row, then the gradient by its logits.
+"""Row kernels over a chunk of logits: the statistics of each row, and then the gradient with respect to its logits.
 
 How the file works. A chunk is a matrix [n, V] of raw products of hidden states and a language-model head. One program works on
 one row of it, ``BLOCK`` columns at a time. It scales and caps the raw products in registers: logits are never stored.
 `statistics_kernel` reads a row once and keeps a running maximum with sums relative to it. `gradient_kernel` reads the row again
-and writes the derivative by the raw products. These are two kernels because the factor of a row's gradient, which is the
-derivative of the objective by its log-probability, may depend on the log-probabilities of other rows.
+and writes the derivative by the raw products. There are two kernels because the derivative of the objective by a row's
+log-probability, which multiplies the row's gradient, may depend on the log-probabilities of other rows.
 
 ``token_draw.py`` and ``kl_divergence.py`` are built from the same device functions. `row_of_program` begins every row kernel,
 `load_logits` reads a block, `store_block` writes one, `launch_rows` launches.
 
-Values that travel together are NamedTuples. Where one is assigned or returned, Triton 3.6 makes tensors of the numbers in it,
-but leaves None alone. So a choice that is made at compile time is either an argument of its own (``ALL``) or a value that may
-be None (a mask, a scale, a cap); and a tuple that may hold None is never returned by a device function.
+Values that are passed on together are NamedTuples. Where a NamedTuple is assigned or returned, Triton 3.6 turns the numbers in
+it into tensors, but leaves None alone. So a choice that is made at compile time is either an argument of its own (``ALL``) or a
+value that may be None (a mask, a scale, a cap). A device function never returns a tuple that may hold None.
 
 Safe to change: the two configurations. ``make test-compile`` checks registers, spills, barriers and the width of accesses.
 These must stay:
 
 * Whole blocks are accessed without a mask. With one, accesses would no longer be 16 bytes wide.
 * ``rest`` is summed without the label. Otherwise 1 - p(label) is lost where p(label) is close to 1.
-* The first maximum is finite. Otherwise the difference to a masked entry, -inf, is NaN.
-* The row index has 64 bits. ``n * V`` passes 2^31.
+* The initial maximum is finite. Otherwise its difference to a masked entry, -inf, would be NaN.
+* The row index has 64 bits. ``n * V`` may exceed 2^31.
 """
 
 from typing import Any, NamedTuple
@@ -33,7 +33,8 @@ from soul_kernels.tokens import IGNORE_INDEX
 
 # Global numbers that a kernel reads must be constexpr.
 IGNORED = tl.constexpr(IGNORE_INDEX)
-LOGP = tl.constexpr(_reference.LOGP)  # from here on: rows of the statistics of a chunk
+# Rows of the statistics of a chunk.
+LOGP = tl.constexpr(_reference.LOGP)
 ROW_MAX = tl.constexpr(_reference.ROW_MAX)
 TOTAL = tl.constexpr(_reference.TOTAL)
 ONE_MINUS_P = tl.constexpr(_reference.ONE_MINUS_P)
@@ -41,14 +42,14 @@ HIT = tl.constexpr(_reference.HIT)
 ENTROPY = tl.constexpr(_reference.ENTROPY)
 VARIANCE = tl.constexpr(_reference.VARIANCE)
 
-# Columns a loop turn, warps: 31 to 74 registers and no spills with Triton 3.4, 3.6 and 3.9. With 8 warps the statistics spill
-# 4 bytes on sm_80 under 3.6. Times on a GPU are still to be measured.
+# Columns per loop iteration, warps: 31 to 74 registers and no spills with Triton 3.4, 3.6 and 3.9. With 8 warps the statistics
+# spill 4 bytes on sm_80 under 3.6. Times on a GPU are still to be measured.
 STATISTICS_CONFIG = {"BLOCK": 4096, "num_warps": 16}
 GRADIENT_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 
 
-# Vectors of one number a row: a chunk may begin anywhere in them, and a kernel specialized on their alignment would be compiled
-# again and again.
+# Vectors with one number per row. A chunk may begin anywhere in them, and kernels specialized on their alignment would be
+# compiled again and again.
 VECTORS = {
     "do_not_specialize": ["statistics_stride", "ref_statistics_stride", "divergences_stride"],
     "do_not_specialize_on_alignment": [
@@ -69,23 +70,23 @@ class Row(NamedTuple):
 
 
 class ColumnBlock(NamedTuple):
-    """Some columns of a row."""
+    """Consecutive columns of a row that a program works on at once."""
 
     columns: tl.tensor  # [BLOCK] int32
     mask: "tl.tensor | None"  # [BLOCK] bool, the columns within the vocabulary; None where all are
 
 
 class Transform(NamedTuple):
-    """How logits are made of raw products z: ``softcap tanh(logit_scale z / softcap)``."""
+    """Scale and cap of the logits, which are ``softcap tanh(logit_scale z / softcap)`` for raw products z."""
 
     logit_scale: "tl.tensor | None"  # None: not scaled
     softcap: "tl.tensor | None"  # None: not capped
 
 
 class RowSums(NamedTuple):
-    """What the blocks of a row so far add up to, with e = exp(z - row_max)."""
+    """Sums over the blocks of a row that have been read, with e = exp(z - row_max)."""
 
-    row_max: tl.tensor  # maximum of all logits
+    row_max: tl.tensor  # maximum of the logits
     rest: tl.tensor  # sum of e over all columns but the label's
     sum1: tl.tensor  # sum of e (z - row_max) over them
     sum2: tl.tensor  # sum of e (z - row_max)^2 over them
@@ -93,7 +94,7 @@ class RowSums(NamedTuple):
 
 
 class GradientFactors(NamedTuple):
-    """What the gradient of a row's log-probability is made of."""
+    """Numbers of a row from which the gradient of its log-probability is computed."""
 
     row_max: tl.tensor
     scale: tl.tensor  # coefficient / sum of exp(z - row_max)
@@ -102,8 +103,8 @@ class GradientFactors(NamedTuple):
 
 @triton.jit
 def row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK: tl.constexpr):
-    """Return the `Row` of this program: what every row kernel begins with."""
-    index = tl.program_id(0).to(tl.int64)  # before it meets the stride: n * V passes 2^31
+    """Return the `Row` of this program."""
+    index = tl.program_id(0).to(tl.int64)  # before it is multiplied by the stride: n * V may exceed 2^31
     label = tl.load(labels_ptr + index)
     logits = logits_ptr + index * row_stride
     tail = (n_vocab // BLOCK) * BLOCK
@@ -118,7 +119,7 @@ def statistic(statistics_ptr, stride, row, WHICH: tl.constexpr):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
+    """Return log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
     s = x / (2.0 + x)  # log(1 + x) = 2 atanh(s), and s <= 1/3 for x <= 1: the next term is below 2e-8
     s2 = s * s
     series = 1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 * (1 / 13 + s2 / 15))))))
@@ -138,7 +139,7 @@ def transformed(z, transform):
 
 @triton.jit
 def times_slope(gradient, raw, transform):
-    """Return the gradient by the raw products from that by the logits; 1 - tanh^2 without the subtraction."""
+    """Return the gradient by the raw products from that by the logits; 1 - tanh^2 is computed without the subtraction."""
     if transform.softcap is not None:
         z = raw if transform.logit_scale is None else raw * transform.logit_scale
         s = tl.exp(tl.abs(z) * (-2.0 / transform.softcap))
@@ -151,13 +152,13 @@ def times_slope(gradient, raw, transform):
 @triton.jit
 def load_logits(row_ptr, block, transform):
     """Return the raw products of a block in fp32, and its logits, which are -inf beyond the vocabulary."""
-    if block.mask is None:  # only an unmasked access becomes one of 16 bytes
+    if block.mask is None:  # only an unmasked access is 16 bytes wide
         raw = tl.load(row_ptr + block.columns).to(tl.float32)
         return raw, transformed(raw, transform)
     else:
         raw = tl.load(row_ptr + block.columns, mask=block.mask, other=0.0).to(tl.float32)
         z = transformed(raw, transform)
-        return raw, tl.where(block.mask, z, -float("inf"))  # -inf comes last: a cap would turn it into -softcap
+        return raw, tl.where(block.mask, z, -float("inf"))  # masked after the cap, which would turn -inf into -softcap
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def store_block(out_row, block, values):
 
 @triton.jit
 def store_zeros(out_row, n_vocab, BLOCK: tl.constexpr):
-    """Store the gradient of an ignored row, whatever its logits hold."""
+    """Store zeros, the gradient of an ignored row, whatever its logits hold."""
     lanes = tl.arange(0, BLOCK)
     for start in range(0, n_vocab, BLOCK):
         tl.store(out_row + start + lanes, tl.zeros([BLOCK], out_row.dtype.element_ty), mask=start + lanes < n_vocab)
@@ -176,7 +177,7 @@ def store_zeros(out_row, n_vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _add_block(sums, row, block, transform, ALL: tl.constexpr):
-    """Return the `RowSums` of a row with one more block in them; without ``ALL`` only its first two fields."""
+    """Return the `RowSums` of a row with one more block added; without ``ALL`` only the first two fields change."""
     raw, z = load_logits(row.logits, block, transform)
     row_max = tl.maximum(sums.row_max, tl.max(z, 0))
     exp = tl.where(block.columns == row.label, 0.0, tl.exp(z - row_max))
@@ -204,7 +205,7 @@ def statistics_kernel(
     row_stride,
     logit_scale,  # None: not scaled
     softcap,  # None: not capped
-    ALL: tl.constexpr,  # the last three as well
+    ALL: tl.constexpr,  # whether the last three are written as well
     BLOCK: tl.constexpr,
 ):
     """Write the statistics of one row."""
@@ -230,7 +231,8 @@ def statistics_kernel(
         exp_label = tl.exp(-gap)
         total = sums.rest + exp_label
         one_minus_p = sums.rest / total
-        # Label likeliest: log1p of the rest. Else another token adds exp(0) = 1 to the sum: its logarithm is well conditioned.
+        # If the label is the likeliest token, log1p of the rest is accurate. If not, another token adds exp(0) = 1 to the rest,
+        # and the logarithm of the sum is well conditioned.
         log_total = tl.where(gap == 0.0, log1p(sums.rest), tl.log(total))
         logp = -(gap + log_total)
         if ALL:
@@ -240,7 +242,7 @@ def statistics_kernel(
             entropy = log_total - mean
             variance = tl.maximum((sums.sum2 + exp_label * label_gap * label_gap) / total - mean * mean, 0.0)
     elif row.label != IGNORED:
-        logp = float("nan")  # outside the vocabulary: read nothing, and do not let it pass for a number
+        logp = float("nan")  # outside the vocabulary: nothing is read, and the result must not look valid
     tl.store(statistic(statistics_ptr, statistics_stride, row, LOGP), logp)
     tl.store(statistic(statistics_ptr, statistics_stride, row, ROW_MAX), sums.row_max)
     tl.store(statistic(statistics_ptr, statistics_stride, row, TOTAL), total)
@@ -253,6 +255,7 @@ def statistics_kernel(
 
 @triton.jit
 def _gradient_block(row, out_row, block, factors, transform):
+    """Write the gradient of a block."""
     raw, z = load_logits(row.logits, block, transform)
     gradient = tl.where(block.columns == row.label, factors.at_label, -tl.exp(z - factors.row_max) * factors.scale)
     store_block(out_row, block, times_slope(gradient, raw, transform))
@@ -282,7 +285,7 @@ def gradient_kernel(
     at_label = coefficient * tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P))
     factors = GradientFactors(row_max=row_max, scale=coefficient / total, at_label=at_label)
     out_row = out_ptr + row.index * out_stride
-    lanes = tl.arange(0, BLOCK)  # before the branch: within, a loop turn of the bf16 gradient has 4 of 320 instructions more
+    lanes = tl.arange(0, BLOCK)  # before the branch: within it, a loop iteration in bf16 has 4 more instructions, of 320
     if (row.label >= 0) & (row.label < n_vocab):
         for start in range(0, row.tail, BLOCK):
             _gradient_block(row, out_row, ColumnBlock(start + lanes, None), factors, transform)
@@ -297,7 +300,7 @@ def launch_rows(
     kernel: Any, config: dict[str, Any], logits: Tensor, statistics: Tensor, *, transform: tuple[float, float | None],
     out: Tensor | None = None, **arguments: Any,
 ) -> None:  # fmt: skip
-    """Launch a row kernel with one program a row.
+    """Launch a row kernel with one program per row.
 
     Args:
         kernel: the kernel.
@@ -306,7 +309,7 @@ def launch_rows(
         statistics: [4 or 7, n] fp32, rows contiguous.
         transform: ``logit_scale`` and ``softcap``, as in `token_statistics`.
         out: [n, V], rows contiguous, where the kernel writes a gradient.
-        **arguments: what only some row kernels take.
+        **arguments: further arguments of the kernel.
     """
     n_rows, n_vocab = logits.shape
     logit_scale, softcap = transform
@@ -334,7 +337,7 @@ def token_statistics(
     """Write the statistics of each row into ``statistics``.
 
     The rows of the result are log p(label), the row's maximum, the sum of exp(z - max) and 1 - p(label), in this order: `LOGP`,
-    `ROW_MAX`, `TOTAL`, `ONE_MINUS_P`. If it has seven rows, hit, entropy and variance follow: see `TokenStatistics`.
+    `ROW_MAX`, `TOTAL`, `ONE_MINUS_P`. If there are seven rows, hit, entropy and variance follow: see `TokenStatistics`.
 
     Args:
         logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.

@@ -1,8 +1,8 @@
 """The row kernels in plain PyTorch, for chunks of logits where Triton cannot run: the same names, arguments and results.
 
-Statistics and divergences come from the formulas of this package. The derivative of a divergence is autograd's, of the formula
-itself; only that of a log-probability is written out. A few rows are computed at a time: the temporaries then stay in the
-processor's caches, and need little memory beside a chunk.
+Statistics and divergences come from the formulas of this package. Autograd differentiates the formula of a divergence; only the
+derivative of a log-probability is written out. A few rows are computed at a time, so that the temporaries stay in the
+processor's caches and need little memory beside a chunk.
 """
 
 import contextlib
@@ -17,10 +17,8 @@ from soul_kernels.reference.kl_divergence import entropy, kl_divergence, referen
 from soul_kernels.reference.token_logprob import HIT, LOGP, N_ALL, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
 from soul_kernels.tokens import IGNORE_INDEX
 
-# Elements of logits in a block. Among 2^16 to 2^22 this was the fastest on one thread, by little. A divergence makes some
-# fifteen tensors of that size.
-BLOCK = 1 << 18
-DIVERGENCE_BLOCK = 1 << 16
+BLOCK = 1 << 18  # elements of logits in a block; among 2^16 to 2^22 this was the fastest on one thread, by little
+DIVERGENCE_BLOCK = 1 << 16  # the same for a divergence, which makes some fifteen tensors of that size
 
 
 def _blocks(logits: Tensor, size: int) -> Iterator[slice]:
@@ -36,40 +34,40 @@ def _valid(labels: Tensor, n_vocab: int) -> tuple[Tensor, Tensor]:
     return valid, labels.where(valid, 0)
 
 
-def _accurate(logits: Tensor) -> Tensor:
+def _at_least_fp32(logits: Tensor) -> Tensor:
     """Return raw products in fp32, or in fp64 if they are in fp64."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @contextlib.contextmanager
 def _recorded(logits: Tensor) -> Iterator[Tensor]:
-    """Yield a copy of raw products as a leaf of autograd, and record operations meanwhile.
+    """Yield a copy of raw products as a leaf of autograd, in a context in which autograd records operations.
 
-    They are recorded also within an opaque op and in inference mode.
+    It does so within an opaque op and in inference mode as well.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        yield _accurate(logits).clone().requires_grad_()
+        yield _at_least_fp32(logits).clone().requires_grad_()
 
 
 def token_statistics(
     logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
 ) -> None:
-    """Do what `soul_kernels.token_logprob.token_statistics` does, but for two rows of the result.
+    """Do what `soul_kernels.token_logprob.token_statistics` does, except for two rows of the result.
 
-    The row of the maximum holds the logsumexp instead, and so the sum of exp(z - that) is 1.
+    The row `ROW_MAX` holds the logsumexp in place of the maximum, and so the row `TOTAL` holds 1.
     """
     valid, labels_in = _valid(labels, logits.shape[1])
     at_label, rest = statistics.new_empty(2, len(labels))
     for rows in _blocks(logits, BLOCK):
-        z = transformed(_accurate(logits[rows]), logit_scale, softcap)
+        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         label = labels_in[rows, None]
         # The label is taken out of the logits themselves for a moment: a copy would take as long as the exponentials.
         at_label[rows] = torch.gather(z, 1, label)[:, 0]
         torch.logsumexp(z.scatter_(1, label, -torch.inf), 1, out=rest[rows])
         z.scatter_(1, label, at_label[rows, None])
         if len(statistics) == N_ALL:
-            others = token_logprob.token_statistics(z, label[:, 0])
-            torch.stack([others.hits, others.entropies, others.variances], out=statistics[HIT:, rows])
+            metrics = token_logprob.token_statistics(z, label[:, 0])
+            torch.stack([metrics.hits, metrics.entropies, metrics.variances], out=statistics[HIT:, rows])
     statistics[LOGP] = F.logsigmoid(at_label - rest)
     statistics[ROW_MAX] = torch.logaddexp(at_label, rest)
     statistics[TOTAL] = 1.0
@@ -89,7 +87,7 @@ def token_gradient(
     shift = statistics[ROW_MAX, :, None]
     at_label = (coefficients * statistics[ONE_MINUS_P])[:, None]
     for rows in _blocks(logits, BLOCK):
-        z = transformed(_accurate(logits[rows]), logit_scale, softcap)
+        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         in_place = z.data_ptr() == out[rows].data_ptr()
         gradient = torch.sub(z, shift[rows], out=z if in_place else None).exp_().mul_(scale[rows])
         gradient.scatter_(1, columns[rows], at_label[rows])
@@ -109,7 +107,7 @@ def divergence_statistics(
     """Do what `soul_kernels.kl_divergence.divergence_statistics` does; the statistics are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
-        z = transformed(_accurate(logits[rows]), logit_scale, softcap)
+        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
         torch.stack([kl_divergence(z, labels_in[rows], log_q, kind), entropy(log_q)], out=divergences[:, rows])
     divergences.masked_fill_(~valid, 0.0)
@@ -138,14 +136,14 @@ def _ref_log_probs(
     ref_logits: Tensor, labels: Tensor, strengths: Tensor | None, rows: slice, logit_scale: float, softcap: float | None
 ) -> Tensor:
     """Return log q of some rows of the reference model."""
-    z = transformed(_accurate(ref_logits[rows]), logit_scale, softcap)
+    z = transformed(_at_least_fp32(ref_logits[rows]), logit_scale, softcap)
     return reference_distribution(z, labels[rows], None if strengths is None else strengths[rows])
 
 
 def likeliest_statistics(
     logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
 ) -> None:
-    """Do nothing: `draw_labels` computes the statistics of the labels that it has drawn itself."""
+    """Do nothing: here `draw_labels` needs no statistics beforehand."""
 
 
 def draw_labels(
@@ -154,7 +152,7 @@ def draw_labels(
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.token_draw.draw_labels` does."""
     for rows in _blocks(logits, BLOCK):
-        z = transformed(_accurate(logits[rows]), logit_scale, softcap)
+        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         labels[rows] = token_draw.draw_labels(z, uniforms[rows]).where(labels[rows] != IGNORE_INDEX, IGNORE_INDEX)
     token_statistics(logits, labels, statistics, logit_scale=logit_scale, softcap=softcap)
     token_gradient(logits, labels, statistics, coefficients, out, logit_scale=logit_scale, softcap=softcap)

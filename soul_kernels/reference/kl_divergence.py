@@ -11,10 +11,10 @@ DIVERGENCE, REF_ENTROPY = range(2)  # rows of the divergences of a chunk, for th
 
 
 def reference_distribution(ref_logits: Tensor, labels: Tensor, strengths: Tensor | None = None) -> Tensor:
-    """Return log q [n, V], the distribution of the reference model.
+    """Return log q [n, V], the logarithm of the reference model's distribution.
 
     Args:
-        ref_logits: [n, V] its logits.
+        ref_logits: [n, V], logits of the reference model.
         labels: [n] int64.
         strengths: [n], how far the logit of the label is lowered before the softmax; None: not at all.
     """
@@ -35,7 +35,7 @@ def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl
 
     Args:
         logits: [n, V] floating point.
-        labels: [n] int64. At the label p and q may be close to 1, and are accurate there.
+        labels: [n] int64. Results are accurate even where p or q of the label is close to 1.
         log_q: [n, V], from `reference_distribution`.
         kind: one of `KINDS`.
 
@@ -55,6 +55,6 @@ def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl
 
 
 def entropy(log_q: Tensor) -> Tensor:
-    """Return the entropy of each row, ``-sum_v q_v log q_v`` [n]: a cross-entropy ``-sum q log p`` less KL(q || p)."""
+    """Return the entropy of each row, ``-sum_v q_v log q_v`` [n]."""
     q = log_q.exp()
     return -(q * torch.where(q > 0, log_q, 0.0)).sum(1)

@@ -8,8 +8,8 @@ from soul_kernels.tokens import TokenStatistics
 
 # Rows of the statistics of a chunk, for the host and for the kernels.
 LOGP, ROW_MAX, TOTAL, ONE_MINUS_P, HIT, ENTROPY, VARIANCE = range(7)
-N_BASIC = 4  # how many of them there always are
-N_ALL = 7  # how many there are on request
+N_BASIC = 4  # the first four rows are always computed
+N_ALL = 7  # all rows are computed where metrics need them
 
 
 def transformed(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
@@ -28,8 +28,8 @@ def token_logprob(logits: Tensor, labels: Tensor) -> Tensor:
 
         log_softmax(logits)[i, labels[i]] = logsigmoid(z_y - logsumexp(z_j, j != y))
 
-    The sum leaves the label out. So 1 - p(y), and with it the gradient, keeps its relative accuracy on memorised tokens, where
-    ``softmax - 1`` in fp32 is wrong by 100% from 1 - p = 1e-8 on.
+    The sum leaves the label out. So 1 - p(y), and with it the gradient, keeps its relative accuracy on memorized tokens. There
+    ``softmax - 1`` in fp32 is wrong by 100% where 1 - p is 1e-8 or less.
 
     Args:
         logits: [n, V] floating point.
@@ -39,14 +39,14 @@ def token_logprob(logits: Tensor, labels: Tensor) -> Tensor:
         [n], in the dtype of the logits.
     """
     label = labels[:, None]
-    if logits.shape[1] == 1:  # there is nothing but the label: p = 1, whatever the logit
+    if logits.shape[1] == 1:  # the label is the whole vocabulary: p = 1, whatever the logit
         return 0.0 * logits[:, 0]
     rest = logits.scatter(1, label, -torch.inf).logsumexp(1)
     return F.logsigmoid(logits.gather(1, label)[:, 0] - rest)
 
 
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return log_softmax(logits) [n, V], accurate at the label also where p(label) is close to 1."""
+    """Return log_softmax(logits) [n, V]; the label's entry is accurate even where p(label) is close to 1."""
     return logits.log_softmax(1).scatter(1, labels[:, None], token_logprob(logits, labels)[:, None])
 
 

@@ -147,7 +147,7 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     ("z.scatter_(1, label, at_label[rows, None])", "z"),  # the label's logit, taken out for its statistics, stays away
     ("(coefficients[rows], weights[rows])", "(coefficients[rows], 0 * weights[rows])"),
     ("None if strengths is None else strengths[rows]", "None"),
-    ("transformed(_accurate(ref_logits[rows])", "transformed(_accurate(ref_logits[: len(labels[rows])])"),
+    ("transformed(_at_least_fp32(ref_logits[rows])", "transformed(_at_least_fp32(ref_logits[: len(labels[rows])])"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_mutants_without_kernels_do_not_pass(old, new, backend, device, tmp_path, monkeypatch):
