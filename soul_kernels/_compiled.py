@@ -33,9 +33,9 @@ from soul_kernels.tensors import has_data
 
 BLOCK = 1 << 20  # elements: a call costs 40 us, and the temporaries of 8-bit states take 8 bytes an element
 SHORTEST = 2 * GROUP  # one row would be a variant of its own: torch.compile makes constants of the sizes 0 and 1
-# From so many elements in an optimizer on, "auto" compiles on a CPU. The first variant takes 15 to 24 s of processor time, 3 to
-# 5 s if torch has it on the disk. On one thread a step then saves 5 ns (fp32) to 20 ns (8-bit states) an element, which is 0.08
-# to 0.35 s for so many: the first compilation is repaid in 45 to 300 steps, a later one in 10 to 60.
+# "auto" compiles on a CPU if an optimizer has at least so many elements. The first variant takes 15 to 24 s of processor time,
+# 3 to 5 s if torch has it on the disk. On one thread a step then saves 5 ns (fp32) to 20 ns (8-bit states) an element, which is
+# 0.08 to 0.35 s for so many: the first compilation is repaid in 45 to 300 steps, a later one in 10 to 60.
 PAYS = 1 << 24
 OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "off",  # this and the next two keep the bits of the reference
@@ -44,24 +44,24 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp_cache_precompile_headers": False,  # making them takes longer than compiling the few variants
     "compile_threads": 1,  # a variant is one kernel: a pool of processes would only cost its start
 }
-EXAMPLE_ROWS = 5  # of the tensors that a new variant is tried on
-# Zeros, subnormal numbers, halves between two bf16 numbers, and numbers that are not finite, which are tried as well.
+EXAMPLE_ROWS = 5  # rows of the example tensors for a new variant
+# Values that the example tensors contain: zeros, subnormal numbers, halves between two bf16 numbers, inf and NaN.
 SPECIAL = (0.0, -0.0, 1e-40, -3e-39, 1e-7, 1.00390625, -1.01171875, 3e38, math.inf, -math.inf, math.nan)
 
 Argument = torch.Tensor | tuple[torch.Tensor, ...] | None  # a positional argument of a block function
 
 _variants: dict[tuple, Callable] = {}
-_refusals: list[str] = []  # why this process compiles nothing more; empty while compiling works
+_refusals: list[str] = []  # the reasons why this process no longer compiles; empty while compiling works
 _lock = threading.Lock()
 
 
 def can_compile(backend: str, tensor: torch.Tensor, numel: int) -> bool:
-    """Tell whether an op is to be compiled. Warn, once in a process, where that is asked for and there is no compiler.
+    """Tell whether to compile an op. Warn, once per process, if there is no compiler for it.
 
     Args:
         backend: "compile", or "auto", which compiles on a CPU from `PAYS` elements on.
         tensor: one of the op's tensors, for its device.
-        numel: number of elements of all of them.
+        numel: number of elements of all of the op's tensors.
     """
     on_cpu = tensor.device.type == "cpu"
     if backend == "auto" and not (on_cpu and numel >= PAYS):
@@ -79,14 +79,14 @@ def cpp_compiler() -> str:
 
 
 class Compiled:
-    """A block function of a reference, compiled for the kinds of arguments that it is called with.
+    """Block function of a reference, compiled for the kinds of arguments that it is called with.
 
     Args:
-        function: its positional arguments are tensors, None, or tuples of tensors; its keyword arguments are options.
+        function: block function with tensors, None, or tuples of tensors as positional arguments, and options as keywords.
 
     Attributes:
-        function: the same.
-        size: number of elements of the blocks that it is to be called with.
+        function: the block function.
+        size: number of elements of the blocks to call it with.
     """
 
     size = BLOCK
@@ -119,7 +119,7 @@ class Compiled:
 
 
 def _surroundings(device_type: str) -> tuple:
-    """Return the global settings for which torch compiles anew: they are part of a variant, so that none is used unproven."""
+    """Return the global settings for which torch compiles anew. They are part of a variant, so no variant is used unproven."""
     return (
         torch.get_num_threads(),
         torch.get_default_dtype(),
@@ -217,7 +217,7 @@ _REMEDY = "see docs/running.md, or pass backend='reference'"
 
 
 def _refuse(reason: str, remedy: str) -> None:
-    """Warn that this process compiles nothing from now on."""
+    """Stop compiling in this process, and warn."""
     _refusals.append(reason)
     cost = "in 2 to 4 times the time of compiled ones"
     text = f"backend 'compile': {reason}; steps run in plain PyTorch, with the same results, {cost}: {remedy}"
@@ -225,7 +225,7 @@ def _refuse(reason: str, remedy: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the one line that says what went wrong, of the long message of a compiler or of torch."""
+    """Return the line that names the error from the long message of a compiler or of torch."""
     lines = [line.strip() for line in str(getattr(error, "inner_exception", error)).splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"\berror:|Errno|Error:", line)]
     text = (telling or lines or [""])[0]

@@ -31,11 +31,10 @@ def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) ->
     """Return ``"triton"``, ``"compile"`` or ``"reference"``.
 
     Args:
-        backend: ``"auto"`` takes Triton for tensors on a GPU and under Triton's interpreter, ``"compile"`` on a CPU where
-            compiling pays, and else the reference. ``"torch"`` takes the reference.
+        backend: ``"auto"`` means Triton for tensors on a GPU and under Triton's interpreter, ``"compile"`` on a CPU where
+            compiling pays, and else the reference. ``"torch"`` means the reference.
         tensor: one of the op's tensors, for its device.
-        compiled: number of elements of all tensors, if the op can be compiled. For an op that cannot, it is 0, and
-            ``"compile"`` takes the reference.
+        compiled: number of elements of all tensors if the op can be compiled, else 0; ``"compile"`` then means the reference.
 
     Raises:
         ValueError: ``backend`` is not a known name, or it is "triton" where Triton cannot run.
@@ -44,7 +43,7 @@ def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) ->
     can_run = has_triton() and (tensor.is_cuda or runs_on_cpu())
     if backend == "triton" and not can_run:
         reason = "Triton is not installed" if not has_triton() else f"the tensors are on {tensor.device}"
-        remedy = "take 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
+        remedy = "pass 'reference', move the tensors to a GPU, or set TRITON_INTERPRET=1"
         raise argument_error("backend", "a place where Triton can run for 'triton'", reason, remedy)
     if backend in ("auto", "triton") and can_run:
         return "triton"
@@ -56,12 +55,12 @@ def resolve_backend(backend: str, tensor: torch.Tensor, *, compiled: int = 0) ->
 def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
     """Return the implementation of the ops on hidden states: ``"triton"``, ``"torch"`` or ``"reference"``.
 
-    Beside the kernels these ops have two implementations. The reference defines them, with all logits at once, under autograd;
-    it runs only on request. "torch" sweeps over chunks of logits as the kernels do, with the rows in plain PyTorch.
+    Beside the kernels these ops have two implementations. The reference defines the results, with all logits at once, under
+    autograd; it runs only on request. "torch" sweeps over chunks of logits, as the kernels do, in plain PyTorch.
 
     Args:
-        backend: as in `resolve_backend`, but ``"torch"`` takes the sweep in plain PyTorch, as do ``"auto"`` where Triton
-            cannot run, and ``"compile"``.
+        backend: as in `resolve_backend`, but ``"torch"`` means the sweep in plain PyTorch. So does ``"compile"``, and
+            ``"auto"`` where Triton cannot run.
         tensor: as in `resolve_backend`.
 
     Raises:
@@ -72,7 +71,7 @@ def resolve_head_backend(backend: str, tensor: torch.Tensor) -> str:
 
 
 def multiplies_bf16() -> bool:
-    """Tell whether the processor multiplies bf16 matrices faster than fp32 matrices, which takes tiles (AMX).
+    """Tell whether the processor multiplies bf16 matrices faster than fp32 ones, as only processors with tiles (AMX) do.
 
     With oneDNN limited to AVX512-BF16 a bf16 product takes 1.8 times as long as an fp32 product, with AVX-512 or AVX2 alone 5
     to 10 times. docs/running.md has the measurements.

@@ -1,6 +1,7 @@
-"""Options of the ops on hidden states, and how the rows of a head are cut into chunks that fit into a memory budget.
+"""Options of the ops on hidden states, and the sizes of the chunks that their rows are cut into.
 
-A row is one token that takes part: its logits, [V], are a row of the matrix that an op computes one chunk at a time.
+A row is one token that takes part: its logits [V] are a row of the matrix that an op computes one chunk at a time. A chunk is
+as many rows as fit into a memory budget.
 """
 
 from typing import NamedTuple
@@ -10,26 +11,26 @@ import torch
 from soul_kernels.errors import argument_error
 
 CHUNK_BYTES = 2**30  # scratch for one chunk: fp32 logits and their gradient in the dtype of the inputs
-CPU_CHUNK_BYTES = 2**26  # on a CPU, whose GEMMs gain nothing from more
+CPU_CHUNK_BYTES = 2**26  # the same on a CPU; larger chunks do not make its GEMMs faster
 ROW_ALIGNMENT = 64  # elements; odd vocabularies (50257) would lose 16-byte accesses and the fast GEMMs
 TILE = 128  # rows; height of a GEMM tile
 
 
 class LinearOptions(NamedTuple):
-    """Options that all ops ``linear_*`` share. None of them changes what is computed, but for rounding.
+    """Options of all ``linear_*`` ops. None of them changes the results, except by rounding.
 
     Attributes:
         token_indices: [R] int64, rising flat indices ``b * T + t`` of the tokens to compute: every token that carries a label
             (for `linear_gnb`, every token that is kept), and any ignored ones. The last index may repeat if its token is
-            ignored, to pad R to a fixed size. As a CPU tensor they spare a wait for the device. None: taken from the labels.
-            The reference checks them and does without.
+            ignored, to pad R to a fixed size. A CPU tensor spares a wait for the device. None: taken from the labels. The
+            reference only checks them.
         logits_dtype: dtype of the logits of a chunk: torch.float32, or the dtype of hidden, which saves 2 to 8% of the time and
-            half of the scratch, and costs 7e-3 in log-probability. For a divergence close to 0 it costs more than 100% of the
-            gradient. Without kernels the logits are always fp32.
+            half of the scratch. It causes errors of 7e-3 in log-probabilities, and of more than 100% in the gradient of a
+            divergence close to 0. Without kernels the logits are always fp32.
         chunk_bytes: scratch memory for one chunk, in bytes. None: 1 GiB, on a CPU 64 MiB.
         backend: "auto" (Triton on a GPU and under the interpreter, else "torch"); "triton"; "torch", the same sweep over chunks
-            in plain PyTorch; or "reference", the definition, which keeps all logits. "compile" is "torch". Second derivatives
-            and forward-mode ones need "reference", called outside of torch.compile.
+            in plain PyTorch; or "reference", the definition, which keeps all logits. "compile" means "torch". Second and
+            forward-mode derivatives need "reference", called outside of torch.compile.
     """
 
     token_indices: torch.Tensor | None = None
@@ -42,13 +43,13 @@ DEFAULT_OPTIONS = LinearOptions()
 
 
 class ResolvedOptions(NamedTuple):
-    """How a call computes: what `LinearOptions` come to with its tensors, its device and autocast.
+    """`LinearOptions` with all defaults filled in, for the tensors, the device and the autocast of one call.
 
     Attributes:
         compute_dtype: dtype to which hidden states and weights are rounded.
-        logits_dtype: fp32, or the compute dtype.
-        chunk_bytes: scratch memory of a chunk.
-        backend: "triton" or "torch", whose row functions read the logits of a chunk; or "reference", which is no sweep.
+        logits_dtype: fp32 (fp64 for fp64 inputs), or the compute dtype.
+        chunk_bytes: scratch memory for one chunk, in bytes.
+        backend: "triton" or "torch", which sweep over chunks of logits; or "reference", which does not.
     """
 
     compute_dtype: torch.dtype
@@ -58,14 +59,15 @@ class ResolvedOptions(NamedTuple):
 
     @property
     def fused(self) -> bool:
-        """Whether chunks of logits are swept, and gradients formed on the way; else the reference computes, under autograd."""
+        """Whether a sweep over chunks of logits computes results and gradients; else the reference does, under autograd."""
         return self.backend != "reference"
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """Dtype of hidden states and gradients of logits as factors of the GEMMs. The weight stays in the compute dtype.
+        """Dtype of hidden states and of gradients of logits as factors of the GEMMs. The weight stays in the compute dtype.
 
-        Without kernels the gradient always takes the place of the logits; `torch.mm` has no GEMM from bf16 to fp32 on a CPU.
+        Without kernels it is the dtype of the logits: the gradient always overwrites them, and on a CPU `torch.mm` has no GEMM
+        from bf16 to fp32.
         """
         return self.compute_dtype if self.backend == "triton" else self.logits_dtype
 
@@ -76,12 +78,12 @@ class ResolvedOptions(NamedTuple):
 
 
 def result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of results: fp32, or fp64 where that is computed in."""
+    """Return the dtype of results: fp64 if the compute dtype is fp64, else fp32."""
     return torch.promote_types(compute_dtype, torch.float32)
 
 
 class Chunk(NamedTuple):
-    """Rows ``start`` to ``stop``, which belong to sequences ``first`` to ``last`` (exclusive, both)."""
+    """Rows ``start`` to ``stop`` of sequences ``first`` to ``last``; ``stop`` and ``last`` are exclusive."""
 
     start: int
     stop: int
@@ -99,19 +101,20 @@ def row_width(n_vocab: int) -> int:
     return -(-n_vocab // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
-def row_bytes(n_vocab: int, options: ResolvedOptions, has_reference: bool) -> int:
+def row_bytes(n_vocab: int, options: ResolvedOptions, has_ref_model: bool) -> int:
     """Return the scratch memory of a row, in bytes.
 
-    It holds the logits, those of a reference model, and the gradient where it cannot take the logits' place.
+    It holds the logits, those of a reference model, and the gradient unless that overwrites the logits.
     """
-    factor, logits = options.factor_dtype, options.logits_dtype
-    element = logits.itemsize * (2 if has_reference else 1) + (0 if logits == factor else factor.itemsize)
+    factor = options.factor_dtype
+    logits = options.logits_dtype
+    element = logits.itemsize * (2 if has_ref_model else 1) + (0 if logits == factor else factor.itemsize)
     return row_width(n_vocab) * element
 
 
-def chunk_rows(n_vocab: int, options: ResolvedOptions, has_reference: bool) -> int:
-    """Return the number of rows of a chunk that the budget allows, in whole tiles where it allows one."""
-    limit = max(1, options.chunk_bytes // row_bytes(n_vocab, options, has_reference))
+def chunk_rows(n_vocab: int, options: ResolvedOptions, has_ref_model: bool) -> int:
+    """Return the number of rows of a chunk that the budget allows, rounded down to whole tiles if it allows one."""
+    limit = max(1, options.chunk_bytes // row_bytes(n_vocab, options, has_ref_model))
     return limit // TILE * TILE or limit
 
 

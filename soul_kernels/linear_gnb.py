@@ -1,4 +1,4 @@
-"""Cross-entropy with labels drawn from the model, in the sweep that forms its gradients."""
+"""Cross-entropy with labels drawn from the model: labels, loss and gradients in one sweep."""
 
 import functools
 
@@ -18,7 +18,7 @@ def linear_gnb(
     hidden: Tensor, weight: Tensor | Head, keep: Tensor, *, uniforms: Tensor | None = None,
     generator: torch.Generator | None = None, bias: Tensor | None = None, options: LinearOptions = DEFAULT_OPTIONS,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the loss whose squared gradient is the Gauss-Newton-Bartlett estimate of Sophia, and the labels that it draws::
+    """Return the loss for the Gauss-Newton-Bartlett estimate of Sophia, which is its squared gradient, and the drawn labels::
 
         logits = (hidden @ weight.T + bias).float()
         labels = (logits.softmax(-1).cumsum(-1) > uniforms[..., None]).long().argmax(-1)    # drawn from the model itself
@@ -30,16 +30,16 @@ def linear_gnb(
     Args:
         hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        keep: [B, T] bool, the tokens that count: those that have a label in the loss whose curvature is estimated.
+        keep: [B, T] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label in it.
         uniforms: [B, T] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
         generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
             `soul.curvature.GNB.generator`. None: torch's default one.
         bias: [V] or None, beside a weight that is a tensor.
-        options: see `LinearOptions`; its token indices are those of every token that is kept.
+        options: see `LinearOptions`; its ``token_indices`` list every token where ``keep`` is true.
 
     Returns:
         The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] int64, -100 where
-        nothing is kept.
+        ``keep`` is false.
 
     Raises:
         ArgumentError: an argument does not fit.

@@ -33,14 +33,14 @@ def linear_kl(
     Args:
         hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so are the heads.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        labels: [B, T] int64, already shifted; -100 is ignored. Which label it is matters with ``strengths`` only.
+        labels: [B, T] int64, already shifted; -100 is ignored. The other values matter with ``strengths`` only.
         reference: the `Reference` model on the same batch; it gets no gradient. Its logits are scaled and capped as the
-            model's.
+            model's are.
         bias: [V] or None, beside a weight that is a tensor.
-        kind: "kl"; or "soul_kl", what SOUL's code calls KL: the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
+        kind: "kl"; or "soul_kl", which SOUL's code calls KL: the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
         strengths: [B] fp32, how far the reference model's logit of the label is lowered in each sequence (UNDIAL's teacher);
             None: not at all.
-        options: see `LinearOptions`. Logits of low precision are far off for values close to 0.
+        options: see `LinearOptions`. With logits below fp32, values close to 0 have large relative errors.
 
     Returns:
         [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).

@@ -1,18 +1,20 @@
-"""hidden @ weight.T -> per-token log-probabilities -> any objective, without an [N, V] tensor that outlives its chunk.
+"""Per-token log-probabilities, statistics and objectives from hidden states and a head, one chunk of logits at a time.
 
-Only labelled tokens (label != -100) take part. A chunk of their rows is multiplied by the head into fp32 logits (cuBLAS), read
-once for statistics, and turned into its gradient, which feeds the two gradient GEMMs at once. GEMM work in units of 2 N V D: 3
-for a trained head, 2 for a frozen one, 1 without gradients; one more where the coefficients of a row can be known only after
-all chunks have been seen; and one for the tokens whose divergence from a reference model is needed.
+Only labelled tokens (label != -100) take part. A chunk of their rows is multiplied by the head into fp32 logits (cuBLAS). The
+logits are read once for statistics and turned into their gradient, which feeds the two gradient GEMMs at once; an [N, V] tensor
+never exists. GEMM work in units of 2 N V D is 3 for a trained head, 2 for a frozen one and 1 without gradients. It is one more
+where the coefficients of a row are known only after all chunks have been seen, and one more for the tokens that need a
+divergence from a reference model.
 
-Memory beyond inputs and outputs: ``chunk_bytes`` of scratch, R D fp32 for the gradient of the rows, and V D fp32 for that of a
-trained head, until backward; an fp32 head gets that one as its gradient. Without kernels also a few MiB for blocks of logits
-and of a bf16 or fp16 weight, which is converted to fp32; a CPU with AMX rounds it to bf16 again, in its tiles. The reference
-does not use ``chunk_bytes``: it makes divergences and statistics in chunks of 16 MiB of logits, and keeps the fp32 logits of
-all labelled tokens for log-probabilities with gradients.
+Memory beyond inputs and outputs is ``chunk_bytes`` of scratch, R D fp32 for the gradient of the rows, and V D fp32 for that of
+a trained head, until backward; an fp32 head receives that tensor as its gradient. Without kernels there are also a few MiB for
+blocks of logits and of a bf16 or fp16 weight, which is converted to fp32; a CPU with AMX rounds it to bf16 again, in its tiles.
+The reference does not use ``chunk_bytes``: it computes divergences and statistics in chunks of 16 MiB of logits, and keeps the
+fp32 logits of all labelled tokens for log-probabilities with gradients.
 
-How an op runs: `_head.checks` checks the arguments, then it is an opaque op (`_head.custom_ops`, under torch.compile and where
-tensors hold no values), the reference, or a sweep (`_head.sweeps`) that autograd sees as one function (`_head.autograd`).
+How an op runs: `_head.checks` checks the arguments. Then one of three computes: an opaque op (`_head.custom_ops`), under
+torch.compile and where tensors hold no values; the reference; or a sweep (`_head.sweeps`), which autograd sees as one function
+(`_head.autograd`).
 """
 
 import functools
@@ -40,9 +42,7 @@ from soul_kernels._head.sweeps import (
     sweep_statistics,
 )
 from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions, ResolvedOptions
-from soul_kernels.tokens import Divergence, Head, ObjectiveFunction, Reference, TokenBatch, TokenStatistics
-
-__all__ = ["TokenBatch", "linear_logprob", "linear_objective", "linear_statistics"]
+from soul_kernels.tokens import Divergence, Head, ObjectiveFunction, Reference, TokenStatistics
 
 
 def linear_logprob(
@@ -67,9 +67,10 @@ def linear_logprob(
         [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
-        ArgumentError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. With ``token_indices``
-            on a GPU labels are not checked, to spare the wait; the log-probability of such a label is NaN. Fake and meta
-            tensors hold no values to check. From backward: a second derivative is asked for where there is none.
+        ArgumentError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. On a GPU with
+            ``token_indices`` labels are not checked, to spare the wait; the log-probability of a label outside the vocabulary
+            is then NaN. Fake and meta tensors hold no values to check. Backward raises it where a second derivative is asked
+            for and there is none.
     """
     head, resolved = check_head(hidden, weight, bias, options)
     token_indices = options.token_indices
@@ -87,7 +88,7 @@ def linear_statistics(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, *, bias: Tensor | None = None,
     options: LinearOptions = DEFAULT_OPTIONS,
 ) -> TokenStatistics:  # fmt: skip
-    """Return the statistics that metrics take of every token, from one read of the logits.
+    """Return the statistics of every token that metrics need, from one read of the logits.
 
     They are log p(label), logsumexp, whether the label is the argmax, entropy, and variance of log p under the model.
 
@@ -145,21 +146,20 @@ def linear_objective(
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
         labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         objective: callable ``(logps [B, T] fp32, TokenBatch) -> [] loss``, differentiated by autograd. Its attribute
-            ``additive`` names what it is a plain sum over: "tokens", "sequences", "pairs" of sequences (2i and 2i + 1), or None
-            (the default: unknown). Where it is a sum over sequences, one sweep does; else a batch of several chunks takes a
-            second one.
+            ``additive`` names the terms that it is a plain sum of: "tokens", "sequences", "pairs" of sequences (2i and 2i + 1),
+            or None (the default: unknown). Such a sum takes one sweep; otherwise a batch of several chunks takes two.
         bias: [V] or None, beside a weight that is a tensor.
-        is_forget: [B] bool; None: every sequence is to be forgotten. May be on the CPU, like ``token_indices``: then a
-            divergence of some sequences is computed for these alone without waiting for the device.
+        is_forget: [B] bool; None: every sequence is to be forgotten. If it is on the CPU, like ``token_indices``, a divergence
+            of some sequences is computed for these alone without waiting for the device.
         ref_logps: [B] fp32, summed log-probability of each sequence under the reference model, where the objective needs it.
-        reference: the `Reference` model on the same batch, where the objective has a ``divergence``; else it is not looked at.
-            Its logits are scaled and capped as the model's.
+        reference: the `Reference` model on the same batch, where the objective has a ``divergence``; otherwise ignored. Its
+            logits are scaled and capped as the model's are.
         return_logps: also return the log-probabilities, [B, T] fp32, detached.
         options: token indices, dtype of the logits, scratch memory, backend: see `LinearOptions`.
 
     Returns:
-        The loss, [] fp32; with ``return_logps`` the pair of loss and log-probabilities. If every label is ignored the loss
-        is the objective of nothing (0 for those of ``soul.losses``), with zero gradients, attached to the graph.
+        The loss, [] fp32; with ``return_logps`` the pair of loss and log-probabilities. If every label is ignored, the loss is
+        the objective of no tokens (0 for those of ``soul.losses``), with zero gradients, attached to the graph.
 
     Raises:
         ArgumentError: as `linear_logprob`.

@@ -27,13 +27,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Tell whether a tensor has memory. On the meta device and under FakeTensorMode it has neither address nor values."""
+    """Tell whether a tensor has memory: a meta tensor or a fake tensor has neither an address nor values."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Tell whether two elements of a tensor may lie at the same address, as in an expanded tensor."""
-    reach = 0  # the offset of the last element over the dimensions with smaller strides
+    reach = 0  # largest offset within the dimensions of smaller stride
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n != 1):
         if stride <= reach:
             return tensor.numel() > 0
@@ -47,7 +47,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def check_gradient(name: str, grad: Tensor) -> None:
-    """Raise if a gradient is sparse or complex: an elementwise second-order step supports neither."""
+    """Raise if a tensor is sparse or complex: an elementwise second-order step supports neither."""
     if grad.layout != torch.strided:
         raise argument_error(name, "a dense tensor", f"layout {grad.layout}", "use sparse=False in the embedding")
     if grad.is_complex():
@@ -57,12 +57,12 @@ def check_gradient(name: str, grad: Tensor) -> None:
 def check_tensor_lists(
     dtypes: Mapping[str, Sequence[torch.dtype]], *, written: Sequence[str] = (), **lists: Sequence[Tensor]
 ) -> None:
-    """Check lists of tensors that an op walks together.
+    """Check lists of tensors that an op processes element by element.
 
     Args:
         dtypes: name of a list -> the dtypes that its tensors may have.
-        written: names of the lists whose tensors are changed. Such a tensor must have the layout of the first list's tensor,
-            and none may overlap another.
+        written: names of the lists of tensors that the op changes. Such a tensor must have the layout of the first list's
+            tensor, and must not overlap another one that the op changes.
         **lists: the lists by argument name. The first one sets length, shapes and devices of all. Its tensors must be dense
             (no gaps, no overlap within).
 
@@ -97,7 +97,7 @@ def check_tensor_lists(
 
 
 def check_overlap(lists: Mapping[str, Sequence[Tensor | None]]) -> None:
-    """Raise if two dense tensors of the named lists share memory: two programs would write to it at once."""
+    """Raise if two of the dense tensors in the lists share memory: two programs would write to it at once."""
     spans: list[tuple[str, int, int, str, int]] = []
     for name, tensors in lists.items():
         for index, tensor in enumerate(tensors):
@@ -136,7 +136,7 @@ def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name:
 def check_on_device(
     name: str, tensor: Any, devices: Sequence[torch.device], dtype: torch.dtype = torch.float32, numel: int = 1
 ) -> None:
-    """Raise unless ``tensor`` has ``numel`` elements of ``dtype`` and is on the only device in ``devices``; None passes."""
+    """Raise unless ``tensor`` is None, or has ``numel`` elements of ``dtype`` and is on the only device in ``devices``."""
     if tensor is None:
         return
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != numel or not tensor.is_contiguous():

@@ -1,4 +1,4 @@
-"""The results of sweeps as autograd sees them: functions with gradients that are formed by the sweep itself."""
+"""Functions of autograd around the sweeps, which compute the gradients themselves."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeAlias
@@ -20,17 +20,17 @@ from soul_kernels.chunks import ResolvedOptions
 from soul_kernels.errors import argument_error
 from soul_kernels.tokens import Head
 
-Context: TypeAlias = Any  # torch's context of a function, on which the function may keep what it wants under any name
+Context: TypeAlias = Any  # torch's context of a function, on which the function may set any attribute
 
 
 def refuse(derivatives: str) -> NoReturn:
-    """Raise for derivatives that an op which forms its gradients itself does not have."""
+    """Raise for derivatives that do not exist, because the op computes its own gradients."""
     remedy = "pass it, and call the op outside of torch.compile and vmap"
     raise argument_error("backend", f"'reference' for {derivatives}", "an op with gradients of its own", remedy)
 
 
 class _Once(torch.autograd.Function):
-    """The identity on gradients, which refuses to be differentiated."""
+    """Identity on gradients that raises when it is differentiated."""
 
     generate_vmap_rule = True
 
@@ -52,12 +52,14 @@ class _Once(torch.autograd.Function):
 
 
 def once_differentiable(anchor: Tensor, gradients: Gradients) -> Gradients:
-    """Return the gradients of an op so that a second derivative, where it may be asked for, raises.
+    """Return the gradients of an op, wrapped so that a second derivative raises.
 
-    It may be asked for under ``create_graph=True`` and torch.func. As constants the gradients would be left out of it silently.
+    Second derivatives can be asked for under ``create_graph=True`` and torch.func. Unwrapped gradients would be constants to
+    autograd, and would be left out of a second derivative silently.
 
     Args:
-        anchor: an empty output of the op that no caller gets, since a caller may change the others in place.
+        anchor: an empty output of the op that requires a gradient. No caller gets it, because a caller may change an output in
+            place.
         gradients: each may be None.
     """
     if not torch.is_grad_enabled() or not anchor.requires_grad:
@@ -72,9 +74,9 @@ def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
 
 
 class Swept(torch.autograd.Function):
-    """A loss whose gradients are formed in one forward sweep; backward only scales.
+    """Loss with gradients that the forward sweep computes; backward only scales them.
 
-    It returns the loss, the values of the tokens (not differentiable), and the anchor of `once_differentiable`.
+    It returns the loss, the values per token (not differentiable), and the anchor of `once_differentiable`.
     """
 
     @staticmethod
@@ -85,7 +87,7 @@ class Swept(torch.autograd.Function):
             loss, per_token, token_indices, gradients = sweep()
         anchor = loss.new_empty(0)
         if any(gradient is not None for gradient in gradients):
-            # Saved, not kept on ctx: freed as soon as backward has used them.
+            # Saved tensors, unlike attributes of ctx, are freed as soon as backward has used them.
             ctx.save_for_backward(anchor, token_indices, *gradients)
         ctx.hidden_shape = hidden.shape
         ctx.dtypes = _dtypes(hidden, weight, bias)
@@ -98,16 +100,16 @@ class Swept(torch.autograd.Function):
         if scale is None:
             return (None,) * 4
         anchor, token_indices, x, weight, bias = ctx.saved_tensors
-        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: it may be walked once more
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()  # with retain_graph, backward may run again
         gradients = scaled_gradients(token_indices, (x, weight, bias), scale, ctx.dtypes, ctx.hidden_shape, last)
         return *once_differentiable(anchor, gradients), None
 
 
 class PerToken(torch.autograd.Function):
-    """A number for each token, [B, T], under any function; the second output is the anchor of `once_differentiable`.
+    """One value per token, [B, T], for any differentiable use; the second output is the anchor of `once_differentiable`.
 
-    Frozen head: the gradient of each row is formed in forward, for an upstream gradient of 1, and multiplied in backward (2
-    GEMMs). Trained head: dW needs the coefficients first, so backward computes the logits again (4 GEMMs).
+    With a frozen head, forward computes the gradient of each row for an upstream gradient of 1, and backward multiplies it (2
+    GEMMs). With a trained head, dW needs the upstream gradients first, so backward computes the logits again (4 GEMMs).
     """
 
     @staticmethod
@@ -125,8 +127,8 @@ class PerToken(torch.autograd.Function):
             head_rows.free_scratch()
             ctx.save_for_backward(anchor, head_rows.indices, x)
             return values, anchor
-        # The tensors are saved, not kept on ctx: freed after backward, and a change of the weight in place is noticed.
-        ctx.save_for_backward(anchor, *head_rows.give_up_tensors())
+        # Saved tensors, unlike attributes of ctx, are freed after backward, and an in-place change of the weight is noticed.
+        ctx.save_for_backward(anchor, *head_rows.release_tensors())
         ctx.head_rows = head_rows
         return values, anchor
 
@@ -159,10 +161,10 @@ def reference_gradients(
     needs: Needs,
     upstream: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Gradients]:
-    """Return the outputs of ``reference(hidden, head, options)``, and the gradients of the first one.
+    """Return the outputs of ``reference(hidden, head, options)``, and the gradients of the first output.
 
-    The gradients are those by hidden, weight and bias: fp32 or fp64, not yet rounded to the dtypes of these; None where none is
-    needed.
+    The gradients are those by hidden, weight and bias, in fp32 or fp64, not yet rounded to the dtypes of these tensors. They
+    are None where ``needs`` is false.
     """
     dtype = options.result_dtype
     rounded = (hidden.to(options.compute_dtype), head.weight.to(options.compute_dtype), head.bias)

@@ -1,4 +1,4 @@
-"""Arguments of the ops on hidden states and a head: checked, and put into the form that the sweeps take."""
+"""Checks of the arguments of the ops on hidden states, and their conversion to the types that the sweeps take."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from soul_kernels.tokens import IGNORE_INDEX, Head, Reference, as_head
 
 
 class Needs(NamedTuple):
-    """The gradients that a call forms."""
+    """Which gradients a call computes."""
 
     hidden: bool
     weight: bool
@@ -27,11 +27,11 @@ class Comparison(NamedTuple):
 
     Attributes:
         hidden: [B, T, D'], hidden states of the reference model.
-        head: its `Head`, scaled and capped as the model's.
+        head: the reference model's `Head`, scaled and capped as the model's is.
         kind: "kl" or "soul_kl".
-        needed: [B] bool, the sequences whose divergence is needed; on the CPU, like ``token_indices``, it spares a wait for the
-            device. None: all.
-        strengths: [B] fp32, how far its logit of the label is lowered in each sequence, or None.
+        needed: [B] bool, the sequences that need a divergence. If it is on the CPU, like ``token_indices``, nothing waits for
+            the device. None: all.
+        strengths: [B] fp32, how far the reference model's logit of the label is lowered in each sequence, or None.
     """
 
     hidden: Tensor
@@ -42,7 +42,7 @@ class Comparison(NamedTuple):
 
 
 def needed_gradients(hidden: Tensor, head: Head) -> Needs:
-    """Return the gradients to form: decided before autograd.Function, inside of which grad mode is always off."""
+    """Return which gradients to compute. Call it outside of autograd.Function, inside of which grad mode is always off."""
     enabled = torch.is_grad_enabled()
     return Needs(
         hidden=enabled and hidden.requires_grad,
@@ -54,7 +54,7 @@ def needed_gradients(hidden: Tensor, head: Head) -> Needs:
 def check_head(
     hidden: Tensor, weight: Tensor | Head, bias: Tensor | None, options: LinearOptions
 ) -> tuple[Head, ResolvedOptions]:
-    """Check hidden states, head and options; return the `Head` and how to compute."""
+    """Check hidden states, head and options; return the `Head` and the `ResolvedOptions`."""
     head = as_head(weight, bias)
     check_options(options)
     weight, bias, logit_scale, softcap = head
@@ -80,7 +80,7 @@ def check_head(
 
 
 def _resolved(hidden: Tensor, weight: Tensor, options: LinearOptions) -> ResolvedOptions:
-    """Return how a call with these options, tensors and autocast computes."""
+    """Return the `ResolvedOptions` of a call with these options and tensors, under the autocast that is active."""
     device_type = hidden.device.type
     chunk_bytes = options.chunk_bytes
     if chunk_bytes is None:
@@ -89,7 +89,7 @@ def _resolved(hidden: Tensor, weight: Tensor, options: LinearOptions) -> Resolve
         remedy = f"the default is {CHUNK_BYTES} bytes, on a CPU {CPU_CHUNK_BYTES}"
         raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, remedy)
     backend = resolve_head_backend(options.backend, hidden)
-    autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # torch knows no autocast of meta tensors
+    autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # torch has no autocast for meta tensors
     if not autocast and hidden.dtype != weight.dtype:
         raise argument_error("weight", f"dtype {hidden.dtype}, as hidden", weight.dtype, "convert one, or use autocast")
     if backend == "triton" and hidden.dtype not in PARAM_DTYPES:
@@ -119,7 +119,7 @@ def check_labels_type(hidden: Tensor, labels: Tensor, token_indices: Tensor | No
 
 
 def check_labels(hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, fused: bool) -> None:
-    """Check labels [B, T] and token indices; their values only where reading them waits for no device."""
+    """Check labels [B, T] and token indices. Values of labels on a GPU are not read if there are token indices."""
     check_labels_type(hidden, labels, token_indices)
     check_indices(token_indices, labels != IGNORE_INDEX, hidden)
     if fused and token_indices is not None and hidden.is_cuda:
@@ -148,7 +148,7 @@ def check_indices_type(token_indices: Tensor | None, hidden: Tensor) -> None:
 
 
 def check_indices(token_indices: Tensor | None, keep: Tensor, hidden: Tensor) -> None:
-    """Check token indices; their values, and that all kept tokens [B, T] are listed, where that waits for no device."""
+    """Check token indices. Their values, and whether they list all kept tokens [B, T], are checked on the CPU only."""
     check_indices_type(token_indices, hidden)
     if token_indices is None or token_indices.device.type != "cpu":
         return
@@ -169,7 +169,7 @@ def check_indices(token_indices: Tensor | None, keep: Tensor, hidden: Tensor) ->
 
 
 def check_reference(reference: Reference | None, hidden: Tensor, head: Head, kind: str) -> Comparison:
-    """Check a reference model beside a model's hidden states and head; return the comparison with it."""
+    """Check that a reference model fits a model's hidden states and head; return the `Comparison` with it."""
     check_choice("kind", kind, KINDS)
     if reference is None:
         remedy = "pass Reference(hidden, weight, bias): see soul.reference_hidden"
@@ -204,7 +204,7 @@ def check_reference(reference: Reference | None, hidden: Tensor, head: Head, kin
 
 
 def _check_head_is_frozen(head: Head, ref_bias: Tensor | None) -> None:
-    """Raise where a reference model is to use the model's own head, and that is trained: it moves away from the reference's."""
+    """Raise if the reference model would use the model's own head while that head is trained, and so changes."""
     for name, tensor, replaced in (("weight", head.weight, False), ("bias", head.bias, ref_bias is not None)):
         if tensor is not None and tensor.requires_grad and not replaced:
             expected = f"the head of the reference model beside a {name} that is trained"
@@ -214,7 +214,7 @@ def _check_head_is_frozen(head: Head, ref_bias: Tensor | None) -> None:
 def check_per_sequence(
     name: str, value: Tensor | None, hidden: Tensor, *, dtype: torch.dtype | None = None, on_cpu: bool = False
 ) -> None:
-    """Raise unless ``value`` has one entry a sequence, where hidden is (or, with ``on_cpu``, on the CPU); None passes."""
+    """Raise unless ``value`` is None or has one entry per sequence, on the device of hidden or, with ``on_cpu``, the CPU."""
     if value is None:
         return
     if value.shape != hidden.shape[:1]:
@@ -226,14 +226,14 @@ def check_per_sequence(
 
 
 def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
-    """Raise unless a tensor is where hidden is, all of it; None passes."""
+    """Raise unless a tensor is None, or a plain tensor on the device of hidden."""
     check_whole(name, tensor)
     if tensor is not None and tensor.device != hidden.device:
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
 
 
 def check_whole(name: str, tensor: Tensor | None) -> None:
-    """Raise for a DTensor, of which this process may hold a shard only; None passes."""
+    """Raise for a DTensor: this process may hold only a shard of it. None passes."""
     if tensor is not None and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):  # without importing DTensor
         remedy = f"gather it: {name}.full_tensor() returns the whole tensor, and autograd goes through it"
         raise argument_error(name, "a plain tensor", f"a DTensor with placements {tensor.placements}", remedy)

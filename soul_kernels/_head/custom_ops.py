@@ -1,11 +1,12 @@
 """The ops on hidden states as opaque custom ops, one each, for kernels and reference alike.
 
-torch.compile and torch.export put them into a graph without a break, and they run where tensors hold no values (FakeTensorMode,
-the meta device), because the shapes of their results are known beforehand. Nothing is computed here: the arguments of a call
-are taken apart into values that an op may take, and the op puts them together again for the functions of `sweeps`.
+torch.compile and torch.export put them into a graph without a break. They also run where tensors hold no values
+(FakeTensorMode, the meta device), because the shapes of their results are known beforehand. Nothing is computed here: the
+arguments of a call are taken apart into values that a custom op may take, and the op puts them together again for the functions
+of `sweeps`.
 
-Token indices must be known when the ops are traced: without ``token_indices`` the kernels compute every token, ignored ones for
-nothing.
+The shapes of the results depend on the number of token indices. So a call without ``token_indices`` computes every token,
+including those that are ignored.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +42,8 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def is_opaque(options: ResolvedOptions, hidden: Tensor, weight: Tensor, tokens: Tensor) -> bool:
     """Tell whether a call must be an opaque op.
 
-    That is a call that is traced, one whose tensors hold no values, and one within a torch.func transform that nothing else
-    goes through: with kernels, or with labels or a mask [B, T] that vmap has batched, which decide shapes.
+    It must if it is traced or if a tensor holds no values. Within a torch.func transform it must if it is not computed by the
+    reference, or if vmap has batched the labels or mask ``tokens`` [B, T], which decide shapes.
     """
     if torch.compiler.is_compiling():
         return True
@@ -53,7 +54,7 @@ def is_opaque(options: ResolvedOptions, hidden: Tensor, weight: Tensor, tokens: 
 
 
 def _is_batched(tensor: Tensor) -> bool:
-    """Tell whether vmap has batched a tensor, below whatever other transforms."""
+    """Tell whether vmap has batched a tensor, at any level of nested transforms."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
@@ -63,7 +64,7 @@ def _is_batched(tensor: Tensor) -> bool:
 
 
 class _Transformed(torch.autograd.Function):
-    """An op as torch.func differentiates it: a custom op's own formula is out of its reach."""
+    """Op that torch.func can differentiate; it does not use the derivative that is registered with a custom op."""
 
     generate_vmap_rule = True
 
@@ -89,14 +90,14 @@ class _Transformed(torch.autograd.Function):
 
 
 def _apply(op: Callable[..., tuple[Tensor, ...]], *inputs: object) -> tuple[Tensor, ...]:
-    """Call an op, so that whatever transforms are active can differentiate it."""
+    """Call an op in the form that the active transforms can differentiate."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _Transformed.apply(*inputs, op)
     return op(*inputs)
 
 
 def takes(objective: ObjectiveFunction) -> bool:
-    """Tell whether an opaque op can have this objective: under torch.compile it finds it by a number of its own only."""
+    """Tell whether an opaque op can take this objective; under torch.compile the objective must have a number, ``key``."""
     if hasattr(objective, "key") or not torch.compiler.is_compiling():
         return True
     if torch.compiler.is_exporting():
@@ -117,8 +118,9 @@ def _objective(
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, log-probabilities, the fp32 gradients of rows, weight and bias (empty where none is needed), and the anchor of
-    `once_differentiable`.
+    """Return loss, log-probabilities, fp32 gradients of rows, weight and bias, and the anchor of `once_differentiable`.
+
+    A gradient that is not needed is an empty tensor.
     """
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
@@ -130,9 +132,9 @@ def _objective(
             return reference_objective(hidden, head, call, options)
 
         return _by_reference(compute, hidden, head, token_indices, options, Needs(*needs))
-    with torch.inference_mode(False):  # ops are called below autograd, where the objective's code would record nothing
+    with torch.inference_mode(False):  # a custom op runs below autograd, where the objective would record nothing
         loss, logps, _, gradients = sweep_objective(hidden, head, call, options, Needs(*needs))
-    return loss, logps, *_filled(gradients, hidden)
+    return loss, logps, *_with_anchor(gradients, hidden)
 
 
 @torch.library.custom_op("soul_kernels::linear_gnb", mutates_args=())
@@ -141,7 +143,7 @@ def _gnb(
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss, labels, and the others as in `_objective`."""
+    """Return loss, labels, and the other outputs of `_objective`."""
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
     if not options.fused:
@@ -151,22 +153,22 @@ def _gnb(
 
         return _by_reference(compute, hidden, head, token_indices, options, Needs(*needs))
     loss, labels, _, gradients = sweep_gnb(hidden, head, keep, uniforms, token_indices, options, Needs(*needs))
-    return loss, labels, *_filled(gradients, hidden)
+    return loss, labels, *_with_anchor(gradients, hidden)
 
 
 def _by_reference(
     compute: Callable[[Tensor, Head, ResolvedOptions], tuple[Tensor, ...]], hidden: Tensor, head: Head, token_indices: Tensor,
     options: ResolvedOptions, needs: Needs,
 ) -> Outputs:  # fmt: skip
-    """Return the outputs of the reference, and its gradients as a sweep returns them: of the rows, weight and bias."""
+    """Return the outputs of an op, computed by the reference."""
     (loss, per_token), (x, weight, bias) = reference_gradients(compute, hidden, head, options, needs)
     if x is not None:
         x = x.reshape(-1, x.shape[-1]).index_select(0, token_indices)
-    return loss.to(options.result_dtype), per_token, *_filled((x, weight, bias), hidden)
+    return loss.to(options.result_dtype), per_token, *_with_anchor((x, weight, bias), hidden)
 
 
-def _filled(gradients: Gradients, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the three gradients, an empty tensor in the place of None, and the anchor."""
+def _with_anchor(gradients: Gradients, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the three gradients, with an empty tensor in place of None, and the anchor."""
     x, weight, bias = (hidden.new_empty(0, dtype=torch.float32) if g is None else g for g in gradients)
     return x, weight, bias, hidden.new_empty(0, dtype=torch.float32)
 
@@ -182,12 +184,12 @@ def _fake_swept(
         hidden.new_empty(shape, dtype=dtype) if need else None for shape, need in zip(shapes, needs)
     )
     per_token = hidden.new_empty((B, T), dtype=torch.int64 if tokens.dtype == torch.bool else dtype)
-    return hidden.new_empty((), dtype=dtype), per_token, *_filled((x_gradient, weight_gradient, bias_gradient), hidden)
+    return hidden.new_empty((), dtype=dtype), per_token, *_with_anchor((x_gradient, weight_gradient, bias_gradient), hidden)
 
 
 def _save_swept(ctx: Context, inputs: Sequence[Any], output: Outputs) -> None:
     hidden, weight, bias, _, token_indices, *_, needs = inputs
-    ctx.set_materialize_grads(False)  # for the output that is dW alone they would be V D zeros
+    ctx.set_materialize_grads(False)  # upstream zeros for dW, which is an output, would take V D memory
     ctx.mark_non_differentiable(*output[1:-1])
     ctx.save_for_backward(token_indices, *output[2:])
     ctx.hidden_shape = hidden.shape
@@ -198,8 +200,8 @@ def _save_swept(ctx: Context, inputs: Sequence[Any], output: Outputs) -> None:
 
 def _backward_swept(ctx: Context, scale: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     for name, need, formed in zip(Needs._fields, ctx.needs_input_grad, ctx.needs):
-        if need and not formed:  # in a program that was exported under no_grad, or with a frozen head
-            remedy = "export it with gradients enabled, and nothing frozen that is to be trained"
+        if need and not formed:  # the program was exported under no_grad, or with a frozen head
+            remedy = "export it with gradients enabled and with every trained tensor unfrozen"
             raise argument_error(name, "a program traced with its gradient", "one without", remedy)
     token_indices, *saved, anchor = ctx.saved_tensors
     x, weight, bias = (gradient if need else None for gradient, need in zip(saved, ctx.needs))
@@ -245,8 +247,9 @@ def _per_token(
     ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str, logit_scale: float,
     softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str, form_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities or, with a reference model, divergences: [B, T]; the fp32 gradient of each row, or an empty tensor; and
-    the anchor of `once_differentiable`.
+    """Return log-probabilities or, with a reference model, divergences [B, T]; gradients of the rows; and the anchor.
+
+    The gradients of the rows are fp32 [R, D] with ``form_x``, else an empty tensor. For the anchor see `once_differentiable`.
     """
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
@@ -267,7 +270,7 @@ def _per_token_backward(
     logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias, in their dtypes; empty where none is needed."""
+    """Return the gradients of hidden, weight and bias, in their dtypes; one that is not needed is an empty tensor."""
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
     comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
@@ -293,7 +296,7 @@ def _comparison(
     head: Head, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None,
     kind: str,
 ) -> Comparison | None:  # fmt: skip
-    """Put the comparison with a reference model together again."""
+    """Return the `Comparison` from the arguments of an op; None without a reference model."""
     if ref_hidden is None or ref_weight is None:
         return None
     return Comparison(ref_hidden, head._replace(weight=ref_weight, bias=ref_bias), kind, None, strengths)
@@ -321,7 +324,7 @@ def _save_per_token(ctx: Context, inputs: Sequence[Any], output: tuple[Tensor, T
     hidden, *_, ctx.form_x = inputs
     _, x, anchor = output
     ctx.mark_non_differentiable(x)
-    ctx.set_materialize_grads(False)  # no gradient comes for the second output
+    ctx.set_materialize_grads(False)  # the second output has no gradient
     ctx.hidden_shape = hidden.shape
     ctx.dtype = hidden.dtype
     ctx.n_inputs = len(inputs)
@@ -347,7 +350,7 @@ def _backward_per_token(ctx: Context, upstream: Tensor | None, *_: Tensor | None
     return *once_differentiable(anchor, gradients), *(None,) * (ctx.n_inputs - 3)
 
 
-# An op -> what it saves for backward, and its backward.
+# Op -> the function that saves tensors for backward, and the backward function.
 _FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]] = {
     _objective: (_save_swept, _backward_swept),
     _gnb: (_save_swept, _backward_swept),
@@ -384,7 +387,7 @@ def _statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, logit_scale: float,
     softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`TokenStatistics` as a tuple."""
+    """Return `TokenStatistics` as a plain tuple."""
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
     head = Head(weight, bias, logit_scale, softcap)
     return (*sweep_statistics(hidden, head, labels, token_indices, options),)

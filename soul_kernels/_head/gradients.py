@@ -1,4 +1,4 @@
-"""Gradients of hidden states, weight and bias: added up over the chunks of a sweep, and handed to autograd."""
+"""Gradients of hidden states, weight and bias: sums over the chunks of a sweep, and their conversion for autograd."""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -10,14 +10,14 @@ from soul_kernels._head.checks import Needs
 from soul_kernels._head.rows import HeadRows, mm_fp32, product_with_weight, products_in
 from soul_kernels.chunks import Chunk
 
-# Gradients of hidden states (or of the rows [R, D] among them), weight and bias; None where none is needed.
+# Gradients of hidden states (or of their rows [R, D]), weight and bias; None for those that are not needed.
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class HeadGradients:
-    """Sums of what the chunks contribute to the gradients that are needed; the others are None.
+    """Sums over chunks of the gradients that are needed; the others are None.
 
-    All are fp32 (in fp64 they are fp64), to be rounded once.
+    All are fp32 (fp64 for fp64 inputs) and are rounded once, by the functions below.
 
     Attributes:
         x: [R, D] gradient of the rows.
@@ -29,7 +29,7 @@ class HeadGradients:
         self.head_rows = head_rows
         dtype = head_rows.options.result_dtype
         device = head_rows.x.device
-        # The first chunk overwrites dW; but in fp16 every chunk is added, and without rows there is none.
+        # The first chunk overwrites dW. But in fp16 every chunk is added, and without rows there is no chunk: these need zeros.
         self.fp16 = head_rows.x.dtype == torch.float16
         new = torch.zeros if self.fp16 or not len(head_rows) else torch.empty
         self.x = torch.empty(head_rows.x.shape, dtype=dtype, device=device) if needs.hidden else None
@@ -40,20 +40,22 @@ class HeadGradients:
         """Return the gradients of rows, weight and bias."""
         return self.x, self.weight, self.bias
 
-    def add(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> None:
-        """Add the gradients of a loaded and measured chunk; chunks come in order. Arguments as of `HeadRows.gradient`."""
+    def add(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> None:
+        """Add the gradients of a loaded and measured chunk; chunks come in order. For the arguments see `HeadRows.gradient`."""
         rows = chunk.span
         if self.fp16:
-            # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16; a power of two brings the largest possible
-            # element to between 32 and 64 and is divided out of the fp32 sums. Where no sum over rows is needed, each row has a
-            # power of its own: the gradient of a memorised row may be 1e-9 of another's, and its later factor is not known yet.
-            bounds = self.head_rows.bounds(chunk, coefficients, weights)
+            # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16. So gradients are multiplied by a power of two
+            # that brings their largest possible element to between 32 and 64, and the fp32 sums are divided by it. Where no sum
+            # over rows is needed, each row has a power of its own: the gradient of a memorized row may be 1e-9 of another's,
+            # and the upstream factor that will multiply it is not known yet.
+            bounds = self.head_rows.bounds(chunk, coefficients, divergence_coefficients)
             if self.weight is not None or self.bias is not None:
                 bounds = bounds.max()
             scale = torch.exp2((6 - torch.frexp(bounds).exponent).clamp(max=100))
             coefficients = coefficients * scale
-            weights = None if weights is None else weights * scale
-        dlogits = self.head_rows.gradient(chunk, coefficients, weights)
+            if divergence_coefficients is not None:
+                divergence_coefficients = divergence_coefficients * scale
+        dlogits = self.head_rows.gradient(chunk, coefficients, divergence_coefficients)
         if self.x is not None:
             product_with_weight(dlogits, self.head_rows.head.weight, self.x[rows])
         if self.weight is not None and not self.fp16:
@@ -73,7 +75,7 @@ class HeadGradients:
 
 
 def _accumulate_fp32(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """Compute ``total = a @ b`` for the first chunk, ``total += a @ b`` after it; in the dtype of the total all the way."""
+    """Compute ``total = a @ b`` for the first chunk and ``total += a @ b`` for the others, in the dtype of ``total``."""
     if first:
         mm_fp32(a, b, total)
     elif a.dtype == total.dtype:
@@ -89,15 +91,15 @@ def scaled_gradients(
     token_indices: Tensor, gradients: Gradients, scale: Tensor, dtypes: Sequence[torch.dtype | None],
     hidden_shape: torch.Size, last: bool = False,
 ) -> Gradients:  # fmt: skip
-    """Return the gradients of hidden, weight and bias: fp32 gradients of rows, weight and bias times an upstream factor.
+    """Multiply the gradients of rows, weight and bias by an upstream factor; return those of hidden, weight and bias.
 
     Args:
         token_indices: [R], the tokens of the rows.
-        gradients: fp32 sums, of which each may be None.
+        gradients: fp32 sums; each may be None.
         scale: [] upstream gradient of the loss.
-        dtypes: dtypes of hidden, weight and bias; of bias None where there is none.
+        dtypes: dtypes of hidden, weight and bias, to which the gradients are rounded; None for a bias that does not exist.
         hidden_shape: [B, T, D].
-        last: ``gradients`` are not needed any more: they may be changed, and returned.
+        last: whether ``gradients`` are not needed afterwards, and so may be changed and returned.
     """
     x, weight, bias = (
         None if gradient is None or dtype is None else _scaled(gradient, scale, dtype, last)
@@ -108,10 +110,10 @@ def scaled_gradients(
 
 def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
     """Return fp32 ``gradient * scale`` rounded once to ``dtype``; out of place unless this is its ``last`` use."""
-    if torch._C._are_functorch_transforms_active():  # vmap knows no out=, which spares a copy
+    if torch._C._are_functorch_transforms_active():  # vmap does not support out=, which saves a copy below
         return (gradient * scale).to(dtype)
     on_cpu = gradient.device.type == "cpu"
-    if last and (on_cpu or gradient.dtype == dtype):  # on a CPU ``out`` of another dtype would take a copy more
+    if last and (on_cpu or gradient.dtype == dtype):  # on a CPU ``out`` of another dtype would cost one more copy
         return (gradient if on_cpu and scale == 1 else gradient.mul_(scale)).to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
@@ -119,7 +121,7 @@ def _scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, last: bool) -> 
 def rounded_gradients(
     token_indices: Tensor, gradients: Gradients, dtypes: Sequence[torch.dtype | None], hidden_shape: torch.Size
 ) -> Gradients:
-    """Return the gradients of hidden, weight and bias: fp32 gradients of rows, weight and bias, rounded to their dtypes."""
+    """Round the gradients of rows, weight and bias to ``dtypes``; return those of hidden, weight and bias."""
     x, weight, bias = (
         None if gradient is None or dtype is None else gradient.to(dtype) for gradient, dtype in zip(gradients, dtypes)
     )
@@ -130,7 +132,7 @@ def rounded_gradients(
 def frozen_head_gradient(
     token_indices: Tensor, x: Tensor, upstream: Tensor, dtype: torch.dtype, hidden_shape: torch.Size
 ) -> Tensor:
-    """Return the gradient of hidden states for a gradient of the values of tokens [B, T].
+    """Return the gradient of hidden states for an upstream gradient [B, T] of one value per token.
 
     ``x`` [R, D] is the gradient of the rows for upstream gradients of 1: see `soul_kernels._head.sweeps.sweep_tokens`.
     """
@@ -139,6 +141,6 @@ def frozen_head_gradient(
 
 
 def to_hidden(token_indices: Tensor, x_gradient: Tensor, hidden_shape: torch.Size) -> Tensor:
-    """Return the gradient of the rows as one of hidden [B, T, D], zeros at tokens without a row."""
+    """Return the gradient of hidden [B, T, D] from that of the rows; it is 0 at tokens without a row."""
     full = x_gradient.new_zeros((hidden_shape[0] * hidden_shape[1], hidden_shape[2]))
     return full.index_copy_(0, token_indices, x_gradient).view(hidden_shape)

@@ -1,4 +1,4 @@
-"""Numbers of objectives, by which an opaque op finds them under torch.compile: an op may take no Python function."""
+"""Numbers of objectives. A custom op cannot take a Python function, so under torch.compile it takes such a number."""
 
 import itertools
 import secrets
@@ -13,9 +13,9 @@ _process = (1 << 62) | (secrets.randbits(29) << 32)  # distinguishes the numbers
 
 
 def register_objective(objective: ObjectiveFunction) -> int:
-    """Return a number for an objective, which is valid for as long as the objective lives.
+    """Return a new number for an objective; it is valid for as long as the objective lives.
 
-    An objective with this number as its attribute ``key`` is compiled without a graph break: those of ``soul.losses`` are.
+    An objective with this number as its attribute ``key`` is compiled without a graph break, as those of ``soul.losses`` are.
     """
     number = next(_numbers)
     _objectives[number] = objective
@@ -23,7 +23,7 @@ def register_objective(objective: ObjectiveFunction) -> int:
 
 
 def objective_of(number: int) -> ObjectiveFunction:
-    """Return the objective of a number that `register_objective` or `exported_number` gave.
+    """Return the objective of a number from `register_objective` or `exported_number`.
 
     Raises:
         ArgumentError: the objective is gone, or the number comes from a program that another process has exported.
@@ -36,5 +36,5 @@ def objective_of(number: int) -> ObjectiveFunction:
 
 
 def exported_number(number: int) -> int:
-    """Return the number of an objective for an exported program: in another process it belongs to no objective at all."""
+    """Return the number of an objective for an exported program. In another process it belongs to no objective."""
     return number ^ _process

@@ -1,4 +1,4 @@
-"""The kept tokens of a batch against a language-model head, chunk by chunk: logits, statistics, gradients.
+"""Logits, statistics and gradients of the kept tokens of a batch, one chunk at a time.
 
 How a sweep works. Every token that takes part is a row: its hidden state is a row of ``x`` [R, D], its logits are a row of a
 matrix [R, V] that never exists as a whole. The rows are cut into chunks (`HeadRows.even_chunks`, `HeadRows.sequence_chunks`),
@@ -8,19 +8,19 @@ and a sweep does the following for each chunk in turn::
     head_rows.measure(chunk)                 # one read of them: statistics (and divergences) of each row
     head_rows.gradient(chunk, coefficients)  # one read, one write: gradient by the raw products, often in their place
 
-`load` overwrites what the last chunk left in the scratch memory, so a chunk is used up before the next one is loaded.
-`gradient` may overwrite the raw products, so `measure` comes before it, and a second gradient needs another `load`. Statistics
-and divergences are kept for all rows: a second sweep needs no second `measure`.
+`load` overwrites the scratch memory of the last chunk, so a chunk must be finished before the next one is loaded. `gradient`
+may overwrite the raw products, so `measure` comes before it, and a second gradient needs another `load`. Statistics and
+divergences are kept for all rows: a second sweep needs no second `measure`.
 
 With a reference model a chunk has a second matrix of raw products. Where only some sequences need a divergence, the rows of the
 reference model are packed, and a chunk is cut into runs of rows that have one and rows that have none (`_runs`). A run's two
 products have one shape and go through the same GEMM, so that they are equal, bit for bit, where the two models are. Do not
 merge runs or change the shape of one product only.
 
-Safe to change: how rows are cut into chunks (results differ by rounding), what is measured (statistics are rows of one tensor,
-whose indices `soul_kernels.reference.token_logprob` defines), and the row functions, as long as kernels and PyTorch agree. Not
-safe: reading values of tensors on a GPU. Nothing here waits for the device but where a comment says so, or a step could not be
-captured in a CUDA graph.
+Safe to change: how rows are cut into chunks (results differ by rounding), which statistics are measured (they are rows of one
+tensor; `soul_kernels.reference.token_logprob` defines the indices), and the row functions, as long as kernels and PyTorch
+agree. Not safe: reading values of tensors on a GPU. Nothing here waits for the device except where a comment says so; otherwise
+a step could not be captured in a CUDA graph.
 
 Nothing in this module knows of objectives or autograd.
 """
@@ -71,9 +71,9 @@ class Run(NamedTuple):
     """Consecutive rows that all have a row of the reference model, or all have none.
 
     Attributes:
-        start: first row.
-        stop: the row after the last one.
-        ref_start: row of the reference model that belongs to the first row, or None.
+        start: first row of the run.
+        stop: first row after the run.
+        ref_start: the reference model's row for ``start``, or None.
     """
 
     start: int
@@ -91,28 +91,29 @@ class DivergenceOptions(TypedDict):
 
 
 class HeadRows:
-    """The kept tokens of one call.
+    """The rows of one call: its kept tokens, their statistics, and scratch memory for one chunk of logits.
 
     Attributes:
-        x: [R, D], hidden states of the rows, as factors of the GEMMs: see `ResolvedOptions`.
-        head: the `Head`, in the compute dtype, its bias in that of the results.
+        x: [R, D], hidden states of the rows, in the factor dtype of `ResolvedOptions`.
+        head: the `Head`; its weight is in the compute dtype, its bias in the dtype of results.
         labels: [R] int64.
         indices: [R] int64, flat positions ``b * T + t``.
-        host_indices: the same on the CPU, where the caller has passed them there, or None.
+        host_indices: ``indices`` on the CPU if the caller passed them there, else None.
         statistics: [4 or 7, R] fp32 or, in fp64, fp64; filled chunk by chunk: see
             `soul_kernels.token_logprob.token_statistics`.
-        kind: kind of divergence, or None without a reference model. The attributes below exist with one only.
-        ref_x: [R', D'], hidden states of the reference model, for the R' rows that have some.
-        ref_head: its `Head`.
+        kind: kind of divergence, or None without a reference model. The attributes below exist only with a reference model.
+        ref_x: [R', D'], hidden states of the reference model, for the R' rows that need a divergence.
+        ref_head: the reference model's `Head`.
         ref_statistics: [4, R'], as ``statistics``.
-        strengths: [R'] fp32, how far its logit of the label is lowered, or None.
+        strengths: [R'] fp32, how far the reference model's logit of the label is lowered, or None.
         divergences: [2, R], the dtype of ``statistics``: see `soul_kernels.kl_divergence.divergence_statistics`.
     """
 
-    _logits: Tensor | None  # scratch memory of a chunk: raw products, those of the reference model, and gradient
+    # Scratch memory of a chunk: raw products, those of the reference model, and the gradient.
+    _logits: Tensor | None
     _ref_logits: Tensor | None
     _gradient: Tensor | None
-    _loaded: Tensor  # the rows of _logits that belong to the chunk that is loaded
+    _loaded: Tensor  # the rows of _logits that the loaded chunk uses
 
     def __init__(
         self, hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions, *,
@@ -124,14 +125,14 @@ class HeadRows:
         self.functions = row_functions(options.backend)
         self.host_indices = token_indices if token_indices is not None and token_indices.device.type == "cpu" else None
         from_labels = token_indices is None
-        if token_indices is None:  # waits for the device; a collator that passes `token_indices` spares that
+        if token_indices is None:  # waits for the device, unless a collator has passed `token_indices`
             token_indices = (labels.reshape(-1) != IGNORE_INDEX).nonzero()[:, 0]
         elif token_indices.device != device:
             token_indices = token_indices.pin_memory().to(device, non_blocking=True)
         self.indices = token_indices
         self.labels = labels.reshape(-1).index_select(0, self.indices)
         self.x = self._select(hidden, self.indices)
-        if not from_labels:  # rows of padding may hold anything, NaN as well, which 0 times a gradient would bring into dW
+        if not from_labels:  # padding may hold anything: a gradient of 0 times NaN would put NaN into dW
             self.x.masked_fill_((self.labels == IGNORE_INDEX)[:, None], 0.0)
         self.head = self._converted(head)
         self.n_vocab = head.weight.shape[0]
@@ -142,22 +143,23 @@ class HeadRows:
         self.kind: str | None = None
         self._runs = [Run(0, len(self.indices), None)]
         if comparison is not None:
-            self._take_reference(comparison, from_labels)
+            self._add_ref_model(comparison, from_labels)
 
     def _select(self, hidden: Tensor, indices: Tensor) -> Tensor:
-        """Return the hidden states of some tokens as factors of the GEMMs."""
+        """Return the hidden states of some tokens in the factor dtype, rounded to the compute dtype."""
         x = hidden.detach().reshape(-1, hidden.shape[-1]).index_select(0, indices)
         return x.to(self.options.compute_dtype).to(self.options.factor_dtype)
 
     def _new(self, *shape: int) -> Tensor:
-        """Return memory for numbers of each row."""
+        """Return uninitialized memory in the dtype of results."""
         return torch.empty(shape, dtype=self.options.result_dtype, device=self.x.device)
 
     def _converted(self, head: Head) -> Head:
+        """Return a head with the weight in the compute dtype and the bias in the dtype of results."""
         bias = None if head.bias is None else head.bias.detach().to(self.options.result_dtype)
         return head._replace(weight=head.weight.detach().to(self.options.compute_dtype), bias=bias)
 
-    def _take_reference(self, comparison: Comparison, from_labels: bool) -> None:
+    def _add_ref_model(self, comparison: Comparison, from_labels: bool) -> None:
         """Pack the rows of the reference model, and cut all rows into runs with and without one."""
         indices = self.indices
         n_rows = len(indices)
@@ -170,10 +172,10 @@ class HeadRows:
             picked = mask.nonzero()[:, 0].to(indices.device, non_blocking=True)
             indices = indices.index_select(0, picked)
             sequences = sequences.index_select(0, picked)
-        elif n_rows:  # rows that only the device knows all get a reference; the objective leaves out what it does not need
+        elif n_rows:  # indices on the device only: every row gets one of the reference model, and the objective ignores some
             self._runs = [Run(0, n_rows, 0)]
         self.ref_x = self._select(comparison.hidden, indices)
-        if comparison.needed is not None and len(indices) == n_rows:  # those of the others may hold anything, NaN as well
+        if comparison.needed is not None and len(indices) == n_rows:  # hidden states of the others may be NaN
             unneeded = ~comparison.needed.to(indices.device, non_blocking=True).index_select(0, sequences)
             self.ref_x.masked_fill_(unneeded[:, None], 0.0)
         self.ref_head = self._converted(comparison.head)
@@ -189,21 +191,21 @@ class HeadRows:
 
     @property
     def has_all_statistics(self) -> bool:
-        """Whether hits, entropies and variances are measured as well."""
+        """Whether hits, entropies and variances are measured too."""
         return len(self.statistics) == N_ALL
 
     def even_chunks(self) -> list[Chunk]:
-        """Cut the rows into equal chunks within the budget, wherever that falls."""
+        """Cut the rows into equal chunks within the budget; a cut may divide a sequence."""
         n_rows = len(self)
         count = -(-n_rows // self.limit)
         size = min(-(-n_rows // max(count, 1) // TILE) * TILE if n_rows > TILE else n_rows, self.limit)
         return [Chunk(start, min(start + size, n_rows), 0, self.shape[0]) for start in range(0, n_rows, max(size, 1))]
 
     def sequence_chunks(self, together: int = 1) -> list[Chunk] | None:
-        """Cut the rows between sequences, ``together`` of which stay in one chunk.
+        """Cut the rows between sequences so that ``together`` consecutive ones stay in one chunk.
 
-        None if these are longer than a chunk, or if the device, which alone knows the rows, cannot be asked because a graph is
-        being captured. Waits for the device where the indices are on it.
+        The result is None if so many sequences are longer than a chunk. It is None as well during the capture of a CUDA graph
+        if the indices are on the device only, since reading them waits for the device.
         """
         if self.host_indices is None and self.indices.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
@@ -223,7 +225,7 @@ class HeadRows:
         return [*chunks, Chunk(start, stop, first, len(counts))]
 
     def load(self, chunk: Chunk) -> None:
-        """Compute the raw products of a chunk, and of its reference rows, in scratch memory that the next chunk overwrites."""
+        """Compute the raw products of a chunk, also for the reference model, in memory that the next chunk overwrites."""
         if self._logits is None:
             self._logits = self._scratch(len(self), self.options.logits_dtype)
             if self.kind is not None:
@@ -233,13 +235,14 @@ class HeadRows:
             local = slice(start - chunk.start, stop - chunk.start)
             _product(self.x[start:stop], self.head, self._loaded[local])
             if ref is not None:
-                _product(self.ref_x[ref], self.ref_head, self._of_reference(chunk, ref))
+                _product(self.ref_x[ref], self.ref_head, self._loaded_ref_logits(chunk, ref))
 
     def _scratch(self, n_rows: int, dtype: torch.dtype) -> Tensor:
+        """Return scratch memory for at most ``n_rows`` rows of a chunk."""
         return self.x.new_empty((min(self.limit, n_rows), self.row_width), dtype=dtype)
 
     def _runs_of(self, chunk: Chunk) -> Iterator[tuple[int, int, slice | None]]:
-        """Yield the runs of a chunk: first row, the row after the last one, and the rows of the reference model or None."""
+        """Yield each run of a chunk as its first row, the first row after it, and its rows of the reference model or None."""
         for run in self._runs:
             start = max(run.start, chunk.start)
             stop = min(run.stop, chunk.stop)
@@ -247,7 +250,7 @@ class HeadRows:
                 offset = None if run.ref_start is None else run.ref_start - run.start
                 yield start, stop, None if offset is None else slice(start + offset, stop + offset)
 
-    def _of_reference(self, chunk: Chunk, ref: slice) -> Tensor:
+    def _loaded_ref_logits(self, chunk: Chunk, ref: slice) -> Tensor:
         """Return the loaded raw products of some rows of the reference model."""
         assert self._ref_logits is not None, "load() comes first"
         first = next(rows.start for _, _, rows in self._runs_of(chunk) if rows is not None)
@@ -261,7 +264,7 @@ class HeadRows:
         )  # fmt: skip
         for start, stop, ref in self._runs_of(chunk):
             if ref is not None:
-                ref_logits = self._of_reference(chunk, ref)
+                ref_logits = self._loaded_ref_logits(chunk, ref)
                 labels = self.labels[start:stop]
                 self.functions.token_statistics(ref_logits, labels, self.ref_statistics[:, ref], **transform)
                 self.functions.divergence_statistics(
@@ -269,7 +272,7 @@ class HeadRows:
                     self.ref_statistics[:, ref], self.divergences[:, start:stop], **self._divergence_options(ref),
                 )  # fmt: skip
 
-    def gradient(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
         """Return the gradient [n, V] by the raw products of a loaded and measured chunk, as a factor of the GEMMs.
 
         It overwrites the raw products where these have the same dtype.
@@ -277,7 +280,7 @@ class HeadRows:
         Args:
             chunk: the chunk that is loaded.
             coefficients: [n] fp32, derivative of the objective by each log-probability.
-            weights: [n] fp32, derivative of the objective by each divergence; with a reference model only.
+            divergence_coefficients: [n] fp32, derivative of the objective by each divergence; with a reference model only.
         """
         out = self._out()
         for start, stop, ref in self._runs_of(chunk):
@@ -289,21 +292,23 @@ class HeadRows:
                     self._loaded[local], labels, statistics, coefficients[local], out[local], **self.head.transform()
                 )
             else:
-                assert weights is not None, "rows of a reference model have derivatives by their divergences"
+                assert divergence_coefficients is not None, "a reference model comes with derivatives by its divergences"
                 self.functions.divergence_gradient(
-                    self._loaded[local], self._of_reference(chunk, ref), labels, statistics, self.ref_statistics[:, ref],
-                    self.divergences[:, start:stop], coefficients[local], weights[local], out[local],
+                    self._loaded[local], self._loaded_ref_logits(chunk, ref), labels, statistics, self.ref_statistics[:, ref],
+                    self.divergences[:, start:stop], coefficients[local], divergence_coefficients[local], out[local],
                     **self._divergence_options(ref),
                 )  # fmt: skip
         return out
 
-    def bounds(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> Tensor:
+    def bounds(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
         """Return approximate upper bounds [n] of the elements of each row of `gradient`, in absolute value.
 
-        That is ``|c| (1 - p)``, plus the weight of a divergence, times the scale of the logits.
+        A bound is ``|coefficient| (1 - p)``, plus ``|divergence_coefficient|``, times the scale of the logits.
         """
         bounds = (coefficients * self.statistics[ONE_MINUS_P, chunk.span]).abs()
-        return (bounds if weights is None else bounds + weights.abs()) * abs(self.head.logit_scale)
+        if divergence_coefficients is not None:
+            bounds = bounds + divergence_coefficients.abs()
+        return bounds * abs(self.head.logit_scale)
 
     def _out(self) -> Tensor:
         """Return memory for the gradient of the loaded chunk."""
@@ -314,6 +319,7 @@ class HeadRows:
         return self._gradient[: len(self._loaded), : self.n_vocab]
 
     def _divergence_options(self, ref: slice) -> DivergenceOptions:
+        """Return the options of the row functions for some rows of the reference model."""
         assert self.kind is not None
         strengths = None if self.strengths is None else self.strengths[ref]
         return {"strengths": strengths, "kind": self.kind, **self.head.transform()}
@@ -340,10 +346,10 @@ class HeadRows:
         """Return the values of rows ``start`` to ``stop`` in a [B, T] tensor."""
         return dense.reshape(-1).index_select(0, self.indices[start:stop])
 
-    def give_up_tensors(self) -> list[Tensor | None]:
-        """Hand out the tensors that a second sweep needs, for ``save_for_backward``; scratch memory is freed.
+    def release_tensors(self) -> list[Tensor | None]:
+        """Return the tensors that a second sweep needs, for ``save_for_backward``, and free the scratch memory.
 
-        This object keeps none of them, or they would live on after backward. It is of no use before `with_tensors`.
+        This object keeps none of them; otherwise they would live on after backward. `with_tensors` makes a usable copy of it.
         """
         self.free_scratch()
         tensors: list[Tensor | None] = [self.x, self.statistics, self.head.weight, self.head.bias]
@@ -356,7 +362,7 @@ class HeadRows:
         return tensors
 
     def with_tensors(self, tensors: list[Tensor]) -> "HeadRows":
-        """Return a copy that has the tensors which `give_up_tensors` handed out."""
+        """Return a copy with the tensors from `release_tensors`."""
         copied = copy.copy(self)
         copied.x, copied.statistics, weight, bias, *ref_tensors = tensors
         copied.head = Head(weight, bias, **self._transform)
@@ -366,25 +372,25 @@ class HeadRows:
         return copied
 
     def free_scratch(self) -> None:
-        """Free the scratch memory of the chunks; `load` makes it anew."""
+        """Free the scratch memory of the chunks; `load` allocates it again."""
         self._logits = self._ref_logits = self._gradient = None
         self._loaded = self.x.new_empty(0)
 
 
 def _runs_of_mask(mask: Tensor) -> list[Run]:
-    """Return the runs of rows of which a [R] bool mask on the CPU says whether they have a row of the reference model."""
+    """Return the runs of a [R] bool mask on the CPU, which is true for rows with a row of the reference model."""
     values, counts = torch.unique_consecutive(mask, return_counts=True)
     runs = []
     start = ref_start = 0
-    for has_reference, count in zip(values.tolist(), counts.tolist()):
-        runs.append(Run(start, start + count, ref_start if has_reference else None))
+    for has_ref_row, count in zip(values.tolist(), counts.tolist()):
+        runs.append(Run(start, start + count, ref_start if has_ref_row else None))
         start += count
-        ref_start += count * has_reference
+        ref_start += count * has_ref_row
     return runs
 
 
 class DrawnRows(HeadRows):
-    """Kept tokens whose labels are drawn from the model, from one uniform number each."""
+    """Rows with labels drawn from the model, from one uniform number each."""
 
     def __init__(
         self, hidden: Tensor, head: Head, keep: Tensor, token_indices: Tensor | None, options: ResolvedOptions, uniforms: Tensor
@@ -394,11 +400,11 @@ class DrawnRows(HeadRows):
         self.uniforms = self.gather(uniforms)
 
     def measure(self, chunk: Chunk) -> None:
-        """Fill in the statistics that `gradient` draws labels with."""
+        """Fill in the statistics that `gradient` needs to draw labels."""
         statistics = self.statistics[:, chunk.span]
         self.functions.likeliest_statistics(self._loaded, self.labels[chunk.span], statistics, **self.head.transform())
 
-    def gradient(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
         """Draw the labels, fill in their log-probabilities, and return the gradient."""
         out = self._out()
         self.functions.draw_labels(
@@ -407,15 +413,15 @@ class DrawnRows(HeadRows):
         )  # fmt: skip
         return out
 
-    def bounds(self, chunk: Chunk, coefficients: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Return bounds as `HeadRows.bounds`, with 1 in the place of 1 - p: no label is drawn yet."""
+    def bounds(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
+        """Return the bounds of `HeadRows.bounds` with 1 in place of 1 - p, because no label is drawn yet."""
         return coefficients.abs() * abs(self.head.logit_scale)
 
 
 def _product(x: Tensor, head: Head, out: Tensor) -> None:
-    """Compute ``out = x @ weight.T + bias``, in the dtype of ``out``: fp32, or that of the factors."""
+    """Compute ``out = x @ weight.T + bias``; ``out`` is fp32, or in the dtype of the factors."""
     if x.dtype != head.weight.dtype:
-        with products_in(head.weight.dtype, x):  # exact: x has been rounded to it
+        with products_in(head.weight.dtype, x):  # exact: x has been rounded to that dtype
             for columns, block in _converted_blocks(head.weight, x.dtype):
                 torch.mm(x, block.T, out=out[:, columns])
     elif out.dtype == torch.float32:
@@ -427,9 +433,9 @@ def _product(x: Tensor, head: Head, out: Tensor) -> None:
 
 
 def product_with_weight(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Compute ``out = dlogits @ weight`` in fp32 (fp64 in fp64), whatever the dtype of the weight.
+    """Compute ``out = dlogits @ weight`` in fp32 (fp64 for fp64 factors), whatever the dtype of the weight.
 
-    Gradients of logits in fp32 are rounded to a weight's bf16, as the kernels round them, where `products_in` says so.
+    With a bf16 weight, fp32 gradients of logits are rounded to bf16 where `products_in` does so, as the kernels round them.
     """
     if dlogits.dtype == weight.dtype:
         mm_fp32(dlogits, weight, out)
@@ -441,11 +447,11 @@ def product_with_weight(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
 
 @contextlib.contextmanager
 def products_in(dtype: torch.dtype, factor: Tensor) -> Iterator[None]:
-    """Let a CPU with tiles (AMX) round the factors of fp32 products to bf16 on their way into the tiles, within this context.
+    """Return a context in which a CPU with tiles (AMX) rounds the factors of fp32 products to bf16 as it loads the tiles.
 
-    Sums and results stay fp32, and products of fp32 tensors whose numbers are bf16 already lose nothing. Torch has no other way
-    to such a product on a CPU. The switch belongs to the whole process: fp32 products that other threads begin in the meantime
-    are rounded as well.
+    Sums and results stay fp32, and fp32 tensors that hold bf16 numbers lose nothing. Torch has no other way to compute such a
+    product on a CPU. The switch belongs to the whole process: fp32 products that other threads begin in the meantime are
+    rounded as well.
 
     Args:
         dtype: the compute dtype; any but bf16 changes nothing.
@@ -465,10 +471,9 @@ def products_in(dtype: torch.dtype, factor: Tensor) -> Iterator[None]:
 
 
 def _converted_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a weight block by block in another dtype, in which it never exists as a whole.
+    """Yield a weight block by block, converted to another dtype: the slice of a block's rows, and the block.
 
-    Each block comes after the slice of its rows. The blocks share one block of memory: new memory for each would take longer
-    than the conversion.
+    The blocks share one block of memory, because new memory for each would take longer than the conversion.
     """
     size = min(max(WEIGHT_BLOCK // max(weight.shape[1], 1), 1), len(weight))
     memory = weight.new_empty((size, weight.shape[1]), dtype=dtype)

@@ -1,7 +1,7 @@
-"""The sweeps that the ops on hidden states run over the chunks of a head's rows, and their counterparts in the reference.
+"""Sweeps over the chunks of a head's rows, one for each op on hidden states, and the calls of the reference in their place.
 
-Every function here computes what an op returns, for tensors with values, without a graph around it. `autograd` shows the
-results to autograd, `custom_ops` runs the same functions within opaque ops.
+Every function here computes the results of an op from tensors that hold values, outside of autograd and of torch.compile.
+`autograd` wraps the results for autograd; `custom_ops` runs the same functions within opaque ops.
 """
 
 import dataclasses
@@ -36,11 +36,12 @@ from soul_kernels.tokens import (
     TokenStatistics,
 )
 
-TOGETHER = {"sequences": 1, "pairs": 2}  # sequences that stay in one chunk, by what an objective is a sum over
+# Terms of the sum that an objective is -> the sequences of one term, which must stay in one chunk.
+SEQUENCES_PER_TERM = {"sequences": 1, "pairs": 2}
 
 
 class ObjectiveCall(NamedTuple):
-    """The arguments of `soul_kernels.linear_objective` beside hidden states, head and options."""
+    """Arguments of `soul_kernels.linear_objective` other than hidden states, head and options."""
 
     labels: Tensor
     objective: ObjectiveFunction
@@ -51,13 +52,13 @@ class ObjectiveCall(NamedTuple):
 
 
 class SweepResult(NamedTuple):
-    """The results of a sweep that forms its gradients.
+    """Results of a sweep that computes the gradients of its loss.
 
     Attributes:
         loss: [].
-        per_token: [B, T], not differentiable: log-probabilities, or labels.
+        per_token: [B, T], not differentiable: log-probabilities, or drawn labels.
         token_indices: [R] int64, the tokens of the rows.
-        gradients: of the loss by rows, weight and bias, fp32; None where none is needed.
+        gradients: fp32 gradients of the loss by rows, weight and bias; None for those that are not needed.
     """
 
     loss: Tensor
@@ -73,7 +74,7 @@ NO_GRADIENTS: Gradients = (None, None, None)
 
 
 def sweep_objective(hidden: Tensor, head: Head, call: ObjectiveCall, options: ResolvedOptions, needs: Needs) -> SweepResult:
-    """Compute an objective, the log-probabilities, and the gradients of the objective."""
+    """Return an objective, its gradients, and the log-probabilities, computed in one or two sweeps."""
     check_labels(hidden, head, call.labels, call.token_indices, fused=True)
     head_rows = HeadRows(
         hidden, head, call.labels, call.token_indices, options,
@@ -85,13 +86,10 @@ def sweep_objective(hidden: Tensor, head: Head, call: ObjectiveCall, options: Re
 
 
 def reference_objective(hidden: Tensor, head: Head, call: ObjectiveCall, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
-    """Return loss and log-probabilities of the reference."""
+    """Return the loss and the log-probabilities, computed by the reference."""
     check_labels(hidden, head, call.labels, call.token_indices, fused=False)
     comparison = _comparison(hidden, head, call)
-    reference = None
-    if comparison is not None:
-        ref_weight = comparison.head.weight.to(options.compute_dtype)
-        reference = Reference(comparison.hidden.to(options.compute_dtype), ref_weight, comparison.head.bias)
+    reference = None if comparison is None else _ref_model_in_compute_dtype(comparison, options)
     hidden, head = _in_compute_dtype(hidden, head, options)
     loss, logps = loss_reference.linear_objective(
         hidden, head, call.labels, call.objective, is_forget=call.is_forget, ref_logps=call.ref_logps, reference=reference
@@ -106,7 +104,7 @@ def _comparison(hidden: Tensor, head: Head, call: ObjectiveCall) -> Comparison |
     if divergence is None:
         return None
     is_forget = call.is_forget
-    if is_forget is None:  # where the indices are, so that finding the rows of the reference model waits for no device
+    if is_forget is None:  # on the device of the indices: selecting the rows of the reference model then waits for no device
         device = "cpu" if call.token_indices is None else call.token_indices.device
         is_forget = torch.ones(len(call.labels), dtype=torch.bool, device=device)
     return check_reference(call.reference, hidden, head, divergence.kind)._replace(
@@ -120,17 +118,18 @@ def _sweep_chunks(
 ) -> tuple[Tensor, HeadGradients | None]:
     """Run the objective over all chunks; return the loss and the gradients (None if none is needed).
 
-    One sweep does where chunks can be evaluated one by one: where there is only one, or the objective is a sum over tokens,
-    sequences or pairs that chunks do not cut. Otherwise its derivatives are known only after a first sweep over all rows.
+    One sweep is enough where chunks can be evaluated one by one: if there is only one, or if the objective is a sum whose terms
+    (tokens, sequences or pairs) the chunks do not cut. Otherwise its derivatives are known only after a first sweep over all
+    rows.
     """
     gradients = HeadGradients(head_rows, needs) if any(needs) else None
     additive = getattr(objective, "additive", None)
-    check_choice("objective.additive", additive, (None, "tokens", *TOGETHER))
+    check_choice("objective.additive", additive, (None, "tokens", *SEQUENCES_PER_TERM))
     chunks = head_rows.even_chunks()
     if gradients is None or len(chunks) == 0 or (len(chunks) > 1 and additive is None):
         return _two_sweeps(head_rows, objective, batch, chunks, gradients), gradients
-    if len(chunks) > 1 and additive in TOGETHER:
-        sequence_chunks = head_rows.sequence_chunks(TOGETHER[additive])
+    if len(chunks) > 1 and additive in SEQUENCES_PER_TERM:
+        sequence_chunks = head_rows.sequence_chunks(SEQUENCES_PER_TERM[additive])
         if sequence_chunks is None:
             return _two_sweeps(head_rows, objective, batch, chunks, gradients), gradients
         chunks = sequence_chunks
@@ -156,7 +155,7 @@ def _sweep_chunks(
 def _two_sweeps(
     head_rows: HeadRows, objective: ObjectiveFunction, batch: TokenBatch, chunks: list[Chunk], gradients: HeadGradients | None
 ) -> Tensor:
-    """Compute all log-probabilities first, then, where gradients are needed, the logits once more; return the loss."""
+    """Return the loss; the logits are computed once for all log-probabilities, and again if gradients are needed."""
     for chunk in chunks:
         head_rows.load(chunk)
         head_rows.measure(chunk)
@@ -184,9 +183,9 @@ def _measured(head_rows: HeadRows, batch: TokenBatch, start: int = 0, stop: int 
 
 
 def _differentiate(objective: ObjectiveFunction, logps: Tensor, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
-    """Return the value of the objective and, from its own code, its derivatives.
+    """Return the value of the objective and its derivatives, from autograd.
 
-    They are those by every log-probability and, if there are divergences, those by every divergence.
+    They are the derivatives by the log-probabilities and, if there are divergences, those by the divergences.
     """
     with torch.enable_grad():
         leaves = [logps.detach().requires_grad_()]
@@ -196,7 +195,7 @@ def _differentiate(objective: ObjectiveFunction, logps: Tensor, batch: TokenBatc
         value = objective(leaves[0], batch)
         check_scalar(value)
         derivatives: tuple[Tensor | None, ...] = (None,) * len(leaves)
-        if value.requires_grad:  # an objective need not look at any token of this chunk
+        if value.requires_grad:  # an objective may ignore all tokens of a chunk
             derivatives = torch.autograd.grad(value, leaves, allow_unused=True)
     filled = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(leaves, derivatives)]
     return value.detach().to(logps.dtype), filled
@@ -209,7 +208,7 @@ def sweep_gnb(
     hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
     needs: Needs,
 ) -> SweepResult:  # fmt: skip
-    """Compute the loss of `soul_kernels.linear_gnb`, the labels that it draws, and its gradients."""
+    """Return the loss of `soul_kernels.linear_gnb`, the drawn labels, and the gradients, computed in one sweep."""
     check_indices(token_indices, keep, hidden)
     head_rows = DrawnRows(hidden, head, keep, token_indices, options, uniforms)
     gradients = HeadGradients(head_rows, needs) if any(needs) else None
@@ -219,7 +218,7 @@ def sweep_gnb(
         head_rows.measure(chunk)
         coefficients = (-share).expand(chunk.stop - chunk.start).contiguous()
         if gradients is None:
-            head_rows.gradient(chunk, coefficients)  # for its labels
+            head_rows.gradient(chunk, coefficients)  # draws the labels
         else:
             gradients.add(chunk, coefficients)
     loss = -(head_rows.statistics[LOGP].sum() * share)
@@ -231,7 +230,7 @@ def sweep_gnb(
 def reference_gnb(
     hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, token_indices: Tensor | None, options: ResolvedOptions
 ) -> tuple[Tensor, Tensor]:
-    """Return loss and labels of the reference of `soul_kernels.linear_gnb`."""
+    """Return the loss and the labels of `soul_kernels.linear_gnb`, computed by the reference."""
     check_indices(token_indices, keep, hidden)
     hidden, head = _in_compute_dtype(hidden, head, options)
     return gnb_reference.linear_gnb(hidden, head, keep, uniforms)
@@ -241,9 +240,9 @@ def reference_gnb(
 
 
 def sweep_tokens(head_rows: HeadRows, form_x: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the log-probabilities [B, T], or with a reference model the divergences.
+    """Return the log-probabilities, or with a reference model the divergences, [B, T]; and the gradients of the rows or None.
 
-    With ``form_x``, for a frozen head, also return the gradient of each row for an upstream gradient of 1, [R, D]; else None.
+    These are [R, D], for upstream gradients of 1. They are computed with ``form_x``, for a frozen head.
     """
     gradients = HeadGradients(head_rows, Needs(hidden=True, weight=False, bias=False)) if form_x else None
     for chunk in head_rows.even_chunks():
@@ -257,7 +256,7 @@ def sweep_tokens(head_rows: HeadRows, form_x: bool) -> tuple[Tensor, Tensor | No
 
 
 def token_coefficients(head_rows: HeadRows, values: Tensor) -> tuple[Tensor, ...]:
-    """Return derivatives by log-probability and divergence where only the one that `sweep_tokens` returns counts."""
+    """Return the coefficients of a chunk for upstream gradients ``values`` of what `sweep_tokens` returns."""
     return (values,) if head_rows.kind is None else (torch.zeros_like(values), values)
 
 
@@ -276,7 +275,7 @@ def per_token_gradients(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
     comparison: Comparison | None, upstream: Tensor, needs: Needs,
 ) -> Gradients:  # fmt: skip
-    """Return gradients of hidden, weight and bias for a gradient of `per_token_values`, in one sweep of its own."""
+    """Return the gradients of hidden, weight and bias for an upstream gradient of `per_token_values`, in a new sweep."""
     head_rows = HeadRows(hidden, head, labels, token_indices, options, comparison=comparison)
     gradients = HeadGradients(head_rows, needs)
     coefficients = head_rows.gather(upstream.to(options.result_dtype))
@@ -293,13 +292,12 @@ def reference_per_token(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
     comparison: Comparison | None,
 ) -> Tensor:  # fmt: skip
-    """Return the log-probabilities, or with a reference model the divergences, of the reference."""
+    """Return the log-probabilities, or with a reference model the divergences, computed by the reference."""
     check_labels(hidden, head, labels, token_indices, fused=False)
     hidden, head = _in_compute_dtype(hidden, head, options)
     if comparison is None:
         return loss_reference.linear_logprob(hidden, head, labels)
-    ref_weight = comparison.head.weight.to(options.compute_dtype)
-    reference = Reference(comparison.hidden.to(options.compute_dtype), ref_weight, comparison.head.bias)
+    reference = _ref_model_in_compute_dtype(comparison, options)
     return kl_reference.linear_kl(hidden, head, labels, reference, kind=comparison.kind, strengths=comparison.strengths)
 
 
@@ -310,7 +308,7 @@ def reference_per_token(
 def sweep_statistics(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions
 ) -> TokenStatistics:
-    """Return the results of `soul_kernels.linear_statistics`, swept or by the reference."""
+    """Return the results of `soul_kernels.linear_statistics`, computed in one sweep or by the reference."""
     check_labels(hidden, head, labels, token_indices, options.fused)
     if not options.fused:
         return loss_reference.linear_statistics(*_in_compute_dtype(hidden, head, options), labels)
@@ -323,5 +321,11 @@ def sweep_statistics(
 
 
 def _in_compute_dtype(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor, Head]:
-    """Round hidden states and weight, as the reference does before it computes in fp32."""
+    """Return hidden states and head, rounded to the compute dtype; the reference then computes in fp32."""
     return hidden.to(options.compute_dtype), head._replace(weight=head.weight.to(options.compute_dtype))
+
+
+def _ref_model_in_compute_dtype(comparison: Comparison, options: ResolvedOptions) -> Reference:
+    """Return the reference model of a comparison, rounded to the compute dtype."""
+    hidden, head = _in_compute_dtype(comparison.hidden, comparison.head, options)
+    return Reference(hidden, head.weight, head.bias)

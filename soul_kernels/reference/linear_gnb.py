@@ -15,7 +15,7 @@ def linear_gnb(
     """``soul_kernels.linear_gnb`` in plain PyTorch.
 
     Returns:
-        The loss [] and the labels [B, T] int64, -100 where nothing is kept.
+        The loss [] and the labels [B, T] int64, -100 where ``keep`` is false.
     """
     logits = head_logits(hidden[keep], as_head(weight, bias))
     drawn = draw_labels(logits, uniforms[keep])

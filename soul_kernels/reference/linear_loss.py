@@ -39,11 +39,11 @@ def scatter(keep: Tensor, values: Tensor) -> Tensor:
 
 
 def by_chunks(function: Callable[..., Sequence[Tensor]], n_vocab: int, *per_token: Tensor) -> tuple[Tensor, ...]:
-    """``function(*per_token)``, computed for one chunk of tokens at a time: the logits of all tokens never exist together.
+    """Return ``function(*per_token)``, computed chunk by chunk: the logits of all tokens never exist together.
 
     Backward computes the logits of a chunk again instead of keeping them. That is one more GEMM, which is worth it where
-    ``function`` makes many tensors [n, V]. Under transforms of `torch.func`, which do not allow this, all tokens are computed
-    at once.
+    ``function`` makes many tensors [n, V]. Transforms of `torch.func` do not allow this; under them all tokens are computed at
+    once.
 
     Args:
         function: takes and returns tensors with one entry a token; no token depends on another.
@@ -62,9 +62,9 @@ def by_chunks(function: Callable[..., Sequence[Tensor]], n_vocab: int, *per_toke
 
 
 def linear_logprob(hidden: Tensor, weight: Tensor | Head, labels: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """``soul_kernels.linear_logprob`` in plain PyTorch: with gradients, the fp32 logits of the kept tokens exist all at once.
+    """``soul_kernels.linear_logprob`` in plain PyTorch, with the logits of all kept tokens in memory at once.
 
-    fp64 inputs are computed in fp64, which makes this the oracle of its own accuracy.
+    fp64 inputs are computed in fp64: the errors of fp32 results are measured against these.
     """
     keep = labels != IGNORE_INDEX
     return scatter(keep, token_logprob(head_logits(hidden[keep], as_head(weight, bias)), labels[keep]))
@@ -88,11 +88,11 @@ def linear_statistics(
 def linear_divergence(
     hidden: Tensor, head: Head, labels: Tensor, reference: Reference, *, kind: str = "kl", strengths: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return divergences, entropies of the reference model, and log-probabilities of the labels of the kept tokens.
+    """Return three values of each kept token: divergence, entropy of the reference model, log-probability of the label.
 
     Args:
         hidden: [B, T, D].
-        head: of the model.
+        head: the model's head.
         labels: [B, T] int64.
         reference: the reference model.
         kind: see `soul_kernels.linear_kl`.
@@ -148,10 +148,10 @@ def linear_objective(
 
 
 def needed_sequences(divergence: Divergence, is_forget: Tensor) -> Tensor:
-    """Return [B] bool: the sequences whose divergence an objective needs."""
+    """Return [B] bool, the sequences for which an objective needs a divergence."""
     return {"forget": is_forget, "retain": ~is_forget, "all": torch.ones_like(is_forget)}[divergence.of]
 
 
 def sequence_strengths(divergence: Divergence, is_forget: Tensor) -> Tensor | None:
-    """Return [B] fp32: how far the reference model's logit of the label is lowered, or None where it is not."""
+    """Return [B] fp32, how far the reference model's logit of the label is lowered in each sequence; None if in none."""
     return divergence.strength * is_forget.float() if divergence.strength else None

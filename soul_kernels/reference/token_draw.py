@@ -1,4 +1,4 @@
-"""Labels drawn from rows of logits."""
+"""Draw of a label from each row of logits."""
 
 import torch
 from torch import Tensor
