@@ -146,7 +146,8 @@ def _proven(
         twin.__kwdefaults__ = function.__kwdefaults__
         chosen = {name: value for name, value in OPTIONS.items() if name in known}
         variant = torch.compile(twin, dynamic=True, fullgraph=True, options=chosen)
-        got, want = _examples(function, arguments), _examples(function, arguments)
+        got = _examples(function, arguments)
+        want = _examples(function, arguments)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "bf16 and fp16 are mixed", UserWarning)  # our tensors may mix them
             variant(*got, **options)
@@ -182,7 +183,7 @@ def _example(name: str, argument: Argument, generator: torch.Generator) -> Argum
 
 
 def _example_tensor(name: str, argument: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a tensor like ``argument``, of `EXAMPLE_ROWS` rows where that has rows."""
+    """Return a tensor like ``argument``, with `EXAMPLE_ROWS` rows if that has rows."""
     if name == "telemetry":
         return torch.zeros_like(argument)
     if name.endswith("_scale"):
@@ -227,6 +228,6 @@ def _refuse(reason: str, remedy: str) -> None:
 def _first_line(error: BaseException) -> str:
     """Return the line that names the error from the long message of a compiler or of torch."""
     lines = [line.strip() for line in str(getattr(error, "inner_exception", error)).splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"\berror:|Errno|Error:", line)]
-    text = (telling or lines or [""])[0]
+    error_lines = [line for line in lines if re.search(r"\berror:|Errno|Error:", line)]
+    text = (error_lines or lines or [""])[0]
     return f"{type(getattr(error, 'inner_exception', error)).__name__}: {text}"[:300]

@@ -74,25 +74,25 @@ def check_tensor_lists(
         if len(tensors) != len(lead):
             raise argument_error(name, f"{len(lead)} tensors, as many as {lead_name}", len(tensors), "pass equal lists")
         for index, (first, tensor) in enumerate(zip(lead, tensors)):
-            where = f"{name}[{index}]"
+            entry = f"{name}[{index}]"
             if not isinstance(tensor, torch.Tensor):
-                raise argument_error(where, "a tensor", type(tensor).__name__, f"leave it out of {lead_name} as well")
-            check_gradient(where, tensor)
+                raise argument_error(entry, "a tensor", type(tensor).__name__, f"leave it out of {lead_name} as well")
+            check_gradient(entry, tensor)
             if tensor.dtype not in dtypes[name]:
                 names = ", ".join(str(d) for d in dtypes[name])
-                raise argument_error(where, f"dtype {names}", tensor.dtype, "convert it first")
+                raise argument_error(entry, f"dtype {names}", tensor.dtype, "convert it first")
             if tensor.shape != first.shape:
                 remedy = f"it must match {lead_name}[{index}]"
-                raise argument_error(where, f"shape {tuple(first.shape)}", tuple(tensor.shape), remedy)
+                raise argument_error(entry, f"shape {tuple(first.shape)}", tuple(tensor.shape), remedy)
             if tensor.device != first.device:
                 remedy = f"move it to where {lead_name}[{index}] is"
-                raise argument_error(where, f"device {first.device}", tensor.device, remedy)
+                raise argument_error(entry, f"device {first.device}", tensor.device, remedy)
             if name == lead_name and not is_dense(tensor):
                 got = f"shape {tuple(tensor.shape)} with strides {tensor.stride()}"
-                raise argument_error(where, "dense strides (no gaps, no overlap)", got, "pass tensor.contiguous()")
+                raise argument_error(entry, "dense strides (no gaps, no overlap)", got, "pass tensor.contiguous()")
             if name in written and not same_layout(tensor, first):
                 remedy = f"create it with torch.zeros_like({lead_name}[{index}])"
-                raise argument_error(where, f"strides {first.stride()}", tensor.stride(), remedy)
+                raise argument_error(entry, f"strides {first.stride()}", tensor.stride(), remedy)
     check_overlap({name: tensors for name, tensors in lists.items() if name in written})
 
 
@@ -115,22 +115,22 @@ def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name:
     """Raise unless every 8-bit state has its scales, fp32 [ceil(numel / 256)], and no other state has any."""
     for index, state in enumerate(states):
         scale = scales[index] if scales is not None and index < len(scales) else None
-        where = f"{name}[{index}]"
+        entry = f"{name}[{index}]"
         count = -(-state.numel() // GROUP)
         if state.dtype != torch.uint8:
             if scale is not None:
                 raise argument_error(
-                    where, f"None beside {state.dtype} in {states_name}", "a tensor", "pass scales for uint8 only"
+                    entry, f"None beside {state.dtype} in {states_name}", "a tensor", "pass scales for uint8 only"
                 )
         elif not isinstance(scale, torch.Tensor):
             raise argument_error(
-                where, f"fp32 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
+                entry, f"fp32 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
             )
         elif scale.dtype != torch.float32 or scale.shape != (count,) or not scale.is_contiguous():
             got = f"{tuple(scale.shape)} of {scale.dtype}"
-            raise argument_error(where, f"({count},) of torch.float32", got, f"pass one scale for every {GROUP} values")
+            raise argument_error(entry, f"({count},) of torch.float32", got, f"pass one scale for every {GROUP} values")
         elif scale.device != state.device:
-            raise argument_error(where, f"device {state.device}", scale.device, f"move it to where {states_name}[{index}] is")
+            raise argument_error(entry, f"device {state.device}", scale.device, f"move it to where {states_name}[{index}] is")
 
 
 def check_on_device(

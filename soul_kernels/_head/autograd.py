@@ -10,6 +10,7 @@ from soul_kernels._head.checks import Needs
 from soul_kernels._head.gradients import (
     Gradients,
     HeadGradients,
+    dtypes_of,
     frozen_head_gradient,
     rounded_gradients,
     scaled_gradients,
@@ -69,10 +70,6 @@ def once_differentiable(anchor: Tensor, gradients: Gradients) -> Gradients:
     return x, weight, bias
 
 
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if tensor is None else tensor.dtype for tensor in tensors]
-
-
 class Swept(torch.autograd.Function):
     """Loss with gradients that the forward sweep computes; backward only scales them.
 
@@ -90,7 +87,7 @@ class Swept(torch.autograd.Function):
             # Saved tensors, unlike attributes of ctx, are freed as soon as backward has used them.
             ctx.save_for_backward(anchor, token_indices, *gradients)
         ctx.hidden_shape = hidden.shape
-        ctx.dtypes = _dtypes(hidden, weight, bias)
+        ctx.dtypes = dtypes_of(hidden, weight, bias)
         ctx.mark_non_differentiable(per_token)
         ctx.set_materialize_grads(False)
         return loss, per_token, anchor
@@ -117,7 +114,7 @@ class PerToken(torch.autograd.Function):
         ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, head_rows: HeadRows, needs: Needs
     ) -> tuple[Tensor, Tensor]:
         ctx.hidden_shape = hidden.shape
-        ctx.dtypes = _dtypes(hidden, weight, bias)
+        ctx.dtypes = dtypes_of(hidden, weight, bias)
         ctx.needs = needs
         ctx.head_frozen = not (needs.weight or needs.bias)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -168,7 +165,7 @@ def reference_gradients(
     """
     dtype = options.result_dtype
     rounded = (hidden.to(options.compute_dtype), head.weight.to(options.compute_dtype), head.bias)
-    # Ops are called below autograd, where nothing would be recorded.
+    # A custom op runs below autograd, where nothing would be recorded.
     with torch.inference_mode(False), torch.set_grad_enabled(any(needs)):
         x, weight, bias = (
             None if tensor is None else tensor.detach().to(dtype).requires_grad_(need) for tensor, need in zip(rounded, needs)
@@ -180,5 +177,5 @@ def reference_gradients(
         if outputs[0].requires_grad:
             derivatives = torch.autograd.grad(outputs[0], leaves, upstream, allow_unused=True)
     filled = iter(leaf.new_zeros(leaf.shape) if g is None else g.contiguous() for leaf, g in zip(leaves, derivatives))
-    of_x, of_weight, of_bias = (next(filled) if need else None for need in needs)
-    return tuple(output.detach() for output in outputs), (of_x, of_weight, of_bias)
+    x_gradient, weight_gradient, bias_gradient = (next(filled) if need else None for need in needs)
+    return tuple(output.detach() for output in outputs), (x_gradient, weight_gradient, bias_gradient)

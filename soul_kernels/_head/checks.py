@@ -58,7 +58,7 @@ def check_head(
     head = as_head(weight, bias)
     check_options(options)
     weight, bias, logit_scale, softcap = head
-    check_whole("hidden", hidden)
+    check_not_dtensor("hidden", hidden)
     for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]")):
         if tensor.dim() != dims.count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
@@ -227,12 +227,12 @@ def check_per_sequence(
 
 def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
     """Raise unless a tensor is None, or a plain tensor on the device of hidden."""
-    check_whole(name, tensor)
+    check_not_dtensor(name, tensor)
     if tensor is not None and tensor.device != hidden.device:
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
 
 
-def check_whole(name: str, tensor: Tensor | None) -> None:
+def check_not_dtensor(name: str, tensor: Tensor | None) -> None:
     """Raise for a DTensor: this process may hold only a shard of it. None passes."""
     if tensor is not None and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):  # without importing DTensor
         remedy = f"gather it: {name}.full_tensor() returns the whole tensor, and autograd goes through it"

@@ -18,7 +18,7 @@ from torch._guards import detect_fake_mode
 
 from soul_kernels._head.autograd import Context, once_differentiable, reference_gradients, refuse
 from soul_kernels._head.checks import Comparison, Needs, needed_gradients
-from soul_kernels._head.gradients import Gradients, frozen_head_gradient, scaled_gradients
+from soul_kernels._head.gradients import Gradients, dtypes_of, frozen_head_gradient, scaled_gradients
 from soul_kernels._head.registry import exported_number, objective_of, register_objective
 from soul_kernels._head.sweeps import (
     NO_GRADIENTS,
@@ -193,7 +193,7 @@ def _save_swept(ctx: Context, inputs: Sequence[Any], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:-1])
     ctx.save_for_backward(token_indices, *output[2:])
     ctx.hidden_shape = hidden.shape
-    ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias)]
+    ctx.dtypes = dtypes_of(hidden, weight, bias)
     ctx.needs = Needs(*needs)
     ctx.n_inputs = len(inputs)
 
@@ -285,11 +285,11 @@ def _per_token_backward(
 
         _, gradients = reference_gradients(compute, hidden, head, options, Needs(*needs), upstream)
     leaves = (hidden, weight, bias)
-    of_hidden, of_weight, of_bias = (
+    hidden_gradient, weight_gradient, bias_gradient = (
         hidden.new_empty(0) if gradient is None or leaf is None else gradient.to(leaf.dtype)
         for gradient, leaf in zip(gradients, leaves)
     )
-    return of_hidden, of_weight, of_bias
+    return hidden_gradient, weight_gradient, bias_gradient
 
 
 def _comparison(
@@ -344,9 +344,9 @@ def _backward_per_token(ctx: Context, upstream: Tensor | None, *_: Tensor | None
     else:
         needs = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            formed = _per_token_backward(upstream, *saved, *ctx.others, needs)
-        of_hidden, of_weight, of_bias = (gradient if need else None for gradient, need in zip(formed, needs))
-        gradients = (of_hidden, of_weight, of_bias)
+            outputs = _per_token_backward(upstream, *saved, *ctx.others, needs)
+        hidden_gradient, weight_gradient, bias_gradient = (gradient if need else None for gradient, need in zip(outputs, needs))
+        gradients = (hidden_gradient, weight_gradient, bias_gradient)
     return *once_differentiable(anchor, gradients), *(None,) * (ctx.n_inputs - 3)
 
 

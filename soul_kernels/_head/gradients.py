@@ -140,6 +140,11 @@ def frozen_head_gradient(
     return to_hidden(token_indices, x.to(dtype), hidden_shape)
 
 
+def dtypes_of(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    """Return the dtype of each tensor; None stays None."""
+    return [None if tensor is None else tensor.dtype for tensor in tensors]
+
+
 def to_hidden(token_indices: Tensor, x_gradient: Tensor, hidden_shape: torch.Size) -> Tensor:
     """Return the gradient of hidden [B, T, D] from that of the rows; it is 0 at tokens without a row."""
     full = x_gradient.new_zeros((hidden_shape[0] * hidden_shape[1], hidden_shape[2]))

@@ -94,6 +94,10 @@ class HeadRows:
     """The rows of one call: its kept tokens, their statistics, and scratch memory for one chunk of logits.
 
     Attributes:
+        shape: (B, T).
+        options: the `ResolvedOptions` of the call.
+        functions: the row functions of its backend.
+        limit: the largest number of rows in a chunk.
         x: [R, D], hidden states of the rows, in the factor dtype of `ResolvedOptions`.
         head: the `Head`; its weight is in the compute dtype, its bias in the dtype of results.
         labels: [R] int64.

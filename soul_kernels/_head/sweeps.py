@@ -17,7 +17,7 @@ from soul_kernels._head.checks import (
     check_labels,
     check_reference,
 )
-from soul_kernels._head.gradients import Gradients, HeadGradients, rounded_gradients
+from soul_kernels._head.gradients import Gradients, HeadGradients, dtypes_of, rounded_gradients
 from soul_kernels._head.rows import DrawnRows, HeadRows
 from soul_kernels.chunks import Chunk, ResolvedOptions
 from soul_kernels.errors import check_choice
@@ -284,7 +284,7 @@ def per_token_gradients(
             head_rows.load(chunk)
             head_rows.measure(chunk)
             gradients.add(chunk, *token_coefficients(head_rows, coefficients[chunk.span]))
-    dtypes = (hidden.dtype, head.weight.dtype, None if head.bias is None else head.bias.dtype)
+    dtypes = dtypes_of(hidden, head.weight, head.bias)
     return rounded_gradients(head_rows.indices, gradients.sums(), dtypes, hidden.shape)
 
 

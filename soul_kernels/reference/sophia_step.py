@@ -124,8 +124,8 @@ def sophia_step(
     for i, whole in enumerate(params):
         written = (whole, exp_avgs[i], hessians[i], entry(low_bits, i))
         scales = (entry(exp_avg_scales, i), entry(hessian_scales, i))
-        stored = "nearest" if whole.dtype == torch.float32 else param_rounding
-        draws = stored != "nearest" or exp_avgs[i].dtype == torch.uint8
+        rounding = "nearest" if whole.dtype == torch.float32 else param_rounding
+        draws = rounding != "nearest" or exp_avgs[i].dtype == torch.uint8
         draws = draws or (beta2 is not None and hessians[i].dtype != torch.float32)
         step = 0 if steps is None else steps[i]
         if corrections is not None:
@@ -134,5 +134,5 @@ def sophia_step(
             key = noise_key(salts[i], step, start, whole.device) if draws else None
             run(
                 *tensors, key, torch.tensor(start, device="cpu"), numbers, factor, telemetry,
-                hessian_in_step=beta2 is not None, eps_mode=eps_mode, param_rounding=stored,
+                hessian_in_step=beta2 is not None, eps_mode=eps_mode, param_rounding=rounding,
             )  # fmt: skip
