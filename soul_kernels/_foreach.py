@@ -28,7 +28,7 @@ class Noise(NamedTuple):
 
     Attributes:
         seed: seed of the whole run. Without ``steps``, pass another one at every call.
-        tensor_ids: one int per tensor, by which the hash tells tensors apart; None: its position in the list.
+        tensor_ids: one int per tensor, by which the hash tells tensors apart; None: the position in the list.
         tensor_offsets: one int per tensor. For a piece of a larger tensor it is the index of the piece's first element in the
             larger one, in memory order: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
         steps: fp32 [number of tensors] on the device, which sets the noise of this call apart from that of other calls.
@@ -101,7 +101,7 @@ def with_fields(bundle: Bundle, keywords: dict[str, Any]) -> Bundle:
 
 
 def refuse_unknown_keywords(function: str, keywords: dict[str, Any]) -> None:
-    """Raise Python's TypeError if any keyword is left, which is then a field of no bundle."""
+    """Raise Python's TypeError for an unknown keyword, if any is left after the fields of all bundles have been taken out."""
     if keywords:
         raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(keywords))!r}")
 
@@ -115,7 +115,7 @@ class PreparedCall:
     Args:
         table: the table of the tensors, which counts the calls.
         run: what runs the op.
-        copy: makes the copies that `run` needs, and returns them: see `rebuild_table`. None: no copies are needed.
+        copy: makes the copies that ``run`` needs, and returns them: see `rebuild_table`. None: no copies are needed.
     """
 
     __slots__ = ("_copy", "_number", "_run", "_table")

@@ -1,10 +1,10 @@
 """Per-token log-probabilities, statistics and objectives from hidden states and a head, one chunk of logits at a time.
 
 Only labelled tokens (label != -100) take part. A chunk of their rows is multiplied by the head into fp32 logits (cuBLAS). The
-logits are read once for statistics and turned into their gradient, which feeds the two gradient GEMMs at once; an [N, V] tensor
-never exists. GEMM work in units of 2 N V D is 3 for a trained head, 2 for a frozen one and 1 without gradients. It is one more
-where the coefficients of a row are known only after all chunks have been seen, and one more for the tokens that need a
-divergence from a reference model.
+logits are read once for statistics and turned into their gradient, which feeds the two gradient GEMMs at once. So no [N, V]
+tensor outlives its chunk. GEMM work in units of 2 N V D is 3 for a trained head, 2 for a frozen one and 1 without gradients. It
+is one more where the coefficients of a row are known only after all chunks have been seen, and one more for the tokens that
+need a divergence from a reference model.
 
 Memory beyond inputs and outputs is ``chunk_bytes`` of scratch, R D fp32 for the gradient of the rows, and V D fp32 for that of
 a trained head, until backward; an fp32 head receives that tensor as its gradient. Without kernels there are also a few MiB for

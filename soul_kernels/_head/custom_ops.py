@@ -160,7 +160,7 @@ def _by_reference(
     compute: Callable[[Tensor, Head, ResolvedOptions], tuple[Tensor, ...]], hidden: Tensor, head: Head, token_indices: Tensor,
     options: ResolvedOptions, needs: Needs,
 ) -> Outputs:  # fmt: skip
-    """Return the outputs of an op, computed by the reference."""
+    """Return the outputs of an op, computed by the reference; the gradients are those of the rows, weight and bias."""
     (loss, per_token), (x, weight, bias) = reference_gradients(compute, hidden, head, options, needs)
     if x is not None:
         x = x.reshape(-1, x.shape[-1]).index_select(0, token_indices)

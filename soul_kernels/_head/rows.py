@@ -129,7 +129,7 @@ class HeadRows:
         self.functions = row_functions(options.backend)
         self.host_indices = token_indices if token_indices is not None and token_indices.device.type == "cpu" else None
         from_labels = token_indices is None
-        if token_indices is None:  # waits for the device, unless a collator has passed `token_indices`
+        if token_indices is None:  # waits for the device; to avoid that, pass `token_indices`
             token_indices = (labels.reshape(-1) != IGNORE_INDEX).nonzero()[:, 0]
         elif token_indices.device != device:
             token_indices = token_indices.pin_memory().to(device, non_blocking=True)
@@ -296,7 +296,7 @@ class HeadRows:
                     self._loaded[local], labels, statistics, coefficients[local], out[local], **self.head.transform()
                 )
             else:
-                assert divergence_coefficients is not None, "a reference model comes with derivatives by its divergences"
+                assert divergence_coefficients is not None, "rows of a reference model need divergence_coefficients"
                 self.functions.divergence_gradient(
                     self._loaded[local], self._loaded_ref_logits(chunk, ref), labels, statistics, self.ref_statistics[:, ref],
                     self.divergences[:, start:stop], coefficients[local], divergence_coefficients[local], out[local],

@@ -36,7 +36,7 @@ from soul_kernels.tokens import (
     TokenStatistics,
 )
 
-# Terms of the sum that an objective is -> the sequences of one term, which must stay in one chunk.
+# `additive` of an objective -> number of sequences in one term of its sum, which must stay in one chunk.
 SEQUENCES_PER_TERM = {"sequences": 1, "pairs": 2}
 
 

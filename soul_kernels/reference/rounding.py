@@ -153,7 +153,7 @@ def round_stochastic(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def split(x: Tensor, noise: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round fp32 numbers to 24-bit weights, each a 16-bit number and the next 8 bits; `join` is the inverse.
+    """Round fp32 numbers to 24-bit weights, each a 16-bit number and the next 8 bits; `join` returns its value.
 
     The weight is ``x`` rounded stochastically to 8 bits more than ``dtype`` has. ``high`` is the weight rounded to nearest,
     halves away from zero; so ``low`` is exactly in [-128, 127]. From the largest 24-bit weight up to the point where ``dtype``

@@ -47,7 +47,7 @@ def step_block(
         param: [rows, n] in fp32, bf16 or fp16; mutated.
         exp_avg: [rows, n] in fp32 or bf16, or 8-bit codes in uint8; mutated.
         hessian: [rows, n] in the same dtypes; mutated with ``hessian_in_step`` only.
-        low: int8 [rows, n], the next 8 bits of a 24-bit weight; mutated. None without "compensated" rounding.
+        low: int8 [rows, n], the next 8 bits of a 24-bit weight; mutated. None for fp32 parameters and for other roundings.
         grad: [rows, n] in fp32, bf16 or fp16.
         m_scale: fp32 [rows], the scales of an 8-bit momentum; mutated. None for other dtypes.
         h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated with ``hessian_in_step`` only. None for other dtypes.
