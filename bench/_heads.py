@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from bench._harness import Case, compiled
 from soul.losses import NPO, PO, GradDiff, KLMin, Objective
 from soul_kernels import LinearOptions, Reference, TokenBatch, linear_gnb, linear_objective
-from soul_kernels.reference.kl_divergence import kl_divergence, reference_distribution
+from soul_kernels.reference.kl_divergence import kl_divergence, ref_log_probabilities
 from soul_kernels.reference.token_logprob import token_logprob
 
 FLOOR = "bare GEMMs"
@@ -211,7 +211,7 @@ def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
     chunks = [slice(start, start + EXACT_ROWS) for start in range(0, len(x), EXACT_ROWS)]
 
     def log_q(rows: slice) -> torch.Tensor:
-        return reference_distribution(inputs.reference.hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
+        return ref_log_probabilities(inputs.reference.hidden.flatten(0, 1)[rows].double() @ w.T, labels_of[rows])
 
     def misses(logits: torch.Tensor, uniforms: torch.Tensor, rows: slice) -> torch.Tensor:
         p = logits.softmax(1)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench._harness import Case, Errors, compiled
 from bench.bench_token_logprob import scratch
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
-from soul_kernels.reference.kl_divergence import DIVERGENCE, kl_divergence, reference_distribution
+from soul_kernels.reference.kl_divergence import DIVERGENCE, kl_divergence, ref_log_probabilities
 from soul_kernels.reference.token_logprob import N_BASIC
 from soul_kernels.token_logprob import token_statistics
 
@@ -62,7 +62,7 @@ def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool
     def check() -> Errors:
         gradient_anew()
         leaf = logits[:CHECKED].double().requires_grad_()
-        values = kl_divergence(leaf, labels[:CHECKED], reference_distribution(ref_logits[:CHECKED].double(), labels[:CHECKED]))
+        values = kl_divergence(leaf, labels[:CHECKED], ref_log_probabilities(ref_logits[:CHECKED].double(), labels[:CHECKED]))
         (want,) = torch.autograd.grad(values.sum(), leaf)
         errors = {
             "KL": ((divergences[DIVERGENCE, :CHECKED] - values).abs() / values).max().item(),

@@ -151,14 +151,14 @@ class PerToken(torch.autograd.Function):
 
 
 def reference_gradients(
-    reference: Callable[[Tensor, Head, ResolvedOptions], tuple[Tensor, ...]],
+    compute: Callable[[Tensor, Head, ResolvedOptions], tuple[Tensor, ...]],
     hidden: Tensor,
     head: Head,
     options: ResolvedOptions,
     needs: Needs,
     upstream: Tensor | None = None,
 ) -> tuple[tuple[Tensor, ...], Gradients]:
-    """Return the outputs of ``reference(hidden, head, options)``, and the gradients of the first output.
+    """Return the outputs of ``compute(hidden, head, options)``, an op's reference, and the gradients of the first output.
 
     The gradients are those by hidden, weight and bias, in fp32 or fp64, not yet rounded to the dtypes of these tensors. They
     are None where ``needs`` is false.
@@ -171,7 +171,7 @@ def reference_gradients(
             None if tensor is None else tensor.detach().to(dtype).requires_grad_(need) for tensor, need in zip(rounded, needs)
         )
         assert x is not None and weight is not None
-        outputs = reference(x, head._replace(weight=weight, bias=bias), options._replace(compute_dtype=dtype))
+        outputs = compute(x, head._replace(weight=weight, bias=bias), options._replace(compute_dtype=dtype))
         leaves = [leaf for leaf, need in zip((x, weight, bias), needs) if need and leaf is not None]
         derivatives: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if outputs[0].requires_grad:

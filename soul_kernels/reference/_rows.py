@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soul_kernels.reference import token_draw, token_logprob
-from soul_kernels.reference.kl_divergence import entropy, kl_divergence, reference_distribution
+from soul_kernels.reference.kl_divergence import entropy, kl_divergence, ref_log_probabilities
 from soul_kernels.reference.token_logprob import HIT, LOGP, N_ALL, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -137,7 +137,7 @@ def _ref_log_probs(
 ) -> Tensor:
     """Return log q of some rows of the reference model."""
     z = transformed(_at_least_fp32(ref_logits[rows]), logit_scale, softcap)
-    return reference_distribution(z, labels[rows], None if strengths is None else strengths[rows])
+    return ref_log_probabilities(z, labels[rows], None if strengths is None else strengths[rows])
 
 
 def likeliest_statistics(

@@ -10,7 +10,7 @@ FLOOR = 1e-12  # SOUL's code adds it to q within the logarithm
 DIVERGENCE, REF_ENTROPY = range(2)  # rows of the divergences of a chunk, for the host and for the kernels
 
 
-def reference_distribution(ref_logits: Tensor, labels: Tensor, strengths: Tensor | None = None) -> Tensor:
+def ref_log_probabilities(ref_logits: Tensor, labels: Tensor, strengths: Tensor | None = None) -> Tensor:
     """Return log q [n, V], the logarithm of the reference model's distribution.
 
     Args:
@@ -36,7 +36,7 @@ def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl
     Args:
         logits: [n, V] floating point.
         labels: [n] int64. Results are accurate even where p or q of the label is close to 1.
-        log_q: [n, V], from `reference_distribution`.
+        log_q: [n, V], from `ref_log_probabilities`.
         kind: one of `KINDS`.
 
     Returns:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from soul_kernels.reference.kl_divergence import entropy, kl_divergence, reference_distribution
+from soul_kernels.reference.kl_divergence import entropy, kl_divergence, ref_log_probabilities
 from soul_kernels.reference.token_logprob import token_logprob, token_statistics, transformed
 from soul_kernels.tokens import (
     IGNORE_INDEX,
@@ -109,7 +109,7 @@ def linear_divergence(
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits = head_logits(hidden, head)
         with torch.no_grad():
-            log_q = reference_distribution(head_logits(ref_hidden, ref_head), labels, strengths)
+            log_q = ref_log_probabilities(head_logits(ref_hidden, ref_head), labels, strengths)
         return kl_divergence(logits, labels, log_q, kind), entropy(log_q), token_logprob(logits, labels)
 
     per_token = [hidden[keep], labels[keep], reference.hidden[keep]]

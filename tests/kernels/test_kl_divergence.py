@@ -39,7 +39,7 @@ def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None,
     """Definition in fp64, without the care for small values that fp32 needs: KL as sum q (log q - log p)."""
     leaf = logits.double().requires_grad_()
     z, z_ref = (transformed(t, **transform) for t in (leaf, ref_logits.double()))
-    log_p, log_q = z.log_softmax(1), reference.reference_distribution(z_ref, labels, strengths)
+    log_p, log_q = z.log_softmax(1), reference.ref_log_probabilities(z_ref, labels, strengths)
     if kind == "kl":
         value = (log_q.exp() * torch.where(log_q.exp() > 0, log_q - log_p, 0.0)).sum(1)
     else:
@@ -52,7 +52,7 @@ def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None,
 def run_reference(logits, ref_logits, labels, coefficients, weights, *, strengths=None, kind="kl"):
     """What `run` returns, of the reference in fp32 under autograd."""
     leaf = logits.clone().requires_grad_()
-    log_q = reference.reference_distribution(ref_logits, labels, strengths)
+    log_q = reference.ref_log_probabilities(ref_logits, labels, strengths)
     value = reference.kl_divergence(leaf, labels, log_q, kind)
     (gradient,) = torch.autograd.grad((token_logprob(leaf, labels) * coefficients + value * weights).sum(), leaf)
     return torch.stack([value.detach(), reference.entropy(log_q)]), gradient
