@@ -5,12 +5,15 @@ EXTRAS := all,test,bench,lint,docs,dist
 # Of install: "lowest-direct" takes the oldest versions that setup.py admits, for all that it names itself.
 RESOLUTION ?= highest
 PYTEST := $(BIN)/python -m pytest
+# Test files are divided among as many processes; what a file sets up is then set up once.
+WORKERS ?= auto
+PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 # Of test-gpu: files, and seconds for each.
 TESTS ?= $(filter-out tests/kernels/test_compile.py tests/clients/%,$(wildcard tests/test_*.py tests/*/test_*.py))
 LIMIT ?= 400
 
 # Of test-ptx: GPUs to compile for; another version of Triton, in a folder of its own; more options of pytest; files that launch
-# kernels themselves. `make -j 2 -O test-ptx` runs two targets at a time.
+# kernels themselves.
 TARGETS ?= sm_80 sm_90 sm_100
 TRITON ?=
 OPTIONS ?=
@@ -23,7 +26,7 @@ CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
+.PHONY: help install demo test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,15 +48,18 @@ demo: install ## unlearn fictitious authors on this machine: report and pictures
 	$(BIN)/soul demo --output out/demo
 
 test: install ## kernels compiled for a GPU and executed on the CPU, references, everything else; no GPU needed
-	$(PYTEST) --all-extras
+	$(PYTEST) --all-extras $(PARALLEL)
+
+test-slow: install ## what `make test` leaves out: processes that are started and killed, real data
+	$(PYTEST) --all-extras $(PARALLEL) --slow -m slow
 
 test-all: install ## every test
-	$(PYTEST) --all-extras
+	$(PYTEST) --all-extras $(PARALLEL) --slow
 
 test-ptx: $(TARGETS:%=test-ptx-%) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6, OPTIONS
 
 $(TARGETS:%=test-ptx-%): test-ptx-%: install $(if $(TRITON),.triton/$(TRITON)/installed)
-	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
+	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) $(PARALLEL) --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
 
 .triton/%/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* 'triton==$*.*'
@@ -65,7 +71,7 @@ test-compile: install ## every kernel compiled for sm_80, sm_90, sm_100 and gfx9
 # An error on the device is the end of its process, and a kernel may hang: so a process a file. pytest ends with 5 where a file
 # is skipped as a whole.
 test-gpu: ## the same tests on a GPU, with the Python that is active, four files at a time; test-compile needs none
-	@printf '%s\n' $(TESTS) | TRITON_INTERPRET=0 xargs -P 4 -I FILE sh -c 'told=$$(timeout $(LIMIT) $(PYTHON) -m pytest FILE 2>&1); \
+	@printf '%s\n' $(TESTS) | TRITON_INTERPRET=0 xargs -P 4 -I FILE sh -c 'told=$$(timeout $(LIMIT) $(PYTHON) -m pytest FILE --slow 2>&1); \
 	    status=$$?; printf "%s\nFILE: status $$status\n\n" "$$told"; [ $$status = 0 ] || [ $$status = 5 ]'
 
 # `make -k` goes on where a client fails.

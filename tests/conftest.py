@@ -9,14 +9,19 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for the network
 os.environ.setdefault("TQDM_DISABLE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and threads of one would only wait for those of another
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 
+WORKERS = pytest.StashKey[list]()  # what the workers of pytest-xdist have executed as PTX
 EXTRAS = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml", "accelerate", "rouge_score",
           "scipy", "sklearn", "matplotlib", "pytest_benchmark")  # fmt: skip
 
 
 def pytest_addoption(parser):
     parser.addoption("--all-extras", action="store_true", help="a missing extra is an error, and no reason to skip (make test)")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (make test-all)")
 
     group = parser.getgroup("ptx", "kernels compiled for a GPU and executed on the CPU (tests/ptx)")
     targets = ["sm_80", "sm_90", "sm_100"]
@@ -63,11 +68,43 @@ def can_compile():
         return False
 
 
+def ptx_numbers(config):
+    """Return what this process has executed: launches, variants by name and hash of their PTX, findings."""
+    record = config.ptx_driver.record
+    return record.launches, [f"{name} {digest}" for name, digest in record.counts], record.findings
+
+
+def pytest_sessionfinish(session):
+    """Hand the numbers of a worker of pytest-xdist to the process that started it."""
+    if hasattr(session.config, "workeroutput") and hasattr(session.config, "ptx_driver"):
+        session.config.workeroutput["ptx"] = ptx_numbers(session.config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Keep the numbers of a worker; one that has crashed leaves none."""
+    if numbers := getattr(node, "workeroutput", {}).get("ptx"):
+        node.config.stash.setdefault(WORKERS, []).append(numbers)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if driver := getattr(config, "ptx_driver", None):
-        record = driver.record
-        numbers = f"{record.launches} launches, {len(record.counts)} variants, {record.findings} findings"
+        processes = [ptx_numbers(config), *config.stash.get(WORKERS, [])]
+        launches, findings = (sum(numbers[i] for numbers in processes) for i in (0, 2))
+        variants = {variant for numbers in processes for variant in numbers[1]}
+        numbers = f"{launches} launches, {len(variants)} variants, {findings} findings"
         terminalreporter.write_line(f"PTX (sm_{driver.target.arch}): {numbers}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests marked slow, each of which says why it is, unless they are asked for."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    for item in slow:
+        if not item.get_closest_marker("slow").kwargs.get("reason"):
+            raise pytest.UsageError(f"{item.nodeid}: expected @pytest.mark.slow(reason=...), got no reason")
+    if slow and not config.getoption("--slow"):
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
 def pytest_configure(config):

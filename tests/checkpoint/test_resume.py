@@ -72,6 +72,7 @@ def wait_until(condition, process):
     raise TimeoutError
 
 
+@pytest.mark.slow(reason="starts and kills a process again and again")
 def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, processes):
     """SIGKILL 4 times between steps, and at 4 stages of writing a checkpoint; NPO, so that there is a reference that must stay
     the one of the model before unlearning. Dropout: the random generators go on too.

@@ -131,6 +131,7 @@ def ddp_worker(folder, cases):
     return results
 
 
+@pytest.mark.slow(reason="starts processes; FSDP2 is tested always")
 def test_ddp(tmp_path):
     """Two replicas, each with half of the data, are one process with all of it; and no noise ever drives them apart."""
     cases = [
@@ -325,6 +326,7 @@ def partial_worker(folder):
     return outcome(net, opt)
 
 
+@pytest.mark.slow(reason="starts processes; FSDP2 is tested always")
 def test_gradients_with_other_placements_than_their_parameters(tmp_path):
     """SequenceParallel leaves gradients that are still to be summed over the processes, for parameters that are replicated."""
     first, second = run(tmp_path, partial_worker)
@@ -367,6 +369,7 @@ def tensor_parallel_worker(folder):
     return {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
 
 
+@pytest.mark.slow(reason="starts four processes")
 def test_fsdp_over_tensor_parallelism(tmp_path):
     """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
     results = run(tmp_path, tensor_parallel_worker, world=4)
@@ -414,6 +417,7 @@ def checkpoint_worker(folder):
     return results
 
 
+@pytest.mark.slow(reason="starts processes for each layout of a checkpoint")
 def test_distributed_checkpoint(tmp_path):
     """What DCP does to a fresh optimizer, a step with zero gradients and lr 0, moves nothing. A run restored into new shards,
     or into one process, goes on as if nothing had been."""

@@ -305,6 +305,7 @@ def test_without_several_processes_the_variables_say_nothing(monkeypatch):
     assert launched() == 1
 
 
+@pytest.mark.slow(reason="waits until a process gives up")
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
     monkeypatch.setattr("soul.distributed.processes.JOIN_SECONDS", 1)
@@ -342,6 +343,7 @@ def words(place, output, *more):
     return ["soul", "unlearn", *paths, *how.split(), *more]
 
 
+@pytest.mark.slow(reason="starts four sets of processes")
 def test_the_command_ends_with_status_2_in_every_process_that_differs(place):
     """As on two machines, where somebody has typed another number."""
     port, processes = free_port(), []
@@ -391,6 +393,7 @@ def children(pid):
     return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow(reason="starts three sets of processes, and kills one")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(results, place):
     """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""

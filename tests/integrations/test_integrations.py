@@ -529,6 +529,7 @@ def sharded_worker(folder):
     return [values, [p.full_tensor().detach() for p in model.parameters()]]
 
 
+@pytest.mark.slow(reason="starts processes")
 def test_loss_and_optimizer_under_fsdp2(tmp_path):
     """Both processes have the same batch, so their mean gradient is that of one."""
     torch.save(inputs_of(sequences(3), sequences(2), False), tmp_path / "batch.pt")

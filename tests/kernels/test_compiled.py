@@ -259,6 +259,7 @@ def start(cache, **environment):
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
+@pytest.mark.slow(reason="three processes compile with an empty cache")
 def test_several_processes_at_once(tmp_path):
     """Slow: into one empty cache."""
     processes = [start(tmp_path) for _ in range(2)]
@@ -267,6 +268,7 @@ def test_several_processes_at_once(tmp_path):
         assert (process.returncode, out) == (0, expected()) and "backend 'compile'" not in err, err
 
 
+@pytest.mark.slow(reason="compiles twice with an empty cache")
 @pytest.mark.skipif(sys.platform == "win32", reason="a compiler that is a shell script")
 def test_a_process_killed_while_it_compiles(tmp_path):
     """Slow: half a library is left in the cache, which torch takes for a whole one."""

@@ -25,6 +25,7 @@ CROSS_CHECKS = [
 ]
 
 
+@pytest.mark.slow(reason="the interpreter takes 20 s for what compiled kernels do in 1 s")
 @pytest.mark.skipif(interpreting() or not has_triton(), reason="the other tests run in the interpreter, or nowhere")
 def test_each_kernel_in_tritons_interpreter():
     """In a process of its own: Triton decides when a kernel is defined."""

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import pathlib
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,7 +29,7 @@ class Record:
     """What was run since the driver was activated.
 
     Attributes:
-        counts: by kernel and variant; a variant is the hash of its PTX.
+        counts: by kernel and variant; a variant is a checksum of its PTX, the same in every process.
         findings: how many launches ended in a `Finding`.
     """
 
@@ -110,7 +111,7 @@ class Driver:
         return run
 
     def _launch(self, grid: tuple[int, int, int], kernel: Kernel, given: list[tuple[str, str, Any]]) -> None:
-        counts = self.record.counts[kernel.program.name, hash(kernel.ptx)]
+        counts = self.record.counts[kernel.program.name, zlib.crc32(kernel.ptx.encode())]
         try:
             launch(kernel, grid, given, self.addresses.tensors, self.checks, counts)
         except Finding:

@@ -461,6 +461,7 @@ def _counting(calls):
     return counted
 
 
+@pytest.mark.slow(reason="trains and unlearns on TOFU")
 @pytest.mark.skipif(not TOFU.is_dir(), reason="TOFU is not beside the checkout (../shared/data/tofu)")
 def test_real_data_goes_through_the_whole_study(tmp_path):
     """Ten authors of TOFU, two processes: real names, quotes and lengths, from JSON lines to the report."""
