@@ -9,16 +9,31 @@ import importlib
 import os
 import pathlib
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
 import torch
 
 from bench import compare, results, targets
-from bench._harness import WRONG, ceilings, cores, datasheet, environment, failure, free, load, run_case
+from bench._harness import (
+    WRONG,
+    Case,
+    Limits,
+    Row,
+    ceilings,
+    cores,
+    datasheet,
+    environment,
+    failure,
+    free,
+    load,
+    run_case,
+)
 from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
-OF_MEASUREMENTS = ("json", "results", "plots", "compare", "targets", "threads")  # options that write or read them
+OF_MEASUREMENTS = ("json", "results", "plots", "compare", "targets", "threads")  # options that write or read measurements
 MODULES = {op: f"bench.bench_{op}" for op in OPS} | {
     "step": "bench.whole_step",
     "start": "bench.start",
@@ -27,8 +42,8 @@ MODULES = {op: f"bench.bench_{op}" for op in OPS} | {
 JUDGED = ("sophia_step", "linear_loss", "step", "start")  # on a CPU at full size
 
 
-def main(argv=None):
-    """Runs what the command line names; returns the exit status."""
+def main(argv: list[str] | None = None) -> int:
+    """Run what the command line names and return the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Times the ops against their baselines.")
     parser.add_argument(
@@ -66,8 +81,8 @@ def main(argv=None):
         parser.error(f"--device: expected cpu or cuda, got {args.device} ({str(error).splitlines()[0]})")
     if args.threads and torch.device(args.device).type != "cpu":
         parser.error(f"--threads: expected --device cpu beside it, got {args.device}; a GPU's work has no threads to set")
-    if args.model and (asked := [name for name in OF_MEASUREMENTS if getattr(args, name) is not None]):
-        parser.error(f"--model: expected no --{asked[0]} beside it, which is about measurements; got both")
+    if args.model and (options := [name for name in OF_MEASUREMENTS if getattr(args, name) is not None]):
+        parser.error(f"--model: expected no --{options[0]} beside it, which is about measurements; got both")
     if args.source and not args.plots:
         parser.error("--from needs --plots DIR, where the pictures go")
     try:
@@ -88,8 +103,8 @@ def main(argv=None):
     return run(args)
 
 
-def thread_count(text):
-    """A number of threads from the command line."""
+def thread_count(text: str) -> int:
+    """Return a number of threads from the command line."""
     try:
         count = int(text)
     except ValueError:
@@ -102,8 +117,8 @@ def thread_count(text):
     return count
 
 
-def run(args):
-    """Measures, prints, and writes what the arguments ask for; returns the exit status: 1 where something of ours was wrong."""
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and write what the arguments ask for; return the exit status: 1 where a result of ours was wrong."""
     threads = torch.get_num_threads()
     try:
         return _run(args)
@@ -111,24 +126,27 @@ def run(args):
         torch.set_num_threads(threads)
 
 
-def _run(args):
+def _run(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
-    header, limits = environment(device), {}
-    args.threads = sorted(set(args.threads or ([cores()] if args.quick else [1, cores()]))) if device.type == "cpu" else [None]
+    header = environment(device)
+    limits: dict[int | None, Limits] = {}
     if device.type == "cpu":
+        args.threads = sorted(set(args.threads or ([cores()] if args.quick else [1, cores()])))
         header["threads"] = ", ".join(map(str, args.threads))
+    else:
+        args.threads = [None]
     print("  ".join(f"{name} {value}" for name, value in header.items() if value))
     if args.quick and device.type == "cpu":
         print("quick, on a CPU: small sizes; good for regressions, not for claims")
-    said = datasheet(header["device"])
+    rates = datasheet(header["device"])
     for count in args.threads:
         set_threads(count)
         limits[count] = ceilings(device)
         print(
-            f"ceilings{with_threads('', count)}: copy {limits[count]['copy_bytes_per_s'] / 1e9:.0f} GB/s{said['copy']}, "
-            f"GEMM {limits[count]['gemm_flop_per_s'] / 1e12:.2f} TFLOP/s{said['gemm']}"
+            f"ceilings{with_threads('', count)}: copy {limits[count]['copy_bytes_per_s'] / 1e9:.0f} GB/s{rates['copy']}, "
+            f"GEMM {limits[count]['gemm_flop_per_s'] / 1e12:.2f} TFLOP/s{rates['gemm']}"
         )
-    rows = []
+    rows: list[Row] = []
     for op in args.ops or (JUDGED if device.type == "cpu" and not args.quick else MODULES):
         print(f"\n== {op}")
         try:
@@ -136,42 +154,44 @@ def _run(args):
         except MissingExtra as error:
             print(f"left out: {error}")
     if args.plots:
-        found = {"environment": header, "ceilings": limits[args.threads[-1]], "rows": rows}
-        print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(found, args.plots)])))
+        measured = {"environment": header, "ceilings": limits[args.threads[-1]], "rows": rows}
+        print("\n" + "\n".join(map(str, [*plot_cases(rows, header, args.plots), *plot_results(measured, args.plots)])))
     if args.only and not rows:
-        print(f"--only: expected a part of the name of a case, got {args.only!r}: nothing was measured", file=sys.stderr)
+        print(f"--only: expected text from the name of a case, got {args.only!r}: nothing was measured", file=sys.stderr)
         return 2
     return int(any(row.get("reason", "").startswith(WRONG) for row in rows))
 
 
-def set_threads(count):
-    """Has torch, and the processes that are started from here on, use so many threads; None leaves it as it is."""
+def set_threads(count: int | None) -> None:
+    """Make torch, and processes that are started from here on, use ``count`` threads; None changes nothing."""
     if count is not None:
         torch.set_num_threads(count)
         os.environ["OMP_NUM_THREADS"] = str(count)
 
 
-def with_threads(name, count):
-    """The name of a case with the number of threads that it is measured with; None: on a GPU, as it is."""
+def with_threads(name: str, count: int | None) -> str:
+    """Return the name of a case with the number of threads that it is measured with; None (a GPU): the name alone."""
     return name if count is None else f"{name}, {count} thread{'s' if count > 1 else ''}"
 
 
-def run_op(op, args, header, limits, before):
-    """The rows of the cases of one op. They are written after every case, so that a run that is cut off leaves what it has.
+def run_op(op: str, args: argparse.Namespace, header: Row, limits: dict[int | None, Limits], before: list[Row]) -> list[Row]:
+    """Run the cases of one op and return their rows, which are written after every case: an interrupted run leaves its results.
 
     Args:
         op: one of `MODULES`.
         args: of the command line.
-        header: of `environment`; the highest load that was seen goes into it.
-        limits: number of threads, or None on a GPU -> what `ceilings` returns. Files have those of the most threads.
-        before: rows of other ops.
+        header: of `environment`; the highest load that was seen is added to it.
+        limits: number of threads, or None on a GPU -> what `ceilings` returns. Files get those of the most threads.
+        before: rows of the ops before.
     """
-    module, device, rows = importlib.import_module(MODULES[op]), torch.device(args.device), []
+    module = importlib.import_module(MODULES[op])
+    device = torch.device(args.device)
+    rows: list[Row] = []
     path = args.results and results.folder_of(header, args.results) / f"{op}.json"
 
-    def save(summary=None):
+    def save(summary: Row | None = None) -> None:
         if header.get("load") is not None:
-            header["highest load"] = max(load(), header["load"], header.get("highest load", 0.0))
+            header["highest load"] = max(load() or 0.0, header["load"], header.get("highest load", 0.0))
         if path and rows:
             results.write(path, header, limits[args.threads[-1]], rows, summary)
         if args.json:
@@ -179,12 +199,13 @@ def run_op(op, args, header, limits, before):
 
     for count, make in made_with(args.threads, module, device, args.quick):
         torch.manual_seed(0)
-        case, name = None, with_threads(f"a case of {op}", count)
+        case: Case | None = None
+        name = with_threads(f"a case of {op}", count)
         try:
             case = make()
             case.name = name = with_threads(case.name, count)
-            wanted = not case.once or count == args.threads[-1]
-            if wanted and args.only in name and (args.only or case.default):
+            runs_here = not case.once or count == args.threads[-1]
+            if runs_here and args.only in name and (args.only or case.default):
                 rows += [
                     {"op": op} | row | ({"threads": count} if count else {})
                     for row in run_case(case, device, limits[count], args.budget)
@@ -193,22 +214,24 @@ def run_op(op, args, header, limits, before):
             print(f"{name}: left out, all of it together does not fit into the memory of this device")
         except MissingExtra:
             raise
-        except Exception as error:  # the cases after it are not to be lost
+        except Exception as error:  # the cases after it still run
             rows.append({"op": op, "case": name, "variant": "ours", "reason": WRONG + failure(error)})
             print(f"{name}: {rows[-1]['reason']}", flush=True)
-        case = None
+        case = None  # gives its memory back
         free(device)
         save()
-    if hasattr(module, "summary") and (found := module.summary(rows, limits[args.threads[-1]])):
-        print("\n" + "\n".join(found.pop("lines")))
-        save(found)
+    if hasattr(module, "summary") and (summary := module.summary(rows, limits[args.threads[-1]])):
+        print("\n" + "\n".join(summary.pop("lines")))
+        save(summary)
     if path and rows:
         print(f"\n{path}")
     return rows
 
 
-def made_with(threads, module, device, quick):
-    """Numbers of threads, each with functions that make the cases of a module, to be run with so many."""
+def made_with(
+    threads: Sequence[int | None], module: ModuleType, device: torch.device, quick: bool
+) -> Iterator[tuple[int | None, Callable[[], Case]]]:
+    """Yield every number of threads, once it is set, with each function that makes a case of a module."""
     for count in threads:
         set_threads(count)
         for make in module.cases(device, quick):

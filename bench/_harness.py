@@ -2,6 +2,11 @@
 
 A time is wall time from an idle device to an idle device, host work included, in milliseconds: the median over rounds in
 which all variants of a case take turns, so that clocks and temperature treat them alike.
+
+How it works: a benchmark module yields functions that each make one `Case`. `run_case` checks the case, `measure` makes its
+variants (`start`), notes their memory (`peak_extra_mib`) and times them (`time_interleaved`), and `run_case` turns the numbers
+into rows. A row is a dict, written to JSON as it is: its keys are read by `bench.targets`, `bench.compare` and the pictures,
+and results of earlier runs have them too, so a key may be added but not renamed.
 """
 
 import ctypes
@@ -18,6 +23,8 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -29,9 +36,14 @@ PEERS = (
     "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch-optimizer", "liger-kernel", "cut-cross-entropy",
 )  # fmt: skip
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
-WRONG = "wrong, not timed: "  # in place of the times of what is ours
-SLOW_MS = 1e3  # of a call: the calls that were made before are warm-up enough
-ROUNDS = ((0.0, 5), (5.0, 3), (60.0, 1))  # seconds of a round, and at least so many rounds from there on
+WRONG = "wrong, not timed: "  # begins the reason of a variant of ours that has no time
+SLOW_MS = 1e3  # a call that takes longer needs no more warm-up than the calls that came before
+ROUNDS = ((0.0, 5), (5.0, 3), (60.0, 1))  # from so many seconds a round on, at least so many rounds
+
+Call = Callable[[], object]  # what is timed
+Row = dict[str, Any]  # of JSON values: numbers, texts, lists and dicts of them
+Limits = Mapping[str, float]  # the ceilings of this machine, by name
+Errors = Mapping[str, Any]  # error by name; or by variant a dict of them, or a text where the variant is wrong
 
 
 @dataclasses.dataclass
@@ -41,64 +53,66 @@ class Case:
     Attributes:
         name: what is computed, on what.
         variants: name -> function that allocates and returns the callable to time. Names of ours begin with "ours".
-        check: () -> dict of errors by name, those of ours; or by variant and name, of every variant that runs here, with a text
-            in place of the errors of one of ours that is wrong. Raises AssertionError where our result is wrong, and only then:
-            what a peer does is reported. Runs before any timing.
-        bytes: that one call must move, or None; a dict where they differ, by the name of the variant.
+        check: function without arguments, which runs before any timing. It returns the errors of our result by name; or, by
+            variant, the errors of every variant that runs here, with a text in place of the errors of a variant of ours that is
+            wrong. It raises AssertionError where our result is wrong, and only then: what a peer does is reported.
+        bytes: that one call must move, or None; by the name of the variant where they differ.
         flops: that one call must do, or None.
-        floor: name of the variant that does nothing but what all must do, or None: times are also told in percent of its own.
+        floor: name of the variant that does nothing but what all must do: times are also given in percent of its own. Or None.
         default: runs without being asked for by name.
-        tokens: that one call learns from, padding not among them, or None.
-        model: name of a variant -> (FLOPs, bytes) of a call, where it is made of matrix products and of passes over memory: the
-            time of both at the ceilings, one after the other, is told beside the measured one. Or None.
-        alone: every variant is made, measured and dropped before the next one is made, instead of all taking turns: where each
-            holds so much memory that it is to have the device, and a peak, of its own.
+        tokens: that one call learns from, without padding, or None.
+        model: name of a variant -> (FLOPs, bytes) of a call that consists of matrix products and of passes over memory: the
+            time of both at the ceilings, one after the other, stands beside the measured one. Or None.
+        alone: every variant is made, measured and dropped before the next one is made, instead of all taking turns: for
+            variants so large that each needs the device for itself, and a peak of its own.
         at: sizes, name -> number, for `bench.scaling`; they go into every row.
-        own_memory: every variant holds parameters and states of its own, so that it has a peak also where all take turns (CPU).
-        once: on a CPU only with the most threads of a run, for what takes long or has no threads.
+        own_memory: every variant holds its own parameters and states, so that it has a peak also where all take turns (CPU).
+        once: on a CPU runs only with the most threads of a run, for what takes long or has no threads.
     """
 
     name: str
-    variants: dict
-    check: object
-    bytes: float | dict | None = None
+    variants: Mapping[str, Callable[[], Any]]  # what they return is called, and may have attributes: see `measure`
+    check: Callable[[], Errors]
+    bytes: float | Mapping[str, float] | None = None
     flops: float | None = None
     floor: str | None = None
     default: bool = True
     tokens: int | None = None
-    model: dict | None = None
+    model: Mapping[str, tuple[float, float]] | None = None
     alone: bool = False
-    at: dict = dataclasses.field(default_factory=dict)
+    at: dict[str, int] = dataclasses.field(default_factory=dict)
     own_memory: bool = False
     once: bool = False
 
-    def rates(self, variant, ms, limits):
-        """What a time means: rates, and percentages of what this machine reaches."""
-        found = {}
-        moved = self.bytes.get(variant) if isinstance(self.bytes, dict) else self.bytes
+    def rates(self, variant: str, ms: float, limits: Limits) -> Row:
+        """Return rates, and percentages of what this machine reaches, for a time of ``ms``."""
+        rates = {}
+        moved = self.bytes.get(variant) if isinstance(self.bytes, Mapping) else self.bytes
         if moved:
-            found["gb_per_s"] = moved / ms / 1e6
-            found["percent_of_copy"] = 100 * moved / (ms / 1e3) / limits["copy_bytes_per_s"]
+            rates["gb_per_s"] = moved / ms / 1e6
+            rates["percent_of_copy"] = 100 * moved / (ms / 1e3) / limits["copy_bytes_per_s"]
         if self.flops:
-            found["tflop_per_s"] = self.flops / ms / 1e9
-            found["percent_of_gemm"] = 100 * self.flops / (ms / 1e3) / limits["gemm_flop_per_s"]
+            rates["tflop_per_s"] = self.flops / ms / 1e9
+            rates["percent_of_gemm"] = 100 * self.flops / (ms / 1e3) / limits["gemm_flop_per_s"]
         if self.tokens:
-            found["tokens_per_s"] = self.tokens / (ms / 1e3)
+            rates["tokens_per_s"] = self.tokens / (ms / 1e3)
         if self.model and variant in self.model:
-            flops, moved = found["model_flops"], found["model_bytes"] = self.model[variant]
-            found["model_ms"] = 1e3 * (flops / limits["gemm_flop_per_s"] + moved / limits["copy_bytes_per_s"])
-            found["times_model"] = ms / found["model_ms"]
-        return found
+            flops, moved = self.model[variant]
+            rates["model_flops"] = flops
+            rates["model_bytes"] = moved
+            rates["model_ms"] = 1e3 * (flops / limits["gemm_flop_per_s"] + moved / limits["copy_bytes_per_s"])
+            rates["times_model"] = ms / rates["model_ms"]
+        return rates
 
 
-def synchronize(device):
-    """Waits for the device."""
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def time_once(call, device):
-    """Milliseconds of one call, from idle to idle; at least what the clock can tell from nothing."""
+def time_once(call: Call, device: torch.device) -> float:
+    """Return the milliseconds of one call, from idle to idle; at least the resolution of the clock."""
     synchronize(device)
     begun = time.perf_counter()
     call()
@@ -106,14 +120,19 @@ def time_once(call, device):
     return max(time.perf_counter() - begun, time.get_clock_info("perf_counter").resolution) * 1e3
 
 
-def time_interleaved(calls, device, budget_s):
-    """Median, 20th and 80th percentile of the milliseconds of each call, taken in turns after a warm-up; and the median of the
-    milliseconds that processors have worked on it, on all threads, which others on the machine do not add to.
+def time_interleaved(calls: Mapping[str, Call], device: torch.device, budget_s: float) -> dict[str, tuple[float, ...]]:
+    """Time calls in turns, after a warm-up.
 
-    Where a call takes more than `SLOW_MS`, its first one here counts: it was called before. Rounds are as many as fit into the
-    budget, and at least those of `ROUNDS`.
+    Where a call takes more than `SLOW_MS`, its first call here counts, because it was called before. There are as many rounds
+    as fit into the budget, and at least those of `ROUNDS`.
+
+    Returns:
+        For every call the median, the 20th and the 80th percentile of its milliseconds; and the median of the milliseconds that
+        processors worked on it, on all threads, to which other processes on the machine do not add.
     """
-    samples, worked, turn = {name: [] for name in calls}, {name: [] for name in calls}, 0.0
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    worked: dict[str, list[float]] = {name: [] for name in calls}
+    round_s = 0.0
     for name, call in calls.items():
         for _ in range(4):
             begun = worked_s()
@@ -122,9 +141,9 @@ def time_interleaved(calls, device, budget_s):
                 samples[name].append(ms)
                 worked[name].append((worked_s() - begun) * 1e3)
                 break
-        turn += ms / 1e3
-    least = [rounds for seconds, rounds in ROUNDS if turn >= seconds][-1]
-    rounds = int(min(50, max(least, budget_s / max(turn, 1e-6))))
+        round_s += ms / 1e3
+    least = [rounds for seconds, rounds in ROUNDS if round_s >= seconds][-1]
+    rounds = int(min(50, max(least, budget_s / max(round_s, 1e-6))))
     for _ in range(rounds - all(samples.values())):
         for name, call in calls.items():
             begun = worked_s()
@@ -133,21 +152,21 @@ def time_interleaved(calls, device, budget_s):
     return {name: (statistics.median(s), *spread(s), statistics.median(worked[name])) for name, s in samples.items()}
 
 
-def worked_s():
-    """Seconds that processors have worked for this process and for those that it has started and waited for."""
+def worked_s() -> float:
+    """Return the processor seconds of this process and of those that it started and waited for."""
     times = os.times()
     return time.process_time() + times.children_user + times.children_system
 
 
-def spread(samples):
-    """20th and 80th percentile; of one sample, itself."""
+def spread(samples: list[float]) -> list[float]:
+    """Return the 20th and the 80th percentile; a single sample is both."""
     if len(samples) == 1:
         return samples * 2
     return [statistics.quantiles(samples, n=5)[i] for i in (0, 3)]
 
 
-def check_room(nbytes):
-    """Raises OutOfMemoryError where less than that is left on this machine: Linux would end the process in the middle of it."""
+def check_room(nbytes: float) -> None:
+    """Raise OutOfMemoryError where this machine has fewer bytes left: Linux would kill the process while it allocates."""
     info = pathlib.Path("/proc/meminfo")
     left = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
     if left and int(left.group(1)) * 1024 < nbytes:
@@ -155,14 +174,14 @@ def check_room(nbytes):
 
 
 class Resident:
-    """Memory of this process, in MiB, as Linux counts it: what lies in pages, whoever has allocated it.
+    """Resident memory of this process in MiB, as Linux counts it: all pages, whoever allocated them.
 
-    What the C library keeps of memory that was freed is given back first: it would hide what the next call takes.
+    Freed memory that the C library still holds is given back first; otherwise it would hide what the next call takes.
     """
 
     @staticmethod
-    def now():
-        """What there is, or None where the system does not tell."""
+    def now() -> float | None:
+        """Return the resident memory, or None where the system does not say."""
         gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
@@ -171,10 +190,10 @@ class Resident:
         return Resident._read("VmRSS")
 
     @staticmethod
-    def highest(call):
-        """The most that there was while ``call`` ran, or None; it is called in either case."""
+    def highest(call: Call) -> float | None:
+        """Run ``call`` and return the peak of the resident memory meanwhile, or None where the system does not say."""
         try:
-            pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         except OSError:
             call()
             return None
@@ -182,18 +201,19 @@ class Resident:
         return Resident._read("VmHWM")
 
     @staticmethod
-    def _read(name):
+    def _read(name: str) -> float | None:
         try:
-            found = re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+            line = re.search(rf"{name}:\s*(\d+) kB", pathlib.Path("/proc/self/status").read_text())
         except OSError:
             return None
-        return int(found.group(1)) / 1024 if found else None
+        return int(line.group(1)) / 1024 if line else None
 
 
-def peak_extra_mib(call, device):
-    """MiB that one call allocates at most, beyond what is there before it; None where the system does not tell."""
+def peak_extra_mib(call: Call, device: torch.device) -> float | None:
+    """Run ``call`` and return the MiB that it allocates at most beyond what was allocated before, or None if unknown."""
     if device.type != "cuda":
-        before, highest = Resident.now(), Resident.highest(call)
+        before = Resident.now()
+        highest = Resident.highest(call)
         return None if before is None or highest is None else max(0.0, highest - before)
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
@@ -203,8 +223,8 @@ def peak_extra_mib(call, device):
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def ceilings(device):
-    """What this machine reaches: bytes/s of a large copy (read + write) and FLOP/s of a large matrix product."""
+def ceilings(device: torch.device) -> dict[str, float]:
+    """Measure what this machine reaches: bytes/s of a large copy (read + write) and FLOP/s of a large matrix product."""
     gpu = device.type == "cuda"
     source = torch.randn((2**30 if gpu else 2**27) // 4, device=device)
     target = torch.empty_like(source)
@@ -220,8 +240,8 @@ def ceilings(device):
     }
 
 
-def datasheet(name):
-    """What the maker says of a card, as text beside its measured ceilings: "" of one that `soul.plan` does not know."""
+def datasheet(name: str) -> dict[str, str]:
+    """Return the rates of a card's datasheet as text to print beside the ceilings; "" if `soul.plan` does not know the card."""
     words = name.lower().replace("-", " ").split()
     for known, card in DATASHEETS.items():
         if set(known.split("-")) <= set(words) and "pcie" not in words:  # a slower card of the same name
@@ -229,8 +249,8 @@ def datasheet(name):
     return {"copy": "", "gemm": ""}
 
 
-def environment(device):
-    """Card or CPU, driver, clocks now and at most, versions of torch, Triton, and the peers that are there; commit, date."""
+def environment(device: torch.device) -> Row:
+    """Return what a run depends on: card or CPU, driver, clocks, versions of torch, Triton and the peers, commit, date."""
     gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if gpu else cpu_model(),
@@ -243,53 +263,57 @@ def environment(device):
         "vector": None if gpu else torch.backends.cpu.get_cpu_capability(),
         "load": None if gpu else load(),  # of the machine when the run began
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # with the CUDA that it was built for, which its package's version may not tell
+        "torch": str(torch.__version__),  # names the CUDA that it was built for, which the package's version may not
         **{package: version(package) for package in ("triton", *PEERS)},
         "commit": _run("git", "describe", "--always", "--dirty"),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
-def version(package):
-    """Version of an installed package, or None."""
+def version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def cpu_model():
-    """The name of the processor."""
+def cpu_model() -> str:
+    """Return the name of the processor."""
     info = pathlib.Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def cores():
-    """How many processors this process may run on."""
+def cores() -> int:
+    """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load():
-    """Processes that ran or waited for a processor, on average over the last minute, this one among them; or None."""
+def load() -> float | None:
+    """Return how many processes ran or waited for a processor on average over the last minute, this one included; or None."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _run(*command):
+def _run(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 
 
-def start(name, make):
-    """Makes a variant and calls it once: the callable, or None and the reason why it does not run here. Ours must."""
+def start(name: str, make: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Make a variant and call it once.
+
+    Returns:
+        The callable and None; or None and the reason why the variant does not run here, which for ours means that it is wrong.
+    """
     try:
         call = make()
         if not getattr(call, "called", False):
             call()
         return call, None
-    except Exception as error:  # a variant that does not run here is a line, not a crash: the others are not to be lost
+    except Exception as error:  # a variant that does not run is a line of the table; the others are still measured
         if name.startswith("ours"):
             return None, WRONG + failure(error)
         if isinstance(error, ModuleNotFoundError):
@@ -297,11 +321,11 @@ def start(name, make):
         return None, f"did not run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
 
 
-def failure(error):
-    """Why something of ours has no time, as a line; the traceback of what is no failed check goes to stderr.
+def failure(error: Exception) -> str:
+    """Return in one line why a variant of ours has no time; print the traceback to stderr unless a check failed.
 
     Raises:
-        OutOfMemoryError, MissingExtra: where that is the error; nothing is wrong then.
+        OutOfMemoryError, MissingExtra: where that is the error, because then nothing is wrong.
     """
     if isinstance(error, (torch.OutOfMemoryError, MissingExtra)):
         raise error
@@ -311,50 +335,60 @@ def failure(error):
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
-def measure(variants, device, budget_s):
-    """Makes variants and times them in turns.
+def measure(variants: Mapping[str, Callable[[], Any]], device: torch.device, budget_s: float) -> dict[str, Row]:
+    """Make variants and time them in turns.
+
+    A callable may have attributes: ``row_fields``, a dict that goes into its row; ``phases``, a method that returns
+    milliseconds by phase, not called where a step takes as long as the last of `ROUNDS`; ``called``, true where it was called
+    while it was made.
 
     Returns:
         Name -> dict of ``ms``, ``ms_p20``, ``ms_p80``, ``processor_ms`` (on a CPU), ``extra_mib`` (of a call), ``peak_mib``
-        (since before it was made; on a GPU of all, since before the first was made) and, where the callable has them, what its
-        attribute ``told`` and its method ``phases`` tell, this not where a step takes as long as the last of `ROUNDS`; or of
-        ``reason`` alone, why it did not run. A callable that was called while it was made says so by its attribute ``called``.
+        (since before the variant was made; on a GPU of all, since before the first was made), the callable's ``row_fields`` and
+        ``phases``; or of ``reason`` alone, why it did not run.
     """
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if gpu else 0
-    started, found = {}, {}
+    calls: dict[str, Any] = {}
+    reasons: dict[str, Row] = {}
+    measured: dict[str, Row] = {}
     for name, make in variants.items():
         held = None if gpu else Resident.now()
-        started[name] = call, _ = start(name, make)
-        if call and not gpu:
-            there = Resident.now()
+        call, reason = start(name, make)
+        if reason is not None:
+            reasons[name] = {"reason": reason}
+            continue
+        calls[name] = call
+        if not gpu:
+            made = Resident.now()
             extra = peak_extra_mib(call, device)
-            found[name] = {"extra_mib": extra, "peak_mib": None if extra is None else there - held + extra}
-    calls = {name: call for name, (call, _) in started.items() if call}
+            measured[name] = {"extra_mib": extra, "peak_mib": None}
+            if held is not None and made is not None and extra is not None:
+                measured[name]["peak_mib"] = made - held + extra
     highest = torch.cuda.max_memory_allocated(device) if gpu else 0  # so far; a CUDA graph is captured by now
     if gpu:
-        found = {name: {"extra_mib": peak_extra_mib(call, device)} for name, call in calls.items()}
+        measured = {name: {"extra_mib": peak_extra_mib(call, device)} for name, call in calls.items()}
     for name, (median, low, high, *worked) in time_interleaved(calls, device, budget_s).items() if calls else ():
-        found[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **found[name]}
+        row = measured[name] = {"ms": median, "ms_p20": low, "ms_p80": high, **measured[name]}
         if worked and not gpu:
-            (found[name]["processor_ms"],) = worked
+            (row["processor_ms"],) = worked
         if gpu:
-            found[name]["peak_mib"] = (max(highest, torch.cuda.max_memory_allocated(device)) - before) / 2**20
-        found[name] |= getattr(calls[name], "told", {})
+            row["peak_mib"] = (max(highest, torch.cuda.max_memory_allocated(device)) - before) / 2**20
+        row |= getattr(calls[name], "row_fields", {})
         phases = getattr(calls[name], "phases", None)
-        if phases is not None and median < 1e3 * ROUNDS[-1][0] and (told := phases()):
-            found[name]["phases"] = told
-    return found | {name: {"reason": reason} for name, (_, reason) in started.items() if reason}
+        if phases is not None and median < 1e3 * ROUNDS[-1][0] and (ms_by_phase := phases()):
+            row["phases"] = ms_by_phase
+    return measured | reasons
 
 
-def run_case(case, device, limits, budget_s):
-    """Checks a case, times it, prints its rows; returns them as dicts. Rows of what did not run say why."""
+def run_case(case: Case, device: torch.device, limits: Limits, budget_s: float) -> list[Row]:
+    """Check a case, time it, print its rows and return them; the row of a variant that did not run has a ``reason``."""
     forget_compiled()
     errors = case.check()
-    each = errors.keys() <= case.variants.keys()  # an error, or a dict of them, for a name
+    each = errors.keys() <= case.variants.keys()  # errors are by variant
     print(f"\n{case.name}   " + ("" if each else _text(errors)))
     free(device)
-    measured = {name: {"reason": WRONG + told} for name, told in errors.items() if isinstance(told, str)}
+    measured: dict[str, Row] = {name: {"reason": WRONG + reason} for name, reason in errors.items() if isinstance(reason, str)}
     right = {name: make for name, make in case.variants.items() if name not in measured}
     for variants in [{name: make} for name, make in right.items()] if case.alone else [right]:
         if case.alone and device.type == "cuda":
@@ -368,16 +402,16 @@ def run_case(case, device, limits, budget_s):
         free(device)
     width = max(34, *(len(name) + 2 for name in measured))
     rows = []
-    for name, found in measured.items():
-        row = {"case": case.name, "variant": name, **found, **({"at": case.at} if case.at else {})}
+    for name, fields in measured.items():
+        row = {"case": case.name, "variant": name, **fields, **({"at": case.at} if case.at else {})}
         rows.append(row)
-        if "reason" in found:
-            print(f"  {name:<{width}}{found['reason']}")
+        if "reason" in row:
+            print(f"  {name:<{width}}{row['reason']}")
             continue
         if not (case.alone or case.own_memory):
             del row["peak_mib"]  # of all variants together
         row |= case.rates(name, row["ms"], limits)
-        if "ms" in measured.get(case.floor, {}):
+        if case.floor is not None and "ms" in measured.get(case.floor, {}):
             row["percent_of_floor"] = 100 * row["ms"] / measured[case.floor]["ms"]
         if each and name in errors:
             row["errors"] = errors[name]
@@ -391,8 +425,8 @@ def run_case(case, device, limits, budget_s):
     return rows
 
 
-def _line(row, floor):
-    """What a row says, but its name, phases and errors."""
+def _line(row: Row, floor: str | None) -> str:
+    """Return the text of a row without its name, phases and errors."""
     line = f"{row['ms']:10.3f} ms  ({row['ms_p20']:.3f} to {row['ms_p80']:.3f})"
     if "processor_ms" in row:
         line += f"  {row['processor_ms']:10.3f} of processors"
@@ -413,28 +447,31 @@ def _line(row, floor):
     return line
 
 
-def cost(row):
-    """Milliseconds: of one thread those that it has worked, which others on the machine do not add to; elsewhere the wall's."""
+def cost(row: Row) -> float | None:
+    """Return the milliseconds by which a row is judged.
+
+    With one thread they are those that the processor worked, to which others on the machine do not add; otherwise wall time.
+    """
     return row["processor_ms"] if row.get("threads") == 1 and "processor_ms" in row else row.get("ms")
 
 
-def compiled(function):
-    """``torch.compile`` for the shapes of one case: those of the case before would have it compile for any shape."""
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Apply ``torch.compile`` for the shapes of one case: after another case it would compile for any shape."""
     return torch.compile(function, dynamic=False)
 
 
-def forget_compiled():
-    """Drops what cases before have compiled: a process compiles a function a few times only, and then runs it eagerly."""
+def forget_compiled() -> None:
+    """Drop what earlier cases compiled: a process compiles a function only a few times, and then runs it eagerly."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
 
 
-def free(device):
-    """Gives unused memory of a GPU back."""
+def free(device: torch.device) -> None:
+    """Give unused memory of a GPU back."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def _text(errors):
+def _text(errors: Errors) -> str:
     return "  ".join(f"{name} {value:.1e}" for name, value in errors.items())

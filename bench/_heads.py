@@ -1,8 +1,8 @@
 """Inputs, losses in plain PyTorch, the floor, and errors for the benchmarks of ops on hidden states and a head.
 
-Every variant of a case is a function of the same `Inputs`; it returns the loss, or the loss and a detail: a value of every
-token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case:
-their errors against fp64 on flat and on peaked inputs, and forward and backward of the flat ones to be timed.
+Every variant of a case is a function of the same `Inputs`. It returns the loss, or the loss and a detail: a value of every
+token ([B, T] floating point), or the labels that it drew ([B, T] int64). `make_case` turns such functions into a case: it
+checks them against fp64 on flat and on peaked inputs, and times forward and backward on the flat ones.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ SLICE = 8192  # rows of dW that are compared at a time
 SHAPES = ((2048, 128256), (4096, 32000), (4096, 128256))  # D, V: Llama-3.2-1B, LLaMA-2-7B, Llama-3-8B
 SIZES = (4096, 512, 16384)  # N: tokens of a batch
 SMALL, QUICK = (256, 128, 4000), (32, 64, 1000)  # N, D, V where there is no GPU
-# Each over all tokens of the batch, but for the two that need forget and retain sequences: half of each.
+# Each is over all tokens of the batch; GradDiff and NPO need forget and retain sequences, and get half of each.
 LOSSES: dict[str, Objective] = {
     "CE": PO(alpha=0.0),
     "GradDiff": GradDiff(),
@@ -39,7 +39,7 @@ LOSSES: dict[str, Objective] = {
 
 @dataclasses.dataclass
 class Inputs:
-    """Inputs of a loss. All tokens are kept, so that the work is equal, whether a variant drops ignored ones or not.
+    """Inputs of a loss. No token is ignored, so that the work is equal whether a variant drops ignored tokens or not.
 
     Attributes:
         hidden: [B, T, D], requires grad.
@@ -49,8 +49,8 @@ class Inputs:
         ref_logps: [B] fp32, or None.
         ref_hidden: [B, T, D] of the reference model, close to hidden, or None.
         uniforms: [B, T] fp32, from which labels are drawn, or None.
-        keep: [B, T] bool, the tokens that count.
-        token_indices: [R] int64 on the CPU, their flat indices; there they spare ours a wait for the device.
+        keep: [B, T] bool, true for tokens with a label.
+        token_indices: [R] int64 on the CPU, their flat indices: ours need not wait for the device to find them.
         is_forget_on_cpu: ``is_forget`` on the CPU, for the same reason.
     """
 
@@ -63,7 +63,7 @@ class Inputs:
     uniforms: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert (self.labels >= 0).all(), "an ignored token would be less work for those who drop it"
+        assert (self.labels >= 0).all(), "an ignored token would be less work for variants that drop it"
         self.keep = torch.ones_like(self.labels, dtype=torch.bool)
         self.token_indices = torch.arange(self.labels.numel())
         self.is_forget_on_cpu = self.is_forget.cpu()
@@ -124,7 +124,7 @@ def make_inputs(
 
 @torch.no_grad()
 def summed_logps(inputs: Inputs) -> torch.Tensor:
-    """Log-probability of each sequence, [B] fp32."""
+    """Return the log-probability of each sequence, [B] fp32."""
     x, labels = inputs.flat
     chunks = zip(x.split(EXACT_ROWS), labels.split(EXACT_ROWS))
     logps = [-F.cross_entropy((x @ inputs.weight.T).float(), labels, reduction="none") for x, labels in chunks]
@@ -132,7 +132,7 @@ def summed_logps(inputs: Inputs) -> torch.Tensor:
 
 
 def eager_objective(inputs: Inputs, objective: Objective) -> Output:
-    """Logits rounded to the dtype of the inputs, then fp32; log-softmax; objective: the code of a careful user."""
+    """Apply an objective as a careful user writes it: logits rounded to the dtype of the inputs, then fp32; log-softmax."""
     x, labels = inputs.flat
     logits = (x @ inputs.weight.T).float()
     logps = -F.cross_entropy(logits, labels, reduction="none").view(inputs.labels.shape)
@@ -140,7 +140,7 @@ def eager_objective(inputs: Inputs, objective: Objective) -> Output:
 
 
 def eager_kl(inputs: Inputs) -> Output:
-    """Mean of ``KL(reference || model)`` from fp32 log-softmaxes of both."""
+    """Return the mean of ``KL(reference model || model)`` from fp32 log-softmaxes of both."""
     x, _ = inputs.flat
     log_p = (x @ inputs.weight.T).float().log_softmax(-1)
     with torch.no_grad():
@@ -150,24 +150,26 @@ def eager_kl(inputs: Inputs) -> Output:
 
 
 def eager_gnb(inputs: Inputs) -> Output:
-    """Cross-entropy with labels from ``torch.multinomial``."""
+    """Return the cross-entropy with labels from ``torch.multinomial``."""
     x, _ = inputs.flat
     logits = (x @ inputs.weight.T).float()
     labels = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
     return F.cross_entropy(logits, labels), labels.view(inputs.labels.shape)
 
 
-def bare_gemms(inputs: Inputs, with_reference: bool) -> None:
+def bare_gemms(inputs: Inputs, with_ref: bool) -> None:
     """Compute the matrix products alone, in chunks, in the dtype of the inputs: the floor.
 
-    3 for a trained head (logits, dX, dW), 2 for a frozen one, and 1 for the logits of a reference model.
+    There are 3 with a trained head (logits, dX, dW), 2 with a frozen one, and 1 more for the logits of a reference model.
     """
     x, _ = inputs.flat
-    x, w = x.detach(), inputs.weight.detach()
-    ref_x = inputs.reference.hidden.flatten(0, 1) if with_reference else None
+    x = x.detach()
+    w = inputs.weight.detach()
+    ref_x = inputs.reference.hidden.flatten(0, 1) if with_ref else None
     rows = min(len(x), FLOOR_ROWS)
     logits = torch.empty(rows, w.shape[0], device=x.device, dtype=x.dtype)
-    dx, dw = torch.empty_like(x), torch.empty_like(w) if inputs.weight.requires_grad else None
+    dx = torch.empty_like(x)
+    dw = torch.empty_like(w) if inputs.weight.requires_grad else None
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows]
         z = logits[: len(chunk)]
@@ -180,18 +182,18 @@ def bare_gemms(inputs: Inputs, with_reference: bool) -> None:
 
 
 def train(function: Function, inputs: Inputs) -> None:
-    """Run one forward and backward; both gradients, or that of hidden alone, are formed anew and dropped."""
+    """Run forward and backward once; all gradients are formed anew and dropped."""
     assert inputs.hidden.grad is None and inputs.weight.grad is None
     loss, _ = split(function(inputs))
     try:
         loss.backward()
         assert inputs.hidden.grad is not None and (inputs.weight.grad is not None) == inputs.weight.requires_grad
-    finally:  # also where a peer runs out of memory half-way: the next one starts from nothing
+    finally:  # a peer may run out of memory half-way; the next variant starts without gradients all the same
         inputs.hidden.grad = inputs.weight.grad = None
 
 
 def split(output: Output) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return loss and detail of the output of a function of `Inputs`; the detail is None where there is none."""
+    """Return loss and detail of an output; the detail may be None."""
     return output if isinstance(output, tuple) else (output, None)
 
 
@@ -199,10 +201,12 @@ def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
     """Return a loss and its gradients in fp64 on the same inputs, computed a chunk of rows at a time.
 
     Returns:
-        Loss, and per token log-probabilities (or divergences) and, where there are uniforms, by how much one misses the
-        interval of its label in the cumulated probabilities; dX [N, D] and dW [V, D], or None for a frozen head.
+        Loss; log-probabilities (or divergences) of the tokens [B, T]; where there are uniforms, the largest distance of one
+        from the interval of its label in the cumulated probabilities, else None; dX [N, D]; dW [V, D], or None for a frozen
+        head.
     """
-    x, w = inputs.hidden.detach().flatten(0, 1).double(), inputs.weight.detach().double()
+    x = inputs.hidden.detach().flatten(0, 1).double()
+    w = inputs.weight.detach().double()
     labels_of = labels.flatten()
     chunks = [slice(start, start + EXACT_ROWS) for start in range(0, len(x), EXACT_ROWS)]
 
@@ -234,7 +238,8 @@ def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
     derivatives: tuple[torch.Tensor | None, ...] = torch.autograd.grad(loss, leaves, allow_unused=True)
     coefficients = [c.flatten() if c is not None else torch.zeros(len(x), device=x.device) for c in derivatives]
 
-    dx, dw = torch.empty_like(x), torch.zeros_like(w) if inputs.weight.requires_grad else None
+    dx = torch.empty_like(x)
+    dw = torch.zeros_like(w) if inputs.weight.requires_grad else None
     for rows in chunks:
         logits = (x[rows] @ w.T).requires_grad_()
         value = (coefficients[0][rows] * token_logprob(logits, labels_of[rows])).sum()
@@ -248,17 +253,16 @@ def exact(inputs: Inputs, objective: Objective, labels: torch.Tensor) -> Exact:
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Return the relative error in the Frobenius norm, some rows at a time."""
+    """Return the relative error in the Frobenius norm, computed some rows at a time."""
     squares = [((a.double() - b).square().sum(), b.square().sum()) for a, b in zip(got.split(SLICE), want.split(SLICE))]
     wrong, right = (torch.stack(values).sum() for values in zip(*squares))
     return (wrong / right).sqrt().item()
 
 
 def errors_of(output: Output, inputs: Inputs, objective: Objective, exact_result: Callable[[], Exact]) -> dict[str, float]:
-    """Return the errors of one function's output: of the loss and the details absolute, of the gradients relative.
+    """Return the errors of one function's output: of the loss and the detail absolute, of the gradients relative.
 
-    Those of the loss are relative where it is above 1. ``exact_result`` returns the result of `exact` for the labels of the
-    inputs.
+    The error of the loss is relative where it is above 1. ``exact_result`` returns `exact` for the labels of the inputs.
     """
     loss, detail = split(output)
     gradients = torch.autograd.grad(loss, inputs.trained)
@@ -278,7 +282,7 @@ def errors_of(output: Output, inputs: Inputs, objective: Objective, exact_result
 
 
 def before_rounding(got: torch.Tensor, want: torch.Tensor, error: float) -> float:
-    """Return the relative error before rounding: rounding is independent of it, so that their squares add up.
+    """Return the relative error that ``got`` had before it was rounded: the two are independent, so their squares add up.
 
     Args:
         got: of a dtype below fp32.
@@ -292,10 +296,10 @@ def before_rounding(got: torch.Tensor, want: torch.Tensor, error: float) -> floa
 def check(
     functions: Functions, inputs_of: dict[str, Inputs], objective: Objective, dtype: torch.dtype
 ) -> dict[str, dict[str, float]]:
-    """Return the errors of every variant that runs, by its name; ours must be right.
+    """Return the errors of every variant that runs, by its name; raise AssertionError where ours is wrong.
 
-    bf16 gradients are off by 1.7e-3 for being rounded once. In fp32, and for what is fp32 in either case (loss, values of the
-    tokens), it is the summation order; of cumulated probabilities, over the whole vocabulary.
+    bf16 gradients are off by 1.7e-3 because they are rounded once. Errors in fp32, and of what is fp32 in either case (loss,
+    values of the tokens), come from the order of sums; those of cumulated probabilities are over the whole vocabulary.
     """
     gates = {"loss": 1e-4, "log p": 1e-4, "KL": 1e-4, "draw": 1e-4, "dX": 4e-3, "dW": 4e-3, "dW before rounding": 4e-3}
     if dtype == torch.float32:
@@ -304,15 +308,15 @@ def check(
     for kind, inputs in inputs_of.items():
         exact_result = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
         for name, make in functions.items():
-            ours = name.startswith("ours")
-            own_inputs = inputs if ours else dataclasses.replace(inputs, uniforms=None)  # a peer has random numbers of its own
+            is_ours = name.startswith("ours")
+            own_inputs = inputs if is_ours else dataclasses.replace(inputs, uniforms=None)  # a peer draws its own numbers
             try:
                 errors = errors_of(make()(own_inputs), own_inputs, objective, exact_result)
             except Exception:  # a peer that does not run here says why when it is to be timed
-                if ours:
+                if is_ours:
                     raise
                 continue
-            if ours:
+            if is_ours:
                 wrong = {key: value for key, value in errors.items() if not value < gates[key]}
                 assert not wrong, f"{name}, {kind} inputs: {wrong}"
             errors_by_name.setdefault(name, {}).update({f"{key} {kind}": value for key, value in errors.items()})
@@ -320,7 +324,7 @@ def check(
 
 
 def ours(loss: str, chunk_bytes: int | None = None) -> Function:
-    """Return one of `LOSSES` with our ops, a function of `Inputs`."""
+    """Return one of `LOSSES` computed by our ops."""
     objective = LOSSES[loss]
 
     def gnb(inputs: Inputs) -> Output:
@@ -345,15 +349,16 @@ def ours(loss: str, chunk_bytes: int | None = None) -> Function:
 def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Callable[[], Function]]:
     """Return ours and plain PyTorch for one of `LOSSES`: name -> function that returns a function of `Inputs`.
 
-    Eager PyTorch also runs under torch.compile, but for ``quick``. Drawing labels is compared with our plain cross-entropy as
-    well.
+    Eager PyTorch is also there under torch.compile, unless ``quick``. Drawing labels is also compared with our plain
+    cross-entropy of the same size.
     """
     functions: dict[str, Callable[[], Function]] = {"ours": lambda: ours(loss)}
     if device.type == "cuda":
         functions["ours, chunks of 4 GiB"] = lambda: ours(loss, chunk_bytes=2**32)
     if loss == "GNB":
         functions["ours, plain cross-entropy"] = lambda: ours("CE")
-    plain = {"KL": eager_kl, "GNB": eager_gnb}.get(loss) or functools.partial(eager_objective, objective=LOSSES[loss])
+    eager: dict[str, Function] = {"KL": eager_kl, "GNB": eager_gnb}
+    plain = eager.get(loss) or functools.partial(eager_objective, objective=LOSSES[loss])
     functions["eager, torch.multinomial" if loss == "GNB" else "eager"] = lambda: plain
     if not quick:
         functions["torch.compile of eager"] = lambda: compiled(plain)
@@ -361,20 +366,28 @@ def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Call
 
 
 def make_case(
-    loss: str, n: int, d: int, n_vocab: int, frozen: bool, functions: Functions, device: torch.device, *,
-    op: str | None = None, default: bool = True,
-) -> Case:  # fmt: skip
-    """Return the case of one loss at one size. Its inputs are made when they are needed.
+    loss: str,
+    n: int,
+    d: int,
+    n_vocab: int,
+    frozen: bool,
+    functions: Functions,
+    device: torch.device,
+    *,
+    op: str | None = None,
+    default: bool = True,
+) -> Case:
+    """Make the case of one loss at one size. Its inputs are made when they are needed.
 
     Args:
         loss: one of `LOSSES`.
         n: tokens.
         d: width of the hidden states.
         n_vocab: size of the vocabulary.
-        frozen: whether the head is.
+        frozen: the head has no gradient.
         functions: name -> function that returns a function of `Inputs`.
-        device: the device to compute on.
-        op: the op, for the name of the case; None: the loss.
+        device: of the inputs.
+        op: name of what is computed, for the name of the case; None: the loss.
         default: runs without being asked for.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,6 +10,9 @@ from soul._extras import require
 from soul.data.examples import Sequence
 from soul.plan import Shape, shape_of
 from soul.plan.shapes import llama
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +26,11 @@ class Setup:
     """
 
     shape: Shape
-    lengths: tuple = (45, 90)  # TOFU's questions with their answers
+    lengths: tuple[int, int] = (45, 90)  # TOFU's questions with their answers
     pad_to: int = 512
 
-    def of(self, **sizes):
-        """The same with other sizes of the model, arguments of `soul.plan.shapes.llama`."""
+    def of(self, **sizes: Any) -> "Setup":
+        """Return the same with other sizes of the model, which are arguments of `soul.plan.shapes.llama`."""
         names = ("name", "hidden", "intermediate", "layers", "heads", "kv_heads", "vocab", "tied")
         return dataclasses.replace(self, shape=llama(**{name: getattr(self.shape, name) for name in names} | sizes))
 
@@ -36,8 +40,8 @@ LLAMA_1B, LLAMA_7B = Setup(shape_of("llama-3.2-1b")), Setup(shape_of("llama-2-7b
 TINY = Setup(llama("tiny", hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, vocab=200, tied=True), (6, 12), 32)
 
 
-def make_model(shape, device, dtype):
-    """A model of that shape with the same random weights at every call, in training mode."""
+def make_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> "PreTrainedModel":
+    """Make a model of a shape, with the same random weights at every call, in training mode."""
     transformers = require("transformers", "hf")
     config = transformers.LlamaConfig(
         vocab_size=shape.vocab,
@@ -52,17 +56,18 @@ def make_model(shape, device, dtype):
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    found = sum(p.numel() for p in model.parameters())
-    assert found == shape.numel, f"{shape.name}: {found:,} parameters, {shape.numel:,} by its shape"
+    numel = sum(p.numel() for p in model.parameters())
+    assert numel == shape.numel, f"{shape.name}: {numel:,} parameters, {shape.numel:,} by its shape"
     return model.train()
 
 
-def make_sequences(setup, count, seed=0):
-    """Random token ids in sequences of the setup's lengths, a third of each a prompt without labels."""
-    draw, found = random.Random(seed), []
+def make_sequences(setup: Setup, count: int, seed: int = 0) -> list[Sequence]:
+    """Make sequences of random token ids with the setup's lengths; a third of each is a prompt without labels."""
+    draw = random.Random(seed)
+    sequences = []
     for _ in range(count):
         ids = [draw.randrange(setup.shape.vocab) for _ in range(draw.randint(*setup.lengths))]
         prompt = len(ids) // 3
         labels = [-100] * (prompt - 1) + ids[prompt:] + [-100]
-        found.append(Sequence(ids, labels, prompt))
-    return found
+        sequences.append(Sequence(ids, labels, prompt))
+    return sequences

@@ -1,18 +1,36 @@
-"""What the optimizer's step is compared with: the published formulas written out, torch's optimizers, and those of others.
+"""Peers of the optimizer's step: the published formulas written out, torch's optimizers, and those of other libraries.
 
-Each function makes one and returns its step; a package that is missing raises ModuleNotFoundError.
+Each function makes an optimizer and returns its step. Where the package is missing, it raises ModuleNotFoundError.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from bench._harness import compiled
 from soul_kernels.reference.sophia_step import sophia_step as reference_step
 
+Tensors = list[torch.Tensor]
+Params = list[torch.Tensor]  # with gradients
 
-def published_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, b2=0.99, rho=0.04, bs=5120, wd=0.1):
-    """The published SophiaG.step, or SOUL's, operation for operation."""
+
+def published_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    hessians: Tensors,
+    *,
+    soul: bool,
+    lr: float = 1e-4,
+    b1: float = 0.965,
+    b2: float = 0.99,
+    rho: float = 0.04,
+    bs: int = 5120,
+    wd: float = 0.1,
+) -> None:
+    """Take the published SophiaG.step, or SOUL's, operation for operation."""
     for p, g, m, h in zip(params, grads, exp_avgs, hessians):
         if soul:
             h.mul_(b2).addcmul_(g, g, value=1 - b2)
@@ -23,8 +41,21 @@ def published_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965
         p.addcmul_(m.sign(), ratio, value=-lr)
 
 
-def foreach_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, b2=0.99, rho=0.04, bs=5120, wd=0.1):
-    """The published formula with torch's foreach functions."""
+def foreach_step(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    hessians: Tensors,
+    *,
+    soul: bool,
+    lr: float = 1e-4,
+    b1: float = 0.965,
+    b2: float = 0.99,
+    rho: float = 0.04,
+    bs: int = 5120,
+    wd: float = 0.1,
+) -> None:
+    """Take the published step with torch's foreach functions."""
     if soul:
         torch._foreach_mul_(hessians, b2)
         torch._foreach_addcmul_(hessians, grads, grads, value=1 - b2)
@@ -39,30 +70,36 @@ def foreach_step(params, grads, exp_avgs, hessians, *, soul, lr=1e-4, b1=0.965, 
     torch._foreach_addcmul_(params, torch._foreach_sign(exp_avgs), ratios, value=-lr)
 
 
-def published(step, soul, params):
-    """``step`` on states in the dtype of the parameters."""
-    grads = [p.grad for p in params]
-    states = [torch.zeros_like(g) for g in grads], [g * g for g in grads]
-    return functools.partial(step, [p.detach() for p in params], grads, *states, soul=soul)
+def gradients(params: Params) -> Tensors:
+    """Return the gradients of all parameters, of which each must have one."""
+    return [p.grad for p in params if p.grad is not None]
 
 
-def compiled_published(soul, params):
-    """The published step under torch.compile, as one tries it: one tensor at a time, any length, compiled once."""
+def published(step: Callable[..., None], soul: bool, params: Params) -> Callable[[], None]:
+    """Return ``step`` on states in the dtype of the parameters."""
+    grads = gradients(params)
+    exp_avgs = [torch.zeros_like(g) for g in grads]
+    hessians = [g * g for g in grads]
+    return functools.partial(step, [p.detach() for p in params], grads, exp_avgs, hessians, soul=soul)
+
+
+def compiled_published(soul: bool, params: Params) -> Callable[[], None]:
+    """Return the published step under torch.compile, as one tries it: one tensor at a time, any length, compiled once."""
     step = torch.compile(published_step, dynamic=True)
-    grads = [p.grad.view(-1) for p in params]
+    grads = [g.view(-1) for g in gradients(params)]
     states = [(torch.zeros_like(g), g * g) for g in grads]
     tensors = [([p.detach().view(-1)], [g], [m], [h]) for p, g, (m, h) in zip(params, grads, states)]
 
-    def call():
-        for of_tensor in tensors:
-            step(*of_tensor, soul=soul)
+    def call() -> None:
+        for p, g, m, h in tensors:
+            step(p, g, m, h, soul=soul)
 
     return call
 
 
-def compiled_reference(soul, params):
-    """torch.compile of the reference, states in the dtypes that ours has."""
-    grads = [p.grad for p in params]
+def compiled_reference(soul: bool, params: Params) -> Callable[[], None]:
+    """Return the reference under torch.compile, with states in the dtypes that ours has."""
+    grads = gradients(params)
     exp_avgs = [torch.zeros_like(g) for g in grads]
     hessians = [g.float() ** 2 for g in grads]
     options = dict(
@@ -70,44 +107,49 @@ def compiled_reference(soul, params):
         param_rounding="nearest", low_bits=None, exp_avg_scales=None, hessian_scales=None, corrections=None,
         salts=[0] * len(params), offsets=[0] * len(params), steps=None, grad_factor=None, skip=None, telemetry=None,
     )  # fmt: skip
-    values, step = [p.detach() for p in params], compiled(reference_step)
+    values = [p.detach() for p in params]
+    step = compiled(reference_step)
     return lambda: step(values, grads, exp_avgs, hessians, beta2=0.99 if soul else None, **options)
 
 
-def optimi_adamw(params, **options):
+def optimi_adamw(params: Params, **options: Any) -> Callable[[], Any]:
+    """Return the step of optimi's AdamW, with its Triton kernel on a GPU and foreach elsewhere."""
     import optimi
 
-    # Its Triton kernel where there is a GPU; foreach elsewhere.
     kind = "triton" if params[0].is_cuda else "foreach"
     return optimi.AdamW(params, lr=1e-4, **{kind: True}, **options).step
 
 
-def flash_adamw(params):
+def flash_adamw(params: Params) -> Callable[[], Any]:
+    """Return the step of FlashOptim's AdamW, with 24-bit weights where parameters are below fp32."""
     import flashoptim
 
     bits = None if params[0].dtype == torch.float32 else 24
     return flashoptim.FlashAdamW(params, lr=1e-4, master_weight_bits=bits).step
 
 
-def torchao_adamw(params):
-    """Both states in 8 bits, blocks of 256; compiled by itself."""
+def torchao_adamw(params: Params) -> Callable[[], Any]:
+    """Return the step of torchao's AdamW: both states in 8 bits, blocks of 256; it compiles itself."""
     from torchao.optim import AdamW8bit
 
     return AdamW8bit(params, lr=1e-4).step
 
 
-def bitsandbytes_adamw(params):
-    """Both states in 8 bits, blocks of 256; a launch a tensor, tensors below 4096 elements in fp32."""
+def bitsandbytes_adamw(params: Params) -> Callable[[], Any]:
+    """Return the step of bitsandbytes' AdamW: both states in 8 bits, blocks of 256; one launch for each tensor.
+
+    States of tensors below 4096 elements are fp32.
+    """
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(params, lr=1e-4).step
 
 
-def sophia_h(soul, params):
-    """pytorch_optimizer's SophiaH on squared gradients that are there already: in every step as SOUL, or before the first."""
+def sophia_h(soul: bool, params: Params) -> Callable[[], Any]:
+    """Return the step of pytorch_optimizer's SophiaH with squared gradients made before: in every step as in SOUL, or once."""
     from pytorch_optimizer import SophiaH
 
     opt = SophiaH(params, lr=1e-4, update_period=2**62)
-    squares = [p.grad**2 for p in params]
+    squares = [g**2 for g in gradients(params)]
     opt.step(hessian=squares)
     return functools.partial(opt.step, hessian=squares) if soul else opt.step

@@ -1,9 +1,16 @@
-"""Pictures: of a run one a case, of results three: a roofline, each op against its peers, memory against tokens."""
+"""Pictures: one for each case of a run; of results a roofline, each op against its peers, and memory against tokens."""
 
+import pathlib
 import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from bench._harness import cost
+from bench._harness import Limits, Row, cost
 from soul._extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 OURS, OTHERS = "#1f6f8b", "#b8c4cc"
 XLABEL = "ms, median; whiskers: 20th to 80th percentile; of one thread of a CPU: time that it has worked"
@@ -11,13 +18,13 @@ MARKERS = {"sophia_step": "o", "scaling": "s", "step": "D"}  # ops in the roofli
 STEP_FLOPS = 14  # a parameter: 3 for m, 4 for h, 7 for the clipped step and decay
 
 
-def plot_cases(rows, header, folder):
-    """Writes ``<case>.png`` into ``folder`` for every case in ``rows``; returns the paths.
+def plot_cases(rows: list[Row], header: Row, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write ``<case>.png`` into ``folder`` for every case in ``rows`` and return the paths.
 
     Args:
         rows: of ``bench._harness.run_case``, of any cases.
         header: of ``bench._harness.environment``; the picture says where the times are from.
-        folder: a ``pathlib.Path``; made if it is missing.
+        folder: made if it is missing.
 
     Raises:
         MissingExtra: matplotlib is not installed.
@@ -36,12 +43,12 @@ def plot_cases(rows, header, folder):
     return paths
 
 
-def plot_results(found, folder):
-    """Writes ``roofline.png``, ``peers.png`` and ``memory.png`` into ``folder``, those that results have rows for.
+def plot_results(results: Mapping[str, Any], folder: pathlib.Path) -> list[pathlib.Path]:
+    """Write ``roofline.png``, ``peers.png`` and ``memory.png`` into ``folder``, as far as there are rows for them.
 
     Args:
-        found: as `bench.results.read` returns it.
-        folder: a ``pathlib.Path``; made if it is missing.
+        results: as `bench.results.read` returns them.
+        folder: made if it is missing.
 
     Returns:
         The paths.
@@ -49,20 +56,20 @@ def plot_results(found, folder):
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    timed = [row for row in found["rows"] if "ms" in row]
+    timed = [row for row in results["rows"] if "ms" in row]
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in (("roofline", _roofline), ("peers", _peers), ("memory", _memory)):
-        figure = draw(timed, found["ceilings"])
+        figure = draw(timed, results["ceilings"])
         if figure is not None:
-            figure.suptitle(_origin(found["environment"]), fontsize=8, color="#555555")
+            figure.suptitle(_origin(results["environment"]), fontsize=8, color="#555555")
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=100)
     return paths
 
 
-def intensity(row):
-    """FLOPs a byte and FLOP/s of a row; None where it does not tell both."""
+def intensity(row: Row) -> tuple[float, float] | None:
+    """Return FLOPs per byte and FLOP/s of a row, or None where it does not have both."""
     per_param = re.search(r"([\d.]+) B/param", row["variant"])
     if row.get("op") == "sophia_step" and per_param and "gb_per_s" in row:
         flops_a_byte = STEP_FLOPS / float(per_param.group(1))
@@ -72,18 +79,19 @@ def intensity(row):
     return None
 
 
-def _roofline(rows, limits):
-    """FLOP/s over FLOPs a byte, below the two ceilings as they were measured."""
-    points = [(row, intensity(row)) for row in rows if row.get("op") in MARKERS]
-    points = [(row, at) for row, at in points if at]
+def _roofline(rows: list[Row], limits: Limits) -> "Figure | None":
+    """Draw FLOP/s over FLOPs per byte, below the two measured ceilings."""
+    points = [(row, point) for row in rows if row.get("op") in MARKERS and (point := intensity(row))]
     if not points:
         return None
     figure = _figure(8, 5)
     axes = figure.add_subplot()
-    copy, gemm = limits["copy_bytes_per_s"], limits["gemm_flop_per_s"]
-    left, right = min(at[0] for _, at in points) / 2, max(max(at[0] for _, at in points), gemm / copy) * 2
+    copy = limits["copy_bytes_per_s"]
+    gemm = limits["gemm_flop_per_s"]
+    left = min(x for _, (x, _) in points) / 2
+    right = max(max(x for _, (x, _) in points), gemm / copy) * 2
     axes.plot([left, gemm / copy, right], [left * copy, gemm, gemm], color="#555555", linewidth=1)
-    named = set()
+    named: set[str] = set()
     for row, (x, y) in points:
         ours = row["variant"].startswith("ours")
         label = f"{row['op']}, {'ours' if ours else 'others'}"
@@ -99,8 +107,8 @@ def _roofline(rows, limits):
     return figure
 
 
-def _peers(rows, limits):
-    """Of every op the case with most variants, ours and theirs."""
+def _peers(rows: list[Row], limits: Limits) -> "Figure | None":
+    """Draw of every op the case with most variants, ours and theirs."""
     chosen = {}
     for op in dict.fromkeys(row.get("op") for row in rows if row.get("op") not in ("scaling", "start")):
         of_op = [row for row in rows if row.get("op") == op]
@@ -120,23 +128,23 @@ def _peers(rows, limits):
     return figure
 
 
-def _memory(rows, limits):
-    """Extra memory of the cross-entropy over its tokens, for the head with most of them."""
+def _memory(rows: list[Row], limits: Limits) -> "Figure | None":
+    """Draw the extra memory of cross-entropy over its tokens, for the head that most rows have."""
     rows = [row for row in rows if row.get("op") == "linear_loss" and row.get("extra_mib") and row["case"].startswith("CE, ")]
     rows = [row for row in rows if "trained head" in row["case"]]
     if not rows:
         return None
     heads = [(row["at"]["D"], row["at"]["V"]) for row in rows]
     head = max(dict.fromkeys(heads), key=heads.count)
-    series = {}
+    series: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if (row["at"]["D"], row["at"]["V"]) == head:
             series.setdefault(row["variant"], []).append((row["at"]["N"], row["extra_mib"]))
     figure = _figure(8, 5)
     axes = figure.add_subplot()
     for name, points in series.items():
-        look = dict(linewidth=2, color=OURS) if name.startswith("ours") else dict(linewidth=1)
-        style = "o--" if name.startswith("ours,") else "o-"  # ours in another way
+        look: dict[str, Any] = dict(linewidth=2, color=OURS) if name.startswith("ours") else dict(linewidth=1)
+        style = "o--" if name.startswith("ours,") else "o-"  # dashed: ours with other options
         axes.plot(*zip(*sorted(points)), style, label=name, markersize=4, **look)
     axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel="extra MiB of forward and backward")
     axes.set_title(f"cross-entropy from hidden states, D {head[0]}, V {head[1]}, trained head", fontsize=9)
@@ -145,7 +153,7 @@ def _memory(rows, limits):
     return figure
 
 
-def _figure(width, height):
+def _figure(width: float, height: float) -> "Figure":
     require("matplotlib", "bench")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -155,36 +163,34 @@ def _figure(width, height):
     return figure
 
 
-def _bars(axes, timed):
-    """A bar a row, with whiskers and what the time means; of what one thread of a CPU has worked, the bar alone."""
-    waited = [row["ms"] == cost(row) for row in timed]
+def _bars(axes: "Axes", timed: list[Row]) -> None:
+    """Draw a bar for every row, with its rate; and with whiskers, unless it is processor time, whose spread is unknown."""
+    by_clock = [row["ms"] == cost(row) for row in timed]
+    lengths = [row["ms"] if whiskers else row["processor_ms"] for row, whiskers in zip(timed, by_clock)]
     spread = [
-        [(row["ms"] - row["ms_p20"]) * known for row, known in zip(timed, waited)],
-        [(row["ms_p80"] - row["ms"]) * known for row, known in zip(timed, waited)],
+        [(row["ms"] - row["ms_p20"]) * whiskers for row, whiskers in zip(timed, by_clock)],
+        [(row["ms_p80"] - row["ms"]) * whiskers for row, whiskers in zip(timed, by_clock)],
     ]
     colors = [OURS if row["variant"].startswith("ours") else OTHERS for row in timed]
-    bars = axes.barh(
-        [row["variant"] for row in timed], [cost(row) for row in timed], xerr=spread, color=colors, ecolor="#555555"
-    )
+    bars = axes.barh([row["variant"] for row in timed], lengths, xerr=spread, color=colors, ecolor="#555555")
     axes.bar_label(bars, [_label(row) for row in timed], padding=6, fontsize=8)
     axes.invert_yaxis()
-    longest = max(len(_label(row)) for row in timed)
-    axes.set_xlim(
-        0, max(row["ms_p80"] if known else cost(row) for row, known in zip(timed, waited)) / (0.95 - 0.009 * longest)
-    )  # room for the labels
+    longest_label = max(len(_label(row)) for row in timed)
+    end = max(row["ms_p80"] if whiskers else length for row, whiskers, length in zip(timed, by_clock, lengths))
+    axes.set_xlim(0, end / (0.95 - 0.009 * longest_label))  # room for the labels
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _origin(header):
-    """Where times are from; of a CPU also how much the machine had to do."""
+def _origin(header: Row) -> str:
+    """Return where times are from; on a CPU also the load of the machine."""
     load = header.get("highest load") or header.get("load")
     busy = f", {header['cores']} cores, load up to {load}" if load is not None else ""
     versions = f"torch {header['torch']}, triton {header['triton']}, {header['commit']}"
     return f"{header['device']}, {versions}, {header.get('date')}{busy}"
 
 
-def _label(row):
-    """Time, what it means, and by how much dX is wrong, where that is known of every variant."""
+def _label(row: Row) -> str:
+    """Return the time of a row, its rate, and the error of dX where every variant has one."""
     if row["ms"] != cost(row):
         return f"{float(f'{cost(row):.3g}'):,.6g} ms of a processor" + (
             f", {row['extra_mib']:.0f} MiB" if row.get("extra_mib") is not None else ""

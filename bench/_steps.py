@@ -1,8 +1,11 @@
-"""A step of unlearning as an object to call: in plain PyTorch, or ours; and what its phases take."""
+"""A step of unlearning as an object to call, in plain PyTorch or ours, and the time of its phases."""
 
 import contextlib
 import functools
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -11,33 +14,38 @@ import torch.nn.functional as F
 import soul.optim.gradients
 import soul.run.step
 from bench._harness import forget_compiled, synchronize
+from soul import SophiaG
+from soul.data.batches import Batch
+from soul.losses import Objective
 from soul.models.causal_lm import checkpointing, compiled
 from soul.optim.release import release_gradients
-from soul.run.config import build_optimizer
+from soul.run.config import UnlearnConfig, build_optimizer
 from soul.run.graph import GraphedStep
 
 PHASES = ("forward", "loss + backward", "clipping", "optimizer")
+Values = dict[str, torch.Tensor]  # of a step, by name, as `soul.run.step.train_step` returns them
 
 
 class Stopwatch:
-    """Milliseconds by phase; what is within another phase counts for itself only, what is in none for loss and backward."""
+    """Milliseconds by phase. A phase within another counts for itself only; time outside all of them for loss and backward."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.ms = dict.fromkeys(PHASES, 0.0)
-        self._device, self._stack = device, ["loss + backward"]
+        self._device = device
+        self._stack = ["loss + backward"]
         synchronize(device)
-        self._then = time.perf_counter()
+        self._last_mark = time.perf_counter()
 
-    def mark(self):
-        """Gives the time since the last mark to the phase that is on."""
+    def mark(self) -> None:
+        """Add the time since the last mark to the current phase."""
         synchronize(self._device)
         now = time.perf_counter()
-        self.ms[self._stack[-1]] += (now - self._then) * 1e3
-        self._then = now
+        self.ms[self._stack[-1]] += (now - self._last_mark) * 1e3
+        self._last_mark = now
 
     @contextlib.contextmanager
-    def phase(self, name):
-        """A phase, while the block runs."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Make ``name`` the current phase while the block runs."""
         self.mark()
         self._stack.append(name)
         try:
@@ -46,19 +54,19 @@ class Stopwatch:
             self.mark()
             self._stack.pop()
 
-    def wrap(self, name, function):
-        """The function, as a phase."""
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with its calls timed as a phase."""
 
         @functools.wraps(function)
-        def timed(*args, **options):
+        def timed(*args: Any, **options: Any) -> Any:
             with self.phase(name):
                 return function(*args, **options)
 
         return timed
 
 
-def no_phases(name):
-    """Stands for `Stopwatch.phase` where nobody looks."""
+def no_phases(name: str) -> AbstractContextManager[None]:
+    """Take the place of `Stopwatch.phase` where phases are not timed."""
     return contextlib.nullcontext()
 
 
@@ -67,37 +75,60 @@ class EagerStep:
 
     Args:
         model: is changed in place.
-        micro_batches: lists of `soul.data.batches.Batch`: those of a micro-batch have a forward each, and a backward together.
-        update: function without arguments, called once all gradients are there.
-        all_logits: of every position, as the model itself returns them; or of those that have a label.
+        micro_batches: lists of batches: every batch of a micro-batch has its own forward, and all have one backward.
+        update: function without arguments, called when all gradients are formed.
+        all_logits: compute the logits of every position, as the model itself returns them; else of positions with a label.
         max_grad_norm: or None.
+
+    Attributes:
+        sequences: the token ids of all sequences, of `sequences_of`.
+        n_labels: how many positions have a label.
+        called: for `bench._harness.measure`: the step was taken once already.
+        row_fields: for `bench._harness.measure`.
     """
 
-    def __init__(self, model, micro_batches, update, *, all_logits, max_grad_norm=1.0):
-        self.model, self.micro_batches, self.update = model, micro_batches, update
-        self._all_logits, self._max_grad_norm = all_logits, max_grad_norm
+    def __init__(
+        self,
+        model: Any,
+        micro_batches: Sequence[Sequence[Batch]],
+        update: Callable[[], object],
+        *,
+        all_logits: bool,
+        max_grad_norm: float | None = 1.0,
+    ) -> None:
+        self.model = model
+        self.micro_batches = micro_batches
+        self.update = update
+        self._all_logits = all_logits
+        self._max_grad_norm = max_grad_norm
         self._params = list(model.parameters())
-        batches = [batch for part in micro_batches for batch in part]
-        self.sequences, self.kept = sequences_of(batches), sum(len(batch.token_indices) for batch in batches)
+        batches = [batch for micro_batch in micro_batches for batch in micro_batch]
+        self.sequences = sequences_of(batches)
+        self.n_labels = sum(len(batch.token_indices) for batch in batches)
         self._n_forget = sum(int(((b.labels.cpu() != -100) & b.is_forget[:, None]).sum()) for b in batches)
-        self._n_retain = self.kept - self._n_forget
+        self._n_retain = self.n_labels - self._n_forget
+        self.called = False
+        self.row_fields: dict[str, float] = {}
 
-    def __call__(self, phase=no_phases):
-        """One step; ``phase`` is `Stopwatch.phase` or like it."""
+    def __call__(self, phase: Callable[[str], AbstractContextManager[None]] = no_phases) -> Values:
+        """Take one step; ``phase`` is `Stopwatch.phase` or a function like it."""
         for p in self._params:
             p.grad = None
-        forget_nll = retain_nll = 0.0
+        forget_nll: Any = 0.0
+        retain_nll: Any = 0.0
         for batches in self.micro_batches:
             with phase("forward"):
                 outputs = [self._logits(batch) for batch in batches]
-            loss = 0.0
+            loss: Any = 0.0
             for logits, labels, is_forget in outputs:
                 nll = F.cross_entropy(logits.float(), labels, ignore_index=-100, reduction="none")
-                forget, retain = (nll * is_forget).sum() / self._n_forget, (nll * ~is_forget).sum() / self._n_retain
+                forget = (nll * is_forget).sum() / self._n_forget
+                retain = (nll * ~is_forget).sum() / self._n_retain
                 loss = loss - forget + retain
-                forget_nll, retain_nll = forget_nll + forget.detach(), retain_nll + retain.detach()
+                forget_nll = forget_nll + forget.detach()
+                retain_nll = retain_nll + retain.detach()
             loss.backward()
-            del outputs, logits, nll  # of the head's size: they would be there yet in the forward of the next one
+            del outputs, logits, nll  # tensors of the head's size, which would outlive the forward of the next micro-batch
         values = {"loss": retain_nll - forget_nll, "forget_nll": forget_nll, "retain_nll": retain_nll}
         if self._max_grad_norm is not None:
             with phase("clipping"):
@@ -106,9 +137,10 @@ class EagerStep:
             self.update()
         return values
 
-    def _logits(self, batch):
-        """Logits [N, V], labels [N], and which of them are to be forgotten [N]."""
-        labels, device = batch.labels.flatten(), batch.labels.device
+    def _logits(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits [N, V], labels [N], and which of them are to be forgotten [N]."""
+        labels = batch.labels.flatten()
+        device = batch.labels.device
         is_forget = batch.is_forget.to(device)[:, None].expand_as(batch.labels).flatten()
         if self._all_logits:
             logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -117,8 +149,8 @@ class EagerStep:
         rows = batch.token_indices.to(device)
         return self.model.get_output_embeddings()(hidden.flatten(0, 1)[rows]), labels[rows], is_forget[rows]
 
-    def phases(self):
-        """Milliseconds of one step by phase."""
+    def phases(self) -> dict[str, float]:
+        """Take one step and return its milliseconds by phase."""
         watch = Stopwatch(self.micro_batches[0][0].labels.device)
         self(watch.phase)
         watch.mark()
@@ -130,34 +162,52 @@ class OurStep:
 
     Args:
         model: is changed in place.
-        batch: `soul.data.batches.Batch`, of forget and retain sequences.
-        config: `UnlearnConfig`.
+        batch: of forget and retain sequences.
+        config: of the run.
+
+    Attributes:
+        sequences: the token ids of all sequences, of `sequences_of`.
+        n_labels: how many positions have a label.
+        called: for `bench._harness.measure`: the step was taken once already.
+        row_fields: for `bench._harness.measure`.
     """
 
-    def __init__(self, model, batch, config):
-        self.model, self.batch, self._device = model, batch, batch.labels.device
-        self._config, self._objective, self._open = config, config.objective(), contextlib.ExitStack()
+    def __init__(self, model: Any, batch: Batch, config: UnlearnConfig) -> None:
+        self.model = model
+        self.batch = batch
+        self._device = batch.labels.device
+        self._config = config
+        objective = config.objective()
+        assert isinstance(objective, Objective)  # no influence, whose steps are others
+        self._objective = objective
+        self._open = contextlib.ExitStack()
         self.optimizer = build_optimizer(model, config)
-        self._release = release_gradients(model, self.optimizer) if config.gradient_release else None
+        self._release = None
+        if config.gradient_release:
+            assert isinstance(self.optimizer, SophiaG)
+            self._release = release_gradients(model, self.optimizer)
         if config.compile:
             forget_compiled()
             self._open.enter_context(compiled(model))
         if config.gradient_checkpointing:
             self._open.enter_context(checkpointing(model))
         self._graphed = GraphedStep(self._step, self._device) if config.cuda_graph else None
-        self.sequences, self.kept = sequences_of([batch]), len(batch.token_indices)
+        self.sequences = sequences_of([batch])
+        self.n_labels = len(batch.token_indices)
+        self.called = False
+        self.row_fields: dict[str, float] = {}
 
-    def _step(self, batch):
+    def _step(self, batch: Batch) -> Values:
         return soul.run.step.train_step(
             self.model, [batch], self._objective, self.optimizer, self._config, release=self._release
         )
 
-    def __call__(self):
-        """One step."""
+    def __call__(self) -> Values:
+        """Take one step."""
         return self._step(self.batch) if self._graphed is None else self._graphed(self.batch)
 
-    def phases(self):
-        """Milliseconds of one step by phase; none of a graph, which is replayed as a whole."""
+    def phases(self) -> dict[str, float]:
+        """Take one step and return its milliseconds by phase; a graph has no phases, because it is replayed as a whole."""
         if self._graphed is not None:
             return {}
         name = "step" if self._release is None else "step_parameter"
@@ -172,8 +222,12 @@ class OurStep:
         return watch.ms
 
 
-def sequences_of(batches):
-    """The token ids of all sequences without padding, sorted: what must be the same for all."""
-    return sorted(
-        tuple(row[mask.bool()].tolist()) for b in batches for row, mask in zip(b.input_ids.cpu(), b.attention_mask.cpu())
-    )
+def sequences_of(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
+    """Return the token ids of all sequences without padding, sorted: they must be the same for all variants."""
+    return sorted(tuple(row[mask.bool()].tolist()) for b in batches for row, mask in zip(b.input_ids.cpu(), mask_of(b).cpu()))
+
+
+def mask_of(batch: Batch) -> torch.Tensor:
+    """Return the attention mask of a batch of `soul.data.batches.collate`, which always has one."""
+    assert batch.attention_mask is not None
+    return batch.attention_mask

@@ -1,26 +1,29 @@
 """The norm of all gradients: one read of them, against torch's norm and its clipping, which reads and writes them again."""
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from bench._harness import Case
-from bench.bench_sophia_step import make_params, models, tiny
+from bench._harness import Case, Errors
+from bench._optimizers import gradients
+from bench.bench_sophia_step import Shape, make_params, models, tiny
 from soul_kernels import TensorTable, grad_norm
 
 
-def name_of(name, dtype):
-    """Name of the case of a model."""
+def name_of(name: str, dtype: torch.dtype) -> str:
+    """Return the name of the case of a model."""
     return f"{name}, {str(dtype)[6:]}, {dtype.itemsize} B/gradient, to clip 3 times that"
 
 
-def make_case(name, shapes, device, dtype):
+def make_case(name: str, shapes: list[Shape], device: torch.device, dtype: torch.dtype) -> Case:
+    """Make the case of a model: our norm of its gradients, torch's norm, and torch's clipping."""
     params = make_params(shapes, device, dtype)
-    grads = [p.grad for p in params]
+    grads = gradients(params)
     moved = dtype.itemsize * sum(g.numel() for g in grads)
 
-    def check():
+    def check() -> Errors:
         want = torch.stack([g.double().square().sum() for g in grads]).sum().sqrt().item()
         error = abs(grad_norm(grads).item() - want) / want
         assert error < 1e-6, f"relative error {error}"
@@ -36,8 +39,8 @@ def make_case(name, shapes, device, dtype):
     return Case(name_of(name, dtype), variants, check, bytes=rates)
 
 
-def cases(device, quick):
-    """Functions that make the cases."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases."""
     if device.type == "cpu":
         sizes = [("tiny", tiny(quick), torch.float32)]
     else:

@@ -1,15 +1,16 @@
 """The row kernels of the divergence alone: divergences (one read of both logits) and gradient (the same, and one write).
 
-Both are given the statistics of the rows, and the gradient the divergences too, where eager PyTorch starts from logits alone:
-so there is also ours from logits alone, with all passes that come before.
+Both kernels take the statistics of the rows, and the gradient takes the divergences too, while eager PyTorch starts from logits
+alone. So there is also a variant of ours from logits alone, with all passes that come before.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case, compiled
+from bench._harness import Case, Errors, compiled
 from bench.bench_token_logprob import scratch
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference.kl_divergence import DIVERGENCE, kl_divergence, reference_distribution
@@ -19,17 +20,18 @@ from soul_kernels.token_logprob import token_statistics
 CHECKED = 64  # rows
 
 
-def eager_divergence(logits, ref_logits):
-    """Two log-softmaxes and their divergence."""
+def eager_divergence(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
+    """Return the divergence of two log-softmaxes."""
     return F.kl_div(logits.log_softmax(1), ref_logits.log_softmax(1), reduction="none", log_target=True).sum(1)
 
 
-def eager_gradient(logits, ref_logits):
-    """``p - q``, to be multiplied: the derivative of ``KL(q || p)`` by the logits of p."""
+def eager_gradient(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
+    """Return ``p - q``, the derivative of ``KL(q || p)`` by the logits of p, to be multiplied by coefficients of the rows."""
     return (logits.softmax(1) - ref_logits.softmax(1)).bfloat16()
 
 
-def make_case(kind, n, n_vocab, device, quick):
+def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool) -> Case:
+    """Make the case of one kernel on ``n`` rows; ``kind`` is "divergences" or "gradient"."""
     logits = scratch(n, n_vocab, device).normal_(std=3)
     ref_logits = scratch(n, n_vocab, device).copy_(logits + 0.3 * torch.randn_like(logits))
     labels = torch.randint(n_vocab, (n,), device=device)
@@ -39,25 +41,25 @@ def make_case(kind, n, n_vocab, device, quick):
     coefficients, weights = torch.zeros(n, device=device), torch.ones(n, device=device)
     out = scratch(n, n_vocab, device, torch.bfloat16)
 
-    def prepare():
+    def prepare() -> None:
         token_statistics(logits, labels, statistics)
         token_statistics(ref_logits, labels, ref_statistics)
 
-    def measure():
+    def measure() -> None:
         divergence_statistics(*known, divergences)
 
-    def gradient():
+    def gradient() -> None:
         divergence_gradient(*known, divergences, coefficients, weights, out)
 
-    def measure_anew():
+    def measure_anew() -> None:
         prepare()
         measure()
 
-    def gradient_anew():
+    def gradient_anew() -> None:
         measure_anew()
         gradient()
 
-    def check():
+    def check() -> Errors:
         gradient_anew()
         leaf = logits[:CHECKED].double().requires_grad_()
         values = kl_divergence(leaf, labels[:CHECKED], reference_distribution(ref_logits[:CHECKED].double(), labels[:CHECKED]))
@@ -74,8 +76,11 @@ def make_case(kind, n, n_vocab, device, quick):
         "gradient": (gradient, gradient_anew, eager_gradient),
     }
     call, anew, plain = of_kind[kind]
-    variants = {"ours": lambda: call, "ours, from logits alone": lambda: anew}
-    variants |= {"eager": lambda: functools.partial(plain, logits.contiguous(), ref_logits.contiguous())}
+    variants: dict[str, Callable[[], Callable[[], object]]] = {
+        "ours": lambda: call,
+        "ours, from logits alone": lambda: anew,
+        "eager": lambda: functools.partial(plain, logits.contiguous(), ref_logits.contiguous()),
+    }
     if not quick:
         variants["torch.compile of eager"] = lambda: functools.partial(
             compiled(plain), logits.contiguous(), ref_logits.contiguous()
@@ -84,8 +89,8 @@ def make_case(kind, n, n_vocab, device, quick):
     return Case(f"{kind}, {n} x {n_vocab}, fp32 logits", variants, check, bytes=moved)
 
 
-def cases(device, quick):
-    """Functions that make the cases; none without a GPU, where there is no row kernel to time."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases; none without a GPU, where there is no row kernel to time."""
     if device.type == "cpu":
         print("row kernels: need a GPU")
         return

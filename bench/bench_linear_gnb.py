@@ -1,7 +1,7 @@
-"""Cross-entropy with drawn labels: ours against our plain cross-entropy at the same place, and against torch.multinomial.
+"""Cross-entropy with drawn labels: ours against our plain cross-entropy of the same size, and against torch.multinomial.
 
-The same cases as GNB in the tables of the losses, at two other places: the few tokens of a batch of short answers, and a small
-vocabulary. What drawing costs is ours over ours with plain cross-entropy, which is to be at most 1.03.
+These are the cases of GNB in the tables of the losses at two other sizes: the few tokens of a batch of short answers, and a
+small vocabulary. The cost of drawing is the time of ours over that of our plain cross-entropy, and should be at most 1.03.
 """
 
 import functools

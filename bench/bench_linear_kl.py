@@ -15,7 +15,7 @@ from soul_kernels import LinearOptions, linear_kl
 
 
 def per_token(chunk_bytes: int | None = None) -> Function:
-    """Return ``linear_kl`` and its mean, a function of `Inputs`."""
+    """Return a function of `Inputs`: the mean of ``linear_kl``, and its values."""
 
     def loss(inputs: Inputs) -> Output:
         options = LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes)

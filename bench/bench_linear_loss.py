@@ -1,28 +1,28 @@
-"""The tables of the losses: five of them from hidden states, against eager PyTorch, torch.compile, and fused cross-entropies.
+"""The tables of the losses: five losses from hidden states, against eager PyTorch, torch.compile, and fused cross-entropies.
 
 On a GPU there is a case for every loss of CE, GradDiff, NPO, KL (to a reference model, over all tokens) and GNB (labels drawn
 from the model), every shape (D, V) of (2048, 128256), (4096, 32000), (4096, 128256), N of 512, 4096 and 16384 tokens, trained
-and frozen head. By default one thing at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen
+and frozen head. By default one setting at a time differs from N 4096, D 2048, V 128256, trained head: all losses with a frozen
 head, the other shapes for CE and KL, the other sizes for CE and NPO. Ask for the rest by name: ``--only head`` runs all 90,
 ``--only "NPO, N 16384"`` its six.
 
 On a CPU there is one case at full size: CE with the widths of SmolLM2-135M, of whose 4,096 tokens 1,024 have a label. The small
 ones of the others run by name.
 
-Peers run where the work is equal, which is CE, each as it comes and at its most accurate. Every variant has its errors beside
-its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
+Peers are compared where the work is equal, for CE, each as it comes and at its most accurate. Errors of every variant stand
+beside its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
 """
 
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case, compiled
+from bench._harness import Case, Errors, compiled
 from bench._heads import (
     FLOOR,
     LOSSES,
@@ -46,7 +46,7 @@ _Policy: TypeAlias = Literal["accurate", "balanced", "compact", "auto"]  # of to
 
 
 def liger(**options: torch.dtype) -> Function:
-    """Liger's fused linear cross-entropy: bf16 logits; dW in the dtype of the weight unless ``accum_dtype`` says otherwise."""
+    """Return Liger's fused linear cross-entropy: bf16 logits; dW in ``accum_dtype``, by default the dtype of the weight."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     def loss(inputs: Inputs) -> Output:
@@ -57,8 +57,10 @@ def liger(**options: torch.dtype) -> Function:
 
 
 def cut(**options: str | None) -> Function:
-    """Cut cross-entropy. It leaves out blocks of small gradients unless ``filter_eps`` is None; ``impl="cce_exact"`` also adds
-    up in fp32, but is not in every release.
+    """Return cut cross-entropy.
+
+    It leaves out blocks of small gradients unless ``filter_eps`` is None. With ``impl="cce_exact"`` it also adds up in fp32;
+    not every release has that.
     """
     from cut_cross_entropy import linear_cross_entropy
 
@@ -70,7 +72,7 @@ def cut(**options: str | None) -> Function:
 
 
 def of_torch(acc_policy: _Policy | None = None, acc_dtype: torch.dtype | None = None) -> Function:
-    """Torch's own op, from 2.13 on: without a policy a plain matrix product and cross-entropy, with one in chunks."""
+    """Return torch's own loss, from 2.13 on: without a policy a plain matrix product and cross-entropy, with one in chunks."""
 
     def loss(inputs: Inputs) -> Output:
         x, labels = inputs.flat
@@ -97,7 +99,7 @@ PEERS: dict[str, Callable[[], Function]] = {
 
 @dataclasses.dataclass
 class SomeKept(Inputs):
-    """Inputs of which some tokens are to be ignored: ours gets all of them, and ``flat`` are those that count."""
+    """Inputs of which some tokens are ignored: ours takes all of them, and ``flat`` are those with a label."""
 
     def __post_init__(self) -> None:
         self.keep = self.labels >= 0
@@ -106,31 +108,31 @@ class SomeKept(Inputs):
 
     @property
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [n, D] and labels [n] of the tokens that count."""
+        """Hidden states [n, D] and labels [n] of the tokens with a label."""
         return self.hidden.flatten(0, 1)[self.token_indices], self.labels.flatten()[self.token_indices]
 
 
-def of_all_tokens(inputs: Inputs) -> torch.Tensor:
-    """The loss of Hugging Face's models: logits of every token in fp32, cross-entropy with -100 ignored."""
+def of_all_tokens(inputs: Inputs) -> Output:
+    """Compute the loss as Hugging Face's models do: logits of every token in fp32, cross-entropy with -100 ignored."""
     return F.cross_entropy((inputs.hidden @ inputs.weight.T).float().flatten(0, 1), inputs.labels.flatten())
 
 
-def of_kept_tokens(inputs: Inputs) -> torch.Tensor:
-    """The code of a careful user: the same of the tokens that count."""
+def of_labelled_tokens(inputs: Inputs) -> Output:
+    """Compute the same loss as a careful user writes it: logits of the tokens with a label only."""
     x, labels = inputs.flat
     return F.cross_entropy((x @ inputs.weight.T).float(), labels)
 
 
 def fresh_gemms(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the three matrix products alone, of the tokens that count, each result in new memory: logits, dX, dW."""
+    """Compute the three matrix products alone, of the tokens with a label, each result in new memory: logits, dX, dW."""
     logits = x @ w.T
     return logits @ w, logits.T @ x
 
 
-def compare(functions: Functions, inputs: Inputs) -> dict[str, dict[str, float]]:
-    """Return the relative errors of loss and gradients of every variant that runs, against the plain loss of all tokens.
+def compare(functions: Functions, inputs: Inputs) -> Errors:
+    """Return the relative errors of every variant that runs, of loss and gradients, against the plain loss of all tokens.
 
-    Ours must be right. All compute in fp32, so that they differ by the order of sums.
+    All compute in fp32, so that they differ by the order of sums. AssertionError where ours is wrong.
     """
 
     def results(function: Function) -> dict[str, torch.Tensor]:
@@ -152,43 +154,57 @@ def compare(functions: Functions, inputs: Inputs) -> dict[str, dict[str, float]]
     return errors
 
 
-def make_kept_case(n: int, n_kept: int, d: int, n_vocab: int, device: torch.device) -> Case:
-    """Return the case of cross-entropy in fp32 of ``n_kept`` tokens of n, trained head, with all its peers."""
+@dataclasses.dataclass
+class Training:
+    """Forward and backward of one variant, as a call, with the memory of its gradients for the row."""
+
+    function: Function
+    inputs: Inputs
+
+    def __call__(self) -> None:
+        """Run forward and backward once."""
+        train(self.function, self.inputs)
+
+    @property
+    def row_fields(self) -> dict[str, float]:
+        """For `bench._harness.measure`."""
+        return {"gradients_mib": sum(tensor.nbytes for tensor in self.inputs.trained) / 2**20}
+
+
+def make_labelled_case(n: int, n_labelled: int, d: int, n_vocab: int, device: torch.device) -> Case:
+    """Make the case of cross-entropy in fp32 where ``n_labelled`` of n tokens have a label; trained head, all peers."""
     weight = (torch.randn(n_vocab, d, device=device) * (2 / d**0.5)).requires_grad_()
     hidden = torch.randn(8, n // 8, d, device=device).requires_grad_()
     labels = torch.randint(n_vocab, (8, n // 8), device=device)
-    labels[:, : -n_kept // 8] = -100  # prompts, of which nothing is learned
+    labels[:, : -n_labelled // 8] = -100  # prompts, of which nothing is learned
     inputs = SomeKept(hidden, weight, labels, torch.ones(8, dtype=torch.bool))
-    assert len(inputs.token_indices) == n_kept
+    assert len(inputs.token_indices) == n_labelled
     functions: Functions = {
         "ours": lambda: ours("CE"),
         "plain Hugging Face loss": lambda: of_all_tokens,
-        "eager, of tokens with a label": lambda: of_kept_tokens,
-        "torch.compile of it": lambda: compiled(of_kept_tokens),
+        "eager, of tokens with a label": lambda: of_labelled_tokens,
+        "torch.compile of it": lambda: compiled(of_labelled_tokens),
         **{name: make for name, make in PEERS.items() if name in ("Liger", "torch linear_cross_entropy, chunks")},
     }
     made = {name: functools.cache(make) for name, make in functions.items()}
 
-    def start(name: str) -> Callable[[], None]:
-        call = functools.partial(train, made[name](), inputs)
-        # The harness reads this attribute.
-        call.told = {"gradients_mib": sum(tensor.nbytes for tensor in inputs.trained) / 2**20}  # type: ignore[attr-defined]
-        return call
+    def start(name: str) -> Training:
+        return Training(made[name](), inputs)
 
     x = inputs.flat[0].detach()
-    variants = {FLOOR: lambda: functools.partial(fresh_gemms, x, weight.detach())}
+    variants: dict[str, Callable[[], Any]] = {FLOOR: lambda: functools.partial(fresh_gemms, x, weight.detach())}
     return Case(
-        f"CE, N {n_kept} of {n}, D {d}, V {n_vocab}, float32, trained head",
+        f"CE, N {n_labelled} of {n}, D {d}, V {n_vocab}, float32, trained head",
         variants | {name: functools.partial(start, name) for name in functions},
         lambda: compare(made, inputs),
-        flops=3 * 2 * n_kept * n_vocab * d,
+        flops=3 * 2 * n_labelled * n_vocab * d,
         floor=FLOOR,
-        at={"N": n_kept, "D": d, "V": n_vocab},
+        at={"N": n_labelled, "D": d, "V": n_vocab},
     )
 
 
 def runs_by_default(loss: str, n: int, d: int, n_vocab: int, frozen: bool) -> bool:
-    """Tell whether a case runs without being asked for: where at most one thing differs from the first of each."""
+    """Tell whether a case runs without being asked for: at most one setting differs from the first of each."""
     if frozen:
         return n == SIZES[0] and (d, n_vocab) == SHAPES[0]
     if n != SIZES[0]:
@@ -203,7 +219,7 @@ def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
     """
     if device.type == "cpu":
         if not quick:
-            yield functools.partial(make_kept_case, 4096, 1024, 576, 49152, device)
+            yield functools.partial(make_labelled_case, 4096, 1024, 576, 49152, device)
         sizes = [(loss, *SMALL, frozen) for frozen in (False, True) for loss in LOSSES]
         if quick:
             sizes = [*((loss, *QUICK, False) for loss in LOSSES), ("CE", *QUICK, True)]

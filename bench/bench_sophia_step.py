@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
-from bench._harness import Case, check_room, compiled
+from bench._harness import Case, Errors, check_room, compiled
 from bench._optimizers import (
     bitsandbytes_adamw,
     compiled_published,
@@ -22,15 +24,19 @@ from bench._optimizers import (
 from soul import SOUL, SophiaG
 from soul_kernels.backends import interpreting, resolve_backend
 
-STATE_DTYPES = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
+Shape = tuple[int, ...]
+Optimizer = type[SophiaG]
+Options = dict[str, Any]  # of an optimizer
+Peers = dict[str, tuple[Callable[[], Callable[[], object]], float]]  # name -> function that makes it, bytes a parameter
+STATE_DTYPES: dict[Any, str] = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 HUGE = 2**31 + 2**20  # elements: offsets beyond 32 bits
-HUGE_BYTES = 28 * HUGE  # parameters, gradients and the states of all variants of that case, with 2 bytes to spare
+HUGE_BYTES = 28 * HUGE  # parameters, gradients and the states of all variants of that case; 2 bytes of each 28 to spare
 
 
-def llama_1b():
-    """Shapes of Llama-3.2-1B, 1,235.8 M parameters in 146 tensors."""
-    layer = [
+def llama_1b() -> list[Shape]:
+    """Return the shapes of Llama-3.2-1B, 1,235.8 M parameters in 146 tensors."""
+    layer: list[Shape] = [
         (2048, 2048),
         (512, 2048),
         (512, 2048),
@@ -44,9 +50,9 @@ def llama_1b():
     return [(128256, 2048), *layer * 16, (2048,)]
 
 
-def gpt2():
-    """Shapes of GPT-2, 124.4 M parameters in 148 tensors."""
-    layer = [
+def gpt2() -> list[Shape]:
+    """Return the shapes of GPT-2, 124.4 M parameters in 148 tensors."""
+    layer: list[Shape] = [
         (768,),
         (768,),
         (768, 2304),
@@ -63,13 +69,13 @@ def gpt2():
     return [(50257, 768), (1024, 768), *layer * 12, (768,), (768,)]
 
 
-def lora():
-    """LoRA of rank 8 on q and v of a 7B model: 128 tensors, 4.2 M parameters."""
+def lora() -> list[Shape]:
+    """Return the shapes of LoRA of rank 8 on q and v of a 7B model: 128 tensors, 4.2 M parameters."""
     return [(8, 4096), (4096, 8)] * 64
 
 
-def models():
-    """The models of the tables: name, shapes, dtype."""
+def models() -> list[tuple[str, list[Shape], torch.dtype]]:
+    """Return the models of the tables: name, shapes, dtype."""
     return [
         ("Llama-3.2-1B", llama_1b(), torch.bfloat16),
         ("GPT-2 124M", gpt2(), torch.float32),
@@ -78,54 +84,63 @@ def models():
     ]
 
 
-def blocks(millions):
-    """Tensors of a million parameters."""
+def blocks(millions: int) -> list[Shape]:
+    """Return the shapes of tensors of a million parameters each."""
     return [(1000, 1000)] * millions
 
 
-def tiny(quick):
-    """Small tensors for a machine without a GPU."""
+def tiny(quick: bool) -> list[Shape]:
+    """Return the shapes of small tensors for a machine without a GPU."""
     return [(30, 40), (17,)] if quick else [(1000, 256), (256, 256), (256,)]
 
 
-def make_params(shapes, device, dtype):
-    """Parameters with gradients, of the size of real weights."""
+def make_params(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Make parameters with gradients, both as large in value as those of real models."""
     params = [torch.randn(s, device=device, dtype=dtype).mul_(0.02).requires_grad_() for s in shapes]
     for p in params:
         p.grad = torch.randn_like(p).mul_(1e-3)
     return params
 
 
-def ours(optimizer, params, **options):
+def ours(optimizer: Optimizer, params: list[torch.Tensor], **options: Any) -> Callable[[], Any]:
+    """Return the step of one of our optimizers."""
     opt = optimizer(params, lr=1e-4, **options)
     if optimizer is SophiaG:
         opt.update_hessian()  # a Hessian of zeros would draw less power than a real one
     return opt.step
 
 
-def bytes_per_param(dtype, hessian_in_step, *, param_rounding="compensated", state_dtype=None):
-    """What one pass must move: p and m read and written, g and h read, and h written with the Hessian in the step.
+def bytes_per_param(
+    dtype: torch.dtype,
+    hessian_in_step: bool,
+    *,
+    param_rounding: str = "compensated",
+    state_dtype: torch.dtype | str | None = None,
+) -> float:
+    """Return the bytes per parameter that one pass must move.
 
-    Low bits of compensated parameters are read and written; so is an fp32 scale for 256 values with every 8-bit state.
+    p and m are read and written, g and h are read, and h is written where the step updates the Hessian. Low bits of compensated
+    parameters are read and written; so is an fp32 scale for 256 values with every 8-bit state.
     """
-    m, h = {
+    widths: dict[Any, tuple[float, float]] = {
         None: (2 if dtype == torch.bfloat16 else 4, 4),
         torch.float32: (4, 4),
         torch.bfloat16: (2, 2),
         "8bit": (1 + 4 / 256, 1 + 4 / 256),
-    }[state_dtype]
+    }
+    m, h = widths[state_dtype]
     low = 2 if param_rounding == "compensated" and dtype != torch.float32 else 0
     return 3 * dtype.itemsize + 2 * m + (2 if hessian_in_step else 1) * h + low
 
 
-def label_of(dtype, *, param_rounding="compensated", state_dtype=None):
-    """Name of the variant of ours with these options."""
+def label_of(dtype: torch.dtype, *, param_rounding: str = "compensated", state_dtype: torch.dtype | str | None = None) -> str:
+    """Return the name of the variant of ours with these options."""
     rounding = param_rounding if dtype != torch.float32 else "exact"
     return f"ours, {rounding}, {STATE_DTYPES[state_dtype]} states"
 
 
-def torch_peers(soul, params, dtype, quick):
-    """What torch alone does: name -> (function that makes it, bytes a parameter that one pass over its states must move)."""
+def torch_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return peers of torch alone: name -> (function that makes the step, bytes per parameter that one pass must move)."""
     size = dtype.itemsize
     same = (7 if soul else 6) * size  # both states in the dtype of the parameter
     label = "SOUL" if soul else "SophiaG"
@@ -137,8 +152,8 @@ def torch_peers(soul, params, dtype, quick):
     }
 
 
-def compiled_peers(soul, params, dtype, quick):
-    """What torch.compile makes of it, like `torch_peers`: cases of their own, because compiling 150 tensors takes a minute."""
+def compiled_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return peers under torch.compile, like `torch_peers`; in their own cases, because 150 tensors compile for a minute."""
     return {
         f"foreach {'SOUL' if soul else 'SophiaG'}, torch.compile": (
             lambda: published(compiled(foreach_step), soul, params),
@@ -151,37 +166,41 @@ def compiled_peers(soul, params, dtype, quick):
     }
 
 
-def cpu_peers(soul, params, dtype, quick):
-    """`torch_peers`, and what torch.compile makes of the published step."""
+def cpu_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return `torch_peers` and the published step under torch.compile."""
     size = (7 if soul else 6) * dtype.itemsize
     name = f"published {'SOUL' if soul else 'SophiaG'}, torch.compile"
     return torch_peers(soul, params, dtype, quick) | {name: (lambda: compiled_published(soul, params), size)}
 
 
-def other_peers(soul, params, dtype, quick):
-    """Other libraries, like `torch_peers`: cases of their own, because the states of all together exceed 80 GB."""
-    size, half = dtype.itemsize, dtype != torch.float32
-    found = {"optimi AdamW": (lambda: optimi_adamw(params, kahan_sum=False), 7 * size)}
+def other_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return peers of other libraries, like `torch_peers`; in their own cases, because all states together exceed 80 GB."""
+    size = dtype.itemsize
+    half = dtype != torch.float32
+    peers: Peers = {"optimi AdamW": (lambda: optimi_adamw(params, kahan_sum=False), 7 * size)}
     if half:
-        found["optimi AdamW, Kahan"] = (lambda: optimi_adamw(params, kahan_sum=True), 9 * size)
+        peers["optimi AdamW, Kahan"] = (lambda: optimi_adamw(params, kahan_sum=True), 9 * size)
     # Both states in 8 bits with a 16-bit scale for 32, read and written; one byte of low bits below fp32, read and written.
-    found["FlashOptim AdamW, 8-bit"] = (lambda: flash_adamw(params), 3 * size + 4 * (1 + 2 / 32) + 2 * half)
+    peers["FlashOptim AdamW, 8-bit"] = (lambda: flash_adamw(params), 3 * size + 4 * (1 + 2 / 32) + 2 * half)
     eight = 3 * size + 4 * (1 + 4 / 256)
     if not quick:  # compiles
-        found["torchao AdamW, 8-bit"] = (lambda: torchao_adamw(params), eight)
-    found["bitsandbytes AdamW, 8-bit"] = (lambda: bitsandbytes_adamw(params), eight)
-    # It is handed h's estimate, which in SOUL's place it reads in every step.
-    found["pytorch_optimizer SophiaH"] = (lambda: sophia_h(soul, params), (8 if soul else 6) * size)
-    return found
+        peers["torchao AdamW, 8-bit"] = (lambda: torchao_adamw(params), eight)
+    peers["bitsandbytes AdamW, 8-bit"] = (lambda: bitsandbytes_adamw(params), eight)
+    # It takes the estimate of h as an argument, and as a peer of SOUL reads it in every step.
+    peers["pytorch_optimizer SophiaH"] = (lambda: sophia_h(soul, params), (8 if soul else 6) * size)
+    return peers
 
 
-def check(optimizer, variants, device, dtype, quick):
-    """Two steps of every variant of ours against the reference: parameters and states are equal bit for bit.
+def check(
+    optimizer: Callable[..., SophiaG], variants: Sequence[Options], device: torch.device, dtype: torch.dtype, quick: bool
+) -> Errors:
+    """Compare two steps of every variant of ours with the reference: parameters and states must be equal bit for bit.
 
-    On a CPU "auto" takes the compiled step for large models only, so it is checked by name, unless it is to be quick.
+    On a CPU "auto" takes the compiled step for large models only, so "compile" is named, unless ``quick``.
 
-    8-bit states are not where the kernel is compiled: it divides approximately and fuses multiply-add, so that a number at the
-    border of two codes falls either way once in a great while. At lr 1e-2 each such one is worth 2e-4, and a wrong kernel 1e-1.
+    8-bit states need not be equal where the kernel is compiled: it divides approximately and fuses multiply-add, so that a
+    number at the border of two codes rarely falls to the other side. At lr 1e-2 one such number is worth 2e-4, and a wrong
+    kernel 1e-1.
     """
     worst = 0.0
     for options in variants:
@@ -206,12 +225,13 @@ def check(optimizer, variants, device, dtype, quick):
     return {"difference from the reference": worst}
 
 
-def check_far_end(params):
-    """One step: the last elements, beyond 2^31, are those of the reference, bit for bit."""
+def check_far_end(params: list[torch.Tensor]) -> Errors:
+    """Take one step: the last elements, beyond 2^31, must be those of the reference, bit for bit."""
     (param,) = params
     end = param.detach()[-4096:].clone().requires_grad_()
+    assert param.grad is not None
     end.grad = param.grad[-4096:].clone()
-    options = dict(lr=1e-2, bs=51200, param_rounding="nearest")
+    options: Options = dict(lr=1e-2, bs=51200, param_rounding="nearest")
     big, small = SOUL(params, **options), SOUL([end], backend="reference", **options)
     big.step()
     small.step()
@@ -220,11 +240,21 @@ def check_far_end(params):
     return {"difference from the reference beyond 2^31": 0.0}
 
 
-def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, peers=None):
-    """Ours with each of the options in ``variants``; the parameters and gradients are shared by all that take turns."""
+def make_case(
+    name: str,
+    optimizer: Optimizer,
+    variants: Sequence[Options],
+    shapes: Sequence[Shape],
+    device: torch.device,
+    dtype: torch.dtype,
+    quick: bool,
+    *,
+    peers: Callable[[bool, list[torch.Tensor], torch.dtype, bool], Peers] | None = None,
+) -> Case:
+    """Make the case of ours with each of the options in ``variants``, and peers; all share parameters and gradients."""
     soul = optimizer is SOUL
     params = make_params(shapes, device, dtype)
-    made = {}
+    made: Peers = {}
     for options in variants:
         per_param = bytes_per_param(dtype, soul, **options)
         made[label_of(dtype, **options)] = functools.partial(ours, optimizer, params, **options), per_param
@@ -240,18 +270,23 @@ def make_case(name, optimizer, variants, shapes, device, dtype, quick, *, peers=
     )
 
 
-def make_huge_case(device, quick):
+def make_huge_case(device: torch.device, quick: bool) -> Case:
+    """Make the case of one tensor with more than 2^31 elements, where offsets do not fit into 32 bits."""
     variants = [dict(param_rounding="nearest"), dict(), dict(state_dtype="8bit")]
     case = make_case(f"one tensor of {HUGE:,}", SOUL, variants, [(HUGE,)], device, torch.bfloat16, quick)
-    params = case.variants[next(iter(case.variants))].args[1]
-    case.variants["torch AdamW, fused"] = lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step
-    case.bytes["torch AdamW, fused"] = 14 * HUGE
-    case.check = functools.partial(check_far_end, params)
-    return case
+    first = next(iter(case.variants.values()))
+    assert isinstance(first, functools.partial) and isinstance(case.bytes, dict)
+    params = first.args[1]  # shared by all variants
+    return dataclasses.replace(
+        case,
+        variants={**case.variants, "torch AdamW, fused": lambda: torch.optim.AdamW(params, lr=1e-4, fused=True).step},
+        bytes=case.bytes | {"torch AdamW, fused": 14 * HUGE},
+        check=functools.partial(check_far_end, params),
+    )
 
 
-def fits(nbytes, device):
-    """Tells whether a GPU has so much memory left, and says so if it does not."""
+def fits(nbytes: int, device: torch.device) -> bool:
+    """Tell whether a GPU has ``nbytes`` of memory left, and print a line if it does not."""
     gc.collect()
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
@@ -260,21 +295,23 @@ def fits(nbytes, device):
     return free >= nbytes
 
 
-def make_sizes_case(device):
-    """A step in the defaults on two models, one four times as large as the other: the cost of a parameter is the same."""
-    case, sizes = None, (124, 496)
+def make_sizes_case(device: torch.device) -> Case:
+    """Make the case of a step in its defaults on two models, one four times as large: a parameter should cost the same."""
+    sizes = (124, 496)
     check_room(sum(sizes) * 1e6 * (2 + 2 + 2 + 4 + 1))  # parameters, gradients, m, h, low bits
+    variants, moved = {}, {}
     for millions in sizes:
-        of_size = make_case("over sizes", SOUL, [{}], blocks(millions), device, torch.bfloat16, False)
-        ((variant, make),), (moved,) = of_size.variants.items(), of_size.bytes.values()
-        name = f"{variant}, {millions} M parameters"
-        case = case or dataclasses.replace(of_size, variants={}, bytes={}, once=True)
-        case.variants[name], case.bytes[name] = make, moved
-    return case
+        case = make_case("over sizes", SOUL, [{}], blocks(millions), device, torch.bfloat16, False)
+        assert isinstance(case.bytes, dict)
+        for variant, make in case.variants.items():
+            name = f"{variant}, {millions} M parameters"
+            variants[name] = make
+            moved[name] = case.bytes[variant]
+    return dataclasses.replace(case, variants=variants, bytes=moved, once=True)
 
 
-def cpu_cases(device):
-    """Functions that make the cases of a CPU: GPT-2, all that ours can store a model in, beside its peers."""
+def cpu_cases(device: torch.device) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases of a CPU: GPT-2 in every format that ours can store a model in, beside its peers."""
     gpt = functools.partial(make_case, "GPT-2 124M", SOUL, device=device, shapes=gpt2(), quick=False, peers=cpu_peers)
     yield functools.partial(gpt, [dict(), dict(state_dtype="8bit")], dtype=torch.float32)
     half = [dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(), dict(state_dtype="8bit")]
@@ -282,8 +319,8 @@ def cpu_cases(device):
     yield functools.partial(make_sizes_case, device)
 
 
-def cases(device, quick):
-    """Functions that make the cases."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases."""
     if device.type == "cpu" and not quick:
         yield from cpu_cases(device)
         return
@@ -291,24 +328,24 @@ def cases(device, quick):
         sizes = [("tiny", tiny(quick), torch.float32), ("tiny", tiny(quick), torch.bfloat16)]
     else:
         sizes = models()
-    last = []  # should the time be short
+    last = []  # a run that is short of time is interrupted before them
     for name, shapes, dtype in sizes:
         for optimizer in (SophiaG, SOUL):
-            main = [dict(), dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
+            main: list[Options] = [dict(), dict(param_rounding="nearest", state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
             if dtype == torch.float32:
                 main = [dict(), dict(state_dtype=torch.bfloat16), dict(state_dtype="8bit")]
-                groups = []
+                groups: list[list[Options]] = []
             else:
                 groups = [[dict(param_rounding=r, state_dtype=s) for r in ROUNDINGS] for s in STATE_DTYPES]
-            options = shapes, device, dtype, quick
-            yield functools.partial(make_case, name, optimizer, main, *options, peers=torch_peers)
+            rest = shapes, device, dtype, quick
+            yield functools.partial(make_case, name, optimizer, main, *rest, peers=torch_peers)
             others = [main[0], main[-1]]
-            yield functools.partial(make_case, f"{name}, other libraries", optimizer, others, *options, peers=other_peers)
+            yield functools.partial(make_case, f"{name}, other libraries", optimizer, others, *rest, peers=other_peers)
             for group in groups:
                 title = f"{name}, {STATE_DTYPES[group[0]['state_dtype']]} states"
                 yield functools.partial(make_case, title, optimizer, group, shapes, device, dtype, quick)
             title = f"{name}, torch.compile"
-            last.append(functools.partial(make_case, title, optimizer, main[:2], *options, peers=compiled_peers))
+            last.append(functools.partial(make_case, title, optimizer, main[:2], *rest, peers=compiled_peers))
     if device.type == "cuda" and fits(HUGE_BYTES, device):
         yield functools.partial(make_huge_case, device, quick)
     yield from () if quick else last

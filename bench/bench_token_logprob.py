@@ -84,7 +84,7 @@ def make_case(kind: str, n: int, n_vocab: int, device: torch.device, quick: bool
     if kind == "statistics":
         variants = {"ours": lambda: measure, "ours, all statistics": lambda: measure_all,
                     "eager logsumexp": lambda: functools.partial(torch.logsumexp, logits.contiguous(), 1)}  # fmt: skip
-        moved: int | dict[str, int] = logits.nbytes
+        moved = dict.fromkeys(variants, logits.nbytes)
     else:
         variants = {"ours": lambda: gradient, "ours, from logits alone": lambda: both,
                     "eager softmax": lambda: functools.partial(torch.softmax, logits.contiguous(), 1)}  # fmt: skip

@@ -1,19 +1,30 @@
-"""``python -m bench --compare A.json B.json``: what B is slower at than A, by more than both runs scatter."""
+"""``python -m bench --compare A.json B.json``: where B is slower than A, by more than the spread of both runs."""
 
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from bench._harness import Row
 from bench.results import read
 
+Key = tuple[str | None, str, str]  # op, case, variant
 
-def regressions(before, after):
-    """Compares two results, row by row of the same op, case and variant.
 
-    A row has got slower where its 20th percentile is above the 80th percentile of before, and faster the other way round.
+def regressions(
+    before: Mapping[str, Any], after: Mapping[str, Any]
+) -> tuple[list[tuple[str | None, str, str, float]], list[tuple[str | None, str, str, float]], list[Key]]:
+    """Compare two results, row by row of the same op, case and variant.
+
+    A row is slower where its 20th percentile is above the former 80th percentile, and faster the other way round.
 
     Returns:
-        Three lists: slower and faster, each of (op, case, variant, ratio of medians), and missing, of (op, case, variant): rows
-        that were timed before and are not now.
+        Slower and faster rows, each as (op, case, variant, ratio of medians), and missing rows, which were timed before and are
+        not now, as (op, case, variant).
     """
     now = {key(row): row for row in after["rows"] if "ms" in row}
-    slower, faster, missing = [], [], []
+    slower = []
+    faster = []
+    missing = []
     for old in before["rows"]:
         if "ms" not in old:
             continue
@@ -27,23 +38,25 @@ def regressions(before, after):
     return slower, faster, missing
 
 
-def key(row):
-    """What a row is the time of."""
+def key(row: Row) -> Key:
+    """Return what identifies a row: op, case and variant."""
     return row.get("op"), row["case"], row["variant"]
 
 
-def main(before, after):
-    """Prints the comparison of two files or folders; returns the exit status: 1 where something got slower, else 0."""
-    old, new = read(before), read(after)
+def main(before: str | pathlib.Path, after: str | pathlib.Path) -> int:
+    """Print the comparison of two files or folders and return the exit status: 1 where a row is slower, else 0."""
+    old = read(before)
+    new = read(after)
     for name in ("device", "threads", "torch", "triton"):
-        was, now = (one["environment"].get(name) for one in (old, new))
+        was = old["environment"].get(name)
+        now = new["environment"].get(name)
         if was != now:
             print(f"not the same {name}: {was}, then {now}")
     slower, faster, missing = regressions(old, new)
-    for word, found in (("slower", slower), ("faster", faster)):
-        for op, case, variant, ratio in sorted(found, key=lambda row: -row[-1]):
+    for word, rows in (("slower", slower), ("faster", faster)):
+        for op, case, variant, ratio in sorted(rows, key=lambda row: -row[-1]):
             print(f"{word:<8}{ratio:6.2f}x  {op}: {case}: {variant}")
-    for row in missing:
-        print(f"{'missing':<8}         {': '.join(map(str, row))}")
+    for names in missing:
+        print(f"{'missing':<8}         {': '.join(map(str, names))}")
     print(f"{len(slower)} slower, {len(faster)} faster beyond the spread of both runs, {len(missing)} missing")
     return 1 if slower else 0

@@ -1,4 +1,4 @@
-"""``python -m bench.host_part``: what a LoRA step costs on the host, on any machine. It is not a step time."""
+"""``python -m bench.host_part``: the cost of a LoRA step on the host, on any machine. It is not the time of a step."""
 
 import statistics
 import time
@@ -7,24 +7,25 @@ from unittest import mock
 import torch
 
 from bench._harness import cpu_model
+from bench._optimizers import gradients
 from bench.bench_sophia_step import lora, make_params
 from soul import SOUL
 
 
-def main(rounds=200):
-    """Times ``SOUL.step`` on LoRA's 128 tensors with the launch of the kernel replaced by nothing, and prints medians."""
+def main(rounds: int = 200) -> None:
+    """Time ``SOUL.step`` on LoRA's 128 tensors with the launch of the kernel left out, and print medians."""
     params = make_params(lora(), torch.device("cpu"), torch.bfloat16)
-    grads = [[p.grad for p in params], [p.grad.clone() for p in params]]
+    grads = [gradients(params), [g.clone() for g in gradients(params)]]
     opt = SOUL(params)
-    samples = {"gradients where they were": [], "gradients at new addresses": []}
+    samples: dict[str, list[float]] = {"gradients where they were": [], "gradients at new addresses": []}
     with (
         mock.patch("soul_kernels._table.launch", new=lambda *args, **arguments: None),
         mock.patch("soul_kernels.sophia_step.resolve_backend", new=lambda *args, **options: "triton"),
     ):
         opt.step()
         for number in range(rounds):
-            for name, place in zip(samples, (number % 2, (number + 1) % 2)):
-                for p, g in zip(params, grads[place]):
+            for name, at in zip(samples, (number % 2, (number + 1) % 2)):
+                for p, g in zip(params, grads[at]):
                     p.grad = g
                 begun = time.perf_counter()
                 opt.step()

@@ -1,7 +1,7 @@
 """``python -m bench plan --model 70b --gpus 64``: time and memory of a step on many cards, an estimate on paper.
 
-`soul.plan` on the ceilings of the GPU that is here, measured now; without one, or for another ``--card``, on that card's. The
-bandwidth of the network is what is given, and never measured. Options: those of ``soul plan``.
+`soul.plan` on the ceilings of this machine's GPU, measured now; without a GPU, or with ``--card``, on those of that card. The
+bandwidth of the network is what ``--network`` says, and never measured. Options: those of ``soul plan``.
 """
 
 import argparse
@@ -13,9 +13,10 @@ from soul.commands import plan as command
 from soul.plan import Card, card_of
 
 
-def measured_card(device):
-    """The GPU that is here as a `soul.plan.Card`, its ceilings measured."""
-    limits, properties = ceilings(device), torch.cuda.get_device_properties(device)
+def measured_card(device: torch.device) -> Card:
+    """Return this machine's GPU with its measured ceilings."""
+    limits = ceilings(device)
+    properties = torch.cuda.get_device_properties(device)
     return Card(
         properties.name,
         properties.total_memory,
@@ -25,8 +26,8 @@ def measured_card(device):
     )
 
 
-def main(argv):
-    """Prints the plan; returns the exit status."""
+def main(argv: list[str]) -> int:
+    """Print the plan and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench plan", description="An estimate on paper of a step under FSDP2.")
     command.add_arguments(parser)
     parser.set_defaults(card=None)

@@ -3,34 +3,38 @@
 import json
 import pathlib
 import re
+from typing import Any
 
+from bench._harness import Limits, Row
 from soul_kernels.errors import argument_error
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 DIGITS = 5  # significant ones: a time is good for three
 
 
-def folder_of(header, root=FOLDER):
-    """Folder of the results of one card or processor: its name in lower-case letters, digits and hyphens."""
+def folder_of(header: Row, root: pathlib.Path = FOLDER) -> pathlib.Path:
+    """Return the folder for results of one card or processor: its name in lower-case letters, digits and hyphens."""
     name = re.sub(r"\((r|tm|c)\)|[®™©]", " ", header["device"].lower())
     return root / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown")
 
 
-def write(path, header, limits, rows, summary=None):
-    """Writes rows with what they need to be read later: environment (date and commit in it) and ceilings."""
-    found = {"environment": header, "ceilings": limits, "rows": rows}
+def write(path: pathlib.Path, header: Row, limits: Limits, rows: list[Row], summary: Row | None = None) -> None:
+    """Write rows with all that is needed to read them later: environment (with date and commit) and ceilings."""
+    written = {"environment": header, "ceilings": limits, "rows": rows}
     if summary:
-        found["summary"] = summary
+        written["summary"] = summary
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A row a line, so that a change of one is a change of one line.
-    head = json.dumps({name: rounded(value) for name, value in found.items() if name != "rows"}, indent=1)
+    # One row per line, so that a changed row is one changed line.
+    head = json.dumps({name: rounded(value) for name, value in written.items() if name != "rows"}, indent=1)
     lines = ",\n  ".join(json.dumps(rounded(row)) for row in rows)
     path.write_text(head[:-2] + ',\n "rows": [\n  ' + lines + "\n ]\n}\n")
 
 
-def read(path):
-    """What `write` wrote; of a folder, the rows of all its files together, with ceilings and environment of the newest, but for
-    versions and commits, of which all are told that rows are from, the newest first.
+def read(path: str | pathlib.Path) -> dict[str, Any]:
+    """Read a file of `write`, or all files of a folder together.
+
+    Rows of a folder come with the ceilings and the environment of the newest file; for torch, Triton and the commit, the
+    environment names all versions that rows are from, the newest first.
 
     Raises:
         ArgumentError: there is no such file, or it holds no results.
@@ -39,7 +43,7 @@ def read(path):
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     if not files or not path.exists():
         raise argument_error("results", "a file of results, or a folder with some", str(path), "run: python -m bench --results")
-    found = []
+    loaded_files = []
     for file in files:
         try:
             loaded = json.loads(file.read_text())
@@ -47,23 +51,23 @@ def read(path):
             raise argument_error("results", "a file of results", f"{file} ({error})", "check the path") from error
         if not isinstance(loaded, dict) or not {"environment", "ceilings", "rows"} <= loaded.keys():
             raise argument_error("results", "a file of results", str(file), "run: python -m bench --results")
-        found.append(loaded)
-    found.sort(key=lambda one: one["environment"].get("date") or "", reverse=True)
-    environment = dict(found[0]["environment"])
+        loaded_files.append(loaded)
+    loaded_files.sort(key=lambda loaded: loaded["environment"].get("date") or "", reverse=True)
+    environment = dict(loaded_files[0]["environment"])
     for name in ("torch", "triton", "commit"):
-        told = [str(one["environment"][name]) for one in found if one["environment"].get(name)]
-        if len(set(told)) > 1:
-            environment[name] = ", ".join(dict.fromkeys(told))
-    devices = {one["environment"]["device"] for one in found}
+        versions = [str(loaded["environment"][name]) for loaded in loaded_files if loaded["environment"].get(name)]
+        if len(set(versions)) > 1:
+            environment[name] = ", ".join(dict.fromkeys(versions))
+    devices = {loaded["environment"]["device"] for loaded in loaded_files}
     if len(devices) > 1:
         raise argument_error("results", "results of one device", ", ".join(sorted(devices)), "name the folder of one")
-    return found[0] | {"environment": environment, "rows": [row for one in found for row in one["rows"]]}
+    return loaded_files[0] | {"environment": environment, "rows": [row for loaded in loaded_files for row in loaded["rows"]]}
 
 
-def rounded(value):
-    """Floats with `DIGITS` significant digits, in dicts and lists too."""
+def rounded(value: Any) -> Any:
+    """Round floats to `DIGITS` significant digits, also those in dicts and lists."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, dict):
-        return {name: rounded(part) for name, part in value.items()}
-    return [rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {name: rounded(entry) for name, entry in value.items()}
+    return [rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -1,6 +1,6 @@
-"""What a process waits for before its first step is done: the import, and a compiled step that torch finds on the disk.
+"""The time until a process has taken its first step: the import, and a compiled step that torch finds in its cache on disk.
 
-Every call is a process of its own. The first one that compiles fills a directory of caches, in which the timed ones find it.
+Every call is a new process. The first one that compiles fills a cache directory, which the timed ones read.
 """
 
 import functools
@@ -9,13 +9,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 
 import torch
 
 from bench._harness import Case
 
 IMPORT = "import {0}"
-# Two million parameters more than those from which a CPU takes the compiled step.
+# Two million parameters more than the smallest number for which a CPU takes the compiled step.
 FIRST_STEP = """
 import time
 import torch
@@ -34,17 +35,27 @@ print(time.perf_counter() - begun, time.process_time() - worked)
 class Process:
     """A Python process, as a call.
 
+    Args:
+        program: Python code; it may print seconds of wall time and of processor time.
+        cache: directory for torch's caches.
+
     Attributes:
-        told: of a program that prints seconds, and those of them that a processor has worked, their medians, without those of
-            the first call.
+        directory: of the caches; it is removed when no call holds it any more.
     """
 
-    def __init__(self, program, cache):
-        self._program, self._seconds = program, []
+    directory: tempfile.TemporaryDirectory[str]
+
+    def __init__(self, program: str, cache: str) -> None:
+        self._program = program
+        self._seconds: list[list[float]] = []
         self._environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
 
-    def __call__(self):
-        """Runs it to its end; an error of it is one here."""
+    def __call__(self) -> None:
+        """Run the process to its end.
+
+        Raises:
+            RuntimeError: it failed; with the last line of its stderr.
+        """
         done = subprocess.run(
             [sys.executable, "-W", "error::RuntimeWarning", "-c", self._program],
             env=self._environment, capture_output=True, text=True, check=False,
@@ -55,19 +66,19 @@ class Process:
             self._seconds.append([float(word) for word in done.stdout.split()])
 
     @property
-    def told(self):
-        """For the row."""
-        medians = [statistics.median(of) for of in zip(*self._seconds[1:])]
+    def row_fields(self) -> dict[str, float]:
+        """For `bench._harness.measure`: the medians of the printed seconds, without those of the first call."""
+        medians = [statistics.median(seconds) for seconds in zip(*self._seconds[1:])]
         return dict(zip(("first_step_s", "first_step_processor_s"), medians))
 
 
-def make_case(device):
-    """Imports side by side, and the first step of SOUL on 19 M parameters in fp32."""
+def make_case(device: torch.device) -> Case:
+    """Make the case of both imports and of the first step of SOUL on 19 M parameters in fp32."""
     directory = tempfile.TemporaryDirectory(prefix="soul-bench-")
 
-    def start(program):
+    def start(program: str) -> Process:
         call = Process(program, directory.name)
-        call.directory = directory  # lives as long as who needs it
+        call.directory = directory
         return call
 
     variants = {
@@ -79,7 +90,7 @@ def make_case(device):
     return Case("start of a process", made, dict, once=True)
 
 
-def cases(device, quick):
-    """Functions that make the cases: none on a GPU, and none that is to be quick."""
+def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
+    """Yield functions that make the cases: none on a GPU, and none if ``quick``."""
     if device.type == "cpu" and not quick:
         yield functools.partial(make_case, device)

@@ -1,19 +1,23 @@
 """``python -m bench --targets``: the targets of the design, each with what results say of it: pass, fail, or not measured.
 
-All rows that a target speaks of must reach it; the worst of them is told. What is wrong fails. A row that did not run, and a
-target of which there is no row, is not measured: nothing is guessed.
+All rows that a target is about must reach it, and the worst of them is printed. A wrong result fails. A row that did not run
+does not count, and a target without rows is not measured: nothing is guessed.
 """
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from bench._harness import WRONG, cost
+from bench._harness import WRONG, Row, cost
+
+Value = str | Callable[[Row], float | None]
 
 HALF = r"^ours, (nearest|stochastic|compensated), (default|fp32|bf16) states"  # states of 16 bits or more
 EIGHT = r"^ours, compensated, 8-bit states"
 DEFAULT = r"^ours, compensated, default states"
 DEFAULT_32 = r"^ours, exact, default states"
-SAME = r"^ours, nearest, bf16 states"  # in dtypes and rounding like the published class on bf16 parameters
+SAME = r"^ours, nearest, bf16 states"  # dtypes and rounding of the published class on bf16 parameters
 ONE_B = r"^step, llama-3.2-1b"
 BIG_HEAD = r"N (4096|16384), .* trained head"
 
@@ -23,26 +27,26 @@ class Target:
     """One line.
 
     Attributes:
-        what: the line.
-        op: whose results tell.
+        what: name of the target.
+        op: whose rows are judged.
         case: pattern of the names of cases.
         variant: pattern of the names of variants.
-        value: key of the row, with a dot for one within another; or function of a row.
-        limit: what is to be reached.
-        at_least: the limit is one from below.
-        than: pattern of another variant of the same case: the value is that one's over this one's where ``at_least``, and this
-            one's over that one's elsewhere. None: the value itself.
-        unit: after the numbers.
-        best: the best variant of a case counts, where they are ways to do the same, and not the worst.
-        minus: the other variant's value is taken off in place of being divided by.
-        aim: for information: "reached" or "short of", and neither passed nor failed.
+        value: key of a row, or function of a row.
+        limit: must be reached.
+        at_least: the value must not be below the limit; else it must not be above.
+        than: pattern of another variant of the same case: what is judged is the other variant's value over this one's where
+            ``at_least``, and else this one's over the other's. None: the value itself.
+        unit: printed after the numbers.
+        best: the best variant of a case counts, because they are ways to do the same, and not the worst.
+        minus: the other variant's value is subtracted, and nothing is divided.
+        aim: for information: "reached" or "short of" instead of "pass" or "fail".
     """
 
     what: str
     op: str
     case: str
     variant: str
-    value: object
+    value: Value
     limit: float
     at_least: bool = False
     than: str | None = None
@@ -52,23 +56,32 @@ class Target:
     aim: bool = False
 
 
-def largest_error(pattern):
-    """Function of a row: the largest of its errors that are so named, or None."""
+def largest_error(pattern: str) -> Callable[[Row], float | None]:
+    """Return a function of a row: the largest of its errors whose names match, or None."""
 
-    def value(row):
-        found = [value for name, value in row.get("errors", {}).items() if re.search(pattern, name)]
-        return max(found) if found else None
+    def value(row: Row) -> float | None:
+        errors = [error for name, error in row.get("errors", {}).items() if re.search(pattern, name)]
+        return max(errors) if errors else None
 
     return value
 
 
-def times(what, case, variant, than, limit, op="sophia_step", best=False, value="ms"):
-    """A target of being so many times faster."""
+def times(
+    what: str,
+    case: str,
+    variant: str,
+    than: str,
+    limit: float,
+    op: str = "sophia_step",
+    best: bool = False,
+    value: Value = "ms",
+) -> Target:
+    """Return a target of being ``limit`` times as fast as another variant."""
     return Target(what, op, case, variant, value, limit, at_least=True, than=than, unit="x", best=best)
 
 
-def copy(what, case, variant, limit):
-    """A target in percent of copy bandwidth."""
+def copy(what: str, case: str, variant: str, limit: float) -> Target:
+    """Return a target in percent of copy bandwidth."""
     return Target(what, "sophia_step", case, variant, "percent_of_copy", limit, at_least=True, unit="% of copy")
 
 
@@ -105,27 +118,38 @@ TARGETS = [
 
 # On a CPU a case has one number of threads, and a target holds for all that were measured.
 GPT2_32, GPT2_16 = r"^SOUL\.step, GPT-2 124M, float32", r"^SOUL\.step, GPT-2 124M, bfloat16"
-SMOLLM2 = r"^step, smollm2-135m.* sequences, \d"  # those that the published recipe is not in
+SMOLLM2 = r"^step, smollm2-135m.* sequences, \d"  # the case without the published recipe
 CHUNK_MIB = 64  # what a loss takes for logits on a CPU by default
 
 
-def cost_of_a_byte(row):
-    """`cost` over the bytes that a row must move, in any unit."""
-    return cost(row) / (row["gb_per_s"] * row["ms"]) if row.get("gb_per_s") else None
+def cost_of_a_byte(row: Row) -> float | None:
+    """Return `cost` over the bytes that a row must move, in no particular unit."""
+    ms = cost(row)
+    return ms / (row["gb_per_s"] * row["ms"]) if ms is not None and row.get("gb_per_s") else None
 
 
-def at_most(what, op, case, variant, than, limit, value=cost, unit="x", **more):
-    """A target of a CPU: a variant's value over that of another one in the same run."""
-    return Target(what, op, case, variant, value, limit, than=than, unit=unit, **more)
+def at_most(
+    what: str,
+    op: str,
+    case: str,
+    variant: str,
+    than: str,
+    limit: float,
+    value: Value = cost,
+    unit: str = "x",
+    **options: Any,
+) -> Target:
+    """Return a target of a CPU: a variant's value over that of another one in the same run."""
+    return Target(what, op, case, variant, value, limit, than=than, unit=unit, **options)
 
 
-def first_step_s(row):
-    """Seconds of the first step, by the clock that `cost` takes."""
+def first_step_s(row: Row) -> float | None:
+    """Return the seconds of the first step, by the clock that `cost` takes."""
     return row.get("first_step_processor_s" if row.get("threads") == 1 else "first_step_s")
 
 
-def beyond_gradients(row):
-    """Memory that a loss takes beyond the gradients, over that of a chunk of logits."""
+def beyond_gradients(row: Row) -> float | None:
+    """Return the memory that a loss takes beyond the gradients, over that of a chunk of logits."""
     known = row.get("extra_mib") is not None and "gradients_mib" in row
     return (row["extra_mib"] - row["gradients_mib"]) / CHUNK_MIB if known else None
 
@@ -154,45 +178,47 @@ CPU_TARGETS = [
 ]  # fmt: skip
 
 
-def judge(target, rows):
-    """What rows say of a target.
+def judge(target: Target, rows: Sequence[Row]) -> tuple[str, float | None, str | None]:
+    """Judge a target by rows.
 
     Returns:
-        Verdict ("pass", "fail" or "not measured"; of an aim "reached" or "short of" in place of the first two), the worst value
-        or None, and the case and variant that it is of; with the reason where that is wrong and so has no value.
+        Verdict ("pass", "fail" or "not measured"; of an aim "reached" or "short of" in place of the first two); the worst value
+        or None; case and variant of that value, or of a wrong result with the reason, or None.
     """
-    cases = {}
+    cases: dict[str, list[Row]] = {}
     for row in rows:
         if row.get("op") == target.op and re.search(target.case, row["case"]):
             cases.setdefault(row["case"], []).append(row)
-    found, wrong = [], []
+    values: list[tuple[float, str]] = []  # with the names of case and variant
+    wrong = []
     for case, of_case in cases.items():
-        here = []
+        values_of_case = []
         for row in of_case:
-            spoken_of = row["variant"] == "ours" or re.search(target.variant, row["variant"])  # "ours": or of the whole case
-            if spoken_of and row.get("reason", "").startswith(WRONG):
+            # A case that is wrong as a whole has one row, of the variant "ours".
+            judged_here = row["variant"] == "ours" or re.search(target.variant, row["variant"])
+            if judged_here and row.get("reason", "").startswith(WRONG):
                 wrong.append(f"{case}: {row['variant']}: {row['reason']}")
             value = _value(target, row) if re.search(target.variant, row["variant"]) else None
             if value is not None and target.than is not None:
                 other = [_value(target, peer) for peer in of_case if re.search(target.than, peer["variant"])]
                 value = _against(target, value, [peer for peer in other if peer])
             if value is not None:
-                here.append((value, f"{case}: {row['variant']}"))
-        if here and target.best:
-            here = [max(here) if target.at_least else min(here)]
-        found += here
-    if wrong and not (target.best and found):
+                values_of_case.append((value, f"{case}: {row['variant']}"))
+        if values_of_case and target.best:
+            values_of_case = [max(values_of_case) if target.at_least else min(values_of_case)]
+        values += values_of_case
+    if wrong and not (target.best and values):
         return "fail", None, wrong[0]
-    if not found:
+    if not values:
         return "not measured", None, None
-    value, where = min(found) if target.at_least else max(found)
+    value, where = min(values) if target.at_least else max(values)
     reached = value >= target.limit if target.at_least else value <= target.limit
     good, bad = ("reached", "short of") if target.aim else ("pass", "fail")
     return good if reached else bad, value, where
 
 
-def _against(target, value, others):
-    """A value beside that of another variant, or None."""
+def _against(target: Target, value: float, others: Sequence[float]) -> float | None:
+    """Return a value as the target compares it with that of another variant, or None."""
     if not others or not value:
         return None
     if target.minus:
@@ -200,41 +226,43 @@ def _against(target, value, others):
     return others[0] / value if target.at_least else value / others[0]
 
 
-def _value(target, row):
+def _value(target: Target, row: Row) -> float | None:
     return target.value(row) if callable(target.value) else row.get(target.value)
 
 
-def main(results):
-    """Prints a line a target, from results as `bench.results.read` returns them.
+def main(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Print one line for each target, from results as `bench.results.read` returns them.
 
     Args:
-        results: list of them, each of one device; may be empty.
+        results: each of one device; may be empty.
 
     Returns:
         The verdicts of `TARGETS`, then those of `CPU_TARGETS`.
     """
-    rows = {"cuda": [], "cpu": []}
+    rows: dict[str, list[Row]] = {"cuda": [], "cpu": []}
     for one in results:
         environment = one["environment"]
-        told = f"{environment['device']}, torch {environment['torch']}, {environment['date']}, commit {environment['commit']}"
+        line = f"{environment['device']}, torch {environment['torch']}, {environment['date']}, commit {environment['commit']}"
         if environment["kind"] == "cpu":
-            told += f", threads {environment.get('threads')}, load {environment.get('load')}"
+            line += f", threads {environment.get('threads')}, load {environment.get('load')}"
         rows[environment["kind"]] += one["rows"]
-        print(told)
+        print(line)
     verdicts = []
     for kind, title, chosen in (("cuda", "GPU", TARGETS), ("cpu", "CPU", CPU_TARGETS)):
         print(f"\n{title}")
-        here = [judged(target, rows[kind]) for target in chosen]
-        print(", ".join(f"{here.count(word)} {word}" for word in ("pass", "fail", "not measured")))
-        verdicts += here
+        of_kind = [print_verdict(target, rows[kind]) for target in chosen]
+        print(", ".join(f"{of_kind.count(word)} {word}" for word in ("pass", "fail", "not measured")))
+        verdicts += of_kind
     return verdicts
 
 
-def judged(target, rows):
-    """Prints a target's line; returns the verdict."""
+def print_verdict(target: Target, rows: Sequence[Row]) -> str:
+    """Print the line of a target and return the verdict."""
     verdict, value, where = judge(target, rows)
-    wanted = f"{'>=' if target.at_least else '<='} {target.limit:g}{target.unit}"
-    told = "" if where is None else f"   [{where}]"
-    told = told if value is None else f"  got {value:.4g}{target.unit}{told}"
-    print(f"{verdict:<14}{target.what}: {wanted}{told}")
+    line = f"{verdict:<14}{target.what}: {'>=' if target.at_least else '<='} {target.limit:g}{target.unit}"
+    if value is not None:
+        line += f"  got {value:.4g}{target.unit}"
+    if where is not None:
+        line += f"   [{where}]"
+    print(line)
     return verdict

@@ -1,12 +1,14 @@
 """All cases of ``python -m bench`` for pytest-benchmark: ``python -m pytest bench --benchmark-only``; not in ``make test``."""
 
 import importlib
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from bench.__main__ import MODULES
-from bench._harness import WRONG, ceilings, forget_compiled, free, start, synchronize
+from bench._harness import WRONG, Case, Errors, Limits, ceilings, forget_compiled, free, start, synchronize
 from soul._extras import MissingExtra
 
 pytest.importorskip("pytest_benchmark", reason="the extra bench is not installed")
@@ -15,8 +17,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 QUICK = DEVICE.type == "cpu"
 
 
-def variants():
-    """Every variant of every case. A case is made here to learn its name and variants, and dropped again."""
+def variants() -> Iterator[Any]:
+    """Yield every variant of every case. A case is made here to learn its name and variants, and dropped again."""
     for name in MODULES.values():
         for make in importlib.import_module(name).cases(DEVICE, QUICK):
             case = make()
@@ -27,13 +29,13 @@ def variants():
 
 
 @pytest.fixture(scope="module")
-def limits():
+def limits() -> Limits:
     return ceilings(DEVICE)
 
 
 @pytest.fixture(scope="module")
-def case(request):
-    """The case, made and checked once for all of its variants, and what the check says of them."""
+def case(request: pytest.FixtureRequest) -> tuple[Case, Errors]:
+    """Make a case and check it once for all of its variants; return it with its errors."""
     torch.manual_seed(0)
     forget_compiled()
     made = request.param()
@@ -44,26 +46,26 @@ def case(request):
 
 
 @pytest.fixture(autouse=True)
-def freed():
-    """What a variant held is given back before the next one is made."""
+def freed() -> Iterator[None]:
+    """Give back the memory of a variant before the next one is made."""
     yield
     free(DEVICE)
 
 
 @pytest.mark.parametrize("case, variant", variants(), indirect=["case"])
-def test_variant(case, variant, limits, benchmark):
-    case, errors = case
+def test_variant(case: tuple[Case, Errors], variant: str, limits: Limits, benchmark: Any) -> None:
+    made, errors = case
     assert not isinstance(errors.get(variant), str), errors[variant]
-    call, reason = start(variant, case.variants[variant])
+    call, reason = start(variant, made.variants[variant])
     assert not (reason or "").startswith(WRONG), reason
     if reason:
         pytest.skip(reason)
 
-    def timed():
+    def timed() -> None:
         call()
         synchronize(DEVICE)
 
-    benchmark.group = case.name
+    benchmark.group = made.name
     benchmark.pedantic(timed, rounds=5 if QUICK else 30, warmup_rounds=1 if QUICK else 3)
     if benchmark.stats is not None:  # None with --benchmark-disable
-        benchmark.extra_info |= case.rates(variant, benchmark.stats.stats.median * 1e3, limits)
+        benchmark.extra_info |= made.rates(variant, benchmark.stats.stats.median * 1e3, limits)

@@ -1,11 +1,13 @@
-"""Backend choice, device guard, launch: everything between a public op and its kernel; tables of tensors in ``_table.py``.
+"""Triton itself, and the launch of a kernel. No other module imports Triton or launches anything.
 
-Kernel modules import ``triton`` and ``tl`` from here, so that they can also be imported where Triton is not installed
-(the references serve there).
+Kernel modules import ``triton`` and ``tl`` from here, so that they can be imported where Triton is not installed as well: the
+references serve there.
 """
 
 import contextlib
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -17,15 +19,15 @@ try:
 except ImportError:  # not Linux, or Triton left out: kernels are defined, never launched
 
     class _NoTriton:
-        """Stands in for the two modules while kernel files are being read."""
+        """A stand-in for the two modules while kernel files are being read."""
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: str) -> Any:
             return self
 
-        def __call__(self, *args):
+        def __call__(self, *args: Any) -> Any:
             return self
 
-        def jit(self, function=None, **options):
+        def jit(self, function: Callable | None = None, **options: Any) -> Callable:
             return function if function is not None else lambda function: function
 
     triton = tl = _NoTriton()
@@ -33,31 +35,35 @@ else:
     check_version("triton", triton.__version__)
 
 
-def has_triton():
-    """Tells whether Triton can be imported."""
+def has_triton() -> bool:
+    """Tell whether Triton can be imported."""
     return not type(triton).__name__ == "_NoTriton"
 
 
-def interpreting():
-    """Tells whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, Triton's own switch)."""
+def interpreting() -> bool:
+    """Tell whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, Triton's own switch)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def runs_on_cpu():
-    """Tells whether kernels run on tensors of the CPU: in the interpreter, or by a Triton driver for the CPU that is active."""
+def runs_on_cpu() -> bool:
+    """Tell whether kernels run on tensors of the CPU: in the interpreter, or by a Triton driver for the CPU that is active."""
     if interpreting():
         return True
-    active = has_triton() and getattr(triton.runtime.driver, "_active", None)  # `active` itself would look for a GPU
+    if not has_triton():
+        return False
+    active: Any = getattr(triton.runtime.driver, "_active", None)  # `active` itself would look for a GPU
     return bool(active) and active.get_active_torch_device().type == "cpu"
 
 
-def device_guard(device):
-    """Makes ``device`` current for the launches inside, where it is a GPU."""
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which ``device`` is current for launches, where it is a GPU."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def launch(kernel, grid, device, *, enable_fp_fusion=False, **arguments):
-    """Launches ``kernel`` on ``device``.
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *, enable_fp_fusion: bool = False, **arguments: Any
+) -> None:
+    """Launch ``kernel`` on ``device``.
 
     Fused multiply-add is off where a kernel does not ask for it: Triton's default changes between versions, and without it a
     kernel's fp32 results are those of its reference, bit for bit. Most kernels are bound by memory, not by instructions.
@@ -66,36 +72,6 @@ def launch(kernel, grid, device, *, enable_fp_fusion=False, **arguments):
         kernel[grid](**arguments, enable_fp_fusion=enable_fp_fusion)
 
 
-@triton.jit
-def chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, ROLES: tl.constexpr, CHUNK: tl.constexpr):
-    """Which tensor this program works on, from which element (int64: tensors pass 2^31), and how many elements."""
-    tensor = tl.load(chunk_tensor_ptr + tl.program_id(0))
-    start = tl.load(chunk_piece_ptr + tl.program_id(0)).to(tl.int64) * CHUNK
-    count = tl.minimum(tl.load(table_ptr + ROLES * n_tensors + tensor) - start, CHUNK).to(tl.int32)
-    return tensor, start, count
-
-
-@triton.jit
-def chunk_pointer(table_ptr, entry, start, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer to element ``start`` of the tensor whose address is the table's ``entry``."""
-    if DTYPE is None:  # an absent role: something that is never read (Triton 3.6 cannot return None)
-        return table_ptr
-    else:
-        pointer = tl.load(table_ptr + entry).to(tl.pointer_type(DTYPE)) + start
-        if ALIGNED:  # after the offset was added: only then do 16-byte accesses come out
-            pointer = tl.multiple_of(pointer, 16)
-        return pointer
-
-
-def triton_dtype(dtype):
-    """The Triton dtype of a torch dtype; None stays None."""
+def triton_dtype(dtype: torch.dtype | None) -> Any:
+    """Return the Triton dtype of a torch dtype; None stays None."""
     return dtype and getattr(tl, str(dtype).removeprefix("torch."))
-
-
-@triton.jit
-def option(value, ON_DEVICE: tl.constexpr, BIT: tl.constexpr):
-    """A number that is an argument, or lies on the device where ``ON_DEVICE`` has ``BIT``; in fp32."""
-    if ON_DEVICE & BIT:
-        return tl.load(value).to(tl.float32)
-    else:
-        return tl.zeros([], tl.float32) + value

@@ -1,54 +1,84 @@
-"""Tables of tensors on the device: addresses, sizes and chunk maps, kept from call to call and never believed blindly."""
+"""Tables of tensors on the device: addresses, sizes and chunk maps, kept from call to call and never believed blindly.
+
+How it works. One launch serves many tensors: the kernel finds their addresses in a table in device memory, and a chunk map
+tells each program which tensor it works on, and which chunk of it. To build both takes longer than to launch the kernel. So a
+caller keeps a `TensorTable` and asks before every call whether it still holds: `TensorTable.unchanged`. An allocator hands
+the same address out for another tensor, and ``p.data = ...`` puts other memory under the same Python object. Neither objects
+nor addresses prove anything alone, so the address, dtype, device, shape and strides of every tensor are compared; C++ does
+that for all but the addresses, in one call. Only tensors that are read, the gradients, may lie elsewhere than before:
+`_Bucket.move_read_only` replaces their row. After any other change the op checks all of its arguments again and calls
+`TensorTable.rebuild`.
+
+Three facts to keep in mind. A table that a captured CUDA graph reads must outlive every rebuild: it goes into ``_captured``.
+What was uploaded on one stream has not arrived on another. And the rows of a table have the order of the roles, by which the
+kernels know them: see ``ROLES`` in the ops' modules. Safe to change: how metadata are compared, and what is cached.
+"""
 
 import array
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from soul_kernels._launch import launch, triton_dtype
 from soul_kernels.errors import argument_error
-from soul_kernels.reference.rounding import GROUP, salt
 from soul_kernels.tensors import has_data
+
+# Name of a role -> its tensors, of which some may be absent; None where the whole role is.
+Roles = Mapping[str, Sequence[Tensor | None] | None]
 
 
 class TensorTable:
     """What a launch over many tensors needs on the device, rebuilt only where something changed.
 
     For every bucket of tensors that one launch can serve (device, dtypes, alignment) it holds a table int64 [rows, n_tensors]
-    and the chunk map. Rows are addresses, one row a role, then element counts and, where noise is drawn, salts and offsets.
-    An allocator hands the same address out for another tensor, so `unchanged` compares every tensor's address, dtype, device,
-    shape and strides.
+    and the chunk map. The rows are addresses, one row a role, then element counts and, where noise is drawn, salts and offsets.
+
+    Attributes:
+        numel: elements of all tensors of the first role.
+        devices: where these are, each device once.
+        salts: one int a tensor, which its noise starts from; empty where none is drawn.
+        offsets: the same, the number of its first element in its noise.
+        buckets: the launches.
+        version: how often tensors came that it did not know.
+        call: number of the call that was prepared last.
     """
 
-    def __init__(self):
-        self._roles = self._key = None
-        self.salts, self.offsets, self.devices, self.buckets = [], [], [], []
-        self.numel = 0  # elements of all tensors of the first role
-        self.version = 0  # how often it was rebuilt
-        self._confirmed = None
-        self._captured = []  # what replays of a CUDA graph read: it must outlive every rebuild
+    def __init__(self) -> None:
+        self._roles: dict[str, int | None] | None = None  # role -> number of its tensors
+        self._key: object = None
+        self.salts: Sequence[int] = ()
+        self.offsets: Sequence[int] = ()
+        self.devices: list[torch.device] = []
+        self.buckets: list[_Bucket] = []
+        self.numel = 0
+        self.version = 0
+        self.call = 0
+        self._addresses: list[int] = []
+        self._read_only = (0, 0)  # where the addresses of the role that is only read begin and end
+        self._absent: list[int] = []  # positions of None among the entries of all lists
+        self._guard: Any = None
+        self._metadata: list[tuple | None] | None = None  # where there is no guard
+        self._captured: list[Tensor] = []  # what replays of a CUDA graph read: it must outlive every rebuild
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return TensorTable, ()  # a copy starts empty: addresses mean nothing to it
 
-    def unchanged(self, roles, key=None, token=None):
-        """Tells whether ``roles`` are what `rebuild` last saw; tensors that are only read may lie at other addresses.
+    def unchanged(self, roles: Roles, key: object = None) -> bool:
+        """Tell whether ``roles`` are what `rebuild` last saw; tensors that are only read may lie at other addresses.
 
         Args:
-            token: what `confirm` was given: if it is the same, the answer is yes, once.
-            roles: name -> list of tensors, or None for an absent role; entries of a list may be None, but not in the first
-                role.
+            roles: name -> list of tensors, or None for an absent role; entries of a list may be None, but not those of the
+                first role.
             key: whatever else the table depends on; compared with ``==``.
         """
-        if token is not None and token == self._confirmed:
-            self._confirmed = None
-            return True
-        if self._key != key or self._roles != {role: tensors and len(tensors) for role, tensors in roles.items()}:
+        if self._key != key or self._roles != _counts(roles):
             return False
-        tensors = []
+        tensors: list[Any] = []
         for role in filter(None, roles.values()):
             tensors += role
         if self._absent:  # positions of None
@@ -66,49 +96,60 @@ class TensorTable:
         self._addresses = addresses
         return all(bucket.move_read_only(addresses) for bucket in self.buckets)
 
-    def rebuild(self, roles, key=None, *, read_only, salts=(), offsets=(), side=()):
-        """Takes over tensors that were found to fit together.
+    def describe(self, lead: Sequence[Tensor], salts: Sequence[int] = (), offsets: Sequence[int] = ()) -> None:
+        """Take over what is known of tensors before they have addresses; `unchanged` answers no until `rebuild`.
 
         Args:
-            roles: as in `unchanged`.
+            lead: the tensors of the first role.
+            salts: as the attribute.
+            offsets: as the attribute.
+        """
+        self.forget()
+        self.version += 1
+        self.numel = sum(tensor.numel() for tensor in lead)
+        self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
+        self.salts = salts
+        self.offsets = offsets
+        self.buckets = []
+
+    def rebuild(
+        self,
+        roles: Roles,
+        key: object = None,
+        *,
+        read_only: str,
+        salts: Sequence[int] = (),
+        offsets: Sequence[int] = (),
+        side: Collection[str] = (),
+    ) -> None:
+        """Take over tensors that were found to fit together.
+
+        Args:
+            roles: as in `unchanged`. Their order is that of the table's rows.
             key: as in `unchanged`.
             read_only: the role that is only read.
-            salts: one int a tensor, which its noise starts from; kept as an attribute. Empty where none is drawn.
-            offsets: the same, the number of its first element in its noise.
+            salts: as the attribute.
+            offsets: as the attribute.
             side: roles that are not walked element by element, of a dtype that the kernel knows. A role that has one tensor
                 [number of tensors] in its list has a number for each.
         """
-        self._roles = None  # nothing is known if anything below fails
-        self.version += 1
-        lead = next(iter(roles.values()))
-        self.numel = sum(tensor.numel() for tensor in lead)
-        flat = []
-        place = {}  # role -> for each of its tensors, the place in the flat list (-1: absent) and an offset in bytes
+        lead: Sequence[Any] = roles[next(iter(roles))] or ()
+        self.describe(lead, salts, offsets)
+        flat: list[Tensor] = []
+        entries = {}  # role -> for each of its tensors, its index in the flat list (-1: absent) and an offset in bytes
         for role, tensors in roles.items():
-            if role in side and tensors and len(tensors) == 1 and tensors[0].shape == (len(lead),):
-                place[role] = [(len(flat), position * tensors[0].element_size()) for position in range(len(lead))]
-                flat.append(tensors[0])
-                continue
-            place[role] = []
-            for tensor in tensors or [None] * len(lead):
-                place[role].append((-1 if tensor is None else len(flat), 0))
-                if tensor is not None:
-                    flat.append(tensor)
-        self.devices = list(dict.fromkeys(tensor.device for tensor in lead))
-        self.salts, self.offsets = salts, offsets
+            entries[role] = _entries(tensors, len(lead), flat, shared=role in side)
         if not all(map(has_data, flat)):
-            self.buckets = []  # there is nothing to launch on, and nothing by which the tensors could be known again
-            return
+            return  # there is nothing to launch on, and nothing by which the tensors could be known again
         self._addresses = list(map(torch.Tensor.data_ptr, flat))
-        self._read_only = place[read_only][0][0], place[read_only][-1][0] + 1
-        columns = {}
+        self._read_only = entries[read_only][0][0], entries[read_only][-1][0] + 1
+        columns: dict[tuple, list[int]] = {}  # what the tensors of one launch have in common -> their positions
         for position, tensor in enumerate(lead):
             if tensor.numel():
-                walked = {r: tensors and tensors[position] for r, tensors in roles.items() if r not in side}
+                walked = {role: t[position] if t else None for role, t in roles.items() if role not in side}
                 aligned = all(t is None or t.data_ptr() % 16 == 0 for t in walked.values())
                 dtypes = tuple((role, None if t is None else t.dtype) for role, t in walked.items())
                 columns.setdefault((tensor.device, dtypes, aligned), []).append(position)
-        self.buckets = []
         for (device, dtypes, aligned), positions in columns.items():
             bucket = _Bucket(
                 device=device,
@@ -117,7 +158,7 @@ class TensorTable:
                 numels=tuple(lead[p].numel() for p in positions),
                 salts=[salts[p] for p in positions] if salts else [],
                 offsets=[offsets[p] for p in positions] if offsets else [],
-                rows={role: [place[role][p] for p in positions] for role in roles},
+                rows={role: [entries[role][p] for p in positions] for role in roles},
                 read_only=read_only,
                 addresses=self._addresses,
                 captured=self._captured,
@@ -128,18 +169,19 @@ class TensorTable:
         everything = itertools.chain.from_iterable(filter(None, roles.values()))
         self._absent = [i for i, tensor in enumerate(everything) if tensor is None]
         self._key = key
-        self._roles = {role: tensors and len(tensors) for role, tensors in roles.items()}
+        self._roles = _counts(roles)
 
-    def confirm(self, token):
-        """Spares the next call of `unchanged` with this token, which follows at once, its work."""
-        self._confirmed = token
+    def forget(self) -> None:
+        """Make the next call of `unchanged` answer no."""
+        self._roles = None
 
-    def forget(self):
-        """The next call of `unchanged` answers no."""
-        self._roles = self._confirmed = None
+    def next_call(self) -> int:
+        """Return the number of a call that begins; what was prepared before is no longer valid."""
+        self.call += 1
+        return self.call
 
-    def launch(self, kernel, *, chunk, **arguments):
-        """Launches ``kernel`` once for every bucket.
+    def launch(self, kernel: Any, *, chunk: int, **arguments: Any) -> None:
+        """Launch ``kernel`` once for every bucket.
 
         The kernel receives, beside ``arguments``: ``table_ptr``; ``chunk_tensor_ptr`` and ``chunk_piece_ptr`` [programs] int32
         (the column of the table, and the piece of ``chunk`` elements); ``n_tensors``; ``ALIGNED``: every address is a multiple
@@ -149,48 +191,81 @@ class TensorTable:
         for bucket in self.buckets:
             bucket.launch(kernel, chunk=chunk, **arguments)
 
-    def _same_metadata(self, tensors):
+    def _same_metadata(self, tensors: list[Tensor]) -> bool:
         if self._guard is not None:
             return self._guard.check(*tensors)
         return _metadata(tensors) == self._metadata
 
 
 class _Bucket:
-    """The tensors of one launch."""
+    """The tensors of one launch.
 
-    def __init__(self, *, device, dtypes, aligned, numels, salts, offsets, rows, read_only, addresses, captured):
-        self.device, self.aligned, self.numels = device, aligned, numels
+    Args:
+        device: where they are.
+        dtypes: role that is walked -> its dtype, None where it is absent; as pairs.
+        aligned: whether every address of a walked role is a multiple of 16 bytes.
+        numels: elements of each tensor.
+        salts: as in `TensorTable`.
+        offsets: as in `TensorTable`.
+        rows: role -> for each tensor its index in ``addresses`` (-1: absent) and an offset in bytes.
+        read_only: the role that is only read.
+        addresses: of all tensors of the `TensorTable`.
+        captured: what replays of a CUDA graph read is appended here.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        dtypes: Sequence[tuple[str, torch.dtype | None]],
+        aligned: bool,
+        numels: tuple[int, ...],
+        salts: Sequence[int],
+        offsets: Sequence[int],
+        rows: Mapping[str, Sequence[tuple[int, int]]],
+        read_only: str,
+        addresses: Sequence[int],
+        captured: list[Tensor],
+    ) -> None:
+        self.device = device
+        self.aligned = aligned
+        self.numels = numels
         self.dtypes = {f"{role.upper()}_DTYPE": triton_dtype(dtype) for role, dtype in dtypes}
-        values = [0 if i < 0 else addresses[i] + offset for row in rows.values() for i, offset in row]  # below 0: absent
+        values = [0 if i < 0 else addresses[i] + offset for row in rows.values() for i, offset in row]
         self._values = array.array("q", [*values, *numels, *salts, *offsets])
         self._offsets = offsets
-        row = list(rows).index(read_only) * len(numels)
-        self._read_only = slice(row, row + len(numels))  # of the values
-        places = [i for i, _ in rows[read_only]]
-        self._pick_read_only = operator.itemgetter(*places, places[0])  # always a tuple: itemgetter of one index gives none
-        self._table = self._spare = None
-        self._stream = None  # on which the table was uploaded
+        begin = list(rows).index(read_only) * len(numels)
+        self._read_only = slice(begin, begin + len(numels))  # of the values
+        indices = [i for i, _ in rows[read_only]]
+        self._pick_read_only = operator.itemgetter(*indices, indices[0])  # always a tuple: itemgetter of one index gives none
+        self._table: Tensor | None = None
+        self._spare: Tensor | None = None  # pinned memory from which a captured upload is replayed
+        self._stream: int | None = None  # on which the table was uploaded
         self._captured = captured
-        self._maps = {}  # (chunk, stream) -> chunk map
+        self._maps: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}  # (chunk, stream) -> chunk map
+        self._crosses: dict[int, bool] = {}  # chunk -> whether a multiple of 2^32 may lie within one
 
-    def move_read_only(self, addresses):
-        """Takes over where the read-only tensors lie now; False where they no longer have the alignment of this bucket."""
+    def move_read_only(self, addresses: Sequence[int]) -> bool:
+        """Take over where the read-only tensors lie now; False where they no longer have the alignment of this bucket."""
         moved = self._pick_read_only(addresses)
         if self.aligned and functools.reduce(operator.or_, moved) % 16:
             return False
         values = self._values[:]  # a copy: on the CPU the table shares its memory
         values[self._read_only] = array.array("q", moved[:-1])
         if values != self._values:
-            self._values, self._table = values, None
+            self._values = values
+            self._table = None
         return True
 
-    def launch(self, kernel, *, chunk, **arguments):
-        """One launch, as `TensorTable.launch` describes it."""
+    def launch(self, kernel: Any, *, chunk: int, **arguments: Any) -> None:
+        """Launch ``kernel`` once, as `TensorTable.launch` describes it."""
         chunk_tensor, chunk_piece = self.chunk_map(chunk)
         if not self.aligned:  # one element an access: half a block keeps the addresses in registers
             arguments["BLOCK"] //= 2
         if self._offsets:
-            arguments["CROSSES"] = any(map(functools.partial(_crosses, chunk), self._offsets, self.numels))
+            if chunk not in self._crosses:
+                self._crosses[chunk] = any(map(functools.partial(_crosses, chunk), self._offsets, self.numels))
+            arguments["CROSSES"] = self._crosses[chunk]
         launch(
             kernel,
             (len(chunk_tensor),),
@@ -205,8 +280,8 @@ class _Bucket:
             **arguments,
         )
 
-    def on_device(self):
-        """The table; uploaded where it changed, without waiting for the work that is queued on the device."""
+    def on_device(self) -> Tensor:
+        """Return the table; it is uploaded where it changed, without waiting for the work that is queued on the device."""
         stream, capturing = _stream(self.device)
         table = self._table
         if table is None or (stream != self._stream and not capturing):  # another stream would not wait for the upload
@@ -216,7 +291,8 @@ class _Bucket:
                 if self._spare is None:
                     expected = "one step a graph, with gradients laid out as their parameters"
                     raise argument_error("CUDA graph", expected, "another table to upload", _EAGER_STEP)
-                pinned, self._spare = self._spare.copy_(host), None
+                pinned = self._spare.copy_(host)
+                self._spare = None
                 self._captured.append(pinned)
                 table = pinned.to(self.device, non_blocking=True)
             else:
@@ -228,14 +304,14 @@ class _Bucket:
             self._captured.append(table)
         return table
 
-    def chunk_map(self, chunk):
-        """The chunk map of this bucket for pieces of ``chunk`` elements."""
+    def chunk_map(self, chunk: int) -> tuple[Tensor, Tensor]:
+        """Return the chunk map of this bucket for pieces of ``chunk`` elements."""
         stream, capturing = _stream(self.device)
         if capturing:  # a capture begins on a device that is idle: the map of any stream has arrived
             maps = [made for (size, _), made in self._maps.items() if size == chunk]
             if not maps:
                 raise argument_error("CUDA graph", "the options of the last step", "others", _EAGER_STEP)
-            self._captured.append(maps[0])
+            self._captured += maps[0]
             return maps[0]
         if (chunk, stream) not in self._maps:
             self._maps[chunk, stream] = _chunk_map(self.numels, chunk, self.device, stream)
@@ -245,16 +321,16 @@ class _Bucket:
 _EAGER_STEP = "run one eager step before the capture"
 
 
-def _stream(device):
-    """The current stream of a device, as a number, and whether it is being captured."""
+def _stream(device: torch.device) -> tuple[int | None, bool]:
+    """Return the current stream of a device, as a number, and whether it is being captured."""
     if device.type != "cuda":
         return None, False
     return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=64)
-def _chunk_map(numels, chunk, device, stream=None):
-    """Which tensor, and which piece of it, each program works on: two int32 tensors, one entry a program.
+def _chunk_map(numels: tuple[int, ...], chunk: int, device: torch.device, stream: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return which tensor, and which piece of it, each program works on: two int32 tensors, one entry a program.
 
     A pure function of sizes, so it can be cached; for each stream, because another would not wait for the upload.
     """
@@ -265,8 +341,8 @@ def _chunk_map(numels, chunk, device, stream=None):
     return _upload(tensor.to(torch.int32), device), _upload(piece.to(torch.int32), device)
 
 
-def _upload(host, device):
-    """A copy on the device, without waiting for it: from pinned memory, which torch reuses when the device has read it."""
+def _upload(host: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device and do not wait: from pinned memory, which torch reuses when the device has read it."""
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
@@ -275,44 +351,35 @@ def _crosses(chunk: int, offset: int, numel: int) -> bool:
     return bool(offset % chunk) and offset >> 32 != offset + numel - 1 >> 32
 
 
-def noise_offsets(tensor_offsets: Sequence[int] | None, *states: Sequence[torch.Tensor]) -> list[int]:
-    """Return for each tensor the number of its first element in its noise.
+def _counts(roles: Roles) -> dict[str, int | None]:
+    return {role: None if tensors is None else len(tensors) for role, tensors in roles.items()}
 
-    Args:
-        tensor_offsets: the argument of an op.
-        states: lists of the tensors' states. A group of 8-bit values must be one in the whole tensor as well.
 
-    Raises:
-        ValueError: they are not what they must be.
+def _entries(tensors: Sequence[Tensor | None] | None, count: int, flat: list[Tensor], *, shared: bool) -> list[tuple[int, int]]:
+    """Append the tensors of a role to ``flat``; return for each of ``count`` columns the index there and an offset in bytes.
+
+    The index is -1 where there is no tensor. ``shared``: the role may be one tensor with a number for every column.
     """
-    if tensor_offsets is None:
-        return [0] * len(states[0])
-    if len(tensor_offsets) != len(states[0]):
-        expected = f"{len(states[0])} integers, one a tensor"
-        raise argument_error("tensor_offsets", expected, len(tensor_offsets), "pass 0 for a tensor that is whole")
-    for index, offset in enumerate(tensor_offsets):
-        step = GROUP if any(each[index].dtype == torch.uint8 for each in states) else 1
-        if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62 or offset % step:
-            expected = f"a multiple of {GROUP}, the groups of 8-bit states," if step > 1 else "an integer"
-            remedy = "pass the number of the piece's first element in the whole tensor"
-            raise argument_error(f"tensor_offsets[{index}]", f"{expected} from 0", repr(offset), remedy)
-    return list(tensor_offsets)
+    if shared and tensors and len(tensors) == 1 and tensors[0] is not None and tensors[0].shape == (count,):
+        flat.append(tensors[0])
+        return [(len(flat) - 1, column * tensors[0].element_size()) for column in range(count)]
+    entries = []
+    for tensor in tensors or [None] * count:
+        entries.append((-1 if tensor is None else len(flat), 0))
+        if tensor is not None:
+            flat.append(tensor)
+    return entries
 
 
-def noise_salts(seed, tensor_ids, tensors):
-    """One salt a tensor: from the seed, and from the tensor's number or else its position."""
-    return [salt(seed, number) for number in (range(len(tensors)) if tensor_ids is None else tensor_ids)]
-
-
-def _metadata(tensors):
+def _metadata(tensors: Sequence[Any]) -> list[tuple | None]:
     return [(t.dtype, t.device, t.shape, t.stride()) if isinstance(t, torch.Tensor) else None for t in tensors]
 
 
-def _guard(tensors):
-    """A check of dtype, device, shape and strides of all tensors in one call in C++, at an eighth of the cost in Python.
+def _guard(tensors: Sequence[Tensor]) -> Any:
+    """Return a check of dtype, device, shape and strides of all tensors: one call of C++, at an eighth of the cost in Python.
 
-    It is what torch.compile guards its graphs with, but not a public part of torch: None where it is missing or does not
-    work, and `_metadata` serves.
+    torch.compile guards its graphs with it, but it is no public part of torch: None where it is missing or does not work, and
+    `_metadata` serves.
     """
     try:
         guard = torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)

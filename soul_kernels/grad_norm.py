@@ -1,8 +1,16 @@
-"""The global L2 norm of many gradients: one read of them, one launch, and a second of one program that adds up."""
+"""The global L2 norm of many gradients: one launch reads them once, and a second one, of one program, adds up.
+
+Safe to change: the two configurations. The order in which squares are added up is part of the result.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from soul_kernels._launch import chunk_of_program, chunk_pointer, launch, tl, triton
+from soul_kernels._foreach import chunk_of_program, chunk_pointer
+from soul_kernels._launch import launch, tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
@@ -12,7 +20,10 @@ from soul_kernels.tensors import PARAM_DTYPES, check_gradient, is_dense
 
 # Larger pieces than in the step: fewer partial sums, which one program adds up.
 CONFIG = {"chunk": 65536, "BLOCK": 2048, "num_warps": 8}
-SUM_CONFIG = {"BLOCK": 4096, "num_warps": 8}
+SUM_CONFIG: dict[str, Any] = {"BLOCK": 4096, "num_warps": 8}
+# The rows of the table, of which element counts are the last one.
+G_ROW = tl.constexpr(0)
+N_ROLES = tl.constexpr(1)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -28,17 +39,17 @@ def squares_kernel(
     BLOCK: tl.constexpr,
 ):
     """Write the sum of the squares of each chunk."""
-    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 1, CHUNK)
-    g_ptr = chunk_pointer(table_ptr, tensor, start, G_DTYPE, ALIGNED)
+    chunk = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, N_ROLES, CHUNK)
+    g_ptr = chunk_pointer(chunk, G_ROW, G_DTYPE, ALIGNED)
     lanes = tl.arange(0, BLOCK)
     squares = tl.zeros([BLOCK], tl.float32)
-    full = count // BLOCK
+    full = chunk.count // BLOCK
     for block in range(full):
         g = load(g_ptr, block * BLOCK + lanes, None).to(tl.float32)
         squares += g * g
-    if full * BLOCK < count:
+    if full * BLOCK < chunk.count:
         offsets = full * BLOCK + lanes
-        g = load(g_ptr, offsets, offsets < count).to(tl.float32)
+        g = load(g_ptr, offsets, offsets < chunk.count).to(tl.float32)
         squares += g * g
     tl.store(partial_ptr + tl.program_id(0), tl.sum(squares.to(tl.float64), 0))
 
@@ -59,18 +70,18 @@ def norm_kernel(
 
 
 @torch.no_grad()
-def grad_norm(grads, *, table=None, backend="auto"):
-    """The L2 norm of all gradients together, ``sqrt(sum_i ||g_i||^2)``, as ``torch.nn.utils.get_total_norm`` defines it.
+def grad_norm(grads: Sequence[Tensor], *, table: TensorTable | None = None, backend: str = "auto") -> Tensor:
+    """Return the L2 norm of all gradients together, ``sqrt(sum_i ||g_i||^2)``, as ``torch.nn.utils.get_total_norm`` defines it.
 
     Squares are summed in fp32 within a thread and in fp64 from there on, always in the same order: the result is the same at
-    every run. It is finite exactly if all gradients are (and their squares do not overflow fp32), so it also is the finite
-    flag.
+    every run. It is finite exactly if all gradients are finite and their squares do not overflow fp32, so it serves as the flag
+    of finite gradients too.
 
     Args:
         grads: list of dense tensors, any shapes, fp32, bf16 or fp16, on any devices; not changed.
         table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
-        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference"; "compile" is
-            the reference: one read of the gradients has nothing to fuse.
+        backend: "auto" (Triton on a GPU and under the interpreter, else the reference), "triton" or "reference". "compile" is
+            the reference: there is nothing to fuse in one read of the gradients.
 
     Returns:
         fp32 tensor of shape () on the device of the first gradient; 0 without gradients. Nothing waits for the device.
@@ -80,7 +91,7 @@ def grad_norm(grads, *, table=None, backend="auto"):
     """
     if not grads:
         return torch.zeros((), dtype=torch.float32)
-    roles = {"g": grads}
+    roles: dict[str, Sequence[Tensor]] = {"g": grads}
     table = TensorTable() if table is None else table
     if not table.unchanged(roles):
         table.forget()

@@ -5,11 +5,29 @@ reasons. A change must be made in both; ``tests/kernels/test_rounding.py`` compa
 ``DTYPE``, and ``HESSIAN`` for the 8-bit format of a Hessian in place of a momentum's.
 """
 
+from typing import Any, NamedTuple
+
 from soul_kernels._launch import tl, triton
 from soul_kernels.reference.rounding import GROUP as _GROUP
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 GROUP = tl.constexpr(_GROUP)
+
+
+class Block(NamedTuple):
+    """Elements of a chunk that a program works on at once, as a kernel has them.
+
+    Attributes:
+        offsets: [BLOCK] int32, from the start of the chunk.
+        mask: [BLOCK] bool, or None in a full block: an unmasked access is what becomes a 16-byte one.
+        group: the block's first group of 8-bit values, from the start of the chunk.
+        groups: how many groups the chunk has.
+    """
+
+    offsets: Any
+    mask: Any
+    group: Any
+    groups: Any
 
 
 @triton.jit
@@ -169,27 +187,26 @@ def load(ptr, offsets, mask):
 
 
 @triton.jit
-def load_state(ptr, scale_ptr, offsets, mask, group, groups, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a state in fp32. ``group``: its first scale; ``groups``: how many scales the chunk has."""
-    stored = load(ptr, offsets, mask)
+def load_state(ptr, scale_ptr, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a `Block` of a state in fp32."""
+    stored = load(ptr, block.offsets, block.mask)
     if DTYPE == tl.uint8:
-        index = group + tl.arange(0, BLOCK // GROUP)
-        return decode(stored, load(scale_ptr, index, None if mask is None else index < groups), HESSIAN, BLOCK)
+        index = block.group + tl.arange(0, BLOCK // GROUP)
+        scale = load(scale_ptr, index, None if block.mask is None else index < block.groups)
+        return decode(stored, scale, HESSIAN, BLOCK)
     else:
         return stored.to(tl.float32)
 
 
 @triton.jit
-def store_state(
-    ptr, scale_ptr, x, noise, offsets, mask, group, groups, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Stores a block of a state. A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest."""
+def store_state(ptr, scale_ptr, x, noise, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a `Block` of a state. A bf16 Hessian is rounded stochastically: its small changes would be lost to nearest."""
     if DTYPE == tl.uint8:
         code, scale = encode(x, noise, HESSIAN, BLOCK)
-        index = group + tl.arange(0, BLOCK // GROUP)
-        tl.store(scale_ptr + index, scale, mask=None if mask is None else index < groups)
-        tl.store(ptr + offsets, code, mask=mask)
+        index = block.group + tl.arange(0, BLOCK // GROUP)
+        tl.store(scale_ptr + index, scale, mask=None if block.mask is None else index < block.groups)
+        tl.store(ptr + block.offsets, code, mask=block.mask)
     elif HESSIAN:
-        tl.store(ptr + offsets, round_stochastic(x, noise << 16, DTYPE), mask=mask)
+        tl.store(ptr + block.offsets, round_stochastic(x, noise << 16, DTYPE), mask=block.mask)
     else:
-        tl.store(ptr + offsets, round_nearest(x, DTYPE), mask=mask)
+        tl.store(ptr + block.offsets, round_nearest(x, DTYPE), mask=block.mask)

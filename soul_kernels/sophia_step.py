@@ -1,22 +1,57 @@
-"""Momentum, Hessian EMA, decay, clipped update and rounding of many tensors in one pass over memory."""
+"""Momentum, Hessian EMA, decay, clipped update and rounding of many tensors in one pass over memory.
+
+How it works. `SophiaStep.prepare` checks the arguments and keeps a table of the tensors' addresses on the device
+(``_table.py``); the call that it returns launches `sophia_step_kernel` once for all tensors of the same dtypes and alignment.
+Each program takes one chunk of one tensor: it looks up its pointers and its noise (``_foreach.py``), then walks over the
+chunk in blocks. `_step_block` updates a block: it loads every operand once, computes in fp32 and rounds once to each tensor's
+storage (``rounding.py``). All full blocks are accessed without a mask, for only such accesses become 16-byte ones; the last
+block of a tensor has one.
+
+What defines the numbers is ``reference/sophia_step.py``, of which the kernel is a copy bit for bit, but for 8-bit states,
+whose kernels use fused multiply-add. Safe to change: the configurations. Whoever changes the arithmetic or its order changes
+both files. A new tensor of the step is a new entry in ``ROLES`` and in `Pointers`; a new option a field of `StepOptions` and
+of `Numbers`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from soul_kernels._compiled import Compiled
-from soul_kernels._launch import chunk_of_program, chunk_pointer, option, tl, triton
-from soul_kernels._table import TensorTable, noise_offsets, noise_salts
+from soul_kernels._foreach import (
+    DEFAULT_NOISE,
+    NO_GUARDS,
+    ChunkNoise,
+    Guards,
+    Noise,
+    PreparedCall,
+    check_all_taken,
+    chunk_of_program,
+    chunk_pointer,
+    noise_of_chunk,
+    nothing_to_do,
+    number_of_tensor,
+    rebuild_table,
+    scale_pointer,
+    with_fields,
+)
+from soul_kernels._launch import tl, triton
+from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
-from soul_kernels.hessian_ema import ema, match_layout
+from soul_kernels.hessian_ema import ema
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
 from soul_kernels.reference.sophia_step import step_block
 from soul_kernels.rounding import (
     GROUP,
     ROUNDINGS,
+    Block,
     join,
     load,
     load_state,
-    noise_key,
     noise_words,
     round_nearest,
     round_stochastic,
@@ -38,67 +73,102 @@ from soul_kernels.tensors import (
 # compilers stop at 128 registers a thread and spill. 8-bit states are bound by instructions: fused multiply-add there.
 CONFIG = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
 CONFIG_8BIT = CONFIG | {"enable_fp_fusion": True}
-SIDE = ("m_scale", "h_scale", "step", "correction")  # rows of the table that are not walked element by element
 EPS_MODES = ("add", "max")
+# Rows of the table, in this order; the kernel knows them by number. Element counts, salts and offsets follow.
+ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")
+SIDE = ("m_scale", "h_scale", "step", "correction")  # rows that are not walked element by element
+P_ROW, G_ROW, M_ROW, H_ROW, LOW_ROW, M_SCALE_ROW, H_SCALE_ROW, STEP_ROW, CORRECTION_ROW = map(tl.constexpr, range(len(ROLES)))
+N_ROLES = tl.constexpr(len(ROLES))
+# Options that may lie on the device, and the bits of the kernel's ON_DEVICE that say so.
+ON_DEVICE_BITS = {"lr": 1, "weight_decay": 2, "rho": 4, "bs": 8}
+LR_BIT, WEIGHT_DECAY_BIT, RHO_BIT, BS_BIT = map(tl.constexpr, ON_DEVICE_BITS.values())
+
+
+class Pointers(NamedTuple):
+    """Where a chunk begins in the tensors of each role, as the kernel has it."""
+
+    p: Any
+    g: Any
+    m: Any
+    h: Any
+    low: Any
+    m_scale: Any
+    h_scale: Any
+
+
+class Numbers(NamedTuple):
+    """What all elements of a tensor share, as the kernel has it: fp32."""
+
+    lr: Any
+    weight_decay: Any
+    h_weight: Any  # rho bs, divided by the tensor's bias correction
+    beta1: Any
+    beta1_rest: Any
+    beta2: Any
+    beta2_rest: Any
+    eps: Any
+    factor: Any  # of the gradients, or None
+
+
+class Variant(NamedTuple):
+    """What the compiler knows of the step of a block."""
+
+    P_DTYPE: Any
+    M_DTYPE: Any
+    H_DTYPE: Any
+    HESSIAN_IN_STEP: Any
+    ADD_EPS: Any
+    ROUNDING: Any
+    CROSSES: Any
+    BLOCK: Any
+
+
+@triton.jit
+def option(value, ON_DEVICE: tl.constexpr, BIT: tl.constexpr):
+    """Return a number in fp32, which is an argument, or lies on the device where ``ON_DEVICE`` has ``BIT``."""
+    if BIT & ON_DEVICE:  # in this order: the interpreter of Triton 3.6 has no `int & constexpr`
+        return tl.load(value).to(tl.float32)
+    else:
+        return tl.zeros([], tl.float32) + value
 
 
 @triton.jit
 def _step_block(
-    p_ptr,
-    g_ptr,
-    m_ptr,
-    h_ptr,
-    low_ptr,
-    m_scale_ptr,
-    h_scale_ptr,
-    offsets,  # [BLOCK] int32, from the start of the chunk
-    mask,  # [BLOCK] bool, or None in a full block: an unmasked access is what becomes a 16-byte one
-    group,  # the block's first group of 8-bit values, from the start of the chunk
-    groups,  # how many groups the chunk has
-    key,
-    first,  # number of the chunk's first element, for the noise
-    lr,
-    beta1,
-    beta1_rest,
-    beta2,
-    beta2_rest,
-    h_weight,
-    eps,
-    weight_decay,
-    factor,
-    P_DTYPE: tl.constexpr,
-    M_DTYPE: tl.constexpr,
-    H_DTYPE: tl.constexpr,
-    HESSIAN_IN_STEP: tl.constexpr,
-    ADD_EPS: tl.constexpr,
-    ROUNDING: tl.constexpr,
-    CROSSES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pointers,  # `Pointers`
+    block,  # `Block`
+    noise,  # `ChunkNoise`
+    numbers,  # `Numbers`
+    VARIANT: tl.constexpr,  # `Variant`
 ):
-    """Updates one block; returns for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
-    stored = load(p_ptr, offsets, mask)
+    """Update one block; return for each coordinate 1 if clipped plus 2^16 if lost to rounding, and the update."""
+    P_DTYPE: tl.constexpr = VARIANT.P_DTYPE
+    M_DTYPE: tl.constexpr = VARIANT.M_DTYPE
+    H_DTYPE: tl.constexpr = VARIANT.H_DTYPE
+    ROUNDING: tl.constexpr = VARIANT.ROUNDING
+    BLOCK: tl.constexpr = VARIANT.BLOCK
+    stored = load(pointers.p, block.offsets, block.mask)
     if ROUNDING == "compensated":
-        p = join(stored, load(low_ptr, offsets, mask), P_DTYPE)
+        p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)
     else:
         p = stored.to(tl.float32)
-    g = load(g_ptr, offsets, mask).to(tl.float32)
-    if factor is not None:
-        g = g * factor
-    m = load_state(m_ptr, m_scale_ptr, offsets, mask, group, groups, M_DTYPE, False, BLOCK)
-    h = load_state(h_ptr, h_scale_ptr, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
-    noise = 0
-    if key is not None:
-        noise = noise_words(key, first, offsets, CROSSES)
-    m = beta1 * m + beta1_rest * g
-    if HESSIAN_IN_STEP:
-        h = ema(h, g * g, beta2, beta2_rest)
-        store_state(h_ptr, h_scale_ptr, h, noise, offsets, mask, group, groups, H_DTYPE, True, BLOCK)
+    g = load(pointers.g, block.offsets, block.mask).to(tl.float32)
+    if numbers.factor is not None:
+        g = g * numbers.factor
+    m = load_state(pointers.m, pointers.m_scale, block, M_DTYPE, False, BLOCK)
+    h = load_state(pointers.h, pointers.h_scale, block, H_DTYPE, True, BLOCK)
+    words = 0
+    if noise.key is not None:
+        words = noise_words(noise.key, noise.first, block.offsets, VARIANT.CROSSES)
+    m = numbers.beta1 * m + numbers.beta1_rest * g
+    if VARIANT.HESSIAN_IN_STEP:
+        h = ema(h, g * g, numbers.beta2, numbers.beta2_rest)
+        store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, BLOCK)
     # NaN must come through every clamp. Hutchinson's estimate may be negative.
-    curvature = h_weight * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if ADD_EPS:
-        denominator = curvature + eps
+    curvature = numbers.h_weight * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if VARIANT.ADD_EPS:
+        denominator = curvature + numbers.eps
     else:
-        denominator = tl.maximum(curvature, eps, propagate_nan=tl.PropagateNan.ALL)
+        denominator = tl.maximum(curvature, numbers.eps, propagate_nan=tl.PropagateNan.ALL)
     if M_DTYPE == tl.uint8:  # bound by instructions: 2 ulp are nothing beside 3 mantissa bits
         update = m / denominator
     else:
@@ -106,17 +176,17 @@ def _step_block(
     clipped = tl.abs(update) >= 1.0
     update = tl.minimum(update, 1.0, propagate_nan=tl.PropagateNan.ALL)
     update = tl.maximum(update, -1.0, propagate_nan=tl.PropagateNan.ALL)
-    store_state(m_ptr, m_scale_ptr, m, noise, offsets, mask, group, groups, M_DTYPE, False, BLOCK)
+    store_state(pointers.m, pointers.m_scale, m, words, block, M_DTYPE, False, BLOCK)
     # Decay and step in one fp32 expression: (1 - lr wd) in fp32 would be off by 5% at lr wd = 5e-7.
-    change = lr * (weight_decay * p + update)
+    change = numbers.lr * (numbers.weight_decay * p + update)
     if ROUNDING == "compensated":
-        new, low = split(p - change, noise, P_DTYPE)
-        tl.store(low_ptr + offsets, low, mask=mask)
+        new, low = split(p - change, words, P_DTYPE)
+        tl.store(pointers.low + block.offsets, low, mask=block.mask)
     elif ROUNDING == "stochastic":
-        new = round_stochastic(p - change, noise, P_DTYPE)
+        new = round_stochastic(p - change, words, P_DTYPE)
     else:
         new = round_nearest(p - change, P_DTYPE)
-    tl.store(p_ptr + offsets, new, mask=mask)
+    tl.store(pointers.p + block.offsets, new, mask=block.mask)
     counts = clipped.to(tl.int32)
     if ROUNDING == "nearest" and P_DTYPE != tl.float32:
         counts += ((new.to(tl.float32) == p) & (change != 0.0)).to(tl.int32) << 16
@@ -125,8 +195,7 @@ def _step_block(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def sophia_step_kernel(
-    table_ptr,  # [12, n_tensors] int64: addresses of p, g, m, h, low bits, scales of m and h, step, correction; counts;
-    # salts; offsets: of noise
+    table_ptr,  # [12, n_tensors] int64: an address for each of ROLES; element counts; salts and offsets of the noise
     chunk_tensor_ptr,  # [programs] int32: the tensor of this program
     chunk_piece_ptr,  # [programs] int32: which piece of CHUNK elements of it
     telemetry_ptr,  # [3] fp64: clipped and lost coordinates and the update's squared norm are added here; None: not counted
@@ -147,7 +216,7 @@ def sophia_step_kernel(
     M_DTYPE: tl.constexpr,
     H_DTYPE: tl.constexpr,
     LOW_DTYPE: tl.constexpr,
-    ON_DEVICE: tl.constexpr,  # bits: 1 lr, 2 weight_decay, 4 rho, 8 bs
+    ON_DEVICE: tl.constexpr,  # ON_DEVICE_BITS
     HESSIAN_IN_STEP: tl.constexpr,
     ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -162,58 +231,59 @@ def sophia_step_kernel(
     if skip_ptr is not None:
         if tl.load(skip_ptr) != 0.0:
             return
-    tensor, start, count = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, 9, CHUNK)
-    p_ptr = chunk_pointer(table_ptr, tensor, start, P_DTYPE, ALIGNED)
-    g_ptr = chunk_pointer(table_ptr, n_tensors + tensor, start, G_DTYPE, ALIGNED)
-    m_ptr = chunk_pointer(table_ptr, 2 * n_tensors + tensor, start, M_DTYPE, ALIGNED)
-    h_ptr = chunk_pointer(table_ptr, 3 * n_tensors + tensor, start, H_DTYPE, ALIGNED)
-    low_ptr = chunk_pointer(table_ptr, 4 * n_tensors + tensor, start, LOW_DTYPE, ALIGNED)
-    M_SCALE: tl.constexpr = tl.float32 if M_DTYPE == tl.uint8 else None
-    H_SCALE: tl.constexpr = tl.float32 if H_DTYPE == tl.uint8 else None
-    m_scale_ptr = chunk_pointer(table_ptr, 5 * n_tensors + tensor, start // GROUP, M_SCALE, False)
-    h_scale_ptr = chunk_pointer(table_ptr, 6 * n_tensors + tensor, start // GROUP, H_SCALE, False)
+    chunk = chunk_of_program(table_ptr, chunk_tensor_ptr, chunk_piece_ptr, n_tensors, N_ROLES, CHUNK)
+    pointers = Pointers(
+        p=chunk_pointer(chunk, P_ROW, P_DTYPE, ALIGNED),
+        g=chunk_pointer(chunk, G_ROW, G_DTYPE, ALIGNED),
+        m=chunk_pointer(chunk, M_ROW, M_DTYPE, ALIGNED),
+        h=chunk_pointer(chunk, H_ROW, H_DTYPE, ALIGNED),
+        low=chunk_pointer(chunk, LOW_ROW, LOW_DTYPE, ALIGNED),
+        m_scale=scale_pointer(chunk, M_SCALE_ROW, M_DTYPE),
+        h_scale=scale_pointer(chunk, H_SCALE_ROW, H_DTYPE),
+    )
     # fp32 parameters are stored as they come out, whatever the caller asked for.
     STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
-    key = None
-    first = None
+    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK)
+    noise = ChunkNoise(None, None)
     if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
-        step = 0.0
-        if STEPS:
-            step = tl.load(tl.load(table_ptr + 7 * n_tensors + tensor).to(tl.pointer_type(tl.float32)))
-        key = noise_key(tl.load(table_ptr + 10 * n_tensors + tensor), step)
-        first = tl.load(table_ptr + 11 * n_tensors + tensor) + start
+        noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
     factor = None
     if factor_ptr is not None:
         factor = tl.load(factor_ptr)
-    lr = option(lr, ON_DEVICE, 1)
-    weight_decay = option(weight_decay, ON_DEVICE, 2)
-    h_weight = option(rho, ON_DEVICE, 4) * option(bs, ON_DEVICE, 8)
+    lr = option(lr, ON_DEVICE, LR_BIT)
+    weight_decay = option(weight_decay, ON_DEVICE, WEIGHT_DECAY_BIT)
+    h_weight = option(rho, ON_DEVICE, RHO_BIT) * option(bs, ON_DEVICE, BS_BIT)
     if CORRECTIONS:
-        h_weight = tl.div_rn(h_weight, tl.load(tl.load(table_ptr + 8 * n_tensors + tensor).to(tl.pointer_type(tl.float32))))
+        h_weight = tl.div_rn(h_weight, number_of_tensor(chunk, CORRECTION_ROW))
+    numbers = Numbers(
+        lr=lr,
+        weight_decay=weight_decay,
+        h_weight=h_weight,
+        beta1=beta1,
+        beta1_rest=beta1_rest,
+        beta2=beta2,
+        beta2_rest=beta2_rest,
+        eps=eps,
+        factor=factor,
+    )
     lanes = tl.arange(0, BLOCK)
-    groups = tl.cdiv(count, GROUP)
+    groups = tl.cdiv(chunk.count, GROUP)
     # Kept per lane: one reduction a program, not one a block. Both counts of a lane stay below 2^16.
     counted = tl.zeros([BLOCK], tl.int32)
     moved = tl.zeros([BLOCK], tl.float32)
-    full = count // BLOCK
-    for block in range(full):
-        counts, change = _step_block(
-            p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, block * BLOCK + lanes, None,
-            block * (BLOCK // GROUP), groups, key, first, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
-            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK,
-        )  # fmt: skip
+    full = chunk.count // BLOCK
+    for index in range(full):
+        block = Block(index * BLOCK + lanes, None, index * (BLOCK // GROUP), groups)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
         counted += counts
         moved += change * change
-    if full * BLOCK < count:
+    if full * BLOCK < chunk.count:
         offsets = full * BLOCK + lanes
-        inside = offsets < count
-        counts, change = _step_block(
-            p_ptr, g_ptr, m_ptr, h_ptr, low_ptr, m_scale_ptr, h_scale_ptr, offsets, inside,
-            full * (BLOCK // GROUP), groups, key, first, lr, beta1, beta1_rest, beta2, beta2_rest, h_weight, eps, weight_decay,
-            factor, P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK,
-        )  # fmt: skip
-        counted += tl.where(inside, counts, 0)
-        moved += tl.where(inside, change * change, 0.0)
+        mask = offsets < chunk.count
+        block = Block(offsets, mask, full * (BLOCK // GROUP), groups)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
+        counted += tl.where(mask, counts, 0)
+        moved += tl.where(mask, change * change, 0.0)
     if telemetry_ptr is not None:
         # Counts are integers, exact in fp64 in whatever order they are added.
         tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64))
@@ -222,38 +292,237 @@ def sophia_step_kernel(
         tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64))
 
 
+class StepTensors(NamedTuple):
+    """The tensors of a Sophia step, as lists in one order.
+
+    Attributes:
+        params: dense tensors, any shapes, fp32, bf16 or fp16; mutated.
+        grads: tensors of the same shapes, fp32, bf16 or fp16; not changed.
+        exp_avgs: momenta m, fp32, bf16 or 8-bit (uint8), laid out as the parameters; mutated.
+        hessians: diagonal Hessian estimates h, dtypes and layout likewise; mutated with ``beta2`` only.
+        low_bits: int8 tensors, laid out as the parameters, with "compensated" rounding; None for fp32 parameters. Mutated.
+        exp_avg_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit momenta; mutated.
+        hessian_scales: the same of 8-bit Hessians; mutated with ``beta2`` only.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    hessians: Sequence[Tensor]
+    low_bits: Sequence[Tensor | None] | None = None
+    exp_avg_scales: Sequence[Tensor | None] | None = None
+    hessian_scales: Sequence[Tensor | None] | None = None
+
+
+class StepOptions(NamedTuple):
+    """The hyper-parameters of a Sophia step.
+
+    Attributes:
+        lr: learning rate, >= 0. This, ``weight_decay``, ``rho`` and ``bs`` may be an fp32 tensor of one element on the
+            parameters' device instead; it is then read there, and its value is not checked.
+        beta1: decay of the momentum, in [0, 1).
+        rho: scale of the clipping threshold, >= 0 (the paper's gamma).
+        bs: number of predictions in the batch that produced h, > 0.
+        eps: added to the denominator, >= 0.
+        weight_decay: decoupled weight decay, >= 0.
+        beta2: decay of the Hessian estimate, in [0, 1); None leaves it as it is.
+        maximize: ascend instead of descend.
+        eps_mode: "add" as in the published code, or "max" as in the papers: ``m / max(rho * bs * h, eps)``.
+        param_rounding: "nearest", "stochastic" or "compensated"; fp32 parameters are stored exactly in any case.
+        corrections: fp32 [number of tensors] on the device: h is divided by it, for instance by ``1 - beta2^t``.
+    """
+
+    lr: float | Tensor
+    beta1: float
+    rho: float | Tensor
+    bs: float | Tensor
+    eps: float = 1e-15
+    weight_decay: float | Tensor = 0.0
+    beta2: float | None = None
+    maximize: bool = False
+    eps_mode: str = "add"
+    param_rounding: str = "nearest"
+    corrections: Tensor | None = None
+
+    def check(self) -> int:
+        """Raise ValueError where an option is out of its bounds; return which options are tensors, as bits of ON_DEVICE."""
+        on_device = 0
+        for name, bit in ON_DEVICE_BITS.items():
+            value = getattr(self, name)
+            if isinstance(value, Tensor):
+                on_device |= bit
+            elif name == "bs":
+                check_positive("bs", value, "pass the number of predictions in the batch behind h")
+            else:
+                check_range(name, value)
+        check_range("eps", self.eps)
+        check_range("beta1", self.beta1, high=1.0)
+        if self.beta2 is not None:
+            check_range("beta2", self.beta2, high=1.0)
+        check_choice("param_rounding", self.param_rounding, ROUNDINGS)
+        check_choice("eps_mode", self.eps_mode, EPS_MODES)
+        return on_device
+
+    def check_on_device(self, on_device: int, devices: Sequence[torch.device], n_tensors: int) -> None:
+        """Raise ValueError where an option that is a tensor does not fit or is not on the one device in ``devices``."""
+        if on_device:
+            for name in ON_DEVICE_BITS:
+                if isinstance(value := getattr(self, name), Tensor):
+                    check_on_device(name, value, devices)
+        check_on_device("corrections", self.corrections, devices, numel=n_tensors)
+
+
+class SophiaStep:
+    """Sophia steps on tensors that a caller keeps: `sophia_step`, prepared.
+
+    What does not change between calls, such as the parameters, the states and most options, is checked once, and its table of
+    addresses stays on the device. Changes are noticed: of dtypes, devices, shapes, strides and addresses of all tensors, also
+    behind the same Python objects. Then everything is checked again.
+
+    `prepare` checks and changes nothing; the object that it returns steps. Who steps several lists of tensors prepares all of
+    them first: an error then leaves all of them as they were.
+
+    Example::
+
+        sophia = SophiaStep()
+        for batch in batches:
+            ...  # gradients
+            tensors = StepTensors(params, grads, exp_avgs, hessians)
+            step = sophia.prepare(tensors, StepOptions(lr=1e-4, beta1=0.9, rho=0.04, bs=64))
+            step()
+    """
+
+    def __init__(self) -> None:
+        self._table = TensorTable()
+
+    @property
+    def version(self) -> int:
+        """How often tensors came that were not those of the call before, gradients at other addresses aside."""
+        return self._table.version
+
+    def prepare(
+        self,
+        tensors: StepTensors,
+        options: StepOptions,
+        *,
+        noise: Noise = DEFAULT_NOISE,
+        guards: Guards = NO_GUARDS,
+        telemetry: Tensor | None = None,
+        backend: str = "auto",
+    ) -> PreparedCall:
+        """Check all arguments and change nothing.
+
+        Args:
+            tensors: what is stepped.
+            options: the hyper-parameters.
+            noise: where the noise of stochastic rounding comes from.
+            guards: a factor of the gradients, and whether to skip the step; both on the device.
+            telemetry: as in `sophia_step`.
+            backend: as in `sophia_step`.
+
+        Returns:
+            The step, to be called once; see `PreparedCall`.
+
+        Raises:
+            ValueError: an argument does not fit.
+        """
+        on_device = options.check()
+        params = tensors.params
+        steps = None if noise.steps is None else [noise.steps]
+        corrections = None if options.corrections is None else [options.corrections]
+        roles = dict(zip(ROLES, (*tensors, steps, corrections)))
+        key = (noise.seed, noise.tensor_ids, noise.tensor_offsets, options.param_rounding)
+        table = self._table
+        copy = None
+        if not table.unchanged(roles, key):
+            table.forget()
+            _check_tensors(tensors, options.param_rounding)
+            if not params:
+                return PreparedCall(table, nothing_to_do)
+            salts = noise.salts(params)
+            offsets = noise.offsets(tensors.exp_avgs, tensors.hessians)
+            copy = rebuild_table(table, roles, key, read=("g",), salts=salts, offsets=offsets, side=SIDE)
+        options.check_on_device(on_device, table.devices, len(params))
+        guards.check(table.devices)
+        check_on_device("steps", noise.steps, table.devices, numel=len(params))
+        check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
+        backend = resolve_backend(backend, params[0], compiled=table.numel)
+        if backend == "triton":
+            launch = functools.partial(_launch, table, tensors, options, on_device, noise, guards, telemetry)
+            return PreparedCall(table, launch, copy)
+        run = functools.partial(
+            _reference_sophia_step, **tensors._asdict(), **options._asdict(), **guards._asdict(), salts=table.salts,
+            offsets=table.offsets, steps=noise.steps, telemetry=telemetry,
+            run=Compiled(step_block) if backend == "compile" else step_block,
+        )  # fmt: skip
+        if not has_data(params[0]):
+            run.keywords["skip"] = None
+        return PreparedCall(table, torch.no_grad()(run))  # kernels know nothing of autograd
+
+
+def _argument(value: float | Tensor) -> float | Tensor:
+    """Return what the kernel takes: numbers as floats, for which Triton compiles once."""
+    return value if isinstance(value, Tensor) else float(value)
+
+
+def _launch(
+    table: TensorTable,
+    tensors: StepTensors,
+    options: StepOptions,
+    on_device: int,
+    noise: Noise,
+    guards: Guards,
+    telemetry: Tensor | None,
+) -> None:
+    """Launch the kernel for every bucket of the table."""
+    beta1 = options.beta1
+    beta2 = 0.0 if options.beta2 is None else options.beta2
+    eight_bits = tensors.exp_avg_scales is not None or tensors.hessian_scales is not None
+    table.launch(
+        sophia_step_kernel,
+        telemetry_ptr=telemetry,
+        factor_ptr=guards.grad_factor,
+        skip_ptr=guards.skip,
+        lr=_argument(options.lr),
+        weight_decay=_argument(options.weight_decay),
+        rho=_argument(options.rho),
+        bs=_argument(options.bs),
+        beta1=float(beta1),
+        beta1_rest=float(beta1 - 1 if options.maximize else 1 - beta1),
+        beta2=float(beta2),
+        beta2_rest=0.0 if options.beta2 is None else float(1 - beta2),
+        eps=float(options.eps),
+        ON_DEVICE=on_device,
+        HESSIAN_IN_STEP=options.beta2 is not None,
+        ADD_EPS=options.eps_mode == "add",
+        ROUNDING=options.param_rounding,
+        STEPS=noise.steps is not None,
+        CORRECTIONS=options.corrections is not None,
+        **(CONFIG_8BIT if eight_bits else CONFIG),
+    )
+
+
 def sophia_step(
-    params,
-    grads,
-    exp_avgs,
-    hessians,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    hessians: Sequence[Tensor],
     *,
-    lr,
-    beta1,
-    rho,
-    bs,
-    eps=1e-15,
-    weight_decay=0.0,
-    beta2=None,
-    maximize=False,
-    eps_mode="add",
-    param_rounding="nearest",
-    low_bits=None,
-    exp_avg_scales=None,
-    hessian_scales=None,
-    corrections=None,
-    seed=0,
-    tensor_ids=None,
-    tensor_offsets=None,
-    steps=None,
-    grad_factor=None,
-    skip=None,
-    telemetry=None,
-    table=None,
-    check_only=False,
-    backend="auto",
-):
-    """One Sophia step in place. Per element, in fp32, rounded once to the storage of each tensor::
+    lr: float | Tensor,
+    beta1: float,
+    rho: float | Tensor,
+    bs: float | Tensor,
+    eps: float = 1e-15,
+    weight_decay: float | Tensor = 0.0,
+    beta2: float | None = None,
+    param_rounding: str = "nearest",
+    noise: Noise = DEFAULT_NOISE,
+    guards: Guards = NO_GUARDS,
+    telemetry: Tensor | None = None,
+    backend: str = "auto",
+    **fields: Any,
+) -> None:
+    """Take one Sophia step in place: for every element, in fp32, rounded once to the storage of each tensor::
 
         m = beta1 * m + (1 - beta1) * g
         h = beta2 * h + (1 - beta2) * g * g                      # only with beta2: SOUL, the Hessian in the same pass
@@ -271,6 +540,8 @@ def sophia_step(
     formats, and where the noise comes from, are defined in ``soul_kernels/reference/rounding.py``. m in bf16 is rounded to
     nearest, h in bf16 stochastically.
 
+    Who steps the same tensors again and again keeps a `SophiaStep`, which costs less time on the host.
+
     Args:
         params: list of dense tensors, any shapes, fp32, bf16 or fp16; mutated.
         grads: list of tensors of the same shapes, fp32, bf16 or fp16; not changed.
@@ -284,120 +555,51 @@ def sophia_step(
         eps: added to the denominator, >= 0.
         weight_decay: decoupled weight decay, >= 0.
         beta2: decay of the Hessian estimate, in [0, 1); None leaves it as it is.
-        maximize: ascend instead of descend.
-        eps_mode: "add" as in the published code, or "max" as in the papers: ``m / max(rho * bs * h, eps)``.
-        param_rounding: "nearest", "stochastic" or "compensated"; fp32 parameters are stored exactly in any case.
-        low_bits: list of int8 tensors, laid out as the parameters, with "compensated"; None for fp32 parameters. Mutated.
-        exp_avg_scales: list of fp32 [ceil(numel / 256)], the scales of 8-bit momenta; mutated.
-        hessian_scales: the same of 8-bit Hessians; mutated with ``beta2`` only.
-        corrections: fp32 [number of tensors] on the device: h is divided by it, for instance by ``1 - beta2^t``.
-        seed: of the noise of stochastic rounding. Where ``steps`` is not given, pass another one at every call.
-        tensor_ids: one int a tensor, its number in the noise; None: its position.
-        tensor_offsets: one int a tensor, the number of its first element in the tensor that it is a piece of, in the order of
-            memory: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
-        steps: fp32 [number of tensors] on the device: what distinguishes the noise of this call from that of others.
-        grad_factor: fp32 tensor of one element on the device: the gradients are multiplied by it.
-        skip: fp32 tensor of one element on the device: unless it is 0, nothing is changed.
+        param_rounding: "nearest", "stochastic" or "compensated", which needs ``low_bits``; fp32 parameters are stored exactly
+            in any case.
+        noise: where the noise of stochastic rounding comes from. Pass another ``seed`` at every call.
+        guards: a factor of the gradients, and whether to skip the step; both on the device.
         telemetry: fp64 [3] on the parameters' device, added to: the number of clipped coordinates (``|m| >=`` denominator:
             they move by the full lr), the number of coordinates whose update was lost to rounding to nearest, and the squared
             norm of ``lr * (...)``. None: not counted.
-        table: a `TensorTable` that the caller keeps for calls with the same tensors, which makes them cheaper.
-        check_only: check all arguments and prepare the ``table``, and change nothing.
         backend: "auto" (Triton on a GPU and under the interpreter; on a CPU "compile" where that pays; else the reference),
             "triton", "compile" or "reference". "compile" is the reference under torch.compile, with the same bits.
+        **fields: what else `StepTensors`, `StepOptions`, `Noise` and `Guards` have, by its own name: ``low_bits``,
+            ``exp_avg_scales``, ``hessian_scales``; ``maximize``, ``eps_mode``, ``corrections``; ``seed``, ``tensor_ids``,
+            ``tensor_offsets``, ``steps``; ``grad_factor``, ``skip``. Fields of the latter two take the place of the bundle's.
 
     Raises:
         ValueError: an argument does not fit; nothing was changed.
     """
-    on_device = 0
-    for bit, (name, value) in enumerate((("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("bs", bs))):
-        if isinstance(value, torch.Tensor):
-            on_device |= 1 << bit
-        elif name == "bs":
-            check_positive("bs", bs, "pass the number of predictions in the batch behind h")
-        else:
-            check_range(name, value)
-    check_range("eps", eps)
-    for name, value in (("beta1", beta1), ("beta2", 0.0 if beta2 is None else beta2)):
-        check_range(name, value, high=1.0)
-    check_choice("param_rounding", param_rounding, ROUNDINGS)
-    check_choice("eps_mode", eps_mode, EPS_MODES)
-    roles = {
-        "p": params, "g": grads, "m": exp_avgs, "h": hessians, "low": low_bits, "m_scale": exp_avg_scales,
-        "h_scale": hessian_scales, "step": None if steps is None else [steps],
-        "correction": None if corrections is None else [corrections],
-    }  # fmt: skip
-    key = (seed, tensor_ids, tensor_offsets, param_rounding)
-    table = TensorTable() if table is None else table
-    token = (*map(id, (params, grads, exp_avgs, hessians, low_bits, exp_avg_scales, hessian_scales, steps, corrections)), key)
-    if not table.unchanged(roles, key, token):
-        table.forget()
-        _check_tensors(params, grads, exp_avgs, hessians, low_bits, param_rounding)
-        check_scales("exp_avg_scales", exp_avg_scales, "exp_avgs", exp_avgs)
-        check_scales("hessian_scales", hessian_scales, "hessians", hessians)
-        if not params:
-            return
-        roles["g"] = match_layout(grads, params)
-        salts = noise_salts(seed, tensor_ids, params)
-        offsets = noise_offsets(tensor_offsets, exp_avgs, hessians)
-        table.rebuild(roles, key, read_only="g", salts=salts, offsets=offsets, side=SIDE)
-    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("rho", rho), ("bs", bs)):
-        if isinstance(value, torch.Tensor):
-            check_on_device(name, value, table.devices)
-    check_on_device("grad_factor", grad_factor, table.devices)
-    check_on_device("skip", skip, table.devices)
-    check_on_device("steps", steps, table.devices, numel=len(params))
-    check_on_device("corrections", corrections, table.devices, numel=len(params))
-    check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
-    backend = resolve_backend(backend, params[0], compiled=table.numel)
-    if check_only:
-        if roles["g"] is grads:  # copies do not outlive this call
-            table.confirm(token)
-        return
-    if backend != "triton":
-        run = Compiled(step_block) if backend == "compile" else step_block
-        with torch.no_grad():  # kernels know nothing of autograd
-            _reference_sophia_step(
-                params, grads, exp_avgs, hessians, lr=lr, beta1=beta1, rho=rho, bs=bs, eps=eps, weight_decay=weight_decay,
-                beta2=beta2, maximize=maximize, eps_mode=eps_mode, param_rounding=param_rounding, low_bits=low_bits,
-                exp_avg_scales=exp_avg_scales, hessian_scales=hessian_scales, corrections=corrections,
-                salts=table.salts, offsets=table.offsets, steps=steps, grad_factor=grad_factor,
-                skip=skip if has_data(params[0]) else None, telemetry=telemetry, run=run,
-            )  # fmt: skip
-        return
-    table.launch(
-        sophia_step_kernel,
-        telemetry_ptr=telemetry,
-        factor_ptr=grad_factor,
-        skip_ptr=skip,
-        lr=lr if on_device & 1 else float(lr),
-        weight_decay=weight_decay if on_device & 2 else float(weight_decay),
-        rho=rho if on_device & 4 else float(rho),
-        bs=bs if on_device & 8 else float(bs),
-        beta1=float(beta1),
-        beta1_rest=float(beta1 - 1 if maximize else 1 - beta1),
-        beta2=0.0 if beta2 is None else float(beta2),
-        beta2_rest=0.0 if beta2 is None else float(1 - beta2),
-        eps=float(eps),
-        ON_DEVICE=on_device,
-        HESSIAN_IN_STEP=beta2 is not None,
-        ADD_EPS=eps_mode == "add",
-        ROUNDING=param_rounding,
-        STEPS=steps is not None,
-        CORRECTIONS=corrections is not None,
-        **(CONFIG if exp_avg_scales is None and hessian_scales is None else CONFIG_8BIT),
-    )
+    more_tensors = {name: fields.pop(name) for name in ("low_bits", "exp_avg_scales", "hessian_scales") if name in fields}
+    tensors = StepTensors(params, grads, exp_avgs, hessians, **more_tensors)
+    options = StepOptions(lr, beta1, rho, bs, eps, weight_decay, beta2, param_rounding=param_rounding)
+    options = with_fields(options, fields)
+    noise = with_fields(noise, fields)
+    guards = with_fields(guards, fields)
+    check_all_taken("sophia_step", fields)
+    step = SophiaStep().prepare(tensors, options, noise=noise, guards=guards, telemetry=telemetry, backend=backend)
+    step()
 
 
-def _check_tensors(params, grads, exp_avgs, hessians, low_bits, param_rounding):
+def _check_tensors(tensors: StepTensors, param_rounding: str) -> None:
+    """Raise ValueError where the tensors do not fit together."""
+    params = tensors.params
     check_tensor_lists(
         {"params": PARAM_DTYPES, "grads": PARAM_DTYPES, "exp_avgs": STATE_DTYPES, "hessians": STATE_DTYPES},
         written=("params", "exp_avgs", "hessians"),
         params=params,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        hessians=hessians,
+        grads=tensors.grads,
+        exp_avgs=tensors.exp_avgs,
+        hessians=tensors.hessians,
     )
+    _check_low_bits(params, tensors.low_bits, param_rounding)
+    check_scales("exp_avg_scales", tensors.exp_avg_scales, "exp_avgs", tensors.exp_avgs)
+    check_scales("hessian_scales", tensors.hessian_scales, "hessians", tensors.hessians)
+
+
+def _check_low_bits(params: Sequence[Tensor], low_bits: Sequence[Tensor | None] | None, param_rounding: str) -> None:
+    """Raise ValueError unless exactly the parameters below fp32 have low bits, with "compensated" rounding only."""
     if param_rounding != "compensated":
         if low_bits is not None:
             raise argument_error("low_bits", "None", "a list", f"{param_rounding!r} rounding has none")
@@ -410,8 +612,8 @@ def _check_tensors(params, grads, exp_avgs, hessians, low_bits, param_rounding):
         if param.dtype == torch.float32:
             if low is not None:
                 raise argument_error(name, "None beside an fp32 parameter", "a tensor", "fp32 parameters have no low bits")
-        elif not isinstance(low, torch.Tensor) or low.dtype != torch.int8 or low.shape != param.shape:
-            got = f"{tuple(low.shape)} of {low.dtype}" if isinstance(low, torch.Tensor) else type(low).__name__
+        elif not isinstance(low, Tensor) or low.dtype != torch.int8 or low.shape != param.shape:
+            got = f"{tuple(low.shape)} of {low.dtype}" if isinstance(low, Tensor) else type(low).__name__
             raise argument_error(name, f"{tuple(param.shape)} of torch.int8", got, "torch.zeros_like(p, dtype=torch.int8)")
         elif low.device != param.device or not same_layout(low, param):
             got = f"{low.stride()} on {low.device}"

@@ -294,7 +294,7 @@ def gradient_kernel(
 
 
 def launch_rows(
-    kernel: Any, config: dict[str, int], logits: Tensor, statistics: Tensor, *, transform: tuple[float, float | None],
+    kernel: Any, config: dict[str, Any], logits: Tensor, statistics: Tensor, *, transform: tuple[float, float | None],
     out: Tensor | None = None, **arguments: Any,
 ) -> None:  # fmt: skip
     """Launch a row kernel with one program a row.

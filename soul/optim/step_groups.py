@@ -29,7 +29,7 @@ from soul.optim.options import (
     rounding_of,
 )
 from soul.optim.states import STATES, new_state
-from soul_kernels import TensorTable
+from soul_kernels import HessianEma, Noise, SophiaStep, TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
 from soul_kernels.tensors import has_data, is_dense, same_layout
@@ -71,8 +71,10 @@ class StepGroup:
         device: the device that they are on.
         tensor_ids: number of each parameter in the optimizer, for its noise.
         tensor_offsets: number of the first element that this process holds of each parameter, for its noise.
-        table, hessian_table, norm_table: for the launches of `sophia_step`, `hessian_ema` and `grad_norm`.
-        telemetry: fp64 [3] on the device, the counts of `sophia_step` in the last step.
+        step: takes their steps.
+        hessian_ema: updates their Hessians.
+        norm_table: for the launches of `grad_norm`.
+        telemetry: fp64 [3] on the device, the counts of the last step.
         numel: coordinates of the parameters, over all shards.
 
     The ops walk dense tensors. A parameter with gaps, such as a slice of columns, is stepped in a dense buffer: `dense_params`
@@ -85,7 +87,9 @@ class StepGroup:
         self.tensor_ids = tensor_ids
         self.tensor_offsets = [first_number(param) for param in params]
         self.device, self._mesh, self._placements = device_and_sharding(params[0])
-        self.table, self.hessian_table, self.norm_table = TensorTable(), TensorTable(), TensorTable()
+        self.step = SophiaStep()
+        self.hessian_ema = HessianEma()
+        self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.numel = sum(p.numel() for p in params)
         # Reading a column of the states takes as long as all else in a small step: hence itemgetter where it can be.
@@ -112,6 +116,10 @@ class StepGroup:
                 buffer = self._buffers[position] = torch.empty_like(param, requires_grad=False)
             tensors[position] = buffer.copy_(param)
         return tensors
+
+    def noise(self, seed: int, counter: str) -> Noise:
+        """Return where the noise of the parameters comes from, in the step that a counter tells."""
+        return Noise(seed, self.tensor_ids, self.tensor_offsets, self.count(counter))
 
     def copy_back(self) -> None:
         """Copy the buffers, which an op has changed, into the parameters with gaps."""

@@ -8,7 +8,6 @@ A `Stepper` holds nothing that a checkpoint needs. A new one can replace it betw
 telemetry starts anew.
 """
 
-import functools
 import weakref
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from soul.optim.gradients import gradient_factor, moved, norm_and_skip, not_fini
 from soul.optim.options import Number, ParamGroup, option_on, rounding_of
 from soul.optim.step_groups import GroupedOptimizer, GroupStep, StepGroup, StepGroups
 from soul.optim.telemetry import check_counts_all, group_telemetry, steer_rho
-from soul_kernels import hessian_ema, sophia_step
+from soul_kernels import Guards, StepOptions, StepTensors
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
 from soul_kernels.tensors import check_overlap
@@ -53,7 +52,7 @@ class Stepper:
         self._norms: dict[torch.device, torch.Tensor] = {}  # norm of the last step on a device, always in the same memory
         self._norm: torch.Tensor | None = None  # the one of the last step, or None where it needed none
         self._skipped: torch.Tensor | None = None  # number of skipped steps
-        self._versions: list[int] = []  # of the tables of all step groups, when parameters were last checked for overlap
+        self._versions: list[int] = []  # of the steps of all step groups, when parameters were last checked for overlap
         self._numel: int | None = None  # elements of all parameters
 
     def forget_numel(self) -> None:
@@ -106,7 +105,8 @@ class Stepper:
         """Step what was collected; nothing is changed where an op refuses its arguments."""
         hessian_in_step = self._optimizer.hessian_in_step
         norm, skip = norm_and_skip(work, grad_scale, found_inf)
-        calls, params = [], []
+        steps = []
+        params = []
         for group, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
                 in_step = group["betas"][1] if hessian_in_step else None
@@ -116,42 +116,37 @@ class Stepper:
                     corrections = step_group.corrections(group["betas"][1], updates)
                 step_group.telemetry.zero_()
                 params.append(step_group.dense_params())
-                call = functools.partial(
-                    sophia_step,
-                    params[-1],
-                    grads,
-                    **step_group.lists(),
-                    lr=option_on(group["lr"], step_group.device),
-                    weight_decay=option_on(group["weight_decay"], step_group.device),
-                    rho=option_on(group["rho"], step_group.device),
-                    bs=option_on(group["bs"] if bs is None else bs, step_group.device),
-                    beta1=self._optimizer.momentum_decay(group),
-                    beta2=in_step,
-                    eps=group["eps"],
-                    maximize=group["maximize"],
-                    eps_mode=group["eps_mode"],
-                    param_rounding=rounding_of(group),
-                    corrections=corrections,
-                    seed=group["seed"],
-                    tensor_ids=step_group.tensor_ids,
-                    tensor_offsets=step_group.tensor_offsets,
-                    steps=step_group.count("step"),
-                    grad_factor=gradient_factor(group, norm, grad_scale, step_group.device),
-                    skip=moved(skip, step_group.device),
+                step = step_group.step.prepare(
+                    StepTensors(params[-1], grads, **step_group.lists()),
+                    StepOptions(
+                        lr=option_on(group["lr"], step_group.device),
+                        beta1=self._optimizer.momentum_decay(group),
+                        rho=option_on(group["rho"], step_group.device),
+                        bs=option_on(group["bs"] if bs is None else bs, step_group.device),
+                        eps=group["eps"],
+                        weight_decay=option_on(group["weight_decay"], step_group.device),
+                        beta2=in_step,
+                        maximize=group["maximize"],
+                        eps_mode=group["eps_mode"],
+                        param_rounding=rounding_of(group),
+                        corrections=corrections,
+                    ),
+                    noise=step_group.noise(group["seed"], "step"),
+                    guards=Guards(
+                        grad_factor=gradient_factor(group, norm, grad_scale, step_group.device),
+                        skip=moved(skip, step_group.device),
+                    ),
                     telemetry=step_group.telemetry,
-                    table=step_group.table,
                     backend=self._backend(group, step_group),
                 )
-                calls.append(call)
-        if len(calls) > 1:
-            for call in calls:
-                call(check_only=True)
-            versions = [step_group.table.version for group_step in work for step_group in group_step.step_groups]
-            if versions != self._versions:  # the op has seen the tensors of one step group at a time
+                steps.append(step)
+        if len(steps) > 1:
+            versions = [step_group.step.version for group_step in work for step_group in group_step.step_groups]
+            if versions != self._versions:  # each step has seen the tensors of its own step group only
                 check_overlap({"parameters": [p for tensors in params for p in tensors]})
                 self._versions = versions
-        for call in calls:
-            call()
+        for step in steps:
+            step()
         self._norm = self._norm_kept(norm)
         for group, step_groups, _ in work:
             for step_group in step_groups:
@@ -189,7 +184,7 @@ class Stepper:
         if grad_scale is not None or any(group_step.group["skip_nonfinite"] for group_step in work):
             norm = total_norm(work)
             skip = None if norm is None else not_finite(norm)
-        calls = []
+        updates = []
         for group, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
                 factor = None
@@ -199,27 +194,20 @@ class Stepper:
                 local_probes = None
                 if probes is not None:
                     local_probes = step_group.locals([self._probe(probes, p) for p in step_group.params])
-                call = functools.partial(
-                    hessian_ema,
-                    **step_group.lists("hessian", "hessian_scale"),
-                    grads=grads,
-                    probes=local_probes,
+                states = step_group.lists("hessian", "hessian_scale")
+                update = step_group.hessian_ema.prepare(
+                    states["hessians"],
+                    grads,
                     beta2=group["betas"][1],
-                    seed=HESSIAN_NOISE + group["seed"],
-                    tensor_ids=step_group.tensor_ids,
-                    tensor_offsets=step_group.tensor_offsets,
-                    steps=step_group.count("hessian_step"),
-                    grad_factor=factor,
-                    skip=moved(skip, step_group.device),
-                    table=step_group.hessian_table,
+                    probes=local_probes,
+                    hessian_scales=states.get("hessian_scales"),
+                    noise=step_group.noise(HESSIAN_NOISE + group["seed"], "hessian_step"),
+                    guards=Guards(grad_factor=factor, skip=moved(skip, step_group.device)),
                     backend=self._backend(group, step_group),
                 )
-                calls.append(call)
-        if len(calls) > 1:
-            for call in calls:
-                call(check_only=True)
-        for call in calls:
-            call()
+                updates.append(update)
+        for update in updates:
+            update()
         for group_step in work:
             for step_group in group_step.step_groups:
                 step_group.count("hessian_step").add_(1 if skip is None else 1 - moved(skip, step_group.device))

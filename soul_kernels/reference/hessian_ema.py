@@ -48,7 +48,7 @@ def ema_block(
 def hessian_ema(
     hessians: Sequence[Tensor], grads: Sequence[Tensor], *, beta2: float, scale: float, probes: Sequence[Tensor] | None,
     hessian_scales: Sequence[Tensor | None] | None, salts: Sequence[int], offsets: Sequence[int],
-    steps: Sequence[int | Tensor] | None, grad_factor: Tensor | None, skip: Tensor | None,
+    steps: Tensor | None, grad_factor: Tensor | None, skip: Tensor | None,
     run: Callable[..., None] = ema_block,
 ) -> None:  # fmt: skip
     """Run ``soul_kernels.hessian_ema`` in plain PyTorch; ``hessians`` and ``hessian_scales`` are mutated.

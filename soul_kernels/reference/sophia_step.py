@@ -98,7 +98,7 @@ def sophia_step(
     beta2: float | None, maximize: bool, eps_mode: str, param_rounding: str, low_bits: Sequence[Tensor | None] | None,
     exp_avg_scales: Sequence[Tensor | None] | None, hessian_scales: Sequence[Tensor | None] | None,
     corrections: Sequence[float] | Tensor | None, salts: Sequence[int], offsets: Sequence[int],
-    steps: Sequence[int | Tensor] | None, grad_factor: Tensor | None, skip: Tensor | None, telemetry: Tensor | None,
+    steps: Tensor | None, grad_factor: Tensor | None, skip: Tensor | None, telemetry: Tensor | None,
     run: Callable[..., None] = step_block,
 ) -> None:  # fmt: skip
     """Run ``soul_kernels.sophia_step`` in plain PyTorch; the states and parameters are mutated, ``grads`` are not.

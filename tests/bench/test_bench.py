@@ -305,11 +305,11 @@ def test_only_also_finds_what_does_not_run_by_default(tmp_path, untimed, monkeyp
     made = [_harness.Case(name, {"ours": lambda: dict}, dict, default=name == "one") for name in ("one", "two")]
     module = type("module", (), {"cases": lambda device, quick: [lambda case=case: case for case in made]})
     monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
-    for only, found in (([], ["one"]), (["--only", "tw"], ["two"]), (["--only", "o"], ["one", "two"])):
+    for only, expected in (([], ["one"]), (["--only", "tw"], ["two"]), (["--only", "o"], ["one", "two"])):
         argv = ["grad_norm", "--device", "cpu", "--threads=1", "--json", str(tmp_path / "rows.json"), *only]
         assert __main__.main(argv) == 0
         cases = [row["case"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]]
-        assert cases == [f"{name}, 1 thread" for name in found]
+        assert cases == [f"{name}, 1 thread" for name in expected]
         for case in made:
             case.name = case.name.partition(",")[0]
     assert __main__.main(["grad_norm", "--device", "cpu", "--only", "three"]) == 2
@@ -320,9 +320,9 @@ def test_command_writes_rows_and_pictures(tmp_path, untimed, monkeypatch, capsys
     monkeypatch.setattr(__main__, "ceilings", lambda device: LIMITS)
     rows, plots = tmp_path / "rows.json", tmp_path / "plots"
     __main__.main(["grad_norm", "--device", "cpu", "--quick", "--threads=1", "--json", str(rows), "--plots", str(plots)])
-    found = json.loads(rows.read_text())
-    assert found["environment"]["torch"] == torch.__version__ and "triton" in found["environment"]
-    assert {row["op"] for row in found["rows"]} == {"grad_norm"} and len(found["rows"]) == 3
+    written = json.loads(rows.read_text())
+    assert written["environment"]["torch"] == torch.__version__ and "triton" in written["environment"]
+    assert {row["op"] for row in written["rows"]} == {"grad_norm"} and len(written["rows"]) == 3
     out = capsys.readouterr().out
     assert {picture.name for picture in plots.iterdir()} == {
         "tiny-float32-4-b-gradient-to-clip-3-times-that-1-thread.png",
@@ -347,7 +347,8 @@ def test_host_part_launches_nothing_and_says_so(capsys):
     assert "launch left out" in out and "not a step time" in out
 
 
-def test_what_takes_long_to_compile_comes_last():
+def test_what_takes_long_to_compile_comes_last(monkeypatch):
+    monkeypatch.setattr(step_bench, "make_params", lambda *args: [])  # names do not depend on them
     for quick, count in ((False, 8), (True, 0)):
         names = [make().name for make in step_bench.cases(torch.device("meta"), quick)]  # as on a GPU, but without memory
         late = ["torch.compile" in name for name in names]
@@ -415,8 +416,13 @@ def test_bytes_that_benchmarks_state_are_those_that_kernels_move():
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_what_is_modelled_is_what_the_benchmarks_would_time_on_a_gpu(op):
+def test_what_is_modelled_is_what_the_benchmarks_would_time_on_a_gpu(op, monkeypatch):
     """Names and bytes. A step's variants are spread over several cases there, as memory allows; chunks do not matter here."""
+
+    def make_params(shapes, device, dtype):
+        return [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+
+    monkeypatch.setattr(step_bench, "make_params", make_params)  # random numbers take time on "meta" too
     timed = {}
     for make in importlib.import_module(f"bench.bench_{op}").cases(torch.device("meta"), False):
         case = make()
@@ -466,8 +472,8 @@ def test_modelled_losses_are_close_to_what_prototypes_took(n, d, n_vocab, measur
 @pytest.mark.parametrize("kernel, width, measured", [(f"{model.STATISTICS} bf16 logits", 2, 2410), (model.GRADIENT, 6, 2780)])
 def test_what_rows_of_prototypes_reached_lies_between_all_overlap_and_none(kernel, width, measured):
     numel = 2048 * 128256
-    found = model.modelled(model.Work("", "", "ours", width * numel, numel, (kernel,)), H100, COUNTS)
-    assert found["percent_without_overlap"] < measured / 30 < found["percent_of_copy"]
+    times = model.modelled(model.Work("", "", "ours", width * numel, numel, (kernel,)), H100, COUNTS)
+    assert times["percent_without_overlap"] < measured / 30 < times["percent_of_copy"]
 
 
 def test_the_model_of_a_card_is_printed_and_says_what_it_is(capsys):

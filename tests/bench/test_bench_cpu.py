@@ -48,17 +48,17 @@ def rows_of_a_cpu(monkeypatch, worse=()):
     monkeypatch.setattr(bench_sophia_step, "blocks", lambda millions: [(millions,)])
     modules = {"sophia_step": bench_sophia_step, "step": whole_step, "start": start}
     made = [(op, make()) for op, module in modules.items() for make in module.cases(CPU, quick=False)]
-    made.append(("linear_loss", bench_linear_loss.make_kept_case(4096, 1024, 576, 49152, CPU)))
+    made.append(("linear_loss", bench_linear_loss.make_labelled_case(4096, 1024, 576, 49152, CPU)))
     rows = []
     for op, case in made:
         for count in (1, 2):
             for variant in case.variants:
-                told = dict(next((values for name, values in GOOD.items() if variant.startswith(name)), {"ms": 1.0}))
+                fields = dict(next((values for name, values in GOOD.items() if variant.startswith(name)), {"ms": 1.0}))
                 if variant.startswith(worse) and worse:
-                    told = {name: value * WORSE.get(name, 1.0) for name, value in told.items()}
-                    told["gb_per_s"] = 10.0 if "124 M" in variant else 5.0
-                told |= {"threads": count, "processor_ms": told["ms"] * count}
-                rows.append({"op": op, "case": __main__.with_threads(case.name, count), "variant": variant} | told)
+                    fields = {name: value * WORSE.get(name, 1.0) for name, value in fields.items()}
+                    fields["gb_per_s"] = 10.0 if "124 M" in variant else 5.0
+                fields |= {"threads": count, "processor_ms": fields["ms"] * count}
+                rows.append({"op": op, "case": __main__.with_threads(case.name, count), "variant": variant} | fields)
     return rows
 
 
@@ -67,8 +67,8 @@ def untimed(calls, device, budget_s):
 
 
 def judged(rows):
-    told = targets.main([{"environment": HEADER, "ceilings": LIMITS, "rows": rows}])[len(targets.TARGETS) :]
-    return {target.what: verdict for target, verdict in zip(targets.CPU_TARGETS, told, strict=True)}
+    verdicts = targets.main([{"environment": HEADER, "ceilings": LIMITS, "rows": rows}])[len(targets.TARGETS) :]
+    return {target.what: verdict for target, verdict in zip(targets.CPU_TARGETS, verdicts, strict=True)}
 
 
 def test_every_target_of_a_cpu_has_rows_that_reach_it_and_rows_that_do_not(monkeypatch, capsys):
@@ -96,21 +96,21 @@ def test_what_has_no_row_or_no_peer_is_not_measured(monkeypatch):
     rows = rows_of_a_cpu(monkeypatch)
     assert set(judged([]).values()) == {"not measured"}
     alone = [row for row in rows if row["variant"].startswith("ours")]
-    told = judged(alone)
-    assert told["step, fp32, over torch AdamW, foreach"] == told["import soul, beyond torch's own"] == "not measured"
-    assert told["first step, compiled before"] == "pass"
+    verdicts = judged(alone)
+    assert verdicts["step, fp32, over torch AdamW, foreach"] == verdicts["import soul, beyond torch's own"] == "not measured"
+    assert verdicts["first step, compiled before"] == "pass"
     # Where the system tells no memory, and where a peer did not run.
     for row in rows:
         row.update({name: None for name in ("extra_mib", "peak_mib") if name in row})
         if row["variant"].startswith("torch AdamW"):
             del row["ms"], row["processor_ms"]
-    told = judged(rows)
+    verdicts = judged(rows)
     for what in (
         "the same, peak memory",
         "step, memory beyond parameters, gradients and states",
         "step, fp32, over torch AdamW, foreach",
     ):
-        assert told[what] == "not measured"
+        assert verdicts[what] == "not measured"
     # What is wrong fails, also without a time.
     case = "SOUL.step, GPT-2 124M, float32, 1 thread"
     wrong = {"op": "sophia_step", "case": case, "variant": "ours", "reason": _harness.WRONG + "not the reference's bits"}
@@ -156,8 +156,8 @@ def test_numbers_of_threads_that_cannot_be_are_refused(value, capsys):
     with pytest.raises(SystemExit) as ended:
         __main__.main(["grad_norm", "--device", "cpu", f"--threads={value}"])
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert re.search(rf"--threads: expected whole numbers from 1 to {_harness.cores()}, .*, got '{value}'", told)
+    error = capsys.readouterr().err
+    assert re.search(rf"--threads: expected whole numbers from 1 to {_harness.cores()}, .*, got '{value}'", error)
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -198,14 +198,14 @@ def test_every_case_is_measured_with_every_number_of_threads(monkeypatch, tmp_pa
         == 0
     )
     assert seen == [("a", 1), ("b", 1), ("a", 2), ("b", 2)] and torch.get_num_threads() == before
-    found = results.read(tmp_path)
-    assert [(row["case"], row["threads"]) for row in found["rows"]] == [
+    written = results.read(tmp_path)
+    assert [(row["case"], row["threads"]) for row in written["rows"]] == [
         ("a, 1 thread", 1),
         ("a, 2 threads", 2),
         ("b, 2 threads", 2),
     ]
-    assert found["environment"]["threads"] == "1, 2" and found["environment"]["cores"] >= 1
-    assert {"vector", "load", "highest load"} <= found["environment"].keys()
+    assert written["environment"]["threads"] == "1, 2" and written["environment"]["cores"] >= 1
+    assert {"vector", "load", "highest load"} <= written["environment"].keys()
     assert "ceilings, 1 thread: " in capsys.readouterr().out
 
 
@@ -228,17 +228,17 @@ def test_memory_of_a_call_is_what_its_pages_take():
     assert 60 < _harness.peak_extra_mib(call, CPU) < 80
     held = []
     variants = {"ours": lambda: lambda: held.append(torch.ones(2**22)), "peer": lambda: call}
-    found = _harness.measure(variants, CPU, budget_s=0.0)
-    assert found["ours"]["extra_mib"] >= 15 and found["ours"]["peak_mib"] >= 30  # two calls, each of which stays
-    assert 60 < found["peer"]["peak_mib"] < 80  # not what came before it
+    measured = _harness.measure(variants, CPU, budget_s=0.0)
+    assert measured["ours"]["extra_mib"] >= 15 and measured["ours"]["peak_mib"] >= 30  # two calls, each of which stays
+    assert 60 < measured["peer"]["peak_mib"] < 80  # not what came before it
 
 
 def test_where_the_system_tells_no_memory_there_is_none(monkeypatch):
     called = []
     monkeypatch.setattr(_harness.Resident, "_read", lambda name: None)
     assert _harness.peak_extra_mib(lambda: called.append(1), CPU) is None and called == [1]
-    found = _harness.measure({"ours": lambda: lambda: None}, CPU, budget_s=0.0)
-    assert found["ours"]["extra_mib"] is found["ours"]["peak_mib"] is None
+    measured = _harness.measure({"ours": lambda: lambda: None}, CPU, budget_s=0.0)
+    assert measured["ours"]["extra_mib"] is measured["ours"]["peak_mib"] is None
 
 
 def test_slow_calls_are_warmed_up_by_those_before_and_take_fewer_rounds(monkeypatch):
@@ -262,15 +262,15 @@ def test_slow_calls_are_warmed_up_by_those_before_and_take_fewer_rounds(monkeypa
 
 
 @pytest.fixture
-def kept_case(monkeypatch):
+def labelled_case(monkeypatch):
     monkeypatch.setattr(bench_linear_loss, "compiled", lambda function: function)
     monkeypatch.setattr(_harness, "time_interleaved", untimed)
     torch.manual_seed(0)
-    return bench_linear_loss.make_kept_case(64, 16, 32, 200, CPU)
+    return bench_linear_loss.make_labelled_case(64, 16, 32, 200, CPU)
 
 
-def test_losses_of_some_tokens_are_the_same_loss(kept_case, without_kernels):
-    rows = {row["variant"]: row for row in _harness.run_case(kept_case, CPU, LIMITS, budget_s=0.0)}
+def test_losses_of_some_tokens_are_the_same_loss(labelled_case, without_kernels):
+    rows = {row["variant"]: row for row in _harness.run_case(labelled_case, CPU, LIMITS, budget_s=0.0)}
     assert {"bare GEMMs", "ours", "plain Hugging Face loss", "eager, of tokens with a label"} <= rows.keys()
     assert max(rows["ours"]["errors"].values()) < 1e-5
     assert (
@@ -279,13 +279,13 @@ def test_losses_of_some_tokens_are_the_same_loss(kept_case, without_kernels):
     )
 
 
-def test_a_loss_of_other_tokens_is_not_timed(kept_case, without_kernels, monkeypatch):
+def test_a_loss_of_other_tokens_is_not_timed(labelled_case, without_kernels, monkeypatch):
     right = bench_linear_loss.of_all_tokens
     monkeypatch.setattr(
         bench_linear_loss, "of_all_tokens", lambda inputs: right(dataclasses.replace(inputs, labels=inputs.labels.clamp(min=0)))
     )
     with pytest.raises(AssertionError, match="ours: "):
-        kept_case.check()
+        labelled_case.check()
 
 
 def test_compiled_steps_are_checked_by_name(monkeypatch):
@@ -301,14 +301,14 @@ def test_compiled_steps_are_checked_by_name(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "program, told", [("print(4.0, 3.0)", {"first_step_s": 4.0, "first_step_processor_s": 3.0}), ("pass", {})]
+    "program, row_fields", [("print(4.0, 3.0)", {"first_step_s": 4.0, "first_step_processor_s": 3.0}), ("pass", {})]
 )
-def test_a_process_tells_seconds_but_for_its_first(program, told, tmp_path):
+def test_a_process_tells_seconds_but_for_its_first(program, row_fields, tmp_path):
     call = start.Process(program, str(tmp_path))
     call()
-    assert call.told == {}  # it has compiled
+    assert call.row_fields == {}  # it has compiled
     call()
-    assert call.told == told
+    assert call.row_fields == row_fields
 
 
 def test_a_process_that_fails_says_why(tmp_path):

@@ -46,7 +46,7 @@ def row(op, case, variant, ms, **more):
     } | more
 
 
-def found(*rows, **header):
+def results_of(*rows, **header):
     return {"environment": HEADER | header, "ceilings": LIMITS, "rows": list(rows)}
 
 
@@ -69,7 +69,7 @@ def test_results_come_back_as_they_were_written_but_for_digits(tmp_path):
     together = results.read(path.parent)
     assert {r["op"] for r in together["rows"]} == {"step", "grad_norm"} and together["environment"]["date"] == "2027"
     assert together["environment"]["commit"] == "abc"
-    # Rows of two runs are not told to be of the newer one.
+    # Rows of two runs are not passed off as rows of the newer one.
     results.write(path, HEADER | {"commit": "old", "date": "2025"}, LIMITS, rows)
     assert results.read(path.parent)["environment"] == HEADER | {"date": "2027", "commit": "abc, old"}
     results.write(tmp_path / "none.json", HEADER, LIMITS, [])
@@ -144,8 +144,8 @@ EIGHT = "ours, compensated, 8-bit states, 12.06 B/param"
 
 
 def verdicts(*rows, **header):
-    told = targets.main([found(*rows, **header)])
-    return {target.what: verdict for target, verdict in zip(targets.TARGETS, told)}
+    judged = targets.main([results_of(*rows, **header)])
+    return {target.what: verdict for target, verdict in zip(targets.TARGETS, judged)}
 
 
 def test_without_results_nothing_is_measured(capsys):
@@ -163,9 +163,13 @@ def test_what_is_wrong_fails_its_targets(capsys):
     case, reason = "step, llama-3.2-1b, x", "wrong, not timed: "
     steps = [row("step", case, name, ms) for name, ms in (("published recipe", 400.0), ("ours, eager", 20.0))]
     steps.append({"op": "step", "case": case, "variant": "ours, --cuda-graph", "reason": f"{reason}RuntimeError"})
-    told = verdicts({"op": "sophia_step", "case": ONE_B, "variant": "ours", "reason": f"{reason}h is"}, *steps)
-    assert told["SOUL step, 1.24 B, 8-bit states, compensated weights"] == told["the same against SOUL's code"] == "fail"
-    assert told["whole SOUL step, 1B, against the published recipe"] == "pass"
+    verdict_of = verdicts({"op": "sophia_step", "case": ONE_B, "variant": "ours", "reason": f"{reason}h is"}, *steps)
+    assert (
+        verdict_of["SOUL step, 1.24 B, 8-bit states, compensated weights"]
+        == verdict_of["the same against SOUL's code"]
+        == "fail"
+    )
+    assert verdict_of["whole SOUL step, 1B, against the published recipe"] == "pass"
     assert f"[{ONE_B}: ours: wrong, not timed: h is]" in capsys.readouterr().out
 
 
@@ -176,10 +180,10 @@ def test_targets_pass_and_fail_by_the_numbers_of_the_files(percent, ms, expected
         row("sophia_step", ONE_B, "published SOUL, eager, 14 B/param", 32.1),
         row("sophia_step", "SophiaG.step, Llama-3.2-1B, bfloat16", EIGHT, 99.0, percent_of_copy=1.0),  # another op
     ]
-    told = verdicts(*rows)
+    verdict_of = verdicts(*rows)
     names = ("SOUL step, 1.24 B, 8-bit states, compensated weights", "the same against SOUL's code")
-    assert tuple(told[name] for name in names) == expected
-    assert sum(verdict != "not measured" for verdict in told.values()) == 2
+    assert tuple(verdict_of[name] for name in names) == expected
+    assert sum(verdict != "not measured" for verdict in verdict_of.values()) == 2
     assert f"got {32.1 / ms:.4g}x" in capsys.readouterr().out
 
 
@@ -188,9 +192,9 @@ def test_the_worst_row_decides_unless_they_are_ways_to_do_the_same(capsys):
             for rounding, percent in (("nearest", 99.0), ("compensated", 95.0), ("stochastic", 98.0))]  # fmt: skip
     steps = [row("step", "step, llama-3.2-1b, x", name, ms) for name, ms in (
         ("published recipe", 400.0), ("ours, eager", 50.0), ("ours, --cuda-graph", 20.0))]  # fmt: skip
-    told = verdicts(*half, *steps)
-    assert told["step, 1.24 B bf16 parameters, states of 16 bits or more, any rounding"] == "fail"
-    assert told["whole SOUL step, 1B, against the published recipe"] == "pass"
+    verdict_of = verdicts(*half, *steps)
+    assert verdict_of["step, 1.24 B bf16 parameters, states of 16 bits or more, any rounding"] == "fail"
+    assert verdict_of["whole SOUL step, 1B, against the published recipe"] == "pass"
     out = capsys.readouterr().out
     assert f"got 95% of copy   [{ONE_B}: ours, compensated" in out
     assert "got 20x   [step, llama-3.2-1b, x: ours, --cuda-graph]" in out
@@ -224,19 +228,20 @@ def rows_of_a_gpu(bad):
         for case in (make() for make in module.cases(torch.device("cuda"), quick=False)):
             for name in case.variants:
                 mine = bad and name in ("ours", "ours, chunks of 4 GiB")
-                told = dict(
+                fields = dict(
                     percent_of_floor=200.0 if bad else 105.0,
                     errors=dict.fromkeys(("log p flat", "dW before rounding flat"), 1e-3 if bad else 1e-6),
                 )
-                told["extra_mib"] = 50.0 if name == "ours" and not bad else 90.0
-                rows.append(row(op, case.name, name, 2.0 if mine else 1.0, **told))
+                fields["extra_mib"] = 50.0 if name == "ours" and not bad else 90.0
+                rows.append(row(op, case.name, name, 2.0 if mine else 1.0, **fields))
     rows.append(row("token_logprob", "statistics", "ours", 1.0, errors={"1 - p": 1.0 if bad else 1e-4}))
     for name in ("llama-3.2-1b", "llama-2-7b"):
-        case, told = ("step", f"step, {name}, 1 M parameters, bfloat16, 4 + 4 sequences"), dict(peak_mib=60e3 if bad else 30e3)
+        case = ("step", f"step, {name}, 1 M parameters, bfloat16, 4 + 4 sequences")
+        fields = dict(peak_mib=60e3 if bad else 30e3)
         rows.append(row(*case, "published recipe", 400.0))
-        rows.append(row(*case, "ours, eager", 300.0, times_model=9.0, **told))
+        rows.append(row(*case, "ours, eager", 300.0, times_model=9.0, **fields))
         graph = (300.0, 9.0) if bad else (15.0, 1.2)
-        rows.append(row(*case, "ours, --cuda-graph", graph[0], times_model=graph[1], **told))
+        rows.append(row(*case, "ours, --cuda-graph", graph[0], times_model=graph[1], **fields))
     return rows
 
 
@@ -256,7 +261,7 @@ def test_pictures_are_drawn_from_files(tmp_path, monkeypatch, capsys):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 200_000
         assert str(picture) in capsys.readouterr().out or name != "roofline"
     # Without rows to draw there are none, and nothing is made up.
-    assert _plots.plot_results(found(row("x", "c", "ours", 1.0)), tmp_path / "none") == []
+    assert _plots.plot_results(results_of(row("x", "c", "ours", 1.0)), tmp_path / "none") == []
 
 
 def test_points_of_the_roofline_are_what_rows_tell():

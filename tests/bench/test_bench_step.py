@@ -1,4 +1,4 @@
-"""The whole step and the scaling of the benchmarks: gates that hold, and what is told beside a time."""
+"""The whole step and the scaling of the benchmarks: gates that hold, and numbers beside the times."""
 
 import functools
 import importlib.util
@@ -88,7 +88,7 @@ def a_token_less(step):
     row = int(step.batch.token_indices[0])
     labels.view(-1)[row] = -100
     step.batch = changed(step.batch, labels=labels, token_indices=step.batch.token_indices[1:])
-    step.kept = len(step.batch.token_indices)
+    step.n_labels = len(step.batch.token_indices)
 
 
 def other_tokens(step):
@@ -153,8 +153,8 @@ def test_a_wrong_step_does_not_pass(mutate, message):
         mutate(step)
         return step
 
-    told = whole_step.check({"ours": wrong}, 1.0, TINY, CPU, torch.float32)["ours"]
-    assert isinstance(told, str) and re.search(message, told), told
+    reason = whole_step.check({"ours": wrong}, 1.0, TINY, CPU, torch.float32)["ours"]
+    assert isinstance(reason, str) and re.search(message, reason), reason
 
 
 def test_a_variant_that_is_wrong_or_fails_does_not_cost_the_others(capsys):
@@ -169,13 +169,13 @@ def test_a_variant_that_is_wrong_or_fails_does_not_cost_the_others(capsys):
     variants = {"published recipe": whole_step.published, "ours, eager": whole_step.ours}
     variants |= {"ours, broken": broken, "ours, wrong": wrong}
     rows = _harness.run_case(whole_step.make_case(TINY, variants, {}, CPU, torch.float32), CPU, LIMITS, budget_s=0.0)
-    found = {row["variant"]: row for row in rows}
-    assert found["published recipe"]["ms"] > 0 and found["ours, eager"]["ms"] > 0 and found["ours, eager"]["errors"]
+    row_of = {row["variant"]: row for row in rows}
+    assert row_of["published recipe"]["ms"] > 0 and row_of["ours, eager"]["ms"] > 0 and row_of["ours, eager"]["errors"]
     reason = "wrong, not timed: RuntimeError: operation not permitted when stream is capturing"
-    assert found["ours, broken"]["reason"] == reason and found["ours, wrong"]["reason"].startswith("wrong, not timed: ")
+    assert row_of["ours, broken"]["reason"] == reason and row_of["ours, wrong"]["reason"].startswith("wrong, not timed: ")
     assert "in broken" in capsys.readouterr().err  # the traceback
     assert list(whole_step.summary(rows, LIMITS)["speedups"].values()) == [
-        {name: found["published recipe"]["ms"] / found[name]["ms"] for name in ("published recipe", "ours, eager")}
+        {name: row_of["published recipe"]["ms"] / row_of[name]["ms"] for name in ("published recipe", "ours, eager")}
     ]
 
 
@@ -238,16 +238,16 @@ def test_every_size_is_varied_alone_and_fits_are_told():
                 row["ms"] = 2 + 1e-3 * case.at["N"] if "N" in case.at else 1e-6 * case.at["params"] ** 3
                 row["model_ms"] = row["ms"] * (0.5 if case.at.get("params", 4096) < 4096 else 0.9)
             rows.append(row)
-    found = scaling.summary(rows, LIMITS)
-    fits = {(fit["what"], fit["axis"]): fit for fit in found["fits"]}
+    summary = scaling.summary(rows, LIMITS)
+    fits = {(fit["what"], fit["axis"]): fit for fit in summary["fits"]}
     assert set(fits) == {("linear loss", "N"), ("linear loss", "D"), ("linear loss", "V"), ("SOUL.step", "params"),
                          ("SOUL.step", "tensors")}  # fmt: skip
     line = fits["linear loss", "N"]
     assert (line["fixed_ms"], line["ms_per_unit"]) == (pytest.approx(2), pytest.approx(1e-3))
     slopes = [fits["SOUL.step", axis]["slope"] for axis in ("params", "tensors")]
     assert slopes == [pytest.approx(3), pytest.approx(0)]
-    assert found["model_error"]["SOUL.step"] == pytest.approx({"median": 0.1, "largest": 0.5, "at_the_largest_size": 0.1})
-    assert "off by 10% (median), 50% at most, 10% where" in found["lines"][-1]
+    assert summary["model_error"]["SOUL.step"] == pytest.approx({"median": 0.1, "largest": 0.5, "at_the_largest_size": 0.1})
+    assert "off by 10% (median), 50% at most, 10% where" in summary["lines"][-1]
     assert scaling.summary([], LIMITS) is None
 
 
@@ -267,14 +267,15 @@ def test_the_intercept_is_that_of_small_calls():
 
 
 def test_logits_of_a_micro_batch_are_gone_before_the_next_one(monkeypatch):
-    """Else plain PyTorch would be told a higher peak than it needs."""
-    kept, alive, logits_of = [], [], _steps.EagerStep._logits
+    """Otherwise the peak of plain PyTorch would be higher than it needs to be."""
+    references, alive = [], []
+    logits_of = _steps.EagerStep._logits
 
     def watched(step, batch):
-        alive.append(sum(ref() is not None for ref in kept))
-        found = logits_of(step, batch)
-        kept.append(weakref.ref(found[0]))
-        return found
+        alive.append(sum(ref() is not None for ref in references))
+        logits, *rest = logits_of(step, batch)
+        references.append(weakref.ref(logits))
+        return logits, *rest
 
     monkeypatch.setattr(_steps.EagerStep, "_logits", watched)
     step = whole_step.published(TINY, make_model(TINY.shape, CPU, torch.float32), CPU)

@@ -30,7 +30,7 @@ def test_against_fp64(backend, device):
 
 @pytest.mark.parametrize("old, new", [
     ("squares += g * g\n    if", "squares += g\n    if"),
-    ("g = load(g_ptr, offsets, offsets < count).to(tl.float32)\n        squares += g * g", "pass"),  # no tail
+    ("g = load(g_ptr, offsets, offsets < chunk.count).to(tl.float32)\n        squares += g * g", "pass"),  # no tail
     ("range(full)", "range(tl.minimum(full, 1))"),  # one block
     ("tl.sqrt(tl.sum(total, 0))", "tl.sum(total, 0)"),
     ("if len(partials) == 1 else torch.cat", "if partials else torch.cat"),  # of the first launch only

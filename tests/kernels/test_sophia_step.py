@@ -4,7 +4,17 @@ import shutil
 import pytest
 import torch
 
-from soul_kernels import grad_norm, hessian_ema, sophia_step
+from soul_kernels import (
+    Guards,
+    HessianEma,
+    Noise,
+    SophiaStep,
+    StepOptions,
+    StepTensors,
+    grad_norm,
+    hessian_ema,
+    sophia_step,
+)
 from soul_kernels._compiled import Compiled, _refusals
 from soul_kernels._launch import launch, triton_dtype
 from soul_kernels._table import _chunk_map
@@ -218,10 +228,10 @@ def test_8_bit_states_hold_what_exact_values_round_to(p_dtype, rounding, backend
     check_rounded(got, exact, 5 * 2.0**-24 * exact, lambda x: decode(*encode(x, words, "hessian"), "hessian"), "h")
 
 
-@pytest.mark.parametrize("old, new", [
-    ("update = m / denominator", "update = m / denominator * 1.000004"),  # 2^-18
-    ("store_state(m_ptr, m_scale_ptr, m, noise", "store_state(m_ptr, m_scale_ptr, m, noise ^ 0x1000"),  # its last bit
-    ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, h_scale_ptr, h, noise ^ 1"),
+@pytest.mark.parametrize("old, new", [  # off by 2^-18; noise whose last bit is flipped
+    ("update = m / denominator", "update = m / denominator * 1.000004"),
+    ("store_state(pointers.m, pointers.m_scale, m, words", "store_state(pointers.m, pointers.m_scale, m, words ^ 0x1000"),
+    ("store_state(pointers.h, pointers.h_scale, h, words", "store_state(pointers.h, pointers.h_scale, h, words ^ 1"),
 ])  # fmt: skip
 def test_mutants_of_8_bit_states_do_not_pass(old, new, device, tmp_path):
     broken = mutant("soul_kernels.sophia_step", old, new, tmp_path)
@@ -409,17 +419,17 @@ def test_fifty_steps_follow_the_published_formulas(device):
 
 @pytest.mark.parametrize("old, new", [
     ("p - change", "p + change"),  # sign
-    ("weight_decay * p + update", "update"),  # no decay
-    ("beta1 * m + beta1_rest * g", "beta1 * m + g"),
-    ("curvature + eps", "curvature"),  # 0 / 0
+    ("numbers.weight_decay * p + update", "update"),  # no decay
+    ("numbers.beta1 * m + numbers.beta1_rest * g", "numbers.beta1 * m + g"),
+    ("curvature + numbers.eps", "curvature"),  # 0 / 0
     ("tl.minimum(update, 1.0, propagate_nan=tl.PropagateNan.ALL)", "update"),  # clipped on one side only
     ("tl.maximum(update, -1.0, propagate_nan=tl.PropagateNan.ALL)", "update"),
-    ("h_weight * tl.maximum(h", "tl.maximum(h"),
-    ("ema(h, g * g, beta2, beta2_rest)", "ema(h, g * g, beta2, 0.0)"),
-    ("ema(h, g * g, beta2, beta2_rest)", "ema(h, g * g, 1.0, beta2_rest)"),
-    ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, h_scale_ptr, m, noise"),
-    ("store_state(m_ptr, m_scale_ptr, m, noise", "store_state(m_ptr, m_scale_ptr, g, noise"),
-    ("chunk_pointer(table_ptr, 2 * n_tensors", "chunk_pointer(table_ptr, 3 * n_tensors"),  # m and h mixed up
+    ("numbers.h_weight * tl.maximum(h", "tl.maximum(h"),
+    ("ema(h, g * g, numbers.beta2, numbers.beta2_rest)", "ema(h, g * g, numbers.beta2, 0.0)"),
+    ("ema(h, g * g, numbers.beta2, numbers.beta2_rest)", "ema(h, g * g, 1.0, numbers.beta2_rest)"),
+    ("store_state(pointers.h, pointers.h_scale, h, words", "store_state(pointers.h, pointers.h_scale, m, words"),
+    ("store_state(pointers.m, pointers.m_scale, m, words", "store_state(pointers.m, pointers.m_scale, g, words"),
+    ("m=chunk_pointer(chunk, M_ROW", "m=chunk_pointer(chunk, H_ROW"),  # m and h mixed up
 ])  # fmt: skip
 def test_mutants_do_not_pass(old, new, device, tmp_path):
     broken = mutant("soul_kernels.sophia_step", old, new, tmp_path)
@@ -460,12 +470,12 @@ def check_low_precision(step, device, steps=120):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("key = noise_key(", "key = 0 * noise_key("),  # the same noise at every step
-    ("new, low = split(p - change, noise", "new, low = split(p - change, noise * 0"),  # not stochastic: cut off
-    ("tl.store(low_ptr + offsets, low", "tl.store(low_ptr + offsets, low * 0"),  # low bits lost
-    ("p = join(stored, load(low_ptr, offsets, mask), P_DTYPE)", "p = stored.to(tl.float32)"),
-    ("store_state(h_ptr, h_scale_ptr, h, noise", "store_state(h_ptr, m_scale_ptr, h, noise"),
-    ("load_state(m_ptr, m_scale_ptr, offsets", "load_state(m_ptr, h_scale_ptr, offsets"),
+    ("noise_words(noise.key, ", "noise_words(0 * noise.key, "),  # the same noise at every step
+    ("new, low = split(p - change, words", "new, low = split(p - change, words * 0"),  # not stochastic: cut off
+    ("tl.store(pointers.low + block.offsets, low", "tl.store(pointers.low + block.offsets, low * 0"),  # low bits lost
+    ("p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)", "p = stored.to(tl.float32)"),
+    ("store_state(pointers.h, pointers.h_scale, h, words", "store_state(pointers.h, pointers.m_scale, h, words"),
+    ("load_state(pointers.m, pointers.m_scale, block", "load_state(pointers.m, pointers.h_scale, block"),
 ])  # fmt: skip
 def test_low_precision_mutants_do_not_pass(old, new, device, tmp_path):
     with pytest.raises(AssertionError):
@@ -644,3 +654,77 @@ def test_memory_that_overlaps_is_refused(device):
 def test_bad_options_are_named(option):
     with pytest.raises(ValueError, match=f"^{next(iter(option))}: expected"):
         sophia_step(*make([(3,)], "cpu"), **OPTIONS | option)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_bundles_are_the_keywords(backend, device):
+    """Both ways to pass an option, and steps of one object that is kept: the same bits."""
+    results = []
+    for how in ("keywords", "bundles", "kept"):
+        torch.manual_seed(0)
+        lists, more = make_storage([(600,), (40,)], device, BRAIN, BRAIN, "compensated")
+        factor, skip = torch.tensor(0.5, device=device), torch.zeros((), device=device)
+        corrections, steps = torch.tensor([0.5, 0.25], device=device), torch.zeros(2, device=device)
+        kept, kept_ema = SophiaStep(), HessianEma()
+        for _ in range(3):
+            noise = dict(seed=3, tensor_ids=[4, 2], tensor_offsets=[0, 7], steps=steps.add_(1.0))
+            guards, extra = dict(grad_factor=factor, skip=skip), dict(maximize=True, eps_mode="max", corrections=corrections)
+            options = OPTIONS | dict(beta2=0.95, param_rounding="compensated")
+            bundles = dict(noise=Noise(**noise), guards=Guards(**guards), backend=backend)
+            if how == "keywords":
+                sophia_step(*lists, **options, **more, **noise, **guards, **extra, backend=backend)
+                hessian_ema(lists[3], lists[1], beta2=0.9, **noise, **guards, backend=backend)
+            elif how == "bundles":
+                sophia_step(*lists, **options, **more, **extra, **bundles)
+                hessian_ema(lists[3], lists[1], beta2=0.9, **bundles)
+            else:
+                kept.prepare(StepTensors(*lists, **more), StepOptions(**options, **extra), **bundles)()
+                kept_ema.prepare(lists[3], lists[1], beta2=0.9, **bundles)()
+        assert how != "kept" or kept.version == 1
+        results.append([*lists[0], *lists[2], *lists[3], *more["low_bits"]])
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others))
+
+
+def test_a_keyword_of_no_bundle_is_named():
+    lists = make([(3,)], "cpu")
+    with pytest.raises(TypeError, match=r"^sophia_step\(\) got an unexpected keyword argument 'sed'"):
+        sophia_step(*lists, **OPTIONS, sed=1)
+    with pytest.raises(TypeError, match=r"^hessian_ema\(\) got an unexpected keyword argument 'param_rounding'"):
+        hessian_ema(lists[3], lists[1], beta2=0.9, param_rounding="nearest")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_what_is_prepared_runs_once_and_before_the_next_is_prepared(backend, device):
+    lists = make([(300,)], device)
+    tensors, options, before = StepTensors(*lists), StepOptions(**OPTIONS), clone(lists)
+    for kept, prepare in (
+        (SophiaStep(), lambda kept: kept.prepare(tensors, options, backend=backend)),
+        (HessianEma(), lambda kept: kept.prepare(lists[3], lists[1], beta2=0.9, backend=backend)),
+    ):
+        first, second = prepare(kept), prepare(kept)
+        with pytest.raises(RuntimeError, match="^prepared call: "):
+            first()
+        assert all(torch.equal(a, b) for mine, theirs in zip(lists, before) for a, b in zip(mine, theirs))
+        second()
+        before = clone(lists)
+        with pytest.raises(RuntimeError, match="^prepared call: "):
+            second()
+        assert all(torch.equal(a, b) for mine, theirs in zip(lists, before) for a, b in zip(mine, theirs))
+
+
+def test_gradients_of_other_strides_are_copied_when_the_step_is_taken(device):
+    """Of several steps that are prepared together no more than one has copies."""
+    lists = make([(512, 1024)], device)
+    lists[1][0] = torch.randn(1024, 512, device=device).t()
+    want, kept, steps = clone(lists), SophiaStep(), []
+
+    def prepare():
+        steps.append(kept.prepare(StepTensors(*lists), StepOptions(**OPTIONS), backend="triton"))
+
+    for _ in range(2):
+        assert peak_bytes(prepare, device) < 2**20
+        steps[-1]()
+        sophia_step(*want, **OPTIONS, backend="reference")
+        assert all(torch.equal(a, b) for mine, theirs in zip(lists, want) for a, b in zip(mine, theirs))
+    assert kept.version == 4  # twice a step: such gradients are never known

@@ -31,7 +31,7 @@ def one_step(sophia_step=sophia_step, n=20_000, misaligned=False):
 def test_a_mask_one_too_far(card, tmp_path):
     """The last program of the longer tensor loads a gradient that is not there."""
     one_step(sophia_step)
-    broken = mutant("soul_kernels.sophia_step", "offsets < count", "offsets <= count", tmp_path)
+    broken = mutant("soul_kernels.sophia_step", "offsets < chunk.count", "offsets <= chunk.count", tmp_path)
     with pytest.raises(Finding, match=r"outside of memory: 2 bytes, 0 bytes after the end of a tensor \(bfloat16 \[\d+\]"):
         one_step(broken.sophia_step)
 
