@@ -46,8 +46,8 @@ for step in range(args.steps):
     labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
     hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
-    # The hidden state at t predicts the token at t + 1. Logits of the whole batch never exist. A model that scales or caps its
-    # logits (Cohere, Granite, Gemma 2) needs logit_scale= or softcap= as well; soul.unlearning_loss finds them by itself.
+    # The hidden state at t predicts the token at t + 1. Logits of the whole batch never exist. For a model that scales or caps
+    # its logits (Cohere, Granite, Gemma 2) pass soul_kernels.Head in place of weight and bias; soul.unlearning_loss does so.
     loss = linear_objective(hidden[:, :-1], head.weight, labels[:, 1:], objective, bias=head.bias, is_forget=is_forget)
     loss.backward()
     optimizer.step()

@@ -1,7 +1,7 @@
-"""Fused Triton kernels for second-order unlearning, each with a pure-PyTorch reference.
+"""Fused Triton kernels for second-order unlearning: one op a module, and ``__all__`` lists the ops.
 
-Reading ``__all__`` is reading the architecture: every op lives in the module of its own stem, its definition in
-``soul_kernels.reference`` under the same stem.
+May import: torch and Triton, and nothing of ``soul``; it can be imported without Triton and without a GPU.
+Start reading with ``reference/<op>.py``, which defines an op, then ``<op>.py``, which has its kernel.
 """
 
 from soul_kernels import _versions  # noqa: F401  first: it raises where torch is too old

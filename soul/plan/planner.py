@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class Plan:
     """Memory and time of a `Case`, computed, not measured.
 
+    The CUDA context, workspaces of libraries and the allocator's fragmentation are not counted.
+
     Attributes:
         case: what was planned.
         phases: phase of a step -> component -> bytes on each GPU.
@@ -122,7 +124,11 @@ def plan(
     attention: str = "sdpa",
     steps: Sequence[Sequence[Tokens]] | None = None,
 ) -> Plan:
-    """Plan a run: its memory on each GPU, and a lower bound of its time.
+    """Plan a run: its memory on each GPU, and a lower bound of its time::
+
+        plan = soul.plan.plan("llama-2-7b", soul.UnlearnConfig(state_dtype="8bit"), length=512, card="h100")
+        print(plan.table())
+        plan.peak_bytes, plan.peak_phase, plan.step_seconds
 
     Args:
         model: anything that `soul.plan.shape_of` takes: a preset's name, a directory, a configuration, or a model.

@@ -1,5 +1,5 @@
-"""The numerical contract: every op in plain PyTorch, one module for each stem of `soul_kernels`. It also serves CPU tensors.
+"""The references: every op in plain PyTorch, in a module of the op's name. They define the ops, and serve tensors on a CPU.
 
-It imports torch and the leaves `soul_kernels.errors` and `soul_kernels.tokens`, never Triton. Start with ``sophia_step.py`` for
-the optimizer and ``token_logprob.py`` for the losses.
+May import: torch, `soul_kernels.errors` and `soul_kernels.tokens`; never Triton.
+Start reading with ``sophia_step.py`` for the optimizer and ``token_logprob.py`` for the losses.
 """
