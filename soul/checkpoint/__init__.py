@@ -1,4 +1,4 @@
-"""Checkpoints: whatever stops a run, it continues from the last one bit for bit.
+"""Checkpoints: whatever stops a run, it can continue from its last checkpoint bit for bit.
 
 `local` has those of one process, `sharded` those of several, `format` the content that both write. May import: models,
 distributed, output, and below. Start with `local`.

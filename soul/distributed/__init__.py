@@ -1,4 +1,4 @@
-"""Several processes: the group that torchrun starts (`processes`), and what each of them holds of a tensor (`shards`).
+"""Several processes: the group that torchrun starts (`processes`), and the share that each holds of a tensor (`shards`).
 
 May import: output. Start with `processes`.
 """
