@@ -192,7 +192,7 @@ def test_loss_of_a_batch_by_the_kernels(monkeypatch):
 
 @pytest.mark.parametrize("name, old, new", [
     ("dpo", "torch.stack(padded[:n_forget_sides], 1).flatten(0, 1)", "torch.cat(padded[:n_forget_sides])"),  # not interleaved
-    ("npo", "index_copy_(0, here, sums)", "index_copy_(0, here.flip(0), sums)"),  # another sequence's reference
+    ("npo", "index_copy_(0, rows, sums)", "index_copy_(0, rows.flip(0), sums)"),  # another sequence's reference
     ("klmin", '"retain": ~is_forget', '"retain": is_forget'),  # the reference of the wrong half
     ("graddiff", "< n_forget", "< n_forget - 1"),
     ("graddiff", '("labels", IGNORE_INDEX)', '("labels", 0)'),  # padding learned

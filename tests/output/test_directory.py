@@ -230,7 +230,7 @@ def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(place):
     output = place / "replaced"
     soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
     before = contents(output)
-    with pytest.raises(ValueError, match="resume: expected a run that has not ended, got the model of one that has"):
+    with pytest.raises(ValueError, match="resume: expected a run that has not ended, got a finished model in "):
         soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
     assert contents(output) == before
 

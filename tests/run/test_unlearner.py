@@ -320,7 +320,7 @@ def test_padding():
 
 
 @needs_kernels_on_cpu
-@pytest.mark.parametrize("old, new", [("// length * more", "* 0"), ("value=last", "value=0"),
+@pytest.mark.parametrize("old, new", [("// length * n_padding", "* 0"), ("value=last", "value=0"),
                                       ("wider(batch.labels, IGNORE_INDEX)", "wider(batch.labels, 0)")])  # fmt: skip
 def test_wrong_padding_is_noticed(old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
@@ -379,7 +379,7 @@ def test_in_python(tokenizer, place, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokenizer=None), "tokenizer: expected that of the model, got None"),
-    (dict(tokenizer="name"), "tokenizer: expected that of the model, got 'name'; a model that is loaded comes without"),
+    (dict(tokenizer="name"), "tokenizer: expected that of the model, got 'name'; a loaded model comes without"),
     (dict(config=dict(method="npo")), "config: expected a soul.UnlearnConfig, got dict"),
     (dict(model=tiny_model().requires_grad_(False)), "model: expected parameters that require a gradient, got none"),
     (dict(dtype="bfloat16"), "dtype: expected 'auto' with a model that is loaded, got 'bfloat16'; it would not"),
