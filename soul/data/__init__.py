@@ -1,7 +1,7 @@
 """Data: names and files -> rows -> examples -> token ids -> batches.
 
-`sources` reads benchmarks, hub data sets and files (`rows`), `templates` puts question and answer together, `examples` turns
-texts into token ids, `batches` pads and orders them. Start with `examples`.
+`rows` reads files, and `sources` reads benchmarks and hub data sets as well. `templates` puts question and answer together,
+`examples` turns texts into token ids, and `batches` pads and orders them. Start with `examples`.
 May import: nothing of ``soul`` but ``_extras`` and ``_limits``.
 """
 

@@ -476,7 +476,7 @@ def bad(models, tmp_path):
     ({"split": "number"}, "column 'perturbed_answer': expected a string, got int"),
     ({"split": "null"}, "column 'paraphrased_answer': expected a string, got NoneType"),
     ({"split": "plain"}, "column 'perturbed_answer': expected a list of false answers, got NoneType"),
-    ({"split": "blank"}, "column 'answer': expected some text, got a blank one"),
+    ({"split": "blank"}, "column 'answer': expected some text, got a blank text"),
     ({"split": "empty"}, "expected at least one row, got an empty file"),
     ({"holdout": "BAD/text.jsonl"}, "text.jsonl, line 1: expected one JSON object"),
     ({"template": "{answer} {question}"}, "template: expected a text with {question} that ends in {answer}"),
