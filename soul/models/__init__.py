@@ -3,7 +3,7 @@
 `loading` and `adapters` make a model, and `files` checks what comes with it before it is read. `causal_lm` takes it apart into
 body and head; `head_call` runs it whole, with a function in the place of the head. `ref_model` keeps what the model said before
 it was changed, and `encoding` makes token ids that fit it. Start with `causal_lm`.
-May import: data, distributed, output, and below.
+May import: data, distributed, output, and what those may import.
 """
 
 from soul.models.adapters import add_adapters
