@@ -40,7 +40,7 @@ class StudyConfig:
         alphas: weights of the retain term; the weight of the forget term is 1.
         clip_target: fraction of coordinates to clip in the arms with retain curvature and GNB, as in `UnlearnConfig`.
         curvature_every: steps between two refreshes of the curvature in these arms.
-        dampings: dampings of the influence update; with ``steps`` they are its grid, which has as many points as that of an arm.
+        dampings: dampings of the influence update; with ``steps`` they are its grid, of as many points as that of an arm.
         steps: factors of the influence update.
         keep: a run can be chosen if it keeps at least this fraction of the retain probability before unlearning.
         retain_rows: number of retain rows to measure probability on; at most as many are asked with false answers.
