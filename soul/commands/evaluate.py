@@ -42,13 +42,13 @@ HELP = "TOFU's metrics, of a model or of evaluation logs"
 
 
 class Evaluation(NamedTuple):
-    """What a command has read or computed, and the files that it has yet to write.
+    """The numbers of an evaluation, and the files that are still to be written.
 
     Attributes:
-        columns: set -> column -> tensor, of the model's logs.
-        retain: column -> tensor, of the retain model's log of the forget set; None: there is none.
+        columns: set -> column -> tensor, from the model's logs.
+        retain: column -> tensor, from the retain model's log of the forget set; None: there is no such log.
         logs: directory -> set -> log, to be written.
-        counts: file -> what became of the rows, to be written.
+        counts: file -> numbers of rows read, left out and cut, to be written.
     """
 
     columns: dict[str, dict[str, torch.Tensor]]
@@ -79,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="fraction of an answer's tokens that Min-K and "
                      "Min-K++ look at (default: %(default)s)")  # fmt: skip
     how.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="of a generated answer (default: %(default)s)"
+        "--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of a generated answer (default: %(default)s)"
     )
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default: %(default)s)")
-    how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters (default: %(default)s)")
+    how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
     add_device(how)
 
 
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_logs(args: argparse.Namespace) -> Evaluation:
-    """Return what the logs in ``--from-logs`` and ``--retain-logs`` hold."""
+    """Return the `Evaluation` of the logs in ``--from-logs`` and ``--retain-logs``."""
     for name in ("data", "output", "retain_model", "holdout"):
         if getattr(args, name) is not None:
             raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
@@ -131,7 +131,7 @@ def _read_logs(args: argparse.Namespace) -> Evaluation:
 
 
 def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Evaluation:
-    """Run the model and, with ``--retain-model``, the retain model over TOFU's sets."""
+    """Run the model and, with ``--retain-model``, the retain model over TOFU's sets, and return their `Evaluation`."""
     for name in ("data", "output"):
         if getattr(args, name) is None:
             raise argument_error(name, "a directory beside --model", "none", f"pass --{name}")

@@ -1,4 +1,4 @@
-"""``soul plan``: memory and least time of a step, before there is a GPU, a weight or a file of data."""
+"""``soul plan``: memory and least time of a step, computed without a GPU, weights or data."""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     what = parser.add_argument_group("what")
     what.add_argument("--model", required=True, metavar="DIR_OR_NAME", help=f"{', '.join(PRESETS)}; or a directory or hub "
-                      "name, of which only the configuration is read")  # fmt: skip
+                      "name, from which only the configuration is read")  # fmt: skip
     what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to "
                       "retain (default: %(default)s)")  # fmt: skip
     what.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
-    how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16 or float32 (default: "
+    how.add_argument("--dtype", default="auto", metavar="NAME", help="dtype of the parameters: bfloat16 or float32 (default: "
                      "bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
 
 
