@@ -25,7 +25,7 @@ COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": stu
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    The status is that of the work, whatever becomes of reports on the console (`soul.output.console`). Without ``argv`` a
+    The status is that of the work, even if reports on the console are lost (`soul.output.console`). Without ``argv`` a
     process of torchrun ends here (`soul.distributed.exit_process`).
 
     Args:

@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of a generated answer (default: %(default)s)"
     )
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
-    how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences per batch (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
     add_device(how)
 
@@ -122,7 +122,7 @@ def _read_logs(args: argparse.Namespace) -> Evaluation:
     """Return the `Evaluation` of the logs in ``--from-logs`` and ``--retain-logs``."""
     for name in ("data", "output", "retain_model", "holdout"):
         if getattr(args, name) is not None:
-            raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
+            raise argument_error(name, "nothing with --from-logs", getattr(args, name), "it goes with --model")
     logs = read_logs(args.from_logs)
     retain = None
     if args.retain_logs is not None:
@@ -134,7 +134,7 @@ def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Eva
     """Run the model and, with ``--retain-model``, the retain model over TOFU's sets, and return their `Evaluation`."""
     for name in ("data", "output"):
         if getattr(args, name) is None:
-            raise argument_error(name, "a directory beside --model", "none", f"pass --{name}")
+            raise argument_error(name, "a directory with --model", "none", f"pass --{name}")
     if args.retain_logs is not None and args.retain_model is not None:
         raise argument_error("retain_model", "either it or --retain-logs", "both", "pass one")
     if args.rows is not None and args.rows < 1:
@@ -142,7 +142,7 @@ def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Eva
     config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
     output = check_output(args.output)
     if json_path is not None and is_reserved(json_path, (output, output / "retain")):
-        raise argument_error("json", "a file beside the logs", str(json_path), "choose another name")
+        raise argument_error("json", "another file than the logs", str(json_path), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
     sets = {name: read_questions(_source(args.data, file))[: args.rows] for name, file in files.items()}

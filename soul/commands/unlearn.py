@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other argument of the method (retain=kl, reduction=token_mean, delta=0.1, ...: see "
         "soul/losses.py); may be repeated",
     )
-    add("--reference-cache", metavar="DIR", help="keep what the method needs of the model before unlearning")
+    add("--reference-cache", metavar="DIR", help="keep the results of the model before unlearning that the method needs")
     add("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
     add("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
     add("--bs", type=int, default=5120, metavar="N", help="number of predictions that give SOUL's h (default: %(default)s)")

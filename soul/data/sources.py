@@ -61,7 +61,7 @@ def rows(source: Source, name: str = "rows", *, drop: bool = False, counts: Coun
             ``datasets.Dataset``.
         name: what to call an iterable in errors.
         drop: leave out rows whose answer or text is blank, and count them.
-        counts: `soul.data.Counts`, to which the numbers of rows and of blank ones are added.
+        counts: `soul.data.Counts`, to which the numbers of rows and of blank rows are added.
 
     Raises:
         ArgumentError: there is no such file or name (the known ones are listed), or it cannot be read; a column is missing or
@@ -122,7 +122,7 @@ def read(source: Source, name: str, choose: ChooseColumns) -> list[Row]:
 
 
 def digest(rows: Iterable[Row | Example]) -> str:
-    """Return blake2b of the content of rows, in hexadecimal: the same for the same rows, wherever they were read.
+    """Return blake2b of the content of rows, in hexadecimal. It does not depend on the place that they were read from.
 
     Args:
         rows: from `rows`; or a list of `soul.data.Example`.
@@ -296,7 +296,7 @@ def _check_name(source: str, name: str, known: Collection[str]) -> None:
 
 
 def _in_folder(folder: str, name: str) -> pathlib.Path | None:
-    """Return the path of a benchmark's file in a folder, with whichever suffix it has; None if there is none."""
+    """Return the path of a benchmark's file in a folder, with any of ``_SUFFIXES``; None if there is none."""
     for suffix in _SUFFIXES:
         path = pathlib.Path(folder).expanduser() / f"{name}{suffix}"
         if path.is_file():

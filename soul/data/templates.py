@@ -60,7 +60,7 @@ class Template:
         return self.converse([_message("user", question)], [_message("assistant", answer)], where)
 
     def converse(self, prompt: Any, completion: Any, where: str = "row") -> Example:
-        """Return the `soul.data.Example` of a conversation, by the chat template, whatever ``name`` is.
+        """Return the `soul.data.Example` of a conversation, by the chat template, even if ``name`` is another template.
 
         The prompt is the template's text for the prompt's messages, with the text that opens an answer. If the last message of
         the prompt is the assistant's, the completion continues it. The answer is the text that the template adds for prompt and
@@ -85,7 +85,7 @@ class Template:
         continues = prompt[-1]["role"] == "assistant"
         rendered = self._render(prompt, where, **{"continue_final_message" if continues else "add_generation_prompt": True})
         answer = self._added(rendered, prompt, completion, continues, where)
-        # The frame is what the template puts around an answer; it must be the same around a mark in the answer's place.
+        # The frame is the template's text around an answer. It must be the same around a mark in the answer's place.
         marked = self._added(rendered, prompt, [_message("assistant", _MARK)], continues, where)
         opening, mark, closing = marked.partition(_MARK)
         if not mark or not (answer.startswith(opening) and answer.endswith(closing)):
@@ -116,7 +116,7 @@ class Template:
                 return self._chat_tokenizer().apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
         except ArgumentError:
             raise
-        except Exception as error:  # whatever the template raises, for instance for roles that it does not know
+        except Exception as error:  # the template may raise anything, for instance for unknown roles
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             expected = "a conversation that the chat template takes"
             raise argument_error(where, expected, reason[0], "fix the row, or choose another template") from error

@@ -197,7 +197,7 @@ def _by_row(columns: Columns) -> Log:
 def answer_columns(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[Sequence], config: EvaluateConfig
 ) -> Columns:
-    """Return the columns of answers, one value a sequence: losses as tensors, memorization and membership as lists."""
+    """Return the columns of answers, one value per sequence: losses as tensors, memorization and membership as lists."""
     statistics = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
     log: Columns = _losses(statistics, "gt")
     scores: dict[str, list[float]] = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}

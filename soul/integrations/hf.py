@@ -78,7 +78,7 @@ def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[Sop
                                  "check the name")  # fmt: skip
     if options.get("max_grad_norm") is not None and args.max_grad_norm:
         remedy = "set it to 0: the step clips by soul_args.max_grad_norm"
-        raise argument_error("args.max_grad_norm", "0 beside soul_args.max_grad_norm", args.max_grad_norm, remedy)
+        raise argument_error("args.max_grad_norm", "0 with soul_args.max_grad_norm", args.max_grad_norm, remedy)
     if getattr(args, "deepspeed_plugin", None) is not None:
         options.pop("max_grad_norm", None)
         for option, refused in (("rho", "auto"), ("skip_nonfinite", True)):
@@ -168,7 +168,7 @@ class SOULTrainerMixin(_Trainer):
         if "optimizer" in plugin.deepspeed_config:
             got = plugin.deepspeed_config["optimizer"]
             remedy = "take it out: DeepSpeed would use that one"
-            raise argument_error("DeepSpeed's configuration", "no optimizer beside soul_args", got, remedy)
+            raise argument_error("DeepSpeed's configuration", "no optimizer with soul_args", got, remedy)
 
     def _arguments_of_base(
         self, objective: losses.Objective | None, ref_model: torch.nn.Module | None
@@ -283,7 +283,7 @@ class SOULTrainerMixin(_Trainer):
         return self.accelerator.prepare_model(copied, evaluation_mode=True)
 
     def _prepare_reference(self, objective: losses.Objective) -> None:
-        """Keep what the objective needs of the model before unlearning, by the cheapest means.
+        """Provide the reference model that the objective needs, or its results, by the cheapest means.
 
         Log-probabilities go into the data sets, if they are ours and nothing else is needed. A peft model is its own reference
         model, with its adapters off. Otherwise a copy of the model is kept.

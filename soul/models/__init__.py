@@ -1,8 +1,8 @@
 """Hugging Face causal language models: a body that yields hidden states, a head, adapters, and the reference model.
 
-`loading` and `adapters` make a model, and `files` checks what comes with it before it is read. `causal_lm` takes it apart into
-body and head; `head_call` runs it whole, with a function in the place of the head. `ref_model` keeps what the model said before
-it was changed, and `encoding` makes token ids that fit it. Start with `causal_lm`.
+`loading` and `adapters` make a model, and `files` checks a model's files before they are read. `causal_lm` takes a model apart
+into body and head; `head_call` runs it whole, with a function in the place of the head. `ref_model` computes log-probabilities
+and hidden states of the model before unlearning, and `encoding` makes token ids that fit a model. Start with `causal_lm`.
 May import: data, distributed, output, and what those may import.
 """
 

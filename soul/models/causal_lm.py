@@ -177,7 +177,7 @@ def check_checkpointing(model: "PreTrainedModel") -> None:
 def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
     """Turn gradient checkpointing on within the ``with`` block, and leave the model as it was.
 
-    In training mode one hidden state a layer is kept, and the rest is computed again in the backward pass: less memory for a
+    In training mode one hidden state per layer is kept, and the rest is computed again in the backward pass: less memory for a
     third more time, and the same numbers, dropout included.
     """
     base = _base(model)
@@ -192,7 +192,7 @@ def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled(model: "PreTrainedModel") -> Iterator[None]:
-    """Run the model's body under ``torch.compile`` within the ``with`` block, and leave it as it was.
+    """Run the model's body under ``torch.compile`` within the ``with`` block, and restore it at the end.
 
     Its parameters keep their names. When shapes change it is compiled once more, for any shape.
     """
@@ -225,7 +225,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextlib.contextmanager
 def as_reference(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
-    """Make a model its own reference model within the ``with`` block: `evaluating`, and the adapters of a peft model off."""
+    """Make a model its own reference model within the ``with`` block: `evaluating`, with the adapters of a peft model off."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with evaluating(model), model.disable_adapter() if has_adapters(model) else contextlib.nullcontext():

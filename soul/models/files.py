@@ -6,7 +6,7 @@ names. transformers 4 runs ``custom_generate/generate.py`` of a local directory 
 names. Therefore `check_config`, `check_directory` and `check_adapters` refuse those by name, whatever the version.
 
 No configuration makes a program run for hours: numbers of layers are bounded (`check_config`), and so is the time that the
-regular expressions of adapters take (`check_patterns`). What a chat template may cost is bounded in `soul.data.templates`.
+regular expressions of adapters take (`check_patterns`). The cost of a chat template is bounded in `soul.data.templates`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The reference model of NPO, DPO, UNDIAL and KL terms: what the model said before it was changed.
+"""The reference model of NPO, DPO, UNDIAL and KL terms, which is the model before unlearning.
 
 Its log-probabilities or hidden states are computed once, before the first step, and may be kept in a cache on disk. A file of a
 cache belongs to the weights, the data and the settings that its key was made of, all by content. It is written under another

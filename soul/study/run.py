@@ -165,7 +165,7 @@ def _cpu() -> str:
 
 
 def _claim(path: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Write the file that says what study the directory holds, or raise if it holds another one."""
+    """Write the file that identifies the study of the directory, or raise if it identifies another study."""
     saved = _read(path, "config", "data", remedy="start the study in a new directory")
     if saved is None:
         write_json(path, identity)
