@@ -225,9 +225,9 @@ def encode(
 ) -> list[Sequence]:
     """Tokenize examples. Labels are the tokens of the answer and the end-of-sequence token.
 
-    Prompt and answer are tokenized as one text, which is what the model reads. The tokens at its start that the prompt has on
-    its own as well are the prompt's. A token that covers the end of the prompt and the start of the answer belongs to the
-    answer.
+    Prompt and answer are tokenized as one text, which is what the model reads. The prompt's tokens are the beginning that this
+    text shares with the tokenized prompt alone. A token that covers the end of the prompt and the start of the answer belongs
+    to the answer.
 
     Args:
         examples: list of `Example`.

@@ -85,7 +85,7 @@ RunJobs = Callable[[Callable[[Study, Any], object], Study, Sequence[Any], str], 
 
 
 def check_ready(output: str | os.PathLike[str], config: StudyConfig) -> pathlib.Path:
-    """Return the path of the output directory, and raise for anything that would stop a study later.
+    """Return the path of the output directory, and raise for anything that would stop a study. Nothing is written.
 
     Raises:
         ArgumentError: the output directory is neither empty nor that of a study, or the device or the backend is unavailable.
