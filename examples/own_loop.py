@@ -35,7 +35,7 @@ def read(path):
 
 
 forget, retain = (itertools.cycle(list(read(path))) for path in (args.forget, args.retain))
-is_forget = torch.arange(8) < 4  # of a batch of 4 sequences to forget and 4 to retain
+is_forget = torch.arange(8) < 4  # a batch has 4 sequences to forget, then 4 to retain
 optimizer = soul.SOUL(model.parameters(), lr=1e-4, max_grad_norm=1.0)
 objective = soul.losses.GradDiff(gamma=1.0, alpha=2.0)  # -CE of the forget tokens + 2 CE of the retain tokens
 

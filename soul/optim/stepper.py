@@ -124,7 +124,7 @@ class Stepper:
                         bs=option_on(group["bs"] if bs is None else bs, step_group.device),
                         eps=group["eps"],
                         weight_decay=option_on(group["weight_decay"], step_group.device),
-                        beta2=in_step,
+                        beta2=group["betas"][1] if hessian_in_step else None,
                         maximize=group["maximize"],
                         eps_mode=group["eps_mode"],
                         param_rounding=rounding_of(group),

@@ -146,7 +146,7 @@ def test_a_run_that_diverges_ends_with_1(folder, capsys):
     ({"lr": -1}, "lr: expected a number >= 0.0"),
     ({"backend": "cuda"}, "backend: expected one of"),
     ({"refusals": "forget.jsonl"}, "refusals: expected None with the method 'graddiff'"),
-    ({"method": "po", "refusals": "nowhere.txt"}, "refusals: expected a file with a refusal a line, got nowhere.txt, which is"),
+    ({"method": "po", "refusals": "nowhere.txt"}, "refusals: expected a file with one refusal per line, got nowhere.txt"),
     ({"retain": "forget.jsonl"}, "retain: expected other rows than forget, got the same 3"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
     ({"output": "forget.jsonl/out"}, "output: expected a new or an empty directory"),

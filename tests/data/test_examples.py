@@ -39,9 +39,9 @@ def test_columns(row, expected, tmp_path):
     ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
     (["[" * 100_000], r"a.jsonl, line 1: expected one JSON object, got broken JSON \(RecursionError\)"),
     (['{"text": ' + "9" * 5000 + "}"], r"a.jsonl, line 1: expected one JSON object, got broken JSON"),
-    ([{"question": "Who?", "answer": " "}], r"line 1, column 'answer': expected some text, got a blank one"),
-    ([{"question": "Who?", "answer": "\u200b\ufeff \u2060"}], r"column 'answer': expected some text, got a blank one"),
-    ([{"text": "\u3164\u00ad\ufe0f"}], r"line 1, column 'text': expected some text, got a blank one"),
+    ([{"question": "Who?", "answer": " "}], r"line 1, column 'answer': expected some text, got a blank text"),
+    ([{"question": "Who?", "answer": "\u200b\ufeff \u2060"}], r"column 'answer': expected some text, got a blank text"),
+    ([{"text": "\u3164\u00ad\ufe0f"}], r"line 1, column 'text': expected some text, got a blank text"),
     ([{"prompt": "Who?", "response": 3}], r"line 1, column 'response': expected a string, got int"),
     ([], r"a.jsonl: expected at least one row, got an empty file"),
 ])  # fmt: skip
@@ -165,14 +165,14 @@ def test_refusals_of_a_file(tmp_path):
     assert data.read_refusals(path) == ("I'd rather not.", "Keine Ahnung — wirklich.")
     for content, message in (
         (b"\n \n", "refusals: expected at least one refusal, got .*, which is empty"),
-        (b"No.\n\xe2\x80\x8b\n", "refusals, .*, line 2: expected some text, got a blank one"),
-        (b'{"text": "No."}', "refusals, .*, line 1: expected a refusal as it is, got a JSON object"),
+        (b"No.\n\xe2\x80\x8b\n", "refusals, .*, line 2: expected some text, got a blank text"),
+        (b'{"text": "No."}', "refusals, .*, line 1: expected a refusal as plain text, got a JSON object"),
         (b"\xff", "refusals: expected UTF-8 text"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             UnlearnConfig(method="po", refusals=str(path))
-    with pytest.raises(ValueError, match="refusals: expected a file with a refusal a line, got .*nowhere, which is none"):
+    with pytest.raises(ValueError, match="expected a file with one refusal per line, got .*nowhere, which is not a file"):
         UnlearnConfig(method="dpo", refusals=tmp_path / "nowhere")
     path.write_text("No.")
     with pytest.raises(ValueError, match="refusals: expected None with the method 'npo'"):

@@ -139,7 +139,7 @@ def test_wrong_templates(options, message):
 @pytest.mark.parametrize("template, message", [
     # the prompt ends in what the whole does not have, as where thoughts are opened and then removed
     (LLAMA3.replace("[assistant]\n\n{% endif", "[assistant]\n\n|think|{% endif"), "a completion that follows its prompt"),
-    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "an answer between the same marks in every row"),
+    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "the same marks around the answer in every row"),
     ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "a completion that follows its prompt"),
     ("{{ messages[0].content[3.5] | nothing }}", "a conversation that the chat template takes"),
 ])  # fmt: skip
@@ -179,7 +179,7 @@ def test_templates_cannot_reach_out_of_their_sandbox(template):
 def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
     """Of a plain text the melted token belongs to the answer; a chat template promises the prompt's own tokens."""
     with pytest.raises(
-        ValueError, match="forget, row 0: expected the 1 tokens of its prompt to begin those of the whole, got 0"
+        ValueError, match="forget, row 0: expected tokens that begin with the 1 of the prompt, got the same first 0 only"
     ):
         encode([Example("Pa", "ris", ("", ""))], Words(), vocab_size=100, name="forget")
 

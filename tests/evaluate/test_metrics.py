@@ -128,7 +128,7 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("old, new", [
     ("torch.exp(-losses)", "torch.exp(losses)"),
-    ("torch.softmax(-_beside", "torch.softmax(_beside"),
+    ("torch.softmax(-_option", "torch.softmax(_option"),
     ("perturbed_losses.mean(1)).clamp", "perturbed_losses.sum(1)).clamp"),
     ("paraphrased_losses - perturbed", "perturbed_losses[:, 0] - perturbed"),
     ("torch.minimum(ratios, 1 / ratios)", "torch.maximum(ratios, 1 / ratios)"),

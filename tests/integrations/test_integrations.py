@@ -345,7 +345,7 @@ def test_what_deepspeed_cannot_do_is_refused_before_the_trainer_is_made(tmp_path
         ({}, {"rho": "auto"}, "soul_args.rho: expected not 'auto' under DeepSpeed"),
         ({}, {"skip_nonfinite": True}, "soul_args.skip_nonfinite: expected not True under DeepSpeed"),
         ({}, {"optimizer": "sophiag", "curvature": "gnb"}, "soul_args.curvature: expected none under DeepSpeed, .* FSDP2"),
-        ({"optimizer": {"type": "AdamW"}}, {}, "DeepSpeed's configuration: expected no optimizer beside soul_args"),
+        ({"optimizer": {"type": "AdamW"}}, {}, "DeepSpeed's configuration: expected no optimizer with soul_args"),
     ):
         with pytest.raises(ValueError, match=message):
             UnlearnTrainer(tiny_model(), under_deepspeed(tmp_path, **configuration), objective=losses.GradDiff(),

@@ -176,7 +176,7 @@ def test_code_that_comes_with_a_model_is_never_run(way, saved, tmp_path, monkeyp
     (dict(num_hidden_layers=10**9), "config.json, num_hidden_layers: expected at most 4096, got 1e+09"),
     (dict(text_config={"n_layer": 10**400}), "config.json, n_layer: expected at most 4096, got a number of hundreds of digits"),
     (dict(num_local_experts=10**9), "config.json, num_local_experts: expected at most 4096"),
-    (dict(num_hidden_layers=4000, num_experts=4000), "config.json: expected at most 131072 of them in all, got 4000 layers"),
+    (dict(num_hidden_layers=4000, num_experts=4000), "config.json: expected at most 131072 experts in all layers, got 4000"),
     (dict(vocab_size=10**12), "config.json, vocab_size: expected at most 134217728, got 1e+12"),
     (dict(num_hidden_layers=1), "expected a checkpoint with the layers of its configuration, got .* with model.layers.1"),
     (dict(final_logit_softcapping="thirty"), "final_logit_softcapping: expected a finite number, got 'thirty'"),

@@ -275,7 +275,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     logs = list((output / "seed1" / "runs").glob("npo_*_lr0.001_alpha1.jsonl"))
     assert len(logs) == 4 and all(len(log.read_text().splitlines()) == 2 * 2 for log in logs)  # epochs, batches
 
-    lost = study.result(runs(config)[3])
+    lost = study.result_path(runs(config)[3])
     before = json.loads(lost.read_text())
     lost.unlink()
     (output / "seed1" / "runs" / "another_file").touch()

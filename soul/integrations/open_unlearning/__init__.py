@@ -6,4 +6,4 @@ Start reading with `trainers`.
 
 import pathlib
 
-CONFIGS = pathlib.Path(__file__).parent / "configs" / "trainer"  # to be copied into its configs/trainer
+CONFIGS = pathlib.Path(__file__).parent / "configs" / "trainer"  # to be copied into configs/trainer of open-unlearning
