@@ -43,7 +43,8 @@ def test_every_script_is_short_and_has_a_test():
 def test_own_loop_unlearns(inputs, tmp_path, monkeypatch, capsys):
     names = run_script("own_loop.py", [*inputs, "--steps", "4"], monkeypatch)
     assert len(re.findall(r"^step \d+: loss -?\d+\.\d+, clipped [01]\.\d\d$", capsys.readouterr().out, re.MULTILINE)) == 4
-    before, after = tiny_model(), type(tiny_model()).from_pretrained(tmp_path / "unlearned")
+    before = tiny_model()
+    after = type(tiny_model()).from_pretrained(tmp_path / "unlearned")
     assert any(not torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
     # The loss of the last batch is that of the model's own logits.
     model, ids, labels = (names[name] for name in ("model", "ids", "labels"))

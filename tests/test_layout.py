@@ -170,7 +170,8 @@ OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unle
 
 def test_what_is_imported_is_declared(monkeypatch):
     """In setup.py, and not by chance through another package."""
-    setuptools, declared = pytest.importorskip("setuptools"), {}
+    setuptools = pytest.importorskip("setuptools")
+    declared = {}
     monkeypatch.setattr(setuptools, "setup", lambda **options: declared.update(options))
     runpy.run_path(str(ROOT / "setup.py"))
     lines = [*declared["install_requires"], *(line for extra in declared["extras_require"].values() for line in extra)]

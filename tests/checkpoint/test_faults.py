@@ -172,11 +172,13 @@ def files_below(output):
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), Interruption()], ids=["error", "Ctrl-C"])
 def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_ended(error, place, capsys, monkeypatch):
     """An error, or Ctrl-C, in each of the calls after the model was saved. Then the same command with --resume."""
-    options, notes = ("--epochs", "1", "--save-every", "3"), []  # one checkpoint, after the last step
+    options = ("--epochs", "1", "--save-every", "3")  # one checkpoint, after the last step
+    notes = []
     if not (place / "undisturbed").exists():
         assert main(words(place, "undisturbed", *options)) == 0
     for number in range(1, 100):
-        output, armed = place / f"removed {type(error).__name__} {number}", []
+        output = place / f"removed {type(error).__name__} {number}"
+        armed = []
 
         def save(*args, number=number, armed=armed):
             save_model(*args)
@@ -186,7 +188,8 @@ def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_end
             warnings.simplefilter("always")
             patch.setattr("soul.run.unlearner.save_model", save)
             status = main(words(place, output.name, *options))
-        errors, messages = capsys.readouterr().err, [str(warning.message) for warning in caught]
+        errors = capsys.readouterr().err
+        messages = [str(warning.message) for warning in caught]
         if armed[0][0] > 0:  # there are no more calls
             assert status == 0 and not (output / "checkpoints").exists()
             break
@@ -255,7 +258,9 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_pat
 
 
 def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(place, monkeypatch):
-    flushed, at_removal, real = set(), [], os.fsync
+    flushed = set()
+    at_removal = []
+    real = os.fsync
 
     def fsync(descriptor):
         real(descriptor)
@@ -277,9 +282,11 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_no_other_run(tokenizer, tmp_p
     _, want = run(tokenizer, Checkpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
-    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    described = json.loads(whole)["state"]["run"]
+    begin = whole.index(b'"run"')
     positions = [*range(0, len(whole), 401), *range(begin, whole.index(b'"environment"'), 11)]
-    checkpoints, readable = Checkpoints(tmp_path, resume=True), 0
+    checkpoints = Checkpoints(tmp_path, resume=True)
+    readable = 0
     for position in positions:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << random.randrange(7)]) + whole[position + 1 :])
         checkpoints.check(described)

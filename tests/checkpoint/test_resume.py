@@ -81,7 +81,10 @@ def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, process
     assert ended(start(processes, words(place, "whole", *options))) == 0
     assert not (whole / "checkpoints").exists()
 
-    broken, draw, kills, seen = place / "broken", random.Random(0), 0, []
+    broken = place / "broken"
+    draw = random.Random(0)
+    kills = 0
+    seen = []
     argv = words(place, "broken", *options, "--resume")  # from the start, where there is nothing yet
     for target in (draw.randrange(1, 4), *sorted(draw.sample(range(5, 45), 3))):
         process = start(processes, argv)
@@ -105,7 +108,8 @@ def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, process
 def test_sigterm_ends_the_step_saves_and_says_so(place, processes):
     options = ("--epochs", "20", "--save-every", "0", "--optimizer", "adamw")
     assert ended(start(processes, words(place, "whole_term", *options))) == 0
-    output, errors = place / "term", place / "term.err"
+    output = place / "term"
+    errors = place / "term.err"
     process = start(processes, words(place, "term", *options), str(errors))
     assert wait_until(lambda: len(lines(output / "log.jsonl")) >= 3, process)
     process.terminate()
@@ -161,7 +165,8 @@ def test_a_run_that_is_refused_leaves_no_hooks_and_no_gradients(tokenizer, tmp_p
         run(tokenizer, StopAfter(tmp_path, 2), **options)
     for path in tmp_path.glob("step-*/*"):
         path.write_bytes(b"")
-    model, before = tiny_model(), {n: t.clone() for n, t in tiny_model().state_dict().items()}
+    model = tiny_model()
+    before = {n: t.clone() for n, t in tiny_model().state_dict().items()}
     with pytest.raises(ValueError, match="damaged ones only"), pytest.warns(UserWarning, match="not readable"):
         run(tokenizer, Checkpoints(tmp_path, resume=True), model, **options)
     model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step, and take the gradients
@@ -257,7 +262,8 @@ class Clock:
     """A clock that a step moves by 4 minutes."""
 
     def __init__(self, monkeypatch):
-        self.now, real = 0.0, unlearn_module.train_step
+        self.now = 0.0
+        real = unlearn_module.train_step
         monkeypatch.setattr("soul.checkpoint.local.time.monotonic", lambda: self.now)
         monkeypatch.setattr(unlearn_module, "train_step", lambda *args: self.step() or real(*args))
 
@@ -271,7 +277,8 @@ class Clock:
 def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeypatch):
     """And that changes nothing of it."""
     whole, want = run(tokenizer)
-    steps, real = [], Checkpoints.save
+    steps = []
+    real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *args: steps.append(step) or real(self, step, *args))
     Clock(monkeypatch)
     model, records = run(tokenizer, Checkpoints(tmp_path, **options))
@@ -283,7 +290,8 @@ def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeyp
 ])  # fmt: skip
 def test_the_command_saves_every_10_minutes(more, minutes, place, tmp_path, monkeypatch):
     """But for a run that asks for no checkpoints."""
-    seen, real = [], Checkpoints.__init__
+    seen = []
+    real = Checkpoints.__init__
     monkeypatch.setattr(Checkpoints, "__init__", lambda self, *a, **o: seen.append(o.get("minutes")) or real(self, *a, **o))
     monkeypatch.setattr("soul.run.unlearner.unlearn", lambda *args, log, **options: log.touch() or [{}])
     assert main(words(place, tmp_path / "out", "--epochs", "1", *more)) == 0

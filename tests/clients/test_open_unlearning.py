@@ -105,7 +105,8 @@ def test_compat_is_its_trainers_loss(name, their_name, method_args, tmp_path, so
         model = tiny_model("llama, untied")
         torch.manual_seed(1)
         config = configuration(path, tmp_path)
-        config.handler, config.method_args = handler, options
+        config.handler = handler
+        config.method_args = options
         data = ForgetRetain(sequences(8), sequences(4))
         trainer, _ = source.load_trainer(config, model, train_dataset=data, data_collator=its_collator)
         with torch.no_grad():
@@ -129,7 +130,10 @@ def test_functions_are_its_own_and_take_less_memory(name, source):
     ids = torch.randint(2, 32000, (4, 128))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids % 3 == 0, -100)}
     options = (10.0,) if name == "compute_undial_loss" else ()
-    theirs, ours, peaks, losses = getattr(source.utils, name), getattr(functional, name), [], []
+    theirs = getattr(source.utils, name)
+    ours = getattr(functional, name)
+    peaks = []
+    losses = []
     for call in (lambda: ours(model, reference, inputs, *options, compat=OU)[0],
                  lambda: theirs(model, reference, inputs, *options)[0]):  # fmt: skip
         losses.append(call().detach())
@@ -148,7 +152,8 @@ def test_its_own_loss_with_souls_optimizer(tmp_path, source):
 
     source._register_trainer(SOULOptimizedNPO)
     config = configuration(CONFIGS / "SOULNPO.yaml", tmp_path)
-    config.handler, config.method_args = "SOULOptimizedNPO", {"beta": 0.5, "soul_args": {"rho": 0.04, "max_grad_norm": 1.0}}
+    config.handler = "SOULOptimizedNPO"
+    config.method_args = {"beta": 0.5, "soul_args": {"rho": 0.04, "max_grad_norm": 1.0}}
     trainer, _ = source.load_trainer(config, tiny_model(), train_dataset=ForgetRetain(sequences(8), sequences(4)),
                                      data_collator=its_collator)  # fmt: skip
     assert trainer.train().training_loss > 0 and isinstance(trainer._inner_optimizer(), SOUL)

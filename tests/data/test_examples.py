@@ -76,10 +76,13 @@ def test_labels_are_the_answer_and_its_end_shifted_by_one():
 class Words:
     """A tokenizer that shows its seams: words with their leading space, as SentencePiece makes them, and a start token."""
 
-    bos_token, bos_token_id, eos_token_id = "<s>", 0, 1
+    bos_token = "<s>"
+    bos_token_id = 0
+    eos_token_id = 1
 
     def __init__(self, closes=False):
-        self.vocabulary, self.closes = {"<s>": 0, "</s>": 1}, closes
+        self.vocabulary = {"<s>": 0, "</s>": 1}
+        self.closes = closes
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         words = re.findall(r"<s>|[ ]?[^ <]+", text)
@@ -123,7 +126,8 @@ def test_truncation_and_foreign_tokens():
 
 
 def test_collate_pads_to_the_longest_and_finds_the_rows():
-    a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
+    a = Sequence([5, 6, 7], [-100, 7, -100], 2)
+    b = Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
     batch = batches.collate([a], [b], ref_logps=[-3.0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
@@ -136,7 +140,8 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
 
 
 def test_reference_states_lie_at_their_labels():
-    a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
+    a = Sequence([5, 6, 7], [-100, 7, -100], 2)
+    b = Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
     states = torch.arange(1.0, 4.0)[:, None].expand(3, 2).to(torch.bfloat16)
     batch = batches.collate([a, b], [a], ref_hidden=[states[:1], states, None])
     assert batch.ref_hidden.shape == (3, 5, 2) and batch.ref_hidden.dtype == torch.bfloat16

@@ -172,7 +172,8 @@ def test_rows_are_taken_as_they_are():
 
 @pytest.mark.parametrize("broken", [{"text": ""}, {"text": " \n"}, {"text": None}, {"text": "\u200b\u2060"}])
 def test_blank_rows_end_a_run_or_are_counted(broken):
-    counts, rows = Counts(), [{"text": "a"}, broken, {"text": "b"}]
+    counts = Counts()
+    rows = [{"text": "a"}, broken, {"text": "b"}]
     with pytest.raises(ValueError, match="rows, row 1, column 'text'"):
         sources.rows(rows)
     assert [row["text"] for _, row in sources.rows(rows, drop=True, counts=counts)] == ["a", "b"]
@@ -197,10 +198,12 @@ class Startless(Words):
 @pytest.mark.parametrize("length", [4, 5, 11])  # that divide the text, that do not, and one token short of it
 @pytest.mark.parametrize("kind", [Words, Startless], ids=lambda kind: kind.__name__)
 def test_every_token_of_a_long_text_is_a_label_once(kind, length):
-    tokenizer, counts = kind(), Counts()
+    tokenizer = kind()
+    counts = Counts()
     text, short = Example("", "a b c d e f g h i j k l"), Example("", "a b")
     made = encode([text, short], tokenizer, vocab_size=100, max_length=length, split=True, counts=counts)
-    long, last = made[:-1], made[-1]
+    long = made[:-1]
+    last = made[-1]
     labels = [word for s in long for word in tokenizer.words(s.labels)]
     first = [] if tokenizer.bos_token else ["▁a"]  # nothing comes before it
     room = len(long[-1].input_ids) < length or labels[-1] == "</s>"
@@ -215,7 +218,8 @@ def test_every_token_of_a_long_text_is_a_label_once(kind, length):
 
 
 def test_answers_are_truncated_and_never_split():
-    counts, tokenizer = Counts(), Words()
+    counts = Counts()
+    tokenizer = Words()
     (sequence,) = encode([Example("Q:", " a b c d e")], tokenizer, vocab_size=100, max_length=4, split=True, counts=counts)
     assert tokenizer.words(sequence.input_ids) == ["<s>", "▁Q:", "▁a", "▁b"] and counts == Counts(truncated=1)
     for length, truncated in ((8, 0), (7, 1)):  # only the end of the sequence is cut
@@ -227,7 +231,8 @@ def test_answers_are_truncated_and_never_split():
 
 
 def test_prompts_without_room_are_counted():
-    counts, tokenizer = Counts(), Words()
+    counts = Counts()
+    tokenizer = Words()
     examples = [Example("a b c", " d"), Example("a", " b"), Example("a b", " c"), Example("", "a b c d")]
     assert answerable(examples, tokenizer, max_length=4, counts=counts) == examples[1:] and counts.no_room == 1
     encode(examples[1:], tokenizer, vocab_size=100, max_length=4)  # and these fit
@@ -323,7 +328,8 @@ def test_a_run_by_names(method, tmp_path, capsys):
 def test_a_run_on_tofu(tmp_path, capsys):
     sets = (f"tofu:forget01@{TOFU}", f"tofu:retain_perturbed@{TOFU}")  # the smallest two; 3,600 rows are read below
     assert command(tmp_path, *sets, "--batch-size=20", "--max-length=160", "--drop-unusable") == 0
-    printed, numbers = capsys.readouterr().out, json.loads((tmp_path / "out" / "data.json").read_text())
+    printed = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "out" / "data.json").read_text())
     assert "forget: 40 rows; " in printed and "cut to 160 tokens\nretain: 400 rows; " in printed
     assert (numbers["forget"]["rows"], numbers["retain"]["rows"]) == (40, 400) and numbers["retain"]["truncated"] > 0
 

@@ -62,7 +62,9 @@ class Net(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = torch.nn.Linear(6, 7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)
+        self.a = torch.nn.Linear(6, 7)
+        self.b = torch.nn.Linear(7, 5)
+        self.c = torch.nn.Linear(5, 1)
 
     def forward(self, x):
         return self.c(self.b(self.a(x).tanh()).tanh())
@@ -267,7 +269,8 @@ def noise_worker(folder):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    refusals, offsets = [], []
+    refusals = []
+    offsets = []
     for placement, dtype, options in NOISY:
         whole = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
         param = torch.nn.Parameter(

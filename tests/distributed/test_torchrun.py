@@ -143,7 +143,8 @@ def test_two_processes_are_one(results, name):
     first, second = results[name]
     records, weights = run(family, options)
     assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
-    start, got = tiny_model(family).state_dict(), first["weights"]
+    start = tiny_model(family).state_dict()
+    got = first["weights"]
     assert list(got) == list(weights)
     moved = sum((weights[n] - start[n]).double().square().sum() for n in weights).sqrt()
     off = sum((weights[n] - got[n]).double().square().sum() for n in weights).sqrt()
@@ -311,7 +312,8 @@ def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
     for variable, value in zip(TORCHRUN, (rank, rank, "2", "127.0.0.1", str(free_port()))):
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    begun, message = time.monotonic(), r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
+    begun = time.monotonic()
+    message = r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
     with pytest.raises(ValueError, match=message), started(torch.device("cpu")):
         raise AssertionError("there is a group of one process")
     assert time.monotonic() - begun < 60 and not torch.distributed.is_initialized()
@@ -344,7 +346,8 @@ def words(place, output, *more):
 
 def test_the_command_ends_with_status_2_in_every_process_that_differs(place):
     """As on two machines, where somebody has typed another number."""
-    port, processes = free_port(), []
+    port = free_port()
+    processes = []
     for rank, epochs in enumerate(("1", "2")):
         variables = dict(zip(TORCHRUN, (str(rank), str(rank), "2", "127.0.0.1", str(port))))
         environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -377,7 +380,8 @@ runpy.run_module("soul", run_name="__main__")
 def test_threads_that_take_the_gil_at_the_end_abort_no_process_of_torchrun():
     """Gloo's threads do so once in hundreds of runs, these every time (CPython before 3.14). The output is not lost."""
     environment = {**os.environ, "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command, pipes = [sys.executable, "-c", THREADS_AT_THE_END], dict(capture_output=True, text=True, timeout=TIMEOUT)
+    command = [sys.executable, "-c", THREADS_AT_THE_END]
+    pipes = dict(capture_output=True, text=True, timeout=TIMEOUT)
     process = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
     assert process.returncode == 0, process.stderr
     assert f"torch {torch.__version__}" in process.stdout
@@ -445,7 +449,8 @@ def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_no_other_run(group_of
     want = sharded_run(ShardedCheckpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
-    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    described = json.loads(whole)["state"]["run"]
+    begin = whole.index(b'"run"')
     for position in range(begin, whole.index(b'"environment"'), 23):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 7]) + whole[position + 1 :])
         ShardedCheckpoints(tmp_path, resume=True).check(described)
@@ -459,7 +464,8 @@ def test_an_error_while_the_last_sharded_checkpoints_are_removed_does_not_hide_t
     sharded_run(ShardedCheckpoints(tmp_path / "run" / "checkpoints", every=3))
     (tmp_path / "run" / "config.json").write_text("{}")  # of the model, which is saved before
     for number in range(10):
-        output, left = tmp_path / f"removed {number}", [number]
+        output = tmp_path / f"removed {number}"
+        left = [number]
         shutil.copytree(tmp_path / "run", output)
         checkpoints = ShardedCheckpoints(output / "checkpoints")
 

@@ -257,7 +257,8 @@ def test_a_step_with_an_infinite_gradient_never_was(dtype, options, device):
         if index in (0, 2):
             scaler.scale(loss_of(net, x, y)).backward()
             net[2].bias.grad[1] = math.inf if index else math.nan
-            weights, scale = copy.deepcopy(net.state_dict()), scaler.get_scale()
+            weights = copy.deepcopy(net.state_dict())
+            scale = scaler.get_scale()
             states = copy.deepcopy(opt.state_dict())
             scaler.step(opt)
             scaler.update()
@@ -423,7 +424,8 @@ def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
         opt = SOUL(make_net().parameters(), **options)
         flat = torch.cat([p.detach().flatten() for p in opt.param_groups[0]["params"]]).requires_grad_()
         opt.param_groups[0]["params"] = [flat]  # as DeepSpeed does
-        flat.grad, before = torch.ones_like(flat), flat.detach().clone()
+        flat.grad = torch.ones_like(flat)
+        before = flat.detach().clone()
         if message is None:
             opt.step()
             assert not torch.equal(flat, before)

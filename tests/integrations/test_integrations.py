@@ -118,7 +118,9 @@ def inputs_of(forget, retain, pairs):
 def check_loss_of(name, loss_of=unlearning_loss):
     objective = ALL[name]
     model = tiny_model("llama, untied")
-    reference, forget, retain = other(model), sequences(4), sequences(7, prompt=1)[2:]
+    reference = other(model)
+    forget = sequences(4)
+    retain = sequences(7, prompt=1)[2:]
     expected = by_hand(model, reference, forget, retain, objective)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     batch = inputs_of(forget, retain, objective.pairs)
@@ -152,7 +154,8 @@ def check_compat_of(name, longer, loss_of=unlearning_loss):
     objective = losses.UNDIAL(retain="kl") if name == "undial, kl" else ALL[name]
     model = tiny_model("llama, untied")
     reference = other(model, scale=2.0)
-    short, long = sequences(3), sequences(5, prompt=6)
+    short = sequences(3)
+    long = sequences(5, prompt=6)
     inputs = inputs_of(*((long, short) if longer == "forget" else (short, long)), False)
     exact = copy.deepcopy(model).double()
     want = as_coded(name, exact, copy.deepcopy(reference).double(), inputs)
@@ -204,7 +207,8 @@ def test_mutants_of_the_loss_are_caught(name, old, new, tmp_path):
 
 @pytest.mark.parametrize("name", ["npo", "undial"])
 def test_a_models_reference_is_the_model_without_its_adapters(name):
-    model, objective = lora_model(), ALL[name]
+    model = lora_model()
+    objective = ALL[name]
     forget, retain = sequences(3), sequences(2)
     loss = unlearning_loss(model, inputs_of(forget, retain, False), objective)
     assert_close(loss, by_hand(model, model, forget, retain, objective), tol.GRAD_OBJECTIVE, name)
@@ -231,11 +235,13 @@ def test_optimizer_has_the_trainers_groups_and_follows_its_schedule(tmp_path):
 @pytest.mark.parametrize("fused", [False, True])  # which of the two clips
 def test_training_is_the_plain_loop(tmp_path, fused):
     """Two micro-batches a step: the mean of their losses, whatever the Trainer makes of num_items_in_batch."""
-    plain, objective = tiny_model(), losses.NPO(beta=0.5)
+    plain = tiny_model()
+    objective = losses.NPO(beta=0.5)
     clipping = dict(max_grad_norm=0, soul_args={"max_grad_norm": 0.1}) if fused else dict(max_grad_norm=0.1, soul_args={})
     torch.manual_seed(3)
     trainer = make(tmp_path, tiny_model(), objective, forget=8, gradient_accumulation_steps=2, max_steps=2, seed=5, **clipping)
-    seen, collator = [], trainer.data_collator
+    seen = []
+    collator = trainer.data_collator
     trainer.data_collator = lambda items: seen.append(collator(items)) or seen[-1]
     trainer.train()
     assert len(seen) == 4 and "ref_logps" in seen[0]["forget"] and trainer.ref_model is None
@@ -261,7 +267,8 @@ def test_somebody_elses_trainer_as_documented(tmp_path, monkeypatch):
     rows = [{name: value[:5] for name, value in one.items()} for one in rows]
     names = dict(transformers=transformers, SOULTrainerMixin=SOULTrainerMixin, model=tiny_model(), forget_dataset=rows)
     exec(block.removeprefix("python"), names)
-    trainer, batch = names["trainer"], {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
+    trainer = names["trainer"]
+    batch = {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
     before = trainer.model(**batch).loss.item()
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == -before
     trainer.train()
@@ -312,7 +319,8 @@ def test_h_is_refreshed_from_retain_data_when_it_is_due(tmp_path, kind):
 
 
 def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
-    dataset, objective = UnlearningDataset(sequences(4), sequences(3)), losses.NPO()
+    dataset = UnlearningDataset(sequences(4), sequences(3))
+    objective = losses.NPO()
     trainer = UnlearnTrainer(
         tiny_model(), arguments(tmp_path, per_device_eval_batch_size=4), train_dataset=dataset, eval_dataset={"own": dataset},
         data_collator=collate_unlearning, objective=objective,
@@ -417,7 +425,8 @@ def test_a_reference_without_an_objective_is_the_base_trainers(tmp_path, positio
     class OurTrainer(SOULTrainerMixin, Wrapped if wrapped else PreferenceTrainer):
         pass
 
-    model, args = tiny_model(), arguments(tmp_path)
+    model = tiny_model()
+    args = arguments(tmp_path)
     batch = inputs_of(sequences(2), sequences(1), True)
     reference = other(model)
     theirs = PreferenceTrainer(model, reference, args)
@@ -447,7 +456,8 @@ def test_an_objective_with_a_trainer_of_trl_is_refused(tmp_path):
 
 
 def test_batches_that_do_not_fit_are_refused():
-    model, batch = tiny_model(), inputs_of(sequences(2), sequences(2), False)
+    model = tiny_model()
+    batch = inputs_of(sequences(2), sequences(2), False)
     for inputs, objective, message in (
         ({"forget": batch["forget"]}, losses.GradDiff(), "a retain batch"),
         (batch, losses.DPO(), "alternate"),
@@ -492,7 +502,8 @@ def test_trl_columns():
 def test_trl_conversations_go_through_the_chat_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    bos = tokenizer.bos_token or ""
+    eos = tokenizer.eos_token
     user, said = ([{"role": role, "content": text}] for role, text in (("user", "Who?"), ("assistant", "Me.")))
     (example,) = trl.examples([{"prompt": user, "completion": said}], tokenizer)
     assert example == Example(f"{bos}<user>Who?<assistant>", f"Me.{eos}", ("", eos))
@@ -532,7 +543,8 @@ def sharded_worker(folder):
 def test_loss_and_optimizer_under_fsdp2(tmp_path):
     """Both processes have the same batch, so their mean gradient is that of one."""
     torch.save(inputs_of(sequences(3), sequences(2), False), tmp_path / "batch.pt")
-    batch, model = torch.load(tmp_path / "batch.pt", weights_only=True), tiny_model("llama, untied")
+    batch = torch.load(tmp_path / "batch.pt", weights_only=True)
+    model = tiny_model("llama, untied")
     batch["forget"]["ref_logps"] = torch.tensor([-20.0, -25.0, -21.0])
     torch.save(batch, tmp_path / "batch.pt")
     results = run(tmp_path, sharded_worker)
@@ -629,7 +641,9 @@ class ForgetRetain(torch.utils.data.Dataset):
     """As its ForgetRetainDataset: a retain row drawn by torch, rows as tensors; answers with alternatives where asked."""
 
     def __init__(self, forget, retain, alternate=None):
-        self.forget, self.retain, self.alternate = forget, retain, alternate
+        self.forget = forget
+        self.retain = retain
+        self.alternate = alternate
 
     def __len__(self):
         return len(self.forget)
@@ -642,7 +656,8 @@ class ForgetRetain(torch.utils.data.Dataset):
 
 
 def row(sequence):
-    ids, labels = torch.tensor(sequence.input_ids), torch.tensor([-100, *sequence.labels[:-1]])
+    ids = torch.tensor(sequence.input_ids)
+    labels = torch.tensor([-100, *sequence.labels[:-1]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
@@ -671,7 +686,8 @@ def configuration(path, folder):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_open_unlearning_trains_with_every_configuration(path, tmp_path, open_unlearning):
     """Registered by name, made by its load_trainer, evaluated by its evaluators; 4 steps move the loss down."""
-    config, model = configuration(path, tmp_path), tiny_model()
+    config = configuration(path, tmp_path)
+    model = tiny_model()
     assert config["handler"] == path.stem
     alternate = sequences(8) if path.stem in ("SOULDPO", "SOULPO") else None
     data = ForgetRetain(sequences(8), sequences(1), alternate)

@@ -310,7 +310,8 @@ def faults(variant, runs, barriers=None):
             continue
         for kind in ("loaded", "stored"):
             operands = getattr(variant, kind)
-            moved, ideal = getattr(counts, kind).total() / run.elements, sum(operands)
+            moved = getattr(counts, kind).total() / run.elements
+            ideal = sum(operands)
             if abs(moved - ideal) > EXCESS * (ideal or 1):
                 sentences.append(f"{name}: {kind} {moved:.3f} bytes an element, expected {ideal:.3f}")
             share = fills_accesses(operands) / ideal if ideal and variant.wide else 0
@@ -331,7 +332,8 @@ def evidence_of(measurement):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills_in_the_loop_and_moves_what_it_must(name, target):
-    variant, measurement = KERNELS[name], measured()[name, target]
+    variant = KERNELS[name]
+    measurement = measured()[name, target]
     assert isinstance(measurement, dict), measurement
     # Some bytes that a program spills once, around its loop, cost nothing; the evidence for sm_90 has none of them either.
     assert not (measurement["spills"] and measurement["spills_in_the_loop"]), measurement
@@ -344,7 +346,8 @@ def test_compiles_without_spills_in_the_loop_and_moves_what_it_must(name, target
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_agrees_with_the_evidence(name):
-    want, measurement = EVIDENCE["kernels"][name], measured()[name, "sm_90"]
+    want = EVIDENCE["kernels"][name]
+    measurement = measured()[name, "sm_90"]
     got = evidence_of(measurement)
     assert got.keys() == want.keys()
     if EVIDENCE["triton"] == triton.__version__:

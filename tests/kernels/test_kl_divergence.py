@@ -39,7 +39,8 @@ def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None,
     """Definition in fp64, without the care for small values that fp32 needs: KL as sum q (log q - log p)."""
     leaf = logits.double().requires_grad_()
     z, z_ref = (transformed(t, **transform) for t in (leaf, ref_logits.double()))
-    log_p, log_q = z.log_softmax(1), reference.reference_distribution(z_ref, labels, strengths)
+    log_p = z.log_softmax(1)
+    log_q = reference.reference_distribution(z_ref, labels, strengths)
     if kind == "kl":
         value = (log_q.exp() * torch.where(log_q.exp() > 0, log_q - log_p, 0.0)).sum(1)
     else:
@@ -134,7 +135,8 @@ def test_memorised_by_both(rest, kind, strengths, device):
         logits = torch.randn(4, 5000, device=device)
         others = logits.double().scatter(1, labels[:, None], -torch.inf).logsumexp(1)
         both.append(logits.scatter(1, labels[:, None], (others - torch.log(torch.tensor(rest).double())).float()[:, None]))
-    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    weights = torch.ones(4, device=device)
+    zeros = torch.zeros(4, device=device)
     strengths = None if strengths is None else torch.tensor(strengths, device=device)
     divergences, gradient = run(*both, labels, zeros, weights, kind=kind, strengths=strengths)
     want, want_gradient = oracle(*both, labels, zeros, weights, kind=kind, strengths=strengths)
@@ -155,7 +157,8 @@ def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, de
     logits = torch.randn(4, n_vocab, device=device)
     ref_logits = logits + torch.randn(4, n_vocab, device=device) * distance
     labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab // 3], device=device)
-    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    weights = torch.ones(4, device=device)
+    zeros = torch.zeros(4, device=device)
     strengths = None if strengths is None else torch.tensor(strengths, device=device)
     op = run_reference if backend == "reference" else run
     _, gradient = op(logits, ref_logits, labels, zeros, weights, strengths=strengths)
@@ -170,7 +173,8 @@ def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, de
 @pytest.mark.usefixtures("row_functions")
 def test_equal_distributions_are_exactly_zero_apart(device):
     logits = torch.randn(4, 5000, device=device) * 5
-    labels, ones = torch.arange(4, device=device), torch.ones(4, device=device)
+    labels = torch.arange(4, device=device)
+    ones = torch.ones(4, device=device)
     divergences, gradient = run(logits, logits.clone(), labels, 0 * ones, ones)
     assert (divergences[0] == 0).all() and (gradient == 0).all()
 

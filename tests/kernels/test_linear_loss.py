@@ -16,7 +16,8 @@ from soul_kernels.reference import linear_loss as reference
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, loose, mutant, needs_kernels_on_cpu, relative_error
 
-linear_logprob, linear_objective = loose(soul_kernels.linear_logprob), loose(soul_kernels.linear_objective)
+linear_logprob = loose(soul_kernels.linear_logprob)
+linear_objective = loose(soul_kernels.linear_objective)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -230,7 +231,8 @@ def test_deterministic_run_to_run(backend, device):
 
 def test_sums_over_sequences_take_one_sweep(backend, device, monkeypatch):
     """The GEMM count is the promise: one product for the logits of each chunk, unless the objective cannot be split."""
-    calls, real = [], HeadRows.load
+    calls = []
+    real = HeadRows.load
     monkeypatch.setattr(HeadRows, "load", lambda self, c: calls.append(c.stop - c.start) or real(self, c))
     case = make(device)
     kept = int((case["labels"] != -100).sum())
@@ -290,7 +292,8 @@ def test_autocast_converts_hidden_and_weight(device):
 def test_fp16_gradients_survive_small_weights(backend, device):
     """Coefficients are of the size of 1 / N, far below what fp16 resolves; the loss scale must not come too late for them."""
     case = make(device, HALF, shape=(6, 20, 32), n_vocab=4001)
-    objective, loss_scale = losses.GradDiff(gamma=0.1, alpha=0.1), 65536.0
+    objective = losses.GradDiff(gamma=0.1, alpha=0.1)
+    loss_scale = 65536.0
     double = fp64(case)
     want, _ = definition(double, objective)
     loss = linear_objective(**case, objective=objective, backend=backend)
@@ -349,7 +352,8 @@ def test_logits_in_low_precision_are_an_option(device):
     case = make(device, BRAIN, bias=True)
     double = fp64(case)
     want, want_logps = definition(double, OBJECTIVES["npo"])
-    want_gradients, errors = gradients(want, double), {}
+    want_gradients = gradients(want, double)
+    errors = {}
     for dtype in (FLOAT, BRAIN):
         for chunk_rows in (1000, 7):
             options = dict(logits_dtype=dtype, chunk_bytes=chunk_rows * 192 * 2, return_logps=True, backend="triton")
@@ -477,7 +481,8 @@ def test_fp16_rows_of_a_frozen_head_keep_memorised_tokens(backend, device):
 def test_values_that_do_not_count_do_not_reach_an_objective():
     """0 times -inf is NaN: a label that is masked out of the vocabulary in a forget sequence, and references of retain ones."""
     logps = torch.tensor([[-1.0, -torch.inf], [-2.0, -1.0]])
-    is_forget, ref_logps = torch.tensor([True, False]), torch.tensor([-3.0, torch.nan])
+    is_forget = torch.tensor([True, False])
+    ref_logps = torch.tensor([-3.0, torch.nan])
     batch = TokenBatch.from_labels(torch.zeros(2, 2, dtype=torch.int64), is_forget, ref_logps)
     assert losses.retain_nll(logps, batch) == 1.5
     assert torch.isfinite(losses.NPO()(logps.clamp(min=-5), batch))
@@ -571,7 +576,9 @@ def test_mutant_objectives_do_not_pass(name, old, new, device, tmp_path):
 def check_formulas(module, name, device):
     logps = -torch.rand(4, 6, dtype=torch.float64, device=device)
     labels = torch.zeros(4, 6, dtype=torch.int64, device=device)
-    labels[:, 4:], labels[2], labels[1, 1:] = -100, -100, -100
+    labels[:, 4:] = -100
+    labels[2] = -100
+    labels[1, 1:] = -100
     logps = logps * (labels != -100)
     is_forget = torch.tensor([True, True, True, False], device=device)
     ref = torch.tensor([-1.5, -0.2, 0.0, -9.0], dtype=torch.float64, device=device)
@@ -618,10 +625,13 @@ def test_bad_input_is_named(change, message, backend):
 def test_a_head_is_a_weight_and_a_bias():
     """In one bundle or beside each other: the same numbers, from every op that takes a head."""
     case = make("cpu", bias=True)
-    gnb, kl, statistics = soul_kernels.linear_gnb, soul_kernels.linear_kl, soul_kernels.linear_statistics
+    gnb = soul_kernels.linear_gnb
+    kl = soul_kernels.linear_kl
+    statistics = soul_kernels.linear_statistics
     hidden, weight, labels, bias = (case[name] for name in ("hidden", "weight", "labels", "bias"))
     reference = Reference(hidden.detach() + 0.1, weight.detach(), bias.detach())
-    keep, uniforms = labels != -100, torch.rand(labels.shape)
+    keep = labels != -100
+    uniforms = torch.rand(labels.shape)
     calls = [
         lambda weight, **bias: linear_logprob(hidden, weight, labels, **bias),
         lambda weight, **bias: linear_objective(hidden, weight, labels, losses.GradAscent(), **bias),
@@ -655,7 +665,8 @@ def test_a_wrong_bundle_is_named(bundle, message):
 def test_the_way_of_computing_is_chosen_by_the_device(runs, monkeypatch):
     """Without kernels "auto" sweeps all the same; the definition, which needs memory for all logits, must be asked for."""
     monkeypatch.setattr(backends, "runs_on_cpu", lambda: runs)
-    tensor, kernels = torch.empty(1), runs and backends.has_triton()
+    tensor = torch.empty(1)
+    kernels = runs and backends.has_triton()
     for backend, ours in (("auto", "triton" if kernels else "torch"), ("torch", "torch"), ("reference", "reference")):
         assert backends.resolve_head_backend(backend, tensor) == ours
     if kernels:
@@ -697,7 +708,8 @@ def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
 @pytest.mark.parametrize("dtype, tiles", [(BRAIN, True), (BRAIN, False), (HALF, True), (FLOAT, True)])
 def test_products_of_bf16_go_to_the_tiles_of_a_cpu(dtype, tiles, monkeypatch):
     """All three of a trained head, where there are tiles and the model is bf16; nothing else of the process is rounded."""
-    switch, seen = torch.backends.mkldnn.matmul, []
+    switch = torch.backends.mkldnn.matmul
+    seen = []
     before = switch.fp32_precision
 
     def spied(function):

@@ -77,7 +77,8 @@ def check_sums_in_another_order(device):
 
     Terms of 0.9 2^-24 are lost when they are added to 1 one by one, but not when they are added among themselves before.
     """
-    block, tiny = DRAW_CONFIG["BLOCK"], math.log(0.9 * 2.0**-24)
+    block = DRAW_CONFIG["BLOCK"]
+    tiny = math.log(0.9 * 2.0**-24)
     logits = torch.full((3, 9 * block), -torch.inf, device=device)
     logits[:, 0] = 0.0
     # One in every 128 columns: a sum adds them in a tree, a scan passes them on from warp to warp, and stays at 1 = target.
@@ -118,7 +119,8 @@ def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
 def test_draw_in_place_in_low_precision_and_of_nan(device):
     logits = torch.randn(3, 4200, device=device)
     logits[2, 9] = float("nan")
-    labels, ones = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    ones = torch.ones(3, device=device)
     uniforms = torch.tensor([0.3, 1 - 2**-24, 0.5], device=device)
     drawn, statistics, want = draw(logits, labels, uniforms, ones)
     assert statistics[0].isnan().tolist() == [False, False, True] and drawn[2] == -100

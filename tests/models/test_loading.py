@@ -154,7 +154,9 @@ CODE = {  # how a model could bring code -> what plants it, and what the error n
 @pytest.mark.parametrize("way", CODE)
 def test_code_that_comes_with_a_model_is_never_run(way, saved, tmp_path, monkeypatch):
     """As a model, and as the base that adapters name; the planted module could be imported, and is in the model's directory."""
-    base, adapters, marker = tmp_path / "base", tmp_path / "adapters", tmp_path / "code has run"
+    base = tmp_path / "base"
+    adapters = tmp_path / "adapters"
+    marker = tmp_path / "code has run"
     for directory in (base, adapters):
         shutil.copytree(saved / directory.name, directory)
         (directory / "planted.py").write_text(f"open({str(marker)!r}, 'w')\n\nclass Model: ...\n\ndef generate(model): ...\n")

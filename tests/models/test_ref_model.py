@@ -20,7 +20,8 @@ FAST = dict(batch_size=2, backend="reference")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logps_are_the_sums_of_the_model(backend):
-    model, dataset = tiny_model(), sequences(5)
+    model = tiny_model()
+    dataset = sequences(5)
     got = soul.reference_logps(model, dataset, batch_size=2, backend=backend)
     for sequence, value in zip(dataset, got, strict=True):
         logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
@@ -30,7 +31,8 @@ def test_logps_are_the_sums_of_the_model(backend):
 
 
 def test_hidden_states_are_those_of_the_model():
-    model, dataset = tiny_model().bfloat16(), sequences(5)
+    model = tiny_model().bfloat16()
+    dataset = sequences(5)
     states = soul.reference_hidden(model, dataset, batch_size=2)
     for sequence, hidden in zip(dataset, states.hidden, strict=True):
         labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
@@ -46,7 +48,8 @@ def test_hidden_states_are_those_of_the_model():
 ], ids=lambda objective: type(objective).__name__)  # fmt: skip
 def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
     """Same sequences, same padding: a ratio of exactly 0, a KL of exactly 0. In other company rounding, and nothing more."""
-    model, dataset = tiny_model(), sequences(4)  # 4: sums and means of equal numbers are exact
+    model = tiny_model()
+    dataset = sequences(4)  # 4: sums and means of equal numbers are exact
     weight, _ = causal_lm.head(model)
     parts = ([], dataset) if objective.alpha else (dataset, [])
     terms = []
@@ -77,7 +80,9 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
 
 
 def test_adapters_are_off_and_everything_is_as_before():
-    model, base, dataset = lora_model(), tiny_model("llama, untied"), sequences(3)
+    model = lora_model()
+    base = tiny_model("llama, untied")
+    dataset = sequences(3)
     model.train()
     rng = torch.get_rng_state()
     before = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
@@ -109,7 +114,8 @@ def test_the_head_is_copied_where_it_is_trained():
 @pytest.fixture
 def counted(monkeypatch):
     """How many batches of the data a model has been run on. The tokens that `check_linear_head` tries are no data."""
-    calls, real = [], causal_lm.hidden_states
+    calls = []
+    real = causal_lm.hidden_states
 
     def hidden_states(model, batch):
         if hasattr(batch, "labels"):
@@ -129,7 +135,9 @@ def compute(kind, model, dataset, cache, **options):
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted):
-    tokenizer, dataset, cache = tiny_tokenizer(), sequences(3), tmp_path / "new" / "cache"
+    tokenizer = tiny_tokenizer()
+    dataset = sequences(3)
+    cache = tmp_path / "new" / "cache"
 
     def fresh(change=None):
         model = tiny_model()
@@ -172,7 +180,8 @@ def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_a_cache_file_that_is_not_right_is_computed_again(kind, tmp_path, counted):
-    model, dataset = tiny_model(), sequences(3)
+    model = tiny_model()
+    dataset = sequences(3)
     want = compute(kind, model, dataset, tmp_path)
     (file,) = tmp_path.iterdir()
     good = file.read_bytes()
@@ -192,7 +201,8 @@ def test_a_cache_file_that_is_not_right_is_computed_again(kind, tmp_path, counte
 
 def test_no_bit_of_a_cache_file_is_trusted(tmp_path):
     """Header, key, checksum, data: one flipped bit in any byte, and any truncation, is found."""
-    path, tensor = tmp_path / "file", torch.randn(7)
+    path = tmp_path / "file"
+    tensor = torch.randn(7)
     ref_model._write(path, "logps", "a key", tensor)
     good = path.read_bytes()
     assert torch.equal(ref_model._read(path, "logps", "a key", (7,))[0], tensor)
@@ -209,7 +219,8 @@ def test_no_bit_of_a_cache_file_is_trusted(tmp_path):
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_a_forged_cache_file_of_another_dtype_is_computed_again(kind, dtype, tmp_path):
     """Key, shape and checksum are right: whoever writes a file can compute them."""
-    model, dataset = tiny_model(), sequences(3)
+    model = tiny_model()
+    dataset = sequences(3)
     want = compute(kind, model, dataset, tmp_path)
     (file,) = tmp_path.iterdir()
     shape = (3,) if kind == "logps" else (sum(sequence.n_labels for sequence in dataset), 32)
@@ -233,7 +244,8 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 def test_adapters_do_not_change_the_key(tmp_path, counted):
     """A LoRA run that goes on finds the reference it started from."""
-    model, dataset = lora_model(modules_to_save=["lm_head"]), sequences(2)
+    model = lora_model(modules_to_save=["lm_head"])
+    dataset = sequences(2)
     reference_logps(model, dataset, cache=tmp_path, **FAST)
     for parameter in model.parameters():
         if parameter.requires_grad:

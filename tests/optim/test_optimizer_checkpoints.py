@@ -82,7 +82,8 @@ def test_resume_is_bitwise(dtype, state_dtype, rounding, through, device, tmp_pa
 
 
 def test_checkpoint_of_another_shape_is_refused():
-    a, b = SOUL(make()), SOUL(make(shapes=((4, 5), (7,), ())))
+    a = SOUL(make())
+    b = SOUL(make(shapes=((4, 5), (7,), ())))
     give_gradients(a.param_groups[0]["params"])
     a.step()
     b.param_groups[0]["lr"] = 0.5
@@ -131,7 +132,8 @@ def test_loading_keeps_what_the_checkpoint_does_not_say():
 
 def test_load_hooks_see_and_change_the_checkpoint():
     params = make(dtype=BRAIN)
-    a, b = SOUL(params, lr=1e-3), SOUL(twin(params), lr=1e-3)
+    a = SOUL(params, lr=1e-3)
+    b = SOUL(twin(params), lr=1e-3)
     give_gradients(params)
     a.step()
     seen = []

@@ -112,7 +112,8 @@ def test_capturable_keeps_its_options_on_the_device_and_follows_a_scheduler(devi
 
 def test_capture_refuses_what_replays_would_get_wrong(monkeypatch):
     params = make()
-    plain, capturable = SOUL(params), SOUL(twin(params), capturable=True)
+    plain = SOUL(params)
+    capturable = SOUL(twin(params), capturable=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     give_gradients(params, capturable.param_groups[0]["params"])
@@ -334,7 +335,8 @@ def test_what_a_capture_uses_stays_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     capturing[0] = True
     opt.step()
-    opt.param_groups[0]["lr"], lr = 0.5, opt.param_groups[0]["lr"]
+    lr = opt.param_groups[0]["lr"]
+    opt.param_groups[0]["lr"] = 0.5
     with pytest.raises(ValueError, match="^lr: expected a tensor in a CUDA graph, got 0.5 in group 0"):
         opt.step()
     opt.param_groups[0]["lr"] = lr

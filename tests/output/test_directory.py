@@ -53,7 +53,8 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
     shutil.copy(tmp_path / "forget.jsonl", tmp_path / "moved.jsonl")
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join((tmp_path / "forget.jsonl").read_text().splitlines(True)[:4]))
-    before, same = contents(tmp_path / "out"), ["--save-every", "7", "--keep", "1", "--forget", str(tmp_path / "moved.jsonl")]
+    before = contents(tmp_path / "out")
+    same = ["--save-every", "7", "--keep", "1", "--forget", str(tmp_path / "moved.jsonl")]
     assert main([*argv, *same, "--resume"]) == 0
     assert "this run has ended" in capsys.readouterr().out
     for message, more in (
@@ -78,7 +79,8 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
 
 def test_other_refusals_make_another_run_that_has_ended(place, tmp_path, capsys):
     """Their content decides, not where the file lies."""
-    refusals, moved = tmp_path / "refusals.txt", tmp_path / "moved.txt"
+    refusals = tmp_path / "refusals.txt"
+    moved = tmp_path / "moved.txt"
     refusals.write_text("No.\nI cannot say.\n")
     argv = words(place, tmp_path / "out", "--epochs", "1", "--method", "po", "--resume", "--refusals")
     assert main([*argv, str(refusals)]) == 0
@@ -101,7 +103,8 @@ FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run wri
 ])  # fmt: skip
 def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp_path, capsys):
     """Whoever may write in there must not have the run write anywhere else."""
-    victim, output = tmp_path / "victim", tmp_path / "out"
+    victim = tmp_path / "victim"
+    output = tmp_path / "out"
     victim.mkdir() if name == "checkpoints" else victim.write_text("precious")
     output.mkdir()
     (output / "soul_config.json").write_text("{}")
@@ -118,7 +121,8 @@ def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp
 
 
 def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_path):
-    victim, path = tmp_path / "victim", tmp_path / "log.jsonl"
+    victim = tmp_path / "victim"
+    path = tmp_path / "log.jsonl"
     victim.write_text("precious")
     for link in (path.symlink_to, path.hardlink_to):
         link(victim)
@@ -137,7 +141,9 @@ def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_
 @pytest.mark.parametrize("more", [(), ("--save-every", "1")], ids=["no checkpoints", "checkpoints"])
 def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, place, tmp_path, capsys, monkeypatch):
     """The work of hours is saved; but there is no log, and the command must not say so."""
-    output, real, left = tmp_path / "out", unlearn_module.train_step, [2]
+    output = tmp_path / "out"
+    real = unlearn_module.train_step
+    left = [2]
 
     def train_step(*args):
         left[0] -= 1
@@ -154,7 +160,8 @@ def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, pl
 
 
 def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, capsys, monkeypatch):
-    output, real = tmp_path / "out", unlearn_module.train_step
+    output = tmp_path / "out"
+    real = unlearn_module.train_step
 
     def train_step(*args):
         shutil.rmtree(output)
@@ -174,7 +181,8 @@ def contents(output):
 
 def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
     """The lock is of an open file: whatever ends the process ends it (the killed runs above go on)."""
-    output, argv = place / "locked", words(place, "locked", "--epochs", "1", "--resume")
+    output = place / "locked"
+    argv = words(place, "locked", "--epochs", "1", "--resume")
     with occupy(output):
         (output / "log.jsonl").write_text("of the other run")
         before = contents(output)
@@ -206,7 +214,8 @@ def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
 
 
 def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
-    output, options = place / "said", ("--epochs", "1", "--save-every", "0", "--resume")
+    output = place / "said"
+    options = ("--epochs", "1", "--save-every", "0", "--resume")
     output.mkdir()
     (output / "soul_config.json").write_text("{}")  # of a run that has ended before its first checkpoint
     assert main(words(place, "said", *options, "--lr", "1e-4")) == 0
@@ -247,7 +256,9 @@ def test_a_generation_config_that_transformers_does_not_save_costs_no_model(toke
     """As those with a temperature and without sampling, which it loads."""
     model = tiny_model()
     config = model.generation_config
-    config.do_sample, config.temperature, config.eos_token_id = False, 0.6, 7
+    config.do_sample = False
+    config.temperature = 0.6
+    config.eos_token_id = 7
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="generation_config.json is a default"):

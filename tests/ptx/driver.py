@@ -45,7 +45,9 @@ class _Function:
     """A loaded kernel; its PTX is translated at the first launch, and again where an edit of it is wanted."""
 
     def __init__(self, name: str, ptx: str, shared: int) -> None:
-        self.name, self.ptx, self.shared = name, ptx, shared
+        self.name = name
+        self.ptx = ptx
+        self.shared = shared
         self.kernels: dict[str, Kernel] = {}
 
     def translated(self, threads: int, edit: Callable[[str], str] | None) -> Kernel:
@@ -94,8 +96,11 @@ class Driver:
 
     def __init__(self, target: str = "sm_90", checks: Checks | None = None) -> None:
         self.edit: Callable[[str], str] | None = None
-        self.target, self.checks = GPUTarget("cuda", TARGETS[target], 32), checks or Checks()
-        self.utils, self.record, self.addresses = _Utils(), Record(), AddressBook()
+        self.target = GPUTarget("cuda", TARGETS[target], 32)
+        self.checks = checks or Checks()
+        self.utils = _Utils()
+        self.record = Record()
+        self.addresses = AddressBook()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return what is called for each launch of a compiled kernel."""

@@ -89,7 +89,11 @@ class Batch:
     """
 
     def __init__(self, registers: list[Array], programs: Array, shared: Array, tracker: races.Shared, launch: "Launch") -> None:
-        self.registers, self.programs, self.shared, self.tracker, self.launch = registers, programs, shared, tracker, launch
+        self.registers = registers
+        self.programs = programs
+        self.shared = shared
+        self.tracker = tracker
+        self.launch = launch
 
     def split(self, chosen: Array) -> tuple["Batch", "Batch"]:
         """Return the programs that are ``chosen`` ([programs] bool), and the others."""
@@ -195,7 +199,8 @@ class Kernel:
         if len(operands) != len(kinds) or len(operands) < 1:
             raise Unsupported(f"{len(operands)} operands, expected {len(kinds)}")
         if instruction.opcode.startswith("cvt.") and isinstance(operands[0], Register) and operands[0].kind != kinds[0]:
-            function, kinds = self._from_wider(function, operands[0].kind, kinds[0]), (operands[0].kind,)
+            function = self._from_wider(function, operands[0].kind, kinds[0])
+            kinds = (operands[0].kind,)
         sources = [self._source(operand, kind) for operand, kind in zip(operands, kinds)]
         if not isinstance(target, Register) or target.kind != result:
             raise Unsupported(f"result in {target}, expected {result}")
@@ -213,12 +218,14 @@ class Kernel:
         """Return the step ``target = function(*sources)``, where the guard allows."""
         slot = self.slots[target.name]
         if instruction.guard is not None:
-            guard, negated = self.slots[instruction.guard.name], instruction.negated
+            guard = self.slots[instruction.guard.name]
+            negated = instruction.negated
             select = np.where if target.kind == "pred" else inspect.unwrap(form(f"selp.{target.kind}").function)
 
             def guarded(batch: Batch) -> None:
                 r = batch.registers
-                new, old = function(*[r[source] for source in sources]), r[slot]
+                new = function(*[r[source] for source in sources])
+                old = r[slot]
                 if negated:
                     new, old = old, new
                 r[slot] = select(r[guard], new, old) if select is np.where else select(new, old, r[guard])
@@ -356,7 +363,8 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
     target, source = instruction.operands
     if isinstance(source, Vector):
         sources = [kernel._source(item, f"b{int(kind[1:]) // len(source.items)}") for item in source.items]
-        bits, dtype = int(kind[1:]) // len(sources), DTYPES[kind]
+        bits = int(kind[1:]) // len(sources)
+        dtype = DTYPES[kind]
 
         def pack(*parts: Array) -> Array:
             packed = parts[0].astype(dtype)
@@ -369,7 +377,8 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
     if not isinstance(target, Vector):
         return kernel._assign(instruction, target, lambda value: value, [slot])
     bits = int(kind[1:]) // len(target.items)
-    part_type, dtype = DTYPES[f"b{bits}"], DTYPES[kind]
+    part_type = DTYPES[f"b{bits}"]
+    dtype = DTYPES[kind]
 
     def part(place: int) -> Callable[..., Array]:
         shift = dtype(bits * place)
@@ -473,7 +482,9 @@ class _Address:
 
     def __init__(self, kernel: Kernel, instruction: Instruction, operand: Operand, space: str, size: int) -> None:
         assert isinstance(operand, Address)
-        self.instruction, self.size, self.space = instruction, size, space
+        self.instruction = instruction
+        self.size = size
+        self.space = space
         base = operand.base
         if isinstance(base, str):
             base = Symbol(base)
@@ -491,7 +502,9 @@ class _Address:
         r = batch.registers
         addresses = r[self.slot]
         addresses = addresses.astype(np.int64) + self.offset if self.offset else addresses.astype(np.int64, copy=False)
-        n, mask, width = len(batch.programs), None, self.threads
+        n = len(batch.programs)
+        mask = None
+        width = self.threads
         if self.guard is not None:
             mask = ~r[self.guard] if self.instruction.negated else r[self.guard]
             if mask.all():
@@ -518,7 +531,8 @@ class _Address:
 
     def check(self, batch: Batch, lanes: _Lanes) -> None:
         """Check alignment and bounds of the active lanes."""
-        size, addresses = self.size, lanes.addresses
+        size = self.size
+        addresses = lanes.addresses
         if size > 1 and int(np.bitwise_or.reduce(addresses)) & (size - 1):
             lane = int((addresses & (size - 1)).astype(bool).argmax())
             owner = batch.launch.memory.owner(int(addresses[lane])) if self.space == "global" else "shared memory"
@@ -558,7 +572,8 @@ class _Address:
 
     def _count(self, batch: Batch, lanes: _Lanes, writes: bool) -> None:
         """Add the bytes of an access to global memory to the counts, as `Counts` defines them."""
-        counts, addresses = batch.launch.counts, lanes.addresses
+        counts = batch.launch.counts
+        addresses = lanes.addresses
         if writes:
             counts.stored[self.size] += self.size * len(addresses)
         elif not self.uniform(batch):
@@ -652,7 +667,8 @@ def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
         raise Unsupported(f"form {instruction.opcode}")
     target, source = instruction.operands
     slots = [kernel.slots[item.name] for item in (target.items if isinstance(target, Vector) else (target,))]
-    where, thread = _Address(kernel, instruction, source, "shared", 16), np.arange(kernel.threads)
+    where = _Address(kernel, instruction, source, "shared", 16)
+    thread = np.arange(kernel.threads)
 
     def step(batch: Batch) -> None:
         given = np.broadcast_to(thread % WARP < 8 * count, (len(batch.programs), kernel.threads))  # others' are not used
@@ -682,7 +698,8 @@ def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
     ):
         raise Unsupported(f"form {instruction.opcode}")
     numbers = [_constant(operand) for operand in operands[1:]]
-    mode, (lane, clamp, members) = modifiers[1], numbers
+    mode = modifiers[1]
+    lane, clamp, members = numbers
     if members not in (-1, 0xFFFFFFFF) or clamp != (0 if mode == "up" else 31):
         raise Unsupported("shuffles of a part of a warp")
     lanes = np.arange(WARP)
@@ -765,7 +782,8 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
         raise Unsupported(f"form {instruction.opcode}")
     target, address, source = instruction.operands
     where = _Address(kernel, instruction, address, "global", 8)
-    slot, value_slot = kernel.slots[target.name], kernel._source(source, "b64")
+    slot = kernel.slots[target.name]
+    value_slot = kernel._source(source, "b64")
     add = form("add.rn.f64").function
 
     def step(batch: Batch) -> None:

@@ -103,11 +103,13 @@ def parse(ptx: str) -> Program:
         Unsupported: an unknown directive or operand, with its line.
     """
     files = {number: "/".join(filter(None, parts)) for number, *parts in FILE.findall(ptx)}
-    name, parameters = "", {}
+    name = ""
+    parameters = {}
     registers: dict[str, Register] = {}
     blocks: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
-    source, header = "?", True
+    source = "?"
+    header = True
     for number, text in enumerate(ptx.splitlines(), 1):
         text = re.sub(r"//.*", "", text).strip()
         if text.startswith(".section"):  # debug information, to the end
@@ -143,9 +145,13 @@ def parse(ptx: str) -> Program:
 
 
 def _instruction(text: str, line: int, source: str, registers: dict[str, Register]) -> Instruction:
-    rest, guard, negated = text, None, False
+    rest = text
+    guard = None
+    negated = False
     if found := GUARD.match(text):
-        guard, negated, rest = registers[found[2]], found[1] == "!", text[found.end() :]
+        guard = registers[found[2]]
+        negated = found[1] == "!"
+        rest = text[found.end() :]
     opcode, _, arguments = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
     parts = (part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments))
     try:

@@ -25,7 +25,9 @@ class Shared:
     """
 
     def __init__(self, programs: int, n_bytes: int, granule: int) -> None:
-        self.granule, self.epoch, self.warp_epoch = granule, 0, 0
+        self.granule = granule
+        self.epoch = 0
+        self.warp_epoch = 0
         words = n_bytes // granule
         # Axis 0: epoch, epoch of the warp, thread, warp; of the last store and the last load.
         self.stores = np.full((4, programs, words), NEVER, np.int32)
@@ -34,8 +36,11 @@ class Shared:
     def part(self, chosen: Array) -> "Shared":
         """Return the tracker of some of the programs."""
         part = Shared.__new__(Shared)
-        part.granule, part.epoch, part.warp_epoch = self.granule, self.epoch, self.warp_epoch
-        part.stores, part.loads = self.stores[:, chosen], self.loads[:, chosen]
+        part.granule = self.granule
+        part.epoch = self.epoch
+        part.warp_epoch = self.warp_epoch
+        part.stores = self.stores[:, chosen]
+        part.loads = self.loads[:, chosen]
         return part
 
     def barrier(self) -> None:

@@ -56,7 +56,8 @@ def run(body, *, words=None, n_out=None, threads=32, programs=1, shared=1024, nu
     n = threads * programs
     given = torch.arange(n, dtype=torch.int32) if words is None else torch.as_tensor(words).to(torch.int64).to(torch.int32)
     out = torch.full((n_out or n,), -1, dtype=torch.int32)
-    kernel, counts = Kernel(HEADER + body + FOOTER, threads, shared), Counts()
+    kernel = Kernel(HEADER + body + FOOTER, threads, shared)
+    counts = Counts()
     space = GlobalMemory([("in_ptr", given), ("out_ptr", out)], list, strict=True)
     arguments = [np.array([[value & (2**64 - 1)]], np.uint64) for value in (given.data_ptr(), out.data_ptr(), number)]
     kernel.run((programs, 1, 1), arguments, space, checks or Checks(races=True), counts)

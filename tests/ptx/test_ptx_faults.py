@@ -73,7 +73,8 @@ def draw(draw_labels=draw_labels, dtype=torch.float32):
     results = []
     for n_vocab in (V, 2 * 4096):
         logits = torch.randn(6, n_vocab)
-        labels, statistics = torch.zeros(6, dtype=torch.int64), torch.zeros(4, 6)
+        labels = torch.zeros(6, dtype=torch.int64)
+        statistics = torch.zeros(4, 6)
         likeliest_statistics(logits, labels, statistics)
         statistics[2, 4:] *= 1 + 1e-4
         uniforms = torch.tensor([0.1, 0.6, 0.9, 0.99, 1 - 2**-24, 1 - 2**-24])
@@ -176,7 +177,8 @@ def test_a_barrier_that_was_removed_from_a_compiled_kernel(name, card):
     call = CALLS[name]
     want = tensors(call())
     for kernel in kernels_of(call, card):
-        number, removed = 0, [True]
+        number = 0
+        removed = [True]
         while removed:
             card.edit, removed = without_barrier(kernel, number)
             try:

@@ -144,7 +144,8 @@ def _run_rows(variant: Any, kernel: Kernel, n_vocab: int, *, ignored: bool) -> R
     def statistics_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log p(label), maximum, sum, 1 - p(label or likeliest), and room for three more."""
         logits = logits.float()
-        highest, total = logits.amax(1), (logits - logits.amax(1, keepdim=True)).exp().sum(1)
+        highest = logits.amax(1)
+        total = (logits - logits.amax(1, keepdim=True)).exp().sum(1)
         logp = logits.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
         rest = 1 - 1 / total if "uniforms_ptr" in variant.signature else -torch.expm1(logp)
         return torch.cat([torch.stack([logp, highest, total, rest]), torch.zeros(3, ROWS)])

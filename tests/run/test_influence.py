@@ -48,7 +48,8 @@ def fitted(x, y):
 
 def problem(seed):
     x, y = logistic(seed)
-    theta, retrained = fitted(x, y), fitted(x[N_FORGET:], y[N_FORGET:])
+    theta = fitted(x, y)
+    retrained = fitted(x[N_FORGET:], y[N_FORGET:])
     gradient, _ = derivatives(theta, x[:N_FORGET], y[:N_FORGET])
     _, hessian = derivatives(theta, x[N_FORGET:], y[N_FORGET:])
     samples = [derivatives(theta, x[i : i + 1], y[i : i + 1])[0] - RIDGE * theta for i in range(N_FORGET, len(x))]
@@ -67,8 +68,10 @@ def ascended(theta, gradient, length):
 def check_quadratic(module=influence):
     """``0.5 a (theta - x_i)^2``: the Hessian is diagonal, so one update lands on the retrained minimum, the mean of what is
     left, but for the damping."""
-    x, a = torch.randn(10, 7, dtype=DTYPE), torch.linspace(0.1, 5.0, 7, dtype=DTYPE)
-    theta, retrained = x.mean(0), x[3:].mean(0)
+    x = torch.randn(10, 7, dtype=DTYPE)
+    a = torch.linspace(0.1, 5.0, 7, dtype=DTYPE)
+    theta = x.mean(0)
+    retrained = x[3:].mean(0)
     gradient = a * (theta - x[:3].mean(0))
     (moved,) = module.influence_update([theta], [gradient], [a], damping=1e-9, step=3 / 7)
     assert relative_error(moved, retrained) < 1e-6
@@ -147,7 +150,10 @@ def test_mutants_are_caught(check, old, new, tmp_path):
 def test_sophias_step_without_momentum_is_the_update():
     """SOUL iterates it: the same clip, as a learning rate."""
     p, g, h = (torch.randn(300, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    h, step, clip, damping = h.square(), 0.3, 0.02, 0.5
+    h = h.square()
+    step = 0.3
+    clip = 0.02
+    damping = 0.5
     (expected,) = influence_update([p], [g], [h], damping=damping, step=step, clip=clip)
     changed = p.clone()
     zeros = torch.zeros_like(p)
@@ -173,7 +179,9 @@ def test_unlearn_once_is_the_formula(curvature):
     """By the kernels, with a ragged last batch; every trainable parameter, in place, and no gradient is left behind."""
     model = tiny_model("llama, untied").train()
     model.model.embed_tokens.weight.requires_grad_(False)
-    forget, retain, damping = sequences(3), sequences(5), 0.05
+    forget = sequences(3)
+    retain = sequences(5)
+    damping = 0.05
     params = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().double() for p in params]
     frozen = model.model.embed_tokens.weight.clone()
@@ -206,7 +214,8 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     model = tiny_model("llama, untied").requires_grad_(False)
     weight = model.lm_head.weight.requires_grad_(True)
     data = sequences(120, vocab_size=10)
-    forget, retain = data[:12], data[12:]
+    forget = data[:12]
+    retain = data[12:]
     features = []
     for part in (forget, retain, data):
         batch = collate(part, [])
@@ -284,7 +293,8 @@ def test_errors_say_what_to_do():
     fisher.add(p)
     with pytest.raises(ValueError, match="one more"):
         fisher.add(p)
-    model, some = tiny_model(), sequences(2)
+    model = tiny_model()
+    some = sequences(2)
     before = copy.deepcopy(model.state_dict())
     for options, message in (
         (dict(forget=[]), "forget"),

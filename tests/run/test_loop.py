@@ -85,7 +85,8 @@ def test_seed_decides_everything(tokenizer):
 
 def test_gradients_are_dropped_before_the_next_forward_and_at_the_end(tokenizer, monkeypatch):
     """Two gradients of a large model at a time would not fit where one does."""
-    held, real = [], step_module.hidden_states
+    held = []
+    real = step_module.hidden_states
 
     def spy(model, batch):
         held.append(sum(p.grad is not None for p in model.parameters()))
@@ -114,7 +115,8 @@ def test_a_weight_that_is_not_finite_is_named_before_the_run(tokenizer):
     for make, name in ((tiny_model, "model.layers.1.mlp.up_proj.weight"),
                        (lora_model, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")):  # fmt: skip
         for value in (float("nan"), float("inf"), float("-inf")):
-            model, log = make(), io.StringIO()
+            model = make()
+            log = io.StringIO()
             with torch.no_grad():
                 model.get_parameter(name)[3, 2] = value
             for start in (
@@ -209,7 +211,8 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
 
 def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
     """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
-    seen, real = [], feed.collate
+    seen = []
+    real = feed.collate
 
     def spy(forget, retain, **options):
         seen.append(forget)
@@ -299,7 +302,8 @@ class Counted(RecordedObjective):
 ], ids=["DPO", "CEU", "NPO"])  # fmt: skip
 def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
     """22 rows in chunks of 14: two evaluations, or one after two chunks where no sum will do. Every term is there once."""
-    model, data = tiny_model(), sequences(6)
+    model = tiny_model()
+    data = sequences(6)
     weight = model.lm_head.weight.detach()
     batch = collate(data[:4], data[4:], ref_logps=[-30.0] * 4, ref_hidden=list(_states(model, data)))
     hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
@@ -404,7 +408,8 @@ def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, mo
 def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
     results = []
     for checkpointing in (False, True):
-        model, calls = make(), []
+        model = make()
+        calls = []
         for name, module in model.named_modules():
             if name.endswith(".mlp"):
                 module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -431,7 +436,8 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
     """
     first = []
     for sizes in (dict(batch_size=2), dict(batch_size=1, accumulate=2)):
-        seen, real = [], soul.SophiaG.update_hessian
+        seen = []
+        real = soul.SophiaG.update_hessian
 
         def spy(optimizer, seen=seen, real=real, **options):
             seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
@@ -445,7 +451,8 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
         first.append(seen[0])
         monkeypatch.undo()
     _, _, kept = next(Order(5, 4, 2, 2, 0))
-    model, config = tiny_model(), UnlearnConfig(**FAST)
+    model = tiny_model()
+    config = UnlearnConfig(**FAST)
     _, retain = prepare(model, tokenizer, examples(5), examples(9)[5:], config)
     batch = collate([], [retain[i] for i in kept])
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -478,7 +485,8 @@ def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
     assert probabilities[30] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
     assert json.loads(log.splitlines()[2])["retain_prob"] == records[2]["retain_prob"]
 
-    aim, limit = 15, probabilities[15]  # at the limit is enough
+    aim = 15
+    limit = probabilities[15]  # at the limit is enough
     assert limit < min(probabilities[step] for step in (3, 6, 9, 12))
     _, stopped, log, _ = run(tokenizer, **options, eval_every=3, stop_forget_prob=limit)
     assert len(stopped) == aim and [r["loss"] for r in stopped] == [r["loss"] for r in want[:aim]]
@@ -513,7 +521,8 @@ def test_a_ratio_of_the_whole_batch_takes_no_micro_batches(tokenizer):
 
 def test_schedule_warms_up_and_decays():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler, lrs = build_scheduler(optimizer, 10, 0.2), []
+    scheduler = build_scheduler(optimizer, 10, 0.2)
+    lrs = []
     for _ in range(10):
         lrs.append(scheduler.get_last_lr()[0])
         optimizer.step()

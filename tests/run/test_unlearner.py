@@ -73,7 +73,9 @@ def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, place, t
     out = tmp_path / "out"
     assert main(words(place, out, "--dtype=float32", "--method=npo", model=tmp_path / "model")) == 0
     said = capsys.readouterr().out
-    model, (before, now) = AutoModelForCausalLM.from_pretrained(out), (tiny_model(family), logits(tiny_model(family)))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    before = tiny_model(family)
+    now = logits(tiny_model(family))
     assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in before.named_parameters()}
     assert not torch.equal(logits(model), now)
     (answers,) = [Unlearner(model, place / "forget.jsonl", config=UnlearnConfig(method="ga", backend="reference"),
@@ -133,7 +135,9 @@ def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, tiles, place, t
 
 
 def test_the_dtype_of_parameters_goes_by_optimizer_and_device(monkeypatch):
-    soul, adamw, influence = UnlearnConfig(), UnlearnConfig(optimizer="adamw"), UnlearnConfig(method="influence")
+    soul = UnlearnConfig()
+    adamw = UnlearnConfig(optimizer="adamw")
+    influence = UnlearnConfig(method="influence")
     for tiles in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
         for device_type in ("cpu", "cuda"):
@@ -196,7 +200,8 @@ def run(tokenizer, n=5, **options):
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
-    held, real = [], StepGroups.collect
+    held = []
+    real = StepGroups.collect
 
     def spy(step_groups, *args):
         held.append(sum(p.grad is not None for p in step_groups._optimizer.param_groups[0]["params"]))
@@ -234,7 +239,8 @@ def test_schedules():
     results = {}
     for schedule in ("linear", "cosine", "constant"):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-        scheduler, results[schedule] = build_scheduler(optimizer, 10, 0.2, schedule), []
+        scheduler = build_scheduler(optimizer, 10, 0.2, schedule)
+        results[schedule] = []
         for _ in range(10):
             results[schedule].append(scheduler.get_last_lr()[0])
             optimizer.step(), scheduler.step()
@@ -247,7 +253,8 @@ def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
     """Without inductor, which needs a compiler: what is compiled is the same, and so is what comes after."""
     monkeypatch.setattr(causal_lm, "COMPILE", dict(backend="aot_eager"))
     torch._dynamo.reset()
-    compiled, calls = causal_lm.compiled, []
+    compiled = causal_lm.compiled
+    calls = []
 
     def spy(model):
         calls.append(model)
@@ -267,7 +274,8 @@ class Padded(GraphedStep):
     """The steps of a `GraphedStep`, padded, and none of them captured: for machines without a GPU."""
 
     def __init__(self, step, device):
-        self._step, self.shapes = step, set()
+        self._step = step
+        self.shapes = set()
 
     def __call__(self, batch):
         batch = pad(batch, tokens=8, rows=16)
@@ -305,7 +313,8 @@ def check_padding(module):
         torch.equal(wide.token_indices[: len(kept)], kept)
         and (wide.labels.flatten()[wide.token_indices[len(kept) :]] == -100).all()
     )
-    weight, hidden = torch.randn(300, 8, requires_grad=True), torch.randn(5, 16, 8)
+    weight = torch.randn(300, 8, requires_grad=True)
+    hidden = torch.randn(5, 16, 8)
     loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget,
                             ref_logps=wide.ref_logps, options=LinearOptions(wide.token_indices, backend="triton"))  # fmt: skip
     plain = linear_objective(hidden[:, :length], weight, batch.labels, soul.losses.NPO(), is_forget=batch.is_forget,
@@ -330,12 +339,15 @@ def test_wrong_padding_is_noticed(old, new, tmp_path):
 @pytest.mark.parametrize("limit", [1.0, math.inf])  # inf: the step does without the norm, which is logged all the same
 def test_a_step_makes_no_table_that_the_one_before_has_made(limit, monkeypatch):
     """A graph is captured after one eager step, and nothing can be allocated on the host then."""
-    made, real = [], TensorTable.rebuild
+    made = []
+    real = TensorTable.rebuild
     monkeypatch.setattr(
         TensorTable, "rebuild", lambda table, *args, **options: made.append(table) or real(table, *args, **options)
     )
-    model, config = tiny_model().train(), UnlearnConfig(method="graddiff", max_grad_norm=limit)
-    optimizer, batch = build_optimizer(model, config), collate(sequences(2), sequences(4)[2:])
+    model = tiny_model().train()
+    config = UnlearnConfig(method="graddiff", max_grad_norm=limit)
+    optimizer = build_optimizer(model, config)
+    batch = collate(sequences(2), sequences(4)[2:])
     norms = []
     for _ in range(2):
         made.clear()

@@ -44,7 +44,8 @@ def command(argv, errors=None, die_at_fsync=None):
     if errors is not None:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if die_at_fsync is not None:
-        left, real = [die_at_fsync], os.fsync
+        left = [die_at_fsync]
+        real = os.fsync
 
         def fsync(descriptor):
             left[0] -= 1
