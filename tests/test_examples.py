@@ -48,8 +48,8 @@ def test_own_loop_unlearns(inputs, tmp_path, monkeypatch, capsys):
     assert any(not torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
     # The loss of the last batch is that of the model's own logits.
     model, ids, labels = (names[name] for name in ("model", "ids", "labels"))
-    batch = {name: {"input_ids": ids[part], "labels": labels[part], "attention_mask": names["mask"][part]}
-             for name, part in (("forget", slice(4)), ("retain", slice(4, None)))}  # fmt: skip
+    batch = {name: {"input_ids": ids[rows], "labels": labels[rows], "attention_mask": names["mask"][rows]}
+             for name, rows in (("forget", slice(4)), ("retain", slice(4, None)))}  # fmt: skip
     hidden = names["body"](input_ids=ids, attention_mask=names["mask"]).last_hidden_state
     loss = names["linear_objective"](
         hidden[:, :-1], names["head"].weight, labels[:, 1:], names["objective"], is_forget=names["is_forget"]
@@ -71,7 +71,7 @@ def test_the_loop_of_the_readme():
     model = tiny_model()
     before = [parameter.clone() for parameter in model.parameters()]
     ids = torch.randint(2, 300, (4, 7))
-    part = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-    names = {"model": model, "batches": [{"forget": part, "retain": part}]}
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    names = {"model": model, "batches": [{"forget": batch, "retain": batch}]}
     exec(code, names)
     assert names["loss"].isfinite() and any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))

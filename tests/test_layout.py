@@ -215,8 +215,8 @@ def test_import_leaves_the_compiler_where_it_is():
     """torch.compile's front end takes longer to import than torch itself, and torch imports it when it is first used."""
     code = "import torch, sys; before = {*sys.modules}; import soul; print(*sorted({*sys.modules} - before))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    found = result.stdout.split()
-    assert "soul.run.loop" in found and not [m for m in found if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
+    modules = result.stdout.split()
+    assert "soul.run.loop" in modules and not [m for m in modules if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
 
 
 def test_an_old_torch_or_triton_is_named_before_anything_fails():

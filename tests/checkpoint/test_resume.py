@@ -27,13 +27,13 @@ from tests.support.runs import (
     ended,
     lines,
     log_of,
-    make_place,
     numbers,
     run,
     same,
     unlearn_module,
     weights,
     words,
+    write_model_and_data,
 )
 
 
@@ -43,8 +43,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    return make_place(tmp_path_factory.mktemp("resume"), tokenizer)
+def folder(tmp_path_factory, tokenizer):
+    return write_model_and_data(tmp_path_factory.mktemp("resume"), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +72,20 @@ def wait_until(condition, process):
     raise TimeoutError
 
 
-def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, processes):
+def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(folder, processes):
     """SIGKILL 4 times between steps, and at 4 stages of writing a checkpoint; NPO, so that there is a reference that must stay
     the one of the model before unlearning. Dropout: the random generators go on too.
     """
     options = ("--method", "npo", "--epochs", "20", "--save-every", "4")  # 60 steps
-    whole = place / "whole"
-    assert ended(start(processes, words(place, "whole", *options))) == 0
+    whole = folder / "whole"
+    assert ended(start(processes, words(folder, "whole", *options))) == 0
     assert not (whole / "checkpoints").exists()
 
-    broken = place / "broken"
+    broken = folder / "broken"
     draw = random.Random(0)
     kills = 0
-    seen = []
-    argv = words(place, "broken", *options, "--resume")  # from the start, where there is nothing yet
+    temporary = []
+    argv = words(folder, "broken", *options, "--resume")  # from the start, where there is nothing yet
     for target in (draw.randrange(1, 4), *sorted(draw.sample(range(5, 45), 3))):
         process = start(processes, argv)
         assert wait_until(lambda target=target: len(lines(broken / "log.jsonl")) >= target, process)
@@ -96,29 +96,29 @@ def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, process
         before = Checkpoints(broken / "checkpoints").steps()
         assert ended(start(processes, argv, None, stage)) == -signal.SIGKILL
         after = Checkpoints(broken / "checkpoints").steps()
-        seen.append(len(list((broken / "checkpoints").glob(".*.tmp"))))
+        temporary.append(len(list((broken / "checkpoints").glob(".*.tmp"))))
         assert after[0] == before[0] + (4 if stage == 5 else 0)
         kills += 1
-    assert kills == 8 and seen == [1, 1, 1, 0]  # half-written ones are there, under another name
+    assert kills == 8 and temporary == [1, 1, 1, 0]  # half-written ones are there, under another name
     assert ended(start(processes, argv)) == 0
     assert weights(broken) == weights(whole) and log_of(broken) == log_of(whole) and len(log_of(whole)) == 60
     assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_sigterm_ends_the_step_saves_and_says_so(place, processes):
+def test_sigterm_ends_the_step_saves_and_says_so(folder, processes):
     options = ("--epochs", "20", "--save-every", "0", "--optimizer", "adamw")
-    assert ended(start(processes, words(place, "whole_term", *options))) == 0
-    output = place / "term"
-    errors = place / "term.err"
-    process = start(processes, words(place, "term", *options), str(errors))
+    assert ended(start(processes, words(folder, "whole_term", *options))) == 0
+    output = folder / "term"
+    errors = folder / "term.err"
+    process = start(processes, words(folder, "term", *options), str(errors))
     assert wait_until(lambda: len(lines(output / "log.jsonl")) >= 3, process)
     process.terminate()
     assert ended(process) == 143
     (step,) = Checkpoints(output / "checkpoints").steps()
     assert 3 <= step < 60 and step == len(lines(output / "log.jsonl"))
     assert f"soul unlearn: stopped after step {step} of 60; with --resume it goes on after step {step}" in errors.read_text()
-    assert ended(start(processes, words(place, "term", *options, "--resume"))) == 0
-    assert weights(output) == weights(place / "whole_term") and log_of(output) == log_of(place / "whole_term")
+    assert ended(start(processes, words(folder, "term", *options, "--resume"))) == 0
+    assert weights(output) == weights(folder / "whole_term") and log_of(output) == log_of(folder / "whole_term")
 
 
 def test_a_run_that_a_criterion_has_ended_does_not_go_on(tokenizer, tmp_path):
@@ -288,14 +288,19 @@ def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeyp
 @pytest.mark.parametrize("more, minutes", [
     ((), 10.0), (("--save-minutes=0",), 0.0), (("--save-every=0",), 0.0), (("--save-every=0", "--save-minutes=2.5"), 2.5),
 ])  # fmt: skip
-def test_the_command_saves_every_10_minutes(more, minutes, place, tmp_path, monkeypatch):
+def test_the_command_saves_every_10_minutes(more, minutes, folder, tmp_path, monkeypatch):
     """But for a run that asks for no checkpoints."""
-    seen = []
+    intervals = []
     real = Checkpoints.__init__
-    monkeypatch.setattr(Checkpoints, "__init__", lambda self, *a, **o: seen.append(o.get("minutes")) or real(self, *a, **o))
+
+    def init(checkpoints, *args, **options):
+        intervals.append(options.get("minutes"))
+        real(checkpoints, *args, **options)
+
+    monkeypatch.setattr(Checkpoints, "__init__", init)
     monkeypatch.setattr("soul.run.unlearner.unlearn", lambda *args, log, **options: log.touch() or [{}])
-    assert main(words(place, tmp_path / "out", "--epochs", "1", *more)) == 0
-    assert set(seen) == {minutes}
+    assert main(words(folder, tmp_path / "out", "--epochs", "1", *more)) == 0
+    assert set(intervals) == {minutes}
 
 
 def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):

@@ -40,8 +40,8 @@ class UnlearnTrainer(SOULTrainerMixin, transformers.Trainer):
 
 def of_torchrun(rank):
     """The variables that torchrun sets."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+    os.environ.update({name: str(value) for name, value in environment.items()})
 
 
 def whole(model):

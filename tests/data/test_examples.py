@@ -223,10 +223,10 @@ def test_real_tofu():
     from soul.study.data import tofu_data
 
     data = tofu_data(TOFU, StudyConfig(forget_authors=4, retain_authors=36, rows_per_author=10))
-    assert [len(part) for part in (data.forget, data.retain, data.holdout)] == [40, 360, 40]
+    assert [len(rows) for rows in (data.forget, data.retain, data.holdout)] == [40, 360, 40]
     assert data.forget[0].prompt.startswith("Question: ")
     assert not set(data.retain) & {*data.forget, *data.holdout} and len(data.retain_questions) == 200
     whole = tofu_data(TOFU, PRESETS["tofu"])  # 20 authors of retain90 are held out
-    assert [len(part) for part in (whole.forget, whole.retain, whole.holdout)] == [400, 3200, 400]
+    assert [len(rows) for rows in (whole.forget, whole.retain, whole.holdout)] == [400, 3200, 400]
     with pytest.raises(ValueError, match="retain_authors: expected 181 authors in the file, got 180"):
         tofu_data(TOFU, StudyConfig(forget_authors=20, retain_authors=161))

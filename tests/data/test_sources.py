@@ -257,13 +257,13 @@ def test_no_row_vanishes(tmp_path):
     assert (counts.rows, counts.blank, counts.no_room, counts.truncated, counts.split) == (5, 1, 0, 0, 2)
     assert len(run._answers) == 2 + counts.pieces and counts.pieces > 20
     run.run(tmp_path / "out", progress=False)
-    left = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert left["forget"].pop("content") == sources.digest([(None, row) for row in rows if row["text"].strip()])
-    assert left["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
+    written = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert written["forget"].pop("content") == sources.digest([(None, row) for row in rows if row["text"].strip()])
+    assert written["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
     whole = encode(examples(2), tiny_tokenizer(), vocab_size=300)
     long = [(len(s.input_ids), s.prompt_length) for s in whole]
-    assert left["retain"]["no_room"] == sum(prompt >= 16 for _, prompt in long) == 1
-    assert left["retain"]["truncated"] == sum(length > 16 > prompt for length, prompt in long) == 1
+    assert written["retain"]["no_room"] == sum(prompt >= 16 for _, prompt in long) == 1
+    assert written["retain"]["truncated"] == sum(length > 16 > prompt for length, prompt in long) == 1
     cut = unlearner([*rows[:2], rows[3]], long_texts="truncate")
     assert cut.counts["forget"] == Counts(rows=3, truncated=2) and len(cut._answers) == 3
     asked = [{"question": "Who? " * n, "answer": "Me."} for n in (0, 9)]

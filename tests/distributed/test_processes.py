@@ -80,14 +80,14 @@ def batch(index, dtype=torch.float32):
     return torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 1, generator=generator).to(dtype)
 
 
-def backward(net, index, part=slice(None)):
-    x, y = (t[part] for t in batch(index, next(net.parameters()).dtype))
+def backward(net, index, rows=slice(None)):
+    x, y = (t[rows] for t in batch(index, next(net.parameters()).dtype))
     torch.nn.functional.mse_loss(net(x), y).backward()
 
 
-def train(net, opt, indices, part=slice(None)):
+def train(net, opt, indices, rows=slice(None)):
     for index in indices:
-        backward(net, index, part)
+        backward(net, index, rows)
         if type(opt) is SophiaG:
             opt.update_hessian()
         opt.step()
@@ -124,11 +124,11 @@ def differing(a, b, rtol=0.0, atol=0.0):
 
 def ddp_worker(folder, cases):
     results = []
-    part = slice(dist.get_rank(), None, 2)
+    rows = slice(dist.get_rank(), None, 2)
     for dtype, options in cases:
         net = torch.nn.parallel.DistributedDataParallel(make_net(dtype))
         opt = SOUL(net.parameters(), lr=0.01, **options)
-        train(net, opt, range(3), part)
+        train(net, opt, range(3), rows)
         results.append(outcome(net, opt))
     return results
 

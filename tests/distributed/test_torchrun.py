@@ -326,39 +326,39 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def command_folder(tmp_path_factory):
     """Model and data for the command: those of the worker."""
-    place = tmp_path_factory.mktemp("command")
-    tiny_model("llama, tied").save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+    command_folder = tmp_path_factory.mktemp("command")
+    tiny_model("llama, tied").save_pretrained(command_folder / "model")
+    tiny_tokenizer().save_pretrained(command_folder / "model")
     rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(12)]
-    (place / "forget.jsonl").write_text("".join(rows[:5]))
-    (place / "retain.jsonl").write_text("".join(rows[5:]))
-    return place
+    (command_folder / "forget.jsonl").write_text("".join(rows[:5]))
+    (command_folder / "retain.jsonl").write_text("".join(rows[5:]))
+    return command_folder
 
 
-def words(place, output, *more):
+def words(command_folder, output, *more):
     names = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
-    paths = [word for name, value in names.items() for word in (f"--{name}", place / value)]
+    paths = [word for name, value in names.items() for word in (f"--{name}", command_folder / value)]
     how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
     return ["soul", "unlearn", *paths, *how.split(), *more]
 
 
-def test_the_command_ends_with_status_2_in_every_process_that_differs(place):
+def test_the_command_ends_with_status_2_in_every_process_that_differs(command_folder):
     """As on two machines, where somebody has typed another number."""
     port = free_port()
     processes = []
     for rank, epochs in enumerate(("1", "2")):
         variables = dict(zip(TORCHRUN, (str(rank), str(rank), "2", "127.0.0.1", str(port))))
         environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", *map(str, words(place, "odd", "--epochs", epochs))]
+        command = [sys.executable, "-m", *map(str, words(command_folder, "odd", "--epochs", epochs))]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     for process in processes:
         status, _, errors = ended(process)
         assert status == 2, errors
         assert "soul unlearn: epochs: expected the same in all 2 processes, got 1 in process 0, 2 in process 1; " in errors
-    assert not (place / "odd").exists()
+    assert not (command_folder / "odd").exists()
 
 
 THREADS_AT_THE_END = """
@@ -396,23 +396,23 @@ def children(pid):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(results, place):
+def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(results, command_folder):
     """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
-    process = torchrun(*words(place, "broken", "--resume"))  # from the start, where there is nothing yet
+    process = torchrun(*words(command_folder, "broken", "--resume"))  # from the start, where there is nothing yet
     until = time.monotonic() + TIMEOUT
-    while len(lines(place / "broken" / "log.jsonl")) < 10:
+    while len(lines(command_folder / "broken" / "log.jsonl")) < 10:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     status, _, errors = ended(process)
     assert status == 1 and "SIGKILL" in errors
-    assert not (place / "broken" / "model.safetensors").exists()
-    shutil.copytree(place / "broken", place / "three")
+    assert not (command_folder / "broken" / "model.safetensors").exists()
+    shutil.copytree(command_folder / "broken", command_folder / "three")
 
-    two = torchrun(*words(place, "broken", "--resume"))
-    three = torchrun(*words(place, "three", "--resume"), processes=3)
+    two = torchrun(*words(command_folder, "broken", "--resume"))
+    three = torchrun(*words(command_folder, "three", "--resume"), processes=3)
     whole = results["as the command"][0]
-    for process, output, tolerance in ((two, place / "broken", 0.0), (three, place / "three", 1e-5)):
+    for process, output, tolerance in ((two, command_folder / "broken", 0.0), (three, command_folder / "three", 1e-5)):
         status, out, errors = ended(process)
         assert status == 0, errors
         assert out.count("probability of a forget answer") == 1  # one process speaks
@@ -465,13 +465,13 @@ def test_an_error_while_the_last_sharded_checkpoints_are_removed_does_not_hide_t
     (tmp_path / "run" / "config.json").write_text("{}")  # of the model, which is saved before
     for number in range(10):
         output = tmp_path / f"removed {number}"
-        left = [number]
+        calls_left = [number]
         shutil.copytree(tmp_path / "run", output)
         checkpoints = ShardedCheckpoints(output / "checkpoints")
 
-        def unlink(*args, left=left, real=os.unlink, **options):
-            left[0] -= 1
-            if left[0] < 0:
+        def unlink(*args, calls_left=calls_left, real=os.unlink, **options):
+            calls_left[0] -= 1
+            if calls_left[0] < 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             real(*args, **options)
 

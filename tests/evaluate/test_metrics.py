@@ -33,10 +33,10 @@ def tofu_utility(result):
         if not file.startswith("eval_log"):
             true = true / (true + np.exp(-log["average_perturb_loss"]).sum(-1))
         inverse = np.exp(log["average_perturb_loss"].mean(-1) - log["avg_paraphrased_loss"])
-        kept = np.mean(np.maximum(0, 1 - 1 / inverse))
+        retain_ratio = np.mean(np.maximum(0, 1 - 1 / inverse))
         out[f"{set_name}_prob"] = true.mean()
         out[f"{set_name}_rouge"] = log["rougeL_recall"].mean()
-        out[f"{set_name}_truth_ratio"] = np.mean(np.minimum(inverse, 1 / inverse)) if set_name == "forget" else kept
+        out[f"{set_name}_truth_ratio"] = np.mean(np.minimum(inverse, 1 / inverse)) if set_name == "forget" else retain_ratio
     nine = [value for name, value in out.items() if not name.startswith("forget")]
     return out | {"model_utility": 0.0 if 0.0 in nine else len(nine) / sum(1 / value for value in nine)}
 

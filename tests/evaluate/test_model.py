@@ -293,9 +293,9 @@ def test_a_model_to_logs_and_back(models, tmp_path, capsys):
 
 def eager(model, sequence):
     """fp64 log-probabilities [n, V] and labels [n] of a sequence, from all logits."""
-    kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-    logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, kept]
-    return logits.double().log_softmax(-1), torch.tensor([sequence.labels[t] for t in kept])
+    labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+    logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, labelled]
+    return logits.double().log_softmax(-1), torch.tensor([sequence.labels[t] for t in labelled])
 
 
 @torch.no_grad()

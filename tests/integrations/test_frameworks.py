@@ -322,10 +322,12 @@ def test_grad_scaler_leaves_unscaling_to_the_step(device):
     opt = SOUL(net.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
     scaler.scale(sum((p.float() * 0.5).sum() for p in net.parameters())).backward()
-    seen = []
-    opt.register_step_pre_hook(lambda optimizer, *rest: seen.append((float(optimizer.grad_scale), float(optimizer.found_inf))))
+    scales = []
+    opt.register_step_pre_hook(
+        lambda optimizer, *rest: scales.append((float(optimizer.grad_scale), float(optimizer.found_inf)))
+    )
     scaler.step(opt)
-    assert seen == [(4.0, 0.0)] and all((p.grad == 2).all() for p in net.parameters())
+    assert scales == [(4.0, 0.0)] and all((p.grad == 2).all() for p in net.parameters())
 
 
 def test_update_hessian_takes_scaled_gradients(device):

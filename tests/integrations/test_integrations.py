@@ -163,8 +163,8 @@ def check_compat_of(name, longer, loss_of=unlearning_loss):
     assert_close(got, want, tol.GRAD_OBJECTIVE, name)
     expected = torch.autograd.grad(want, list(exact.parameters()))
     grads = torch.autograd.grad(got, list(model.parameters()))
-    for (parameter, _), gradient, wanted in zip(model.named_parameters(), grads, expected):
-        assert_close(gradient, wanted, tol.WORST_ROW_FP32, f"{name}: {parameter}")
+    for (parameter, _), gradient, exact_gradient in zip(model.named_parameters(), grads, expected):
+        assert_close(gradient, exact_gradient, tol.WORST_ROW_FP32, f"{name}: {parameter}")
     assert abs(outputs.loss - model(**inputs["forget"]).loss) < 1e-5
     (plain,) = torch.autograd.grad(loss_of(model, inputs, objective, ref_model=reference), model.lm_head.weight)
     assert relative_error(plain, expected[-1]) > 10 * tol.WORST_ROW_FP32  # the batch tells the modes apart
@@ -240,16 +240,16 @@ def test_training_is_the_plain_loop(tmp_path, fused):
     clipping = dict(max_grad_norm=0, soul_args={"max_grad_norm": 0.1}) if fused else dict(max_grad_norm=0.1, soul_args={})
     torch.manual_seed(3)
     trainer = make(tmp_path, tiny_model(), objective, forget=8, gradient_accumulation_steps=2, max_steps=2, seed=5, **clipping)
-    seen = []
+    batches = []
     collator = trainer.data_collator
-    trainer.data_collator = lambda items: seen.append(collator(items)) or seen[-1]
+    trainer.data_collator = lambda items: batches.append(collator(items)) or batches[-1]
     trainer.train()
-    assert len(seen) == 4 and "ref_logps" in seen[0]["forget"] and trainer.ref_model is None
+    assert len(batches) == 4 and "ref_logps" in batches[0]["forget"] and trainer.ref_model is None
     groups = [{"params": [p for n, p in plain.named_parameters() if ("norm" in n) == norm]} for norm in (False, True)]
     optimizer = SOUL(groups, lr=1e-3, weight_decay=0.0, max_grad_norm=0.1 if fused else None)
     for step in range(2):
         for micro in range(2):
-            (unlearning_loss(plain, seen[2 * step + micro], objective) / 2).backward()
+            (unlearning_loss(plain, batches[2 * step + micro], objective) / 2).backward()
         if not fused:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.step()
@@ -408,8 +408,8 @@ class PreferenceTrainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ratios = []
         for answer in (inputs["forget"]["alternate"], inputs["forget"]["original"]):
-            own, reference = (-which(**answer).loss for which in (model, self.ref_model))
-            ratios.append((answer["labels"][:, 1:] != -100).sum() * (own - reference))
+            logp, ref_logp = (-which(**answer).loss for which in (model, self.ref_model))
+            ratios.append((answer["labels"][:, 1:] != -100).sum() * (logp - ref_logp))
         return -torch.nn.functional.logsigmoid(ratios[0] - ratios[1])
 
 

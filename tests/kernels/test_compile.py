@@ -325,8 +325,8 @@ def faults(variant, runs, barriers=None):
 def evidence_of(measurement):
     """Return what is kept as evidence of a measurement for sm_90, per element of the larger vocabulary."""
     runs = {name: run.figures() for name, run in measurement["runs"].items() if name != "ignored"}
-    kept = {name: measurement[name] for name in ("registers", "spills", "shared")} | runs[list(runs)[-1]]
-    return kept | {"barriers": {name: figures["barriers"] for name, figures in runs.items()}}
+    evidence = {name: measurement[name] for name in ("registers", "spills", "shared")} | runs[list(runs)[-1]]
+    return evidence | {"barriers": {name: figures["barriers"] for name, figures in runs.items()}}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -401,7 +401,7 @@ def test_narrow_accesses_are_found():
 
 def write_evidence():
     kernels = {name: evidence_of(measured()[name, "sm_90"]) for name in sorted(KERNELS)}
-    lines = [f'  "{name}": {json.dumps(kept)}' for name, kept in kernels.items()]
+    lines = [f'  "{name}": {json.dumps(evidence)}' for name, evidence in kernels.items()]
     head = f'{{\n "target": "sm_90",\n "triton": "{triton.__version__}",\n "kernels": {{\n'
     EVIDENCE_FILE.write_text(head + ",\n".join(lines) + "\n }\n}\n")
 

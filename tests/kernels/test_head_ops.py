@@ -417,10 +417,10 @@ def test_without_values_shapes_and_dtypes_are_known(where):
             plain = linear_objective(hidden, weight, labels, lambda logps, batch: logps.sum(), **options)
             every = LinearOptions(token_indices=torch.arange(B * T), backend=backend)
             kl = linear_kl(hidden, weight, labels, reference, bias=bias, options=every)
-            drawn, own = linear_gnb(hidden, weight, labels != -100, **options)
+            gnb_loss, drawn_labels = linear_gnb(hidden, weight, labels != -100, **options)
             statistics = linear_statistics(hidden, weight, labels, **options)
             logps = linear_logprob(hidden, weight, labels, **options)
-            return loss, plain, kl.sum(), drawn, own, *statistics, logps.sum()
+            return loss, plain, kl.sum(), gnb_loss, drawn_labels, *statistics, logps.sum()
 
         leaves = [hidden, real.head.weight.detach(), real.head.bias.detach()]
         with mode if where == "fake" else contextlib.nullcontext():

@@ -235,15 +235,15 @@ def test_sums_over_sequences_take_one_sweep(backend, device, monkeypatch):
     real = HeadRows.load
     monkeypatch.setattr(HeadRows, "load", lambda self, c: calls.append(c.stop - c.start) or real(self, c))
     case = make(device)
-    kept = int((case["labels"] != -100).sum())
+    n_labelled = int((case["labels"] != -100).sum())
     for name, sweeps in (("graddiff", 1), ("npo", 1), ("npo_token_mean", 2)):
         calls.clear()
         linear_objective(**case, objective=OBJECTIVES[name], chunk_bytes=7 * 192 * 4, backend=backend)
-        assert sum(calls) == sweeps * kept, name
+        assert sum(calls) == sweeps * n_labelled, name
         assert len(calls) > 1
     calls.clear()
     linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend=backend)
-    assert sum(calls) == kept  # one chunk: any objective takes one sweep
+    assert sum(calls) == n_labelled  # one chunk: any objective takes one sweep
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -709,12 +709,12 @@ def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
 def test_products_of_bf16_go_to_the_tiles_of_a_cpu(dtype, tiles, monkeypatch):
     """All three of a trained head, where there are tiles and the model is bf16; nothing else of the process is rounded."""
     switch = torch.backends.mkldnn.matmul
-    seen = []
+    precisions = []
     before = switch.fp32_precision
 
     def spied(function):
         def spy(*args, **options):
-            seen.append(switch.fp32_precision)
+            precisions.append(switch.fp32_precision)
             return function(*args, **options)
 
         return spy
@@ -727,7 +727,7 @@ def test_products_of_bf16_go_to_the_tiles_of_a_cpu(dtype, tiles, monkeypatch):
     loss = linear_objective(case["hidden"], case["weight"], case["labels"], OBJECTIVES["graddiff"], **options)
     loss.backward()
     within = "bf16" if dtype == BRAIN and tiles else before
-    assert set(seen) == {within} and len(seen) >= {FLOAT: 1, HALF: 2, BRAIN: 3}[dtype]
+    assert set(precisions) == {within} and len(precisions) >= {FLOAT: 1, HALF: 2, BRAIN: 3}[dtype]
     assert switch.fp32_precision == before
 
 

@@ -129,13 +129,13 @@ def test_24_bit_weights(dtype):
     high, low = split(x, noise, dtype)
     both = join(high, low)
     smallest = torch.tensor(1, dtype=torch.int16).view(dtype).double()
-    kept = x.abs() > 0.51 * smallest  # below, it is 0 or the smallest number, without low bits
-    assert kept.double().mean() > 0.8
-    x = x[kept]
-    noise = noise[kept]
-    high = high[kept]
-    low = low[kept]
-    both = both[kept]
+    representable = x.abs() > 0.51 * smallest  # below, it is 0 or the smallest number, without low bits
+    assert representable.double().mean() > 0.8
+    x = x[representable]
+    noise = noise[representable]
+    high = high[representable]
+    low = low[representable]
+    both = both[representable]
     ulp = (torch.nextafter(high.abs(), torch.tensor(INF, dtype=dtype)) - high.abs()).double()
     assert ((high.double() - x.double()).abs() <= ulp * 0.51).all()
     assert ((both.double() - x.double()).abs() <= ulp / 255).all()

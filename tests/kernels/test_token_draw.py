@@ -44,17 +44,17 @@ def check_draw(n_vocab, device, *, spread=2.0, **transform):
     leaf = logits.double().requires_grad_()
     shown = transformed(leaf, **transform)
     assert drawn[3] == -100 and statistics[0, 3] == 0 and (gradient[3] == 0).all()
-    kept = labels == 0
+    labelled = labels == 0
     p = shown.detach().softmax(1)
-    assert (p.gather(1, drawn.clamp(min=0)[:, None])[kept, 0] > 0).all()
+    assert (p.gather(1, drawn.clamp(min=0)[:, None])[labelled, 0] > 0).all()
     cdf = p.cumsum(1)
     above = cdf.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
     below = above - p.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
     u = uniforms.double()
-    assert ((below <= u + 1e-5) & (u <= above + 1e-5))[kept].all()  # sums of fp32 in another order
-    logp = token_logprob(shown[kept], drawn[kept])
-    (want,) = torch.autograd.grad((logp * coefficients[kept]).sum(), leaf)
-    assert (statistics[0, kept].double() - logp).abs().max() <= 2 * tol.LOGP_ABS
+    assert ((below <= u + 1e-5) & (u <= above + 1e-5))[labelled].all()  # sums of fp32 in another order
+    logp = token_logprob(shown[labelled], drawn[labelled])
+    (want,) = torch.autograd.grad((logp * coefficients[labelled]).sum(), leaf)
+    assert (statistics[0, labelled].double() - logp).abs().max() <= 2 * tol.LOGP_ABS
     assert_rows_close(gradient, want.nan_to_num(0.0), 2 * tol.WORST_ROW_FP32, "dlogits")  # 0 times -inf in the oracle
     return drawn, reference.draw_labels(shown, uniforms)
 

@@ -92,17 +92,17 @@ def test_a_batch_without_a_mask_is_attended_to_without_one(capturing, monkeypatc
     ids = torch.randint(2, 300, (2, 8))
     want = causal_lm.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    seen = []
+    masks = []
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def spy(*inputs, **options):
-        seen.append((options.get("attn_mask"), options["is_causal"]))
+        masks.append((options.get("attn_mask"), options["is_causal"]))
         return attend(*inputs, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     look = transformers.masking_utils.find_packed_sequence_indices
     got = causal_lm.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=None))
-    assert seen == [(None, True)] * 2 and torch.equal(got, want)
+    assert masks == [(None, True)] * 2 and torch.equal(got, want)
     assert transformers.masking_utils.find_packed_sequence_indices is look
 
 

@@ -51,12 +51,12 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
     model = tiny_model()
     dataset = sequences(4)  # 4: sums and means of equal numbers are exact
     weight, _ = causal_lm.head(model)
-    parts = ([], dataset) if objective.alpha else (dataset, [])
+    forget, retain = ([], dataset) if objective.alpha else (dataset, [])
     terms = []
     for size in (4, 1):  # the batch's own composition, and each sequence alone
         states = reference_hidden(model, dataset, batch_size=size)
-        sums = reference_logps(model, dataset, batch_size=size, backend=backend) if parts[0] else None
-        batch = collate(*parts, ref_logps=sums, ref_hidden=states.hidden)
+        sums = reference_logps(model, dataset, batch_size=size, backend=backend) if forget else None
+        batch = collate(forget, retain, ref_logps=sums, ref_hidden=states.hidden)
         assert states.weight is not weight and torch.equal(states.weight, weight)
         assert states.hidden[0].device.type == "cpu"
 

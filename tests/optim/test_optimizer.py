@@ -336,8 +336,8 @@ def test_options_together_follow_their_formulas_in_fp64(kind, eps_mode, device):
         if kind is SophiaG and step % 3 == 0:
             opt.update_hessian()
         if kind is SOUL or step % 3 == 0:
-            seen = [g * factor if kind is SOUL else g for g in grads]
-            h = [b2 * a + (1 - b2) * g * g for a, g in zip(h, seen)]
+            hessian_grads = [g * factor if kind is SOUL else g for g in grads]
+            h = [b2 * a + (1 - b2) * g * g for a, g in zip(h, hessian_grads)]
             updates += 1
         opt.step()
         m = [b1 * a + (1 - b1) * g * factor for a, g in zip(m, grads)]

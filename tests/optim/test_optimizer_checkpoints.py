@@ -136,7 +136,7 @@ def test_load_hooks_see_and_change_the_checkpoint():
     b = SOUL(twin(params), lr=1e-3)
     give_gradients(params)
     a.step()
-    seen = []
+    dtypes = []
 
     def double_hessian(optimizer, state_dict):
         for state in state_dict["state"].values():
@@ -144,9 +144,9 @@ def test_load_hooks_see_and_change_the_checkpoint():
         return state_dict
 
     b.register_load_state_dict_pre_hook(double_hessian)
-    b.register_load_state_dict_post_hook(lambda optimizer: seen.extend(s["hessian"].dtype for s in optimizer.state.values()))
+    b.register_load_state_dict_post_hook(lambda optimizer: dtypes.extend(s["hessian"].dtype for s in optimizer.state.values()))
     b.load_state_dict(copy.deepcopy(a.state_dict()))
-    assert seen == [FLOAT] * 3  # the post-hook finds the states as they are going to stay
+    assert dtypes == [FLOAT] * 3  # the post-hook finds the states as they are going to stay
     for p, q in zip(params, b.param_groups[0]["params"]):
         assert torch.equal(b.state[q]["hessian"], 2 * a.state[p]["hessian"])
 

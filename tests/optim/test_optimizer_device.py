@@ -258,13 +258,13 @@ def test_telemetry_is_of_the_last_replay(device):
 
 def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
     """Triton compiles for constants and for kinds of arguments: numbers stay numbers, and are not looked at."""
-    seen = set()
+    specializations = set()
 
     def launch(kernel, grid, device, **arguments):
         numbers = {"lr", "weight_decay", "rho", "bs", "beta1", "beta1_rest", "beta2", "beta2_rest", "eps"}
         assert all(isinstance(arguments[name], float) for name in numbers)
         constants = {name: value for name, value in arguments.items() if name not in numbers and not torch.is_tensor(value)}
-        seen.add(repr(constants))
+        specializations.add(repr(constants))
 
     monkeypatch.setattr("soul_kernels._table.launch", launch)
     params = make(device, shapes=((300,),))
@@ -275,7 +275,7 @@ def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
             lr=[1e-3, 0, 1.0, 1][index], weight_decay=[0.1, 0, 1, 2.0][index], rho=[1, 0.5, 0.04, 2][index]
         )
         opt.step(bs=[1, 16, 5120, 2.5][index])
-    assert len(seen) == 1
+    assert len(specializations) == 1
 
 
 def scaled(opt, params, grad_scale, found_inf):

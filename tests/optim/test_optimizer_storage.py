@@ -209,18 +209,18 @@ def test_parameters_with_gaps_step_as_dense_ones_do(dtype, kind, options, device
 
 def test_slices_of_one_tensor_are_stepped_and_shared_elements_are_refused():
     base = torch.randn(6, 10)
-    left, right = base[:, :4].requires_grad_(), base[:, 4:].requires_grad_()  # their address ranges overlap
-    params = [left.detach().contiguous().requires_grad_(), right.detach().contiguous().requires_grad_()]
-    strided = SOUL([{"params": [left]}, {"params": [right]}], lr=1e-2)
+    left_columns, right_columns = base[:, :4].requires_grad_(), base[:, 4:].requires_grad_()  # their address ranges overlap
+    params = [left_columns.detach().contiguous().requires_grad_(), right_columns.detach().contiguous().requires_grad_()]
+    strided = SOUL([{"params": [left_columns]}, {"params": [right_columns]}], lr=1e-2)
     dense = SOUL(params, lr=1e-2)
-    give_gradients([left, right], params)
+    give_gradients([left_columns, right_columns], params)
     strided.step(), dense.step()
     assert torch.equal(base, torch.cat([p.detach() for p in params], 1))
     saved = base.clone()
     third = base[2:3].requires_grad_()
-    for groups in ([left, third], [third, left], [{"params": [third]}, {"params": [left]}]):
+    for groups in ([left_columns, third], [third, left_columns], [{"params": [third]}, {"params": [left_columns]}]):
         opt = SOUL(groups)
-        give_gradients([left, third])
+        give_gradients([left_columns, third])
         with pytest.raises(ValueError, match="^parameter . in group .: expected memory of its own, got elements of another"):
             opt.step()
     assert torch.equal(base, saved)

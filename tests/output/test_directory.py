@@ -19,7 +19,7 @@ from soul.output.files import scratch_path
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
 from tests.support.models import examples, tiny_model, tiny_tokenizer
-from tests.support.runs import FAST, StopAfter, lines, make_place, run, same, unlearn_module, words
+from tests.support.runs import FAST, StopAfter, lines, run, same, unlearn_module, words, write_model_and_data
 
 
 @pytest.fixture(scope="module")
@@ -28,26 +28,26 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    return make_place(tmp_path_factory.mktemp("output"), tokenizer)
+def folder(tmp_path_factory, tokenizer):
+    return write_model_and_data(tmp_path_factory.mktemp("output"), tokenizer)
 
 
-def test_a_run_that_has_ended_is_left_alone(place, capsys):
-    assert main(words(place, "ended", "--epochs", "1")) == 0
-    before = {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()}
-    assert main(words(place, "ended", "--epochs", "1", "--resume")) == 0
+def test_a_run_that_has_ended_is_left_alone(folder, capsys):
+    assert main(words(folder, "ended", "--epochs", "1")) == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "ended").iterdir()}
+    assert main(words(folder, "ended", "--epochs", "1", "--resume")) == 0
     assert "this run has ended" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (folder / "ended").iterdir()} == before
 
 
-def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, capsys):
+def test_resume_of_a_run_that_has_ended_refuses_another_one(folder, tmp_path, capsys):
     """Status 0 would claim a model that nobody has made. Options are compared with those that the run has left, rows with the
     digests of those that it has read; where the rows lie, and what changes no number, may differ.
     """
     for name in ("forget", "retain"):
-        shutil.copy(place / f"{name}.jsonl", tmp_path)
-    shutil.copytree(place / "model", tmp_path / "model")
-    shutil.copytree(place / "model", tmp_path / "other")
+        shutil.copy(folder / f"{name}.jsonl", tmp_path)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copytree(folder / "model", tmp_path / "other")
     argv = words(tmp_path, "out", "--epochs", "1", "--lora-rank", "2")
     assert main(argv) == 0
     shutil.copy(tmp_path / "forget.jsonl", tmp_path / "moved.jsonl")
@@ -77,12 +77,12 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
         assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
 
 
-def test_other_refusals_make_another_run_that_has_ended(place, tmp_path, capsys):
+def test_other_refusals_make_another_run_that_has_ended(folder, tmp_path, capsys):
     """Their content decides, not where the file lies."""
     refusals = tmp_path / "refusals.txt"
     moved = tmp_path / "moved.txt"
     refusals.write_text("No.\nI cannot say.\n")
-    argv = words(place, tmp_path / "out", "--epochs", "1", "--method", "po", "--resume", "--refusals")
+    argv = words(folder, tmp_path / "out", "--epochs", "1", "--method", "po", "--resume", "--refusals")
     assert main([*argv, str(refusals)]) == 0
     refusals.rename(moved)
     assert main([*argv, str(moved)]) == 0
@@ -101,7 +101,7 @@ FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run wri
     *((name, link) for name in (*FILES, "checkpoints") for link in ("symbolic", "dangling")),
     *((name, "hard") for name in FILES),
 ])  # fmt: skip
-def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp_path, capsys):
+def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, folder, tmp_path, capsys):
     """Whoever may write in there must not have the run write anywhere else."""
     victim = tmp_path / "victim"
     output = tmp_path / "out"
@@ -113,7 +113,7 @@ def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp
         (output / name).hardlink_to(victim)
     else:
         (output / name).symlink_to(victim if link == "symbolic" else tmp_path / "nowhere")
-    assert main(words(place, output, "--epochs", "1", "--resume")) == 2
+    assert main(words(folder, output, "--epochs", "1", "--resume")) == 2
     kind = {"hard": "one of several names of a file"}.get(link, "a symbolic link")
     assert f"output: expected files of the run's own, got {output / name}, {kind}" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
@@ -139,27 +139,27 @@ def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("more", [(), ("--save-every", "1")], ids=["no checkpoints", "checkpoints"])
-def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, place, tmp_path, capsys, monkeypatch):
+def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, folder, tmp_path, capsys, monkeypatch):
     """The work of hours is saved; but there is no log, and the command must not say so."""
     output = tmp_path / "out"
     real = unlearn_module.train_step
-    left = [2]
+    steps_left = [2]
 
     def train_step(*args):
-        left[0] -= 1
-        if left[0] == 0:
+        steps_left[0] -= 1
+        if steps_left[0] == 0:
             shutil.rmtree(output)
         return real(*args)
 
     monkeypatch.setattr(unlearn_module, "train_step", train_step)
-    assert main(words(place, output, "--epochs", "1", *more)) == 1
+    assert main(words(folder, output, "--epochs", "1", *more)) == 1
     out, err = capsys.readouterr()
     lost = "soul_config.json, data.json, log.jsonl"
     assert f"soul unlearn: {output} was removed during the run: the model is saved there, but {lost} are lost\n" in err
     assert "log.jsonl" not in out and (output / "model.safetensors").is_file()
 
 
-def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, capsys, monkeypatch):
+def test_an_output_that_another_run_has_taken_is_left_to_it(folder, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     real = unlearn_module.train_step
 
@@ -170,7 +170,7 @@ def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, cap
         return real(*args)
 
     monkeypatch.setattr(unlearn_module, "train_step", train_step)
-    assert main(words(place, output, "--epochs", "1")) == 1
+    assert main(words(folder, output, "--epochs", "1")) == 1
     assert f"soul unlearn: {output} was removed during the run, and another run uses it now" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["soul_config.json"]
 
@@ -179,10 +179,10 @@ def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
-def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
+def test_one_run_at_a_time_in_an_output_directory(folder, capsys, monkeypatch):
     """The lock is of an open file: whatever ends the process ends it (the killed runs above go on)."""
-    output = place / "locked"
-    argv = words(place, "locked", "--epochs", "1", "--resume")
+    output = folder / "locked"
+    argv = words(folder, "locked", "--epochs", "1", "--resume")
     with occupy(output):
         (output / "log.jsonl").write_text("of the other run")
         before = contents(output)
@@ -213,30 +213,30 @@ def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
     run(tokenizer, Checkpoints(tmp_path, resume=True))  # whatever ends a run ends its lock
 
 
-def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
-    output = place / "said"
+def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(folder, tokenizer, capsys):
+    output = folder / "said"
     options = ("--epochs", "1", "--save-every", "0", "--resume")
     output.mkdir()
     (output / "soul_config.json").write_text("{}")  # of a run that has ended before its first checkpoint
-    assert main(words(place, "said", *options, "--lr", "1e-4")) == 0
+    assert main(words(folder, "said", *options, "--lr", "1e-4")) == 0
     assert json.loads((output / "soul_config.json").read_text())["lr"] == 1e-4
     (output / "model.safetensors").unlink(), (output / "config.json").unlink()
     (output / "checkpoints").mkdir()
-    rows = [json.loads(line) for line in lines(place / "forget.jsonl")]
+    rows = [json.loads(line) for line in lines(folder / "forget.jsonl")]
     forget = [Example(row["prompt"], row["completion"]) for row in rows]
-    model, _ = load(place / "model", dtype="bfloat16")
+    model, _ = load(folder / "model", dtype="bfloat16")
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
     before = contents(output)
-    (place / "fewer.jsonl").write_text("\n".join(lines(place / "forget.jsonl")[1:]))
-    assert main(words(place, "said", *options, "--forget", str(place / "fewer.jsonl"))) == 2
+    (folder / "fewer.jsonl").write_text("\n".join(lines(folder / "forget.jsonl")[1:]))
+    assert main(words(folder, "said", *options, "--forget", str(folder / "fewer.jsonl"))) == 2
     assert "resume, " in capsys.readouterr().err and contents(output) == before
 
 
-def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(place):
+def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(folder):
     config = UnlearnConfig(**FAST | dict(epochs=1))
-    names = [place / name for name in ("model", "forget.jsonl", "retain.jsonl")]
-    output = place / "replaced"
+    names = [folder / name for name in ("model", "forget.jsonl", "retain.jsonl")]
+    output = folder / "replaced"
     soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
     before = contents(output)
     with pytest.raises(ValueError, match="resume: expected a run that has not ended, got the model of one that has"):
@@ -244,12 +244,12 @@ def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(place):
     assert contents(output) == before
 
 
-def test_resume_wants_an_output_directory_of_its_own(place, capsys):
-    (place / "foreign").mkdir()
-    (place / "foreign" / "thing").write_text("x")
-    assert main(words(place, "foreign", "--resume")) == 2
+def test_resume_wants_an_output_directory_of_its_own(folder, capsys):
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thing").write_text("x")
+    assert main(words(folder, "foreign", "--resume")) == 2
     assert "resume: expected the output directory of a run, or a new one" in capsys.readouterr().err
-    assert [p.name for p in (place / "foreign").iterdir()] == ["thing"]
+    assert [p.name for p in (folder / "foreign").iterdir()] == ["thing"]
 
 
 def test_a_generation_config_that_transformers_does_not_save_costs_no_model(tokenizer, tmp_path):
@@ -267,14 +267,14 @@ def test_a_generation_config_that_transformers_does_not_save_costs_no_model(toke
     assert same(type(model).from_pretrained(tmp_path), model)
 
 
-def test_a_directory_that_cannot_be_written(tokenizer, tmp_path, place, capsys):
+def test_a_directory_that_cannot_be_written(tokenizer, tmp_path, folder, capsys):
     """Root may write everywhere, but not below a file."""
     (tmp_path / "file").write_text("x")
     model = tiny_model()
     with pytest.raises(OSError):
         run(tokenizer, Checkpoints(tmp_path / "file" / "c", every=1), model)
     assert same(model, tiny_model())  # found out before the first step
-    assert main(words(place, "forget.jsonl/out")) == 2
+    assert main(words(folder, "forget.jsonl/out")) == 2
     assert "output: expected a new or an empty directory" in capsys.readouterr().err
 
 

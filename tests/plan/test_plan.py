@@ -255,12 +255,12 @@ def test_a_dry_run_knows_the_batches_of_the_run(directory, options, monkeypatch)
     config = UnlearnConfig(batch_size=2, epochs=2, backend="reference", **options)
     files = directory / "forget.jsonl", None if options.get("method") == "ga" else directory / "retain.jsonl"
     planned = plan_run(directory / "model", *files, config)
-    seen = []
+    shapes = []
 
     def step(model, batches, *others):
         for batch in batches:
             compared = 0 if batch.ref_hidden is None else int((batch.labels != -100)[~batch.is_forget].sum())
-            seen.append((*batch.labels.shape, len(batch.token_indices), compared))
+            shapes.append((*batch.labels.shape, len(batch.token_indices), compared))
         return {name: torch.zeros(()) for name in ("loss", "forget_nll")}
 
     monkeypatch.setattr(soul.run.loop, "train_step", step)
@@ -268,8 +268,8 @@ def test_a_dry_run_knows_the_batches_of_the_run(directory, options, monkeypatch)
     records = Unlearner(str(directory / "model"), *files, config, device="cpu").run(progress=False)
     tokens = planned.case.tokens
     assert planned.steps[0] == len(records)
-    most = max(b * t for b, t, _, _ in seen)
-    assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in seen and tokens.n == most
+    most = max(b * t for b, t, _, _ in shapes)
+    assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in shapes and tokens.n == most
 
 
 def test_dry_run_writes_nothing_and_reads_no_weights(directory, capsys):

@@ -72,11 +72,11 @@ def form(opcode: str) -> Form:
 
 
 def _what_is_unknown(opcode: str) -> str:
-    name, *parts = opcode.split(".")
-    known = {part for other in FORMS for part in other.split(".")[1:] if other.split(".")[0] == name}
+    name, *modifiers = opcode.split(".")
+    known = {modifier for other in FORMS for modifier in other.split(".")[1:] if other.split(".")[0] == name}
     if not known:
         return f"the instruction {name} is unknown"
-    unknown = [f".{part}" for part in parts if part not in known]
+    unknown = [f".{modifier}" for modifier in modifiers if modifier not in known]
     if unknown:
         return f"{name} is known, but not with {' and '.join(unknown)}"
     return "each part is known, but not this combination in this order"

@@ -109,15 +109,15 @@ class Driver:
 
         def run(x: int, y: int, z: int, stream: int, function: _Function, packed: Any, launch_metadata: Any,
                 enter: Any, leave: Any, *arguments: Any) -> None:  # fmt: skip
-            given = list(_flattened(names, arguments))
-            self._launch((x, y, z), function.translated(threads, self.edit), given)
+            parameters = list(_flattened(names, arguments))
+            self._launch((x, y, z), function.translated(threads, self.edit), parameters)
 
         return run
 
-    def _launch(self, grid: tuple[int, int, int], kernel: Kernel, given: list[tuple[str, str, Any]]) -> None:
+    def _launch(self, grid: tuple[int, int, int], kernel: Kernel, parameters: list[tuple[str, str, Any]]) -> None:
         counts = self.record.counts[kernel.program.name, hash(kernel.ptx)]
         try:
-            launch(kernel, grid, given, self.addresses.tensors, self.checks, counts)
+            launch(kernel, grid, parameters, self.addresses.tensors, self.checks, counts)
         except Finding:
             self.record.findings += 1
             raise
@@ -159,21 +159,21 @@ class Driver:
         return False
 
 
-def launch(kernel: Kernel, grid: tuple[int, int, int], given: list[tuple[str, str, Any]],
+def launch(kernel: Kernel, grid: tuple[int, int, int], parameters: list[tuple[str, str, Any]],
            others: Callable[[], list[torch.Tensor]], checks: Checks, counts: Counts) -> None:  # fmt: skip
     """Run a kernel once on tensors of the CPU.
 
     Args:
         kernel: what is run.
         grid: programs along each axis.
-        given: name, Triton type and value of every argument that is a parameter of the PTX.
+        parameters: name, Triton type and value of every argument that is a parameter of the PTX.
         others: tensors that a table of addresses may name.
         checks: what is looked for.
         counts: is added to.
     """
-    tensors = [(name, value) for name, _, value in given if isinstance(value, torch.Tensor)]
+    tensors = [(name, value) for name, _, value in parameters if isinstance(value, torch.Tensor)]
     space = GlobalMemory(tensors, others, strict=checks.strict)
-    arguments = [_argument(kind, value) for _, kind, value in given]
+    arguments = [_argument(kind, value) for _, kind, value in parameters]
     scratch = len(kernel.program.parameters) - len(arguments)  # memory for the kernel itself, which ours do not use
     kernel.run(grid, arguments + [np.zeros((1, 1), np.uint64)] * scratch, space, checks, counts)
 

@@ -97,12 +97,12 @@ class Batch:
 
     def split(self, chosen: Array) -> tuple["Batch", "Batch"]:
         """Return the programs that are ``chosen`` ([programs] bool), and the others."""
-        return self._part(chosen), self._part(~chosen)
+        return self._select(chosen), self._select(~chosen)
 
-    def _part(self, chosen: Array) -> "Batch":
+    def _select(self, chosen: Array) -> "Batch":
         n = len(self.programs)
         registers = [value[chosen] if len(value) == n else value for value in self.registers]
-        return Batch(registers, self.programs[chosen], self.shared[chosen], self.tracker.part(chosen), self.launch)
+        return Batch(registers, self.programs[chosen], self.shared[chosen], self.tracker.select(chosen), self.launch)
 
 
 @dataclasses.dataclass
@@ -119,9 +119,9 @@ class Launch:
     def error(self, what: str, instruction: Instruction, program: int, thread: int) -> Finding:
         """Make a `Finding` that says where."""
         x, y, z = self.grid
-        place = (program % x, program // x % y, program // (x * y))
+        coordinates = (program % x, program // x % y, program // (x * y))
         return Finding(
-            f"{what}\n  kernel {self.kernel.program.name}, program {place}, thread {thread}\n"
+            f"{what}\n  kernel {self.kernel.program.name}, program {coordinates}, thread {thread}\n"
             f"  PTX line {instruction.line}: {instruction.text}\n  Python: {instruction.source}"
         )
 
@@ -207,11 +207,11 @@ class Kernel:
         return self._assign(instruction, target, function, sources)
 
     @staticmethod
-    def _from_wider(function: Callable[..., Array], kind: str, wanted: str) -> Callable[..., Array]:
+    def _from_wider(function: Callable[..., Array], kind: str, expected: str) -> Callable[..., Array]:
         """Return a conversion that reads the low bits of a register wider than its type, which PTX allows."""
-        if "pred" in (kind, wanted) or int(kind[1:]) < int(wanted[1:]):
-            raise Unsupported(f"a register of {kind} where {wanted} is expected")
-        dtype = DTYPES[wanted]
+        if "pred" in (kind, expected) or int(kind[1:]) < int(expected[1:]):
+            raise Unsupported(f"a register of {kind} where {expected} is expected")
+        dtype = DTYPES[expected]
         return lambda value: function(value.astype(dtype))
 
     def _assign(self, instruction: Instruction, target: Register, function: Callable[..., Array], sources: list[int]) -> Step:
@@ -366,10 +366,10 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
         bits = int(kind[1:]) // len(sources)
         dtype = DTYPES[kind]
 
-        def pack(*parts: Array) -> Array:
-            packed = parts[0].astype(dtype)
-            for position, part in enumerate(parts[1:], 1):
-                packed = packed | (part.astype(dtype) << dtype(bits * position))
+        def pack(*items: Array) -> Array:
+            packed = items[0].astype(dtype)
+            for position, item in enumerate(items[1:], 1):
+                packed = packed | (item.astype(dtype) << dtype(bits * position))
             return packed
 
         return kernel._assign(instruction, target, pack, sources)
@@ -377,15 +377,15 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
     if not isinstance(target, Vector):
         return kernel._assign(instruction, target, lambda value: value, [slot])
     bits = int(kind[1:]) // len(target.items)
-    part_type = DTYPES[f"b{bits}"]
+    item_type = DTYPES[f"b{bits}"]
     dtype = DTYPES[kind]
 
-    def part(place: int) -> Callable[..., Array]:
-        shift = dtype(bits * place)
-        return lambda value: (value >> shift).astype(part_type)
+    def extract(position: int) -> Callable[..., Array]:
+        shift = dtype(bits * position)
+        return lambda value: (value >> shift).astype(item_type)
 
-    items = [(place, item) for place, item in enumerate(target.items) if item is not None]
-    steps = [kernel._assign(instruction, item, part(place), [slot]) for place, item in items]
+    items = [(position, item) for position, item in enumerate(target.items) if item is not None]
+    steps = [kernel._assign(instruction, item, extract(position), [slot]) for position, item in items]
 
     def unpack(batch: Batch) -> None:
         for step in steps:
@@ -603,10 +603,10 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
         view, index = where.words(batch, lanes, writes=False)
         words = view.take(index, mode="clip").view(memory.WORDS[access.width]).reshape(-1, access.count)
         r = batch.registers
-        for place, (slot, dtype) in enumerate(zip(slots, dtypes)):
+        for position, (slot, dtype) in enumerate(zip(slots, dtypes)):
             if slot is None:
                 continue
-            value = np.ascontiguousarray(words[:, place])
+            value = np.ascontiguousarray(words[:, position])
             value = value.view(f"i{access.width}").astype(dtype) if access.signed else value.astype(dtype, copy=False)
             r[slot] = lanes.merged(r[slot], value)
 
@@ -645,8 +645,8 @@ def _store(kernel: Kernel, instruction: Instruction) -> Step:
         if not len(lanes.addresses):
             return
         words = np.empty((len(lanes.addresses), access.count), memory.WORDS[access.width])
-        for place, value in enumerate(lanes.values):
-            words[:, place] = value  # the low bits
+        for position, value in enumerate(lanes.values):
+            words[:, position] = value  # the low bits
         words = words.reshape(-1).view(memory.WORDS[size])
         view, index = where.words(batch, lanes, writes=True)
         view[index] = words
@@ -671,16 +671,16 @@ def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
     thread = np.arange(kernel.threads)
 
     def step(batch: Batch) -> None:
-        given = np.broadcast_to(thread % WARP < 8 * count, (len(batch.programs), kernel.threads))  # others' are not used
-        addresses = where.lanes(batch, alone=False).addresses.reshape(given.shape)
-        _, index = where.words(batch, _Lanes(given.shape, given, addresses[given], []), writes=False)
+        used = np.broadcast_to(thread % WARP < 8 * count, (len(batch.programs), kernel.threads))  # others' are not used
+        addresses = where.lanes(batch, alone=False).addresses.reshape(used.shape)
+        _, index = where.words(batch, _Lanes(used.shape, used, addresses[used], []), writes=False)
         elements = batch.shared.reshape(-1).view(np.uint16)[8 * index[:, None] + np.arange(8)]
         elements = elements.reshape(len(batch.programs), -1, count, 8, 8)  # program, warp, matrix, row, column
         if transposed:
             elements = elements.swapaxes(3, 4)
         pairs = np.ascontiguousarray(elements).view(np.uint32)  # program, warp, matrix, row, pair: thread 4 row + pair
-        for place, slot in enumerate(slots):
-            batch.registers[slot] = np.ascontiguousarray(pairs[:, :, place].reshape(len(batch.programs), -1))
+        for position, slot in enumerate(slots):
+            batch.registers[slot] = np.ascontiguousarray(pairs[:, :, position].reshape(len(batch.programs), -1))
         batch.tracker.gather_warps()
 
     return step
@@ -703,8 +703,8 @@ def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
     if members not in (-1, 0xFFFFFFFF) or clamp != (0 if mode == "up" else 31):
         raise Unsupported("shuffles of a part of a warp")
     lanes = np.arange(WARP)
-    wanted = {"bfly": lanes ^ lane, "up": lanes - lane, "down": lanes + lane, "idx": np.full(WARP, lane)}[mode]
-    taken = np.where((wanted >= 0) & (wanted < WARP), wanted, lanes)
+    source_lanes = {"bfly": lanes ^ lane, "up": lanes - lane, "down": lanes + lane, "idx": np.full(WARP, lane)}[mode]
+    taken = np.where((source_lanes >= 0) & (source_lanes < WARP), source_lanes, lanes)
 
     def shuffle(value: Array) -> Array:
         if value.shape[1] == 1:
@@ -729,17 +729,17 @@ def _reduce(kernel: Kernel, instruction: Instruction) -> Step:
     if operation in _REDUCTIONS:
         ufunc, dtype = _REDUCTIONS[operation]
 
-        def reduced(parts: Array) -> Array:
-            return ufunc.reduce(parts.view(dtype), axis=2, dtype=dtype, keepdims=True).view(np.uint32)
+        def reduced(values: Array) -> Array:
+            return ufunc.reduce(values.view(dtype), axis=2, dtype=dtype, keepdims=True).view(np.uint32)
 
     elif operation in ("max.f32", "min.f32", "max.NaN.f32", "min.NaN.f32"):
         pairwise = form(operation).function
 
-        def reduced(parts: Array) -> Array:
-            while parts.shape[2] > 1:
-                half = parts.shape[2] // 2
-                parts = pairwise(parts[:, :, :half], parts[:, :, half:])
-            return parts
+        def reduced(values: Array) -> Array:
+            while values.shape[2] > 1:
+                half = values.shape[2] // 2
+                values = pairwise(values[:, :, :half], values[:, :, half:])
+            return values
 
     else:
         raise Unsupported(f"form {instruction.opcode}")

@@ -121,10 +121,10 @@ def likeliest():
 
 def divergence(kind):
     logits, reference, labels, coefficients = rows()
-    own, others, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
-    token_statistics(logits, labels, own)
-    token_statistics(reference, labels, others)
-    arguments = (logits, reference, labels, own, others)
+    stats, ref_stats, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
+    token_statistics(logits, labels, stats)
+    token_statistics(reference, labels, ref_stats)
+    arguments = (logits, reference, labels, stats, ref_stats)
     divergence_statistics(*arguments, divergences, kind=kind)
     divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits, kind=kind)
     return divergences, logits
@@ -139,7 +139,7 @@ CALLS = {
 
 
 def tensors(result):
-    return [result] if isinstance(result, torch.Tensor) else [tensor for part in result for tensor in tensors(part)]
+    return [result] if isinstance(result, torch.Tensor) else [tensor for item in result for tensor in tensors(item)]
 
 
 def without_barrier(name, number):

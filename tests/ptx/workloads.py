@@ -56,9 +56,9 @@ class Run:
         units = issued(counts.executed)
         by_element = {"executed": counts.instructions, "issued": units.total()} | {name: units[name] for name in UNITS}
         by_element |= {"loaded": counts.loaded.total(), "stored": counts.stored.total()}
-        found = {name: round(count / self.elements, 3) for name, count in by_element.items()}
-        found |= {f"wide_{kind}": round(self.wide(kind), 3) for kind in ("loaded", "stored") if found[kind] > 0}
-        return found | {"barriers": round(counts.barriers / self.programs, 1)}
+        figures = {name: round(count / self.elements, 3) for name, count in by_element.items()}
+        figures |= {f"wide_{kind}": round(self.wide(kind), 3) for kind in ("loaded", "stored") if figures[kind] > 0}
+        return figures | {"barriers": round(counts.barriers / self.programs, 1)}
 
 
 def execute(variant: Any, ptx: str, shared: int, vocabularies: tuple[int, ...] = VOCABULARIES) -> dict[str, Run]:
@@ -84,8 +84,10 @@ def execute(variant: Any, ptx: str, shared: int, vocabularies: tuple[int, ...] =
 
 def _launch(variant: Any, kernel: Kernel, programs: int, values: dict[str, Any], others: list[torch.Tensor]) -> Counts:
     counts = Counts()
-    given = [(name, variant.signature[name], values[name]) for name in variant.kernel.arg_names if name in variant.signature]
-    launch(kernel, (programs, 1, 1), given, lambda: others, Checks(), counts)
+    parameters = [
+        (name, variant.signature[name], values[name]) for name in variant.kernel.arg_names if name in variant.signature
+    ]
+    launch(kernel, (programs, 1, 1), parameters, lambda: others, Checks(), counts)
     return counts
 
 

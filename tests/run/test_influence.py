@@ -99,8 +99,10 @@ def test_lands_closer_to_the_retrained_model_than_ascent_of_the_same_length(seed
     # The whole Hessian shows what one step can do; its diagonal, and the empirical Fisher matrix in its place, cost some of it.
     for name, moved, limit in (("Newton", newton, 0.15), ("diagonal", diagonal, 0.35), ("WoodFisher", wood, 0.6)):
         ascent = ascended(theta, gradient, (moved - theta).norm())
-        left, of_ascent = (distance_left(theta, retrained, at) for at in (moved, ascent))
-        assert left < limit and left < 0.7 * of_ascent, f"{name}: {left:.3f} of the way is left, after ascent {of_ascent:.3f}"
+        remaining, after_ascent = (distance_left(theta, retrained, at) for at in (moved, ascent))
+        assert remaining < limit and remaining < 0.7 * after_ascent, (
+            f"{name}: {remaining:.3f} of the way is left, after ascent {after_ascent:.3f}"
+        )
 
 
 def check_woodfisher(blockwise=False, module=influence):
@@ -217,13 +219,13 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     forget = data[:12]
     retain = data[12:]
     features = []
-    for part in (forget, retain, data):
-        batch = collate(part, [])
-        kept = batch.labels != -100
-        features.append((hidden_states(model, batch)[kept].detach(), batch.labels[kept]))
+    for dataset in (forget, retain, data):
+        batch = collate(dataset, [])
+        labelled = batch.labels != -100
+        features.append((hidden_states(model, batch)[labelled].detach(), batch.labels[labelled]))
 
-    def nll(weight, part):
-        return torch.nn.functional.cross_entropy(features[part][0] @ weight.T, features[part][1])
+    def nll(weight, index):
+        return torch.nn.functional.cross_entropy(features[index][0] @ weight.T, features[index][1])
 
     optimizer = torch.optim.Adam([weight], lr=1e-2)
     for _ in range(300):
@@ -238,7 +240,7 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     report = unlearn_once(
         model, forget, retain, damping=1e-2, curvature=curvature, batch_size=1, generator=generator, backend="reference"
     )
-    rise, price = ((nll(weight, part) - nll(start, part)).item() for part in (0, 1))
+    rise, price = ((nll(weight, index) - nll(start, index)).item() for index in (0, 1))
     low, high = 0.0, 1e3
     for _ in range(50):  # ascent that forgets as much
         middle = (low + high) / 2

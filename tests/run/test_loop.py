@@ -50,7 +50,7 @@ def test_every_method_runs_and_logs_every_step(method, optimizer, tokenizer):
     _, records, log, changed = run(tokenizer, method=method, optimizer=optimizer)
     assert changed and len(records) == 2 * 3  # two epochs of ceil(5 / 2) steps
     assert [json.loads(line) for line in log.splitlines()] == records
-    wanted = {
+    required = {
         "step",
         "epoch",
         "lr",
@@ -62,7 +62,7 @@ def test_every_method_runs_and_logs_every_step(method, optimizer, tokenizer):
         "tokens_per_s",
         "peak_memory_gib",
     }
-    assert wanted | ({"loss_retain"} if method != "ga" else set()) <= set(records[0])
+    assert required | ({"loss_retain"} if method != "ga" else set()) <= set(records[0])
     assert ("clip_fraction" in records[0]) == (optimizer == "soul")
     for record in records:
         total = sum(value for name, value in record.items() if name.startswith("loss_"))
@@ -211,11 +211,11 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
 
 def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
     """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
-    seen = []
+    forget_batches = []
     real = feed.collate
 
     def spy(forget, retain, **options):
-        seen.append(forget)
+        forget_batches.append(forget)
         return real(forget, retain, **options)
 
     monkeypatch.setattr(feed, "collate", spy)
@@ -223,7 +223,7 @@ def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkey
     model = tiny_model()
     unlearn(model, tokenizer, examples(6), [], config, progress=False)
     paired, _ = prepare(model, tokenizer, examples(6), [], config)
-    assert seen == [paired] * 3
+    assert forget_batches == [paired] * 3
 
 
 def test_reference_is_taken_from_the_cache(tokenizer, tmp_path, monkeypatch):
@@ -323,17 +323,17 @@ def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
 
 def _states(model, data):
     for sequence in data:
-        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-        yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, kept].detach()
+        labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+        yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, labelled].detach()
 
 
-METHODS_OF_PARTS = [
+METHODS_IN_MICRO_BATCHES = [
     *(dict(method=name) for name in losses.OBJECTIVES),
     dict(method="npo", method_options={"retain": "kl"}), dict(method="ceu", method_options={"ignore_first": 3}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", METHODS_OF_PARTS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("options", METHODS_IN_MICRO_BATCHES, ids=lambda options: "-".join(map(str, options.values())))
 def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatch):
     """5 ragged forget examples and 5 retained ones in 3 micro-batches of 2, 2 and 1: losses, gradients and weights are those of
     one batch of 5. By gradients, not by what the optimizer makes of them: its steps are signs.
@@ -349,9 +349,9 @@ def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatc
         config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
         (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
         results.append((record, gradients))
-    (one, want), (parts, got) = results
-    for name in one.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
-        assert parts[name] == pytest.approx(one[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
+    (whole, want), (accumulated, got) = results
+    for name in whole.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
+        assert accumulated[name] == pytest.approx(whole[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
     # fp32 sums in another order; where KL starts at 0 the gradient is all rounding, of 1e-5 of what CE's is
     floor = 1e-6 if options["method"] == "klmin" or "kl" in options.get("method_options", {}).values() else 0.0
     for mine, gradient in zip(got, want, strict=True):
@@ -436,25 +436,26 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
     """
     first = []
     for sizes in (dict(batch_size=2), dict(batch_size=1, accumulate=2)):
-        seen = []
+        curvature_grads = []
         real = soul.SophiaG.update_hessian
 
-        def spy(optimizer, seen=seen, real=real, **options):
-            seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+        def spy(optimizer, curvature_grads=curvature_grads, real=real, **options):
+            curvature_grads.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
             real(optimizer, **options)
 
         monkeypatch.setattr(step_module, "gnb_loss", lambda model, batch, generator, backend:
                             -token_logps(model, batch, backend).sum() / len(batch.token_indices))  # fmt: skip
         monkeypatch.setattr(soul.SophiaG, "update_hessian", spy)
         model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
-        assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)
-        first.append(seen[0])
+        assert changed and len(curvature_grads) == 3 and len(records) == 6
+        assert all("clip_fraction" in record for record in records)
+        first.append(curvature_grads[0])
         monkeypatch.undo()
-    _, _, kept = next(Order(5, 4, 2, 2, 0))
+    _, _, retain_indices = next(Order(5, 4, 2, 2, 0))
     model = tiny_model()
     config = UnlearnConfig(**FAST)
     _, retain = prepare(model, tokenizer, examples(5), examples(9)[5:], config)
-    batch = collate([], [retain[i] for i in kept])
+    batch = collate([], [retain[i] for i in retain_indices])
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
     for got in first:

@@ -20,7 +20,7 @@ VOLATILE = ("tokens_per_s", "peak_memory_gib")
 FAST = dict(epochs=2, batch_size=2, lr=1e-3, backend="reference")  # 6 steps of 5 examples
 
 
-def make_place(root, tokenizer):
+def write_model_and_data(root, tokenizer):
     """A directory with a model that has dropout, and with data, for the command."""
     model = tiny_model("gpt2, tied")
     model.config.resid_pdrop = model.config.attn_pdrop = 0.1
@@ -32,9 +32,9 @@ def make_place(root, tokenizer):
     return root
 
 
-def words(place, output, *more):
+def words(folder, output, *more):
     files = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
-    paths = [word for name, value in files.items() for word in (f"--{name}", str(place / value))]
+    paths = [word for name, value in files.items() for word in (f"--{name}", str(folder / value))]
     return ["unlearn", *paths, "--batch-size", "2", "--lr", "1e-3", "--device", "cpu", "--backend", "reference", *more]
 
 
@@ -44,12 +44,12 @@ def command(argv, errors=None, die_at_fsync=None):
     if errors is not None:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if die_at_fsync is not None:
-        left = [die_at_fsync]
+        fsyncs_left = [die_at_fsync]
         real = os.fsync
 
         def fsync(descriptor):
-            left[0] -= 1
-            if left[0] == 0:
+            fsyncs_left[0] -= 1
+            if fsyncs_left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(descriptor)
 

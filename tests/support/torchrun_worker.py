@@ -57,11 +57,11 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
 def terminate_at(step):
     """From now on the last process gets SIGTERM in that step."""
     real = unlearn_module.train_step
-    left = [step]
+    steps_left = [step]
 
     def train_step(*args):
-        left[0] -= 1
-        if left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
+        steps_left[0] -= 1
+        if steps_left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
@@ -71,11 +71,11 @@ def terminate_at(step):
 def disk_full_at_second_write():
     """From now on the last process can write one file with tensors, and no more."""
     real = sharded.write_tensors
-    left = [1]
+    writes_left = [1]
 
     def write_tensors(*args):
-        left[0] -= 1
-        if left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
+        writes_left[0] -= 1
+        if writes_left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*args)
 
