@@ -346,7 +346,7 @@ def test_no_logits_are_made(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi, head with a bias"])
-def test_models_that_bend_their_logits(family):
+def test_models_that_transform_their_logits(family):
     """Capped, multiplied, divided, with a bias: each changes what passes from the head to the output on its own."""
     options = COMMON | dict(tie_word_embeddings=False)
     bent = {

@@ -206,7 +206,7 @@ def check(name, p, device, *, module=losses, anisotropic=False, backend="triton"
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_from_a_flat_guess_to_memorised_text(name, p, backend, device):
+def test_objectives_from_uniform_predictions_to_memorised_text(name, p, backend, device):
     check(name, p, device, backend=backend)
 
 

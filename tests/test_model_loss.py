@@ -230,7 +230,7 @@ def test_logits_that_are_no_linear_map_of_the_hidden_states_are_refused(name):
     lambda model: soul.reference_logps(model, sequences(2, vocab_size=64)),
     lambda model: soul.reference_hidden(model, sequences(2, vocab_size=64)),
 ], ids=["Unlearner", "reference_logps", "reference_hidden"])  # fmt: skip
-def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_from_its_body(use):
+def test_a_loaded_model_with_nonlinear_logits_is_refused_where_its_body_is_called(use):
     """A model by name is checked as it is loaded."""
     with pytest.raises(ValueError, match="got other logits in Squared"):
         use(REFUSED["squares"]())

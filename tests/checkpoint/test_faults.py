@@ -170,7 +170,7 @@ def files_below(output):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), Interruption()], ids=["error", "Ctrl-C"])
-def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_ended(error, folder, capsys, monkeypatch):
+def test_errors_while_the_last_checkpoints_are_removed_leave_a_finished_run(error, folder, capsys, monkeypatch):
     """An error, or Ctrl-C, in each of the calls after the model was saved. Then the same command with --resume."""
     options = ("--epochs", "1", "--save-every", "3")  # one checkpoint, after the last step
     notes = []
@@ -209,7 +209,7 @@ def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_end
     assert len(notes) > 5 and notes == sorted(notes) and notes[-5:] == [True] * 5  # the note comes before the first removal
 
 
-def test_a_full_disk_at_the_very_end_hides_no_model(tmp_path, monkeypatch):
+def test_a_full_disk_after_the_model_was_saved_is_no_error(tmp_path, monkeypatch):
     """No room for the note: checkpoints are removed all the same, which makes some. No room for the log: they stay."""
     (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
     for name in ("config.json", "log.jsonl"):
@@ -227,7 +227,7 @@ def test_a_full_disk_at_the_very_end_hides_no_model(tmp_path, monkeypatch):
     assert has_ended(tmp_path, checkpoints)
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_path, monkeypatch):
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tokenizer, tmp_path, monkeypatch):
     """And it is whole, or has no name of a checkpoint any more."""
     _, want = run(tokenizer)
     for name in ("rename", "unlink"):
@@ -277,7 +277,7 @@ def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(folder, monke
     assert {name for name in names if (folder / "flushed" / name).stat().st_ino in flushed} == set(names)
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_is_no_other_run(tokenizer, tmp_path):
+def test_a_flipped_bit_in_the_newest_checkpoint_is_not_taken_for_another_run(tokenizer, tmp_path):
     """In JSON that can be read all the same: a number of the options, a letter of a name. The one before it is taken."""
     _, want = run(tokenizer, Checkpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
@@ -305,7 +305,7 @@ def parses(path):
     return True
 
 
-def test_a_run_does_not_depend_on_the_files_that_it_went_on_from(tokenizer, tmp_path):
+def test_a_resumed_run_does_not_depend_on_the_files_it_was_loaded_from(tokenizer, tmp_path):
     """Safetensors maps files into memory."""
 
     class Overwritten(Checkpoints):
@@ -323,7 +323,7 @@ def test_a_run_does_not_depend_on_the_files_that_it_went_on_from(tokenizer, tmp_
     assert same(model, whole) and records == want
 
 
-def test_a_disk_that_is_full_at_the_tokenizer_is_an_error_of_the_system(folder, capsys, monkeypatch):
+def test_a_full_disk_while_the_tokenizer_is_saved_ends_with_1(folder, capsys, monkeypatch):
     """In the library's own words, which it raises as a plain Exception."""
     real = PreTrainedTokenizerBase.save_pretrained
 

@@ -72,7 +72,7 @@ def wait_until(condition, process):
     raise TimeoutError
 
 
-def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(folder, processes):
+def test_a_run_killed_at_random_steps_ends_like_an_undisturbed_one(folder, processes):
     """SIGKILL 4 times between steps, and at 4 stages of writing a checkpoint; NPO, so that there is a reference that must stay
     the one of the model before unlearning. Dropout: the random generators go on too.
     """
@@ -121,7 +121,7 @@ def test_sigterm_ends_the_step_saves_and_says_so(folder, processes):
     assert weights(output) == weights(folder / "whole_term") and log_of(output) == log_of(folder / "whole_term")
 
 
-def test_a_run_that_a_criterion_has_ended_does_not_go_on(tokenizer, tmp_path):
+def test_a_run_ended_by_a_stopping_criterion_does_not_continue(tokenizer, tmp_path):
     """Killed after its last checkpoint, before the model was saved."""
     options = dict(eval_every=2, stop_forget_prob=1.0)
     whole, want = run(tokenizer, Checkpoints(tmp_path, every=2), **options)
@@ -193,7 +193,7 @@ def _step_to_nan(model, *_):
 ], ids=lambda options: options["method"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer", ["soul", "adamw"])
-def test_goes_on_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
+def test_resumes_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
     """Step 2 of 3 in the first epoch: the order of both sets goes on. References are those of the model before unlearning;
     bf16 with SOUL: compensated, so that the bits beside the weights go on as well.
     """
@@ -210,7 +210,7 @@ def test_goes_on_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, 
     dict(state_dtype="8bit"), dict(state_dtype=torch.bfloat16), dict(rho="auto", clip_target=0.5),
     dict(capturable=True, max_grad_norm=1.0), dict(published_code=True, skip_nonfinite=True),
 ], ids=str)  # fmt: skip
-def test_every_way_of_storing_states_goes_on(options, tokenizer, tmp_path, monkeypatch):
+def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
     def build(model, config):
         return soul.SOUL(model.parameters(), lr=1e-3, weight_decay=0.0, backend="reference", **options)
 
@@ -224,7 +224,7 @@ def test_every_way_of_storing_states_goes_on(options, tokenizer, tmp_path, monke
 
 
 @pytest.mark.parametrize("curvature", ["retain", "gnb"])
-def test_curvature_goes_on(curvature, tokenizer, tmp_path):
+def test_curvature_resumes(curvature, tokenizer, tmp_path):
     """Stopped between two refreshes; the labels that GNB draws next are those that it would have drawn."""
     options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)
     whole, want = run(tokenizer, **options)
@@ -235,7 +235,7 @@ def test_curvature_goes_on(curvature, tokenizer, tmp_path):
     assert same(model, whole) and records == want and len(records) == 6
 
 
-def test_adapters_go_on_and_only_they_are_saved(tokenizer, tmp_path):
+def test_adapters_resume_and_only_they_are_saved(tokenizer, tmp_path):
     options = dict(method="npo", lr=1e-2)
     whole, want = run(tokenizer, model=lora_model(lora_dropout=0.1), **options)
     torch.manual_seed(0)
@@ -248,7 +248,7 @@ def test_adapters_go_on_and_only_they_are_saved(tokenizer, tmp_path):
     assert same(model, whole) and records == want
 
 
-def test_old_checkpoints_go_and_the_log_is_complete(tokenizer, tmp_path):
+def test_old_checkpoints_are_removed_and_the_log_is_complete(tokenizer, tmp_path):
     run(tokenizer, Checkpoints(tmp_path / "c", every=1, keep=2))
     assert Checkpoints(tmp_path / "c").steps() == [6, 5]
     log = tmp_path / "log.jsonl"

@@ -189,7 +189,7 @@ def test_options_are_not_abbreviated(folder, capsys):
     ("seed: " + "1" * 5000, "argument --seed: invalid int value"),
     ("lr: " + "1" * 400, "lr: expected a number >= 0.0, got inf"),
 ], ids=lambda value: value[:20] if len(value) < 5000 else "long")  # fmt: skip
-def test_values_of_a_file_are_those_of_the_command_line(folder, text, message, capsys):
+def test_values_of_a_file_are_parsed_like_those_of_the_command_line(folder, text, message, capsys):
     """None is read as something else, none is dropped, and what is wrong is named."""
     (folder / "run.yaml").write_text(text + "\n")
     words = [word for word in command(folder) if word not in ("--epochs", "1", "--lr", "1e-2")]

@@ -91,7 +91,7 @@ def test_unknown_names_list_the_known_ones(source, message, asked_of_hub):
 
 
 @pytest.mark.parametrize("source, folder", [("hub:me/mine", "me/mine"), ("tofu:forget10", "locuslab/TOFU")])
-def test_a_name_of_the_hub_is_no_folder_here(source, folder, asked_of_hub, tmp_path, monkeypatch):
+def test_a_folder_with_the_name_of_a_hub_data_set_is_refused(source, folder, asked_of_hub, tmp_path, monkeypatch):
     """``datasets.load_dataset`` would read the folder, and never ask the hub."""
     (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -247,7 +247,7 @@ def unlearner(rows, retain=None, **options):
     return Unlearner(tiny_model(), rows, retain, config, tokenizer=tiny_tokenizer())
 
 
-def test_no_row_vanishes(tmp_path):
+def test_every_row_is_counted(tmp_path):
     """What was read is what was left out, cut, split or whole; it is kept beside the log."""
     rows = [{"text": text} for text in ("short", "long " * 60, " ", "longer " * 90, "short")]
     with pytest.raises(ValueError, match="forget, row 2, column 'text': expected some text"):
@@ -270,7 +270,7 @@ def test_no_row_vanishes(tmp_path):
     assert unlearner(asked, drop_unusable=True, template="{question}{answer}").counts["forget"] == Counts(rows=2, no_room=1)
 
 
-def test_what_is_to_be_kept_is_not_what_is_to_be_forgotten():
+def test_rows_in_both_forget_and_retain_are_refused():
     rows = [{"text": f"Number {i}."} for i in range(4)]
     with pytest.raises(ValueError, match="retain: expected other rows than forget, got the same 4; no row can be kept and"):
         unlearner(rows, [*rows[::-1], rows[0]])

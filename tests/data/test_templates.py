@@ -73,7 +73,7 @@ def test_tokens_and_mask_are_those_of_the_library(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refusal_is_put_as_the_answer_is(kind):
+def test_a_refusal_is_formatted_like_the_answer(kind):
     """Between the same marks: the refusal's text is what the template makes of a conversation with it."""
     template = Template("chat", chatting(KINDS[kind]))
     example = template.ask(QUESTION, ANSWER)
@@ -176,7 +176,7 @@ def test_templates_cannot_reach_out_of_their_sandbox(template):
         Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
 
 
-def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
+def test_prompts_that_share_a_token_with_the_answer_are_refused_under_a_chat_template():
     """Of a plain text the melted token belongs to the answer; a chat template promises the prompt's own tokens."""
     with pytest.raises(
         ValueError, match="forget, row 0: expected the 1 tokens of its prompt to begin those of the whole, got 0"
@@ -190,7 +190,7 @@ def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
     {"messages": messages(QUESTION, ANSWER)},
     {"question": QUESTION, "answer": ANSWER},
 ], ids=lambda row: "/".join(row))  # fmt: skip
-def test_conversations_are_rows(row, tmp_path):
+def test_conversations_are_read_as_rows(row, tmp_path):
     """TRL's columns, and the same as from its integration; whatever the template of questions is."""
     tokenizer = chatting(LLAMA3)
     want = Template("chat", tokenizer).ask(QUESTION, ANSWER)

@@ -191,7 +191,7 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(resu
     assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
 
 
-def test_the_reference_is_computed_in_the_same_way_and_kept_once(results, folder):
+def test_the_reference_is_computed_in_the_same_way_and_cached_once(results, folder):
     """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
     (path,) = (folder / "cache").iterdir()
     before = path.stat().st_mtime_ns
@@ -219,7 +219,7 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_processes_that_are_not_to_do_the_same_end_all(results, folder, name):
+def test_processes_that_disagree_end_all(results, folder, name):
     """With another lr, seed or data the run ended with status 0 and another result; with other epochs it never ended."""
     for rank in results[f"odd, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(ODD[name][1])
@@ -298,7 +298,7 @@ def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, message, mon
     assert f"soul unlearn: {name}: expected" in capsys.readouterr().err
 
 
-def test_without_several_processes_the_variables_say_nothing(monkeypatch):
+def test_the_variables_of_torchrun_are_ignored_for_one_process(monkeypatch):
     for variable, value in zip(TORCHRUN, ("x", "x", "1", "", "x")):
         monkeypatch.setenv(variable, value)
     assert launched() == 1
@@ -307,7 +307,7 @@ def test_without_several_processes_the_variables_say_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
+def test_missing_processes_are_waited_for_until_the_timeout(rank, monkeypatch):
     monkeypatch.setattr("soul.distributed.processes.JOIN_SECONDS", 1)
     for variable, value in zip(TORCHRUN, (rank, rank, "2", "127.0.0.1", str(free_port()))):
         monkeypatch.setenv(variable, value)
@@ -377,7 +377,7 @@ runpy.run_module("soul", run_name="__main__")
 """
 
 
-def test_threads_that_take_the_gil_at_the_end_abort_no_process_of_torchrun():
+def test_threads_that_take_the_gil_at_exit_do_not_abort_torchrun():
     """Gloo's threads do so once in hundreds of runs, these every time (CPython before 3.14). The output is not lost."""
     environment = {**os.environ, "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", THREADS_AT_THE_END]
@@ -396,7 +396,7 @@ def children(pid):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(results, command_folder):
+def test_a_killed_command_resumes_bit_for_bit_and_closely_with_more_processes(results, command_folder):
     """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
     process = torchrun(*words(command_folder, "broken", "--resume"))  # from the start, where there is nothing yet
     until = time.monotonic() + TIMEOUT
@@ -444,7 +444,7 @@ def sharded_run(checkpoints):
     return [record["loss"] for record in records]
 
 
-def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_no_other_run(group_of_one, tmp_path):
+def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_not_taken_for_another_run(group_of_one, tmp_path):
     """As in tests/checkpoint/test_resume.py; files of one process, by the code of several."""
     want = sharded_run(ShardedCheckpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"

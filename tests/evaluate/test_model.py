@@ -378,7 +378,7 @@ def test_a_wrong_run_is_noticed(old, new, models, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_kernels_on_cpu)])
-def test_statistics_stand_where_their_sequences_stand(backend):
+def test_statistics_keep_the_order_of_their_sequences(backend):
     """Ragged lengths, in batches of like length: every sequence gets its own back, and the model its mode."""
     model = tiny_model()
     tokenizer = tiny_tokenizer()

@@ -247,7 +247,7 @@ def test_gradients_that_were_unscaled_are_not_unscaled_again(device):
     (torch.bfloat16, {"param_rounding": "stochastic", "state_dtype": torch.bfloat16}),  # noise, which depends on the step
     (torch.bfloat16, {"state_dtype": "8bit", "bias_correction": True}),  # scales, and a power of the number of steps
 ])  # fmt: skip
-def test_a_step_with_an_infinite_gradient_never_was(dtype, options, device):
+def test_a_step_with_an_infinite_gradient_changes_nothing(dtype, options, device):
     """Parameters, states, counters and rho keep every bit, in the first step and later; the scaler halves its scale."""
     net, reference_net = make_net(device, dtype), make_net(device, dtype)
     opt, reference = (SOUL(n.parameters(), lr=0.01, bs=4, **options) for n in (net, reference_net))

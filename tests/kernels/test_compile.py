@@ -388,7 +388,7 @@ def faults_of(variant):
     ("rescale * sums.rest + tl.sum(exp, 0)", "rescale * sums.rest + tl.sum(exp, 0) + 0.0 * tl.max(exp, 0)",
      "V 50257: passes .* barriers a program"),
 ])  # fmt: skip
-def test_what_is_planted_is_found(old, new, fault, tmp_path):
+def test_planted_faults_are_found(old, new, fault, tmp_path):
     kernel = mutant(soul_kernels.token_logprob.__name__, old, new, tmp_path).statistics_kernel
     sentences = faults_of(dataclasses.replace(KERNELS[STATISTICS], kernel=kernel))
     assert any(re.search(fault, text) for text in sentences), sentences

@@ -100,7 +100,7 @@ def test_every_vocabulary_size(kind, n_vocab, device):
 # KL of about 5e-7, where the sum of q (log q - log p) has lost everything in fp32, to 50, where expm1(-d) overflows.
 @pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("distance, limit", [(1e-3, 5e-3), (0.1, 1e-4), (10.0, tol.GRAD_OBJECTIVE), (60.0, tol.GRAD_OBJECTIVE)])
-def test_from_close_to_far(distance, limit, device):
+def test_close_and_distant_distributions(distance, limit, device):
     # The rounding of z and of log-sum-exp, 1e-6, is a thousandth of the differences at 1e-3.
     check(device, distance=distance, limit=limit)
 

@@ -167,7 +167,7 @@ def test_logprob_gradients(frozen, dtype, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
-def test_only_wanted_gradients_and_no_grad(backend, device):
+def test_only_requested_gradients_and_no_grad(backend, device):
     case = make(device)
     case["weight"].requires_grad_(False)
     loss = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)

@@ -99,7 +99,7 @@ def check_sums_in_another_order(device):
     assert (statistics[0] - p.gather(1, last[:, None])[:, 0].log()).abs().max() <= tol.LOGP_ABS
 
 
-def test_sums_in_another_order_draw_what_can_be_drawn(device):
+def test_sums_in_another_order_draw_possible_labels_only(device):
     check_sums_in_another_order(device)
 
 

@@ -69,7 +69,7 @@ class Capped(transformers.LlamaForCausalLM):
         return output
 
 
-def test_models_that_bend_their_logits_in_other_ways_are_refused():
+def test_models_that_transform_their_logits_in_other_ways_are_refused():
     """Logits of about 0.1 agree with a cap of 30 to 1 in 10^5: only enlarged ones show it."""
     capped = Capped(FAMILIES["llama, tied"]())
     scaled = tiny_model("cohere, scaled")
@@ -138,7 +138,7 @@ def test_heads_that_are_not_a_matrix_are_refused():
         causal_lm.check_linear_head(peft.get_peft_model(tiny_model(), prompts))
 
 
-def test_a_body_that_the_prefix_does_not_find():
+def test_a_body_that_base_model_prefix_does_not_name():
     sizes = {**COMMON, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 48}
     config = transformers.Llama4TextConfig(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

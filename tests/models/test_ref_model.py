@@ -46,7 +46,7 @@ def test_hidden_states_are_those_of_the_model():
     losses.NPO(beta=0.5, alpha=0.0), losses.NPO(beta=0.5, alpha=0.0, reduction="token_mean"), losses.DPO(beta=0.5, alpha=0.0),
     losses.KLMin(gamma=0.0), losses.UNDIAL(beta=0.0, alpha=0.0),
 ], ids=lambda objective: type(objective).__name__)  # fmt: skip
-def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
+def test_ratios_and_divergences_of_an_unchanged_model_are_exactly_zero(objective, backend):
     """Same sequences, same padding: a ratio of exactly 0, a KL of exactly 0. In other company rounding, and nothing more."""
     model = tiny_model()
     dataset = sequences(4)  # 4: sums and means of equal numbers are exact
@@ -79,7 +79,7 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
     assert terms[1] <= (10 * tol.LOGP_ABS if objective.needs_reference else 1e-9)  # a KL is quadratic in what moved
 
 
-def test_adapters_are_off_and_everything_is_as_before():
+def test_reference_is_computed_without_adapters_and_restores_the_model():
     model = lora_model()
     base = tiny_model("llama, untied")
     dataset = sequences(3)

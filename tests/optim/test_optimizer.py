@@ -98,7 +98,7 @@ def test_goes_downhill_and_learns(device):
         assert x.abs().max() < 2.8
 
 
-def test_gradient_is_kept_and_zero_gradients_move_nothing(device):
+def test_step_leaves_the_gradient_alone_and_zero_gradients_move_nothing(device):
     params = make(device)
     opt = SOUL(params, lr=1e-2, weight_decay=0.0)
     give_gradients(params)
@@ -432,7 +432,7 @@ def test_an_error_in_one_group_comes_before_another_moves(spoil, message, backen
     assert torch.equal(a, saved[0]) and all(torch.equal(opt.state[a][n], v) for n, v in saved[1].items())
 
 
-def test_small_things_that_once_broke(device):
+def test_regressions(device):
     empty = SOUL([torch.zeros(0, device=device).requires_grad_()], rho="auto")
     empty.param_groups[0]["params"][0].grad = torch.zeros(0, device=device)
     empty.step()

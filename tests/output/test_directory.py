@@ -213,7 +213,7 @@ def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
     run(tokenizer, Checkpoints(tmp_path, resume=True))  # whatever ends a run ends its lock
 
 
-def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(folder, tokenizer, capsys):
+def test_a_refused_resume_leaves_the_description_of_the_run_unchanged(folder, tokenizer, capsys):
     output = folder / "said"
     options = ("--epochs", "1", "--save-every", "0", "--resume")
     output.mkdir()

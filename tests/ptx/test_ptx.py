@@ -323,7 +323,7 @@ def test_bytes_are_counted_by_width_and_once_for_neighbours(races):
     assert counts.barriers == 1 and counts.instructions == sum(counts.executed.values())
 
 
-def test_what_instructions_cost():
+def test_instruction_costs():
     """A division by its parts, and one of each unit; 64-bit integers are two instructions, moves and parameters none."""
     executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
                 "fma.rn.f32": 1, "ld.shared.b32": 1, "shfl.sync.bfly.b32": 1, "st.global.v4.b32": 1, "bra": 1}  # fmt: skip

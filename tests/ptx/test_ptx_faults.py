@@ -28,7 +28,7 @@ def one_step(sophia_step=sophia_step, n=20_000, misaligned=False):
     return torch.cat(params)
 
 
-def test_a_mask_one_too_far(card, tmp_path):
+def test_a_mask_that_is_one_element_too_long(card, tmp_path):
     """The last program of the longer tensor loads a gradient that is not there."""
     one_step(sophia_step)
     broken = mutant("soul_kernels.sophia_step", "offsets < count", "offsets <= count", tmp_path)

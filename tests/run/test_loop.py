@@ -495,7 +495,7 @@ def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
     assert json.loads(log.splitlines()[-1]) == stopped[-1]
 
 
-def test_stops_when_what_is_to_stay_is_lost(tokenizer):
+def test_stops_when_the_retain_probability_is_too_low(tokenizer):
     """Without a retain term; a limit of 1 is missed at once, and 0 never."""
     options = dict(method="graddiff", method_options={"alpha": 0.0}, eval_every=2)
     _, records, _, _ = run(tokenizer, **options, stop_retain_prob=1.0, stop_forget_prob=1.0)

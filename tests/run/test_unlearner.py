@@ -339,7 +339,7 @@ def test_wrong_padding_is_noticed(old, new, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1.0, math.inf])  # inf: the step does without the norm, which is logged all the same
-def test_a_step_makes_no_table_that_the_one_before_has_made(limit, monkeypatch):
+def test_a_step_reuses_the_tables_of_the_step_before(limit, monkeypatch):
     """A graph is captured after one eager step, and nothing can be allocated on the host then."""
     made = []
     real = TensorTable.rebuild
@@ -373,7 +373,7 @@ def test_replayed_steps_are_eager_ones(options, tokenizer):
             assert replayed[name] == pytest.approx(eager[name], rel=2e-2, abs=1e-4), name  # bf16 autocast, other padding
 
 
-def test_in_python(tokenizer, folder, tmp_path):
+def test_unlearner_from_python(tokenizer, folder, tmp_path):
     """A model that is loaded is changed in place; with an output directory it is on the disk as well."""
     model = tiny_model("llama, untied")
     config = UnlearnConfig(method="graddiff", **FAST)

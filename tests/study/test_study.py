@@ -139,7 +139,7 @@ def test_interval_is_students():
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
-def test_chance_is_how_often_equals_get_a_verdict():
+def test_chance_is_how_often_equal_arms_get_a_verdict():
     draws = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0)).tolist()
     for n in (2, 3, 4):
         frequency = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
