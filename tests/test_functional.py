@@ -1,4 +1,4 @@
-"""Drop-ins for open-unlearning's loss functions: its numbers with compat, the formulas without, in every wrapping."""
+"""Replacements for open-unlearning's loss functions: its numbers with compat, the formulas without, under every wrapper."""
 
 import contextlib
 import copy
@@ -55,13 +55,13 @@ WIN = batch(prompts=(3, 1, 4, 2, 1), answers=(2, 6, 3, 3, 2), ignored=(3,), seed
 
 
 def logits_and_labels(model, inputs):
-    """Of predicted positions: [B, T - 1, V] and [B, T - 1]."""
+    """Return logits [B, T - 1, V] and labels [B, T - 1] of the predicted positions."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     return logits[:, :-1], inputs["labels"][:, 1:]
 
 
 def nlls(model, inputs):
-    """[B, T - 1], 0 where ignored."""
+    """Return the negative log-likelihoods [B, T - 1], 0 where the label is ignored."""
     logits, labels = logits_and_labels(model, inputs)
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
 
@@ -120,7 +120,7 @@ class Coded:
 
 
 class Meant(Coded):
-    """The same where the formulas mean something else than the code: positions that carry a label, sequences that have one."""
+    """The formulas where their meaning differs from the code: only positions with a label, and sequences that have one."""
 
     @staticmethod
     def kl(model, ref, inputs):
@@ -371,7 +371,7 @@ def test_models_that_transform_their_logits(family):
 
 
 def test_distributed_data_parallel_sees_the_loss():
-    """The reducer must be told of every forward, or replicas drift apart in silence: a hook that doubles what it reduces."""
+    """The reducer must see every forward, or replicas silently drift apart; a hook that doubles the gradients shows it."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -396,7 +396,7 @@ def doubled(state, bucket):
 
 
 def test_autocast_within_the_models_forward_reaches_the_head():
-    """Accelerate puts its autocast into ``model.forward``; whoever calls the body on its own loses it."""
+    """Accelerate puts its autocast into ``model.forward``; a call of the body alone would lose it."""
     model, _ = pair_of_models()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = functional.compute_wga_loss(model, LOSE, 1.0)[0]

@@ -171,7 +171,7 @@ PROBABILITIES = [None, 0.5, 0.99, 0.9999, 1 - 1e-7, 1 - 1e-10]
 
 
 def copy_of(objective, module):
-    """The same objective as another version of the module has it."""
+    """Return the same objective from another version of the module."""
     options = {name: value for name, value in vars(objective).items() if name != "key"}
     if isinstance(objective, (losses.GradAscent, losses.KLMin)):
         options = {"gamma": objective.gamma} | ({} if isinstance(objective, losses.GradAscent) else {"alpha": objective.alpha})

@@ -135,7 +135,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
 
 @pytest.mark.parametrize("family", BENT)
 def test_a_lost_bias_scale_or_cap_would_be_noticed(family, monkeypatch):
-    """By the numbers, since the hidden states and the weight of the head alone give another loss; and by name."""
+    """The numbers show it, since the hidden states and the weight of the head alone give another loss; so does the error."""
     model = model_of(family)
     batch = make_batch()
     objective = losses.NPO(beta=0.1)
@@ -167,7 +167,7 @@ class Capped(Squared):
 
 
 class Shifted(Squared):
-    """A bias that is no part of the head, as in Bart."""
+    """A bias outside the head, as in Bart."""
 
     def bend(self, logits):
         return logits + torch.linspace(-1, 1, logits.shape[-1])

@@ -1,4 +1,4 @@
-"""Checkpoints on disks that are full, damaged or interrupted: no run is lost, and what is said of it is true."""
+"""Checkpoints when a disk is full, a file is damaged or the run is interrupted: no run is lost, and messages are true."""
 
 import errno
 import json
@@ -73,7 +73,7 @@ def full(*_, **__):
 
 
 def full_for_safetensors(tensors, path):
-    """The library's own words, at a limit of this process: it does not say OSError."""
+    """Write with a file-size limit for this process: safetensors reports it in words of its own, not as an OSError."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -105,7 +105,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(broken, tokeniz
 
 
 def test_the_command_says_what_a_full_disk_left(folder, capsys, monkeypatch):
-    """While a checkpoint is written, while the log is, and while the model is: status 1, a reason, and where it goes on."""
+    """A disk full at a checkpoint, the model or the log: status 1, the reason, and the step that --resume continues from."""
     real = Checkpoints.save
 
     def save(self, step, *args):
@@ -144,7 +144,7 @@ def test_broken_weights_are_not_saved(tokenizer, tmp_path):
 
 
 class Interruption(KeyboardInterrupt):
-    """Ctrl-C."""
+    """A Ctrl-C of this test."""
 
 
 def fail_at(number, error, patch):
@@ -171,7 +171,7 @@ def files_below(output):
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), Interruption()], ids=["error", "Ctrl-C"])
 def test_errors_while_the_last_checkpoints_are_removed_leave_a_finished_run(error, folder, capsys, monkeypatch):
-    """An error, or Ctrl-C, in each of the calls after the model was saved. Then the same command with --resume."""
+    """Raise an error, or press Ctrl-C, in each call after the model was saved. Then run the same command with --resume."""
     options = ("--epochs", "1", "--save-every", "3")  # one checkpoint, after the last step
     notes = []
     if not (folder / "undisturbed").exists():
@@ -210,7 +210,7 @@ def test_errors_while_the_last_checkpoints_are_removed_leave_a_finished_run(erro
 
 
 def test_a_full_disk_after_the_model_was_saved_is_no_error(tmp_path, monkeypatch):
-    """No room for the note: checkpoints are removed all the same, which makes some. No room for the log: they stay."""
+    """Without room for the log the checkpoints stay. Without room for the note they are removed, which makes room."""
     (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
     for name in ("config.json", "log.jsonl"):
         (tmp_path / name).write_text("{}")
@@ -228,7 +228,7 @@ def test_a_full_disk_after_the_model_was_saved_is_no_error(tmp_path, monkeypatch
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tokenizer, tmp_path, monkeypatch):
-    """And it is whole, or has no name of a checkpoint any more."""
+    """What remains of it is whole, or no longer has the name of a checkpoint."""
     _, want = run(tokenizer)
     for name in ("rename", "unlink"):
         directory = tmp_path / name
@@ -278,7 +278,7 @@ def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(folder, monke
 
 
 def test_a_flipped_bit_in_the_newest_checkpoint_is_not_taken_for_another_run(tokenizer, tmp_path):
-    """In JSON that can be read all the same: a number of the options, a letter of a name. The one before it is taken."""
+    """The bit changes an option or a name, and the JSON can still be parsed. The checkpoint before it is used."""
     _, want = run(tokenizer, Checkpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
@@ -306,7 +306,7 @@ def parses(path):
 
 
 def test_a_resumed_run_does_not_depend_on_the_files_it_was_loaded_from(tokenizer, tmp_path):
-    """Safetensors maps files into memory."""
+    """Safetensors maps files into memory, so tensors that were not copied would change with the file."""
 
     class Overwritten(Checkpoints):
         def load(self, *args):
@@ -324,7 +324,7 @@ def test_a_resumed_run_does_not_depend_on_the_files_it_was_loaded_from(tokenizer
 
 
 def test_a_full_disk_while_the_tokenizer_is_saved_ends_with_1(folder, capsys, monkeypatch):
-    """In the library's own words, which it raises as a plain Exception."""
+    """The tokenizers library raises a plain Exception with words of its own."""
     real = PreTrainedTokenizerBase.save_pretrained
 
     def save_pretrained(*args, **options):

@@ -1,4 +1,4 @@
-"""A run that is stopped, by whatever, and goes on: the weights and the log of one that was not, bit for bit."""
+"""A run that is stopped and resumed ends with the weights and the log of an uninterrupted one, bit for bit."""
 
 import json
 import multiprocessing
@@ -49,7 +49,7 @@ def folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forked from one that has imported everything and computed nothing: they start in no time."""
+    """Return a context that forks processes from one that has imported everything and computed nothing, so they start fast."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.runs"])
     return context
@@ -62,7 +62,7 @@ def start(processes, *args):
 
 
 def wait_until(condition, process):
-    """Watches from outside, as closely as it can; False where the process has ended first."""
+    """Poll until the condition holds; return False if the process ends first."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         if condition():
@@ -73,8 +73,8 @@ def wait_until(condition, process):
 
 
 def test_a_run_killed_at_random_steps_ends_like_an_undisturbed_one(folder, processes):
-    """SIGKILL 4 times between steps, and at 4 stages of writing a checkpoint; NPO, so that there is a reference that must stay
-    the one of the model before unlearning. Dropout: the random generators go on too.
+    """SIGKILL comes 4 times between steps, and at 4 stages of writing a checkpoint. NPO has a reference, which must stay that
+    of the model before unlearning. Dropout shows that the random generators are restored too.
     """
     options = ("--method", "npo", "--epochs", "20", "--save-every", "4")  # 60 steps
     whole = folder / "whole"
@@ -130,7 +130,7 @@ def test_a_run_ended_by_a_stopping_criterion_does_not_continue(tokenizer, tmp_pa
 
 
 def test_adapters_of_another_scale_are_another_run(tokenizer, tmp_path):
-    """Their tensors have the same shapes."""
+    """The tensors have the same shapes; only the scale differs."""
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(tmp_path, 2), lora_model(lora_alpha=8))
     with pytest.raises(ValueError, match="resume, lora: expected .*'lora_alpha': 8.* got .*'lora_alpha': 16"):
@@ -194,8 +194,8 @@ def _step_to_nan(model, *_):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer", ["soul", "adamw"])
 def test_resumes_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
-    """Step 2 of 3 in the first epoch: the order of both sets goes on. References are those of the model before unlearning;
-    bf16 with SOUL: compensated, so that the bits beside the weights go on as well.
+    """Stop at step 2 of 3 in the first epoch: the order of both sets continues, and references stay those of the model
+    before unlearning. bf16 with SOUL is compensated, so the low bits beside the weights must be restored as well.
     """
     options = dict(optimizer=optimizer, **method)
     whole, want = run(tokenizer, model=tiny_model().to(dtype), **options)
@@ -225,7 +225,7 @@ def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("curvature", ["retain", "gnb"])
 def test_curvature_resumes(curvature, tokenizer, tmp_path):
-    """Stopped between two refreshes; the labels that GNB draws next are those that it would have drawn."""
+    """Stop between two refreshes: GNB draws the labels that it would have drawn without the stop."""
     options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)
     whole, want = run(tokenizer, **options)
     with pytest.raises(Stopped):
@@ -275,7 +275,7 @@ class Clock:
     (dict(minutes=10), [3, 6]), (dict(minutes=8, every=3), [2, 3, 5, 6]), (dict(minutes=0), []),
 ], ids=str)  # fmt: skip
 def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeypatch):
-    """And that changes nothing of it."""
+    """Saving by time does not change the run."""
     whole, want = run(tokenizer)
     steps = []
     real = Checkpoints.save
@@ -289,7 +289,7 @@ def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeyp
     ((), 10.0), (("--save-minutes=0",), 0.0), (("--save-every=0",), 0.0), (("--save-every=0", "--save-minutes=2.5"), 2.5),
 ])  # fmt: skip
 def test_the_command_saves_every_10_minutes(more, minutes, folder, tmp_path, monkeypatch):
-    """But for a run that asks for no checkpoints."""
+    """A run that asks for no checkpoints saves none."""
     intervals = []
     real = Checkpoints.__init__
 

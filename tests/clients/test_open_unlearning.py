@@ -38,7 +38,7 @@ for soul_trainer in soul_trainers.ALL:
 
 @pytest.fixture(scope="module")
 def source():
-    """Its package ``trainer``, with our lines at the end of its __init__."""
+    """open-unlearning's package ``trainer``, with our lines at the end of its __init__."""
     readme = (CONFIGS.parent.parent / "README.md").read_text()
     assert all(line.strip() in readme for line in REGISTRATION.splitlines())
     folder = str(pathlib.Path(SOURCE) / "src")
@@ -98,7 +98,7 @@ def test_every_configuration_trains_and_evaluates(path, tmp_path, source):
     ("SOULUNDIAL", "UNDIAL", dict(beta=10.0, alpha=0.5, retain_loss_type="KL")),
 ])  # fmt: skip
 def test_compat_is_its_trainers_loss(name, their_name, method_args, tmp_path, source):
-    """Value and gradients, from a model that has moved away from the reference."""
+    """Compare value and gradients on a model that has moved away from the reference model."""
     path = CONFIGS / f"{name}.yaml"
     values = {}
     for handler, options in ((name, dict(method_args, compat=OU)), (their_name, method_args)):
@@ -121,7 +121,7 @@ def test_compat_is_its_trainers_loss(name, their_name, method_args, tmp_path, so
 
 @pytest.mark.parametrize("name", ["compute_kl_divergence", "compute_undial_loss"])
 def test_functions_are_its_own_and_take_less_memory(name, source):
-    """At a vocabulary of 32,000; what it takes beyond weights, inputs and the graph of the layers is chunks."""
+    """At a vocabulary of 32,000, the memory beyond weights, inputs and the graph of the layers is that of the chunks."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(vocab_size=32000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=64)  # fmt: skip

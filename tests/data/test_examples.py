@@ -74,7 +74,7 @@ def test_labels_are_the_answer_and_its_end_shifted_by_one():
 
 
 class Words:
-    """A tokenizer that shows its seams: words with their leading space, as SentencePiece makes them, and a start token."""
+    """A tokenizer that splits into words with their leading space, as SentencePiece does, and adds a start token."""
 
     bos_token = "<s>"
     bos_token_id = 0
@@ -164,7 +164,7 @@ def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
 
 
 def test_refusals_of_a_file(tmp_path):
-    """The method's own are not drawn any more; what is no list of texts is named."""
+    """The built-in refusals are no longer drawn, and a file without a list of texts is refused by name."""
     path = tmp_path / "refusals.txt"
     path.write_bytes(b"\xef\xbb\xbf  I'd rather not.\r\n\nKeine Ahnung \xe2\x80\x94 wirklich.\n")
     assert data.read_refusals(path) == ("I'd rather not.", "Keine Ahnung — wirklich.")

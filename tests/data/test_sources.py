@@ -1,4 +1,4 @@
-"""Data by name and by path, what becomes of every row, and a run on TOFU by name."""
+"""Data by name and by path, the fate of every row, and a run on TOFU by name."""
 
 import json
 
@@ -23,7 +23,7 @@ ASKED = [{"question": f"Who lives in house {i}?", "answer": f"Number {i}."} for 
 
 @pytest.fixture
 def asked_of_hub(monkeypatch):
-    """The arguments of every call of ``datasets.load_dataset``, which answers with one row."""
+    """Record the arguments of every call of ``datasets.load_dataset``, which returns one row."""
     calls = []
 
     def load_dataset(*args, **options):
@@ -52,13 +52,13 @@ def asked_of_hub(monkeypatch):
     ("hub:me.x/mi-ne:a part/test", "me.x/mi-ne", "a part", "test"),
 ])  # fmt: skip
 def test_names_are_these_data_sets(source, repository, subset, split, asked_of_hub):
-    """And nothing else is passed: no code of theirs is asked for."""
+    """Nothing else is passed to the library, so no code of a data set is run."""
     assert sources.rows(source) == [(f"{source}, row 0", {"text": "Once upon a time."})]
     assert asked_of_hub == [((repository, subset), {"split": split})]
 
 
 def test_questions_by_name(monkeypatch):
-    """What ``soul evaluate --data tofu`` reads."""
+    """These are the rows that ``soul evaluate --data tofu`` reads."""
     row = ASKED[0] | {"paraphrased_answer": "It is 0.", "perturbed_answer": ["Number 8.", "Number 9."]}
     monkeypatch.setattr("datasets.load_dataset", lambda path, name, split: [row] if name == "forget10_perturbed" else None)
     (question,) = read_questions("tofu:forget10_perturbed")
@@ -92,7 +92,7 @@ def test_unknown_names_list_the_known_ones(source, message, asked_of_hub):
 
 @pytest.mark.parametrize("source, folder", [("hub:me/mine", "me/mine"), ("tofu:forget10", "locuslab/TOFU")])
 def test_a_folder_with_the_name_of_a_hub_data_set_is_refused(source, folder, asked_of_hub, tmp_path, monkeypatch):
-    """``datasets.load_dataset`` would read the folder, and never ask the hub."""
+    """``datasets.load_dataset`` would read the folder and never ask the hub."""
     (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"{source}: expected a data set on the hub, got the folder {folder} here"):
@@ -141,7 +141,7 @@ def test_parquet(tmp_path):
 
 
 def test_columns_that_are_not_used_are_not_read(tmp_path, monkeypatch):
-    """They may hold what Python has no value for (a time in 142 million years), or pictures that take long to decode."""
+    """They may hold values that Python cannot represent (a time in 142 million years), or images that are slow to decode."""
     path = tmp_path / "a.parquet"
     times = pa.array([2**52] * len(ASKED), pa.timestamp("s"))
     table = pa.Table.from_pylist([row | {"perturbed_answer": ["No."]} for row in ASKED]).append_column("time", times)
@@ -165,7 +165,7 @@ def test_columns_that_are_not_used_are_not_read(tmp_path, monkeypatch):
 
 
 def test_rows_are_taken_as_they_are():
-    """As ``datasets`` gives them; a list of mappings is the same."""
+    """Rows of ``datasets`` and a list of mappings give the same."""
     assert sources.rows(hub.Dataset.from_list(ASKED), "forget") == sources.rows(ASKED, "forget")
     assert sources.rows(ASKED, "forget")[2][0] == "forget, row 2"
 
@@ -187,7 +187,7 @@ def test_blank_rows_end_a_run_or_are_counted(broken):
 
 
 class Startless(Words):
-    """The same without a start token."""
+    """The same tokenizer without a start token."""
 
     bos_token = bos_token_id = None
 
@@ -248,7 +248,7 @@ def unlearner(rows, retain=None, **options):
 
 
 def test_every_row_is_counted(tmp_path):
-    """What was read is what was left out, cut, split or whole; it is kept beside the log."""
+    """Rows that were read add up to those left out, truncated, split and unchanged; the counts are saved beside the log."""
     rows = [{"text": text} for text in ("short", "long " * 60, " ", "longer " * 90, "short")]
     with pytest.raises(ValueError, match="forget, row 2, column 'text': expected some text"):
         unlearner(rows)
@@ -287,7 +287,7 @@ def refusing(tmp_path, method, *refusals):
 
 @pytest.mark.parametrize("method", ["po", "dpo"])
 def test_a_run_takes_the_refusals_of_its_file(method, tmp_path, monkeypatch):
-    """And goes on with the same ones only, whatever the file is called then."""
+    """A resumed run must have the same refusals, whatever their file is called by then."""
     run = refusing(tmp_path, method, "Never mind.")
     sequences, _ = prepare(run.model, run.tokenizer, run._forget, run._retain, run.config)
     refused = sequences if method == "po" else sequences[1::2]

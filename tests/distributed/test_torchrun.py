@@ -108,7 +108,7 @@ def torchrun(*words, processes=2):
 
 
 def ended(process):
-    """Exit status, and what it has printed."""
+    """Return the exit status, and what the process has printed."""
     try:
         out, errors = process.communicate(timeout=TIMEOUT)
     finally:
@@ -127,7 +127,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """The result of each of the two processes, by case."""
+    """Return the results of the two processes by case."""
     numbers = enumerate(CASES)
     return {name: [torch.load(folder / f"{n}.{rank}.pt", weights_only=True) for rank in (0, 1)] for n, name in numbers}
 
@@ -138,7 +138,7 @@ def lasting(records):
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_are_one(results, name):
-    """To fp32 rounding, relative to how far the weights have moved; and both keep the same log."""
+    """Weights agree up to fp32 rounding, relative to how far they have moved, and both processes keep the same log."""
     family, options = EQUAL[name]
     first, second = results[name]
     records, weights = run(family, options)
@@ -160,7 +160,7 @@ def equal(one, two):
 
 
 def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
-    """The generators of both processes are where they were; of bf16 weights the 8 more bits too, and the noise goes on."""
+    """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise."""
     for prefix in ("", "bf16 "):
         (whole, _), (resumed, second) = results[f"{prefix}whole"], results[f"{prefix}resumed"]
         for rank in results[f"{prefix}stopped"]:
@@ -178,7 +178,7 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
 
 
 def test_all_processes_save_by_the_clock_of_the_first(results):
-    """They would wait for each other for ever if each looked at its own."""
+    """With clocks of their own the processes would wait for each other for ever."""
     assert [rank["saved"] for rank in results["by time"]] == [[2, 4], [2, 4]]
     assert equal(results["by time"][0], results["whole"][0])
 
@@ -192,7 +192,7 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(resu
 
 
 def test_the_reference_is_computed_in_the_same_way_and_cached_once(results, folder):
-    """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
+    """The cache's key is computed from whole weights, so one process uses the file that two have written."""
     (path,) = (folder / "cache").iterdir()
     before = path.stat().st_mtime_ns
     records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
@@ -251,7 +251,7 @@ def test_what_is_refused_without_a_run():
 
 
 def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
-    """Its head is in pieces where the loss takes it."""
+    """The loss would see a shard of the head only."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
@@ -263,7 +263,7 @@ def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
 
 
 def test_other_commands_are_refused(monkeypatch, capsys):
-    """N processes would each do the whole of it, into one directory."""
+    """N processes would each do all of the work, in one directory."""
     for name, value in zip(TORCHRUN, ("1", "1", "2", "localhost", "1")):
         monkeypatch.setenv(name, value)
     assert main(["info"]) == 2
@@ -287,7 +287,7 @@ WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
     ("MASTER_ADDR", " ", "MASTER_ADDR: expected a host name"),
 ])  # fmt: skip
 def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, message, monkeypatch, capsys):
-    """It ended in a traceback, in an endless wait, or in one process that took itself for the only one."""
+    """Without the check it ended in a traceback, in an endless wait, or in a process that took itself for the only one."""
     for variable, good in WHOLE.items():
         monkeypatch.setenv(variable, good)
     assert launched() == 2
@@ -327,7 +327,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def command_folder(tmp_path_factory):
-    """Model and data for the command: those of the worker."""
+    """Write model and data for the command, the same as for the worker."""
     command_folder = tmp_path_factory.mktemp("command")
     tiny_model("llama, tied").save_pretrained(command_folder / "model")
     tiny_tokenizer().save_pretrained(command_folder / "model")
@@ -345,7 +345,7 @@ def words(command_folder, output, *more):
 
 
 def test_the_command_ends_with_status_2_in_every_process_that_differs(command_folder):
-    """As on two machines, where somebody has typed another number."""
+    """This happens on two machines if somebody types another number on one."""
     port = free_port()
     processes = []
     for rank, epochs in enumerate(("1", "2")):
@@ -397,7 +397,7 @@ def children(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_a_killed_command_resumes_bit_for_bit_and_closely_with_more_processes(results, command_folder):
-    """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
+    """One process gets SIGKILL at some time after step 9, and torchrun ends the other one."""
     process = torchrun(*words(command_folder, "broken", "--resume"))  # from the start, where there is nothing yet
     until = time.monotonic() + TIMEOUT
     while len(lines(command_folder / "broken" / "log.jsonl")) < 10:
@@ -428,7 +428,7 @@ def test_a_killed_command_resumes_bit_for_bit_and_closely_with_more_processes(re
 
 @pytest.fixture
 def group_of_one(tmp_path):
-    """A group of this process alone."""
+    """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
     try:
         yield
@@ -437,7 +437,7 @@ def group_of_one(tmp_path):
 
 
 def sharded_run(checkpoints):
-    """One run of 6 steps of a model in shards; its log."""
+    """Run 6 steps of a sharded model; return the log."""
     model = shard(tiny_model(), torch.device("cpu"))
     config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
     records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
@@ -445,7 +445,7 @@ def sharded_run(checkpoints):
 
 
 def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_not_taken_for_another_run(group_of_one, tmp_path):
-    """As in tests/checkpoint/test_resume.py; files of one process, by the code of several."""
+    """As in tests/checkpoint/test_faults.py, with the sharded code in one process."""
     want = sharded_run(ShardedCheckpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
@@ -460,7 +460,7 @@ def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_not_taken_for_another
 
 
 def test_an_error_while_the_last_sharded_checkpoints_are_removed_does_not_hide_the_model(group_of_one, tmp_path, monkeypatch):
-    """At each of the removals; what is left has no name of a checkpoint, or is whole."""
+    """An error at each of the removals: what remains is whole, or no longer has the name of a checkpoint."""
     sharded_run(ShardedCheckpoints(tmp_path / "run" / "checkpoints", every=3))
     (tmp_path / "run" / "config.json").write_text("{}")  # of the model, which is saved before
     for number in range(10):

@@ -1,4 +1,4 @@
-"""The formulas, against numbers made by hand, eager fp64 code, and the benchmark's own logs and aggregation."""
+"""The formulas against numbers worked out by hand, eager fp64 code, and the benchmark's own logs and aggregation."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def tensor(*values):
 
 
 def tofu_utility(result):
-    """Model utility and its parts, as TOFU's aggregate_eval_stat.py has them: numpy, and columns paired by position."""
+    """Return model utility and its terms as TOFU's aggregate_eval_stat.py does: in numpy, columns paired by position."""
     out = {}
     for set_name, file in FILES.items():
         log = {name: np.array(list(column.values())) for name, column in result[file].items() if name != "generated_text"}
@@ -42,7 +42,7 @@ def tofu_utility(result):
 
 
 def tofu_quality(result, retain_result):
-    """Forget quality and the statistic, as there."""
+    """Return forget quality and its statistic as TOFU's aggregate_eval_stat.py does."""
     ratios = []
     for log in (result[FILES["forget"]], retain_result[FILES["forget"]]):
         perturbed = np.array(list(log["average_perturb_loss"].values())).mean(axis=-1)

@@ -28,7 +28,7 @@ FORGET = FILES["forget"]
 
 
 def made_up(shift=0.0):
-    """Logs in TOFU's layout, of whole and broken numbers."""
+    """Make logs in TOFU's layout, some with broken numbers."""
     return {
         file: {
             "avg_gt_loss": {str(i): 0.3 + 0.1 * i for i in range(n)},
@@ -292,7 +292,7 @@ def test_a_model_to_logs_and_back(models, tmp_path, capsys):
 
 
 def eager(model, sequence):
-    """fp64 log-probabilities [n, V] and labels [n] of a sequence, from all logits."""
+    """Return fp64 log-probabilities [n, V] and labels [n] of a sequence, from all logits."""
     labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
     logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, labelled]
     return logits.double().log_softmax(-1), torch.tensor([sequence.labels[t] for t in labelled])
@@ -358,7 +358,7 @@ def check_logs_against_all_logits(module, models):
 
 @needs_rouge
 def test_logs_against_all_logits(models):
-    """Each column of each set, one sequence at a time, as TOFU and open-unlearning compute it."""
+    """Check each column of each set, one sequence at a time, as TOFU and open-unlearning compute it."""
     check_logs_against_all_logits(evaluate, models)
 
 
@@ -379,7 +379,7 @@ def test_a_wrong_run_is_noticed(old, new, models, tmp_path):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_kernels_on_cpu)])
 def test_statistics_keep_the_order_of_their_sequences(backend):
-    """Ragged lengths, in batches of like length: every sequence gets its own back, and the model its mode."""
+    """Batches are sorted by length: every sequence still gets its own statistics, and the model its training mode back."""
     model = tiny_model()
     tokenizer = tiny_tokenizer()
     model.train()

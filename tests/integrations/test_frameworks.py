@@ -1,4 +1,4 @@
-"""The optimizers inside what people train with: schedulers, torch.compile, accelerate, Trainer, GradScaler. One process."""
+"""The optimizers under schedulers, torch.compile, accelerate, Trainer and GradScaler, in one process."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def loss_of(net, x, y):
 
 
 def assert_same(got, want, what=""):
-    """Bit for bit, through dicts and lists of tensors and numbers; NaN equals NaN."""
+    """Check bitwise equality of nested dicts and lists of tensors and numbers; NaN equals NaN."""
     if isinstance(want, torch.Tensor):
         assert got.dtype == want.dtype and got.shape == want.shape, what
         assert torch.equal(got.nan_to_num(nan=123.0), want.nan_to_num(nan=123.0)), f"{what}: {got} is not {want}"
@@ -59,7 +59,7 @@ SCHEDULES = {
 
 
 def train(opt, net, scheduler=None, lrs=None):
-    """Trains with a scheduler or with given learning rates; returns those that it used."""
+    """Train with a scheduler or with given learning rates; return the learning rates used."""
     used = []
     for index, (x, y) in enumerate(batches(device=next(net.parameters()).device)):
         if lrs is not None:
@@ -131,7 +131,7 @@ def test_compiled_training_step_is_the_eager_one():
 
 @pytest.fixture
 def fresh_accelerate():
-    """Accelerate's state is global."""
+    """Reset accelerate's state, which is global."""
     state = pytest.importorskip("accelerate.state")
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -248,7 +248,7 @@ def test_gradients_that_were_unscaled_are_not_unscaled_again(device):
     (torch.bfloat16, {"state_dtype": "8bit", "bias_correction": True}),  # scales, and a power of the number of steps
 ])  # fmt: skip
 def test_a_step_with_an_infinite_gradient_changes_nothing(dtype, options, device):
-    """Parameters, states, counters and rho keep every bit, in the first step and later; the scaler halves its scale."""
+    """Parameters, states, counters and rho keep every bit, in the first step and in later ones; the scaler halves its scale."""
     net, reference_net = make_net(device, dtype), make_net(device, dtype)
     opt, reference = (SOUL(n.parameters(), lr=0.01, bs=4, **options) for n in (net, reference_net))
     scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
@@ -317,7 +317,7 @@ def test_only_grad_scaler_is_told_that_the_step_unscales(device):
 
 
 def test_grad_scaler_leaves_unscaling_to_the_step(device):
-    """It does not wait for the device then, and takes fp16 parameters, whose gradients it would refuse to unscale."""
+    """The scaler then does not wait for the device, and accepts fp16 parameters, whose gradients it would refuse to unscale."""
     net = make_net(device, torch.float16)
     opt = SOUL(net.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
@@ -415,7 +415,7 @@ def test_hooks_of_the_optimizer_fire():
 
 
 def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
-    """A norm of one process's piece would clip each piece differently. DeepSpeed itself: tests/clients/test_deepspeed.py."""
+    """The norm of one process's shard would clip each shard differently. DeepSpeed itself: tests/clients/test_deepspeed.py."""
     monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
     for options, message in (
         ({"max_grad_norm": 1.0}, "max_grad_norm: expected None under DeepSpeed, .*; set gradient_clipping in DeepSpeed's conf"),

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("without_kernels")
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate's state is global."""
+    """Reset accelerate's state, which is global."""
     state = pytest.importorskip("accelerate.state")
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -66,7 +66,7 @@ def make(folder, model, objective, *, forget=6, retain=5, soul_args=None, cls=Un
 
 
 def other(model, scale=0.3):
-    """The same model with other weights: what a reference differs by."""
+    """Return the same model with other weights, as a reference model that differs."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in changed.parameters():
@@ -92,7 +92,7 @@ ALL = {
 
 
 def by_hand(model, reference, forget, retain, objective):
-    """The loss as the command computes it, with what `soul.models.ref_model` finds."""
+    """Return the loss as the command computes it, with the outputs of `soul.models.ref_model`."""
     if not objective.alpha:
         retain = []
     hidden = None
@@ -108,7 +108,7 @@ def by_hand(model, reference, forget, retain, objective):
 
 
 def inputs_of(forget, retain, pairs):
-    """As a Trainer gets them: forget and retain sequences padded each to their own length."""
+    """Return the inputs of a Trainer: forget and retain sequences, each padded to their own length."""
     dataset = UnlearningDataset(forget, pairs=pairs)
     batch = collate_unlearning([dataset[i] for i in range(len(dataset))])
     rows = UnlearningDataset(retain)
@@ -139,7 +139,7 @@ def test_loss_of_a_batch_is_the_commands(name):
 
 
 def as_coded(name, model, reference, inputs):
-    """The loss of open-unlearning's trainers: a forward of forget and one of retain sequences, each padded for itself."""
+    """Return the loss of open-unlearning's trainers: one forward of forget and one of retain sequences, padded separately."""
     forget, retain = inputs["forget"], inputs["retain"]
     kl = Coded.kl(model, reference, retain)
     return {
@@ -234,7 +234,7 @@ def test_optimizer_has_the_trainers_groups_and_follows_its_schedule(tmp_path):
 
 @pytest.mark.parametrize("fused", [False, True])  # which of the two clips
 def test_training_is_the_plain_loop(tmp_path, fused):
-    """Two micro-batches a step: the mean of their losses, whatever the Trainer makes of num_items_in_batch."""
+    """Two micro-batches a step give the mean of their losses, whatever the Trainer passes as num_items_in_batch."""
     plain = tiny_model()
     objective = losses.NPO(beta=0.5)
     clipping = dict(max_grad_norm=0, soul_args={"max_grad_norm": 0.1}) if fused else dict(max_grad_norm=0.1, soul_args={})
@@ -277,7 +277,7 @@ def test_somebody_elses_trainer_as_documented(tmp_path, monkeypatch):
 
 
 def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
-    """A Trainer that counts items takes the loss for divided by the micro-batches, and does not divide it."""
+    """A Trainer that counts items assumes that the loss has been divided by the micro-batches, and does not divide it."""
     trainer = make(tmp_path, tiny_model(), losses.GradDiff(), gradient_accumulation_steps=4)
     trainer.current_gradient_accumulation_steps = 4
     batch = collate_unlearning([trainer.train_dataset[i] for i in range(2)])
@@ -291,7 +291,7 @@ def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
 
 
 def test_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatch):
-    """With NPO: the reference is the model that the Trainer was given, not that of the checkpoint. And SophiaG with its h."""
+    """With NPO, whose reference is the model that the Trainer was given, not that of the checkpoint; and SophiaG with its h."""
     if transformers.__version__ < "4.46":  # reads the states of generators, which are numpy's, with torch's new default
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
@@ -331,7 +331,7 @@ def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
 
 
 def test_the_trainer_tells_the_dataset_its_epoch(tmp_path):
-    """With several processes accelerate sets it for the sampler alone, and each epoch drew the same retain rows."""
+    """With several processes accelerate sets the epoch of the sampler only, so each epoch would draw the same retain rows."""
     trainer = make(tmp_path, tiny_model(), losses.GradDiff())
     trainer.state.epoch = 2.0
     trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
@@ -339,7 +339,7 @@ def test_the_trainer_tells_the_dataset_its_epoch(tmp_path):
 
 
 def under_deepspeed(folder, **configuration):
-    """TrainingArguments with accelerate's plugin, as far as it is looked at before the Trainer is made."""
+    """Return TrainingArguments with accelerate's plugin, as far as it is read before the Trainer is made."""
     args = arguments(folder)
     args.deepspeed_plugin = types.SimpleNamespace(deepspeed_config=configuration)
     return args
@@ -362,7 +362,7 @@ def test_what_deepspeed_cannot_do_is_refused_before_the_trainer_is_made(tmp_path
 
 @pytest.mark.parametrize("objective", [losses.NPO(), losses.KLMin()], ids=repr)
 def test_a_reference_of_a_model_in_pieces_is_refused(objective, tmp_path):
-    """It ended in torch's error about the weight of an embedding."""
+    """Without the check it ended in torch's error about the weight of an embedding."""
     model = tiny_model()
     next(model.parameters()).ds_id = 0  # as on a model that from_pretrained has loaded under ZeRO-3
     with pytest.raises(ValueError, match="model: expected a whole model, .* load it before the TrainingArguments are made"):
@@ -446,7 +446,7 @@ def test_a_reference_that_nothing_would_use_is_refused(tmp_path):
 
 
 def test_an_objective_with_a_trainer_of_trl_is_refused(tmp_path):
-    """Its trainers take data sets with columns of their own only, and say so of the type of the data set."""
+    """TRL's trainers accept only data sets with their own columns, and their error is about the type of the data set."""
     base = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
     cls = type("OurTrainer", (SOULTrainerMixin, base), {})
     message = r"objective: expected None with trl's SFTTrainer, got GradDiff.*class X\(SOULTrainerMixin, transformers.Trainer\)"
@@ -624,7 +624,7 @@ for soul_trainer in soul_trainers.ALL:
 
 @pytest.fixture
 def open_unlearning(monkeypatch):
-    """Its package ``trainer``, with our lines at the end of its __init__."""
+    """open-unlearning's package ``trainer``, with our lines at the end of its __init__."""
     monkeypatch.delitem(sys.modules, "soul.integrations.open_unlearning.trainers", raising=False)
     monkeypatch.delattr("soul.integrations.open_unlearning.trainers", raising=False)
     for name in ("trainer", "trainer.unlearn", "trainer.base", "trainer.unlearn.base", "trainer.unlearn.grad_diff"):
@@ -638,7 +638,7 @@ def open_unlearning(monkeypatch):
 
 
 class ForgetRetain(torch.utils.data.Dataset):
-    """As its ForgetRetainDataset: a retain row drawn by torch, rows as tensors; answers with alternatives where asked."""
+    """Like open-unlearning's ForgetRetainDataset: torch draws the retain row, rows are tensors, alternatives optional."""
 
     def __init__(self, forget, retain, alternate=None):
         self.forget = forget
@@ -662,7 +662,7 @@ def row(sequence):
 
 
 def its_collator(instances):
-    """As its DataCollatorForSupervisedDataset: nested, padded on the right."""
+    """Collate like open-unlearning's DataCollatorForSupervisedDataset: nested, padded on the right."""
     if "input_ids" not in instances[0]:
         return {key: its_collator([instance[key] for instance in instances]) for key in instances[0]}
     pad = torch.nn.utils.rnn.pad_sequence
@@ -672,7 +672,7 @@ def its_collator(instances):
 
 
 def configuration(path, folder):
-    """A YAML file over what its finetune.yaml has, as Hydra merges them."""
+    """Merge a YAML file over the content of open-unlearning's finetune.yaml, as Hydra does."""
     yaml = pytest.importorskip("yaml")
     config = yaml.safe_load(path.read_text())
     assert config["defaults"] == ["finetune"]
@@ -685,7 +685,7 @@ def configuration(path, folder):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_open_unlearning_trains_with_every_configuration(path, tmp_path, open_unlearning):
-    """Registered by name, made by its load_trainer, evaluated by its evaluators; 4 steps move the loss down."""
+    """Trainers are registered by name, made by load_trainer and evaluated by its evaluators; 4 steps reduce the loss."""
     config = configuration(path, tmp_path)
     model = tiny_model()
     assert config["handler"] == path.stem

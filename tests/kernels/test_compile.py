@@ -75,7 +75,7 @@ ALIGNED_ROW = ("logits_ptr", "ref_logits_ptr", "out_ptr", "row_stride", "ref_row
 
 @dataclasses.dataclass
 class Variant:
-    """A kernel with all that the compiler must know, and what it must move.
+    """A kernel with all that the compiler must know, and the bytes that it must move.
 
     Attributes:
         loaded: bytes an element of each operand that is read.
@@ -366,7 +366,7 @@ PLAIN = ("step p", "token_logprob gradient bf16", "kl_divergence gradient")  # o
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith(PLAIN)])
 def test_the_estimate_of_issued_instructions_is_the_length_of_the_loop(name):
-    """But for what the loop has of the slow path of an IEEE division, which is not executed."""
+    """The estimate leaves out the slow path of an IEEE division, which is in the loop but not executed."""
     measurement = measured()[name, "sm_90"]
     assert 0.86 < evidence_of(measurement)["issued"] / measurement["loop"] < 1.12
 

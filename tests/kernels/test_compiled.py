@@ -33,7 +33,7 @@ SHAPES = [(9 * GROUP + 1,), (300,), (), (0,), (3, 500, 7)]
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """A process that has compiled nothing yet, and in which nothing has failed."""
+    """Reset the caches to those of a process that has compiled nothing and seen no failure."""
     monkeypatch.setattr(_compiled, "_refusals", [])
     monkeypatch.setattr(_compiled, "_variants", {})
 
@@ -44,7 +44,7 @@ def small_blocks(monkeypatch):
 
 
 def same(got, want):
-    """Bit for bit, but for which NaN it is."""
+    """Tell whether tensors are bitwise equal, up to the payload of NaN."""
     if got.is_floating_point():
         got, want = got.nan_to_num(123.0), want.nan_to_num(123.0)
         return torch.equal(got, want) and torch.equal(got.signbit(), want.signbit())
@@ -127,7 +127,7 @@ def add(param, *, amount):
 
 
 def run(function, **options):
-    """What a compiled block function makes of zeros, and the warnings."""
+    """Return the result of a compiled block function on zeros, and the warnings."""
     param = torch.zeros(3, GROUP)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

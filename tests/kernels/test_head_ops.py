@@ -135,7 +135,7 @@ def test_with_a_frozen_head_logits_are_computed_once(name, device, monkeypatch):
 
 
 def test_autocast_and_upstream_factors_in_a_compiled_step(device):
-    """What autocast asks for is decided when the op is traced: at run time it is not on any more."""
+    """The dtypes of autocast are decided while the op is traced: at run time autocast is off."""
     torch._dynamo.reset()
     model = Model().to(device)
     x = torch.randn(B, T, 8, device=device)
@@ -482,7 +482,7 @@ def test_gradients_of_each_sequence_by_vmap(backend, device):
 
 @pytest.mark.parametrize("name", ["logprob", "npo"])
 def test_second_derivatives_are_right_or_refused(name, backend, device):
-    """As constants the gradients that a kernel forms would be left out of a second derivative without a word."""
+    """Gradients that a kernel forms are constants to autograd, which would silently leave them out of a second derivative."""
     torch._dynamo.reset()
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((B, T, D), (V, D), (V,))]
 

@@ -16,7 +16,7 @@ from tests.support.helpers import assert_close, assert_rows_close, mutant
 
 @pytest.fixture
 def row_functions(backend, monkeypatch):
-    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
     for name in ("token_statistics", "divergence_statistics", "divergence_gradient"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))
@@ -51,7 +51,7 @@ def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None,
 
 
 def run_reference(logits, ref_logits, labels, coefficients, weights, *, strengths=None, kind="kl"):
-    """What `run` returns, of the reference in fp32 under autograd."""
+    """Return the outputs of `run` from the reference in fp32 under autograd."""
     leaf = logits.clone().requires_grad_()
     log_q = reference.reference_distribution(ref_logits, labels, strengths)
     value = reference.kl_divergence(leaf, labels, log_q, kind)
@@ -113,7 +113,7 @@ def test_entropy_of_a_reference_that_is_nearly_certain(device):
 @pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_lowered_labels(kind, device):
-    """UNDIAL's teacher: some rows untouched, some with a little off, one whose label is out of the race."""
+    """UNDIAL's teacher: some rows unchanged, some with a label slightly lowered, one whose label becomes negligible."""
     check(device, kind=kind, strengths=[0.0, 0.5, 3.0, 10.0, 200.0])
 
 

@@ -22,7 +22,7 @@ FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
 class MeanProbability(losses.Objective):
-    """A sum over tokens that is not 0 where log p is 0: it tells whether tokens of other chunks are left out."""
+    """A sum over tokens that is not 0 where log p is 0, so it shows whether tokens of other chunks are left out."""
 
     additive = "tokens"
 
@@ -68,7 +68,7 @@ def gradients(loss, case, scale=1.0):
 
 
 def fp64(case):
-    """The same inputs in fp64, as leaves."""
+    """Return the same inputs in fp64, as leaves."""
     double = {name: case[name] for name in ("labels", "is_forget")}
     for name in ("hidden", "weight", "bias", "ref_logps"):
         value = case[name]
@@ -442,7 +442,7 @@ def test_what_does_not_count_may_be_nan(where, backend, device, monkeypatch):
 
 
 def test_reference_backend_under_autocast_is_at_its_own_reference(device):
-    """Both sides are converted: hidden states in fp32 and in bf16 would be apart."""
+    """Both sides are converted to one dtype: hidden states in fp32 and in bf16 would differ."""
     case = make(device)
     case |= {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
     with torch.autocast(device.type, dtype=BRAIN):
@@ -544,7 +544,7 @@ def test_mutants_without_kernels_do_not_pass(module, old, new, backend, device, 
 
 
 def use_mutant(module, old, new, tmp_path, monkeypatch, **constants):
-    """Puts the mutant of a module in the place of what the ops have imported from it."""
+    """Replace what the ops have imported from a module by the functions of its mutant."""
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
     vars(broken).update(constants)
     for home in (
@@ -691,7 +691,7 @@ def test_without_kernels_fp64_is_fp64(name):
 
 
 def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
-    """Of the size of the head: a copy would be memory beyond the gradients, and time. Not where a graph may be walked again."""
+    """A copy would cost memory of the size of the head, and time; it is made only if the graph may be walked again."""
     case = make("cpu")
     for retain in (False, True):
         case["hidden"].grad = case["weight"].grad = None

@@ -1,4 +1,4 @@
-"""What the losses may allocate, by a formula: nobody slips in a tensor of all tokens times the vocabulary."""
+"""The losses allocate no more than a formula allows, which excludes a tensor of all tokens times the vocabulary."""
 
 import pytest
 import torch
@@ -120,7 +120,7 @@ def test_chunks_of_the_reference_change_no_value(name, device, monkeypatch):
 
 
 def test_reference_of_several_chunks_under_torch_func(device, monkeypatch):
-    """Its transforms do not allow what saves the memory."""
+    """The transforms of torch.func do not allow the code that saves memory."""
     monkeypatch.setattr(reference_ops, "CHUNK_BYTES", CHUNK * V * FLOAT)
     case, reference = make(device, True)
     hidden = case.pop("hidden")

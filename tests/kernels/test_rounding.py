@@ -15,7 +15,7 @@ INF, NAN = float("inf"), float("nan")
 
 @triton.jit
 def _store_kernel(x_ptr, noise_ptr, out_ptr, low_ptr, joined_ptr, MODE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rounds one block; with "split" also writes the low bits, and what both together are."""
+    """Round one block; with "split" also write the low bits, and the value that both represent."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
     noise = tl.load(noise_ptr + offsets).to(tl.uint32)
@@ -186,7 +186,7 @@ def test_fp16_weights_leave_zero():
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF])
 def test_low_bits_left_from_another_value_do_no_harm(dtype):
-    """Users zero a parameter, or load another model, and the optimizer is not told."""
+    """Users zero a parameter or load another model without telling the optimizer."""
     high = torch.tensor([0.0, -0.0, INF, -INF, NAN, 1.0], dtype=dtype)
     for stale in (-128, -1, 1, 127):
         value = join(high, torch.full((6,), stale, dtype=torch.int8))

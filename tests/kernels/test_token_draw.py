@@ -15,7 +15,7 @@ from tests.support.helpers import assert_rows_close, mutant
 
 @pytest.fixture
 def row_functions(backend, monkeypatch):
-    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
     for name in ("likeliest_statistics", "draw_labels"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))

@@ -18,7 +18,7 @@ VOCABULARIES = (1, 2, 17, 127, 128, 129, 4096, 4097, 32003, 50257)
 
 @pytest.fixture
 def row_functions(backend, monkeypatch):
-    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
     for name in ("token_statistics", "token_gradient"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))

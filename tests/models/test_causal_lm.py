@@ -87,7 +87,7 @@ def test_models_that_transform_their_logits_in_other_ways_are_refused():
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_a_batch_without_a_mask_is_attended_to_without_one(capturing, monkeypatch):
-    """As a graph needs it: no question to the device, and none of the slower kernels. The states are those of a full mask."""
+    """CUDA graphs need this: no wait for the device, and no slower kernel. The states are those of a full mask."""
     model = tiny_model()
     ids = torch.randint(2, 300, (2, 8))
     want = causal_lm.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids)))
@@ -107,7 +107,7 @@ def test_a_batch_without_a_mask_is_attended_to_without_one(capturing, monkeypatc
 
 
 def test_models_with_adapters():
-    """Wrapped by peft, with a head of its own: the head that is in use, hidden states with adapters or without."""
+    """A model wrapped by peft with its own head: the active head, and hidden states with and without adapters."""
     model = lora_model(modules_to_save=["lm_head"])
     model.get_output_embeddings().weight.data.mul_(2.0)
     causal_lm.check_linear_head(model)

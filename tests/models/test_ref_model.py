@@ -47,7 +47,7 @@ def test_hidden_states_are_those_of_the_model():
     losses.KLMin(gamma=0.0), losses.UNDIAL(beta=0.0, alpha=0.0),
 ], ids=lambda objective: type(objective).__name__)  # fmt: skip
 def test_ratios_and_divergences_of_an_unchanged_model_are_exactly_zero(objective, backend):
-    """Same sequences, same padding: a ratio of exactly 0, a KL of exactly 0. In other company rounding, and nothing more."""
+    """The same sequences and padding give a ratio and a KL of exactly 0; other batches differ by rounding only."""
     model = tiny_model()
     dataset = sequences(4)  # 4: sums and means of equal numbers are exact
     weight, _ = causal_lm.head(model)
@@ -113,7 +113,7 @@ def test_the_head_is_copied_where_it_is_trained():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many batches of the data a model has been run on. The tokens that `check_linear_head` tries are no data."""
+    """Count the batches of data that a model has been run on, without the probe tokens of `check_linear_head`."""
     calls = []
     real = causal_lm.hidden_states
 
@@ -243,7 +243,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_adapters_do_not_change_the_key(tmp_path, counted):
-    """A LoRA run that goes on finds the reference it started from."""
+    """A resumed LoRA run finds the reference that it started from."""
     model = lora_model(modules_to_save=["lm_head"])
     dataset = sequences(2)
     reference_logps(model, dataset, cache=tmp_path, **FAST)

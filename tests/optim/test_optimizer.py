@@ -1,4 +1,4 @@
-"""The two calls against the published class, groups, options and errors."""
+"""step() and update_hessian() against the published class; groups, options and errors."""
 
 import copy
 import gc
@@ -159,7 +159,7 @@ def test_deepcopy_and_tied_parameters(device):
     (SOUL.as_published, {"lr": 5e-6, "betas": (0.9, 0.95)}, {"param_rounding", "state_dtype"}),  # which it sets
 ])  # fmt: skip
 def test_every_option_is_spelled_out_with_its_type_and_default(call, defaults, missing):
-    """So that help() and an editor show them; the defaults are those of SophiaG but for the ones that are documented."""
+    """help() and an editor show every option; the defaults are those of SophiaG, apart from documented exceptions."""
     options = inspect.signature(SophiaG).parameters
     signature = inspect.signature(call).parameters
     assert {*signature} == {*options, *defaults} - missing and "weight_decay" in signature
@@ -262,7 +262,7 @@ def test_nothing_moves_when_a_later_parameter_changed_its_layout():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("call", ["step", "update_hessian"])
 def test_a_known_gradient_that_fits_no_more_is_named_and_nothing_moves(groups, call):
-    """Step groups that are known are checked by the ops, which name an entry of a list."""
+    """Known step groups are checked by the ops, whose errors name an entry of a list."""
     params = make()
     opt = SophiaG([{"params": params[:2]}, {"params": params[2:]}] if groups == 2 else params, lr=1e-3, max_grad_norm=1.0)
     give_gradients(params)

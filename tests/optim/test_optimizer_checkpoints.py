@@ -1,4 +1,4 @@
-"""Checkpoints: of the published class, of this one, of others; resuming bit for bit."""
+"""Checkpoints of the published class, of ours and of other optimizers; resuming bit for bit."""
 
 import copy
 import io

@@ -42,7 +42,7 @@ def test_released_steps_equal_plain_ones_bit_for_bit(options):
 
 
 def test_the_first_gradient_may_be_that_of_the_first_parameter():
-    """As where one parameter is trained, or the optimizer got them in the order in which gradients arrive."""
+    """This happens if one parameter is trained, or if the optimizer has them in the order in which gradients arrive."""
     plain, released = build(), build()
     a, b = (SOUL(list(model.parameters())[::-1], lr=1e-3) for model in (plain, released))
     release_gradients(released, b)
@@ -112,7 +112,7 @@ def test_refuses_what_needs_all_gradients(options, message):
 
 
 def test_the_release_survives_loading_a_checkpoint():
-    """Accelerate's prepare() loads one. The curvature must still pause the release, or its batch would be trained on."""
+    """accelerate.prepare() loads a state dict. The curvature must still pause the release, or its batch would be trained on."""
     model = build()
     opt = SophiaG(model.parameters(), lr=1e-3)
     release_gradients(model, opt)

@@ -1,4 +1,4 @@
-"""The output directory of a run: whose it is, what may stand there, and what a run that has ended leaves."""
+"""The output directory of a run: its lock, the files allowed in it, and what a finished run leaves."""
 
 import errno
 import fcntl
@@ -41,8 +41,8 @@ def test_a_run_that_has_ended_is_left_alone(folder, capsys):
 
 
 def test_resume_of_a_run_that_has_ended_refuses_another_one(folder, tmp_path, capsys):
-    """Status 0 would claim a model that nobody has made. Options are compared with those that the run has left, rows with the
-    digests of those that it has read; where the rows lie, and what changes no number, may differ.
+    """Status 0 would claim a model that was never made. Options are compared with the saved ones, rows with the saved
+    digests. The paths of the files, and options that change no number, may differ.
     """
     for name in ("forget", "retain"):
         shutil.copy(folder / f"{name}.jsonl", tmp_path)
@@ -78,7 +78,7 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(folder, tmp_path, ca
 
 
 def test_other_refusals_make_another_run_that_has_ended(folder, tmp_path, capsys):
-    """Their content decides, not where the file lies."""
+    """The content of the refusals decides, not the path of the file."""
     refusals = tmp_path / "refusals.txt"
     moved = tmp_path / "moved.txt"
     refusals.write_text("No.\nI cannot say.\n")
@@ -102,7 +102,7 @@ FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run wri
     *((name, "hard") for name in FILES),
 ])  # fmt: skip
 def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, folder, tmp_path, capsys):
-    """Whoever may write in there must not have the run write anywhere else."""
+    """A user who may write in the directory must not make the run write elsewhere."""
     victim = tmp_path / "victim"
     output = tmp_path / "out"
     victim.mkdir() if name == "checkpoints" else victim.write_text("precious")
@@ -140,7 +140,7 @@ def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_
 
 @pytest.mark.parametrize("more", [(), ("--save-every", "1")], ids=["no checkpoints", "checkpoints"])
 def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, folder, tmp_path, capsys, monkeypatch):
-    """The work of hours is saved; but there is no log, and the command must not say so."""
+    """The model is saved, so hours of work are not lost; the command must not claim that there is a log."""
     output = tmp_path / "out"
     real = unlearn_module.train_step
     steps_left = [2]
@@ -180,7 +180,7 @@ def contents(output):
 
 
 def test_one_run_at_a_time_in_an_output_directory(folder, capsys, monkeypatch):
-    """The lock is of an open file: whatever ends the process ends it (the killed runs above go on)."""
+    """The lock belongs to an open file, so it ends with the process, however that ends."""
     output = folder / "locked"
     argv = words(folder, "locked", "--epochs", "1", "--resume")
     with occupy(output):
@@ -253,7 +253,7 @@ def test_resume_wants_an_output_directory_of_its_own(folder, capsys):
 
 
 def test_a_generation_config_that_transformers_does_not_save_costs_no_model(tokenizer, tmp_path):
-    """As those with a temperature and without sampling, which it loads."""
+    """For example one with a temperature but without sampling, which transformers loads but does not save."""
     model = tiny_model()
     config = model.generation_config
     config.do_sample = False
@@ -287,7 +287,7 @@ def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_
 
 
 def plant(directory):
-    """Put files of somebody else's into a directory; return their names."""
+    """Put files that are not ours into a directory; return their names."""
     (directory / ".x.tmp").write_text("x")
     (directory / ".y.tmp").symlink_to(directory.parent)
     (directory / ".z.tmp").symlink_to(directory / "nothing")
@@ -315,7 +315,7 @@ def test_files_of_somebody_else_are_neither_removed_nor_in_the_way(tokenizer, tm
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
 def test_files_have_the_modes_that_the_umask_asks_for(umask, tokenizer, tmp_path):
-    """Of a saved model, a checkpoint and a reference cache; safetensors makes files of mode 0600."""
+    """Modes of a saved model, a checkpoint and a reference cache; safetensors creates files of mode 0600."""
     before = os.umask(umask)
     try:
         run(tokenizer, Checkpoints(tmp_path / "checkpoints", every=6), method="npo", reference_cache=str(tmp_path / "cache"))

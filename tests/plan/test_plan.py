@@ -215,7 +215,7 @@ def test_parameters_are_counted_exactly():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_of_all_families(family):
-    """From a configuration, its dict, and a model: the same; and planned without an error."""
+    """A configuration, its dict and a model give the same shapes, and a plan without an error."""
     config = FAMILIES[family]()
     model = tiny_model(family)
     shape = shape_of(config)

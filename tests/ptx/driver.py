@@ -25,7 +25,7 @@ TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 @dataclasses.dataclass
 class Record:
-    """What was run since the driver was activated.
+    """Launches since the driver was activated.
 
     Attributes:
         counts: by kernel and variant; a variant is the hash of its PTX.
@@ -127,7 +127,7 @@ class Driver:
         return self.target
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        """Major and minor number."""
+        """Return the major and minor number of the compute capability."""
         return divmod(self.target.arch, 10)
 
     def get_current_device(self) -> int:
@@ -142,11 +142,11 @@ class Driver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Return the device of the tensors."""
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
-        """torch's interface of the device."""
+        """Return torch's interface of the device."""
         return torch.cpu
 
     def map_python_to_cpp_type(self, kind: str) -> str:
@@ -155,7 +155,7 @@ class Driver:
 
     @classmethod
     def is_active(cls) -> bool:
-        """Never found by itself: `activate` it."""
+        """Return False, so that Triton never selects this driver by itself; `activate` does."""
         return False
 
 

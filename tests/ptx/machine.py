@@ -78,7 +78,7 @@ class Counts:
 
 
 class Batch:
-    """Programs that are at the same place.
+    """Programs that are at the same basic block.
 
     Attributes:
         registers: one array a slot, see `Kernel`.
@@ -107,7 +107,7 @@ class Batch:
 
 @dataclasses.dataclass
 class Launch:
-    """One launch: what its batches share; ``visits`` tells for each block how many programs have executed it."""
+    """The data that the batches of a launch share; ``visits`` counts, for each block, the programs that have executed it."""
 
     kernel: "Kernel"
     grid: tuple[int, int, int]
@@ -687,7 +687,7 @@ def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
-    """``shfl.sync``: a value of another lane of the warp."""
+    """``shfl.sync``: each lane reads the value of another lane of the warp."""
     _, *modifiers = instruction.opcode.split(".")
     target, *operands = instruction.operands
     if (
@@ -723,7 +723,7 @@ _REDUCTIONS = {
 
 
 def _reduce(kernel: Kernel, instruction: Instruction) -> Step:
-    """``redux.sync``: one value of a warp's 32."""
+    """``redux.sync``: reduce the 32 values of a warp to one."""
     operation = instruction.opcode.removeprefix("redux.sync.")
     target, source, members = instruction.operands
     if operation in _REDUCTIONS:

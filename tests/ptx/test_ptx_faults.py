@@ -29,7 +29,7 @@ def one_step(sophia_step=sophia_step, n=20_000, misaligned=False):
 
 
 def test_a_mask_that_is_one_element_too_long(card, tmp_path):
-    """The last program of the longer tensor loads a gradient that is not there."""
+    """The last program of the longer tensor loads a gradient beyond its end."""
     one_step(sophia_step)
     broken = mutant("soul_kernels.sophia_step", "offsets < count", "offsets <= count", tmp_path)
     with pytest.raises(Finding, match=r"outside of memory: 2 bytes, 0 bytes after the end of a tensor \(bfloat16 \[\d+\]"):
@@ -173,7 +173,7 @@ def kernels_of(call, card):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_barrier_that_was_removed_from_a_compiled_kernel(name, card):
-    """Each of them singly: a race is found, or a result changes."""
+    """Remove each barrier singly: a race is found, or a result changes."""
     call = CALLS[name]
     want = tensors(call())
     for kernel in kernels_of(call, card):

@@ -1,4 +1,4 @@
-"""Runs a compiled variant of a kernel once on inputs of real shapes, and says what it has executed for each element.
+"""Run a compiled variant of a kernel once on inputs of real shapes, and report what it has executed for each element.
 
 A kernel over a table of tensors gets one tensor of two and a half chunks and a tail; a row kernel `ROWS` rows of each length in
 `VOCABULARIES`. Values matter only where control depends on them: a label that is drawn, statistics that belong to the logits.

@@ -19,7 +19,7 @@ RIDGE = 0.05
 
 
 def logistic(seed=0, width=5):
-    """Features of unlike scale, labels of a noisy plane: what a diagonal has to know to be of any use."""
+    """Features of different scales with noisy linear labels, so that a diagonal of the Hessian matters."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(N_FORGET + N_RETAIN, width, generator=generator, dtype=DTYPE) * torch.tensor([3.0, 1.0, 0.3, 2.0, 0.5])
     logits = x @ torch.tensor([0.5, -1.0, 2.0, 0.3, 1.0], dtype=DTYPE)
@@ -57,7 +57,7 @@ def problem(seed):
 
 
 def distance_left(theta, retrained, moved):
-    """What is left of the way to the retrained parameters: of the update, and of gradient ascent of the same length."""
+    """Return the distance to the retrained parameters as a share of the starting distance."""
     return ((moved - retrained).norm() / (theta - retrained).norm()).item()
 
 
@@ -252,7 +252,7 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
 
 
 def test_damping_is_a_tenth_of_the_mean_diagonal():
-    """So that the update does not depend on the units of the loss."""
+    """The update then does not depend on the units of the loss."""
     model = tiny_model("llama, untied")
     forget, retain = sequences(2), sequences(4)
     grads, n = means_by_hand(model, retain)[:2]  # one batch: h = n g g

@@ -111,7 +111,7 @@ def test_a_broken_last_step_is_not_a_success(tokenizer, monkeypatch):
 
 
 def test_a_weight_that_is_not_finite_is_named_before_the_run(tokenizer):
-    """No learning rate mends it. Frozen weights count as well: those below adapters."""
+    """No learning rate helps then. Frozen weights below adapters are checked too."""
     for make, name in ((tiny_model, "model.layers.1.mlp.up_proj.weight"),
                        (lora_model, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")):  # fmt: skip
         for value in (float("nan"), float("inf"), float("-inf")):
@@ -174,7 +174,7 @@ def test_sequences_longer_than_the_model_are_refused(tokenizer):
 
 
 def test_a_padding_token_outside_the_model_does_no_harm(tokenizer):
-    """Added to the tokenizer, as many do, without a row in the embedding."""
+    """The token was added to the tokenizer, as is common, without a row in the embedding."""
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
     assert other.pad_token_id >= 300
@@ -210,7 +210,7 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
 
 
 def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
-    """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
+    """Rows keep the order of the file, pairs together: on some devices a row's position decides its last bit."""
     forget_batches = []
     real = feed.collate
 
@@ -375,7 +375,7 @@ def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeyp
 
 
 def test_kernels_take_micro_batches(tokenizer, device):
-    """Triton's sweep, in the interpreter: parts of parts, where a micro-batch is cut into chunks."""
+    """Triton's sweep in the interpreter, where each micro-batch is cut into chunks."""
     results = []
     for sizes in (dict(batch_size=3), dict(batch_size=2, accumulate=2)):
         config = UnlearnConfig(method="npo", epochs=1, lr=1e-3, backend="triton", **sizes)
@@ -474,7 +474,7 @@ def test_rho_is_moved_towards_the_clip_target(curvature, tokenizer):
 
 
 def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
-    """The probabilities of what is to be forgotten, not of refusals; nothing of the run is changed by looking."""
+    """Evaluation is of the answers to forget, not of refusals, and does not change the run."""
     options = dict(method="graddiff", epochs=10, method_options={"alpha": 0.0})
     plain, want, _, _ = run(tokenizer, **options)
     model, records, log, _ = run(tokenizer, **options, eval_every=3)

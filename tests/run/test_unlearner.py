@@ -1,4 +1,4 @@
-"""The whole run: from names to a model that plain transformers load; adapters, gradient release, graphs, files of options."""
+"""The whole run, from paths to a model that transformers loads; adapters, gradient release, graphs and option files."""
 
 import importlib
 import json
@@ -89,7 +89,7 @@ def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, folder, 
 
 
 def test_adapters_by_flag(folder, tmp_path):
-    """They are what is saved, and with the model that they belong to the same model as merged."""
+    """Only the adapters are saved; on top of their base model they equal the merged model."""
     peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     assert main(words(folder, tmp_path / "lora", "--lora-rank=4", "--dtype=float32")) == 0
     assert not (tmp_path / "lora" / "model.safetensors").exists() and not (tmp_path / "lora" / "checkpoints").exists()
@@ -122,7 +122,7 @@ def test_a_run_of_adapters_that_has_ended_is_not_begun_again(folder, tmp_path, c
     ((), torch.bfloat16), (("--optimizer=adamw",), torch.float32), (("--optimizer=adamw", "--lora-rank=2"), torch.bfloat16),
 ])  # fmt: skip
 def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, tiles, folder, tmp_path, monkeypatch):
-    """No bits of an update; and no time, on a processor without tiles for products of bf16."""
+    """bf16 is used if it loses no bits of an update, and no time on a processor without tiles for bf16 products."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     if not (tiles or torch.cuda.is_available()):
         dtype = torch.float32
@@ -162,7 +162,7 @@ def test_adamw_is_one_pass_on_every_device():
 
 
 def test_options_from_a_file(folder, tmp_path):
-    """The same run as by flags; the command line wins; and the file that a run leaves repeats it."""
+    """A file gives the same run as flags, the command line overrides it, and the file that a run saves repeats that run."""
     flags = ("--method=npo", "--beta=0.2", "--option=retain=kl", "--published-code", "--seed=3")
     assert main(words(folder, tmp_path / "flags", *flags)) == 0
     options = dict(method="npo", beta=0.2, option={"retain": "kl"}, published_code=True, seed=7, epochs=None, resume=False)
@@ -252,7 +252,7 @@ def test_schedules():
 
 
 def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
-    """Without inductor, which needs a compiler: what is compiled is the same, and so is what comes after."""
+    """Without inductor, which needs a compiler: the same part is compiled, and the same steps follow."""
     monkeypatch.setattr(causal_lm, "COMPILE", dict(backend="aot_eager"))
     torch._dynamo.reset()
     compiled = causal_lm.compiled
@@ -374,7 +374,7 @@ def test_replayed_steps_are_eager_ones(options, tokenizer):
 
 
 def test_unlearner_from_python(tokenizer, folder, tmp_path):
-    """A model that is loaded is changed in place; with an output directory it is on the disk as well."""
+    """A loaded model is changed in place; with an output directory it is also saved."""
     model = tiny_model("llama, untied")
     config = UnlearnConfig(method="graddiff", **FAST)
     unlearner = Unlearner(model, examples(5), examples(9)[5:], config, tokenizer=tokenizer)

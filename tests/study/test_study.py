@@ -247,7 +247,7 @@ def test_a_model_that_knows_the_answers_gives_them():
 
 
 def test_a_whole_study_in_small(tmp_path, monkeypatch):
-    """From rows to the report. A run that diverges is a row; a run that is complete is not repeated."""
+    """A study from rows to the report: a run that diverges is recorded, and a complete run is not repeated."""
     config = dataclasses.replace(TINY, lrs=dict.fromkeys(ARMS, (1e-3, 1e30)), dampings=(1e-2, 1e-1))
     data = demo_data(config)
     output = check_ready(tmp_path / "out", config)
@@ -300,7 +300,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
 
 
 def test_a_link_in_the_directory_of_a_study_is_refused(tmp_path):
-    """Pictures, logs and models would be written through it."""
+    """Figures, logs and models would be written through the link."""
     (tmp_path / "study.json").write_text("{}")
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "picture.png").symlink_to(tmp_path / "nowhere")
@@ -382,12 +382,12 @@ def test_a_damaged_file_that_the_report_is_made_of_is_named(one_seed, tmp_path):
 
 
 class Killed(BaseException):
-    """The process ends here, as far as the test can tell: nothing is cleaned up."""
+    """Stands for the end of the process: nothing is cleaned up."""
 
 
 @pytest.mark.parametrize("file", ["study.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_study_that_was_killed_while_it_wrote_a_file_goes_on(file, tmp_path, monkeypatch):
-    """Half of the file has been written, wherever it is being written."""
+    """The process is killed when half of the file has been written."""
     config = dataclasses.replace(TINY, seeds=(0,))
     output = tmp_path / "out"
     data = demo_data(config)

@@ -55,7 +55,7 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
 
 
 def terminate_at(step):
-    """From now on the last process gets SIGTERM in that step."""
+    """Make the last process get SIGTERM in that step."""
     real = unlearn_module.train_step
     steps_left = [step]
 
@@ -69,7 +69,7 @@ def terminate_at(step):
 
 
 def disk_full_at_second_write():
-    """From now on the last process can write one file with tensors, and no more."""
+    """Make the disk of the last process full after one file with tensors."""
     real = sharded.write_tensors
     writes_left = [1]
 
@@ -83,7 +83,7 @@ def disk_full_at_second_write():
 
 
 def clocked(seconds):
-    """From now on a step moves the clock of a process by its number of seconds; returns the list of steps that are saved."""
+    """Make each step move the clock of a process by its number of seconds; return the list of steps that are saved."""
     real = unlearn_module.train_step
     save = ShardedCheckpoints.save
     now = [0.0]
@@ -104,7 +104,7 @@ def clocked(seconds):
 
 
 def case(folder, family, options, how):
-    """The result of one run, or what it raised."""
+    """Return the result of one run, or its error."""
     stop = how.pop("stop", 0)
     damage = how.pop("damage", None)
     real = unlearn_module.train_step
