@@ -166,7 +166,7 @@ OBJECTIVES = {
     "undial": (losses.UNDIAL(beta=3.0, **W), lambda d: 0.7 * d.undial(3.0) + 1.3 * d.ce(d.retain)),
     "undial, kl": (losses.UNDIAL(beta=3.0, **W, retain="kl"), lambda d: 0.7 * d.undial(3.0) + 1.3 * d.kl()),
 }
-# None: a flat guess, 1 / V. 1 - 1e-7, 1 - 1e-10: beyond what softmax - 1 can say in fp32.
+# None: uniform, 1 / V. 1 - 1e-7, 1 - 1e-10: beyond what softmax - 1 can say in fp32.
 PROBABILITIES = [None, 0.5, 0.99, 0.9999, 1 - 1e-7, 1 - 1e-10]
 
 

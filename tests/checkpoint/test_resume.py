@@ -169,7 +169,7 @@ def test_a_run_that_is_refused_leaves_no_hooks_and_no_gradients(tokenizer, tmp_p
     before = {n: t.clone() for n, t in tiny_model().state_dict().items()}
     with pytest.raises(ValueError, match="damaged ones only"), pytest.warns(UserWarning, match="not readable"):
         run(tokenizer, Checkpoints(tmp_path, resume=True), model, **options)
-    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step, and take the gradients
+    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step and release the gradients
     assert all(p.grad is not None for p in model.parameters())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 

@@ -130,7 +130,7 @@ def trainer_of(folder, family, objective, soul_args, **options):
     defaults = dict(output_dir=str(folder), max_steps=STEPS, max_grad_norm=0, remove_unused_columns=False, learning_rate=1e-3,
                     lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
                     logging_steps=1, dataloader_pin_memory=False)  # fmt: skip
-    model = tiny_model(family)  # before the arguments, as open-unlearning does: with them there it would be born in pieces
+    model = tiny_model(family)  # before the arguments, as open-unlearning does: after them it would be built in shards
     args = transformers.TrainingArguments(**(defaults | options))
     torch.manual_seed(3)
     return UnlearnTrainer(model=model, args=args, train_dataset=dataset(), data_collator=collate_unlearning,

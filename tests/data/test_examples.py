@@ -103,7 +103,7 @@ def test_prompt_and_answer_are_tokenized_as_one_text(closes):
     cases = [
         (Example("Where is it? In", " Paris now."), ["▁Paris", "▁now.", "</s>"]),
         (Example("", "Once upon"), ["▁Once", "▁upon", "</s>"]),
-        (Example("Pa", "ris"), ["▁Paris", "</s>"]),  # melted into one token: it belongs to the answer
+        (Example("Pa", "ris"), ["▁Paris", "</s>"]),  # one token across the boundary: it belongs to the answer
         (Example("<s> Where? In", " Paris"), ["▁Paris", "</s>"]),  # a chat template writes its own start token
         (Example("", "<s> Once"), ["▁Once", "</s>"]),  # and may have written the whole text
     ]

@@ -60,7 +60,7 @@ REFUSED = {
     "state_dtype": {"state_dtype": "8bit"},
     "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
 }
-# What the last process does otherwise, and how the error begins.
+# What the last process does differently, and how the error begins.
 ODD = {
     "epochs": ({"epochs": 3}, "epochs: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
     "lr": ({"lr": 2e-3}, "lr: expected the same in all 2 processes, got 0.001 in process 0, 0.002 in process 1; "),
@@ -415,7 +415,7 @@ def test_a_killed_command_resumes_bit_for_bit_and_closely_with_more_processes(re
     for process, output, tolerance in ((two, command_folder / "broken", 0.0), (three, command_folder / "three", 1e-5)):
         status, out, errors = ended(process)
         assert status == 0, errors
-        assert out.count("probability of a forget answer") == 1  # one process speaks
+        assert out.count("probability of a forget answer") == 1  # only one process prints
         assert ("processes was 2 and is 3: last bits may differ" in errors) == (tolerance > 0)
         weights = safetensors.torch.load_file(output / "model.safetensors")
         records = [json.loads(line) for line in lines(output / "log.jsonl")]

@@ -239,7 +239,7 @@ def models(tmp_path_factory):
     for name, family in (("model", "llama, tied"), ("goal", "llama, untied")):
         torch.manual_seed(0)
         model = tiny_model(family)
-        for parameter in model.parameters():  # far from uniform, so that no metric is at rest
+        for parameter in model.parameters():  # far from uniform, so that no metric takes a trivial value
             parameter.data.mul_(4)
         model.save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)

@@ -388,7 +388,7 @@ def test_averaged_model_sees_all_bits_of_24_bit_weights():
     assert torch.allclose(averaged, expected, rtol=1e-7, atol=0)
     moved = (averaged != start.float()).float().mean()
     lost = (averaged.bfloat16() == start).float().mean()
-    assert moved > 0.9 and lost > 0.7, (moved, lost)  # of most of it an average in bf16 would see nothing
+    assert moved > 0.9 and lost > 0.7, (moved, lost)  # an average of the bf16 values would miss most of it
     opt.import_fp32({p: average.module.get_parameter(name).detach() for name, p in net.named_parameters()})
     assert (opt.export_fp32()[net[0].weight] - averaged).abs().max() <= averaged.abs().max() * 2.0**-16
 
@@ -438,7 +438,7 @@ def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
             with pytest.raises(ValueError, match=message):
                 opt.step()
             assert torch.equal(flat, before) and not opt.state
-    opt = SOUL(make_net().parameters(), max_grad_norm=1.0)  # not under DeepSpeed, which something has imported
+    opt = SOUL(make_net().parameters(), max_grad_norm=1.0)  # not under DeepSpeed, though it has been imported
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     opt.step()

@@ -232,7 +232,7 @@ def test_optimizer_has_the_trainers_groups_and_follows_its_schedule(tmp_path):
     assert len(logged) == 3 and all(0 <= entry["clip_fraction"] <= 1 for entry in logged)
 
 
-@pytest.mark.parametrize("fused", [False, True])  # which of the two clips
+@pytest.mark.parametrize("fused", [False, True])  # whether the optimizer or the Trainer clips
 def test_training_is_the_plain_loop(tmp_path, fused):
     """Two micro-batches a step give the mean of their losses, whatever the Trainer passes as num_items_in_batch."""
     plain = tiny_model()

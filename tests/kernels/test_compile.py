@@ -380,7 +380,7 @@ def faults_of(variant):
 
 
 @pytest.mark.parametrize("old, new, fault", [
-    # Another cache's copy: the compiler would merge two equal loads.
+    # A load with another cache modifier: the compiler would merge two equal loads.
     ("raw = tl.load(row_ptr + block.columns).to(",
      'raw = tl.maximum(tl.load(row_ptr + block.columns), tl.load(row_ptr + block.columns, cache_modifier=".cg")).to(',
      "loaded 7.9.. bytes an element, expected 4.000"),

@@ -131,7 +131,7 @@ def run(function, **options):
     param = torch.zeros(3, GROUP)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):  # it is said once
+        for _ in range(2):  # one warning only
             _compiled.Compiled(function)(param, **options)
     assert param.unique().numel() == 1
     return param[0, 0].item(), [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
@@ -146,7 +146,7 @@ def test_other_bits_are_refused(fresh):
     assert len(messages) == 1 and messages[0].startswith(
         "backend 'compile': compiled, broken gives other bits in param; steps run in plain"
     )
-    assert run(add, amount=3.0) == (6.0, [])  # nothing more is compiled, and nothing more is said
+    assert run(add, amount=3.0) == (6.0, [])  # neither another compilation nor another warning
     assert resolve_backend("compile", torch.zeros(1), compiled=1) == "reference"
 
 

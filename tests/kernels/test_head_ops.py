@@ -162,7 +162,7 @@ def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch
     for op in ("_objective", "_gnb", "_per_token", "_per_token_backward"):
         real = getattr(custom_ops, op)
         monkeypatch.setattr(custom_ops, op, lambda *args, real=real: calls.append((real, args)) or real(*args))
-    # Not torch.compiler.is_compiling: dynamo, where it is imported meanwhile, would take the stand-in for the real one.
+    # Not torch.compiler.is_compiling: dynamo, if imported during the test, would keep the patched function.
     monkeypatch.setattr(custom_ops, "is_opaque", lambda *args: True)
     hidden = torch.randn(T, B, D, device=device).transpose(0, 1).requires_grad_()
     weight = torch.randn(D, V, device=device).T.requires_grad_()

@@ -182,8 +182,8 @@ def test_equal_distributions_are_exactly_zero_apart(device):
 @pytest.mark.usefixtures("row_functions")
 def test_masked_entries_ignored_rows_and_low_precision(device):
     logits, ref_logits = (torch.randn(3, 4100, device=device) for _ in range(2))
-    logits[0, 100:], ref_logits[0, 100:] = -torch.inf, -torch.inf  # entries that no model can say
-    ref_logits[1, 4000:] = -torch.inf  # that the reference cannot say
+    logits[0, 100:], ref_logits[0, 100:] = -torch.inf, -torch.inf  # entries that both models exclude
+    ref_logits[1, 4000:] = -torch.inf  # excluded by the reference model
     logits[2], ref_logits[2] = float("nan"), float("nan")
     labels = torch.tensor([5, 7, -100], device=device)
     ones = torch.ones(3, device=device)

@@ -426,7 +426,7 @@ def test_what_does_not_count_may_be_nan(where, backend, device, monkeypatch):
     case["ref_hidden"][case["is_forget"]] = float("nan")
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0]
     rows = torch.cat([rows, rows.new_full((3,), case["labels"].numel() - 1)]).cpu()
-    if where == "device":  # as a tensor on a GPU would be: nobody on the host has seen it
+    if where == "device":  # as a tensor on a GPU would be, whose values the host does not know
         real = HeadRows.__init__
 
         def init(self, *args, **options):

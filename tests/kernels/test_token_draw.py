@@ -33,7 +33,7 @@ def draw(logits, labels, uniforms, coefficients, out=None, likeliest=None, op=No
 def check_draw(n_vocab, device, *, spread=2.0, **transform):
     n = 12
     logits = torch.randn(n, n_vocab, device=device) * spread
-    logits[0, : n_vocab // 3] = -torch.inf  # u = 0 must not pick what cannot be drawn
+    logits[0, : n_vocab // 3] = -torch.inf  # u = 0 must not pick a label of probability 0
     logits[1, 2 * n_vocab // 3 + 1 :] = -torch.inf  # nor must u close to 1
     labels = torch.zeros(n, dtype=torch.int64, device=device)
     labels[3] = -100

@@ -61,7 +61,7 @@ def test_every_vocabulary_size(n_vocab, device):
     assert gradient.double().sum(1).abs().max() <= 1e-5  # a softmax gradient sums to 0
 
 
-# From a flat guess to memorised text, where unlearning starts.
+# From uniform predictions to memorised text, where unlearning starts.
 @pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("rest", [1 - 1e-4, 0.5, 1e-2, 1e-4, 1e-7, 1e-10])
 def test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device):

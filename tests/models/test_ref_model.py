@@ -92,7 +92,7 @@ def test_reference_is_computed_without_adapters_and_restores_the_model():
     assert ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]) == before
     assert torch.equal(torch.get_rng_state(), rng)
     batch = collate(dataset, [])
-    assert (causal_lm.token_logps(model, batch) - causal_lm.token_logps(base, batch)).abs().max() > 1e-3  # and on again
+    assert (causal_lm.token_logps(model, batch) - causal_lm.token_logps(base, batch)).abs().max() > 1e-3  # on again
 
 
 def test_the_head_is_copied_where_it_is_trained():

@@ -114,7 +114,7 @@ def test_export_fp32(device):
     for p, k in zip(linear.parameters(), saved):
         assert torch.equal(p, k) and torch.equal(exported[p].bfloat16(), k) and not torch.equal(exported[p], k.float())
     give_gradients(list(linear.parameters()))
-    opt.step()  # and on
+    opt.step()  # and continues
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
