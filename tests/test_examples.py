@@ -44,12 +44,13 @@ def test_every_script_is_short_and_has_a_test():
 def test_own_loop_unlearns(inputs, tmp_path, monkeypatch, capsys):
     names = run_script("own_loop.py", [*inputs, "--steps", "4"], monkeypatch)
     assert len(re.findall(r"^step \d+: loss -?\d+\.\d+, clipped [01]\.\d\d$", capsys.readouterr().out, re.MULTILINE)) == 4
-    before, after = tiny_model(), type(tiny_model()).from_pretrained(tmp_path / "unlearned")
+    before = tiny_model()
+    after = type(tiny_model()).from_pretrained(tmp_path / "unlearned")
     assert any(not torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
     # The loss of the last batch is that of the model's own logits.
     model, ids, labels = (names[name] for name in ("model", "ids", "labels"))
-    batch = {name: {"input_ids": ids[part], "labels": labels[part], "attention_mask": names["mask"][part]}
-             for name, part in (("forget", slice(4)), ("retain", slice(4, None)))}  # fmt: skip
+    batch = {name: {"input_ids": ids[rows], "labels": labels[rows], "attention_mask": names["mask"][rows]}
+             for name, rows in (("forget", slice(4)), ("retain", slice(4, None)))}  # fmt: skip
     hidden = names["body"](input_ids=ids, attention_mask=names["mask"]).last_hidden_state
     loss = names["linear_objective"](
         hidden[:, :-1], names["head"].weight, labels[:, 1:], names["objective"], is_forget=names["is_forget"]
