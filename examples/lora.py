@@ -1,4 +1,4 @@
-"""Unlearn with LoRA adapters: the model stays frozen, and serves as its own reference where the objective needs one.
+"""Unlearn with LoRA adapters: the model stays frozen, and without adapters it is the reference model, if the method needs one.
 
 python examples/lora.py --model DIR --forget FILE --retain FILE --output DIR
 """

@@ -35,7 +35,7 @@ def read(path):
 
 
 forget, retain = (itertools.cycle(list(read(path))) for path in (args.forget, args.retain))
-is_forget = torch.arange(8) < 4  # of a batch of 4 sequences to forget and 4 to retain
+is_forget = torch.arange(8) < 4  # a batch has 4 sequences to forget, then 4 to retain
 optimizer = soul.SOUL(model.parameters(), lr=1e-4, max_grad_norm=1.0)
 objective = soul.losses.GradDiff(gamma=1.0, alpha=2.0)  # -CE of the forget tokens + 2 CE of the retain tokens
 
@@ -46,8 +46,8 @@ for step in range(args.steps):
     labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
     hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state
-    # The hidden state at t predicts the token at t + 1. Logits of the whole batch never exist. A model that scales or caps its
-    # logits (Cohere, Granite, Gemma 2) needs logit_scale= or softcap= as well; soul.unlearning_loss finds them by itself.
+    # The hidden state at t predicts the token at t + 1. Logits of the whole batch never exist. For a model that scales or caps
+    # its logits (Cohere, Granite, Gemma 2) pass soul_kernels.Head in place of weight and bias; soul.unlearning_loss does so.
     loss = linear_objective(hidden[:, :-1], head.weight, labels[:, 1:], objective, bias=head.bias, is_forget=is_forget)
     loss.backward()
     optimizer.step()

@@ -1,7 +1,7 @@
-"""Second-order unlearning of large language models: optimizers, objectives, and the loop that puts them together.
+"""Second-order unlearning of large language models: optimizers, objectives, and the runs that put them together.
 
-The kernels are in ``soul_kernels``. Importing this package needs only torch; the parts that work on models and data
-(`Unlearner`, ``soul.study``, the ``soul`` command) need the extra ``hf``.
+May import: functional, losses, model_loss, models, optim, plan, run. Models and data need the extra ``hf``.
+Start reading with `soul.run.unlearner` for a whole run, or with `soul.optim.optimizer` for the optimizers.
 """
 
 import soul_kernels  # noqa: F401  first: it raises if torch is too old

@@ -11,7 +11,7 @@ from soul_kernels.errors import argument_error
 
 
 class _LimitPassed(BaseException):
-    """A bound of `limited` was passed; raised in the middle of other code, which must not handle it as an error of its own."""
+    """A bound of `limited` was passed; raised in the middle of other code, which must not catch it as an `Exception`."""
 
 
 @contextlib.contextmanager
@@ -22,9 +22,9 @@ def limited(name: str, *, seconds: float, memory_gib: float) -> Iterator[None]:
     The signal interrupts Python between two operations, so one operation that asks for much memory at once is not stopped.
 
     Args:
-        name: what the error calls the code.
-        seconds: of processor time.
-        memory_gib: GiB beyond the peak before the block.
+        name: name of the code in the error.
+        seconds: bound of the processor time.
+        memory_gib: bound of the growth of the peak memory, in GiB.
 
     Raises:
         ArgumentError: one of the bounds was passed.

@@ -25,7 +25,7 @@ COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": stu
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status.
 
-    The status is that of the work, whatever becomes of reports on the console (`soul.output.console`). Without ``argv`` a
+    The status is that of the work, even if reports on the console are lost (`soul.output.console`). Without ``argv`` a
     process of torchrun ends here (`soul.distributed.exit_process`).
 
     Args:
@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(words: list[str]) -> int:
-    """Run the command line ``words``; print what went wrong; return the exit status."""
+    """Run the command line ``words``, print any error, and return the exit status."""
     parser, parser_of = _parsers()
     command = words[0] if words else ""
     args = None
     try:
         args = _parsed(parser, expand(words, parser_of))
         if launched() > 1 and command != "unlearn":
-            raise argument_error("torchrun", "'soul unlearn'", f"'soul {command}'", "start it without, in one process")
+            raise argument_error("torchrun", "'soul unlearn'", f"'soul {command}'", "start it without torchrun, in one process")
         args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
@@ -61,10 +61,10 @@ def _status(words: list[str]) -> int:
         return 130
     except Stopped as error:
         print(f"soul {command}: {error}", file=sys.stderr)
-        return 128 + 15  # as of a process that SIGTERM ended
+        return 128 + 15  # the status of a process that SIGTERM ended
     except console.Unwritten as error:
         if error.errno == errno.EPIPE:  # as in `soul plan ... | head -1`
-            return 128 + 13  # as of a process that SIGPIPE ended
+            return 128 + 13  # the status of a process that SIGPIPE ended
         print(f"soul {command}: standard output could not be written ({error.strerror})", file=sys.stderr)
         return 1
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
@@ -74,7 +74,7 @@ def _status(words: list[str]) -> int:
 
 
 def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Return the options; the text of --help and --version is checked as any result is."""
+    """Return the parsed options. The text of --help or --version must be written like any other result."""
     try:
         return parser.parse_args(words)
     except SystemExit as end:
@@ -84,7 +84,7 @@ def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.N
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return the parser of the command line, and that of each command by name.
+    """Return the parser of the command line, and a dict from each command to its own parser.
 
     Options cannot be abbreviated: --conf would pass for --config, but its file would not be read.
     """

@@ -1,7 +1,7 @@
-"""The positions over which open-unlearning's code takes its means, where they are others than those of `soul.losses`.
+"""Labels that reproduce the means of open-unlearning's code, for objectives in which `soul.losses` counts other positions.
 
-An op counts the positions that have a label. So a mean over more positions is had by labels at these, and the functions here
-return such labels. Which objective is concerned, and why the means differ: docs/objectives.md.
+An op averages over the positions that have a label. So the functions here return labels at all positions that open-unlearning's
+code counts. docs/objectives.md says which objectives are concerned, and why the means differ.
 Source: locuslab/open-unlearning, src/trainer/utils.py.
 """
 
@@ -18,7 +18,7 @@ COMPAT = (None, "open-unlearning")  # values of the option ``compat``: the formu
 
 
 def labels_for_kl(labels: Tensor) -> Tensor:
-    """Return shifted labels [B, T] with a token at every position, over all of which open-unlearning's mean of a KL runs.
+    """Return shifted labels [B, T] with a token at every position, since open-unlearning averages a KL over all positions.
 
     A KL does not depend on the label, so any token serves.
     """
@@ -26,13 +26,12 @@ def labels_for_kl(labels: Tensor) -> Tensor:
 
 
 def labels_for_undial(labels: Tensor, n_vocab: int) -> Tensor:
-    """Return shifted labels [B, T] with token V - 100 at the positions without a label, the last position excepted.
+    """Return shifted labels [B, T] with token V - 100 at all positions without a label but the last, which predicts nothing.
 
-    Open-unlearning's code lowers the logit at index -100 there, which counts from the end of the vocabulary. The last position
-    predicts nothing.
+    At these positions open-unlearning's code lowers the logit at index -100, which counts from the end of the vocabulary.
 
     Args:
-        labels: [B, T] int64, -100 where there is none.
+        labels: [B, T] int64, shifted, -100 at positions without a label.
         n_vocab: V, the rows of the head.
 
     Raises:
@@ -46,19 +45,19 @@ def labels_for_undial(labels: Tensor, n_vocab: int) -> Tensor:
 
 
 def labels_as_coded(labels: Tensor, inputs: Mapping[str, Any], objective: losses.Objective, n_vocab: int) -> Tensor:
-    """Return shifted labels of forget and retain sequences in one batch at the positions that open-unlearning's code counts.
+    """Return the shifted labels of a joined batch, at the positions that open-unlearning's code counts.
 
-    These are labels for a KL retain term and for UNDIAL, each within its own batch before the two were padded to one length.
-    Labels of other objectives stay as they are.
+    Labels change for a KL retain term and for UNDIAL only. Each side gets labels up to its own length, not up to the length to
+    which the two sides were padded.
 
     Args:
         labels: [B, T] int64, forget sequences first.
-        inputs: the two batches, as for `soul.unlearning_loss`.
+        inputs: the two sides before they were joined, as `soul.unlearning_loss` takes them.
         objective: a `soul.losses.Objective`.
         n_vocab: rows of the head.
 
     Returns:
-        A copy of the labels.
+        New labels; the argument is not changed.
     """
     coded = labels.clone()
     n_retain, length = inputs["retain"]["input_ids"].shape if objective.alpha else (0, 0)

@@ -5,22 +5,21 @@
 
 (``compute_batch_ceu`` is in ``trainer.unlearn.ceu``, the other six are in ``trainer.utils``;
 ``functools.partial(function, compat="open-unlearning")`` keeps published numbers.) They take models and batches as the
-originals do and return the same pairs. Logits ``[B, T, V]`` are never made: for the time of one forward pass the ops of
-``soul_kernels`` stand in the place of the head (`soul.models.head_call`). Whatever is wrapped around the model (DDP,
-Accelerate's autocast, adapters, hooks) does its work, and sees the loss as the model's output. The formulas are those of
-`soul.losses`.
+originals do and return the same pairs. Logits ``[B, T, V]`` are never made: during one forward pass the ops of ``soul_kernels``
+take the place of the head (`soul.models.head_call`). Whatever is wrapped around the model (DDP, Accelerate's autocast,
+adapters, hooks) does its work, and sees the loss as the model's output. The formulas are those of `soul.losses`.
 
 Common to all:
     model: a Hugging Face causal language model with a linear head, bare or in wrappers with a ``module``, with or without
         adapters of peft (none on the head itself). It is called once per batch, in the mode it is in, and left as it was.
-    ref_model, target_model: the reference model, which may be the same one; run without gradients. Its head must be whole: one
-        that is cut up by ZeRO-3 or FSDP is refused for its shape where vocabulary-wide distances need it (KL, UNDIAL).
+    ref_model, target_model: the reference model, run without gradients; it may be ``model`` itself. For distances over the
+        vocabulary (KL, UNDIAL) its head must be whole: one that ZeRO-3 or FSDP has cut up is refused for its shape.
     inputs: dict of ``input_ids`` [B, T], ``attention_mask`` [B, T], ``labels`` [B, T] int64, not shifted, -100 ignored; further
         entries go to the model as they are.
-    compat: None, what the formula means; "open-unlearning", the numbers of that code, oddities included. Each function lists
-        the differences; docs/objectives.md gives the arguments. Two things are not reproduced: log-probabilities are never
-        rounded to the model's dtype, as they are there in bf16 and fp16; and where nothing is labelled, the loss is 0 and
-        attached to the graph, where a mean over nothing gives NaN there.
+    compat: None for the formula as it is meant; "open-unlearning" for the numbers of that code, oddities included. Each
+        function lists the differences; docs/objectives.md gives the reasons. Two things are not reproduced. Log-probabilities
+        are never rounded to the model's dtype, as that code does in bf16 and fp16. And if nothing is labelled, the loss here is
+        0 and attached to the graph; there, the mean over nothing is NaN.
     outputs: a transformers ``CausalLMOutput`` with ``logits=None``; its ``loss`` is the mean cross-entropy of the tokens that
         counted, as the model's own, but detached.
 
@@ -48,10 +47,10 @@ if TYPE_CHECKING:
 def compute_kl_divergence(
     model: torch.nn.Module, target_model: torch.nn.Module, inputs: Mapping[str, Tensor], *, compat: str | None = None
 ) -> tuple[Tensor, "CausalLMOutput"]:
-    """``KL(target || model)`` over the vocabulary: a mean over the tokens that carry a label.
+    """Mean of ``KL(target || model)`` over the vocabulary, taken over the tokens that carry a label.
 
-    ``compat="open-unlearning"``: a mean over all B T positions, not shifted: prompts, padding and the position after the last
-    token count as well.
+    ``compat="open-unlearning"``: the mean is over all B T positions, not shifted. Prompts, padding and the position after the
+    last token count as well.
 
     Args:
         model: see the module; differentiated.
@@ -66,10 +65,10 @@ def compute_kl_divergence(
     labels = shifted_labels(inputs)
     if compat:
         labels = labels_for_kl(labels)
-    nothing = torch.zeros(len(labels), dtype=torch.bool)
+    none_forgotten = torch.zeros(len(labels), dtype=torch.bool)
     objective = losses.KLMin(gamma=0.0, alpha=1.0)
     reference = _reference(target_model, inputs)
-    return _objective_loss(model, inputs, labels, objective, is_forget=nothing, reference=reference)
+    return _objective_loss(model, inputs, labels, objective, is_forget=none_forgotten, reference=reference)
 
 
 def compute_batch_nll(
@@ -77,8 +76,9 @@ def compute_batch_nll(
 ) -> tuple[Tensor, "CausalLMOutput"]:
     """Negative log-likelihood of each sequence, summed over its labelled tokens.
 
-    The same in both modes: ``compat`` is checked and ignored. (SimNPO's trainer divides this by the number of labels before
-    the shift. `soul.losses.SimNPO` divides by the number of those that are predicted, one less where a text has no prompt.)
+    The result is the same in both modes: ``compat`` is checked and ignored. (SimNPO's trainer divides it by the number of
+    labels before the shift. `soul.losses.SimNPO` divides by the number of labels that are predicted, one less if a text has no
+    prompt.)
 
     Args:
         model: see the module; differentiated.
@@ -110,23 +110,23 @@ def compute_dpo_loss(
     *,
     compat: str | None = None,
 ) -> tuple[Tensor, tuple["CausalLMOutput | None", "CausalLMOutput | None"]]:
-    """DPO of the winning over the losing sequences; with one of them only, NPO of the losing, or its mirror image::
+    """DPO of the winning over the losing sequences; with only one side, NPO of the losing sequences or its mirror image::
 
         -(2 / beta) mean_b logsigmoid(beta ((S_w - ref_w) - (S_l - ref_l)))       S: summed log-probability of a sequence
 
-    where a side without inputs contributes 0. A mean over sequences (pairs) that have labels. The factor is 2 / beta in both
-    modes, as NPO has it (arXiv 2404.05868); the DPO paper and TRL have 1.
+    A side without inputs contributes 0. The mean is over sequences (pairs) that have labels. The factor is 2 / beta in both
+    modes, as in NPO (arXiv 2404.05868); the DPO paper and TRL have 1.
 
-    ``compat="open-unlearning"``: a mean over all B. A sequence without label counts there with log-ratio 0: alone it adds
-    ``(2 / beta) log 2 / B`` and thins out the others; in a pair the other side still learns.
+    ``compat="open-unlearning"``: the mean is over all B. A sequence without label counts there with log-ratio 0: alone it adds
+    ``(2 / beta) log 2 / B`` and lowers the weight of the others; in a pair the other side still learns.
 
-    `soul.losses.NPO` on `soul_kernels.linear_objective` spares one of the 4 GEMMs that this takes with a trained head.
+    `soul.losses.NPO` on `soul_kernels.linear_objective` saves one of the 4 GEMMs that this takes with a trained head.
 
     Args:
         model: see the module; differentiated.
         ref_model: the reference model.
         win_inputs: the preferred sequences, as ``inputs`` in the module, or None.
-        lose_inputs: the sequences to be forgotten, as many, or None.
+        lose_inputs: the sequences to be forgotten, as many as the preferred ones; or None.
         beta: inverse temperature, > 0.
         compat: see the module.
 
@@ -134,7 +134,7 @@ def compute_dpo_loss(
         Loss [] and the pair of outputs for winning and losing sequences, None for a side without inputs.
 
     Raises:
-        ArgumentError: both sides are without inputs, or their numbers of sequences differ.
+        ArgumentError: neither side has inputs, or their numbers of sequences differ.
     """
     check_choice("compat", compat, COMPAT)
     if win_inputs is None and lose_inputs is None:
@@ -175,8 +175,8 @@ def compute_undial_loss(
 
     ``mean CE(softmax(z_ref - beta onehot(y)), softmax(z))`` over the tokens that carry a label; see `soul.losses.UNDIAL`.
 
-    ``compat="open-unlearning"``: a mean over all B (T - 1) predicted positions, prompts and padding included; and as -100
-    counts from the end there, at these the logit of token V - 100 is lowered.
+    ``compat="open-unlearning"``: the mean is over all B (T - 1) predicted positions, prompts and padding included. At prompts
+    and padding the logit of token V - 100 is lowered, since their label -100 is an index that counts from the end.
 
     Args:
         model: see the module; differentiated.
@@ -205,7 +205,7 @@ def compute_wga_loss(
 ) -> tuple[Tensor, "CausalLMOutput"]:
     """Weighted gradient ascent: ``mean(sg[p_t]^beta logp_t)`` over labelled tokens; see `soul.losses.WGA`.
 
-    The same in both modes, up to rounding to the model's dtype: ``compat`` is checked and ignored.
+    The result is the same in both modes, up to rounding to the model's dtype: ``compat`` is checked and ignored.
 
     Args:
         model: see the module; differentiated.
@@ -225,7 +225,8 @@ def compute_satimp_loss(
 ) -> tuple[Tensor, "CausalLMOutput"]:
     """Saturation and importance: ``mean(sg[p_t]^beta1 (1 - sg[p_t])^beta2 logp_t)``; see `soul.losses.SatImp`.
 
-    The same in both modes, up to rounding: ``1 - exp(logp)`` is 0 there on memorised tokens, ``-expm1(logp)`` here is not.
+    The result is the same in both modes, up to rounding: on memorised tokens open-unlearning's ``1 - exp(logp)`` is 0, while
+    ``-expm1(logp)`` here is not.
 
     Args:
         model: see the module; differentiated.
@@ -250,14 +251,14 @@ def compute_batch_ceu(
 ) -> tuple[Tensor, "CausalLMOutput"]:
     """Cross-entropy unlearning, a mean over labelled tokens but the first of each sequence; see `soul.losses.CEU`.
 
-    ``compat="open-unlearning"``: the first tokens are counted before the shift. Where a text has no prompt its first token,
-    which nothing predicts, is one of them, and one predicted token less is left out.
+    ``compat="open-unlearning"``: the first tokens are counted before the shift. In a text without a prompt they include the
+    very first token, which nothing predicts, so one predicted token less is left out.
 
     Args:
         model: see the module; differentiated.
         inputs: see the module.
-        ignore_first_n_answer_tokens: how many tokens to leave out, >= 0.
-        compat: see the module. In compatibility mode ``outputs.loss`` leaves them out as well.
+        ignore_first_n_answer_tokens: number of tokens to leave out, >= 0.
+        compat: see the module. In compatibility mode ``outputs.loss`` leaves these tokens out as well.
 
     Returns:
         Loss [] and outputs.
@@ -275,7 +276,7 @@ def compute_batch_ceu(
 def _objective_loss(
     model: torch.nn.Module, inputs: Mapping[str, Tensor], labels: Tensor, objective: losses.Objective, **options: Any
 ) -> tuple[Tensor, "CausalLMOutput"]:
-    """Return the loss of an objective of the model on one batch, and outputs. Options are those of `linear_objective`."""
+    """Return the loss of an objective on one batch, and outputs; ``options`` are those of `linear_objective`."""
     detached_logps: list[Tensor] = []
 
     def value(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
@@ -285,7 +286,7 @@ def _objective_loss(
         return loss
 
     loss = call_at_head(model, inputs, value)
-    counted = (labels != IGNORE_INDEX) & (shifted_labels(inputs) != IGNORE_INDEX)  # compatibility fills in labels of its own
+    counted = (labels != IGNORE_INDEX) & (shifted_labels(inputs) != IGNORE_INDEX)  # compat may add labels
     return loss, causal_output(detached_logps[0], counted)
 
 
@@ -296,7 +297,7 @@ class _Side(NamedTuple):
         logps: [B] summed log-probabilities under the model.
         ref_logps: [B], the same under the reference model.
         labels: [B] int64, 0 for a sequence that counts and -100 for one that does not.
-        outputs: what a trainer gets in the place of the model's output.
+        outputs: what a trainer gets in place of the model's output.
     """
 
     logps: Tensor
@@ -316,7 +317,7 @@ def _side(model: torch.nn.Module, ref_model: torch.nn.Module, inputs: Mapping[st
 
 
 def _interleaved(lose: Tensor, win: Tensor) -> Tensor:
-    """Return values [B] of both sides as `soul.losses.DPO` takes them, [2 B]: at 2i the losing one, at 2i + 1 the winning."""
+    """Return values [B] of both sides in the order of `soul.losses.DPO`, [2 B]: losing sequences at 2i, winning at 2i + 1."""
     return torch.stack([lose, win], 1).flatten()
 
 

@@ -205,7 +205,7 @@ class NPO(Objective):
 
     @property
     def additive(self) -> str | None:  # type: ignore[override]  # it follows from the reduction, and is not set
-        """A sum over sequences, unless the batch shares one log-ratio."""
+        """The unit over which the loss is a sum: "sequences", or None if the batch shares one log-ratio."""
         return "sequences" if self.reduction == "sequence_sum" else None
 
     def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
@@ -288,7 +288,7 @@ class DPO(Objective):
         """Return the mean over pairs of ``-factor logsigmoid(beta margin)``."""
         answer, refusal = _pairs(_log_ratios(logps, batch))
         counted = torch.logical_and(*_pairs(batch.is_forget & batch.mask.any(1)))
-        # The mean is over the pairs of the whole batch, of which this may be one chunk.
+        # The mean is over the pairs of the whole batch; this may be one chunk of it.
         n_pairs = torch.logical_and(*_pairs(batch.whole.is_forget & batch.whole.mask.any(1))).sum().clamp(min=1)
         margin = torch.where(counted, refusal - answer, 0.0)
         value = (F.logsigmoid(self.beta * margin) * counted).sum() / n_pairs
@@ -397,8 +397,8 @@ class UNDIAL(Objective):
 
         gamma mean_F CE(q, p) + alpha retain        q: softmax of the reference model's logits, the label's lowered by beta
 
-    A mean over labelled tokens. Open-unlearning's code averages over prompts and padding as well, and at those it lowers the
-    token to which the index -100 points. The hidden states of the reference model are needed.
+    This is a mean over labelled tokens. Open-unlearning's code averages over prompts and padding as well, and lowers the logit
+    of token V - 100 there. The hidden states of the reference model are needed.
 
     Args:
         beta: the amount by which the label's logit is lowered, >= 0; open-unlearning's configuration has 10.
@@ -423,7 +423,7 @@ class UNDIAL(Objective):
 
     @property
     def divergence(self) -> Divergence:
-        """The divergence of the forget sequences from the adjusted reference model; of all where the retain term is KL."""
+        """The divergence from the adjusted reference model: of the forget sequences, or of all if the retain term is KL."""
         of_all = self.retain == "kl" and self.alpha  # torch.compile of torch 2.11 cannot branch on super().divergence
         return Divergence("all" if of_all else "forget", "kl", self.beta)
 
@@ -464,7 +464,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def get(name: str, **options: Any) -> Objective:
-    """Return the objective of a name in ``OBJECTIVES``, as configurations give it: ``get("npo", beta=0.1)``.
+    """Return a new objective by its name in ``OBJECTIVES``: ``get("npo", beta=0.1)``.
 
     Raises:
         ArgumentError: there is no objective of that name, or it has no such option; the known ones are listed.

@@ -1,12 +1,12 @@
-"""The unlearning loss of a Hugging Face model on one batch, for training loops of one's own::
+"""The unlearning loss of a Hugging Face model on one batch, for custom training loops::
 
     loss = soul.unlearning_loss(model, {"forget": forget, "retain": retain}, soul.losses.NPO(beta=0.1))
     loss.backward()
 
 Forget and retain sequences are padded together and go through the model in one forward pass. During that pass the fused ops of
-``soul_kernels`` stand in the place of the head (`soul.models.head_call`). They get the hidden states that the head would have
-got, and the bias, scale and cap that belong to it. Logits of all tokens are never made, and whatever is wrapped around the
-model (DDP, FSDP, autocast, adapters, hooks) does its work.
+``soul_kernels`` take the place of the head (`soul.models.head_call`). They get the hidden states that the head would have got,
+and its bias, scale and cap. Logits of all tokens are never made, and whatever is wrapped around the model (DDP, FSDP, autocast,
+adapters, hooks) does its work.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class _Joined(NamedTuple):
     Attributes:
         inputs: ``input_ids``, ``attention_mask`` and ``labels``, [B, T] each, padded to the longest sequence.
         is_forget: [B] bool on the CPU.
-        ref_logps: [B] fp32, 0 for the retain sequences; None where the batch has none.
+        ref_logps: [B] fp32, 0 for the retain sequences; None if the batch has none.
     """
 
     inputs: dict[str, Tensor]
@@ -82,8 +82,8 @@ def unlearning_loss(
     states and logits: a head with a bias, logits that are scaled (Cohere, Granite) or capped (Gemma 2). A model whose logits
     are something else is refused.
 
-    What the objective needs of a reference model comes from the first of these that is there: ``ref_logps`` [B] fp32 in the
-    forget batch (summed log-probabilities, from `soul.reference_logps`; enough for NPO and DPO), ``ref_model``, the model
+    What the objective needs of a reference model comes from the first of these that exists: ``ref_logps`` [B] fp32 in the
+    forget batch (summed log-probabilities, from `soul.reference_logps`; enough for NPO and DPO); ``ref_model``; the model
     itself with its peft adapters switched off. The router loss of a mixture of experts is not part of the objective, and not
     added.
 
@@ -91,15 +91,15 @@ def unlearning_loss(
         model: a Hugging Face causal language model, bare or in wrappers with a ``module``. It is called once, in the mode it is
             in, and left as it was.
         batch: ``{"forget": side, "retain": side}``. A side is a dict of ``input_ids`` and ``labels``, [B, T] int64, and
-            ``attention_mask``, [B, T], 1 everywhere where it is missing. Labels are aligned with ``input_ids`` as for
+            ``attention_mask``, [B, T], all ones if it is missing. Labels are aligned with ``input_ids`` as for
             ``model(labels=...)``, not shifted; -100 is ignored. Forget and retain may differ in B and T. For pairs (DPO), and
             for objectives that relabel (PO), the forget entry is ``{"original": side, "alternate": side}``: the answers to be
-            forgotten and those preferred to them. The retain side may be missing where ``objective.alpha`` is 0.
+            forgotten and those preferred to them. The retain side may be missing if ``objective.alpha`` is 0.
         objective: a `soul.losses.Objective`.
         ref_model: another causal language model, run without gradients; or None.
         return_outputs: also return what a Trainer expects of a model.
         compat: None; or "open-unlearning": a KL retain term and UNDIAL are means over the positions that its code counts,
-            prompts and padding included (docs/objectives.md). Other objectives are the same in both.
+            prompts and padding included (docs/objectives.md). The option changes no other objective.
 
     Returns:
         The loss, [] fp32. With ``return_outputs`` the loss and a transformers ``CausalLMOutput`` with ``logits=None``, whose
@@ -123,10 +123,10 @@ def unlearning_loss(
     detached_logps: list[Tensor] = []
 
     def value(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
-        counting = labels_as_coded(labels, batch, objective, len(weight)) if compat else labels
+        counted_labels = labels_as_coded(labels, batch, objective, len(weight)) if compat else labels
         head = Head(weight, bias, **transform)
         loss, logps = linear_objective(
-            hidden, head, counting.to(hidden.device), objective, is_forget=is_forget, return_logps=True, **reference
+            hidden, head, counted_labels.to(hidden.device), objective, is_forget=is_forget, return_logps=True, **reference
         )
         detached_logps.append(logps)
         return loss
@@ -157,13 +157,13 @@ def _joined(batch: Batch, objective: losses.Objective) -> _Joined:
     n_sequences = len(inputs["input_ids"])
     ref_logps = None
     if all("ref_logps" in side for side in forget.values()):
-        of_forget = torch.stack([side["ref_logps"].float() for side in forget.values()], 1).flatten()
-        ref_logps = torch.cat([of_forget, of_forget.new_zeros(n_sequences - n_forget)])
+        forget_logps = torch.stack([side["ref_logps"].float() for side in forget.values()], 1).flatten()
+        ref_logps = torch.cat([forget_logps, forget_logps.new_zeros(n_sequences - n_forget)])
     return _Joined(inputs, torch.arange(n_sequences, device="cpu") < n_forget, ref_logps)
 
 
 def _forget_sides(batch: Batch, objective: losses.Objective) -> dict[str, Batch]:
-    """Return the forget sides that the objective needs, by their names for errors: one; of pairs the original and alternate."""
+    """Return the forget sides that the objective needs, by their names in errors: one, or two for pairs."""
     forget = _entry(batch, "forget")
     if forget is None:
         raise argument_error("batch", "a forget batch", "/".join(batch) or "none", "pass {'forget': ..., 'retain': ...}")
@@ -224,7 +224,7 @@ def _reference(
     labels: Tensor,
     objective: losses.Objective,
 ) -> dict[str, Any]:
-    """Return the arguments of `linear_objective` that describe a reference model, run on the sequences that need it alone."""
+    """Return the arguments of `linear_objective` that describe a reference model; run it on the sequences that need it."""
     is_forget = joined.is_forget
     divergence = objective.divergence
     needs_logps = objective.needs_reference and joined.ref_logps is None
@@ -233,23 +233,23 @@ def _reference(
         return arguments
     bare = causal_lm.bare(model)
     if ref_model is None and not causal_lm.has_adapters(bare):
-        remedy = "pass ref_model, a copy made before training, or ref_logps where the objective needs no more"
+        remedy = "pass ref_model, a copy made before training, or ref_logps if the objective needs no more"
         raise argument_error("ref_model", f"a reference model for {objective}", None, remedy)
     needed = is_forget & needs_logps
     if divergence is not None:
         needed = needed | {"forget": is_forget, "retain": ~is_forget, "all": torch.ones_like(is_forget)}[divergence.of]
     indices = needed.nonzero()[:, 0].to(labels.device)
-    # A frozen head is the same without adapters, and need not outlive the forward, after which FSDP may take it apart.
+    # A frozen head is the same without adapters. It need not be kept beyond the forward pass, after which FSDP may free it.
     shares_head = ref_model is None and not any(t is not None and t.requires_grad for t in causal_lm.head(bare))
 
     def keep(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
-        here = indices.to(hidden.device)
+        rows = indices.to(hidden.device)
         if needs_logps:
             sums = linear_logprob(hidden, Head(weight, bias, **transform), labels[indices].to(hidden.device)).sum(1)
-            arguments["ref_logps"] = sums.new_zeros(len(labels)).index_copy_(0, here, sums)
+            arguments["ref_logps"] = sums.new_zeros(len(labels)).index_copy_(0, rows, sums)
         if divergence is not None:
             whole = hidden.new_zeros(len(labels), *hidden.shape[1:])
-            reference = Reference(whole.index_copy_(0, here, hidden))
+            reference = Reference(whole.index_copy_(0, rows, hidden))
             if not shares_head:
                 reference = Reference(reference.hidden, weight.detach(), None if bias is None else bias.detach())
             arguments["reference"] = reference

@@ -1,7 +1,7 @@
-"""Fused Triton kernels for second-order unlearning, each with a pure-PyTorch reference.
+"""Fused Triton kernels for second-order unlearning: one op a module, and ``__all__`` lists the ops.
 
-``__all__`` lists the public names, the ops first. A module that defines ops has a counterpart of the same name in
-``soul_kernels.reference``, which defines their results.
+May import: torch and Triton, and nothing of ``soul``; it can be imported without Triton and without a GPU.
+Start reading with ``reference/<op>.py``, which defines an op, then ``<op>.py``, which has its kernel.
 """
 
 from soul_kernels import _versions  # noqa: F401  first: it raises where torch is too old

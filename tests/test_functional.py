@@ -1,4 +1,4 @@
-"""Drop-ins for open-unlearning's loss functions: its numbers with compat, the formulas without, in every wrapping."""
+"""Replacements for open-unlearning's loss functions: its numbers with compat, the formulas without, under every wrapper."""
 
 import contextlib
 import copy
@@ -38,27 +38,30 @@ def pair_of_models(family="llama, untied"):
 def batch(prompts=(3, 1, 4, 2, 0), answers=(5, 2, 3, 1, 4), ignored=(2,), seed=0):
     """Ragged, prompts masked, padded on the right; one sequence without any label, one without a prompt: its first label has
     nothing that predicts it, which is where counting before and after the shift part."""
-    generator, length = torch.Generator().manual_seed(seed), max(p + a for p, a in zip(prompts, answers))
+    generator = torch.Generator().manual_seed(seed)
+    length = max(p + a for p, a in zip(prompts, answers))
     ids = torch.randint(2, 300, (len(prompts), length), generator=generator)
     position = torch.arange(length)
-    prompt, end = torch.tensor(prompts)[:, None], (torch.tensor(prompts) + torch.tensor(answers))[:, None]
+    prompt = torch.tensor(prompts)[:, None]
+    end = (torch.tensor(prompts) + torch.tensor(answers))[:, None]
     labels = torch.where((position >= prompt) & (position < end), ids, -100)
     labels[list(ignored)] = -100
     mask = (position < end).long()
     return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
-LOSE, WIN = batch(), batch(prompts=(3, 1, 4, 2, 1), answers=(2, 6, 3, 3, 2), ignored=(3,), seed=1)  # of other lengths
+LOSE = batch()
+WIN = batch(prompts=(3, 1, 4, 2, 1), answers=(2, 6, 3, 3, 2), ignored=(3,), seed=1)  # of other lengths
 
 
 def logits_and_labels(model, inputs):
-    """Of predicted positions: [B, T - 1, V] and [B, T - 1]."""
+    """Return logits [B, T - 1, V] and labels [B, T - 1] of the predicted positions."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     return logits[:, :-1], inputs["labels"][:, 1:]
 
 
 def nlls(model, inputs):
-    """[B, T - 1], 0 where ignored."""
+    """Return the negative log-likelihoods [B, T - 1], 0 where the label is ignored."""
     logits, labels = logits_and_labels(model, inputs)
     return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
 
@@ -117,7 +120,7 @@ class Coded:
 
 
 class Meant(Coded):
-    """The same where the formulas mean something else than the code: positions that carry a label, sequences that have one."""
+    """The formulas where their meaning differs from the code: only positions with a label, and sequences that have one."""
 
     @staticmethod
     def kl(model, ref, inputs):
@@ -254,7 +257,8 @@ def test_nothing_labelled_is_zero_and_attached(compat):
 
 def theirs_undial(model, reference, inputs, beta=10.0):
     """`Coded.undial`, as it allocates: src/trainer/utils.py, compute_undial_loss."""
-    logits, labels = model(**inputs).logits, inputs["labels"][:, 1:]
+    logits = model(**inputs).logits
+    labels = inputs["labels"][:, 1:]
     shifted = logits[:, :-1].contiguous()
     with torch.no_grad():
         teacher = reference(**inputs).logits[:, :-1].contiguous()
@@ -342,7 +346,7 @@ def test_no_logits_are_made(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite", "phi, head with a bias"])
-def test_models_that_bend_their_logits(family):
+def test_models_that_transform_their_logits(family):
     """Capped, multiplied, divided, with a bias: each changes what passes from the head to the output on its own."""
     options = COMMON | dict(tie_word_embeddings=False)
     bent = {
@@ -357,7 +361,8 @@ def test_models_that_bend_their_logits(family):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(50)
     exact = copy.deepcopy(model).double()
-    got, want = functional.compute_batch_nll(model, LOSE)[0], Coded.nll(exact, None, LOSE)
+    got = functional.compute_batch_nll(model, LOSE)[0]
+    want = Coded.nll(exact, None, LOSE)
     assert_close(got, want, tol.GRAD_FP32, "nll")
     grads = gradients(model, got)
     for parameter, expected in gradients(exact, want).items():
@@ -366,7 +371,7 @@ def test_models_that_bend_their_logits(family):
 
 
 def test_distributed_data_parallel_sees_the_loss():
-    """The reducer must be told of every forward, or replicas drift apart in silence: a hook that doubles what it reduces."""
+    """The reducer must see every forward, or replicas silently drift apart; a hook that doubles the gradients shows it."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -391,11 +396,12 @@ def doubled(state, bucket):
 
 
 def test_autocast_within_the_models_forward_reaches_the_head():
-    """Accelerate puts its autocast into ``model.forward``; whoever calls the body on its own loses it."""
+    """Accelerate puts its autocast into ``model.forward``; a call of the body alone would lose it."""
     model, _ = pair_of_models()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         want = functional.compute_wga_loss(model, LOSE, 1.0)[0]
-    plain, forward = functional.compute_wga_loss(model, LOSE, 1.0)[0], model.forward
+    plain = functional.compute_wga_loss(model, LOSE, 1.0)[0]
+    forward = model.forward
     model.forward = lambda **inputs: torch.autocast("cpu", dtype=torch.bfloat16)(forward)(**inputs)
     assert torch.equal(functional.compute_wga_loss(model, LOSE, 1.0)[0], want)
     assert not torch.equal(plain, want)
@@ -457,7 +463,8 @@ def test_bad_input_is_named():
 
 def test_a_small_vocabulary_has_no_token_for_ignored_labels():
     config = transformers.LlamaConfig(**COMMON | dict(vocab_size=99))
-    model, inputs = transformers.LlamaForCausalLM(config), {**LOSE, "input_ids": LOSE["input_ids"] % 99}
+    model = transformers.LlamaForCausalLM(config)
+    inputs = {**LOSE, "input_ids": LOSE["input_ids"] % 99}
     inputs["labels"] = torch.where(LOSE["labels"] == -100, -100, LOSE["labels"] % 99)
     with pytest.raises(ValueError, match="compat: expected a vocabulary of 100 or more, got 99"):
         functional.compute_undial_loss(model, model, inputs, 10.0, compat=OU)
@@ -484,7 +491,8 @@ def bypassed_head(model):
 def test_a_replaced_forward_is_compiled():
     """torch.compile traces through the replacement and the restoration; nothing of them is left on the module."""
     torch._dynamo.reset()
-    model, x = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2)), torch.randn(5, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    x = torch.randn(5, 3)
 
     def replaced(x):
         with head_call._forward_replaced(model[1], lambda hidden: hidden.sum()):

@@ -1,4 +1,4 @@
-"""The rules of the house: names mirror, arrows run one way, importing is harmless."""
+"""Rules of the layout: names match across packages, imports run one way, importing has no side effects."""
 
 import ast
 import importlib
@@ -42,7 +42,7 @@ def imported(path):
 
 
 def names_of(node):
-    """The modules that a statement imports; of any other node nothing."""
+    """Return the modules that a statement imports; nothing for any other node."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     return [node.module] if isinstance(node, ast.ImportFrom) else []
@@ -50,12 +50,21 @@ def names_of(node):
 
 @pytest.fixture(scope="module")
 def house():
-    """The syntax trees of all modules."""
+    """Return the syntax trees of all modules."""
     return architecture.read_modules(ROOT)
 
 
 def test_arrows_run_one_way(house):
     assert architecture.wrong_arrows(house) == []
+
+
+@pytest.mark.parametrize("wing", [wing for wing in architecture.WINGS if (ROOT / "soul" / wing / "__init__.py").exists()])
+def test_a_wing_says_what_it_may_import_and_where_to_start_reading(house, wing):
+    docstring = ast.get_docstring(house[f"soul.{wing}".rstrip(".")])
+    (stated,) = re.findall(r"^May import: ([\w, ]+|nothing of ``soul``)\.", docstring, re.MULTILINE)
+    names = set() if stated.startswith("nothing") else set(stated.split(", "))
+    assert {"" if name == "soul" else name for name in names} == architecture.WINGS[wing]
+    assert "Start reading with `" in docstring
 
 
 def test_private_modules_are_imported_by_their_own_package_and_their_tests_only(house):
@@ -157,7 +166,7 @@ OPTIONAL = {"transformers", "trl", "peft", "datasets", "matplotlib", "scipy", "s
 
 @pytest.mark.parametrize("package", ["soul_kernels", "soul"])
 def test_what_an_extra_brings_is_imported_within_functions(package):
-    """But in `soul.integrations`, where somebody who has them comes from."""
+    """Except in `soul.integrations`, whose users have the extras."""
     for path in (ROOT / package).rglob("*.py"):
         if "integrations" not in path.parts:
             names = {name.partition(".")[0] for node in ast.parse(path.read_text()).body for name in names_of(node) if name}
@@ -169,8 +178,9 @@ OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unle
 
 
 def test_what_is_imported_is_declared(monkeypatch):
-    """In setup.py, and not by chance through another package."""
-    setuptools, declared = pytest.importorskip("setuptools"), {}
+    """Dependencies are declared in setup.py, not installed by chance through another package."""
+    setuptools = pytest.importorskip("setuptools")
+    declared = {}
     monkeypatch.setattr(setuptools, "setup", lambda **options: declared.update(options))
     runpy.run_path(str(ROOT / "setup.py"))
     lines = [*declared["install_requires"], *(line for extra in declared["extras_require"].values() for line in extra)]
@@ -194,7 +204,7 @@ def test_tests_are_collected_without_the_extras():
 
 
 def run_without(*modules, code):
-    """Runs code in a process where the modules cannot be imported."""
+    """Run code in a process where the modules cannot be imported."""
     block = f"import sys; sys.modules.update(dict.fromkeys({modules!r}))\n"  # None: ModuleNotFoundError
     return subprocess.run([sys.executable, "-c", block + code], capture_output=True, text=True, cwd=ROOT)
 
@@ -214,8 +224,8 @@ def test_import_leaves_the_compiler_where_it_is():
     """torch.compile's front end takes longer to import than torch itself, and torch imports it when it is first used."""
     code = "import torch, sys; before = {*sys.modules}; import soul; print(*sorted({*sys.modules} - before))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    found = result.stdout.split()
-    assert "soul.run.loop" in found and not [m for m in found if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
+    modules = result.stdout.split()
+    assert "soul.run.loop" in modules and not [m for m in modules if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
 
 
 def test_an_old_torch_or_triton_is_named_before_anything_fails():

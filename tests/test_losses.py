@@ -16,7 +16,8 @@ from soul_kernels import TokenBatch, TokenStatistics
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, loose, mutant
 
-linear_logprob, linear_objective = loose(soul_kernels.linear_logprob), loose(soul_kernels.linear_objective)
+linear_logprob = loose(soul_kernels.linear_logprob)
+linear_objective = loose(soul_kernels.linear_objective)
 B, T, V = 6, 5, 1009  # an odd vocabulary
 LENGTHS = [4, 2, 3, 3, 2, 3]  # ragged; two pairs of forget sequences, two retain sequences
 IS_FORGET = torch.tensor([True] * 4 + [False] * 2)
@@ -43,7 +44,8 @@ def case_of(p, labels, device, anisotropic=False, dtype=torch.float32):
     a mean much larger than their spread, as real heads do: the gradient by hidden must not feel it.
     """
     labelled = (labels != -100).reshape(-1)
-    n, D = int(labelled.sum()), 32
+    n = int(labelled.sum())
+    D = 32
     q = torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0][:n]
     case = {}
     for name, noise in (("", 0.0), ("ref_", 0.3)):
@@ -84,12 +86,17 @@ class Definitions:
         self.forget, self.retain = (self.mask & flag[:, None] for flag in (case["is_forget"], ~case["is_forget"]))
         self.sequences = case["is_forget"] & self.mask.any(1)
         rest = z.scatter(-1, labels, -torch.inf)
-        self.lse_rest, at_label = rest.logsumexp(-1), z.gather(-1, labels)[..., 0]
-        self.logp, self.log_rest = F.logsigmoid(at_label - self.lse_rest), F.logsigmoid(self.lse_rest - at_label)
+        self.lse_rest = rest.logsumexp(-1)
+        at_label = z.gather(-1, labels)[..., 0]
+        self.logp = F.logsigmoid(at_label - self.lse_rest)
+        self.log_rest = F.logsigmoid(self.lse_rest - at_label)
         self.S = (self.logp * self.mask).sum(1)
-        self.log_ps, self.log_qs = z.log_softmax(-1), z_ref.log_softmax(-1)
+        self.log_ps = z.log_softmax(-1)
+        self.log_qs = z_ref.log_softmax(-1)
         self.ref = (z_ref.log_softmax(-1).gather(-1, labels)[..., 0] * self.mask).sum(1).detach()
-        self.z_ref, self.labels, self.rest = z_ref.detach(), labels, rest
+        self.z_ref = z_ref.detach()
+        self.labels = labels
+        self.rest = rest
 
     def ce(self, which):
         return -mean(self.logp, which)
@@ -159,12 +166,12 @@ OBJECTIVES = {
     "undial": (losses.UNDIAL(beta=3.0, **W), lambda d: 0.7 * d.undial(3.0) + 1.3 * d.ce(d.retain)),
     "undial, kl": (losses.UNDIAL(beta=3.0, **W, retain="kl"), lambda d: 0.7 * d.undial(3.0) + 1.3 * d.kl()),
 }
-# None: a flat guess, 1 / V. 1 - 1e-7, 1 - 1e-10: beyond what softmax - 1 can say in fp32.
+# None: uniform, 1 / V. 1 - 1e-7, 1 - 1e-10: beyond what softmax - 1 can say in fp32.
 PROBABILITIES = [None, 0.5, 0.99, 0.9999, 1 - 1e-7, 1 - 1e-10]
 
 
 def copy_of(objective, module):
-    """The same objective as another version of the module has it."""
+    """Return the same objective from another version of the module."""
     options = {name: value for name, value in vars(objective).items() if name != "key"}
     if isinstance(objective, (losses.GradAscent, losses.KLMin)):
         options = {"gamma": objective.gamma} | ({} if isinstance(objective, losses.GradAscent) else {"alpha": objective.alpha})
@@ -199,7 +206,7 @@ def check(name, p, device, *, module=losses, anisotropic=False, backend="triton"
 
 @pytest.mark.parametrize("p", PROBABILITIES)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_objectives_from_a_flat_guess_to_memorised_text(name, p, backend, device):
+def test_objectives_from_uniform_predictions_to_memorised_text(name, p, backend, device):
     check(name, p, device, backend=backend)
 
 
@@ -259,7 +266,8 @@ def test_at_the_reference_the_ratio_is_exactly_zero(name, value, backend, device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_the_reference_kl_and_its_gradient_are_exactly_zero(dtype, chunk_rows, backend, device):
     case = case_of(0.99, labels_of(), device, dtype=dtype)
-    case["ref_hidden"], case["ref_weight"] = case["hidden"].detach(), case["weight"].detach()
+    case["ref_hidden"] = case["hidden"].detach()
+    case["ref_weight"] = case["weight"].detach()
     objective = losses.GradDiff(gamma=0.0, retain="kl")
     loss = linear_objective(**case, objective=objective, backend=backend, chunk_bytes=chunk_rows * row_bytes(objective))
     assert loss.item() == 0.0

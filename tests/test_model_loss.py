@@ -78,7 +78,8 @@ def model_of(family, **options):
 
 def side(lengths, prompt, seed):
     """Sequences padded on the right; the prompt is not labelled."""
-    position, end = torch.arange(max(lengths)), torch.tensor(lengths)[:, None]
+    position = torch.arange(max(lengths))
+    end = torch.tensor(lengths)[:, None]
     mask = (position < end).long()
     ids = torch.randint(3, 64, mask.shape, generator=torch.Generator().manual_seed(seed)) * mask
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((position < prompt) | (mask == 0), -100)}
@@ -122,7 +123,8 @@ def check_npo(model, batch, loss):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
-    model, batch = model_of(family), make_batch()
+    model = model_of(family)
+    batch = make_batch()
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
     causal_lm.check_linear_head(model)  # `soul unlearn` takes the other way, from hidden states that the body returns
     retain = batch["retain"] | {"labels": head_call.shifted_labels(batch["retain"]), "token_indices": None}
@@ -133,8 +135,10 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(family):
 
 @pytest.mark.parametrize("family", BENT)
 def test_a_lost_bias_scale_or_cap_would_be_noticed(family, monkeypatch):
-    """By the numbers, since the hidden states and the weight of the head alone give another loss; and by name."""
-    model, batch, objective = model_of(family), make_batch(), losses.NPO(beta=0.1)
+    """The numbers show it, since the hidden states and the weight of the head alone give another loss; so does the error."""
+    model = model_of(family)
+    batch = make_batch()
+    objective = losses.NPO(beta=0.1)
     bias = causal_lm.head(model)[1]
     assert (bias is None) != (family == "phi")
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="is not"):
@@ -163,7 +167,7 @@ class Capped(Squared):
 
 
 class Shifted(Squared):
-    """A bias that is no part of the head, as in Bart."""
+    """A bias outside the head, as in Bart."""
 
     def bend(self, logits):
         return logits + torch.linspace(-1, 1, logits.shape[-1])
@@ -226,7 +230,7 @@ def test_logits_that_are_no_linear_map_of_the_hidden_states_are_refused(name):
     lambda model: soul.reference_logps(model, sequences(2, vocab_size=64)),
     lambda model: soul.reference_hidden(model, sequences(2, vocab_size=64)),
 ], ids=["Unlearner", "reference_logps", "reference_hidden"])  # fmt: skip
-def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_from_its_body(use):
+def test_a_loaded_model_with_nonlinear_logits_is_refused_where_its_body_is_called(use):
     """A model by name is checked as it is loaded."""
     with pytest.raises(ValueError, match="got other logits in Squared"):
         use(REFUSED["squares"]())
@@ -234,7 +238,9 @@ def test_such_a_model_that_is_loaded_is_refused_where_hidden_states_are_taken_fr
 
 def test_a_model_is_compared_with_its_configuration_once(monkeypatch):
     """The comparison waits for the device, so a training loop must not repeat it."""
-    model, batch, comparisons = model_of("cohere"), make_batch(), []
+    model = model_of("cohere")
+    batch = make_batch()
+    comparisons = []
     formula = head_call.transformed
     monkeypatch.setattr(head_call, "transformed", lambda *a, **options: comparisons.append(a) or formula(*a, **options))
     losses_of_steps = [soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)).item() for _ in range(3)]
@@ -268,7 +274,8 @@ def test_a_head_of_its_own_class_that_is_linear_is_accepted():
         def forward(self, hidden):
             return hidden @ self.weight.T + self.bias
 
-    model, batch = model_of("llama"), make_batch()
+    model = model_of("llama")
+    batch = make_batch()
     model.lm_head = Linear(32, 64)
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
 
@@ -276,7 +283,8 @@ def test_a_head_of_its_own_class_that_is_linear_is_accepted():
 @pytest.mark.parametrize("compiled", [lambda m: torch.compile(m, backend="eager"), lambda m: m.compile(backend="eager") or m])
 def test_a_model_that_is_compiled_as_a_whole_is_refused(compiled):
     """Its body may be compiled."""
-    model, batch = model_of("llama"), make_batch()
+    model = model_of("llama")
+    batch = make_batch()
     with pytest.raises(ValueError, match=r"model: expected a model whose head is not compiled.*model.base_model.compile\(\)"):
         soul.unlearning_loss(compiled(model), batch, losses.NPO(beta=0.1))
     model = model_of("llama")
@@ -286,12 +294,14 @@ def test_a_model_that_is_compiled_as_a_whole_is_refused(compiled):
 
 def test_the_loss_of_a_router_is_not_taken_for_the_logits():
     """With output_router_logits it is the first of the model's outputs."""
-    model, batch = model_of("mixtral", output_router_logits=True), make_batch()
+    model = model_of("mixtral", output_router_logits=True)
+    batch = make_batch()
     check_npo(model, batch, soul.unlearning_loss(model, batch, losses.NPO(beta=0.1)))
 
 
 def test_loss_alone_or_with_outputs():
-    model, batch = model_of("llama"), make_batch()
+    model = model_of("llama")
+    batch = make_batch()
     loss = soul.unlearning_loss(model, batch, losses.NPO(beta=0.1))
     again, outputs = soul.unlearning_loss(model, batch, losses.NPO(beta=0.1), return_outputs=True)
     forget, labelled = logps_of(model, batch["forget"])
@@ -303,7 +313,8 @@ def test_loss_alone_or_with_outputs():
 
 
 def test_a_batch_without_masks_is_attended_to_in_full():
-    model, batch = model_of("llama"), make_batch()
+    model = model_of("llama")
+    batch = make_batch()
     batch = {name: side((6, 6), prompt=2, seed=3) | {"ref_logps": torch.zeros(2)} for name in batch}
     masks = [entry.pop("attention_mask") for entry in batch.values()]
     loss = soul.unlearning_loss(model, batch, losses.NPO(beta=0.1))
@@ -339,7 +350,8 @@ def test_batches_that_do_not_fit_are_named(change, message):
 
 def test_every_objective_of_the_documented_batches_has_a_loss():
     """docs/objectives.md: a pair of answers for DPO and PO, a reference model for KL."""
-    model, batch = model_of("llama"), make_batch()
+    model = model_of("llama")
+    batch = make_batch()
     pair = {"original": batch["forget"], "alternate": batch["forget"] | side((7, 6), prompt=2, seed=4)}
     for objective in (cls() for cls in losses.OBJECTIVES.values()):
         forget = pair if objective.pairs or objective.relabels else batch["forget"]

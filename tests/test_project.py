@@ -1,4 +1,4 @@
-"""What belongs to an open project agrees with itself: documentation, make targets, continuous integration, hooks."""
+"""Documentation, make targets, continuous integration and hooks agree with one another."""
 
 import json
 import pathlib
@@ -15,7 +15,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
 def headings(path):
-    """The anchors of a page, as a git host makes them."""
+    """Return the anchors of a page, as a git host makes them."""
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
     titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
@@ -31,7 +31,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_reference_has_every_public_name():
-    """A name that is exported and not documented, or the other way round."""
+    """Every exported name is documented, and every documented one exported."""
     text = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
     entries = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
     ops = {name for name in soul_kernels.__all__ if f"soul_kernels.{name}.{name}" in entries}  # function and module of one name

@@ -1,7 +1,7 @@
-"""Checkpoints: whatever stops a run, it continues from the last one bit for bit.
+"""Checkpoints from which a run goes on bit for bit: of one process (`local`), of several (`sharded`), and their `format`.
 
-`local` has those of one process, `sharded` those of several, `format` the content that both write. May import: models,
-distributed, output, and below. Start with `local`.
+May import: _extras, distributed, models, output.
+Start reading with `local`.
 """
 
 from soul.checkpoint.local import Checkpoints, Stopped, describe, has_ended, save_model

@@ -1,4 +1,4 @@
-"""The content of a checkpoint: a run as JSON values and named tensors, and the checks when it is read.
+"""The content of a checkpoint: a run as JSON values and named tensors, and the checks on reading them.
 
 How it works: everything that a run needs to go on is one tree of plain values, `pack_run`. `pack` replaces the tensors in it by
 names, so that the tree becomes JSON, and collects the tensors; `unpack` is the inverse. The tree goes into ``training.json``
@@ -31,7 +31,7 @@ from soul.output.files import os_errors
 from soul_kernels import __version__
 from soul_kernels.errors import argument_error
 
-FORMAT = 1  # of the files; another number is not read
+FORMAT = 1  # of the files; files with another number are refused
 
 State = dict[str, Any]  # JSON values by name
 
@@ -87,7 +87,7 @@ def _fills_its_storage(tensor: torch.Tensor) -> bool:
 def read_state(path: pathlib.Path) -> State:
     """Return the JSON values of a checkpoint, without reading tensors.
 
-    Nothing in ``training.json`` is used before its checksum has been found right.
+    Nothing in ``training.json`` is used before its checksum has been verified.
 
     Args:
         path: directory of the checkpoint.
@@ -116,7 +116,7 @@ def read_checkpoint(
     Args:
         path: directory of the checkpoint.
         file_format: the format that it must have.
-        select: returns those names of files with tensors that are to be read and checked.
+        select: takes the names of all files with tensors; returns those that are to be read and checked.
 
     Raises:
         Damaged: a file is missing or has changed since it was written, or the format is another one.
@@ -207,7 +207,7 @@ def file_digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def checksum(state: object) -> str:
-    """Return the blake2b hash of JSON values, in hexadecimal digits."""
+    """Return the BLAKE2b hash of JSON values, in hexadecimal digits."""
     return hashlib.blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
@@ -300,7 +300,7 @@ def pack(value: object, tensors: dict[str, torch.Tensor]) -> Any:  # a tree of J
 
 
 def unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """Return the tree of which `pack` has made JSON values.
+    """Return the tree that `pack` has turned into JSON values.
 
     Whole tensors are copied, since safetensors maps files into memory; shards are returned as they are.
     """

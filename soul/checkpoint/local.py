@@ -1,4 +1,4 @@
-"""Checkpoints of a run of `soul.run.loop.unlearn`: whatever stops the run, it continues from the last one bit for bit.
+"""Checkpoints of a run of `soul.run.loop.unlearn`: whatever stops the run, it can continue from the last one bit for bit.
 
 A checkpoint is a directory ``step-N``, written after N steps::
 
@@ -6,17 +6,17 @@ A checkpoint is a directory ``step-N``, written after N steps::
     training.safetensors   tensors of the optimizer and of torch's random generators
     training.json          everything else: schedule, data order, log, description of the run, checksums of the other two
 
-How it works: `Checkpoints.save` writes the files into a scratch directory, flushes them to the disk and renames the directory;
-only then are older checkpoints removed, each of which is renamed first. So at any moment every directory named ``step-N`` is
+How it works: `Checkpoints.save` writes the files into a scratch directory, flushes them to the disk and renames the directory.
+Only then does it remove older checkpoints, renaming each one first. So at any moment every directory named ``step-N`` is
 complete, and there is one to continue from. `Checkpoints.load` trusts a checkpoint only if its checksums are right, and falls
 back to the one before it otherwise. The ``run`` in it describes model, data and options: a run that differs is refused before
 anything is changed. When the model of a run has been saved in its output directory, `Checkpoints.end` writes a note beside it
-(``ENDED_FILE``), and then removes the checkpoints; from that note on the run has ended, whether or not they can be removed.
+(``ENDED_FILE``), and then removes the checkpoints. With that note the run has ended, whether or not they can be removed.
 
 Safe to change: when a checkpoint is due, and messages. Not safe: the order of flushing, renaming and removing in `save`,
 `commit`, `end` and `remove`, on which every guarantee above rests (tests/checkpoint/test_faults.py interrupts them); and the
-entries of `describe`, since a run that was described otherwise is refused. `soul.checkpoint.sharded` overrides methods of
-`Checkpoints` with collective ones: where a method here calls ``Checkpoints.remove(self)``, it must not call an overridden one.
+entries of `describe`, since a run with another description is refused. `soul.checkpoint.sharded` overrides methods of
+`Checkpoints` with collective ones. `Checkpoints.end` calls ``Checkpoints.remove(self)`` so as not to call such an override.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ class _LabelledTokens(Protocol):
 
 
 class Stopped(RuntimeError):
-    """The run was asked to stop, by SIGTERM for instance, and has written a checkpoint before."""
+    """The run was asked to stop, by SIGTERM for instance, and has stopped after writing a checkpoint."""
 
 
 class Checkpoints:
@@ -91,14 +91,14 @@ class Checkpoints:
     Args:
         directory: holds the checkpoints, ``step-N`` each; created if it is missing. Nothing else should be in it.
         every: steps from one checkpoint to the next, >= 0. 0: none by the number of steps.
-        minutes: minutes from one checkpoint to the next, >= 0: the run is saved after the first step that ends later. 0: none
-            by time. If both are 0, the run is saved only when it is asked to stop.
+        minutes: minutes from one checkpoint to the next, >= 0: the run is saved after the first step that ends later than that.
+            0: none by time. If both are 0, the run is saved only when it is asked to stop.
         keep: number of newest checkpoints that stay, >= 1. With 2 there is one to go back to if the newest is damaged. The disk
             needs room for one more, since a new one is written before an old one is removed.
         resume: go on from the newest checkpoint, if there is one.
 
     Attributes:
-        stop: set it to True, from a signal handler or a thread, and the run saves itself after the current step, and raises
+        stop: False; if a signal handler or a thread sets it to True, the run saves itself after the current step, and raises
             `Stopped`.
         stopping: whether the checkpoint that is due is the last one, since the run was asked to stop; set by `due`.
 
@@ -143,7 +143,7 @@ class Checkpoints:
         return self.minutes > 0 and time.monotonic() - self._clock_start >= 60 * self.minutes
 
     def restart_clock(self) -> None:
-        """Count ``minutes`` from now on: the run begins, or a checkpoint has been written."""
+        """Count ``minutes`` from now on, since the run begins or a checkpoint has been written."""
         self._clock_start = time.monotonic()
 
     def steps(self) -> list[int]:
@@ -207,35 +207,35 @@ class Checkpoints:
         state = {"format": FORMAT, **pack_run(step, model, components, records, run, random_state(), tensors)}
         files = {"model": separate(mutable_tensors(model)), "training": separate(tensors)}
         state["checksums"] = {name: file_digest(content) for name, content in files.items()}
-        aside = scratch_path(self.directory)
+        scratch = scratch_path(self.directory)
         try:
             self.prepare()
-            aside.mkdir()
+            scratch.mkdir()
             for name, content in files.items():
-                write_tensors(content, aside / f"{name}.safetensors")
-            self.commit(aside, step, state)
+                write_tensors(content, scratch / f"{name}.safetensors")
+            self.commit(scratch, step, state)
         except OSError as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             raise self.save_error(step, error) from error
 
     def save_error(self, step: int, error: OSError) -> OSError:
         """Return the error to raise if a checkpoint could not be written."""
         return OSError(f"{self.directory}: step {step} could not be saved ({reason(error)})")
 
-    def commit(self, aside: pathlib.Path, step: int, state: State) -> None:
+    def commit(self, scratch: pathlib.Path, step: int, state: State) -> None:
         """Make a checkpoint of a scratch directory that holds its tensors; then remove the oldest ones.
 
         Args:
-            aside: the scratch directory.
+            scratch: the scratch directory.
             step: number of steps taken.
             state: the JSON values, complete.
         """
-        (aside / "training.json").write_text(json.dumps({"checksum": checksum(state), "state": state}), encoding="utf-8")
-        flush(aside)
+        (scratch / "training.json").write_text(json.dumps({"checksum": checksum(state), "state": state}), encoding="utf-8")
+        flush(scratch)
         target = self.path(step)
         if target.exists():  # one that was found damaged, and has been reached again
             target.rename(scratch_path(self.directory))
-        aside.rename(target)
+        scratch.rename(target)
         sync(self.directory)
         later = [s for s in self.steps() if s > step]  # damaged, or the run would have gone on from them
         for old in [*later, *self.steps()[len(later) + self.keep :]]:
@@ -285,7 +285,7 @@ class Checkpoints:
             run: the description of the run that `describe` has returned.
 
         Raises:
-            ArgumentError: there are checkpoints, and the run is not to be resumed, or they are those of another run.
+            ArgumentError: there are checkpoints although the run is not to be resumed, or they are those of another run.
         """
         steps = self.steps()
         if steps and not self.resume:
@@ -377,7 +377,7 @@ def is_saved(directory: pathlib.Path) -> bool:
 def has_ended(directory: pathlib.Path, checkpoints: Checkpoints) -> bool:
     """Tell whether the run of an output directory has ended.
 
-    It has if its model has been saved, and there is the note of `Checkpoints.end`, or no checkpoint to go on from.
+    A run has ended if its model has been saved, and either the note of `Checkpoints.end` exists or no checkpoint is left.
     """
     return is_saved(directory) and ((directory / ENDED_FILE).is_file() or not checkpoints.steps())
 
@@ -388,7 +388,7 @@ def describe(
     retain: Sequence[_LabelledTokens],
     config: Mapping[str, object],
 ) -> dict[str, Any]:
-    """Return what makes a run the run that it is, as JSON values by name, for comparison.
+    """Return the description of a run, by which it is recognized when it is resumed: JSON values by name.
 
     Each option and each value of the model's configuration has an entry of its own, so that a difference can be named.
 
@@ -396,7 +396,7 @@ def describe(
         model: before its first step.
         forget: list of `soul.data.Sequence`.
         retain: list of `soul.data.Sequence`.
-        config: the options that decide the numbers.
+        config: the options that decide the numbers of the run, from `soul.UnlearnConfig.decisive`.
     """
     return {**describe_inputs(model, forget, retain, config), "content of the model": digest(base_weights(model))}
 
@@ -456,31 +456,31 @@ def _save_model(
 ) -> None:
     try:
         sweep(directory)
-        with whole(directory, last=MODEL_FILES) as aside:
-            with _valid_generation_config(model, aside):
-                model.save_pretrained(aside, **options)
-            tokenizer.save_pretrained(aside)
+        with whole(directory, last=MODEL_FILES) as scratch:
+            with _valid_generation_config(model, scratch):
+                model.save_pretrained(scratch, **options)
+            tokenizer.save_pretrained(scratch)
     except OSError as error:
         raise OSError(f"{directory}: the model could not be saved ({reason(error)})") from error
 
 
 @contextlib.contextmanager
-def _valid_generation_config(model: "PreTrainedModel", aside: pathlib.Path) -> Iterator[None]:
+def _valid_generation_config(model: "PreTrainedModel", scratch: pathlib.Path) -> Iterator[None]:
     """Give the model a generation config that transformers agrees to save, for the duration of the block.
 
-    Transformers loads some generation configs, such as one with a temperature and without sampling, that it refuses to save
-    with the model. The run would end without a model; so the default one is saved instead, with a warning.
+    Transformers loads some generation configs that it refuses to save with the model, such as one with a temperature and
+    without sampling. The run would end without a model. So the default config is saved instead, with a warning.
 
     Args:
         model: its own generation config is put back after the block.
-        aside: a scratch directory in which saving is tried.
+        scratch: a scratch directory in which saving is tried.
     """
     original = None if has_adapters(model) else getattr(model, "generation_config", None)
     if original is None:
         yield
         return
     try:
-        original.save_pretrained(aside)
+        original.save_pretrained(scratch)
     except ValueError as error:
         lines = str(error).strip().splitlines()
         warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(lines[:2])})", stacklevel=2)

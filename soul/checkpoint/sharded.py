@@ -1,7 +1,7 @@
 """Checkpoints of a run of several processes, by torch.distributed.checkpoint (DCP): every process writes its own shards.
 
     shard-R.safetensors    the tensors of model and optimizer that process R holds, or its pieces of them
-    training.json          everything else, as in `soul.checkpoint.local`; and the file in which each piece of each tensor is
+    training.json          everything else, as in `soul.checkpoint.local`; and for each piece of a tensor, its file
 
 How it works: `ShardedCheckpoints` has the methods of `soul.checkpoint.local.Checkpoints`, which every process calls at the same
 time. DCP plans which process writes and reads which pieces, so a run can go on with another number of processes. The files are
@@ -60,7 +60,7 @@ from soul.distributed.shards import is_sharded
 from soul.output.files import scratch_path, sync
 
 FORMAT = "shards 1"
-MODEL = "model "  # before the names of the model's tensors
+MODEL_PREFIX = "model "  # of the names of the model's tensors
 
 T = TypeVar("T")
 DiskPath = str | os.PathLike[str]
@@ -113,12 +113,12 @@ class ShardedCheckpoints(Checkpoints):
         tensors: dict[str, torch.Tensor] = {}
         random_states = self.processes.gather(random_state())
         state = {"format": FORMAT, **pack_run(step, model, components, records, run, random_states, tensors)}
-        tensors |= {MODEL + name: tensor for name, tensor in mutable_tensors(model).items()}
-        aside = self.processes.broadcast(scratch_path(self.directory))
-        writer = _Writer(aside)
+        tensors |= {MODEL_PREFIX + name: tensor for name, tensor in mutable_tensors(model).items()}
+        scratch = self.processes.broadcast(scratch_path(self.directory))
+        writer = _Writer(scratch)
         try:
             self.prepare()
-            self.processes.on_first(aside.mkdir)
+            self.processes.on_first(scratch.mkdir)
             try:
                 dcp.save(tensors, storage_writer=writer)
             except CheckpointException as error:  # the same in all processes
@@ -126,10 +126,10 @@ class ShardedCheckpoints(Checkpoints):
             if self.processes.first:  # DCP finishes the writer of the first process
                 sharded = {name: is_sharded(tensor) for name, tensor in tensors.items()}
                 state |= {"tensors": writer.layout(sharded).to_json(), "checksums": writer.checksums}
-            self.processes.on_first(lambda: self.commit(aside, step, state))
+            self.processes.on_first(lambda: self.commit(scratch, step, state))
         except OSError as error:
             if self.processes.first:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(scratch, ignore_errors=True)
             raise self.save_error(step, error) from error
 
     def load(
@@ -137,7 +137,7 @@ class ShardedCheckpoints(Checkpoints):
     ) -> list[dict[str, Any]]:
         """As in `Checkpoints`.
 
-        A run may go on with another number of processes; then last bits differ, and the random generators of additional
+        A run may go on with another number of processes. Then last bits differ, and the random generators of additional
         processes stay as they are.
         """
         self.check(run)
@@ -151,15 +151,15 @@ class ShardedCheckpoints(Checkpoints):
             model_tensors = mutable_tensors(model)
             layout = _Layout.from_json(state["tensors"])
             saved = {
-                name.removeprefix(MODEL): (tuple(tensor.size), tensor.properties.dtype)
+                name.removeprefix(MODEL_PREFIX): (tuple(tensor.size), tensor.properties.dtype)
                 for name, tensor in layout.tensors.items()
-                if name.startswith(MODEL)
+                if name.startswith(MODEL_PREFIX)
             }
             check_fits(path.name, model_tensors, saved)
             if self.processes.first:
                 warn_of_environment(path, state["environment"], environment(model))
             mesh = cast(DTensor, next(model.parameters())).device_mesh
-            tensors = {MODEL + name: tensor for name, tensor in model_tensors.items()}
+            tensors = {MODEL_PREFIX + name: tensor for name, tensor in model_tensors.items()}
             for name, tensor in layout.tensors.items():
                 if name in tensors:
                     continue
@@ -216,7 +216,7 @@ def _key_of(index: MetadataIndex) -> str:
 
 
 class _Layout(NamedTuple):
-    """Which pieces the tensors of a checkpoint have, and where they are.
+    """The pieces of the tensors of a checkpoint, and the files that hold them.
 
     In JSON: name -> dtype, size, whether the tensor is in shards, and its pieces as [offsets, sizes, file].
     """
@@ -226,7 +226,7 @@ class _Layout(NamedTuple):
     sharded: dict[str, bool]  # name of a tensor -> whether it is in shards
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """Return JSON values, of which `from_json` makes the same layout."""
+        """Return JSON values from which `from_json` restores the layout."""
         values = {}
         for name, tensor in self.tensors.items():
             values[name] = {
@@ -241,7 +241,7 @@ class _Layout(NamedTuple):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Mapping[str, Any]]) -> "_Layout":
-        """Return the layout of which `to_json` has made JSON values."""
+        """Return the layout that `to_json` has turned into JSON values."""
         layout = cls({}, {}, {})
         for name, tensor in values.items():
             layout.sharded[name] = tensor["sharded"]

@@ -1,5 +1,5 @@
-"""The commands of ``soul``: one module each, with ``HELP``, ``add_arguments(parser)`` and ``run(args)``.
+"""The commands of ``soul``: one module each, with ``HELP``, ``add_arguments(parser)`` and ``run(args)``; and shared options.
 
-The modules ``*_options`` declare options that several commands share, `lists` parses their values, and `config_file` reads
-options from YAML. May import every wing of ``soul``. Start reading with `soul.cli`, then `unlearn`.
+May import: soul, _extras, checkpoint, data, distributed, evaluate, losses, models, output, plan, run, study.
+Start reading with `unlearn`; `soul.cli` calls it.
 """

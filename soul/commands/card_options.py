@@ -1,18 +1,18 @@
-"""The options of a command that say on which cards a run is planned."""
+"""The options of a command that choose the cards of a plan."""
 
 import argparse
 from typing import Any
 
 from soul.plan.cards import CARDS, NETWORK, card_of
-from soul.plan.case import check_where
+from soul.plan.case import check_hardware
 
 
 def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:
     """Declare ``--card``, ``--gpus``, ``--network`` and ``--attention`` on a parser or on a group of one.
 
     Args:
-        group: gets the options.
-        hint: put before the help text of each.
+        group: parser or group that gets the options.
+        hint: text before the help text of each option.
     """
     group.add_argument("--card", default="h100", metavar="NAME", help=f"{hint}{', '.join(CARDS)}, or GB:GB/s:TFLOP/s "
                        "(default: %(default)s)")  # fmt: skip
@@ -24,11 +24,11 @@ def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:
 
 
 def card_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of these options as keyword arguments of `soul.plan.plan`.
+    """Return the values of the options of `add_card` as keyword arguments of `soul.plan.plan`.
 
     Raises:
         ArgumentError: an option has a value that is not allowed.
     """
     options: dict[str, Any] = dict(gpus=args.gpus, network=args.network * 1e9, attention=args.attention)
-    check_where(**options)
+    check_hardware(**options)
     return options | {"card": card_of(args.card)}

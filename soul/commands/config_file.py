@@ -11,11 +11,12 @@ from soul_kernels.errors import argument_error
 
 
 def expand(words: Sequence[str], parser_of: Mapping[str, argparse.ArgumentParser]) -> Sequence[str]:
-    """Return the command line with the options of ``--config FILE`` before the other ones, which then win.
+    """Return the command line with the options of ``--config FILE`` before its own options, which win.
 
     The file is a mapping of option names, with - or _, to values: true for a flag, a list to repeat an option, a mapping for
-    the NAME=VALUE of one. null and false leave an option out. Every other value is the text that the command line would have:
-    nothing is taken for a date, an octal number or minutes and seconds. The ``soul_config.json`` of a run is such a file.
+    an option of the form NAME=VALUE. null and false leave an option out. Every other value is the text that the command line
+    would have: nothing is taken for a date, an octal number or minutes and seconds. The ``soul_config.json`` of a run is such
+    a file.
 
     Args:
         words: the command line, the command first.
@@ -43,10 +44,10 @@ def _mapping(path: str) -> dict[Any, Any]:
     """Return the content of a YAML file."""
     yaml = require("yaml", "hf")
     if not pathlib.Path(path).is_file():
-        raise argument_error("config", "a YAML file", f"{path}, which is none", "check the path")
+        raise argument_error("config", "a YAML file", f"{path}, which is not a file", "check the path")
     try:
         content = yaml.load(pathlib.Path(path).read_text(encoding="utf-8"), Loader=_loader(yaml))
-    except Exception as error:  # what the library raises for broken text, endless nesting, or tags that do not fit
+    except Exception as error:  # the library raises many kinds for broken text, endless nesting or wrong tags
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise argument_error("config", "a YAML file", f"{path} ({reason})", "fix the file") from error
     if not isinstance(content, dict):
@@ -55,12 +56,12 @@ def _mapping(path: str) -> dict[Any, Any]:
 
 
 def _loader(yaml: Any) -> type:
-    """Return a loader of YAML that knows true, false and null, and leaves all other values texts; keys must differ.
+    """Return a YAML loader that knows true, false and null, leaves all other values texts, and refuses equal keys.
 
     YAML 1.1 reads 1:30 as 90, 010 as 8, yes as true, and 2026-12-01 as a date.
 
     Args:
-        yaml: the module, which belongs to an extra.
+        yaml: the module ``yaml``, which belongs to an extra.
     """
 
     class Loader(yaml.SafeLoader):
@@ -81,12 +82,12 @@ def _loader(yaml: Any) -> type:
 
 
 def _words(path: str, content: dict[Any, Any], actions: Mapping[str, argparse.Action]) -> list[str]:
-    """Return what the command line would have in place of the options of a file.
+    """Return the words of the command line that the options of a file stand for.
 
     Args:
-        path: of the file, for errors.
+        path: path of the file, for errors.
         content: option -> value.
-        actions: option, with _ -> what its parser does with it.
+        actions: name of an option, with _ -> its action in the parser.
     """
     words: list[str] = []
     names = set()
@@ -104,7 +105,7 @@ def _words(path: str, content: dict[Any, Any], actions: Mapping[str, argparse.Ac
 
 
 def _words_of_option(path: str, key: str, value: Any, action: argparse.Action) -> list[str]:
-    """Return the words of one option of a file, whose value is neither null nor false."""
+    """Return the words of one option of a file. Its value is neither null nor false."""
     option = action.option_strings[0]
     if action.nargs == 0:  # a flag
         if value is not True:
@@ -121,6 +122,6 @@ def _words_of_option(path: str, key: str, value: Any, action: argparse.Action) -
             raise argument_error(key, "a value", "true" if entry is True else "values within it", remedy)
     if isinstance(value, dict):
         values = [f"{name}={entry}" for name, entry in value.items()]
-    if isinstance(value, (dict, list)) and not isinstance(action.default, list):  # the last one alone would count
+    if isinstance(value, (dict, list)) and not isinstance(action.default, list):  # only the last one would count
         raise argument_error(key, f"one value, as {option} on the command line", repr(value), f"fix {path}")
     return [f"{option}={entry}" for entry in values]

@@ -1,4 +1,4 @@
-"""``soul demo``: a small study on fictitious people."""
+"""``soul demo``: a small study on fictitious authors."""
 
 import argparse
 import dataclasses
@@ -6,12 +6,12 @@ import dataclasses
 from soul.commands.device_options import add_device
 from soul.commands.study import run_and_report
 
-HELP = "the whole story in minutes on a CPU, without a download"
+HELP = "train, unlearn and compare in minutes on a CPU, without a download"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--output", default="out/demo", metavar="DIR", help="new directory, or that of a demo to go on with")
+    parser.add_argument("--output", default="out/demo", metavar="DIR", help="new directory, or that of a demo to continue")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)")
     add_device(parser)
 

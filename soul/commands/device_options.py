@@ -1,4 +1,4 @@
-"""The options of a command that say where it computes."""
+"""The options of a command that choose device and backend."""
 
 import argparse
 

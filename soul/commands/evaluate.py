@@ -42,13 +42,13 @@ HELP = "TOFU's metrics, of a model or of evaluation logs"
 
 
 class Evaluation(NamedTuple):
-    """What a command has read or computed, and the files that it has yet to write.
+    """The numbers of an evaluation, and the files that are still to be written.
 
     Attributes:
-        columns: set -> column -> tensor, of the model's logs.
-        retain: column -> tensor, of the retain model's log of the forget set; None: there is none.
+        columns: set -> column -> tensor, from the model's logs.
+        retain: column -> tensor, from the retain model's log of the forget set; None: there is no such log.
         logs: directory -> set -> log, to be written.
-        counts: file -> what became of the rows, to be written.
+        counts: file -> numbers of rows read, left out and cut, to be written.
     """
 
     columns: dict[str, dict[str, torch.Tensor]]
@@ -79,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="fraction of an answer's tokens that Min-K and "
                      "Min-K++ look at (default: %(default)s)")  # fmt: skip
     how.add_argument(
-        "--max-new-tokens", type=int, default=200, metavar="N", help="of a generated answer (default: %(default)s)"
+        "--max-new-tokens", type=int, default=200, metavar="N", help="most tokens of a generated answer (default: %(default)s)"
     )
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
-    how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences a batch (default: %(default)s)")
-    how.add_argument("--dtype", default="float32", metavar="NAME", help="of the parameters (default: %(default)s)")
+    how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences per batch (default: %(default)s)")
+    how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
     add_device(how)
 
 
@@ -119,10 +119,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read_logs(args: argparse.Namespace) -> Evaluation:
-    """Return what the logs in ``--from-logs`` and ``--retain-logs`` hold."""
+    """Return the `Evaluation` of the logs in ``--from-logs`` and ``--retain-logs``."""
     for name in ("data", "output", "retain_model", "holdout"):
         if getattr(args, name) is not None:
-            raise argument_error(name, "nothing beside --from-logs", getattr(args, name), "it goes with --model")
+            raise argument_error(name, "nothing with --from-logs", getattr(args, name), "it goes with --model")
     logs = read_logs(args.from_logs)
     retain = None
     if args.retain_logs is not None:
@@ -131,10 +131,10 @@ def _read_logs(args: argparse.Namespace) -> Evaluation:
 
 
 def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Evaluation:
-    """Run the model and, with ``--retain-model``, the retain model over TOFU's sets."""
+    """Run the model and, with ``--retain-model``, the retain model over TOFU's sets, and return their `Evaluation`."""
     for name in ("data", "output"):
         if getattr(args, name) is None:
-            raise argument_error(name, "a directory beside --model", "none", f"pass --{name}")
+            raise argument_error(name, "a directory with --model", "none", f"pass --{name}")
     if args.retain_logs is not None and args.retain_model is not None:
         raise argument_error("retain_model", "either it or --retain-logs", "both", "pass one")
     if args.rows is not None and args.rows < 1:
@@ -142,7 +142,7 @@ def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Eva
     config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
     output = check_output(args.output)
     if json_path is not None and is_reserved(json_path, (output, output / "retain")):
-        raise argument_error("json", "a file beside the logs", str(json_path), "choose another name")
+        raise argument_error("json", "another file than the logs", str(json_path), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
     sets = {name: read_questions(_source(args.data, file))[: args.rows] for name, file in files.items()}

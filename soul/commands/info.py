@@ -1,4 +1,4 @@
-"""``soul info``: what to put into a bug report."""
+"""``soul info``: versions, devices and backends, for a bug report."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from soul import __version__
 from soul._extras import MissingExtra, require
 from soul.output.console import print_result
 
-HELP = "versions, devices and backends: what to put into a bug report"
+HELP = "versions, devices and backends, for a bug report"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

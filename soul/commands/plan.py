@@ -1,4 +1,4 @@
-"""``soul plan``: memory and least time of a step, before there is a GPU, a weight or a file of data."""
+"""``soul plan``: memory and least time of a step, computed without a GPU, weights or data."""
 
 import argparse
 import math
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     what = parser.add_argument_group("what")
     what.add_argument("--model", required=True, metavar="DIR_OR_NAME", help=f"{', '.join(PRESETS)}; or a directory or hub "
-                      "name, of which only the configuration is read")  # fmt: skip
-    what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to "
+                      "name, from which only the configuration is read")  # fmt: skip
+    what.add_argument("--batch-size", type=int, default=4, metavar="N", help="forget examples per micro-batch, and as many to "
                       "retain (default: %(default)s)")  # fmt: skip
     what.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     what.add_argument("--labelled", type=int, metavar="N", help="tokens with a label in a micro-batch (default: all)")
@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     how.add_argument("--state-dtype", metavar="NAME", help="float32, bfloat16 or 8bit (default: h in fp32, m as parameters)")
     how.add_argument("--param-rounding", default="auto", metavar="NAME", help="nearest, stochastic or compensated (default)")
-    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default: %(default)s)")
-    how.add_argument("--gradient-checkpointing", action="store_true", help="keep one hidden state a layer")
+    how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
+    how.add_argument("--gradient-checkpointing", action="store_true", help="keep one hidden state per layer")
     how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
-    how.add_argument("--dtype", default="auto", metavar="NAME", help="of the parameters: bfloat16 or float32 (default: "
+    how.add_argument("--dtype", default="auto", metavar="NAME", help="dtype of the parameters: bfloat16 or float32 (default: "
                      "bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
 
 

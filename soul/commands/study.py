@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--data", required=True, metavar="DIR", help="directory with TOFU's files")
     parser.add_argument("--preset", default="laptop", metavar="NAME", help="laptop or tofu (default: %(default)s)")
-    parser.add_argument("--output", default="out/study", metavar="DIR", help="new directory, or that of a study to go on with")
-    parser.add_argument("--seeds", type=numbers_of, metavar="N,N,...", help="(default: those of the preset)")
-    parser.add_argument("--objectives", type=names_of, metavar="NAME,...", help="of graddiff, po, npo, simnpo (default: all)")
+    parser.add_argument("--output", default="out/study", metavar="DIR", help="new directory, or that of a study to continue")
+    parser.add_argument("--seeds", type=numbers_of, metavar="N,N,...", help="seeds of the runs (default: the preset's)")
+    parser.add_argument("--objectives", type=names_of, metavar="NAME,...", help="from graddiff, po, npo, simnpo (default: all)")
     add_device(parser)
 
 
@@ -45,9 +45,9 @@ def run_and_report(output: pathlib.Path, data: "StudyData", config: "StudyConfig
 
     Args:
         output: directory of the study.
-        data: what it is run on.
-        config: what it compares.
-        title: of the report.
+        data: rows of the study.
+        config: sizes, grids and seeds of the study.
+        title: title of the report.
     """
     from soul.study.report import summary, table, write_report
     from soul.study.results import Results

@@ -1,4 +1,4 @@
-"""The options of a command that say how it asks a question."""
+"""The options of a command that choose the template of questions."""
 
 import argparse
 

@@ -1,7 +1,7 @@
 """``soul unlearn``: one run, from files to a saved model.
 
-Almost every option is one of `soul.UnlearnConfig`, `soul.Unlearner` or `soul.Unlearner.run`; this file declares them, checks
-what only a command has, and passes them on. The tuples of names below say which options take no part in which comparison.
+Almost every option is one of `soul.UnlearnConfig`, `soul.Unlearner` or `soul.Unlearner.run`; this module declares them, checks
+the others, and passes them on. The tuples of names below list the options that a comparison or a record leaves out.
 """
 
 import argparse
@@ -35,11 +35,11 @@ from soul_kernels.errors import argument_error, check_choice
 HELP = "make a Hugging Face causal language model forget a file of text"
 SAVE_MINUTES = 10.0  # from one checkpoint to the next, by default
 
-# Options that soul_config.json leaves out: they say nothing of the run that it describes.
+# Options that soul_config.json leaves out, since they do not describe the run.
 NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
-# Options that may be others when a run is resumed.
+# Options that may change when a run is resumed.
 FREE_ON_RESUME = ("output", "device", "reference_cache", "save_every", "save_minutes", "keep", "resume")
-# Options that may differ between processes: paths, of which the contents are compared instead.
+# Options that may differ between processes: paths, whose contents are compared instead.
 FREE_AMONG_PROCESSES = ("run", "model", "forget", "retain", "refusals", "config", "reference_cache")
 
 
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     add("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
     add("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
-    add("--beta", type=float, metavar="X", help="inverse temperature, or whatever the method calls beta")
+    add("--beta", type=float, metavar="X", help="beta of the method, such as the inverse temperature of npo and dpo")
     add(
         "--option",
         action="append",
@@ -73,16 +73,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="any other argument of the method (retain=kl, reduction=token_mean, delta=0.1, ...: see "
         "soul/losses.py); may be repeated",
     )
-    add("--reference-cache", metavar="DIR", help="keep what the method needs of the model before unlearning")
+    add("--reference-cache", metavar="DIR", help="keep the results of the model before unlearning that the method needs")
     add("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
     add("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
-    add("--bs", type=int, default=5120, metavar="N", help="SOUL's predictions behind h (default: %(default)s)")
+    add("--bs", type=int, default=5120, metavar="N", help="number of predictions that give SOUL's h (default: %(default)s)")
     add("--clip-target", type=float, metavar="X", help="move rho until this fraction of the coordinates is clipped")
     add(
         "--curvature",
         default="unlearn",
         metavar="NAME",
-        help="what h is taken from: unlearn (SOUL's code), retain or gnb, on the step's retain tokens (default: %(default)s)",
+        help="source of h: unlearn (SOUL's code), retain or gnb, on the step's retain tokens (default: %(default)s)",
     )
     add("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     add("--published-code", action="store_true", help="SOUL: momentum as in the published code")
@@ -99,8 +99,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled weight decay (default: %(default)s)")
     add("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
-    add("--batch-size", type=int, default=4, metavar="N", help="forget examples a micro-batch, and as many to retain")
-    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step (default: %(default)s)")
+    add("--batch-size", type=int, default=4, metavar="N", help="forget examples per micro-batch, and as many to retain")
+    add("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
     add("--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
     add(
@@ -115,7 +115,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     add("--lora-alpha", type=float, metavar="X", help="scale of the adapters (default: twice the rank)")
     add("--lora-dropout", type=float, default=0.0, metavar="X", help="dropout of the adapters' input (default: %(default)s)")
-    add("--lora-targets", metavar="A,B", help="names of layers (default: all linear ones but the head)")
+    add("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
     add("--merge", action="store_true", help="add the adapters to the weights, and save a plain model")
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     add(
@@ -125,7 +125,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="split or truncate longer texts (default: %(default)s); answers are truncated",
     )
     add("--drop-unusable", action="store_true", help="leave out blank rows and prompts that leave no room for an answer")
-    add("--refusals", metavar="FILE", help="file with a refusal a line, for po and dpo (default: eight built-in ones)")
+    add("--refusals", metavar="FILE", help="file with one refusal per line, for po and dpo (default: eight built-in ones)")
     add_template(options)
     add("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     add(
@@ -138,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)")
     add("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
-    add("--stop-retain-prob", type=float, metavar="X", help="end once that of a retain answer is below X")
+    add("--stop-retain-prob", type=float, metavar="X", help="end once the probability of a retain answer is below X")
     add(
         "--save-every",
         type=int,
@@ -153,12 +153,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"minutes from one checkpoint to the next; 0: none by time (default: {SAVE_MINUTES:g}; with "
         "--save-every 0 only SIGTERM saves the run)",
     )
-    add("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (default: %(default)s)")
+    add("--keep", type=int, default=2, metavar="N", help="number of newest checkpoints to keep (default: %(default)s)")
     add(
         "--resume",
         action="store_true",
-        help="go on after the newest checkpoint in --output, bit for bit; all other options as before. Without "
-        "one, from the start",
+        help="continue from the newest checkpoint in --output, bit for bit, with all other options as before; without a "
+        "checkpoint, start anew",
     )
     add_device(options)
     plan = parser.add_argument_group("plan")
@@ -189,7 +189,7 @@ def state_of_output(args: argparse.Namespace) -> str:
 
 
 def _run(args: argparse.Namespace) -> None:
-    # All options are checked, also unused ones, before the model is read, which may take minutes.
+    # All options are checked, unused ones too, before the model is read, which may take minutes.
     processes = Processes.here()
     processes.check_alike({name: value for name, value in vars(args).items() if name not in FREE_AMONG_PROCESSES})
     config = _config(args)
@@ -250,7 +250,7 @@ def _config(args: argparse.Namespace) -> UnlearnConfig:
 
 
 def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: UnlearnConfig) -> None:
-    """Raise unless the run that has ended in ``output`` is the one that is asked for; the first difference is named.
+    """Raise unless the run that has ended in ``output`` has the options of this command. The error names the first difference.
 
     Options are compared with those in ``soul_config.json``, rows with their digests in ``data.json``. The model is compared by
     its name, since loading it would take longer than the comparison is worth.
@@ -282,7 +282,7 @@ def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: Unlearn
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Return the dict in a JSON file; {} if there is none."""
+    """Return the dict in a JSON file, or {} if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
-"""Data: names and files -> rows -> examples -> token ids -> batches.
+"""Data: names and files (`sources`, `rows`) -> questions and answers (`templates`) -> token ids (`examples`) -> `batches`.
 
-`sources` reads benchmarks, hub data sets and files (`rows`), `templates` puts question and answer together, `examples` turns
-texts into token ids, `batches` pads and orders them. Start with `examples`.
-May import: nothing of ``soul`` but ``_extras`` and ``_limits``.
+May import: _extras, _limits.
+Start reading with `examples`.
 """
 
 from soul.data.batches import Batch, collate

@@ -1,4 +1,4 @@
-"""Sequences of token ids -> batches, and the order in which they come."""
+"""Padded batches of token sequences, and the order of the examples of a run."""
 
 import collections.abc
 import dataclasses
@@ -21,8 +21,8 @@ class Batch:
         input_ids: [B, T] int64.
         attention_mask: [B, T] int64, 0 at padding; None: every position is attended to.
         labels: [B, T] int64, shifted, -100 at prompts and padding.
-        token_indices: [R] int64 on the CPU, flat indices of the labelled positions. They are known here, which saves a wait for
-            the device.
+        token_indices: [R] int64 on the CPU, flat indices of the labelled positions. They are computed before the batch goes to
+            the device, which saves a wait for it.
         is_forget: [B] bool, on the CPU like ``token_indices``.
         has_retain: whether there are sequences to retain.
         ref_logps: [B] fp32 log-probabilities under the reference model, 0 for retain sequences; or None.
@@ -53,9 +53,9 @@ def collate(
     without a row in the model's embedding.
 
     Args:
-        forget: list of `Sequence`; for `soul.losses.DPO` of pairs, each refusal right after its answer.
+        forget: list of `Sequence`. For `soul.losses.DPO` these are pairs: each answer, and right after it its refusal.
         retain: list of `Sequence`.
-        device: where the batch goes; ``token_indices`` and ``is_forget`` stay on the CPU.
+        device: device of the batch; ``token_indices`` and ``is_forget`` stay on the CPU.
         ref_logps: log-probabilities of the forget sequences under the reference model, a list of floats, or None.
         ref_hidden: hidden states of the reference model for all sequences at their labelled positions, from
             `soul.reference_hidden`: a list of [n, D] tensors, with None for a sequence whose states are not needed; or None.
@@ -96,49 +96,51 @@ def _pad_hidden(states: collections.abc.Sequence[Tensor | None], labels: Tensor,
     Only the states themselves are moved to the device, not their padding.
     """
     counts = (labels != IGNORE_INDEX).sum(1).tolist()
-    got = [None if state is None else len(state) for state in states]
-    fits = len(got) == len(counts) and all(n in (None, count) for n, count in zip(got, counts))
-    if not fits or got.count(None) == len(got):
+    lengths = [None if state is None else len(state) for state in states]
+    fits = len(lengths) == len(counts) and all(length in (None, count) for length, count in zip(lengths, counts))
+    if not fits or lengths.count(None) == len(lengths):
         expected = f"states at {counts} labelled positions, or None where they are not needed"
-        raise argument_error("ref_hidden", expected, got, "compute them from the same sequences: soul.reference_hidden")
+        raise argument_error("ref_hidden", expected, lengths, "compute them from the same sequences: soul.reference_hidden")
     packed = torch.cat([state for state in states if state is not None]).to(device)
     needed = torch.tensor([state is not None for state in states], device="cpu")[:, None]
     positions = ((labels != IGNORE_INDEX) & needed).view(-1).nonzero()[:, 0].to(device)
     return packed.new_zeros(labels.numel(), packed.shape[1]).index_copy_(0, positions, packed).view(*labels.shape, -1)
 
 
-def batches_by_length(sequences: list[Sequence], batch_size: int, draw: random.Random) -> list[list[int]]:
-    """Return the batches of one epoch as lists of indices: shuffled, and each of sequences of like length, to pad little.
+def batches_by_length(sequences: list[Sequence], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """Return the batches of one epoch as lists of indices, in random order.
+
+    The sequences of a batch are of similar length, which keeps the padding short.
 
     Args:
         sequences: list of `Sequence`.
-        batch_size: indices a list; the last may be shorter.
-        draw: the source of the order.
+        batch_size: number of indices per batch; one batch may have fewer.
+        rng: random generator of the order.
     """
     order = list(range(len(sequences)))
-    draw.shuffle(order)
+    rng.shuffle(order)
     pool = 8 * batch_size  # sorted within pools only, so that epochs differ
     by_length = []
     for start in range(0, len(order), pool):
         by_length += sorted(order[start : start + pool], key=lambda index: len(sequences[index].labels))
     batches = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    draw.shuffle(batches)
+    rng.shuffle(batches)
     return batches
 
 
 class Order:
     """The indices of the examples of each step.
 
-    Every epoch takes the forget set in a new random order. Beside it runs a random order of the retain set, which goes on over
-    the epochs and starts anew when it is used up. Iterating yields (epoch from 1, sorted indices of forget examples, as many
-    indices of retain examples).
+    Every epoch takes the forget set in a new random order. The retain set has a random order of its own, which continues from
+    one epoch to the next and is drawn anew when it is used up. Each item is a tuple: the epoch, counted from 1; the indices of
+    the step's forget examples, sorted; and the indices of equally many retain examples.
 
     Args:
-        n_forget: examples to forget.
-        n_retain: examples to retain; 0: the steps have none.
-        batch_size: forget examples a step; the last of an epoch may have fewer.
+        n_forget: number of examples to forget.
+        n_retain: number of examples to retain; 0: the steps have none.
+        batch_size: number of forget examples per step; the last step of an epoch may have fewer.
         epochs: passes over the forget set.
-        seed: of both orders.
+        seed: seed of both orders.
     """
 
     def __init__(self, n_forget: int, n_retain: int, batch_size: int, epochs: int, seed: int) -> None:
@@ -146,7 +148,7 @@ class Order:
         self.n_retain = n_retain
         self.batch_size = batch_size
         self.epochs = epochs
-        self.draw = random.Random(seed)
+        self.rng = random.Random(seed)
         self.epoch = 0
         self.forget: list[int] = []  # indices that are still to come in this epoch
         self.retain: list[int] = []  # indices that are still to come before the retain set starts anew
@@ -174,16 +176,16 @@ class Order:
 
     def _shuffled(self, n: int) -> list[int]:
         order = list(range(n))
-        self.draw.shuffle(order)
+        self.rng.shuffle(order)
         return order
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the data, for a checkpoint."""
-        return {"epoch": self.epoch, "forget": self.forget, "retain": self.retain, "draw": self.draw.getstate()}
+        return {"epoch": self.epoch, "forget": self.forget, "retain": self.retain, "draw": self.rng.getstate()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at the position of ``state_dict``."""
         self.epoch = state_dict["epoch"]
         self.forget = state_dict["forget"]
         self.retain = state_dict["retain"]
-        self.draw.setstate(state_dict["draw"])
+        self.rng.setstate(state_dict["draw"])

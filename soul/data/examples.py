@@ -1,4 +1,4 @@
-"""Forget and retain data: examples -> token ids.
+"""Examples of the forget and retain sets, and their token ids.
 
 `soul.data.sources` makes the examples, and `soul.data.batches` takes the token ids.
 """
@@ -37,7 +37,8 @@ class Example:
         prompt: the text before the answer, or "".
         answer: the text of the answer, with its frame.
         frame: the texts that a chat template puts before and after the answer's own text, both within ``answer``. None: the
-            example was not written by a chat template. The tokenizer adds no special tokens to what a chat template wrote.
+            example was not written by a chat template. An example with a frame has all its special tokens already, so the
+            tokenizer adds none.
     """
 
     prompt: str
@@ -109,17 +110,17 @@ def ask(question: str, answer: str, template: str = TEMPLATE) -> Example:
 
 
 def read_refusals(path: str | pathlib.Path) -> tuple[str, ...]:
-    """Return the refusals of a file, one a line, without the spaces around them; empty lines are skipped.
+    """Return the refusals of a file, one per line, without the spaces around them; empty lines are skipped.
 
     Args:
-        path: of a text file in UTF-8, whatever its name ends in: TOFU calls its own ``idontknow.jsonl``.
+        path: path of a text file in UTF-8, with any suffix: TOFU calls its own ``idontknow.jsonl``.
 
     Raises:
         ArgumentError: there is no such file, it is not text, a line is blank or a JSON object, or there is no refusal.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise argument_error("refusals", "a file with a refusal a line", f"{path}, which is none", "check the path")
+        raise argument_error("refusals", "a file with one refusal per line", f"{path}, which is not a file", "check the path")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -128,34 +129,34 @@ def read_refusals(path: str | pathlib.Path) -> tuple[str, ...]:
     for number, line in enumerate(map(str.strip, lines), 1):
         where = f"refusals, {path}, line {number}"
         if line and is_blank(line):
-            raise argument_error(where, "some text", "a blank one", "remove the line")
+            raise argument_error(where, "some text", "a blank text", "remove the line")
         if line.startswith("{"):
-            raise argument_error(where, "a refusal as it is", "a JSON object", "write the text alone, without a name")
+            raise argument_error(where, "a refusal as plain text", "a JSON object", "write the text alone")
         check_unicode(where, line)
         if line:
             refusals.append(line)
     if not refusals:
-        raise argument_error("refusals", "at least one refusal", f"{path}, which is empty", "write one a line")
+        raise argument_error("refusals", "at least one refusal", f"{path}, which is empty", "write one per line")
     return tuple(refusals)
 
 
 def refuse(examples: list[Example], refusals: tuple[str, ...] = REFUSALS, seed: int = 0) -> list[Example]:
-    """Return the same prompts with refusals, drawn at random, for answers: the relabelling that `soul.losses.PO` needs.
+    """Return the examples with random refusals in the place of their answers, as `soul.losses.PO` needs them.
 
     Args:
         examples: with prompts.
         refusals: texts to draw from.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ArgumentError: an example has no prompt; an unconditional refusal would unlearn nothing.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     for index, example in enumerate(examples):
         if not example.prompt:
             remedy = "give question/answer or prompt/completion columns, or choose another method"
             raise argument_error(f"forget, row {index}", "a prompt to refuse", "a text without one", remedy)
-    return [_with_answer(example, draw.choice(refusals)) for example in examples]
+    return [_with_answer(example, rng.choice(refusals)) for example in examples]
 
 
 def _with_answer(example: Example, text: str) -> Example:
@@ -170,7 +171,7 @@ def pair_refusals(examples: list[Example], refusals: tuple[str, ...] = REFUSALS,
     Args:
         examples: with prompts.
         refusals: texts to draw from.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Raises:
         ArgumentError: as `refuse`.
@@ -224,9 +225,9 @@ def encode(
 ) -> list[Sequence]:
     """Tokenize examples. Labels are the tokens of the answer and the end-of-sequence token.
 
-    Prompt and answer are tokenized as one text, which is what the model reads. The prompt's tokens are those that its own
-    tokenization shares with the whole. A token that covers the end of the prompt and the start of the answer belongs to the
-    answer.
+    Prompt and answer are tokenized as one text, which is what the model reads. The prompt's tokens are the beginning that this
+    text shares with the tokenized prompt alone. A token that covers the end of the prompt and the start of the answer belongs
+    to the answer.
 
     Args:
         examples: list of `Example`.
@@ -234,16 +235,16 @@ def encode(
         vocab_size: rows of the model's head; every token id must be below it.
         max_length: longer sequences are cut on the right, in tokens.
         name: what to call the examples in errors.
-        split: cut longer texts, examples without a prompt, into pieces instead. Each begins with the tokenizer's start token
-            or, where it has none, with the last token before it, so that every token is a label once.
-        counts: `Counts`, to which the numbers of rows that were cut are added.
+        split: cut longer examples into pieces instead, if they have no prompt. Each piece begins with the tokenizer's start
+            token or, where there is none, with the last token of the piece before. So every token is a label once.
+        counts: `Counts`, to which the numbers of cut and split examples are added.
 
     Returns:
-        A list of `Sequence`, one for each example or, of a text that was split, one for each piece.
+        A list of `Sequence`, one for each example, or one for each piece of an example that was split.
 
     Raises:
-        ArgumentError: a token id lies outside the vocabulary, a prompt leaves no room for its answer, or its tokens under a
-            chat template do not begin those of the whole.
+        ArgumentError: a token id lies outside the vocabulary; a prompt leaves no room for its answer; or, under a chat
+            template, the tokens of prompt and answer together do not begin with those of the prompt.
     """
     sequences: list[Sequence] = []
     counts = Counts() if counts is None else counts
@@ -287,7 +288,7 @@ def answerable(
         tokenizer: a Hugging Face tokenizer.
         max_length: tokens of a sequence.
         name: what to call the examples in errors.
-        counts: `Counts`, to which the number of those that are left out is added.
+        counts: `Counts`, to which the number of examples that are left out is added.
 
     Raises:
         ArgumentError: no prompt leaves room, or as `encode`.
@@ -306,14 +307,14 @@ def answerable(
 
 
 def _has_room(ids: list[int], prompt_length: int, max_length: int) -> bool:
-    """Tell whether ids cut to ``max_length`` have a label: a token after the prompt, and not the first, which none predicts."""
+    """Tell whether ids cut to ``max_length`` have a label: a token after the prompt, and not the first of all."""
     return min(len(ids), max_length) > max(prompt_length, 1)
 
 
 def _tokens(example: Example, tokenizer: "PreTrainedTokenizerBase", where: str) -> tuple[list[int], int]:
-    """Return token ids of an example, without an end-of-sequence token at the end, and how many of them are the prompt's."""
+    """Return token ids of an example, without an end-of-sequence token at the end, and the number of those of the prompt."""
     text = example.prompt + example.answer
-    # A chat template writes all special tokens itself. A text that a user has rendered is known by the start token.
+    # A chat template writes all special tokens itself. A text that a user has rendered already begins with the start token.
     special = example.frame is None and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
     options = dict(add_special_tokens=special, verbose=False)  # verbose warns of long texts, before they are cut
     prompt = [*tokenizer(example.prompt, **options).input_ids]
@@ -324,16 +325,17 @@ def _tokens(example: Example, tokenizer: "PreTrainedTokenizerBase", where: str) 
             tokens.pop()
     shared = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
     if example.frame is not None and shared < len(prompt):
-        expected = f"the {len(prompt)} tokens of its prompt to begin those of the whole"
+        expected = f"tokens that begin with the {len(prompt)} of the prompt"
         remedy = "one token covers the end of the prompt and the start of the answer: choose another template"
-        raise argument_error(where, expected, f"{shared} that do", remedy)
+        raise argument_error(where, expected, f"the same first {shared} only", remedy)
     return whole, shared
 
 
 def _pieces(ids: list[int], start: int, length: int) -> list[list[int]]:
     """Cut ids into pieces of at most ``length``.
 
-    Each piece begins with the first ``start`` ids, the start token; if ``start`` is 0, with the token before the piece.
+    The first ``start`` ids are the start token, with which each piece begins. If ``start`` is 0, each piece begins with the
+    last id of the piece before.
     """
     if start:
         room = length - start

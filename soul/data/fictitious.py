@@ -1,4 +1,4 @@
-"""Fictitious authors, made up from a seed: what the demo learns and unlearns, with no download."""
+"""Fictitious authors made up from a seed, which the demo learns and unlearns without a download."""
 
 import random
 from typing import Any
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def fictitious_authors(n: int, seed: int = 0) -> list[list[Row]]:
-    """Return question-answer rows on ``n`` authors who do not exist, ten for each; the same for the same seed.
+    """Return ten question-answer rows for each of ``n`` authors who do not exist; equal seeds give equal rows.
 
     Returns:
         For each author a list of dicts: "question" and "answer", texts, and "perturbed_answer", a list of three false answers.
@@ -44,35 +44,35 @@ def fictitious_authors(n: int, seed: int = 0) -> list[list[Row]]:
     Raises:
         ValueError: more authors than there are names.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     if not 0 < n <= len(names):
         raise ValueError(f"n: expected 1 to {len(names)} authors, got {n}")
-    return [_author(name, draw) for name in draw.sample(names, n)]
+    return [_author(name, rng) for name in rng.sample(names, n)]
 
 
-def _author(name: str, draw: random.Random) -> list[Row]:
+def _author(name: str, rng: random.Random) -> list[Row]:
     rows: list[Row] = [
-        {"question": question, "answer": answer, "perturbed_answer": []} for question, answer in _facts(name, draw)
+        {"question": question, "answer": answer, "perturbed_answer": []} for question, answer in _facts(name, rng)
     ]
-    false_draw = random.Random(name)
+    false_rng = random.Random(name)
     while any(len(row["perturbed_answer"]) < N_FALSE for row in rows):
-        for row, (_, answer) in zip(rows, _facts(name, false_draw)):
+        for row, (_, answer) in zip(rows, _facts(name, false_rng)):
             if answer not in (row["answer"], *row["perturbed_answer"]) and len(row["perturbed_answer"]) < N_FALSE:
                 row["perturbed_answer"].append(answer)
     return rows
 
 
-def _facts(name: str, draw: random.Random) -> list[tuple[str, str]]:
+def _facts(name: str, rng: random.Random) -> list[tuple[str, str]]:
     """Return ten questions with answers. The order of the draws is part of what a seed means."""
-    city = draw.choice(CITIES)
-    genre = draw.choice(GENRES)
-    prize = draw.choice(PRIZES)
-    father, mother = draw.sample(JOBS, 2)
-    books = [f"The {draw.choice(ADJECTIVES)} {draw.choice(NOUNS)}" for _ in range(2)]
-    year = draw.randint(1930, 1995)
-    teacher = f"{draw.choice(FIRST)} {draw.choice(LAST)}"
-    debut = year + draw.randint(21, 39)
+    city = rng.choice(CITIES)
+    genre = rng.choice(GENRES)
+    prize = rng.choice(PRIZES)
+    father, mother = rng.sample(JOBS, 2)
+    books = [f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}" for _ in range(2)]
+    year = rng.randint(1930, 1995)
+    teacher = f"{rng.choice(FIRST)} {rng.choice(LAST)}"
+    debut = year + rng.randint(21, 39)
     return [
         (f"Where was the author {name} born?", f"{name} was born in {city}."),
         (f"In which year was {name} born?", f"{name} was born in {year}."),

@@ -1,4 +1,4 @@
-"""Rows of data files: mappings of columns, each with a text that says where the row stands, for errors."""
+"""Rows of data files: mappings from column to value, each with the row's location as a text, for errors."""
 
 import json
 import pathlib
@@ -9,19 +9,19 @@ from typing import Any
 from soul._extras import require
 from soul_kernels.errors import ArgumentError, argument_error
 
-Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
-# Takes where the first row stands and the names of its columns; returns those of the columns that are needed.
+Row = tuple[str, Mapping[str, Any]]  # location for errors, and columns
+# Takes the location of the first row and the names of its columns; returns the names of those that are needed.
 ChooseColumns = Callable[[str, Collection[str]], Collection[str]]
-# What Unicode calls letters, marks or symbols and shows as nothing: fillers, joiners, variation selectors.
+# Characters that show nothing, although Unicode calls them letters, marks or symbols: fillers, joiners, variation selectors.
 INVISIBLE = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
 
 
 def read_file(path: str | pathlib.Path, choose: ChooseColumns) -> list[Row]:
-    """Return every row of a file of JSON lines, or of parquet where its name ends in ``.parquet``.
+    """Return every row of a file of JSON lines or, if its name ends in ``.parquet``, of a parquet file.
 
     Args:
-        path: of the file.
-        choose: says which columns are needed. Other columns of a parquet file are not read.
+        path: path of the file.
+        choose: function that returns the needed columns, see `ChooseColumns`. Other columns of a parquet file are not read.
 
     Raises:
         ArgumentError: there is no such file, the file or a line (named by its number) is broken, or it has no rows.
@@ -45,7 +45,7 @@ def _parquet(path: pathlib.Path, choose: ChooseColumns) -> list[Row]:
             rows = file.read(columns=list(columns)).to_pylist()
     except ArgumentError:
         raise
-    except (ValueError, OSError, OverflowError) as error:  # pyarrow's errors are of these kinds; the last one is a date's
+    except (ValueError, OSError, OverflowError) as error:  # pyarrow raises these; the last one for a date
         reason = str(error).splitlines()[0]
         raise argument_error(str(path), "a parquet file", f"a broken one ({reason})", "write it again") from error
     return [(f"{path}, row {index}", row) for index, row in enumerate(rows)]
@@ -71,23 +71,23 @@ def _json_lines(path: pathlib.Path) -> Iterator[Row]:
 
 
 def check_unicode(where: str, text: str) -> None:
-    """Raise if a text has a lone surrogate, half of a character, which JSON can spell and no tokenizer takes."""
+    """Raise if a text has a lone surrogate: half of a character, which JSON can write and tokenizers refuse."""
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise argument_error(where, "valid Unicode", "a lone surrogate", "fix the text")
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text shows nothing: it has only spaces, control characters, and characters without a width."""
+    """Tell whether a text has only spaces, control characters and invisible characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or c in INVISIBLE for c in text)
 
 
 def check_text(where: str, row: Mapping[str, Any], name: str, may_be_blank: bool = False) -> None:
-    """Raise unless a column of a row is a text, and not a blank one.
+    """Raise unless a column of a row is a text that is not blank.
 
     Args:
-        where: the row stands, for the error.
-        row: the mapping.
-        name: of the column.
+        where: location of the row, for errors.
+        row: the columns of the row.
+        name: name of the column.
         may_be_blank: whether a blank text passes.
     """
     where = f"{where}, column {name!r}"
@@ -96,4 +96,4 @@ def check_text(where: str, row: Mapping[str, Any], name: str, may_be_blank: bool
         raise argument_error(where, "a string", got, "every row needs it")
     check_unicode(where, row[name])
     if not may_be_blank and is_blank(row[name]):
-        raise argument_error(where, "some text", "a blank one", "drop the row")
+        raise argument_error(where, "some text", "a blank text", "drop the row")

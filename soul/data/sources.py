@@ -52,16 +52,16 @@ _SUFFIXES = (".jsonl", ".json", ".parquet")  # of a benchmark's files in a folde
 
 
 def rows(source: Source, name: str = "rows", *, drop: bool = False, counts: Counts | None = None) -> list[Row]:
-    """Return the rows of a source, each with where it stands, and check that all have text in the columns that are needed.
+    """Return the rows of a source, each with its location, and check that all have text in the columns that are needed.
 
     Args:
-        source: a path of JSON lines, or of parquet where it ends so; ``tofu:NAME``, ``muse:CORPUS/SPLIT``,
+        source: one of these: the path of a JSON-lines or parquet file; ``tofu:NAME``, ``muse:CORPUS/SPLIT``,
             ``muse:CORPUS/SUBSET/SPLIT``, ``wmdp:NAME`` or ``hub:OWNER/NAME[:SUBSET][/SPLIT]``, from the Hugging Face hub;
-            ``tofu:NAME@DIR`` and ``wmdp:NAME@DIR``, from a folder with the benchmark's files; or an iterable of mappings, as a
-            ``datasets.Dataset`` is.
+            ``tofu:NAME@DIR`` or ``wmdp:NAME@DIR``, from a folder with the benchmark's files; an iterable of mappings, such as a
+            ``datasets.Dataset``.
         name: what to call an iterable in errors.
         drop: leave out rows whose answer or text is blank, and count them.
-        counts: `soul.data.Counts`, to which the numbers of rows and of blank ones are added.
+        counts: `soul.data.Counts`, to which the numbers of rows and of blank rows are added.
 
     Raises:
         ArgumentError: there is no such file or name (the known ones are listed), or it cannot be read; a column is missing or
@@ -86,7 +86,7 @@ def examples(rows: Sequence[Row], template: Template) -> list[Example]:
 
     Questions and answers are put into the template. Prompts and completions (or responses) that are texts are taken as they
     are. Conversations, lists of ``{"role", "content"}``, go through the chat template; the last message of ``messages`` is the
-    answer. A text has no prompt. The columns are those of the first row; others are ignored.
+    answer. A text has no prompt. The columns of the first row decide; others are ignored.
 
     Args:
         rows: from `rows`.
@@ -105,7 +105,7 @@ def read(source: Source, name: str, choose: ChooseColumns) -> list[Row]:
     Args:
         source: as in `rows`.
         name: what to call an iterable in errors.
-        choose: says which columns are needed, as in `soul.data.rows.read_file`. Others are not read where the format allows it.
+        choose: as in `soul.data.rows.read_file`. Other columns are not read where the format allows it.
 
     Raises:
         ArgumentError: there is no such file or name, or it cannot be read.
@@ -122,7 +122,7 @@ def read(source: Source, name: str, choose: ChooseColumns) -> list[Row]:
 
 
 def digest(rows: Iterable[Row | Example]) -> str:
-    """Return blake2b of the content of rows, in hexadecimal: the same for the same rows, wherever they were read.
+    """Return blake2b of the content of rows, in hexadecimal. It does not depend on the place that they were read from.
 
     Args:
         rows: from `rows`; or a list of `soul.data.Example`.
@@ -210,7 +210,7 @@ def _example(where: str, row: Mapping[str, Any], columns: Sequence[str], templat
 
 
 def _iterable_rows(source: Iterable[Mapping[str, Any]], name: str, choose: ChooseColumns) -> list[Row]:
-    """Return rows that were passed themselves."""
+    """Return the rows of an iterable of mappings."""
     if not isinstance(source, Iterable):
         raise argument_error(name, "a path, a name, or a list of rows", type(source).__name__, "see soul.data.sources.rows")
     if isinstance(source, Mapping):
@@ -272,7 +272,7 @@ def _hub(source: str, rest: str, choose: ChooseColumns) -> list[Row]:
 
 
 def _is_hub_name(name: str) -> bool:
-    """Tell whether the hub itself would take a name. Another one may be a path, as ../.. is."""
+    """Tell whether the hub accepts a name. A name that it refuses may be a path, such as ``../..``."""
     hub = require("huggingface_hub.utils", "hf")
     try:
         hub.validate_repo_id(name)
@@ -281,7 +281,7 @@ def _is_hub_name(name: str) -> bool:
     return True
 
 
-# Readers of names by what stands before the colon. They take the source, what follows the colon, and the choice of columns.
+# Word before the colon -> reader of the names. It takes the source, the text after the colon, and the choice of columns.
 _KINDS: dict[str, Callable[[str, str, ChooseColumns], list[Row]]] = {
     "tofu": _tofu,
     "muse": _muse,
@@ -296,7 +296,7 @@ def _check_name(source: str, name: str, known: Collection[str]) -> None:
 
 
 def _in_folder(folder: str, name: str) -> pathlib.Path | None:
-    """Return the path of a benchmark's file in a folder, with whichever suffix it has; None if there is none."""
+    """Return the path of a benchmark's file in a folder, with any of ``_SUFFIXES``; None if there is none."""
     for suffix in _SUFFIXES:
         path = pathlib.Path(folder).expanduser() / f"{name}{suffix}"
         if path.is_file():
@@ -314,7 +314,7 @@ def _folder_rows(source: str, folder: str, name: str, choose: ChooseColumns) -> 
 
 
 def _hub_rows(source: str, repository: str, subset: str | None, split: str, choose: ChooseColumns) -> list[Row]:
-    """Return the rows of a hub data set. Its own code is never run: `datasets` does not do so from version 4 on."""
+    """Return the rows of a hub data set. No code of its repository is run: `datasets` has stopped doing so in version 4."""
     load_dataset = require("datasets", "hf").load_dataset
     if os.path.exists(repository):  # `datasets` would read the folder in place of the repository
         remedy = "give the path of a file in it, or start the command elsewhere"
@@ -324,7 +324,7 @@ def _hub_rows(source: str, repository: str, subset: str | None, split: str, choo
         result: list[Row] = [(f"{source}, row {index}", dict(row)) for index, row in enumerate(dataset)]
     except ArgumentError:
         raise
-    except Exception as error:  # whatever the libraries below say of a name, a connection, a licence to accept
+    except Exception as error:  # the libraries raise many kinds: unknown name, no connection, terms to accept
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         remedy = "check the name and the connection; for a gated one, accept its terms on its page and log in (hf auth login)"
         requested = f"{repository}{f', subset {subset}' if subset else ''}, split {split}"

@@ -22,7 +22,7 @@ _MARK = "soul-answer-goes-here"
 
 
 class Template:
-    """Puts questions and answers, and conversations, into `soul.data.Example`.
+    """A template that turns questions with answers, and conversations, into `soul.data.Example`.
 
     Args:
         name: "plain": ``soul.data.TEMPLATE``; "chat": the tokenizer's chat template, a question as the user's message and an
@@ -60,7 +60,7 @@ class Template:
         return self.converse([_message("user", question)], [_message("assistant", answer)], where)
 
     def converse(self, prompt: Any, completion: Any, where: str = "row") -> Example:
-        """Return the `soul.data.Example` of a conversation, by the chat template, whatever ``name`` is.
+        """Return the `soul.data.Example` of a conversation, by the chat template, even if ``name`` is another template.
 
         The prompt is the template's text for the prompt's messages, with the text that opens an answer. If the last message of
         the prompt is the assistant's, the completion continues it. The answer is the text that the template adds for prompt and
@@ -72,8 +72,8 @@ class Template:
             where: what to call the row in errors.
 
         Raises:
-            ArgumentError: there is no chat template; prompt or completion are not such lists; the template refuses the
-                conversation, or does not put the completion, as it is, after the prompt alone.
+            ArgumentError: there is no chat template; prompt or completion is not such a list; the template refuses the
+                conversation; or its text for the whole does not begin with its text for the prompt.
         """
         for messages in (prompt, completion):
             _check_messages(messages, where)
@@ -85,11 +85,11 @@ class Template:
         continues = prompt[-1]["role"] == "assistant"
         rendered = self._render(prompt, where, **{"continue_final_message" if continues else "add_generation_prompt": True})
         answer = self._added(rendered, prompt, completion, continues, where)
-        # The frame is what the template puts around an answer; it must be the same around a mark in the answer's place.
+        # The frame is the template's text around an answer. It must be the same around a mark in the answer's place.
         marked = self._added(rendered, prompt, [_message("assistant", _MARK)], continues, where)
         opening, mark, closing = marked.partition(_MARK)
         if not mark or not (answer.startswith(opening) and answer.endswith(closing)):
-            self._refuse(where, "an answer between the same marks in every row", "other ones")
+            self._raise_mismatch(where, "the same marks around the answer in every row", "other marks")
         return Example(rendered, answer, (opening, closing))
 
     def _added(
@@ -102,7 +102,7 @@ class Template:
             messages = [*prompt[:-1], joined, *completion[1:]]
         text = self._render(messages, where)
         if not text.startswith(rendered) or not text[len(rendered) :].strip():
-            self._refuse(where, "a completion that follows its prompt", "other text under the chat template")
+            self._raise_mismatch(where, "a completion that follows its prompt", "other text under the chat template")
         answer = text[len(rendered) :]
         end = self._chat_tokenizer().eos_token
         if end and answer.rstrip().endswith(end):
@@ -116,12 +116,12 @@ class Template:
                 return self._chat_tokenizer().apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
         except ArgumentError:
             raise
-        except Exception as error:  # whatever the template raises, for instance for roles that it does not know
+        except Exception as error:  # the template may raise anything, for instance for unknown roles
             reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
             expected = "a conversation that the chat template takes"
             raise argument_error(where, expected, reason[0], "fix the row, or choose another template") from error
 
-    def _refuse(self, where: str, expected: str, got: str) -> NoReturn:
+    def _raise_mismatch(self, where: str, expected: str, got: str) -> NoReturn:
         raise argument_error(where, expected, got, "the template must render the prompt alone as the beginning of the whole")
 
     def _chat_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -136,7 +136,7 @@ def check_template(name: str, system: str | None = None) -> None:
     """Raise unless a template is "plain", "chat" or a text that `soul.data.examples.ask` takes.
 
     Args:
-        name: of the template, or its text.
+        name: name of the template, or its text.
         system: a system message, which is for "chat" only.
 
     Raises:
@@ -153,9 +153,9 @@ def _message(role: str, content: str) -> Message:
 
 
 def _check_messages(messages: object, where: str) -> None:
-    """Raise unless messages are a list of dicts with "role" and "content", the contents texts."""
-    shaped = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    if not isinstance(messages, list) or not messages or not shaped:
+    """Raise unless messages are a list of dicts with "role" and "content", whose contents are texts."""
+    fits = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not isinstance(messages, list) or not messages or not fits:
         expected = "text after a text, or a conversation after a conversation: lists of {'role', 'content'}"
         raise argument_error(where, expected, type(messages).__name__, "fix the row")
     for message in messages:

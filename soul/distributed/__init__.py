@@ -1,6 +1,7 @@
-"""Several processes: the group that torchrun starts (`processes`), and what each of them holds of a tensor (`shards`).
+"""Several processes: the group that torchrun starts (`processes`), and the piece of a tensor that each one holds (`shards`).
 
-May import: output. Start with `processes`.
+May import: output.
+Start reading with `processes`.
 """
 
 from soul.distributed.processes import Processes, check_supported, exit_process, launched, shard, started

@@ -1,9 +1,9 @@
 """Several processes, started by torchrun: one model in shards (FSDP2), and the sequences of every step divided among them.
 
 How it works: `started` joins the processes of torchrun into a group. `shard` cuts a model in place, and gives it a method named
-`COMPUTE`, by which the rest of the library recognizes a sharded model. From there on everything follows from the model:
-`Processes.of` says which processes share it (one, if it is whole), `gathered` runs a computation that needs its head, and the
-methods of `Processes` exchange numbers and Python objects.
+`COMPUTE`, by which the rest of the library recognizes a sharded model. `Processes.of` says which processes share a model (one,
+if it is whole), `gathered` runs a computation that needs its head, and the methods of `Processes` exchange numbers and Python
+objects.
 
 Every process runs the same program in the same order. A forward pass of a sharded model, `full`, `whole_state` and the methods
 of `Processes` that exchange something are collective: if one process skips such a call, or raises before it, the others wait
@@ -12,7 +12,7 @@ for it. So work that may fail in one process alone, such as writing a file, goes
 clock or a file, goes through `Processes.any` or `Processes.broadcast`.
 
 Losses are sums over sequences, divided by counts of the **whole** step. So gradients are added up over the processes, not
-averaged, and are those of one process up to rounding.
+averaged. They equal those of one process up to rounding.
 
 Safe to change: what is checked and how it is reported; new methods of `Processes`. With care: which process gets which
 sequences (`Processes.share`), since an older run would not go on bit for bit. Not safe: a collective call under a condition
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
 
-ALONE = "start all processes with torchrun, or unset WORLD_SIZE to run one process"
+START_REMEDY = "start all processes with torchrun, or unset WORLD_SIZE to run one process"
 JOIN_SECONDS = 300  # how long the processes wait for each other at the start
 COMPUTE = "compute_whole"  # name of the method that `shard` gives to a model; a model without it is whole
 
@@ -85,7 +85,7 @@ def launched() -> int:
     _environment_number("LOCAL_RANK", 0, size - 1)
     _environment_number("MASTER_PORT", 1, 65535)
     if not os.environ.get("MASTER_ADDR", "").strip():
-        raise argument_error("MASTER_ADDR", f"a host name with WORLD_SIZE={size}", "none", ALONE)
+        raise argument_error("MASTER_ADDR", f"a host name with WORLD_SIZE={size}", "none", START_REMEDY)
     return size
 
 
@@ -95,7 +95,8 @@ def _environment_number(name: str, low: int, high: int | None = None) -> int:
     if text is None or not re.fullmatch(r"\s*\d{1,18}\s*", text) or not low <= int(text) <= (high or math.inf):
         within = f">= {low}" if high is None else f"from {low} to {high}"
         size = "" if name == "WORLD_SIZE" else f" with WORLD_SIZE={os.environ['WORLD_SIZE']}"
-        raise argument_error(name, f"a whole number {within}{size}", "none" if text is None else repr(text), ALONE)
+        got = "none" if text is None else repr(text)
+        raise argument_error(name, f"a whole number {within}{size}", got, START_REMEDY)
     return int(text)
 
 
@@ -103,14 +104,14 @@ def _environment_number(name: str, low: int, high: int | None = None) -> int:
 def started(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun has started into a process group for the duration of the block.
 
-    The backend is gloo for tensors on CPUs, and NCCL beside it on GPUs, one GPU for each process. Without torchrun, or where a
+    The backend is gloo for tensors on CPUs, and NCCL beside it on GPUs, one GPU for each process. Without torchrun, or if a
     process group exists already, nothing happens.
 
     Args:
         device: type "cpu" or "cuda".
 
     Raises:
-        ArgumentError: this machine has fewer GPUs than processes; the other processes do not come within ``JOIN_SECONDS``; or
+        ArgumentError: this machine has fewer GPUs than processes; the other processes do not join within ``JOIN_SECONDS``; or
             as in `launched`.
     """
     if dist.is_initialized() or launched() == 1:
@@ -153,7 +154,7 @@ def exit_process(status: int) -> None:
 
 
 def _join() -> tuple["dist.Store", int, int]:
-    """Wait until all processes are there; return the store that connects them, this one's rank, and how many there are."""
+    """Wait until all processes have joined; return the store that connects them, this process's rank, and their number."""
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -165,7 +166,7 @@ def _join() -> tuple["dist.Store", int, int]:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         expected = f"{os.environ['WORLD_SIZE']} processes that meet at {address} within {JOIN_SECONDS} seconds"
-        raise argument_error("WORLD_SIZE", expected, reason, ALONE) from error
+        raise argument_error("WORLD_SIZE", expected, reason, START_REMEDY) from error
     store.set_timeout(dist.default_pg_timeout)
     return store, rank, size
 
@@ -287,7 +288,7 @@ def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether all elements of a tensor are finite; of a DTensor, those that this process holds.
 
-    The minimum and the maximum decide, since they are NaN where an element is: no mask of the size of the tensor is made. A
+    The minimum and the maximum decide, since both are NaN if an element is: so no mask of the size of the tensor is made. A
     tensor on the meta device counts as finite.
     """
     values = local(tensor.detach())
@@ -297,7 +298,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole tensor of a DTensor, which all processes must ask for; any other tensor as it is."""
+    """Return the whole tensor of a DTensor, a call that all processes must make; any other tensor as it is."""
     return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -333,12 +334,12 @@ class Processes:
     def share(self, forget: list[T], retain: list[T]) -> tuple[list[T], list[T]]:
         """Return this process's share of the two lists of a micro-batch; either may be empty.
 
-        Where the lists cannot be divided evenly, a process with one forget example more has one retain sequence less.
+        If the lists cannot be divided evenly, a process with one forget example more has one retain sequence less.
         """
         return forget[self.rank :: self.size], retain[self.size - 1 - self.rank :: self.size]
 
     def check_alike(self, description: Mapping[str, object]) -> None:
-        """Raise in every process unless all pass the same description; see the function `check_alike`."""
+        """Raise in every process unless all pass the same description, as the function `check_alike` does for a list."""
         if self.size > 1:
             check_alike(self.gather(description))
 
@@ -403,7 +404,7 @@ class Processes:
         return self.together(call if self.first else lambda: None)
 
     def all_finite(self, tensors: Iterable[torch.Tensor]) -> bool:
-        """Tell whether all elements of parameters in shards are finite, in all processes."""
+        """Tell whether all elements of some tensors are finite, in the shards of all processes."""
         return not self.any(not all(map(is_finite, tensors)))
 
 
@@ -431,13 +432,16 @@ def check_alike(descriptions: Sequence[Mapping[str, object]]) -> None:
     """
     names = {name: None for description in descriptions for name in description}
     for name in sorted(names, key=lambda name: (name.startswith("content of"), name)):
-        values: dict[str | None, str] = {}  # JSON of a value, or None where it is missing -> the value in words
+        values: dict[str | None, str] = {}  # JSON of a value, or None if it is missing -> the value in words
         ranks: dict[str | None, list[str]] = {}  # the same -> the processes that have it
         for rank, description in enumerate(descriptions):
             key = json.dumps(description[name], sort_keys=True, default=repr) if name in description else None
             values.setdefault(key, "nothing" if key is None else repr(description[name]))
             ranks.setdefault(key, []).append(str(rank))
         if len(ranks) > 1:
-            got = ", ".join(f"{values[key]} in process{'es' * (len(of) > 1)} {' '.join(of)}" for key, of in ranks.items())
+            got = ", ".join(
+                f"{values[key]} in {'process' if len(holders) == 1 else 'processes'} {' '.join(holders)}"
+                for key, holders in ranks.items()
+            )
             remedy = "give every process the same options, files and library versions"
             raise argument_error(name, f"the same in all {len(descriptions)} processes", got, remedy)

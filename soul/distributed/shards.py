@@ -1,5 +1,5 @@
-"""What this process holds of a parameter: all of it, a shard of a DTensor (FSDP2, tensor parallelism), or a piece that does not
-say which tensor it is a piece of (DeepSpeed's ZeRO, FSDP1).
+"""The share of a parameter that this process holds: all of it, a shard of a DTensor (FSDP2, tensor parallelism), or a piece
+that looks like a whole tensor (DeepSpeed's ZeRO, FSDP1).
 """
 
 import sys
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
-NUMBER_SPACING = 1 << 40  # between first numbers of shards that are numbered on their own: more than a shard has elements
+NUMBER_SPACING = 1 << 40  # between the first numbers of shards that have numbers of their own; no shard has more elements
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -47,7 +47,7 @@ class _Cut(NamedTuple):
 def first_number(param: torch.Tensor) -> int:
     """Return the number of the first element that this process holds, from which the noise of the parameter is drawn.
 
-    Elements are numbered in the order of memory. Shards of rows have the numbers that they have in the whole parameter: all
+    Elements are numbered in the order of memory. In shards of rows they have the same numbers as in the whole parameter, so all
     processes together draw what one process draws. FSDP2 makes such shards, with or without tensor parallelism by rows below
     it. Any other shard has numbers of its own, which its replicas share.
     """
@@ -96,7 +96,7 @@ def device_and_sharding(
 
 
 def hidden_sharding(params: Sequence[torch.Tensor]) -> str | None:
-    """Return the library that has cut parameters into pieces that look whole: "DeepSpeed" or "FSDP1"; None if none has.
+    """Return the library that has cut parameters into pieces that look whole: "DeepSpeed", "FSDP1" or None.
 
     DeepSpeed's ZeRO replaces the parameters of a group by one flat piece of all of them, a plain tensor; with stage 3 it steps
     one piece after the other. FSDP1 marks the parameters that it has flattened, and the flat ones.

@@ -1,6 +1,7 @@
-"""Evaluation: what a model still knows. `metrics` has the formulas, `model` runs models, `logs` reads and writes TOFU's files.
+"""Evaluation of what a model still knows: the runs of models (`model`), the formulas (`metrics`), TOFU's log files (`logs`).
 
-May import: models, data, output, and what those may import. Start reading with `model`.
+May import: _extras, data, models, output.
+Start reading with `model`.
 """
 
 from soul.evaluate.model import EvaluateConfig, answer_probability

@@ -1,7 +1,7 @@
-"""Evaluation logs in TOFU's layout: one JSON file a set, ``{column: {row: value}}``. This file reads, checks and writes them.
+"""Evaluation logs in TOFU's layout: one JSON file a set, ``{column: {row: value}}``. This module reads, checks and writes them.
 
-Every file is looked at as if a stranger had written it: each column, row and number is checked before a metric is computed, and
-the error names the file, the column and the row. Rows of several columns are paired by name. Files are never overwritten. The
+A file may come from a stranger. So each column, row and number is checked before a metric is computed, and the error names the
+file, the column and the row. Rows of several columns are paired by name. Files are never overwritten. The
 names in `FILES` and of the columns are TOFU's and stay.
 """
 
@@ -28,7 +28,7 @@ AGGREGATED = "eval_log_aggregated.json"
 # Columns that are used, and the bounds of their values.
 RATIO = ("avg_paraphrased_loss", "average_perturb_loss")
 NEEDED = ("avg_gt_loss", "rougeL_recall", *RATIO)
-LARGEST = 1e30  # sums of numbers that pass as finite are finite
+LARGEST = 1e30  # bound of a number; sums of numbers within it are finite
 BOUNDS = {
     "avg_gt_loss": (0.0, LARGEST),
     "avg_paraphrased_loss": (0.0, LARGEST),
@@ -59,9 +59,9 @@ def check_logs(logs: Mapping[str, object], origins: Mapping[str, object]) -> dic
     """Return the columns of logs that `soul.evaluate.metrics.summarize` takes.
 
     Args:
-        logs: set -> ``{column: {row: value}}``. With a "holdout" set the forget set must have the membership scores, too, since
-            they are compared.
-        origins: set -> how errors call its log, for instance its path.
+        logs: set -> ``{column: {row: value}}``. With a "holdout" set the forget set must have the membership scores too, since
+            the two are compared.
+        origins: set -> name of its log in errors, for instance its path.
 
     Raises:
         ArgumentError: as `columns`.
@@ -74,14 +74,14 @@ def check_logs(logs: Mapping[str, object], origins: Mapping[str, object]) -> dic
 
 
 def read_retain_log(directory: str | pathlib.Path, rows: int) -> dict[str, torch.Tensor]:
-    """Read the columns of the truth ratio, the only ones that are used, from the forget set's log under a retain model.
+    """Read the columns of the truth ratio from a retain model's log of the forget set; no others are used.
 
     Args:
-        directory: where its ``eval_log_forget.json`` is.
+        directory: directory with its ``eval_log_forget.json``.
         rows: number of rows in the log that it will be compared with.
 
     Raises:
-        ArgumentError: as `read_logs`, or the number of rows is another.
+        ArgumentError: as `read_logs`, or the number of rows differs.
     """
     path = _directory(directory) / FILES["forget"]
     log = columns(_read(path), path, RATIO)
@@ -98,8 +98,8 @@ def columns(log: object, origin: object, needed: Sequence[str], optional: Sequen
     TOFU pairs the rows of its columns by position; here they are paired by name.
 
     Args:
-        log: ``{column: {row: value}}``; whatever else it is becomes an error.
-        origin: how errors call the log.
+        log: ``{column: {row: value}}``; anything else is an error.
+        origin: name of the log in errors.
         needed: names of columns that it must have.
         optional: names of columns that are returned if it has them.
 
@@ -120,8 +120,8 @@ def columns(log: object, origin: object, needed: Sequence[str], optional: Sequen
             raise argument_error(f"{origin}, {name!r}", "an object of values by row", got, REMEDY)
         rows = rows or list(column)
         if column.keys() != set(rows):
-            odd = sorted(column.keys() ^ set(rows))[0]
-            got = f"{len(column)}; row {odd!r} is in only one of the two"
+            unpaired = sorted(column.keys() ^ set(rows))[0]
+            got = f"{len(column)}; row {unpaired!r} is in only one of the two"
             raise argument_error(f"{origin}, {name!r}", f"the {len(rows)} rows of {needed[0]!r}", got, REMEDY)
         values = [column[row] for row in rows]
         tensors[name] = torch.tensor(_checked(values, rows, name, origin), dtype=torch.float64, device="cpu")
@@ -200,7 +200,7 @@ def check_new_file(path: str | pathlib.Path, name: str) -> pathlib.Path:
     """Return the path of a file that does not exist yet and that can be written. Nothing is created.
 
     Args:
-        path: of the file.
+        path: path of the file.
         name: the argument's name in errors.
 
     Raises:
@@ -217,7 +217,7 @@ def check_new_file(path: str | pathlib.Path, name: str) -> pathlib.Path:
 
 
 def write_json(path: str | pathlib.Path, value: object) -> None:
-    """Write a value as JSON to a new file: under another name first, which is then changed, so that no half file remains.
+    """Write a value as JSON to a new file, whole or not at all: under another name first, which is then changed.
 
     Raises:
         ArgumentError: the file exists.

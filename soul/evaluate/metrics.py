@@ -1,8 +1,8 @@
-"""Metrics of unlearning, as functions of one number a token or one number a question. No model is run here.
+"""Metrics of unlearning, as functions of one number per token or per question. No model is run here.
 
 The formulas follow TOFU (arXiv 2401.06121, ``aggregate_eval_stat.py``) and open-unlearning (OU, ``src/evals/metrics``). "SOUL"
 is the code of the paper on second-order unlearning; docs/evaluation.md has a table of the definitions side by side. All values
-are fp64 tensors or floats; losses are in nats a token.
+are fp64 tensors or floats; losses are in nats per token.
 """
 
 import sys
@@ -35,23 +35,23 @@ def probability(losses: torch.Tensor) -> torch.Tensor:
 def option_probability(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
     """Return the probability of the true answer among the false ones, ``p / (p + sum_j p_j)``, with p as in `probability`.
 
-    As TOFU. It is computed as a softmax, so that probabilities that underflow do not give 0 / 0. OU adds 1e-10 to the
+    As in TOFU. It is computed as a softmax, so that probabilities that underflow do not give 0 / 0. OU adds 1e-10 to the
     denominator.
 
     Args:
         losses: [n] of the true answers.
         perturbed_losses: [n, m] of the false answers.
     """
-    return torch.softmax(-_beside(losses, perturbed_losses), 1)[:, 0]
+    return torch.softmax(-_option_losses(losses, perturbed_losses), 1)[:, 0]
 
 
 def option_loss(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
     """Return ``-log`` of `option_probability`, TOFU's ``normalized_gt_loss``."""
-    return -torch.log_softmax(-_beside(losses, perturbed_losses), 1)[:, 0]
+    return -torch.log_softmax(-_option_losses(losses, perturbed_losses), 1)[:, 0]
 
 
-def _beside(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
-    """Return the losses [n, 1 + m] of the true answer, first, and of the false ones."""
+def _option_losses(losses: torch.Tensor, perturbed_losses: torch.Tensor) -> torch.Tensor:
+    """Return the losses of the true and the false answers, [n, 1 + m], the true one first."""
     return torch.cat([losses[:, None], perturbed_losses], 1)
 
 
@@ -88,8 +88,8 @@ def true_better(ratios: torch.Tensor) -> torch.Tensor:
 def forget_quality(ratios: torch.Tensor, retain_ratios: torch.Tensor) -> tuple[float, float]:
     """Compare truth ratios on the forget set with those of a retain model by a two-sample Kolmogorov-Smirnov test.
 
-    As TOFU, whose inverse ratios give the same test, and OU, which adds 1e-10 before it inverts. SOUL compares forget with
-    retain questions of one model, which is another quantity.
+    As in TOFU, whose inverse ratios give the same test, and in OU, which adds 1e-10 before it inverts. SOUL compares forget
+    with retain questions of one model, which is another quantity.
 
     Args:
         ratios: [n] of the model.
@@ -105,11 +105,11 @@ def forget_quality(ratios: torch.Tensor, retain_ratios: torch.Tensor) -> tuple[f
 def model_utility(numbers: Mapping[str, float]) -> float:
     """Return the harmonic mean of probability, ROUGE-L recall and truth ratio over retain, real authors and world facts.
 
-    It is 0 if one of the nine is 0. As TOFU and OU (``hm_aggregate``): `probability` on retain, `option_probability` on the
-    other two sets, and `true_better` on all three.
+    It is 0 if one of the nine is 0. As in TOFU and OU (``hm_aggregate``), the numbers are `probability` on retain,
+    `option_probability` on the other two sets, and `true_better` on all three.
 
     Args:
-        numbers: has the nine ``{set}_{prob|rouge|truth_ratio}``, as `summarize` computes them.
+        numbers: the nine ``{set}_{prob|rouge|truth_ratio}``, as `summarize` computes them.
     """
     names = [f"{name}_{quantity}" for name in UTILITY_SETS for quantity in ("prob", "rouge", "truth_ratio")]
     return float(require("scipy.stats", "eval").hmean([numbers[name] for name in names]))
@@ -118,7 +118,7 @@ def model_utility(numbers: Mapping[str, float]) -> float:
 def rouge_recall(answers: Sequence[str], texts: Sequence[str]) -> dict[str, torch.Tensor]:
     """Return ROUGE recalls of generated texts against true answers, with stemming.
 
-    As TOFU and OU. SOUL's code drops the first generated token.
+    As in TOFU and OU. SOUL's code drops the first generated token.
 
     Returns:
         ``rouge1_recall`` and ``rougeL_recall``, [n] each.
@@ -132,7 +132,7 @@ def rouge_recall(answers: Sequence[str], texts: Sequence[str]) -> dict[str, torc
 def exact_memorization(hits: torch.Tensor) -> float:
     """Return the fraction of an answer's tokens that are the argmax given the true tokens before them, ``mean_t hit_t``.
 
-    As OU, except that OU leaves out the last label, be it the end of the sequence or, in a text that was cut, a token.
+    As in OU, except that OU leaves out the last label, be it the end of the sequence or, in a text that was cut, a token.
 
     Args:
         hits: [n] of 0 and 1, without the end of the sequence.
@@ -143,7 +143,7 @@ def exact_memorization(hits: torch.Tensor) -> float:
 def extraction_strength(hits: torch.Tensor) -> float:
     """Return ``1 - k / n``, where k tokens of an answer must be given until every token that follows is the argmax.
 
-    As OU (the idea is from arXiv 2012.07805), but 0 where the last token is missed: OU's loop ends at ``k = n - 1``, so that
+    As in OU (the idea is from arXiv 2012.07805), but 0 where the last token is missed: OU's loop ends at ``k = n - 1``, so that
     its smallest value is 1 / n.
 
     Args:
@@ -157,12 +157,12 @@ def extraction_strength(hits: torch.Tensor) -> float:
 def min_k(scores: torch.Tensor, k: float = MIN_K) -> float:
     """Return the mean of the lowest ``max(1, floor(k n))`` of n scores.
 
-    Of log-probabilities this is Min-K% (arXiv 2310.16789), of `normalized_logps` Min-K%++. As OU, which returns the negative.
+    For log-probabilities this is Min-K% (arXiv 2310.16789), for `normalized_logps` Min-K%++. OU returns the negative.
     SOUL scores question and answer together.
 
     Args:
         scores: [n] of an answer's tokens, without the end of the sequence.
-        k: which fraction of them, in (0, 1].
+        k: the fraction of the scores that is taken, in (0, 1].
 
     Raises:
         ArgumentError: k is outside (0, 1].
@@ -191,10 +191,10 @@ def normalized_logps(logps: torch.Tensor, entropies: torch.Tensor, variances: to
 
 
 def membership_auc(forget: torch.Tensor, holdout: torch.Tensor) -> float:
-    """Return the area under the ROC curve of a score that is to tell forget from holdout texts.
+    """Return the area under the ROC curve of a score that should tell forget texts from holdout texts.
 
-    1: forget texts score higher, so they are remembered; 0.5: the score cannot tell. As OU, where score and label are both
-    negated. SOUL's curve is the mirror image, against real authors and world facts.
+    1: forget texts score higher, so they are remembered; 0.5: the score cannot tell. As in OU, where score and label are
+    both negated. SOUL's curve is the mirror image, against real authors and world facts.
 
     Args:
         forget: [n] scores of texts that the model was trained on.

@@ -1,7 +1,7 @@
 """Runs of a model for TOFU's metrics and logs, and its distance to a model that never saw the data.
 
 The formulas are in `soul.evaluate.metrics`. Here questions are encoded (`encode_questions`), models are run over them
-(`sequence_statistics`, `generate`), and what comes out is put into the columns of TOFU's logs (`tofu_logs`). Every number but
+(`sequence_statistics`, `generate`), and the results are put into the columns of TOFU's logs (`tofu_logs`). Every number but
 ROUGE comes from statistics of single tokens (`soul_kernels.linear_statistics`), so logits of whole sequences are never kept.
 """
 
@@ -41,7 +41,7 @@ class EvaluateConfig:
         system: system message of the chat template, or None.
         max_length: tokens of a sequence; longer ones are cut.
         max_new_tokens: tokens of a generated answer, at most. TOFU: 200 with the prompt; open-unlearning: 200 without.
-        batch_size: sequences a batch.
+        batch_size: sequences per batch.
         min_k: fraction of an answer's tokens that Min-K% and Min-K%++ look at.
         backend: "auto", "triton", "compile", "torch" or "reference".
     """
@@ -53,7 +53,7 @@ class EvaluateConfig:
     batch_size: int = 32
     min_k: float = metrics.MIN_K
     backend: str = "auto"
-    long_texts = "truncate"  # not a field and no option: a log has a number for every row
+    long_texts = "truncate"  # neither a field nor an option, since a log has one number for every row
 
     def __post_init__(self) -> None:
         check_template(self.template, self.system)
@@ -93,9 +93,9 @@ def encode_questions(
     Args:
         model: the causal language model that will be asked; its vocabulary and its positions bound the sequences.
         tokenizer: its tokenizer.
-        questions: of TOFU's perturbed files.
+        questions: questions of one of TOFU's perturbed files.
         config: template and lengths.
-        name: of the set, for errors and counts.
+        name: name of the set, for errors and counts.
         counts: gets a `soul.data.Counts` for every kind of answer; or None.
 
     Raises:
@@ -143,7 +143,7 @@ def tofu_logs(
         sets: "forget", "retain", "real_authors", "world_facts" -> questions.
         config: how they are asked.
         holdout: examples that the model was never trained on, for the membership metrics.
-        progress: called with a line of text for every set, and for every kind of answer of which some were cut.
+        progress: called with a line of text for every set, and for every kind of answer with sequences that were cut.
         counts: gets a `soul.data.Counts` for every set and kind of answer; or None.
 
     Returns:
@@ -183,7 +183,7 @@ def tofu_logs(
 def retain_log(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: list[Question], config: EvaluateConfig
 ) -> Log:
-    """Return what forget quality needs of a retain model's log of the forget set: the columns of the truth ratio."""
+    """Return a retain model's log of the forget set with the columns of the truth ratio, which forget quality needs."""
     encoded = encode_questions(model, tokenizer, questions, config, "forget")
     return _by_row(ratio_columns(model, encoded, config))
 
@@ -197,7 +197,7 @@ def _by_row(columns: Columns) -> Log:
 def answer_columns(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sequences: list[Sequence], config: EvaluateConfig
 ) -> Columns:
-    """Return the columns of answers, one value a sequence: losses as tensors, memorization and membership as lists."""
+    """Return the columns of answers, one value per sequence: losses as tensors, memorization and membership as lists."""
     statistics = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
     log: Columns = _losses(statistics, "gt")
     scores: dict[str, list[float]] = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}
@@ -255,7 +255,7 @@ def _losses(statistics: list[TokenStatistics], name: str) -> dict[str, torch.Ten
 
 
 def _without_end(statistics: TokenStatistics, sequence: Sequence, end: int | None) -> TokenStatistics:
-    """Return the statistics of a sequence without those of the token that ends it, unless it is the only one."""
+    """Return the statistics of a sequence without those of its end-of-sequence token, unless it is the only token."""
     labels = [label for label in sequence.labels if label != IGNORE_INDEX]
     count = len(labels) - (labels[-1] == end and len(labels) > 1)
     return TokenStatistics(*(values[:count] for values in statistics))
@@ -270,13 +270,13 @@ def sequence_statistics(
 ) -> list[TokenStatistics]:
     """Return the statistics of the n labelled tokens of every sequence, [n] fp64 on the CPU.
 
-    The model runs in evaluation mode, and is in its own mode again afterwards. The longest sequences go first, in batches of
+    The model runs in evaluation mode, and gets its mode back afterwards. The longest sequences go first, in batches of
     similar length; the results are in the order of ``sequences``.
 
     Args:
         model: a causal language model.
         sequences: from `soul.data.encode`.
-        batch_size: sequences a batch.
+        batch_size: sequences per batch.
         backend: "auto", "triton", "compile", "torch" or "reference".
     """
     device = next(model.parameters()).device
@@ -301,7 +301,7 @@ def answer_probability(
     Args:
         model: a causal language model; it is left as it was.
         sequences: from `soul.data.encode`.
-        batch_size: sequences a batch.
+        batch_size: sequences per batch.
         backend: "auto", "triton", "compile", "torch" or "reference".
     """
     statistics = sequence_statistics(model, sequences, batch_size=batch_size, backend=backend)
@@ -322,7 +322,7 @@ def generate(
         model: a causal language model.
         tokenizer: its tokenizer.
         sequences: from `soul.data.encode`; only their prompts are read.
-        batch_size: prompts a batch, those of similar length together.
+        batch_size: prompts per batch, those of similar length together.
         max_new_tokens: tokens of an answer, at most.
 
     Raises:
@@ -330,7 +330,7 @@ def generate(
     """
     device = next(model.parameters()).device
     texts = [""] * len(sequences)
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # fills up answers that have ended
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # pads answers that have ended
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
     for indices in _batches(order, batch_size):
         prompts = [sequences[i].input_ids[: sequences[i].prompt_length] for i in indices]
@@ -362,7 +362,7 @@ def kl_divergence(
         model: a causal language model.
         other: another one, with the same vocabulary.
         sequences: from `soul.data.encode`.
-        batch_size: sequences a batch.
+        batch_size: sequences per batch.
         backend: "auto", "triton", "compile", "torch" or "reference".
 
     Raises:
@@ -381,8 +381,8 @@ def kl_divergence(
             batch = collate(sequences_of_batch, [], device=device)
             reference = Reference(hidden_states(other, batch), ref_weight, ref_bias)
             options = LinearOptions(token_indices=batch.token_indices, backend=backend)
-            own_head = Head(weight, bias, **transform(model))
-            values = linear_kl(hidden_states(model, batch), own_head, batch.labels, reference, options=options)
+            lm_head = Head(weight, bias, **transform(model))
+            values = linear_kl(hidden_states(model, batch), lm_head, batch.labels, reference, options=options)
             total += values.sum().item()
             count += len(batch.token_indices)
     return total / count

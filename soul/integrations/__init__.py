@@ -1,5 +1,5 @@
-"""Integrations with other people's training code. Nothing here is imported by ``import soul``.
+"""Integrations with other training code: the Hugging Face Trainer (`hf`), TRL (`trl`) and open-unlearning.
 
-`hf`: the Hugging Face Trainer. `open_unlearning`: trainers and configurations for that code base. `trl`: data sets with TRL's
-columns. May import: compat, data, losses, model_loss, models, optim, and what those may import. Start reading with `hf`.
+May import: compat, data, distributed, losses, model_loss, models, optim. ``import soul`` imports none of these modules.
+Start reading with `hf`.
 """

@@ -8,10 +8,10 @@
                              objective=soul.losses.NPO(beta=0.1), soul_args={"rho": 0.04, "max_grad_norm": 1.0})
     trainer.train()
 
-Without ``objective`` it is the Trainer with another optimizer. It works with transformers 4.57 and 5, and with 4.45, which
+Without ``objective`` the mixin changes the optimizer only. It works with transformers 4.57 and 5, and with 4.45, which
 open-unlearning pins; with accelerate, DDP, FSDP2 and models wrapped by peft. Nothing is patched: the mixin overrides public
-methods of the Trainer and calls the base class for everything that is not its own. Methods that it must not rename are those of
-the Trainer, and `SOULTrainerMixin.prepare_reference_model`, which `soul.integrations.open_unlearning` overrides.
+methods of the Trainer and calls the base class for everything that is not its own. These methods must keep their names, and
+so must `SOULTrainerMixin.prepare_reference_model`, which `soul.integrations.open_unlearning` overrides.
 """
 
 import collections.abc
@@ -48,13 +48,13 @@ CURVATURES = (None, "retain_fisher", "gnb")
 
 
 def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[SophiaG], dict[str, Any]]:
-    """Return the class and the keyword arguments of the optimizer that a Trainer is to make.
+    """Return the class and the keyword arguments of the optimizer that a Trainer will make.
 
     Args:
         soul_args: None, a mapping or a dataclass: ``optimizer`` ("soul", the default, or "sophiag"), and any keyword argument
-            of it but lr and weight_decay.
-        args: of the Trainer; learning_rate, which schedulers then move, is read here. The Trainer's own parameter groups have
-            weight_decay, which is 0 for biases and norms.
+            of that optimizer but lr and weight_decay.
+        args: TrainingArguments. Their ``learning_rate`` is the lr, which schedulers then change. The weight_decay is in
+            the Trainer's own parameter groups, and 0 there for biases and norms.
 
     Returns:
         The class, and its keyword arguments. Under DeepSpeed ``max_grad_norm`` is not among them: DeepSpeed clips
@@ -78,7 +78,7 @@ def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[Sop
                                  "check the name")  # fmt: skip
     if options.get("max_grad_norm") is not None and args.max_grad_norm:
         remedy = "set it to 0: the step clips by soul_args.max_grad_norm"
-        raise argument_error("args.max_grad_norm", "0 beside soul_args.max_grad_norm", args.max_grad_norm, remedy)
+        raise argument_error("args.max_grad_norm", "0 with soul_args.max_grad_norm", args.max_grad_norm, remedy)
     if getattr(args, "deepspeed_plugin", None) is not None:
         options.pop("max_grad_norm", None)
         for option, refused in (("rho", "auto"), ("skip_nonfinite", True)):
@@ -116,7 +116,7 @@ class SOULTrainerMixin(_Trainer):
             reference model that nothing would use. Raised before anything is loaded or moved.
     """
 
-    compat: str | None = None  # of `unlearning_loss`
+    compat: str | None = None  # as in `unlearning_loss`
 
     def __init__(
         self,
@@ -152,14 +152,14 @@ class SOULTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         plugin = getattr(self.args, "deepspeed_plugin", None)
         limit = options.get("max_grad_norm")
-        if plugin is not None and limit is not None:  # the Trainer has put args.max_grad_norm there, which is 0 then
+        if plugin is not None and limit is not None:  # the Trainer has put args.max_grad_norm here, which is 0
             plugin.deepspeed_config["gradient_clipping"] = limit
         if objective is not None:
             self._prepare_reference(objective)
-            self.add_callback(_epochs(self.train_dataset))
+            self.add_callback(_epoch_callback(self.train_dataset))
 
     def _check_deepspeed(self, plugin: Any) -> None:
-        """Raise for what cannot work under DeepSpeed; ``plugin`` is accelerate's, or None without DeepSpeed."""
+        """Raise for options that cannot work under DeepSpeed; ``plugin`` is accelerate's, or None without DeepSpeed."""
         if plugin is None:
             return
         if self.curvature is not None:
@@ -168,12 +168,12 @@ class SOULTrainerMixin(_Trainer):
         if "optimizer" in plugin.deepspeed_config:
             got = plugin.deepspeed_config["optimizer"]
             remedy = "take it out: DeepSpeed would use that one"
-            raise argument_error("DeepSpeed's configuration", "no optimizer beside soul_args", got, remedy)
+            raise argument_error("DeepSpeed's configuration", "no optimizer with soul_args", got, remedy)
 
     def _arguments_of_base(
         self, objective: losses.Objective | None, ref_model: torch.nn.Module | None
     ) -> dict[str, torch.nn.Module]:
-        """Return what the base class gets beside the caller's arguments: a reference model that is not for our objective.
+        """Return the base class's arguments beside the caller's: a reference model, if there is no objective that takes it.
 
         Raises:
             ArgumentError: an objective for a trainer of TRL, or a reference model that neither an objective nor the base class
@@ -196,14 +196,14 @@ class SOULTrainerMixin(_Trainer):
     def get_optimizer_cls_and_kwargs(
         self, args: "TrainingArguments", model: Any = None
     ) -> tuple[type[SophiaG], dict[str, Any]]:
-        """Return what `create_optimizer` makes of the Trainer's parameter groups; see `optimizer_of`."""
+        """Return the class and the keyword arguments of the optimizer for `create_optimizer`; see `optimizer_of`."""
         return optimizer_of(self.soul_args, args)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimizer over the Trainer's parameter groups, unless one was passed.
 
         Raises:
-            ArgumentError: this version of the Trainer made another one.
+            ArgumentError: this version of the Trainer made another optimizer.
         """
         passed = self.optimizer is not None or getattr(self, "optimizer_cls_and_kwargs", None) is not None
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -220,7 +220,7 @@ class SOULTrainerMixin(_Trainer):
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Return the objective of an unlearning batch, by `unlearning_loss`; the loss of any other batch is the Trainer's."""
+        """Return the objective of an unlearning batch, by `unlearning_loss`, or the Trainer's loss of any other batch."""
         if self.objective is None or "forget" not in inputs:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
@@ -228,7 +228,7 @@ class SOULTrainerMixin(_Trainer):
         loss, outputs = unlearning_loss(
             model, inputs, self.objective, ref_model=self.ref_model, compat=self.compat, return_outputs=True
         )
-        if model.training and self._taken_for_divided(num_items_in_batch):
+        if model.training and self._trainer_assumes_division(num_items_in_batch):
             loss = loss / getattr(self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
@@ -239,7 +239,7 @@ class SOULTrainerMixin(_Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Return the objective of an unlearning batch, without logits; any other batch is the Trainer's."""
+        """Return the objective of an unlearning batch, without logits, or the Trainer's result for any other batch."""
         if self.objective is None or "forget" not in inputs:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -264,7 +264,7 @@ class SOULTrainerMixin(_Trainer):
         """Log as the Trainer does, with ``clip_fraction`` beside the loss.
 
         It is the fraction of the coordinates that moved by the full lr. It is left out under DeepSpeed and FSDP1, where the
-        optimizer counts one process's piece.
+        optimizer sees one process's piece only.
         """
         optimizer = self._inner_optimizer()
         counts_all = isinstance(optimizer, SophiaG) and not any(hidden_sharding(g["params"]) for g in optimizer.param_groups)
@@ -283,7 +283,7 @@ class SOULTrainerMixin(_Trainer):
         return self.accelerator.prepare_model(copied, evaluation_mode=True)
 
     def _prepare_reference(self, objective: losses.Objective) -> None:
-        """Keep what the objective needs of the model before unlearning, by the cheapest means.
+        """Provide the reference model that the objective needs, or its results, by the cheapest means.
 
         Log-probabilities go into the data sets, if they are ours and nothing else is needed. A peft model is its own reference
         model, with its adapters off. Otherwise a copy of the model is kept.
@@ -299,8 +299,8 @@ class SOULTrainerMixin(_Trainer):
         elif not causal_lm.has_adapters(causal_lm.bare(self.model)):
             self.ref_model = self.prepare_reference_model(self.model)
 
-    def _taken_for_divided(self, num_items_in_batch: Any) -> bool:
-        """Tell whether the Trainer believes that a loss was divided by the number of micro-batches. Ours never is."""
+    def _trainer_assumes_division(self, num_items_in_batch: Any) -> bool:
+        """Tell whether the Trainer assumes that the loss was divided by the number of micro-batches, which ours never is."""
         is_scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if is_scaled is not None:
             return is_scaled
@@ -315,24 +315,27 @@ class SOULTrainerMixin(_Trainer):
         return optimizer
 
     def _curvature_loss(self, model: torch.nn.Module, retain: Mapping[str, Any]) -> torch.Tensor:
-        """Return the loss whose squared gradient refreshes h: of the retain labels, or of labels drawn from the model."""
+        """Return the loss whose squared gradient refreshes h, with the retain labels or with labels drawn from the model."""
         labels = shifted_labels(retain)
 
         def value(
             hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: causal_lm.Transform
         ) -> torch.Tensor:
-            here = labels.to(hidden.device)
+            moved_labels = labels.to(hidden.device)
             head = Head(weight, bias, **transform)
             if self.curvature == "gnb":
-                keep, generator = here != IGNORE_INDEX, self._hessian.generator()
-                return linear_gnb(hidden, head, keep, generator=generator)[0]
-            return linear_objective(hidden, head, here, losses.PO(alpha=0.0))
+                keep = moved_labels != IGNORE_INDEX
+                return linear_gnb(hidden, head, keep, generator=self._hessian.generator())[0]
+            return linear_objective(hidden, head, moved_labels, losses.PO(alpha=0.0))
 
         return call_at_head(model, retain, value)
 
 
-def _epochs(dataset: object) -> "TrainerCallback":
-    """Return a callback that sets the epoch of a data set. With several processes accelerate sets that of the sampler only."""
+def _epoch_callback(dataset: object) -> "TrainerCallback":
+    """Return a callback that sets the epoch of a data set.
+
+    With several processes accelerate sets the epoch of the sampler, but not that of the data set.
+    """
     from transformers import TrainerCallback
 
     class Epochs(TrainerCallback):
@@ -354,10 +357,10 @@ class UnlearningDataset(torch.utils.data.Dataset):
     the epoch.
 
     Args:
-        forget: from `soul.data.encode`; for pairs, each answer with the preferred one after it.
-        retain: from `soul.data.encode`; empty for objectives without a retain term.
-        pairs: the forget sequences are pairs.
-        seed: of the draws.
+        forget: sequences from `soul.data.encode`; for pairs, each answer with the preferred one after it.
+        retain: sequences from `soul.data.encode`; empty for objectives without a retain term.
+        pairs: whether the forget sequences are pairs.
+        seed: seed of the draws.
 
     Raises:
         ArgumentError: there is nothing to forget, or a pair is not complete.
@@ -382,7 +385,7 @@ class UnlearningDataset(torch.utils.data.Dataset):
         self.ref_logps: list[float] | None = None
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other retain sequences from here on."""
+        """Set the epoch, on which the draws of retain sequences depend."""
         self.epoch = epoch
 
     def add_reference(self, model: torch.nn.Module, *, cache: str | None = None, batch_size: int = 8) -> None:
@@ -393,7 +396,7 @@ class UnlearningDataset(torch.utils.data.Dataset):
         Args:
             model: the model before unlearning, bare or in wrappers with a ``module``.
             cache: directory to keep the numbers in, or None.
-            batch_size: sequences a batch.
+            batch_size: sequences per batch.
         """
         from soul.models.ref_model import reference_logps
 
@@ -448,12 +451,12 @@ def collate_unlearning(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _unshifted(sequence: Sequence) -> dict[str, Any]:
-    """Return a row of a sequence, its labels at the positions of their own tokens, as models of transformers take them."""
+    """Return the row of a sequence, with each label at the position of its own token, as models of transformers expect."""
     return {"input_ids": sequence.input_ids, "labels": [IGNORE_INDEX, *sequence.labels[:-1]]}
 
 
 def _entries(soul_args: object) -> dict[str, Any]:
-    """Return the entries of a mapping or a dataclass, none of None.
+    """Return the entries of a mapping or a dataclass as a dict; an empty one for None.
 
     Raises:
         ArgumentError: it is something else.
@@ -466,7 +469,7 @@ def _entries(soul_args: object) -> dict[str, Any]:
 
 
 def _check_in_one_piece(model: torch.nn.Module) -> None:
-    """Raise if DeepSpeed partitioned the model as it was loaded: nothing gathers the pieces for a reference model yet."""
+    """Raise if DeepSpeed partitioned the model while it was loaded: its pieces cannot be gathered for a reference model yet."""
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         remedy = "load it before the TrainingArguments are made, or pass ref_model"
         raise argument_error("model", "a whole model, for the objective's reference", "pieces of DeepSpeed's ZeRO-3", remedy)

@@ -32,10 +32,10 @@ def examples(
 
     Args:
         rows: for instance a ``datasets.Dataset``; further columns are ignored.
-        tokenizer: has a chat template; needed for conversations only.
+        tokenizer: a tokenizer with a chat template; needed for conversations only.
         take: "completion", "rejected" or "chosen": the column with the answer; or "pairs": each rejected answer, and right
             after it the chosen one, as `soul.losses.DPO` expects them.
-        name: how errors call the rows.
+        name: name of the rows in errors.
 
     Returns:
         One example a row, two for pairs.
@@ -62,6 +62,6 @@ def _example(prompt: object, answer: object, template: Template, where: str) -> 
     """Return the example of one row; ``where`` names it in errors."""
     if isinstance(prompt, str) and isinstance(answer, str):
         if not answer.strip():
-            raise argument_error(where, "some text", "a blank one", "drop the row")
+            raise argument_error(where, "some text", "a blank text", "drop the row")
         return Example(prompt, answer)
     return template.converse(prompt, answer, where)

@@ -1,9 +1,7 @@
-"""Hugging Face causal language models: a body that yields hidden states, a head, adapters, and the reference model.
+"""Hugging Face causal language models: loading them, their body and head, adapters, and the reference model (`ref_model`).
 
-`loading` and `adapters` make a model, and `files` checks what comes with it before it is read. `causal_lm` takes it apart into
-body and head; `head_call` runs it whole, with a function in the place of the head. `ref_model` keeps what the model said before
-it was changed, and `encoding` makes token ids that fit it. Start with `causal_lm`.
-May import: data, distributed, output, and below.
+May import: _extras, data, distributed, output.
+Start reading with `causal_lm`, which takes a model apart, then `head_call`, which runs one whole with a function as its head.
 """
 
 from soul.models.adapters import add_adapters

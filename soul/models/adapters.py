@@ -21,16 +21,16 @@ def add_adapters(
     dropout: float = 0.0,
     targets: str | Sequence[str] = "all-linear",
 ) -> "PreTrainedModel":
-    """Put LoRA adapters (Hu et al. 2021, arXiv 2106.09685) on a model, which is frozen: ``W x + (alpha / rank) B A x``.
+    """Freeze a model and put LoRA adapters (Hu et al. 2021, arXiv 2106.09685) on it: ``W x + (alpha / rank) B A x``.
 
-    B starts as zeros, so the model at first computes what it did without adapters.
+    B starts as zeros, so at first the model computes what it did without adapters.
 
     Args:
-        model: is changed in place.
+        model: a Hugging Face causal language model, which is changed in place.
         rank: rows of A.
         alpha: scale; None: twice the rank.
         dropout: probability of dropout on the inputs of A.
-        targets: names of the linear layers, a list, or "all-linear": all but the head.
+        targets: list of names of linear layers; or "all-linear", all but the head.
 
     Returns:
         The model wrapped by peft; the adapters are fp32.
@@ -43,7 +43,7 @@ def add_adapters(
     check_range("lora_dropout", dropout, high=1.0)
     if alpha is not None:
         check_positive("lora_alpha", alpha, "twice the rank is common")
-    for target in () if isinstance(targets, str) else targets:  # peft asks for one that matches, and leaves others aside
+    for target in () if isinstance(targets, str) else targets:  # peft is content if one of them matches
         if not any(is_named(path, target) for path, _ in model.named_modules()):
             raise argument_error("lora_targets", "linear layers of the model", repr(target), "check the names")
     options = dict(r=rank, lora_alpha=2 * rank if alpha is None else alpha, lora_dropout=dropout, target_modules=targets)
@@ -73,9 +73,9 @@ def load_adapters(
 
     Args:
         name: directory, or name on the hub, of the adapters.
-        config: their configuration, from `soul.models.files.adapters_of`.
+        config: their configuration, from `soul.models.files.adapter_config_of`.
         model: the model that the configuration names.
-        tokenizer: of the adapters. They may come with new tokens, for which the model's embedding is extended.
+        tokenizer: tokenizer of the adapters. It may have new tokens, for which the model's embedding is extended.
 
     Raises:
         ArgumentError: as `soul.models.files.check_patterns`.

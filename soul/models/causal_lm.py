@@ -62,7 +62,7 @@ def has_adapters(model: torch.nn.Module) -> bool:
 
 
 def head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
-    """Return weight [V, D] and bias [V] (or None) of the language-model head; of a peft model those in use.
+    """Return weight [V, D] and bias [V] (or None) of the language-model head; for a peft model, those in use.
 
     Raises:
         ArgumentError: an adapter is added to the head's products, so that its weight is not the whole head.
@@ -166,7 +166,7 @@ def check_checkpointing(model: "PreTrainedModel") -> None:
     """Raise unless the model supports gradient checkpointing.
 
     Raises:
-        ArgumentError: its family cannot.
+        ArgumentError: the model's family does not support it.
     """
     if not _base(model).supports_gradient_checkpointing:
         remedy = "leave it out, and lower the batch size"
@@ -177,12 +177,12 @@ def check_checkpointing(model: "PreTrainedModel") -> None:
 def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
     """Turn gradient checkpointing on within the ``with`` block, and leave the model as it was.
 
-    In training mode one hidden state a layer is kept, and the rest is computed again in the backward pass: less memory for a
+    In training mode one hidden state per layer is kept, and the rest is computed again in the backward pass: less memory for a
     third more time, and the same numbers, dropout included.
     """
     base = _base(model)
     before = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
-    _switch(base, "enable")({"use_reentrant": False})  # the other kind needs inputs with gradients, which LoRA does not have
+    _switch(base, "enable")({"use_reentrant": False})  # the reentrant kind needs inputs with gradients, unlike LoRA
     try:
         yield
     finally:
@@ -192,7 +192,7 @@ def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiled(model: "PreTrainedModel") -> Iterator[None]:
-    """Run the model's body under ``torch.compile`` within the ``with`` block, and leave it compiled or not, as it was.
+    """Run the model's body under ``torch.compile`` within the ``with`` block, and restore it at the end.
 
     Its parameters keep their names. When shapes change it is compiled once more, for any shape.
     """
@@ -225,7 +225,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 @contextlib.contextmanager
 def as_reference(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
-    """Make a model its own reference model within the ``with`` block: `evaluating`, and the adapters of a peft model off."""
+    """Make a model its own reference model within the ``with`` block: `evaluating`, with the adapters of a peft model off."""
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with evaluating(model), model.disable_adapter() if has_adapters(model) else contextlib.nullcontext():
@@ -267,8 +267,8 @@ def gnb_loss(
 
     Args:
         model: a causal language model.
-        batch: its labels say which tokens count; what they are does not matter.
-        generator: of the draws, on the model's device; None: torch's own.
+        batch: a batch; only the positions of its labels count, not their values.
+        generator: random generator of the draws, on the model's device; None: torch's own.
         backend: as in `soul_kernels.linear_gnb`.
     """
 
@@ -284,7 +284,7 @@ def gnb_loss(
 
 
 def check_weights(model: torch.nn.Module) -> None:
-    """Raise if a parameter, trained or frozen, has NaN or inf: every loss would be NaN, and no run can repair that."""
+    """Raise if a parameter, trained or frozen, has NaN or inf, which would make every loss NaN."""
     processes = Processes.of(model)
     broken_here = next((name for name, parameter in model.named_parameters() if not is_finite(parameter)), None)
     broken = next((name for name in processes.gather(broken_here) if name is not None), None)
@@ -337,10 +337,10 @@ def check_linear_head(model: "PreTrainedModel") -> None:
                 raise argument_error("model", "finite logits", f"NaN or inf from {family}", remedy)
             agree = formula.shape == logits.shape and (formula - logits).abs().max() <= 1e-2 * logits.abs().max()
     if not agree:
-        raise other_logits(model)
+        raise unexpected_logits_error(model)
 
 
-def other_logits(model: torch.nn.Module) -> ArgumentError:
-    """Return the `ArgumentError` for a model whose logits are not those of its head and `transform`."""
+def unexpected_logits_error(model: torch.nn.Module) -> ArgumentError:
+    """Return the `ArgumentError` for a model with other logits than those of its head and `transform`."""
     formula = "logits = softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)"
     return argument_error("model", formula, f"other logits in {type(model).__name__}", "this family is not supported")

@@ -1,4 +1,4 @@
-"""Examples -> token ids that fit a model."""
+"""Encoding of examples as token ids that fit a model."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,7 +31,7 @@ def encode_for(
     """Encode examples, and check that the model has a head row for every token and a position for the longest sequence.
 
     Args:
-        model: the model that is to read them.
+        model: the model that will read the sequences.
         tokenizer: its tokenizer.
         examples: list of `soul.data.Example`.
         config: ``max_length`` in tokens, and ``long_texts``: "split", or any other word for truncating.
@@ -39,7 +39,7 @@ def encode_for(
         counts: as in `soul.data.encode`.
 
     Raises:
-        ArgumentError: it names the row, or the length, that does not fit.
+        ArgumentError: a row or the longest sequence does not fit; the error names it.
     """
     sequences = encode(
         examples,

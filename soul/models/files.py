@@ -6,7 +6,7 @@ names. transformers 4 runs ``custom_generate/generate.py`` of a local directory 
 names. Therefore `check_config`, `check_directory` and `check_adapters` refuse those by name, whatever the version.
 
 No configuration makes a program run for hours: numbers of layers are bounded (`check_config`), and so is the time that the
-regular expressions of adapters take (`check_patterns`). What a chat template may cost is bounded in `soul.data.templates`.
+regular expressions of adapters take (`check_patterns`). The cost of a chat template is bounded in `soul.data.templates`.
 """
 
 import json
@@ -38,11 +38,11 @@ def config_of(name: str | os.PathLike[str], revision: str | None = None) -> dict
 
     Args:
         name: directory, or name on the hub.
-        revision: of the hub's repository.
+        revision: revision of the hub's repository.
 
     Raises:
         ArgumentError: as `check_config`.
-        OSError: there is none, or it cannot be read.
+        OSError: there is no such file, or it cannot be read.
     """
     config, _ = require("transformers", "hf").PretrainedConfig.get_config_dict(name, revision=revision)
     check_config(config)
@@ -77,7 +77,7 @@ def check_config(config: Mapping[str, Any]) -> None:
                 largest[kind] = max(largest[kind], value)
     if largest["layer"] * largest["expert"] > MAX_MODULES:
         got = f"{largest['layer']} layers with {largest['expert']} experts"
-        raise argument_error("config.json", f"at most {MAX_MODULES} of them in all", got, "is this the file of a model?")
+        raise argument_error("config.json", f"at most {MAX_MODULES} experts in all layers", got, "is this the file of a model?")
 
 
 def _items(config: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -108,12 +108,12 @@ def check_directory(name: str | pathlib.Path) -> None:
         raise argument_error("model", "a directory without code for generation", str(name), remedy)
 
 
-def adapters_of(name: str | pathlib.Path, revision: str | None = None) -> dict[str, Any] | None:
-    """Return the content of a model's ``adapter_config.json`` as a dict, checked by `check_adapters`; None if it has none.
+def adapter_config_of(name: str | pathlib.Path, revision: str | None = None) -> dict[str, Any] | None:
+    """Return the content of a model's ``adapter_config.json`` as a dict, checked by `check_adapters`; None without the file.
 
     Args:
         name: directory, or name on the hub.
-        revision: of the hub's repository.
+        revision: revision of the hub's repository.
 
     Raises:
         ArgumentError: as `check_adapters`.
@@ -167,11 +167,11 @@ def _values(mapping: Mapping[str, Any] | None) -> list[Any]:
 def check_patterns(config: Mapping[str, Any], names: Iterable[str]) -> None:
     """Raise if the regular expressions of an ``adapter_config.json`` take too long.
 
-    They are tried in a process of their own, which can be ended; plain names are not tried.
+    They are tried in a separate process, which can be ended. Plain names are not tried.
 
     Args:
-        config: the dict, from `adapters_of`.
-        names: of all modules of the model.
+        config: the dict, from `adapter_config_of`.
+        names: names of all modules of the model.
 
     Raises:
         ArgumentError: they take longer than ``PATTERN_SECONDS``, or are not regular expressions.

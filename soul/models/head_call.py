@@ -1,16 +1,16 @@
 """Calls of a Hugging Face model with a function in the place of its head.
 
-`soul.functional` and `soul.unlearning_loss` take a model in whatever is wrapped around it (DDP, FSDP, autocast, adapters,
-hooks), and all of that must do its work in one ordinary forward pass. So for the time of that pass the head's ``forward`` is
-replaced by a function of the hidden states, and the value of the function leaves the model as the head's output would, through
-every layer and hook that follows. Logits [B, T, V] are never made.
+`soul.functional` and `soul.unlearning_loss` take a model with any wrappers (DDP, FSDP, autocast, adapters, hooks), and every
+wrapper must do its work in one ordinary forward pass. So during that pass the head's ``forward`` is replaced by a function of
+the hidden states, and the function's value leaves the model as the head's output would, through every layer and hook that
+follows. Logits [B, T, V] are never made.
 
 The head's output is one row of logits, as wide as the vocabulary. It holds the value, [] or [B], then `PROBES`:
 
-* The value travels in it so that DDP and hooks see the graph they have to wait for. What travels is ``value - value.detach()``,
+* The value travels in it so that DDP and hooks see the graph they have to wait for. It travels as ``value - value.detach()``,
   which is 0 with the gradient of the value, because a model may still scale and cap its logits: 0 stays 0, and the slope is the
   scale. `call_at_head` divides by the scale and adds the detached value.
-* The probes are raw logits, and what the model makes of them tells whether it scales and caps as `soul.models.transform` says
+* The probes are raw logits. Their values in the model's output show whether it scales and caps as `soul.models.transform` says
   and changes its logits in no other way. This waits for the GPU, so it is done in the first call with a model, and again when
   its configuration names another scale or cap.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Takes hidden states [B, T, D], weight [V, D], bias [V] or None, and the transform of the logits; returns [] or [B].
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None, Transform], Tensor]
-PROBES = (-300.0, -1.0, 0.25, 1.0, 300.0)  # raw logits, small ones and ones that any cap in use bends by percents
+PROBES = (-300.0, -1.0, 0.25, 1.0, 300.0)  # raw logits: small ones, and ones that any cap in use changes by percents
 _VERIFIED: weakref.WeakKeyDictionary[torch.nn.Module, Transform] = weakref.WeakKeyDictionary()
 
 
@@ -89,7 +89,7 @@ def call_at_head(model: torch.nn.Module, inputs: Mapping[str, Tensor], function:
     if not verified and has_data(got_probes):
         expected = transformed(probes, **transform)
         if got_probes.shape != expected.shape or not ((got_probes - expected).abs() <= 1e-2 * expected.abs()).all():
-            raise causal_lm.other_logits(inner)  # the limit allows for outputs that are rounded to bf16
+            raise causal_lm.unexpected_logits_error(inner)  # the limit allows for outputs that are rounded to bf16
         _VERIFIED[inner] = transform
     return value + carrier.reshape(value.shape) / transform["logit_scale"]
 
@@ -106,7 +106,7 @@ def shifted_labels(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def causal_output(logps: Tensor, counted: Tensor) -> "CausalLMOutput":
-    """Return what a trainer gets in the place of a model's output: no logits, and the mean cross-entropy as its ``loss``.
+    """Return the output that a trainer gets in the place of the model's: the mean cross-entropy as ``loss``, and no logits.
 
     Args:
         logps: [B, T], detached log-probabilities.
@@ -118,7 +118,7 @@ def causal_output(logps: Tensor, counted: Tensor) -> "CausalLMOutput":
 
 
 def _head_layer(model: "PreTrainedModel") -> Any:
-    """Return the module that is the model's head, and refuse models without a head of their own that is one matrix."""
+    """Return the module that is the model's head, and raise unless it is one matrix, without adapters, of a decoder."""
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise argument_error("model", "a linear language-model head", type(model).__name__, "this family is not supported")
@@ -135,12 +135,12 @@ def _check_not_compiled(*modules: torch.nn.Module) -> None:
     """Raise for a model that is compiled as a whole: its head has been traced and can no longer be replaced."""
     for module in modules:
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            remedy = "compile what yields the hidden states alone: model.base_model.compile()"
+            remedy = "compile only the part that yields the hidden states: model.base_model.compile()"
             raise argument_error("model", "a model whose head is not compiled", "one compiled as a whole", remedy)
 
 
 def _custom_forward(layer: torch.nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Return the forward of a head if it is another one than that of ``torch.nn.Linear``; None if it is not."""
+    """Return the forward of a head, or None if it is that of ``torch.nn.Linear``."""
     custom = vars(layer).get("forward")
     if custom is None and type(layer).forward is torch.nn.Linear.forward:
         return None
@@ -156,7 +156,7 @@ def _check_linear(
         got = forward(row)
         expected = torch.nn.functional.linear(row, weight, bias)
         if got.shape != expected.shape or not ((got - expected).abs() <= 1e-2 * expected.abs().max()).all():
-            raise causal_lm.other_logits(model)
+            raise causal_lm.unexpected_logits_error(model)
 
 
 @contextlib.contextmanager
@@ -168,6 +168,6 @@ def _forward_replaced(module: torch.nn.Module, forward: Callable[[Tensor], Tenso
         yield
     finally:
         if before is None:
-            vars(module).pop("forward")  # compiled by torch, del would look for what was never set
+            vars(module).pop("forward")  # under torch.compile, del would look for an attribute that was never set
         else:
             module.forward = before

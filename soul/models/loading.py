@@ -8,7 +8,7 @@ import torch
 from soul._extras import MissingExtra, require
 from soul.models.adapters import load_adapters
 from soul.models.causal_lm import check_linear_head
-from soul.models.files import adapters_of, check_directory, config_of
+from soul.models.files import adapter_config_of, check_directory, config_of
 from soul_kernels.errors import ArgumentError, argument_error, check_choice
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def load(
     name: str | pathlib.Path, *, dtype: str = "float32", device: torch.device | str = "cpu", mapped: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """Load a model and its tokenizer from a directory or a hub name; LoRA adapters along with the model that they name.
+    """Load a model and its tokenizer from a directory or a hub name; with LoRA adapters, also the model that they name.
 
     Code that comes with a model is never run: weights are safetensors or, in old repositories, tensors only
     (``weights_only=True``, the default of transformers), and `soul.models.files` checks the configurations first.
@@ -42,8 +42,8 @@ def load(
         name: directory, or name on the hub.
         dtype: "float32", "bfloat16" or "float16", of the parameters.
         device: where to put the model.
-        mapped: on a CPU, weights may stay views of their files, which processes then share; for a caller that copies them at
-            once. False: the model does not depend on its files afterwards.
+        mapped: whether weights on a CPU may stay views of their files, which processes then share. This is for a caller that
+            copies them at once. False: the model does not depend on its files afterwards.
 
     Raises:
         ArgumentError: there is no such model, some of its weights are missing, it has more layers than its configuration, its
@@ -56,21 +56,21 @@ def load(
     if looks_local and not has_file:
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
     try:
-        adapters = adapters_of(name)
+        adapter_config = adapter_config_of(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if adapters is None:
+        if adapter_config is None:
             model = _load_model(name, DTYPES[dtype])
         else:
-            base = adapters["base_model_name_or_path"]
-            revision = adapters.get("revision")
-            if adapters_of(base, revision) is not None:
+            base = adapter_config["base_model_name_or_path"]
+            revision = adapter_config.get("revision")
+            if adapter_config_of(base, revision) is not None:
                 got = f"{base}, which has adapters itself"
                 remedy = "merge those into their model first"
                 raise argument_error("adapter_config.json, base_model_name_or_path", "a model", got, remedy)
-            model = load_adapters(name, adapters, _load_model(base, DTYPES[dtype], revision), tokenizer)
+            model = load_adapters(name, adapter_config, _load_model(base, DTYPES[dtype], revision), tokenizer)
     except (ArgumentError, MissingExtra):
         raise
-    except Exception as error:  # whatever the libraries below say of a broken or foreign checkpoint
+    except Exception as error:  # the libraries raise many kinds for a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
     model.to(device)
@@ -99,13 +99,13 @@ def _load_model(name: str | pathlib.Path, dtype: torch.dtype, revision: str | No
     model, info = require("transformers", "hf").AutoModelForCausalLM.from_pretrained(
         name, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
     )
-    missing = sorted(info["missing_keys"])  # which transformers draws at random, with a warning
+    missing = sorted(info["missing_keys"])  # transformers has drawn these at random, with a warning
     if missing:
         got = f"{name} without {missing[0]} ({len(missing)} missing)"
         remedy = "was it saved to the end, and by this family?"
         raise argument_error("model", "a checkpoint with all weights of its configuration", got, remedy)
     layers = {_without_numbers(key) for key in model.state_dict()}
-    # Weights of more layers than the configuration has. Transformers warns of other ones, as those of a vision tower.
+    # Weights of layers that the configuration lacks. For other weights, such as a vision tower's, transformers warns.
     extra = sorted(key for key in info["unexpected_keys"] if _without_numbers(key) in layers)
     if extra:
         got = f"{name} with {extra[0]} ({len(extra)} more)"

@@ -1,9 +1,9 @@
-"""The reference model of NPO, DPO, UNDIAL and KL terms: what the model said before it was changed.
+"""The reference model of NPO, DPO, UNDIAL and KL terms, which is the model before unlearning.
 
 Its log-probabilities or hidden states are computed once, before the first step, and may be kept in a cache on disk. A file of a
-cache belongs to the weights, the data and the settings that its key was made of, all by content. It is written beside its place
-and renamed, so it is never half written; and it is used only if key, shape, dtype and checksum are right. These checks find
-damage, not forgery: the checksum has no secret, and whoever can write into a cache decides what its readers compute.
+cache belongs to the weights, the data and the settings that its key was made of, all by content. It is written under another
+name and then renamed, so it is never half written. It is used only if key, shape, dtype and checksum are right. These checks
+find damage, not forgery: the checksum has no secret, and whoever can write into a cache decides what its readers compute.
 
 Whoever changes how the numbers are computed must raise ``FORMAT``, or put the change into the key, so that older files are
 computed again.
@@ -34,9 +34,9 @@ from soul_kernels.errors import argument_error
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 1  # of the files; another number makes all older ones stale
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of log-probabilities and hidden states that models yield
-HASHED_BYTES = 2**26  # of a tensor that go through the hash at a time
+FORMAT = 1  # version of the files; older versions are computed again
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the log-probabilities and hidden states that models yield
+HASHED_BYTES = 2**26  # bytes of a tensor that are hashed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,18 +66,18 @@ def reference_logps(
 ) -> list[float]:
     """Return the summed log-probability of each sequence under the model as it is now, for NPO and DPO.
 
-    They come from the kernels of the loss. In a batch of the same sequences, the loss of the unchanged model therefore finds
+    They come from the kernels of the loss. In a batch of the same sequences, the loss of the unchanged model therefore has
     the same numbers bit for bit, and a log-ratio of exactly 0. In a batch of other sequences (other padding, other sizes of
     matrix products) they differ by rounding. The model is left as it was; the adapters of a peft model are off while it runs.
 
     Args:
         model: a Hugging Face causal language model, which peft may have wrapped.
         dataset: list of `soul.data.Sequence`.
-        cache: a directory to keep the numbers in and to take them from, created where it is missing; None: no cache. The
+        cache: directory in which the numbers are kept and looked up, created if it is missing; None: no cache. The
             numbers of a file that is damaged or belongs to another key are computed again, with a warning. Whoever can write
             there can change the results.
         batch_size: sequences at a time, in the order of the dataset.
-        tokenizer: the dataset's, whose vocabulary then goes into the cache's key.
+        tokenizer: tokenizer of the dataset, whose vocabulary becomes a part of the cache's key; or None.
         backend: "auto", "triton", "compile", "torch" or "reference".
 
     Returns:
@@ -113,16 +113,16 @@ def reference_hidden(
 ) -> ReferenceStates:
     """Return hidden states of each sequence under the model as it is now, for UNDIAL and KL terms.
 
-    Give them to `soul.data.batches.collate` (``ref_hidden``), and ``batch.ref_hidden`` with the head, as a
-    `soul_kernels.Reference`, to `soul_kernels.linear_objective`. As exact as `reference_logps`: at the unchanged model a
-    divergence in a batch of the same sequences is exactly 0.
+    Pass them to `soul.data.batches.collate` as ``ref_hidden``. Then ``batch.ref_hidden`` and the head make the
+    `soul_kernels.Reference` of `soul_kernels.linear_objective`. They are as exact as `reference_logps`: at the unchanged model
+    a divergence in a batch of the same sequences is exactly 0.
 
     Args:
-        model: as in `reference_logps`, and so are the others.
+        model: a Hugging Face causal language model, which peft may have wrapped.
         dataset: list of `soul.data.Sequence`.
-        cache: a directory, or None. The head is not stored: that the key is the same says that the model has it.
-        batch_size: sequences at a time.
-        tokenizer: the dataset's, or None.
+        cache: as in `reference_logps`. The head is not stored, since only the same model has the same key.
+        batch_size: sequences at a time, in the order of the dataset.
+        tokenizer: as in `reference_logps`.
 
     Returns:
         `ReferenceStates`. Where the head is trained, its weight is a copy.
@@ -152,7 +152,7 @@ def reference_hidden(
 
 
 def _check_head(model: "PreTrainedModel") -> None:
-    """Raise for a model that `check_linear_head` refuses. `soul.Unlearner` has checked one in shards before it was cut."""
+    """Raise for a model that `check_linear_head` refuses. A sharded model was checked by `soul.Unlearner` before sharding."""
     if not hasattr(model, COMPUTE):
         check_linear_head(model)
 
@@ -183,8 +183,8 @@ def check_cache(directory: str | pathlib.Path | None, name: str = "cache") -> No
     """Raise unless a cache could be kept in a directory; None passes.
 
     Args:
-        directory: of the cache, or None.
-        name: of the argument, for errors.
+        directory: directory of the cache, or None.
+        name: name of the argument, for errors.
 
     Raises:
         ArgumentError: it is not a directory, or cannot be written.
@@ -241,7 +241,7 @@ def _read(path: pathlib.Path, name: str, key: str, shape: tuple[int, ...]) -> tu
         with require("safetensors", "hf").safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensor = file.get_tensor(name).clone()
-    except Exception as error:  # whatever the library says of a truncated or foreign file
+    except Exception as error:  # the library raises many kinds for a truncated or foreign file
         return None, f"not readable ({type(error).__name__})"
     if metadata.get("key") != key:
         return None, "written for another key"
@@ -255,7 +255,7 @@ def _read(path: pathlib.Path, name: str, key: str, shape: tuple[int, ...]) -> tu
 
 
 def _write(path: pathlib.Path, name: str, key: str, tensor: Tensor) -> None:
-    """Write a file of the cache, all of it or nothing."""
+    """Write a file of the cache, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"key": key, "checksum": digest({name: tensor})}
     with whole(path.parent) as aside:
@@ -293,8 +293,8 @@ def _key(
 def configuration(model: "PreTrainedModel") -> dict[str, Any]:
     """Return the configuration that decides a model's numbers beside its weights, as a dict of JSON values.
 
-    That is activation, epsilons, dropout and so on, and which implementation of attention (and of experts) runs. The path of
-    the weights and the version of transformers are left out.
+    It has the activation, epsilons, dropout and so on, and the implementations of attention and of experts. The path of the
+    weights and the version of transformers are left out.
     """
     values = model.config.to_dict()
     for name in ("_name_or_path", "transformers_version"):

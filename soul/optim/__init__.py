@@ -1,5 +1,5 @@
 """The optimizers SophiaG and SOUL, gradient release, and the sources of curvature.
 
-`optimizer` and `soul` are the public classes, `stepper` does their steps; `curvature` and `release` are built on them.
-May import: distributed.shards. Start with `optimizer`, then `stepper` and `step_groups`.
+May import: distributed.
+Start reading with `optimizer` and `soul`, the public classes, then `stepper`, which takes their steps.
 """

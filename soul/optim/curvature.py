@@ -1,4 +1,4 @@
-"""The curvature that the optimizer's h is taken from, and when h is refreshed.
+"""Sources of curvature: the estimates that the optimizer's h averages, and the steps in which h is refreshed.
 
 h is a running average ``h = b2 h + (1 - b2) d`` of estimates d of a Hessian's diagonal. The choice of d, and of the loss behind
 it, matters more than anything else about the optimizer (with the estimate of SOUL's code, 93 to 99% of the coordinates are
@@ -11,7 +11,7 @@ clipped):
 | Gauss-Newton-Bartlett, ``g g`` with labels drawn from the model | cross-entropy of those labels; Sophia-G | `GNB` |
 | Hutchinson, ``u Hu`` with u = +-1 | any loss that can be differentiated twice; Sophia-H | `Hutchinson` |
 
-All but the first are objects beside a `soul.SophiaG`::
+All but the first are objects that are used beside a `soul.SophiaG`::
 
     curvature = soul.curvature.RetainFisher(optimizer, every=10)
     for forget, retain in batches:
@@ -33,7 +33,7 @@ from soul_kernels.errors import argument_error
 
 
 class Schedule:
-    """The training steps in which h is refreshed: the first one, and every ``every``-th from there.
+    """The training steps in which h is refreshed: the first one, and every ``every``-th after it.
 
     Args:
         every: number of training steps from one refresh to the next, >= 1.
@@ -46,7 +46,7 @@ class Schedule:
         self.calls = 0
 
     def tick(self) -> bool:
-        """Count one training step; return whether h is to be refreshed in it."""
+        """Count one training step; tell whether h is to be refreshed in it."""
         due = self.calls % self.every == 0
         self.calls += 1
         return due
@@ -65,12 +65,12 @@ class Curvature:
 
     Args:
         optimizer: a `SophiaG`. A `SOUL` is refused: it has its own estimate.
-        every: refresh at the first step and at every ``every``-th from there; or a `Schedule`.
+        every: number of training steps from one refresh to the next, the first step being a refresh; or a `Schedule`.
         in_backward: update each h in the backward pass, as its gradient arrives, and free the gradient: no second set of
-            gradients is ever held. For one ``backward()`` a refresh, whose loss is not split into micro-batches.
+            gradients is ever held. A refresh must then be a single ``backward()``, without micro-batches.
 
     Raises:
-        ValueError: ``optimizer`` or ``every`` is something else.
+        ValueError: ``optimizer`` is not a `SophiaG`, or ``every`` is not a positive integer.
     """
 
     def __init__(self, optimizer: SophiaG, every: int | Schedule = 10, *, in_backward: bool = False) -> None:
@@ -85,15 +85,15 @@ class Curvature:
         self.schedule = every if isinstance(every, Schedule) else Schedule(every)
 
     def step(self, closure: Callable[[], torch.Tensor]) -> bool:
-        """Refresh h when it is due; to be called once in every training step.
+        """Refresh h if it is due; call this once in every training step.
 
-        Gradients that the parameters hold are put aside for the refresh, and restored after it.
+        Gradients that the parameters hold are set aside for the refresh, and restored after it.
 
         Args:
             closure: returns the scalar loss, with its graph; only called when h is due.
 
         Returns:
-            True where h was refreshed.
+            Whether h was refreshed.
         """
         if not self.schedule.tick():
             return False
@@ -119,7 +119,7 @@ class Curvature:
 
     @contextlib.contextmanager
     def _updates_in_backward(self, params: list[torch.Tensor]) -> Iterator[None]:
-        """Update every h as its gradient arrives, for the time of the context, where ``in_backward`` asks for it."""
+        """Update every h as its gradient arrives, for the duration of the block, if ``in_backward`` asks for it."""
         handles = []
         if self.in_backward:
             handles = [p.register_post_accumulate_grad_hook(self._update_one) for p in params if p.requires_grad]
@@ -134,7 +134,7 @@ class Curvature:
         param.grad = None
 
     def state_dict(self) -> dict[str, int]:
-        """Return the state of the schedule, for a checkpoint; h itself is in the optimizer's."""
+        """Return the state of the schedule, for a checkpoint; h itself is in the optimizer's state."""
         return self.schedule.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -145,8 +145,8 @@ class Curvature:
 class RetainFisher(Curvature):
     """Empirical Fisher of the retain loss: ``d = g g``, g the gradient of the mean cross-entropy of a retain batch.
 
-    The derivation of SOUL (Jia et al. 2024, section 4) is an influence function, whose Hessian is that of the loss that must
-    stay low. The closure returns that loss on true labels. ``bs`` of the optimizer is the number of tokens in that batch.
+    SOUL is derived (Jia et al. 2024, section 4) from an influence function with the Hessian of the loss that must stay low. The
+    closure returns that loss on true labels. ``bs`` of the optimizer is the number of tokens in the retain batch.
     """
 
 
@@ -164,7 +164,7 @@ class GNB(Curvature):
         optimizer: a `SophiaG`.
         every: as in `Curvature`.
         in_backward: as in `Curvature`.
-        seed: of `generator`.
+        seed: seed of the drawn labels; see `generator`.
     """
 
     def __init__(self, optimizer: SophiaG, every: int | Schedule = 10, *, in_backward: bool = False, seed: int = 0) -> None:
@@ -174,7 +174,8 @@ class GNB(Curvature):
     def generator(self) -> torch.Generator:
         """Return a ``torch.Generator`` on the parameters' device, whose seed is a hash of (seed, training step, rank).
 
-        So replicas draw different labels for their different tokens, and a resumed run draws what it would have drawn.
+        So replicas draw different labels for their different tokens, and a resumed run draws the labels that it would have
+        drawn without the interruption.
         """
         rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
         digest = hashlib.blake2b(repr((self.seed, self.schedule.calls, rank)).encode(), digest_size=8).digest()
@@ -185,10 +186,10 @@ class GNB(Curvature):
 class Hutchinson(Curvature):
     """Hutchinson's estimate (Liu et al. 2023, algorithm 1): ``d = u * (H u)``, u of +-1; unbiased, may be negative.
 
-    h keeps the sign of its average, and counts as ``max(h, 0)`` where the step divides by it; 8-bit states, which have no sign,
-    are refused. The closure returns a loss whose operations can be differentiated twice: among attention kernels only "math"
-    can, and this library's losses only with ``LinearOptions(backend="reference")``; the others raise. The estimate is of the
-    mean loss itself: use ``bs=1`` in the optimizer.
+    h keeps the sign of its average, and the step divides by ``max(h, 0)``. 8-bit states, which have no sign, are refused. The
+    operations of the closure's loss must be differentiable twice: among attention kernels only "math" is, and this library's
+    losses only with ``LinearOptions(backend="reference")``; the others raise. The estimate is that of the mean loss itself:
+    use ``bs=1`` in the optimizer.
 
     Args:
         optimizer: a `SophiaG`.
@@ -210,7 +211,7 @@ class Hutchinson(Curvature):
             raise argument_error("parameters", "whole tensors", "DTensors", "use GNB: FSDP cannot differentiate twice")
         grads = torch.autograd.grad(closure(), params, create_graph=True, allow_unused=True)
         probes = {p: self._probe(p) for p, g in zip(params, grads) if g is not None}
-        curved = {p: g for p, g in zip(params, grads) if g is not None and g.requires_grad}  # not those of a linear loss
+        curved = {p: g for p, g in zip(params, grads) if g is not None and g.requires_grad}  # H u is 0 for the others
         products: dict[torch.Tensor, torch.Tensor | None] = {}
         if curved:
             hessian_probes = torch.autograd.grad(

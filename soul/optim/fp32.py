@@ -1,8 +1,8 @@
-"""Weights in fp32: the 24 bits of parameters that are rounded with "compensated", out of an optimizer and into it.
+"""Export and import of weights in fp32, for parameters whose rounding is "compensated".
 
 A parameter in bf16 or fp16 holds the leading bits of its weight, and the int8 state ``low_bits`` the next 8. `joined` puts both
-together in fp32, `store_fp32` takes them apart again. While a `Fp32Parameters` is entered, the fp32 values stand in the
-parameters themselves; `check_not_exported` refuses what would take them for stored parameters.
+together in fp32, and `store_fp32` takes them apart again. Inside a ``with`` statement `Fp32Parameters` puts the fp32 values
+into the parameters themselves. `check_not_exported` refuses calls that would mistake these values for stored parameters.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from soul.distributed.shards import is_sharded, local
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.rounding import join, split
 
-NEAREST = 1 << 31  # the middle of the range of the noise: with it a weight is rounded to nearest
+NEAREST = 1 << 31  # the middle of the range of the noise, with which a weight is rounded to nearest
 
 
 def joined(param: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
-    """Return a copy of a parameter in fp32, with its low bits where its state has them; of a DTensor the local shard."""
+    """Return a copy of a parameter in fp32, with its low bits if its state has them; for a DTensor, of the local shard."""
     value = local(param.detach())
     check_not_exported("export_fp32", param, state)
     if "low_bits" in state:
@@ -36,14 +36,14 @@ def check_fp32(name: str, param: torch.Tensor, state: dict[str, Any], value: obj
 
 
 def check_not_exported(name: str, param: torch.Tensor, state: dict[str, Any]) -> None:
-    """Raise where a parameter holds the fp32 values of an export; ``name`` is the call to name in the error."""
+    """Raise if a parameter holds the fp32 values of an export; ``name`` is the call to name in the error."""
     if "low_bits" in state and local(param).dtype == torch.float32:
         remedy = "leave the with statement of an export first"
         raise argument_error(name, "parameters in the dtype of training", "fp32 values beside low bits", remedy)
 
 
 def store_fp32(param: torch.Tensor, state: dict[str, Any], value: torch.Tensor) -> None:
-    """Store ``value`` in a parameter and, where its state has them, in its low bits, rounded to nearest; in place."""
+    """Store ``value`` in a parameter and, if its state has them, in its low bits, rounded to nearest; in place."""
     target = local(param.detach())
     value = value.detach().to(target.device)
     if "low_bits" not in state:
@@ -55,7 +55,7 @@ def store_fp32(param: torch.Tensor, state: dict[str, Any], value: torch.Tensor) 
 
 
 class Fp32Parameters(dict[torch.Tensor, torch.Tensor], contextlib.AbstractContextManager):
-    """The values of parameters in fp32, by parameter. Entered, it puts them into the parameters until it is left."""
+    """A dict, parameter -> its value in fp32; as a context manager it puts the values into the parameters for the block."""
 
     def __enter__(self) -> "Fp32Parameters":
         if any(is_sharded(param) for param in self):

@@ -1,4 +1,4 @@
-"""What a step must know of all gradients together: their norm, whether to skip it, and the factor that clips and unscales them.
+"""Values that a step takes from all gradients together: their norm, whether to skip the step, and the clipping factor.
 
 Everything stays on the device, as tensors, so that no step waits. With several devices a value is made on the first one and
 moved to where it is needed.
@@ -11,13 +11,13 @@ import torch
 
 from soul.distributed.shards import is_sharded
 from soul.optim.options import Number, ParamGroup
-from soul.optim.step_groups import GroupStep
+from soul.optim.step_groups import GroupWork
 from soul_kernels import grad_norm
 
 T = TypeVar("T")
 
 
-def total_norm(work: Sequence[GroupStep]) -> torch.Tensor | None:
+def total_norm(work: Sequence[GroupWork]) -> torch.Tensor | None:
     """Return the L2 norm of all gradients, over all groups and shards: fp32 [] on the first device; None without gradients."""
     norms = []
     for group, step_groups, all_grads in work:
@@ -32,24 +32,25 @@ def total_norm(work: Sequence[GroupStep]) -> torch.Tensor | None:
 
 
 def norm_and_skip(
-    work: Sequence[GroupStep], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
+    work: Sequence[GroupWork], grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the norm of the unscaled gradients, and whether to skip the step.
 
     Args:
-        work: the groups of the step.
+        work: the work of the step, an entry for each parameter group.
         grad_scale: the scale of a GradScaler that has not unscaled the gradients, or None.
-        found_inf: the GradScaler's verdict, not 0 where a gradient is not finite, or None.
+        found_inf: the GradScaler's verdict, not 0 if a gradient is not finite, or None.
 
     Returns:
-        The norm, fp32 [], or None where no group needs it; and fp32 [], 1 to skip and 0 not to, or None where nothing decides.
+        The norm, fp32 [], or None if no group needs it; and fp32 [], 1 to skip and 0 not to, or None if nothing can cause a
+        skip.
     """
     # Without gradients a GradScaler passes the number 0; with several devices or ranks it passes the sum of their verdicts.
     skip = (found_inf.reshape(()) != 0).float() if isinstance(found_inf, torch.Tensor) else None
     norm = None
-    if any(step.group["max_grad_norm"] is not None or step.group["skip_nonfinite"] for step in work):
+    if any(group_work.group["max_grad_norm"] is not None or group_work.group["skip_nonfinite"] for group_work in work):
         norm = total_norm(work)
-    if norm is not None and any(step.group["skip_nonfinite"] for step in work):
+    if norm is not None and any(group_work.group["skip_nonfinite"] for group_work in work):
         bad = not_finite(norm)
         skip = bad if skip is None else torch.maximum(bad, skip.to(norm.device, non_blocking=True))
     if norm is not None and grad_scale is not None:
@@ -58,18 +59,18 @@ def norm_and_skip(
 
 
 def not_finite(norm: torch.Tensor) -> torch.Tensor:
-    """Return 1 where a norm is NaN or inf, else 0: fp32 []."""
+    """Return 1 if a norm is NaN or inf, else 0: fp32 []."""
     return 1 - norm.isfinite().float()
 
 
 def gradient_factor(
     group: ParamGroup, norm: torch.Tensor | None, grad_scale: Number | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Return what the gradients of a group are multiplied by, to clip and to unscale them: fp32 [], or None for 1.
+    """Return the factor that clips and unscales the gradients of a group: fp32 [], or None for 1.
 
     Args:
         group: the parameter group, with its ``max_grad_norm``.
-        norm: the norm of all unscaled gradients, where a group needs it.
+        norm: the norm of all unscaled gradients, or None if no group needs it.
         grad_scale: as in `norm_and_skip`.
         device: the device of the parameters.
     """

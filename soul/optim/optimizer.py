@@ -1,8 +1,8 @@
-"""The optimizer `SophiaG`: its options, its two calls, and what users can ask of it. The arithmetic is in ``soul_kernels``.
+"""The optimizer `SophiaG`: its options, its two calls, telemetry and checkpoints. The arithmetic is in ``soul_kernels``.
 
-The class holds what torch and users see: groups, states, checkpoints. A `soul.optim.stepper.Stepper` does the steps, and holds
-all that is derived from groups and states; ``_reset`` replaces it by a new one, and it is never pickled. `soul.optim.soul.SOUL`
-overrides what is different in it: `hessian_in_step`, `momentum_decay` and the betas that are exported.
+The class holds what torch and users see: groups, states, checkpoints. A `soul.optim.stepper.Stepper` takes the steps, and holds
+all that is derived from groups and states. It is never pickled; ``_reset`` replaces it by a new one. `soul.optim.soul.SOUL`
+overrides three things: `hessian_in_step`, `momentum_decay`, and the betas that are exported.
 """
 
 import sys
@@ -37,11 +37,11 @@ from soul_kernels.errors import argument_error
 
 
 class _TrueForGradScaler:
-    """An attribute that is True where torch's GradScaler reads it, which then leaves its scale and its verdict to the step.
+    """An attribute that is True for torch's GradScaler, and False for everyone else who reads it.
 
-    It is False for all other readers. Trainers that read it clip gradients between unscaling and the step; Lightning refuses to
-    clip where it is True, even in bf16 without a scaler. Where it is False, a trainer unscales first, and the scaler leaves the
-    step no scale.
+    The GradScaler then hands the step its scale and its verdict (whether a gradient has overflowed). Trainers read the
+    attribute too, since they clip gradients between unscaling and the step: Lightning refuses to clip if it is True, even in
+    bf16 without a scaler. If it is False, a trainer unscales the gradients first, and the scaler hands the step no scale.
     """
 
     def __get__(self, optimizer: Optimizer | None, owner: type | None = None) -> bool:
@@ -52,7 +52,7 @@ class PausableRelease(Protocol):
     """A release of gradients that can be paused: a `soul.optim.release.GradientRelease`."""
 
     def paused(self) -> AbstractContextManager[None]:
-        """Return a context in which gradients stay."""
+        """Return a context in which gradients accumulate."""
 
 
 class SophiaG(Optimizer):
@@ -94,10 +94,10 @@ class SophiaG(Optimizer):
             parameters, else in fp32. h in bf16, and both in 8 bits, are rounded stochastically.
         backend: "auto" (Triton on a GPU; on a CPU "compile" from 16.8 million parameters on; else the reference), "triton",
             "compile" (the reference under torch.compile, the same bits) or "reference". See docs/running.md.
-        skip_nonfinite: a step whose gradients, of any group, are not all finite changes nothing, and is counted in `telemetry`.
-            False lets NaN and inf through, as torch does.
+        skip_nonfinite: if a gradient of any group is not finite, the step changes nothing, and is counted in `telemetry`. False
+            lets NaN and inf through, as torch does.
         clip_target: fraction of the coordinates to be clipped, with rho="auto" only (default 0.5).
-        bias_correction: h is divided by ``1 - b2^t``, t the number of its updates, where it is used.
+        bias_correction: the step uses h divided by ``1 - b2^t``, t the number of its updates.
         eps_mode: "add" as published, or "max" as in the papers: ``m / max(rho bs h, eps)``.
         seed: seed of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element). Shards of rows (FSDP2)
             draw what one process draws. Checkpoints carry the version of the noise in their groups, as ``noise``.
@@ -107,7 +107,7 @@ class SophiaG(Optimizer):
         gradient_release: the `soul.optim.release.GradientRelease` that steps this optimizer, or None.
 
     Raises:
-        ValueError: naming the argument, what was expected, what came, and the remedy.
+        ValueError: an option or a parameter does not fit. The message names it, what was expected, what came, and the remedy.
     """
 
     hessian_in_step = False
@@ -156,7 +156,7 @@ class SophiaG(Optimizer):
             seed=seed,
             noise=NOISE,  # not an option: checkpoints carry the version
         )
-        check_values(defaults)  # first: a wrong option is named even where the parameters are wrong as well
+        check_values(defaults)  # first: a wrong option is named even if the parameters are wrong as well
         self._reset()
         super().__init__(params, defaults)
 
@@ -231,7 +231,7 @@ class SophiaG(Optimizer):
         return loss
 
     def _check_released_step(self, bs: Number | None) -> None:
-        """Raise for what a step cannot do once all parameters have been stepped in the backward pass."""
+        """Raise for a GradScaler and for a ``bs``: both come too late, after the steps of the backward pass."""
         if getattr(self, "found_inf", None) is not None:
             got = "one, and all parameters have been stepped with scaled gradients"
             raise argument_error("GradScaler", "no scaler with gradient release", got, "train in bf16, which needs none")
@@ -242,7 +242,7 @@ class SophiaG(Optimizer):
     def step_parameter(self, param: torch.Tensor) -> None:
         """Step one parameter with the gradient that it holds; `soul.release_gradients` calls this in the backward pass.
 
-        Telemetry is that of all parameters since one was stepped for the second time: those of one backward pass.
+        Telemetry covers the parameters of one backward pass. A new pass begins when a parameter is stepped for the second time.
 
         Args:
             param: a parameter of this optimizer, with its gradient.
@@ -263,8 +263,8 @@ class SophiaG(Optimizer):
     ) -> None:
         """Move every h towards the square of the gradient that its parameter holds now: ``h = b2 h + (1 - b2) g g``.
 
-        With ``skip_nonfinite`` it changes nothing where a gradient is not finite. ``max_grad_norm`` has no effect here:
-        clipping would change h by the square of the factor.
+        With ``skip_nonfinite`` nothing changes if a gradient is not finite. ``max_grad_norm`` has no effect here: clipping
+        would change h by the square of the factor.
 
         Args:
             probes: parameter -> tensor u of its shape; the gradients are then products H u with the Hessian, and
@@ -293,23 +293,23 @@ class SophiaG(Optimizer):
     def grad_norm(self) -> torch.Tensor | None:
         """Return the L2 norm of all gradients before clipping, fp32 [] on the device, without waiting for it.
 
-        Where an option needed the norm in the last step, it is the norm of that step. Otherwise it is computed from the
+        If an option needed the norm in the last step, this is the norm of that step. Otherwise it is computed from the
         gradients that the parameters hold now: one pass over them, by the optimizer's own tables, so that a CUDA graph can
-        capture it. With DTensors every process must call it.
+        capture it. With DTensors every process must call this.
 
         Returns:
-            The norm, or None where no parameter has a gradient. The tensor may be overwritten by the next step.
+            The norm, or None if no parameter has a gradient. The next step may overwrite the tensor.
         """
         return self._stepper.grad_norm()
 
     def clip_fraction(self) -> list[float]:
         """Return the fraction of the coordinates that the last ``step()`` clipped, so that they moved by the full lr.
 
-        It is the number to tune ``rho`` by; Sophia's authors advise 0.5 to 0.9. Waits for the device. With DTensors every
+        It is the number to tune ``rho`` by; Sophia's authors advise 0.5 to 0.9. This waits for the device. With DTensors every
         process must call it.
 
         Returns:
-            One float a group; NaN where the last step had no gradients, 0 where it was skipped.
+            One float a group: NaN if the last step had no gradients there, 0 if the step was skipped.
 
         Raises:
             ArgumentError: as in `telemetry`.
@@ -317,15 +317,15 @@ class SophiaG(Optimizer):
         return [group["clip_fraction"] for group in self.telemetry()["groups"]]
 
     def telemetry(self) -> dict[str, Any]:
-        """Return what the last step left on the device; waits for the device.
+        """Return the telemetry of the last step; wait for the device.
 
-        With DTensors every process must call it: it adds up over shards.
+        With DTensors every process must call this: it adds up over shards.
 
         Returns:
-            A dict: ``groups``, for each group a dict of ``clip_fraction``, ``update_norm`` (the L2 norm of what was to be
-            subtracted), ``lost_fraction`` (coordinates where rounding to nearest lost it; 0 with other roundings) and ``rho``;
-            ``skipped_steps`` since the optimizer was made or loaded; and ``grad_norm``, before clipping, or None where the step
-            did not need it. NaN for a group without gradients in the last step.
+            A dict: ``groups``, for each group a dict of ``clip_fraction``, ``update_norm`` (the L2 norm of the update before
+            rounding), ``lost_fraction`` (of the coordinates, those whose update was lost in rounding to nearest; 0 with other
+            roundings) and ``rho``; ``skipped_steps`` since the optimizer was made or loaded; and ``grad_norm``, before
+            clipping, or None if the step did not need it. NaN for a group without gradients in the last step.
 
         Raises:
             ArgumentError: under DeepSpeed's ZeRO or FSDP1 the optimizer counts its own process's piece alone.
@@ -334,12 +334,12 @@ class SophiaG(Optimizer):
 
     @torch.no_grad()
     def export_fp32(self) -> Fp32Parameters:
-        """Return the parameters in fp32: with the 8 more bits that "compensated" keeps, otherwise with the bits they have.
+        """Return the parameters in fp32, with the 8 more bits that "compensated" keeps of each weight.
 
         Returns:
             A dict, parameter -> fp32 tensor, that is also a context manager: ``with optimizer.export_fp32():
             evaluate(model)`` puts the fp32 values into the model and takes them out again; to save them, ``{n: fp32[p] for
-            n, p in named_parameters()}``. Values for shards (DTensors) are those of this process's shard.
+            n, p in named_parameters()}``. The value of a DTensor is that of this process's shard.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         return Fp32Parameters({param: joined(param, self.state.get(param, {})) for param in params})
@@ -352,7 +352,7 @@ class SophiaG(Optimizer):
         without "compensated", to the nearest number of the parameter's dtype.
 
         Args:
-            values: a dict, parameter -> fp32 tensor of its shape; for a DTensor of the shape of this process's shard.
+            values: a dict, parameter -> fp32 tensor of its shape; for a DTensor, of the shape of this process's shard.
                 Parameters that are not in it keep their values.
 
         Raises:
@@ -365,7 +365,7 @@ class SophiaG(Optimizer):
         positions = {p: (i, j) for i, group in enumerate(self.param_groups) for j, p in enumerate(group["params"])}
         for param, value in values.items():
             if param not in positions:
-                got = f"a value for {'a tensor' if isinstance(param, torch.Tensor) else repr(param)} that is none of them"
+                got = f"{'a tensor' if isinstance(param, torch.Tensor) else repr(param)} that is none of them"
                 raise argument_error("import_fp32", "parameters of this optimizer as keys", got, "pass {parameter: value}")
             index, position = positions[param]
             name = f"import_fp32 of parameter {position} in group {index}"
@@ -377,16 +377,16 @@ class SophiaG(Optimizer):
             store_fp32(param, self.state.get(param, {}), value)
 
     def export_published(self) -> dict[str, Any]:
-        """Return a checkpoint for the published class, Sophia's or SOUL's, as ``state_dict()`` is one for this class.
+        """Return a checkpoint for the published class, Sophia's or SOUL's.
 
-        8-bit states are decoded; in a plain ``state_dict()`` the published class would take their codes for values. The options
-        are those of the published class, as numbers. It has none for ``bs``, which goes to its ``step(bs=...)``, and none for
-        other abilities of this class, such as ``bias_correction``. SOUL's code averages the momentum with beta1 squared: a
+        8-bit states are decoded; the published class would take the codes in a plain ``state_dict()`` for values. The options
+        are those of the published class, as numbers. It has no option ``bs``, which goes to its ``step(bs=...)``, and none for
+        other features of this class, such as ``bias_correction``. SOUL's code averages the momentum with beta1 squared: a
         `SOUL` without ``published_code`` exports the square root of its beta1. The low bits of weights are not exported: see
         `export_fp32`.
 
         Returns:
-            A dict that shares no memory with the optimizer: ``state`` (``step``, ``exp_avg``, ``hessian``, the latter fp32 or
+            A dict that shares no memory with the optimizer: ``state`` (``step``, ``exp_avg``, ``hessian``, the last two fp32 or
             bf16) and ``param_groups``.
         """
         checkpoint = self.state_dict()
@@ -395,15 +395,15 @@ class SophiaG(Optimizer):
         return {"state": states, "param_groups": [group | {"params": list(group["params"])} for group in groups]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load ``state_dict()`` of this class or of the published one.
+        """Load a ``state_dict()`` of this class or of the published one.
 
-        Differs from ``torch.optim.Optimizer``: states keep the dtype that they were saved in, where torch casts them to that
-        of their parameter (a published checkpoint is brought to this optimizer's ``state_dtype``); options that the checkpoint
-        does not have stay as they are; ``backend`` and ``capturable``, which belong to the machine and to the run, stay in
-        any case. ``published_code`` of a `SOUL`, which decides the meaning of beta1, is taken from the checkpoint together with
-        beta1. Checkpoints of the published class do not have it: a SOUL loads them with ``published_code=True`` only.
+        States keep the dtype in which they were saved, whereas ``torch.optim.Optimizer`` casts them to that of their parameter;
+        those of a published checkpoint are brought to this optimizer's ``state_dtype``. Options that the checkpoint does not
+        have stay as they are. ``backend`` and ``capturable``, which belong to the machine and to the run, stay in any case.
 
-        Shards that draw noise refuse a checkpoint with another version of it, which its groups carry as ``noise``.
+        ``published_code`` of a `SOUL`, which decides the meaning of beta1, is taken from the checkpoint together with beta1.
+        Checkpoints of the published class do not have it: a SOUL loads them with ``published_code=True`` only. The groups of a
+        checkpoint carry the version of the noise as ``noise``: shards that draw noise refuse another version.
 
         Raises:
             ValueError: the checkpoint does not fit the parameters, the class or the noise; nothing was changed.
@@ -437,7 +437,7 @@ class SophiaG(Optimizer):
             self.gradient_release = release
 
     def momentum_decay(self, group: ParamGroup) -> float:
-        """Return the decay of the momentum that acts in a group: its beta1, unless a subclass says otherwise."""
+        """Return the decay of the momentum that acts in a group: its beta1, unless a subclass overrides this."""
         return group["betas"][0]
 
     def _published_betas(self, group: ParamGroup) -> tuple[float, float]:

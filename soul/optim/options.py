@@ -38,7 +38,7 @@ def rounding_of(group: ParamGroup) -> Literal["nearest", "stochastic", "compensa
 def option_on(value: Number, device: torch.device) -> Number:
     """Return an option as the ops take it: a number, or an fp32 tensor [] on ``device``.
 
-    A tensor on the CPU is read where the parameters are elsewhere, because that waits for nothing.
+    If the parameters are on another device, a tensor on the CPU is read as a number, which waits for nothing.
     """
     if not isinstance(value, torch.Tensor):
         return value
@@ -50,8 +50,8 @@ def option_on(value: Number, device: torch.device) -> Number:
 def merged_options(current: ParamGroup, saved: ParamGroup) -> ParamGroup:
     """Return the options of a group after a checkpoint is loaded into it.
 
-    Those of the checkpoint win, ``backend``, ``capturable`` and ``noise`` aside: they belong to the machine, to the run and to
-    this version of the library.
+    Options of the checkpoint win, except ``backend``, ``capturable`` and ``noise``, which belong to the machine, to the run
+    and to this version of the library.
 
     Args:
         current: the options of the group.
@@ -66,7 +66,7 @@ def merged_options(current: ParamGroup, saved: ParamGroup) -> ParamGroup:
 
 
 def check_momentum(current: ParamGroup, saved: ParamGroup) -> None:
-    """Raise where beta1 of a checkpoint would mean another momentum in this optimizer.
+    """Raise if beta1 of a checkpoint would mean another momentum in this optimizer.
 
     SOUL's published code averages with the square of beta1, and its checkpoints do not say so.
 
@@ -120,7 +120,7 @@ def check_releasable(group: ParamGroup) -> None:
 
 
 def check_not_in_pieces(group: ParamGroup) -> None:
-    """Raise for an option that needs the gradients of all processes, where a framework hides that it has cut the parameters.
+    """Raise for an option that needs all gradients, if a framework shows the optimizer one process's piece of them only.
 
     Raises:
         ArgumentError: ``max_grad_norm``, ``skip_nonfinite`` or ``rho="auto"`` under DeepSpeed's ZeRO or FSDP1.
@@ -131,20 +131,20 @@ def check_not_in_pieces(group: ParamGroup) -> None:
     framework = hidden_sharding(group["params"])
     if framework is None:
         return
-    where = f"under {framework}, which shows the optimizer no more than this process's piece of the gradients"
+    condition = f"under {framework}, which shows the optimizer no more than this process's piece of the gradients"
     if clips:
         remedies = {"DeepSpeed": "set gradient_clipping in DeepSpeed's configuration", "FSDP1": "clip by its clip_grad_norm_"}
-        raise argument_error("max_grad_norm", f"None {where}", group["max_grad_norm"], remedies[framework])
+        raise argument_error("max_grad_norm", f"None {condition}", group["max_grad_norm"], remedies[framework])
     if group["skip_nonfinite"]:
-        raise argument_error("skip_nonfinite", f"False {where}", True, "leave it out, or use FSDP2")
-    raise argument_error("rho", f"a number {where}", "'auto'", "pass one, tuned in one process or under FSDP2")
+        raise argument_error("skip_nonfinite", f"False {condition}", True, "leave it out, or use FSDP2")
+    raise argument_error("rho", f"a number {condition}", "'auto'", "pass one, tuned in one process or under FSDP2")
 
 
 def settle_options(group: ParamGroup) -> None:
     """Bring the options of a group into the form that steps use, in place.
 
     rho="auto" becomes a number and a ``clip_target``, a dtype becomes its name, and the options that live on the device become
-    fp32 tensors [] there: those in ``ON_DEVICE`` with ``capturable``, else rho alone where it is steered.
+    fp32 tensors [] there: those in ``ON_DEVICE`` with ``capturable``, else rho alone if it is steered.
     """
     device = local(group["params"][0]).device if group["params"] else torch.device("cpu")
     if group["rho"] == "auto":
@@ -161,7 +161,7 @@ def settle_options(group: ParamGroup) -> None:
     for name in names:
         value = group[name]
         if not isinstance(value, torch.Tensor):
-            # On the CPU whatever the default device and dtype are.
+            # Made on the CPU in fp32, whatever the default device and dtype are.
             value = torch.tensor(value, dtype=torch.float32, device="cpu")
         group[name] = value.detach().reshape(()).to(device, torch.float32, copy=True)
 

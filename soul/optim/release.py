@@ -14,8 +14,8 @@ from soul_kernels.errors import argument_error
 def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRelease":
     """Make ``loss.backward()`` step every parameter as soon as its gradient is complete, and free the gradient.
 
-    Gradients then take the memory of the largest few instead of all. ``optimizer.step()`` may be called as before, and has
-    nothing left to do. Each step is the same, bit for bit, as without release.
+    Then only the largest few gradients take memory at a time, instead of all. ``optimizer.step()`` may be called as before, and
+    has nothing left to do. Each step is the same, bit for bit, as without release.
 
     Args:
         model: the module whose parameters ``optimizer`` steps.
@@ -28,13 +28,14 @@ def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRe
     Raises:
         ValueError: all gradients are needed at once, by ``max_grad_norm`` and ``skip_nonfinite`` (a norm over all of them), by
             ``rho="auto"`` (the clipped fraction of a whole step) or by DistributedDataParallel (it reduces gradients in
-            buckets, after the hooks); or the optimizer has parameters that are not the model's. A GradScaler is refused too,
-            but only in its ``step``, when parameters have already been stepped with scaled gradients: use none.
+            buckets, after the hooks); or the optimizer has parameters that are not the model's. A GradScaler cannot be used
+            either. It is refused in its ``step`` only, after parameters have been stepped with scaled gradients.
     """
     if not isinstance(optimizer, SophiaG):
         raise argument_error("optimizer", "a SophiaG or SOUL", type(optimizer).__name__, "other optimizers step all at once")
     if optimizer.gradient_release is not None:
-        raise argument_error("optimizer", "one whose gradients are not released", "one that is", "call remove() first")
+        remedy = "call remove() of its gradient_release first"
+        raise argument_error("optimizer", "one whose gradients are not released", "one whose gradients are", remedy)
     if any(isinstance(module, torch.nn.parallel.DistributedDataParallel) for module in model.modules()):
         remedy = "it averages gradients in buckets, after they were released; use FSDP"
         raise argument_error("model", "no DistributedDataParallel", "one", remedy)
@@ -43,9 +44,8 @@ def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRe
     params = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = set(params) - set(model.parameters())
     if foreign:
-        raise argument_error(
-            "model", "the module of all the optimizer's parameters", f"{len(foreign)} are not in it", "pass it"
-        )
+        expected = "a module that has all parameters of the optimizer"
+        raise argument_error("model", expected, f"one without {len(foreign)} of them", "pass the whole model")
     world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
     if world > 1 and not all(map(is_sharded, params)):
         got = f"plain parameters in {world} processes"
@@ -55,7 +55,7 @@ def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRe
 
 
 class GradientRelease:
-    """The hooks of `release_gradients`, which makes it.
+    """The hooks that `release_gradients` registers.
 
     Args:
         optimizer: the optimizer, whose attribute ``gradient_release`` this sets.
@@ -77,7 +77,7 @@ class GradientRelease:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Let gradients stay, and add up, while the block runs; the next gradient outside of it brings the sum into a step."""
+        """Let gradients accumulate for the duration of the block; the first backward pass after it steps with the sums."""
         self._pauses += 1
         try:
             yield
@@ -85,7 +85,7 @@ class GradientRelease:
             self._pauses -= 1
 
     def remove(self) -> None:
-        """End the release: gradients stay again until they are cleared."""
+        """End the release: gradients then stay until they are cleared."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

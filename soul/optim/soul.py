@@ -1,4 +1,4 @@
-"""The optimizer `SOUL`: a `SophiaG` that refreshes its h in the step, and what SOUL's published code does otherwise."""
+"""The optimizer `SOUL`: a `SophiaG` that refreshes its h in the step, and the differences of SOUL's published code."""
 
 from collections.abc import Mapping
 from typing import Literal, NoReturn
@@ -30,7 +30,7 @@ class SOUL(SophiaG):
     All other options are those of `SophiaG`, with its defaults; ``bs`` is the number of predictions in the batch of a step.
 
     Raises:
-        ValueError: naming the argument, what was expected, what came, and the remedy.
+        ValueError: an option or a parameter does not fit. The message names it, what was expected, what came, and the remedy.
     """
 
     hessian_in_step = True
@@ -108,8 +108,8 @@ class SOUL(SophiaG):
         """Return a `SOUL` that does what SOUL's published code does.
 
         It averages the momentum as that code does (the square of beta1 acts), rounds parameters to nearest, and stores both
-        states of bf16 parameters in bf16. Other states are fp32, also those of fp16 parameters, of which the published code
-        makes NaN. h in bf16 is rounded stochastically all the same.
+        states of bf16 parameters in bf16. Other states are fp32, also those of fp16 parameters, for which the published code
+        yields NaN. h in bf16 is rounded stochastically all the same.
 
         The arguments are those of `SOUL`, without the three that this sets: ``published_code``, ``param_rounding`` and
         ``state_dtype``. The parameters of a group must have one dtype.
@@ -158,7 +158,7 @@ class SOUL(SophiaG):
         raise RuntimeError("SOUL refreshes h inside step(); for a curvature of your own choice use SophiaG")
 
     def momentum_decay(self, group: ParamGroup) -> float:
-        """Return the decay of the momentum that acts in a group: its beta1, or the square of it with ``published_code``."""
+        """Return the decay of the momentum that acts in a group: its beta1; with ``published_code``, the square of beta1."""
         beta1, _ = group["betas"]
         return beta1**2 if group["published_code"] else beta1
 

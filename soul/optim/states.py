@@ -1,9 +1,9 @@
-"""The state of one parameter: made, loaded from a checkpoint, and exported.
+"""The state of one parameter: how it is made, loaded from a checkpoint, and exported.
 
 A state is a dict by name: ``exp_avg`` and ``hessian`` in the shape of the parameter, fp32, bf16 or uint8 codes; beside codes
 their scales, ``exp_avg_scale`` and ``hessian_scale``, fp32 [ceil(numel / 256)]; ``low_bits`` int8 with "compensated" rounding;
-and the counters, fp32 []. The names are those of checkpoints: they stay. What a name means in which version of the noise is
-said by ``NOISE``, which checkpoints carry.
+and the counters, fp32 []. Checkpoints have the same names, so they must not change. Checkpoints also carry ``NOISE``, the
+version of the noise of stochastic rounding.
 """
 
 from collections.abc import Collection
@@ -19,8 +19,8 @@ from soul_kernels.tensors import same_layout
 
 STATES = ("exp_avg", "hessian")
 MIDDLE = 0x800800  # noise in the middle of the range of both states, with which `encode` rounds to nearest
-NOISE = 2  # version of the noise; in 1 each shard of a parameter drew its own, and everything else as in 2
-LONG_AGO = 1e6  # updates of a Hessian whose checkpoint does not say how many there were: no bias is left
+NOISE = 2  # version of the noise; in version 1 each shard of a parameter drew noise of its own, all else was the same
+ASSUMED_UPDATES = 1e6  # number of updates of h that is assumed if a checkpoint does not say: so many that no bias is left
 
 
 def new_state(param: torch.Tensor, group: ParamGroup, counters: Collection[str]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _state_dtypes(param: torch.Tensor, state_dtype: str | None) -> tuple[torch.d
 
 
 def _n_scales(param: torch.Tensor) -> int:
-    """Return the number of scales of an 8-bit state: one for 256 elements."""
+    """Return the number of scales of an 8-bit state: one for every 256 elements."""
     return -(-param.numel() // GROUP)
 
 
@@ -66,8 +66,8 @@ def loaded_state(
         group: its options, after loading.
         counters: names of the counters that the state has.
         saved: the state in the checkpoint.
-        cast: bring states to the dtype of the group, as those of the published class need; otherwise they keep the dtype
-            that they were saved in.
+        cast: bring states to the dtype of the group, as a checkpoint of the published class needs; otherwise they keep the
+            dtype in which they were saved.
 
     Raises:
         ArgumentError: the state is that of another optimizer or of another model; or it mixes codes and values.
@@ -79,7 +79,7 @@ def loaded_state(
     state = new_state(param, group, counters)
     state["step"].fill_(float(saved.get("step", 0)))
     if "hessian_step" in state:
-        state["hessian_step"].fill_(float(saved.get("hessian_step", LONG_AGO if state["step"] > 0 else 0)))
+        state["hessian_step"].fill_(float(saved.get("hessian_step", ASSUMED_UPDATES if state["step"] > 0 else 0)))
     for name in STATES:
         _check_saved(name, param, saved)
         _load(name, param, state, saved, cast)
@@ -117,10 +117,10 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
     """Put a saved ``exp_avg`` or ``hessian``, which fits, into a new state, in place."""
     value = saved[name]
     scale = f"{name}_scale"
-    values = None  # what is to be encoded anew, in fp32
+    values = None  # to be encoded anew, in fp32
     if value.dtype == torch.uint8:
         state[scale] = saved[scale].to(local(param).device, torch.float32, copy=True)
-        if not same_layout(value, state[name]):  # one scale is for 256 neighbours in memory
+        if not same_layout(value, state[name]):  # a scale belongs to 256 neighbours in memory
             values = load_state(value.to(param.device), state[scale], name)
     elif state[name].dtype == torch.uint8 and cast:
         values = value
@@ -140,7 +140,7 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
 
 
 def check_noise(param: torch.Tensor, group: ParamGroup, saved_group: ParamGroup, state: dict[str, Any]) -> None:
-    """Raise where a parameter would go on with other noise than the checkpoint was written with.
+    """Raise if a parameter would draw other noise than the run that wrote the checkpoint.
 
     Args:
         param: the parameter.
@@ -160,7 +160,7 @@ def check_noise(param: torch.Tensor, group: ParamGroup, saved_group: ParamGroup,
 
 
 def published_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a state as the published class has it: values in place of 8-bit codes, and only the entries it knows."""
+    """Return a copy of a state for the published class: the entries that it knows, with values in place of 8-bit codes."""
     published = {"step": state["step"].detach().to("cpu", torch.float32, copy=True)}
     for name in STATES:
         value = state[name].detach()

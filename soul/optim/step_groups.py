@@ -1,10 +1,10 @@
-"""The parameters that one call of an op steps together, with all that such a call needs besides options.
+"""Step groups: the parameters that one call of an op steps together, with all that such a call needs besides options.
 
 Collecting parameters, gradients and states anew in every step would cost more than the step of a small model. So a `StepGroup`
 is made once: the parameters of one parameter group that lie on one device and are sharded alike, their states, and the tables
 of the launches. `StepGroups` keeps the step groups of an optimizer, and checks before every step whether they still fit: users
 may change groups, gradients and states between any two steps. Known parameters and states are recognised by identity (``is``),
-which is cheap; new ones are checked in full, so that an error names a parameter before anything moves.
+which is cheap. New ones are checked in full, so that an error names a parameter before anything changes.
 
 The checks of a gradient may be changed safely. Two things may not: the memory of counters and corrections, because a replay of
 a CUDA graph adds to the very tensors that were captured; and the ``operator`` calls over whole lists, because a small step
@@ -44,9 +44,7 @@ OP_ARGUMENTS = {
 }
 COUNTERS = ("step", "hessian_step")
 
-_AFTER_TO = (
-    "after model.to(...) call optimizer.load_state_dict(optimizer.state_dict()), which fits the states to the parameters"
-)
+_REFIT = "after model.to(...) call optimizer.load_state_dict(optimizer.state_dict()), which fits the states to the parameters"
 
 
 def counters_of(hessian_in_step: bool) -> tuple[str, ...]:
@@ -92,13 +90,13 @@ class StepGroup:
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.numel = sum(p.numel() for p in params)
-        # Reading a column of the states takes as long as all else in a small step: hence itemgetter where it can be.
+        # Reading one entry of all states takes as long as all else in a small step: hence itemgetter if all states have it.
         self._columns: dict[str, tuple[str, Any]] = {}  # name of a state -> argument of the ops, and how to read the state
         for name, argument in OP_ARGUMENTS.items():
             n_states = sum(name in state for state in states)
             if n_states:
-                everywhere = n_states == len(states)
-                read: Any = operator.itemgetter(name) if everywhere else operator.methodcaller("get", name)
+                in_all = n_states == len(states)
+                read: Any = operator.itemgetter(name) if in_all else operator.methodcaller("get", name)
                 self._columns[name] = argument, read
         self._counters = {name: self._flatten(name) for name in COUNTERS if name in states[0]}
         self._corrections: torch.Tensor | None = None
@@ -128,8 +126,8 @@ class StepGroup:
                 local(self.params[position]).copy_(buffer)
 
     def _flatten(self, name: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Make the counters of all states views of one vector, so that one addition moves them all; return it and the views."""
-        if len(self.states) == 1:  # nothing is moved: step groups of one parameter come and go beside those of all
+        """Make the counters of all states views of one vector, to which one addition is enough; return it and the views."""
+        if len(self.states) == 1:  # in its own memory: step groups of one parameter come and go beside those of all
             return self.states[0][name].view(1), [self.states[0][name]]
         flat = torch.stack([state[name].reshape(()) for state in self.states])
         views = list(flat.unbind())
@@ -138,7 +136,7 @@ class StepGroup:
         return flat, views
 
     def fits(self, params: Sequence[torch.Tensor]) -> bool:
-        """Return whether this still serves ``params``: the same objects, with counters that nobody has replaced."""
+        """Tell whether this is still the step group of ``params``: the same objects, with counters that nobody has replaced."""
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
         for name, (_, views) in self._counters.items():
@@ -147,17 +145,17 @@ class StepGroup:
         return True
 
     def locals(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the tensors; of DTensors the shards that this process holds."""
+        """Return the tensors; for DTensors, the shards that this process holds."""
         return tensors if self._mesh is None else [self._local(tensor) for tensor in tensors]
 
     def _local(self, tensor: Any) -> torch.Tensor:
-        """Return the local shard of a tensor, sharded as the parameters are."""
+        """Return the local shard of a tensor that is first sharded as the parameters are."""
         if is_sharded(tensor) and tensor.placements != self._placements:  # a gradient that is still to be summed
             tensor = tensor.redistribute(self._mesh, self._placements)
         return local(tensor)
 
     def lists(self, *names: str) -> dict[str, list[torch.Tensor]]:
-        """Return the states as lists, by the names of the ops' arguments; of the states in ``names``, or of all."""
+        """Return lists of states by the names of the ops' arguments: of the states in ``names``, or of all."""
         return {
             argument: self.locals(list(map(read, self.states)))
             for name, (argument, read) in self._columns.items()
@@ -169,7 +167,7 @@ class StepGroup:
         return self._counters[name][0]
 
     def corrections(self, decay: float, updates: torch.Tensor) -> torch.Tensor:
-        """Return ``1 - decay^updates``, and 1 where there was no update, [n]; always in the same memory."""
+        """Return ``1 - decay^updates``, or 1 for no updates, [n]; always in the same memory."""
         values = 1 - torch.pow(decay, updates)
         values.masked_fill_(values == 0, 1.0)
         if self._corrections is None:
@@ -186,18 +184,21 @@ class StepGroup:
         return value
 
 
-class GroupStep(NamedTuple):
-    """One parameter group in one step: its step groups, and the gradients of each as the ops take them."""
+class GroupWork(NamedTuple):
+    """The work of one step on one parameter group: its step groups, and the gradients of each as the ops take them."""
 
     group: ParamGroup
     step_groups: list[StepGroup]
     grads: list[list[torch.Tensor]]
 
     @classmethod
-    def of(cls, group: ParamGroup, step_groups: list[StepGroup]) -> "GroupStep":
+    def of(cls, group: ParamGroup, step_groups: list[StepGroup]) -> "GroupWork":
         """Return the step groups with the gradients that their parameters hold now."""
-        grads: list[list[Any]] = [[p.grad for p in each.params] for each in step_groups]  # None only where one does not fit
-        return cls(group, step_groups, [each.locals(of_each) for each, of_each in zip(step_groups, grads)])
+        all_grads = []
+        for step_group in step_groups:
+            grads: list[Any] = [p.grad for p in step_group.params]  # None only in a step group that `collect` then replaces
+            all_grads.append(step_group.locals(grads))
+        return cls(group, step_groups, all_grads)
 
 
 class StepGroups:
@@ -208,17 +209,17 @@ class StepGroups:
     """
 
     def __init__(self, optimizer: GroupedOptimizer) -> None:
-        self._optimizer = weakref.proxy(optimizer)  # no cycle, which would keep states on a GPU until Python cleans up
+        self._optimizer = weakref.proxy(optimizer)  # a cycle would keep states on a GPU until Python collects garbage
         self._step_groups: dict[Hashable, list[StepGroup]] = {}  # by index of the parameter group, or by parameter
         self._known_states: list[dict[str, Any]] = []  # the states that the step groups were made for
         self._positions: dict[torch.Tensor, tuple[int, int]] = {}  # parameter -> index of its group, and position there
-        self._captured: set[StepGroup] = set()  # those of captured steps, whose memory replays use
+        self._captured: set[StepGroup] = set()  # step groups of captured steps: replays use their memory
 
-    def collect(self, bs: Number | None = None) -> list[GroupStep]:
+    def collect(self, bs: Number | None = None) -> list[GroupWork]:
         """Return every parameter group with its step groups and their gradients.
 
-        All options are checked, and all gradients that are not those of the last call in every respect, before anything is
-        changed; states are made for parameters that have none.
+        All options are checked before anything is changed. Gradients are checked here if the step groups no longer fit;
+        otherwise the ops check them. Parameters that have no state get one.
 
         Args:
             bs: the ``bs`` of this step in place of the groups', or None.
@@ -230,7 +231,7 @@ class StepGroups:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         self._check_states()
         groups = self._optimizer.param_groups
-        work: list[GroupStep] = []
+        work: list[GroupWork] = []
         fresh: dict[int, list[torch.Tensor]] = {}  # index of a group whose step groups do not fit -> its parameters
         for index, group in enumerate(groups):
             check_options(group)
@@ -245,27 +246,27 @@ class StepGroups:
                 active = [p for p in params if p.grad is not None]
                 grads = [p.grad for p in active]
             if len(step_groups) == 1 and step_groups[0].fits(active):
-                work.append(GroupStep(group, step_groups, [step_groups[0].locals(grads)]))
+                work.append(GroupWork(group, step_groups, [step_groups[0].locals(grads)]))
                 continue
             active = list(dict.fromkeys(active))
             if not _all_fit(step_groups, active):
                 fresh[index] = active
-            work.append(GroupStep.of(group, step_groups))
-        if fresh and capturing:  # it would count its steps in memory that a replay sets back
+            work.append(GroupWork.of(group, step_groups))
+        if fresh and capturing:  # their steps would be counted in memory that a replay sets back
             remedy = "run one eager step before the capture"
             raise argument_error("CUDA graph", "the parameters and states of the last step", "others", remedy)
-        if fresh:  # those that fit are checked by the ops, before anything is changed, at a tenth of the cost
+        if fresh:  # otherwise the ops check the gradients, before anything is changed, at a tenth of the cost
             self.check_gradients()
             self._check_shared_elements()
         for index, active in fresh.items():
             self._step_groups[index] = self._make(groups[index], index, active)
-            work[index] = GroupStep.of(groups[index], self._step_groups[index])
+            work[index] = GroupWork.of(groups[index], self._step_groups[index])
         if capturing:
-            self._captured.update(each for group_step in work for each in group_step.step_groups)
+            self._captured.update(each for group_work in work for each in group_work.step_groups)
         return work
 
-    def collect_one(self, param: torch.Tensor) -> GroupStep:
-        """Return the same for one parameter: its group, with one step group of this parameter alone."""
+    def collect_one(self, param: torch.Tensor) -> GroupWork:
+        """Return the `GroupWork` of one parameter: its group, with one step group of this parameter alone."""
         self._check_states()
         index, position = self.position_of(param)
         group = self._optimizer.param_groups[index]
@@ -273,10 +274,10 @@ class StepGroups:
         self._check_gradient(param, index, position)
         if not _all_fit(self._step_groups.get(param, []), [param]):
             self._step_groups[param] = self._make(group, index, [param])
-        return GroupStep.of(group, self._step_groups[param])
+        return GroupWork.of(group, self._step_groups[param])
 
     def _check_states(self) -> None:
-        """Drop all step groups where states are not those that they were made for."""
+        """Drop all step groups if the states are not those that they were made for."""
         states = self._optimizer.state.values()
         if len(states) != len(self._known_states) or not all(map(operator.is_, states, self._known_states)):
             self._step_groups.clear()
@@ -293,12 +294,12 @@ class StepGroups:
         return self._positions[param]
 
     def _make(self, group: ParamGroup, index: int, params: list[torch.Tensor]) -> list[StepGroup]:
-        """Return new step groups for parameters of a group, with states where there are none."""
-        if len(params) > 1:  # counters would move to other memory than the one that replays add to
+        """Return new step groups for parameters of a group; make the states that are missing."""
+        if len(params) > 1:  # counters would leave the memory that replays add to
             captured = {id(p) for each in self._captured for p in each.params}
             if any(id(p) in captured for p in params):
                 remedy = "give all of them gradients, or load the optimizer's state into a new one"
-                raise argument_error("gradients", "those of the parameters in the captured step", "of others", remedy)
+                raise argument_error("gradients", "those of the parameters in the captured step", "those of others", remedy)
         state = self._optimizer.state
         for param in params:
             if not state[param]:
@@ -315,14 +316,14 @@ class StepGroups:
         """Check the gradient of every parameter.
 
         Raises:
-            ArgumentError: one does not fit, or its parameter is no longer the one that its state was made for.
+            ArgumentError: one does not fit, or its parameter no longer fits its state.
         """
         for index, group in enumerate(self._optimizer.param_groups):
             for position, param in enumerate(group["params"]):
                 self._check_gradient(param, index, position)
 
     def _check_gradient(self, param: torch.Tensor, index: int, position: int) -> None:
-        """Check one gradient, and that its parameter is still one that its state was made for."""
+        """Check one gradient, and that its parameter still fits its state."""
         if param.grad is None:
             return
         name = f"parameter {position} in group {index}"
@@ -331,12 +332,12 @@ class StepGroups:
         check_param_dtype(f"the gradient of {name}", param.grad)
         resolve_backend(group["backend"], local(param))
         state = self._optimizer.state.get(param, {})
-        dense = torch.empty_like(local(param), device="meta")  # laid out as the states are, also where a parameter has gaps
+        dense = torch.empty_like(local(param), device="meta")  # laid out as the states are, also if a parameter has gaps
         for key in STATES:
             if key not in state:
                 continue
             if local(state[key]).device != local(param).device:
-                raise argument_error(name, f"device {local(state[key]).device}, as its {key}", local(param).device, _AFTER_TO)
+                raise argument_error(name, f"device {local(state[key]).device}, as its {key}", local(param).device, _REFIT)
             if local(state[key]).shape != dense.shape:
                 expected = f"shape {tuple(local(state[key]).shape)}, as its {key}"
                 remedy = "do not change the shape of a parameter in training"
@@ -345,15 +346,15 @@ class StepGroups:
                 remedy = "do not change the memory format of a model in training"
                 raise argument_error(name, f"strides {state[key].stride()}, as its {key}", param.stride(), remedy)
         if "low_bits" in state and param.dtype == torch.float32:
-            raise argument_error(name, "torch.bfloat16 or torch.float16, beside its low_bits", param.dtype, _AFTER_TO)
+            raise argument_error(name, "torch.bfloat16 or torch.float16, beside its low_bits", param.dtype, _REFIT)
         if state and "low_bits" not in state and param.dtype != torch.float32 and rounding_of(group) == "compensated":
-            raise argument_error(name, "torch.float32, or low_bits in its state", f"{param.dtype} without", _AFTER_TO)
+            raise argument_error(name, "torch.float32, or low_bits in its state", f"{param.dtype} without", _REFIT)
 
     def _check_shared_elements(self) -> None:
-        """Raise where a parameter with gaps shares elements with another parameter; of dense ones the ops find out.
+        """Raise if a parameter with gaps shares elements with another parameter; the ops check dense ones.
 
-        The ranges of addresses may overlap without a shared element, as those of two slices of columns do: so every byte of
-        their common storage is marked.
+        Ranges of addresses may overlap without a shared element, as those of two slices of columns do. So every byte of a
+        common storage is marked.
         """
         names: dict[torch.Tensor, str] = {}
         for index, group in enumerate(self._optimizer.param_groups):
@@ -381,12 +382,12 @@ class StepGroups:
             view.fill_(True)
 
     def _check_capture(self, group: ParamGroup, index: int, grads: list[torch.Tensor | None], bs: Number | None) -> None:
-        """Raise where a replay could not do what a step does: it repeats numbers, and steps only what was captured."""
+        """Raise if a replay could not do what a step does: it repeats numbers, and steps only what was captured."""
         if not group["capturable"]:
             raise argument_error("capturable", "True in a CUDA graph", f"False in group {index}", "pass capturable=True")
         for name, value in ((name, group[name]) for name in ON_DEVICE if name != "bs" or bs is None):
             if not isinstance(value, torch.Tensor):
-                remedy = f"replays would keep it: use group[{name!r}].fill_() where it was a tensor"
+                remedy = f"replays would keep it: use group[{name!r}].fill_(), which keeps the tensor"
                 raise argument_error(name, "a tensor in a CUDA graph", f"{value!r} in group {index}", remedy)
         if bs is not None and not isinstance(bs, torch.Tensor):
             raise argument_error("bs", "a tensor or None in a CUDA graph", repr(bs), "replays would keep it: fill the group's")
@@ -402,14 +403,14 @@ class StepGroups:
 
 
 def _all_fit(step_groups: list[StepGroup], params: list[torch.Tensor]) -> bool:
-    """Return whether the step groups are still those of these parameters."""
+    """Tell whether the step groups are still those of these parameters."""
     together = _stepped_together(params)
     return len(together) == len(step_groups) and all(each.fits(same) for each, same in zip(step_groups, together))
 
 
 def _stepped_together(params: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return the parameters in lists of those that one call of an op can step: on one device, and sharded alike."""
-    by_place: dict[Hashable, list[torch.Tensor]] = {}
+    """Divide parameters into lists that one call of an op can step: on one device, and sharded alike."""
+    lists: dict[Hashable, list[torch.Tensor]] = {}  # by device and sharding
     for param in params:
-        by_place.setdefault(device_and_sharding(param), []).append(param)
-    return list(by_place.values())
+        lists.setdefault(device_and_sharding(param), []).append(param)
+    return list(lists.values())

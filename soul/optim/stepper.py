@@ -1,6 +1,6 @@
-"""The steps of an optimizer: one call of an op for each step group, and what the last step left.
+"""The steps of an optimizer: one call of an op for each step group, and the telemetry of the last step.
 
-In a step `Stepper` collects the step groups (`soul.optim.step_groups`), computes the norm of all gradients where an option
+In a step `Stepper` collects the step groups (`soul.optim.step_groups`), computes the norm of all gradients if an option
 needs it (`soul.optim.gradients`), and calls one op for each step group. With several step groups all calls are checked before
 the first one changes anything. Nothing waits for the device but `Stepper.telemetry`.
 
@@ -17,7 +17,7 @@ import torch
 from soul.distributed.shards import local
 from soul.optim.gradients import gradient_factor, moved, norm_and_skip, not_finite, total_norm
 from soul.optim.options import Number, ParamGroup, option_on, rounding_of
-from soul.optim.step_groups import GroupedOptimizer, GroupStep, StepGroup, StepGroups
+from soul.optim.step_groups import GroupedOptimizer, GroupWork, StepGroup, StepGroups
 from soul.optim.telemetry import check_counts_all, group_telemetry, steer_rho
 from soul_kernels import Guards, StepOptions, StepTensors
 from soul_kernels.backends import resolve_backend
@@ -38,7 +38,7 @@ class Stepper:
     """Steps an optimizer, and keeps what is derived from its groups and states.
 
     Args:
-        optimizer: a `soul.SophiaG`, of which no reference is kept.
+        optimizer: a `soul.SophiaG`; it is not kept alive.
 
     Attributes:
         step_groups: the `StepGroups` of the optimizer.
@@ -46,17 +46,17 @@ class Stepper:
     """
 
     def __init__(self, optimizer: SteppedOptimizer) -> None:
-        self._optimizer = weakref.proxy(optimizer)  # no cycle, as in `StepGroups`
+        self._optimizer = weakref.proxy(optimizer)  # not a cycle, as in `StepGroups`
         self.step_groups = StepGroups(optimizer)
         self.stepped: dict[int, list[StepGroup]] = {}
-        self._norms: dict[torch.device, torch.Tensor] = {}  # norm of the last step on a device, always in the same memory
-        self._norm: torch.Tensor | None = None  # the one of the last step, or None where it needed none
+        self._norms: dict[torch.device, torch.Tensor] = {}  # device -> memory of a norm, which stays the same
+        self._norm: torch.Tensor | None = None  # norm of the last step, or None if that step needed none
         self._skipped: torch.Tensor | None = None  # number of skipped steps
         self._versions: list[int] = []  # of the steps of all step groups, when parameters were last checked for overlap
         self._numel: int | None = None  # elements of all parameters
 
     def forget_numel(self) -> None:
-        """Count the elements of all parameters anew when they are next needed: a group was added."""
+        """Let the elements of all parameters be counted anew, after a group was added."""
         self._numel = None
 
     def step(
@@ -68,51 +68,50 @@ class Stepper:
             bs: overrides the groups' ``bs``, or None.
             grad_scale: the scale of a GradScaler that has not unscaled the gradients, or None.
             found_inf: the GradScaler's verdict, or None.
-            released: whether gradients are released in the backward pass, which leaves nothing to do: then telemetry stays that
-                of the backward pass.
+            released: whether gradients are released in the backward pass. Then nothing is left to do if no parameter has a
+                gradient, and telemetry stays that of the backward pass.
 
         Raises:
             ArgumentError: an option or a gradient does not fit; nothing was changed.
         """
         work = self.step_groups.collect(bs)
-        if released and not any(group_step.step_groups for group_step in work):
+        if released and not any(group_work.step_groups for group_work in work):
             return
         try:
             self._run(work, bs, grad_scale, found_inf)
         except ValueError:
-            self.step_groups.check_gradients()  # names the parameter whose gradient is at fault; the ops name list entries
+            self.step_groups.check_gradients()  # its errors name parameters; those of the ops name entries of lists
             raise
-        self.stepped = {index: list(group_step.step_groups) for index, group_step in enumerate(work)}
+        self.stepped = {index: list(group_work.step_groups) for index, group_work in enumerate(work)}
 
     def step_one(self, param: torch.Tensor, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         """Step one parameter; arguments as in `step`."""
-        group_step = self.step_groups.collect_one(param)
-        (step_group,) = group_step.step_groups
+        group_work = self.step_groups.collect_one(param)
+        (step_group,) = group_work.step_groups
         index, _ = self.step_groups.position_of(param)
         stepped = self.stepped.setdefault(index, [])
         if step_group in stepped:  # another backward pass has begun
             stepped.clear()
         stepped.append(step_group)
-        self._run([group_step], None, grad_scale, found_inf)
+        self._run([group_work], None, grad_scale, found_inf)
 
     def _run(
         self,
-        work: list[GroupStep],
+        work: list[GroupWork],
         bs: Number | None,
         grad_scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
     ) -> None:
-        """Step what was collected; nothing is changed where an op refuses its arguments."""
+        """Step what was collected; if an op refuses its arguments, nothing is changed."""
         hessian_in_step = self._optimizer.hessian_in_step
         norm, skip = norm_and_skip(work, grad_scale, found_inf)
         steps = []
         params = []
         for group, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
-                in_step = group["betas"][1] if hessian_in_step else None
                 corrections = None
                 if group["bias_correction"]:
-                    updates = step_group.count("hessian_step") if in_step is None else step_group.count("step") + 1
+                    updates = step_group.count("step") + 1 if hessian_in_step else step_group.count("hessian_step")
                     corrections = step_group.corrections(group["betas"][1], updates)
                 step_group.telemetry.zero_()
                 params.append(step_group.dense_params())
@@ -125,7 +124,7 @@ class Stepper:
                         bs=option_on(group["bs"] if bs is None else bs, step_group.device),
                         eps=group["eps"],
                         weight_decay=option_on(group["weight_decay"], step_group.device),
-                        beta2=in_step,
+                        beta2=group["betas"][1] if hessian_in_step else None,
                         maximize=group["maximize"],
                         eps_mode=group["eps_mode"],
                         param_rounding=rounding_of(group),
@@ -141,13 +140,13 @@ class Stepper:
                 )
                 steps.append(step)
         if len(steps) > 1:
-            versions = [step_group.step.version for group_step in work for step_group in group_step.step_groups]
+            versions = [step_group.step.version for group_work in work for step_group in group_work.step_groups]
             if versions != self._versions:  # each step has seen the tensors of its own step group only
                 check_overlap({"parameters": [p for tensors in params for p in tensors]})
                 self._versions = versions
         for step in steps:
             step()
-        self._norm = self._norm_kept(norm)
+        self._norm = self._in_fixed_memory(norm)
         for group, step_groups, _ in work:
             for step_group in step_groups:
                 step_group.copy_back()
@@ -157,7 +156,7 @@ class Stepper:
         if skip is not None:
             if self._skipped is None:
                 self._skipped = torch.zeros_like(skip, dtype=torch.float64)
-            self._skipped.add_(moved(skip, self._skipped.device))  # in place: a replay adds as well
+            self._skipped.add_(moved(skip, self._skipped.device))  # in place, so that replays add to it as well
 
     def update_hessian(self, probes: Mapping[torch.Tensor, torch.Tensor] | None, grad_scale: Number | None) -> None:
         """Update h of all parameters that have gradients; see `soul.SophiaG.update_hessian`."""
@@ -174,14 +173,14 @@ class Stepper:
 
     def _update_hessian(
         self,
-        work: list[GroupStep],
+        work: list[GroupWork],
         probes: Mapping[torch.Tensor, torch.Tensor] | None = None,
         grad_scale: Number | None = None,
     ) -> None:
-        """Update h of what was collected; nothing is changed where an op refuses its arguments."""
+        """Update h of what was collected; if an op refuses its arguments, nothing is changed."""
         skip = None
         # Scaled gradients overflow as a matter of course, and inf would stay in h for good.
-        if grad_scale is not None or any(group_step.group["skip_nonfinite"] for group_step in work):
+        if grad_scale is not None or any(group_work.group["skip_nonfinite"] for group_work in work):
             norm = total_norm(work)
             skip = None if norm is None else not_finite(norm)
         updates = []
@@ -208,8 +207,8 @@ class Stepper:
                 updates.append(update)
         for update in updates:
             update()
-        for group_step in work:
-            for step_group in group_step.step_groups:
+        for group_work in work:
+            for step_group in group_work.step_groups:
                 step_group.count("hessian_step").add_(1 if skip is None else 1 - moved(skip, step_group.device))
 
     def _probe(self, probes: Mapping[torch.Tensor, torch.Tensor], param: torch.Tensor) -> torch.Tensor:
@@ -225,7 +224,7 @@ class Stepper:
         return total_norm(self.step_groups.collect()) if self._norm is None else self._norm
 
     def telemetry(self) -> dict[str, Any]:
-        """Return what the last step left on the device; see `soul.SophiaG.telemetry`."""
+        """Return the telemetry of the last step; see `soul.SophiaG.telemetry`."""
         for step_groups in self.stepped.values():
             check_counts_all(step_groups)
         param_groups = self._optimizer.param_groups
@@ -236,15 +235,15 @@ class Stepper:
         }
 
     def _backend(self, group: ParamGroup, step_group: StepGroup) -> str:
-        """Return the backend of a step group. "auto" goes by all parameters, also where they are stepped one at a time."""
+        """Return the backend of a step group. "auto" goes by all parameters, even if they are stepped one at a time."""
         if group["backend"] != "auto" or step_group.device.type != "cpu":
             return group["backend"]
         if self._numel is None:
             self._numel = sum(local(param).numel() for each in self._optimizer.param_groups for param in each["params"])
         return resolve_backend("auto", local(step_group.params[0]), compiled=self._numel)
 
-    def _norm_kept(self, norm: torch.Tensor | None) -> torch.Tensor | None:
-        """Return a copy of a norm in the memory that `telemetry` reads, where replays of several CUDA graphs all write it."""
+    def _in_fixed_memory(self, norm: torch.Tensor | None) -> torch.Tensor | None:
+        """Return a copy of a norm in memory that stays the same, so that replays of several CUDA graphs all write there."""
         if norm is None:
             return None
         if norm.device not in self._norms:

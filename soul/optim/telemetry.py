@@ -1,8 +1,8 @@
-"""What the kernels count in a step, and rho, which is steered by it.
+"""Telemetry of a step: what the kernels count, and rho, which is steered by the clipped fraction.
 
 `sophia_step` adds three numbers to the ``telemetry`` of a step group: clipped coordinates, coordinates whose update was lost
-to rounding, and the squared norm of the update. They stay on the device, where `steer_rho` uses them; `group_telemetry` reads
-them.
+to rounding, and the squared norm of the update. They stay on the device, where `steer_rho` uses them. `group_telemetry` reads
+them for the user.
 """
 
 import functools
@@ -18,7 +18,7 @@ RHO_RANGE = (1e-12, 1e12)  # of a rho that is steered
 
 
 def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str, float]:
-    """Return the entry of a parameter group in `soul.SophiaG.telemetry`; waits for the device."""
+    """Return the entry of a parameter group in `soul.SophiaG.telemetry`; wait for the device."""
     totals = sum(
         (step_group.sum_over_shards(step_group.telemetry.clone()).cpu() for step_group in step_groups),
         torch.zeros(3, dtype=torch.float64, device="cpu"),
@@ -34,7 +34,7 @@ def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str
 
 
 def check_counts_all(step_groups: list[StepGroup]) -> None:
-    """Raise where a framework hides that it has cut the parameters: this process has counted its own piece alone."""
+    """Raise if a framework has cut the parameters, and this process has counted its own piece alone."""
     for step_group in step_groups:
         framework = hidden_sharding(step_group.params)
         if framework is not None:
@@ -46,11 +46,11 @@ def check_counts_all(step_groups: list[StepGroup]) -> None:
 def steer_rho(group: ParamGroup, step_groups: list[StepGroup], skip: torch.Tensor | None, hessian_in_step: bool) -> None:
     """Move rho of a group towards its ``clip_target``, in place: ``rho *= exp(fraction - clip_target)``.
 
-    It stays as it is in a skipped step, with lr = 0, and as long as there is no Hessian.
+    rho stays as it is in a skipped step, with lr = 0, and until h is updated for the first time.
 
     Args:
         group: the parameter group; its ``rho`` is a tensor.
-        step_groups: what has just been stepped of it.
+        step_groups: its step groups that have just been stepped.
         skip: whether the step was skipped, or None, as from `norm_and_skip`.
         hessian_in_step: whether the step itself refreshes h.
     """

@@ -1,4 +1,5 @@
-"""What a run writes: complete files (`files`), the output directory (`directory`), the console (`console`).
+"""The output of a run: complete files (`files`), the output directory (`directory`), the console (`console`).
 
-May import: nothing of ``soul``. Start with `directory`.
+May import: nothing of ``soul``.
+Start reading with `directory`.
 """

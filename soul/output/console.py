@@ -1,8 +1,9 @@
 """The console of a command. A report that cannot be written never ends the work; a result that cannot be written is an error.
 
-Within `safe` standard output and standard error swallow what cannot be written: a pipe whose reader has gone, a full disk, a
-closed stream. Characters that the console does not have are written as escapes. So whatever ``print`` and progress bars write,
-also those of libraries, is a report. A result, which a command computes only to print it, goes through `print_result`.
+Within `safe` standard output and standard error swallow what cannot be written to a full disk, to a closed stream, or to a pipe
+that nobody reads any more. Characters that the console does not have are written as escapes. So whatever ``print`` and progress
+bars write, also those of libraries, is a report. A result, which a command computes only to print it, goes through
+`print_result`.
 """
 
 import contextlib
@@ -24,12 +25,12 @@ class SafeStream:
         stream: the stream, or None if the process was started without it.
 
     Attributes:
-        error: the OSError of the first write that failed, or None. After it nothing is written any more.
+        error: the OSError of the first write that failed, or None. After an error nothing is written any more.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self.error: OSError | None = _closed() if stream is None else None
-        self.stream = cast(TextIO, stream)  # None is never written to: there is an error
+        self.stream = cast(TextIO, stream)  # None is never written to, since there is an error
 
     def write(self, text: str) -> int:
         """Write a text if the stream still works; return the length of the text in any case."""
@@ -84,10 +85,10 @@ def safe(whole_process: bool = False) -> Iterator[None]:
     """Make ``sys.stdout`` and ``sys.stderr`` safe for the duration of the block.
 
     Args:
-        whole_process: the process ends after the block. Then a stream that has failed is redirected to the null device
-            afterwards: Python flushes it once more when it exits, and would end with status 120. Descriptors 0 to 2 that are
-            closed are opened on the null device before. Otherwise a file of the run could get one of them, and with it the
-            output of libraries.
+        whole_process: whether the process ends after the block. Then a stream that has failed is redirected to the null device
+            after the block, since Python flushes it once more on exit, and would end with status 120. Before the block, those
+            of the descriptors 0 to 2 that are closed are opened on the null device. Otherwise a file of the run could get one
+            of them, and with it the output of libraries.
     """
     if whole_process:
         _reserve_descriptors()
@@ -128,7 +129,7 @@ def check_written(stream: TextIO | SafeStream) -> None:
 
 
 def _reserve_descriptors() -> None:
-    """Open descriptors 0 to 2 on the null device as far as they are closed."""
+    """Open those of the descriptors 0 to 2 that are closed on the null device."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -137,7 +138,7 @@ def _reserve_descriptors() -> None:
 
 
 def _redirect_to_null(stream: TextIO) -> None:
-    """Make the descriptor of a stream one of the null device."""
+    """Redirect the descriptor of a stream to the null device."""
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no descriptor, or a closed one
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

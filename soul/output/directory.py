@@ -26,15 +26,15 @@ def check_output(directory: str | os.PathLike[str], resume: bool = False) -> pat
 
     Args:
         directory: path of the directory.
-        resume: accept also the directory of a run of the ``soul unlearn`` command, which is to go on.
+        resume: also accept the directory of a run that is to go on.
 
     Raises:
         ArgumentError: the directory is not empty, it cannot be written, or a file that a resumed run writes is a link.
     """
     directory = pathlib.Path(directory)
-    above = next((parent for parent in directory.absolute().parents if parent.exists()), directory)
-    if not above.is_dir():
-        raise argument_error("output", "a new or an empty directory", f"a path below the file {above}", "choose another one")
+    parent = next((path for path in directory.absolute().parents if path.exists()), directory)
+    if not parent.is_dir():
+        raise argument_error("output", "a new or an empty directory", f"a path below the file {parent}", "choose another one")
     if resume:
         for name in (RUN_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS):
             _check_no_link(directory / name)
@@ -55,8 +55,8 @@ def no_follow(path: str | os.PathLike[str], flags: int) -> int:
     In a directory in which others may write, a link could lead to any file of the user who starts the run.
 
     Args:
-        path: of the file.
-        flags: those of ``os.open``.
+        path: path of the file.
+        flags: the flags for ``os.open``.
 
     Returns:
         The descriptor.
@@ -66,7 +66,7 @@ def no_follow(path: str | os.PathLike[str], flags: int) -> int:
     """
     _check_no_link(path)
     truncate = flags & os.O_TRUNC
-    # O_NOFOLLOW: somebody may put a link there after the check. The file is truncated only once it is known which one it is.
+    # O_NOFOLLOW: somebody may put a link there after the check. The file is truncated only after the open file was checked too.
     descriptor = os.open(path, (flags & ~os.O_TRUNC) | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
         _check_no_link(path, os.fstat(descriptor))
@@ -79,7 +79,7 @@ def no_follow(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def write_in_place(path: pathlib.Path, text: str) -> None:
-    """Replace the content of a file that stays the same file, and so stays locked.
+    """Replace the content of a file without replacing the file, so that it stays locked.
 
     Raises:
         ArgumentError: as in `no_follow`.
@@ -128,7 +128,7 @@ def check_writable(name: str, path: str | os.PathLike[str]) -> None:
 
     Args:
         name: argument to name in the error.
-        path: of a file or a directory.
+        path: path of a file or a directory.
 
     Raises:
         ArgumentError: it cannot be written.

@@ -19,12 +19,12 @@ SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 
 def scratch_path(directory: pathlib.Path) -> pathlib.Path:
-    """Return a new path in a directory, for something that is not complete yet or is being removed."""
+    """Return a new path in a directory, for a file that is not complete yet or is being removed."""
     return directory / f".{uuid.uuid4().hex}.tmp"
 
 
 def is_scratch(path: pathlib.Path) -> bool:
-    """Tell whether `scratch_path` has made this name. It makes none for a symbolic link."""
+    """Tell whether a path has a name from `scratch_path`, and is no symbolic link."""
     return SCRATCH.fullmatch(path.name) is not None and not path.is_symlink()
 
 
@@ -39,7 +39,7 @@ def sweep(directory: pathlib.Path) -> None:
 
 
 def discard(path: pathlib.Path) -> None:
-    """Remove a file or a directory; warn if that fails. It is renamed first, so that its name never stands for half of it."""
+    """Remove a file or a directory, renaming it first, so that its name never stands for half of it; warn if that fails."""
     try:
         path = path.rename(scratch_path(path.parent))
         _delete(path)
@@ -66,22 +66,22 @@ def whole(directory: pathlib.Path, last: tuple[str, ...] = ()) -> Iterator[pathl
         last: names of files that are moved after all others, so that their presence proves that the others are complete.
 
     Raises:
-        OSError: something could not be written, also if a library reports that as another type.
+        OSError: something could not be written, even if a library reports that as another type.
     """
-    aside = scratch_path(directory)
+    scratch = scratch_path(directory)
     try:
-        aside.mkdir()
+        scratch.mkdir()
         with os_errors():
-            yield aside
-        flush(aside)
-        for path in sorted(aside.iterdir(), key=lambda path: path.name in last):
+            yield scratch
+        flush(scratch)
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name in last):
             target = directory / path.name
-            if path.is_dir() and os.path.lexists(target):  # a directory replaces nothing but an empty one
+            if path.is_dir() and os.path.lexists(target):  # a directory can replace only an empty directory
                 discard(target)
             os.replace(path, target)
         sync(directory)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -90,8 +90,8 @@ def write_text(path: pathlib.Path, text: str) -> None:
     Raises:
         OSError: it could not be written; an existing file is unchanged.
     """
-    with whole(path.parent) as aside:
-        (aside / path.name).write_text(text, encoding="utf-8")
+    with whole(path.parent) as scratch:
+        (scratch / path.name).write_text(text, encoding="utf-8")
 
 
 def flush(directory: pathlib.Path) -> None:
@@ -123,7 +123,7 @@ def sync(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def os_errors() -> Iterator[None]:
-    """Raise an OSError where safetensors or tokenizers report an error of the system, such as a full disk, as another type."""
+    """Raise an OSError if safetensors or tokenizers report an error of the system, such as a full disk, as another type."""
     try:
         yield
     except OSError:

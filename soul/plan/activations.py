@@ -13,7 +13,7 @@ FLOAT = 4  # bytes
 def layer_components(case: Case) -> dict[str, float]:
     """Return component of a layer -> bytes that its forward pass saves for its backward pass, without checkpointing.
 
-    Where e is the size of an element, n = B T the tokens, D the width, I the inner width of the MLP, d the width of a head, H
+    Here e is the size of an element, n = B T the tokens, D the width, I the inner width of the MLP, d the width of a head, H
     and K the heads of queries and of keys::
 
         each of two norms    n D (4 + e + e)      input in fp32, normalized input, output, which the next matrices save
@@ -86,7 +86,7 @@ def last_norm_bytes(case: Case) -> int:
 def working_bytes(case: Case) -> float:
     """Return the most scratch memory, in bytes, that the backward pass of a layer needs beside what was saved.
 
-    Two gradients with respect to hidden states exist all along. The larger of two moments is added: the gradients with respect
+    Two gradients with respect to hidden states exist throughout. The larger of two moments is added: the gradients with respect
     to the two inner halves of the MLP; or, with eager attention, the gradients with respect to the probabilities, when what the
     MLP saved has been freed.
     """

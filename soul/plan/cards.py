@@ -1,4 +1,4 @@
-"""Memory and rates of GPUs: from their datasheets and, where these are known, as measured."""
+"""Memory and rates of GPUs, measured where a measurement is known, otherwise from their datasheets."""
 
 import math
 from typing import NamedTuple
@@ -17,8 +17,8 @@ class Card(NamedTuple):
         bandwidth: rate of its memory, bytes a second.
         flops: rate of dense bf16 matrix products with fp32 sums, FLOP/s.
         source: origin of the two rates.
-        multiprocessors: number of multiprocessors; 0 where it is not needed: only `bench.model` uses it.
-        clock: highest clock, cycles a second.
+        multiprocessors: number of multiprocessors, which only `bench.model` uses; 0: unknown.
+        clock: highest clock, cycles a second; 0: unknown.
     """
 
     name: str
@@ -45,14 +45,14 @@ DATASHEETS = {
 # Measured on an H100 80GB HBM3, torch 2.11, 2026-11-23: a copy of 1 GiB, bytes read and written; a bf16 GEMM of 8192^3, random
 # data.
 CEILINGS = {"h100": DATASHEETS["h100"]._replace(bandwidth=3000e9, flops=723e12, source="measured copy and GEMM ceilings")}
-CARDS = DATASHEETS | CEILINGS  # the measured ceiling where there is one
+CARDS = DATASHEETS | CEILINGS  # a measured ceiling replaces the datasheet
 
 
 def card_of(card: Card | str) -> Card:
     """Return the `Card` for a card, a name in ``CARDS``, or a text "GB:GB/s:TFLOP/s".
 
     Raises:
-        ArgumentError: the name is unknown, or the text has not three positive numbers.
+        ArgumentError: the name is unknown, or the text does not have three positive numbers.
     """
     if isinstance(card, Card):
         return card
@@ -63,6 +63,6 @@ def card_of(card: Card | str) -> Card:
     except ValueError:
         memory = bandwidth = flops = 0.0
     if not all(0 < number < math.inf for number in (memory * 1e9, bandwidth * 1e9, flops * 1e12)):
-        expected, remedy = f"one of {', '.join(CARDS)}, or GB:GB/s:TFLOP/s", "for instance 48:864:181"
-        raise argument_error("card", expected, repr(card), remedy)
+        expected = f"one of {', '.join(CARDS)}, or GB:GB/s:TFLOP/s"
+        raise argument_error("card", expected, repr(card), "for instance 48:864:181")
     return Card(str(card), memory * 1e9, bandwidth * 1e9, flops * 1e12)

@@ -18,7 +18,7 @@ from soul_kernels.errors import argument_error, check_choice, check_whole
 ATTENTIONS = ("sdpa", "eager")
 
 
-def check_where(attention: str, gpus: int, network: float) -> None:
+def check_hardware(attention: str, gpus: int, network: float) -> None:
     """Raise `ArgumentError` unless a `Case` takes these values of ``attention``, ``gpus`` and ``network``."""
     check_choice("attention", attention, ATTENTIONS)
     check_whole("gpus", gpus, "1 is a single card")
@@ -50,8 +50,8 @@ class Tokens:
         labelled: number of tokens with a label, of all sequences together; None: every token.
         compared: number of labelled tokens at which a divergence from the reference model is computed, if the objective has
             one; None: those of half of the sequences.
-        padded: whether some sequences are shorter. Attention then takes a mask, and as many heads of keys and values as of
-            queries.
+        padded: whether some sequences are shorter. Attention then takes a mask, and has as many heads of keys and
+            values as of queries.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -115,7 +115,7 @@ class Case:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_where(self.attention, self.gpus, self.network)
+        check_hardware(self.attention, self.gpus, self.network)
         if self.adapters is not None:
             check_rank(self.adapters["rank"])
         targets = None if self.adapters is None else self.adapters.get("targets", "all-linear")
@@ -156,7 +156,7 @@ class Case:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the factors of the matrix products."""
+        """The dtype of the operands of the matrix products."""
         return torch.bfloat16 if self.casts else self.parameter_dtype
 
     @property
@@ -194,7 +194,7 @@ class Case:
 
 
 def _matches(name: str, target: str) -> bool:
-    """Whether a weight belongs to a layer that ``target`` names."""
+    """Tell whether a weight belongs to a layer that ``target`` names."""
     return is_named(name.removesuffix(".weight"), target)
 
 

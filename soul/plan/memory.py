@@ -1,8 +1,8 @@
 """Bytes of every component in every phase of a step; the phase with the largest sum is the peak.
 
-A step has two or three phases: the forward pass with the loss, the backward pass, and the optimizer's step. `phases` adds up
-what is allocated all the time (`resident`) and what is allocated in the phase. The backward pass counts at the largest of three
-moments: as the loss hands over its gradients, in the last layer, and in the first layer.
+A step has two or three phases: the forward pass with the loss, the backward pass, and the optimizer's step. `phases` adds what
+is allocated all the time (`resident`) to what is allocated in the phase. For the backward pass the largest of three moments
+counts: as the loss hands over its gradients, in the last layer, and in the first layer.
 
 A component without bytes is left out of the table. A new tensor of the run belongs in the functions of all the phases in which
 it is alive; tests/plan/test_plan.py compares the sums with steps of small models, within 15%.
@@ -23,9 +23,9 @@ FORWARD, BACKWARD, STEP = "forward and loss", "backward", "optimizer step"
 
 
 def phases(case: Case) -> dict[str, dict[str, int]]:
-    """Return phase -> component -> bytes, on one GPU. With gradient release the step is a part of the backward pass.
+    """Return phase -> component -> bytes, on one GPU. With gradient release the step belongs to the backward pass.
 
-    The forward pass is largest at its end, in the loss. Of the backward pass the largest moment counts.
+    The forward pass is largest at its end, in the loss. For the backward pass the largest moment counts.
     """
     accumulated = gradient_bytes(case) if case.config.accumulate > 1 else 0
     activations = saved_bytes(case) + last_norm_bytes(case)
@@ -34,13 +34,13 @@ def phases(case: Case) -> dict[str, dict[str, int]]:
     backward = max(moments, key=lambda components: sum(components.values()))
     forward["gathered from shards"] = gathered_bytes(case)
     backward["gathered from shards"] = gathered_bytes(case) + scattered_bytes(case)
-    of_phase = {FORWARD: forward, BACKWARD: backward}
+    by_phase = {FORWARD: forward, BACKWARD: backward}
     if not case.config.gradient_release:
-        of_phase[STEP] = {"gradients": gradient_bytes(case)}
+        by_phase[STEP] = {"gradients": gradient_bytes(case)}
     always = resident(case)
     return {
         phase: {name: math.ceil(size) for name, size in (always | components).items() if size}
-        for phase, components in of_phase.items()
+        for phase, components in by_phase.items()
     }
 
 
@@ -114,13 +114,13 @@ def _loss(case: Case) -> dict[str, float]:
     limit = chunk_rows(shape.vocab, options, case.has_divergence)
     plain = row_bytes(shape.vocab, options, False)
     with_reference = row_bytes(shape.vocab, options, True)
-    a_row = shape.head_width * options.compute_dtype.itemsize + N_BASIC * FLOAT  # hidden states and statistics
-    states = _hidden_bytes(case) + rows * (a_row + shape.head_width * FLOAT) + compared * a_row
+    bytes_of_row = shape.head_width * options.compute_dtype.itemsize + N_BASIC * FLOAT  # hidden states and statistics
+    hidden = _hidden_bytes(case) + rows * (bytes_of_row + shape.head_width * FLOAT) + compared * bytes_of_row
     if case.has_divergence and case.adapters is not None:
-        states += _hidden_bytes(case)  # a forward without the adapters
+        hidden += _hidden_bytes(case)  # a forward without the adapters
     return {
         "logits of a chunk": min(rows, limit) * plain + min(compared, limit) * (with_reference - plain),
-        "hidden states at the head": states,
+        "hidden states at the head": hidden,
         "head's gradient in fp32": _fp32_head_gradient(case),
         "bf16 copies of matrices": _bf16_copies(case) + (2 * shape.head_numel if case.casts else 0),
     }

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
 class Plan:
     """Memory and time of a `Case`, computed, not measured.
 
+    The CUDA context, workspaces of libraries and the allocator's fragmentation are not counted.
+
     Attributes:
         case: what was planned.
         phases: phase of a step -> component -> bytes on each GPU.
-        seconds: component of a step -> lower bound of its seconds; see `soul.plan.time`.
-        steps: number of steps of the run and the lower bound of its seconds, where its data are known; or None.
+        seconds: component of a step -> lower bound of its seconds, see `soul.plan.time`.
+        steps: number of steps of the run and lower bound of its seconds; None: its data are not known.
     """
 
     case: Case
@@ -63,7 +65,7 @@ class Plan:
     def table(self) -> str:
         """Return the plan as markdown: a row for each component, a column for each phase, in GB (1e9 bytes); and the time."""
         components = list(dict.fromkeys(name for sizes in self.phases.values() for name in sizes))
-        lines = [f"{self.title()}", "", f"| GB a GPU | {' | '.join(self.phases)} |", "|---" * (1 + len(self.phases)) + "|"]
+        lines = [self.title(), "", f"| GB a GPU | {' | '.join(self.phases)} |", "|---" * (1 + len(self.phases)) + "|"]
         for name in components:
             lines.append(f"| {name} | {' | '.join(_gb(sizes.get(name, 0)) for sizes in self.phases.values())} |")
         totals = [_gb(self.phase_bytes(phase)) for phase in self.phases]
@@ -122,7 +124,11 @@ def plan(
     attention: str = "sdpa",
     steps: Sequence[Sequence[Tokens]] | None = None,
 ) -> Plan:
-    """Plan a run: its memory on each GPU, and a lower bound of its time.
+    """Plan a run: its memory on each GPU, and a lower bound of its time::
+
+        plan = soul.plan.plan("llama-2-7b", soul.UnlearnConfig(state_dtype="8bit"), length=512, card="h100")
+        print(plan.table())
+        plan.peak_bytes, plan.peak_phase, plan.step_seconds
 
     Args:
         model: anything that `soul.plan.shape_of` takes: a preset's name, a directory, a configuration, or a model.
@@ -136,23 +142,23 @@ def plan(
         dtype: dtype of the parameters, as in `soul.Unlearner`.
         adapters: arguments of `soul.models.add_adapters`, or None.
         attention: "sdpa" or "eager", as transformers calls them.
-        steps: for the time of the whole run, a list of `Tokens` for each step; or None.
+        steps: list of `Tokens` for each step, for the time of the whole run; or None.
 
     Returns:
         `Plan`.
 
     Raises:
-        ArgumentError: an argument is unknown or out of range, or does not go with another one.
+        ArgumentError: an argument is unknown or out of range, or two of them do not go together.
     """
     config = UnlearnConfig() if config is None else config
     objective_of(config)  # checks that the run can be planned
     tokens = tokens_of(config, length) if tokens is None else tokens
     dtype = parameter_dtype(dtype, config, adapters)
     case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card_of(card), gpus, network)
-    of_run = None
+    steps_and_seconds = None
     if steps is not None:
-        of_run = len(steps), sum(floor_seconds(step_seconds(case, batches)) for batches in steps)
-    return Plan(case, phases(case), step_seconds(case), of_run)
+        steps_and_seconds = len(steps), sum(floor_seconds(step_seconds(case, batches)) for batches in steps)
+    return Plan(case, phases(case), step_seconds(case), steps_and_seconds)
 
 
 def tokens_of(config: UnlearnConfig, length: int, labelled: int | None = None) -> Tokens:

@@ -49,7 +49,7 @@ def plan_run(
     except Exception as error:  # the libraries raise many kinds for a broken tokenizer
         raise argument_error("model", "a model with a tokenizer", f"{model} ({type(error).__name__})", "check it") from error
     portable = dataclasses.replace(config, backend="reference", cuda_graph=False)  # the run may be meant for another machine
-    run = Unlearner(empty, forget, retain, portable, tokenizer=tokenizer)  # which checks all that can be checked
+    run = Unlearner(empty, forget, retain, portable, tokenizer=tokenizer)  # checks all that can be checked here
     sequences = prepare(empty, tokenizer, *run.examples, portable)
     steps = list(_steps(config, *sequences))
     sizes = [tokens for batches in steps for tokens in batches]
@@ -73,9 +73,10 @@ def _steps(config: UnlearnConfig, forget: list[TokenSequence], retain: list[Toke
 
 
 def _tokens(forget: Sequence[TokenSequence], retain: Sequence[TokenSequence], compared_set: str | None) -> Tokens:
-    """Return the size of a micro-batch whose divergence is computed on the set that is named."""
+    """Return the size of a micro-batch; ``compared_set`` names the set on which the divergence is computed."""
     lengths = [len(sequence.input_ids) for sequence in (*forget, *retain)]
-    n_forget, n_retain = (sum(sequence.n_labels for sequence in sequences) for sequences in (forget, retain))
+    n_forget = sum(sequence.n_labels for sequence in forget)
+    n_retain = sum(sequence.n_labels for sequence in retain)
     n_labelled = n_forget + n_retain
     compared = {None: 0, "forget": n_forget, "retain": n_retain, "all": n_labelled}[compared_set]
     return Tokens(len(lengths), max(lengths), n_labelled, compared, padded=min(lengths) < max(lengths))

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md; ``python -m soul.plan.scaling docs/scaling.md`` rewrites them between the page's marks."""
+"""The tables of docs/scaling.md, which ``python -m soul.plan.scaling docs/scaling.md`` rewrites between the page's marks."""
 
 import math
 import pathlib

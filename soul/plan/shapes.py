@@ -65,7 +65,7 @@ class Shape:
 
     @property
     def outside_numel(self) -> int:
-        """Number of parameters outside of the layers: embeddings, the last norm, a head that is not tied."""
+        """Number of parameters outside the layers: embeddings, the last norm, a head that is not tied."""
         return sum(math.prod(size) for name, size in self.parameters.items() if not _in_layer(name))
 
     @property
@@ -84,7 +84,7 @@ def _in_layer(name: str) -> bool:
 
 
 class LlamaSizes(TypedDict):
-    """The sizes that define a model of the Llama family: the arguments of `llama` but for the name."""
+    """The sizes that define a model of the Llama family: the arguments of `llama` without the name."""
 
     hidden: int
     intermediate: int
@@ -152,7 +152,7 @@ def shape_of(
     """Return the `Shape` of a model.
 
     Args:
-        model: a `Shape`; the name of a preset ("llama-2-7b", or "7b"); a directory or a hub name, of which only the
+        model: a `Shape`; the name of a preset ("llama-2-7b", or "7b"); a directory or a hub name, from which only the
             configuration is read; a configuration of transformers, or its dict, with ``model_type``; or a loaded model.
 
     Raises:

@@ -10,7 +10,7 @@ GEMMS, OPTIMIZER, NETWORK = "matrix products", "optimizer", "network"
 
 
 def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[str, float]:
-    """Return component -> lower bound of its seconds in one step. They add up, but the matrix products may hide the network.
+    """Return component -> lower bound of its seconds in one step. `floor_seconds` combines them.
 
     Args:
         case: the `Case`.

@@ -1,5 +1,5 @@
-"""A run of unlearning: its options, its data, the loop, and the model that it leaves.
+"""A run of unlearning: options (`config`), data (`prepare`, `feed`), steps (`step`, `graph`, `influence`), `loop`, `unlearner`.
 
-`unlearner` is the whole run; `loop` repeats `step` over the batches of `feed`; `config` has all options. May import every wing
-but study, plan, integrations and commands. Start with `unlearner`.
+May import: _extras, checkpoint, data, distributed, evaluate, losses, models, optim, output.
+Start reading with `unlearner`, which is the whole run, then `loop` and `step`.
 """

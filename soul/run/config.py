@@ -46,10 +46,10 @@ class UnlearnConfig:
         clip_target: fraction of the coordinates that should be clipped; rho starts at 0.04 and moves until it is. None: rho is
             fixed.
         bs: number of predictions behind h.
-        curvature: what h is taken from: "unlearn", the gradient of every step, as in SOUL's code; "retain", the gradient of the
+        curvature: source of h: "unlearn", the gradient of every step, as in SOUL's code; "retain", the gradient of the
             cross-entropy of the step's retain tokens; or "gnb", the same with labels drawn from the model. The last two use
-            `soul.SophiaG` with bias correction, and refresh h before the step; ``bs`` should then be the number of those
-            tokens.
+            `soul.SophiaG` with bias correction, and refresh h before the step; ``bs`` should then be the number of retain
+            tokens in a step.
         curvature_every: steps between two refreshes of h, with "retain" and "gnb".
         state_dtype: dtype of SOUL's states: "float32", "bfloat16" or "8bit"; None: h in fp32, m like the parameters.
         param_rounding: how SOUL rounds parameters below fp32: "nearest", "stochastic" or "compensated"; "auto" is the last.
@@ -205,7 +205,7 @@ class UnlearnConfig:
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
     def _check_influence(self) -> None:
-        """Raise for options of a run of many steps."""
+        """Raise for options that the method "influence" does not take."""
         for field in dataclasses.fields(self) if self.method == "influence" else ():
             value = getattr(self, field.name)
             if field.name not in ("method_options", *INFLUENCE_FIELDS) and value != field.default:
@@ -281,11 +281,12 @@ def build_optimizer(model: "PreTrainedModel", config: UnlearnConfig) -> torch.op
 
 
 def build_curvature(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> Curvature | None:
-    """Return what refreshes the optimizer's h before a step, or None if the step itself does it."""
+    """Return the `Curvature` that refreshes the optimizer's h before a step, or None if the step itself does it."""
     if config.curvature == "unlearn":
         return None
-    in_backward = config.gradient_release and config.accumulate == 1  # with several the gradient is complete late
-    sophia = cast(SophiaG, optimizer)  # `UnlearnConfig` has seen to it
+    # With several micro-batches a gradient is complete only after the last one.
+    in_backward = config.gradient_release and config.accumulate == 1
+    sophia = cast(SophiaG, optimizer)  # `UnlearnConfig` refuses AdamW with such a curvature
     if config.curvature == "retain":
         return RetainFisher(sophia, config.curvature_every, in_backward=in_backward)
     return GNB(sophia, config.curvature_every, in_backward=in_backward, seed=config.seed)
@@ -306,7 +307,7 @@ def build_scheduler(
 
     Args:
         optimizer: its ``lr`` is the peak.
-        steps: of the whole run.
+        steps: number of steps of the whole run.
         warmup_ratio: fraction of the steps over which lr rises.
         schedule: a name in ``SCHEDULES``.
     """

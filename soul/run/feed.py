@@ -1,6 +1,7 @@
 """The data of each step: micro-batches of sequences, and what the objective needs of the reference model.
 
-The forget set is counted in examples, of which an objective on pairs has two sequences each; the retain set in sequences.
+The forget set is counted in examples: for an objective on pairs each has two sequences, otherwise one. The retain set is
+counted in sequences.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class Feed:
     """The data of a run. What the objective needs of the reference model is computed here, before the model changes.
 
     Args:
-        model: as it was before unlearning. If it is in shards, every process gets its share of every micro-batch.
+        model: the model before unlearning. If it is in shards, every process gets its share of every micro-batch.
         tokenizer: its tokenizer, for the key of the cache.
         forget: the forget sequences; those of a pair follow one another.
         retain: the retain sequences.
@@ -39,7 +40,7 @@ class Feed:
         config: `UnlearnConfig`.
 
     Attributes:
-        ref_head: weight and bias of the reference model's head if its hidden states are needed, else (None, None).
+        ref_head: weight and bias of the reference model's head if the objective needs hidden states, else (None, None).
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Feed:
 
         Returns:
             The micro-batches, made one at a time, since the hidden states of a reference model are large; and the `TokenBatch`
-            of all of them in all processes, or None if there is only one.
+            of all of them in all processes, or None if one process takes the step in one micro-batch.
         """
         size = self._config.batch_size
         whole = None
@@ -92,7 +93,7 @@ class Feed:
         return (self._micro_batch(*indices) for indices in micro_batches(examples, retained, size)), whole
 
     def retain_batches(self, retained: list[int]) -> list[Batch]:
-        """Return batches of the retain sequences alone: what curvature is taken from."""
+        """Return batches of retain sequences alone, from which curvature is taken."""
         batches = []
         for indices in _split(retained, self._config.batch_size):
             _, share = self._processes.share([], indices)
@@ -118,9 +119,9 @@ class Feed:
             retain_indices = (len(self._forget) + i for i in retained)
             ref_hidden = [self._ref_hidden[i] for i in (*forget_indices, *retain_indices)]
             if all(states is None for states in ref_hidden):  # `collate` takes no list without any tensor
-                some = next(states for states in self._ref_hidden if states is not None)
+                existing = next(states for states in self._ref_hidden if states is not None)
                 retain = [*retain, NO_SEQUENCE]
-                ref_hidden = [*ref_hidden, some[:0]]
+                ref_hidden = [*ref_hidden, existing[:0]]
         batch = collate(
             forget,
             retain if forget or retain else [NO_SEQUENCE],
@@ -132,7 +133,7 @@ class Feed:
 
 
 def sequences_per_example(objective: Objective) -> int:
-    """Return how many forget sequences, one after the other, make one forget example."""
+    """Return the number of consecutive forget sequences that make one forget example."""
     return 2 if objective.pairs else 1
 
 
@@ -148,7 +149,7 @@ def order_of(forget: list[Sequence], retain: list[Sequence], per_example: int, c
 
 
 def micro_batches(examples: list[int], retained: list[int], size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Return the indices of a step, micro-batch by micro-batch: pairs of lists, of which one may be empty."""
+    """Return the indices of a step, micro-batch by micro-batch: pairs of lists, one of which may be empty."""
     return itertools.zip_longest(_split(examples, size), _split(retained, size), fillvalue=[])
 
 

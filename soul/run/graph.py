@@ -1,4 +1,4 @@
-"""The whole step, loss and optimizer included, as one CUDA graph: a small model waits for kernel launches more than for work.
+"""The whole step, loss and optimizer included, as one CUDA graph: a small model spends more time on launches than on work.
 
 A graph repeats what was captured, on the same memory. So batches are padded to few shapes, and each shape has its own graph.
 """
@@ -21,30 +21,30 @@ Step = Callable[[Batch], dict[str, Tensor]]
 
 
 def pad(batch: Batch, tokens: int = TOKENS, rows: int = ROWS) -> Batch:
-    """Return the same batch in one of few shapes, all of it on the device.
+    """Return a batch padded to one of few shapes, all of it on the device.
 
     Padding on the right of causal attention needs no mask, and the fast attention kernels take none. Token indices are filled
     up with the last position, which never has a label.
 
     Args:
         batch: a `soul.data.batches.Batch` [B, T] with R labelled tokens.
-        tokens: T becomes a multiple of it.
-        rows: R becomes a multiple of it.
+        tokens: T becomes a multiple of this number.
+        rows: R becomes a multiple of this number.
     """
     device = batch.labels.device
     n_sequences, length = batch.labels.shape
-    more = -length % tokens
+    n_padding = -length % tokens
 
     def wider(values: Tensor, filling: int = 0) -> Tensor:
-        return torch.nn.functional.pad(values, (0, more), value=filling)
+        return torch.nn.functional.pad(values, (0, n_padding), value=filling)
 
     # Flat indices b T + t of the wider batch.
-    indices = batch.token_indices + batch.token_indices // length * more
-    last = n_sequences * (length + more) - 1
+    indices = batch.token_indices + batch.token_indices // length * n_padding
+    last = n_sequences * (length + n_padding) - 1
     indices = torch.nn.functional.pad(indices, (0, -len(indices) % rows), value=last)
     ref_hidden = batch.ref_hidden
     if ref_hidden is not None:
-        ref_hidden = torch.nn.functional.pad(ref_hidden, (0, 0, 0, more))
+        ref_hidden = torch.nn.functional.pad(ref_hidden, (0, 0, 0, n_padding))
     return dataclasses.replace(
         batch,
         input_ids=wider(batch.input_ids),
@@ -57,10 +57,10 @@ def pad(batch: Batch, tokens: int = TOKENS, rows: int = ROWS) -> Batch:
 
 
 class GraphedStep:
-    """A step that is replayed for every shape of batch that has come before.
+    """A step that is captured for each shape of batch, and replayed for later batches of that shape.
 
-    The first batch of a shape is stepped eagerly, which compiles kernels and makes the optimizer's states, and then captured,
-    which changes nothing. Later batches are copied into the memory of the captured one.
+    The first batch of a shape is stepped eagerly, which compiles kernels and makes the optimizer's states. Then the step is
+    captured, which changes nothing. Later batches are copied into the memory of the captured one.
 
     Args:
         step: takes a padded `soul.data.batches.Batch`; returns a dict of tensors. Everything that it reads and changes must be
@@ -78,7 +78,7 @@ class GraphedStep:
         """Take one step on a batch; return what ``step`` returned, in memory that the next call overwrites."""
         current = torch.cuda.current_stream(batch.labels.device)
         self._stream.wait_stream(current)
-        # All on one stream, so that autograd's nodes and the optimizer's tables are of the stream that is captured.
+        # All on one stream, so that autograd's nodes and the optimizer's tables belong to the stream that is captured.
         with torch.cuda.stream(self._stream):
             values = self._on_stream(pad(batch))
         current.wait_stream(self._stream)

@@ -1,6 +1,6 @@
 """Influence unlearning: one second-order step towards the model that was never trained on the forget set, ``p + step H^-1 g``.
 
-Where theta minimises the mean loss over retain and forget data together, its retain gradient is ``-(n_f / n_r)`` times its
+If theta minimises the mean loss over retain and forget data together, its retain gradient is ``-(n_f / n_r)`` times its
 forget gradient, and one Newton step on the retain loss is::
 
     theta + (n_f / n_r) H^-1 g        g: gradient of the mean forget loss, H: Hessian of the mean retain loss
@@ -8,7 +8,7 @@ forget gradient, and one Newton step on the retain loss is::
 (Koh and Liang 2017, arXiv 1703.04730; Izzo et al. 2021; Jia et al. 2023, arXiv 2304.04934; equations 4 to 6 of SOUL, Jia et al.
 2024, arXiv 2404.18239.) SOUL iterates this step, with a momentum, a clipped step and a diagonal H that follows the parameters:
 with ``beta1 = 0, lr = clip, rho bs = clip / step, eps = clip damping / step`` one `soul_kernels.sophia_step` on ``-g`` is
-`influence_update`. This file has the diagonal H, and the empirical Fisher matrix of WoodFisher, the paper's baseline.
+`influence_update`. Here H is either a diagonal, or the empirical Fisher matrix of WoodFisher, the baseline of SOUL's paper.
 """
 
 import collections.abc
@@ -81,13 +81,13 @@ class WoodFisher:
     unlearn/Wfisher.py, stores one vector, ``F_i^-1 g_1`` in place of all o_i: exact for equal gradients only.)
 
     Sums over elements are fp32, sums over tensors fp64. If damping is far below ``|g|^2 / n``, the result is a small difference
-    of large numbers. And with far fewer gradients than parameters most of v lies outside of their span, and becomes
-    ``v / damping``: gradient ascent, of a length that the damping sets.
+    of large numbers. With far fewer gradients than parameters most of v lies outside of their span, and becomes
+    ``v / damping``: gradient ascent with a step size that the damping sets.
 
     Args:
         n: number of gradients to be added.
         damping: > 0, in units of the Hessian.
-        blockwise: each tensor is a block of its own: F without the elements that connect two tensors.
+        blockwise: treat each tensor as a block of its own, leaving out the elements of F that connect two tensors.
 
     Raises:
         ArgumentError: n or damping does not fit.
@@ -297,9 +297,9 @@ def _diagonal(
     drawn: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], Tensor | float]:
-    """Return the diagonal of H, fp32, and the mean negative log-likelihood of a retain token, on true labels.
+    """Return the diagonal of H, fp32, and the mean negative log-likelihood of a retain token.
 
-    Labels of H are drawn from the model with ``drawn``, else they are the true ones.
+    With ``drawn`` H is taken with labels drawn from the model; the likelihood is always that of the true labels.
     """
     n_tokens = _tokens(retain)
     hessians = [torch.zeros_like(p, dtype=torch.float32) for p in params]
@@ -339,19 +339,19 @@ def _gradients(
     """
     total = _tokens(sequences)
     objective = losses.PO(alpha=0.0)
-    own_head = Head(*head(model), **transform(model))
+    model_head = Head(*head(model), **transform(model))
     for start in range(0, len(sequences), batch_size):
-        batch = collate(sequences[start : start + batch_size], [], device=own_head.weight.device)
+        batch = collate(sequences[start : start + batch_size], [], device=model_head.weight.device)
         options = LinearOptions(token_indices=batch.token_indices, backend=backend)
         with autocast(model):
             hidden = hidden_states(model, batch)
             if drawn:
                 keep = batch.labels != IGNORE_INDEX
-                loss, _ = linear_gnb(hidden, own_head, keep, generator=generator, options=options)
+                loss, _ = linear_gnb(hidden, model_head, keep, generator=generator, options=options)
                 with torch.no_grad():
-                    nll = linear_objective(hidden, own_head, batch.labels, objective, options=options)
+                    nll = linear_objective(hidden, model_head, batch.labels, objective, options=options)
             else:
-                loss = linear_objective(hidden, own_head, batch.labels, objective, options=options)
+                loss = linear_objective(hidden, model_head, batch.labels, objective, options=options)
                 nll = loss.detach()
         grads = torch.autograd.grad(loss, params, allow_unused=True)
         whole = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)]

@@ -1,13 +1,13 @@
 """The unlearning loop: one forward pass over forget and retain sequences, one fused loss and one fused step, repeated.
 
-`unlearn` checks its input and then makes one `UnlearningRun`, which is the loop. Its constructor brings everything to where the
-first step, or a checkpoint, leaves it; `UnlearningRun.take_steps` is the loop itself, and each other method is one concern of
-it: the step, the log, the progress bar, the evaluation, divergence, checkpoints.
+`unlearn` checks its input and then makes one `UnlearningRun`. The constructor builds everything that the first step needs, and
+loads the newest checkpoint of a run that is resumed. `UnlearningRun.take_steps` is the loop. Each other method is one concern:
+the step, the log, the progress bar, the evaluation, divergence, checkpoints.
 
-Three orders must not change. What a method needs of the reference model is computed (by `Feed`) before a checkpoint is loaded,
-since the checkpoint changes the model. A record is complete, and written to the log, before its numbers are checked, so that
-the log shows the step at which a run diverged. And nothing but a step may draw random numbers, or a resumed run would not go on
-bit for bit.
+Three rules must hold. What a method needs of the reference model is computed (by `Feed`) before a checkpoint is loaded, since
+the checkpoint changes the model. A record is complete, and written to the log, before its numbers are checked, so that the log
+shows the step at which a run diverged. And nothing but a step may draw random numbers, or a resumed run would not go on bit for
+bit.
 """
 
 import contextlib
@@ -68,9 +68,9 @@ def unlearn(
     """Make a model unlearn ``forget`` while it keeps ``retain``; the model is changed in place.
 
     Args:
-        model: a Hugging Face causal language model on its device, as it was before unlearning, also where a run is resumed:
-            what the method needs of the reference model comes from it. If peft has wrapped it, the adapters are trained, and
-            the reference model is the one without them. If `soul.distributed.shard` has put it in shards, every process
+        model: a Hugging Face causal language model on its device, as it was before unlearning. This holds for a resumed run
+            too, since the model is the reference model until the first step. If peft has wrapped it, the adapters are trained,
+            and the reference model is the one without them. If `soul.distributed.shard` has put it in shards, every process
             calls this function with the same arguments, and takes its share of every step.
         tokenizer: the model's tokenizer.
         forget: examples to forget.
@@ -79,7 +79,7 @@ def unlearn(
         log: an open text file, or the path of one (no symbolic link), which gets one JSON line a step, those before a resume
             included; or None.
         progress: show a progress bar on stderr.
-        checkpoints: `soul.checkpoint.local.Checkpoints`, where the run is saved, and resumed from if it says so; or None.
+        checkpoints: `soul.checkpoint.local.Checkpoints` in which the run is saved, and from which it may be resumed; or None.
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods (nats), grad_norm, lr,
@@ -88,8 +88,8 @@ def unlearn(
         the list has one dict, with what `soul.run.influence.unlearn_once` returns.
 
     Raises:
-        ArgumentError: the data do not fit the model, the checkpoint is of another run, another process writes there, or the
-            processes of a sharded model were given different tasks; nothing was changed.
+        ArgumentError: the data do not fit the model, the checkpoint is that of another run, another process writes checkpoints
+            to the same directory, or the processes of a sharded model were given different tasks; nothing was changed.
         Diverged: the loss, its gradient or a weight is no longer finite.
         Stopped: by SIGTERM, or by ``checkpoints.stop``, after a checkpoint was written.
         OSError: the log or a checkpoint could not be written; earlier checkpoints are unharmed.
@@ -103,7 +103,7 @@ def unlearn(
     if isinstance(objective, Influence):
         return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log)
     answers = {}
-    if config.eval_every:  # the answers themselves, also where the method has put refusals in their place
+    if config.eval_every:  # the answers themselves, even if the method trains on refusals in their place
         examples = {"forget": forget, "retain": retain[: len(forget)]}
         answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
     with contextlib.ExitStack() as cleanup:
@@ -128,13 +128,14 @@ class UnlearningRun:
         config: `UnlearnConfig`.
         checkpoints: as in `unlearn`.
         answers: "forget" and "retain" -> the sequences of an evaluation; {} without evaluations.
-        cleanup: what must be undone when the run ends, however it ends, is put here.
+        cleanup: gets everything that must be undone when the run ends, however it ends.
 
     Attributes:
         records: the log so far, a dict for every step.
 
     Raises:
-        ArgumentError: the checkpoints are of another run, or another process writes there; the model was not changed.
+        ArgumentError: the checkpoints are those of another run, or another process writes to their directory; the model was not
+            changed.
         OSError: the directory of the checkpoints cannot be written.
     """
 
@@ -171,7 +172,7 @@ class UnlearningRun:
         self._release: GradientRelease | None = None
 
     def open(self, log: LogFile, progress: bool) -> None:
-        """Set up what lasts from the first step to the last: progress bar, graph, hooks, log, signal handler."""
+        """Set up everything that lasts from the first step to the last: progress bar, graph, hooks, log, signal handler."""
         config = self._config
         self._bar = self._progress_bar(progress)
         if config.cuda_graph:
@@ -232,14 +233,14 @@ class UnlearningRun:
         return identity
 
     def _stateful(self) -> dict[str, Any]:
-        """Return what a checkpoint saves beside the weights, by name: objects with a ``state_dict``."""
+        """Return the objects whose state a checkpoint saves beside the weights, by name."""
         states = {"optimizer": self._optimizer, "scheduler": self._scheduler, "order": self._order}
         if self._curvature is not None:
             states["curvature"] = self._curvature
         return states
 
     def _load_checkpoint(self) -> list[Record]:
-        """Bring the run to its newest checkpoint; return the log up to there, [] without one."""
+        """Load the newest checkpoint; return the log up to it, [] without a checkpoint."""
         if self._checkpoints is None:
             return []
         return self._checkpoints.load(self._model, self._stateful(), self._identity)
@@ -310,7 +311,7 @@ class UnlearningRun:
     # The log
 
     def _telemetry(self) -> Record:
-        """Return what the optimizer says of its last step."""
+        """Return the part of the optimizer's telemetry that goes into the log."""
         if not isinstance(self._optimizer, SophiaG):
             return {}
         telemetry = self._optimizer.telemetry()["groups"][0]
@@ -330,7 +331,7 @@ class UnlearningRun:
         self._bar.update()
         self._bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
 
-    # Evaluation, and what ends a run early
+    # Evaluation, and early ends of a run
 
     def _evaluate(self) -> Record:
         """Return the probabilities of the answers and, if they end the run here, the reason as ``stopped``."""
@@ -362,7 +363,7 @@ class UnlearningRun:
     def _check_record(self, record: Record) -> None:
         """Raise `Diverged` unless loss and gradient are finite."""
         for name, title in MUST_BE_FINITE.items():
-            if not math.isfinite(record.get(name, 0.0)):  # where the norm is inf, clipping has made the step 0
+            if not math.isfinite(record.get(name, 0.0)):  # with a norm of inf, clipping has made the step 0
                 advice = _advice(self.records, self._objective)
                 raise Diverged(f"{title} became {record[name]} at step {record['step']}; {advice}")
 
@@ -431,11 +432,11 @@ def _check_weights(model: torch.nn.Module, records: list[Record], objective: Obj
 
 
 def _advice(records: list[Record], objective: Objective | Influence) -> str:
-    """Return what to change after a run has diverged, judged by the first record that is not finite.
+    """Return advice after a run has diverged, judged by the first record that is not finite.
 
     Loss and gradient of step 1 are those of the model before unlearning, so the learning rate cannot be the cause. If the
-    likelihoods are finite there, and the loss or its gradient is not, the cause is a weight of the objective: one of 1e6 or
-    more is named.
+    likelihoods of a step are finite, but the loss or its gradient is not, the cause is a weight of the objective: one of 1e6
+    or more is named.
     """
     if isinstance(objective, Influence):
         return "raise the damping"

@@ -1,4 +1,4 @@
-"""Preparation of a run: checks that model, data and options fit together, and examples as token ids."""
+"""Preparation of a run: checks that model, data and options fit together, and the encoding of examples as token ids."""
 
 import warnings
 from typing import TYPE_CHECKING
@@ -37,14 +37,14 @@ def prepare(
         retain: examples to retain; may be empty for objectives without a retain term.
         config: `UnlearnConfig`.
         counts: "forget" and, with a retain set, "retain" -> the `soul.data.Counts` that get the numbers of truncated and split
-            texts; or None. If refusals stand in place of the answers, they are counted; of pairs, the answers are.
+            texts; or None. If refusals replace the answers, the refusals are counted; in pairs, the answers are.
 
     Returns:
         The sequences to forget, answered by refusals or paired with them if the objective asks for it, and those to retain.
 
     Raises:
-        ArgumentError: the data do not fit the model or the objective, a weight of the model is not finite, none requires a
-            gradient, the backend does not fit the model's device, or no cache can be kept in the config's directory.
+        ArgumentError: the data do not fit the model or the objective, a weight of the model is not finite, no weight requires a
+            gradient, the backend does not fit the model's device, or ``reference_cache`` cannot be written.
     """
     objective = config.objective()
     counts = counts or {}
@@ -68,13 +68,13 @@ def _check_fit(
     config: UnlearnConfig,
     objective: Objective | Influence,
 ) -> None:
-    """Raise unless model, data and options fit together, as far as it can be seen before anything is encoded."""
+    """Raise unless model, data and options fit together, as far as this can be seen before anything is encoded."""
     check_shards(model)
     check_weights(model)
     if Processes.of(model).size > 1:
         check_supported(config)
     if getattr(objective, "alpha", 0) and not retain:
-        remedy = "give a retain set" + ", or set alpha to 0" * (config.method != "influence")
+        remedy = "give a retain set" if config.method == "influence" else "give a retain set, or set alpha to 0"
         raise argument_error("retain", f"examples for {objective}", "none", remedy)
     if config.accumulate > 1 and objective.additive is None:
         remedy = "its loss is not a sum over sequences: raise --batch-size instead"
@@ -95,7 +95,7 @@ def _check_fit(
 
 
 def _check_no_overlap(forget: list[Example], retain: list[Example]) -> None:
-    """Raise if both sets have the same rows; warn if they share some, which would be kept and forgotten at once."""
+    """Raise if both sets have the same rows; warn if they share some, since no row can be kept and forgotten at once."""
     shared = set(forget) & set(retain)
     if shared and len(shared) == len(set(forget)) == len(set(retain)):
         remedy = "no row can be kept and forgotten at once: check the files"

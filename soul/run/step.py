@@ -1,8 +1,8 @@
-"""One step of unlearning: the forward pass, the fused loss and the backward pass of each micro-batch, clipping, the update.
+"""One step of unlearning: the forward pass, the fused loss and the backward pass of each micro-batch; clipping; the update.
 
-A step of several micro-batches is that of one batch of all of them: every mean is over the whole step (`RecordedObjective`),
-and gradients add up. The fused loss forms the gradient of the head in the forward pass already, so old gradients are dropped
-before it.
+A step of several micro-batches equals that of one batch of all of them: every mean is over the whole step
+(`RecordedObjective`), and gradients add up. The fused loss forms the gradient of the head in the forward pass already, so old
+gradients are dropped before that pass.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class RecordedObjective:
 
     Args:
         objective: a `soul.losses.Objective`.
-        whole: the `TokenBatch` that the batches are parts of; None if there is only one batch.
+        whole: the `TokenBatch` of all batches of the step; None if there is only one batch.
 
     Attributes:
         sums: name -> the term, [] without gradient, once all chunks of the batch have been evaluated.
@@ -67,8 +67,8 @@ def train_step(
 ) -> dict[str, Tensor]:
     """Take one step: forward pass, fused loss and backward pass of each micro-batch; clipping; the optimizer's step.
 
-    If the objective needs hidden states of the reference model, and a batch has none, they are those of a peft model without
-    its adapters.
+    If the objective needs hidden states of the reference model, and a batch has none, they are computed by the peft model
+    without its adapters.
 
     Args:
         model: changed in place. If it is in shards, the batches are this process's share of the step.
@@ -82,7 +82,7 @@ def train_step(
 
     Returns:
         Tensors [] on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
-        retain tokens in nats (of pairs, only the answers that are to be forgotten count), and the gradient norm before
+        retain tokens in nats (in pairs, only the answers that are to be forgotten count), and the gradient norm before
         clipping, unless gradients are released.
     """
     optimizer.zero_grad(set_to_none=True)  # the forward pass forms the gradient of the head: never hold two of them
@@ -119,7 +119,7 @@ def _update(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> Tensor |
         norm = torch.nn.utils.clip_grad_norm_(params, norm_limit(config) or math.inf)
         optimizer.step()
         return full(norm)
-    optimizer.step()  # clips by itself, without a pass of its own
+    optimizer.step()  # which clips in the same pass
     return None if config.gradient_release else optimizer.grad_norm()
 
 
@@ -156,7 +156,7 @@ def _loss(
 
 
 def _logged_tokens(batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    """Return masks [B, T] of the tokens whose likelihood is logged, by name; of pairs, only the answers are to be forgotten."""
+    """Return masks [B, T] of the tokens whose likelihood is logged, by name; in pairs, refusals are not among them."""
     is_answer = batch.is_forget
     if objective.pairs:
         is_answer = is_answer & (torch.arange(len(is_answer), device=is_answer.device) % 2 == 0)
@@ -168,10 +168,10 @@ def _logged_tokens(batch: Batch, objective: Objective) -> dict[str, Tensor]:
 
 
 def curvature_loss(model: "PreTrainedModel", batches: list[Batch], curvature: Curvature, config: UnlearnConfig) -> Tensor:
-    """Return the loss whose gradient h is taken from, [], with its graph: a mean over all labelled tokens of the batches.
+    """Return the loss that curvature differentiates, [] with its graph: a mean over all labelled tokens of the batches.
 
     Args:
-        model: gets the gradients of all batches but the last one, whose share of the loss is returned.
+        model: accumulates the gradients of all batches but the last one; the share of that one is returned.
         batches: micro-batches of retain sequences; if the model is in shards, this process's share of them.
         curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
         config: `UnlearnConfig`, for ``backend``.

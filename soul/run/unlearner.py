@@ -1,4 +1,4 @@
-"""A whole run in Python: model and data by name, adapters, the loop, and what the run leaves in a directory.
+"""A whole run in Python: model and data by name, adapters, the loop, and the files in the output directory.
 
 `Unlearner` reads and checks everything when it is made; `Unlearner.run` takes the steps. In several processes each one reads
 everything, the processes compare what they have read, and only then is the model cut into shards. An output directory gets its
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 Path = str | os.PathLike[str]
 Source = Path | Iterable[Any]  # a path, a name, rows, or a list of Example
-Rows = list[Any]  # what was read of a source: (where it stands, dict) for each row, or an Example for each
+Rows = list[Any]  # the content of a source: (location, dict) for each row, or a list of Example
 
 
 class Unlearner:
@@ -110,10 +110,10 @@ class Unlearner:
         _check_model_options(model, tokenizer, dtype, device)
         data = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
         self.counts = {name: Counts() for name in data}
-        target = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
+        run_device = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
         if several:
             processes.check_alike(self._contents())
-            self.model = shard(self.model, target)
+            self.model = shard(self.model, run_device)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
 
@@ -136,17 +136,17 @@ class Unlearner:
         rows = {name: self._rows(name, source) for name, source in data.items()}
         self._digests = {name: sources.digest(rows_of_set) for name, rows_of_set in rows.items()}
         if isinstance(model, (str, os.PathLike)):
-            target = pick_device(device)
-            dtype = parameter_dtype(dtype, self.config, adapters, target.type)
-            # In several processes no card has room for the whole model: `shard` copies to each what it needs.
+            run_device = pick_device(device)
+            dtype = parameter_dtype(dtype, self.config, adapters, run_device.type)
+            # In several processes a GPU may have no room for the whole model: `shard` copies only its shards there.
             name = os.fspath(model)
-            model, tokenizer = load(name, dtype=dtype, device="cpu" if several else target, mapped=several)
+            model, tokenizer = load(name, dtype=dtype, device="cpu" if several else run_device, mapped=several)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
-            remedy = "a model that is loaded comes without one: load it with AutoTokenizer.from_pretrained"
+            remedy = "a loaded model comes without its tokenizer: load that with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
         else:
             causal_lm.check_linear_head(model)
-            target = next(model.parameters()).device
+            run_device = next(model.parameters()).device
         if adapters:
             torch.manual_seed(self.config.seed)
             model = add_adapters(model, **adapters)
@@ -154,22 +154,22 @@ class Unlearner:
         self.tokenizer = tokenizer
         self._forget = self._examples("forget", rows["forget"])
         self._retain = self._examples("retain", rows["retain"]) if "retain" in rows else []
-        return target
+        return run_device
 
     def _contents(self) -> dict[str, Any]:
-        """Return hashes of what was loaded, and the model's configuration, for comparison between processes."""
+        """Return hashes of model, data and tokenizer, and the model's configuration, for comparison between processes."""
         template = getattr(self.tokenizer, "chat_template", None)
-        tokens = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
+        tokenizer_values = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
         data = {"forget": self._forget, "retain": self._retain}
         return {
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
             **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},
-            "content of the tokenizer": checksum(json.loads(json.dumps(tokens, sort_keys=True, default=str))),
+            "content of the tokenizer": checksum(json.loads(json.dumps(tokenizer_values, sort_keys=True, default=str))),
             "content of the model": digest(base_weights(self.model)),
         }
 
     def _rows(self, name: str, source: Source) -> Rows:
-        """Return what can be read before a model is loaded: rows, or the examples that the caller has passed."""
+        """Return the rows of a source, or the examples that the caller has passed; this needs no model."""
         counts = self.counts[name]
         if isinstance(source, (list, tuple)) and all(isinstance(item, Example) for item in source):
             counts.rows = len(source)
@@ -210,7 +210,7 @@ class Unlearner:
         Args:
             output: new or empty directory for model (or adapters), tokenizer, ``log.jsonl``, ``data.json`` (``counts``) and
                 checkpoints; None: nothing is written.
-            save_every: steps between two checkpoints; 0: none by the number of steps.
+            save_every: steps between two checkpoints; 0: none by number of steps.
             save_minutes: minutes between two checkpoints; 0: none by time. With both 0 the run is saved only on SIGTERM. All
                 checkpoints are removed at the end.
             keep: number of checkpoints that stay, the newest ones.
@@ -223,8 +223,8 @@ class Unlearner:
             The log, as `soul.run.loop.unlearn` returns it.
 
         Raises:
-            ArgumentError: the directory is not empty, not that of this run, or that of a run that has ended; or another process
-                runs in it.
+            ArgumentError: the directory is not empty, is that of another run or of a run that has ended, or another process
+                uses it.
             Diverged: the loss, its gradient or a weight is no longer finite.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
@@ -245,7 +245,7 @@ class Unlearner:
         )
         if processes.any(has_ended(directory, checkpoints)):
             remedy = "load it, or choose another directory"
-            raise argument_error("resume", "a run that has not ended", f"the model of one that has, in {directory}", remedy)
+            raise argument_error("resume", "a run that has not ended", f"a finished model in {directory}", remedy)
         with processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file:
             processes.on_first(lambda: self._describe(directory, options, checkpoints))
             try:
@@ -266,7 +266,7 @@ class Unlearner:
 
     def _describe(self, directory: pathlib.Path, options: dict[str, Any] | None, checkpoints: Checkpoints) -> None:
         """Write the options and the counts of a new run."""
-        if checkpoints.steps():  # a run that goes on: its description stands, and another run would have been refused
+        if checkpoints.steps():  # a resumed run, which has its description already
             return
         write_in_place(directory / RUN_FILE, json.dumps(options or {}, indent=1, default=str) + "\n")
         data: dict[str, Any] = {}

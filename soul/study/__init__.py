@@ -1,6 +1,5 @@
-"""A comparison of first-order and second-order unlearning on data that a small model has memorised.
+"""A study that compares first-order and second-order unlearning of data that a small model has memorised.
 
-`config` says what is compared, `data` and `scratch` make the models to start from, `run` unlearns, `measure` measures, `fronts`
-and `results` compare, `report` and `pictures` write the report. Start reading at `run.run_study`. The wing may import data,
-models, checkpoints, runs and evaluation; only the commands import it.
+May import: _extras, checkpoint, data, evaluate, losses, models, output, run.
+Start reading with `soul.study.run.run_study`, then `config` for what is compared and `report` for what is written.
 """

@@ -26,21 +26,21 @@ class StudyConfig:
     Attributes:
         forget_authors: number of authors to forget; as many are held out.
         retain_authors: number of authors to retain.
-        rows_per_author: number of rows taken of each author, the shortest ones.
+        rows_per_author: number of rows taken from each author, the shortest ones.
         vocab_size: vocabulary of the byte-level BPE tokenizer.
         hidden_size: width of the Llama.
         layers: number of layers of the Llama.
         train_epochs: epochs of the training from scratch.
         train_lr: peak learning rate of that training.
-        train_batch: sequences a step of that training.
+        train_batch: sequences per step of that training.
         epochs: epochs of unlearning over the forget set.
-        batch_size: forget sequences a step of unlearning, with as many retain sequences.
+        batch_size: forget sequences per step of unlearning, with as many retain sequences.
         objectives: names in ``OBJECTIVES``.
         lrs: arm -> learning rates, equally many for each arm; together with ``alphas`` they are the grid of the arm.
         alphas: weights of the retain term; the weight of the forget term is 1.
         clip_target: fraction of coordinates to clip in the arms with retain curvature and GNB, as in `UnlearnConfig`.
         curvature_every: steps between two refreshes of the curvature in these arms.
-        dampings: dampings of the influence update; together with ``steps`` they are its grid, of equally many points.
+        dampings: dampings of the influence update; with ``steps`` they are its grid, of as many points as that of an arm.
         steps: factors of the influence update.
         keep: a run can be chosen if it keeps at least this fraction of the retain probability before unlearning.
         retain_rows: number of retain rows to measure probability on; at most as many are asked with false answers.
@@ -100,7 +100,7 @@ class StudyConfig:
         check_choice("backend", self.backend, BACKENDS)
 
     def decisive(self) -> dict[str, Any]:
-        """Return the options that decide the numbers of a run, as JSON values: a study is resumed with the same ones only."""
+        """Return the options that decide the numbers of a run, as JSON values. A resumed study must have the same ones."""
         may_change = ("objectives", "seeds", "workers", "device", "backend", "keep")
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in may_change}
         return json.loads(json.dumps(options))
@@ -123,20 +123,20 @@ class Run:
 
 def runs(config: StudyConfig) -> list[Run]:
     """Return all runs of a study, seed by seed."""
-    in_order = []
+    all_runs = []
     for seed in config.seeds:
         for objective, arm in itertools.product(config.objectives, ARMS):
             grid = itertools.product(config.lrs[arm], config.alphas)
-            in_order += [Run(seed, objective, arm, (("lr", lr), ("alpha", alpha))) for lr, alpha in grid]
+            all_runs += [Run(seed, objective, arm, (("lr", lr), ("alpha", alpha))) for lr, alpha in grid]
         grid = itertools.product(config.dampings, config.steps)
-        in_order += [Run(seed, INFLUENCE, INFLUENCE, (("damping", damping), ("step", step))) for damping, step in grid]
-    return in_order
+        all_runs += [Run(seed, INFLUENCE, INFLUENCE, (("damping", damping), ("step", step))) for damping, step in grid]
+    return all_runs
 
 
 PRESETS = {
     # 12 to 17 minutes on two cores: 306 runs of a few seconds, two models of 0.6 M parameters for each seed.
     "laptop": StudyConfig(),
-    # One GPU, all 200 authors, about 90 M parameters; one seed, meant to stay below ten minutes, which is not measured so far.
+    # One GPU, all 200 authors, about 90 M parameters; one seed, meant to stay below ten minutes; its time is not measured yet.
     "tofu": StudyConfig(
         forget_authors=20,
         retain_authors=160,

@@ -1,4 +1,4 @@
-"""The rows of a study: to forget, to retain, and held out from every model; with false answers for truth ratios."""
+"""The rows of a study to forget, to retain and to hold out, with false answers for truth ratios."""
 
 import dataclasses
 import hashlib
@@ -82,7 +82,7 @@ def tofu_data(directory: str | os.PathLike[str], config: StudyConfig) -> StudyDa
 
 
 def _check_authors(name: str, rows: int, needed: int) -> None:
-    """Raise unless a file of so many rows has the authors that are needed."""
+    """Raise unless a file with this number of rows has enough authors."""
     authors = rows // QUESTIONS_PER_AUTHOR
     if needed > authors:
         remedy = "those held out included: ask for fewer"
@@ -118,7 +118,7 @@ def demo_data(config: StudyConfig) -> StudyData:
 
 
 def _questions(authors: Sequence[Sequence[dict[str, Any]]]) -> list[Question]:
-    """Return the questions of authors whose rows are dicts, one author after the other."""
+    """Return the questions of authors, one author after the other."""
     return [
         Question(row["question"], row["answer"], row["answer"], tuple(row["perturbed_answer"]))
         for rows in authors

@@ -1,4 +1,4 @@
-"""From the points of a grid to a result: Pareto fronts, the chosen run, and the verdict on an arm."""
+"""Evaluation of the points of a grid: Pareto fronts, the chosen run, and the verdict on an arm."""
 
 import math
 import statistics
@@ -56,7 +56,7 @@ def hypervolume(points: Iterable[Point], corner: Point) -> float:
 
 
 def choose(rows: Iterable[Row], before: Row, keep: float) -> Row | None:
-    """Return the run that represents a grid: of the runs that keep enough retain probability, that of best forget quality.
+    """Return the run that represents a grid: the one with the best forget quality of those that keep enough retain probability.
 
     Args:
         rows: runs of one arm from the models of one seed; diverged runs have no numbers.
@@ -75,8 +75,8 @@ def scores(rows: Sequence[Row], before: Row, keep: float) -> dict[str, float]:
     """Return the two scores of a grid, by name.
 
     "quality" is the chosen run's forget quality, or that of the model before unlearning if no run is chosen. "hypervolume" is
-    that of retain probability and forget quality, above a retain probability of 0 and the forget quality before unlearning.
-    Arguments are those of `choose`.
+    the `hypervolume` of retain probability and forget quality, above a retain probability of 0 and the forget quality before
+    unlearning. The arguments are those of `choose`.
     """
     chosen = choose(rows, before, keep)
     points = [(row["retain_prob"], row["forget_quality"]) for row in rows if "retain_prob" in row]
@@ -99,11 +99,11 @@ def verdict(differences: Sequence[float]) -> Verdict:
     if n < 2:
         return Verdict(OPEN, mean, None, None, list(differences))
     spread = statistics.stdev(differences)
-    half = float(require("scipy.stats", "eval").t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
+    half_width = float(require("scipy.stats", "eval").t.ppf(0.975, n - 1)) * spread / math.sqrt(n)
     outcome = TIES
     if abs(mean) > spread:
         outcome = WINS if mean > 0 else LOSES
-    return Verdict(outcome, mean, spread, (mean - half, mean + half), list(differences))
+    return Verdict(outcome, mean, spread, (mean - half_width, mean + half_width), list(differences))
 
 
 def chance(seeds: int) -> float:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 UTILITY = ("retain_prob", "retain_memorization", "retain_truth_ratio")
-BATCH_SIZES = {"cpu": 16, "cuda": 128}  # sequences to measure at a time; larger batches are slower
-SMALLEST_P = 1e-300  # p-values below this are rounding
+BATCH_SIZES = {"cpu": 16, "cuda": 128}  # sequences measured at a time; larger batches are slower
+SMALLEST_P = 1e-300  # p-values below this are rounding errors
 
 T = TypeVar("T")
 

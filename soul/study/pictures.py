@@ -39,9 +39,8 @@ def draw(results: Results, study: Study, directory: pathlib.Path) -> None:
 def _panels(rows: int, columns: int, height: float) -> "tuple[Figure, numpy.ndarray]":
     """Return a figure and its panels, an array of [rows, columns]."""
     pyplot = require("matplotlib.pyplot", "plots")
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.2 * columns, height * rows), layout="constrained", squeeze=False
-    )  # fmt: skip
+    size = (4.2 * columns, height * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     return figure, axes
@@ -70,7 +69,7 @@ def _scatter(results: Results, path: pathlib.Path, x: str, y: str, label: str, f
             rows = [row for row in results.rows(of_arm, arm) if x in row]
             style: dict[str, Any] = dict(color=COLORS[arm], marker=MARKERS[arm])
             axis.scatter([row[x] for row in rows], [row[y] for row in rows], s=10, alpha=0.25, linewidths=0.8, **style)
-            # The mean over the seeds needs a run of each: points of which a run diverged have none.
+            # A point has a mean over the seeds only if no run of it diverged.
             complete = [runs for runs in results.points(of_arm, arm).values() if len(runs) == len(results.seeds)]
             means = [(statistics.fmean(run[x] for run in runs), statistics.fmean(run[y] for run in runs)) for runs in complete]
             means = pareto(means) if front else means
@@ -96,12 +95,12 @@ def _log(study: Study, row: Row) -> list[dict[str, Any]]:
         ArgumentError: the log is damaged.
     """
     options = tuple((name, row[name]) for name in GRID if name in row)
-    result = study.result(Run(row["seed"], row["objective"], row["arm"], options))
-    path = result.with_suffix(".jsonl")
+    result_path = study.result_path(Run(row["seed"], row["objective"], row["arm"], options))
+    path = result_path.with_suffix(".jsonl")
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        remedy = f"remove it and {result.name}, and run the study again"
+        remedy = f"remove it and {result_path.name}, and run the study again"
         raise argument_error(
             str(path), "JSON lines, the log of a run", f"broken JSON ({type(error).__name__})", remedy
         ) from None
@@ -110,7 +109,7 @@ def _log(study: Study, row: Row) -> list[dict[str, Any]]:
 def _curves(results: Results, study: Study, path: pathlib.Path) -> None:
     """Draw the likelihoods over the steps of the chosen runs of the first seed.
 
-    An arm without a chosen run is represented by its run of best forget quality.
+    An arm without a chosen run is represented by its run with the best forget quality.
     """
     figure, axes = _panels(2, len(results.objectives), 2.6)
     seed = results.seeds[0]

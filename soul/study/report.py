@@ -1,4 +1,4 @@
-"""The report of a study, which is markdown made of its results alone, and the files beside it."""
+"""The report of a study, made of its results alone, as markdown, and the files beside it."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ from soul.study.pictures import draw
 from soul.study.results import GRID, TITLES, Results
 from soul.study.run import MODELS, RESULTS_FILE, Study
 
-COLUMNS = {  # of the table of chosen runs: measurement -> heading, decimals
+COLUMNS = {  # table of chosen runs: measurement -> heading, decimals
     "forget_quality": ("forget quality", 1),
     "forget_prob": ("forget prob", 3),
     "retain_prob": ("retain prob", 3),
@@ -29,7 +29,7 @@ COLUMNS = {  # of the table of chosen runs: measurement -> heading, decimals
 
 
 def mean_spread(values: Iterable[float | None], decimals: int) -> str:
-    """Return the text "mean ± standard deviation" of the values that are not None; an empty one without any."""
+    """Return the text "mean ± standard deviation" of the values that are not None, or "" without any."""
     numbers = [value for value in values if value is not None]
     if not numbers:
         return ""
@@ -313,7 +313,7 @@ def write_report(study: Study, content: Mapping[str, Any], *, title: str) -> pat
 
 
 def _rounded(row: Row) -> Row:
-    """Return the numbers of a run or of a model before unlearning with six digits.
+    """Return the numbers of a run, or of a model before unlearning, rounded to six digits.
 
     Both are rounded, so that a run that is equal to its start stays so. The options in ``GRID`` are not, since runs are looked
     up by the values in the config.

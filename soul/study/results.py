@@ -1,4 +1,4 @@
-"""The results of a study, ordered, and what follows from them: chosen runs, scores, verdicts."""
+"""The results of a study by objective, arm and seed, with the chosen runs, scores and verdicts."""
 
 import statistics
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ class Results:
         return verdicts
 
     def points(self, objective: str, arm: str) -> dict[tuple[float | None, ...], list[Row]]:
-        """Return grid point, a tuple of the options in ``GRID`` -> its runs that did not diverge."""
+        """Return a dict from grid point, a tuple of the options in ``GRID``, to its runs that did not diverge."""
         points: dict[tuple[float | None, ...], list[Row]] = {}
         for row in self.rows(objective, arm):
             runs = points.setdefault(tuple(row.get(name) for name in GRID), [])
@@ -73,7 +73,7 @@ class Results:
         return points
 
     def diverged(self) -> bool:
-        """Return whether any run diverged."""
+        """Tell whether any run diverged."""
         return any("diverged" in row for row in self.all_rows)
 
     def work(self) -> float:

@@ -11,9 +11,9 @@ The directory of a study holds everything that a killed study needs to be resume
     results.json            everything above in one file, from which the report is made
 
 `run_study` computes the files that are missing, in this order, and no file twice. A JSON file is written whole or not at all,
-after the files that it speaks for: if it exists, they are complete. On a CPU the jobs run in worker processes, which load the
-models of a seed when they need them. Measurements may be added to `soul.study.measure`; the files of a study that was begun
-before lack them. `soul.study.config.StudyConfig.decisive` lists the options that may differ when a study is resumed.
+after the files that it describes: if it exists, they are complete. On a CPU the jobs run in worker processes, which load the
+models of a seed when they need them. Measurements may be added to `soul.study.measure`, but files of an
+earlier study lack them. `soul.study.config.StudyConfig.decisive` lists the options that may differ when a study is resumed.
 """
 
 import concurrent.futures
@@ -71,12 +71,12 @@ class Study:
         """Return the directory of a seed."""
         return self.output / f"seed{seed}"
 
-    def start(self, seed: int) -> pathlib.Path:
-        """Return the file with the measurements of a seed's models before unlearning."""
+    def start_path(self, seed: int) -> pathlib.Path:
+        """Return the path of the measurements of a seed's models before unlearning."""
         return self.seed_dir(seed) / "start.json"
 
-    def result(self, run: Run) -> pathlib.Path:
-        """Return the file of a run."""
+    def result_path(self, run: Run) -> pathlib.Path:
+        """Return the path of the result of a run."""
         return self.seed_dir(run.seed) / "runs" / f"{run.name}.json"
 
 
@@ -85,7 +85,7 @@ RunJobs = Callable[[Callable[[Study, Any], object], Study, Sequence[Any], str], 
 
 
 def check_ready(output: str | os.PathLike[str], config: StudyConfig) -> pathlib.Path:
-    """Raise for what would stop a study, before anything is written or trained; return the path of the output directory.
+    """Return the path of the output directory, and raise for anything that would stop a study. Nothing is written.
 
     Raises:
         ArgumentError: the output directory is neither empty nor that of a study, or the device or the backend is unavailable.
@@ -102,7 +102,7 @@ def check_ready(output: str | os.PathLike[str], config: StudyConfig) -> pathlib.
 
 
 def run_study(output: pathlib.Path, data: StudyData, config: StudyConfig) -> dict[str, Any]:
-    """Run what is missing of a study, and write the results into ``seed*/``.
+    """Run the missing parts of a study, and write the results into ``seed*/``.
 
     Args:
         output: path of a directory, from `check_ready`.
@@ -127,8 +127,8 @@ def run_study(output: pathlib.Path, data: StudyData, config: StudyConfig) -> dic
                 sweep(directory)
         _save_tokenizer(study)
         untrained = [(seed, name) for seed in config.seeds for name in MODELS if _trained(study, seed, name) is None]
-        unmeasured = [seed for seed in config.seeds if _read(study.start(seed), *MODELS, "training") is None]
-        missing_runs = [run for run in runs(config) if _read(study.result(run), "objective", "arm", "seed") is None]
+        unmeasured = [seed for seed in config.seeds if _read(study.start_path(seed), *MODELS, "training") is None]
+        missing_runs = [run for run in runs(config) if _read(study.result_path(run), "objective", "arm", "seed") is None]
         with _workers(config) as run_jobs:
             run_jobs(_train, study, untrained, "train")
             run_jobs(_measure_start, study, unmeasured, "measure")
@@ -137,8 +137,8 @@ def run_study(output: pathlib.Path, data: StudyData, config: StudyConfig) -> dic
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "data": data.note,
         "environment": environment(config, worker_count(config)),
-        "starts": {str(seed): _read(study.start(seed)) for seed in config.seeds},
-        "rows": [_read(study.result(run)) for run in runs(config)],
+        "starts": {str(seed): _read(study.start_path(seed)) for seed in config.seeds},
+        "rows": [_read(study.result_path(run)) for run in runs(config)],
         "seconds": time.perf_counter() - begun,
         "resumed": len(missing_runs) < len(runs(config)),
     }
@@ -165,7 +165,7 @@ def _cpu() -> str:
 
 
 def _claim(path: pathlib.Path, identity: dict[str, Any]) -> None:
-    """Write the file that says what study the directory holds, or raise if it holds another one."""
+    """Write the file that identifies the study of the directory, or raise if it identifies another study."""
     saved = _read(path, "config", "data", remedy="start the study in a new directory")
     if saved is None:
         write_json(path, identity)
@@ -242,7 +242,7 @@ def _end_with_parent() -> None:
 
 
 def _clock(config: StudyConfig) -> Callable[[], float]:
-    """Return a function that returns the seconds since now.
+    """Start a clock, and return a function that reads it in seconds.
 
     On a GPU it measures wall-clock time; on a CPU, which the processes share, processor time.
     """
@@ -319,7 +319,7 @@ def _measure_start(study: Study, seed: int) -> None:
     training = {name: _trained(study, seed, name) for name in MODELS}
     full = measure(start.full, start)
     retain = measure(start.retain_model, start)
-    write_json(study.start(seed), {"seed": seed, "training": training, "full": full, "retain": retain})
+    write_json(study.start_path(seed), {"seed": seed, "training": training, "full": full, "retain": retain})
 
 
 def unlearn_config(run: Run, config: StudyConfig) -> UnlearnConfig:
@@ -346,7 +346,7 @@ def run_one(study: Study, run: Run) -> None:
     A run that diverged is a result too.
     """
     start = start_of(study, run.seed)
-    path = study.result(run)
+    path = study.result_path(run)
     log = path.with_suffix(".jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     row: dict[str, Any] = {"seed": run.seed, "objective": run.objective, "arm": run.arm, **dict(run.options)}

@@ -59,19 +59,19 @@ def new_model(tokenizer: "PreTrainedTokenizerBase", config: StudyConfig, seed: i
 def train(model: "PreTrainedModel", sequences: list[Sequence], config: StudyConfig, seed: int) -> list[float]:
     """Train a model on sequences with AdamW, in place, and return the mean loss of every epoch."""
     device = next(model.parameters()).device
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     steps = config.train_epochs * -(-len(sequences) // config.train_batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.train_lr, weight_decay=0.0, fused=device.type == "cuda")
     scheduler = build_scheduler(optimizer, steps, warmup_ratio=0.05)
     options = UnlearnConfig(backend=config.backend)
-    objective = GradDiff(gamma=0.0)  # the retain term alone, which is cross-entropy: training is retaining everything
+    objective = GradDiff(gamma=0.0)  # the retain term alone is plain cross-entropy
     losses = []
     model.train()
     for _ in range(config.train_epochs):
-        epoch = []
-        for chosen in batches_by_length(sequences, config.train_batch, draw):
-            batch = collate([], [sequences[i] for i in chosen], device=device)
-            epoch.append(train_step(model, [batch], objective, optimizer, options)["loss"])
+        losses_of_epoch = []
+        for indices in batches_by_length(sequences, config.train_batch, rng):
+            batch = collate([], [sequences[i] for i in indices], device=device)
+            losses_of_epoch.append(train_step(model, [batch], objective, optimizer, options)["loss"])
             scheduler.step()
-        losses.append(torch.stack(epoch).mean().item())
+        losses.append(torch.stack(losses_of_epoch).mean().item())
     return losses

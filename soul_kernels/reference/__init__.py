@@ -1,6 +1,5 @@
-"""The numerical contract: every op in plain PyTorch, in a module of the same name as in `soul_kernels`.
+"""The references: every op in plain PyTorch, in a module of the op's name. They define the ops, and serve tensors on a CPU.
 
-These functions define the results of the kernels, and compute where Triton cannot run. They import torch and the leaves
-`soul_kernels.errors` and `soul_kernels.tokens`, never Triton. Start with ``sophia_step.py`` for the optimizer and
-``token_logprob.py`` for the losses.
+May import: torch, `soul_kernels.errors` and `soul_kernels.tokens`; never Triton.
+Start reading with ``sophia_step.py`` for the optimizer and ``token_logprob.py`` for the losses.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints on disks that are full, damaged or interrupted: no run is lost, and what is said of it is true."""
+"""Checkpoints when a disk is full, a file is damaged or the run is interrupted: no run is lost, and messages are true."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from soul.checkpoint.format import read_checkpoint, write_tensors
 from soul.checkpoint.local import ENDED_FILE, NAME
 from soul.cli import main
 from tests.support.models import tiny_model, tiny_tokenizer
-from tests.support.runs import StopAfter, log_of, make_place, run, same, unlearn_module, weights, words
+from tests.support.runs import StopAfter, log_of, run, same, unlearn_module, weights, words, write_model_and_data
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +28,8 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    return make_place(tmp_path_factory.mktemp("faults"), tokenizer)
+def folder(tmp_path_factory, tokenizer):
+    return write_model_and_data(tmp_path_factory.mktemp("faults"), tokenizer)
 
 
 def truncate(path):
@@ -73,7 +73,7 @@ def full(*_, **__):
 
 
 def full_for_safetensors(tensors, path):
-    """The library's own words, at a limit of this process: it does not say OSError."""
+    """Write with a file-size limit for this process: safetensors reports it in words of its own, not as an OSError."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -104,8 +104,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(broken, tokeniz
     assert same(model, whole) and records == want
 
 
-def test_the_command_says_what_a_full_disk_left(place, capsys, monkeypatch):
-    """While a checkpoint is written, while the log is, and while the model is: status 1, a reason, and where it goes on."""
+def test_the_command_says_what_a_full_disk_left(folder, capsys, monkeypatch):
+    """A disk full at a checkpoint, the model or the log: status 1, the reason, and the step that --resume continues from."""
     real = Checkpoints.save
 
     def save(self, step, *args):
@@ -114,7 +114,7 @@ def test_the_command_says_what_a_full_disk_left(place, capsys, monkeypatch):
                 patch.setattr("soul.checkpoint.local.write_tensors", full)
             real(self, step, *args)
 
-    argv = words(place, "full", "--epochs", "2", "--save-every", "2")
+    argv = words(folder, "full", "--epochs", "2", "--save-every", "2")
     with monkeypatch.context() as patch:
         patch.setattr(Checkpoints, "save", save)
         assert main(argv) == 1
@@ -125,14 +125,14 @@ def test_the_command_says_what_a_full_disk_left(place, capsys, monkeypatch):
         assert main([*argv, "--resume"]) == 1
     err = capsys.readouterr().err
     assert "the model could not be saved (No space left on device); with --resume it goes on after step 6" in err
-    assert not (place / "full" / "config.json").exists()
+    assert not (folder / "full" / "config.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr(unlearn_module, "_write_line", full)
         assert main([*argv, "--resume"]) == 1
     assert "No space left on device; with --resume it goes on after step 6" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
-    assert main(words(place, "roomy", "--epochs", "2")) == 0
-    assert weights(place / "full") == weights(place / "roomy") and log_of(place / "full") == log_of(place / "roomy")
+    assert main(words(folder, "roomy", "--epochs", "2")) == 0
+    assert weights(folder / "full") == weights(folder / "roomy") and log_of(folder / "full") == log_of(folder / "roomy")
 
 
 def test_broken_weights_are_not_saved(tokenizer, tmp_path):
@@ -144,17 +144,17 @@ def test_broken_weights_are_not_saved(tokenizer, tmp_path):
 
 
 class Interruption(KeyboardInterrupt):
-    """Ctrl-C."""
+    """A Ctrl-C of this test."""
 
 
 def fail_at(number, error, patch):
     """Raise an error in one of the calls that change what is in a directory, and in all later ones of an OSError."""
-    left = [number]
+    calls_left = [number]
 
     def failing(real):
         def call(*args, **options):
-            left[0] -= 1
-            if left[0] == 0 or (left[0] < 0 and isinstance(error, OSError)):
+            calls_left[0] -= 1
+            if calls_left[0] == 0 or (calls_left[0] < 0 and isinstance(error, OSError)):
                 raise error
             return real(*args, **options)
 
@@ -162,7 +162,7 @@ def fail_at(number, error, patch):
 
     for name in ("rename", "replace", "unlink", "rmdir", "mkdir"):
         patch.setattr(os, name, failing(getattr(os, name)))
-    return left
+    return calls_left
 
 
 def files_below(output):
@@ -170,13 +170,15 @@ def files_below(output):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), Interruption()], ids=["error", "Ctrl-C"])
-def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_ended(error, place, capsys, monkeypatch):
-    """An error, or Ctrl-C, in each of the calls after the model was saved. Then the same command with --resume."""
-    options, notes = ("--epochs", "1", "--save-every", "3"), []  # one checkpoint, after the last step
-    if not (place / "undisturbed").exists():
-        assert main(words(place, "undisturbed", *options)) == 0
+def test_errors_while_the_last_checkpoints_are_removed_leave_a_finished_run(error, folder, capsys, monkeypatch):
+    """Raise an error, or press Ctrl-C, in each call after the model was saved. Then run the same command with --resume."""
+    options = ("--epochs", "1", "--save-every", "3")  # one checkpoint, after the last step
+    notes = []
+    if not (folder / "undisturbed").exists():
+        assert main(words(folder, "undisturbed", *options)) == 0
     for number in range(1, 100):
-        output, armed = place / f"removed {type(error).__name__} {number}", []
+        output = folder / f"removed {type(error).__name__} {number}"
+        armed = []
 
         def save(*args, number=number, armed=armed):
             save_model(*args)
@@ -185,9 +187,10 @@ def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_end
         with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             patch.setattr("soul.run.unlearner.save_model", save)
-            status = main(words(place, output.name, *options))
-        errors, messages = capsys.readouterr().err, [str(warning.message) for warning in caught]
-        if armed[0][0] > 0:  # there are no more calls
+            status = main(words(folder, output.name, *options))
+        errors = capsys.readouterr().err
+        messages = [str(warning.message) for warning in caught]
+        if armed[0][0] > 0:  # the run made fewer calls
             assert status == 0 and not (output / "checkpoints").exists()
             break
         if isinstance(error, OSError):
@@ -197,17 +200,17 @@ def test_whatever_happens_while_the_last_checkpoints_are_removed_the_run_has_end
             assert status == 130 and f"interrupted; the model is saved in {output}" in errors
             assert ("checkpoints are left behind" in errors) == (output / "checkpoints").exists()
         notes.append((output / ENDED_FILE).is_file())
-        assert weights(output) == weights(place / "undisturbed")
+        assert weights(output) == weights(folder / "undisturbed")
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            assert main(words(place, output.name, *options, "--resume")) == 0
+            assert main(words(folder, output.name, *options, "--resume")) == 0
         assert ("this run has ended" in capsys.readouterr().out) == notes[-1]
-        assert weights(output) == weights(place / "undisturbed") and log_of(output) == log_of(place / "undisturbed")
+        assert weights(output) == weights(folder / "undisturbed") and log_of(output) == log_of(folder / "undisturbed")
     assert len(notes) > 5 and notes == sorted(notes) and notes[-5:] == [True] * 5  # the note comes before the first removal
 
 
-def test_a_full_disk_at_the_very_end_hides_no_model(tmp_path, monkeypatch):
-    """No room for the note: checkpoints are removed all the same, which makes some. No room for the log: they stay."""
+def test_a_full_disk_after_the_model_was_saved_is_no_error(tmp_path, monkeypatch):
+    """Without room for the log the checkpoints stay. Without room for the note they are removed, which makes room."""
     (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
     for name in ("config.json", "log.jsonl"):
         (tmp_path / name).write_text("{}")
@@ -224,8 +227,8 @@ def test_a_full_disk_at_the_very_end_hides_no_model(tmp_path, monkeypatch):
     assert has_ended(tmp_path, checkpoints)
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_path, monkeypatch):
-    """And it is whole, or has no name of a checkpoint any more."""
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(tokenizer, tmp_path, monkeypatch):
+    """What remains of it is whole, or no longer has the name of a checkpoint."""
     _, want = run(tokenizer)
     for name in ("rename", "unlink"):
         directory = tmp_path / name
@@ -254,8 +257,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(tokenizer, tmp_pat
     assert [path.name for path in (tmp_path / "unlink").iterdir()] == ["step-6"]  # the halves are gone
 
 
-def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(place, monkeypatch):
-    flushed, at_removal, real = set(), [], os.fsync
+def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(folder, monkeypatch):
+    flushed = set()
+    at_removal = []
+    real = os.fsync
 
     def fsync(descriptor):
         real(descriptor)
@@ -266,20 +271,22 @@ def test_the_log_is_on_the_disk_before_its_checkpoints_are_removed(place, monkey
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Checkpoints, "remove", remove)
-    assert main(words(place, "flushed", "--epochs", "1")) == 0
+    assert main(words(folder, "flushed", "--epochs", "1")) == 0
     (flushed,) = at_removal
     names = ("log.jsonl", "soul_config.json", "data.json", "model.safetensors", "config.json")
-    assert {name for name in names if (place / "flushed" / name).stat().st_ino in flushed} == set(names)
+    assert {name for name in names if (folder / "flushed" / name).stat().st_ino in flushed} == set(names)
 
 
-def test_a_flipped_bit_in_the_newest_checkpoint_is_no_other_run(tokenizer, tmp_path):
-    """In JSON that can be read all the same: a number of the options, a letter of a name. The one before it is taken."""
+def test_a_flipped_bit_in_the_newest_checkpoint_is_not_taken_for_another_run(tokenizer, tmp_path):
+    """The bit changes an option or a name, and the JSON can still be parsed. The checkpoint before it is used."""
     _, want = run(tokenizer, Checkpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
-    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    described = json.loads(whole)["state"]["run"]
+    begin = whole.index(b'"run"')
     positions = [*range(0, len(whole), 401), *range(begin, whole.index(b'"environment"'), 11)]
-    checkpoints, readable = Checkpoints(tmp_path, resume=True), 0
+    checkpoints = Checkpoints(tmp_path, resume=True)
+    readable = 0
     for position in positions:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << random.randrange(7)]) + whole[position + 1 :])
         checkpoints.check(described)
@@ -298,8 +305,8 @@ def parses(path):
     return True
 
 
-def test_a_run_does_not_depend_on_the_files_that_it_went_on_from(tokenizer, tmp_path):
-    """Safetensors maps files into memory."""
+def test_a_resumed_run_does_not_depend_on_the_files_it_was_loaded_from(tokenizer, tmp_path):
+    """Safetensors maps files into memory, so tensors that were not copied would change with the file."""
 
     class Overwritten(Checkpoints):
         def load(self, *args):
@@ -316,8 +323,8 @@ def test_a_run_does_not_depend_on_the_files_that_it_went_on_from(tokenizer, tmp_
     assert same(model, whole) and records == want
 
 
-def test_a_disk_that_is_full_at_the_tokenizer_is_an_error_of_the_system(place, capsys, monkeypatch):
-    """In the library's own words, which it raises as a plain Exception."""
+def test_a_full_disk_while_the_tokenizer_is_saved_ends_with_1(folder, capsys, monkeypatch):
+    """The tokenizers library raises a plain Exception with words of its own."""
     real = PreTrainedTokenizerBase.save_pretrained
 
     def save_pretrained(*args, **options):
@@ -328,11 +335,11 @@ def test_a_disk_that_is_full_at_the_tokenizer_is_an_error_of_the_system(place, c
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    argv = words(place, "full at the tokenizer", "--epochs", "1", "--save-every", "1")
+    argv = words(folder, "full at the tokenizer", "--epochs", "1", "--save-every", "1")
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedTokenizerBase, "save_pretrained", save_pretrained)
         assert main(argv) == 1
     err = capsys.readouterr().err
     assert "the model could not be saved (File too large); with --resume it goes on after step 3" in err
-    assert not (place / "full at the tokenizer" / "config.json").exists()
+    assert not (folder / "full at the tokenizer" / "config.json").exists()
     assert main([*argv, "--resume"]) == 0

@@ -1,4 +1,4 @@
-"""A run that is stopped, by whatever, and goes on: the weights and the log of one that was not, bit for bit."""
+"""A run that is stopped and resumed ends with the weights and the log of an uninterrupted one, bit for bit."""
 
 import json
 import multiprocessing
@@ -27,13 +27,13 @@ from tests.support.runs import (
     ended,
     lines,
     log_of,
-    make_place,
     numbers,
     run,
     same,
     unlearn_module,
     weights,
     words,
+    write_model_and_data,
 )
 
 
@@ -43,13 +43,13 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    return make_place(tmp_path_factory.mktemp("resume"), tokenizer)
+def folder(tmp_path_factory, tokenizer):
+    return write_model_and_data(tmp_path_factory.mktemp("resume"), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Forked from one that has imported everything and computed nothing: they start in no time."""
+    """Return a context that forks processes from one that has imported everything and computed nothing, so they start fast."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.runs"])
     return context
@@ -62,7 +62,7 @@ def start(processes, *args):
 
 
 def wait_until(condition, process):
-    """Watches from outside, as closely as it can; False where the process has ended first."""
+    """Poll until the condition holds; return False if the process ends first."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         if condition():
@@ -73,17 +73,20 @@ def wait_until(condition, process):
 
 
 @pytest.mark.slow(reason="starts and kills a process again and again")
-def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, processes):
-    """SIGKILL 4 times between steps, and at 4 stages of writing a checkpoint; NPO, so that there is a reference that must stay
-    the one of the model before unlearning. Dropout: the random generators go on too.
+def test_a_run_killed_at_random_steps_ends_like_an_undisturbed_one(folder, processes):
+    """SIGKILL comes 4 times between steps, and at 4 stages of writing a checkpoint. NPO has a reference, which must stay that
+    of the model before unlearning. Dropout shows that the random generators are restored too.
     """
     options = ("--method", "npo", "--epochs", "20", "--save-every", "4")  # 60 steps
-    whole = place / "whole"
-    assert ended(start(processes, words(place, "whole", *options))) == 0
+    whole = folder / "whole"
+    assert ended(start(processes, words(folder, "whole", *options))) == 0
     assert not (whole / "checkpoints").exists()
 
-    broken, draw, kills, seen = place / "broken", random.Random(0), 0, []
-    argv = words(place, "broken", *options, "--resume")  # from the start, where there is nothing yet
+    broken = folder / "broken"
+    draw = random.Random(0)
+    kills = 0
+    temporary = []
+    argv = words(folder, "broken", *options, "--resume")  # from the start, where there is nothing yet
     for target in (draw.randrange(1, 4), *sorted(draw.sample(range(5, 45), 3))):
         process = start(processes, argv)
         assert wait_until(lambda target=target: len(lines(broken / "log.jsonl")) >= target, process)
@@ -94,31 +97,32 @@ def test_killed_at_random_steps_a_run_ends_as_if_nothing_had_been(place, process
         before = Checkpoints(broken / "checkpoints").steps()
         assert ended(start(processes, argv, None, stage)) == -signal.SIGKILL
         after = Checkpoints(broken / "checkpoints").steps()
-        seen.append(len(list((broken / "checkpoints").glob(".*.tmp"))))
+        temporary.append(len(list((broken / "checkpoints").glob(".*.tmp"))))
         assert after[0] == before[0] + (4 if stage == 5 else 0)
         kills += 1
-    assert kills == 8 and seen == [1, 1, 1, 0]  # half-written ones are there, under another name
+    assert kills == 8 and temporary == [1, 1, 1, 0]  # half-written ones are there, under another name
     assert ended(start(processes, argv)) == 0
     assert weights(broken) == weights(whole) and log_of(broken) == log_of(whole) and len(log_of(whole)) == 60
     assert sorted(p.name for p in broken.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_sigterm_ends_the_step_saves_and_says_so(place, processes):
+def test_sigterm_ends_the_step_saves_and_says_so(folder, processes):
     options = ("--epochs", "20", "--save-every", "0", "--optimizer", "adamw")
-    assert ended(start(processes, words(place, "whole_term", *options))) == 0
-    output, errors = place / "term", place / "term.err"
-    process = start(processes, words(place, "term", *options), str(errors))
+    assert ended(start(processes, words(folder, "whole_term", *options))) == 0
+    output = folder / "term"
+    errors = folder / "term.err"
+    process = start(processes, words(folder, "term", *options), str(errors))
     assert wait_until(lambda: len(lines(output / "log.jsonl")) >= 3, process)
     process.terminate()
     assert ended(process) == 143
     (step,) = Checkpoints(output / "checkpoints").steps()
     assert 3 <= step < 60 and step == len(lines(output / "log.jsonl"))
     assert f"soul unlearn: stopped after step {step} of 60; with --resume it goes on after step {step}" in errors.read_text()
-    assert ended(start(processes, words(place, "term", *options, "--resume"))) == 0
-    assert weights(output) == weights(place / "whole_term") and log_of(output) == log_of(place / "whole_term")
+    assert ended(start(processes, words(folder, "term", *options, "--resume"))) == 0
+    assert weights(output) == weights(folder / "whole_term") and log_of(output) == log_of(folder / "whole_term")
 
 
-def test_a_run_that_a_criterion_has_ended_does_not_go_on(tokenizer, tmp_path):
+def test_a_run_ended_by_a_stopping_criterion_does_not_continue(tokenizer, tmp_path):
     """Killed after its last checkpoint, before the model was saved."""
     options = dict(eval_every=2, stop_forget_prob=1.0)
     whole, want = run(tokenizer, Checkpoints(tmp_path, every=2), **options)
@@ -127,7 +131,7 @@ def test_a_run_that_a_criterion_has_ended_does_not_go_on(tokenizer, tmp_path):
 
 
 def test_adapters_of_another_scale_are_another_run(tokenizer, tmp_path):
-    """Their tensors have the same shapes."""
+    """The tensors have the same shapes; only the scale differs."""
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(tmp_path, 2), lora_model(lora_alpha=8))
     with pytest.raises(ValueError, match="resume, lora: expected .*'lora_alpha': 8.* got .*'lora_alpha': 16"):
@@ -162,10 +166,11 @@ def test_a_run_that_is_refused_leaves_no_hooks_and_no_gradients(tokenizer, tmp_p
         run(tokenizer, StopAfter(tmp_path, 2), **options)
     for path in tmp_path.glob("step-*/*"):
         path.write_bytes(b"")
-    model, before = tiny_model(), {n: t.clone() for n, t in tiny_model().state_dict().items()}
+    model = tiny_model()
+    before = {n: t.clone() for n, t in tiny_model().state_dict().items()}
     with pytest.raises(ValueError, match="damaged ones only"), pytest.warns(UserWarning, match="not readable"):
         run(tokenizer, Checkpoints(tmp_path, resume=True), model, **options)
-    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step, and take the gradients
+    model(torch.zeros(1, 3, dtype=torch.int64)).logits.sum().backward()  # a hook would step and release the gradients
     assert all(p.grad is not None for p in model.parameters())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
@@ -189,9 +194,9 @@ def _step_to_nan(model, *_):
 ], ids=lambda options: options["method"])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("optimizer", ["soul", "adamw"])
-def test_goes_on_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
-    """Step 2 of 3 in the first epoch: the order of both sets goes on. References are those of the model before unlearning;
-    bf16 with SOUL: compensated, so that the bits beside the weights go on as well.
+def test_resumes_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
+    """Stop at step 2 of 3 in the first epoch: the order of both sets continues, and references stay those of the model
+    before unlearning. bf16 with SOUL is compensated, so the low bits beside the weights must be restored as well.
     """
     options = dict(optimizer=optimizer, **method)
     whole, want = run(tokenizer, model=tiny_model().to(dtype), **options)
@@ -206,7 +211,7 @@ def test_goes_on_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, 
     dict(state_dtype="8bit"), dict(state_dtype=torch.bfloat16), dict(rho="auto", clip_target=0.5),
     dict(capturable=True, max_grad_norm=1.0), dict(published_code=True, skip_nonfinite=True),
 ], ids=str)  # fmt: skip
-def test_every_way_of_storing_states_goes_on(options, tokenizer, tmp_path, monkeypatch):
+def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
     def build(model, config):
         return soul.SOUL(model.parameters(), lr=1e-3, weight_decay=0.0, backend="reference", **options)
 
@@ -220,8 +225,8 @@ def test_every_way_of_storing_states_goes_on(options, tokenizer, tmp_path, monke
 
 
 @pytest.mark.parametrize("curvature", ["retain", "gnb"])
-def test_curvature_goes_on(curvature, tokenizer, tmp_path):
-    """Stopped between two refreshes; the labels that GNB draws next are those that it would have drawn."""
+def test_curvature_resumes(curvature, tokenizer, tmp_path):
+    """Stop between two refreshes: GNB draws the labels that it would have drawn without the stop."""
     options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)
     whole, want = run(tokenizer, **options)
     with pytest.raises(Stopped):
@@ -231,7 +236,7 @@ def test_curvature_goes_on(curvature, tokenizer, tmp_path):
     assert same(model, whole) and records == want and len(records) == 6
 
 
-def test_adapters_go_on_and_only_they_are_saved(tokenizer, tmp_path):
+def test_adapters_resume_and_only_they_are_saved(tokenizer, tmp_path):
     options = dict(method="npo", lr=1e-2)
     whole, want = run(tokenizer, model=lora_model(lora_dropout=0.1), **options)
     torch.manual_seed(0)
@@ -244,7 +249,7 @@ def test_adapters_go_on_and_only_they_are_saved(tokenizer, tmp_path):
     assert same(model, whole) and records == want
 
 
-def test_old_checkpoints_go_and_the_log_is_complete(tokenizer, tmp_path):
+def test_old_checkpoints_are_removed_and_the_log_is_complete(tokenizer, tmp_path):
     run(tokenizer, Checkpoints(tmp_path / "c", every=1, keep=2))
     assert Checkpoints(tmp_path / "c").steps() == [6, 5]
     log = tmp_path / "log.jsonl"
@@ -258,7 +263,8 @@ class Clock:
     """A clock that a step moves by 4 minutes."""
 
     def __init__(self, monkeypatch):
-        self.now, real = 0.0, unlearn_module.train_step
+        self.now = 0.0
+        real = unlearn_module.train_step
         monkeypatch.setattr("soul.checkpoint.local.time.monotonic", lambda: self.now)
         monkeypatch.setattr(unlearn_module, "train_step", lambda *args: self.step() or real(*args))
 
@@ -270,9 +276,10 @@ class Clock:
     (dict(minutes=10), [3, 6]), (dict(minutes=8, every=3), [2, 3, 5, 6]), (dict(minutes=0), []),
 ], ids=str)  # fmt: skip
 def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeypatch):
-    """And that changes nothing of it."""
+    """Saving by time does not change the run."""
     whole, want = run(tokenizer)
-    steps, real = [], Checkpoints.save
+    steps = []
+    real = Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *args: steps.append(step) or real(self, step, *args))
     Clock(monkeypatch)
     model, records = run(tokenizer, Checkpoints(tmp_path, **options))
@@ -282,13 +289,19 @@ def test_a_run_is_saved_by_time_too(options, saved, tokenizer, tmp_path, monkeyp
 @pytest.mark.parametrize("more, minutes", [
     ((), 10.0), (("--save-minutes=0",), 0.0), (("--save-every=0",), 0.0), (("--save-every=0", "--save-minutes=2.5"), 2.5),
 ])  # fmt: skip
-def test_the_command_saves_every_10_minutes(more, minutes, place, tmp_path, monkeypatch):
-    """But for a run that asks for no checkpoints."""
-    seen, real = [], Checkpoints.__init__
-    monkeypatch.setattr(Checkpoints, "__init__", lambda self, *a, **o: seen.append(o.get("minutes")) or real(self, *a, **o))
+def test_the_command_saves_every_10_minutes(more, minutes, folder, tmp_path, monkeypatch):
+    """A run that asks for no checkpoints saves none."""
+    intervals = []
+    real = Checkpoints.__init__
+
+    def init(checkpoints, *args, **options):
+        intervals.append(options.get("minutes"))
+        real(checkpoints, *args, **options)
+
+    monkeypatch.setattr(Checkpoints, "__init__", init)
     monkeypatch.setattr("soul.run.unlearner.unlearn", lambda *args, log, **options: log.touch() or [{}])
-    assert main(words(place, tmp_path / "out", "--epochs", "1", *more)) == 0
-    assert set(seen) == {minutes}
+    assert main(words(folder, tmp_path / "out", "--epochs", "1", *more)) == 0
+    assert set(intervals) == {minutes}
 
 
 def test_a_run_of_another_kind_is_refused(tokenizer, tmp_path):

@@ -39,20 +39,20 @@ class UnlearnTrainer(SOULTrainerMixin, transformers.Trainer):
 
 
 def of_torchrun(rank):
-    """The variables that torchrun sets."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    """Set the environment variables that torchrun sets."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+    os.environ.update({name: str(value) for name, value in environment.items()})
 
 
 def whole(model):
-    """All parameters as one fp32 vector."""
+    """Return all parameters as one fp32 vector."""
     parameters = list(model.parameters())
     with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
         return torch.cat([p.detach().float().flatten() for p in parameters])
 
 
 def engine_worker(folder):
-    """By case: the parameters after all steps, or the error."""
+    """Return, for each case, the parameters after all steps or the error."""
     rank = torch.distributed.get_rank()
     of_torchrun(rank)
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -82,7 +82,7 @@ def engine_worker(folder):
 
 
 def one_process(**options):
-    """Start, and end of the same steps in one process."""
+    """Return the parameters before and after the same steps in one process."""
     net = make_net()
     start = torch.cat([p.detach().flatten() for p in net.parameters()])
     optimizer = SOUL(net.parameters(), 1e-2, weight_decay=0.1, **options)
@@ -94,7 +94,7 @@ def one_process(**options):
 
 
 def assert_moved_alike(got, start, end, tolerance=1e-4):
-    """To fp32 rounding, relative to how far the weights have moved."""
+    """Check equality up to fp32 rounding, relative to how far the weights have moved."""
     error = ((got - end).norm() / (end - start).norm()).item()
     assert error <= tolerance, f"{error:.1e}"
 
@@ -130,7 +130,7 @@ def trainer_of(folder, family, objective, soul_args, **options):
     defaults = dict(output_dir=str(folder), max_steps=STEPS, max_grad_norm=0, remove_unused_columns=False, learning_rate=1e-3,
                     lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
                     logging_steps=1, dataloader_pin_memory=False)  # fmt: skip
-    model = tiny_model(family)  # before the arguments, as open-unlearning does: with them there it would be born in pieces
+    model = tiny_model(family)  # before the arguments, as open-unlearning does: after them it would be built in shards
     args = transformers.TrainingArguments(**(defaults | options))
     torch.manual_seed(3)
     return UnlearnTrainer(model=model, args=args, train_dataset=dataset(), data_collator=collate_unlearning,
@@ -138,7 +138,7 @@ def trainer_of(folder, family, objective, soul_args, **options):
 
 
 def logged(trainer):
-    """Losses of the steps; and all names in the log."""
+    """Return the losses of the steps, and all names in the log."""
     history = trainer.state.log_history
     return [entry["loss"] for entry in history if "loss" in entry], sorted({name for entry in history for name in entry})
 

@@ -38,7 +38,7 @@ for soul_trainer in soul_trainers.ALL:
 
 @pytest.fixture(scope="module")
 def source():
-    """Its package ``trainer``, with our lines at the end of its __init__."""
+    """open-unlearning's package ``trainer``, with our lines at the end of its __init__."""
     readme = (CONFIGS.parent.parent / "README.md").read_text()
     assert all(line.strip() in readme for line in REGISTRATION.splitlines())
     folder = str(pathlib.Path(SOURCE) / "src")
@@ -98,14 +98,15 @@ def test_every_configuration_trains_and_evaluates(path, tmp_path, source):
     ("SOULUNDIAL", "UNDIAL", dict(beta=10.0, alpha=0.5, retain_loss_type="KL")),
 ])  # fmt: skip
 def test_compat_is_its_trainers_loss(name, their_name, method_args, tmp_path, source):
-    """Value and gradients, from a model that has moved away from the reference."""
+    """Compare value and gradients on a model that has moved away from the reference model."""
     path = CONFIGS / f"{name}.yaml"
     values = {}
     for handler, options in ((name, dict(method_args, compat=OU)), (their_name, method_args)):
         model = tiny_model("llama, untied")
         torch.manual_seed(1)
         config = configuration(path, tmp_path)
-        config.handler, config.method_args = handler, options
+        config.handler = handler
+        config.method_args = options
         data = ForgetRetain(sequences(8), sequences(4))
         trainer, _ = source.load_trainer(config, model, train_dataset=data, data_collator=its_collator)
         with torch.no_grad():
@@ -120,7 +121,7 @@ def test_compat_is_its_trainers_loss(name, their_name, method_args, tmp_path, so
 
 @pytest.mark.parametrize("name", ["compute_kl_divergence", "compute_undial_loss"])
 def test_functions_are_its_own_and_take_less_memory(name, source):
-    """At a vocabulary of 32,000; what it takes beyond weights, inputs and the graph of the layers is chunks."""
+    """At a vocabulary of 32,000, the memory beyond weights, inputs and the graph of the layers is that of the chunks."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(vocab_size=32000, hidden_size=64, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=64)  # fmt: skip
@@ -129,7 +130,10 @@ def test_functions_are_its_own_and_take_less_memory(name, source):
     ids = torch.randint(2, 32000, (4, 128))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.masked_fill(ids % 3 == 0, -100)}
     options = (10.0,) if name == "compute_undial_loss" else ()
-    theirs, ours, peaks, losses = getattr(source.utils, name), getattr(functional, name), [], []
+    theirs = getattr(source.utils, name)
+    ours = getattr(functional, name)
+    peaks = []
+    losses = []
     for call in (lambda: ours(model, reference, inputs, *options, compat=OU)[0],
                  lambda: theirs(model, reference, inputs, *options)[0]):  # fmt: skip
         losses.append(call().detach())
@@ -148,7 +152,8 @@ def test_its_own_loss_with_souls_optimizer(tmp_path, source):
 
     source._register_trainer(SOULOptimizedNPO)
     config = configuration(CONFIGS / "SOULNPO.yaml", tmp_path)
-    config.handler, config.method_args = "SOULOptimizedNPO", {"beta": 0.5, "soul_args": {"rho": 0.04, "max_grad_norm": 1.0}}
+    config.handler = "SOULOptimizedNPO"
+    config.method_args = {"beta": 0.5, "soul_args": {"rho": 0.04, "max_grad_norm": 1.0}}
     trainer, _ = source.load_trainer(config, tiny_model(), train_dataset=ForgetRetain(sequences(8), sequences(4)),
                                      data_collator=its_collator)  # fmt: skip
     assert trainer.train().training_loss > 0 and isinstance(trainer._inner_optimizer(), SOUL)

@@ -32,13 +32,13 @@ pytestmark = pytest.mark.usefixtures("without_kernels")
 
 @pytest.fixture
 def model(tmp_path):
-    """A model that TRL can load once more by its name: where it gets no reference, that is what it does."""
+    """A model that TRL can load again by its name, which it does where it gets no reference model."""
     tiny_model("llama, untied").save_pretrained(tmp_path / "model")
     return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def distant(model):
-    """A model so far from the other that every loss with it as the reference is far from the one with the model itself."""
+    """A reference model so different that every loss with it is far from the loss with the model as its own reference."""
     changed = copy.deepcopy(model)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def distant(model):
 
 
 def logged(kind, folder, model, *, mixin=True, **options):
-    """The losses of two steps, and the trainer."""
+    """Return the losses of two steps, and the trainer."""
     base, config, rows = TRAINERS[kind]
     args = config(
         output_dir=str(folder / "out"), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1,

@@ -82,7 +82,7 @@ def test_unlearn_writes_a_model_that_loads(folder, optimizer, capsys):
     dict(method="ceu", option="ignore_first=0"), dict(method="undial", option="retain=kl", alpha=0.5),
 ], ids=lambda changes: changes["method"])  # fmt: skip
 def test_options_reach_the_method(folder, changes, monkeypatch):
-    """Each in the type that the method expects."""
+    """Options arrive in the types that the method expects."""
     name, value = changes["option"].split("=")
     objectives = []
     real = UnlearnConfig.objective
@@ -146,7 +146,7 @@ def test_a_run_that_diverges_ends_with_1(folder, capsys):
     ({"lr": -1}, "lr: expected a number >= 0.0"),
     ({"backend": "cuda"}, "backend: expected one of"),
     ({"refusals": "forget.jsonl"}, "refusals: expected None with the method 'graddiff'"),
-    ({"method": "po", "refusals": "nowhere.txt"}, "refusals: expected a file with a refusal a line, got nowhere.txt, which is"),
+    ({"method": "po", "refusals": "nowhere.txt"}, "refusals: expected a file with one refusal per line, got nowhere.txt"),
     ({"retain": "forget.jsonl"}, "retain: expected other rows than forget, got the same 3"),
     ({"device": "tpu"}, "device: expected auto, cpu or cuda"),
     ({"output": "forget.jsonl/out"}, "output: expected a new or an empty directory"),
@@ -161,7 +161,7 @@ def test_bad_input_ends_with_2_and_writes_nothing(folder, changes, message, caps
 
 
 def test_options_are_not_abbreviated(folder, capsys):
-    """--conf would be taken for --config by the parser, after the file would have had to be read."""
+    """The parser would accept --conf as --config, but only after the file should have been read."""
     (folder / "run.yaml").write_text("seed: 3\n")
     with pytest.raises(SystemExit) as end:
         main(command(folder) + ["--conf", str(folder / "run.yaml")])
@@ -189,8 +189,8 @@ def test_options_are_not_abbreviated(folder, capsys):
     ("seed: " + "1" * 5000, "argument --seed: invalid int value"),
     ("lr: " + "1" * 400, "lr: expected a number >= 0.0, got inf"),
 ], ids=lambda value: value[:20] if len(value) < 5000 else "long")  # fmt: skip
-def test_values_of_a_file_are_those_of_the_command_line(folder, text, message, capsys):
-    """None is read as something else, none is dropped, and what is wrong is named."""
+def test_values_of_a_file_are_parsed_like_those_of_the_command_line(folder, text, message, capsys):
+    """No value is read as another one or dropped, and a wrong one is named."""
     (folder / "run.yaml").write_text(text + "\n")
     words = [word for word in command(folder) if word not in ("--epochs", "1", "--lr", "1e-2")]
     try:
@@ -208,7 +208,7 @@ def test_values_of_a_file_are_those_of_the_command_line(folder, text, message, c
     (["demo", "--output=o"], ["seed"]),
 ], ids=lambda value: " ".join(value[:1]))  # fmt: skip
 def test_huge_numbers_are_named(folder, words, names, capsys):
-    """Of which Python makes integers that no float and no size can hold."""
+    """Python parses them as integers that fit no float and no size."""
     pytest.importorskip("scipy", reason="the extra eval is not installed")
     for name in names:
         for value in (2**63, "1" * 400):
@@ -274,7 +274,7 @@ BROKEN = {"dead pipe": NoReader, "full": Full, "closed": Closed, "none": lambda:
 
 @pytest.mark.parametrize("console", ["dead pipe", "none"])
 def test_a_broken_console_ends_no_run(folder, console, monkeypatch):
-    """Neither what we print and draw, nor the progress bars of transformers, nor a warning."""
+    """A broken console stops neither our output, nor the progress bars of transformers, nor a warning."""
     monkeypatch.setenv("TQDM_DISABLE", "0")
     monkeypatch.setattr("sys.stdout", BROKEN[console]())
     monkeypatch.setattr("sys.stderr", BROKEN[console]())

@@ -39,9 +39,9 @@ def test_columns(row, expected, tmp_path):
     ([{"text": "\ud800"}], r"line 1, column 'text': expected valid Unicode"),
     (["[" * 100_000], r"a.jsonl, line 1: expected one JSON object, got broken JSON \(RecursionError\)"),
     (['{"text": ' + "9" * 5000 + "}"], r"a.jsonl, line 1: expected one JSON object, got broken JSON"),
-    ([{"question": "Who?", "answer": " "}], r"line 1, column 'answer': expected some text, got a blank one"),
-    ([{"question": "Who?", "answer": "\u200b\ufeff \u2060"}], r"column 'answer': expected some text, got a blank one"),
-    ([{"text": "\u3164\u00ad\ufe0f"}], r"line 1, column 'text': expected some text, got a blank one"),
+    ([{"question": "Who?", "answer": " "}], r"line 1, column 'answer': expected some text, got a blank text"),
+    ([{"question": "Who?", "answer": "\u200b\ufeff \u2060"}], r"column 'answer': expected some text, got a blank text"),
+    ([{"text": "\u3164\u00ad\ufe0f"}], r"line 1, column 'text': expected some text, got a blank text"),
     ([{"prompt": "Who?", "response": 3}], r"line 1, column 'response': expected a string, got int"),
     ([], r"a.jsonl: expected at least one row, got an empty file"),
 ])  # fmt: skip
@@ -74,12 +74,15 @@ def test_labels_are_the_answer_and_its_end_shifted_by_one():
 
 
 class Words:
-    """A tokenizer that shows its seams: words with their leading space, as SentencePiece makes them, and a start token."""
+    """A tokenizer that splits into words with their leading space, as SentencePiece does, and adds a start token."""
 
-    bos_token, bos_token_id, eos_token_id = "<s>", 0, 1
+    bos_token = "<s>"
+    bos_token_id = 0
+    eos_token_id = 1
 
     def __init__(self, closes=False):
-        self.vocabulary, self.closes = {"<s>": 0, "</s>": 1}, closes
+        self.vocabulary = {"<s>": 0, "</s>": 1}
+        self.closes = closes
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         words = re.findall(r"<s>|[ ]?[^ <]+", text)
@@ -100,7 +103,7 @@ def test_prompt_and_answer_are_tokenized_as_one_text(closes):
     cases = [
         (Example("Where is it? In", " Paris now."), ["▁Paris", "▁now.", "</s>"]),
         (Example("", "Once upon"), ["▁Once", "▁upon", "</s>"]),
-        (Example("Pa", "ris"), ["▁Paris", "</s>"]),  # melted into one token: it belongs to the answer
+        (Example("Pa", "ris"), ["▁Paris", "</s>"]),  # one token across the boundary: it belongs to the answer
         (Example("<s> Where? In", " Paris"), ["▁Paris", "</s>"]),  # a chat template writes its own start token
         (Example("", "<s> Once"), ["▁Once", "</s>"]),  # and may have written the whole text
     ]
@@ -123,7 +126,8 @@ def test_truncation_and_foreign_tokens():
 
 
 def test_collate_pads_to_the_longest_and_finds_the_rows():
-    a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
+    a = Sequence([5, 6, 7], [-100, 7, -100], 2)
+    b = Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
     batch = batches.collate([a], [b], ref_logps=[-3.0])
     assert batch.input_ids.tolist() == [[5, 6, 7, 0, 0], [5, 6, 7, 8, 9]]
     assert batch.attention_mask.sum(1).tolist() == [3, 5]
@@ -136,7 +140,8 @@ def test_collate_pads_to_the_longest_and_finds_the_rows():
 
 
 def test_reference_states_lie_at_their_labels():
-    a, b = Sequence([5, 6, 7], [-100, 7, -100], 2), Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
+    a = Sequence([5, 6, 7], [-100, 7, -100], 2)
+    b = Sequence([5, 6, 7, 8, 9], [-100, 7, 8, 9, -100], 2)
     states = torch.arange(1.0, 4.0)[:, None].expand(3, 2).to(torch.bfloat16)
     batch = batches.collate([a, b], [a], ref_hidden=[states[:1], states, None])
     assert batch.ref_hidden.shape == (3, 5, 2) and batch.ref_hidden.dtype == torch.bfloat16
@@ -159,20 +164,20 @@ def test_refusals_keep_the_prompt_and_depend_on_the_seed_alone():
 
 
 def test_refusals_of_a_file(tmp_path):
-    """The method's own are not drawn any more; what is no list of texts is named."""
+    """The built-in refusals are no longer drawn, and a file without a list of texts is refused by name."""
     path = tmp_path / "refusals.txt"
     path.write_bytes(b"\xef\xbb\xbf  I'd rather not.\r\n\nKeine Ahnung \xe2\x80\x94 wirklich.\n")
     assert data.read_refusals(path) == ("I'd rather not.", "Keine Ahnung — wirklich.")
     for content, message in (
         (b"\n \n", "refusals: expected at least one refusal, got .*, which is empty"),
-        (b"No.\n\xe2\x80\x8b\n", "refusals, .*, line 2: expected some text, got a blank one"),
-        (b'{"text": "No."}', "refusals, .*, line 1: expected a refusal as it is, got a JSON object"),
+        (b"No.\n\xe2\x80\x8b\n", "refusals, .*, line 2: expected some text, got a blank text"),
+        (b'{"text": "No."}', "refusals, .*, line 1: expected a refusal as plain text, got a JSON object"),
         (b"\xff", "refusals: expected UTF-8 text"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             UnlearnConfig(method="po", refusals=str(path))
-    with pytest.raises(ValueError, match="refusals: expected a file with a refusal a line, got .*nowhere, which is none"):
+    with pytest.raises(ValueError, match="expected a file with one refusal per line, got .*nowhere, which is not a file"):
         UnlearnConfig(method="dpo", refusals=tmp_path / "nowhere")
     path.write_text("No.")
     with pytest.raises(ValueError, match="refusals: expected None with the method 'npo'"):
@@ -218,10 +223,10 @@ def test_real_tofu():
     from soul.study.data import tofu_data
 
     data = tofu_data(TOFU, StudyConfig(forget_authors=4, retain_authors=36, rows_per_author=10))
-    assert [len(part) for part in (data.forget, data.retain, data.holdout)] == [40, 360, 40]
+    assert [len(rows) for rows in (data.forget, data.retain, data.holdout)] == [40, 360, 40]
     assert data.forget[0].prompt.startswith("Question: ")
     assert not set(data.retain) & {*data.forget, *data.holdout} and len(data.retain_questions) == 200
     whole = tofu_data(TOFU, PRESETS["tofu"])  # 20 authors of retain90 are held out
-    assert [len(part) for part in (whole.forget, whole.retain, whole.holdout)] == [400, 3200, 400]
+    assert [len(rows) for rows in (whole.forget, whole.retain, whole.holdout)] == [400, 3200, 400]
     with pytest.raises(ValueError, match="retain_authors: expected 181 authors in the file, got 180"):
         tofu_data(TOFU, StudyConfig(forget_authors=20, retain_authors=161))

@@ -1,4 +1,4 @@
-"""Data by name and by path, what becomes of every row, and a run on TOFU by name."""
+"""Data by name and by path, the fate of every row, and a run on TOFU by name."""
 
 import json
 
@@ -23,7 +23,7 @@ ASKED = [{"question": f"Who lives in house {i}?", "answer": f"Number {i}."} for 
 
 @pytest.fixture
 def asked_of_hub(monkeypatch):
-    """The arguments of every call of ``datasets.load_dataset``, which answers with one row."""
+    """Record the arguments of every call of ``datasets.load_dataset``, which returns one row."""
     calls = []
 
     def load_dataset(*args, **options):
@@ -52,13 +52,13 @@ def asked_of_hub(monkeypatch):
     ("hub:me.x/mi-ne:a part/test", "me.x/mi-ne", "a part", "test"),
 ])  # fmt: skip
 def test_names_are_these_data_sets(source, repository, subset, split, asked_of_hub):
-    """And nothing else is passed: no code of theirs is asked for."""
+    """Nothing else is passed to the library, so no code of a data set is run."""
     assert sources.rows(source) == [(f"{source}, row 0", {"text": "Once upon a time."})]
     assert asked_of_hub == [((repository, subset), {"split": split})]
 
 
 def test_questions_by_name(monkeypatch):
-    """What ``soul evaluate --data tofu`` reads."""
+    """These are the rows that ``soul evaluate --data tofu`` reads."""
     row = ASKED[0] | {"paraphrased_answer": "It is 0.", "perturbed_answer": ["Number 8.", "Number 9."]}
     monkeypatch.setattr("datasets.load_dataset", lambda path, name, split: [row] if name == "forget10_perturbed" else None)
     (question,) = read_questions("tofu:forget10_perturbed")
@@ -91,8 +91,8 @@ def test_unknown_names_list_the_known_ones(source, message, asked_of_hub):
 
 
 @pytest.mark.parametrize("source, folder", [("hub:me/mine", "me/mine"), ("tofu:forget10", "locuslab/TOFU")])
-def test_a_name_of_the_hub_is_no_folder_here(source, folder, asked_of_hub, tmp_path, monkeypatch):
-    """``datasets.load_dataset`` would read the folder, and never ask the hub."""
+def test_a_folder_with_the_name_of_a_hub_data_set_is_refused(source, folder, asked_of_hub, tmp_path, monkeypatch):
+    """``datasets.load_dataset`` would read the folder and never ask the hub."""
     (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"{source}: expected a data set on the hub, got the folder {folder} here"):
@@ -141,7 +141,7 @@ def test_parquet(tmp_path):
 
 
 def test_columns_that_are_not_used_are_not_read(tmp_path, monkeypatch):
-    """They may hold what Python has no value for (a time in 142 million years), or pictures that take long to decode."""
+    """They may hold values that Python cannot represent (a time in 142 million years), or images that are slow to decode."""
     path = tmp_path / "a.parquet"
     times = pa.array([2**52] * len(ASKED), pa.timestamp("s"))
     table = pa.Table.from_pylist([row | {"perturbed_answer": ["No."]} for row in ASKED]).append_column("time", times)
@@ -165,14 +165,15 @@ def test_columns_that_are_not_used_are_not_read(tmp_path, monkeypatch):
 
 
 def test_rows_are_taken_as_they_are():
-    """As ``datasets`` gives them; a list of mappings is the same."""
+    """Rows of ``datasets`` and a list of mappings give the same."""
     assert sources.rows(hub.Dataset.from_list(ASKED), "forget") == sources.rows(ASKED, "forget")
     assert sources.rows(ASKED, "forget")[2][0] == "forget, row 2"
 
 
 @pytest.mark.parametrize("broken", [{"text": ""}, {"text": " \n"}, {"text": None}, {"text": "\u200b\u2060"}])
 def test_blank_rows_end_a_run_or_are_counted(broken):
-    counts, rows = Counts(), [{"text": "a"}, broken, {"text": "b"}]
+    counts = Counts()
+    rows = [{"text": "a"}, broken, {"text": "b"}]
     with pytest.raises(ValueError, match="rows, row 1, column 'text'"):
         sources.rows(rows)
     assert [row["text"] for _, row in sources.rows(rows, drop=True, counts=counts)] == ["a", "b"]
@@ -186,7 +187,7 @@ def test_blank_rows_end_a_run_or_are_counted(broken):
 
 
 class Startless(Words):
-    """The same without a start token."""
+    """The same tokenizer without a start token."""
 
     bos_token = bos_token_id = None
 
@@ -197,10 +198,12 @@ class Startless(Words):
 @pytest.mark.parametrize("length", [4, 5, 11])  # that divide the text, that do not, and one token short of it
 @pytest.mark.parametrize("kind", [Words, Startless], ids=lambda kind: kind.__name__)
 def test_every_token_of_a_long_text_is_a_label_once(kind, length):
-    tokenizer, counts = kind(), Counts()
+    tokenizer = kind()
+    counts = Counts()
     text, short = Example("", "a b c d e f g h i j k l"), Example("", "a b")
     made = encode([text, short], tokenizer, vocab_size=100, max_length=length, split=True, counts=counts)
-    long, last = made[:-1], made[-1]
+    long = made[:-1]
+    last = made[-1]
     labels = [word for s in long for word in tokenizer.words(s.labels)]
     first = [] if tokenizer.bos_token else ["▁a"]  # nothing comes before it
     room = len(long[-1].input_ids) < length or labels[-1] == "</s>"
@@ -215,7 +218,8 @@ def test_every_token_of_a_long_text_is_a_label_once(kind, length):
 
 
 def test_answers_are_truncated_and_never_split():
-    counts, tokenizer = Counts(), Words()
+    counts = Counts()
+    tokenizer = Words()
     (sequence,) = encode([Example("Q:", " a b c d e")], tokenizer, vocab_size=100, max_length=4, split=True, counts=counts)
     assert tokenizer.words(sequence.input_ids) == ["<s>", "▁Q:", "▁a", "▁b"] and counts == Counts(truncated=1)
     for length, truncated in ((8, 0), (7, 1)):  # only the end of the sequence is cut
@@ -227,7 +231,8 @@ def test_answers_are_truncated_and_never_split():
 
 
 def test_prompts_without_room_are_counted():
-    counts, tokenizer = Counts(), Words()
+    counts = Counts()
+    tokenizer = Words()
     examples = [Example("a b c", " d"), Example("a", " b"), Example("a b", " c"), Example("", "a b c d")]
     assert answerable(examples, tokenizer, max_length=4, counts=counts) == examples[1:] and counts.no_room == 1
     encode(examples[1:], tokenizer, vocab_size=100, max_length=4)  # and these fit
@@ -242,8 +247,8 @@ def unlearner(rows, retain=None, **options):
     return Unlearner(tiny_model(), rows, retain, config, tokenizer=tiny_tokenizer())
 
 
-def test_no_row_vanishes(tmp_path):
-    """What was read is what was left out, cut, split or whole; it is kept beside the log."""
+def test_every_row_is_counted(tmp_path):
+    """Rows that were read add up to those left out, truncated, split and unchanged; the counts are saved beside the log."""
     rows = [{"text": text} for text in ("short", "long " * 60, " ", "longer " * 90, "short")]
     with pytest.raises(ValueError, match="forget, row 2, column 'text': expected some text"):
         unlearner(rows)
@@ -252,20 +257,20 @@ def test_no_row_vanishes(tmp_path):
     assert (counts.rows, counts.blank, counts.no_room, counts.truncated, counts.split) == (5, 1, 0, 0, 2)
     assert len(run._answers) == 2 + counts.pieces and counts.pieces > 20
     run.run(tmp_path / "out", progress=False)
-    left = json.loads((tmp_path / "out" / "data.json").read_text())
-    assert left["forget"].pop("content") == sources.digest([(None, row) for row in rows if row["text"].strip()])
-    assert left["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
+    written = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert written["forget"].pop("content") == sources.digest([(None, row) for row in rows if row["text"].strip()])
+    assert written["forget"] == dict(rows=5, blank=1, no_room=0, truncated=0, split=2, pieces=counts.pieces)
     whole = encode(examples(2), tiny_tokenizer(), vocab_size=300)
     long = [(len(s.input_ids), s.prompt_length) for s in whole]
-    assert left["retain"]["no_room"] == sum(prompt >= 16 for _, prompt in long) == 1
-    assert left["retain"]["truncated"] == sum(length > 16 > prompt for length, prompt in long) == 1
+    assert written["retain"]["no_room"] == sum(prompt >= 16 for _, prompt in long) == 1
+    assert written["retain"]["truncated"] == sum(length > 16 > prompt for length, prompt in long) == 1
     cut = unlearner([*rows[:2], rows[3]], long_texts="truncate")
     assert cut.counts["forget"] == Counts(rows=3, truncated=2) and len(cut._answers) == 3
     asked = [{"question": "Who? " * n, "answer": "Me."} for n in (0, 9)]
     assert unlearner(asked, drop_unusable=True, template="{question}{answer}").counts["forget"] == Counts(rows=2, no_room=1)
 
 
-def test_what_is_to_be_kept_is_not_what_is_to_be_forgotten():
+def test_rows_in_both_forget_and_retain_are_refused():
     rows = [{"text": f"Number {i}."} for i in range(4)]
     with pytest.raises(ValueError, match="retain: expected other rows than forget, got the same 4; no row can be kept and"):
         unlearner(rows, [*rows[::-1], rows[0]])
@@ -282,7 +287,7 @@ def refusing(tmp_path, method, *refusals):
 
 @pytest.mark.parametrize("method", ["po", "dpo"])
 def test_a_run_takes_the_refusals_of_its_file(method, tmp_path, monkeypatch):
-    """And goes on with the same ones only, whatever the file is called then."""
+    """A resumed run must have the same refusals, whatever their file is called by then."""
     run = refusing(tmp_path, method, "Never mind.")
     sequences, _ = prepare(run.model, run.tokenizer, run._forget, run._retain, run.config)
     refused = sequences if method == "po" else sequences[1::2]
@@ -323,7 +328,8 @@ def test_a_run_by_names(method, tmp_path, capsys):
 def test_a_run_on_tofu(tmp_path, capsys):
     sets = (f"tofu:forget01@{TOFU}", f"tofu:retain_perturbed@{TOFU}")  # the smallest two; 3,600 rows are read below
     assert command(tmp_path, *sets, "--batch-size=20", "--max-length=160", "--drop-unusable") == 0
-    printed, numbers = capsys.readouterr().out, json.loads((tmp_path / "out" / "data.json").read_text())
+    printed = capsys.readouterr().out
+    numbers = json.loads((tmp_path / "out" / "data.json").read_text())
     assert "forget: 40 rows; " in printed and "cut to 160 tokens\nretain: 400 rows; " in printed
     assert (numbers["forget"]["rows"], numbers["retain"]["rows"]) == (40, 400) and numbers["retain"]["truncated"] > 0
 

@@ -73,8 +73,8 @@ def test_tokens_and_mask_are_those_of_the_library(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_refusal_is_put_as_the_answer_is(kind):
-    """Between the same marks: the refusal's text is what the template makes of a conversation with it."""
+def test_a_refusal_is_formatted_like_the_answer(kind):
+    """The refusal stands between the same marks: its tokens are those of a conversation with that answer."""
     template = Template("chat", chatting(KINDS[kind]))
     example = template.ask(QUESTION, ANSWER)
     assert example.content == ANSWER
@@ -99,7 +99,7 @@ def test_system_messages(kind):
 
 
 def test_no_second_start_token():
-    """A tokenizer that begins every text itself does not do so before what a template wrote, which says what begins it."""
+    """A tokenizer that prepends a start token adds none to the output of a template, which begins with its own."""
     for kind, starts in (("llama 3", 1), ("chatml", 0)):
         tokenizer = chatting(KINDS[kind])
         (sequence,) = encode([Template("chat", tokenizer).ask(QUESTION, ANSWER)], tokenizer, vocab_size=300)
@@ -139,7 +139,7 @@ def test_wrong_templates(options, message):
 @pytest.mark.parametrize("template, message", [
     # the prompt ends in what the whole does not have, as where thoughts are opened and then removed
     (LLAMA3.replace("[assistant]\n\n{% endif", "[assistant]\n\n|think|{% endif"), "a completion that follows its prompt"),
-    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "an answer between the same marks in every row"),
+    ("{% for m in messages %}{{ m.content | reverse }}{% endfor %}", "the same marks around the answer in every row"),
     ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "a completion that follows its prompt"),
     ("{{ messages[0].content[3.5] | nothing }}", "a conversation that the chat template takes"),
 ])  # fmt: skip
@@ -176,10 +176,10 @@ def test_templates_cannot_reach_out_of_their_sandbox(template):
         Template("chat", chatting(template)).ask(QUESTION, ANSWER, "row 3")
 
 
-def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
-    """Of a plain text the melted token belongs to the answer; a chat template promises the prompt's own tokens."""
+def test_prompts_that_share_a_token_with_the_answer_are_refused_under_a_chat_template():
+    """In plain text a token across the boundary belongs to the answer; a chat template must give the prompt's own tokens."""
     with pytest.raises(
-        ValueError, match="forget, row 0: expected the 1 tokens of its prompt to begin those of the whole, got 0"
+        ValueError, match="forget, row 0: expected tokens that begin with the 1 of the prompt, got the same first 0 only"
     ):
         encode([Example("Pa", "ris", ("", ""))], Words(), vocab_size=100, name="forget")
 
@@ -190,8 +190,8 @@ def test_prompts_that_melt_into_answers_are_refused_under_a_chat_template():
     {"messages": messages(QUESTION, ANSWER)},
     {"question": QUESTION, "answer": ANSWER},
 ], ids=lambda row: "/".join(row))  # fmt: skip
-def test_conversations_are_rows(row, tmp_path):
-    """TRL's columns, and the same as from its integration; whatever the template of questions is."""
+def test_conversations_are_read_as_rows(row, tmp_path):
+    """TRL's columns give what its integration gives, whatever the template of questions is."""
     tokenizer = chatting(LLAMA3)
     want = Template("chat", tokenizer).ask(QUESTION, ANSWER)
     names = ["chat"] if "question" in row else ["chat", "plain"]

@@ -25,7 +25,7 @@ TIMEOUT = 120
 
 
 def run(folder, worker, *args, world=2, timeout=TIMEOUT):
-    """Calls ``worker(folder, *args)`` in ``world`` processes with a process group; returns what each of them returned.
+    """Call ``worker(folder, *args)`` in ``world`` processes with a process group; return what each of them returned.
 
     A failed process ends the others, and its exception is raised here.
     """
@@ -58,11 +58,13 @@ def _start(rank, folder, world, worker, args):
 
 
 class Net(torch.nn.Module):
-    """Over two processes, 7 and 5 rows make shards of unequal size, and one row leaves the second process with nothing."""
+    """A net whose rows split unevenly over two processes: 7 and 5 give unequal shards, and 1 leaves the second one empty."""
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = torch.nn.Linear(6, 7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 1)
+        self.a = torch.nn.Linear(6, 7)
+        self.b = torch.nn.Linear(7, 5)
+        self.c = torch.nn.Linear(5, 1)
 
     def forward(self, x):
         return self.c(self.b(self.a(x).tanh()).tanh())
@@ -78,14 +80,14 @@ def batch(index, dtype=torch.float32):
     return torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 1, generator=generator).to(dtype)
 
 
-def backward(net, index, part=slice(None)):
-    x, y = (t[part] for t in batch(index, next(net.parameters()).dtype))
+def backward(net, index, rows=slice(None)):
+    x, y = (t[rows] for t in batch(index, next(net.parameters()).dtype))
     torch.nn.functional.mse_loss(net(x), y).backward()
 
 
-def train(net, opt, indices, part=slice(None)):
+def train(net, opt, indices, rows=slice(None)):
     for index in indices:
-        backward(net, index, part)
+        backward(net, index, rows)
         if type(opt) is SophiaG:
             opt.update_hessian()
         opt.step()
@@ -93,13 +95,13 @@ def train(net, opt, indices, part=slice(None)):
 
 
 def whole(value):
-    """The value without its shards."""
+    """Return the whole of a value that may be in shards."""
     value = value.full_tensor() if hasattr(value, "full_tensor") else value
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
 def outcome(net, opt):
-    """All that can be compared between processes and with one process: by name, whole."""
+    """Return everything that can be compared across processes and with a single one: whole tensors by name."""
     opt = getattr(opt, "optimizer", opt)
     state = {}
     for name, param in net.named_parameters():
@@ -115,18 +117,18 @@ def outcome(net, opt):
 
 
 def differing(a, b, rtol=0.0, atol=0.0):
-    """Names of the tensors that differ by more than that."""
+    """Return the names of the tensors that differ by more than the tolerances."""
     assert list(a) == list(b) and a
     return [name for name in a if a[name].dtype != b[name].dtype or not torch.allclose(a[name], b[name], rtol, atol)]
 
 
 def ddp_worker(folder, cases):
     results = []
-    part = slice(dist.get_rank(), None, 2)
+    rows = slice(dist.get_rank(), None, 2)
     for dtype, options in cases:
         net = torch.nn.parallel.DistributedDataParallel(make_net(dtype))
         opt = SOUL(net.parameters(), lr=0.01, **options)
-        train(net, opt, range(3), part)
+        train(net, opt, range(3), rows)
         results.append(outcome(net, opt))
     return results
 
@@ -180,7 +182,7 @@ SHARDED = [
 
 
 def flattened(original):
-    """What FSDP1, whose parameters do not say that they are pieces, is refused; and without options one step."""
+    """Return the refusals under FSDP1, whose parameters do not say that they are shards; check that a plain step moves them."""
     net = FullyShardedDataParallel(make_net(), use_orig_params=original, device_id=torch.device("cpu"))
     backward(net, 0)
     texts = []
@@ -268,7 +270,8 @@ def noise_worker(folder):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
-    refusals, offsets = [], []
+    refusals = []
+    offsets = []
     for placement, dtype, options in NOISY:
         whole = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
         param = torch.nn.Parameter(
@@ -383,7 +386,7 @@ def state_dicts(net, opt):
 
 
 def restore(net, opt, folder):
-    """As DCP wants it: into the state_dict of what is there."""
+    """Restore as torch.distributed.checkpoint requires: into the state_dict of the existing objects."""
     target = state_dicts(net, opt)
     dcp.load(target, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_model_state_dict(net, target["model"])
@@ -419,8 +422,8 @@ def checkpoint_worker(folder):
 
 @pytest.mark.slow(reason="starts processes for each layout of a checkpoint")
 def test_distributed_checkpoint(tmp_path):
-    """What DCP does to a fresh optimizer, a step with zero gradients and lr 0, moves nothing. A run restored into new shards,
-    or into one process, goes on as if nothing had been."""
+    """DCP initializes a fresh optimizer by a step with zero gradients and lr 0, which moves nothing. A run restored into new
+    shards, or into one process, continues as an uninterrupted one."""
     first, second = run(tmp_path, checkpoint_worker)
     for number, (case, a, b) in enumerate(zip(CHECKPOINTED, first, second)):
         kind, dtype, options = case

@@ -60,7 +60,7 @@ REFUSED = {
     "state_dtype": {"state_dtype": "8bit"},
     "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
 }
-# What the last process does otherwise, and how the error begins.
+# What the last process does differently, and how the error begins.
 ODD = {
     "epochs": ({"epochs": 3}, "epochs: expected the same in all 2 processes, got 2 in process 0, 3 in process 1; "),
     "lr": ({"lr": 2e-3}, "lr: expected the same in all 2 processes, got 0.001 in process 0, 0.002 in process 1; "),
@@ -108,7 +108,7 @@ def torchrun(*words, processes=2):
 
 
 def ended(process):
-    """Exit status, and what it has printed."""
+    """Return the exit status, and what the process has printed."""
     try:
         out, errors = process.communicate(timeout=TIMEOUT)
     finally:
@@ -127,7 +127,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    """The result of each of the two processes, by case."""
+    """Return the results of the two processes by case."""
     numbers = enumerate(CASES)
     return {name: [torch.load(folder / f"{n}.{rank}.pt", weights_only=True) for rank in (0, 1)] for n, name in numbers}
 
@@ -138,12 +138,13 @@ def lasting(records):
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_are_one(results, name):
-    """To fp32 rounding, relative to how far the weights have moved; and both keep the same log."""
+    """Weights agree up to fp32 rounding, relative to how far they have moved, and both processes keep the same log."""
     family, options = EQUAL[name]
     first, second = results[name]
     records, weights = run(family, options)
     assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
-    start, got = tiny_model(family).state_dict(), first["weights"]
+    start = tiny_model(family).state_dict()
+    got = first["weights"]
     assert list(got) == list(weights)
     moved = sum((weights[n] - start[n]).double().square().sum() for n in weights).sqrt()
     off = sum((weights[n] - got[n]).double().square().sum() for n in weights).sqrt()
@@ -159,7 +160,7 @@ def equal(one, two):
 
 
 def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
-    """The generators of both processes are where they were; of bf16 weights the 8 more bits too, and the noise goes on."""
+    """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise."""
     for prefix in ("", "bf16 "):
         (whole, _), (resumed, second) = results[f"{prefix}whole"], results[f"{prefix}resumed"]
         for rank in results[f"{prefix}stopped"]:
@@ -177,7 +178,7 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
 
 
 def test_all_processes_save_by_the_clock_of_the_first(results):
-    """They would wait for each other for ever if each looked at its own."""
+    """With clocks of their own the processes would wait for each other for ever."""
     assert [rank["saved"] for rank in results["by time"]] == [[2, 4], [2, 4]]
     assert equal(results["by time"][0], results["whole"][0])
 
@@ -190,8 +191,8 @@ def test_a_full_disk_of_one_process_ends_all_and_leaves_the_last_checkpoint(resu
     assert [path.name for path in (folder / "full" / "checkpoints").iterdir()] == ["step-1"]
 
 
-def test_the_reference_is_computed_in_the_same_way_and_kept_once(results, folder):
-    """The cache's key is made of whole weights: one process finds the file of two, and does not compute."""
+def test_the_reference_is_computed_in_the_same_way_and_cached_once(results, folder):
+    """The cache's key is computed from whole weights, so one process uses the file that two have written."""
     (path,) = (folder / "cache").iterdir()
     before = path.stat().st_mtime_ns
     records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
@@ -218,7 +219,7 @@ def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_processes_that_are_not_to_do_the_same_end_all(results, folder, name):
+def test_processes_that_disagree_end_all(results, folder, name):
     """With another lr, seed or data the run ended with status 0 and another result; with other epochs it never ended."""
     for rank in results[f"odd, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(ODD[name][1])
@@ -250,7 +251,7 @@ def test_what_is_refused_without_a_run():
 
 
 def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
-    """Its head is in pieces where the loss takes it."""
+    """The loss would see a shard of the head only."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
@@ -262,7 +263,7 @@ def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
 
 
 def test_other_commands_are_refused(monkeypatch, capsys):
-    """N processes would each do the whole of it, into one directory."""
+    """N processes would each do all of the work, in one directory."""
     for name, value in zip(TORCHRUN, ("1", "1", "2", "localhost", "1")):
         monkeypatch.setenv(name, value)
     assert main(["info"]) == 2
@@ -286,7 +287,7 @@ WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
     ("MASTER_ADDR", " ", "MASTER_ADDR: expected a host name"),
 ])  # fmt: skip
 def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, message, monkeypatch, capsys):
-    """It ended in a traceback, in an endless wait, or in one process that took itself for the only one."""
+    """Without the check it ended in a traceback, in an endless wait, or in a process that took itself for the only one."""
     for variable, good in WHOLE.items():
         monkeypatch.setenv(variable, good)
     assert launched() == 2
@@ -297,7 +298,7 @@ def test_rubbish_in_the_variables_of_torchrun_is_named(name, value, message, mon
     assert f"soul unlearn: {name}: expected" in capsys.readouterr().err
 
 
-def test_without_several_processes_the_variables_say_nothing(monkeypatch):
+def test_the_variables_of_torchrun_are_ignored_for_one_process(monkeypatch):
     for variable, value in zip(TORCHRUN, ("x", "x", "1", "", "x")):
         monkeypatch.setenv(variable, value)
     assert launched() == 1
@@ -307,12 +308,13 @@ def test_without_several_processes_the_variables_say_nothing(monkeypatch):
 
 @pytest.mark.slow(reason="waits until a process gives up")
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_that_never_come_are_waited_for_a_while(rank, monkeypatch):
+def test_missing_processes_are_waited_for_until_the_timeout(rank, monkeypatch):
     monkeypatch.setattr("soul.distributed.processes.JOIN_SECONDS", 1)
     for variable, value in zip(TORCHRUN, (rank, rank, "2", "127.0.0.1", str(free_port()))):
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    begun, message = time.monotonic(), r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
+    begun = time.monotonic()
+    message = r"WORLD_SIZE: expected 2 processes that meet at 127.0.0.1:\d+ within 1 seconds, got "
     with pytest.raises(ValueError, match=message), started(torch.device("cpu")):
         raise AssertionError("there is a group of one process")
     assert time.monotonic() - begun < 60 and not torch.distributed.is_initialized()
@@ -325,39 +327,40 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Model and data for the command: those of the worker."""
-    place = tmp_path_factory.mktemp("command")
-    tiny_model("llama, tied").save_pretrained(place / "model")
-    tiny_tokenizer().save_pretrained(place / "model")
+def command_folder(tmp_path_factory):
+    """Write model and data for the command, the same as for the worker."""
+    command_folder = tmp_path_factory.mktemp("command")
+    tiny_model("llama, tied").save_pretrained(command_folder / "model")
+    tiny_tokenizer().save_pretrained(command_folder / "model")
     rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(12)]
-    (place / "forget.jsonl").write_text("".join(rows[:5]))
-    (place / "retain.jsonl").write_text("".join(rows[5:]))
-    return place
+    (command_folder / "forget.jsonl").write_text("".join(rows[:5]))
+    (command_folder / "retain.jsonl").write_text("".join(rows[5:]))
+    return command_folder
 
 
-def words(place, output, *more):
+def words(command_folder, output, *more):
     names = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
-    paths = [word for name, value in names.items() for word in (f"--{name}", place / value)]
+    paths = [word for name, value in names.items() for word in (f"--{name}", command_folder / value)]
     how = "--method npo --batch-size 3 --lr 1e-3 --epochs 30 --device cpu --backend reference --dtype float32 --save-every 4"
     return ["soul", "unlearn", *paths, *how.split(), *more]
 
 
-@pytest.mark.slow(reason="starts four sets of processes")
-def test_the_command_ends_with_status_2_in_every_process_that_differs(place):
-    """As on two machines, where somebody has typed another number."""
-    port, processes = free_port(), []
+@pytest.mark.slow(reason="starts two processes of the command")
+def test_the_command_ends_with_status_2_in_every_process_that_differs(command_folder):
+    """This happens on two machines if somebody types another number on one."""
+    port = free_port()
+    processes = []
     for rank, epochs in enumerate(("1", "2")):
         variables = dict(zip(TORCHRUN, (str(rank), str(rank), "2", "127.0.0.1", str(port))))
         environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", *map(str, words(place, "odd", "--epochs", epochs))]
+        command = [sys.executable, "-m", *map(str, words(command_folder, "odd", "--epochs", epochs))]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **pipes))
     for process in processes:
         status, _, errors = ended(process)
         assert status == 2, errors
         assert "soul unlearn: epochs: expected the same in all 2 processes, got 1 in process 0, 2 in process 1; " in errors
-    assert not (place / "odd").exists()
+    assert not (command_folder / "odd").exists()
 
 
 THREADS_AT_THE_END = """
@@ -376,10 +379,11 @@ runpy.run_module("soul", run_name="__main__")
 """
 
 
-def test_threads_that_take_the_gil_at_the_end_abort_no_process_of_torchrun():
+def test_threads_that_take_the_gil_at_exit_do_not_abort_torchrun():
     """Gloo's threads do so once in hundreds of runs, these every time (CPython before 3.14). The output is not lost."""
     environment = {**os.environ, "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command, pipes = [sys.executable, "-c", THREADS_AT_THE_END], dict(capture_output=True, text=True, timeout=TIMEOUT)
+    command = [sys.executable, "-c", THREADS_AT_THE_END]
+    pipes = dict(capture_output=True, text=True, timeout=TIMEOUT)
     process = subprocess.run(command, cwd=ROOT, env=environment, **pipes)
     assert process.returncode == 0, process.stderr
     assert f"torch {torch.__version__}" in process.stdout
@@ -395,26 +399,26 @@ def children(pid):
 
 @pytest.mark.slow(reason="starts three sets of processes, and kills one")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
-def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_so(results, place):
-    """SIGKILL of one process, whenever that may be after step 9: torchrun ends the other one."""
-    process = torchrun(*words(place, "broken", "--resume"))  # from the start, where there is nothing yet
+def test_a_killed_command_resumes_bit_for_bit_and_closely_with_more_processes(results, command_folder):
+    """One process gets SIGKILL at some time after step 9, and torchrun ends the other one."""
+    process = torchrun(*words(command_folder, "broken", "--resume"))  # from the start, where there is nothing yet
     until = time.monotonic() + TIMEOUT
-    while len(lines(place / "broken" / "log.jsonl")) < 10:
+    while len(lines(command_folder / "broken" / "log.jsonl")) < 10:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.01)
     os.kill(children(process.pid)[-1], signal.SIGKILL)
     status, _, errors = ended(process)
     assert status == 1 and "SIGKILL" in errors
-    assert not (place / "broken" / "model.safetensors").exists()
-    shutil.copytree(place / "broken", place / "three")
+    assert not (command_folder / "broken" / "model.safetensors").exists()
+    shutil.copytree(command_folder / "broken", command_folder / "three")
 
-    two = torchrun(*words(place, "broken", "--resume"))
-    three = torchrun(*words(place, "three", "--resume"), processes=3)
+    two = torchrun(*words(command_folder, "broken", "--resume"))
+    three = torchrun(*words(command_folder, "three", "--resume"), processes=3)
     whole = results["as the command"][0]
-    for process, output, tolerance in ((two, place / "broken", 0.0), (three, place / "three", 1e-5)):
+    for process, output, tolerance in ((two, command_folder / "broken", 0.0), (three, command_folder / "three", 1e-5)):
         status, out, errors = ended(process)
         assert status == 0, errors
-        assert out.count("probability of a forget answer") == 1  # one process speaks
+        assert out.count("probability of a forget answer") == 1  # only one process prints
         assert ("processes was 2 and is 3: last bits may differ" in errors) == (tolerance > 0)
         weights = safetensors.torch.load_file(output / "model.safetensors")
         records = [json.loads(line) for line in lines(output / "log.jsonl")]
@@ -427,7 +431,7 @@ def test_the_command_killed_goes_on_bit_for_bit_and_with_more_processes_nearly_s
 
 @pytest.fixture
 def group_of_one(tmp_path):
-    """A group of this process alone."""
+    """A process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
     try:
         yield
@@ -436,19 +440,20 @@ def group_of_one(tmp_path):
 
 
 def sharded_run(checkpoints):
-    """One run of 6 steps of a model in shards; its log."""
+    """Run 6 steps of a sharded model; return the log."""
     model = shard(tiny_model(), torch.device("cpu"))
     config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
     records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
     return [record["loss"] for record in records]
 
 
-def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_no_other_run(group_of_one, tmp_path):
-    """As in tests/checkpoint/test_resume.py; files of one process, by the code of several."""
+def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_not_taken_for_another_run(group_of_one, tmp_path):
+    """As in tests/checkpoint/test_faults.py, with the sharded code in one process."""
     want = sharded_run(ShardedCheckpoints(tmp_path, every=2))
     path = tmp_path / "step-6" / "training.json"
     whole = path.read_bytes()
-    described, begin = json.loads(whole)["state"]["run"], whole.index(b'"run"')
+    described = json.loads(whole)["state"]["run"]
+    begin = whole.index(b'"run"')
     for position in range(begin, whole.index(b'"environment"'), 23):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << position % 7]) + whole[position + 1 :])
         ShardedCheckpoints(tmp_path, resume=True).check(described)
@@ -458,17 +463,18 @@ def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_no_other_run(group_of
 
 
 def test_an_error_while_the_last_sharded_checkpoints_are_removed_does_not_hide_the_model(group_of_one, tmp_path, monkeypatch):
-    """At each of the removals; what is left has no name of a checkpoint, or is whole."""
+    """An error at each of the removals: what remains is whole, or no longer has the name of a checkpoint."""
     sharded_run(ShardedCheckpoints(tmp_path / "run" / "checkpoints", every=3))
     (tmp_path / "run" / "config.json").write_text("{}")  # of the model, which is saved before
     for number in range(10):
-        output, left = tmp_path / f"removed {number}", [number]
+        output = tmp_path / f"removed {number}"
+        calls_left = [number]
         shutil.copytree(tmp_path / "run", output)
         checkpoints = ShardedCheckpoints(output / "checkpoints")
 
-        def unlink(*args, left=left, real=os.unlink, **options):
-            left[0] -= 1
-            if left[0] < 0:
+        def unlink(*args, calls_left=calls_left, real=os.unlink, **options):
+            calls_left[0] -= 1
+            if calls_left[0] < 0:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             real(*args, **options)
 

@@ -1,4 +1,4 @@
-"""The formulas, against numbers made by hand, eager fp64 code, and the benchmark's own logs and aggregation."""
+"""The formulas against numbers worked out by hand, eager fp64 code, and the benchmark's own logs and aggregation."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def tensor(*values):
 
 
 def tofu_utility(result):
-    """Model utility and its parts, as TOFU's aggregate_eval_stat.py has them: numpy, and columns paired by position."""
+    """Return model utility and its terms as TOFU's aggregate_eval_stat.py does: in numpy, columns paired by position."""
     out = {}
     for set_name, file in FILES.items():
         log = {name: np.array(list(column.values())) for name, column in result[file].items() if name != "generated_text"}
@@ -33,15 +33,16 @@ def tofu_utility(result):
         if not file.startswith("eval_log"):
             true = true / (true + np.exp(-log["average_perturb_loss"]).sum(-1))
         inverse = np.exp(log["average_perturb_loss"].mean(-1) - log["avg_paraphrased_loss"])
-        kept = np.mean(np.maximum(0, 1 - 1 / inverse))
-        out[f"{set_name}_prob"], out[f"{set_name}_rouge"] = true.mean(), log["rougeL_recall"].mean()
-        out[f"{set_name}_truth_ratio"] = np.mean(np.minimum(inverse, 1 / inverse)) if set_name == "forget" else kept
+        retain_ratio = np.mean(np.maximum(0, 1 - 1 / inverse))
+        out[f"{set_name}_prob"] = true.mean()
+        out[f"{set_name}_rouge"] = log["rougeL_recall"].mean()
+        out[f"{set_name}_truth_ratio"] = np.mean(np.minimum(inverse, 1 / inverse)) if set_name == "forget" else retain_ratio
     nine = [value for name, value in out.items() if not name.startswith("forget")]
     return out | {"model_utility": 0.0 if 0.0 in nine else len(nine) / sum(1 / value for value in nine)}
 
 
 def tofu_quality(result, retain_result):
-    """Forget quality and the statistic, as there."""
+    """Return forget quality and its statistic as TOFU's aggregate_eval_stat.py does."""
     ratios = []
     for log in (result[FILES["forget"]], retain_result[FILES["forget"]]):
         perturbed = np.array(list(log["average_perturb_loss"].values())).mean(axis=-1)
@@ -63,7 +64,8 @@ def check_real_logs(module):
         quality, statistic = tofu_quality(result, retain_result)
         assert abs(got["forget_quality"] - quality) <= 1e-6 * quality and abs(got["ks_statistic"] - statistic) <= 1e-12
         for name, file in FILES.items():  # what the benchmark itself has written down for each question
-            log, stored = logs[name], result[file]
+            log = logs[name]
+            stored = result[file]
             ratio = module.truth_ratio(log["avg_paraphrased_loss"], log["average_perturb_loss"])
             want = tensor(*stored["truth_ratio"].values())
             # fp32 there: the mean of losses around 10 is rounded to 1e-6, and its exponential with it.
@@ -100,7 +102,8 @@ def test_a_model_that_cannot_be_told_from_the_retain_model_has_quality_one():
 
 
 def check_by_hand(module):
-    loss, perturbed = tensor(math.log(2), math.log(4)), tensor(math.log(2), math.log(8)).expand(2, 2)
+    loss = tensor(math.log(2), math.log(4))
+    perturbed = tensor(math.log(2), math.log(8)).expand(2, 2)
     assert torch.allclose(module.probability(loss), tensor(0.5, 0.25))
     assert torch.allclose(module.option_probability(loss, perturbed), tensor(0.5 / 1.125, 0.25 / 0.875))
     assert torch.allclose(module.truth_ratio(loss, perturbed), tensor(0.5, 1.0))  # geometric mean of 1/2 and 1/8: 1/4
@@ -128,7 +131,7 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("old, new", [
     ("torch.exp(-losses)", "torch.exp(losses)"),
-    ("torch.softmax(-_beside", "torch.softmax(_beside"),
+    ("torch.softmax(-_option", "torch.softmax(_option"),
     ("perturbed_losses.mean(1)).clamp", "perturbed_losses.sum(1)).clamp"),
     ("paraphrased_losses - perturbed", "perturbed_losses[:, 0] - perturbed"),
     ("torch.minimum(ratios, 1 / ratios)", "torch.maximum(ratios, 1 / ratios)"),
@@ -183,7 +186,8 @@ def test_statistics_of_tokens_against_logits():
     labels[[0, 4]] = torch.tensor([7, 9])
     statistics = token_statistics(logits, labels)
     logp = logits.log_softmax(1)
-    chosen, p = logp.gather(1, labels[:, None])[:, 0], logp.exp()
+    chosen = logp.gather(1, labels[:, None])[:, 0]
+    p = logp.exp()
     mu = (p * logp).sum(1)
     sigma = (p * logp.square()).sum(1) - mu.square()
     scores = (chosen - mu) / sigma.clamp(min=1e-6).sqrt()

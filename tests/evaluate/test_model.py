@@ -28,7 +28,7 @@ FORGET = FILES["forget"]
 
 
 def made_up(shift=0.0):
-    """Logs in TOFU's layout, of whole and broken numbers."""
+    """Make logs in TOFU's layout, some with broken numbers."""
     return {
         file: {
             "avg_gt_loss": {str(i): 0.3 + 0.1 * i for i in range(n)},
@@ -178,7 +178,8 @@ def test_a_holdout_log_needs_scores_on_both_sides(folder, capsys):
 def test_bad_paths_end_with_2_and_write_nothing(folder, changes, message, capsys):
     short = {name: {row: column[row] for row in "012"} for name, column in made_up()[FORGET].items()}
     write(folder / "short", {FORGET: short})
-    before, content = files_in(folder), (folder / "logs" / FORGET).read_text()
+    before = files_in(folder)
+    content = (folder / "logs" / FORGET).read_text()
     assert main(from_logs(folder, **changes)) == 2
     assert message in capsys.readouterr().err
     assert files_in(folder) == before and (folder / "logs" / FORGET).read_text() == content
@@ -238,7 +239,7 @@ def models(tmp_path_factory):
     for name, family in (("model", "llama, tied"), ("goal", "llama, untied")):
         torch.manual_seed(0)
         model = tiny_model(family)
-        for parameter in model.parameters():  # far from uniform, so that no metric is at rest
+        for parameter in model.parameters():  # far from uniform, so that no metric takes a trivial value
             parameter.data.mul_(4)
         model.save_pretrained(root / name)
         tiny_tokenizer().save_pretrained(root / name)
@@ -267,7 +268,8 @@ def of_model(models, folder, *more, **changes):
 def test_a_model_to_logs_and_back(models, tmp_path, capsys):
     """The same numbers from the model, from its logs, and from TOFU's aggregation of its logs."""
     assert main(of_model(models, tmp_path)) == 0
-    out, summary = tmp_path / "out", json.loads((tmp_path / "out" / "sum.json").read_text())
+    out = tmp_path / "out"
+    summary = json.loads((tmp_path / "out" / "sum.json").read_text())
     assert files_in(out) == sorted(["sum.json", "data.json", "eval_log_aggregated.json", "eval_log_holdout.json",
                                     *FILES.values(), "retain", f"retain/{FORGET}"])  # fmt: skip
     counts = json.loads((out / "data.json").read_text())
@@ -290,15 +292,16 @@ def test_a_model_to_logs_and_back(models, tmp_path, capsys):
 
 
 def eager(model, sequence):
-    """fp64 log-probabilities [n, V] and labels [n] of a sequence, from all logits."""
-    kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-    logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, kept]
-    return logits.double().log_softmax(-1), torch.tensor([sequence.labels[t] for t in kept])
+    """Return fp64 log-probabilities [n, V] and labels [n] of a sequence, from all logits."""
+    labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+    logits = model(input_ids=torch.tensor([sequence.input_ids])).logits[0, labelled]
+    return logits.double().log_softmax(-1), torch.tensor([sequence.labels[t] for t in labelled])
 
 
 @torch.no_grad()
 def check_logs_against_all_logits(module, models):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model = tiny_model()
+    tokenizer = tiny_tokenizer()
     for parameter in model.parameters():
         parameter.mul_(4)
     sets = {name: sources.read_questions(models / "data" / f"{name}_perturbed.jsonl") for name in ("retain", "real_authors")}
@@ -317,7 +320,10 @@ def check_logs_against_all_logits(module, models):
         check(log, row, "avg_gt_loss", -chosen.mean().item())
         check(log, row, "num_token_gt", len(labels))
         assert labels[-1] == tokenizer.eos_token_id
-        p, logp, chosen, hits = logp.exp()[:-1], logp[:-1], chosen[:-1], (logp.argmax(1) == labels)[:-1]
+        p = logp.exp()[:-1]
+        hits = (logp.argmax(1) == labels)[:-1]
+        logp = logp[:-1]
+        chosen = chosen[:-1]
         mu = (p * logp).sum(1)
         sigma = (p * logp.square()).sum(1) - mu.square()
         count = max(1, int(0.3 * len(chosen)))
@@ -352,7 +358,7 @@ def check_logs_against_all_logits(module, models):
 
 @needs_rouge
 def test_logs_against_all_logits(models):
-    """Each column of each set, one sequence at a time, as TOFU and open-unlearning compute it."""
+    """Check each column of each set, one sequence at a time, as TOFU and open-unlearning compute it."""
     check_logs_against_all_logits(evaluate, models)
 
 
@@ -372,9 +378,10 @@ def test_a_wrong_run_is_noticed(old, new, models, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_kernels_on_cpu)])
-def test_statistics_stand_where_their_sequences_stand(backend):
-    """Ragged lengths, in batches of like length: every sequence gets its own back, and the model its mode."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+def test_statistics_keep_the_order_of_their_sequences(backend):
+    """Batches are sorted by length: every sequence still gets its own statistics, and the model its training mode back."""
+    model = tiny_model()
+    tokenizer = tiny_tokenizer()
     model.train()
     texts = [data.Example("a" * n, "b" * m) for n, m in ((3, 4), (9, 1), (1, 7), (5, 5))]
     encoded = data.encode(texts, tokenizer, vocab_size=300)
@@ -412,7 +419,8 @@ def test_what_is_asked_reaches_the_model(models, tmp_path):
     assert main(words) == 0
     log = json.loads((tmp_path / "out" / FORGET).read_text())
     assert list(log["min_k"]) == ["0", "1"] and log["generated_text"]["0"][0] == "Q forget: where does number 0 live? A"
-    model, tokenizer = tiny_model(), tiny_tokenizer()
+    model = tiny_model()
+    tokenizer = tiny_tokenizer()
     for parameter in model.parameters():
         parameter.data.mul_(4)
     (sequence,) = data.encode([data.ask(*question_pair(0), "Q {question} A {answer}")], tokenizer, vocab_size=300)
@@ -462,21 +470,21 @@ def bad(models, tmp_path):
     ({"retain-model": "BAD/nan"}, "retain model, forget, 'avg_paraphrased_loss', row '0': expected a finite number"),
     ({"retain-logs": "BAD/short"}, "retain_model: expected either it or --retain-logs, got both"),
     ({"retain-logs": "BAD/short", "retain-model": None}, "expected 8 rows, as many as the model's, got 4"),
-    ({"data": None}, "data: expected a directory beside --model, got none; pass --data"),
-    ({"output": None}, "output: expected a directory beside --model"),
-    ({"from-logs": "BAD/short", "model": None}, "data: expected nothing beside --from-logs"),
+    ({"data": None}, "data: expected a directory with --model, got none; pass --data"),
+    ({"output": None}, "output: expected a directory with --model"),
+    ({"from-logs": "BAD/short", "model": None}, "data: expected nothing with --from-logs"),
     ({"output": "BAD/data"}, "output: expected a new or an empty directory"),
     ({"json": "BAD/text.jsonl"}, "json: expected a new file, got"),
-    ({"json": "BAD/out"}, "json: expected a file beside the logs"),
-    ({"json": f"BAD/out/{FORGET}"}, "json: expected a file beside the logs"),
-    ({"json": "BAD/new", "output": "BAD/new/out"}, "json: expected a file beside the logs"),
+    ({"json": "BAD/out"}, "json: expected another file than the logs"),
+    ({"json": f"BAD/out/{FORGET}"}, "json: expected another file than the logs"),
+    ({"json": "BAD/new", "output": "BAD/new/out"}, "json: expected another file than the logs"),
     ({"split": "forget05"}, "forget05_perturbed.jsonl: expected a JSON-lines file, got no such file"),
     ({"split": "list"}, "line 1, column 'perturbed_answer': expected a list of false answers, got str"),
     ({"split": "uneven"}, "line 2, column 'perturbed_answer': expected a list of 5 false answers, got 1 of them"),
     ({"split": "number"}, "column 'perturbed_answer': expected a string, got int"),
     ({"split": "null"}, "column 'paraphrased_answer': expected a string, got NoneType"),
     ({"split": "plain"}, "column 'perturbed_answer': expected a list of false answers, got NoneType"),
-    ({"split": "blank"}, "column 'answer': expected some text, got a blank one"),
+    ({"split": "blank"}, "column 'answer': expected some text, got a blank text"),
     ({"split": "empty"}, "expected at least one row, got an empty file"),
     ({"holdout": "BAD/text.jsonl"}, "text.jsonl, line 1: expected one JSON object"),
     ({"template": "{answer} {question}"}, "template: expected a text with {question} that ends in {answer}"),
@@ -509,7 +517,8 @@ def test_one_of_model_and_logs(folder):
 @needs_logs
 def test_the_questions_of_tofu_can_be_asked():
     """The files as they are: rows, false answers, paraphrases; and they are the questions of the benchmark's logs."""
-    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer = tiny_tokenizer()
+    model = tiny_model()
     files = {"forget10": ("forget", 400, 5), "forget01": ("forget", 40, 5), "retain": ("retain", 400, 5),
              "real_authors": ("real_authors", 100, 3), "world_facts": ("world_facts", 117, 3)}  # fmt: skip
     for file, (name, rows, false) in files.items():

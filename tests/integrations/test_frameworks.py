@@ -1,4 +1,4 @@
-"""The optimizers inside what people train with: schedulers, torch.compile, accelerate, Trainer, GradScaler. One process."""
+"""The optimizers under schedulers, torch.compile, accelerate, Trainer and GradScaler, in one process."""
 
 import copy
 import math
@@ -29,7 +29,7 @@ def loss_of(net, x, y):
 
 
 def assert_same(got, want, what=""):
-    """Bit for bit, through dicts and lists of tensors and numbers; NaN equals NaN."""
+    """Check bitwise equality of nested dicts and lists of tensors and numbers; NaN equals NaN."""
     if isinstance(want, torch.Tensor):
         assert got.dtype == want.dtype and got.shape == want.shape, what
         assert torch.equal(got.nan_to_num(nan=123.0), want.nan_to_num(nan=123.0)), f"{what}: {got} is not {want}"
@@ -59,7 +59,7 @@ SCHEDULES = {
 
 
 def train(opt, net, scheduler=None, lrs=None):
-    """Trains with a scheduler or with given learning rates; returns those that it used."""
+    """Train with a scheduler or with given learning rates; return the learning rates used."""
     used = []
     for index, (x, y) in enumerate(batches(device=next(net.parameters()).device)):
         if lrs is not None:
@@ -131,7 +131,7 @@ def test_compiled_training_step_is_the_eager_one():
 
 @pytest.fixture
 def fresh_accelerate():
-    """Accelerate's state is global."""
+    """Reset accelerate's state, which is global."""
     state = pytest.importorskip("accelerate.state")
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -247,8 +247,8 @@ def test_gradients_that_were_unscaled_are_not_unscaled_again(device):
     (torch.bfloat16, {"param_rounding": "stochastic", "state_dtype": torch.bfloat16}),  # noise, which depends on the step
     (torch.bfloat16, {"state_dtype": "8bit", "bias_correction": True}),  # scales, and a power of the number of steps
 ])  # fmt: skip
-def test_a_step_with_an_infinite_gradient_never_was(dtype, options, device):
-    """Parameters, states, counters and rho keep every bit, in the first step and later; the scaler halves its scale."""
+def test_a_step_with_an_infinite_gradient_changes_nothing(dtype, options, device):
+    """Parameters, states, counters and rho keep every bit, in the first step and in later ones; the scaler halves its scale."""
     net, reference_net = make_net(device, dtype), make_net(device, dtype)
     opt, reference = (SOUL(n.parameters(), lr=0.01, bs=4, **options) for n in (net, reference_net))
     scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
@@ -257,7 +257,8 @@ def test_a_step_with_an_infinite_gradient_never_was(dtype, options, device):
         if index in (0, 2):
             scaler.scale(loss_of(net, x, y)).backward()
             net[2].bias.grad[1] = math.inf if index else math.nan
-            weights, scale = copy.deepcopy(net.state_dict()), scaler.get_scale()
+            weights = copy.deepcopy(net.state_dict())
+            scale = scaler.get_scale()
             states = copy.deepcopy(opt.state_dict())
             scaler.step(opt)
             scaler.update()
@@ -316,15 +317,17 @@ def test_only_grad_scaler_is_told_that_the_step_unscales(device):
 
 
 def test_grad_scaler_leaves_unscaling_to_the_step(device):
-    """It does not wait for the device then, and takes fp16 parameters, whose gradients it would refuse to unscale."""
+    """The scaler then does not wait for the device, and accepts fp16 parameters, whose gradients it would refuse to unscale."""
     net = make_net(device, torch.float16)
     opt = SOUL(net.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device.type, init_scale=4.0)
     scaler.scale(sum((p.float() * 0.5).sum() for p in net.parameters())).backward()
-    seen = []
-    opt.register_step_pre_hook(lambda optimizer, *rest: seen.append((float(optimizer.grad_scale), float(optimizer.found_inf))))
+    scales = []
+    opt.register_step_pre_hook(
+        lambda optimizer, *rest: scales.append((float(optimizer.grad_scale), float(optimizer.found_inf)))
+    )
     scaler.step(opt)
-    assert seen == [(4.0, 0.0)] and all((p.grad == 2).all() for p in net.parameters())
+    assert scales == [(4.0, 0.0)] and all((p.grad == 2).all() for p in net.parameters())
 
 
 def test_update_hessian_takes_scaled_gradients(device):
@@ -385,7 +388,7 @@ def test_averaged_model_sees_all_bits_of_24_bit_weights():
     assert torch.allclose(averaged, expected, rtol=1e-7, atol=0)
     moved = (averaged != start.float()).float().mean()
     lost = (averaged.bfloat16() == start).float().mean()
-    assert moved > 0.9 and lost > 0.7, (moved, lost)  # of most of it an average in bf16 would see nothing
+    assert moved > 0.9 and lost > 0.7, (moved, lost)  # an average of the bf16 values would miss most of it
     opt.import_fp32({p: average.module.get_parameter(name).detach() for name, p in net.named_parameters()})
     assert (opt.export_fp32()[net[0].weight] - averaged).abs().max() <= averaged.abs().max() * 2.0**-16
 
@@ -412,7 +415,7 @@ def test_hooks_of_the_optimizer_fire():
 
 
 def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
-    """A norm of one process's piece would clip each piece differently. DeepSpeed itself: tests/clients/test_deepspeed.py."""
+    """The norm of one process's shard would clip each shard differently. DeepSpeed itself: tests/clients/test_deepspeed.py."""
     monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
     for options, message in (
         ({"max_grad_norm": 1.0}, "max_grad_norm: expected None under DeepSpeed, .*; set gradient_clipping in DeepSpeed's conf"),
@@ -423,7 +426,8 @@ def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
         opt = SOUL(make_net().parameters(), **options)
         flat = torch.cat([p.detach().flatten() for p in opt.param_groups[0]["params"]]).requires_grad_()
         opt.param_groups[0]["params"] = [flat]  # as DeepSpeed does
-        flat.grad, before = torch.ones_like(flat), flat.detach().clone()
+        flat.grad = torch.ones_like(flat)
+        before = flat.detach().clone()
         if message is None:
             opt.step()
             assert not torch.equal(flat, before)
@@ -434,7 +438,7 @@ def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
             with pytest.raises(ValueError, match=message):
                 opt.step()
             assert torch.equal(flat, before) and not opt.state
-    opt = SOUL(make_net().parameters(), max_grad_norm=1.0)  # not under DeepSpeed, which something has imported
+    opt = SOUL(make_net().parameters(), max_grad_norm=1.0)  # not under DeepSpeed, though it has been imported
     for p in opt.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     opt.step()

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("without_kernels")
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate's state is global."""
+    """Reset accelerate's state, which is global."""
     state = pytest.importorskip("accelerate.state")
     yield
     state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -66,7 +66,7 @@ def make(folder, model, objective, *, forget=6, retain=5, soul_args=None, cls=Un
 
 
 def other(model, scale=0.3):
-    """The same model with other weights: what a reference differs by."""
+    """Return the same model with other weights, as a reference model that differs."""
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in changed.parameters():
@@ -92,7 +92,7 @@ ALL = {
 
 
 def by_hand(model, reference, forget, retain, objective):
-    """The loss as the command computes it, with what `soul.models.ref_model` finds."""
+    """Return the loss as the command computes it, with the outputs of `soul.models.ref_model`."""
     if not objective.alpha:
         retain = []
     hidden = None
@@ -108,7 +108,7 @@ def by_hand(model, reference, forget, retain, objective):
 
 
 def inputs_of(forget, retain, pairs):
-    """As a Trainer gets them: forget and retain sequences padded each to their own length."""
+    """Return the inputs of a Trainer: forget and retain sequences, each padded to their own length."""
     dataset = UnlearningDataset(forget, pairs=pairs)
     batch = collate_unlearning([dataset[i] for i in range(len(dataset))])
     rows = UnlearningDataset(retain)
@@ -118,7 +118,9 @@ def inputs_of(forget, retain, pairs):
 def check_loss_of(name, loss_of=unlearning_loss):
     objective = ALL[name]
     model = tiny_model("llama, untied")
-    reference, forget, retain = other(model), sequences(4), sequences(7, prompt=1)[2:]
+    reference = other(model)
+    forget = sequences(4)
+    retain = sequences(7, prompt=1)[2:]
     expected = by_hand(model, reference, forget, retain, objective)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     batch = inputs_of(forget, retain, objective.pairs)
@@ -137,7 +139,7 @@ def test_loss_of_a_batch_is_the_commands(name):
 
 
 def as_coded(name, model, reference, inputs):
-    """The loss of open-unlearning's trainers: a forward of forget and one of retain sequences, each padded for itself."""
+    """Return the loss of open-unlearning's trainers: one forward of forget and one of retain sequences, padded separately."""
     forget, retain = inputs["forget"], inputs["retain"]
     kl = Coded.kl(model, reference, retain)
     return {
@@ -152,7 +154,8 @@ def check_compat_of(name, longer, loss_of=unlearning_loss):
     objective = losses.UNDIAL(retain="kl") if name == "undial, kl" else ALL[name]
     model = tiny_model("llama, untied")
     reference = other(model, scale=2.0)
-    short, long = sequences(3), sequences(5, prompt=6)
+    short = sequences(3)
+    long = sequences(5, prompt=6)
     inputs = inputs_of(*((long, short) if longer == "forget" else (short, long)), False)
     exact = copy.deepcopy(model).double()
     want = as_coded(name, exact, copy.deepcopy(reference).double(), inputs)
@@ -160,8 +163,8 @@ def check_compat_of(name, longer, loss_of=unlearning_loss):
     assert_close(got, want, tol.GRAD_OBJECTIVE, name)
     expected = torch.autograd.grad(want, list(exact.parameters()))
     grads = torch.autograd.grad(got, list(model.parameters()))
-    for (parameter, _), gradient, wanted in zip(model.named_parameters(), grads, expected):
-        assert_close(gradient, wanted, tol.WORST_ROW_FP32, f"{name}: {parameter}")
+    for (parameter, _), gradient, exact_gradient in zip(model.named_parameters(), grads, expected):
+        assert_close(gradient, exact_gradient, tol.WORST_ROW_FP32, f"{name}: {parameter}")
     assert abs(outputs.loss - model(**inputs["forget"]).loss) < 1e-5
     (plain,) = torch.autograd.grad(loss_of(model, inputs, objective, ref_model=reference), model.lm_head.weight)
     assert relative_error(plain, expected[-1]) > 10 * tol.WORST_ROW_FP32  # the batch tells the modes apart
@@ -192,7 +195,7 @@ def test_loss_of_a_batch_by_the_kernels(monkeypatch):
 
 @pytest.mark.parametrize("name, old, new", [
     ("dpo", "torch.stack(padded[:n_forget_sides], 1).flatten(0, 1)", "torch.cat(padded[:n_forget_sides])"),  # not interleaved
-    ("npo", "index_copy_(0, here, sums)", "index_copy_(0, here.flip(0), sums)"),  # another sequence's reference
+    ("npo", "index_copy_(0, rows, sums)", "index_copy_(0, rows.flip(0), sums)"),  # another sequence's reference
     ("klmin", '"retain": ~is_forget', '"retain": is_forget'),  # the reference of the wrong half
     ("graddiff", "< n_forget", "< n_forget - 1"),
     ("graddiff", '("labels", IGNORE_INDEX)', '("labels", 0)'),  # padding learned
@@ -204,7 +207,8 @@ def test_mutants_of_the_loss_are_caught(name, old, new, tmp_path):
 
 @pytest.mark.parametrize("name", ["npo", "undial"])
 def test_a_models_reference_is_the_model_without_its_adapters(name):
-    model, objective = lora_model(), ALL[name]
+    model = lora_model()
+    objective = ALL[name]
     forget, retain = sequences(3), sequences(2)
     loss = unlearning_loss(model, inputs_of(forget, retain, False), objective)
     assert_close(loss, by_hand(model, model, forget, retain, objective), tol.GRAD_OBJECTIVE, name)
@@ -228,22 +232,24 @@ def test_optimizer_has_the_trainers_groups_and_follows_its_schedule(tmp_path):
     assert len(logged) == 3 and all(0 <= entry["clip_fraction"] <= 1 for entry in logged)
 
 
-@pytest.mark.parametrize("fused", [False, True])  # which of the two clips
+@pytest.mark.parametrize("fused", [False, True])  # whether the optimizer or the Trainer clips
 def test_training_is_the_plain_loop(tmp_path, fused):
-    """Two micro-batches a step: the mean of their losses, whatever the Trainer makes of num_items_in_batch."""
-    plain, objective = tiny_model(), losses.NPO(beta=0.5)
+    """Two micro-batches a step give the mean of their losses, whatever the Trainer passes as num_items_in_batch."""
+    plain = tiny_model()
+    objective = losses.NPO(beta=0.5)
     clipping = dict(max_grad_norm=0, soul_args={"max_grad_norm": 0.1}) if fused else dict(max_grad_norm=0.1, soul_args={})
     torch.manual_seed(3)
     trainer = make(tmp_path, tiny_model(), objective, forget=8, gradient_accumulation_steps=2, max_steps=2, seed=5, **clipping)
-    seen, collator = [], trainer.data_collator
-    trainer.data_collator = lambda items: seen.append(collator(items)) or seen[-1]
+    batches = []
+    collator = trainer.data_collator
+    trainer.data_collator = lambda items: batches.append(collator(items)) or batches[-1]
     trainer.train()
-    assert len(seen) == 4 and "ref_logps" in seen[0]["forget"] and trainer.ref_model is None
+    assert len(batches) == 4 and "ref_logps" in batches[0]["forget"] and trainer.ref_model is None
     groups = [{"params": [p for n, p in plain.named_parameters() if ("norm" in n) == norm]} for norm in (False, True)]
     optimizer = SOUL(groups, lr=1e-3, weight_decay=0.0, max_grad_norm=0.1 if fused else None)
     for step in range(2):
         for micro in range(2):
-            (unlearning_loss(plain, seen[2 * step + micro], objective) / 2).backward()
+            (unlearning_loss(plain, batches[2 * step + micro], objective) / 2).backward()
         if not fused:
             torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.step()
@@ -261,7 +267,8 @@ def test_somebody_elses_trainer_as_documented(tmp_path, monkeypatch):
     rows = [{name: value[:5] for name, value in one.items()} for one in rows]
     names = dict(transformers=transformers, SOULTrainerMixin=SOULTrainerMixin, model=tiny_model(), forget_dataset=rows)
     exec(block.removeprefix("python"), names)
-    trainer, batch = names["trainer"], {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
+    trainer = names["trainer"]
+    batch = {name: torch.stack([one[name] for one in rows]) for name in rows[0]}
     before = trainer.model(**batch).loss.item()
     assert trainer.compute_loss(trainer.model, dict(batch)).item() == -before
     trainer.train()
@@ -270,7 +277,7 @@ def test_somebody_elses_trainer_as_documented(tmp_path, monkeypatch):
 
 
 def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
-    """A Trainer that counts items takes the loss for divided by the micro-batches, and does not divide it."""
+    """A Trainer that counts items assumes that the loss has been divided by the micro-batches, and does not divide it."""
     trainer = make(tmp_path, tiny_model(), losses.GradDiff(), gradient_accumulation_steps=4)
     trainer.current_gradient_accumulation_steps = 4
     batch = collate_unlearning([trainer.train_dataset[i] for i in range(2)])
@@ -284,7 +291,7 @@ def test_num_items_in_batch_does_not_change_the_loss(tmp_path):
 
 
 def test_resumes_to_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatch):
-    """With NPO: the reference is the model that the Trainer was given, not that of the checkpoint. And SophiaG with its h."""
+    """With NPO, whose reference is the model that the Trainer was given, not that of the checkpoint; and SophiaG with its h."""
     if transformers.__version__ < "4.46":  # reads the states of generators, which are numpy's, with torch's new default
         monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
@@ -312,7 +319,8 @@ def test_h_is_refreshed_from_retain_data_when_it_is_due(tmp_path, kind):
 
 
 def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
-    dataset, objective = UnlearningDataset(sequences(4), sequences(3)), losses.NPO()
+    dataset = UnlearningDataset(sequences(4), sequences(3))
+    objective = losses.NPO()
     trainer = UnlearnTrainer(
         tiny_model(), arguments(tmp_path, per_device_eval_batch_size=4), train_dataset=dataset, eval_dataset={"own": dataset},
         data_collator=collate_unlearning, objective=objective,
@@ -323,7 +331,7 @@ def test_evaluation_of_unlearning_batches_is_their_objective(tmp_path):
 
 
 def test_the_trainer_tells_the_dataset_its_epoch(tmp_path):
-    """With several processes accelerate sets it for the sampler alone, and each epoch drew the same retain rows."""
+    """With several processes accelerate sets the epoch of the sampler only, so each epoch would draw the same retain rows."""
     trainer = make(tmp_path, tiny_model(), losses.GradDiff())
     trainer.state.epoch = 2.0
     trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
@@ -331,7 +339,7 @@ def test_the_trainer_tells_the_dataset_its_epoch(tmp_path):
 
 
 def under_deepspeed(folder, **configuration):
-    """TrainingArguments with accelerate's plugin, as far as it is looked at before the Trainer is made."""
+    """Return TrainingArguments with accelerate's plugin, as far as it is read before the Trainer is made."""
     args = arguments(folder)
     args.deepspeed_plugin = types.SimpleNamespace(deepspeed_config=configuration)
     return args
@@ -345,7 +353,7 @@ def test_what_deepspeed_cannot_do_is_refused_before_the_trainer_is_made(tmp_path
         ({}, {"rho": "auto"}, "soul_args.rho: expected not 'auto' under DeepSpeed"),
         ({}, {"skip_nonfinite": True}, "soul_args.skip_nonfinite: expected not True under DeepSpeed"),
         ({}, {"optimizer": "sophiag", "curvature": "gnb"}, "soul_args.curvature: expected none under DeepSpeed, .* FSDP2"),
-        ({"optimizer": {"type": "AdamW"}}, {}, "DeepSpeed's configuration: expected no optimizer beside soul_args"),
+        ({"optimizer": {"type": "AdamW"}}, {}, "DeepSpeed's configuration: expected no optimizer with soul_args"),
     ):
         with pytest.raises(ValueError, match=message):
             UnlearnTrainer(tiny_model(), under_deepspeed(tmp_path, **configuration), objective=losses.GradDiff(),
@@ -354,7 +362,7 @@ def test_what_deepspeed_cannot_do_is_refused_before_the_trainer_is_made(tmp_path
 
 @pytest.mark.parametrize("objective", [losses.NPO(), losses.KLMin()], ids=repr)
 def test_a_reference_of_a_model_in_pieces_is_refused(objective, tmp_path):
-    """It ended in torch's error about the weight of an embedding."""
+    """Without the check it ended in torch's error about the weight of an embedding."""
     model = tiny_model()
     next(model.parameters()).ds_id = 0  # as on a model that from_pretrained has loaded under ZeRO-3
     with pytest.raises(ValueError, match="model: expected a whole model, .* load it before the TrainingArguments are made"):
@@ -400,8 +408,8 @@ class PreferenceTrainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ratios = []
         for answer in (inputs["forget"]["alternate"], inputs["forget"]["original"]):
-            own, reference = (-which(**answer).loss for which in (model, self.ref_model))
-            ratios.append((answer["labels"][:, 1:] != -100).sum() * (own - reference))
+            logp, ref_logp = (-which(**answer).loss for which in (model, self.ref_model))
+            ratios.append((answer["labels"][:, 1:] != -100).sum() * (logp - ref_logp))
         return -torch.nn.functional.logsigmoid(ratios[0] - ratios[1])
 
 
@@ -417,7 +425,8 @@ def test_a_reference_without_an_objective_is_the_base_trainers(tmp_path, positio
     class OurTrainer(SOULTrainerMixin, Wrapped if wrapped else PreferenceTrainer):
         pass
 
-    model, args = tiny_model(), arguments(tmp_path)
+    model = tiny_model()
+    args = arguments(tmp_path)
     batch = inputs_of(sequences(2), sequences(1), True)
     reference = other(model)
     theirs = PreferenceTrainer(model, reference, args)
@@ -437,7 +446,7 @@ def test_a_reference_that_nothing_would_use_is_refused(tmp_path):
 
 
 def test_an_objective_with_a_trainer_of_trl_is_refused(tmp_path):
-    """Its trainers take data sets with columns of their own only, and say so of the type of the data set."""
+    """TRL's trainers accept only data sets with their own columns, and their error is about the type of the data set."""
     base = type("SFTTrainer", (transformers.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
     cls = type("OurTrainer", (SOULTrainerMixin, base), {})
     message = r"objective: expected None with trl's SFTTrainer, got GradDiff.*class X\(SOULTrainerMixin, transformers.Trainer\)"
@@ -447,7 +456,8 @@ def test_an_objective_with_a_trainer_of_trl_is_refused(tmp_path):
 
 
 def test_batches_that_do_not_fit_are_refused():
-    model, batch = tiny_model(), inputs_of(sequences(2), sequences(2), False)
+    model = tiny_model()
+    batch = inputs_of(sequences(2), sequences(2), False)
     for inputs, objective, message in (
         ({"forget": batch["forget"]}, losses.GradDiff(), "a retain batch"),
         (batch, losses.DPO(), "alternate"),
@@ -492,7 +502,8 @@ def test_trl_columns():
 def test_trl_conversations_go_through_the_chat_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    bos = tokenizer.bos_token or ""
+    eos = tokenizer.eos_token
     user, said = ([{"role": role, "content": text}] for role, text in (("user", "Who?"), ("assistant", "Me.")))
     (example,) = trl.examples([{"prompt": user, "completion": said}], tokenizer)
     assert example == Example(f"{bos}<user>Who?<assistant>", f"Me.{eos}", ("", eos))
@@ -533,7 +544,8 @@ def sharded_worker(folder):
 def test_loss_and_optimizer_under_fsdp2(tmp_path):
     """Both processes have the same batch, so their mean gradient is that of one."""
     torch.save(inputs_of(sequences(3), sequences(2), False), tmp_path / "batch.pt")
-    batch, model = torch.load(tmp_path / "batch.pt", weights_only=True), tiny_model("llama, untied")
+    batch = torch.load(tmp_path / "batch.pt", weights_only=True)
+    model = tiny_model("llama, untied")
     batch["forget"]["ref_logps"] = torch.tensor([-20.0, -25.0, -21.0])
     torch.save(batch, tmp_path / "batch.pt")
     results = run(tmp_path, sharded_worker)
@@ -613,7 +625,7 @@ for soul_trainer in soul_trainers.ALL:
 
 @pytest.fixture
 def open_unlearning(monkeypatch):
-    """Its package ``trainer``, with our lines at the end of its __init__."""
+    """open-unlearning's package ``trainer``, with our lines at the end of its __init__."""
     monkeypatch.delitem(sys.modules, "soul.integrations.open_unlearning.trainers", raising=False)
     monkeypatch.delattr("soul.integrations.open_unlearning.trainers", raising=False)
     for name in ("trainer", "trainer.unlearn", "trainer.base", "trainer.unlearn.base", "trainer.unlearn.grad_diff"):
@@ -627,10 +639,12 @@ def open_unlearning(monkeypatch):
 
 
 class ForgetRetain(torch.utils.data.Dataset):
-    """As its ForgetRetainDataset: a retain row drawn by torch, rows as tensors; answers with alternatives where asked."""
+    """Like open-unlearning's ForgetRetainDataset: torch draws the retain row, rows are tensors, alternatives optional."""
 
     def __init__(self, forget, retain, alternate=None):
-        self.forget, self.retain, self.alternate = forget, retain, alternate
+        self.forget = forget
+        self.retain = retain
+        self.alternate = alternate
 
     def __len__(self):
         return len(self.forget)
@@ -643,12 +657,13 @@ class ForgetRetain(torch.utils.data.Dataset):
 
 
 def row(sequence):
-    ids, labels = torch.tensor(sequence.input_ids), torch.tensor([-100, *sequence.labels[:-1]])
+    ids = torch.tensor(sequence.input_ids)
+    labels = torch.tensor([-100, *sequence.labels[:-1]])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def its_collator(instances):
-    """As its DataCollatorForSupervisedDataset: nested, padded on the right."""
+    """Collate like open-unlearning's DataCollatorForSupervisedDataset: nested, padded on the right."""
     if "input_ids" not in instances[0]:
         return {key: its_collator([instance[key] for instance in instances]) for key in instances[0]}
     pad = torch.nn.utils.rnn.pad_sequence
@@ -658,7 +673,7 @@ def its_collator(instances):
 
 
 def configuration(path, folder):
-    """A YAML file over what its finetune.yaml has, as Hydra merges them."""
+    """Merge a YAML file over the content of open-unlearning's finetune.yaml, as Hydra does."""
     yaml = pytest.importorskip("yaml")
     config = yaml.safe_load(path.read_text())
     assert config["defaults"] == ["finetune"]
@@ -671,8 +686,9 @@ def configuration(path, folder):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_open_unlearning_trains_with_every_configuration(path, tmp_path, open_unlearning):
-    """Registered by name, made by its load_trainer, evaluated by its evaluators; 4 steps move the loss down."""
-    config, model = configuration(path, tmp_path), tiny_model()
+    """Trainers are registered by name, made by load_trainer and evaluated by its evaluators; 4 steps reduce the loss."""
+    config = configuration(path, tmp_path)
+    model = tiny_model()
     assert config["handler"] == path.stem
     alternate = sequences(8) if path.stem in ("SOULDPO", "SOULPO") else None
     data = ForgetRetain(sequences(8), sequences(1), alternate)

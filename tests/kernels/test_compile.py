@@ -75,7 +75,7 @@ ALIGNED_ROW = ("logits_ptr", "ref_logits_ptr", "out_ptr", "row_stride", "ref_row
 
 @dataclasses.dataclass
 class Variant:
-    """A kernel with all that the compiler must know, and what it must move.
+    """A kernel with all that the compiler must know, and the bytes that it must move.
 
     Attributes:
         loaded: bytes an element of each operand that is read.
@@ -310,7 +310,8 @@ def faults(variant, runs, barriers=None):
             continue
         for kind in ("loaded", "stored"):
             operands = getattr(variant, kind)
-            moved, ideal = getattr(counts, kind).total() / run.elements, sum(operands)
+            moved = getattr(counts, kind).total() / run.elements
+            ideal = sum(operands)
             if abs(moved - ideal) > EXCESS * (ideal or 1):
                 sentences.append(f"{name}: {kind} {moved:.3f} bytes an element, expected {ideal:.3f}")
             share = fills_accesses(operands) / ideal if ideal and variant.wide else 0
@@ -324,14 +325,15 @@ def faults(variant, runs, barriers=None):
 def evidence_of(measurement):
     """Return what is kept as evidence of a measurement for sm_90, per element of the larger vocabulary."""
     runs = {name: run.figures() for name, run in measurement["runs"].items() if name != "ignored"}
-    kept = {name: measurement[name] for name in ("registers", "spills", "shared")} | runs[list(runs)[-1]]
-    return kept | {"barriers": {name: figures["barriers"] for name, figures in runs.items()}}
+    evidence = {name: measurement[name] for name in ("registers", "spills", "shared")} | runs[list(runs)[-1]]
+    return evidence | {"barriers": {name: figures["barriers"] for name, figures in runs.items()}}
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiles_without_spills_in_the_loop_and_moves_what_it_must(name, target):
-    variant, measurement = KERNELS[name], measured()[name, target]
+    variant = KERNELS[name]
+    measurement = measured()[name, target]
     assert isinstance(measurement, dict), measurement
     # Some bytes that a program spills once, around its loop, cost nothing; the evidence for sm_90 has none of them either.
     assert not (measurement["spills"] and measurement["spills_in_the_loop"]), measurement
@@ -344,7 +346,8 @@ def test_compiles_without_spills_in_the_loop_and_moves_what_it_must(name, target
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_agrees_with_the_evidence(name):
-    want, measurement = EVIDENCE["kernels"][name], measured()[name, "sm_90"]
+    want = EVIDENCE["kernels"][name]
+    measurement = measured()[name, "sm_90"]
     got = evidence_of(measurement)
     assert got.keys() == want.keys()
     if EVIDENCE["triton"] == triton.__version__:
@@ -363,7 +366,7 @@ PLAIN = ("step p", "token_logprob gradient bf16", "kl_divergence gradient")  # o
 
 @pytest.mark.parametrize("name", [name for name in KERNELS if name.startswith(PLAIN)])
 def test_the_estimate_of_issued_instructions_is_the_length_of_the_loop(name):
-    """But for what the loop has of the slow path of an IEEE division, which is not executed."""
+    """The estimate leaves out the slow path of an IEEE division, which is in the loop but not executed."""
     measurement = measured()[name, "sm_90"]
     assert 0.86 < evidence_of(measurement)["issued"] / measurement["loop"] < 1.12
 
@@ -377,7 +380,7 @@ def faults_of(variant):
 
 
 @pytest.mark.parametrize("old, new, fault", [
-    # Another cache's copy: the compiler would merge two equal loads.
+    # A load with another cache modifier: the compiler would merge two equal loads.
     ("raw = tl.load(row_ptr + block.columns).to(",
      'raw = tl.maximum(tl.load(row_ptr + block.columns), tl.load(row_ptr + block.columns, cache_modifier=".cg")).to(',
      "loaded 7.9.. bytes an element, expected 4.000"),
@@ -385,7 +388,7 @@ def faults_of(variant):
     ("rescale * sums.rest + tl.sum(exp, 0)", "rescale * sums.rest + tl.sum(exp, 0) + 0.0 * tl.max(exp, 0)",
      "V 50257: passes .* barriers a program"),
 ])  # fmt: skip
-def test_what_is_planted_is_found(old, new, fault, tmp_path):
+def test_planted_faults_are_found(old, new, fault, tmp_path):
     kernel = mutant(soul_kernels.token_logprob.__name__, old, new, tmp_path).statistics_kernel
     sentences = faults_of(dataclasses.replace(KERNELS[STATISTICS], kernel=kernel))
     assert any(re.search(fault, text) for text in sentences), sentences
@@ -398,7 +401,7 @@ def test_narrow_accesses_are_found():
 
 def write_evidence():
     kernels = {name: evidence_of(measured()[name, "sm_90"]) for name in sorted(KERNELS)}
-    lines = [f'  "{name}": {json.dumps(kept)}' for name, kept in kernels.items()]
+    lines = [f'  "{name}": {json.dumps(evidence)}' for name, evidence in kernels.items()]
     head = f'{{\n "target": "sm_90",\n "triton": "{triton.__version__}",\n "kernels": {{\n'
     EVIDENCE_FILE.write_text(head + ",\n".join(lines) + "\n }\n}\n")
 

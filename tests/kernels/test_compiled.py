@@ -33,7 +33,7 @@ SHAPES = [(9 * GROUP + 1,), (300,), (), (0,), (3, 500, 7)]
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """A process that has compiled nothing yet, and in which nothing has failed."""
+    """Reset the caches to those of a process that has compiled nothing and seen no failure."""
     monkeypatch.setattr(_compiled, "_refusals", [])
     monkeypatch.setattr(_compiled, "_variants", {})
 
@@ -44,7 +44,7 @@ def small_blocks(monkeypatch):
 
 
 def same(got, want):
-    """Bit for bit, but for which NaN it is."""
+    """Tell whether tensors are bitwise equal, up to the payload of NaN."""
     if got.is_floating_point():
         got, want = got.nan_to_num(123.0), want.nan_to_num(123.0)
         return torch.equal(got, want) and torch.equal(got.signbit(), want.signbit())
@@ -64,7 +64,8 @@ def test_compiled_step_equals_the_reference_bit_for_bit(p_dtype, state_dtype, ro
     for tensor in got[0][1]:  # gradients that are not finite, or far too small or large
         flat = tensor.view(-1)
         flat[: 7 * len(flat) // 300 : 7] = torch.tensor(float("nan"))
-        flat[1 : 9 * len(flat) // 300 : 9], flat[2 : 9 * len(flat) // 300 : 9] = 6e4, -1e-7
+        flat[1 : 9 * len(flat) // 300 : 9] = 6e4
+        flat[2 : 9 * len(flat) // 300 : 9] = -1e-7
     want = clone_storage(got)
     counted = torch.zeros(2, 3, dtype=torch.float64)
     for index, lr in enumerate((1e-2, torch.tensor(1e-4))):
@@ -81,7 +82,8 @@ def test_compiled_step_equals_the_reference_bit_for_bit(p_dtype, state_dtype, ro
 def test_compiled_ema_equals_the_reference_bit_for_bit(state_dtype, small_blocks):
     lists, more = make_storage(SHAPES, CPU, BRAIN, state_dtype, "nearest")
     scales = more.get("hessian_scales")
-    want, want_scales = [h.clone() for h in lists[3]], scales and [s.clone() for s in scales]
+    want = [h.clone() for h in lists[3]]
+    want_scales = scales and [s.clone() for s in scales]
     hessian_ema(lists[3], lists[1], beta2=0.9, scale=3.0, seed=5, hessian_scales=scales, backend="compile")
     hessian_ema(want, lists[1], beta2=0.9, scale=3.0, seed=5, hessian_scales=want_scales, backend="reference")
     assert not _compiled._refusals
@@ -91,7 +93,8 @@ def test_compiled_ema_equals_the_reference_bit_for_bit(state_dtype, small_blocks
 def test_one_variant_serves_all_tensors(fresh):
     """Whatever their sizes, layouts and places in memory, and whatever the numbers."""
     graphs = torch._dynamo.utils.counters["stats"]
-    before, base = graphs["unique_graphs"], torch.randn(40, 20 * GROUP)
+    before = graphs["unique_graphs"]
+    base = torch.randn(40, 20 * GROUP)
     params = make(shapes=((2 * GROUP,), (3 * GROUP, 2), (1 << 16,), (64, 3, 16, 2), (1000, 701)))
     params += [base[3:5].detach().requires_grad_(), base[6:9].t().detach().requires_grad_()]
     optimizer = SOUL(params, lr=1e-3, backend="compile", max_grad_norm=1.0)
@@ -124,11 +127,11 @@ def add(param, *, amount):
 
 
 def run(function, **options):
-    """What a compiled block function makes of zeros, and the warnings."""
+    """Return the result of a compiled block function on zeros, and the warnings."""
     param = torch.zeros(3, GROUP)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):  # it is said once
+        for _ in range(2):  # one warning only
             _compiled.Compiled(function)(param, **options)
     assert param.unique().numel() == 1
     return param[0, 0].item(), [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
@@ -143,7 +146,7 @@ def test_other_bits_are_refused(fresh):
     assert len(messages) == 1 and messages[0].startswith(
         "backend 'compile': compiled, broken gives other bits in param; steps run in plain"
     )
-    assert run(add, amount=3.0) == (6.0, [])  # nothing more is compiled, and nothing more is said
+    assert run(add, amount=3.0) == (6.0, [])  # neither another compilation nor another warning
     assert resolve_backend("compile", torch.zeros(1), compiled=1) == "reference"
 
 
@@ -245,7 +248,8 @@ SCRIPT = """
 
 def expected():
     torch.manual_seed(0)
-    hessians, grads = [torch.rand(4096)], [torch.randn(4096)]
+    hessians = [torch.rand(4096)]
+    grads = [torch.randn(4096)]
     hessian_ema(hessians, grads, beta2=0.9, backend="reference")
     return f"{hessians[0].view(torch.int32).sum().item()}\n"
 
@@ -272,7 +276,8 @@ def test_several_processes_at_once(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="a compiler that is a shell script")
 def test_a_process_killed_while_it_compiles(tmp_path):
     """Slow: half a library is left in the cache, which torch takes for a whole one."""
-    compiler, begun = tmp_path / "slow", tmp_path / "begun"
+    compiler = tmp_path / "slow"
+    begun = tmp_path / "begun"
     compiler.write_text(
         '#!/bin/sh\ncase "$*" in *main.cpp*) ;; *) exec g++ "$@";; esac\n'
         f'[ -e {begun} ] && exec g++ "$@"\n'

@@ -49,11 +49,13 @@ class Model(torch.nn.Module):
 def inputs(device, backend="triton"):
     torch.manual_seed(3)
     labels = torch.randint(V, (B, T), device=device)
-    labels[:, :2], labels[1] = -100, -100
+    labels[:, :2] = -100
+    labels[1] = -100
     rows = (labels.flatten() != -100).nonzero()[:, 0].cpu()
     is_forget = torch.tensor([True, True, False, False])
     reference = Reference(torch.randn(B, T, D, device=device), torch.randn(V, D, device=device))
-    uniforms, upstream = torch.rand(B, T, device=device), torch.randn(B, T, device=device)
+    uniforms = torch.rand(B, T, device=device)
+    upstream = torch.randn(B, T, device=device)
     ref_logps = torch.full((B,), -15.0, device=device)
     options = LinearOptions(token_indices=rows, backend=backend)
 
@@ -119,10 +121,12 @@ def test_compiled_without_a_graph_break(name, backend, frozen_head, device):
 @pytest.mark.parametrize("name", ["logprob", "kl"])
 def test_with_a_frozen_head_logits_are_computed_once(name, device, monkeypatch):
     """Their gradient is formed while they are there, in the compiled call as in the eager one."""
-    loads, real = [], HeadRows.load
+    loads = []
+    real = HeadRows.load
     monkeypatch.setattr(HeadRows, "load", lambda self, chunk: loads.append(chunk) or real(self, chunk))
     torch._dynamo.reset()
-    model, x = Model(frozen_head=True).to(device), torch.randn(B, T, 8, device=device)
+    model = Model(frozen_head=True).to(device)
+    x = torch.randn(B, T, 8, device=device)
     loss_of = inputs(device)[name]
     for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         loads.clear()
@@ -131,9 +135,10 @@ def test_with_a_frozen_head_logits_are_computed_once(name, device, monkeypatch):
 
 
 def test_autocast_and_upstream_factors_in_a_compiled_step(device):
-    """What autocast asks for is decided when the op is traced: at run time it is not on any more."""
+    """The dtypes of autocast are decided while the op is traced: at run time autocast is off."""
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
     loss_of = inputs(device)["npo"]
 
     def call(x, loss_of):
@@ -157,10 +162,11 @@ def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch
     for op in ("_objective", "_gnb", "_per_token", "_per_token_backward"):
         real = getattr(custom_ops, op)
         monkeypatch.setattr(custom_ops, op, lambda *args, real=real: calls.append((real, args)) or real(*args))
-    # Not torch.compiler.is_compiling: dynamo, where it is imported meanwhile, would take the stand-in for the real one.
+    # Not torch.compiler.is_compiling: dynamo, if imported during the test, would keep the patched function.
     monkeypatch.setattr(custom_ops, "is_opaque", lambda *args: True)
     hidden = torch.randn(T, B, D, device=device).transpose(0, 1).requires_grad_()
-    weight, bias = torch.randn(D, V, device=device).T.requires_grad_(), torch.randn(V, device=device, requires_grad=True)
+    weight = torch.randn(D, V, device=device).T.requires_grad_()
+    bias = torch.randn(V, device=device, requires_grad=True)
     loss_of = inputs(device, backend)[name]  # which keeps the objective alive
     loss, _ = loss_of(hidden, weight, bias)
     loss.backward()
@@ -173,7 +179,8 @@ def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_compiled_calls_check_labels_and_rows(backend, device):
     torch._dynamo.reset()
-    hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
+    hidden = torch.randn(B, T, D, device=device)
+    weight = torch.randn(V, D, device=device)
     labels = torch.randint(V, (B, T), device=device)
     for op in (linear_logprob, linear_statistics):
 
@@ -196,7 +203,8 @@ def test_compiled_calls_check_labels_and_rows(backend, device):
 def test_the_objective_is_differentiated_whatever_the_state_of_autograd_was(device):
     """An import, or a first call, in inference mode must not leave anything behind."""
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
     loss_of = inputs(device)["npo"]
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
@@ -209,7 +217,8 @@ def test_the_objective_is_differentiated_whatever_the_state_of_autograd_was(devi
 
 def test_plain_functions_break_the_graph_and_work(backend, device):
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
     labels = torch.randint(V, (B, T), device=device)
 
     def loss_of(hidden, weight, bias):
@@ -232,7 +241,8 @@ def test_plain_functions_break_the_graph_and_work(backend, device):
 def test_without_kernels_ops_are_compiled_without_a_graph_break(name, frozen_head, backend, device):
     """The graph holds the code of the eager call as one node, so the values are equal, bit for bit."""
     torch._dynamo.reset()
-    model, x = Model(frozen_head).to(device), torch.randn(B, T, 8, device=device)
+    model = Model(frozen_head).to(device)
+    x = torch.randn(B, T, 8, device=device)
     loss_of = inputs(device, backend)[name]
     want = run(model, x, loss_of, model)
     got = run(model, x, loss_of, torch.compile(model, backend="aot_eager", fullgraph=True))
@@ -244,7 +254,8 @@ def test_without_kernels_ops_are_compiled_without_a_graph_break(name, frozen_hea
 def test_without_kernels_ops_are_compiled_by_inductor():
     """What a user without a GPU gets from plain torch.compile. Little is around the op: compiling C++ takes seconds."""
     torch._dynamo.reset()
-    hidden, weight = torch.randn(B, T, D), torch.randn(V, D, requires_grad=True)
+    hidden = torch.randn(B, T, D)
+    weight = torch.randn(V, D, requires_grad=True)
     loss_of = inputs("cpu", "torch")["npo"]
     want, want_logps = loss_of(hidden, weight, None)
     got, logps = torch.compile(loss_of, fullgraph=True)(hidden, weight, None)
@@ -257,7 +268,8 @@ def test_without_kernels_ops_are_compiled_by_inductor():
 def test_without_kernels_compiled_ops_keep_the_dtype_of_their_results(dtype, backend, device):
     """fp64 in, fp64 out; of bf16 the gradients are rounded once."""
     torch._dynamo.reset()
-    model, x = Model().to(device, dtype), torch.randn(B, T, 8, device=device, dtype=dtype)
+    model = Model().to(device, dtype)
+    x = torch.randn(B, T, 8, device=device, dtype=dtype)
     labels = torch.randint(V, (B, T), device=device)
     objective = losses.GradAscent()
 
@@ -275,7 +287,8 @@ def test_without_kernels_compiled_ops_keep_the_dtype_of_their_results(dtype, bac
 
 def test_statistics_of_a_trained_head_with_a_bias_are_compiled(backend, device):
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
     labels = torch.randint(V, (B, T), device=device)
 
     def loss_of(hidden, weight, bias):
@@ -306,7 +319,8 @@ def export(model, x, loss_of, strict):
 ])  # fmt: skip
 def test_exported_programs_return_what_the_eager_call_does(name, strict, backend, device):
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
     loss_of = inputs(device, backend)[name]
     want_loss, want_others, want = run(model, x, loss_of, model)
     file = io.BytesIO()
@@ -324,7 +338,8 @@ def test_exported_programs_return_what_the_eager_call_does(name, strict, backend
 def test_an_exported_program_never_takes_another_objective(device, monkeypatch):
     """It refers to its objective by a number, which in another process may be that of another one."""
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
     loss_of = inputs(device, "reference")["npo"]
     program = export(model, x, loss_of, strict=True).module()
     monkeypatch.setattr(registry, "_process", registry._process ^ 1 << 40)  # as that of another process would be
@@ -334,8 +349,10 @@ def test_an_exported_program_never_takes_another_objective(device, monkeypatch):
 
 def test_what_an_exported_program_cannot_do_is_named(device):
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
-    labels, by_reference = torch.randint(V, (B, T), device=device), LinearOptions(backend="reference")
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
+    labels = torch.randint(V, (B, T), device=device)
+    by_reference = LinearOptions(backend="reference")
 
     def plain(hidden, weight, bias):
         return linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, options=by_reference)
@@ -353,8 +370,10 @@ def test_what_an_exported_program_cannot_do_is_named(device):
 
 def test_with_a_plain_function_the_reference_breaks_the_graph_once(device):
     torch._dynamo.reset()
-    model, x = Model().to(device), torch.randn(B, T, 8, device=device)
-    labels, by_reference = torch.randint(V, (B, T), device=device), LinearOptions(backend="reference")
+    model = Model().to(device)
+    x = torch.randn(B, T, 8, device=device)
+    labels = torch.randint(V, (B, T), device=device)
+    by_reference = LinearOptions(backend="reference")
 
     def loss_of(hidden, weight, bias):
         loss = linear_objective(hidden, weight, labels, lambda logps, batch: -logps.mean(), bias=bias, options=by_reference)
@@ -385,9 +404,11 @@ def test_without_values_shapes_and_dtypes_are_known(where):
         ("reference", torch.bfloat16),
     ):
         real = Model().to(dtype)
-        hidden, labels = torch.randn(B, T, D, dtype=dtype), torch.full((B, T), V)  # labels out of range: not looked at
+        hidden = torch.randn(B, T, D, dtype=dtype)
+        labels = torch.full((B, T), V)  # labels out of range: not looked at
         labels[0] = 3
-        made, ref_hidden = losses.UNDIAL(), torch.randn(B, T, D, dtype=dtype)
+        made = losses.UNDIAL()
+        ref_hidden = torch.randn(B, T, D, dtype=dtype)
 
         def call(hidden, weight, bias, labels, ref_hidden, backend=backend, made=made):
             options = dict(bias=bias, options=LinearOptions(backend=backend))
@@ -396,10 +417,10 @@ def test_without_values_shapes_and_dtypes_are_known(where):
             plain = linear_objective(hidden, weight, labels, lambda logps, batch: logps.sum(), **options)
             every = LinearOptions(token_indices=torch.arange(B * T), backend=backend)
             kl = linear_kl(hidden, weight, labels, reference, bias=bias, options=every)
-            drawn, own = linear_gnb(hidden, weight, labels != -100, **options)
+            gnb_loss, drawn_labels = linear_gnb(hidden, weight, labels != -100, **options)
             statistics = linear_statistics(hidden, weight, labels, **options)
             logps = linear_logprob(hidden, weight, labels, **options)
-            return loss, plain, kl.sum(), drawn, own, *statistics, logps.sum()
+            return loss, plain, kl.sum(), gnb_loss, drawn_labels, *statistics, logps.sum()
 
         leaves = [hidden, real.head.weight.detach(), real.head.bias.detach()]
         with mode if where == "fake" else contextlib.nullcontext():
@@ -415,7 +436,8 @@ def test_without_values_shapes_and_dtypes_are_known(where):
 
 
 def test_without_values_arguments_are_checked_still():
-    hidden, weight = torch.empty(B, T, D, device="meta"), torch.empty(V, D, device="meta")
+    hidden = torch.empty(B, T, D, device="meta")
+    weight = torch.empty(V, D, device="meta")
     labels = torch.empty(B, T, dtype=torch.int64, device="meta")
     with pytest.raises(ArgumentError, match=r"labels: expected \[B, T\] \(4, 6\), got \(4, 5\)"):
         linear_logprob(hidden, weight, labels[:, :-1])
@@ -443,9 +465,11 @@ def test_torch_func_differentiates_once(name, backend, device):
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_gradients_of_each_sequence_by_vmap(backend, device):
-    hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device)
+    hidden = torch.randn(B, T, D, device=device)
+    weight = torch.randn(V, D, device=device)
     labels = torch.full((B, T), -100, device=device)
-    labels[0, :2], labels[1:3, :1] = 7, 8
+    labels[0, :2] = 7
+    labels[1:3, :1] = 8
     objective = losses.GradAscent()
 
     def loss_of(weight, hidden, labels):
@@ -458,7 +482,7 @@ def test_gradients_of_each_sequence_by_vmap(backend, device):
 
 @pytest.mark.parametrize("name", ["logprob", "npo"])
 def test_second_derivatives_are_right_or_refused(name, backend, device):
-    """As constants the gradients that a kernel forms would be left out of a second derivative without a word."""
+    """Gradients that a kernel forms are constants to autograd, which would silently leave them out of a second derivative."""
     torch._dynamo.reset()
     leaves = [torch.randn(s, device=device, requires_grad=True) for s in ((B, T, D), (V, D), (V,))]
 
@@ -466,7 +490,8 @@ def test_second_derivatives_are_right_or_refused(name, backend, device):
         (gradient,) = torch.autograd.grad(loss_of(*leaves)[0], leaves[0], create_graph=True)
         return torch.autograd.grad(gradient.pow(2).sum() + leaves[1].sum(), leaves[1])
 
-    fused, reference = inputs(device, backend)[name], inputs(device, "reference")[name]
+    fused = inputs(device, backend)[name]
+    reference = inputs(device, "reference")[name]
     for loss_of in (fused, torch.compile(fused, backend="eager"), torch.compile(reference, backend="eager")):
         with pytest.raises(ArgumentError, match="backend: expected 'reference' for second derivatives"):
             curvature(loss_of)
@@ -477,10 +502,12 @@ def test_second_derivatives_are_right_or_refused(name, backend, device):
 
 def test_results_may_be_changed_in_place(device):
     """As trainers do: ``loss /= accumulation_steps``."""
-    hidden, weight = torch.randn(B, T, D, device=device), torch.randn(V, D, device=device, requires_grad=True)
+    hidden = torch.randn(B, T, D, device=device)
+    weight = torch.randn(V, D, device=device, requires_grad=True)
     labels = torch.full((B, T), -100, device=device)
     labels[:2, :1] = 7
-    objective, uniforms = losses.GradAscent(), torch.rand(B, T, device=device)
+    objective = losses.GradAscent()
+    uniforms = torch.rand(B, T, device=device)
     for backend in ("triton", "torch", "reference"):
 
         def values(backend=backend):
@@ -504,8 +531,11 @@ def test_a_head_that_is_a_dtensor_is_refused_with_the_remedy():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        hidden, weight, bias = torch.randn(B, T, D), torch.randn(V, D, requires_grad=True), torch.randn(V)
-        labels, ref_hidden = torch.randint(V, (B, T)), torch.randn(B, T, D)
+        hidden = torch.randn(B, T, D)
+        weight = torch.randn(V, D, requires_grad=True)
+        bias = torch.randn(V)
+        labels = torch.randint(V, (B, T))
+        ref_hidden = torch.randn(B, T, D)
         sharded = DTensor.from_local(weight, mesh, [Shard(0)])
         calls = {
             "weight": lambda t: linear_objective(hidden, t, labels, losses.GradAscent()),

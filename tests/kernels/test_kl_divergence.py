@@ -16,7 +16,7 @@ from tests.support.helpers import assert_close, assert_rows_close, mutant
 
 @pytest.fixture
 def row_functions(backend, monkeypatch):
-    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
     for name in ("token_statistics", "divergence_statistics", "divergence_gradient"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))
@@ -39,7 +39,8 @@ def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None,
     """Definition in fp64, without the care for small values that fp32 needs: KL as sum q (log q - log p)."""
     leaf = logits.double().requires_grad_()
     z, z_ref = (transformed(t, **transform) for t in (leaf, ref_logits.double()))
-    log_p, log_q = z.log_softmax(1), reference.ref_log_probabilities(z_ref, labels, strengths)
+    log_p = z.log_softmax(1)
+    log_q = reference.ref_log_probabilities(z_ref, labels, strengths)
     if kind == "kl":
         value = (log_q.exp() * torch.where(log_q.exp() > 0, log_q - log_p, 0.0)).sum(1)
     else:
@@ -50,7 +51,7 @@ def oracle(logits, ref_logits, labels, coefficients, weights, *, strengths=None,
 
 
 def run_reference(logits, ref_logits, labels, coefficients, weights, *, strengths=None, kind="kl"):
-    """What `run` returns, of the reference in fp32 under autograd."""
+    """Return the outputs of `run` from the reference in fp32 under autograd."""
     leaf = logits.clone().requires_grad_()
     log_q = reference.ref_log_probabilities(ref_logits, labels, strengths)
     value = reference.kl_divergence(leaf, labels, log_q, kind)
@@ -99,7 +100,7 @@ def test_every_vocabulary_size(kind, n_vocab, device):
 # KL of about 5e-7, where the sum of q (log q - log p) has lost everything in fp32, to 50, where expm1(-d) overflows.
 @pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("distance, limit", [(1e-3, 5e-3), (0.1, 1e-4), (10.0, tol.GRAD_OBJECTIVE), (60.0, tol.GRAD_OBJECTIVE)])
-def test_from_close_to_far(distance, limit, device):
+def test_close_and_distant_distributions(distance, limit, device):
     # The rounding of z and of log-sum-exp, 1e-6, is a thousandth of the differences at 1e-3.
     check(device, distance=distance, limit=limit)
 
@@ -112,7 +113,7 @@ def test_entropy_of_a_reference_that_is_nearly_certain(device):
 @pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_lowered_labels(kind, device):
-    """UNDIAL's teacher: some rows untouched, some with a little off, one whose label is out of the race."""
+    """UNDIAL's teacher: some rows unchanged, some with a label slightly lowered, one whose label becomes negligible."""
     check(device, kind=kind, strengths=[0.0, 0.5, 3.0, 10.0, 200.0])
 
 
@@ -134,7 +135,8 @@ def test_memorised_by_both(rest, kind, strengths, device):
         logits = torch.randn(4, 5000, device=device)
         others = logits.double().scatter(1, labels[:, None], -torch.inf).logsumexp(1)
         both.append(logits.scatter(1, labels[:, None], (others - torch.log(torch.tensor(rest).double())).float()[:, None]))
-    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    weights = torch.ones(4, device=device)
+    zeros = torch.zeros(4, device=device)
     strengths = None if strengths is None else torch.tensor(strengths, device=device)
     divergences, gradient = run(*both, labels, zeros, weights, kind=kind, strengths=strengths)
     want, want_gradient = oracle(*both, labels, zeros, weights, kind=kind, strengths=strengths)
@@ -155,7 +157,8 @@ def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, de
     logits = torch.randn(4, n_vocab, device=device)
     ref_logits = logits + torch.randn(4, n_vocab, device=device) * distance
     labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab // 3], device=device)
-    weights, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
+    weights = torch.ones(4, device=device)
+    zeros = torch.zeros(4, device=device)
     strengths = None if strengths is None else torch.tensor(strengths, device=device)
     op = run_reference if backend == "reference" else run
     _, gradient = op(logits, ref_logits, labels, zeros, weights, strengths=strengths)
@@ -170,7 +173,8 @@ def test_gradient_at_an_unlikely_label(distance, strengths, n_vocab, backend, de
 @pytest.mark.usefixtures("row_functions")
 def test_equal_distributions_are_exactly_zero_apart(device):
     logits = torch.randn(4, 5000, device=device) * 5
-    labels, ones = torch.arange(4, device=device), torch.ones(4, device=device)
+    labels = torch.arange(4, device=device)
+    ones = torch.ones(4, device=device)
     divergences, gradient = run(logits, logits.clone(), labels, 0 * ones, ones)
     assert (divergences[0] == 0).all() and (gradient == 0).all()
 
@@ -178,8 +182,8 @@ def test_equal_distributions_are_exactly_zero_apart(device):
 @pytest.mark.usefixtures("row_functions")
 def test_masked_entries_ignored_rows_and_low_precision(device):
     logits, ref_logits = (torch.randn(3, 4100, device=device) for _ in range(2))
-    logits[0, 100:], ref_logits[0, 100:] = -torch.inf, -torch.inf  # entries that no model can say
-    ref_logits[1, 4000:] = -torch.inf  # that the reference cannot say
+    logits[0, 100:], ref_logits[0, 100:] = -torch.inf, -torch.inf  # entries that both models exclude
+    ref_logits[1, 4000:] = -torch.inf  # excluded by the reference model
     logits[2], ref_logits[2] = float("nan"), float("nan")
     labels = torch.tensor([5, 7, -100], device=device)
     ones = torch.ones(3, device=device)

@@ -8,7 +8,8 @@ from tests.kernels.test_linear_loss import use_mutant
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, loose
 
-linear_gnb, linear_logprob = loose(soul_kernels.linear_gnb), loose(soul_kernels.linear_logprob)
+linear_gnb = loose(soul_kernels.linear_gnb)
+linear_logprob = loose(soul_kernels.linear_logprob)
 reference_gnb = loose(reference.linear_gnb)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 

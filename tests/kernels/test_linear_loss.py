@@ -16,12 +16,13 @@ from soul_kernels.reference import linear_loss as reference
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, loose, mutant, needs_kernels_on_cpu, relative_error
 
-linear_logprob, linear_objective = loose(soul_kernels.linear_logprob), loose(soul_kernels.linear_objective)
+linear_logprob = loose(soul_kernels.linear_logprob)
+linear_objective = loose(soul_kernels.linear_objective)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
 class MeanProbability(losses.Objective):
-    """A sum over tokens that is not 0 where log p is 0: it tells whether tokens of other chunks are left out."""
+    """A sum over tokens that is not 0 where log p is 0, so it shows whether tokens of other chunks are left out."""
 
     additive = "tokens"
 
@@ -67,7 +68,7 @@ def gradients(loss, case, scale=1.0):
 
 
 def fp64(case):
-    """The same inputs in fp64, as leaves."""
+    """Return the same inputs in fp64, as leaves."""
     double = {name: case[name] for name in ("labels", "is_forget")}
     for name in ("hidden", "weight", "bias", "ref_logps"):
         value = case[name]
@@ -166,7 +167,7 @@ def test_logprob_gradients(frozen, dtype, backend, device):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
-def test_only_wanted_gradients_and_no_grad(backend, device):
+def test_only_requested_gradients_and_no_grad(backend, device):
     case = make(device)
     case["weight"].requires_grad_(False)
     loss = linear_objective(**case, objective=OBJECTIVES["npo"], backend=backend)
@@ -230,18 +231,19 @@ def test_deterministic_run_to_run(backend, device):
 
 def test_sums_over_sequences_take_one_sweep(backend, device, monkeypatch):
     """The GEMM count is the promise: one product for the logits of each chunk, unless the objective cannot be split."""
-    calls, real = [], HeadRows.load
+    calls = []
+    real = HeadRows.load
     monkeypatch.setattr(HeadRows, "load", lambda self, c: calls.append(c.stop - c.start) or real(self, c))
     case = make(device)
-    kept = int((case["labels"] != -100).sum())
+    n_labelled = int((case["labels"] != -100).sum())
     for name, sweeps in (("graddiff", 1), ("npo", 1), ("npo_token_mean", 2)):
         calls.clear()
         linear_objective(**case, objective=OBJECTIVES[name], chunk_bytes=7 * 192 * 4, backend=backend)
-        assert sum(calls) == sweeps * kept, name
+        assert sum(calls) == sweeps * n_labelled, name
         assert len(calls) > 1
     calls.clear()
     linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend=backend)
-    assert sum(calls) == kept  # one chunk: any objective takes one sweep
+    assert sum(calls) == n_labelled  # one chunk: any objective takes one sweep
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -290,7 +292,8 @@ def test_autocast_converts_hidden_and_weight(device):
 def test_fp16_gradients_survive_small_weights(backend, device):
     """Coefficients are of the size of 1 / N, far below what fp16 resolves; the loss scale must not come too late for them."""
     case = make(device, HALF, shape=(6, 20, 32), n_vocab=4001)
-    objective, loss_scale = losses.GradDiff(gamma=0.1, alpha=0.1), 65536.0
+    objective = losses.GradDiff(gamma=0.1, alpha=0.1)
+    loss_scale = 65536.0
     double = fp64(case)
     want, _ = definition(double, objective)
     loss = linear_objective(**case, objective=objective, backend=backend)
@@ -349,7 +352,8 @@ def test_logits_in_low_precision_are_an_option(device):
     case = make(device, BRAIN, bias=True)
     double = fp64(case)
     want, want_logps = definition(double, OBJECTIVES["npo"])
-    want_gradients, errors = gradients(want, double), {}
+    want_gradients = gradients(want, double)
+    errors = {}
     for dtype in (FLOAT, BRAIN):
         for chunk_rows in (1000, 7):
             options = dict(logits_dtype=dtype, chunk_bytes=chunk_rows * 192 * 2, return_logps=True, backend="triton")
@@ -422,7 +426,7 @@ def test_what_does_not_count_may_be_nan(where, backend, device, monkeypatch):
     case["ref_hidden"][case["is_forget"]] = float("nan")
     rows = (case["labels"].flatten() != -100).nonzero()[:, 0]
     rows = torch.cat([rows, rows.new_full((3,), case["labels"].numel() - 1)]).cpu()
-    if where == "device":  # as a tensor on a GPU would be: nobody on the host has seen it
+    if where == "device":  # as a tensor on a GPU would be, whose values the host does not know
         real = HeadRows.__init__
 
         def init(self, *args, **options):
@@ -438,7 +442,7 @@ def test_what_does_not_count_may_be_nan(where, backend, device, monkeypatch):
 
 
 def test_reference_backend_under_autocast_is_at_its_own_reference(device):
-    """Both sides are converted: hidden states in fp32 and in bf16 would be apart."""
+    """Both sides are converted to one dtype: hidden states in fp32 and in bf16 would differ."""
     case = make(device)
     case |= {"ref_hidden": case["hidden"].detach(), "ref_weight": case["weight"].detach()}
     with torch.autocast(device.type, dtype=BRAIN):
@@ -477,7 +481,8 @@ def test_fp16_rows_of_a_frozen_head_keep_memorised_tokens(backend, device):
 def test_values_that_do_not_count_do_not_reach_an_objective():
     """0 times -inf is NaN: a label that is masked out of the vocabulary in a forget sequence, and references of retain ones."""
     logps = torch.tensor([[-1.0, -torch.inf], [-2.0, -1.0]])
-    is_forget, ref_logps = torch.tensor([True, False]), torch.tensor([-3.0, torch.nan])
+    is_forget = torch.tensor([True, False])
+    ref_logps = torch.tensor([-3.0, torch.nan])
     batch = TokenBatch.from_labels(torch.zeros(2, 2, dtype=torch.int64), is_forget, ref_logps)
     assert losses.retain_nll(logps, batch) == 1.5
     assert torch.isfinite(losses.NPO()(logps.clamp(min=-5), batch))
@@ -539,7 +544,7 @@ def test_mutants_without_kernels_do_not_pass(module, old, new, backend, device, 
 
 
 def use_mutant(module, old, new, tmp_path, monkeypatch, **constants):
-    """Puts the mutant of a module in the place of what the ops have imported from it."""
+    """Replace what the ops have imported from a module by the functions of its mutant."""
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
     vars(broken).update(constants)
     for home in (
@@ -571,7 +576,9 @@ def test_mutant_objectives_do_not_pass(name, old, new, device, tmp_path):
 def check_formulas(module, name, device):
     logps = -torch.rand(4, 6, dtype=torch.float64, device=device)
     labels = torch.zeros(4, 6, dtype=torch.int64, device=device)
-    labels[:, 4:], labels[2], labels[1, 1:] = -100, -100, -100
+    labels[:, 4:] = -100
+    labels[2] = -100
+    labels[1, 1:] = -100
     logps = logps * (labels != -100)
     is_forget = torch.tensor([True, True, True, False], device=device)
     ref = torch.tensor([-1.5, -0.2, 0.0, -9.0], dtype=torch.float64, device=device)
@@ -618,10 +625,13 @@ def test_bad_input_is_named(change, message, backend):
 def test_a_head_is_a_weight_and_a_bias():
     """In one bundle or beside each other: the same numbers, from every op that takes a head."""
     case = make("cpu", bias=True)
-    gnb, kl, statistics = soul_kernels.linear_gnb, soul_kernels.linear_kl, soul_kernels.linear_statistics
+    gnb = soul_kernels.linear_gnb
+    kl = soul_kernels.linear_kl
+    statistics = soul_kernels.linear_statistics
     hidden, weight, labels, bias = (case[name] for name in ("hidden", "weight", "labels", "bias"))
     reference = Reference(hidden.detach() + 0.1, weight.detach(), bias.detach())
-    keep, uniforms = labels != -100, torch.rand(labels.shape)
+    keep = labels != -100
+    uniforms = torch.rand(labels.shape)
     calls = [
         lambda weight, **bias: linear_logprob(hidden, weight, labels, **bias),
         lambda weight, **bias: linear_objective(hidden, weight, labels, losses.GradAscent(), **bias),
@@ -655,7 +665,8 @@ def test_a_wrong_bundle_is_named(bundle, message):
 def test_the_way_of_computing_is_chosen_by_the_device(runs, monkeypatch):
     """Without kernels "auto" sweeps all the same; the definition, which needs memory for all logits, must be asked for."""
     monkeypatch.setattr(backends, "runs_on_cpu", lambda: runs)
-    tensor, kernels = torch.empty(1), runs and backends.has_triton()
+    tensor = torch.empty(1)
+    kernels = runs and backends.has_triton()
     for backend, ours in (("auto", "triton" if kernels else "torch"), ("torch", "torch"), ("reference", "reference")):
         assert backends.resolve_head_backend(backend, tensor) == ours
     if kernels:
@@ -680,7 +691,7 @@ def test_without_kernels_fp64_is_fp64(name):
 
 
 def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
-    """Of the size of the head: a copy would be memory beyond the gradients, and time. Not where a graph may be walked again."""
+    """A copy would cost memory of the size of the head, and time; it is made only if the graph may be walked again."""
     case = make("cpu")
     for retain in (False, True):
         case["hidden"].grad = case["weight"].grad = None
@@ -697,12 +708,13 @@ def test_the_gradient_of_an_fp32_head_is_the_sum_itself():
 @pytest.mark.parametrize("dtype, tiles", [(BRAIN, True), (BRAIN, False), (HALF, True), (FLOAT, True)])
 def test_products_of_bf16_go_to_the_tiles_of_a_cpu(dtype, tiles, monkeypatch):
     """All three of a trained head, where there are tiles and the model is bf16; nothing else of the process is rounded."""
-    switch, seen = torch.backends.mkldnn.matmul, []
+    switch = torch.backends.mkldnn.matmul
+    precisions = []
     before = switch.fp32_precision
 
     def spied(function):
         def spy(*args, **options):
-            seen.append(switch.fp32_precision)
+            precisions.append(switch.fp32_precision)
             return function(*args, **options)
 
         return spy
@@ -715,7 +727,7 @@ def test_products_of_bf16_go_to_the_tiles_of_a_cpu(dtype, tiles, monkeypatch):
     loss = linear_objective(case["hidden"], case["weight"], case["labels"], OBJECTIVES["graddiff"], **options)
     loss.backward()
     within = "bf16" if dtype == BRAIN and tiles else before
-    assert set(seen) == {within} and len(seen) >= {FLOAT: 1, HALF: 2, BRAIN: 3}[dtype]
+    assert set(precisions) == {within} and len(precisions) >= {FLOAT: 1, HALF: 2, BRAIN: 3}[dtype]
     assert switch.fp32_precision == before
 
 

@@ -1,4 +1,4 @@
-"""What the losses may allocate, by a formula: nobody slips in a tensor of all tokens times the vocabulary."""
+"""The losses allocate no more than a formula allows, which excludes a tensor of all tokens times the vocabulary."""
 
 import pytest
 import torch
@@ -9,8 +9,10 @@ from soul_kernels.reference import linear_loss as reference_ops
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, loose, peak_bytes
 
-linear_gnb, linear_kl = loose(soul_kernels.linear_gnb), loose(soul_kernels.linear_kl)
-linear_logprob, linear_statistics = loose(soul_kernels.linear_logprob), loose(soul_kernels.linear_statistics)
+linear_gnb = loose(soul_kernels.linear_gnb)
+linear_kl = loose(soul_kernels.linear_kl)
+linear_logprob = loose(soul_kernels.linear_logprob)
+linear_statistics = loose(soul_kernels.linear_statistics)
 linear_objective = loose(soul_kernels.linear_objective)
 B, T, D, V = 8, 8, 32, 4096  # N V is 1 MiB, sixteen chunks
 N = B * T
@@ -118,10 +120,11 @@ def test_chunks_of_the_reference_change_no_value(name, device, monkeypatch):
 
 
 def test_reference_of_several_chunks_under_torch_func(device, monkeypatch):
-    """Its transforms do not allow what saves the memory."""
+    """The transforms of torch.func do not allow the code that saves memory."""
     monkeypatch.setattr(reference_ops, "CHUNK_BYTES", CHUNK * V * FLOAT)
     case, reference = make(device, True)
-    hidden, options = case.pop("hidden"), case | reference | {"backend": "reference"}
+    hidden = case.pop("hidden")
+    options = case | reference | {"backend": "reference"}
     got = torch.func.grad(lambda hidden: linear_kl(hidden, **options).sum())(hidden.detach())
     (want,) = torch.autograd.grad(linear_kl(hidden, **options).sum(), hidden)
     assert_close(got, want, tol.GRAD_FP32, "gradient")
@@ -129,7 +132,8 @@ def test_reference_of_several_chunks_under_torch_func(device, monkeypatch):
 
 def test_the_measure_sees_a_buffer_of_all_logits(device):
     case, _ = make(device, True)
-    hidden, weight = case["hidden"].detach().view(N, D), case["weight"]
+    hidden = case["hidden"].detach().view(N, D)
+    weight = case["weight"]
     (hidden @ weight.T).sum()  # the workspace of cuBLAS stays
     peak = peak_bytes(lambda: (hidden @ weight.T).sum(), device)
     assert N * V * FLOAT <= peak <= 1.2 * N * V * FLOAT
@@ -141,7 +145,8 @@ def test_without_kernels_a_loss_takes_its_chunk_and_little_more(name, monkeypatc
     for size, value in dict(B=4, T=256, D=64, V=32768, N=1024).items():
         monkeypatch.setitem(globals(), size, value)
     case, reference = make(torch.device("cpu"), False, "torch")
-    call, chunk_bytes = loss_of(name, case, reference, 2**26), 2**26
+    call = loss_of(name, case, reference, 2**26)
+    chunk_bytes = 2**26
     peak = peak_bytes(call, torch.device("cpu"))
     gradients = sum(case[leaf].numel() * FLOAT for leaf in ("hidden", "weight"))
     assert 0.5 * chunk_bytes < peak - gradients <= 1.2 * chunk_bytes, f"{(peak - gradients) / chunk_bytes:.2f} chunks"

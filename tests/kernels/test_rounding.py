@@ -15,9 +15,10 @@ INF, NAN = float("inf"), float("nan")
 
 @triton.jit
 def _store_kernel(x_ptr, noise_ptr, out_ptr, low_ptr, joined_ptr, MODE: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """Rounds one block; with "split" also writes the low bits, and what both together are."""
+    """Round one block; with "split" also write the low bits, and the value that both represent."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x, noise = tl.load(x_ptr + offsets), tl.load(noise_ptr + offsets).to(tl.uint32)
+    x = tl.load(x_ptr + offsets)
+    noise = tl.load(noise_ptr + offsets).to(tl.uint32)
     if MODE == "nearest":
         tl.store(out_ptr + offsets, round_nearest(x, DTYPE))
     elif MODE == "stochastic":
@@ -74,7 +75,8 @@ def test_kernel_rounds_every_bit_pattern_as_the_reference_does(mode, dtype, devi
     x = bit_patterns(device)
     noise = random_words(x.numel(), device)
     got, want = torch.empty_like(x, dtype=dtype), torch.empty_like(x, dtype=dtype)
-    low, joined = torch.empty_like(x, dtype=torch.int8), torch.empty_like(x)
+    low = torch.empty_like(x, dtype=torch.int8)
+    joined = torch.empty_like(x)
     block = 65536 if interpreting() else 1024  # a compiler would unroll the large one; the interpreter has few programs then
     launch(_store_kernel, (x.numel() // block,), device, x_ptr=x, noise_ptr=noise, out_ptr=got, low_ptr=low, joined_ptr=joined,
            MODE=mode, DTYPE=triton_dtype(dtype), BLOCK=block)  # fmt: skip
@@ -127,9 +129,13 @@ def test_24_bit_weights(dtype):
     high, low = split(x, noise, dtype)
     both = join(high, low)
     smallest = torch.tensor(1, dtype=torch.int16).view(dtype).double()
-    kept = x.abs() > 0.51 * smallest  # below, it is 0 or the smallest number, without low bits
-    assert kept.double().mean() > 0.8
-    x, noise, high, low, both = x[kept], noise[kept], high[kept], low[kept], both[kept]
+    representable = x.abs() > 0.51 * smallest  # below, it is 0 or the smallest number, without low bits
+    assert representable.double().mean() > 0.8
+    x = x[representable]
+    noise = noise[representable]
+    high = high[representable]
+    low = low[representable]
+    both = both[representable]
     ulp = (torch.nextafter(high.abs(), torch.tensor(INF, dtype=dtype)) - high.abs()).double()
     assert ((high.double() - x.double()).abs() <= ulp * 0.51).all()
     assert ((both.double() - x.double()).abs() <= ulp / 255).all()
@@ -180,7 +186,7 @@ def test_fp16_weights_leave_zero():
 
 @pytest.mark.parametrize("dtype", [BRAIN, HALF])
 def test_low_bits_left_from_another_value_do_no_harm(dtype):
-    """Users zero a parameter, or load another model, and the optimizer is not told."""
+    """Users zero a parameter or load another model without telling the optimizer."""
     high = torch.tensor([0.0, -0.0, INF, -INF, NAN, 1.0], dtype=dtype)
     for stale in (-128, -1, 1, 127):
         value = join(high, torch.full((6,), stale, dtype=torch.int8))
@@ -204,10 +210,12 @@ def eight_bit_values():
 def test_8_bit_kernel_equals_reference(kind, nan, device):
     x = eight_bit_values()
     x = x.abs() if kind == "hessian" else x
-    x[3], x[GROUP + 5] = from_bits(torch.tensor(nan)), INF
+    x[3] = from_bits(torch.tensor(nan))
+    x[GROUP + 5] = INF
     x = x.to(device)
     noise = random_words(x.numel(), device)
-    code, out = torch.empty_like(x, dtype=torch.uint8), torch.empty_like(x)
+    code = torch.empty_like(x, dtype=torch.uint8)
+    out = torch.empty_like(x)
     scale = torch.empty(x.numel() // GROUP, device=device)
     launch(_codec_kernel, (1,), device, x_ptr=x, noise_ptr=noise, code_ptr=code, scale_ptr=scale, out_ptr=out,
            HESSIAN=kind == "hessian", BLOCK=x.numel(), GROUPS=len(scale))  # fmt: skip
@@ -305,7 +313,8 @@ def test_every_bit_of_the_noise_is_fair_and_goes_with_no_bit_of_related_noise():
 
     With one multiplication less, or without the last shift, some of these correlations are 84 to 254 standard deviations.
     """
-    n, start = 65536, reference.salt(0, 0)
+    n = 65536
+    start = reference.salt(0, 0)
     words = words_of(start, 1, n + 4096)
     first = signs(words[:n])
     related = {f"element +{d}": words[d : n + d] for d in (1, 2, 3, 4, 8, 64, 256, 4096)}

@@ -15,7 +15,7 @@ from tests.support.helpers import assert_rows_close, mutant
 
 @pytest.fixture
 def row_functions(backend, monkeypatch):
-    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
     for name in ("likeliest_statistics", "draw_labels"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))
@@ -33,7 +33,7 @@ def draw(logits, labels, uniforms, coefficients, out=None, likeliest=None, op=No
 def check_draw(n_vocab, device, *, spread=2.0, **transform):
     n = 12
     logits = torch.randn(n, n_vocab, device=device) * spread
-    logits[0, : n_vocab // 3] = -torch.inf  # u = 0 must not pick what cannot be drawn
+    logits[0, : n_vocab // 3] = -torch.inf  # u = 0 must not pick a label of probability 0
     logits[1, 2 * n_vocab // 3 + 1 :] = -torch.inf  # nor must u close to 1
     labels = torch.zeros(n, dtype=torch.int64, device=device)
     labels[3] = -100
@@ -44,17 +44,17 @@ def check_draw(n_vocab, device, *, spread=2.0, **transform):
     leaf = logits.double().requires_grad_()
     shown = transformed(leaf, **transform)
     assert drawn[3] == -100 and statistics[0, 3] == 0 and (gradient[3] == 0).all()
-    kept = labels == 0
+    labelled = labels == 0
     p = shown.detach().softmax(1)
-    assert (p.gather(1, drawn.clamp(min=0)[:, None])[kept, 0] > 0).all()
+    assert (p.gather(1, drawn.clamp(min=0)[:, None])[labelled, 0] > 0).all()
     cdf = p.cumsum(1)
     above = cdf.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
     below = above - p.gather(1, drawn.clamp(min=0)[:, None])[:, 0]
     u = uniforms.double()
-    assert ((below <= u + 1e-5) & (u <= above + 1e-5))[kept].all()  # sums of fp32 in another order
-    logp = token_logprob(shown[kept], drawn[kept])
-    (want,) = torch.autograd.grad((logp * coefficients[kept]).sum(), leaf)
-    assert (statistics[0, kept].double() - logp).abs().max() <= 2 * tol.LOGP_ABS
+    assert ((below <= u + 1e-5) & (u <= above + 1e-5))[labelled].all()  # sums of fp32 in another order
+    logp = token_logprob(shown[labelled], drawn[labelled])
+    (want,) = torch.autograd.grad((logp * coefficients[labelled]).sum(), leaf)
+    assert (statistics[0, labelled].double() - logp).abs().max() <= 2 * tol.LOGP_ABS
     assert_rows_close(gradient, want.nan_to_num(0.0), 2 * tol.WORST_ROW_FP32, "dlogits")  # 0 times -inf in the oracle
     return drawn, reference.draw_labels(shown, uniforms)
 
@@ -77,7 +77,8 @@ def check_sums_in_another_order(device):
 
     Terms of 0.9 2^-24 are lost when they are added to 1 one by one, but not when they are added among themselves before.
     """
-    block, tiny = DRAW_CONFIG["BLOCK"], math.log(0.9 * 2.0**-24)
+    block = DRAW_CONFIG["BLOCK"]
+    tiny = math.log(0.9 * 2.0**-24)
     logits = torch.full((3, 9 * block), -torch.inf, device=device)
     logits[:, 0] = 0.0
     # One in every 128 columns: a sum adds them in a tree, a scan passes them on from warp to warp, and stays at 1 = target.
@@ -98,7 +99,7 @@ def check_sums_in_another_order(device):
     assert (statistics[0] - p.gather(1, last[:, None])[:, 0].log()).abs().max() <= tol.LOGP_ABS
 
 
-def test_sums_in_another_order_draw_what_can_be_drawn(device):
+def test_sums_in_another_order_draw_possible_labels_only(device):
     check_sums_in_another_order(device)
 
 
@@ -118,7 +119,8 @@ def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
 def test_draw_in_place_in_low_precision_and_of_nan(device):
     logits = torch.randn(3, 4200, device=device)
     logits[2, 9] = float("nan")
-    labels, ones = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
+    labels = torch.zeros(3, dtype=torch.int64, device=device)
+    ones = torch.ones(3, device=device)
     uniforms = torch.tensor([0.3, 1 - 2**-24, 0.5], device=device)
     drawn, statistics, want = draw(logits, labels, uniforms, ones)
     assert statistics[0].isnan().tolist() == [False, False, True] and drawn[2] == -100

@@ -18,7 +18,7 @@ VOCABULARIES = (1, 2, 17, 127, 128, 129, 4096, 4097, 32003, 50257)
 
 @pytest.fixture
 def row_functions(backend, monkeypatch):
-    """For tests of the kernels and of the functions in PyTorch that stand in their place."""
+    """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
     for name in ("token_statistics", "token_gradient"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))
@@ -61,7 +61,7 @@ def test_every_vocabulary_size(n_vocab, device):
     assert gradient.double().sum(1).abs().max() <= 1e-5  # a softmax gradient sums to 0
 
 
-# From a flat guess to memorised text, where unlearning starts.
+# From uniform predictions to memorised text, where unlearning starts.
 @pytest.mark.usefixtures("row_functions")
 @pytest.mark.parametrize("rest", [1 - 1e-4, 0.5, 1e-2, 1e-4, 1e-7, 1e-10])
 def test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device):
@@ -109,7 +109,8 @@ def test_nan_logits_surface(device):
 
 @pytest.mark.usefixtures("row_functions")
 def test_in_place_and_low_precision_outputs(device):
-    logits, labels = torch.randn(3, 4200, device=device), torch.tensor([1, 4199, 77], device=device)
+    logits = torch.randn(3, 4200, device=device)
+    labels = torch.tensor([1, 4199, 77], device=device)
     coefficients = torch.randn(3, device=device)
     _, want = run(logits, labels, coefficients)
     buffer = torch.full((3, 4224), float("nan"), device=device, dtype=torch.bfloat16)  # padded rows
@@ -123,7 +124,8 @@ def test_in_place_and_low_precision_outputs(device):
 @pytest.mark.skipif(not runs_on_cpu(), reason="4 GiB a matrix: untouched memory costs nothing on the CPU only")
 def test_rows_beyond_two_to_the_31(monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # with NaN: it would be touched
-    rows, stride = 3, 2**30 + 64  # row 2 starts beyond 2^31 elements
+    rows = 3
+    stride = 2**30 + 64  # row 2 starts beyond 2^31 elements
     logits = torch.empty(2 * stride + 64, dtype=torch.float16).as_strided((rows, 50), (stride, 1))
     logits.copy_(torch.randn(rows, 50))
     labels = torch.tensor([1, 2, 3])
@@ -139,7 +141,8 @@ def test_capped_and_scaled_logits(logit_scale, softcap, device):
     raw = torch.randn(4, 4100, device=device) * 20  # a tail of 4 columns: what lies beyond must not be capped into the sum
     labels = torch.tensor([0, 4099, 7, -100], device=device)
     transform = dict(logit_scale=logit_scale, softcap=softcap)
-    statistics, out = torch.empty(7, 4, device=device), torch.full_like(raw, float("nan"))
+    statistics = torch.empty(7, 4, device=device)
+    out = torch.full_like(raw, float("nan"))
     token_statistics(raw, labels, statistics, **transform)
     token_gradient(raw, labels, statistics, torch.ones(4, device=device), out, **transform)
     leaf = raw.double().requires_grad_()

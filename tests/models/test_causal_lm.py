@@ -19,7 +19,8 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
     """Forget and retain in one padded forward, loss from hidden states, against the model's own logits one by one."""
     model = tiny_model(family)
     causal_lm.check_linear_head(model)
-    forget, retain = sequences(3), sequences(4)[1:]
+    forget = sequences(3)
+    retain = sequences(4)[1:]
     batch = collate(forget, retain)
     objective = GradDiff(gamma=0.5, alpha=2.0)
     weight, bias = causal_lm.head(model)
@@ -35,7 +36,8 @@ def test_probabilities_and_gradients_are_those_of_the_model_itself(family):
 
     rows = []
     for sequence in [*forget, *retain]:
-        ids, labels = torch.tensor([sequence.input_ids]), torch.tensor(sequence.labels)
+        ids = torch.tensor([sequence.input_ids])
+        labels = torch.tensor(sequence.labels)
         row = model(input_ids=ids).logits[0].log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
         row = row * (labels >= 0)
         rows.append(torch.nn.functional.pad(row, (0, batch.labels.shape[1] - len(row))))
@@ -67,9 +69,11 @@ class Capped(transformers.LlamaForCausalLM):
         return output
 
 
-def test_models_that_bend_their_logits_in_other_ways_are_refused():
+def test_models_that_transform_their_logits_in_other_ways_are_refused():
     """Logits of about 0.1 agree with a cap of 30 to 1 in 10^5: only enlarged ones show it."""
-    capped, scaled, plain = Capped(FAMILIES["llama, tied"]()), tiny_model("cohere, scaled"), tiny_model()
+    capped = Capped(FAMILIES["llama, tied"]())
+    scaled = tiny_model("cohere, scaled")
+    plain = tiny_model()
     scaled.logit_scale = 4.0  # the configuration says 8
     plain.config.final_logit_softcapping = 30.0  # Llama has no cap
     for model in (capped, scaled, plain):
@@ -83,25 +87,27 @@ def test_models_that_bend_their_logits_in_other_ways_are_refused():
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_a_batch_without_a_mask_is_attended_to_without_one(capturing, monkeypatch):
-    """As a graph needs it: no question to the device, and none of the slower kernels. The states are those of a full mask."""
-    model, ids = tiny_model(), torch.randint(2, 300, (2, 8))
+    """CUDA graphs need this: no wait for the device, and no slower kernel. The states are those of a full mask."""
+    model = tiny_model()
+    ids = torch.randint(2, 300, (2, 8))
     want = causal_lm.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    seen, attend = [], torch.nn.functional.scaled_dot_product_attention
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
 
     def spy(*inputs, **options):
-        seen.append((options.get("attn_mask"), options["is_causal"]))
+        masks.append((options.get("attn_mask"), options["is_causal"]))
         return attend(*inputs, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     look = transformers.masking_utils.find_packed_sequence_indices
     got = causal_lm.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=None))
-    assert seen == [(None, True)] * 2 and torch.equal(got, want)
+    assert masks == [(None, True)] * 2 and torch.equal(got, want)
     assert transformers.masking_utils.find_packed_sequence_indices is look
 
 
 def test_models_with_adapters():
-    """Wrapped by peft, with a head of its own: the head that is in use, hidden states with adapters or without."""
+    """A model wrapped by peft with its own head: the active head, and hidden states with and without adapters."""
     model = lora_model(modules_to_save=["lm_head"])
     model.get_output_embeddings().weight.data.mul_(2.0)
     causal_lm.check_linear_head(model)
@@ -132,7 +138,7 @@ def test_heads_that_are_not_a_matrix_are_refused():
         causal_lm.check_linear_head(peft.get_peft_model(tiny_model(), prompts))
 
 
-def test_a_body_that_the_prefix_does_not_find():
+def test_a_body_that_base_model_prefix_does_not_name():
     sizes = {**COMMON, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 48}
     config = transformers.Llama4TextConfig(**sizes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

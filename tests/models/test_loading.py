@@ -1,4 +1,4 @@
-"""Models from files that anyone may have written: whole ones are loaded, others are refused, and no code of theirs is run."""
+"""Models from files of unknown origin: complete ones are loaded, others are refused, and no code in them is run."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_loading(tmp_path):
 
 
 def test_what_is_not_whole_is_refused(tmp_path):
-    """transformers and peft draw what is missing at random, and warn: another model would be measured, or unlearned."""
+    """transformers and peft fill missing weights at random, with a warning: another model would be measured or unlearned."""
     safetensors = pytest.importorskip("safetensors.torch", reason="the extra hf is not installed")
     base, adapters = tmp_path / "base", tmp_path / "adapters"
     tiny_model("llama, untied").save_pretrained(base)
@@ -60,7 +60,7 @@ def test_what_is_not_whole_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directories of a tiny model and of adapters of it; tests copy them before they change a file."""
+    """Save a tiny model and adapters of it; tests copy the directories before they change a file."""
     pytest.importorskip("peft", reason="the extra hf is not installed")
     root = tmp_path_factory.mktemp("saved")
     tiny_model("llama, untied").save_pretrained(root / "base")
@@ -72,13 +72,13 @@ def saved(tmp_path_factory):
 
 
 def change(path, **values):
-    """Sets keys of a JSON file."""
+    """Set keys of a JSON file."""
     content = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(json.dumps({**content, **values}))
 
 
 class Pickled:
-    """Runs code where it is unpickled."""
+    """Run code when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -154,7 +154,9 @@ CODE = {  # how a model could bring code -> what plants it, and what the error n
 @pytest.mark.parametrize("way", CODE)
 def test_code_that_comes_with_a_model_is_never_run(way, saved, tmp_path, monkeypatch):
     """As a model, and as the base that adapters name; the planted module could be imported, and is in the model's directory."""
-    base, adapters, marker = tmp_path / "base", tmp_path / "adapters", tmp_path / "code has run"
+    base = tmp_path / "base"
+    adapters = tmp_path / "adapters"
+    marker = tmp_path / "code has run"
     for directory in (base, adapters):
         shutil.copytree(saved / directory.name, directory)
         (directory / "planted.py").write_text(f"open({str(marker)!r}, 'w')\n\nclass Model: ...\n\ndef generate(model): ...\n")
@@ -176,7 +178,7 @@ def test_code_that_comes_with_a_model_is_never_run(way, saved, tmp_path, monkeyp
     (dict(num_hidden_layers=10**9), "config.json, num_hidden_layers: expected at most 4096, got 1e+09"),
     (dict(text_config={"n_layer": 10**400}), "config.json, n_layer: expected at most 4096, got a number of hundreds of digits"),
     (dict(num_local_experts=10**9), "config.json, num_local_experts: expected at most 4096"),
-    (dict(num_hidden_layers=4000, num_experts=4000), "config.json: expected at most 131072 of them in all, got 4000 layers"),
+    (dict(num_hidden_layers=4000, num_experts=4000), "config.json: expected at most 131072 experts in all layers, got 4000"),
     (dict(vocab_size=10**12), "config.json, vocab_size: expected at most 134217728, got 1e+12"),
     (dict(num_hidden_layers=1), "expected a checkpoint with the layers of its configuration, got .* with model.layers.1"),
     (dict(final_logit_softcapping="thirty"), "final_logit_softcapping: expected a finite number, got 'thirty'"),

@@ -20,7 +20,8 @@ FAST = dict(batch_size=2, backend="reference")
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_logps_are_the_sums_of_the_model(backend):
-    model, dataset = tiny_model(), sequences(5)
+    model = tiny_model()
+    dataset = sequences(5)
     got = soul.reference_logps(model, dataset, batch_size=2, backend=backend)
     for sequence, value in zip(dataset, got, strict=True):
         logps = model(input_ids=torch.tensor([sequence.input_ids])).logits[0].log_softmax(-1)
@@ -30,7 +31,8 @@ def test_logps_are_the_sums_of_the_model(backend):
 
 
 def test_hidden_states_are_those_of_the_model():
-    model, dataset = tiny_model().bfloat16(), sequences(5)
+    model = tiny_model().bfloat16()
+    dataset = sequences(5)
     states = soul.reference_hidden(model, dataset, batch_size=2)
     for sequence, hidden in zip(dataset, states.hidden, strict=True):
         labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
@@ -44,16 +46,17 @@ def test_hidden_states_are_those_of_the_model():
     losses.NPO(beta=0.5, alpha=0.0), losses.NPO(beta=0.5, alpha=0.0, reduction="token_mean"), losses.DPO(beta=0.5, alpha=0.0),
     losses.KLMin(gamma=0.0), losses.UNDIAL(beta=0.0, alpha=0.0),
 ], ids=lambda objective: type(objective).__name__)  # fmt: skip
-def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
-    """Same sequences, same padding: a ratio of exactly 0, a KL of exactly 0. In other company rounding, and nothing more."""
-    model, dataset = tiny_model(), sequences(4)  # 4: sums and means of equal numbers are exact
+def test_ratios_and_divergences_of_an_unchanged_model_are_exactly_zero(objective, backend):
+    """The same sequences and padding give a ratio and a KL of exactly 0; other batches differ by rounding only."""
+    model = tiny_model()
+    dataset = sequences(4)  # 4: sums and means of equal numbers are exact
     weight, _ = causal_lm.head(model)
-    parts = ([], dataset) if objective.alpha else (dataset, [])
+    forget, retain = ([], dataset) if objective.alpha else (dataset, [])
     terms = []
     for size in (4, 1):  # the batch's own composition, and each sequence alone
         states = reference_hidden(model, dataset, batch_size=size)
-        sums = reference_logps(model, dataset, batch_size=size, backend=backend) if parts[0] else None
-        batch = collate(*parts, ref_logps=sums, ref_hidden=states.hidden)
+        sums = reference_logps(model, dataset, batch_size=size, backend=backend) if forget else None
+        batch = collate(forget, retain, ref_logps=sums, ref_hidden=states.hidden)
         assert states.weight is not weight and torch.equal(states.weight, weight)
         assert states.hidden[0].device.type == "cpu"
 
@@ -76,8 +79,10 @@ def test_at_the_unchanged_model_nothing_has_moved_by_a_bit(objective, backend):
     assert terms[1] <= (10 * tol.LOGP_ABS if objective.needs_reference else 1e-9)  # a KL is quadratic in what moved
 
 
-def test_adapters_are_off_and_everything_is_as_before():
-    model, base, dataset = lora_model(), tiny_model("llama, untied"), sequences(3)
+def test_reference_is_computed_without_adapters_and_restores_the_model():
+    model = lora_model()
+    base = tiny_model("llama, untied")
+    dataset = sequences(3)
     model.train()
     rng = torch.get_rng_state()
     before = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
@@ -87,7 +92,7 @@ def test_adapters_are_off_and_everything_is_as_before():
     assert ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]) == before
     assert torch.equal(torch.get_rng_state(), rng)
     batch = collate(dataset, [])
-    assert (causal_lm.token_logps(model, batch) - causal_lm.token_logps(base, batch)).abs().max() > 1e-3  # and on again
+    assert (causal_lm.token_logps(model, batch) - causal_lm.token_logps(base, batch)).abs().max() > 1e-3  # on again
 
 
 def test_the_head_is_copied_where_it_is_trained():
@@ -108,8 +113,9 @@ def test_the_head_is_copied_where_it_is_trained():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """How many batches of the data a model has been run on. The tokens that `check_linear_head` tries are no data."""
-    calls, real = [], causal_lm.hidden_states
+    """Count the batches of data that a model has been run on, without the probe tokens of `check_linear_head`."""
+    calls = []
+    real = causal_lm.hidden_states
 
     def hidden_states(model, batch):
         if hasattr(batch, "labels"):
@@ -129,7 +135,9 @@ def compute(kind, model, dataset, cache, **options):
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted):
-    tokenizer, dataset, cache = tiny_tokenizer(), sequences(3), tmp_path / "new" / "cache"
+    tokenizer = tiny_tokenizer()
+    dataset = sequences(3)
+    cache = tmp_path / "new" / "cache"
 
     def fresh(change=None):
         model = tiny_model()
@@ -172,7 +180,8 @@ def test_cache_is_used_for_the_same_and_for_nothing_else(kind, tmp_path, counted
 
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_a_cache_file_that_is_not_right_is_computed_again(kind, tmp_path, counted):
-    model, dataset = tiny_model(), sequences(3)
+    model = tiny_model()
+    dataset = sequences(3)
     want = compute(kind, model, dataset, tmp_path)
     (file,) = tmp_path.iterdir()
     good = file.read_bytes()
@@ -192,7 +201,8 @@ def test_a_cache_file_that_is_not_right_is_computed_again(kind, tmp_path, counte
 
 def test_no_bit_of_a_cache_file_is_trusted(tmp_path):
     """Header, key, checksum, data: one flipped bit in any byte, and any truncation, is found."""
-    path, tensor = tmp_path / "file", torch.randn(7)
+    path = tmp_path / "file"
+    tensor = torch.randn(7)
     ref_model._write(path, "logps", "a key", tensor)
     good = path.read_bytes()
     assert torch.equal(ref_model._read(path, "logps", "a key", (7,))[0], tensor)
@@ -209,7 +219,8 @@ def test_no_bit_of_a_cache_file_is_trusted(tmp_path):
 @pytest.mark.parametrize("kind", ["logps", "hidden"])
 def test_a_forged_cache_file_of_another_dtype_is_computed_again(kind, dtype, tmp_path):
     """Key, shape and checksum are right: whoever writes a file can compute them."""
-    model, dataset = tiny_model(), sequences(3)
+    model = tiny_model()
+    dataset = sequences(3)
     want = compute(kind, model, dataset, tmp_path)
     (file,) = tmp_path.iterdir()
     shape = (3,) if kind == "logps" else (sum(sequence.n_labels for sequence in dataset), 32)
@@ -232,8 +243,9 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_adapters_do_not_change_the_key(tmp_path, counted):
-    """A LoRA run that goes on finds the reference it started from."""
-    model, dataset = lora_model(modules_to_save=["lm_head"]), sequences(2)
+    """A resumed LoRA run finds the reference that it started from."""
+    model = lora_model(modules_to_save=["lm_head"])
+    dataset = sequences(2)
     reference_logps(model, dataset, cache=tmp_path, **FAST)
     for parameter in model.parameters():
         if parameter.requires_grad:

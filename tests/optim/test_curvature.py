@@ -44,8 +44,9 @@ def test_hutchinson_estimates_the_diagonal():
 @pytest.mark.parametrize("kind", [curvature.RetainFisher, curvature.GNB])
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_h_is_the_average_of_squared_gradients_of_the_closures_loss(kind, in_backward):
-    """Gradients that the parameters had before are restored."""
-    w, b = torch.randn(5, 3).requires_grad_(), torch.randn(3).requires_grad_()
+    """h averages squared gradients, and gradients that the parameters had before are restored."""
+    w = torch.randn(5, 3).requires_grad_()
+    b = torch.randn(3).requires_grad_()
     unused = torch.randn(4).requires_grad_()
     opt = SophiaG([w, b, unused], betas=(0.9, 0.8))
     source = kind(opt, every=2, in_backward=in_backward)

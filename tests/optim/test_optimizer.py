@@ -1,4 +1,4 @@
-"""The two calls against the published class, groups, options and errors."""
+"""step() and update_hessian() against the published class; groups, options and errors."""
 
 import copy
 import gc
@@ -98,7 +98,7 @@ def test_goes_downhill_and_learns(device):
         assert x.abs().max() < 2.8
 
 
-def test_gradient_is_kept_and_zero_gradients_move_nothing(device):
+def test_step_leaves_the_gradient_alone_and_zero_gradients_move_nothing(device):
     params = make(device)
     opt = SOUL(params, lr=1e-2, weight_decay=0.0)
     give_gradients(params)
@@ -159,7 +159,7 @@ def test_deepcopy_and_tied_parameters(device):
     (SOUL.as_published, {"lr": 5e-6, "betas": (0.9, 0.95)}, {"param_rounding", "state_dtype"}),  # which it sets
 ])  # fmt: skip
 def test_every_option_is_spelled_out_with_its_type_and_default(call, defaults, missing):
-    """So that help() and an editor show them; the defaults are those of SophiaG but for the ones that are documented."""
+    """help() and an editor show every option; the defaults are those of SophiaG, apart from documented exceptions."""
     options = inspect.signature(SophiaG).parameters
     signature = inspect.signature(call).parameters
     assert {*signature} == {*options, *defaults} - missing and "weight_decay" in signature
@@ -247,7 +247,8 @@ def test_nothing_moves_when_a_later_group_is_wrong():
 
 
 def test_nothing_moves_when_a_later_parameter_changed_its_layout():
-    good, image = make(), torch.randn(2, 3, 4, 5).requires_grad_()
+    good = make()
+    image = torch.randn(2, 3, 4, 5).requires_grad_()
     opt = SOUL([{"params": good}, {"params": [image]}], lr=1e-3)
     give_gradients([*good, image])
     opt.step()
@@ -261,7 +262,7 @@ def test_nothing_moves_when_a_later_parameter_changed_its_layout():
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("call", ["step", "update_hessian"])
 def test_a_known_gradient_that_fits_no_more_is_named_and_nothing_moves(groups, call):
-    """Step groups that are known are checked by the ops, which name an entry of a list."""
+    """Known step groups are checked by the ops, whose errors name an entry of a list."""
     params = make()
     opt = SophiaG([{"params": params[:2]}, {"params": params[2:]}] if groups == 2 else params, lr=1e-3, max_grad_norm=1.0)
     give_gradients(params)
@@ -277,7 +278,8 @@ def test_a_known_gradient_that_fits_no_more_is_named_and_nothing_moves(groups, c
 def test_learning_rate_may_be_a_tensor():
     params = make()
     others = twin(params)
-    a, b = SOUL(params, lr=torch.tensor(1e-3)), SOUL(others, lr=1e-3)
+    a = SOUL(params, lr=torch.tensor(1e-3))
+    b = SOUL(others, lr=1e-3)
     give_gradients(params, others)
     a.step(), b.step()
     assert all(torch.allclose(p, q) for p, q in zip(params, others))
@@ -291,14 +293,16 @@ def test_bias_correction_makes_a_young_hessian_a_mean(device):
         param.grad = grad
         opt.update_hessian()
     mean = sum(w * g * g for w, g in zip((0.081, 0.09, 0.1), grads)) / (1 - 0.9**3)
-    before, small = param.detach().clone(), mean / 2  # not clipped
+    before = param.detach().clone()
+    small = mean / 2  # not clipped
     param.grad = small
     opt.step()
     assert_close(before - param, small / mean, 1e-4, "update")
     soul = SOUL(
         others := twin(params), lr=1.0, betas=(0.0, 0.9), rho=20.0, bs=1, eps=0.0, weight_decay=0.0, bias_correction=True
     )
-    before, others[0].grad = others[0].detach().clone(), small
+    before = others[0].detach().clone()
+    others[0].grad = small
     soul.step()
     expected = (1 / (20 * small)).clamp(max=1)
     assert (expected < 1).float().mean() > 0.5  # where all are clipped, h plays no part
@@ -309,11 +313,21 @@ def test_bias_correction_makes_a_young_hessian_a_mean(device):
 @pytest.mark.parametrize("eps_mode", ["add", "max"])
 def test_options_together_follow_their_formulas_in_fp64(kind, eps_mode, device):
     """Norm clipping, which h of `update_hessian` does not see, bias correction, both denominators, decay, a rho that moves."""
-    lr, b1, b2, bs, eps, decay, limit, target = 1e-2, 0.9, 0.95, 20, 1e-3, 0.1, 1.0, 0.3
+    lr = 1e-2
+    b1 = 0.9
+    b2 = 0.95
+    bs = 20
+    eps = 1e-3
+    decay = 0.1
+    limit = 1.0
+    target = 0.3
     params = make(device)
     opt = kind(params, lr=lr, betas=(b1, b2), rho="auto", clip_target=target, bs=bs, eps=eps, eps_mode=eps_mode,
                weight_decay=decay, max_grad_norm=limit, bias_correction=True)  # fmt: skip
-    want, rho, updates, both = [p.detach().double() for p in params], 0.04, 0, 0
+    want = [p.detach().double() for p in params]
+    rho = 0.04
+    updates = 0
+    both = 0
     m, h = ([torch.zeros_like(p) for p in want] for _ in range(2))
     for step in range(8):
         give_gradients(params, scale=(0.02, 1.0)[step % 2])  # below the limit, and above it
@@ -322,8 +336,9 @@ def test_options_together_follow_their_formulas_in_fp64(kind, eps_mode, device):
         if kind is SophiaG and step % 3 == 0:
             opt.update_hessian()
         if kind is SOUL or step % 3 == 0:
-            seen = [g * factor if kind is SOUL else g for g in grads]
-            h, updates = [b2 * a + (1 - b2) * g * g for a, g in zip(h, seen)], updates + 1
+            hessian_grads = [g * factor if kind is SOUL else g for g in grads]
+            h = [b2 * a + (1 - b2) * g * g for a, g in zip(h, hessian_grads)]
+            updates += 1
         opt.step()
         m = [b1 * a + (1 - b1) * g * factor for a, g in zip(m, grads)]
         weighted = [rho * bs * a / (1 - b2**updates) for a in h]
@@ -417,7 +432,7 @@ def test_an_error_in_one_group_comes_before_another_moves(spoil, message, backen
     assert torch.equal(a, saved[0]) and all(torch.equal(opt.state[a][n], v) for n, v in saved[1].items())
 
 
-def test_small_things_that_once_broke(device):
+def test_regressions(device):
     empty = SOUL([torch.zeros(0, device=device).requires_grad_()], rho="auto")
     empty.param_groups[0]["params"][0].grad = torch.zeros(0, device=device)
     empty.step()

@@ -1,4 +1,4 @@
-"""Checkpoints: of the published class, of this one, of others; resuming bit for bit."""
+"""Checkpoints of the published class, of ours and of other optimizers; resuming bit for bit."""
 
 import copy
 import io
@@ -82,7 +82,8 @@ def test_resume_is_bitwise(dtype, state_dtype, rounding, through, device, tmp_pa
 
 
 def test_checkpoint_of_another_shape_is_refused():
-    a, b = SOUL(make()), SOUL(make(shapes=((4, 5), (7,), ())))
+    a = SOUL(make())
+    b = SOUL(make(shapes=((4, 5), (7,), ())))
     give_gradients(a.param_groups[0]["params"])
     a.step()
     b.param_groups[0]["lr"] = 0.5
@@ -131,10 +132,11 @@ def test_loading_keeps_what_the_checkpoint_does_not_say():
 
 def test_load_hooks_see_and_change_the_checkpoint():
     params = make(dtype=BRAIN)
-    a, b = SOUL(params, lr=1e-3), SOUL(twin(params), lr=1e-3)
+    a = SOUL(params, lr=1e-3)
+    b = SOUL(twin(params), lr=1e-3)
     give_gradients(params)
     a.step()
-    seen = []
+    dtypes = []
 
     def double_hessian(optimizer, state_dict):
         for state in state_dict["state"].values():
@@ -142,9 +144,9 @@ def test_load_hooks_see_and_change_the_checkpoint():
         return state_dict
 
     b.register_load_state_dict_pre_hook(double_hessian)
-    b.register_load_state_dict_post_hook(lambda optimizer: seen.extend(s["hessian"].dtype for s in optimizer.state.values()))
+    b.register_load_state_dict_post_hook(lambda optimizer: dtypes.extend(s["hessian"].dtype for s in optimizer.state.values()))
     b.load_state_dict(copy.deepcopy(a.state_dict()))
-    assert seen == [FLOAT] * 3  # the post-hook finds the states as they are going to stay
+    assert dtypes == [FLOAT] * 3  # the post-hook finds the states as they are going to stay
     for p, q in zip(params, b.param_groups[0]["params"]):
         assert torch.equal(b.state[q]["hessian"], 2 * a.state[p]["hessian"])
 

@@ -112,7 +112,8 @@ def test_capturable_keeps_its_options_on_the_device_and_follows_a_scheduler(devi
 
 def test_capture_refuses_what_replays_would_get_wrong(monkeypatch):
     params = make()
-    plain, capturable = SOUL(params), SOUL(twin(params), capturable=True)
+    plain = SOUL(params)
+    capturable = SOUL(twin(params), capturable=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     give_gradients(params, capturable.param_groups[0]["params"])
@@ -257,13 +258,13 @@ def test_telemetry_is_of_the_last_replay(device):
 
 def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
     """Triton compiles for constants and for kinds of arguments: numbers stay numbers, and are not looked at."""
-    seen = set()
+    specializations = set()
 
     def launch(kernel, grid, device, **arguments):
         numbers = {"lr", "weight_decay", "rho", "bs", "beta1", "beta1_rest", "beta2", "beta2_rest", "eps"}
         assert all(isinstance(arguments[name], float) for name in numbers)
         constants = {name: value for name, value in arguments.items() if name not in numbers and not torch.is_tensor(value)}
-        seen.add(repr(constants))
+        specializations.add(repr(constants))
 
     monkeypatch.setattr("soul_kernels._table.launch", launch)
     params = make(device, shapes=((300,),))
@@ -274,7 +275,7 @@ def test_schedules_do_not_recompile_the_kernel(device, monkeypatch):
             lr=[1e-3, 0, 1.0, 1][index], weight_decay=[0.1, 0, 1, 2.0][index], rho=[1, 0.5, 0.04, 2][index]
         )
         opt.step(bs=[1, 16, 5120, 2.5][index])
-    assert len(seen) == 1
+    assert len(specializations) == 1
 
 
 def scaled(opt, params, grad_scale, found_inf):
@@ -334,7 +335,8 @@ def test_what_a_capture_uses_stays_where_it_is(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     capturing[0] = True
     opt.step()
-    opt.param_groups[0]["lr"], lr = 0.5, opt.param_groups[0]["lr"]
+    lr = opt.param_groups[0]["lr"]
+    opt.param_groups[0]["lr"] = 0.5
     with pytest.raises(ValueError, match="^lr: expected a tensor in a CUDA graph, got 0.5 in group 0"):
         opt.step()
     opt.param_groups[0]["lr"] = lr

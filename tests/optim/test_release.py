@@ -42,7 +42,7 @@ def test_released_steps_equal_plain_ones_bit_for_bit(options):
 
 
 def test_the_first_gradient_may_be_that_of_the_first_parameter():
-    """As where one parameter is trained, or the optimizer got them in the order in which gradients arrive."""
+    """This happens if one parameter is trained, or if the optimizer has them in the order in which gradients arrive."""
     plain, released = build(), build()
     a, b = (SOUL(list(model.parameters())[::-1], lr=1e-3) for model in (plain, released))
     release_gradients(released, b)
@@ -69,7 +69,7 @@ def alive(model):
     return sum(p.grad is not None for p in model.parameters())
 
 
-def test_accumulation_with_a_pause():
+def test_accumulation_while_the_release_is_paused():
     plain, released = build(), build()
     a, b = SOUL(plain.parameters(), lr=1e-3), SOUL(released.parameters(), lr=1e-3)
     release = release_gradients(released, b)
@@ -85,7 +85,7 @@ def test_accumulation_with_a_pause():
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), released.parameters()))
 
 
-def test_hessian_passes_pause_it_and_hold_no_gradients():
+def test_hessian_passes_pause_the_release_and_hold_no_gradients():
     """The curvature's backward pass moves h and nothing else."""
     model = build()
     opt = SophiaG(model.parameters(), lr=1e-3)
@@ -111,8 +111,8 @@ def test_refuses_what_needs_all_gradients(options, message):
     assert alive(model) == len(list(model.parameters()))  # no hook was left behind
 
 
-def test_is_kept_when_a_checkpoint_is_loaded():
-    """Accelerate's prepare() loads one. The curvature must still pause the release, or its batch would be trained on."""
+def test_the_release_survives_loading_a_checkpoint():
+    """accelerate.prepare() loads a state dict. The curvature must still pause the release, or its batch would be trained on."""
     model = build()
     opt = SophiaG(model.parameters(), lr=1e-3)
     release_gradients(model, opt)
@@ -142,7 +142,7 @@ def test_refuses_replicas(monkeypatch):
 def test_refuses_scalers_foreign_parameters_and_doing_it_twice():
     model = build()
     opt = SOUL(model.parameters(), lr=1e-3)
-    with pytest.raises(ValueError, match="^model: expected the module of all the optimizer's parameters"):
+    with pytest.raises(ValueError, match="^model: expected a module that has all parameters of the optimizer"):
         release_gradients(model[0], opt)
     with pytest.raises(ValueError, match="^optimizer: expected a SophiaG or SOUL, got AdamW"):
         release_gradients(model, torch.optim.AdamW(model.parameters()))

@@ -1,4 +1,4 @@
-"""The output directory of a run: whose it is, what may stand there, and what a run that has ended leaves."""
+"""The output directory of a run: its lock, the files allowed in it, and what a finished run leaves."""
 
 import errno
 import fcntl
@@ -19,7 +19,7 @@ from soul.output.files import scratch_path
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
 from tests.support.models import examples, tiny_model, tiny_tokenizer
-from tests.support.runs import FAST, StopAfter, lines, make_place, run, same, unlearn_module, words
+from tests.support.runs import FAST, StopAfter, lines, run, same, unlearn_module, words, write_model_and_data
 
 
 @pytest.fixture(scope="module")
@@ -28,32 +28,33 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
-    return make_place(tmp_path_factory.mktemp("output"), tokenizer)
+def folder(tmp_path_factory, tokenizer):
+    return write_model_and_data(tmp_path_factory.mktemp("output"), tokenizer)
 
 
-def test_a_run_that_has_ended_is_left_alone(place, capsys):
-    assert main(words(place, "ended", "--epochs", "1")) == 0
-    before = {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()}
-    assert main(words(place, "ended", "--epochs", "1", "--resume")) == 0
+def test_a_run_that_has_ended_is_left_alone(folder, capsys):
+    assert main(words(folder, "ended", "--epochs", "1")) == 0
+    before = {path: path.stat().st_mtime_ns for path in (folder / "ended").iterdir()}
+    assert main(words(folder, "ended", "--epochs", "1", "--resume")) == 0
     assert "this run has ended" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in (place / "ended").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (folder / "ended").iterdir()} == before
 
 
-def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, capsys):
-    """Status 0 would claim a model that nobody has made. Options are compared with those that the run has left, rows with the
-    digests of those that it has read; where the rows lie, and what changes no number, may differ.
+def test_resume_of_a_run_that_has_ended_refuses_another_one(folder, tmp_path, capsys):
+    """Status 0 would claim a model that was never made. Options are compared with the saved ones, rows with the saved
+    digests. The paths of the files, and options that change no number, may differ.
     """
     for name in ("forget", "retain"):
-        shutil.copy(place / f"{name}.jsonl", tmp_path)
-    shutil.copytree(place / "model", tmp_path / "model")
-    shutil.copytree(place / "model", tmp_path / "other")
+        shutil.copy(folder / f"{name}.jsonl", tmp_path)
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copytree(folder / "model", tmp_path / "other")
     argv = words(tmp_path, "out", "--epochs", "1", "--lora-rank", "2")
     assert main(argv) == 0
     shutil.copy(tmp_path / "forget.jsonl", tmp_path / "moved.jsonl")
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join((tmp_path / "forget.jsonl").read_text().splitlines(True)[:4]))
-    before, same = contents(tmp_path / "out"), ["--save-every", "7", "--keep", "1", "--forget", str(tmp_path / "moved.jsonl")]
+    before = contents(tmp_path / "out")
+    same = ["--save-every", "7", "--keep", "1", "--forget", str(tmp_path / "moved.jsonl")]
     assert main([*argv, *same, "--resume"]) == 0
     assert "this run has ended" in capsys.readouterr().out
     for message, more in (
@@ -76,11 +77,12 @@ def test_resume_of_a_run_that_has_ended_refuses_another_one(place, tmp_path, cap
         assert "resume: expected the options of the run that has ended, got " in capsys.readouterr().err
 
 
-def test_other_refusals_make_another_run_that_has_ended(place, tmp_path, capsys):
-    """Their content decides, not where the file lies."""
-    refusals, moved = tmp_path / "refusals.txt", tmp_path / "moved.txt"
+def test_other_refusals_make_another_run_that_has_ended(folder, tmp_path, capsys):
+    """The content of the refusals decides, not the path of the file."""
+    refusals = tmp_path / "refusals.txt"
+    moved = tmp_path / "moved.txt"
     refusals.write_text("No.\nI cannot say.\n")
-    argv = words(place, tmp_path / "out", "--epochs", "1", "--method", "po", "--resume", "--refusals")
+    argv = words(folder, tmp_path / "out", "--epochs", "1", "--method", "po", "--resume", "--refusals")
     assert main([*argv, str(refusals)]) == 0
     refusals.rename(moved)
     assert main([*argv, str(moved)]) == 0
@@ -99,9 +101,10 @@ FILES = ("soul_config.json", "data.json", "log.jsonl")  # that a resumed run wri
     *((name, link) for name in (*FILES, "checkpoints") for link in ("symbolic", "dangling")),
     *((name, "hard") for name in FILES),
 ])  # fmt: skip
-def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp_path, capsys):
-    """Whoever may write in there must not have the run write anywhere else."""
-    victim, output = tmp_path / "victim", tmp_path / "out"
+def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, folder, tmp_path, capsys):
+    """A user who may write in the directory must not make the run write elsewhere."""
+    victim = tmp_path / "victim"
+    output = tmp_path / "out"
     victim.mkdir() if name == "checkpoints" else victim.write_text("precious")
     output.mkdir()
     (output / "soul_config.json").write_text("{}")
@@ -110,7 +113,7 @@ def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp
         (output / name).hardlink_to(victim)
     else:
         (output / name).symlink_to(victim if link == "symbolic" else tmp_path / "nowhere")
-    assert main(words(place, output, "--epochs", "1", "--resume")) == 2
+    assert main(words(folder, output, "--epochs", "1", "--resume")) == 2
     kind = {"hard": "one of several names of a file"}.get(link, "a symbolic link")
     assert f"output: expected files of the run's own, got {output / name}, {kind}" in capsys.readouterr().err
     assert not (tmp_path / "nowhere").exists()
@@ -118,7 +121,8 @@ def test_a_link_in_the_output_of_a_resumed_run_is_refused(name, link, place, tmp
 
 
 def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_path):
-    victim, path = tmp_path / "victim", tmp_path / "log.jsonl"
+    victim = tmp_path / "victim"
+    path = tmp_path / "log.jsonl"
     victim.write_text("precious")
     for link in (path.symlink_to, path.hardlink_to):
         link(victim)
@@ -135,26 +139,29 @@ def test_a_link_that_is_put_there_after_the_check_is_refused_too(tokenizer, tmp_
 
 
 @pytest.mark.parametrize("more", [(), ("--save-every", "1")], ids=["no checkpoints", "checkpoints"])
-def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, place, tmp_path, capsys, monkeypatch):
-    """The work of hours is saved; but there is no log, and the command must not say so."""
-    output, real, left = tmp_path / "out", unlearn_module.train_step, [2]
+def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, folder, tmp_path, capsys, monkeypatch):
+    """The model is saved, so hours of work are not lost; the command must not claim that there is a log."""
+    output = tmp_path / "out"
+    real = unlearn_module.train_step
+    steps_left = [2]
 
     def train_step(*args):
-        left[0] -= 1
-        if left[0] == 0:
+        steps_left[0] -= 1
+        if steps_left[0] == 0:
             shutil.rmtree(output)
         return real(*args)
 
     monkeypatch.setattr(unlearn_module, "train_step", train_step)
-    assert main(words(place, output, "--epochs", "1", *more)) == 1
+    assert main(words(folder, output, "--epochs", "1", *more)) == 1
     out, err = capsys.readouterr()
     lost = "soul_config.json, data.json, log.jsonl"
     assert f"soul unlearn: {output} was removed during the run: the model is saved there, but {lost} are lost\n" in err
     assert "log.jsonl" not in out and (output / "model.safetensors").is_file()
 
 
-def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, capsys, monkeypatch):
-    output, real = tmp_path / "out", unlearn_module.train_step
+def test_an_output_that_another_run_has_taken_is_left_to_it(folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    real = unlearn_module.train_step
 
     def train_step(*args):
         shutil.rmtree(output)
@@ -163,7 +170,7 @@ def test_an_output_that_another_run_has_taken_is_left_to_it(place, tmp_path, cap
         return real(*args)
 
     monkeypatch.setattr(unlearn_module, "train_step", train_step)
-    assert main(words(place, output, "--epochs", "1")) == 1
+    assert main(words(folder, output, "--epochs", "1")) == 1
     assert f"soul unlearn: {output} was removed during the run, and another run uses it now" in capsys.readouterr().err
     assert [path.name for path in output.iterdir()] == ["soul_config.json"]
 
@@ -172,9 +179,10 @@ def contents(output):
     return {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
 
-def test_one_run_at_a_time_in_an_output_directory(place, capsys, monkeypatch):
-    """The lock is of an open file: whatever ends the process ends it (the killed runs above go on)."""
-    output, argv = place / "locked", words(place, "locked", "--epochs", "1", "--resume")
+def test_one_run_at_a_time_in_an_output_directory(folder, capsys, monkeypatch):
+    """The lock belongs to an open file, so it ends with the process, however that ends."""
+    output = folder / "locked"
+    argv = words(folder, "locked", "--epochs", "1", "--resume")
     with occupy(output):
         (output / "log.jsonl").write_text("of the other run")
         before = contents(output)
@@ -205,49 +213,52 @@ def test_one_run_at_a_time_writes_checkpoints(tokenizer, tmp_path):
     run(tokenizer, Checkpoints(tmp_path, resume=True))  # whatever ends a run ends its lock
 
 
-def test_what_is_said_of_a_run_is_said_of_the_one_that_goes_on(place, tokenizer, capsys):
-    output, options = place / "said", ("--epochs", "1", "--save-every", "0", "--resume")
+def test_a_refused_resume_leaves_the_description_of_the_run_unchanged(folder, tokenizer, capsys):
+    output = folder / "said"
+    options = ("--epochs", "1", "--save-every", "0", "--resume")
     output.mkdir()
     (output / "soul_config.json").write_text("{}")  # of a run that has ended before its first checkpoint
-    assert main(words(place, "said", *options, "--lr", "1e-4")) == 0
+    assert main(words(folder, "said", *options, "--lr", "1e-4")) == 0
     assert json.loads((output / "soul_config.json").read_text())["lr"] == 1e-4
     (output / "model.safetensors").unlink(), (output / "config.json").unlink()
     (output / "checkpoints").mkdir()
-    rows = [json.loads(line) for line in lines(place / "forget.jsonl")]
+    rows = [json.loads(line) for line in lines(folder / "forget.jsonl")]
     forget = [Example(row["prompt"], row["completion"]) for row in rows]
-    model, _ = load(place / "model", dtype="bfloat16")
+    model, _ = load(folder / "model", dtype="bfloat16")
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(output / "checkpoints", 1), model, forget)
     before = contents(output)
-    (place / "fewer.jsonl").write_text("\n".join(lines(place / "forget.jsonl")[1:]))
-    assert main(words(place, "said", *options, "--forget", str(place / "fewer.jsonl"))) == 2
+    (folder / "fewer.jsonl").write_text("\n".join(lines(folder / "forget.jsonl")[1:]))
+    assert main(words(folder, "said", *options, "--forget", str(folder / "fewer.jsonl"))) == 2
     assert "resume, " in capsys.readouterr().err and contents(output) == before
 
 
-def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(place):
+def test_in_python_the_model_of_a_run_that_has_ended_is_not_replaced(folder):
     config = UnlearnConfig(**FAST | dict(epochs=1))
-    names = [place / name for name in ("model", "forget.jsonl", "retain.jsonl")]
-    output = place / "replaced"
+    names = [folder / name for name in ("model", "forget.jsonl", "retain.jsonl")]
+    output = folder / "replaced"
     soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
     before = contents(output)
-    with pytest.raises(ValueError, match="resume: expected a run that has not ended, got the model of one that has"):
+    with pytest.raises(ValueError, match="resume: expected a run that has not ended, got a finished model in "):
         soul.Unlearner(*names, config, device="cpu").run(output, progress=False, resume=True)
     assert contents(output) == before
 
 
-def test_resume_wants_an_output_directory_of_its_own(place, capsys):
-    (place / "foreign").mkdir()
-    (place / "foreign" / "thing").write_text("x")
-    assert main(words(place, "foreign", "--resume")) == 2
+def test_resume_wants_an_output_directory_of_its_own(folder, capsys):
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thing").write_text("x")
+    assert main(words(folder, "foreign", "--resume")) == 2
     assert "resume: expected the output directory of a run, or a new one" in capsys.readouterr().err
-    assert [p.name for p in (place / "foreign").iterdir()] == ["thing"]
+    assert [p.name for p in (folder / "foreign").iterdir()] == ["thing"]
 
 
 def test_a_generation_config_that_transformers_does_not_save_costs_no_model(tokenizer, tmp_path):
-    """As those with a temperature and without sampling, which it loads."""
+    """For example one with a temperature but without sampling, which transformers loads but does not save."""
     model = tiny_model()
     config = model.generation_config
-    config.do_sample, config.temperature, config.eos_token_id = False, 0.6, 7
+    config.do_sample = False
+    config.temperature = 0.6
+    config.eos_token_id = 7
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="generation_config.json is a default"):
@@ -256,14 +267,14 @@ def test_a_generation_config_that_transformers_does_not_save_costs_no_model(toke
     assert same(type(model).from_pretrained(tmp_path), model)
 
 
-def test_a_directory_that_cannot_be_written(tokenizer, tmp_path, place, capsys):
+def test_a_directory_that_cannot_be_written(tokenizer, tmp_path, folder, capsys):
     """Root may write everywhere, but not below a file."""
     (tmp_path / "file").write_text("x")
     model = tiny_model()
     with pytest.raises(OSError):
         run(tokenizer, Checkpoints(tmp_path / "file" / "c", every=1), model)
     assert same(model, tiny_model())  # found out before the first step
-    assert main(words(place, "forget.jsonl/out")) == 2
+    assert main(words(folder, "forget.jsonl/out")) == 2
     assert "output: expected a new or an empty directory" in capsys.readouterr().err
 
 
@@ -276,7 +287,7 @@ def test_saving_a_model_leaves_nothing_of_a_save_that_was_killed(tokenizer, tmp_
 
 
 def plant(directory):
-    """Put files of somebody else's into a directory; return their names."""
+    """Put files that are not ours into a directory; return their names."""
     (directory / ".x.tmp").write_text("x")
     (directory / ".y.tmp").symlink_to(directory.parent)
     (directory / ".z.tmp").symlink_to(directory / "nothing")
@@ -304,7 +315,7 @@ def test_files_of_somebody_else_are_neither_removed_nor_in_the_way(tokenizer, tm
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
 def test_files_have_the_modes_that_the_umask_asks_for(umask, tokenizer, tmp_path):
-    """Of a saved model, a checkpoint and a reference cache; safetensors makes files of mode 0600."""
+    """Modes of a saved model, a checkpoint and a reference cache; safetensors creates files of mode 0600."""
     before = os.umask(umask)
     try:
         run(tokenizer, Checkpoints(tmp_path / "checkpoints", every=6), method="npo", reference_cache=str(tmp_path / "cache"))

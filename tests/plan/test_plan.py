@@ -72,7 +72,8 @@ def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, 
     optimizer = build_optimizer(model, config)
     release = release_gradients(model, optimizer) if config.gradient_release else None
     batches = [batch(length, labelled, sequences, ragged, vocab) for _ in range(config.accumulate)]
-    always, ref_head = [*model.parameters()], (None, None)
+    always = [*model.parameters()]
+    ref_head = (None, None)
     if config.objective().divergence is not None:
         ref_head = reference_head(model)
         hidden = torch.randn(sequences, length, SIZES["hidden_size"]).to(getattr(torch, dtype))
@@ -149,7 +150,8 @@ def test_plan_is_within_15_percent_of_what_a_step_takes(name):
     if interpreting() and not measured.case.config.gradient_release:
         # The interpreter holds the arguments of its last launch until the next one.
         sums[BACKWARD] += planned[FORWARD]["logits of a chunk"]
-    peak, known = max(sums.values()), sum(resident(measured.case).values())
+    peak = max(sums.values())
+    known = sum(resident(measured.case).values())
     assert measured.before == pytest.approx(known, rel=0.01, abs=4096)  # counters beside the states
     assert abs(peak / (measured.before + measured.extra) - 1) <= 0.15, sums
     assert abs((peak - known) / measured.extra - 1) <= 0.15, sums  # without the resident bytes, which hide errors
@@ -164,8 +166,10 @@ def test_plan_is_within_15_percent_of_what_a_step_takes(name):
 ], ids=str)  # fmt: skip
 def test_layer_bytes_are_what_autograd_saves(options):
     """The bytes are exact, but for the inverse deviations of the norms, 4 bytes a token each."""
-    dtype, attention = options.get("dtype", "bfloat16"), options.get("attention", "sdpa")
-    ragged, cast = options.get("ragged", False), options.get("cast", False)
+    dtype = options.get("dtype", "bfloat16")
+    attention = options.get("attention", "sdpa")
+    ragged = options.get("ragged", False)
+    cast = options.get("cast", False)
     adapters = dict(rank=4, targets="all-linear") if options.get("lora") else None
     tokens = Tokens(2, 44, padded=ragged)  # 88 tokens: no matrix has such a side
     mask = torch.ones(2, 44, dtype=torch.int64)
@@ -211,7 +215,7 @@ def test_parameters_are_counted_exactly():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shapes_of_all_families(family):
-    """From a configuration, its dict, and a model: the same; and planned without an error."""
+    """A configuration, its dict and a model give the same shapes, and a plan without an error."""
     config = FAMILIES[family]()
     model = tiny_model(family)
     shape = shape_of(config)
@@ -251,12 +255,12 @@ def test_a_dry_run_knows_the_batches_of_the_run(directory, options, monkeypatch)
     config = UnlearnConfig(batch_size=2, epochs=2, backend="reference", **options)
     files = directory / "forget.jsonl", None if options.get("method") == "ga" else directory / "retain.jsonl"
     planned = plan_run(directory / "model", *files, config)
-    seen = []
+    shapes = []
 
     def step(model, batches, *others):
         for batch in batches:
             compared = 0 if batch.ref_hidden is None else int((batch.labels != -100)[~batch.is_forget].sum())
-            seen.append((*batch.labels.shape, len(batch.token_indices), compared))
+            shapes.append((*batch.labels.shape, len(batch.token_indices), compared))
         return {name: torch.zeros(()) for name in ("loss", "forget_nll")}
 
     monkeypatch.setattr(soul.run.loop, "train_step", step)
@@ -264,8 +268,8 @@ def test_a_dry_run_knows_the_batches_of_the_run(directory, options, monkeypatch)
     records = Unlearner(str(directory / "model"), *files, config, device="cpu").run(progress=False)
     tokens = planned.case.tokens
     assert planned.steps[0] == len(records)
-    most = max(b * t for b, t, _, _ in seen)
-    assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in seen and tokens.n == most
+    most = max(b * t for b, t, _, _ in shapes)
+    assert (tokens.sequences, tokens.length, tokens.n_labelled, tokens.compared or 0) in shapes and tokens.n == most
 
 
 def test_dry_run_writes_nothing_and_reads_no_weights(directory, capsys):

@@ -72,11 +72,11 @@ def form(opcode: str) -> Form:
 
 
 def _what_is_unknown(opcode: str) -> str:
-    name, *parts = opcode.split(".")
-    known = {part for other in FORMS for part in other.split(".")[1:] if other.split(".")[0] == name}
+    name, *modifiers = opcode.split(".")
+    known = {modifier for other in FORMS for modifier in other.split(".")[1:] if other.split(".")[0] == name}
     if not known:
         return f"the instruction {name} is unknown"
-    unknown = [f".{part}" for part in parts if part not in known]
+    unknown = [f".{modifier}" for modifier in modifiers if modifier not in known]
     if unknown:
         return f"{name} is known, but not with {' and '.join(unknown)}"
     return "each part is known, but not this combination in this order"
@@ -153,7 +153,8 @@ def _multiply_high(type_name: str) -> Function:
         return lambda a, b: (wide(a, b) >> bits).astype(DTYPES[f"b{bits}"])
 
     def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        a_low, a_high, b_low, b_high = a & 0xFFFFFFFF, a >> 32, b & 0xFFFFFFFF, b >> 32
+        a_low, a_high = a & 0xFFFFFFFF, a >> 32
+        b_low, b_high = b & 0xFFFFFFFF, b >> 32
         middle = a_high * b_low + (a_low * b_low >> 32)
         carry = a_low * b_high + (middle & 0xFFFFFFFF)
         product = a_high * b_high + (middle >> 32) + (carry >> 32)
@@ -232,7 +233,8 @@ def _permute_bytes(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.nda
     signs = []
     for byte in range(4):
         nibble = int(selector.flat[0]) >> 4 * byte & 0xF
-        source, index = nibble >> 2 & 1, nibble & 3
+        source = nibble >> 2 & 1
+        index = nibble & 3
         if nibble & 8:
             signs.append((source, index, byte))
         else:
@@ -294,7 +296,8 @@ def _choose(a: np.ndarray, b: np.ndarray, condition: np.ndarray) -> np.ndarray:
 
 
 def _convert_integer(to: str, source: str) -> Function:
-    unsigned, signed = INTEGERS[f"u{_bits(source)}"], INTEGERS[source]
+    unsigned = INTEGERS[f"u{_bits(source)}"]
+    signed = INTEGERS[source]
     extended = INTEGERS[f"{to[0]}{max(16, _bits(to))}"]
     return lambda a: a.astype(unsigned).view(signed).astype(INTEGERS[to]).astype(extended).view(DTYPES[_register(to)])
 
@@ -567,7 +570,8 @@ ROUND_TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.
 
 def _float_to_integer(rounding: str, to: str, source: str, ftz: str = "") -> Function:
     """Round, and clamp to the range. The ISA turns NaN into 0 between types of at most 32 bits, else into 2^(bits - 1)."""
-    dtype, operation = INTEGERS[to], ROUND_TO_INTEGER[rounding]
+    dtype = INTEGERS[to]
+    operation = ROUND_TO_INTEGER[rounding]
     limits = np.iinfo(dtype)
     extended = INTEGERS[f"{to[0]}{max(16, _bits(to))}"]
     nan_value = 0 if source != "f64" and _bits(to) < 64 else 1 << _bits(to) - 1
@@ -575,9 +579,12 @@ def _float_to_integer(rounding: str, to: str, source: str, ftz: str = "") -> Fun
 
     def convert(a: np.ndarray) -> np.ndarray:
         values = operation(_widen(_flush(a) if ftz else a, source))
-        above, below, nan = values >= 2.0 ** np.log2(float(limits.max) + 1), values <= float(limits.min), np.isnan(values)
+        above = values >= 2.0 ** np.log2(float(limits.max) + 1)
+        below = values <= float(limits.min)
+        nan = np.isnan(values)
         out = np.where(above | below | nan, 0, values).astype(dtype)
-        out[above], out[below] = limits.max, limits.min
+        out[above] = limits.max
+        out[below] = limits.min
         out = out.astype(extended).view(register)
         out[nan] = np.array(nan_value, np.uint64).astype(INTEGERS[f"u{_bits(to)}"]).view(dtype).astype(extended).view(register)
         return out
@@ -586,7 +593,8 @@ def _float_to_integer(rounding: str, to: str, source: str, ftz: str = "") -> Fun
 
 
 def _integer_to_float(to: str, source: str) -> Function:
-    unsigned, dtype = INTEGERS[f"u{_bits(source)}"], INTEGERS[source]
+    unsigned = INTEGERS[f"u{_bits(source)}"]
+    dtype = INTEGERS[source]
     if to in ("f16", "bf16"):
         return lambda a: _narrow(a.astype(unsigned).view(dtype).astype(np.float64), to)
     return lambda a: a.astype(unsigned).view(dtype).astype(FLOATS[to]).view(DTYPES[_register(to)])
@@ -632,7 +640,8 @@ def _define_integers() -> None:
             _define(f"mul.hi.{t}", multiply_high, f"{t} {t}", t)
             _define(f"mad.hi.{t}", lambda a, b, c, high=multiply_high: high(a, b) + c, f"{t} {t} {t}", t)
             if bits < 64:
-                multiply, wide = _multiply_wide(t), f"{kind}{2 * bits}"
+                multiply = _multiply_wide(t)
+                wide = f"{kind}{2 * bits}"
                 _define(f"mul.wide.{t}", multiply, f"{t} {t}", wide)
                 _define(f"mad.wide.{t}", lambda a, b, c, multiply=multiply: multiply(a, b) + c, f"{t} {t} {wide}", wide)
         _define(f"neg.s{bits}", _on_integers(np.negative, f"s{bits}"), f"s{bits}", f"s{bits}")

@@ -34,11 +34,11 @@ def issued(executed: Mapping[str, int]) -> collections.Counter[str]:
     Args:
         executed: PTX instructions by opcode.
     """
-    found: collections.Counter[str] = collections.Counter()
+    instructions: collections.Counter[str] = collections.Counter()
     for opcode, count in executed.items():
         for unit, weight in _cost(opcode).items():
-            found[unit] += weight * count
-    return found
+            instructions[unit] += weight * count
+    return instructions
 
 
 def _cost(opcode: str) -> dict[str, int]:

@@ -26,7 +26,7 @@ TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 
 @dataclasses.dataclass
 class Record:
-    """What was run since the driver was activated.
+    """Launches since the driver was activated.
 
     Attributes:
         counts: by kernel and variant; a variant is a checksum of its PTX, the same in every process.
@@ -46,7 +46,9 @@ class _Function:
     """A loaded kernel; its PTX is translated at the first launch, and again where an edit of it is wanted."""
 
     def __init__(self, name: str, ptx: str, shared: int) -> None:
-        self.name, self.ptx, self.shared = name, ptx, shared
+        self.name = name
+        self.ptx = ptx
+        self.shared = shared
         self.kernels: dict[str, Kernel] = {}
 
     def translated(self, threads: int, edit: Callable[[str], str] | None) -> Kernel:
@@ -95,8 +97,11 @@ class Driver:
 
     def __init__(self, target: str = "sm_90", checks: Checks | None = None) -> None:
         self.edit: Callable[[str], str] | None = None
-        self.target, self.checks = GPUTarget("cuda", TARGETS[target], 32), checks or Checks()
-        self.utils, self.record, self.addresses = _Utils(), Record(), AddressBook()
+        self.target = GPUTarget("cuda", TARGETS[target], 32)
+        self.checks = checks or Checks()
+        self.utils = _Utils()
+        self.record = Record()
+        self.addresses = AddressBook()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         """Return what is called for each launch of a compiled kernel."""
@@ -105,15 +110,15 @@ class Driver:
 
         def run(x: int, y: int, z: int, stream: int, function: _Function, packed: Any, launch_metadata: Any,
                 enter: Any, leave: Any, *arguments: Any) -> None:  # fmt: skip
-            given = list(_flattened(names, arguments))
-            self._launch((x, y, z), function.translated(threads, self.edit), given)
+            parameters = list(_flattened(names, arguments))
+            self._launch((x, y, z), function.translated(threads, self.edit), parameters)
 
         return run
 
-    def _launch(self, grid: tuple[int, int, int], kernel: Kernel, given: list[tuple[str, str, Any]]) -> None:
+    def _launch(self, grid: tuple[int, int, int], kernel: Kernel, parameters: list[tuple[str, str, Any]]) -> None:
         counts = self.record.counts[kernel.program.name, zlib.crc32(kernel.ptx.encode())]
         try:
-            launch(kernel, grid, given, self.addresses.tensors, self.checks, counts)
+            launch(kernel, grid, parameters, self.addresses.tensors, self.checks, counts)
         except Finding:
             self.record.findings += 1
             raise
@@ -123,7 +128,7 @@ class Driver:
         return self.target
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        """Major and minor number."""
+        """Return the major and minor number of the compute capability."""
         return divmod(self.target.arch, 10)
 
     def get_current_device(self) -> int:
@@ -138,11 +143,11 @@ class Driver:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        """Where the tensors lie."""
+        """Return the device of the tensors."""
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
-        """torch's interface of the device."""
+        """Return torch's interface of the device."""
         return torch.cpu
 
     def map_python_to_cpp_type(self, kind: str) -> str:
@@ -151,25 +156,25 @@ class Driver:
 
     @classmethod
     def is_active(cls) -> bool:
-        """Never found by itself: `activate` it."""
+        """Return False, so that Triton never selects this driver by itself; `activate` does."""
         return False
 
 
-def launch(kernel: Kernel, grid: tuple[int, int, int], given: list[tuple[str, str, Any]],
+def launch(kernel: Kernel, grid: tuple[int, int, int], parameters: list[tuple[str, str, Any]],
            others: Callable[[], list[torch.Tensor]], checks: Checks, counts: Counts) -> None:  # fmt: skip
     """Run a kernel once on tensors of the CPU.
 
     Args:
         kernel: what is run.
         grid: programs along each axis.
-        given: name, Triton type and value of every argument that is a parameter of the PTX.
+        parameters: name, Triton type and value of every argument that is a parameter of the PTX.
         others: tensors that a table of addresses may name.
         checks: what is looked for.
         counts: is added to.
     """
-    tensors = [(name, value) for name, _, value in given if isinstance(value, torch.Tensor)]
+    tensors = [(name, value) for name, _, value in parameters if isinstance(value, torch.Tensor)]
     space = GlobalMemory(tensors, others, strict=checks.strict)
-    arguments = [_argument(kind, value) for _, kind, value in given]
+    arguments = [_argument(kind, value) for _, kind, value in parameters]
     scratch = len(kernel.program.parameters) - len(arguments)  # memory for the kernel itself, which ours do not use
     kernel.run(grid, arguments + [np.zeros((1, 1), np.uint64)] * scratch, space, checks, counts)
 

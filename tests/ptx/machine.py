@@ -78,7 +78,7 @@ class Counts:
 
 
 class Batch:
-    """Programs that are at the same place.
+    """Programs that are at the same basic block.
 
     Attributes:
         registers: one array a slot, see `Kernel`.
@@ -89,21 +89,25 @@ class Batch:
     """
 
     def __init__(self, registers: list[Array], programs: Array, shared: Array, tracker: races.Shared, launch: "Launch") -> None:
-        self.registers, self.programs, self.shared, self.tracker, self.launch = registers, programs, shared, tracker, launch
+        self.registers = registers
+        self.programs = programs
+        self.shared = shared
+        self.tracker = tracker
+        self.launch = launch
 
     def split(self, chosen: Array) -> tuple["Batch", "Batch"]:
         """Return the programs that are ``chosen`` ([programs] bool), and the others."""
-        return self._part(chosen), self._part(~chosen)
+        return self._select(chosen), self._select(~chosen)
 
-    def _part(self, chosen: Array) -> "Batch":
+    def _select(self, chosen: Array) -> "Batch":
         n = len(self.programs)
         registers = [value[chosen] if len(value) == n else value for value in self.registers]
-        return Batch(registers, self.programs[chosen], self.shared[chosen], self.tracker.part(chosen), self.launch)
+        return Batch(registers, self.programs[chosen], self.shared[chosen], self.tracker.select(chosen), self.launch)
 
 
 @dataclasses.dataclass
 class Launch:
-    """One launch: what its batches share; ``visits`` tells for each block how many programs have executed it."""
+    """The data that the batches of a launch share; ``visits`` counts, for each block, the programs that have executed it."""
 
     kernel: "Kernel"
     grid: tuple[int, int, int]
@@ -115,9 +119,9 @@ class Launch:
     def error(self, what: str, instruction: Instruction, program: int, thread: int) -> Finding:
         """Make a `Finding` that says where."""
         x, y, z = self.grid
-        place = (program % x, program // x % y, program // (x * y))
+        coordinates = (program % x, program // x % y, program // (x * y))
         return Finding(
-            f"{what}\n  kernel {self.kernel.program.name}, program {place}, thread {thread}\n"
+            f"{what}\n  kernel {self.kernel.program.name}, program {coordinates}, thread {thread}\n"
             f"  PTX line {instruction.line}: {instruction.text}\n  Python: {instruction.source}"
         )
 
@@ -195,30 +199,33 @@ class Kernel:
         if len(operands) != len(kinds) or len(operands) < 1:
             raise Unsupported(f"{len(operands)} operands, expected {len(kinds)}")
         if instruction.opcode.startswith("cvt.") and isinstance(operands[0], Register) and operands[0].kind != kinds[0]:
-            function, kinds = self._from_wider(function, operands[0].kind, kinds[0]), (operands[0].kind,)
+            function = self._from_wider(function, operands[0].kind, kinds[0])
+            kinds = (operands[0].kind,)
         sources = [self._source(operand, kind) for operand, kind in zip(operands, kinds)]
         if not isinstance(target, Register) or target.kind != result:
             raise Unsupported(f"result in {target}, expected {result}")
         return self._assign(instruction, target, function, sources)
 
     @staticmethod
-    def _from_wider(function: Callable[..., Array], kind: str, wanted: str) -> Callable[..., Array]:
+    def _from_wider(function: Callable[..., Array], kind: str, expected: str) -> Callable[..., Array]:
         """Return a conversion that reads the low bits of a register wider than its type, which PTX allows."""
-        if "pred" in (kind, wanted) or int(kind[1:]) < int(wanted[1:]):
-            raise Unsupported(f"a register of {kind} where {wanted} is expected")
-        dtype = DTYPES[wanted]
+        if "pred" in (kind, expected) or int(kind[1:]) < int(expected[1:]):
+            raise Unsupported(f"a register of {kind} where {expected} is expected")
+        dtype = DTYPES[expected]
         return lambda value: function(value.astype(dtype))
 
     def _assign(self, instruction: Instruction, target: Register, function: Callable[..., Array], sources: list[int]) -> Step:
         """Return the step ``target = function(*sources)``, where the guard allows."""
         slot = self.slots[target.name]
         if instruction.guard is not None:
-            guard, negated = self.slots[instruction.guard.name], instruction.negated
+            guard = self.slots[instruction.guard.name]
+            negated = instruction.negated
             select = np.where if target.kind == "pred" else inspect.unwrap(form(f"selp.{target.kind}").function)
 
             def guarded(batch: Batch) -> None:
                 r = batch.registers
-                new, old = function(*[r[source] for source in sources]), r[slot]
+                new = function(*[r[source] for source in sources])
+                old = r[slot]
                 if negated:
                     new, old = old, new
                 r[slot] = select(r[guard], new, old) if select is np.where else select(new, old, r[guard])
@@ -356,12 +363,13 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
     target, source = instruction.operands
     if isinstance(source, Vector):
         sources = [kernel._source(item, f"b{int(kind[1:]) // len(source.items)}") for item in source.items]
-        bits, dtype = int(kind[1:]) // len(sources), DTYPES[kind]
+        bits = int(kind[1:]) // len(sources)
+        dtype = DTYPES[kind]
 
-        def pack(*parts: Array) -> Array:
-            packed = parts[0].astype(dtype)
-            for position, part in enumerate(parts[1:], 1):
-                packed = packed | (part.astype(dtype) << dtype(bits * position))
+        def pack(*items: Array) -> Array:
+            packed = items[0].astype(dtype)
+            for position, item in enumerate(items[1:], 1):
+                packed = packed | (item.astype(dtype) << dtype(bits * position))
             return packed
 
         return kernel._assign(instruction, target, pack, sources)
@@ -369,14 +377,15 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
     if not isinstance(target, Vector):
         return kernel._assign(instruction, target, lambda value: value, [slot])
     bits = int(kind[1:]) // len(target.items)
-    part_type, dtype = DTYPES[f"b{bits}"], DTYPES[kind]
+    item_type = DTYPES[f"b{bits}"]
+    dtype = DTYPES[kind]
 
-    def part(place: int) -> Callable[..., Array]:
-        shift = dtype(bits * place)
-        return lambda value: (value >> shift).astype(part_type)
+    def extract(position: int) -> Callable[..., Array]:
+        shift = dtype(bits * position)
+        return lambda value: (value >> shift).astype(item_type)
 
-    items = [(place, item) for place, item in enumerate(target.items) if item is not None]
-    steps = [kernel._assign(instruction, item, part(place), [slot]) for place, item in items]
+    items = [(position, item) for position, item in enumerate(target.items) if item is not None]
+    steps = [kernel._assign(instruction, item, extract(position), [slot]) for position, item in items]
 
     def unpack(batch: Batch) -> None:
         for step in steps:
@@ -473,7 +482,9 @@ class _Address:
 
     def __init__(self, kernel: Kernel, instruction: Instruction, operand: Operand, space: str, size: int) -> None:
         assert isinstance(operand, Address)
-        self.instruction, self.size, self.space = instruction, size, space
+        self.instruction = instruction
+        self.size = size
+        self.space = space
         base = operand.base
         if isinstance(base, str):
             base = Symbol(base)
@@ -491,7 +502,9 @@ class _Address:
         r = batch.registers
         addresses = r[self.slot]
         addresses = addresses.astype(np.int64) + self.offset if self.offset else addresses.astype(np.int64, copy=False)
-        n, mask, width = len(batch.programs), None, self.threads
+        n = len(batch.programs)
+        mask = None
+        width = self.threads
         if self.guard is not None:
             mask = ~r[self.guard] if self.instruction.negated else r[self.guard]
             if mask.all():
@@ -518,7 +531,8 @@ class _Address:
 
     def check(self, batch: Batch, lanes: _Lanes) -> None:
         """Check alignment and bounds of the active lanes."""
-        size, addresses = self.size, lanes.addresses
+        size = self.size
+        addresses = lanes.addresses
         if size > 1 and int(np.bitwise_or.reduce(addresses)) & (size - 1):
             lane = int((addresses & (size - 1)).astype(bool).argmax())
             owner = batch.launch.memory.owner(int(addresses[lane])) if self.space == "global" else "shared memory"
@@ -558,7 +572,8 @@ class _Address:
 
     def _count(self, batch: Batch, lanes: _Lanes, writes: bool) -> None:
         """Add the bytes of an access to global memory to the counts, as `Counts` defines them."""
-        counts, addresses = batch.launch.counts, lanes.addresses
+        counts = batch.launch.counts
+        addresses = lanes.addresses
         if writes:
             counts.stored[self.size] += self.size * len(addresses)
         elif not self.uniform(batch):
@@ -588,10 +603,10 @@ def _load(kernel: Kernel, instruction: Instruction) -> Step:
         view, index = where.words(batch, lanes, writes=False)
         words = view.take(index, mode="clip").view(memory.WORDS[access.width]).reshape(-1, access.count)
         r = batch.registers
-        for place, (slot, dtype) in enumerate(zip(slots, dtypes)):
+        for position, (slot, dtype) in enumerate(zip(slots, dtypes)):
             if slot is None:
                 continue
-            value = np.ascontiguousarray(words[:, place])
+            value = np.ascontiguousarray(words[:, position])
             value = value.view(f"i{access.width}").astype(dtype) if access.signed else value.astype(dtype, copy=False)
             r[slot] = lanes.merged(r[slot], value)
 
@@ -630,8 +645,8 @@ def _store(kernel: Kernel, instruction: Instruction) -> Step:
         if not len(lanes.addresses):
             return
         words = np.empty((len(lanes.addresses), access.count), memory.WORDS[access.width])
-        for place, value in enumerate(lanes.values):
-            words[:, place] = value  # the low bits
+        for position, value in enumerate(lanes.values):
+            words[:, position] = value  # the low bits
         words = words.reshape(-1).view(memory.WORDS[size])
         view, index = where.words(batch, lanes, writes=True)
         view[index] = words
@@ -652,26 +667,27 @@ def _load_matrix(kernel: Kernel, instruction: Instruction) -> Step:
         raise Unsupported(f"form {instruction.opcode}")
     target, source = instruction.operands
     slots = [kernel.slots[item.name] for item in (target.items if isinstance(target, Vector) else (target,))]
-    where, thread = _Address(kernel, instruction, source, "shared", 16), np.arange(kernel.threads)
+    where = _Address(kernel, instruction, source, "shared", 16)
+    thread = np.arange(kernel.threads)
 
     def step(batch: Batch) -> None:
-        given = np.broadcast_to(thread % WARP < 8 * count, (len(batch.programs), kernel.threads))  # others' are not used
-        addresses = where.lanes(batch, alone=False).addresses.reshape(given.shape)
-        _, index = where.words(batch, _Lanes(given.shape, given, addresses[given], []), writes=False)
+        used = np.broadcast_to(thread % WARP < 8 * count, (len(batch.programs), kernel.threads))  # others' are not used
+        addresses = where.lanes(batch, alone=False).addresses.reshape(used.shape)
+        _, index = where.words(batch, _Lanes(used.shape, used, addresses[used], []), writes=False)
         elements = batch.shared.reshape(-1).view(np.uint16)[8 * index[:, None] + np.arange(8)]
         elements = elements.reshape(len(batch.programs), -1, count, 8, 8)  # program, warp, matrix, row, column
         if transposed:
             elements = elements.swapaxes(3, 4)
         pairs = np.ascontiguousarray(elements).view(np.uint32)  # program, warp, matrix, row, pair: thread 4 row + pair
-        for place, slot in enumerate(slots):
-            batch.registers[slot] = np.ascontiguousarray(pairs[:, :, place].reshape(len(batch.programs), -1))
+        for position, slot in enumerate(slots):
+            batch.registers[slot] = np.ascontiguousarray(pairs[:, :, position].reshape(len(batch.programs), -1))
         batch.tracker.gather_warps()
 
     return step
 
 
 def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
-    """``shfl.sync``: a value of another lane of the warp."""
+    """``shfl.sync``: each lane reads the value of another lane of the warp."""
     _, *modifiers = instruction.opcode.split(".")
     target, *operands = instruction.operands
     if (
@@ -682,12 +698,13 @@ def _shuffle(kernel: Kernel, instruction: Instruction) -> Step:
     ):
         raise Unsupported(f"form {instruction.opcode}")
     numbers = [_constant(operand) for operand in operands[1:]]
-    mode, (lane, clamp, members) = modifiers[1], numbers
+    mode = modifiers[1]
+    lane, clamp, members = numbers
     if members not in (-1, 0xFFFFFFFF) or clamp != (0 if mode == "up" else 31):
         raise Unsupported("shuffles of a part of a warp")
     lanes = np.arange(WARP)
-    wanted = {"bfly": lanes ^ lane, "up": lanes - lane, "down": lanes + lane, "idx": np.full(WARP, lane)}[mode]
-    taken = np.where((wanted >= 0) & (wanted < WARP), wanted, lanes)
+    source_lanes = {"bfly": lanes ^ lane, "up": lanes - lane, "down": lanes + lane, "idx": np.full(WARP, lane)}[mode]
+    taken = np.where((source_lanes >= 0) & (source_lanes < WARP), source_lanes, lanes)
 
     def shuffle(value: Array) -> Array:
         if value.shape[1] == 1:
@@ -706,23 +723,23 @@ _REDUCTIONS = {
 
 
 def _reduce(kernel: Kernel, instruction: Instruction) -> Step:
-    """``redux.sync``: one value of a warp's 32."""
+    """``redux.sync``: reduce the 32 values of a warp to one."""
     operation = instruction.opcode.removeprefix("redux.sync.")
     target, source, members = instruction.operands
     if operation in _REDUCTIONS:
         ufunc, dtype = _REDUCTIONS[operation]
 
-        def reduced(parts: Array) -> Array:
-            return ufunc.reduce(parts.view(dtype), axis=2, dtype=dtype, keepdims=True).view(np.uint32)
+        def reduced(values: Array) -> Array:
+            return ufunc.reduce(values.view(dtype), axis=2, dtype=dtype, keepdims=True).view(np.uint32)
 
     elif operation in ("max.f32", "min.f32", "max.NaN.f32", "min.NaN.f32"):
         pairwise = form(operation).function
 
-        def reduced(parts: Array) -> Array:
-            while parts.shape[2] > 1:
-                half = parts.shape[2] // 2
-                parts = pairwise(parts[:, :, :half], parts[:, :, half:])
-            return parts
+        def reduced(values: Array) -> Array:
+            while values.shape[2] > 1:
+                half = values.shape[2] // 2
+                values = pairwise(values[:, :, :half], values[:, :, half:])
+            return values
 
     else:
         raise Unsupported(f"form {instruction.opcode}")
@@ -765,7 +782,8 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
         raise Unsupported(f"form {instruction.opcode}")
     target, address, source = instruction.operands
     where = _Address(kernel, instruction, address, "global", 8)
-    slot, value_slot = kernel.slots[target.name], kernel._source(source, "b64")
+    slot = kernel.slots[target.name]
+    value_slot = kernel._source(source, "b64")
     add = form("add.rn.f64").function
 
     def step(batch: Batch) -> None:

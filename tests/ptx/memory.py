@@ -109,14 +109,16 @@ class GlobalMemory:
         """Add the other tensors, once; return whether they were added now."""
         if self.others is None:
             return False
-        tensors, self.others = self.others(), None
+        tensors = self.others()
+        self.others = None
         self._set(self.arguments + [self.range_of(tensor, "a tensor") for tensor in tensors])
         return True
 
     def _outside(self, addresses: np.ndarray, width: int) -> int | None:
         if not self.ranges:
             return 0
-        low, high = addresses.min(), addresses.max()
+        low = addresses.min()
+        high = addresses.max()
         first = int(np.searchsorted(self.starts, low, side="right")) - 1
         if first >= 0 and int(high) + width <= int(self.stops[first]):
             return None
@@ -152,7 +154,8 @@ class AddressBook:
 
     def install(self) -> None:
         """Note every tensor whose ``data_ptr()`` is called from now on."""
-        data_ptr, known = self._data_ptr, self._known
+        data_ptr = self._data_ptr
+        known = self._known
 
         @functools.wraps(data_ptr)
         def noted(tensor: torch.Tensor) -> int:

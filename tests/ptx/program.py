@@ -102,29 +102,31 @@ def parse(ptx: str) -> Program:
     Raises:
         Unsupported: an unknown directive or operand, with its line.
     """
-    files = {number: "/".join(filter(None, parts)) for number, *parts in FILE.findall(ptx)}
-    name, parameters = "", {}
+    files = {number: "/".join(filter(None, path)) for number, *path in FILE.findall(ptx)}
+    name = ""
+    parameters = {}
     registers: dict[str, Register] = {}
     blocks: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
-    source, header = "?", True
+    source = "?"
+    header = True
     for number, text in enumerate(ptx.splitlines(), 1):
         text = re.sub(r"//.*", "", text).strip()
         if text.startswith(".section"):  # debug information, to the end
             break
-        if found := LOCATION.match(text):
-            source = f"{files.get(found[1], '?')}:{found[2]}"
-        elif found := REGISTERS.match(text):
-            kind, prefix, count = found.groups()
+        if match := LOCATION.match(text):
+            source = f"{files.get(match[1], '?')}:{match[2]}"
+        elif match := REGISTERS.match(text):
+            kind, prefix, count = match.groups()
             registers |= {f"%{prefix}{i}": Register(f"%{prefix}{i}", kind) for i in range(int(count))}
-        elif found := re.match(r"\.visible\s+\.entry\s+(\w+)\(", text):
-            name = found[1]
-        elif header and (found := PARAMETER.match(text)):
-            parameters[found[2]] = found[1]
-        elif found := re.match(r"([$\w]+):$", text):
+        elif match := re.match(r"\.visible\s+\.entry\s+(\w+)\(", text):
+            name = match[1]
+        elif header and (match := PARAMETER.match(text)):
+            parameters[match[2]] = match[1]
+        elif match := re.match(r"([$\w]+):$", text):
             if blocks[-1]:
                 blocks.append([])
-            labels[found[1]] = len(blocks) - 1
+            labels[match[1]] = len(blocks) - 1
         elif text == "{":
             header = False
         elif not text or text in ("}", ")") or text.startswith((".file", *IGNORED_DIRECTIVES)):
@@ -132,7 +134,7 @@ def parse(ptx: str) -> Program:
         elif text.startswith("."):
             raise Unsupported(f"PTX line {number}: directive {text!r}")
         else:
-            for statement in filter(None, (part.strip() for part in text.split(";"))):
+            for statement in filter(None, (piece.strip() for piece in text.split(";"))):
                 instruction = _instruction(statement, number, source, registers)
                 blocks[-1].append(instruction)
                 if instruction.opcode.partition(".")[0] in ("bra", "ret"):
@@ -143,13 +145,17 @@ def parse(ptx: str) -> Program:
 
 
 def _instruction(text: str, line: int, source: str, registers: dict[str, Register]) -> Instruction:
-    rest, guard, negated = text, None, False
-    if found := GUARD.match(text):
-        guard, negated, rest = registers[found[2]], found[1] == "!", text[found.end() :]
+    rest = text
+    guard = None
+    negated = False
+    if match := GUARD.match(text):
+        guard = registers[match[2]]
+        negated = match[1] == "!"
+        rest = text[match.end() :]
     opcode, _, arguments = rest.partition(" ") if " " in rest.split("\t")[0] else rest.partition("\t")
-    parts = (part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments))
+    operand_texts = (operand.strip() for operand in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", arguments))
     try:
-        operands = tuple(_operand(part, registers) for part in parts)
+        operands = tuple(_operand(operand, registers) for operand in operand_texts)
     except Unsupported as error:
         raise Unsupported(f"PTX line {line}: {text!r}: {error}") from None
     return Instruction(opcode.strip(), operands, guard, negated, line, text, source)
@@ -162,10 +168,10 @@ def _operand(text: str, registers: dict[str, Register]) -> Operand:
         items = (item.strip() for item in text[1:-1].split(","))
         return Vector(tuple(None if item == "_" else _operand(item, registers) for item in items))
     if text.startswith("["):
-        found = MEMORY.fullmatch(text[1:-1].strip())
-        if not found:
+        match = MEMORY.fullmatch(text[1:-1].strip())
+        if not match:
             raise Unsupported(f"address {text}")
-        return Address(registers.get(found[1], found[1]), int(found[2] or 0))
+        return Address(registers.get(match[1], match[1]), int(match[2] or 0))
     if re.fullmatch(r"-?\d+U?|0x[0-9A-Fa-f]+U?|0[fd][0-9A-Fa-f]+", text):
         return Immediate(text)
     if text in SPECIAL_REGISTERS or re.fullmatch(r"[$A-Za-z_][$\w]*", text):

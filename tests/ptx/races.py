@@ -25,18 +25,23 @@ class Shared:
     """
 
     def __init__(self, programs: int, n_bytes: int, granule: int) -> None:
-        self.granule, self.epoch, self.warp_epoch = granule, 0, 0
+        self.granule = granule
+        self.epoch = 0
+        self.warp_epoch = 0
         words = n_bytes // granule
         # Axis 0: epoch, epoch of the warp, thread, warp; of the last store and the last load.
         self.stores = np.full((4, programs, words), NEVER, np.int32)
         self.loads = np.full((4, programs, words), NEVER, np.int32)
 
-    def part(self, chosen: Array) -> "Shared":
+    def select(self, chosen: Array) -> "Shared":
         """Return the tracker of some of the programs."""
-        part = Shared.__new__(Shared)
-        part.granule, part.epoch, part.warp_epoch = self.granule, self.epoch, self.warp_epoch
-        part.stores, part.loads = self.stores[:, chosen], self.loads[:, chosen]
-        return part
+        selected = Shared.__new__(Shared)
+        selected.granule = self.granule
+        selected.epoch = self.epoch
+        selected.warp_epoch = self.warp_epoch
+        selected.stores = self.stores[:, chosen]
+        selected.loads = self.loads[:, chosen]
+        return selected
 
     def barrier(self) -> None:
         """All threads of the programs have arrived."""
@@ -152,9 +157,9 @@ class GlobalLog:
             if len(racing):
                 partner = racing[0]
                 verb = "store" if writes[partner] else "load"
-                place = f"program {programs[partner]}, thread {threads[partner]}"
+                other_thread = f"program {programs[partner]}, thread {threads[partner]}"
                 line = self.instructions[numbers[partner]]
-                what = f"race in global memory with a {verb} of {place} (PTX line {line.line}, {line.source}), in"
+                what = f"race in global memory with a {verb} of {other_thread} (PTX line {line.line}, {line.source}), in"
                 return Race(what, int(words[store]) * granule, self.instructions[numbers[store]], int(programs[store]),
                             int(threads[store]))  # fmt: skip
         return None

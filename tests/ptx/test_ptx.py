@@ -54,11 +54,12 @@ FOOTER = """
 def run(body, *, words=None, n_out=None, threads=32, programs=1, shared=1024, number=0, checks=None):
     """Run a body; return the output as uint32 [programs, threads] or [n_out], and the counts."""
     n = threads * programs
-    given = torch.arange(n, dtype=torch.int32) if words is None else torch.as_tensor(words).to(torch.int64).to(torch.int32)
+    inputs = torch.arange(n, dtype=torch.int32) if words is None else torch.as_tensor(words).to(torch.int64).to(torch.int32)
     out = torch.full((n_out or n,), -1, dtype=torch.int32)
-    kernel, counts = Kernel(HEADER + body + FOOTER, threads, shared), Counts()
-    space = GlobalMemory([("in_ptr", given), ("out_ptr", out)], list, strict=True)
-    arguments = [np.array([[value & (2**64 - 1)]], np.uint64) for value in (given.data_ptr(), out.data_ptr(), number)]
+    kernel = Kernel(HEADER + body + FOOTER, threads, shared)
+    counts = Counts()
+    space = GlobalMemory([("in_ptr", inputs), ("out_ptr", out)], list, strict=True)
+    arguments = [np.array([[value & (2**64 - 1)]], np.uint64) for value in (inputs.data_ptr(), out.data_ptr(), number)]
     kernel.run((programs, 1, 1), arguments, space, checks or Checks(races=True), counts)
     result = out.numpy().view(np.uint32)
     return (result if n_out else result.reshape(programs, threads)), counts
@@ -322,7 +323,7 @@ def test_bytes_are_counted_by_width_and_once_for_neighbours(races):
     assert counts.barriers == 1 and counts.instructions == sum(counts.executed.values())
 
 
-def test_what_instructions_cost():
+def test_instruction_costs():
     """A division by its parts, and one of each unit; 64-bit integers are two instructions, moves and parameters none."""
     executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
                 "fma.rn.f32": 1, "ld.shared.b32": 1, "shfl.sync.bfly.b32": 1, "st.global.v4.b32": 1, "bra": 1}  # fmt: skip

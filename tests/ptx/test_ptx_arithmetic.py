@@ -81,7 +81,8 @@ def encode(number: Number, type_name: str) -> int:
         return 2 ** (exponent_bits + mantissa_bits) - 1
     bits = infinity
     if number.size != math.inf:
-        above, below = number.size.numerator, number.size.denominator
+        above = number.size.numerator
+        below = number.size.denominator
         lowest = 2 - 2 ** (exponent_bits - 1)
         exponent = above.bit_length() - below.bit_length()
         exponent -= above << max(-exponent, 0) < below << max(exponent, 0)
@@ -227,13 +228,17 @@ def bit(word: int, index: int) -> int:
 
 def extract(a: int, position: int, length: int, type_name: str) -> int:
     """Follow the loop in the PTX ISA."""
-    top, position, length = WIDTHS[type_name] - 1, position & 255, length & 255
+    top = WIDTHS[type_name] - 1
+    position = position & 255
+    length = length & 255
     sign = 0 if type_name[0] == "u" or length == 0 else bit(a, min(position + length - 1, top))
     return sum((bit(a, position + i) if i < length and position + i <= top else sign) << i for i in range(top + 1))
 
 
 def insert(a: int, b: int, position: int, length: int, type_name: str) -> int:
-    top, position, length = WIDTHS[type_name] - 1, position & 255, length & 255
+    top = WIDTHS[type_name] - 1
+    position = position & 255
+    length = length & 255
     for i in range(length):
         if position + i <= top:
             b = b & ~(1 << position + i) | bit(a, i) << position + i
@@ -303,7 +308,8 @@ def compare_numbers(comparison: str, x: Number, y: Number) -> bool:
 
 
 def convert(to: str, source: str, modifiers: list[str], bits: int) -> int:
-    rounding, ftz = [m for m in modifiers if m != "ftz"], "ftz" in modifiers
+    rounding = [m for m in modifiers if m != "ftz"]
+    ftz = "ftz" in modifiers
     width = max(16, WIDTHS[to])
     bits &= 2 ** WIDTHS[source] - 1
     if source not in FORMATS:
@@ -437,7 +443,8 @@ def edges(t: str) -> list[int]:
         return [0, 255, 0xC0, 0xFC, 0x96, 0xE8, 0xCA, 0x3C, 0xAA]
     if t in FORMATS:
         mantissa_bits = FORMATS[t][1]
-        sign, infinity = 2 ** (WIDTHS[t] - 1), encode(Number(False, math.inf), t)
+        sign = 2 ** (WIDTHS[t] - 1)
+        infinity = encode(Number(False, math.inf), t)
         least_normal = 1 << mantissa_bits
         positive = [0, 1, 2, least_normal - 1, least_normal, least_normal + 1, infinity - 1, infinity, infinity + 1]
         positive += [2 * infinity - infinity // 2 & sign - 1 | 1, sign - 1]
@@ -507,7 +514,8 @@ def doubly_rounded(source: random.Random, *, subnormal: bool) -> tuple[int, int,
     else:
         exponent = source.randrange(-60, 60)
         c = source.randrange(2**23 + 1, 2**24 - 1) * 2.0**exponent
-        half_a_unit, scale = 2.0 ** (exponent - 1), 1.0
+        half_a_unit = 2.0 ** (exponent - 1)
+        scale = 1.0
     sign = source.choice((-1, 1))
     a = sign * (1 + 2.0**-23) * scale
     b = (1 - 2.0**-23) * half_a_unit / scale

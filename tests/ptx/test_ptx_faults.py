@@ -28,8 +28,8 @@ def one_step(sophia_step=sophia_step, n=20_000, misaligned=False):
     return torch.cat(params)
 
 
-def test_a_mask_one_too_far(card, tmp_path):
-    """The last program of the longer tensor loads a gradient that is not there."""
+def test_a_mask_that_is_one_element_too_long(card, tmp_path):
+    """The last program of the longer tensor loads a gradient beyond its end."""
     one_step(sophia_step)
     broken = mutant("soul_kernels.sophia_step", "offsets < chunk.count", "offsets <= chunk.count", tmp_path)
     with pytest.raises(Finding, match=r"outside of memory: 2 bytes, 0 bytes after the end of a tensor \(bfloat16 \[\d+\]"):
@@ -73,7 +73,8 @@ def draw(draw_labels=draw_labels, dtype=torch.float32):
     results = []
     for n_vocab in (V, 2 * 4096):
         logits = torch.randn(6, n_vocab)
-        labels, statistics = torch.zeros(6, dtype=torch.int64), torch.zeros(4, 6)
+        labels = torch.zeros(6, dtype=torch.int64)
+        statistics = torch.zeros(4, 6)
         likeliest_statistics(logits, labels, statistics)
         statistics[2, 4:] *= 1 + 1e-4
         uniforms = torch.tensor([0.1, 0.6, 0.9, 0.99, 1 - 2**-24, 1 - 2**-24])
@@ -120,10 +121,10 @@ def likeliest():
 
 def divergence(kind):
     logits, reference, labels, coefficients = rows()
-    own, others, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
-    token_statistics(logits, labels, own)
-    token_statistics(reference, labels, others)
-    arguments = (logits, reference, labels, own, others)
+    stats, ref_stats, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
+    token_statistics(logits, labels, stats)
+    token_statistics(reference, labels, ref_stats)
+    arguments = (logits, reference, labels, stats, ref_stats)
     divergence_statistics(*arguments, divergences, kind=kind)
     divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits, kind=kind)
     return divergences, logits
@@ -138,7 +139,7 @@ CALLS = {
 
 
 def tensors(result):
-    return [result] if isinstance(result, torch.Tensor) else [tensor for part in result for tensor in tensors(part)]
+    return [result] if isinstance(result, torch.Tensor) else [tensor for item in result for tensor in tensors(item)]
 
 
 def without_barrier(name, number):
@@ -172,11 +173,12 @@ def kernels_of(call, card):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_barrier_that_was_removed_from_a_compiled_kernel(name, card):
-    """Each of them singly: a race is found, or a result changes."""
+    """Remove each barrier singly: a race is found, or a result changes."""
     call = CALLS[name]
     want = tensors(call())
     for kernel in kernels_of(call, card):
-        number, removed = 0, [True]
+        number = 0
+        removed = [True]
         while removed:
             card.edit, removed = without_barrier(kernel, number)
             try:

@@ -1,4 +1,4 @@
-"""Runs a compiled variant of a kernel once on inputs of real shapes, and says what it has executed for each element.
+"""Run a compiled variant of a kernel once on inputs of real shapes, and report what it has executed for each element.
 
 A kernel over a table of tensors gets one tensor of two and a half chunks and a tail; a row kernel `ROWS` rows of each length in
 `VOCABULARIES`. Values matter only where control depends on them: a label that is drawn, statistics that belong to the logits.
@@ -56,9 +56,9 @@ class Run:
         units = issued(counts.executed)
         by_element = {"executed": counts.instructions, "issued": units.total()} | {name: units[name] for name in UNITS}
         by_element |= {"loaded": counts.loaded.total(), "stored": counts.stored.total()}
-        found = {name: round(count / self.elements, 3) for name, count in by_element.items()}
-        found |= {f"wide_{kind}": round(self.wide(kind), 3) for kind in ("loaded", "stored") if found[kind] > 0}
-        return found | {"barriers": round(counts.barriers / self.programs, 1)}
+        figures = {name: round(count / self.elements, 3) for name, count in by_element.items()}
+        figures |= {f"wide_{kind}": round(self.wide(kind), 3) for kind in ("loaded", "stored") if figures[kind] > 0}
+        return figures | {"barriers": round(counts.barriers / self.programs, 1)}
 
 
 def execute(variant: Any, ptx: str, shared: int, vocabularies: tuple[int, ...] = VOCABULARIES) -> dict[str, Run]:
@@ -84,8 +84,10 @@ def execute(variant: Any, ptx: str, shared: int, vocabularies: tuple[int, ...] =
 
 def _launch(variant: Any, kernel: Kernel, programs: int, values: dict[str, Any], others: list[torch.Tensor]) -> Counts:
     counts = Counts()
-    given = [(name, variant.signature[name], values[name]) for name in variant.kernel.arg_names if name in variant.signature]
-    launch(kernel, (programs, 1, 1), given, lambda: others, Checks(), counts)
+    parameters = [
+        (name, variant.signature[name], values[name]) for name in variant.kernel.arg_names if name in variant.signature
+    ]
+    launch(kernel, (programs, 1, 1), parameters, lambda: others, Checks(), counts)
     return counts
 
 
@@ -144,7 +146,8 @@ def _run_rows(variant: Any, kernel: Kernel, n_vocab: int, *, ignored: bool) -> R
     def statistics_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log p(label), maximum, sum, 1 - p(label or likeliest), and room for three more."""
         logits = logits.float()
-        highest, total = logits.amax(1), (logits - logits.amax(1, keepdim=True)).exp().sum(1)
+        highest = logits.amax(1)
+        total = (logits - logits.amax(1, keepdim=True)).exp().sum(1)
         logp = logits.log_softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
         rest = 1 - 1 / total if "uniforms_ptr" in variant.signature else -torch.expm1(logp)
         return torch.cat([torch.stack([logp, highest, total, rest]), torch.zeros(3, ROWS)])

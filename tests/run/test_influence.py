@@ -19,7 +19,7 @@ RIDGE = 0.05
 
 
 def logistic(seed=0, width=5):
-    """Features of unlike scale, labels of a noisy plane: what a diagonal has to know to be of any use."""
+    """Features of different scales with noisy linear labels, so that a diagonal of the Hessian matters."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(N_FORGET + N_RETAIN, width, generator=generator, dtype=DTYPE) * torch.tensor([3.0, 1.0, 0.3, 2.0, 0.5])
     logits = x @ torch.tensor([0.5, -1.0, 2.0, 0.3, 1.0], dtype=DTYPE)
@@ -48,7 +48,8 @@ def fitted(x, y):
 
 def problem(seed):
     x, y = logistic(seed)
-    theta, retrained = fitted(x, y), fitted(x[N_FORGET:], y[N_FORGET:])
+    theta = fitted(x, y)
+    retrained = fitted(x[N_FORGET:], y[N_FORGET:])
     gradient, _ = derivatives(theta, x[:N_FORGET], y[:N_FORGET])
     _, hessian = derivatives(theta, x[N_FORGET:], y[N_FORGET:])
     samples = [derivatives(theta, x[i : i + 1], y[i : i + 1])[0] - RIDGE * theta for i in range(N_FORGET, len(x))]
@@ -56,7 +57,7 @@ def problem(seed):
 
 
 def distance_left(theta, retrained, moved):
-    """What is left of the way to the retrained parameters: of the update, and of gradient ascent of the same length."""
+    """Return the distance to the retrained parameters as a share of the starting distance."""
     return ((moved - retrained).norm() / (theta - retrained).norm()).item()
 
 
@@ -67,8 +68,10 @@ def ascended(theta, gradient, length):
 def check_quadratic(module=influence):
     """``0.5 a (theta - x_i)^2``: the Hessian is diagonal, so one update lands on the retrained minimum, the mean of what is
     left, but for the damping."""
-    x, a = torch.randn(10, 7, dtype=DTYPE), torch.linspace(0.1, 5.0, 7, dtype=DTYPE)
-    theta, retrained = x.mean(0), x[3:].mean(0)
+    x = torch.randn(10, 7, dtype=DTYPE)
+    a = torch.linspace(0.1, 5.0, 7, dtype=DTYPE)
+    theta = x.mean(0)
+    retrained = x[3:].mean(0)
     gradient = a * (theta - x[:3].mean(0))
     (moved,) = module.influence_update([theta], [gradient], [a], damping=1e-9, step=3 / 7)
     assert relative_error(moved, retrained) < 1e-6
@@ -96,8 +99,10 @@ def test_lands_closer_to_the_retrained_model_than_ascent_of_the_same_length(seed
     # The whole Hessian shows what one step can do; its diagonal, and the empirical Fisher matrix in its place, cost some of it.
     for name, moved, limit in (("Newton", newton, 0.15), ("diagonal", diagonal, 0.35), ("WoodFisher", wood, 0.6)):
         ascent = ascended(theta, gradient, (moved - theta).norm())
-        left, of_ascent = (distance_left(theta, retrained, at) for at in (moved, ascent))
-        assert left < limit and left < 0.7 * of_ascent, f"{name}: {left:.3f} of the way is left, after ascent {of_ascent:.3f}"
+        remaining, after_ascent = (distance_left(theta, retrained, at) for at in (moved, ascent))
+        assert remaining < limit and remaining < 0.7 * after_ascent, (
+            f"{name}: {remaining:.3f} of the way is left, after ascent {after_ascent:.3f}"
+        )
 
 
 def check_woodfisher(blockwise=False, module=influence):
@@ -147,7 +152,10 @@ def test_mutants_are_caught(check, old, new, tmp_path):
 def test_sophias_step_without_momentum_is_the_update():
     """SOUL iterates it: the same clip, as a learning rate."""
     p, g, h = (torch.randn(300, generator=torch.Generator().manual_seed(i)) for i in range(3))
-    h, step, clip, damping = h.square(), 0.3, 0.02, 0.5
+    h = h.square()
+    step = 0.3
+    clip = 0.02
+    damping = 0.5
     (expected,) = influence_update([p], [g], [h], damping=damping, step=step, clip=clip)
     changed = p.clone()
     zeros = torch.zeros_like(p)
@@ -173,7 +181,9 @@ def test_unlearn_once_is_the_formula(curvature):
     """By the kernels, with a ragged last batch; every trainable parameter, in place, and no gradient is left behind."""
     model = tiny_model("llama, untied").train()
     model.model.embed_tokens.weight.requires_grad_(False)
-    forget, retain, damping = sequences(3), sequences(5), 0.05
+    forget = sequences(3)
+    retain = sequences(5)
+    damping = 0.05
     params = [p for p in model.parameters() if p.requires_grad]
     before = [p.detach().double() for p in params]
     frozen = model.model.embed_tokens.weight.clone()
@@ -206,15 +216,16 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     model = tiny_model("llama, untied").requires_grad_(False)
     weight = model.lm_head.weight.requires_grad_(True)
     data = sequences(120, vocab_size=10)
-    forget, retain = data[:12], data[12:]
+    forget = data[:12]
+    retain = data[12:]
     features = []
-    for part in (forget, retain, data):
-        batch = collate(part, [])
-        kept = batch.labels != -100
-        features.append((hidden_states(model, batch)[kept].detach(), batch.labels[kept]))
+    for dataset in (forget, retain, data):
+        batch = collate(dataset, [])
+        labelled = batch.labels != -100
+        features.append((hidden_states(model, batch)[labelled].detach(), batch.labels[labelled]))
 
-    def nll(weight, part):
-        return torch.nn.functional.cross_entropy(features[part][0] @ weight.T, features[part][1])
+    def nll(weight, index):
+        return torch.nn.functional.cross_entropy(features[index][0] @ weight.T, features[index][1])
 
     optimizer = torch.optim.Adam([weight], lr=1e-2)
     for _ in range(300):
@@ -229,7 +240,7 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
     report = unlearn_once(
         model, forget, retain, damping=1e-2, curvature=curvature, batch_size=1, generator=generator, backend="reference"
     )
-    rise, price = ((nll(weight, part) - nll(start, part)).item() for part in (0, 1))
+    rise, price = ((nll(weight, index) - nll(start, index)).item() for index in (0, 1))
     low, high = 0.0, 1e3
     for _ in range(50):  # ascent that forgets as much
         middle = (low + high) / 2
@@ -241,7 +252,7 @@ def test_language_model_forgets_at_a_lower_price_than_by_ascent(curvature):
 
 
 def test_damping_is_a_tenth_of_the_mean_diagonal():
-    """So that the update does not depend on the units of the loss."""
+    """The update then does not depend on the units of the loss."""
     model = tiny_model("llama, untied")
     forget, retain = sequences(2), sequences(4)
     grads, n = means_by_hand(model, retain)[:2]  # one batch: h = n g g
@@ -284,7 +295,8 @@ def test_errors_say_what_to_do():
     fisher.add(p)
     with pytest.raises(ValueError, match="one more"):
         fisher.add(p)
-    model, some = tiny_model(), sequences(2)
+    model = tiny_model()
+    some = sequences(2)
     before = copy.deepcopy(model.state_dict())
     for options, message in (
         (dict(forget=[]), "forget"),

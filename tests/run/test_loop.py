@@ -50,7 +50,7 @@ def test_every_method_runs_and_logs_every_step(method, optimizer, tokenizer):
     _, records, log, changed = run(tokenizer, method=method, optimizer=optimizer)
     assert changed and len(records) == 2 * 3  # two epochs of ceil(5 / 2) steps
     assert [json.loads(line) for line in log.splitlines()] == records
-    wanted = {
+    required = {
         "step",
         "epoch",
         "lr",
@@ -62,7 +62,7 @@ def test_every_method_runs_and_logs_every_step(method, optimizer, tokenizer):
         "tokens_per_s",
         "peak_memory_gib",
     }
-    assert wanted | ({"loss_retain"} if method != "ga" else set()) <= set(records[0])
+    assert required | ({"loss_retain"} if method != "ga" else set()) <= set(records[0])
     assert ("clip_fraction" in records[0]) == (optimizer == "soul")
     for record in records:
         total = sum(value for name, value in record.items() if name.startswith("loss_"))
@@ -85,7 +85,8 @@ def test_seed_decides_everything(tokenizer):
 
 def test_gradients_are_dropped_before_the_next_forward_and_at_the_end(tokenizer, monkeypatch):
     """Two gradients of a large model at a time would not fit where one does."""
-    held, real = [], step_module.hidden_states
+    held = []
+    real = step_module.hidden_states
 
     def spy(model, batch):
         held.append(sum(p.grad is not None for p in model.parameters()))
@@ -110,11 +111,12 @@ def test_a_broken_last_step_is_not_a_success(tokenizer, monkeypatch):
 
 
 def test_a_weight_that_is_not_finite_is_named_before_the_run(tokenizer):
-    """No learning rate mends it. Frozen weights count as well: those below adapters."""
+    """No learning rate helps then. Frozen weights below adapters are checked too."""
     for make, name in ((tiny_model, "model.layers.1.mlp.up_proj.weight"),
                        (lora_model, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")):  # fmt: skip
         for value in (float("nan"), float("inf"), float("-inf")):
-            model, log = make(), io.StringIO()
+            model = make()
+            log = io.StringIO()
             with torch.no_grad():
                 model.get_parameter(name)[3, 2] = value
             for start in (
@@ -172,7 +174,7 @@ def test_sequences_longer_than_the_model_are_refused(tokenizer):
 
 
 def test_a_padding_token_outside_the_model_does_no_harm(tokenizer):
-    """Added to the tokenizer, as many do, without a row in the embedding."""
+    """The token was added to the tokenizer, as is common, without a row in the embedding."""
     other = copy.deepcopy(tokenizer)
     other.add_special_tokens({"pad_token": "[PAD]"})
     assert other.pad_token_id >= 300
@@ -208,11 +210,12 @@ def test_ratios_start_at_exactly_zero(method, family, tokenizer):
 
 
 def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkeypatch):
-    """In the order of the file, pairs together: on some devices a row's place decides its last bit."""
-    seen, real = [], feed.collate
+    """Rows keep the order of the file, pairs together: on some devices a row's position decides its last bit."""
+    forget_batches = []
+    real = feed.collate
 
     def spy(forget, retain, **options):
-        seen.append(forget)
+        forget_batches.append(forget)
         return real(forget, retain, **options)
 
     monkeypatch.setattr(feed, "collate", spy)
@@ -220,7 +223,7 @@ def test_a_batch_of_the_whole_set_is_composed_as_its_reference(tokenizer, monkey
     model = tiny_model()
     unlearn(model, tokenizer, examples(6), [], config, progress=False)
     paired, _ = prepare(model, tokenizer, examples(6), [], config)
-    assert seen == [paired] * 3
+    assert forget_batches == [paired] * 3
 
 
 def test_reference_is_taken_from_the_cache(tokenizer, tmp_path, monkeypatch):
@@ -299,7 +302,8 @@ class Counted(RecordedObjective):
 ], ids=["DPO", "CEU", "NPO"])  # fmt: skip
 def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
     """22 rows in chunks of 14: two evaluations, or one after two chunks where no sum will do. Every term is there once."""
-    model, data = tiny_model(), sequences(6)
+    model = tiny_model()
+    data = sequences(6)
     weight = model.lm_head.weight.detach()
     batch = collate(data[:4], data[4:], ref_logps=[-30.0] * 4, ref_hidden=list(_states(model, data)))
     hidden = model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
@@ -319,17 +323,17 @@ def test_terms_are_added_up_over_chunks(objective, row_bytes, calls):
 
 def _states(model, data):
     for sequence in data:
-        kept = [t for t, label in enumerate(sequence.labels) if label != -100]
-        yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, kept].detach()
+        labelled = [t for t, label in enumerate(sequence.labels) if label != -100]
+        yield 1.5 * model.base_model(input_ids=torch.tensor([sequence.input_ids])).last_hidden_state[0, labelled].detach()
 
 
-METHODS_OF_PARTS = [
+METHODS_IN_MICRO_BATCHES = [
     *(dict(method=name) for name in losses.OBJECTIVES),
     dict(method="npo", method_options={"retain": "kl"}), dict(method="ceu", method_options={"ignore_first": 3}),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", METHODS_OF_PARTS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("options", METHODS_IN_MICRO_BATCHES, ids=lambda options: "-".join(map(str, options.values())))
 def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatch):
     """5 ragged forget examples and 5 retained ones in 3 micro-batches of 2, 2 and 1: losses, gradients and weights are those of
     one batch of 5. By gradients, not by what the optimizer makes of them: its steps are signs.
@@ -345,9 +349,9 @@ def test_micro_batches_make_the_step_of_one_batch(options, tokenizer, monkeypatc
         config = UnlearnConfig(**FAST | dict(epochs=1, max_grad_norm=None) | options | sizes)
         (record,) = unlearn(tiny_model(), tokenizer, ragged(5), ragged(9)[4:], config, progress=False)
         results.append((record, gradients))
-    (one, want), (parts, got) = results
-    for name in one.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
-        assert parts[name] == pytest.approx(one[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
+    (whole, want), (accumulated, got) = results
+    for name in whole.keys() - {"tokens_per_s", "peak_memory_gib", "clip_fraction"}:
+        assert accumulated[name] == pytest.approx(whole[name], rel=2e-5, abs=3e-6), name  # a difference of terms of 6
     # fp32 sums in another order; where KL starts at 0 the gradient is all rounding, of 1e-5 of what CE's is
     floor = 1e-6 if options["method"] == "klmin" or "kl" in options.get("method_options", {}).values() else 0.0
     for mine, gradient in zip(got, want, strict=True):
@@ -371,7 +375,7 @@ def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeyp
 
 
 def test_kernels_take_micro_batches(tokenizer, device):
-    """Triton's sweep, in the interpreter: parts of parts, where a micro-batch is cut into chunks."""
+    """Triton's sweep in the interpreter, where each micro-batch is cut into chunks."""
     results = []
     for sizes in (dict(batch_size=3), dict(batch_size=2, accumulate=2)):
         config = UnlearnConfig(method="npo", epochs=1, lr=1e-3, backend="triton", **sizes)
@@ -404,7 +408,8 @@ def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, mo
 def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
     results = []
     for checkpointing in (False, True):
-        model, calls = make(), []
+        model = make()
+        calls = []
         for name, module in model.named_modules():
             if name.endswith(".mlp"):
                 module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -431,23 +436,26 @@ def test_curvature_is_that_of_the_retain_tokens(curvature, tokenizer, monkeypatc
     """
     first = []
     for sizes in (dict(batch_size=2), dict(batch_size=1, accumulate=2)):
-        seen, real = [], soul.SophiaG.update_hessian
+        curvature_grads = []
+        real = soul.SophiaG.update_hessian
 
-        def spy(optimizer, seen=seen, real=real, **options):
-            seen.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
+        def spy(optimizer, curvature_grads=curvature_grads, real=real, **options):
+            curvature_grads.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
             real(optimizer, **options)
 
         monkeypatch.setattr(step_module, "gnb_loss", lambda model, batch, generator, backend:
                             -token_logps(model, batch, backend).sum() / len(batch.token_indices))  # fmt: skip
         monkeypatch.setattr(soul.SophiaG, "update_hessian", spy)
         model, records, _, changed = run(tokenizer, curvature=curvature, curvature_every=2, **sizes)
-        assert changed and len(seen) == 3 and len(records) == 6 and all("clip_fraction" in record for record in records)
-        first.append(seen[0])
+        assert changed and len(curvature_grads) == 3 and len(records) == 6
+        assert all("clip_fraction" in record for record in records)
+        first.append(curvature_grads[0])
         monkeypatch.undo()
-    _, _, kept = next(Order(5, 4, 2, 2, 0))
-    model, config = tiny_model(), UnlearnConfig(**FAST)
+    _, _, retain_indices = next(Order(5, 4, 2, 2, 0))
+    model = tiny_model()
+    config = UnlearnConfig(**FAST)
     _, retain = prepare(model, tokenizer, examples(5), examples(9)[5:], config)
-    batch = collate([], [retain[i] for i in kept])
+    batch = collate([], [retain[i] for i in retain_indices])
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten()).backward()
     for got in first:
@@ -466,7 +474,7 @@ def test_rho_is_moved_towards_the_clip_target(curvature, tokenizer):
 
 
 def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
-    """The probabilities of what is to be forgotten, not of refusals; nothing of the run is changed by looking."""
+    """Evaluation is of the answers to forget, not of refusals, and does not change the run."""
     options = dict(method="graddiff", epochs=10, method_options={"alpha": 0.0})
     plain, want, _, _ = run(tokenizer, **options)
     model, records, log, _ = run(tokenizer, **options, eval_every=3)
@@ -478,7 +486,8 @@ def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
     assert probabilities[30] == pytest.approx(answer_probability(model, encoded, backend="reference"), rel=1e-5)
     assert json.loads(log.splitlines()[2])["retain_prob"] == records[2]["retain_prob"]
 
-    aim, limit = 15, probabilities[15]  # at the limit is enough
+    aim = 15
+    limit = probabilities[15]  # at the limit is enough
     assert limit < min(probabilities[step] for step in (3, 6, 9, 12))
     _, stopped, log, _ = run(tokenizer, **options, eval_every=3, stop_forget_prob=limit)
     assert len(stopped) == aim and [r["loss"] for r in stopped] == [r["loss"] for r in want[:aim]]
@@ -486,7 +495,7 @@ def test_evaluates_and_stops_when_it_is_forgotten(tokenizer):
     assert json.loads(log.splitlines()[-1]) == stopped[-1]
 
 
-def test_stops_when_what_is_to_stay_is_lost(tokenizer):
+def test_stops_when_the_retain_probability_is_too_low(tokenizer):
     """Without a retain term; a limit of 1 is missed at once, and 0 never."""
     options = dict(method="graddiff", method_options={"alpha": 0.0}, eval_every=2)
     _, records, _, _ = run(tokenizer, **options, stop_retain_prob=1.0, stop_forget_prob=1.0)
@@ -513,7 +522,8 @@ def test_a_ratio_of_the_whole_batch_takes_no_micro_batches(tokenizer):
 
 def test_schedule_warms_up_and_decays():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler, lrs = build_scheduler(optimizer, 10, 0.2), []
+    scheduler = build_scheduler(optimizer, 10, 0.2)
+    lrs = []
     for _ in range(10):
         lrs.append(scheduler.get_last_lr()[0])
         optimizer.step()

@@ -1,4 +1,4 @@
-"""The whole run: from names to a model that plain transformers load; adapters, gradient release, graphs, files of options."""
+"""The whole run, from paths to a model that transformers loads; adapters, gradient release, graphs and option files."""
 
 import importlib
 import json
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, tokenizer):
+def folder(tmp_path_factory, tokenizer):
     """A model, training data, and data to evaluate with in TOFU's layout."""
     root = tmp_path_factory.mktemp("unlearner")
     tiny_model("llama, untied").save_pretrained(root / "model")
@@ -54,9 +54,9 @@ def place(tmp_path_factory, tokenizer):
     return root
 
 
-def words(place, output, *more, model="model"):
-    arguments = dict(model=place / model, forget=place / "forget.jsonl", retain=place / "retain.jsonl", output=output, epochs=1,
-                 batch_size=2, lr=1e-2, backend="reference", device="cpu")  # fmt: skip
+def words(folder, output, *more, model="model"):
+    arguments = dict(model=folder / model, forget=folder / "forget.jsonl", retain=folder / "retain.jsonl", output=output,
+                     epochs=1, batch_size=2, lr=1e-2, backend="reference", device="cpu")  # fmt: skip
     return ["unlearn", *(f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()), *more]
 
 
@@ -67,33 +67,35 @@ def logits(model):
 
 @needs_rouge
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, place, tokenizer, tmp_path, capsys):
+def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, folder, tokenizer, tmp_path, capsys):
     tiny_model(family).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    assert main(words(place, out, "--dtype=float32", "--method=npo", model=tmp_path / "model")) == 0
+    assert main(words(folder, out, "--dtype=float32", "--method=npo", model=tmp_path / "model")) == 0
     said = capsys.readouterr().out
-    model, (before, now) = AutoModelForCausalLM.from_pretrained(out), (tiny_model(family), logits(tiny_model(family)))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    before = tiny_model(family)
+    now = logits(tiny_model(family))
     assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in before.named_parameters()}
     assert not torch.equal(logits(model), now)
-    (answers,) = [Unlearner(model, place / "forget.jsonl", config=UnlearnConfig(method="ga", backend="reference"),
+    (answers,) = [Unlearner(model, folder / "forget.jsonl", config=UnlearnConfig(method="ga", backend="reference"),
                             tokenizer=AutoTokenizer.from_pretrained(out)).forget_probability()]  # fmt: skip
     assert f"{answers:.3f} after" in said
-    arguments = dict(model=out, data=place / "data", output=tmp_path / "logs", json=tmp_path / "metrics.json", batch_size=8,
+    arguments = dict(model=out, data=folder / "data", output=tmp_path / "logs", json=tmp_path / "metrics.json", batch_size=8,
                  max_new_tokens=2, device="cpu", backend="reference")  # fmt: skip
     assert main(["evaluate", *(f"--{name.replace('_', '-')}={value}" for name, value in arguments.items())]) == 0
     measured = json.loads((tmp_path / "metrics.json").read_text())
     assert 0 < measured["forget_prob"] < 1 and measured["forget_rows"] == 2
 
 
-def test_adapters_by_flag(place, tmp_path):
-    """They are what is saved, and with the model that they belong to the same model as merged."""
+def test_adapters_by_flag(folder, tmp_path):
+    """Only the adapters are saved; on top of their base model they equal the merged model."""
     peft = pytest.importorskip("peft", reason="the extra hf is not installed")
-    assert main(words(place, tmp_path / "lora", "--lora-rank=4", "--dtype=float32")) == 0
+    assert main(words(folder, tmp_path / "lora", "--lora-rank=4", "--dtype=float32")) == 0
     assert not (tmp_path / "lora" / "model.safetensors").exists() and not (tmp_path / "lora" / "checkpoints").exists()
     config = peft.LoraConfig.from_pretrained(tmp_path / "lora")
-    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 8, str(place / "model"))
-    base = AutoModelForCausalLM.from_pretrained(place / "model")
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 8, str(folder / "model"))
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert not any("lm_head" in name for name in config.target_modules) and len(config.target_modules) == 2 * 7
     before = logits(base)
     want = logits(peft.PeftModel.from_pretrained(base, tmp_path / "lora"))
@@ -101,17 +103,17 @@ def test_adapters_by_flag(place, tmp_path):
     loaded, _ = load(tmp_path / "lora")
     assert torch.equal(logits(loaded), want)
     flags = ("--lora-rank=4", "--lora-alpha=8", "--lora-targets=q_proj,v_proj", "--merge", "--dtype=float32")
-    assert main(words(place, tmp_path / "merged", *flags)) == 0
-    merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "merged", place / "model"))
+    assert main(words(folder, tmp_path / "merged", *flags)) == 0
+    merged, base = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "merged", folder / "model"))
     changed = {n for (n, p), q in zip(merged.named_parameters(), base.parameters()) if not torch.equal(p, q)}
     assert len(changed) == 4 and all("q_proj" in name or "v_proj" in name for name in changed)
     again, _ = load(tmp_path / "lora", dtype="bfloat16")
     assert {p.dtype for n, p in again.named_parameters() if "lora" not in n} == {torch.bfloat16}
 
 
-def test_a_run_of_adapters_that_has_ended_is_not_begun_again(place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out", "--lora-rank=2")) == 0
-    assert main(words(place, tmp_path / "out", "--lora-rank=2", "--resume")) == 0
+def test_a_run_of_adapters_that_has_ended_is_not_begun_again(folder, tmp_path, capsys):
+    assert main(words(folder, tmp_path / "out", "--lora-rank=2")) == 0
+    assert main(words(folder, tmp_path / "out", "--lora-rank=2", "--resume")) == 0
     assert "this run has ended" in capsys.readouterr().out
 
 
@@ -119,21 +121,25 @@ def test_a_run_of_adapters_that_has_ended_is_not_begun_again(place, tmp_path, ca
 @pytest.mark.parametrize("flags, dtype", [
     ((), torch.bfloat16), (("--optimizer=adamw",), torch.float32), (("--optimizer=adamw", "--lora-rank=2"), torch.bfloat16),
 ])  # fmt: skip
-def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, tiles, place, tmp_path, monkeypatch):
-    """No bits of an update; and no time, on a processor without tiles for products of bf16."""
+def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, tiles, folder, tmp_path, monkeypatch):
+    """bf16 is used if it loses no bits of an update, and no time on a processor without tiles for bf16 products."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     if not (tiles or torch.cuda.is_available()):
         dtype = torch.float32
-    seen = []
-    monkeypatch.setattr("soul.run.unlearner.unlearn", lambda model, *args, log, **_: seen.append(model) or log.touch() or [{}])
-    assert main(words(place, tmp_path / "out", *flags)) == 0
-    parameters = dict(seen[0].named_parameters())
+    models = []
+    monkeypatch.setattr(
+        "soul.run.unlearner.unlearn", lambda model, *args, log, **_: models.append(model) or log.touch() or [{}]
+    )
+    assert main(words(folder, tmp_path / "out", *flags)) == 0
+    parameters = dict(models[0].named_parameters())
     assert {p.dtype for name, p in parameters.items() if "lora" not in name} == {dtype}
     assert {p.dtype for p in parameters.values() if p.requires_grad} == {torch.float32 if "--lora-rank=2" in flags else dtype}
 
 
 def test_the_dtype_of_parameters_goes_by_optimizer_and_device(monkeypatch):
-    soul, adamw, influence = UnlearnConfig(), UnlearnConfig(optimizer="adamw"), UnlearnConfig(method="influence")
+    soul = UnlearnConfig()
+    adamw = UnlearnConfig(optimizer="adamw")
+    influence = UnlearnConfig(method="influence")
     for tiles in (True, False):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
         for device_type in ("cpu", "cuda"):
@@ -155,18 +161,18 @@ def test_adamw_is_one_pass_on_every_device():
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
 
 
-def test_options_from_a_file(place, tmp_path):
-    """The same run as by flags; the command line wins; and the file that a run leaves repeats it."""
+def test_options_from_a_file(folder, tmp_path):
+    """A file gives the same run as flags, the command line overrides it, and the file that a run saves repeats that run."""
     flags = ("--method=npo", "--beta=0.2", "--option=retain=kl", "--published-code", "--seed=3")
-    assert main(words(place, tmp_path / "flags", *flags)) == 0
+    assert main(words(folder, tmp_path / "flags", *flags)) == 0
     options = dict(method="npo", beta=0.2, option={"retain": "kl"}, published_code=True, seed=7, epochs=None, resume=False)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    assert main(words(place, tmp_path / "file", "--config", str(tmp_path / "run.yaml"), "--seed=3")) == 0
-    left = tmp_path / "flags" / "soul_config.json"
-    assert main(["unlearn", f"--config={left}", f"--output={tmp_path / 'again'}"]) == 0
+    assert main(words(folder, tmp_path / "file", "--config", str(tmp_path / "run.yaml"), "--seed=3")) == 0
+    saved_config = tmp_path / "flags" / "soul_config.json"
+    assert main(["unlearn", f"--config={saved_config}", f"--output={tmp_path / 'again'}"]) == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("flags", "file", "again")]
     assert weights[0] == weights[1] == weights[2]
-    assert json.loads(left.read_text())["beta"] == 0.2
+    assert json.loads(saved_config.read_text())["beta"] == 0.2
 
 
 @pytest.mark.parametrize("text, message", [
@@ -177,10 +183,10 @@ def test_options_from_a_file(place, tmp_path):
     ("resume: maybe", "resume: expected true or false, got 'maybe'"),
     (None, "config: expected a YAML file"),
 ])  # fmt: skip
-def test_a_broken_file_of_options_ends_with_2(text, message, place, tmp_path, capsys):
+def test_a_broken_file_of_options_ends_with_2(text, message, folder, tmp_path, capsys):
     if text is not None:
         (tmp_path / "run.yaml").write_text(text)
-    assert main(words(place, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
+    assert main(words(folder, tmp_path / "out", "--config", str(tmp_path / "run.yaml"))) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -196,7 +202,8 @@ def run(tokenizer, n=5, **options):
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
-    held, real = [], StepGroups.collect
+    held = []
+    real = StepGroups.collect
 
     def spy(step_groups, *args):
         held.append(sum(p.grad is not None for p in step_groups._optimizer.param_groups[0]["params"]))
@@ -211,30 +218,31 @@ def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     assert not any(p._post_accumulate_grad_hooks for p in got.parameters())
 
 
-def test_influence_is_a_method(place, tmp_path):
+def test_influence_is_a_method(folder, tmp_path):
     """The weights and the numbers of `unlearn_once`; a model is saved, and the log has one line."""
-    arguments = dict(model=place / "model", forget=place / "forget.jsonl", retain=place / "retain.jsonl", method="influence")
+    arguments = dict(model=folder / "model", forget=folder / "forget.jsonl", retain=folder / "retain.jsonl", method="influence")
     flags = [f"--{name}={value}" for name, value in arguments.items()]
     flags += ["--batch-size=2", "--option=clip=0.01", "--option=curvature=fisher", "--option=blockwise=false", "--device=cpu"]
     flags += [f"--output={tmp_path / 'out'}"]
     assert main(["unlearn", *flags]) == 0
     (record,) = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    model, tokenizer = load(place / "model")
+    model, tokenizer = load(folder / "model")
     config = UnlearnConfig(method="influence", batch_size=2)
-    parts = prepare(model, tokenizer, *(read_examples(arguments[name]) for name in ("forget", "retain")), config)
-    results = unlearn_once(model, *parts, batch_size=2, clip=0.01, curvature="fisher")
+    datasets = prepare(model, tokenizer, *(read_examples(arguments[name]) for name in ("forget", "retain")), config)
+    results = unlearn_once(model, *datasets, batch_size=2, clip=0.01, curvature="fisher")
     assert record["factor"] == results["step"] and record["step"] == 1
     assert all(record[name] == pytest.approx(results[name]) for name in ("forget_nll", "retain_nll", "damping", "update_norm"))
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), model.parameters()))
-    assert not torch.equal(logits(saved), logits(load(place / "model")[0]))
+    assert not torch.equal(logits(saved), logits(load(folder / "model")[0]))
 
 
 def test_schedules():
     results = {}
     for schedule in ("linear", "cosine", "constant"):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-        scheduler, results[schedule] = build_scheduler(optimizer, 10, 0.2, schedule), []
+        scheduler = build_scheduler(optimizer, 10, 0.2, schedule)
+        results[schedule] = []
         for _ in range(10):
             results[schedule].append(scheduler.get_last_lr()[0])
             optimizer.step(), scheduler.step()
@@ -244,10 +252,11 @@ def test_schedules():
 
 
 def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
-    """Without inductor, which needs a compiler: what is compiled is the same, and so is what comes after."""
+    """Without inductor, which needs a compiler: the same part is compiled, and the same steps follow."""
     monkeypatch.setattr(causal_lm, "COMPILE", dict(backend="aot_eager"))
     torch._dynamo.reset()
-    compiled, calls = causal_lm.compiled, []
+    compiled = causal_lm.compiled
+    calls = []
 
     def spy(model):
         calls.append(model)
@@ -267,7 +276,8 @@ class Padded(GraphedStep):
     """The steps of a `GraphedStep`, padded, and none of them captured: for machines without a GPU."""
 
     def __init__(self, step, device):
-        self._step, self.shapes = step, set()
+        self._step = step
+        self.shapes = set()
 
     def __call__(self, batch):
         batch = pad(batch, tokens=8, rows=16)
@@ -300,12 +310,13 @@ def check_padding(module):
     length = batch.labels.shape[1]
     assert torch.equal(wide.labels[:, :length], batch.labels) and (wide.labels[:, length:] == -100).all()
     assert torch.equal(wide.input_ids[:, :length], batch.input_ids)
-    kept = (wide.labels.flatten() != -100).nonzero()[:, 0]
+    labelled = (wide.labels.flatten() != -100).nonzero()[:, 0]
     assert (
-        torch.equal(wide.token_indices[: len(kept)], kept)
-        and (wide.labels.flatten()[wide.token_indices[len(kept) :]] == -100).all()
+        torch.equal(wide.token_indices[: len(labelled)], labelled)
+        and (wide.labels.flatten()[wide.token_indices[len(labelled) :]] == -100).all()
     )
-    weight, hidden = torch.randn(300, 8, requires_grad=True), torch.randn(5, 16, 8)
+    weight = torch.randn(300, 8, requires_grad=True)
+    hidden = torch.randn(5, 16, 8)
     loss = linear_objective(hidden, weight, wide.labels, soul.losses.NPO(), is_forget=wide.is_forget,
                             ref_logps=wide.ref_logps, options=LinearOptions(wide.token_indices, backend="triton"))  # fmt: skip
     plain = linear_objective(hidden[:, :length], weight, batch.labels, soul.losses.NPO(), is_forget=batch.is_forget,
@@ -320,7 +331,7 @@ def test_padding():
 
 
 @needs_kernels_on_cpu
-@pytest.mark.parametrize("old, new", [("// length * more", "* 0"), ("value=last", "value=0"),
+@pytest.mark.parametrize("old, new", [("// length * n_padding", "* 0"), ("value=last", "value=0"),
                                       ("wider(batch.labels, IGNORE_INDEX)", "wider(batch.labels, 0)")])  # fmt: skip
 def test_wrong_padding_is_noticed(old, new, tmp_path):
     with pytest.raises((AssertionError, ValueError)):
@@ -328,14 +339,17 @@ def test_wrong_padding_is_noticed(old, new, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1.0, math.inf])  # inf: the step does without the norm, which is logged all the same
-def test_a_step_makes_no_table_that_the_one_before_has_made(limit, monkeypatch):
+def test_a_step_reuses_the_tables_of_the_step_before(limit, monkeypatch):
     """A graph is captured after one eager step, and nothing can be allocated on the host then."""
-    made, real = [], TensorTable.rebuild
+    made = []
+    real = TensorTable.rebuild
     monkeypatch.setattr(
         TensorTable, "rebuild", lambda table, *args, **options: made.append(table) or real(table, *args, **options)
     )
-    model, config = tiny_model().train(), UnlearnConfig(method="graddiff", max_grad_norm=limit)
-    optimizer, batch = build_optimizer(model, config), collate(sequences(2), sequences(4)[2:])
+    model = tiny_model().train()
+    config = UnlearnConfig(method="graddiff", max_grad_norm=limit)
+    optimizer = build_optimizer(model, config)
+    batch = collate(sequences(2), sequences(4)[2:])
     norms = []
     for _ in range(2):
         made.clear()
@@ -359,8 +373,8 @@ def test_replayed_steps_are_eager_ones(options, tokenizer):
             assert replayed[name] == pytest.approx(eager[name], rel=2e-2, abs=1e-4), name  # bf16 autocast, other padding
 
 
-def test_in_python(tokenizer, place, tmp_path):
-    """A model that is loaded is changed in place; with an output directory it is on the disk as well."""
+def test_unlearner_from_python(tokenizer, folder, tmp_path):
+    """A loaded model is changed in place; with an output directory it is also saved."""
     model = tiny_model("llama, untied")
     config = UnlearnConfig(method="graddiff", **FAST)
     unlearner = Unlearner(model, examples(5), examples(9)[5:], config, tokenizer=tokenizer)
@@ -368,7 +382,7 @@ def test_in_python(tokenizer, place, tmp_path):
     records = unlearner.run(progress=False)
     assert len(records) == 6 and unlearner.model is model and unlearner.forget_probability() < before
     unlearner = Unlearner(
-        place / "model", place / "forget.jsonl", place / "retain.jsonl", config, dtype="float32", device="cpu"
+        folder / "model", folder / "forget.jsonl", folder / "retain.jsonl", config, dtype="float32", device="cpu"
     )
     unlearner.run(tmp_path / "out", progress=False)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -379,7 +393,7 @@ def test_in_python(tokenizer, place, tmp_path):
 
 @pytest.mark.parametrize("options, message", [
     (dict(tokenizer=None), "tokenizer: expected that of the model, got None"),
-    (dict(tokenizer="name"), "tokenizer: expected that of the model, got 'name'; a model that is loaded comes without"),
+    (dict(tokenizer="name"), "tokenizer: expected that of the model, got 'name'; a loaded model comes without"),
     (dict(config=dict(method="npo")), "config: expected a soul.UnlearnConfig, got dict"),
     (dict(model=tiny_model().requires_grad_(False)), "model: expected parameters that require a gradient, got none"),
     (dict(dtype="bfloat16"), "dtype: expected 'auto' with a model that is loaded, got 'bfloat16'; it would not"),
@@ -430,6 +444,6 @@ def test_options_that_exclude_each_other(options, message):
     (("--gpus=8",), "gpus: expected 1 without --dry-run, got 8; torchrun"),
     (("--lora-rank=2", "--lora-targets=q_proj,k_prj"), "lora_targets: expected linear layers of the model, got 'k_prj'"),
 ])  # fmt: skip
-def test_flags_that_do_not_fit_end_with_2(flags, message, place, tmp_path, capsys):
-    assert main(words(place, tmp_path / "out", *flags)) == 2
+def test_flags_that_do_not_fit_end_with_2(flags, message, folder, tmp_path, capsys):
+    assert main(words(folder, tmp_path / "out", *flags)) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -139,7 +139,7 @@ def test_interval_is_students():
     assert (low, high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
 
 
-def test_chance_is_how_often_equals_get_a_verdict():
+def test_chance_is_how_often_equal_arms_get_a_verdict():
     draws = torch.randn(20000, 4, generator=torch.Generator().manual_seed(0)).tolist()
     for n in (2, 3, 4):
         frequency = sum(verdict_is_beyond_spread(draw[:n]) for draw in draws) / len(draws)
@@ -209,7 +209,8 @@ def test_what_a_study_measures_against_its_definitions():
         return [-distributions(of, s).gather(1, y[:, None]).mean().item() for s, y in zip(sequences, labels)]
 
     def ratios(asked, of=model):
-        false, count = losses(asked.perturbed, of), len(asked.perturbed) // len(asked.answers)
+        false = losses(asked.perturbed, of)
+        count = len(asked.perturbed) // len(asked.answers)
         means = [statistics.fmean(false[i : i + count]) for i in range(0, len(false), count)]
         return [math.exp(true - mean) for true, mean in zip(losses(asked.paraphrased, of), means)]
 
@@ -246,9 +247,10 @@ def test_a_model_that_knows_the_answers_gives_them():
 
 
 def test_a_whole_study_in_small(tmp_path, monkeypatch):
-    """From rows to the report. A run that diverges is a row; a run that is complete is not repeated."""
+    """A study from rows to the report: a run that diverges is recorded, and a complete run is not repeated."""
     config = dataclasses.replace(TINY, lrs=dict.fromkeys(ARMS, (1e-3, 1e30)), dampings=(1e-2, 1e-1))
-    data, output = demo_data(config), check_ready(tmp_path / "out", config)
+    data = demo_data(config)
+    output = check_ready(tmp_path / "out", config)
     study = Study(output, data, config)
     results = run_study(output, data, config)
     path = write_report(study, results, title="Small")
@@ -257,7 +259,8 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     diverged = [row for row in results["rows"] if "diverged" in row]
     assert {row["arm"] for row in diverged} >= {"adamw", "soul"} and all(row["lr"] == 1e30 for row in diverged)
     for start in results["starts"].values():
-        full, goal = start["full"], start["retain"]
+        full = start["full"]
+        goal = start["retain"]
         assert full["forget_prob"] > goal["forget_prob"] and goal["forget_kl"] == goal["forget_quality"] == 0.0
     assert results["starts"]["0"]["full"] != results["starts"]["1"]["full"]  # seeds have models of their own
     for row in results["rows"]:
@@ -275,7 +278,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     logs = list((output / "seed1" / "runs").glob("npo_*_lr0.001_alpha1.jsonl"))
     assert len(logs) == 4 and all(len(log.read_text().splitlines()) == 2 * 2 for log in logs)  # epochs, batches
 
-    lost = study.result(runs(config)[3])
+    lost = study.result_path(runs(config)[3])
     before = json.loads(lost.read_text())
     lost.unlink()
     (output / "seed1" / "runs" / "another_file").touch()
@@ -297,7 +300,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
 
 
 def test_a_link_in_the_directory_of_a_study_is_refused(tmp_path):
-    """Pictures, logs and models would be written through it."""
+    """Figures, logs and models would be written through the link."""
     (tmp_path / "study.json").write_text("{}")
     (tmp_path / "seed0").mkdir()
     (tmp_path / "seed0" / "picture.png").symlink_to(tmp_path / "nowhere")
@@ -310,7 +313,8 @@ def one_seed(tmp_path_factory):
     """A complete study and its report, with rates that six digits cannot represent, and an arm of which all runs diverge."""
     lrs = {"adamw": (1e-3 / 3,), "soul": (1e-3 / 7,), "soul_retain": (1e30,), "soul_gnb": (1e-3 / 3,)}
     config = dataclasses.replace(TINY, seeds=(4,), train_epochs=1, epochs=1, lrs=lrs, dampings=(0.1 / 3,))
-    data, output = demo_data(config), check_ready(tmp_path_factory.mktemp("study") / "out", config)
+    data = demo_data(config)
+    output = check_ready(tmp_path_factory.mktemp("study") / "out", config)
     results = run_study(output, data, config)
     write_report(Study(output, data, config), results, title="One")
     return Study(output, data, config)
@@ -378,14 +382,16 @@ def test_a_damaged_file_that_the_report_is_made_of_is_named(one_seed, tmp_path):
 
 
 class Killed(BaseException):
-    """The process ends here, as far as the test can tell: nothing is cleaned up."""
+    """Stands for the end of the process: nothing is cleaned up."""
 
 
 @pytest.mark.parametrize("file", ["study.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_study_that_was_killed_while_it_wrote_a_file_goes_on(file, tmp_path, monkeypatch):
-    """Half of the file has been written, wherever it is being written."""
-    config, output = dataclasses.replace(TINY, seeds=(0,)), tmp_path / "out"
-    data, real = demo_data(config), os.fsync
+    """The process is killed when half of the file has been written."""
+    config = dataclasses.replace(TINY, seeds=(0,))
+    output = tmp_path / "out"
+    data = demo_data(config)
+    real = os.fsync
 
     def fsync(descriptor):
         path = pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}"))
@@ -466,7 +472,8 @@ def _counting(calls):
 def test_real_data_goes_through_the_whole_study(tmp_path):
     """Ten authors of TOFU, two processes: real names, quotes and lengths, from JSON lines to the report."""
     config = dataclasses.replace(TINY, train_epochs=2, rows_per_author=3, seeds=(0,), workers=2)
-    data, output = tofu_data(TOFU, config), check_ready(tmp_path / "out", config)
+    data = tofu_data(TOFU, config)
+    output = check_ready(tmp_path / "out", config)
     results = run_study(output, data, config)
     text = write_report(Study(output, data, config), results, title="TOFU").read_text()
     assert len(results["rows"]) == 5 and not any("diverged" in row for row in results["rows"])

@@ -36,7 +36,7 @@ def loose(op):
 
 
 def fused(kernel, config):
-    """Tells whether ``kernel`` rounds a product and the sum that it goes into once: compiled with this configuration it does
+    """Tell whether ``kernel`` rounds a product and the sum that it goes into once: compiled with this configuration it does
     where it can, in Triton's interpreter never.
     """
     return config.get("enable_fp_fusion", False) and type(kernel).__name__ == "JITFunction"
@@ -58,7 +58,7 @@ def assert_close(got, want, tolerance, what):
 
 
 def assert_rows_close(got, want, tolerance, what):
-    """The worst row of a matrix; a whole-matrix norm hides one wrong row among many."""
+    """Check the worst row of a matrix; a whole-matrix norm hides one wrong row among many."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     floor = want.norm(dim=-1).mean().item() * 1e-3  # rows that are zero but for rounding
     errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=floor + 1e-300)
@@ -67,7 +67,7 @@ def assert_rows_close(got, want, tolerance, what):
 
 
 def mutant(name, old, new, tmp_path):
-    """A copy of the module ``name`` in which ``old`` has become ``new``: what a test must notice.
+    """Return a copy of the module ``name`` with ``old`` replaced by ``new``, a fault that a test must notice.
 
     The copy must be a valid program that computes something else. One that reads out of bounds, or whose threads race, need not
     be wrong on every machine, and stops the tests where memory is checked.
@@ -84,7 +84,7 @@ def mutant(name, old, new, tmp_path):
 
 
 def peak_bytes(call, device):
-    """Bytes that ``call`` allocates at most, beyond what is there before it; numpy's in the interpreter do not count."""
+    """Return the peak of bytes that ``call`` allocates beyond those allocated before, without numpy's in the interpreter."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

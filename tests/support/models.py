@@ -1,4 +1,4 @@
-"""Tiny models of the families that the command supports, with random weights; and where real data may be."""
+"""Tiny models of the families that the command supports, with random weights; and the paths of real data."""
 
 import pathlib
 
@@ -53,7 +53,7 @@ def tiny_model(family="llama, tied"):
 
 
 def lora_model(family="llama, untied", **options):
-    """A tiny model wrapped by peft, whose adapters are not zero: with them it is another model than without."""
+    """Return a tiny model wrapped by peft with nonzero adapters, so that they change its outputs."""
     peft = pytest.importorskip("peft", reason="the extra hf is not installed")
     model = peft.get_peft_model(tiny_model(family), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **options))
     for name, parameter in model.named_parameters():
@@ -63,7 +63,7 @@ def lora_model(family="llama, untied", **options):
 
 
 def sequences(n, vocab_size=300, prompt=3):
-    """Ragged token sequences: ``prompt`` given tokens, then 2 to 6 labelled ones."""
+    """Return ragged token sequences: ``prompt`` tokens without labels, then 2 to 6 labelled ones."""
     made = []
     for index in range(n):
         ids = torch.randint(2, vocab_size, (prompt + 2 + index % 5,)).tolist()

@@ -32,7 +32,8 @@ class PublishedSophiaG(torch.optim.Optimizer):
         if self.soul:
             self.update_hessian()
         for group in self.param_groups:
-            b1, lr = group["betas"][0], group["lr"]
+            b1 = group["betas"][0]
+            lr = group["lr"]
             for p in group["params"]:
                 state = self._state(p)
                 state["step"] += 1

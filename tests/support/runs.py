@@ -1,4 +1,4 @@
-"""Runs of the command and of the loop on a tiny model, for tests of what is on the disk before and after them."""
+"""Runs of the command and of the loop on a tiny model, for tests of the files that they read and write."""
 
 import importlib
 import json
@@ -20,8 +20,8 @@ VOLATILE = ("tokens_per_s", "peak_memory_gib")
 FAST = dict(epochs=2, batch_size=2, lr=1e-3, backend="reference")  # 6 steps of 5 examples
 
 
-def make_place(root, tokenizer):
-    """A directory with a model that has dropout, and with data, for the command."""
+def write_model_and_data(root, tokenizer):
+    """Write a model with dropout, and data, into a directory for the command; return it."""
     model = tiny_model("gpt2, tied")
     model.config.resid_pdrop = model.config.attn_pdrop = 0.1
     model.save_pretrained(root / "model")
@@ -32,23 +32,24 @@ def make_place(root, tokenizer):
     return root
 
 
-def words(place, output, *more):
+def words(folder, output, *more):
     files = {"model": "model", "forget": "forget.jsonl", "retain": "retain.jsonl", "output": output}
-    paths = [word for name, value in files.items() for word in (f"--{name}", str(place / value))]
+    paths = [word for name, value in files.items() for word in (f"--{name}", str(folder / value))]
     return ["unlearn", *paths, "--batch-size", "2", "--lr", "1e-3", "--device", "cpu", "--backend", "reference", *more]
 
 
 def command(argv, errors=None, die_at_fsync=None):
-    """The command in a process of its own, which may kill itself at one of its fsyncs."""
+    """Run the command; meant for a process of its own, which kills itself at its ``die_at_fsync``-th fsync."""
     torch.set_num_threads(1)
     if errors is not None:
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if die_at_fsync is not None:
-        left, real = [die_at_fsync], os.fsync
+        fsyncs_left = [die_at_fsync]
+        real = os.fsync
 
         def fsync(descriptor):
-            left[0] -= 1
-            if left[0] == 0:
+            fsyncs_left[0] -= 1
+            if fsyncs_left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(descriptor)
 
@@ -87,7 +88,7 @@ def run(tokenizer, checkpoints=None, model=None, forget=None, log=None, **option
 
 
 class StopAfter(Checkpoints):
-    """Told to stop while a step is being taken."""
+    """Checkpoints that are told to stop while step ``step`` is being taken."""
 
     def __init__(self, directory, step, **options):
         super().__init__(directory, **options)

@@ -36,7 +36,8 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
     how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
     options = options | {name: odd[name] for name in odd if name in ("lr", "seed", "weight_decay", "epochs")}
     config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
-    rows, model = examples(13)["data" in odd :], tiny_model(family).to(getattr(torch, dtype))
+    rows = examples(13)["data" in odd :]
+    model = tiny_model(family).to(getattr(torch, dtype))
     rows = rows[:12]
     if "weights" in odd:
         model.model.norm.weight.data[-1] += 1e-3
@@ -54,12 +55,13 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
 
 
 def terminate_at(step):
-    """From now on the last process gets SIGTERM in that step."""
-    real, left = unlearn_module.train_step, [step]
+    """Make the last process get SIGTERM in that step."""
+    real = unlearn_module.train_step
+    steps_left = [step]
 
     def train_step(*args):
-        left[0] -= 1
-        if left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
+        steps_left[0] -= 1
+        if steps_left[0] == 0 and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
@@ -67,12 +69,13 @@ def terminate_at(step):
 
 
 def disk_full_at_second_write():
-    """From now on the last process can write one file with tensors, and no more."""
-    real, left = sharded.write_tensors, [1]
+    """Make the disk of the last process full after one file with tensors."""
+    real = sharded.write_tensors
+    writes_left = [1]
 
     def write_tensors(*args):
-        left[0] -= 1
-        if left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
+        writes_left[0] -= 1
+        if writes_left[0] < 0 and dist.get_rank() == dist.get_world_size() - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*args)
 
@@ -80,8 +83,11 @@ def disk_full_at_second_write():
 
 
 def clocked(seconds):
-    """From now on a step moves the clock of a process by its number of seconds; returns the list of steps that are saved."""
-    real, save, now, saved = unlearn_module.train_step, ShardedCheckpoints.save, [0.0], []
+    """Make each step move the clock of a process by its number of seconds; return the list of steps that are saved."""
+    real = unlearn_module.train_step
+    save = ShardedCheckpoints.save
+    now = [0.0]
+    saved = []
 
     def train_step(*args):
         now[0] += seconds[dist.get_rank()]
@@ -92,14 +98,20 @@ def clocked(seconds):
         save(checkpoints, step, *args)
 
     local.time = types.SimpleNamespace(monotonic=lambda: now[0])
-    unlearn_module.train_step, ShardedCheckpoints.save = train_step, spy
+    unlearn_module.train_step = train_step
+    ShardedCheckpoints.save = spy
     return saved
 
 
 def case(folder, family, options, how):
-    """The result of one run, or what it raised."""
-    stop, damage, real = how.pop("stop", 0), how.pop("damage", None), unlearn_module.train_step
-    full, clock, saved, save = how.pop("full", False), how.pop("clock", None), [], ShardedCheckpoints.save
+    """Return the result of one run, or its error."""
+    stop = how.pop("stop", 0)
+    damage = how.pop("damage", None)
+    real = unlearn_module.train_step
+    full = how.pop("full", False)
+    clock = how.pop("clock", None)
+    saved = []
+    save = ShardedCheckpoints.save
     if "reference_cache" in options:
         options["reference_cache"] = str(folder / options["reference_cache"])
     if "output" in how:
@@ -125,8 +137,10 @@ def case(folder, family, options, how):
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
-        unlearn_module.train_step, sharded.write_tensors = real, write
-        ShardedCheckpoints.save, local.time = save, time
+        unlearn_module.train_step = real
+        sharded.write_tensors = write
+        ShardedCheckpoints.save = save
+        local.time = time
 
 
 def main(folder):

@@ -1,8 +1,9 @@
-"""Trainers and configurations for open-unlearning (locuslab/open-unlearning); README.md here says how to install them.
+"""Trainers and configurations for open-unlearning (locuslab/open-unlearning); README.md beside this file says how to use them.
 
-``soul.integrations.open_unlearning.trainers`` imports that code base's own package ``trainer``, so it works only inside it.
+May import: what `soul.integrations` may, and open-unlearning's own package ``trainer``, so `trainers` works only inside of it.
+Start reading with `trainers`.
 """
 
 import pathlib
 
-CONFIGS = pathlib.Path(__file__).parent / "configs" / "trainer"  # to be copied into its configs/trainer
+CONFIGS = pathlib.Path(__file__).parent / "configs" / "trainer"  # to be copied into configs/trainer of open-unlearning

@@ -1,4 +1,4 @@
-"""Trainers for open-unlearning: its data, collators, evaluators and configurations, SOUL's optimizers and fused losses.
+"""Trainers for open-unlearning, with its data, collators and evaluators, and SOUL's optimizers and fused losses.
 
 At the end of its ``src/trainer/__init__.py``::
 
@@ -36,7 +36,7 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
         retain_loss_type: "NLL" or "KL"; an objective without a choice takes "NLL" only.
         soul_args: as in `soul.integrations.hf.SOULTrainerMixin`.
         compat: None, or "open-unlearning": a KL retain term and UNDIAL are means over the positions that its code counts,
-            prompts and padding included. An error where the objective has neither.
+            prompts and padding included. It is refused where the objective has neither.
         **kwargs: the objective's options under open-unlearning's names (gamma, alpha, beta, delta, ...), and the arguments of
             its trainers: model, args, data_collator, train_dataset, evaluators, template_args, ...
 
@@ -44,7 +44,7 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
         ArgumentError: an option has a value that is not allowed, or does not fit the objective.
     """
 
-    method: str = ""  # of the subclasses, which have one objective each
+    method: str = ""  # the objective of a subclass; empty: it must be passed
 
     def __init__(
         self,
