@@ -9,7 +9,7 @@ takes these apart when it compiles, so they cost no instruction.
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -86,6 +86,17 @@ class Guards(NamedTuple):
         """Raise unless each is None or one fp32 number on the only device in ``devices``."""
         check_on_device("grad_factor", self.grad_factor, devices)
         check_on_device("skip", self.skip, devices)
+
+
+class LooseFields(TypedDict, total=False):
+    """The fields of `Noise` and `Guards` as keywords of an op."""
+
+    seed: int
+    tensor_ids: Sequence[int] | None
+    tensor_offsets: Sequence[int] | None
+    steps: Tensor | None
+    grad_factor: Tensor | None
+    skip: Tensor | None
 
 
 DEFAULT_NOISE = Noise()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from soul_kernels._compiled import Compiled
 from soul_kernels._foreach import (
@@ -16,6 +17,7 @@ from soul_kernels._foreach import (
     NO_GUARDS,
     ChunkNoise,
     Guards,
+    LooseFields,
     Noise,
     PreparedCall,
     chunk_of_program,
@@ -234,7 +236,7 @@ def hessian_ema(
     noise: Noise = DEFAULT_NOISE,
     guards: Guards = NO_GUARDS,
     backend: str = "auto",
-    **fields: Any,
+    **fields: Unpack[LooseFields],
 ) -> None:
     """Update diagonal Hessian estimates in place: ``h = beta2 * h + (1 - beta2) * scale * g * g``.
 
@@ -263,9 +265,10 @@ def hessian_ema(
     Raises:
         ValueError: an argument does not fit; nothing was changed.
     """
-    noise = with_fields(noise, fields)
-    guards = with_fields(guards, fields)
-    refuse_unknown_keywords("hessian_ema", fields)
+    keywords: dict[str, Any] = {**fields}
+    noise = with_fields(noise, keywords)
+    guards = with_fields(guards, keywords)
+    refuse_unknown_keywords("hessian_ema", keywords)
     update = HessianEma().prepare(
         hessians, grads, beta2=beta2, scale=scale, probes=probes, hessian_scales=hessian_scales, noise=noise, guards=guards,
         backend=backend,

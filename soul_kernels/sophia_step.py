@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from soul_kernels._compiled import Compiled
 from soul_kernels._foreach import (
@@ -26,6 +27,7 @@ from soul_kernels._foreach import (
     NO_GUARDS,
     ChunkNoise,
     Guards,
+    LooseFields,
     Noise,
     PreparedCall,
     chunk_of_program,
@@ -374,6 +376,17 @@ class StepOptions(NamedTuple):
         check_on_device("corrections", self.corrections, devices, numel=n_tensors)
 
 
+class LooseStepFields(LooseFields, total=False):
+    """The fields of the bundles that `sophia_step` takes as keywords beside its named parameters."""
+
+    low_bits: Sequence[Tensor | None] | None
+    exp_avg_scales: Sequence[Tensor | None] | None
+    hessian_scales: Sequence[Tensor | None] | None
+    maximize: bool
+    eps_mode: str
+    corrections: Tensor | None
+
+
 class SophiaStep:
     """Repeated Sophia steps on the same tensors: `sophia_step` in two parts, `prepare` and the call that it returns.
 
@@ -520,7 +533,7 @@ def sophia_step(
     guards: Guards = NO_GUARDS,
     telemetry: Tensor | None = None,
     backend: str = "auto",
-    **fields: Any,
+    **fields: Unpack[LooseStepFields],
 ) -> None:
     """Take one Sophia step in place: for every element, in fp32, rounded once to the storage of each tensor::
 
@@ -572,13 +585,14 @@ def sophia_step(
     Raises:
         ValueError: an argument does not fit; nothing was changed.
     """
-    more_tensors = {name: fields.pop(name) for name in ("low_bits", "exp_avg_scales", "hessian_scales") if name in fields}
+    keywords: dict[str, Any] = {**fields}
+    more_tensors = {name: keywords.pop(name) for name in ("low_bits", "exp_avg_scales", "hessian_scales") if name in keywords}
     tensors = StepTensors(params, grads, exp_avgs, hessians, **more_tensors)
     options = StepOptions(lr, beta1, rho, bs, eps, weight_decay, beta2, param_rounding=param_rounding)
-    options = with_fields(options, fields)
-    noise = with_fields(noise, fields)
-    guards = with_fields(guards, fields)
-    refuse_unknown_keywords("sophia_step", fields)
+    options = with_fields(options, keywords)
+    noise = with_fields(noise, keywords)
+    guards = with_fields(guards, keywords)
+    refuse_unknown_keywords("sophia_step", keywords)
     step = SophiaStep().prepare(tensors, options, noise=noise, guards=guards, telemetry=telemetry, backend=backend)
     step()
 
