@@ -71,8 +71,8 @@ test-compile: install ## every kernel compiled for sm_80, sm_90, sm_100 and gfx9
 # An error on the device is the end of its process, and a kernel may hang: so a process a file. pytest ends with 5 where a file
 # is skipped as a whole.
 test-gpu: ## the same tests on a GPU, with the Python that is active, four files at a time; test-compile needs none
-	@printf '%s\n' $(TESTS) | TRITON_INTERPRET=0 xargs -P 4 -I FILE sh -c 'told=$$(timeout $(LIMIT) $(PYTHON) -m pytest FILE --slow 2>&1); \
-	    status=$$?; printf "%s\nFILE: status $$status\n\n" "$$told"; [ $$status = 0 ] || [ $$status = 5 ]'
+	@printf '%s\n' $(TESTS) | TRITON_INTERPRET=0 xargs -P 4 -I FILE sh -c 'report=$$(timeout $(LIMIT) $(PYTHON) -m pytest FILE --slow 2>&1); \
+	    status=$$?; printf "%s\nFILE: status $$status\n\n" "$$report"; [ $$status = 0 ] || [ $$status = 5 ]'
 
 # `make -k` goes on where a client fails.
 test-clients: $(CLIENTS:%=test-client-%) ## with other people's code, each in an environment of its own; OPEN_UNLEARNING=checkout

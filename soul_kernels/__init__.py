@@ -5,16 +5,16 @@ Start reading with ``reference/<op>.py``, which defines an op, then ``<op>.py``,
 """
 
 from soul_kernels import _versions  # noqa: F401  first: it raises where torch is too old
-from soul_kernels._foreach import Guards, Noise
 from soul_kernels._head.registry import register_objective
 from soul_kernels._table import TensorTable
+from soul_kernels.bundles import Guards, Noise, StepOptions, StepTensors
 from soul_kernels.chunks import LinearOptions
 from soul_kernels.grad_norm import grad_norm
 from soul_kernels.hessian_ema import HessianEma, hessian_ema
 from soul_kernels.linear_gnb import linear_gnb
 from soul_kernels.linear_kl import linear_kl
 from soul_kernels.linear_loss import linear_logprob, linear_objective, linear_statistics
-from soul_kernels.sophia_step import SophiaStep, StepOptions, StepTensors, sophia_step
+from soul_kernels.sophia_step import SophiaStep, sophia_step
 from soul_kernels.tokens import Divergence, Head, Reference, TokenBatch, TokenStatistics
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Parts that the ops over lists of tensors share: bundles of arguments, prepared calls, and the prologue of the kernels.
+"""Parts that the ops over lists of tensors share: prepared calls, and the prologue of the kernels.
 
 On the host an op prepares a call: it checks its arguments, renews the `TensorTable` where something has changed, and returns
 a `PreparedCall`, which launches. In the kernel the prologue finds the chunk of a program (`chunk_of_program`), its pointers
@@ -9,112 +9,16 @@ takes these apart when it compiles, so they cost no instruction.
 
 import functools
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from soul_kernels._launch import tl, triton
 from soul_kernels._table import TensorTable
-from soul_kernels.errors import argument_error
-from soul_kernels.reference.rounding import GROUP, salt
 from soul_kernels.rounding import GROUP as GROUP_SIZE
 from soul_kernels.rounding import noise_key
-from soul_kernels.tensors import check_on_device, same_layout
-
-
-class Noise(NamedTuple):
-    """Source of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element).
-
-    Attributes:
-        seed: seed of the whole run. Without ``steps``, pass another one at every call.
-        tensor_ids: one int per tensor, by which the hash tells tensors apart; None: the position in the list.
-        tensor_offsets: one int per tensor. For a piece of a larger tensor it is the index of the piece's first element in the
-            larger one, in memory order: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
-        steps: fp32 [number of tensors] on the device, which sets the noise of this call apart from that of other calls.
-    """
-
-    seed: int = 0
-    tensor_ids: Sequence[int] | None = None
-    tensor_offsets: Sequence[int] | None = None
-    steps: Tensor | None = None
-
-    def salts(self, tensors: Sequence[Tensor]) -> list[int]:
-        """Return one salt per tensor, from the seed and from the tensor's id."""
-        numbers = range(len(tensors)) if self.tensor_ids is None else self.tensor_ids
-        return [salt(self.seed, number) for number in numbers]
-
-    def offsets(self, *states: Sequence[Tensor]) -> list[int]:
-        """Return the index that each tensor's first element has in the noise.
-
-        Args:
-            states: lists of the tensors' states. With 8-bit states an offset must be a multiple of 256, so that a group of the
-                piece is a group of the whole tensor.
-
-        Raises:
-            ValueError: ``tensor_offsets`` does not fit.
-        """
-        count = len(states[0])
-        if self.tensor_offsets is None:
-            return [0] * count
-        if len(self.tensor_offsets) != count:
-            expected = f"{count} integers, one a tensor"
-            raise argument_error("tensor_offsets", expected, len(self.tensor_offsets), "pass 0 for a tensor that is whole")
-        for index, offset in enumerate(self.tensor_offsets):
-            unit = GROUP if any(each[index].dtype == torch.uint8 for each in states) else 1
-            if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < 2**62 or offset % unit:
-                expected = f"a multiple of {GROUP}, the groups of 8-bit states," if unit > 1 else "an integer"
-                remedy = "pass the number of the piece's first element in the whole tensor"
-                raise argument_error(f"tensor_offsets[{index}]", f"{expected} from 0", repr(offset), remedy)
-        return list(self.tensor_offsets)
-
-
-class Guards(NamedTuple):
-    """Factor and skip flag for gradients that are too large, scaled, or not finite.
-
-    Both are read on the device, so the host does not wait for their values.
-
-    Attributes:
-        grad_factor: fp32 tensor of one element; the gradients are multiplied by it. None: 1.
-        skip: fp32 tensor of one element; unless it is 0, nothing is changed. None: 0.
-    """
-
-    grad_factor: Tensor | None = None
-    skip: Tensor | None = None
-
-    def check(self, devices: Sequence[torch.device]) -> None:
-        """Raise unless each is None or one fp32 number on the only device in ``devices``."""
-        check_on_device("grad_factor", self.grad_factor, devices)
-        check_on_device("skip", self.skip, devices)
-
-
-class LooseFields(TypedDict, total=False):
-    """The fields of `Noise` and `Guards` as keywords of an op."""
-
-    seed: int
-    tensor_ids: Sequence[int] | None
-    tensor_offsets: Sequence[int] | None
-    steps: Tensor | None
-    grad_factor: Tensor | None
-    skip: Tensor | None
-
-
-DEFAULT_NOISE = Noise()
-NO_GUARDS = Guards()
-
-Bundle = TypeVar("Bundle", bound=NamedTuple)
-
-
-def with_fields(bundle: Bundle, keywords: dict[str, Any]) -> Bundle:
-    """Move the keywords that are fields of a bundle out of ``keywords``; return the bundle with their values."""
-    fields = {name: keywords.pop(name) for name in bundle._fields if name in keywords}
-    return bundle._replace(**fields) if fields else bundle
-
-
-def refuse_unknown_keywords(function: str, keywords: dict[str, Any]) -> None:
-    """Raise Python's TypeError for an unknown keyword, if any is left after the fields of all bundles have been taken out."""
-    if keywords:
-        raise TypeError(f"{function}() got an unexpected keyword argument {next(iter(keywords))!r}")
+from soul_kernels.tensors import same_layout
 
 
 class PreparedCall:

@@ -13,25 +13,27 @@ from typing_extensions import Unpack
 
 from soul_kernels._compiled import Compiled
 from soul_kernels._foreach import (
-    DEFAULT_NOISE,
-    NO_GUARDS,
     ChunkNoise,
-    Guards,
-    LooseFields,
-    Noise,
     PreparedCall,
     chunk_of_program,
     chunk_pointer,
     noise_of_chunk,
     nothing_to_do,
     rebuild_table,
-    refuse_unknown_keywords,
     scale_pointer,
-    with_fields,
 )
 from soul_kernels._launch import tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
+from soul_kernels.bundles import (
+    DEFAULT_NOISE,
+    NO_GUARDS,
+    Guards,
+    LooseFields,
+    Noise,
+    refuse_unknown_keywords,
+    with_fields,
+)
 from soul_kernels.errors import check_range
 from soul_kernels.reference.hessian_ema import ema_block
 from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema

@@ -23,12 +23,7 @@ from typing_extensions import Unpack
 
 from soul_kernels._compiled import Compiled
 from soul_kernels._foreach import (
-    DEFAULT_NOISE,
-    NO_GUARDS,
     ChunkNoise,
-    Guards,
-    LooseFields,
-    Noise,
     PreparedCall,
     chunk_of_program,
     chunk_pointer,
@@ -36,20 +31,29 @@ from soul_kernels._foreach import (
     nothing_to_do,
     number_of_tensor,
     rebuild_table,
-    refuse_unknown_keywords,
     scale_pointer,
-    with_fields,
 )
 from soul_kernels._launch import tl, triton
 from soul_kernels._table import TensorTable
 from soul_kernels.backends import resolve_backend
-from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
+from soul_kernels.bundles import (
+    DEFAULT_NOISE,
+    NO_GUARDS,
+    ON_DEVICE_BITS,
+    Guards,
+    LooseStepFields,
+    Noise,
+    StepOptions,
+    StepTensors,
+    check_step_tensors,
+    refuse_unknown_keywords,
+    with_fields,
+)
 from soul_kernels.hessian_ema import ema
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
 from soul_kernels.reference.sophia_step import step_block
 from soul_kernels.rounding import (
     GROUP,
-    ROUNDINGS,
     Block,
     join,
     load,
@@ -61,14 +65,8 @@ from soul_kernels.rounding import (
     store_state,
 )
 from soul_kernels.tensors import (
-    PARAM_DTYPES,
-    STATE_DTYPES,
     check_on_device,
-    check_overlap,
-    check_scales,
-    check_tensor_lists,
     has_data,
-    same_layout,
 )
 
 # Elements per program, elements per loop iteration, warps. Sane choices differ by 1 to 2% (measured on an H100); with 8 warps
@@ -76,14 +74,12 @@ from soul_kernels.tensors import (
 # they use fused multiply-add.
 CONFIG = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
 CONFIG_8BIT = CONFIG | {"enable_fp_fusion": True}
-EPS_MODES = ("add", "max")
 # The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.
 ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")
 AUXILIARY = ("m_scale", "h_scale", "step", "correction")  # roles that are not walked element by element
 P_ROW, G_ROW, M_ROW, H_ROW, LOW_ROW, M_SCALE_ROW, H_SCALE_ROW, STEP_ROW, CORRECTION_ROW = map(tl.constexpr, range(len(ROLES)))
 N_ROLES = tl.constexpr(len(ROLES))
-# Options that may be tensors on the device -> the bit of the kernel's ON_DEVICE that is set where they are.
-ON_DEVICE_BITS = {"lr": 1, "weight_decay": 2, "rho": 4, "bs": 8}
+# The bits of ON_DEVICE, which tell the kernel what options are tensors on the device.
 LR_BIT, WEIGHT_DECAY_BIT, RHO_BIT, BS_BIT = map(tl.constexpr, ON_DEVICE_BITS.values())
 
 
@@ -295,98 +291,6 @@ def sophia_step_kernel(
         tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64))
 
 
-class StepTensors(NamedTuple):
-    """The tensors of a Sophia step: lists in which one index belongs to one parameter.
-
-    Attributes:
-        params: dense tensors, any shapes, fp32, bf16 or fp16; mutated.
-        grads: tensors of the same shapes, fp32, bf16 or fp16; not changed.
-        exp_avgs: momenta m, fp32, bf16 or 8-bit (uint8), laid out as the parameters; mutated.
-        hessians: diagonal Hessian estimates h, of the dtypes and layout of ``exp_avgs``; mutated with ``beta2`` only.
-        low_bits: int8 tensors, laid out as the parameters, for "compensated" rounding; an entry is None for an fp32 parameter.
-            Mutated.
-        exp_avg_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit momenta; mutated.
-        hessian_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit Hessians; mutated with ``beta2`` only.
-    """
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    exp_avgs: Sequence[Tensor]
-    hessians: Sequence[Tensor]
-    low_bits: Sequence[Tensor | None] | None = None
-    exp_avg_scales: Sequence[Tensor | None] | None = None
-    hessian_scales: Sequence[Tensor | None] | None = None
-
-
-class StepOptions(NamedTuple):
-    """The hyper-parameters of a Sophia step.
-
-    Attributes:
-        lr: learning rate, >= 0. This, ``weight_decay``, ``rho`` and ``bs`` may be an fp32 tensor of one element on the
-            parameters' device instead; it is then read there, and its value is not checked.
-        beta1: decay of the momentum, in [0, 1).
-        rho: scale of the clipping threshold, >= 0 (the paper's gamma).
-        bs: number of predictions in the batch that produced h, > 0.
-        eps: added to the denominator, >= 0.
-        weight_decay: decoupled weight decay, >= 0.
-        beta2: decay of the Hessian estimate, in [0, 1); None leaves it as it is.
-        maximize: ascend instead of descend.
-        eps_mode: "add" as in the published code, or "max" as in the papers: the denominator is ``max(rho * bs * h, eps)``.
-        param_rounding: "nearest", "stochastic" or "compensated"; fp32 parameters are stored exactly in any case.
-        corrections: fp32 [number of tensors] on the device: h is divided by it, for instance by ``1 - beta2^t``.
-    """
-
-    lr: float | Tensor
-    beta1: float
-    rho: float | Tensor
-    bs: float | Tensor
-    eps: float = 1e-15
-    weight_decay: float | Tensor = 0.0
-    beta2: float | None = None
-    maximize: bool = False
-    eps_mode: str = "add"
-    param_rounding: str = "nearest"
-    corrections: Tensor | None = None
-
-    def check(self) -> int:
-        """Raise ValueError if an option is out of its bounds; return the ON_DEVICE_BITS of the options that are tensors."""
-        on_device = 0
-        for name, bit in ON_DEVICE_BITS.items():
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                on_device |= bit
-            elif name == "bs":
-                check_positive("bs", value, "pass the number of predictions in the batch behind h")
-            else:
-                check_range(name, value)
-        check_range("eps", self.eps)
-        check_range("beta1", self.beta1, high=1.0)
-        if self.beta2 is not None:
-            check_range("beta2", self.beta2, high=1.0)
-        check_choice("param_rounding", self.param_rounding, ROUNDINGS)
-        check_choice("eps_mode", self.eps_mode, EPS_MODES)
-        return on_device
-
-    def check_on_device(self, on_device: int, devices: Sequence[torch.device], n_tensors: int) -> None:
-        """Raise ValueError unless every option that is a tensor fits and is on the one device in ``devices``."""
-        if on_device:
-            for name in ON_DEVICE_BITS:
-                if isinstance(value := getattr(self, name), Tensor):
-                    check_on_device(name, value, devices)
-        check_on_device("corrections", self.corrections, devices, numel=n_tensors)
-
-
-class LooseStepFields(LooseFields, total=False):
-    """The fields of the bundles that `sophia_step` takes as keywords beside its named parameters."""
-
-    low_bits: Sequence[Tensor | None] | None
-    exp_avg_scales: Sequence[Tensor | None] | None
-    hessian_scales: Sequence[Tensor | None] | None
-    maximize: bool
-    eps_mode: str
-    corrections: Tensor | None
-
-
 class SophiaStep:
     """Repeated Sophia steps on the same tensors: `sophia_step` in two parts, `prepare` and the call that it returns.
 
@@ -451,7 +355,7 @@ class SophiaStep:
         copy = None
         if not table.unchanged(roles, key):
             table.forget()
-            _check_tensors(tensors, options.param_rounding)
+            check_step_tensors(tensors, options.param_rounding)
             if not params:
                 return PreparedCall(table, nothing_to_do)
             salts = noise.salts(params)
@@ -595,44 +499,3 @@ def sophia_step(
     refuse_unknown_keywords("sophia_step", keywords)
     step = SophiaStep().prepare(tensors, options, noise=noise, guards=guards, telemetry=telemetry, backend=backend)
     step()
-
-
-def _check_tensors(tensors: StepTensors, param_rounding: str) -> None:
-    """Raise ValueError unless the tensors fit together."""
-    params = tensors.params
-    check_tensor_lists(
-        {"params": PARAM_DTYPES, "grads": PARAM_DTYPES, "exp_avgs": STATE_DTYPES, "hessians": STATE_DTYPES},
-        written=("params", "exp_avgs", "hessians"),
-        params=params,
-        grads=tensors.grads,
-        exp_avgs=tensors.exp_avgs,
-        hessians=tensors.hessians,
-    )
-    _check_low_bits(params, tensors.low_bits, param_rounding)
-    check_scales("exp_avg_scales", tensors.exp_avg_scales, "exp_avgs", tensors.exp_avgs)
-    check_scales("hessian_scales", tensors.hessian_scales, "hessians", tensors.hessians)
-
-
-def _check_low_bits(params: Sequence[Tensor], low_bits: Sequence[Tensor | None] | None, param_rounding: str) -> None:
-    """Raise ValueError unless exactly the parameters below fp32 have low bits, with "compensated" rounding only."""
-    if param_rounding != "compensated":
-        if low_bits is not None:
-            raise argument_error("low_bits", "None", "a list", f"{param_rounding!r} rounding has none")
-        return
-    low_bits = [None] * len(params) if low_bits is None else low_bits
-    if len(low_bits) != len(params):
-        raise argument_error("low_bits", f"{len(params)} tensors, as many as params", len(low_bits), "pass equal lists")
-    for index, (param, low) in enumerate(zip(params, low_bits)):
-        name = f"low_bits[{index}]"
-        if param.dtype == torch.float32:
-            if low is not None:
-                raise argument_error(name, "None beside an fp32 parameter", "a tensor", "fp32 parameters have no low bits")
-        elif not isinstance(low, Tensor) or low.dtype != torch.int8 or low.shape != param.shape:
-            got = f"{tuple(low.shape)} of {low.dtype}" if isinstance(low, Tensor) else type(low).__name__
-            raise argument_error(name, f"{tuple(param.shape)} of torch.int8", got, "torch.zeros_like(p, dtype=torch.int8)")
-        elif low.device != param.device or not same_layout(low, param):
-            got = f"{low.stride()} on {low.device}"
-            raise argument_error(
-                name, f"strides {param.stride()} on {param.device}", got, "torch.zeros_like(p, dtype=torch.int8)"
-            )
-    check_overlap({"params": params, "low_bits": low_bits})

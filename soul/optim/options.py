@@ -13,9 +13,9 @@ import torch
 
 from soul.distributed.shards import hidden_sharding, is_sharded, local
 from soul_kernels.backends import BACKENDS
+from soul_kernels.bundles import EPS_MODES
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
 from soul_kernels.rounding import ROUNDINGS
-from soul_kernels.sophia_step import EPS_MODES
 from soul_kernels.tensors import PARAM_DTYPES, check_gradient, has_data, overlaps_itself
 
 ParamGroup: TypeAlias = dict[str, Any]  # "params" and the options, by name
