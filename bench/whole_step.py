@@ -45,9 +45,9 @@ RHO = 0.04  # of SOUL's code
 LR = 1e-6  # of timed steps, which should hardly change the model
 GATE_LR = 3e-4  # of checked steps: bf16 does not round it away
 # Errors of likelihoods are absolute, that of the gradient norm is relative. In fp32 they come from the order of sums; in bf16
-# from logits rounded to 8 bits, averaged over some hundred tokens, and from torch's rounded norm. A sequence left out is worth
-# 4e-2 or more in either. Cosine: a step is a sign wherever it is clipped, so rounding of gradients near 0 turns some around;
-# with the wrong sign 1 - cosine would be 2, without any relation 1.
+# from logits rounded to 8 bits, averaged over some hundred tokens. A sequence left out is worth 4e-2 or more in either. Cosine:
+# a step is a sign wherever it is clipped, so rounding of gradients near 0 turns some around; with the wrong sign 1 - cosine
+# would be 2, without any relation 1.
 GATES = {
     torch.float32: {"nll": 1e-4, "norm": 1e-4, "cosine": 0.01},
     torch.bfloat16: {"nll": 1e-2, "norm": 3e-2, "cosine": 0.1},
@@ -142,6 +142,8 @@ def two_steps(make: MakeStep, setup: Setup, device: torch.device, dtype: torch.d
     model = make_model(setup.shape, device, dtype)
     before = [p.detach().clone() for p in model.parameters()]
     step = make(setup, model, device, lr=GATE_LR, rho=rho)
+    if isinstance(step, EagerStep):
+        step.exact_norm = True
     values = [{name: float(value) for name, value in step().items()} for _ in range(2)]
     update = torch.cat([(p.detach().float() - old.float()).flatten() for p, old in zip(model.parameters(), before)])
     return TwoSteps((step.sequences, step.n_labels), values, update)
