@@ -79,12 +79,12 @@ class EagerStep:
         update: function without arguments, called when all gradients are formed.
         all_logits: compute the logits of every position, as the model itself returns them; else of positions with a label.
         max_grad_norm: or None.
+        exact_norm: return the norm of the gradients in fp64, for comparison with another step. What clips is torch's own in any
+            case: a sum of squares in fp32, which on one thread of a CPU was off by 1.2e-4.
 
     Attributes:
         sequences: the token ids of all sequences, of `sequences_of`.
         n_labels: how many positions have a label.
-        exact_norm: return the norm of the gradients in fp64, for comparison with another step. What clips is torch's own in any
-            case: a sum of squares in fp32, which on one thread of a CPU was off by 1.2e-4.
         called: for `bench._harness.measure`: the step was taken once already.
         row_fields: for `bench._harness.measure`.
     """
@@ -97,6 +97,7 @@ class EagerStep:
         *,
         all_logits: bool,
         max_grad_norm: float | None = 1.0,
+        exact_norm: bool = False,
     ) -> None:
         self.model = model
         self.micro_batches = micro_batches
@@ -109,7 +110,7 @@ class EagerStep:
         self.n_labels = sum(len(batch.token_indices) for batch in batches)
         self._n_forget = sum(int(((b.labels.cpu() != -100) & b.is_forget[:, None]).sum()) for b in batches)
         self._n_retain = self.n_labels - self._n_forget
-        self.exact_norm = False
+        self._exact_norm = exact_norm
         self.called = False
         self.row_fields: dict[str, float] = {}
 
@@ -134,7 +135,7 @@ class EagerStep:
             del outputs, logits, nll  # tensors of the head's size, which would outlive the forward of the next micro-batch
         values = {"loss": retain_nll - forget_nll, "forget_nll": forget_nll, "retain_nll": retain_nll}
         if self._max_grad_norm is not None:
-            exact_norm = norm_in_fp64(self._params) if self.exact_norm else None
+            exact_norm = norm_in_fp64(self._params) if self._exact_norm else None
             with phase("clipping"):
                 values["grad_norm"] = torch.nn.utils.clip_grad_norm_(self._params, self._max_grad_norm)
             if exact_norm is not None:
