@@ -1,6 +1,7 @@
 """The time until a process has taken its first step: the import, and a compiled step that torch finds in its cache on disk.
 
-Every call is a new process. The first one that compiles fills a cache directory, which the timed ones read.
+Every call is a new process. The first one that compiles fills a cache directory, which the timed ones read. Bytecode is cached
+too, as it is where a package was installed: otherwise Python would compile every file of ours, and none of torch's.
 """
 
 import functools
@@ -48,7 +49,8 @@ class Process:
     def __init__(self, program: str, cache: str) -> None:
         self._program = program
         self._seconds: list[list[float]] = []
-        self._environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        self._environment = inherited | {"TORCHINDUCTOR_CACHE_DIR": cache}
 
     def __call__(self) -> None:
         """Run the process to its end.

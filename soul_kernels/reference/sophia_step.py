@@ -81,11 +81,13 @@ def step_block(
         new, new_low = split(p - change, word, param.dtype)
         low.copy_(new_low)
     if telemetry is not None:
-        counts = (ratio.abs() >= 1).long()  # for each element clipped + 2^32 lost: one sum counts both
+        clipped = (ratio.abs() >= 1).sum(dtype=torch.int32)
+        lost = torch.zeros_like(clipped)
         if param_rounding == "nearest" and param.dtype != torch.float32:
-            counts = counts + (((new.float() == p) & (change != 0)).long() << 32)
-        counts = counts.sum()
-        telemetry += torch.stack([counts & 0xFFFFFFFF, counts >> 32, (change * change).sum(dtype=torch.float64)])
+            lost = ((new.float() == p) & (change != 0)).sum(dtype=torch.int32)
+        # Where the ratio is NaN the change is too. Reading it here lets torch.compile form both sums in one loop.
+        squares = torch.where(ratio == ratio, change * change, change)
+        telemetry += torch.stack([clipped, lost, squares.sum(dtype=torch.float64)])
     param.copy_(new)
     store_block(exp_avg, m_scale, m, word, "exp_avg")
     if hessian_in_step:
