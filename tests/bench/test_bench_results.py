@@ -204,8 +204,9 @@ def test_every_target_has_rows_that_reach_it_and_rows_that_do_not():
     """With the names that cases and variants have on a GPU; a pattern that matches nothing would never be measured."""
     examples = rows_of_a_gpu(bad=False)
     for target in targets.TARGETS:
-        assert targets.judge(target, examples)[0] == "pass", target.what
-        assert targets.judge(target, rows_of_a_gpu(bad=True))[0] == "fail", target.what
+        good, bad = ("reached", "short of") if target.aim else ("pass", "fail")
+        assert targets.judge(target, examples)[0] == good, target.what
+        assert targets.judge(target, rows_of_a_gpu(bad=True))[0] == bad, target.what
 
 
 def rows_of_a_gpu(bad):
@@ -227,7 +228,7 @@ def rows_of_a_gpu(bad):
     for op, module in (("linear_loss", bench_linear_loss), ("linear_gnb", bench_linear_gnb)):
         for case in (make() for make in module.cases(torch.device("cuda"), quick=False)):
             for name in case.variants:
-                mine = bad and name in ("ours", "ours, chunks of 4 GiB")
+                mine = bad and name in ("ours", "ours, chunks of 4 GiB", "ours, bf16 logits")
                 fields = dict(
                     percent_of_floor=200.0 if bad else 105.0,
                     errors=dict.fromkeys(("log p flat", "dW before rounding flat"), 1e-3 if bad else 1e-6),
