@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -68,7 +69,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing a case (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write all rows there")
-    parser.add_argument("--ours", action="store_true", help="leave the peers out: ours and bare matrix products alone")
+    parser.add_argument(
+        "--variants", metavar="PATTERN", type=pattern_of,
+        help="only variants that match the regular expression, and bare matrix products; ^ours: without peers",
+    )  # fmt: skip
     parser.add_argument(
         "--against", metavar="DIR", type=pathlib.Path,
         help="measure this checkout against the one in DIR, in turns; ops must be named; exit status 1 where it is slower",
@@ -134,6 +138,14 @@ def thread_count(text: str) -> int:
             "names of ops come before --threads"
         )
     return count
+
+
+def pattern_of(text: str) -> re.Pattern[str]:
+    """Return a regular expression from the command line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r} ({error})") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -223,10 +235,10 @@ def run_op(op: str, args: argparse.Namespace, header: Row, limits: dict[int | No
         try:
             case = make()
             case.name = name = with_threads(case.name, count)
-            if args.ours:
-                case.drop_peers()
+            if args.variants:
+                case.keep(args.variants)
             runs_here = not case.once or count == args.threads[-1]
-            if runs_here and args.only in name and (args.only or case.default):
+            if case.variants and runs_here and args.only in name and (args.only or case.default):
                 rows += [
                     {"op": op} | row | ({"threads": count} if count else {})
                     for row in run_case(case, device, limits[count], args.budget)

@@ -100,9 +100,15 @@ class Case:
     own_memory: bool = False
     once: bool = False
 
-    def drop_peers(self) -> None:
-        """Leave the variants of ours and the floor; a check looks at those that are left."""
-        self.variants = {name: make for name, make in self.variants.items() if name.startswith("ours") or name == self.floor}
+    def keep(self, pattern: re.Pattern[str]) -> None:
+        """Drop the variants whose names do not match, but for the floor.
+
+        Most checks then look at the others alone; errors of those that a check needs all the same are left out.
+        """
+        check = self.check
+        dropped = {name for name in self.variants if not pattern.search(name) and name != self.floor}
+        self.variants = {name: make for name, make in self.variants.items() if name not in dropped}
+        self.check = lambda: {name: error for name, error in check().items() if name not in dropped}
 
     def rates(self, variant: str, ms: float, limits: Limits) -> Row:
         """Return rates, and percentages of what this machine reaches, for a time of ``ms``."""
@@ -285,7 +291,7 @@ def environment(device: torch.device) -> Row:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # names the CUDA that it was built for, which the package's version may not
         **{package: version(package) for package in ("triton", *PEERS)},
-        "commit": commit_of(library()),
+        "commit": commit_of(library().parent),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -297,7 +303,9 @@ def library() -> pathlib.Path:
 
 
 def commit_of(folder: pathlib.Path) -> str | None:
-    """Return the commit of the checkout that a folder belongs to, with "-dirty" where it was changed; or None."""
+    """Return the commit of a checkout, with "-dirty" where it was changed; None where the folder is not the root of one."""
+    if _run("git", "-C", str(folder), "rev-parse", "--show-toplevel") != str(folder):
+        return None
     return _run("git", "-C", str(folder), "describe", "--always", "--dirty")
 
 

@@ -1,8 +1,9 @@
 """``python -m bench OP ... --against DIR``: this checkout of the library against another one, in one run on one machine.
 
-DIR holds the packages `soul` and `soul_kernels` of the other one: ``git worktree add DIR COMMIT`` makes it. The benchmarks of
-this checkout measure both, op by op, each time in a process of its own, in the order other, this, this, other, so that what
-drifts over minutes costs both the same. Nothing is written into DIR.
+DIR holds the packages `soul` and `soul_kernels` of the other one: ``git worktree add DIR COMMIT`` makes it, and so does
+``git archive COMMIT soul soul_kernels | tar -x -C DIR`` for a machine without git. The benchmarks of this checkout measure
+both, op by op, each time in a process of its own, in the order other, this, this, other, so that what drifts over minutes
+costs both the same. Nothing is written into DIR.
 """
 
 import argparse
@@ -22,14 +23,14 @@ from soul_kernels.errors import argument_error
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("soul", "soul_kernels")
 ORDER = ("other", "this", "this", "other")
-VALUES, FLAGS = ("only", "budget", "device"), ("quick", "ours")  # options of the command line that both get
+VALUES = ("only", "budget", "device")  # options of the command line that both get, beside those with other values
 
 
 def main(args: argparse.Namespace, ops: Sequence[str], header: Row) -> int:
     """Measure both, print every row of both side by side, and return the exit status.
 
     Each of the four files of an op is written after every case, so that an interrupted run leaves its results. They go to a
-    folder ``<card>-against-<commit>`` beside that of the results of the card.
+    folder ``<card>-against-<commit>`` beside that of the results of the card; without git it is named after DIR.
 
     Args:
         args: of ``python -m bench``.
@@ -43,8 +44,8 @@ def main(args: argparse.Namespace, ops: Sequence[str], header: Row) -> int:
         ArgumentError: the folder does not hold another checkout of the library.
     """
     folders = {"other": checked(args.against), "this": ROOT}
-    beside = results.folder_of(header, args.results or results.FOLDER)
-    to = beside.with_name(f"{beside.name}-against-{commit_of(folders['other'] / 'soul') or 'unknown'}")
+    of_card = results.folder_of(header, args.results or results.FOLDER)
+    to = of_card.with_name(f"{of_card.name}-against-{commit_of(folders['other']) or folders['other'].name}")
     to.mkdir(parents=True, exist_ok=True)
     measured = False
     bad = False
@@ -86,7 +87,10 @@ def passed_on(args: argparse.Namespace) -> Iterator[str]:
     """Yield the options of the command line that say what is measured, and how."""
     for name in VALUES:
         yield from (f"--{name}", str(getattr(args, name)))
-    yield from (f"--{name}" for name in FLAGS if getattr(args, name))
+    if args.quick:
+        yield "--quick"
+    if args.variants:
+        yield from ("--variants", args.variants.pattern)
     if args.threads:
         yield from ("--threads", *map(str, args.threads))
 
@@ -104,7 +108,7 @@ def run(folder: pathlib.Path, argv: Sequence[str]) -> int:
 
 
 def pooled(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return results in which each row stands for all runs: medians of their medians and MiB, the widest of their spreads."""
+    """Return results in which each row stands for all runs: the median of their medians, and the widest of their spreads."""
     rows_of: dict[compare.Key, list[Row]] = {}
     for one in runs:
         for row in one["rows"]:

@@ -4,7 +4,9 @@ A stand-in computes what the library does, in plain PyTorch. So these tests show
 the right names, that a peer that does other work is seen by its errors, and what is printed where it is missing.
 """
 
+import functools
 import inspect
+import re
 import sys
 import types
 
@@ -172,6 +174,24 @@ def test_a_graph_that_inductor_does_not_chunk_is_not_called_chunked(monkeypatch)
         bench_linear_loss.inductor_chunks()(inputs)
 
 
+def test_bf16_logits_have_gates_of_their_own():
+    """Eager PyTorch rounds its logits to the dtype of the inputs: it passes as what ours is with such logits, not as ours."""
+    torch.manual_seed(0)
+    inputs_of = _heads.make_inputs("CE", 64, 64, 1000, CPU, torch.bfloat16, frozen=False)
+    objective = _heads.LOSSES["CE"]
+
+    def check(name):
+        functions = {name: lambda: functools.partial(_heads.eager_objective, objective=objective)}
+        return _heads.check(functions, inputs_of, objective, torch.bfloat16)[name]
+
+    assert 1e-3 < check(_heads.BF16_LOGITS)["log p flat"] < 6e-2
+    with pytest.raises(AssertionError, match="ours, flat inputs: .*log p"):
+        check("ours")
+    wrong = {_heads.BF16_LOGITS: lambda: lambda inputs: 1.2 * _heads.eager_objective(inputs, objective)[0]}
+    with pytest.raises(AssertionError, match=r"bf16 logits, flat inputs: .*dX"):
+        _heads.check(wrong, inputs_of, objective, torch.bfloat16)
+
+
 class Adam(torch.optim.Optimizer):
     """AdamW in plain PyTorch, under the arguments of the stand-ins; ``made`` lists those of all that were made."""
 
@@ -284,10 +304,19 @@ def test_without_peers_neither_their_times_nor_their_errors_are_taken(libraries,
     step = multi_tensor_case(torch.float32)
     loss = _heads.make_case("CE", 32, 16, 50, False, {"ours": lambda: _heads.ours("CE"), "a peer": pytest.fail}, CPU)
     for case in (step, loss):
-        case.drop_peers()
+        case.keep(re.compile("^ours"))
         rows = _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
         assert all(row["variant"].startswith("ours") or row["variant"] == case.floor for row in rows) and rows
     assert not Adam.made
+
+
+def test_errors_of_peers_that_a_check_needs_all_the_same_are_left_out(untimed):
+    """As in the whole step, where ours is compared with the published recipe."""
+    errors = {"ours": {"error of the loss": 1e-6}, "published recipe": {"error of the loss": 0.0}}
+    case = _harness.Case("step", dict.fromkeys(errors, lambda: dict), lambda: errors)
+    case.keep(re.compile("^ours"))
+    (row,) = _harness.run_case(case, CPU, LIMITS, budget_s=0.0)
+    assert row["variant"] == "ours" and row["errors"] == errors["ours"]
 
 
 def test_the_aim_is_set_by_the_faster_of_quack_and_liger():

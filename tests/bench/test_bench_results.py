@@ -1,6 +1,7 @@
 """Results of the benchmarks as files, what is read out of them, and the command line around it."""
 
 import copy
+import importlib
 import importlib.util
 import json
 import re
@@ -334,11 +335,14 @@ def test_a_wrong_case_is_told_and_does_not_cost_the_others(untimed, monkeypatch,
 
     made = [_harness.Case("bad", {"ours": lambda: pytest.fail}, check), _harness.Case("good", {"ours": lambda: dict}, dict)]
     module = types.SimpleNamespace(cases=lambda device, quick: [broken, *(lambda case=case: case for case in made)])
+    plots = importlib.util.find_spec("matplotlib") is not None
+    if plots:
+        importlib.import_module("matplotlib.backends.backend_agg")  # which imports by the function that is replaced
     monkeypatch.setattr(__main__.importlib, "import_module", lambda name: module)
     where = [
         "--json",
         str(tmp_path / "rows.json"),
-        *(["--plots", str(tmp_path)] if importlib.util.find_spec("matplotlib") else []),
+        *(["--plots", str(tmp_path)] if plots else []),
     ]
     assert __main__.main(["grad_norm", "--device", "cpu", "--threads", "1", *where]) == 1
     assert "bad, 1 thread: wrong, not timed: dX is 0.5" in capsys.readouterr().out
