@@ -2,7 +2,7 @@
 
 Each function makes an optimizer and returns its step. Where the package is missing, it raises ModuleNotFoundError. The
 interfaces of the multi-tensor libraries were read in Transformer Engine 2.20.2, apex at 004da4e (states of bf16 parameters are
-fp32), and Dion at b3595d6 and later (there a Triton kernel over all tensors, later ``torch._fused_adamw_`` on all tensors).
+fp32), and Dion at db3595d and later (there a Triton kernel over all tensors, later ``torch._fused_adamw_`` on all tensors).
 """
 
 import functools

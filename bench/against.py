@@ -30,7 +30,8 @@ def main(args: argparse.Namespace, ops: Sequence[str], header: Row) -> int:
     """Measure both, print every row of both side by side, and return the exit status.
 
     Each of the four files of an op is written after every case, so that an interrupted run leaves its results. They go to a
-    folder ``<card>-against-<commit>`` beside that of the results of the card; without git it is named after DIR.
+    folder ``<card>-against-<commit>`` beside that of the results of the card; without git it is named after DIR. Their names
+    hold the op and the text of ``--only``, so that another part of the op does not replace them.
 
     Args:
         args: of ``python -m bench``.
@@ -52,7 +53,7 @@ def main(args: argparse.Namespace, ops: Sequence[str], header: Row) -> int:
     for op in ops:
         files: dict[str, list[pathlib.Path]] = {name: [] for name in folders}
         for number, name in enumerate(ORDER, 1):
-            file = to / f"{op}-{number}-{name}.json"
+            file = to / f"{'-'.join(filter(None, (op, results.slug(args.only))))}-{number}-{name}.json"
             file.unlink(missing_ok=True)  # of an earlier run
             print(f"\n==== {op}, {number} of {len(ORDER)}: {name} checkout, {folders[name]}", flush=True)
             status = run(folders[name], [op, "--json", str(file), *passed_on(args)])

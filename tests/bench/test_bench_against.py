@@ -2,13 +2,14 @@
 
 import json
 import pathlib
+import shlex
 import shutil
 import subprocess
 
 import pytest
 import torch
 
-from bench import __main__, _harness, against, results
+from bench import __main__, _harness, against, bench_linear_loss, bench_sophia_step, results
 
 HEADER = {"device": "Some Card 80GB", "kind": "cuda", "torch": "2.13", "triton": "3.9", "commit": "abc", "date": "2026-11-26"}
 LIMITS = {"copy_bytes_per_s": 1e12, "gemm_flop_per_s": 1e14}
@@ -61,7 +62,7 @@ def test_both_are_measured_in_turns_and_compared(other, measured, tmp_path, caps
     assert all(argv[0] == "grad_norm" and argv[3:] == options for _, argv in runs)
     folder = tmp_path / "results" / "some-card-80gb-against-old"
     assert sorted(file.name for file in folder.iterdir()) == [
-        f"grad_norm-{number}-{name}.json" for number, name in enumerate(against.ORDER, 1)
+        f"grad_norm-loss-{number}-{name}.json" for number, name in enumerate(against.ORDER, 1)
     ]
     out = capsys.readouterr().out
     assert "2.050      1.100      0.537x faster         8       8     loss: ours" in out and str(folder) in out
@@ -164,3 +165,32 @@ def test_the_other_library_is_measured_by_the_benchmarks_of_this_checkout(tmp_pa
     written = [json.loads((folder / f"grad_norm-{name}.json").read_text()) for name in ("1-other", "2-this")]
     assert all({one["variant"] for one in run["rows"]} == {"ours"} for run in written)
     assert written[0]["environment"]["commit"] is None and written[1]["environment"]["torch"] == str(torch.__version__)
+
+
+def commands_of_a_gpu():
+    """The words after ``python -m bench`` of every line of the README's run on a card that picks cases."""
+    text = (against.ROOT / "bench" / "README.md").read_text().partition("## On a GPU machine")[2].partition("\n## ")[0]
+    lines = [line.partition("python -m bench ")[2].split("  #")[0] for line in text.splitlines() if " --only " in line]
+    return [
+        shlex.split(line.replace("$A", "--against ../before --variants ^ours --results")) for line in lines if "`" not in line
+    ]
+
+
+def test_the_commands_of_the_readme_pick_cases_that_there_are(monkeypatch):
+    """A name that has changed would measure nothing, on a machine that is lent for half an hour."""
+
+    def make_params(shapes, device, dtype):
+        return [torch.empty(shape, device=device, dtype=dtype) for shape in shapes]
+
+    monkeypatch.setattr(bench_sophia_step, "make_params", make_params)
+    monkeypatch.setattr(__main__, "run", lambda args: args)
+    monkeypatch.setattr(against, "main", lambda args, ops, header: args)
+    devices = {"linear_loss": torch.device("cuda"), "sophia_step": torch.device("meta")}  # neither has inputs when it is made
+    modules = {"linear_loss": bench_linear_loss, "sophia_step": bench_sophia_step}
+    cases = {op: [make() for make in module.cases(devices[op], False)] for op, module in modules.items()}
+    picked = [args for words in commands_of_a_gpu() if (args := __main__.main(["--device", "cpu", *words])).ops[0] in cases]
+    assert len(picked) == 8
+    for args in picked:
+        found = [case for case in cases[args.ops[0]] if args.only in case.name]
+        assert 1 <= len(found) <= 5, (args.only, [case.name for case in found])
+        assert not args.variants or all(any(map(args.variants.search, case.variants)) for case in found)

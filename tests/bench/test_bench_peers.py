@@ -228,7 +228,7 @@ class ApexAdam(Adam):  # 004da4e, apex/optimizers/fused_adam.py
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
 
-# Dion at b3595d6 and later, dion/scalar_opts.py.
+# Dion at db3595d and later, dion/scalar_opts.py.
 def adamw_update_foreach(X, G, M, V, lr, beta1, beta2, weight_decay, step, epsilon, cautious_wd=False):
     assert len(X) == len(G) == len(M) == len(V) and all(x.dtype == m.dtype == v.dtype for x, m, v in zip(X, M, V))
     steps = [torch.tensor(float(step)) for _ in X]
