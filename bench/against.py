@@ -3,7 +3,7 @@
 DIR holds the packages `soul` and `soul_kernels` of the other one: ``git worktree add DIR COMMIT`` makes it, and so does
 ``git archive COMMIT soul soul_kernels | tar -x -C DIR`` for a machine without git. The benchmarks of this checkout measure
 both, op by op, each time in a process of its own, in the order other, this, this, other, so that what drifts over minutes
-costs both the same. Nothing is written into DIR.
+costs both the same. Nothing but Python's bytecode is written into DIR.
 """
 
 import argparse
