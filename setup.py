@@ -63,6 +63,8 @@ setup(
             "bitsandbytes>=0.47",
             "pytorch-optimizer>=3.8",
             "liger-kernel>=0.8.5",
+            'liger-kernel[cutedsl]>=0.8.5; platform_system == "Linux"',
+            'quack-kernels>=0.6.5; platform_system == "Linux"',
             "cut-cross-entropy>=25.1.1",
         ],
         "test": TEST,

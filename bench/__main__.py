@@ -8,13 +8,14 @@ import argparse
 import importlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
 import torch
 
-from bench import compare, results, targets
+from bench import against, compare, results, targets
 from bench._harness import (
     WRONG,
     Case,
@@ -33,7 +34,15 @@ from bench._plots import plot_cases, plot_results
 from soul._extras import MissingExtra, require
 
 OPS = sorted(path.stem.removeprefix("bench_") for path in pathlib.Path(__file__).parent.glob("bench_*.py"))
-OF_MEASUREMENTS = ("json", "results", "plots", "compare", "targets", "threads")  # options that write or read measurements
+OF_MEASUREMENTS = (
+    "json",
+    "results",
+    "plots",
+    "compare",
+    "targets",
+    "threads",
+    "against",
+)  # options that write or read measurements
 MODULES = {op: f"bench.bench_{op}" for op in OPS} | {
     "step": "bench.whole_step",
     "start": "bench.start",
@@ -61,6 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=3.0, help="seconds of timing a case (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="also write all rows there")
     parser.add_argument(
+        "--variants", metavar="PATTERN", type=pattern_of,
+        help="only variants that match the regular expression, and bare matrix products; ^ours: without peers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="DIR", type=pathlib.Path,
+        help="measure this checkout against the one in DIR, in turns; ops must be named; exit status 1 where it is slower",
+    )  # fmt: skip
+    parser.add_argument(
         "--results", metavar="DIR", type=pathlib.Path, nargs="?", const=results.FOLDER,
         help="also write DIR/<card>/<op>.json, one file an op (DIR: bench/results)",
     )  # fmt: skip
@@ -83,6 +100,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--threads: expected --device cpu beside it, got {args.device}; a GPU's work has no threads to set")
     if args.model and (options := [name for name in OF_MEASUREMENTS if getattr(args, name) is not None]):
         parser.error(f"--model: expected no --{options[0]} beside it, which is about measurements; got both")
+    if args.against and not args.ops:
+        parser.error(f"--against: expected ops before it, of {', '.join(MODULES)}, got none")
+    if args.against and (args.json or args.plots):
+        parser.error("--against: expected neither --json nor --plots beside it: it writes a folder of its own")
     if args.source and not args.plots:
         parser.error("--from needs --plots DIR, where the pictures go")
     try:
@@ -90,6 +111,8 @@ def main(argv: list[str] | None = None) -> int:
             require("matplotlib", "bench")  # now, not after an hour
         if args.model:
             return importlib.import_module("bench.model").main(args.model, args.ops, args.only)
+        if args.against:
+            return against.main(args, args.ops, environment(torch.device(args.device)))
         if args.compare:
             return compare.main(*args.compare)
         if args.targets is not None:
@@ -115,6 +138,14 @@ def thread_count(text: str) -> int:
             "names of ops come before --threads"
         )
     return count
+
+
+def pattern_of(text: str) -> re.Pattern[str]:
+    """Return a regular expression from the command line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r} ({error})") from error
 
 
 def run(args: argparse.Namespace) -> int:
@@ -204,8 +235,10 @@ def run_op(op: str, args: argparse.Namespace, header: Row, limits: dict[int | No
         try:
             case = make()
             case.name = name = with_threads(case.name, count)
+            if args.variants:
+                case.keep(args.variants)
             runs_here = not case.once or count == args.threads[-1]
-            if runs_here and args.only in name and (args.only or case.default):
+            if case.variants and runs_here and args.only in name and (args.only or case.default):
                 rows += [
                     {"op": op} | row | ({"threads": count} if count else {})
                     for row in run_case(case, device, limits[count], args.budget)

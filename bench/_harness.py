@@ -28,13 +28,29 @@ from typing import Any
 
 import torch
 
+import soul
 from soul._extras import MissingExtra
 from soul.plan.cards import DATASHEETS
 
-# Packages of the extra "peers".
+# Packages of the extra "peers", and those that each need a command of their own.
 PEERS = (
     "torch-optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch-optimizer", "liger-kernel", "cut-cross-entropy",
+    "quack-kernels", "nvidia-cutlass-dsl", "transformer-engine", "apex", "dion",
 )  # fmt: skip
+_EXTRA = "'soul-kernels[peers]'"
+# Module that a peer imports -> what pip installs it from. A package "apex" that pip finds by that name is another one.
+INSTALLED_BY = dict.fromkeys(
+    (
+        "optimi", "flashoptim", "torchao", "bitsandbytes", "pytorch_optimizer", "liger_kernel", "cut_cross_entropy", "quack",
+        "cutlass", "cuda",
+    ),
+    _EXTRA,
+) | {
+    "transformer_engine": "--no-build-isolation 'transformer-engine[pytorch]'",
+    "transformer_engine_torch": "--no-build-isolation 'transformer-engine[pytorch]'",
+    "apex": "--no-build-isolation git+https://github.com/NVIDIA/apex, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1",
+    "dion": "git+https://github.com/microsoft/dion",
+}  # fmt: skip
 CLOCKS = "clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
 WRONG = "wrong, not timed: "  # begins the reason of a variant of ours that has no time
 SLOW_MS = 1e3  # a call that takes longer needs no more warm-up than the calls that came before
@@ -83,6 +99,16 @@ class Case:
     at: dict[str, int] = dataclasses.field(default_factory=dict)
     own_memory: bool = False
     once: bool = False
+
+    def keep(self, pattern: re.Pattern[str]) -> None:
+        """Drop the variants whose names do not match, but for the floor.
+
+        Most checks then look at the others alone; errors of those that a check needs all the same are left out.
+        """
+        check = self.check
+        dropped = {name for name in self.variants if not pattern.search(name) and name != self.floor}
+        self.variants = {name: make for name, make in self.variants.items() if name not in dropped}
+        self.check = lambda: {name: error for name, error in check().items() if name not in dropped}
 
     def rates(self, variant: str, ms: float, limits: Limits) -> Row:
         """Return rates, and percentages of what this machine reaches, for a time of ``ms``."""
@@ -265,9 +291,22 @@ def environment(device: torch.device) -> Row:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # names the CUDA that it was built for, which the package's version may not
         **{package: version(package) for package in ("triton", *PEERS)},
-        "commit": _run("git", "describe", "--always", "--dirty"),
+        "commit": commit_of(library().parent),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def library() -> pathlib.Path:
+    """Return the folder of the package `soul` that is measured, links resolved."""
+    (folder,) = soul.__path__
+    return pathlib.Path(folder).resolve()
+
+
+def commit_of(folder: pathlib.Path) -> str | None:
+    """Return the commit of a checkout, with "-dirty" where it was changed; None where the folder is not the root of one."""
+    if _run("git", "-C", str(folder), "rev-parse", "--show-toplevel") != str(folder):
+        return None
+    return _run("git", "-C", str(folder), "describe", "--always", "--dirty")
 
 
 def version(package: str) -> str | None:
@@ -316,8 +355,10 @@ def start(name: str, make: Callable[[], Any]) -> tuple[Any, str | None]:
     except Exception as error:  # a variant that does not run is a line of the table; the others are still measured
         if name.startswith("ours"):
             return None, WRONG + failure(error)
-        if isinstance(error, ModuleNotFoundError):
-            return None, f"{error.name}: not installed"
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__  # a library may say it in its own words
+        if isinstance(error, ImportError) and isinstance(missing, ModuleNotFoundError):
+            command = INSTALLED_BY.get(str(missing.name).partition(".")[0])
+            return None, f"{missing.name}: not installed" + (f"; run: pip install {command}" if command else "")
         return None, f"did not run: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
 
 

@@ -14,13 +14,14 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
-from bench._harness import Case, compiled
+from bench._harness import Case, Errors, compiled
 from soul.losses import NPO, PO, GradDiff, KLMin, Objective
 from soul_kernels import LinearOptions, Reference, TokenBatch, linear_gnb, linear_objective
 from soul_kernels.reference.kl_divergence import kl_divergence, ref_log_probabilities
 from soul_kernels.reference.token_logprob import token_logprob
 
 FLOOR = "bare GEMMs"
+BF16_LOGITS = "ours, bf16 logits"
 FLOOR_ROWS = 4096  # of a chunk: more are not faster
 EXACT_ROWS = 512  # of a chunk in fp64: half a GiB a tensor at V 128256
 SLICE = 8192  # rows of dW that are compared at a time
@@ -299,11 +300,13 @@ def check(
     """Return the errors of every variant that runs, by its name; raise AssertionError where ours is wrong.
 
     bf16 gradients are off by 1.7e-3 because they are rounded once. Errors in fp32, and of what is fp32 in either case (loss,
-    values of the tokens), come from the order of sums; those of cumulated probabilities are over the whole vocabulary.
+    values of the tokens), come from the order of sums; those of cumulated probabilities are over the whole vocabulary. With
+    bf16 logits, eager PyTorch reaches 1.5e-2 in log p and, where p is close to 1, 1.7e-2 in gradients.
     """
     gates = {"loss": 1e-4, "log p": 1e-4, "KL": 1e-4, "draw": 1e-4, "dX": 4e-3, "dW": 4e-3, "dW before rounding": 4e-3}
     if dtype == torch.float32:
         gates |= {"dX": 1e-4, "dW": 1e-4}
+    rounded = gates | {"loss": 1e-3, "log p": 6e-2} | dict.fromkeys(("dX", "dW", "dW before rounding"), 0.1)
     errors_by_name: dict[str, dict[str, float]] = {}
     for kind, inputs in inputs_of.items():
         exact_result = functools.cache(functools.partial(exact, inputs, objective, inputs.labels))
@@ -317,30 +320,33 @@ def check(
                     raise
                 continue
             if is_ours:
-                wrong = {key: value for key, value in errors.items() if not value < gates[key]}
+                limits = rounded if name == BF16_LOGITS else gates
+                wrong = {key: value for key, value in errors.items() if not value < limits[key]}
                 assert not wrong, f"{name}, {kind} inputs: {wrong}"
             errors_by_name.setdefault(name, {}).update({f"{key} {kind}": value for key, value in errors.items()})
     return errors_by_name
 
 
-def ours(loss: str, chunk_bytes: int | None = None) -> Function:
+def ours(loss: str, chunk_bytes: int | None = None, logits_dtype: torch.dtype = torch.float32) -> Function:
     """Return one of `LOSSES` computed by our ops."""
     objective = LOSSES[loss]
 
+    def options_of(inputs: Inputs) -> LinearOptions:
+        return LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes, logits_dtype=logits_dtype)
+
     def gnb(inputs: Inputs) -> Output:
-        options = LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes)
-        return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, options=options)
+        return linear_gnb(inputs.hidden, inputs.weight, inputs.keep, uniforms=inputs.uniforms, options=options_of(inputs))
 
     def kl(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget_on_cpu,
-            reference=inputs.reference, options=LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes),
+            reference=inputs.reference, options=options_of(inputs),
         )  # fmt: skip
 
     def of_logps(inputs: Inputs) -> Output:
         return linear_objective(
             inputs.hidden, inputs.weight, inputs.labels, objective, is_forget=inputs.is_forget, ref_logps=inputs.ref_logps,
-            return_logps=True, options=LinearOptions(token_indices=inputs.token_indices, chunk_bytes=chunk_bytes),
+            return_logps=True, options=options_of(inputs),
         )  # fmt: skip
 
     return {"GNB": gnb, "KL": kl}.get(loss, of_logps)
@@ -355,6 +361,8 @@ def functions_of(loss: str, device: torch.device, quick: bool) -> dict[str, Call
     functions: dict[str, Callable[[], Function]] = {"ours": lambda: ours(loss)}
     if device.type == "cuda":
         functions["ours, chunks of 4 GiB"] = lambda: ours(loss, chunk_bytes=2**32)
+        if loss == "CE":  # as several peers have it
+            functions[BF16_LOGITS] = lambda: ours(loss, logits_dtype=torch.bfloat16)
     if loss == "GNB":
         functions["ours, plain cross-entropy"] = lambda: ours("CE")
     eager: dict[str, Function] = {"KL": eager_kl, "GNB": eager_gnb}
@@ -400,12 +408,17 @@ def make_case(
     variants: dict[str, Callable[[], Callable[[], None]]] = {name: functools.partial(start, name) for name in functions}
     floor = {FLOOR: lambda: functools.partial(bare_gemms, inputs()["flat"], loss == "KL")}
     products = (2 if frozen else 3) + (loss == "KL")
-    return Case(
+
+    def check_variants() -> Errors:
+        return check({name: make for name, make in made.items() if name in case.variants}, inputs(), LOSSES[loss], dtype)
+
+    case = Case(
         f"{op or loss}, N {n}, D {d}, V {n_vocab}, {str(dtype)[6:]}, {'frozen' if frozen else 'trained'} head",
         floor | variants,
-        lambda: check(made, inputs(), LOSSES[loss], dtype),
+        check_variants,
         flops=products * 2 * n * n_vocab * d,
         floor=FLOOR,
         default=default,
         at={"N": n, "D": d, "V": n_vocab},
     )
+    return case

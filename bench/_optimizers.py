@@ -1,9 +1,12 @@
 """Peers of the optimizer's step: the published formulas written out, torch's optimizers, and those of other libraries.
 
-Each function makes an optimizer and returns its step. Where the package is missing, it raises ModuleNotFoundError.
+Each function makes an optimizer and returns its step. Where the package is missing, it raises ModuleNotFoundError. The
+interfaces of the multi-tensor libraries were read in Transformer Engine 2.20.2, apex at 004da4e (states of bf16 parameters are
+fp32), and Dion at db3595d and later (there a Triton kernel over all tensors, later ``torch._fused_adamw_`` on all tensors).
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,9 @@ import torch
 
 from bench._harness import compiled
 from soul_kernels.reference.sophia_step import sophia_step as reference_step
+
+# Of AdamW, where results are compared.
+ADAMW: dict[str, Any] = dict(lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 
 Tensors = list[torch.Tensor]
 Params = list[torch.Tensor]  # with gradients
@@ -143,6 +149,66 @@ def bitsandbytes_adamw(params: Params) -> Callable[[], Any]:
     from bitsandbytes.optim import AdamW8bit
 
     return AdamW8bit(params, lr=1e-4).step
+
+
+def torch_adamw(params: Params, **options: Any) -> Callable[[], Any]:
+    """Return the step of torch's AdamW."""
+    return torch.optim.AdamW(params, **ADAMW, **options).step
+
+
+def transformer_engine_adamw(params: Params, **options: Any) -> Callable[[], Any]:
+    """Return the step of Transformer Engine's FusedAdam in its AdamW mode.
+
+    States are fp32 by default. With ``master_weights`` and ``store_param_remainders`` bf16 parameters have 16 more bits each,
+    as in compensated rounding here.
+    """
+    from transformer_engine.pytorch.optimizers import FusedAdam
+
+    return FusedAdam(params, **ADAMW, **options).step
+
+
+def apex_adamw(params: Params) -> Callable[[], Any]:
+    """Return the step of apex's FusedAdam in its AdamW mode; states are fp32."""
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam(params, **ADAMW).step
+
+
+def dion_adamw(params: Params) -> Callable[[], Any]:
+    """Return Dion's AdamW on all tensors at once, as its optimizers call it for what is no matrix; states as the parameters."""
+    from dion.scalar_opts import adamw_update_foreach
+
+    grads = gradients(params)
+    values = [p.detach() for p in params]
+    exp_avgs = [torch.zeros_like(p) for p in values]
+    squares = [torch.zeros_like(p) for p in values]
+    beta1, beta2 = ADAMW["betas"]
+    steps = itertools.count(1)
+
+    def call() -> None:
+        adamw_update_foreach(
+            values, grads, exp_avgs, squares, lr=ADAMW["lr"], beta1=beta1, beta2=beta2, weight_decay=ADAMW["weight_decay"],
+            step=next(steps), epsilon=ADAMW["eps"],
+        )  # fmt: skip
+
+    return call
+
+
+@torch.no_grad()
+def exact_adamw(params: Params, steps: int) -> Tensors:
+    """Return what parameters are after some steps of AdamW with equal gradients, in fp64; nothing is changed."""
+    beta1, beta2 = ADAMW["betas"]
+    results = []
+    for p, grad in zip(params, gradients(params)):
+        value, g = p.double(), grad.double()
+        m, v = torch.zeros_like(g), torch.zeros_like(g)
+        for step in range(1, steps + 1):
+            m = beta1 * m + (1 - beta1) * g
+            v = beta2 * v + (1 - beta2) * g * g
+            value = value * (1 - ADAMW["lr"] * ADAMW["weight_decay"])
+            value = value - ADAMW["lr"] * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + ADAMW["eps"])
+        results.append(value)
+    return results
 
 
 def sophia_h(soul: bool, params: Params) -> Callable[[], Any]:

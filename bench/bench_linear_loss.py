@@ -10,11 +10,16 @@ On a CPU there is one case at full size: CE with the widths of SmolLM2-135M, of 
 ones of the others run by name.
 
 Peers are compared where the work is equal, for CE, each as it comes and at its most accurate. Errors of every variant stand
-beside its time: see `bench._heads`. Eager PyTorch rounds its logits to the dtype of the inputs before it makes them fp32.
+beside its time: see `bench._heads`. Eager PyTorch, Liger and quack round their logits to the dtype of the inputs, as "ours,
+bf16 logits" does. The interfaces of peers were read in torch 2.13, Liger 0.8.5, quack 0.6.5, and cut-cross-entropy 25.1.1 and
+its repository at 3a79837.
+
+``--only "CE over chunks"`` shows what the size of a chunk is worth where all logits take 3.9 GiB.
 """
 
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeAlias
@@ -56,6 +61,38 @@ def liger(**options: torch.dtype) -> Function:
     return loss
 
 
+def liger_hopper() -> Function:
+    """Return Liger's loss for Hopper in the CuTe DSL: bf16 logits, dW at once over all tokens.
+
+    It takes bf16, a multiple of 128 tokens and of 256 tokens of the vocabulary. All logits are kept until backward, and dW is
+    computed even of a frozen head, which would not be equal work.
+    """
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    def loss(inputs: Inputs) -> Output:
+        x, labels = inputs.flat
+        if not inputs.weight.requires_grad:
+            raise ValueError("it computes dW of a frozen head too")
+        return liger_fused_linear_cross_entropy_sm90(x, inputs.weight, labels)
+
+    return loss
+
+
+def quack(**options: bool) -> Function:
+    """Return quack's loss in chunks of 4,096 tokens: bf16 logits, dW in fp32 until it is complete.
+
+    On a Hopper it keeps ``exp(logits)`` in bf16, scaled by powers of two, in place of the logits, unless ``use_scaled_exp`` is
+    false.
+    """
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    def loss(inputs: Inputs) -> Output:
+        x, labels = inputs.flat
+        return chunked_linear_cross_entropy(x, inputs.weight, labels, **options)
+
+    return loss
+
+
 def cut(**options: str | None) -> Function:
     """Return cut cross-entropy.
 
@@ -63,6 +100,9 @@ def cut(**options: str | None) -> Function:
     not every release has that.
     """
     from cut_cross_entropy import linear_cross_entropy
+
+    if options.get("impl") == "cce_exact" and "accum_c_fp32" not in inspect.signature(linear_cross_entropy).parameters:
+        raise ValueError("needs git+https://github.com/apple/ml-cross-entropy")
 
     def loss(inputs: Inputs) -> Output:
         x, labels = inputs.flat
@@ -84,7 +124,48 @@ def of_torch(acc_policy: _Policy | None = None, acc_dtype: torch.dtype | None = 
     return loss
 
 
+def inductor_chunks() -> Function:
+    """Return plain PyTorch under inductor's auto-chunker: 8 chunks of tokens, whose gradients are computed in forward.
+
+    By itself it leaves these shapes as they are: only logits of more than 8 times the size of the inputs are chunked.
+    """
+    from torch._inductor import metrics
+
+    options: dict[str, Any] = {
+        "auto_chunker.enable": True, "auto_chunker.output_size_threshold": 0, "auto_chunker.amplify_ratio_threshold": 0,
+    }  # fmt: skip
+    step = torch.compile(mean_cross_entropy, dynamic=False, options=options)
+    compiled_before = False
+
+    def loss(inputs: Inputs) -> Output:
+        nonlocal compiled_before
+        x, labels = inputs.flat
+        if compiled_before:
+            return step(x, inputs.weight, labels)
+        chunked = metrics.num_auto_chunking
+        caches_disabled = torch.compiler.config.force_disable_caches
+        torch.compiler.config.force_disable_caches = True  # a graph from a cache is not counted
+        try:
+            result = step(x, inputs.weight, labels)
+        finally:
+            torch.compiler.config.force_disable_caches = caches_disabled
+        if metrics.num_auto_chunking == chunked:
+            raise RuntimeError("inductor did not chunk it")
+        compiled_before = True
+        return result
+
+    return loss
+
+
+def mean_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross-entropy in plain PyTorch: logits rounded to the dtype of the inputs, then fp32."""
+    return F.cross_entropy((x @ weight.T).float(), labels)
+
+
 PEERS: dict[str, Callable[[], Function]] = {
+    "quack": quack,
+    "quack, no scaled exp": lambda: quack(use_scaled_exp=False),
+    "Liger, CuTe for Hopper": liger_hopper,
     "Liger": liger,
     "Liger, accum_dtype fp32": lambda: liger(accum_dtype=torch.float32),
     "cut-cross-entropy": cut,
@@ -95,6 +176,8 @@ PEERS: dict[str, Callable[[], Function]] = {
     # The accumulator's dtype must be named: only the policy "auto" looks for one above that of the inputs.
     "torch linear_cross_entropy, accurate": lambda: of_torch(acc_policy="accurate", acc_dtype=torch.float32),
 }
+AUTO_CHUNKER = "inductor, auto-chunker"
+CHUNKS_GIB = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass
@@ -120,7 +203,7 @@ def of_all_tokens(inputs: Inputs) -> Output:
 def of_labelled_tokens(inputs: Inputs) -> Output:
     """Compute the same loss as a careful user writes it: logits of the tokens with a label only."""
     x, labels = inputs.flat
-    return F.cross_entropy((x @ inputs.weight.T).float(), labels)
+    return mean_cross_entropy(x, inputs.weight, labels)
 
 
 def fresh_gemms(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,6 +267,7 @@ def make_labelled_case(n: int, n_labelled: int, d: int, n_vocab: int, device: to
         "plain Hugging Face loss": lambda: of_all_tokens,
         "eager, of tokens with a label": lambda: of_labelled_tokens,
         "torch.compile of it": lambda: compiled(of_labelled_tokens),
+        AUTO_CHUNKER: inductor_chunks,
         **{name: make for name, make in PEERS.items() if name in ("Liger", "torch linear_cross_entropy, chunks")},
     }
     made = {name: functools.cache(make) for name, make in functions.items()}
@@ -193,14 +277,15 @@ def make_labelled_case(n: int, n_labelled: int, d: int, n_vocab: int, device: to
 
     x = inputs.flat[0].detach()
     variants: dict[str, Callable[[], Any]] = {FLOOR: lambda: functools.partial(fresh_gemms, x, weight.detach())}
-    return Case(
+    case = Case(
         f"CE, N {n_labelled} of {n}, D {d}, V {n_vocab}, float32, trained head",
         variants | {name: functools.partial(start, name) for name in functions},
-        lambda: compare(made, inputs),
+        lambda: compare({name: make for name, make in made.items() if name in case.variants}, inputs),
         flops=3 * 2 * n_labelled * n_vocab * d,
         floor=FLOOR,
         at={"N": n_labelled, "D": d, "V": n_vocab},
     )
+    return case
 
 
 def runs_by_default(loss: str, n: int, d: int, n_vocab: int, frozen: bool) -> bool:
@@ -227,6 +312,14 @@ def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
         grid = itertools.product((False, True), SHAPES, SIZES, LOSSES)
         sizes = [(loss, n, d, n_vocab, frozen) for frozen, (d, n_vocab), n, loss in grid]
     for size in sizes:
-        functions = functions_of(size[0], device, quick) | (PEERS if size[0] == "CE" else {})
+        functions = functions_of(size[0], device, quick)
+        if size[0] == "CE":
+            functions |= PEERS | ({} if quick else {AUTO_CHUNKER: inductor_chunks})
         default = quick if device.type == "cpu" else runs_by_default(*size)
         yield functools.partial(make_case, *size, functions, device, default=default)
+    if device.type != "cpu":
+        sweep = {"ours": functools.partial(ours, "CE")} | {
+            f"ours, chunks of {gib} GiB": functools.partial(ours, "CE", chunk_bytes=gib * 2**30) for gib in CHUNKS_GIB
+        }
+        size = ("CE", 8192, *SHAPES[2], False)
+        yield functools.partial(make_case, *size, sweep, device, op="CE over chunks", default=False)

@@ -10,16 +10,21 @@ import torch
 
 from bench._harness import Case, Errors, check_room, compiled
 from bench._optimizers import (
+    apex_adamw,
     bitsandbytes_adamw,
     compiled_published,
     compiled_reference,
+    dion_adamw,
+    exact_adamw,
     flash_adamw,
     foreach_step,
     optimi_adamw,
     published,
     published_step,
     sophia_h,
+    torch_adamw,
     torchao_adamw,
+    transformer_engine_adamw,
 )
 from soul import SOUL, SophiaG
 from soul_kernels.backends import interpreting, resolve_backend
@@ -27,6 +32,7 @@ from soul_kernels.backends import interpreting, resolve_backend
 Shape = tuple[int, ...]
 Optimizer = type[SophiaG]
 Options = dict[str, Any]  # of an optimizer
+Step = Callable[[], object]
 Peers = dict[str, tuple[Callable[[], Callable[[], object]], float]]  # name -> function that makes it, bytes a parameter
 STATE_DTYPES: dict[Any, str] = {None: "default", torch.float32: "fp32", torch.bfloat16: "bf16", "8bit": "8-bit"}
 ROUNDINGS = ("nearest", "stochastic", "compensated")
@@ -173,6 +179,59 @@ def cpu_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick:
     return torch_peers(soul, params, dtype, quick) | {name: (lambda: compiled_published(soul, params), size)}
 
 
+# Every one takes parameters and makes a step of AdamW on all of them at once, with `bench._optimizers.ADAMW`.
+MULTI_TENSOR: dict[str, Callable[[list[torch.Tensor]], Step]] = {
+    "torch AdamW, fused": functools.partial(torch_adamw, fused=True),
+    "Transformer Engine AdamW, fp32 states": transformer_engine_adamw,
+    "Transformer Engine AdamW, bf16 states": functools.partial(
+        transformer_engine_adamw, exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16
+    ),
+    "Transformer Engine AdamW, fp32 states, 32-bit weights": functools.partial(
+        transformer_engine_adamw, master_weights=True, store_param_remainders=True
+    ),
+    "apex AdamW, fp32 states": apex_adamw,
+    "Dion AdamW": dion_adamw,
+}
+
+
+def multi_tensor_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick: bool) -> Peers:
+    """Return `MULTI_TENSOR`, like `torch_peers`: libraries that, as ours does, take a step of all tensors in few launches.
+
+    AdamW reads and writes as many tensors as SOUL. Parameters are read and written and gradients are read; so are two states.
+    """
+    half = dtype != torch.float32
+    peers: Peers = {}
+    for name, make in MULTI_TENSOR.items():
+        if half or not name.endswith(("bf16 states", "32-bit weights")):
+            states = 4 if "fp32 states" in name else 2 if "bf16 states" in name else dtype.itemsize
+            low = 4 if "32-bit weights" in name else 0
+            peers[name] = functools.partial(make, params), 3 * dtype.itemsize + 4 * states + low
+    return peers
+
+
+def errors_of_adamw(names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Return the relative error of what two steps change, against AdamW in fp64, of those of `MULTI_TENSOR` that run.
+
+    Most of it comes from the last rounding of the parameters where they are bf16.
+    """
+    errors = {}
+    for name in names:
+        torch.manual_seed(0)
+        params = make_params([(300, 257), (17,)], device, dtype)
+        before = [p.detach().double() for p in params]
+        want = exact_adamw(params, steps=2)
+        try:
+            step = MULTI_TENSOR[name](params)
+            step()
+            step()
+        except Exception:  # it says why when it is to be timed
+            continue
+        wrong = sum((p.detach().double() - value).square().sum().item() for p, value in zip(params, want))
+        right = sum((value - p).square().sum().item() for value, p in zip(want, before))
+        errors[name] = {"what it changes": (wrong / right) ** 0.5}
+    return errors
+
+
 def other_peers(soul: bool, params: list[torch.Tensor], dtype: torch.dtype, quick: bool) -> Peers:
     """Return peers of other libraries, like `torch_peers`; in their own cases, because all states together exceed 80 GB."""
     size = dtype.itemsize
@@ -262,12 +321,24 @@ def make_case(
         made |= peers(soul, params, dtype, quick)
     numel = sum(p.numel() for p in params)
     labels = {label: f"{label}, {per_param:.4g} B/param" for label, (_, per_param) in made.items()}
-    return Case(
+
+    def check_all() -> Errors:
+        errors = check(optimizer, variants, device, dtype, quick)
+        compared = (
+            [label for label in MULTI_TENSOR if labels.get(label) in case.variants] if peers is multi_tensor_peers else []
+        )
+        if not compared:
+            return errors
+        mine = dict.fromkeys((label_of(dtype, **options) for options in variants), errors)
+        return {labels[label]: of_one for label, of_one in (mine | errors_of_adamw(compared, device, dtype)).items()}
+
+    case = Case(
         f"{optimizer.__name__}.step, {name}, {str(dtype)[6:]}",
         {labels[label]: make for label, (make, _) in made.items()},
-        functools.partial(check, optimizer, variants, device, dtype, quick),
+        check_all,
         bytes={labels[label]: per_param * numel for label, (_, per_param) in made.items()},
     )
+    return case
 
 
 def make_huge_case(device: torch.device, quick: bool) -> Case:
@@ -341,6 +412,9 @@ def cases(device: torch.device, quick: bool) -> Iterator[Callable[[], Case]]:
             yield functools.partial(make_case, name, optimizer, main, *rest, peers=torch_peers)
             others = [main[0], main[-1]]
             yield functools.partial(make_case, f"{name}, other libraries", optimizer, others, *rest, peers=other_peers)
+            if optimizer is SOUL:
+                title = f"{name}, multi-tensor libraries"
+                yield functools.partial(make_case, title, optimizer, main[:1], *rest, peers=multi_tensor_peers)
             for group in groups:
                 title = f"{name}, {STATE_DTYPES[group[0]['state_dtype']]} states"
                 yield functools.partial(make_case, title, optimizer, group, shapes, device, dtype, quick)

@@ -14,8 +14,12 @@ DIGITS = 5  # significant ones: a time is good for three
 
 def folder_of(header: Row, root: pathlib.Path = FOLDER) -> pathlib.Path:
     """Return the folder for results of one card or processor: its name in lower-case letters, digits and hyphens."""
-    name = re.sub(r"\((r|tm|c)\)|[®™©]", " ", header["device"].lower())
-    return root / (re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown")
+    return root / (slug(re.sub(r"\((r|tm|c)\)|[®™©]", " ", header["device"].lower())) or "unknown")
+
+
+def slug(text: str) -> str:
+    """Return a text as the name of a file: lower-case letters and digits, and a hyphen for all between them."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def write(path: pathlib.Path, header: Row, limits: Limits, rows: list[Row], summary: Row | None = None) -> None:

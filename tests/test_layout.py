@@ -173,7 +173,9 @@ def test_what_an_extra_brings_is_imported_within_functions(package):
             assert not names & OPTIONAL, path
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi"}  # import -> name on PyPI, if another
+# Import -> name on PyPI, if another.
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi", "quack": "quack-kernels"}
+BUILT = {"apex", "dion", "transformer_engine"}  # by commands of their own: bench/_harness.py, INSTALLED_BY
 OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unlearning's own
 
 
@@ -185,11 +187,12 @@ def test_what_is_imported_is_declared(monkeypatch):
     runpy.run_path(str(ROOT / "setup.py"))
     lines = [*declared["install_requires"], *(line for extra in declared["extras_require"].values() for line in extra)]
     names = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+    known = OURS | BUILT | sys.stdlib_module_names
     for path in (path for folder in ("soul", "soul_kernels", "bench") for path in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text())
         required = [node.args[0].value for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args
                     and getattr(node.func, "id", None) == "require" and isinstance(node.args[0], ast.Constant)]  # fmt: skip
-        for name in {name.split(".")[0] for name in [*imported(path), *required] if name} - OURS - sys.stdlib_module_names:
+        for name in {name.split(".")[0] for name in [*imported(path), *required] if name} - known:
             needed = DISTRIBUTIONS.get(name, name).replace("_", "-")
             assert needed in names, f"{path.relative_to(ROOT)} imports {name}, and setup.py does not ask for {needed}"
 

@@ -264,6 +264,7 @@ def test_slow_calls_are_warmed_up_by_those_before_and_take_fewer_rounds(monkeypa
 @pytest.fixture
 def labelled_case(monkeypatch):
     monkeypatch.setattr(bench_linear_loss, "compiled", lambda function: function)
+    monkeypatch.setattr(bench_linear_loss, "inductor_chunks", lambda: bench_linear_loss.of_labelled_tokens)
     monkeypatch.setattr(_harness, "time_interleaved", untimed)
     torch.manual_seed(0)
     return bench_linear_loss.make_labelled_case(64, 16, 32, 200, CPU)
