@@ -7,11 +7,12 @@ choose the format: ``DTYPE``, and ``HESSIAN``, which is true for the 8-bit forma
 
 from typing import Any, NamedTuple
 
-from soul_kernels._launch import tl, triton
+from soul_kernels._launch import interpreting, tl, triton
 from soul_kernels.reference.rounding import GROUP as _GROUP
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 GROUP = tl.constexpr(_GROUP)
+INTERPRETED = tl.constexpr(interpreting())  # Triton decides by the same variable when it defines a kernel
 
 
 class Block(NamedTuple):
@@ -59,7 +60,7 @@ def noise_words(key, first, offsets, CROSSES: tl.constexpr):
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
     """Round fp32 to ``DTYPE``, to nearest, ties to even; NaN stays NaN and overflow becomes inf, as in torch's ``to()``."""
-    if DTYPE == tl.bfloat16:  # on bits: Triton's interpreter truncates where a GPU rounds
+    if DTYPE == tl.bfloat16 and INTERPRETED:  # the interpreter's conversion truncates
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(x == x, bits, 0x7FC00000)

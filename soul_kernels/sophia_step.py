@@ -276,19 +276,25 @@ def sophia_step_kernel(
         counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
         counted += counts
         moved += change * change
-    if full * BLOCK < chunk.count:
-        offsets = full * BLOCK + lanes
+    # Accesses with a mask need more registers: in half blocks the rest needs no more than the loop above.
+    HALF: tl.constexpr = BLOCK // 2
+    HALF_VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, HALF)
+    counted = tl.sum(tl.reshape(counted, [HALF, 2]), 1)
+    moved = tl.sum(tl.reshape(moved, [HALF, 2]), 1)
+    for index in range(2 * full, tl.cdiv(chunk.count, HALF)):
+        offsets = index * HALF + tl.arange(0, HALF)
         mask = offsets < chunk.count
-        block = Block(offsets, mask, full * (BLOCK // GROUP), groups)
-        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
+        block = Block(offsets, mask, index * (HALF // GROUP), groups)
+        counts, change = _step_block(pointers, block, noise, numbers, HALF_VARIANT)
         counted += tl.where(mask, counts, 0)
         moved += tl.where(mask, change * change, 0.0)
     if telemetry_ptr is not None:
-        # Counts are integers, exact in fp64 in whatever order they are added.
-        tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64))
+        # Counts are integers, exact in fp64 in whatever order they are added. Relaxed: nothing in this launch reads the sums, and
+        # the default order would put two full memory barriers around each of them.
+        tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64), sem="relaxed")
         if STORED == "nearest" and P_DTYPE != tl.float32:
-            tl.atomic_add(telemetry_ptr + 1, tl.sum(counted >> 16, 0).to(tl.float64))
-        tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64))
+            tl.atomic_add(telemetry_ptr + 1, tl.sum(counted >> 16, 0).to(tl.float64), sem="relaxed")
+        tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64), sem="relaxed")
 
 
 class SophiaStep:

@@ -51,7 +51,7 @@ def _cost(opcode: str) -> dict[str, int]:
         return {"control": 1}
     if name in EXCHANGE or "shared" in modifiers or "shared::cta" in modifiers:
         return {"exchange": 1}
-    if name in ("ld", "st", "atom"):
+    if name in ("ld", "st", "atom", "red"):
         return {"memory": 1}
     kind = modifiers[-1]
     if name in ("ex2", "lg2", "rcp", "sqrt", "div"):

@@ -776,13 +776,15 @@ def _barrier(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
-    """``atom.add``: one lane after another, in the order of programs and threads."""
-    _, *modifiers = instruction.opcode.split(".")
+    """``atom.add``, and ``red.add``, which returns nothing: one lane after another, in the order of programs and threads."""
+    name, *modifiers = instruction.opcode.split(".")
     if modifiers not in (["global", "gpu", "acq_rel", "add", "f64"], ["global", "gpu", "relaxed", "add", "f64"]):
         raise Unsupported(f"form {instruction.opcode}")
-    target, address, source = instruction.operands
+    *targets, address, source = instruction.operands
+    if len(targets) != (name == "atom") or not all(isinstance(target, Register) for target in targets):
+        raise Unsupported(f"form {instruction.opcode}")
     where = _Address(kernel, instruction, address, "global", 8)
-    slot = kernel.slots[target.name]
+    slots = [kernel.slots[target.name] for target in targets]
     value_slot = kernel._source(source, "b64")
     add = form("add.rn.f64").function
 
@@ -800,7 +802,8 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
         counts = batch.launch.counts
         counts.loaded[8] += 8 * len(index)
         counts.stored[8] += 8 * len(index)
-        r[slot] = lanes.merged(r[slot], before)
+        for slot in slots:
+            r[slot] = lanes.merged(r[slot], before)
 
     return step
 
@@ -818,6 +821,6 @@ def _unguarded(instruction: Instruction) -> Instruction:
 
 
 _OPERATIONS: dict[str, Callable[[Kernel, Instruction], Step]] = {
-    "mov": _move, "cvta": _convert_address, "ld": _load, "st": _store, "atom": _atomic, "ldmatrix": _load_matrix,
+    "mov": _move, "cvta": _convert_address, "ld": _load, "st": _store, "atom": _atomic, "red": _atomic, "ldmatrix": _load_matrix,
     "shfl": _shuffle, "redux": _reduce, "bar": _barrier,
 }  # fmt: skip

@@ -269,10 +269,11 @@ def test_ldmatrix(count, transposed):
 
 
 @pytest.mark.parametrize("order", ["acq_rel", "relaxed"])
-def test_atomic_add(order):
+@pytest.mark.parametrize("name, target", [("atom", "%rd2, "), ("red", "")])
+def test_atomic_add(name, target, order):
     body = f"""
         cvt.rn.f64.s32 %rd1, %r20; setp.lt.u32 %p1, %r20, 5; mov.u64 %rd2, 0x0;
-        @%p1 atom.global.gpu.{order}.add.f64 %rd2, [ %rd21 + 0 ], %rd1;
+        @%p1 {name}.global.gpu.{order}.add.f64 {target}[ %rd21 + 0 ], %rd1;
     """
     out = torch.zeros(2, dtype=torch.float64)
     kernel = Kernel(HEADER + body + FOOTER, 32, 0)
