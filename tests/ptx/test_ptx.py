@@ -103,6 +103,15 @@ def test_programs_are_numbered_along_x_first():
     assert out.tolist() == [100 * z + 10 * y + x for z in range(2) for y in range(3) for x in range(4)]
 
 
+# Two ordinary halves, and the same with the lower one changed in odd threads, the upper one in every other two; both predicates.
+HALVES_DIFFER = """
+    and.b32 %r1, %r1, 0x3FFF3FFF; and.b32 %r3, %r20, 1; and.b32 %r4, %r20, 2; shl.b32 %r4, %r4, 15;
+    or.b32 %r3, %r3, %r4; xor.b32 %r3, %r1, %r3;
+"""
+BITS = "selp.b32 %r3, 1, 0, %p1; selp.b32 %r4, 2, 0, %p2; or.b32 %r2, %r3, %r4;"
+PAIR_EQUAL = 3 - (THREAD & 3)
+
+
 @pytest.mark.parametrize("body, want", [
     ("mov.b32 %r2, %r1;", lambda w: w),
     ("mov.u32 %r2, 0x7632U;", lambda w: 0 * w + 0x7632),
@@ -121,6 +130,9 @@ def test_programs_are_numbered_along_x_first():
     ("cvta.to.global.u64 %rd1, %rd22; ld.global.b32 %r2, [%rd1];", lambda w: w),
     ("cvt.s32.s8 %r2, %r1;", lambda w: ((w & 255) ^ 128) - 128 & 0xFFFFFFFF),  # PTX reads the low bits of a wider register
     ("cvt.u32.u16 %r2, %r1;", lambda w: w & 0xFFFF),
+    ("mov.pred %p1, -1; mov.pred %p2, 0; selp.b32 %r3, %r1, 5, %p1; selp.b32 %r2, 7, %r3, %p2;", lambda w: w),
+    (HALVES_DIFFER + "setp.eq.bf16x2 %p1|%p2, %r1, %r3;" + BITS, lambda w: PAIR_EQUAL),
+    (HALVES_DIFFER + "setp.neu.f16x2 %p1|%p2, %r1, %r3;" + BITS, lambda w: 3 - PAIR_EQUAL),
     # guards: threads where they are false keep what was there
     ("mov.b32 %r2, 9; setp.lt.u32 %p1, %r20, 7; @%p1 mov.b32 %r2, %r1;", lambda w: np.where(THREAD < 7, w, 9)),
     ("mov.b32 %r2, 9; setp.lt.u32 %p1, %r20, 7; @!%p1 xor.b32 %r2, %r1, 1;", lambda w: np.where(THREAD < 7, 9, w ^ 1)),
@@ -435,6 +447,10 @@ def test_padding_of_a_view_is_out_of_bounds_only_where_that_is_strict():
     ("bar.sync 1, 64;", "form"),
     ("bar.red.popc.u32 %r1, 0, %p1;", "form"),
     ("redux.sync.mul.s32 %r1, %r2, -1;", "form"),
+    ("setp.eq.f32 %p1|%p2, %r1, %r2;", "result"),
+    ("setp.eq.f16x2 %p1, %r1, %r2;", "operands"),
+    ("red.global.gpu.relaxed.add.f64 %rd1, [%rd1], %rd2;", "form"),
+    ("atom.global.gpu.relaxed.add.f64 [%rd1], %rd2;", "form"),
     ("atom.global.gpu.acq_rel.cas.b32 %r1, [%rd1], %r2, %r3;", "form"),
     ("atom.shared.gpu.acq_rel.add.f64 %rd1, [%rd1], %rd2;", "form"),
     ("ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r1, %r2, %r3}, [%r4];", "form"),
