@@ -40,7 +40,7 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Tell whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, which Triton reads in other spellings too)."""
+    """Tell whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, as Triton itself reads that variable)."""
     return has_triton() and bool(triton.knobs.runtime.interpret)
 
 

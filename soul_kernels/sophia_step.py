@@ -4,8 +4,8 @@ How it works. `SophiaStep.prepare` checks the arguments and keeps a table of the
 (``_table.py``); the call that it returns launches `sophia_step_kernel` once for all tensors of the same dtypes and alignment.
 Each program takes one chunk of one tensor: it looks up its pointers and its noise (``_foreach.py``), then walks over the
 chunk in blocks. `_step_block` updates a block: it loads every operand once, computes in fp32 and rounds once to each tensor's
-storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. The last
-block of a tensor is masked unless it is full.
+storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. What is
+left of a tensor, less than a block, is accessed with a mask, half a block at a time.
 
 ``reference/sophia_step.py`` defines the results. The kernel gives the same bits, except with 8-bit states: there it uses fused
 multiply-add. Safe to change: the configurations. A change of the arithmetic or of its order must be made in both files. A new
@@ -276,7 +276,8 @@ def sophia_step_kernel(
         counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
         counted += counts
         moved += change * change
-    # Accesses with a mask need more registers: in half blocks the rest needs no more than the loop above.
+    # A block with a mask needs more registers than one without: whole, the rest of a tensor would decide how many warps fit on
+    # a multiprocessor. In halves it needs no more than the loop above.
     HALF: tl.constexpr = BLOCK // 2
     HALF_VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, HALF)
     counted = tl.sum(tl.reshape(counted, [HALF, 2]), 1)
@@ -289,8 +290,8 @@ def sophia_step_kernel(
         counted += tl.where(mask, counts, 0)
         moved += tl.where(mask, change * change, 0.0)
     if telemetry_ptr is not None:
-        # Counts are integers, exact in fp64 in whatever order they are added. Relaxed: nothing in this launch reads the sums, and
-        # the default order would put two full memory barriers around each of them.
+        # Counts are integers, exact in fp64 in whatever order they are added. Nothing in this launch reads the sums, so the
+        # additions are relaxed: by default each has a memory barrier before and after it.
         tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64), sem="relaxed")
         if STORED == "nearest" and P_DTYPE != tl.float32:
             tl.atomic_add(telemetry_ptr + 1, tl.sum(counted >> 16, 0).to(tl.float64), sem="relaxed")

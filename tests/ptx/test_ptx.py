@@ -103,7 +103,7 @@ def test_programs_are_numbered_along_x_first():
     assert out.tolist() == [100 * z + 10 * y + x for z in range(2) for y in range(3) for x in range(4)]
 
 
-# Two ordinary halves, and the same with the lower one changed in odd threads, the upper one in every other two; both predicates.
+# Two ordinary halves, and the same with the lower one changed in odd threads and the upper one in every other pair of threads.
 HALVES_DIFFER = """
     and.b32 %r1, %r1, 0x3FFF3FFF; and.b32 %r3, %r20, 1; and.b32 %r4, %r20, 2; shl.b32 %r4, %r4, 15;
     or.b32 %r3, %r3, %r4; xor.b32 %r3, %r1, %r3;
