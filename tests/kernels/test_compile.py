@@ -20,7 +20,6 @@ import tempfile
 
 import pytest
 
-import soul_kernels.sophia_step
 import soul_kernels.token_logprob
 from soul_kernels._launch import tl, triton
 from soul_kernels.backends import has_triton, runs_on_cpu
@@ -416,7 +415,7 @@ def test_planted_faults_are_found(old, new, fault, tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_memory_barriers_are_found(target, tmp_path):
-    kernel = mutant(soul_kernels.sophia_step.__name__, ', sem="relaxed"', "", tmp_path).sophia_step_kernel
+    kernel = mutant("soul_kernels.sophia_step", ', sem="relaxed"', "", tmp_path).sophia_step_kernel
     name = "step p bf16 m bf16 h fp32 nearest"
     assert measure(dataclasses.replace(KERNELS[name], kernel=kernel), target)["fences"] >= 3  # one an addition, or more
 

@@ -337,8 +337,8 @@ def test_bytes_are_counted_by_width_and_once_for_neighbours(races):
 
 
 def test_instruction_costs():
-    """A division by its parts, and one of each unit; 64-bit integers are two instructions, moves and parameters none."""
-    executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
+    """A division by its parts, and one of each unit; 64-bit integers are two instructions; moves, parameters, signs none."""
+    executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "neg.f32": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
                 "fma.rn.f32": 1, "ld.shared.b32": 1, "shfl.sync.bfly.b32": 1, "st.global.v4.b32": 1, "bra": 1}  # fmt: skip
     assert issued(executed) == {"special": 3, "float": 16, "integer": 10, "exchange": 2, "memory": 1, "control": 1}
     assert set(issued(executed)) == set(UNITS)
