@@ -119,7 +119,6 @@ class Variant(NamedTuple):
     ADD_EPS: Any
     ROUNDING: Any
     CROSSES: Any  # as in `noise_words`
-    BLOCK: Any
 
 
 @triton.jit
@@ -138,13 +137,13 @@ def _step_block(
     noise,  # `ChunkNoise`
     numbers,  # `Numbers`
     VARIANT: tl.constexpr,  # `Variant`
+    BLOCK: tl.constexpr,
 ):
     """Update one block; return two values for each coordinate: 1 if clipped plus 2^16 if lost to rounding, and the update."""
     P_DTYPE: tl.constexpr = VARIANT.P_DTYPE
     M_DTYPE: tl.constexpr = VARIANT.M_DTYPE
     H_DTYPE: tl.constexpr = VARIANT.H_DTYPE
     ROUNDING: tl.constexpr = VARIANT.ROUNDING
-    BLOCK: tl.constexpr = VARIANT.BLOCK
     stored = load(pointers.p, block.offsets, block.mask)
     if ROUNDING == "compensated":
         p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)
@@ -242,7 +241,7 @@ def sophia_step_kernel(
     )
     # fp32 parameters are stored as they come out, whatever the caller asked for.
     STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
-    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK)
+    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES)
     noise = ChunkNoise(None, None)
     if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
         noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
@@ -273,20 +272,19 @@ def sophia_step_kernel(
     full = chunk.count // BLOCK
     for index in range(full):
         block = Block(index * BLOCK + lanes, None, index * (BLOCK // GROUP), groups)
-        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT, BLOCK)
         counted += counts
         moved += change * change
     # A block with a mask needs more registers than one without: whole, the rest of a tensor would decide how many warps fit on
     # a multiprocessor. In halves it needs no more than the loop above.
     HALF: tl.constexpr = BLOCK // 2
-    HALF_VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, HALF)
     counted = tl.sum(tl.reshape(counted, [HALF, 2]), 1)
     moved = tl.sum(tl.reshape(moved, [HALF, 2]), 1)
     for index in range(2 * full, tl.cdiv(chunk.count, HALF)):
         offsets = index * HALF + tl.arange(0, HALF)
         mask = offsets < chunk.count
         block = Block(offsets, mask, index * (HALF // GROUP), groups)
-        counts, change = _step_block(pointers, block, noise, numbers, HALF_VARIANT)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT, HALF)
         counted += tl.where(mask, counts, 0)
         moved += tl.where(mask, change * change, 0.0)
     if telemetry_ptr is not None:
