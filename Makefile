@@ -12,8 +12,8 @@ PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorde
 TESTS ?= $(filter-out tests/kernels/test_compile.py tests/clients/%,$(wildcard tests/test_*.py tests/*/test_*.py))
 LIMIT ?= 400
 
-# Of test-ptx: GPUs to compile for; another version of Triton, in a folder of its own; more options of pytest; files that launch
-# kernels themselves.
+# Of test-ptx: GPUs to compile for; another version of Triton, in a folder of its own (of test-compile too); more options of
+# pytest; files that launch kernels themselves.
 TARGETS ?= sm_80 sm_90 sm_100
 TRITON ?=
 OPTIONS ?=
@@ -26,7 +26,7 @@ CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
+.PHONY: help install demo test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -65,8 +65,13 @@ $(TARGETS:%=test-ptx-%): test-ptx-%: install $(if $(TRITON),.triton/$(TRITON)/in
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* 'triton==$*.*'
 	touch $@
 
-test-compile: install ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942; no GPU needed
-	TRITON_INTERPRET=0 $(PYTEST) tests/kernels/test_compile.py
+test-compile: install $(if $(TRITON),.triton/$(TRITON)/installed) ## every kernel compiled for sm_80, sm_90, sm_100 and gfx942; no GPU needed; TRITON=3.6
+	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) TRITON_INTERPRET=0 $(PYTEST) tests/kernels/test_compile.py
+
+# With the version that is installed and with that of GPU machines; the tests hold each against its own file.
+evidence: install .triton/3.6/installed ## write anew what the compilers make of the kernels: tests/kernels/compiled_kernels-*.json
+	TRITON_INTERPRET=0 $(BIN)/python -m tests.kernels.test_compile
+	PYTHONPATH=.triton/3.6 TRITON_INTERPRET=0 $(BIN)/python -m tests.kernels.test_compile
 
 # An error on the device is the end of its process, and a kernel may hang: so a process a file. pytest ends with 5 where a file
 # is skipped as a whole.

@@ -1,6 +1,6 @@
 """``python -m bench --model h100``: the time of the ops on a card that this machine need not have. Modelled, not measured.
 
-The compiled kernels were executed without a card (``tests/kernels/compiled_kernels.json``), so it is known what they load,
+The compiled kernels were executed without a card (``tests/kernels/compiled_kernels-3.9.json``), so it is known what they load,
 store and compute for each element. The time of a kernel is that of its scarcest resource, as if all others were used at the
 same time: the largest of its bytes at the card's copy bandwidth and, for each unit, its instructions at the unit's rate.
 Losses from hidden states add their matrix products at the card's GEMM rate. Left out are the host and its launches, waits for
@@ -24,7 +24,7 @@ from bench._heads import LOSSES, SHAPES, SIZES
 from soul import SOUL, SophiaG
 from soul.plan.cards import CARDS, Card
 
-EVIDENCE = pathlib.Path(__file__).parent.parent / "tests" / "kernels" / "compiled_kernels.json"
+EVIDENCE = pathlib.Path(__file__).parent.parent / "tests" / "kernels" / "compiled_kernels-3.9.json"
 # Instructions of a thread that a multiprocessor of compute capability 9.0 issues in a clock: four schedulers of one warp each.
 # Then by unit, from the table "Throughput of Native Arithmetic Instructions" of NVIDIA's CUDA C++ Programming Guide.
 RATES = {"issued": 128, "float": 128, "integer": 64, "special": 16, "exchange": 32}

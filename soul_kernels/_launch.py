@@ -5,7 +5,6 @@ references compute there.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,8 +40,8 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Tell whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, Triton's own switch)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Tell whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, as Triton itself reads that variable)."""
+    return has_triton() and bool(triton.knobs.runtime.interpret)
 
 
 def runs_on_cpu() -> bool:

@@ -1,17 +1,19 @@
 """Device functions that convert between storage formats and fp32. Kernels store numbers below fp32 through these only.
 
 Each function gives the same bits as the function of that name in ``reference/rounding.py``, which explains the formats, the
-noise and the reasons. A change must be made in both; ``tests/kernels/test_rounding.py`` compares them. Constexpr arguments
-choose the format: ``DTYPE``, and ``HESSIAN``, which is true for the 8-bit format of a Hessian and false for a momentum's.
+noise and the reasons; `round_nearest` gives those of torch's ``to()``. Only a NaN may have other bits. A change must be made
+in both; ``tests/kernels/test_rounding.py`` compares them. Constexpr arguments choose the format: ``DTYPE``, and ``HESSIAN``,
+which is true for the 8-bit format of a Hessian and false for a momentum's.
 """
 
 from typing import Any, NamedTuple
 
-from soul_kernels._launch import tl, triton
+from soul_kernels._launch import interpreting, tl, triton
 from soul_kernels.reference.rounding import GROUP as _GROUP
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
 GROUP = tl.constexpr(_GROUP)
+INTERPRETED = tl.constexpr(interpreting())  # as for the kernels: Triton also chooses when a function is defined
 
 
 class Block(NamedTuple):
@@ -58,8 +60,11 @@ def noise_words(key, first, offsets, CROSSES: tl.constexpr):
 
 @triton.jit
 def round_nearest(x, DTYPE: tl.constexpr):
-    """Round fp32 to ``DTYPE``, to nearest, ties to even; NaN stays NaN and overflow becomes inf, as in torch's ``to()``."""
-    if DTYPE == tl.bfloat16:  # on bits: Triton's interpreter truncates where a GPU rounds
+    """Round fp32 to ``DTYPE``, to nearest, ties to even; NaN stays NaN and overflow becomes inf, as in torch's ``to()``.
+
+    Compiled, this is one conversion, of two numbers where the compiler finds a pair. Its NaN is 0x7FFF.
+    """
+    if INTERPRETED and DTYPE == tl.bfloat16:  # the interpreter's conversion truncates, so there the bits are rounded
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(x == x, bits, 0x7FC00000)

@@ -4,8 +4,8 @@ How it works. `SophiaStep.prepare` checks the arguments and keeps a table of the
 (``_table.py``); the call that it returns launches `sophia_step_kernel` once for all tensors of the same dtypes and alignment.
 Each program takes one chunk of one tensor: it looks up its pointers and its noise (``_foreach.py``), then walks over the
 chunk in blocks. `_step_block` updates a block: it loads every operand once, computes in fp32 and rounds once to each tensor's
-storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. The last
-block of a tensor is masked unless it is full.
+storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. What is
+left of a tensor, less than a block, is accessed with a mask, half a block at a time.
 
 ``reference/sophia_step.py`` defines the results. The kernel gives the same bits, except with 8-bit states: there it uses fused
 multiply-add. Safe to change: the configurations. A change of the arithmetic or of its order must be made in both files. A new
@@ -119,7 +119,6 @@ class Variant(NamedTuple):
     ADD_EPS: Any
     ROUNDING: Any
     CROSSES: Any  # as in `noise_words`
-    BLOCK: Any
 
 
 @triton.jit
@@ -138,13 +137,13 @@ def _step_block(
     noise,  # `ChunkNoise`
     numbers,  # `Numbers`
     VARIANT: tl.constexpr,  # `Variant`
+    BLOCK: tl.constexpr,
 ):
     """Update one block; return two values for each coordinate: 1 if clipped plus 2^16 if lost to rounding, and the update."""
     P_DTYPE: tl.constexpr = VARIANT.P_DTYPE
     M_DTYPE: tl.constexpr = VARIANT.M_DTYPE
     H_DTYPE: tl.constexpr = VARIANT.H_DTYPE
     ROUNDING: tl.constexpr = VARIANT.ROUNDING
-    BLOCK: tl.constexpr = VARIANT.BLOCK
     stored = load(pointers.p, block.offsets, block.mask)
     if ROUNDING == "compensated":
         p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)
@@ -242,7 +241,7 @@ def sophia_step_kernel(
     )
     # fp32 parameters are stored as they come out, whatever the caller asked for.
     STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
-    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES, BLOCK)
+    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES)
     noise = ChunkNoise(None, None)
     if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
         noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
@@ -273,22 +272,28 @@ def sophia_step_kernel(
     full = chunk.count // BLOCK
     for index in range(full):
         block = Block(index * BLOCK + lanes, None, index * (BLOCK // GROUP), groups)
-        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT, BLOCK)
         counted += counts
         moved += change * change
-    if full * BLOCK < chunk.count:
-        offsets = full * BLOCK + lanes
+    # A block with a mask needs more registers than one without: whole, the rest of a tensor would decide how many warps fit on
+    # a multiprocessor. In halves it needs no more than the loop above.
+    HALF: tl.constexpr = BLOCK // 2
+    counted = tl.sum(tl.reshape(counted, [HALF, 2]), 1)
+    moved = tl.sum(tl.reshape(moved, [HALF, 2]), 1)
+    for index in range(2 * full, tl.cdiv(chunk.count, HALF)):
+        offsets = index * HALF + tl.arange(0, HALF)
         mask = offsets < chunk.count
-        block = Block(offsets, mask, full * (BLOCK // GROUP), groups)
-        counts, change = _step_block(pointers, block, noise, numbers, VARIANT)
+        block = Block(offsets, mask, index * (HALF // GROUP), groups)
+        counts, change = _step_block(pointers, block, noise, numbers, VARIANT, HALF)
         counted += tl.where(mask, counts, 0)
         moved += tl.where(mask, change * change, 0.0)
     if telemetry_ptr is not None:
-        # Counts are integers, exact in fp64 in whatever order they are added.
-        tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64))
+        # Counts are integers, exact in fp64 in whatever order they are added. Nothing in this launch reads the sums, so the
+        # additions are relaxed: by default each has a memory barrier before and after it.
+        tl.atomic_add(telemetry_ptr, tl.sum(counted & 0xFFFF, 0).to(tl.float64), sem="relaxed")
         if STORED == "nearest" and P_DTYPE != tl.float32:
-            tl.atomic_add(telemetry_ptr + 1, tl.sum(counted >> 16, 0).to(tl.float64))
-        tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64))
+            tl.atomic_add(telemetry_ptr + 1, tl.sum(counted >> 16, 0).to(tl.float64), sem="relaxed")
+        tl.atomic_add(telemetry_ptr + 2, tl.sum(moved, 0).to(tl.float64), sem="relaxed")
 
 
 class SophiaStep:

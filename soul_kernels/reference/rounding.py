@@ -2,8 +2,9 @@
 
 How the file works. All of it is integer arithmetic on the bit patterns of fp32 numbers, or multiplication by powers of two,
 which is exact. Therefore these definitions, Triton's interpreter and a GPU agree bit for bit; ``soul_kernels/rounding.py``
-has the same functions for kernels. Every function that needs random bits takes them as an argument; its caller draws them
-with `noise_key` and `noise_words`.
+has the same functions for kernels. A NaN is a NaN everywhere, but its bits are the machine's: rounded to bf16 it becomes 0x7FC0
+on a CPU and 0x7FFF on a GPU. Every function that needs random bits takes them as an argument; its caller draws them with
+`noise_key` and `noise_words`.
 
 **Noise** is a hash of (seed, tensor, step, element), never the device's random state. So replicas agree, and a resumed run
 repeats what an uninterrupted one does. Elements are numbered in the whole tensor, so that shards draw what one process would

@@ -13,6 +13,7 @@ CROSS_CHECKS = [
     "tests/kernels/test_sophia_step.py::test_every_storage_equals_the_reference_bit_for_bit",
     "tests/kernels/test_hessian_ema.py::test_kernel_equals_reference_bit_for_bit",
     "tests/kernels/test_grad_norm.py::test_against_fp64",
+    "tests/kernels/test_rounding.py::test_kernel_rounds_every_bit_pattern_as_the_reference_does",
     "tests/kernels/test_rounding.py::test_8_bit_kernel_equals_reference",
     "tests/kernels/test_token_logprob.py::test_every_vocabulary_size[triton-4097]",
     "tests/kernels/test_token_logprob.py::test_all_statistics[triton-4097]",
@@ -33,3 +34,11 @@ def test_each_kernel_in_tritons_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     ended = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton's own switch")
+@pytest.mark.parametrize("value, expected", [("1", True), ("true", True), ("on", True), ("0", False), ("", False)])
+def test_the_switch_is_read_as_triton_reads_it(value, expected, monkeypatch):
+    """Where Triton interprets and the library does not know it, bf16 would be truncated."""
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert interpreting() == expected

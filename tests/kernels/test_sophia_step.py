@@ -28,8 +28,9 @@ from tests.support.helpers import assert_close, fused, mutant, peak_bytes, relat
 
 OPTIONS = dict(lr=1e-2, beta1=0.9, rho=0.04, bs=50, eps=1e-15, weight_decay=0.1)
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
-# 1: a lone lane. 127, 128, 129: around a warp's worth. 2048: one full block. 16385: a second chunk of one element.
-SIZES = (0, 1, 127, 128, 129, 2048, 16385)
+# 1: a lone lane. 127, 128, 129: around a warp's worth. 1700: a full block, then one half and a part of the other. 2048: full
+# blocks alone. 16385: a second chunk of one element.
+SIZES = (0, 1, 127, 128, 129, 1700, 2048, 16385)
 
 
 def make(shapes, device, dtypes=(FLOAT,) * 4, scale=0.02):
@@ -65,16 +66,34 @@ def fp64_step(p, g, m, h, *, lr, beta1, rho, bs, eps, weight_decay, beta2=None):
     (HALF, HALF, FLOAT, FLOAT),
 ], ids=lambda d: "-".join(str(t).split(".")[1] for t in d))  # fmt: skip
 def test_kernel_equals_reference_bit_for_bit(dtypes, beta2, device):
+    check_against_the_reference(sophia_step, dtypes, beta2, device)
+
+
+def check_against_the_reference(step, dtypes, beta2, device):
     shapes = [(n,) for n in SIZES] + [(), (3, 5, 7)]
     got, want = (lists := make(shapes, device, dtypes)), clone(lists)
     counted = torch.zeros(2, 3, dtype=torch.float64, device=device)
-    sophia_step(*got, **OPTIONS, beta2=beta2, telemetry=counted[0], backend="triton")
+    step(*got, **OPTIONS, beta2=beta2, telemetry=counted[0], backend="triton")
     sophia_step(*want, **OPTIONS, beta2=beta2, telemetry=counted[1], backend="reference")
     for name, mine, theirs in zip("pgmh", got, want):
         for a, b in zip(mine, theirs):
             assert relative_error(a, b) <= tol.STEP_BITWISE, name
     assert torch.equal(counted[0, :2], counted[1, :2]) and counted[0, 0] > 0
     assert_close(counted[0, 2], counted[1, 2], 1e-6, "squared norm of the update")
+
+
+@pytest.mark.parametrize("old, new", [
+    ("range(2 * full, tl.cdiv(chunk.count, HALF))", "range(2 * full, 2 * full + 1)"),  # the first half of the last block alone
+    ("counted = tl.sum(tl.reshape(counted, [HALF, 2]), 1)", "counted = tl.zeros([HALF], tl.int32)"),  # full blocks not counted
+    ("moved = tl.sum(tl.reshape(moved, [HALF, 2]), 1)", "moved = tl.zeros([HALF], tl.float32)"),
+    ("moved += tl.where(mask, change * change, 0.0)", "pass"),
+    ("counted += tl.where(mask, counts, 0)", "pass"),
+    ("tl.sum(counted >> 16, 0)", "tl.sum(counted, 0)"),
+])  # fmt: skip
+def test_mutants_of_the_walk_over_a_chunk_do_not_pass(old, new, device, tmp_path):
+    broken = mutant("soul_kernels.sophia_step", old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        check_against_the_reference(broken.sophia_step, (BRAIN, BRAIN, BRAIN, FLOAT), 0.95, device)
 
 
 def make_storage(shapes, device, p_dtype, state_dtype, rounding):

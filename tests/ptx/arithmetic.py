@@ -86,7 +86,7 @@ def immediate(text: str, register_class: str) -> np.ndarray:
     """Return a constant operand as an array of shape (1, 1).
 
     Accepts decimal and hexadecimal integers within the range of the class, signed or unsigned, bits of a float (``0f3F800000``
-    in b32, ``0d3FF0000000000000`` in b64), and 0 or 1 for a predicate. Anything else raises ``Unsupported``.
+    in b32, ``0d3FF0000000000000`` in b64), and 0, 1 or -1 for a predicate. Anything else raises ``Unsupported``.
     """
     bits = {"pred": 1, "b16": 16, "b32": 32, "b64": 64}[register_class]
     if register_class == "b32" and re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
@@ -99,8 +99,7 @@ def immediate(text: str, register_class: str) -> np.ndarray:
         value = int(text.rstrip("U"))
     else:
         raise Unsupported(f"immediate {text!r}: no constant that is known for a register of class {register_class}")
-    lowest = 0 if register_class == "pred" else -(1 << bits - 1)
-    if not lowest <= value < 1 << bits:
+    if not -(1 << bits - 1) <= value < 1 << bits:
         raise Unsupported(f"immediate {text!r}: out of range of a register of class {register_class}")
     return np.full((1, 1), value % (1 << bits), DTYPES[register_class])
 

@@ -9,9 +9,12 @@ import collections
 from collections.abc import Mapping
 
 UNITS = ("float", "integer", "special", "exchange", "memory", "control")
-# PTX instructions that become several: what Triton's ptxas makes of them for sm_90, without the slow path that ordinary numbers
-# do not take. "special" is the unit for 1 / x, 2^x and log2 x.
-EXPANSIONS = {
+# PTX instructions that become several or none: what Triton's ptxas makes of them for sm_90, without the slow path that ordinary
+# numbers do not take. "special" is the unit for 1 / x, 2^x and log2 x. The sign of an operand costs nothing. A 64-bit "or" adds
+# a small constant to a multiple of a larger one, so the upper half stays.
+EXPANSIONS: dict[str, dict[str, int]] = {
+    "neg.f32": {},
+    "or.b64": {"integer": 1},
     "div.rn.f32": {"special": 1, "float": 5, "integer": 1, "control": 1},
     "div.full.f32": {"special": 1, "float": 5, "integer": 2},
     "div.approx.f32": {"special": 1, "float": 3, "integer": 1},
@@ -51,7 +54,7 @@ def _cost(opcode: str) -> dict[str, int]:
         return {"control": 1}
     if name in EXCHANGE or "shared" in modifiers or "shared::cta" in modifiers:
         return {"exchange": 1}
-    if name in ("ld", "st", "atom"):
+    if name in ("ld", "st", "atom", "red"):
         return {"memory": 1}
     kind = modifiers[-1]
     if name in ("ex2", "lg2", "rcp", "sqrt", "div"):

@@ -394,6 +394,29 @@ def _move(kernel: Kernel, instruction: Instruction) -> Step:
     return unpack
 
 
+def _compare(kernel: Kernel, instruction: Instruction) -> Step:
+    """``setp``; of two pairs of halves the first predicate compares the lower halves, the second the upper ones."""
+    if not instruction.opcode.endswith("x2"):
+        return kernel._arithmetic(instruction)
+    compare = inspect.unwrap(form(instruction.opcode.removesuffix("x2")).function)
+    target, *operands = instruction.operands
+    items = target.items if isinstance(target, Vector) else ()
+    if len(items) != 2 or len(operands) != 2 or any(not isinstance(i, Register) or i.kind != "pred" for i in items):
+        raise Unsupported(f"operands of {instruction.opcode}")
+    sources = [kernel._source(operand, "b32") for operand in operands]
+
+    def of_halves(shift: int) -> Callable[..., Array]:
+        return lambda a, b: compare((a >> np.uint32(shift)).astype(np.uint16), (b >> np.uint32(shift)).astype(np.uint16))
+
+    steps = [kernel._assign(instruction, item, of_halves(16 * position), sources) for position, item in enumerate(items)]
+
+    def both(batch: Batch) -> None:
+        for step in steps:
+            step(batch)
+
+    return both
+
+
 def _convert_address(kernel: Kernel, instruction: Instruction) -> Step:
     """``cvta``: generic addresses are global ones here."""
     if instruction.opcode not in ("cvta.to.global.u64", "cvta.global.u64"):
@@ -776,13 +799,15 @@ def _barrier(kernel: Kernel, instruction: Instruction) -> Step:
 
 
 def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
-    """``atom.add``: one lane after another, in the order of programs and threads."""
-    _, *modifiers = instruction.opcode.split(".")
+    """``atom.add``, and ``red.add``, which returns nothing: one lane after another, in the order of programs and threads."""
+    name, *modifiers = instruction.opcode.split(".")
     if modifiers not in (["global", "gpu", "acq_rel", "add", "f64"], ["global", "gpu", "relaxed", "add", "f64"]):
         raise Unsupported(f"form {instruction.opcode}")
-    target, address, source = instruction.operands
+    *targets, address, source = instruction.operands
+    if len(targets) != (name == "atom") or not all(isinstance(target, Register) for target in targets):
+        raise Unsupported(f"form {instruction.opcode}")
     where = _Address(kernel, instruction, address, "global", 8)
-    slot = kernel.slots[target.name]
+    slots = [kernel.slots[target.name] for target in targets]
     value_slot = kernel._source(source, "b64")
     add = form("add.rn.f64").function
 
@@ -800,7 +825,8 @@ def _atomic(kernel: Kernel, instruction: Instruction) -> Step:
         counts = batch.launch.counts
         counts.loaded[8] += 8 * len(index)
         counts.stored[8] += 8 * len(index)
-        r[slot] = lanes.merged(r[slot], before)
+        for slot in slots:
+            r[slot] = lanes.merged(r[slot], before)
 
     return step
 
@@ -818,6 +844,6 @@ def _unguarded(instruction: Instruction) -> Instruction:
 
 
 _OPERATIONS: dict[str, Callable[[Kernel, Instruction], Step]] = {
-    "mov": _move, "cvta": _convert_address, "ld": _load, "st": _store, "atom": _atomic, "ldmatrix": _load_matrix,
-    "shfl": _shuffle, "redux": _reduce, "bar": _barrier,
+    "mov": _move, "setp": _compare, "cvta": _convert_address, "ld": _load, "st": _store, "atom": _atomic, "red": _atomic,
+    "ldmatrix": _load_matrix, "shfl": _shuffle, "redux": _reduce, "bar": _barrier,
 }  # fmt: skip

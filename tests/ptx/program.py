@@ -42,7 +42,7 @@ class Address(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """``{a, b, ...}``; None stands for ``_``, a part that is dropped."""
+    """``{a, b, ...}``, or ``a|b`` of predicates; None stands for ``_``, a part that is dropped."""
 
     items: tuple["Register | Immediate | None", ...]
 
@@ -164,8 +164,8 @@ def _instruction(text: str, line: int, source: str, registers: dict[str, Registe
 def _operand(text: str, registers: dict[str, Register]) -> Operand:
     if text in registers:
         return registers[text]
-    if text.startswith("{"):
-        items = (item.strip() for item in text[1:-1].split(","))
+    if text.startswith("{") or "|" in text:
+        items = (item.strip() for item in re.split(r"[,|]", text.strip("{}")))
         return Vector(tuple(None if item == "_" else _operand(item, registers) for item in items))
     if text.startswith("["):
         match = MEMORY.fullmatch(text[1:-1].strip())

@@ -103,6 +103,15 @@ def test_programs_are_numbered_along_x_first():
     assert out.tolist() == [100 * z + 10 * y + x for z in range(2) for y in range(3) for x in range(4)]
 
 
+# Two ordinary halves, and the same with the lower one changed in odd threads and the upper one in every other pair of threads.
+HALVES_DIFFER = """
+    and.b32 %r1, %r1, 0x3FFF3FFF; and.b32 %r3, %r20, 1; and.b32 %r4, %r20, 2; shl.b32 %r4, %r4, 15;
+    or.b32 %r3, %r3, %r4; xor.b32 %r3, %r1, %r3;
+"""
+BITS = "selp.b32 %r3, 1, 0, %p1; selp.b32 %r4, 2, 0, %p2; or.b32 %r2, %r3, %r4;"
+PAIR_EQUAL = 3 - (THREAD & 3)
+
+
 @pytest.mark.parametrize("body, want", [
     ("mov.b32 %r2, %r1;", lambda w: w),
     ("mov.u32 %r2, 0x7632U;", lambda w: 0 * w + 0x7632),
@@ -121,6 +130,9 @@ def test_programs_are_numbered_along_x_first():
     ("cvta.to.global.u64 %rd1, %rd22; ld.global.b32 %r2, [%rd1];", lambda w: w),
     ("cvt.s32.s8 %r2, %r1;", lambda w: ((w & 255) ^ 128) - 128 & 0xFFFFFFFF),  # PTX reads the low bits of a wider register
     ("cvt.u32.u16 %r2, %r1;", lambda w: w & 0xFFFF),
+    ("mov.pred %p1, -1; mov.pred %p2, 0; selp.b32 %r3, %r1, 5, %p1; selp.b32 %r2, 7, %r3, %p2;", lambda w: w),
+    (HALVES_DIFFER + "setp.eq.bf16x2 %p1|%p2, %r1, %r3;" + BITS, lambda w: PAIR_EQUAL),
+    (HALVES_DIFFER + "setp.neu.f16x2 %p1|%p2, %r1, %r3;" + BITS, lambda w: 3 - PAIR_EQUAL),
     # guards: threads where they are false keep what was there
     ("mov.b32 %r2, 9; setp.lt.u32 %p1, %r20, 7; @%p1 mov.b32 %r2, %r1;", lambda w: np.where(THREAD < 7, w, 9)),
     ("mov.b32 %r2, 9; setp.lt.u32 %p1, %r20, 7; @!%p1 xor.b32 %r2, %r1, 1;", lambda w: np.where(THREAD < 7, 9, w ^ 1)),
@@ -269,10 +281,11 @@ def test_ldmatrix(count, transposed):
 
 
 @pytest.mark.parametrize("order", ["acq_rel", "relaxed"])
-def test_atomic_add(order):
+@pytest.mark.parametrize("name, target", [("atom", "%rd2, "), ("red", "")])
+def test_atomic_add(name, target, order):
     body = f"""
         cvt.rn.f64.s32 %rd1, %r20; setp.lt.u32 %p1, %r20, 5; mov.u64 %rd2, 0x0;
-        @%p1 atom.global.gpu.{order}.add.f64 %rd2, [ %rd21 + 0 ], %rd1;
+        @%p1 {name}.global.gpu.{order}.add.f64 {target}[ %rd21 + 0 ], %rd1;
     """
     out = torch.zeros(2, dtype=torch.float64)
     kernel = Kernel(HEADER + body + FOOTER, 32, 0)
@@ -324,8 +337,8 @@ def test_bytes_are_counted_by_width_and_once_for_neighbours(races):
 
 
 def test_instruction_costs():
-    """A division by its parts, and one of each unit; 64-bit integers are two instructions, moves and parameters none."""
-    executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
+    """A division by its parts, and one of each unit; 64-bit integers are two instructions; moves, parameters, signs none."""
+    executed = {"div.full.f32": 3, "mov.b32": 9, "ld.param.b64": 9, "neg.f32": 9, "add.s64": 1, "max.f32": 1, "cvt.s64.s32": 1,
                 "fma.rn.f32": 1, "ld.shared.b32": 1, "shfl.sync.bfly.b32": 1, "st.global.v4.b32": 1, "bra": 1}  # fmt: skip
     assert issued(executed) == {"special": 3, "float": 16, "integer": 10, "exchange": 2, "memory": 1, "control": 1}
     assert set(issued(executed)) == set(UNITS)
@@ -434,6 +447,10 @@ def test_padding_of_a_view_is_out_of_bounds_only_where_that_is_strict():
     ("bar.sync 1, 64;", "form"),
     ("bar.red.popc.u32 %r1, 0, %p1;", "form"),
     ("redux.sync.mul.s32 %r1, %r2, -1;", "form"),
+    ("setp.eq.f32 %p1|%p2, %r1, %r2;", "result"),
+    ("setp.eq.f16x2 %p1, %r1, %r2;", "operands"),
+    ("red.global.gpu.relaxed.add.f64 %rd1, [%rd1], %rd2;", "form"),
+    ("atom.global.gpu.relaxed.add.f64 [%rd1], %rd2;", "form"),
     ("atom.global.gpu.acq_rel.cas.b32 %r1, [%rd1], %r2, %r3;", "form"),
     ("atom.shared.gpu.acq_rel.add.f64 %rd1, [%rd1], %rd2;", "form"),
     ("ldmatrix.sync.aligned.m8n8.x3.shared.b16 {%r1, %r2, %r3}, [%r4];", "form"),

@@ -696,6 +696,7 @@ def test_unknown_form_raises(opcode, message):
         ("65535", "b16", 65535),
         ("0", "b64", 0),
         ("1", "pred", 1),
+        ("-1", "pred", 1),
         ("4294967295", "b32", 2**32 - 1),
     ],
 )
@@ -717,6 +718,7 @@ def test_immediate(text, register, bits):
         ("-32769", "b16"),
         ("4294967296", "b32"),
         ("2", "pred"),
+        ("-2", "pred"),
         ("%r1", "b32"),
         ("", "b32"),
     ],
