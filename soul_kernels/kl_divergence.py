@@ -145,8 +145,8 @@ def _add_block(sums, row, ref, block, factors, transform, LABEL: tl.constexpr, S
         log_q = tl.where(block.columns == row.label, ref.label_log_q, log_q)
     divergence, entropy = _terms(log_p, log_q, SOUL)
     return DivergenceSums(
-        divergence=sums.divergence + tl.sum(by_lane(divergence, row), 1),
-        entropy=sums.entropy + tl.sum(by_lane(entropy, row), 1),
+        divergence=sums.divergence + tl.sum(by_lane(divergence, sums.divergence), 1),
+        entropy=sums.entropy + tl.sum(by_lane(entropy, sums.entropy), 1),
     )
 
 

@@ -73,7 +73,7 @@ class Draw(NamedTuple):
 def _add_block(lanes, row, block, transform):
     """Return the `LikeliestSums` of each lane with one more block added."""
     raw, z = load_logits(row.logits, block, transform)
-    z = by_lane(z, row)
+    z = by_lane(z, lanes.rest)
     row_max = tl.maximum(lanes.row_max, tl.max(z, 1))
     rescale = tl.exp(lanes.row_max - row_max)
     rest = tl.where(lanes.row_max == row_max, lanes.rest, lanes.total)  # logits equal to a former maximum belong to the rest

@@ -185,16 +185,16 @@ def store_zeros(out_row, n_vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def by_lane(x, row):
-    """Return values of a block [BLOCK] as [LANES, WIDTH], a row for each lane: sums along it stay within a thread."""
-    WIDTH: tl.constexpr = 128 // row.logits.dtype.element_ty.primitive_bitwidth  # columns of 16 bytes
-    return tl.reshape(x, [x.shape[0] // WIDTH, WIDTH])
+def zeros_of_lanes(row, BLOCK: tl.constexpr):
+    """Return a zero for each lane, [LANES] fp32."""
+    WIDTH: tl.constexpr = 128 // row.logits.dtype.element_ty.primitive_bitwidth  # columns of a 16-byte access
+    return tl.zeros([BLOCK // WIDTH], tl.float32)
 
 
 @triton.jit
-def zeros_of_lanes(row, BLOCK: tl.constexpr):
-    """Return a zero for each lane, [LANES] fp32."""
-    return tl.sum(by_lane(tl.zeros([BLOCK], tl.float32), row), 1)
+def by_lane(x, sums):
+    """Return values of a block [BLOCK] by lane, [LANES, BLOCK / LANES], given any sums of the lanes [LANES]."""
+    return tl.reshape(x, [sums.shape[0], x.shape[0] // sums.shape[0]])
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def _add_block(lanes, row, block, transform, LABEL: tl.constexpr, ALL: tl.conste
     raw, z = load_logits(row.logits, block, transform)
     if LABEL:
         z = tl.where(block.columns == row.label, -float("inf"), z)
-    z = by_lane(z, row)
+    z = by_lane(z, lanes.rest)
     sums = _relative_to(lanes, tl.maximum(lanes.row_max, tl.max(z, 1)), ALL)
     gap = z - sums.row_max[:, None]
     exp = tl.exp(gap)
