@@ -140,7 +140,7 @@ def _draw_block(draw, row, out_row, block, factors, transform):
             if column >= 0:
                 last = column
                 last_raw = tl.sum(tl.where(block.columns == column, raw, 0.0), 0)
-    store_block(out_row, block, times_slope(gradient, raw, transform))
+    store_block(out_row, block, times_slope(gradient, raw, transform), 0, False)
     return Draw(running=running, chosen=chosen, logp=logp, last=last, last_raw=last_raw)
 
 
@@ -197,7 +197,8 @@ def draw_kernel(
         # its read: it had to branch on the label before it took part in the row's sums, and the value stored here depends on
         # those sums. A single warp needs no barrier either, though its sums are shuffles, which order no memory accesses. When
         # the gradient overwrites the logits, a block's stores come after its loads for the same reason: each value is computed
-        # from the one that it overwrites.
+        # from the one that it overwrites. A gradient of a narrower dtype overwrites logits that other threads read, in this
+        # block or before: they have read them, since the sum over this block has passed a barrier of all warps.
         tl.store(labels_ptr + row.index, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
     else:
         store_zeros(out_row, n_vocab, BLOCK)

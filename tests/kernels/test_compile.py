@@ -195,18 +195,20 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
     "token_logprob statistics capped": rows(statistics_kernel, STATISTICS_CONFIG, transform=True, ALL=False),
     "token_logprob statistics all": rows(statistics_kernel, STATISTICS_CONFIG, ALL=True),
     "token_logprob gradient fp32": rows(gradient_kernel, GRADIENT_CONFIG, out="fp32"),
-    "token_logprob gradient bf16": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16"),
-    "token_logprob gradient bf16 capped": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True),
+    "token_logprob gradient bf16": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", OVERLAID=True),
+    "token_logprob gradient bf16 capped": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True, OVERLAID=True),
     "token_draw likeliest": rows(likeliest_kernel, STATISTICS_CONFIG),
     "token_draw bf16": rows(draw_kernel, DRAW_CONFIG, out="bf16"),
     "kl_divergence statistics": divergence(divergence_kernel, DIVERGENCE_CONFIG),
     "kl_divergence statistics soul": divergence(divergence_kernel, DIVERGENCE_CONFIG, SOUL=True),
-    "kl_divergence gradient bf16": divergence(divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16"),
+    "kl_divergence gradient bf16": divergence(
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", OVERLAID=True
+    ),
     "kl_divergence gradient bf16 soul": divergence(
-        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", SOUL=True
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", SOUL=True, OVERLAID=True
     ),
     "kl_divergence gradient bf16 capped": divergence(
-        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", transform=True
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", transform=True, OVERLAID=True
     ),
 }
 

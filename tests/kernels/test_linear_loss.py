@@ -1,5 +1,6 @@
 import gc
 import importlib
+import types
 import weakref
 
 import pytest
@@ -11,6 +12,7 @@ from soul_kernels import Head, Reference, TokenBatch, backends
 from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
 from soul_kernels._head.rows import HeadRows
+from soul_kernels.chunks import ResolvedOptions, chunk_rows, default_chunk_bytes
 from soul_kernels.errors import ArgumentError
 from soul_kernels.reference import linear_loss as reference
 from tests.support import tolerances as tol
@@ -92,8 +94,7 @@ def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None,
         case = make(device, dtype, bias=bias)
         double = fp64(case)
         want, want_logps = definition(double, OBJECTIVES[name])
-        row_bytes = 192 * (4 if dtype == FLOAT else 4 + dtype.itemsize)
-        options = {} if chunk_rows is None else {"chunk_bytes": chunk_rows * row_bytes}
+        options = {} if chunk_rows is None else {"chunk_bytes": chunk_rows * 192 * 4}
         loss, logps = op(**case, objective=OBJECTIVES[name], return_logps=True, backend=backend, **options)
         assert_close(loss, want, 1e-5, f"{name}: loss")
         assert (logps.double() - want_logps.detach()).abs().max() <= tol.LOGP_ABS
@@ -155,7 +156,7 @@ def test_logprob_gradients(frozen, dtype, backend, device):
     upstream = torch.randn(case["labels"].shape, device=device).double()
     upstream[0] = 0.0
     logps = linear_logprob(
-        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend=backend, chunk_bytes=6 * 192 * 6
+        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend=backend, chunk_bytes=9 * 192 * 4
     )
     _, want = definition(double, lambda logps, batch: logps.sum())
     assert logps.dtype == torch.float32 and (logps.double() - want).abs().max() <= tol.LOGP_ABS
@@ -218,6 +219,32 @@ def test_token_indices_from_the_host_and_padded(backend, device):
             assert_close(loss, want, 1e-6, "loss")
             for name, got, expected in zip(("dX", "dW"), gradients_of(loss, case, 1.0), want_gradients):
                 assert_close(got, expected, 1e-6, name)
+
+
+# Total memory as torch reports it, in GiB -> chunks of 8192 rows at the vocabulary of Llama 3.
+@pytest.mark.parametrize("total, chunks", [(7.8, 16), (15.6, 8), (23.6, 6), (79.1, 2), (79.6, 2), (139.7, 1)])
+def test_the_default_chunk_is_a_share_of_the_total_memory(total, chunks, monkeypatch):
+    properties = types.SimpleNamespace(total_memory=int(total * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    chunk_bytes = default_chunk_bytes(torch.device("cuda", 0))
+    assert chunk_bytes % 2**25 == 0 and total * 2**25 <= chunk_bytes < (total + 1) * 2**25
+    options = ResolvedOptions(BRAIN, FLOAT, chunk_bytes)
+    assert -(-8192 // chunk_rows(128256, options, False, chunk_bytes)) == chunks
+    assert default_chunk_bytes(torch.device("cpu")) == 2**26
+
+
+def test_a_narrow_gradient_takes_no_memory_of_its_own(device):
+    """fp32 logits and a bf16 gradient: the scratch is that of the logits."""
+    case = make(device, BRAIN)
+    options = ResolvedOptions(BRAIN, FLOAT, None, "triton")
+    rows = HeadRows(case["hidden"], Head(case["weight"]), case["labels"], None, options)
+    (chunk,) = rows.even_chunks()
+    rows.load(chunk)
+    rows.measure(chunk)
+    logits = rows._loaded
+    gradient = rows.gradient(chunk, torch.ones(len(rows), device=device))
+    assert gradient.dtype == BRAIN and gradient.data_ptr() == logits.data_ptr()
+    assert gradient.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
 
 
 def test_deterministic_run_to_run(backend, device):
@@ -314,7 +341,7 @@ def test_fp16_gradients_do_not_overflow(name, backend, device):
     want, _ = definition(double, objective)
     want_gradients = gradients(want, double)
     for chunk_rows in (1000, 100) if name == "sum" else (1000,):  # one matrix product over all rows overflows first
-        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 6, backend=backend)
+        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 4, backend=backend)
         for got, expected in zip(gradients(loss, case), want_gradients):
             assert_close(got, expected, 2e-3, "gradient")
 
@@ -378,7 +405,7 @@ def test_a_loss_never_waits_for_the_device(name, device):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
             for chunk_rows in (1000, 7):
-                options = dict(token_indices=rows, chunk_bytes=chunk_rows * 192 * 10)
+                options = dict(token_indices=rows, chunk_bytes=chunk_rows * 192 * 8)
                 linear_objective(**case, objective=objective, **options).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -5,6 +5,7 @@ import torch
 
 from soul_kernels._head import rows as head_rows
 from soul_kernels.backends import runs_on_cpu
+from soul_kernels.chunks import row_width
 from soul_kernels.reference import token_logprob as reference
 from soul_kernels.reference.token_logprob import token_logprob
 from soul_kernels.token_logprob import token_gradient, token_statistics
@@ -119,6 +120,27 @@ def test_in_place_and_low_precision_outputs(device):
     copy = logits.clone()
     _, in_place = run(copy, labels, coefficients, out=copy)
     assert torch.equal(in_place, want)
+
+
+def overlaid(logits, dtype):
+    """Return a copy of logits in padded rows, and the memory for a gradient of half the size in the bytes of each row."""
+    memory = torch.full((len(logits), row_width(logits.shape[1])), float("nan"), device=logits.device)
+    memory[:, : logits.shape[1]] = logits
+    return memory[:, : logits.shape[1]], memory.view(dtype)[:, : logits.shape[1]]
+
+
+# One block; whole blocks; and past each block at which threads wait for each other: 0, 2, 6 and their tails.
+@pytest.mark.parametrize("n_vocab", [130, 2 * 4096, 3 * 4096 + 9, 7 * 4096 + 1001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_gradient_in_the_bytes_of_the_logits(n_vocab, dtype, device):
+    logits = torch.randn(3, n_vocab, device=device)
+    labels = torch.tensor([1, n_vocab - 1, -100], device=device)
+    coefficients = torch.randn(3, device=device)
+    padded, _ = overlaid(logits, dtype)
+    _, want = run(padded, labels, coefficients, out=torch.empty_like(logits, dtype=dtype))
+    copy, out = overlaid(logits, dtype)
+    _, got = run(copy, labels, coefficients, out=out)
+    assert torch.equal(got, want)
 
 
 @pytest.mark.skipif(not runs_on_cpu(), reason="4 GiB a matrix: untouched memory costs nothing on the CPU only")

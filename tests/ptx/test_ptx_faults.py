@@ -93,10 +93,10 @@ def test_a_barrier_that_was_removed_from_the_source(card, tmp_path):
         draw(broken.draw_labels)
 
 
-def rows():
+def rows(n_vocab=V):
     torch.manual_seed(0)
-    labels = torch.tensor([0, 17, V - 1, -100])
-    return torch.randn(4, V), torch.randn(4, V), labels, torch.randn(4)
+    labels = torch.tensor([0, 17, n_vocab - 1, -100])
+    return torch.randn(4, n_vocab), torch.randn(4, n_vocab), labels, torch.randn(4)
 
 
 def statistics(n):
@@ -106,9 +106,10 @@ def statistics(n):
     return out
 
 
-def gradient():
+def gradient(dtype=torch.float32):
+    """In the place of the logits; of a narrower dtype, in the first half of the bytes of each row."""
     logits, _, labels, coefficients = rows()
-    token_gradient(logits, labels, statistics(4), coefficients, logits)
+    token_gradient(logits, labels, statistics(4), coefficients, logits.view(dtype)[:, :V])
     return logits
 
 
@@ -119,20 +120,22 @@ def likeliest():
     return out
 
 
-def divergence(kind):
-    logits, reference, labels, coefficients = rows()
+def divergence(kind, dtype=torch.float32):
+    n_vocab = 6 * 2048 + 108  # six whole blocks: threads wait for each other in blocks 0 and 2, and in the tail
+    logits, reference, labels, coefficients = rows(n_vocab)
     stats, ref_stats, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
     token_statistics(logits, labels, stats)
     token_statistics(reference, labels, ref_stats)
     arguments = (logits, reference, labels, stats, ref_stats)
     divergence_statistics(*arguments, divergences, kind=kind)
-    divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits, kind=kind)
+    divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits.view(dtype)[:, :n_vocab], kind=kind)
     return divergences, logits
 
 
 CALLS = {
     "statistics": lambda: statistics(4), "all statistics": lambda: statistics(7), "gradient": gradient, "likeliest": likeliest,
     "draw": draw, "kl": lambda: divergence("kl"), "soul_kl": lambda: divergence("soul_kl"),
+    "narrow gradient": lambda: gradient(torch.bfloat16), "narrow kl": lambda: divergence("kl", torch.bfloat16),
     "grad_norm": lambda: grad_norm([torch.ones(100_000)], backend="triton"),
     "step": lambda: one_step(sophia_step),
 }  # fmt: skip

@@ -57,7 +57,7 @@ PRIVATE = {
     "tests.kernels.test_token_draw": {"_head.rows"},
     "tests.kernels.test_token_logprob": {"_head.rows"},
     "tests.ptx.test_ptx_faults": {"_table"},
-    "tests.test_functional": {"_head.checks", "reference._rows"},
+    "tests.test_functional": {"reference._rows"},
     "tests.test_layout": {"_versions"},
 }
 # Private attributes of objects that are not ours -> why `soul` needs them. It uses no others.
