@@ -9,10 +9,10 @@ import torch
 import soul_kernels
 from soul import losses
 from soul_kernels import Head, Reference, TokenBatch, backends
+from soul_kernels import chunks as head_chunks
 from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
 from soul_kernels._head.rows import HeadRows
-from soul_kernels.chunks import ResolvedOptions, chunk_rows, default_chunk_bytes
 from soul_kernels.errors import ArgumentError
 from soul_kernels.reference import linear_loss as reference
 from tests.support import tolerances as tol
@@ -226,17 +226,17 @@ def test_token_indices_from_the_host_and_padded(backend, device):
 def test_the_default_chunk_is_a_share_of_the_total_memory(total, chunks, monkeypatch):
     properties = types.SimpleNamespace(total_memory=int(total * 2**30))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    chunk_bytes = default_chunk_bytes(torch.device("cuda", 0))
+    chunk_bytes = head_chunks.default_chunk_bytes(torch.device("cuda", 0))
     assert chunk_bytes % 2**25 == 0 and total * 2**25 <= chunk_bytes < (total + 1) * 2**25
-    options = ResolvedOptions(BRAIN, FLOAT, chunk_bytes)
-    assert -(-8192 // chunk_rows(128256, options, False, chunk_bytes)) == chunks
-    assert default_chunk_bytes(torch.device("cpu")) == 2**26
+    options = head_chunks.ResolvedOptions(BRAIN, FLOAT, chunk_bytes)
+    assert -(-8192 // head_chunks.chunk_rows(128256, options, False, chunk_bytes)) == chunks
+    assert head_chunks.default_chunk_bytes(torch.device("cpu")) == 2**26
 
 
 def test_a_narrow_gradient_takes_no_memory_of_its_own(device):
     """fp32 logits and a bf16 gradient: the scratch is that of the logits."""
     case = make(device, BRAIN)
-    options = ResolvedOptions(BRAIN, FLOAT, None, "triton")
+    options = head_chunks.ResolvedOptions(BRAIN, FLOAT, None, "triton")
     rows = HeadRows(case["hidden"], Head(case["weight"]), case["labels"], None, options)
     (chunk,) = rows.even_chunks()
     rows.load(chunk)
