@@ -235,7 +235,7 @@ def divergence_gradient_kernel(
             block = ColumnBlock(row.tail + lanes, row.tail + lanes < n_vocab)
             _divergence_gradient_block(row, ref, out_row, row.tail, block, factors, transform, SOUL, OVERLAID)
     else:
-        store_zeros(out_row, n_vocab, BLOCK)
+        store_zeros(out_row, n_vocab, tl.arange(0, BLOCK))
 
 
 def divergence_statistics(

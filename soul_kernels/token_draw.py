@@ -201,7 +201,7 @@ def draw_kernel(
         # block or before: they have read them, since the sum over this block has passed a barrier of all warps.
         tl.store(labels_ptr + row.index, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
     else:
-        store_zeros(out_row, n_vocab, BLOCK)
+        store_zeros(out_row, n_vocab, tl.arange(0, BLOCK))
     tl.store(statistic(statistics_ptr, statistics_stride, row, LOGP), logp)
 
 

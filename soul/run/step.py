@@ -71,6 +71,7 @@ class RecordedObjective:
         self.whole = whole
         self.sums: dict[str, Tensor] = {}
         self.additive = objective.additive
+        self.linear = objective.linear  # at log-probabilities of 0, where the sweep evaluates it first, its terms are 0
         self.divergence = objective.divergence
         self.needs_statistics = objective.needs_statistics
 

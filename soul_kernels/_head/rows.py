@@ -8,6 +8,8 @@ and a sweep does the following for each chunk in turn::
     head_rows.measure(chunk)                 # one read of them: statistics (and divergences) of each row
     head_rows.gradient(chunk, coefficients)  # one read, one write: gradient by the raw products, in their place
 
+Where the coefficients are known beforehand, `measured_gradient` does the last two at once.
+
 `load` overwrites the scratch memory of the last chunk, so a chunk must be finished before the next one is loaded. `gradient`
 overwrites the raw products, so `measure` comes before it, and a second gradient needs another `load`. A gradient of a narrower
 dtype fills the first half of the bytes of each row. Statistics and divergences are kept for all rows: a second sweep needs no
@@ -42,7 +44,7 @@ from soul_kernels.kl_divergence import divergence_gradient, divergence_statistic
 from soul_kernels.reference import _rows
 from soul_kernels.reference.token_logprob import ENTROPY, HIT, LOGP, N_ALL, N_BASIC, ONE_MINUS_P, ROW_MAX, TOTAL, VARIANCE
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
-from soul_kernels.token_logprob import token_gradient, token_statistics
+from soul_kernels.token_logprob import statistics_and_gradient, token_gradient, token_statistics
 from soul_kernels.tokens import IGNORE_INDEX, Head, TokenStatistics
 
 WEIGHT_BLOCK = 1 << 20  # elements of a weight that are converted at a time, where a GEMM cannot take its dtype
@@ -53,6 +55,7 @@ class RowFunctions(NamedTuple):
 
     token_statistics: Callable[..., None]
     token_gradient: Callable[..., None]
+    statistics_and_gradient: Callable[..., None]
     divergence_statistics: Callable[..., None]
     divergence_gradient: Callable[..., None]
     likeliest_statistics: Callable[..., None]
@@ -64,8 +67,9 @@ def row_functions(backend: str) -> RowFunctions | ModuleType:
     if backend == "torch":
         return _rows
     return RowFunctions(
-        token_statistics, token_gradient, divergence_statistics, divergence_gradient, likeliest_statistics, draw_labels
-    )
+        token_statistics, token_gradient, statistics_and_gradient, divergence_statistics, divergence_gradient,
+        likeliest_statistics, draw_labels,
+    )  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -303,6 +307,20 @@ class HeadRows:
                     self.divergences[:, start:stop], coefficients[local], divergence_coefficients[local], out[local],
                     **self._divergence_options(ref),
                 )  # fmt: skip
+        return out
+
+    def measured_gradient(self, chunk: Chunk, coefficients: Tensor) -> Tensor:
+        """Do what `measure` and then `gradient` do, in one kernel; not with a reference model, nor for all statistics.
+
+        Args:
+            chunk: the chunk that is loaded.
+            coefficients: [n] fp32, derivative of the objective by each log-probability.
+        """
+        assert self.kind is None and not self.has_all_statistics
+        out = self._out()
+        self.functions.statistics_and_gradient(
+            self._loaded, self.labels[chunk.span], self.statistics[:, chunk.span], coefficients, out, **self.head.transform()
+        )
         return out
 
     def bounds(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:

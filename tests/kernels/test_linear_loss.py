@@ -1,3 +1,5 @@
+import copy
+import functools
 import gc
 import importlib
 import types
@@ -12,6 +14,7 @@ from soul_kernels import Head, Reference, TokenBatch, backends
 from soul_kernels import chunks as head_chunks
 from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
+from soul_kernels._head import sweeps as head_sweeps
 from soul_kernels._head.rows import HeadRows
 from soul_kernels.errors import ArgumentError
 from soul_kernels.reference import linear_loss as reference
@@ -271,6 +274,96 @@ def test_sums_over_sequences_take_one_sweep(backend, device, monkeypatch):
     calls.clear()
     linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend=backend)
     assert sum(calls) == n_labelled  # one chunk: any objective takes one sweep
+
+
+def two_kernels(objective):
+    """Return an objective that does not say that it is linear."""
+    copied = copy.copy(objective)
+    copied.linear = False
+    return copied
+
+
+def recorded(name, function, calls):
+    """Return a function that appends its name to ``calls`` before it does what another one does."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        calls.append(name)
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("chunk_rows", [1000, 7])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
+@pytest.mark.parametrize("name", ["ga", "graddiff", "po"])
+def test_a_linear_objective_takes_one_read_and_gives_the_bits_of_two(name, dtype, chunk_rows, backend, device, monkeypatch):
+    case = make(device, dtype, bias=True)
+    options = dict(return_logps=True, backend=backend, chunk_bytes=chunk_rows * 192 * 4)
+    want, want_logps = linear_objective(**case, objective=two_kernels(OBJECTIVES[name]), **options)
+    calls = []
+    for method in ("measure", "gradient", "measured_gradient"):
+        monkeypatch.setattr(HeadRows, method, recorded(method, getattr(HeadRows, method), calls))
+    got, logps = linear_objective(**case, objective=OBJECTIVES[name], **options)
+    scaled = dtype == HALF and backend == "triton"  # by what is measured
+    assert set(calls) == ({"measure", "gradient"} if scaled else {"measured_gradient"})
+    assert torch.equal(logps, want_logps)
+    assert_close(got, want, 0.0 if chunk_rows == 1000 else 1e-6, "loss")  # sums of chunks are added in another order
+    for a, b in zip(gradients(got, case), gradients(want, case)):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_head_takes_one_read_for_log_probabilities(backend, device, monkeypatch):
+    case = make(device)
+    upstream = torch.randn(case["labels"].shape, device=device)
+    weight = case["weight"].detach()
+    results = []
+    for one_kernel in (True, False):
+        if not one_kernel:
+            monkeypatch.setattr(head_sweeps, "_measure_and_add", by_two_kernels)
+        logps = linear_logprob(case["hidden"], weight, case["labels"], backend=backend)
+        results.append((logps, *torch.autograd.grad((logps * upstream).sum(), case["hidden"])))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def by_two_kernels(head_rows, gradients, chunk, upstream):
+    head_rows.measure(chunk)
+    gradients.add(chunk, upstream)
+
+
+def test_a_false_claim_of_linearity_is_refused(backend, device):
+    def claimed(logps, batch):
+        return -(logps.exp() * batch.mask).sum()
+
+    claimed.linear = True
+    with pytest.raises(ArgumentError, match="objective.linear: expected False for an objective whose derivatives depend on"):
+        linear_objective(**make(device), objective=claimed, backend=backend)
+
+
+def test_a_plain_function_can_be_linear_with_weights_and_a_constant(backend, device):
+    """Whatever the coefficients are, 0 included; tokens without a label and a term without log-probabilities change nothing."""
+    case = make(device)
+    weights = torch.randn(case["labels"].shape, device=device)
+    weights[0] = 0.0
+
+    def weighted(logps, batch):
+        return (logps * weights.to(logps.dtype)).sum() / batch.n_forget_tokens + 3.0
+
+    weighted.linear = True
+    double = fp64(case)
+    want, _ = definition(double, weighted)
+    loss = linear_objective(**case, objective=weighted, backend=backend, chunk_bytes=7 * 192 * 4)
+    assert_close(loss, want, 1e-5, "loss")
+    for got, expected in zip(gradients(loss, case), gradients(want, double)):
+        assert_close(got, expected, tol.GRAD_FP32, "gradient")
+
+    def constant(logps, batch):
+        return batch.n_forget_tokens * 2.0
+
+    constant.linear = True
+    loss = linear_objective(**case, objective=constant, backend=backend)
+    assert loss == 2.0 * TokenBatch.from_labels(case["labels"], case["is_forget"]).n_forget_tokens
+    assert all((gradient == 0).all() for gradient in gradients(loss, case)[:2])
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -544,6 +637,8 @@ def test_a_weight_changed_before_backward_is_noticed(backend, device):
     ("_head.sweeps", "loss += value", "loss = value"),
     ("_head.gradients", "gradient.mul_(scale)", "gradient"),  # upstream dropped
     ("_head.sweeps", "piece = piece.tokens(", "_ = piece.tokens("),  # tokens of other chunks counted as p = 1
+    ("_head.sweeps", "chunk, coefficients[chunk.span])", "chunk, coefficients[: chunk.stop - chunk.start])"),
+    ("_head.sweeps", "objective(head_rows.log_probs(), batch)", "objective(zeros, batch)"),
     ("_head.rows", "out.add_(head.bias)", "out"),
     ("_head.gradients", "dlogits.sum(0, dtype=self.bias.dtype)", "0.0"),
     ("_head.rows", "_product(self.x[start:stop]", "_product(self.x[local]"),

@@ -8,7 +8,7 @@ import torch
 from soul_kernels import _table, grad_norm, sophia_step
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
-from soul_kernels.token_logprob import token_gradient, token_statistics
+from soul_kernels.token_logprob import statistics_and_gradient, token_gradient, token_statistics
 from tests.support.helpers import mutant
 
 Finding = pytest.importorskip("tests.ptx.machine", reason="Triton is not installed").Finding
@@ -113,6 +113,13 @@ def gradient(dtype=torch.float32):
     return logits
 
 
+def both(dtype=torch.float32):
+    logits, _, labels, coefficients = rows()
+    out = torch.zeros(4, 4)
+    statistics_and_gradient(logits, labels, out, coefficients, logits.view(dtype)[:, :V])
+    return out, logits
+
+
 def likeliest():
     logits, _, labels, _ = rows()
     out = torch.zeros(4, 4)
@@ -135,6 +142,7 @@ def divergence(kind, dtype=torch.float32):
 CALLS = {
     "statistics": lambda: statistics(4), "all statistics": lambda: statistics(7), "gradient": gradient, "likeliest": likeliest,
     "draw": draw, "kl": lambda: divergence("kl"), "soul_kl": lambda: divergence("soul_kl"),
+    "both": both, "narrow both": lambda: both(torch.bfloat16),
     "narrow gradient": lambda: gradient(torch.bfloat16), "narrow kl": lambda: divergence("kl", torch.bfloat16),
     "grad_norm": lambda: grad_norm([torch.ones(100_000)], backend="triton"),
     "step": lambda: one_step(sophia_step),
