@@ -205,7 +205,7 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
         statistics_gradient_kernel, STATISTICS_CONFIG, out="bf16", transform=True, reads=2, OVERLAID=True
     ),
     "token_draw likeliest": rows(likeliest_kernel, STATISTICS_CONFIG),
-    "token_draw bf16": rows(draw_kernel, DRAW_CONFIG, out="bf16"),
+    "token_draw bf16": rows(draw_kernel, DRAW_CONFIG, out="bf16", OVERLAID=True),
     "kl_divergence statistics": divergence(divergence_kernel, DIVERGENCE_CONFIG),
     "kl_divergence statistics soul": divergence(divergence_kernel, DIVERGENCE_CONFIG, SOUL=True),
     "kl_divergence gradient bf16": divergence(
