@@ -20,15 +20,18 @@ from soul_kernels.token_logprob import (
     VECTORS,
     ColumnBlock,
     Transform,
+    by_lane,
     is_overlaid,
     launch_rows,
     load_logits,
     log1p,
+    other_block,
     row_of_program,
     statistic,
     store_block,
     store_zeros,
     times_slope,
+    zeros_of_lanes,
 )
 
 SMALLEST = tl.constexpr(_reference.FLOOR)
@@ -44,11 +47,26 @@ class RefRow(NamedTuple):
     """The row of the reference model: q = softmax(z), with the label's logit lowered."""
 
     logits: tl.tensor  # pointer to its first raw product
-    lowered: tl.tensor  # how far the label's logit is lowered
     row_max: tl.tensor  # maximum before the label's logit is lowered
     total: tl.tensor  # sum of exp(z - row_max)
     rest: tl.tensor  # 1 - q(label)
     label_log_q: tl.tensor  # log q(label)
+
+
+class DivergenceFactors(NamedTuple):
+    """Numbers of a row from which log p of each column is computed, and log q."""
+
+    row_max: tl.tensor
+    log_total: tl.tensor  # logarithm of the sum of exp(z - row_max)
+    label_log_p: tl.tensor  # log p(label)
+    ref_log_total: tl.tensor  # the logarithm for the reference model
+
+
+class DivergenceSums(NamedTuple):
+    """Sums of each lane over the columns that have been read, [LANES]."""
+
+    divergence: tl.tensor
+    entropy: tl.tensor  # of the reference model
 
 
 class GradientFactors(NamedTuple):
@@ -82,15 +100,15 @@ def _ref_row(ref_logits_ptr, ref_row_stride, statistics_ptr, stride, strengths_p
             rest = others / total
             log_q = -tl.where(others < at_label, log1p(others / at_label), tl.log(total) - tl.log(at_label))
     logits = ref_logits_ptr + row.index * ref_row_stride
-    return RefRow(logits=logits, lowered=lowered, row_max=row_max, total=total, rest=rest, label_log_q=log_q)
+    return RefRow(logits=logits, row_max=row_max, total=total, rest=rest, label_log_q=log_q)
 
 
 @triton.jit
 def _load_both(row, row_max, ref, block, transform):
-    """Return the raw products of a block, and z - row_max of both models."""
+    """Return the raw products of a block, and z - row_max of both models; the label's logit is not lowered."""
     raw, z = load_logits(row.logits, block, transform)
     ref_raw, ref_z = load_logits(ref.logits, block, transform)
-    return raw, z - row_max, tl.where(block.columns == row.label, ref_z - ref.lowered, ref_z) - ref.row_max
+    return raw, z - row_max, ref_z - ref.row_max
 
 
 @triton.jit
@@ -101,20 +119,36 @@ def _surprise(log_q):
 
 
 @triton.jit
-def _divergence_block(log_p, log_q, SOUL: tl.constexpr):
-    """Return what a block adds to the divergence, and to the entropy of the reference model."""
+def _terms(log_p, log_q, SOUL: tl.constexpr):
+    """Return what each column adds to the divergence, and to the entropy of the reference model."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
-    entropy = tl.sum(tl.where(q > 0.0, -q * log_q, 0.0), 0)
+    entropy = tl.where(q > 0.0, -q * log_q, 0.0)
     if SOUL:
-        return tl.sum(p * _surprise(log_q), 0), entropy
+        return p * _surprise(log_q), entropy
     else:
         # q (d + exp(-d) - 1), d = log q - log p. Near d = 0 a series is used; its next term is below 3e-9 of the sum.
-        d = tl.where(q > 0.0, log_q - log_p, 0.0)
-        series = 1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d * (1 / 40320 - d / 362880))))
+        d = tl.where(q > 0.0, log_q - log_p, 1.0)  # 1 leaves p, where q is 0
+        series = 1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d * (1 / 40320 - d * (1 / 362880)))))
         near = q * d * d * (0.5 - d * (1 / 6 - d * series))
         far = q * (d - 1.0) + p
-        return tl.sum(tl.where((tl.abs(d) < 0.5) & (q > 0.0), near, far), 0), entropy
+        return tl.where(tl.abs(d) < 0.5, near, far), entropy
+
+
+@triton.jit
+def _add_block(sums, row, ref, block, factors, transform, LABEL: tl.constexpr, SOUL: tl.constexpr):
+    """Return the `DivergenceSums` with one more block added, which may hold the label if ``LABEL``."""
+    raw, gap, ref_gap = _load_both(row, factors.row_max, ref, block, transform)
+    log_p = gap - factors.log_total
+    log_q = ref_gap - factors.ref_log_total
+    if LABEL:  # p(label) may be close to 1, hence the values that were summed without the label
+        log_p = tl.where(block.columns == row.label, factors.label_log_p, log_p)
+        log_q = tl.where(block.columns == row.label, ref.label_log_q, log_q)
+    divergence, entropy = _terms(log_p, log_q, SOUL)
+    return DivergenceSums(
+        divergence=sums.divergence + tl.sum(by_lane(divergence, sums.divergence), 1),
+        entropy=sums.entropy + tl.sum(by_lane(entropy, sums.entropy), 1),
+    )
 
 
 @triton.jit(**VECTORS)
@@ -142,25 +176,29 @@ def divergence_kernel(
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
     divergence = 0.0
     entropy = 0.0
-    lanes = tl.arange(0, BLOCK)  # before the branch: within it, the loop takes 3 registers more (Triton 3.9)
     if row.label != IGNORED:
-        label_log_p = tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP))
-        row_max = tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX))
-        log_total = tl.log(tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL)))
         ref = _ref_row(ref_logits_ptr, ref_row_stride, ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row)
-        ref_log_total = tl.log(ref.total)
-        for start in range(0, n_vocab, BLOCK):
-            columns = start + lanes
-            if start < row.tail:
-                raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, None), transform)
-            else:
-                raw, gap, ref_gap = _load_both(row, row_max, ref, ColumnBlock(columns, columns < n_vocab), transform)
-            # At the label p may be close to 1: there the values are used that were summed without the label.
-            log_p = tl.where(columns == row.label, label_log_p, gap - log_total)
-            log_q = tl.where(columns == row.label, ref.label_log_q, ref_gap - ref_log_total)
-            block_divergence, block_entropy = _divergence_block(log_p, log_q, SOUL)
-            divergence += block_divergence
-            entropy += block_entropy
+        factors = DivergenceFactors(
+            row_max=tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX)),
+            log_total=tl.log(tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL))),
+            label_log_p=tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP)),
+            ref_log_total=tl.log(ref.total),
+        )
+        zeros = zeros_of_lanes(row, BLOCK)
+        lanes = DivergenceSums(divergence=zeros, entropy=zeros)
+        columns = tl.arange(0, BLOCK)
+        for start in range(0, row.others, BLOCK):
+            block = ColumnBlock(other_block(row, start, BLOCK) + columns, None)
+            lanes = _add_block(lanes, row, ref, block, factors, transform, False, SOUL)
+        if row.others < row.tail:
+            block = ColumnBlock(row.label_block + columns, None)
+            lanes = _add_block(lanes, row, ref, block, factors, transform, True, SOUL)
+        if row.tail < n_vocab:
+            columns += row.tail
+            block = ColumnBlock(columns, columns < n_vocab)
+            lanes = _add_block(lanes, row, ref, block, factors, transform, True, SOUL)
+        divergence = tl.sum(lanes.divergence, 0)
+        entropy = tl.sum(lanes.entropy, 0)
     tl.store(statistic(divergences_ptr, divergences_stride, row, DIVERGENCE), divergence)
     tl.store(statistic(divergences_ptr, divergences_stride, row, REF_ENTROPY), entropy)
 

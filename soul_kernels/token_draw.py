@@ -1,7 +1,8 @@
 """Row kernels over a chunk of logits: a label drawn from each row, and the gradient of its log-probability in the same read.
 
 `likeliest_statistics` must sum the row first. Where the drawn label is the likeliest by far, its 1 - p must not be lost to
-cancellation. The label is not known before it is drawn, so the sum is kept without the largest term. The top of
+cancellation. The label is not known before it is drawn, so a sum is kept without the largest terms. Its lanes add up
+independently of each other. A draw by inverse CDF needs the sum of each block in turn, until the label is drawn. The top of
 ``token_logprob.py`` explains how row kernels are built.
 """
 
@@ -21,6 +22,7 @@ from soul_kernels.token_logprob import (
     VECTORS,
     ColumnBlock,
     Transform,
+    by_lane,
     is_overlaid,
     launch_rows,
     load_logits,
@@ -31,6 +33,7 @@ from soul_kernels.token_logprob import (
     store_zeros,
     times_slope,
     transformed,
+    zeros_of_lanes,
 )
 
 # Columns per loop iteration, warps. With blocks of 4096, as in `gradient_kernel`, Triton 3.6 takes 154 registers a thread for
@@ -39,11 +42,11 @@ DRAW_CONFIG = {"BLOCK": 2048, "num_warps": 8}
 
 
 class LikeliestSums(NamedTuple):
-    """Sums over the blocks of a row that have been read."""
+    """Sums of each lane over the columns that have been read, [LANES], with e = exp(z - row_max)."""
 
-    row_max: tl.tensor  # maximum of the logits
-    rest: tl.tensor  # sum of exp(z - row_max) over the logits below the maximum
-    count: tl.tensor  # number of logits equal to the maximum
+    row_max: tl.tensor  # maximum of the lane's logits
+    total: tl.tensor  # sum of e
+    rest: tl.tensor  # sum of e over the logits below the maximum
 
 
 class DrawFactors(NamedTuple):
@@ -60,7 +63,7 @@ class DrawFactors(NamedTuple):
 class Draw(NamedTuple):
     """State of the draw after the blocks of a row that have been read."""
 
-    running: tl.tensor  # sum of exp(z - row_max) over these blocks
+    running: tl.tensor  # sum of exp(z - row_max) over these blocks, up to the one with the drawn label
     chosen: tl.tensor  # the drawn label; -1: not drawn yet
     logp: tl.tensor  # log-probability of ``chosen``
     last: tl.tensor  # the last label with p > 0, searched for towards the end of the row; -1: none yet
@@ -68,15 +71,19 @@ class Draw(NamedTuple):
 
 
 @triton.jit
-def _add_block(sums, row, block, transform):
-    """Return the `LikeliestSums` of a row with one more block added."""
+def _add_block(lanes, row, block, transform):
+    """Return the `LikeliestSums` of each lane with one more block added."""
     raw, z = load_logits(row.logits, block, transform)
-    row_max = tl.maximum(sums.row_max, tl.max(z, 0))
-    is_max = z == row_max
-    rescale = tl.exp(sums.row_max - row_max)
-    old = tl.where(sums.row_max == row_max, 0.0, sums.count)  # logits equal to a former maximum belong to the rest
-    rest = rescale * (sums.rest + old) + tl.sum(tl.where(is_max, 0.0, tl.exp(z - row_max)), 0)
-    return LikeliestSums(row_max=row_max, rest=rest, count=sums.count - old + tl.sum(tl.where(is_max, 1.0, 0.0), 0))
+    z = by_lane(z, lanes.rest)
+    row_max = tl.maximum(lanes.row_max, tl.max(z, 1))
+    rescale = tl.exp(lanes.row_max - row_max)
+    rest = tl.where(lanes.row_max == row_max, lanes.rest, lanes.total)  # logits equal to a former maximum belong to the rest
+    exp = tl.exp(z - row_max[:, None])
+    return LikeliestSums(
+        row_max=row_max,
+        total=rescale * lanes.total + tl.sum(exp, 1),
+        rest=rescale * rest + tl.sum(tl.where(z == row_max[:, None], 0.0, exp), 1),
+    )
 
 
 @triton.jit(**VECTORS)
@@ -94,18 +101,27 @@ def likeliest_kernel(
     """Write the statistics of one row: see `likeliest_statistics`."""
     row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
-    sums = LikeliestSums(row_max=-1.0e30, rest=0.0, count=0.0)
+    row_max = -1.0e30
+    rest = 0.0
+    count = 0.0
     if row.label != IGNORED:
-        lanes = tl.arange(0, BLOCK)
+        zeros = zeros_of_lanes(row, BLOCK)
+        lanes = LikeliestSums(row_max=zeros - 1.0e30, total=zeros, rest=zeros)
+        columns = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            sums = _add_block(sums, row, ColumnBlock(start + lanes, None), transform)
+            lanes = _add_block(lanes, row, ColumnBlock(start + columns, None), transform)
         if row.tail < n_vocab:
-            columns = row.tail + lanes
-            sums = _add_block(sums, row, ColumnBlock(columns, columns < n_vocab), transform)
-    total = sums.rest + sums.count
-    tl.store(statistic(statistics_ptr, statistics_stride, row, ROW_MAX), sums.row_max)
+            columns += row.tail
+            lanes = _add_block(lanes, row, ColumnBlock(columns, columns < n_vocab), transform)
+        row_max = tl.max(lanes.row_max, 0)
+        is_max = lanes.row_max == row_max
+        rest = tl.sum(tl.where(is_max, lanes.rest, tl.exp(lanes.row_max - row_max) * lanes.total), 0)
+        # Each logit that equals the maximum adds exp(0) = 1 to the total of a lane, and nothing to its rest.
+        count = tl.sum(tl.where(is_max, tl.floor(lanes.total - lanes.rest + 0.5), 0.0), 0)
+    total = rest + count
+    tl.store(statistic(statistics_ptr, statistics_stride, row, ROW_MAX), row_max)
     tl.store(statistic(statistics_ptr, statistics_stride, row, TOTAL), total)
-    tl.store(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P), (sums.rest + (sums.count - 1.0)) / total)
+    tl.store(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P), (rest + (count - 1.0)) / total)
 
 
 @triton.jit
@@ -122,12 +138,13 @@ def _draw_block(draw, row, out_row, start, block, factors, transform, OVERLAID: 
     raw, z = load_logits(row.logits, block, transform)
     exp = tl.exp(z - factors.row_max)
     gradient = -exp * factors.scale
-    running = draw.running + tl.sum(exp, 0)
+    running = draw.running
     chosen = draw.chosen
     logp = draw.logp
     last = draw.last
     last_raw = draw.last_raw
-    if chosen < 0:
+    if chosen < 0:  # after the draw there are no sums, for which threads would wait for each other
+        running += tl.sum(exp, 0)
         if running > factors.target:  # the label is in this block, the only one that is scanned
             passed = (draw.running + tl.cumsum(exp, 0) > factors.target) & (exp > 0.0)
             column = tl.min(tl.where(passed, block.columns, row.n_vocab), 0)

@@ -2,13 +2,18 @@
 
 How the file works. A chunk is a matrix [n, V] of raw products of hidden states and a language-model head. One program works on
 one row of it, ``BLOCK`` columns at a time. It scales and caps the raw products in registers: logits are never stored.
-`statistics_kernel` reads a row once and keeps a running maximum with sums relative to it. `gradient_kernel` reads the row again
-and writes the derivative by the raw products. There are two kernels because the derivative of the objective by a row's
-log-probability, which multiplies the row's gradient, may depend on the log-probabilities of other rows. Where it does not,
-`statistics_gradient_kernel` does both, by the same device functions.
+`statistics_kernel` reads a row once. `gradient_kernel` reads the row again and writes the derivative by the raw products. There
+are two kernels because the derivative of the objective by a row's log-probability, which multiplies the row's gradient, may
+depend on the log-probabilities of other rows. Where it does not, `statistics_gradient_kernel` does both, by the same device
+functions.
+
+Statistics are sums over a row. A block is divided into lanes: a lane is the columns that one 16-byte access loads, and so one
+thread has all of them. Each lane keeps a maximum of its own and sums relative to it, in registers. Only at the end of the row
+do threads exchange anything: the lanes' sums are made relative to the row's maximum, and added up. Within the loop there is no
+barrier and no shuffle, and one exponential a lane beside one a column.
 
 ``token_draw.py`` and ``kl_divergence.py`` are built from the same device functions. `row_of_program` begins every row kernel,
-`load_logits` reads a block, `store_block` writes one, `launch_rows` launches.
+`load_logits` reads a block, `by_lane` divides it into lanes, `store_block` writes one, `launch_rows` launches.
 
 Values that are passed on together are NamedTuples. Where a NamedTuple is assigned or returned, Triton 3.6 turns the numbers in
 it into tensors, but leaves None alone. So a choice that is made at compile time is either an argument of its own (``ALL``) or a
@@ -18,6 +23,7 @@ Safe to change: the two configurations. ``make test-compile`` checks registers, 
 These must stay:
 
 * Whole blocks are accessed without a mask. With one, accesses would no longer be 16 bytes wide.
+* A lane has no more columns than an access. Otherwise its columns lie in several threads, which then exchange them.
 * ``rest`` is summed without the label. Otherwise 1 - p(label) is lost where p(label) is close to 1.
 * The initial maximum is finite. Otherwise its difference to a masked entry, -inf, would be NaN.
 * The row index has 64 bits. ``n * V`` may exceed 2^31.
@@ -44,8 +50,8 @@ HIT = tl.constexpr(_reference.HIT)
 ENTROPY = tl.constexpr(_reference.ENTROPY)
 VARIANCE = tl.constexpr(_reference.VARIANCE)
 
-# Columns per loop iteration, warps: 31 to 74 registers and no spills with Triton 3.4, 3.6 and 3.9. With 8 warps the statistics
-# spill 4 bytes on sm_80 under 3.6. Times on a GPU are still to be measured.
+# Columns per loop iteration, warps: no spills with Triton 3.6 and 3.9. The statistics take 24 to 52 registers, so two to four
+# programs fit on a multiprocessor. Times on a GPU are still to be measured.
 STATISTICS_CONFIG = {"BLOCK": 4096, "num_warps": 16}
 GRADIENT_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 
@@ -69,6 +75,8 @@ class Row(NamedTuple):
     logits: tl.tensor  # pointer to its first raw product
     n_vocab: tl.tensor  # number of its columns
     tail: tl.tensor  # the first column that lies in no whole block
+    label_block: tl.tensor  # the first column of the block that holds the label
+    others: tl.tensor  # number of columns of the whole blocks, without that block
 
 
 class ColumnBlock(NamedTuple):
@@ -86,13 +94,12 @@ class Transform(NamedTuple):
 
 
 class RowSums(NamedTuple):
-    """Sums over the blocks of a row that have been read, with e = exp(z - row_max)."""
+    """Sums over columns of a row with e = exp(z - row_max): of each lane, [LANES], or of the whole row, numbers."""
 
-    row_max: tl.tensor  # maximum of the logits
-    rest: tl.tensor  # sum of e over all columns but the label's
+    row_max: tl.tensor  # maximum of the logits of these columns; in `_relative_to` also a higher one
+    rest: tl.tensor  # sum of e over the columns, without the label
     sum1: tl.tensor  # sum of e (z - row_max) over them
     sum2: tl.tensor  # sum of e (z - row_max)^2 over them
-    left_max: tl.tensor  # largest logit to the left of the label
 
 
 class RowStatistics(NamedTuple):
@@ -122,7 +129,9 @@ def row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK: tl.conste
     label = tl.load(labels_ptr + index)
     logits = logits_ptr + index * row_stride
     tail = (n_vocab // BLOCK) * BLOCK
-    return Row(index=index, label=label, logits=logits, n_vocab=n_vocab, tail=tail)
+    label_block = (label // BLOCK * BLOCK).to(tl.int32)
+    others = tail - tl.where(label_block < tail, BLOCK, 0)
+    return Row(index, label, logits, n_vocab, tail, label_block, others)
 
 
 @triton.jit
@@ -208,30 +217,96 @@ def store_zeros(out_row, n_vocab, lanes):
 
 
 @triton.jit
-def _add_block(sums, row, block, transform, ALL: tl.constexpr):
-    """Return the `RowSums` of a row with one more block added; without ``ALL`` only the first two fields change."""
-    raw, z = load_logits(row.logits, block, transform)
-    row_max = tl.maximum(sums.row_max, tl.max(z, 0))
-    exp = tl.where(block.columns == row.label, 0.0, tl.exp(z - row_max))
+def zeros_of_lanes(row, BLOCK: tl.constexpr):
+    """Return a zero for each lane, [LANES] fp32."""
+    WIDTH: tl.constexpr = 128 // row.logits.dtype.element_ty.primitive_bitwidth  # columns of a 16-byte access
+    return tl.zeros([BLOCK // WIDTH], tl.float32)
+
+
+@triton.jit
+def by_lane(x, sums):
+    """Return values of a block [BLOCK] by lane, [LANES, BLOCK / LANES], given any sums of the lanes [LANES]."""
+    return tl.reshape(x, [sums.shape[0], x.shape[0] // sums.shape[0]])
+
+
+@triton.jit
+def other_block(row, start, BLOCK: tl.constexpr):
+    """Return where the block at ``start`` begins: ``start`` counts columns without those of the label's block."""
+    return start + tl.where(start < row.label_block, 0, BLOCK)
+
+
+@triton.jit
+def _relative_to(sums, row_max, ALL: tl.constexpr):
+    """Return the same sums relative to another maximum, which is not below theirs."""
     shift = tl.maximum(sums.row_max - row_max, -200.0)  # exp(-200) is 0, and squares stay finite
     rescale = tl.exp(shift)
     sum1 = sums.sum1
     sum2 = sums.sum2
-    left_max = sums.left_max
     if ALL:
-        gap = tl.where(exp > 0.0, z - row_max, 0.0)  # 0 times -inf is NaN
-        sum2 = rescale * (sums.sum2 + shift * (2.0 * sums.sum1 + shift * sums.rest)) + tl.sum(exp * gap * gap, 0)
-        sum1 = rescale * (sums.sum1 + shift * sums.rest) + tl.sum(exp * gap, 0)
-        left_max = tl.maximum(left_max, tl.max(tl.where(block.columns < row.label, z, -float("inf")), 0))
-    rest = rescale * sums.rest + tl.sum(exp, 0)
-    return RowSums(row_max=row_max, rest=rest, sum1=sum1, sum2=sum2, left_max=left_max)
+        sum2 = rescale * (sum2 + shift * (2.0 * sum1 + shift * sums.rest))
+        sum1 = rescale * (sum1 + shift * sums.rest)
+    return RowSums(row_max=row_max, rest=rescale * sums.rest, sum1=sum1, sum2=sum2)
+
+
+@triton.jit
+def _add_block(lanes, row, block, transform, LABEL: tl.constexpr, ALL: tl.constexpr):
+    """Return the `RowSums` of each lane with one more block added, which may hold the label if ``LABEL``.
+
+    Without ``ALL`` the last two sums do not change.
+    """
+    raw, z = load_logits(row.logits, block, transform)
+    if LABEL:
+        z = tl.where(block.columns == row.label, -float("inf"), z)
+    z = by_lane(z, lanes.rest)
+    sums = _relative_to(lanes, tl.maximum(lanes.row_max, tl.max(z, 1)), ALL)
+    gap = z - sums.row_max[:, None]
+    exp = tl.exp(gap)
+    sum1 = sums.sum1
+    sum2 = sums.sum2
+    if ALL:
+        gap = tl.maximum(gap, -200.0)  # 0 times -inf is NaN
+        sum1 += tl.sum(exp * gap, 1)
+        sum2 += tl.sum(exp * gap * gap, 1)
+    return RowSums(row_max=sums.row_max, rest=sums.rest + tl.sum(exp, 1), sum1=sum1, sum2=sum2)
+
+
+@triton.jit
+def sums_without_label(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the `RowSums` of a row, maximum included, over all columns but the label's; without ``ALL`` the last two are 0.
+
+    The label's block comes after the other whole ones, so that their columns need not be compared with the label.
+    """
+    zeros = zeros_of_lanes(row, BLOCK)
+    # The first maximum is finite: -inf - -inf would be NaN.
+    lanes = RowSums(row_max=zeros - 1.0e30, rest=zeros, sum1=zeros, sum2=zeros)
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, row.others, BLOCK):
+        lanes = _add_block(lanes, row, ColumnBlock(other_block(row, start, BLOCK) + columns, None), transform, False, ALL)
+    if row.others < row.tail:
+        lanes = _add_block(lanes, row, ColumnBlock(row.label_block + columns, None), transform, True, ALL)
+    if row.tail < row.n_vocab:
+        columns += row.tail
+        lanes = _add_block(lanes, row, ColumnBlock(columns, columns < row.n_vocab), transform, True, ALL)
+    lanes = _relative_to(lanes, tl.max(lanes.row_max, 0), ALL)
+    return RowSums(row_max=lanes.row_max, rest=tl.sum(lanes.rest, 0), sum1=tl.sum(lanes.sum1, 0), sum2=tl.sum(lanes.sum2, 0))
+
+
+@triton.jit
+def _largest_before_label(row, transform, BLOCK: tl.constexpr):
+    """Return the largest logit to the left of the label."""
+    lanes = tl.arange(0, BLOCK)
+    largest = tl.full([BLOCK], -float("inf"), tl.float32)
+    for start in range(0, row.label.to(tl.int32), BLOCK):
+        columns = start + lanes
+        raw, z = load_logits(row.logits, ColumnBlock(columns, columns < row.label), transform)
+        largest = tl.maximum(largest, z)
+    return tl.max(largest, 0)
 
 
 @triton.jit
 def _row_statistics(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
     """Return the `RowStatistics` of a row, in one read of it; without ``ALL`` the last three are 0."""
-    # The first maximum is finite: -inf - -inf would be NaN.
-    sums = RowSums(row_max=-1.0e30, rest=0.0, sum1=0.0, sum2=0.0, left_max=-float("inf"))
+    row_max = -1.0e30
     logp = 0.0
     total = 0.0
     one_minus_p = 0.0
@@ -239,14 +314,11 @@ def _row_statistics(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
     entropy = 0.0
     variance = 0.0
     if (row.label >= 0) & (row.label < row.n_vocab):
-        lanes = tl.arange(0, BLOCK)
-        for start in range(0, row.tail, BLOCK):
-            sums = _add_block(sums, row, ColumnBlock(start + lanes, None), transform, ALL)
-        if row.tail < row.n_vocab:
-            columns = row.tail + lanes
-            sums = _add_block(sums, row, ColumnBlock(columns, columns < row.n_vocab), transform, ALL)
         at_label = transformed(tl.load(row.logits + row.label).to(tl.float32), transform)
-        gap = sums.row_max - at_label
+        others = sums_without_label(row, transform, ALL, BLOCK)
+        row_max = tl.maximum(others.row_max, at_label)
+        sums = _relative_to(others, row_max, ALL)
+        gap = row_max - at_label
         exp_label = tl.exp(-gap)
         total = sums.rest + exp_label
         one_minus_p = sums.rest / total
@@ -255,7 +327,9 @@ def _row_statistics(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
         log_total = tl.where(gap == 0.0, log1p(sums.rest), tl.log(total))
         logp = -(gap + log_total)
         if ALL:
-            hit = tl.where((gap == 0.0) & (sums.left_max < at_label), 1.0, 0.0)
+            hit = tl.where(gap == 0.0, 1.0, 0.0)
+            if others.row_max == at_label:  # the first of equals is the likeliest; these rows are rare
+                hit = tl.where(_largest_before_label(row, transform, BLOCK) < at_label, hit, 0.0)
             label_gap = tl.where(exp_label > 0.0, gap, 0.0)
             mean = (sums.sum1 - exp_label * label_gap) / total  # of z - max under p, <= 0
             entropy = log_total - mean
@@ -263,7 +337,7 @@ def _row_statistics(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
     elif row.label != IGNORED:
         logp = float("nan")  # outside the vocabulary: nothing is read, and the result must not look valid
     return RowStatistics(
-        logp=logp, row_max=sums.row_max, total=total, one_minus_p=one_minus_p, hit=hit, entropy=entropy, variance=variance
+        logp=logp, row_max=row_max, total=total, one_minus_p=one_minus_p, hit=hit, entropy=entropy, variance=variance
     )
 
 
@@ -374,8 +448,6 @@ def statistics_gradient_kernel(
     factors = GradientFactors(
         row_max=values.row_max, scale=coefficient / values.total, at_label=coefficient * values.one_minus_p
     )
-    if not OVERLAID:  # all threads have read the logit of the label, and the one that has its column may overwrite it
-        tl.debug_barrier()
     out_row = out_ptr + row.index * out_stride
     # [1, BLOCK]: accesses of one shape share a layout, and that of bf16 stores would add up the statistics in another order.
     _write_gradient(row, out_row, tl.arange(0, BLOCK)[None, :], factors, transform, OVERLAID)

@@ -47,6 +47,7 @@ if runs_on_cpu() or not has_triton():
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from tests.ptx.costs import issued  # noqa: E402
 from tests.ptx.workloads import VOCABULARIES, execute  # noqa: E402
 from tests.support.helpers import mutant  # noqa: E402
 
@@ -394,7 +395,7 @@ def faults_of(variant):
      'raw = tl.maximum(tl.load(row_ptr + block.columns), tl.load(row_ptr + block.columns, cache_modifier=".cg")).to(',
      "loaded 7.9.. bytes an element, expected 4.000"),
     # One reduction more. A barrier alone may take the place of one that the compiler puts there.
-    ("rescale * sums.rest + tl.sum(exp, 0)", "rescale * sums.rest + tl.sum(exp, 0) + 0.0 * tl.max(exp, 0)",
+    ("rest=tl.sum(lanes.rest, 0)", "rest=tl.sum(lanes.rest, 0) + 0.0 * tl.max(lanes.rest, 0)",
      "V 50257: passes .* barriers a program"),
 ])  # fmt: skip
 def test_planted_faults_are_found(old, new, fault, tmp_path):
@@ -406,6 +407,15 @@ def test_planted_faults_are_found(old, new, fault, tmp_path):
 def test_narrow_accesses_are_found():
     sentences = faults_of(dataclasses.replace(KERNELS[STATISTICS], aligned=()))
     assert sentences[0] == "V 50257: loaded 0.000 of its bytes 16 at a time, expected 1.000"
+
+
+@pytest.mark.parametrize("name", [name for name in KERNELS if "statistics" in name or "likeliest" in name])
+def test_threads_exchange_nothing_before_the_end_of_a_row(name):
+    """Statistics of a longer row pass no more barriers and shuffles than those of a shorter one."""
+    runs = measured()[name, "sm_90"]["runs"]
+    short, long = (runs[f"V {n_vocab}"].counts for n_vocab in VOCABULARIES)
+    assert 0 < long.barriers == short.barriers
+    assert 0 < issued(long.executed)["exchange"] == issued(short.executed)["exchange"]
 
 
 def write_evidence():

@@ -8,6 +8,7 @@ from soul_kernels._head import rows as head_rows
 from soul_kernels.reference import token_draw as reference
 from soul_kernels.reference.token_logprob import token_logprob, transformed
 from soul_kernels.token_draw import DRAW_CONFIG, draw_labels, likeliest_statistics
+from soul_kernels.token_logprob import STATISTICS_CONFIG
 from tests.kernels.test_token_logprob import oracle, overlaid, peaked
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_rows_close, mutant
@@ -70,6 +71,36 @@ def test_labels_are_drawn_by_inverse_cdf(n_vocab, device):
 @pytest.mark.usefixtures("row_functions")
 def test_labels_are_drawn_from_capped_logits(device):
     check_draw(4100, device, spread=20.0, logit_scale=0.5, softcap=4.0)
+
+
+def check_likeliest(device):
+    """Rows whose maximum is far up or shared: by all columns; by columns of one lane, of several; by some and then exceeded."""
+    block = STATISTICS_CONFIG["BLOCK"]
+    n_vocab = 2 * block + 77
+    rising = torch.linspace(-60, 60, n_vocab)
+    logits = torch.stack([rising, rising.flip(0), torch.zeros(n_vocab), *(torch.randn(n_vocab).clamp(max=2.0),) * 4]).to(device)
+    logits[3, [8, 9, block + 8, 2 * block + 8]] = 5.0
+    logits[4, [8, 13, block + 100, 2 * block + 70]] = 5.0
+    logits[5, [8, 9, block + 7, block + 8, 2 * block + 9]] = torch.tensor([5.0, 5.0, 3.0, 6.0, 6.0], device=device)
+    # 1 - p of 8e-6. 6e-6 of it are 51.4 times 2^-23 and in the lane of the maximum, whose total of 1 + 51 2^-23 is too small.
+    logits[6, [8, 9, 16]] = torch.tensor([30.0, 17.9972, 17.0], device=device)
+    memorised = [torch.zeros(n_vocab) for _ in range(3)]
+    for row, (column, value) in zip(memorised, [(0, 20.0), (1, 25.0), (2 * block + 1, 30.0)]):
+        row[column] = value
+    logits = torch.cat([logits, torch.stack(memorised).to(device)])
+    statistics = torch.zeros(4, len(logits), device=device)
+    op = draw.keywords["likeliest"] if isinstance(draw, functools.partial) else likeliest_statistics
+    op(logits, torch.zeros(len(logits), dtype=torch.int64, device=device), statistics)
+    highest, first = logits.double().max(1)
+    exp = (logits.double() - highest[:, None]).exp()
+    rest = exp.scatter(1, first[:, None], 0.0).sum(1)
+    for name, got, want in [("total", statistics[2], 1 + rest), ("1 - p", statistics[3], rest / (1 + rest))]:
+        assert ((got.double() - want).abs() <= tol.ONE_MINUS_P * want).all(), f"{name}: {got}, not {want}"
+    assert torch.equal(statistics[1], logits.amax(1))
+
+
+def test_statistics_of_the_likeliest_label(device):
+    check_likeliest(device)
 
 
 def check_sums_in_another_order(device):
@@ -174,10 +205,14 @@ def test_draws_follow_the_distribution(device, monkeypatch):
 
 @pytest.mark.parametrize("old, new", [
     ("draw.running + tl.cumsum(exp, 0) > ", "tl.cumsum(exp, 0) > "),  # each block from 0
-    ("if chosen < 0:\n        if running", "if chosen < row.n_vocab:\n        if running"),  # the last crossing wins
+    ("if chosen < 0:  # after", "if chosen < row.n_vocab:  # after"),  # the last crossing wins
     ("(exp > 0.0)\n", "(exp >= 0.0)\n"),
     ("coefficient * rest, gradient)", "coefficient, gradient)"),
-    ("old = tl.where(sums.row_max == row_max, 0.0, sums.count)", "old = 0.0"),
+    ("tl.where(lanes.row_max == row_max, lanes.rest, lanes.total)", "lanes.rest"),
+    ("tl.exp(lanes.row_max - row_max) * lanes.total", "lanes.total"),  # lanes with different maxima added up as they are
+    ("tl.where(is_max, lanes.rest, tl.exp(lanes.row_max - row_max) * lanes.total)",
+     "tl.exp(lanes.row_max - row_max) * lanes.rest"),  # what equals the maximum of a lane that is not the row's
+    ("tl.floor(lanes.total - lanes.rest + 0.5)", "(lanes.total - lanes.rest)"),  # 1 - p is lost
     ("uniforms_ptr + row.index) * total", "uniforms_ptr + row.index)"),
     ("tl.store(out_row + draw.last, ", "tl.store(out_row + draw.last - draw.last, "),
 ])  # fmt: skip
@@ -192,3 +227,4 @@ def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
             drawn, want = check_draw(n_vocab, device)
             assert (drawn == want)[drawn >= 0].float().mean() > 0.9
         test_confident_rows_draw_their_label_and_keep_one_minus_p(device)
+        check_likeliest(device)

@@ -8,13 +8,16 @@ from soul_kernels.backends import runs_on_cpu
 from soul_kernels.chunks import row_width
 from soul_kernels.reference import token_logprob as reference
 from soul_kernels.reference.token_logprob import token_logprob
-from soul_kernels.token_logprob import statistics_and_gradient, token_gradient, token_statistics
+from soul_kernels.token_logprob import STATISTICS_CONFIG, statistics_and_gradient, token_gradient, token_statistics
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_rows_close, mutant
 
 # 1: nothing beside the label. 127 to 129: around a warp's worth. 4096, 4097: one block, and one element more.
 # 32003, 50257: odd vocabularies of real models.
 VOCABULARIES = (1, 2, 17, 127, 128, 129, 4096, 4097, 32003, 50257)
+BLOCK = STATISTICS_CONFIG["BLOCK"]
+SEVERAL_BLOCKS = 3 * BLOCK + 77  # three whole blocks, one of which may hold the label, and a tail
+LABELS = (5, BLOCK + 5, 3 * BLOCK - 1, 3 * BLOCK + 5)  # in the first whole block, the second, the last, and the tail
 
 
 @pytest.fixture
@@ -106,6 +109,31 @@ def test_nan_logits_surface(device):
     logits[1, 150] = float("nan")
     statistics, _ = run(logits, torch.tensor([3, 3], device=device), torch.ones(2, device=device))
     assert statistics[0].isnan().tolist() == [False, True]
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_nan_logits_surface_from_every_block(device):
+    """The NaN lies in the label's block, before and behind it, or is the label's logit."""
+    labels = torch.tensor(LABELS, device=device).repeat(len(LABELS))
+    columns = torch.tensor(LABELS, device=device).repeat_interleave(len(LABELS))
+    logits = torch.randn(len(labels), SEVERAL_BLOCKS, device=device).scatter_(1, columns[:, None], float("nan"))
+    statistics = torch.empty(7, len(labels), device=device)
+    token_statistics(logits, labels, statistics)
+    assert statistics[[0, 3, 5]].isnan().all()
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_infinite_logits(device):
+    """A label that is masked out has p = 0. An infinite logit has no distribution, and no finite log-probability of another."""
+    labels = torch.tensor(LABELS, device=device)
+    logits = torch.randn(4, SEVERAL_BLOCKS, device=device)
+    statistics, _ = run(logits.scatter(1, labels[:, None], -torch.inf), labels, torch.ones(4, device=device))
+    assert (statistics[0] == -torch.inf).all() and (statistics[3] == 1).all()
+    for column in (7, BLOCK + 7, SEVERAL_BLOCKS - 1):
+        logits[:, column] = torch.inf
+        statistics, _ = run(logits, labels, torch.ones(4, device=device))
+        assert not statistics[0].isfinite().any()
+        logits[:, column] = 0.0
 
 
 @pytest.mark.usefixtures("row_functions")
@@ -252,6 +280,36 @@ def test_all_statistics(n_vocab, device):
 
 
 @pytest.mark.usefixtures("row_functions")
+def test_all_statistics_of_several_blocks(device):
+    """Each lane of the kernel has a maximum of its own. It rises in every block, in none, or stays where all else is masked."""
+    rising = torch.linspace(-60, 60, SEVERAL_BLOCKS)
+    one_lane = torch.full_like(rising, -torch.inf)
+    one_lane[5::BLOCK] = torch.tensor([1.0, 3.0, 2.0, -20.0])
+    logits = torch.stack([rising, rising.flip(0), one_lane, torch.randn(SEVERAL_BLOCKS) * 8]).to(device)
+    for label in LABELS:
+        labels = torch.full((4,), label, device=device)
+        logits[2] = one_lane
+        logits[2, label] = 2.5
+        statistics = torch.empty(7, 4, device=device)
+        token_statistics(logits, labels, statistics)
+        check_all_statistics(statistics, logits.double(), labels)
+        exact = -torch.expm1(token_logprob(logits.double(), labels))
+        assert ((statistics[3].double() - exact).abs() <= tol.ONE_MINUS_P * exact).all()
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_the_first_of_equal_logits_is_the_likeliest(device):
+    others = torch.tensor([4, 6, BLOCK - 1, BLOCK + 4, BLOCK + 6, SEVERAL_BLOCKS - 1], device=device)
+    for label in LABELS:
+        logits = torch.randn(len(others), SEVERAL_BLOCKS, device=device).clamp(max=4.0)
+        logits[:, label] = 5.0
+        logits.scatter_(1, others[:, None], 5.0)
+        statistics = torch.empty(7, len(others), device=device)
+        token_statistics(logits, torch.full_like(others, label), statistics)
+        assert torch.equal(statistics[4] == 1, others > label)
+
+
+@pytest.mark.usefixtures("row_functions")
 def test_statistics_of_memorised_tokens_and_ties(device):
     logits, labels = peaked(4, 5000, 1e-7, device)
     logits[2:] = 0.0
@@ -266,8 +324,14 @@ def test_statistics_of_memorised_tokens_and_ties(device):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("tl.where(block.columns == row.label, 0.0, tl.exp(z - row_max))", "tl.exp(z - row_max)"),  # the label counted twice
-    ("rescale * sums.rest + ", "sums.rest + "),
+    ("tl.where(block.columns == row.label, -float(\"inf\"), z)", "z"),  # the label counted twice
+    ("rest=rescale * sums.rest, ", "rest=sums.rest, "),
+    # The sums of lanes with different maxima added up as they are.
+    ("_relative_to(lanes, tl.max(lanes.row_max, 0), ALL)",
+     "RowSums(tl.max(lanes.row_max, 0), lanes.rest, lanes.sum1, lanes.sum2)"),
+    ("_relative_to(others, row_max, ALL)", "others"),  # the label's maximum left out
+    ("tl.where(start < row.label_block, 0, BLOCK)", "0"),  # the label's block twice, and one of the others not at all
+    ("if row.others < row.tail:", "if row.others > row.tail:"),  # the label's block not at all
     ("at_label, -tl.exp(z - factors.row_max)", "at_label, tl.exp(z - factors.row_max)"),
     ("at_label = coefficient * tl.load", "at_label = tl.load"),
     ("tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P))",
@@ -281,18 +345,23 @@ def test_mutants_do_not_pass(old, new, device, tmp_path, monkeypatch):
     ops = dict(statistics_op=broken.token_statistics, gradient_op=broken.token_gradient)
     monkeypatch.setitem(globals(), "run", functools.partial(run, **ops))
     with pytest.raises(AssertionError):
-        test_every_vocabulary_size(4097, device)
+        for n_vocab in (4097, SEVERAL_BLOCKS):
+            test_every_vocabulary_size(n_vocab, device)
         for rest in (0.5, 1e-10):
             test_one_minus_p_stays_accurate_on_memorised_tokens(rest, device)
 
 
 @pytest.mark.parametrize("old, new", [
-    ("shift * (2.0 * sums.sum1 + shift * sums.rest)", "shift * (sums.sum1 + shift * sums.rest)"),
+    ("shift * (2.0 * sum1 + shift * sums.rest)", "shift * (sum1 + shift * sums.rest)"),
     ("sum1 + shift * sums.rest)", "sum1)"),
-    ("left_max < at_label", "left_max <= at_label"),
+    ("BLOCK) < at_label", "BLOCK) <= at_label"),
+    ("if others.row_max == at_label:", "if others.row_max > at_label:"),
+    ("columns < row.label)", "columns <= row.label)"),
     ("- exp_label * label_gap) / total", ") / total"),
     ("- mean * mean", ""),
-    ("tl.where(exp > 0.0, z - row_max, 0.0)", "z - row_max"),
+    ("gap = tl.maximum(gap, -200.0)", "gap = 1.0 * gap"),
+    # Sums of lanes with different maxima, moved to the highest of them without their first moments.
+    ("sum2 = rescale * (sum2 + ", "sum2 = rescale * (sum2 + 0.0 * "),
 ])  # fmt: skip
 def test_mutants_of_the_other_statistics_do_not_pass(old, new, device, tmp_path, monkeypatch):
     broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
@@ -300,4 +369,5 @@ def test_mutants_of_the_other_statistics_do_not_pass(old, new, device, tmp_path,
     with pytest.raises(AssertionError):
         for n_vocab in (2, 50257):  # where the label weighs much, and where it weighs little
             test_all_statistics(n_vocab, device)
+        test_the_first_of_equal_logits_is_the_likeliest(device)
         test_statistics_of_memorised_tokens_and_ties(device)

@@ -67,18 +67,18 @@ def test_a_flipped_sign(card):
 
 def draw(draw_labels=draw_labels, dtype=torch.float32):
     """Draws from a whole block, from the tail, and from the end of a row: the sum there falls short of the target, so that the
-    last label is chosen, and its gradient stored once more. In place where the dtype allows.
+    last label is chosen, and its gradient stored once more. In place; a narrower dtype in the first half of a row's bytes.
     """
     torch.manual_seed(0)
     results = []
-    for n_vocab in (V, 2 * 4096):
+    for n_vocab in (V, 2 * 4096, 6 * 2048 + 108):  # of the last one the tail is a block in which threads wait for each other
         logits = torch.randn(6, n_vocab)
         labels = torch.zeros(6, dtype=torch.int64)
         statistics = torch.zeros(4, 6)
         likeliest_statistics(logits, labels, statistics)
         statistics[2, 4:] *= 1 + 1e-4
         uniforms = torch.tensor([0.1, 0.6, 0.9, 0.99, 1 - 2**-24, 1 - 2**-24])
-        out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        out = logits.view(dtype)[:, :n_vocab]
         draw_labels(logits, labels, uniforms, statistics, torch.ones(6), out)
         results += [labels, statistics, out]
     return results
@@ -101,6 +101,7 @@ def rows(n_vocab=V):
 
 def statistics(n):
     logits, _, labels, _ = rows()
+    logits[1, [4, 17]] = 9.0  # the label's logit and one before it: such a row is read again
     out = torch.zeros(n, 4)
     token_statistics(logits, labels, out)
     return out
@@ -142,7 +143,7 @@ def divergence(kind, dtype=torch.float32):
 CALLS = {
     "statistics": lambda: statistics(4), "all statistics": lambda: statistics(7), "gradient": gradient, "likeliest": likeliest,
     "draw": draw, "kl": lambda: divergence("kl"), "soul_kl": lambda: divergence("soul_kl"),
-    "both": both, "narrow both": lambda: both(torch.bfloat16),
+    "narrow draw": lambda: draw(dtype=torch.bfloat16), "both": both, "narrow both": lambda: both(torch.bfloat16),
     "narrow gradient": lambda: gradient(torch.bfloat16), "narrow kl": lambda: divergence("kl", torch.bfloat16),
     "grad_norm": lambda: grad_norm([torch.ones(100_000)], backend="triton"),
     "step": lambda: one_step(sophia_step),
