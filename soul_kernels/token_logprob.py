@@ -558,8 +558,8 @@ def statistics_and_gradient(
     """Do what `token_statistics` and then `token_gradient` do, with the same bits, for coefficients that are known beforehand.
 
     The second read of a row comes from the L2 cache if the rows that are worked on at a time fit into it. On an H100, whose
-    cache has 50 MB, two programs a multiprocessor work on 264 rows of fp32: 34 MB at V = 32000, but 135 MB at V = 128256, where
-    only a launch is saved. This is computed, not measured.
+    cache has 50 MB, two to four programs a multiprocessor work on 264 to 528 rows: of fp32 logits 34 to 68 MB at V = 32000, but
+    135 to 270 MB at V = 128256, where little more than a launch is saved. This is computed, not measured.
 
     Args:
         logits: as in `token_gradient`.
