@@ -9,7 +9,7 @@ weight of forgetting and ``alpha`` that of retaining, in every objective. docs/o
 of other code bases, which use the same names for different things.
 
 To add an objective, subclass `Objective`, return the forget term from ``forget``, and set ``additive`` to the unit over which
-the loss is a plain sum.
+the loss is a plain sum, and ``linear`` if it is a weighted sum of the log-probabilities.
 """
 
 import inspect
@@ -63,6 +63,9 @@ class Objective:
     Attributes:
         additive: the unit over which the loss is a plain sum, so that it can be computed chunk by chunk: "tokens", "sequences"
             or "pairs" (sequences 2i and 2i + 1). None: it is no such sum, and a batch larger than a chunk takes two sweeps.
+        linear: whether the loss is a linear function of the log-probabilities (and divergences), 0 where all of them are 0. Its
+            derivatives are then known before the log-probabilities are, and the logits are read once. A subclass with another
+            formula does not inherit it.
         needs_reference: whether ``batch.ref_logps`` must be set.
         needs_statistics: whether ``batch.statistics`` must be set.
         divergence: a `soul_kernels.Divergence` that describes what ``batch.divergences`` must hold; or None.
@@ -72,10 +75,16 @@ class Objective:
     """
 
     additive: str | None = None
+    linear: bool = False
     needs_reference: bool = False
     needs_statistics: bool = False
     relabels: bool = False
     pairs: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "linear" not in vars(cls) and not {"forget", "terms", "__call__"}.isdisjoint(vars(cls)):
+            cls.linear = False
 
     def __init__(self, gamma: float = 1.0, alpha: float = 1.0, retain: str = "ce") -> None:
         check_range("gamma", gamma)
@@ -126,6 +135,7 @@ class GradAscent(Objective):
     """``-gamma CE(F)``: gradient ascent on the forget tokens. GA in SOUL, TOFU and open-unlearning."""
 
     additive = "tokens"
+    linear = True
 
     def __init__(self, gamma: float = 1.0) -> None:
         super().__init__(gamma, alpha=0.0)
@@ -141,6 +151,7 @@ class GradDiff(Objective):
     """
 
     additive = "tokens"
+    linear = True
 
     def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:
         """Return ``-CE(F)``."""
@@ -160,6 +171,7 @@ class PO(Objective):
     """
 
     additive = "tokens"
+    linear = True
     relabels = True
 
     def forget(self, logps: Tensor, batch: TokenBatch) -> Tensor:

@@ -21,6 +21,7 @@ from soul_kernels.token_logprob import (
     ColumnBlock,
     Transform,
     by_lane,
+    is_overlaid,
     launch_rows,
     load_logits,
     log1p,
@@ -203,7 +204,7 @@ def divergence_kernel(
 
 
 @triton.jit
-def _divergence_gradient_block(row, ref, out_row, block, factors, transform, SOUL: tl.constexpr):
+def _divergence_gradient_block(row, ref, out_row, start, block, factors, transform, SOUL: tl.constexpr, OVERLAID: tl.constexpr):
     """Write the gradient of a block."""
     raw, gap, ref_gap = _load_both(row, factors.row_max, ref, block, transform)
     p = tl.exp(gap) * factors.scale
@@ -215,7 +216,7 @@ def _divergence_gradient_block(row, ref, out_row, block, factors, transform, SOU
     else:
         q = tl.exp(ref_gap) * factors.ref_scale
         gradient += factors.weight * tl.where(is_label, factors.label_difference, p - q)
-    store_block(out_row, block, times_slope(gradient, raw, transform))
+    store_block(out_row, block, times_slope(gradient, raw, transform), start, OVERLAID)
 
 
 @triton.jit(**VECTORS)
@@ -239,6 +240,7 @@ def divergence_gradient_kernel(
     logit_scale,  # None: not scaled
     softcap,  # None: not capped
     SOUL: tl.constexpr,
+    OVERLAID: tl.constexpr,  # as in token_logprob.gradient_kernel
     BLOCK: tl.constexpr,
 ):
     """Write the gradient of one row's ``coefficient log p(label) + weight divergence``."""
@@ -265,12 +267,13 @@ def divergence_gradient_kernel(
         )
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            _divergence_gradient_block(row, ref, out_row, ColumnBlock(start + lanes, None), factors, transform, SOUL)
+            block = ColumnBlock(start + lanes, None)
+            _divergence_gradient_block(row, ref, out_row, start, block, factors, transform, SOUL, OVERLAID)
         if row.tail < n_vocab:
-            columns = row.tail + lanes
-            _divergence_gradient_block(row, ref, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform, SOUL)
+            block = ColumnBlock(row.tail + lanes, row.tail + lanes < n_vocab)
+            _divergence_gradient_block(row, ref, out_row, row.tail, block, factors, transform, SOUL, OVERLAID)
     else:
-        store_zeros(out_row, n_vocab, BLOCK)
+        store_zeros(out_row, n_vocab, tl.arange(0, BLOCK))
 
 
 def divergence_statistics(
@@ -348,4 +351,5 @@ def divergence_gradient(
         weights_ptr=weights,
         ref_row_stride=ref_logits.stride(0),
         SOUL=kind == "soul_kl",
+        OVERLAID=is_overlaid(logits, out),
     )

@@ -147,7 +147,10 @@ def linear_objective(
         labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         objective: callable ``(logps [B, T] fp32, TokenBatch) -> [] loss``, differentiated by autograd. Its attribute
             ``additive`` names the terms that it is a plain sum of: "tokens", "sequences", "pairs" of sequences (2i and 2i + 1),
-            or None (the default: unknown). Such a sum takes one sweep; otherwise a batch of several chunks takes two.
+            or None (the default: unknown). Such a sum takes one sweep; otherwise a batch of several chunks takes two. Its
+            attribute ``linear`` says that the derivatives do not depend on the log-probabilities, as those of a cross-entropy:
+            they are then taken at log-probabilities of 0, and the logits are read once. The claim is checked, but not where
+            log-probabilities are detached.
         bias: [V] or None, beside a weight that is a tensor.
         is_forget: [B] bool; None: every sequence is to be forgotten. If it is on the CPU, like ``token_indices``, a divergence
             of some sequences is computed for these alone without waiting for the device.

@@ -23,6 +23,7 @@ from soul_kernels.token_logprob import (
     ColumnBlock,
     Transform,
     by_lane,
+    is_overlaid,
     launch_rows,
     load_logits,
     log1p,
@@ -132,7 +133,7 @@ def _of_drawn(z, factors):
 
 
 @triton.jit
-def _draw_block(draw, row, out_row, block, factors, transform):
+def _draw_block(draw, row, out_row, start, block, factors, transform, OVERLAID: tl.constexpr):
     """Write the gradient of a block; return the `Draw` of the row after that block."""
     raw, z = load_logits(row.logits, block, transform)
     exp = tl.exp(z - factors.row_max)
@@ -157,7 +158,7 @@ def _draw_block(draw, row, out_row, block, factors, transform):
             if column >= 0:
                 last = column
                 last_raw = tl.sum(tl.where(block.columns == column, raw, 0.0), 0)
-    store_block(out_row, block, times_slope(gradient, raw, transform))
+    store_block(out_row, block, times_slope(gradient, raw, transform), start, OVERLAID)
     return Draw(running=running, chosen=chosen, logp=logp, last=last, last_raw=last_raw)
 
 
@@ -175,6 +176,7 @@ def draw_kernel(
     out_stride,
     logit_scale,  # None: not scaled
     softcap,  # None: not capped
+    OVERLAID: tl.constexpr,  # as in token_logprob.gradient_kernel
     BLOCK: tl.constexpr,
 ):
     """Draw the label of one row, and write the gradient of its log-probability."""
@@ -196,10 +198,11 @@ def draw_kernel(
         draw = Draw(running=0.0, chosen=-1, logp=0.0, last=-1, last_raw=0.0)
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
-            draw = _draw_block(draw, row, out_row, ColumnBlock(start + lanes, None), factors, transform)
+            block = ColumnBlock(start + lanes, None)
+            draw = _draw_block(draw, row, out_row, start, block, factors, transform, OVERLAID)
         if row.tail < n_vocab:
-            columns = row.tail + lanes
-            draw = _draw_block(draw, row, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform)
+            block = ColumnBlock(row.tail + lanes, row.tail + lanes < n_vocab)
+            draw = _draw_block(draw, row, out_row, row.tail, block, factors, transform, OVERLAID)
         chosen = draw.chosen
         logp = draw.logp
         if chosen < 0:  # this kernel adds in another order than the total was, and may stay below a target close to it
@@ -214,10 +217,10 @@ def draw_kernel(
         # its read: it had to branch on the label before it took part in the row's sums, and the value stored here depends on
         # those sums. A single warp needs no barrier either, though its sums are shuffles, which order no memory accesses. When
         # the gradient overwrites the logits, a block's stores come after its loads for the same reason: each value is computed
-        # from the one that it overwrites.
+        # from the one that it overwrites; for a narrower dtype see `wait_for_reads`.
         tl.store(labels_ptr + row.index, tl.where(chosen < 0, IGNORED, chosen).to(tl.int64))
     else:
-        store_zeros(out_row, n_vocab, BLOCK)
+        store_zeros(out_row, n_vocab, tl.arange(0, BLOCK))
     tl.store(statistic(statistics_ptr, statistics_stride, row, LOGP), logp)
 
 
@@ -272,4 +275,5 @@ def draw_labels(
         labels_ptr=labels,
         uniforms_ptr=uniforms,
         coefficients_ptr=coefficients,
+        OVERLAID=is_overlaid(logits, out),
     )

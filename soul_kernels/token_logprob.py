@@ -4,7 +4,8 @@ How the file works. A chunk is a matrix [n, V] of raw products of hidden states 
 one row of it, ``BLOCK`` columns at a time. It scales and caps the raw products in registers: logits are never stored.
 `statistics_kernel` reads a row once. `gradient_kernel` reads the row again and writes the derivative by the raw products. There
 are two kernels because the derivative of the objective by a row's log-probability, which multiplies the row's gradient, may
-depend on the log-probabilities of other rows.
+depend on the log-probabilities of other rows. Where it does not, `statistics_gradient_kernel` does both, by the same device
+functions.
 
 Statistics are sums over a row. A block is divided into lanes: a lane is the columns that one 16-byte access loads, and so one
 thread has all of them. Each lane keeps a maximum of its own and sums relative to it, in registers. Only at the end of the row
@@ -26,6 +27,7 @@ These must stay:
 * ``rest`` is summed without the label. Otherwise 1 - p(label) is lost where p(label) is close to 1.
 * The initial maximum is finite. Otherwise its difference to a masked entry, -inf, would be NaN.
 * The row index has 64 bits. ``n * V`` may exceed 2^31.
+* A gradient that overwrites the logits is stored in rising order of columns, after `wait_for_reads`.
 """
 
 from typing import Any, NamedTuple
@@ -80,8 +82,8 @@ class Row(NamedTuple):
 class ColumnBlock(NamedTuple):
     """Consecutive columns of a row that a program works on at once."""
 
-    columns: tl.tensor  # [BLOCK] int32
-    mask: "tl.tensor | None"  # [BLOCK] bool, the columns within the vocabulary; None where all are
+    columns: tl.tensor  # [BLOCK] or [1, BLOCK] int32
+    mask: "tl.tensor | None"  # the same shape, bool, the columns within the vocabulary; None where all are
 
 
 class Transform(NamedTuple):
@@ -98,6 +100,18 @@ class RowSums(NamedTuple):
     rest: tl.tensor  # sum of e over the columns, without the label
     sum1: tl.tensor  # sum of e (z - row_max) over them
     sum2: tl.tensor  # sum of e (z - row_max)^2 over them
+
+
+class RowStatistics(NamedTuple):
+    """The statistics of a row, in the order in which they are stored."""
+
+    logp: tl.tensor
+    row_max: tl.tensor
+    total: tl.tensor
+    one_minus_p: tl.tensor
+    hit: tl.tensor
+    entropy: tl.tensor
+    variance: tl.tensor
 
 
 class GradientFactors(NamedTuple):
@@ -171,17 +185,35 @@ def load_logits(row_ptr, block, transform):
 
 
 @triton.jit
-def store_block(out_row, block, values):
-    """Store a block, rounded to nearest."""
-    tl.store(out_row + block.columns, round_nearest(values, out_row.dtype.element_ty), mask=block.mask)
+def wait_for_reads(start, BLOCK: tl.constexpr):
+    """Wait, before the gradient of the block at ``start`` is stored, for the reads of other threads that it would overtake.
+
+    The gradient overwrites the logits, with half the bytes an element: that of column c lies in the bytes of raw product c / 2.
+    So the gradient of block k overwrites raw products of blocks k / 2 to (k + 1) / 2. These come before block k, except for k =
+    0; but warps run ahead of each other, and a barrier must lie between their loads and the store. One in block b, after its
+    loads, serves the stores of all blocks up to 2 b + 1. So it takes one in each of the blocks 0, 2, 6, 14, 30, ..., which are
+    those for which k + 2 is a power of two: 5 barriers in a row of 128256.
+    """
+    number = start // BLOCK + 2
+    if (number & (number - 1)) == 0:
+        tl.debug_barrier()
 
 
 @triton.jit
-def store_zeros(out_row, n_vocab, BLOCK: tl.constexpr):
-    """Store zeros, the gradient of an ignored row, whatever its logits hold."""
-    lanes = tl.arange(0, BLOCK)
-    for start in range(0, n_vocab, BLOCK):
-        tl.store(out_row + start + lanes, tl.zeros([BLOCK], out_row.dtype.element_ty), mask=start + lanes < n_vocab)
+def store_block(out_row, block, values, start, OVERLAID: tl.constexpr):
+    """Store the block that begins at column ``start``, rounded to nearest; for ``OVERLAID`` see `wait_for_reads`."""
+    rounded = round_nearest(values, out_row.dtype.element_ty)
+    if OVERLAID:  # at the last moment: threads that wait earlier hold more values meanwhile, in 10 to 45 registers more
+        wait_for_reads(start, block.columns.numel)
+    tl.store(out_row + block.columns, rounded, mask=block.mask)
+
+
+@triton.jit
+def store_zeros(out_row, n_vocab, lanes):
+    """Store zeros, the gradient of an ignored row, whatever its logits hold; ``lanes`` are the columns of the first block."""
+    zeros = tl.zeros(lanes.shape, out_row.dtype.element_ty)
+    for start in range(0, n_vocab, lanes.numel):
+        tl.store(out_row + start + lanes, zeros, mask=start + lanes < n_vocab)
 
 
 @triton.jit
@@ -271,22 +303,9 @@ def _largest_before_label(row, transform, BLOCK: tl.constexpr):
     return tl.max(largest, 0)
 
 
-@triton.jit(**VECTORS)
-def statistics_kernel(
-    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
-    labels_ptr,  # [n] int64
-    statistics_ptr,  # [4 or 7, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label); hit, entropy, variance
-    statistics_stride,
-    n_vocab,
-    row_stride,
-    logit_scale,  # None: not scaled
-    softcap,  # None: not capped
-    ALL: tl.constexpr,  # whether the last three are written as well
-    BLOCK: tl.constexpr,
-):
-    """Write the statistics of one row."""
-    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
-    transform = Transform(logit_scale=logit_scale, softcap=softcap)
+@triton.jit
+def _row_statistics(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the `RowStatistics` of a row, in one read of it; without ``ALL`` the last three are 0."""
     row_max = -1.0e30
     logp = 0.0
     total = 0.0
@@ -294,7 +313,7 @@ def statistics_kernel(
     hit = 0.0
     entropy = 0.0
     variance = 0.0
-    if (row.label >= 0) & (row.label < n_vocab):
+    if (row.label >= 0) & (row.label < row.n_vocab):
         at_label = transformed(tl.load(row.logits + row.label).to(tl.float32), transform)
         others = sums_without_label(row, transform, ALL, BLOCK)
         row_max = tl.maximum(others.row_max, at_label)
@@ -317,22 +336,62 @@ def statistics_kernel(
             variance = tl.maximum((sums.sum2 + exp_label * label_gap * label_gap) / total - mean * mean, 0.0)
     elif row.label != IGNORED:
         logp = float("nan")  # outside the vocabulary: nothing is read, and the result must not look valid
-    tl.store(statistic(statistics_ptr, statistics_stride, row, LOGP), logp)
-    tl.store(statistic(statistics_ptr, statistics_stride, row, ROW_MAX), row_max)
-    tl.store(statistic(statistics_ptr, statistics_stride, row, TOTAL), total)
-    tl.store(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P), one_minus_p)
-    if ALL:
-        tl.store(statistic(statistics_ptr, statistics_stride, row, HIT), hit)
-        tl.store(statistic(statistics_ptr, statistics_stride, row, ENTROPY), entropy)
-        tl.store(statistic(statistics_ptr, statistics_stride, row, VARIANCE), variance)
+    return RowStatistics(
+        logp=logp, row_max=row_max, total=total, one_minus_p=one_minus_p, hit=hit, entropy=entropy, variance=variance
+    )
 
 
 @triton.jit
-def _gradient_block(row, out_row, block, factors, transform):
+def _store_statistics(statistics_ptr, stride, row, values, ALL: tl.constexpr):
+    """Store the `RowStatistics` of a row; without ``ALL`` the first four."""
+    tl.store(statistic(statistics_ptr, stride, row, LOGP), values.logp)
+    tl.store(statistic(statistics_ptr, stride, row, ROW_MAX), values.row_max)
+    tl.store(statistic(statistics_ptr, stride, row, TOTAL), values.total)
+    tl.store(statistic(statistics_ptr, stride, row, ONE_MINUS_P), values.one_minus_p)
+    if ALL:
+        tl.store(statistic(statistics_ptr, stride, row, HIT), values.hit)
+        tl.store(statistic(statistics_ptr, stride, row, ENTROPY), values.entropy)
+        tl.store(statistic(statistics_ptr, stride, row, VARIANCE), values.variance)
+
+
+@triton.jit(**VECTORS)
+def statistics_kernel(
+    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
+    labels_ptr,  # [n] int64
+    statistics_ptr,  # [4 or 7, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label); hit, entropy, variance
+    statistics_stride,
+    n_vocab,
+    row_stride,
+    logit_scale,  # None: not scaled
+    softcap,  # None: not capped
+    ALL: tl.constexpr,  # whether the last three are written as well
+    BLOCK: tl.constexpr,
+):
+    """Write the statistics of one row."""
+    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
+    values = _row_statistics(row, Transform(logit_scale=logit_scale, softcap=softcap), ALL, BLOCK)
+    _store_statistics(statistics_ptr, statistics_stride, row, values, ALL)
+
+
+@triton.jit
+def _gradient_block(row, out_row, start, block, factors, transform, OVERLAID: tl.constexpr):
     """Write the gradient of a block."""
     raw, z = load_logits(row.logits, block, transform)
     gradient = tl.where(block.columns == row.label, factors.at_label, -tl.exp(z - factors.row_max) * factors.scale)
-    store_block(out_row, block, times_slope(gradient, raw, transform))
+    store_block(out_row, block, times_slope(gradient, raw, transform), start, OVERLAID)
+
+
+@triton.jit
+def _write_gradient(row, out_row, lanes, factors, transform, OVERLAID: tl.constexpr):
+    """Write the gradient of a row, or zeros for a row without a valid label; ``lanes`` are the columns of the first block."""
+    if (row.label >= 0) & (row.label < row.n_vocab):
+        for start in range(0, row.tail, lanes.numel):
+            _gradient_block(row, out_row, start, ColumnBlock(start + lanes, None), factors, transform, OVERLAID)
+        if row.tail < row.n_vocab:
+            block = ColumnBlock(row.tail + lanes, row.tail + lanes < row.n_vocab)
+            _gradient_block(row, out_row, row.tail, block, factors, transform, OVERLAID)
+    else:
+        store_zeros(out_row, row.n_vocab, lanes)
 
 
 @triton.jit(**VECTORS)
@@ -348,9 +407,10 @@ def gradient_kernel(
     out_stride,
     logit_scale,  # None: not scaled
     softcap,  # None: not capped
+    OVERLAID: tl.constexpr,  # whether out_ptr is logits_ptr, and its elements have half the size
     BLOCK: tl.constexpr,
 ):
-    """Write the gradient of one row by its logits."""
+    """Write the gradient of one row by its raw products."""
     row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
     coefficient = tl.load(coefficients_ptr + row.index)
@@ -360,14 +420,37 @@ def gradient_kernel(
     factors = GradientFactors(row_max=row_max, scale=coefficient / total, at_label=at_label)
     out_row = out_ptr + row.index * out_stride
     lanes = tl.arange(0, BLOCK)  # before the branch: within it, a loop iteration in bf16 has 4 more instructions, of 320
-    if (row.label >= 0) & (row.label < n_vocab):
-        for start in range(0, row.tail, BLOCK):
-            _gradient_block(row, out_row, ColumnBlock(start + lanes, None), factors, transform)
-        if row.tail < n_vocab:
-            columns = row.tail + lanes
-            _gradient_block(row, out_row, ColumnBlock(columns, columns < n_vocab), factors, transform)
-    else:
-        store_zeros(out_row, n_vocab, BLOCK)
+    _write_gradient(row, out_row, lanes, factors, transform, OVERLAID)
+
+
+@triton.jit(**VECTORS)
+def statistics_gradient_kernel(
+    logits_ptr,  # [n, V] raw products, row_stride elements from row to row
+    labels_ptr,  # [n] int64
+    statistics_ptr,  # [4, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label)
+    statistics_stride,
+    coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
+    out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
+    n_vocab,
+    row_stride,
+    out_stride,
+    logit_scale,  # None: not scaled
+    softcap,  # None: not capped
+    OVERLAID: tl.constexpr,  # as in gradient_kernel
+    BLOCK: tl.constexpr,
+):
+    """Write the statistics of one row, and then its gradient: see `statistics_and_gradient`."""
+    row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
+    transform = Transform(logit_scale=logit_scale, softcap=softcap)
+    coefficient = tl.load(coefficients_ptr + row.index)
+    values = _row_statistics(row, transform, False, BLOCK)
+    _store_statistics(statistics_ptr, statistics_stride, row, values, False)
+    factors = GradientFactors(
+        row_max=values.row_max, scale=coefficient / values.total, at_label=coefficient * values.one_minus_p
+    )
+    out_row = out_ptr + row.index * out_stride
+    # [1, BLOCK]: accesses of one shape share a layout, and that of bf16 stores would add up the statistics in another order.
+    _write_gradient(row, out_row, tl.arange(0, BLOCK)[None, :], factors, transform, OVERLAID)
 
 
 def launch_rows(
@@ -403,6 +486,11 @@ def launch_rows(
         **arguments,
         **config,
     )
+
+
+def is_overlaid(logits: Tensor, out: Tensor) -> bool:
+    """Tell whether a gradient overwrites the logits with elements that have fewer bytes: see `wait_for_reads`."""
+    return out.data_ptr() == logits.data_ptr() and out.element_size() < logits.element_size()
 
 
 def token_statistics(
@@ -444,7 +532,9 @@ def token_gradient(
         labels: [n] int64.
         statistics: [4 or 7, n] fp32, from `token_statistics`.
         coefficients: [n] fp32, derivative of the objective by each log p(label).
-        out: [n, V], fp32, bf16 or fp16, rows contiguous; mutated. ``logits`` itself where the dtype is the same.
+        out: [n, V], fp32, bf16 or fp16, rows contiguous; mutated. It may be ``logits`` itself; or, with half the bytes an
+            element, a view of its memory, ``memory.view(torch.bfloat16)[:, :V]``, whose rows begin where those of ``logits``
+            do.
         logit_scale: as in `token_statistics`.
         softcap: as in `token_statistics`.
     """
@@ -457,4 +547,37 @@ def token_gradient(
         transform=(logit_scale, softcap),
         labels_ptr=labels,
         coefficients_ptr=coefficients,
+        OVERLAID=is_overlaid(logits, out),
+    )
+
+
+def statistics_and_gradient(
+    logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *, logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Do what `token_statistics` and then `token_gradient` do, with the same bits, for coefficients that are known beforehand.
+
+    The second read of a row comes from the L2 cache if the rows that are worked on at a time fit into it. On an H100, whose
+    cache has 50 MB, two to four programs a multiprocessor work on 264 to 528 rows: of fp32 logits 34 to 68 MB at V = 32000, but
+    135 to 270 MB at V = 128256, where little more than a launch is saved. This is computed, not measured.
+
+    Args:
+        logits: as in `token_gradient`.
+        labels: as in `token_statistics`.
+        statistics: [4, n] fp32, rows contiguous; mutated.
+        coefficients: [n] fp32, derivative of the objective by each log p(label).
+        out: as in `token_gradient`; mutated.
+        logit_scale: as in `token_statistics`.
+        softcap: as in `token_statistics`.
+    """
+    launch_rows(
+        statistics_gradient_kernel,
+        STATISTICS_CONFIG,
+        logits,
+        statistics,
+        out=out,
+        transform=(logit_scale, softcap),
+        labels_ptr=labels,
+        coefficients_ptr=coefficients,
+        OVERLAID=is_overlaid(logits, out),
     )

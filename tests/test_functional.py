@@ -11,7 +11,7 @@ import transformers
 
 from soul import functional
 from soul.models import head_call
-from soul_kernels._head import checks as head_checks
+from soul_kernels import chunks
 from soul_kernels.reference import _rows
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, mutant, peak_bytes
@@ -271,7 +271,7 @@ def theirs_undial(model, reference, inputs, beta=10.0):
 @pytest.mark.parametrize("name", ["kl", "undial"])
 def test_takes_less_memory_than_open_unlearnings_code(name, monkeypatch, without_kernels):
     """On a CPU without kernels, at a vocabulary of 64 times the width. The batch is small, and so are the chunks."""
-    monkeypatch.setattr(head_checks, "CPU_CHUNK_BYTES", 2**19)
+    monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", 2**19)
     monkeypatch.setattr(_rows, "DIVERGENCE_BLOCK", 2**14)
     config = transformers.LlamaConfig(**COMMON | dict(vocab_size=4096, hidden_size=64))
     model = transformers.LlamaForCausalLM(config).eval()

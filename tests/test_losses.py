@@ -244,6 +244,46 @@ def test_all_labels_ignored(name, backend, device):
         assert (gradient == 0).all()
 
 
+def derivative_at(objective, logps):
+    """Return the value of an objective at log-probabilities, and its derivatives by them."""
+    batch = TokenBatch.from_labels(labels_of(), IS_FORGET, torch.zeros(B))
+    divergences = torch.zeros_like(logps) if objective.divergence else None
+    entropies = TokenStatistics(*(torch.ones_like(logps) for _ in TokenStatistics._fields))
+    batch = dataclasses.replace(batch, divergences=divergences, ref_entropies=divergences, statistics=entropies)
+    leaf = logps.requires_grad_()
+    value = objective(leaf, batch)
+    if not value.requires_grad:
+        return value, torch.zeros_like(logps)
+    return value, torch.autograd.grad(value, leaf)[0]
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_is_linear_exactly_if_it_says_so(name):
+    """At log-probabilities of 0 it is 0, and its derivatives are those at any others, constants that it detaches included."""
+    objective = OBJECTIVES[name][0]
+    value, want = derivative_at(objective, torch.zeros(B, T + 1))
+    _, got = derivative_at(objective, -torch.rand(B, T + 1))
+    independent = torch.equal(got, want)
+    assert independent == (objective.linear or "undial" in name)  # whose derivatives by divergences are no less constant
+    assert value == 0.0 or not objective.linear
+
+
+def test_another_formula_does_not_inherit_that_it_is_linear():
+    class Weighted(losses.GradDiff):
+        def forget(self, logps, batch):
+            return -super().forget(logps.detach().exp() * logps, batch)
+
+    class Renamed(losses.GradDiff):
+        pass
+
+    class Claimed(Weighted):
+        linear = True
+
+    assert [cls.linear for cls in (losses.GradDiff, Weighted, Renamed, Claimed, losses.KLMin, losses.WGA)] == [
+        True, False, True, True, True, False,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("name, value", [
     ("npo", 0.7 * (2 / 0.2) * math.log(2)),
     ("npo, token_mean", 0.7 * (2 / 0.2) * math.log(2)),

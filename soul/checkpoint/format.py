@@ -32,6 +32,7 @@ from soul_kernels import __version__
 from soul_kernels.errors import argument_error
 
 FORMAT = 1  # of the files; files with another number are refused
+ADDED_LATER = {"chunk_bytes"}  # components of a run that older files of this format lack
 
 State = dict[str, Any]  # JSON values by name
 
@@ -170,6 +171,18 @@ def pack_run(
         "random": pack(random_states, tensors),
         "records": records,
     }
+
+
+def load_states(components: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
+    """Set the states of the components of a run to those of a checkpoint; what older checkpoints lack stays as it is.
+
+    Args:
+        components: objects with a state, by name; changed in place.
+        states: name -> state, from the tree of `pack_run`.
+    """
+    for name, component in components.items():
+        if name in states or name not in ADDED_LATER:
+            component.load_state_dict(states[name])
 
 
 def check_fits(

@@ -44,6 +44,7 @@ from soul.checkpoint.format import (
     checksum,
     environment,
     file_digest,
+    load_states,
     mutable_tensors,
     pack_run,
     random_state,
@@ -331,9 +332,7 @@ class Checkpoints:
             tensors = mutable_tensors(model)
             check_fits(path.name, tensors, {name: (tuple(t.shape), t.dtype) for name, t in files["model"].items()})
             warn_of_environment(path, state["environment"], environment(model))
-            states = unpack(state["parts"], files["training"])
-            for name, component in components.items():
-                component.load_state_dict(states[name])
+            load_states(components, unpack(state["parts"], files["training"]))
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     tensor.copy_(files["model"][name])

@@ -44,6 +44,7 @@ from soul.checkpoint.format import (
     check_same,
     environment,
     file_digest,
+    load_states,
     mutable_tensors,
     pack_run,
     random_state,
@@ -169,9 +170,7 @@ class ShardedCheckpoints(Checkpoints):
                 else:
                     tensors[name] = torch.empty(tensor.size, dtype=dtype, device="cpu")
             dcp.load(tensors, storage_reader=_Reader(path, layout))
-            states = unpack(state["parts"], tensors)
-            for name, component in components.items():
-                component.load_state_dict(states[name])
+            load_states(components, unpack(state["parts"], tensors))
             random_states = unpack(state["random"], tensors)
             if self.processes.rank < len(random_states):
                 set_random_state(random_states[self.processes.rank])

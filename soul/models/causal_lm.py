@@ -235,9 +235,9 @@ def as_reference(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
             parameter.requires_grad_(requires_grad)
 
 
-def token_logps(model: "PreTrainedModel", batch: "Batch", backend: str = "auto") -> Tensor:
+def token_logps(model: "PreTrainedModel", batch: "Batch", backend: str = "auto", chunk_bytes: int | None = None) -> Tensor:
     """Return the log-probability of every label of a batch, [B, T] fp32, differentiable."""
-    return _at_head(linear_logprob, model, batch, backend)
+    return _at_head(linear_logprob, model, batch, backend, chunk_bytes)
 
 
 def token_statistics(model: "PreTrainedModel", batch: "Batch", backend: str = "auto") -> TokenStatistics:
@@ -245,21 +245,26 @@ def token_statistics(model: "PreTrainedModel", batch: "Batch", backend: str = "a
     return _at_head(linear_statistics, model, batch, backend)
 
 
-def _at_head(op: Callable[..., T], model: "PreTrainedModel", batch: "Batch", backend: str) -> T:
+def _at_head(op: Callable[..., T], model: "PreTrainedModel", batch: "Batch", backend: str, chunk_bytes: int | None = None) -> T:
     """Return the result of an op on the hidden states of a batch and the model's head."""
 
     def compute() -> T:
         weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            options = LinearOptions(token_indices=batch.token_indices, backend=backend)
+            options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=backend)
             return op(hidden, Head(weight, bias, **transform(model)), batch.labels, options=options)
 
     return gathered(model, compute)
 
 
 def gnb_loss(
-    model: "PreTrainedModel", batch: "Batch", *, generator: torch.Generator | None = None, backend: str = "auto"
+    model: "PreTrainedModel",
+    batch: "Batch",
+    *,
+    generator: torch.Generator | None = None,
+    backend: str = "auto",
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """Return the loss of `soul.curvature.GNB` on a batch, [], differentiable.
 
@@ -270,6 +275,7 @@ def gnb_loss(
         batch: a batch; only the positions of its labels count, not their values.
         generator: random generator of the draws, on the model's device; None: torch's own.
         backend: as in `soul_kernels.linear_gnb`.
+        chunk_bytes: as in `soul_kernels.LinearOptions`.
     """
 
     def compute() -> Tensor:
@@ -277,7 +283,7 @@ def gnb_loss(
         with autocast(model):
             hidden = hidden_states(model, batch)
             lm_head = Head(weight, bias, **transform(model))
-            options = LinearOptions(token_indices=batch.token_indices, backend=backend)
+            options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=backend)
             return linear_gnb(hidden, lm_head, batch.labels != IGNORE_INDEX, generator=generator, options=options)[0]
 
     return gathered(model, compute)

@@ -12,7 +12,7 @@ from soul.models.loading import DTYPES
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul.run.config import UnlearnConfig
-from soul_kernels.chunks import CHUNK_BYTES, ResolvedOptions
+from soul_kernels.chunks import ResolvedOptions, chunk_rows, memory_share
 from soul_kernels.errors import argument_error, check_choice, check_whole
 
 ATTENTIONS = ("sdpa", "eager")
@@ -190,7 +190,12 @@ class Case:
     @property
     def head_options(self) -> ResolvedOptions:
         """The `ResolvedOptions` of the fused loss, as the run calls it."""
-        return ResolvedOptions(self.compute_dtype, torch.float32, CHUNK_BYTES)
+        return ResolvedOptions(self.compute_dtype, torch.float32, memory_share(self.card.memory))
+
+    @property
+    def chunk_rows(self) -> int:
+        """The most rows in a chunk of the fused loss, on a GPU."""
+        return chunk_rows(self.shape.vocab, self.head_options, self.has_divergence, memory_share(self.card.memory))
 
 
 def _matches(name: str, target: str) -> bool:

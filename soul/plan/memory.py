@@ -16,7 +16,7 @@ import torch
 from soul.optim.states import new_state
 from soul.plan.activations import FLOAT, last_norm_bytes, recomputed_bytes, saved_bytes, working_bytes
 from soul.plan.case import Case
-from soul_kernels.chunks import chunk_rows, row_bytes
+from soul_kernels.chunks import row_bytes
 from soul_kernels.reference.token_logprob import N_BASIC
 
 FORWARD, BACKWARD, STEP = "forward and loss", "backward", "optimizer step"
@@ -111,7 +111,7 @@ def _loss(case: Case) -> dict[str, float]:
     options = case.head_options
     rows = case.tokens.n_labelled
     compared = case.n_compared(case.tokens)
-    limit = chunk_rows(shape.vocab, options, case.has_divergence)
+    limit = case.chunk_rows
     plain = row_bytes(shape.vocab, options, False)
     with_reference = row_bytes(shape.vocab, options, True)
     bytes_of_row = shape.head_width * options.compute_dtype.itemsize + N_BASIC * FLOAT  # hidden states and statistics

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from soul.plan.case import Case, Tokens
 from soul.plan.memory import state_bytes, trained_numel
-from soul_kernels.chunks import chunk_rows
 
 GEMMS, OPTIMIZER, NETWORK = "matrix products", "optimizer", "network"
 
@@ -49,8 +48,7 @@ def flops(case: Case, tokens: Tokens) -> int:
     product = tokens.sequences * tokens.length**2 * shape.heads * shape.head_dim  # half of 2 B T T H d
     attention = product * shape.layers * (2 * (1 + recomputed) + 5 + (2 if frozen and case.has_divergence else 0))
     sweep = 4 if frozen else 6
-    limit = chunk_rows(shape.vocab, case.head_options, case.has_divergence)
-    if case.objective.additive is None and tokens.n_labelled > limit:
+    if case.objective.additive is None and tokens.n_labelled > case.chunk_rows:
         sweep += 2
     head = shape.head_numel * (tokens.n_labelled * sweep + 2 * case.n_compared(tokens))
     adapters = 0

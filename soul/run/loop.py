@@ -39,7 +39,7 @@ from soul.run.feed import Feed
 from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
 from soul.run.prepare import prepare
-from soul.run.step import curvature_loss, train_step
+from soul.run.step import ChunkBytes, curvature_loss, train_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -165,6 +165,7 @@ class UnlearningRun:
         self._optimizer = build_optimizer(model, config)
         self._scheduler = build_scheduler(self._optimizer, len(self._order), config.warmup_ratio, config.schedule)
         self._curvature = build_curvature(self._optimizer, config)
+        self._chunk_bytes = ChunkBytes(model)
         self.records = self._load_checkpoint()
         self._log: TextIO | None = None
         self._bar: Any = None  # tqdm has no types
@@ -234,7 +235,12 @@ class UnlearningRun:
 
     def _stateful(self) -> dict[str, Any]:
         """Return the objects whose state a checkpoint saves beside the weights, by name."""
-        states = {"optimizer": self._optimizer, "scheduler": self._scheduler, "order": self._order}
+        states = {
+            "optimizer": self._optimizer,
+            "scheduler": self._scheduler,
+            "order": self._order,
+            "chunk_bytes": self._chunk_bytes,
+        }
         if self._curvature is not None:
             states["curvature"] = self._curvature
         return states
@@ -283,6 +289,7 @@ class UnlearningRun:
                 self._feed.ref_head,
                 whole,
                 self._release,
+                self._chunk_bytes.value,
             )
         self._scheduler.step()
         record = {"step": len(self.records) + 1, "epoch": epoch, "lr": lr, **_numbers(values)}
@@ -298,7 +305,8 @@ class UnlearningRun:
         """
         model, objective, optimizer, config = self._model, self._objective, self._optimizer, self._config
         ref_head = self._feed.ref_head
-        return lambda batch: train_step(model, [batch], objective, optimizer, config, ref_head)
+        chunk_bytes = self._chunk_bytes.value
+        return lambda batch: train_step(model, [batch], objective, optimizer, config, ref_head, chunk_bytes=chunk_bytes)
 
     def _refresh_curvature(self, retained: list[int]) -> None:
         """Refresh h from the step's retain sequences, if that is due."""
@@ -306,7 +314,10 @@ class UnlearningRun:
         if curvature is None:
             return
         self._optimizer.zero_grad(set_to_none=True)  # so that two sets of gradients are never held at once
-        curvature.step(lambda: curvature_loss(self._model, self._feed.retain_batches(retained), curvature, self._config))
+        chunk_bytes = self._chunk_bytes.value
+        curvature.step(
+            lambda: curvature_loss(self._model, self._feed.retain_batches(retained), curvature, self._config, chunk_bytes)
+        )
 
     # The log
 

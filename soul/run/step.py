@@ -22,10 +22,37 @@ from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease
 from soul.run.config import UnlearnConfig, norm_limit
 from soul_kernels import Head, LinearOptions, Reference, TokenBatch, linear_objective
+from soul_kernels.chunks import default_chunk_bytes
 from soul_kernels.tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+class ChunkBytes:
+    """The scratch memory for one chunk of the fused losses of a run: that of the processes' smallest GPU.
+
+    It decides how rows are cut into chunks, and with that the last bits of gradients. So it is the same in all processes, and a
+    checkpoint keeps it for a run that goes on on another card.
+
+    Args:
+        model: on its device, whole or in shards.
+
+    Attributes:
+        value: bytes.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        device = next(model.parameters()).device
+        self.value = min(Processes.of(model).gather(default_chunk_bytes(device)))
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the number of bytes."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Set the number of bytes."""
+        self.value = state_dict["value"]
 
 
 class RecordedObjective:
@@ -44,6 +71,7 @@ class RecordedObjective:
         self.whole = whole
         self.sums: dict[str, Tensor] = {}
         self.additive = objective.additive
+        self.linear = objective.linear  # at log-probabilities of 0, where the sweep evaluates it first, its terms are 0
         self.divergence = objective.divergence
         self.needs_statistics = objective.needs_statistics
 
@@ -64,6 +92,7 @@ def train_step(
     ref_head: tuple[Tensor | None, Tensor | None] = (None, None),
     whole: TokenBatch | None = None,
     release: GradientRelease | None = None,
+    chunk_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     """Take one step: forward pass, fused loss and backward pass of each micro-batch; clipping; the optimizer's step.
 
@@ -79,6 +108,7 @@ def train_step(
         ref_head: weight and bias of the reference model's head, from `soul.models.ref_model.reference_head`.
         whole: the `TokenBatch` of all micro-batches of all processes; None if there is only one.
         release: the `soul.optim.release.GradientRelease` of the optimizer, or None.
+        chunk_bytes: as in `soul_kernels.LinearOptions`.
 
     Returns:
         Tensors [] on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
@@ -95,7 +125,7 @@ def train_step(
         batches = list(batches)
         n_batches = len(batches)
     for position, batch in enumerate(batches, 1):
-        loss, logps = _loss(model, batch, recorded, config, ref_head)
+        loss, logps = _loss(model, batch, recorded, config, ref_head, chunk_bytes)
         with contextlib.nullcontext() if release is None or position == n_batches else release.paused():
             loss.backward()
         terms["loss"] = terms.get("loss", 0.0) + loss.detach()
@@ -129,6 +159,7 @@ def _loss(
     objective: RecordedObjective,
     config: UnlearnConfig,
     ref_head: tuple[Tensor | None, Tensor | None],
+    chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss [], with its graph, and the log-probabilities [B, T] of one micro-batch."""
     ref_weight, ref_bias = ref_head
@@ -149,7 +180,7 @@ def _loss(
                 ref_logps=batch.ref_logps,
                 reference=None if ref_hidden is None else Reference(ref_hidden, ref_weight, ref_bias),
                 return_logps=True,
-                options=LinearOptions(token_indices=batch.token_indices, backend=config.backend),
+                options=LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=config.backend),
             )
 
     return gathered(model, compute)
@@ -167,7 +198,13 @@ def _logged_tokens(batch: Batch, objective: Objective) -> dict[str, Tensor]:
     return {name: labelled & group.to(labelled.device, non_blocking=True)[:, None] for name, group in groups.items()}
 
 
-def curvature_loss(model: "PreTrainedModel", batches: list[Batch], curvature: Curvature, config: UnlearnConfig) -> Tensor:
+def curvature_loss(
+    model: "PreTrainedModel",
+    batches: list[Batch],
+    curvature: Curvature,
+    config: UnlearnConfig,
+    chunk_bytes: int | None = None,
+) -> Tensor:
     """Return the loss that curvature differentiates, [] with its graph: a mean over all labelled tokens of the batches.
 
     Args:
@@ -175,14 +212,16 @@ def curvature_loss(model: "PreTrainedModel", batches: list[Batch], curvature: Cu
         batches: micro-batches of retain sequences; if the model is in shards, this process's share of them.
         curvature: a `soul.curvature.GNB`, for labels drawn from the model, or a `RetainFisher`, for the true ones.
         config: `UnlearnConfig`, for ``backend``.
+        chunk_bytes: as in `soul_kernels.LinearOptions`.
     """
     n_tokens = Processes.of(model).total(sum(len(batch.token_indices) for batch in batches))
     generator = curvature.generator() if isinstance(curvature, GNB) else None
 
     def share_of(batch: Batch) -> Tensor:
         if generator is not None:
-            return gnb_loss(model, batch, generator=generator, backend=config.backend) * (len(batch.token_indices) / n_tokens)
-        return -token_logps(model, batch, config.backend).sum() / n_tokens
+            loss = gnb_loss(model, batch, generator=generator, backend=config.backend, chunk_bytes=chunk_bytes)
+            return loss * (len(batch.token_indices) / n_tokens)
+        return -token_logps(model, batch, config.backend, chunk_bytes).sum() / n_tokens
 
     for batch in batches[:-1]:
         share_of(batch).backward()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from soul_kernels.backends import resolve_head_backend
-from soul_kernels.chunks import CHUNK_BYTES, CPU_CHUNK_BYTES, LinearOptions, ResolvedOptions, check_options
+from soul_kernels.chunks import LinearOptions, ResolvedOptions, check_options
 from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.reference.kl_divergence import KINDS
 from soul_kernels.tensors import PARAM_DTYPES, check_gradient
@@ -83,10 +83,8 @@ def _resolved(hidden: Tensor, weight: Tensor, options: LinearOptions) -> Resolve
     """Return the `ResolvedOptions` of a call with these options and tensors, under the autocast that is active."""
     device_type = hidden.device.type
     chunk_bytes = options.chunk_bytes
-    if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if device_type == "cpu" else CHUNK_BYTES
-    if not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
-        remedy = f"the default is {CHUNK_BYTES} bytes, on a CPU {CPU_CHUNK_BYTES}"
+    if chunk_bytes is not None and not (isinstance(chunk_bytes, int) and chunk_bytes > 0):
+        remedy = "None is a share of the memory of the device"
         raise argument_error("chunk_bytes", "a positive whole number", chunk_bytes, remedy)
     backend = resolve_head_backend(options.backend, hidden)
     autocast = not hidden.is_meta and torch.is_autocast_enabled(device_type)  # torch has no autocast for meta tensors

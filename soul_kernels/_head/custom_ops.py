@@ -115,7 +115,7 @@ def _indices(token_indices: Tensor | None, tokens: Tensor) -> Tensor:
 def _objective(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, is_forget: Tensor | None,
     ref_logps: Tensor | None, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, number: int,
-    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
+    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss, log-probabilities, fp32 gradients of rows, weight and bias, and the anchor of `once_differentiable`.
@@ -140,7 +140,7 @@ def _objective(
 @torch.library.custom_op("soul_kernels::linear_gnb", mutates_args=())
 def _gnb(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, token_indices: Tensor, uniforms: Tensor,
-    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
+    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return loss, labels, and the other outputs of `_objective`."""
@@ -245,7 +245,8 @@ def gnb(
 def _per_token(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str, form_x: bool,
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str,
+    form_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return log-probabilities or, with a reference model, divergences [B, T]; gradients of the rows; and the anchor.
 
@@ -267,7 +268,7 @@ def _per_token(
 def _per_token_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str,
-    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int,
+    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None,
     backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of hidden, weight and bias, in their dtypes; one that is not needed is an empty tensor."""
@@ -385,7 +386,7 @@ def per_token(
 @torch.library.custom_op("soul_kernels::linear_statistics", mutates_args=())
 def _statistics(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int, backend: str,
+    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return `TokenStatistics` as a plain tuple."""
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)

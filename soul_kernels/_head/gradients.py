@@ -40,9 +40,17 @@ class HeadGradients:
         """Return the gradients of rows, weight and bias."""
         return self.x, self.weight, self.bias
 
+    def measure_and_add(self, chunk: Chunk, coefficients: Tensor) -> None:
+        """Measure a loaded chunk and add its gradients, for coefficients [n] that do not depend on what is measured."""
+        if self.fp16:  # which scales the coefficients by what is measured
+            self.head_rows.measure(chunk)
+            self.add(chunk, coefficients)
+        else:
+            self._add(chunk, self.head_rows.measured_gradient(chunk, coefficients))
+
     def add(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> None:
         """Add the gradients of a loaded and measured chunk; chunks come in order. For the arguments see `HeadRows.gradient`."""
-        rows = chunk.span
+        scale = None
         if self.fp16:
             # coefficient (about 1 / R) times p (about 1 / V) underflows in fp16. So gradients are multiplied by a power of two
             # that brings their largest possible element to between 32 and 64, and the fp32 sums are divided by it. Where no sum
@@ -55,14 +63,18 @@ class HeadGradients:
             coefficients = coefficients * scale
             if divergence_coefficients is not None:
                 divergence_coefficients = divergence_coefficients * scale
-        dlogits = self.head_rows.gradient(chunk, coefficients, divergence_coefficients)
+        self._add(chunk, self.head_rows.gradient(chunk, coefficients, divergence_coefficients), scale)
+
+    def _add(self, chunk: Chunk, dlogits: Tensor, scale: Tensor | None = None) -> None:
+        """Add the gradients of a chunk from the gradient of its logits [n, V], which in fp16 is multiplied by ``scale``."""
+        rows = chunk.span
         if self.x is not None:
             product_with_weight(dlogits, self.head_rows.head.weight, self.x[rows])
-        if self.weight is not None and not self.fp16:
+        if self.weight is not None and scale is None:
             with products_in(self.head_rows.options.compute_dtype, dlogits):
                 _accumulate_fp32(self.weight, dlogits.T, self.head_rows.x[rows], first=chunk.start == 0)
         bias = None if self.bias is None else dlogits.sum(0, dtype=self.bias.dtype)
-        if self.fp16:
+        if scale is not None:
             if self.x is not None:
                 self.x[rows] /= scale.view(-1, 1)
             if self.weight is not None:

@@ -6,11 +6,14 @@ and a sweep does the following for each chunk in turn::
 
     head_rows.load(chunk)                    # GEMM: raw products of the chunk, into scratch memory
     head_rows.measure(chunk)                 # one read of them: statistics (and divergences) of each row
-    head_rows.gradient(chunk, coefficients)  # one read, one write: gradient by the raw products, often in their place
+    head_rows.gradient(chunk, coefficients)  # one read, one write: gradient by the raw products, in their place
+
+Where the coefficients are known beforehand, `measured_gradient` does the last two at once.
 
 `load` overwrites the scratch memory of the last chunk, so a chunk must be finished before the next one is loaded. `gradient`
-may overwrite the raw products, so `measure` comes before it, and a second gradient needs another `load`. Statistics and
-divergences are kept for all rows: a second sweep needs no second `measure`.
+overwrites the raw products, so `measure` comes before it, and a second gradient needs another `load`. A gradient of a narrower
+dtype fills the first half of the bytes of each row. Statistics and divergences are kept for all rows: a second sweep needs no
+second `measure`.
 
 With a reference model a chunk has a second matrix of raw products. Where only some sequences need a divergence, the rows of the
 reference model are packed, and a chunk is cut into runs of rows that have one and rows that have none (`_runs`). A run's two
@@ -36,12 +39,12 @@ from torch import Tensor
 
 from soul_kernels._head.checks import Comparison
 from soul_kernels.backends import multiplies_bf16
-from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, row_width
+from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, default_chunk_bytes, row_width
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference import _rows
 from soul_kernels.reference.token_logprob import ENTROPY, HIT, LOGP, N_ALL, N_BASIC, ONE_MINUS_P, ROW_MAX, TOTAL, VARIANCE
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
-from soul_kernels.token_logprob import token_gradient, token_statistics
+from soul_kernels.token_logprob import statistics_and_gradient, token_gradient, token_statistics
 from soul_kernels.tokens import IGNORE_INDEX, Head, TokenStatistics
 
 WEIGHT_BLOCK = 1 << 20  # elements of a weight that are converted at a time, where a GEMM cannot take its dtype
@@ -52,6 +55,7 @@ class RowFunctions(NamedTuple):
 
     token_statistics: Callable[..., None]
     token_gradient: Callable[..., None]
+    statistics_and_gradient: Callable[..., None]
     divergence_statistics: Callable[..., None]
     divergence_gradient: Callable[..., None]
     likeliest_statistics: Callable[..., None]
@@ -63,8 +67,9 @@ def row_functions(backend: str) -> RowFunctions | ModuleType:
     if backend == "torch":
         return _rows
     return RowFunctions(
-        token_statistics, token_gradient, divergence_statistics, divergence_gradient, likeliest_statistics, draw_labels
-    )
+        token_statistics, token_gradient, statistics_and_gradient, divergence_statistics, divergence_gradient,
+        likeliest_statistics, draw_labels,
+    )  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -116,7 +121,6 @@ class HeadRows:
     # Scratch memory of a chunk: raw products, those of the reference model, and the gradient.
     _logits: Tensor | None
     _ref_logits: Tensor | None
-    _gradient: Tensor | None
     _loaded: Tensor  # the rows of _logits that the loaded chunk uses
 
     def __init__(
@@ -142,7 +146,8 @@ class HeadRows:
         self.n_vocab = head.weight.shape[0]
         self.row_width = row_width(self.n_vocab)
         self.statistics = self._new(N_ALL if all_statistics else N_BASIC, len(self.indices))
-        self.limit = chunk_rows(self.n_vocab, options, comparison is not None)
+        chunk_bytes = default_chunk_bytes(device) if options.chunk_bytes is None else options.chunk_bytes
+        self.limit = chunk_rows(self.n_vocab, options, comparison is not None, chunk_bytes)
         self.free_scratch()
         self.kind: str | None = None
         self._runs = [Run(0, len(self.indices), None)]
@@ -279,7 +284,7 @@ class HeadRows:
     def gradient(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
         """Return the gradient [n, V] by the raw products of a loaded and measured chunk, as a factor of the GEMMs.
 
-        It overwrites the raw products where these have the same dtype.
+        It overwrites the raw products.
 
         Args:
             chunk: the chunk that is loaded.
@@ -304,6 +309,20 @@ class HeadRows:
                 )  # fmt: skip
         return out
 
+    def measured_gradient(self, chunk: Chunk, coefficients: Tensor) -> Tensor:
+        """Do what `measure` and then `gradient` do, in one kernel; not with a reference model, nor for all statistics.
+
+        Args:
+            chunk: the chunk that is loaded.
+            coefficients: [n] fp32, derivative of the objective by each log-probability.
+        """
+        assert self.kind is None and not self.has_all_statistics
+        out = self._out()
+        self.functions.statistics_and_gradient(
+            self._loaded, self.labels[chunk.span], self.statistics[:, chunk.span], coefficients, out, **self.head.transform()
+        )
+        return out
+
     def bounds(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
         """Return approximate upper bounds [n] of the elements of each row of `gradient`, in absolute value.
 
@@ -315,12 +334,14 @@ class HeadRows:
         return bounds * abs(self.head.logit_scale)
 
     def _out(self) -> Tensor:
-        """Return memory for the gradient of the loaded chunk."""
+        """Return the memory of the loaded raw products, which their gradient overwrites.
+
+        A gradient of a narrower dtype begins where the raw products of its row begin; the rest of the row's bytes is unused.
+        """
         if self.options.logits_dtype == self.options.factor_dtype:
             return self._loaded
-        if self._gradient is None:
-            self._gradient = self._scratch(len(self), self.options.factor_dtype)
-        return self._gradient[: len(self._loaded), : self.n_vocab]
+        assert self._logits is not None, "load() comes first"
+        return self._logits.view(self.options.factor_dtype)[: len(self._loaded), : self.n_vocab]
 
     def _divergence_options(self, ref: slice) -> DivergenceOptions:
         """Return the options of the row functions for some rows of the reference model."""
@@ -377,7 +398,7 @@ class HeadRows:
 
     def free_scratch(self) -> None:
         """Free the scratch memory of the chunks; `load` allocates it again."""
-        self._logits = self._ref_logits = self._gradient = None
+        self._logits = self._ref_logits = None
         self._loaded = self.x.new_empty(0)
 
 

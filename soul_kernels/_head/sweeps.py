@@ -20,7 +20,7 @@ from soul_kernels._head.checks import (
 from soul_kernels._head.gradients import Gradients, HeadGradients, dtypes_of, rounded_gradients
 from soul_kernels._head.rows import DrawnRows, HeadRows
 from soul_kernels.chunks import Chunk, ResolvedOptions
-from soul_kernels.errors import check_choice
+from soul_kernels.errors import argument_error, check_choice
 from soul_kernels.reference import linear_gnb as gnb_reference
 from soul_kernels.reference import linear_kl as kl_reference
 from soul_kernels.reference import linear_loss as loss_reference
@@ -119,13 +119,16 @@ def _sweep_chunks(
     """Run the objective over all chunks; return the loss and the gradients (None if none is needed).
 
     One sweep is enough where chunks can be evaluated one by one: if there is only one, or if the objective is a sum whose terms
-    (tokens, sequences or pairs) the chunks do not cut. Otherwise its derivatives are known only after a first sweep over all
-    rows.
+    (tokens, sequences or pairs) the chunks do not cut. It is enough too, with one read of the logits, if the objective is
+    linear. Otherwise its derivatives are known only after a first sweep over all rows.
     """
     gradients = HeadGradients(head_rows, needs) if any(needs) else None
     additive = getattr(objective, "additive", None)
     check_choice("objective.additive", additive, (None, "tokens", *SEQUENCES_PER_TERM))
     chunks = head_rows.even_chunks()
+    known_beforehand = getattr(objective, "linear", False) and head_rows.kind is None and not head_rows.has_all_statistics
+    if known_beforehand and gradients is not None:
+        return _linear_sweep(head_rows, objective, batch, chunks, gradients), gradients
     if gradients is None or len(chunks) == 0 or (len(chunks) > 1 and additive is None):
         return _two_sweeps(head_rows, objective, batch, chunks, gradients), gradients
     if len(chunks) > 1 and additive in SEQUENCES_PER_TERM:
@@ -150,6 +153,24 @@ def _sweep_chunks(
             coefficients.append(head_rows.gather(dense, start, stop))
         gradients.add(chunk, *coefficients)
     return loss, gradients
+
+
+def _linear_sweep(
+    head_rows: HeadRows, objective: ObjectiveFunction, batch: TokenBatch, chunks: list[Chunk], gradients: HeadGradients
+) -> Tensor:
+    """Return the loss of a linear objective, whose coefficients are its derivatives at log-probabilities of 0."""
+    zeros = torch.zeros(head_rows.shape, dtype=head_rows.options.result_dtype, device=head_rows.x.device)
+    # A derivative that depends on the log-probabilities requires a gradient itself, unless the objective has detached them.
+    _, (derivative,) = _differentiate(objective, zeros, batch, create_graph=True)
+    if derivative.requires_grad:
+        expected = "False for an objective whose derivatives depend on the log-probabilities"
+        raise argument_error("objective.linear", expected, True, "leave it out")
+    coefficients = head_rows.gather(derivative)
+    for chunk in chunks:
+        head_rows.load(chunk)
+        gradients.measure_and_add(chunk, coefficients[chunk.span])
+    with torch.no_grad():
+        return objective(head_rows.log_probs(), batch).to(zeros.dtype)
 
 
 def _two_sweeps(
@@ -182,8 +203,10 @@ def _measured(head_rows: HeadRows, batch: TokenBatch, start: int = 0, stop: int 
     return batch
 
 
-def _differentiate(objective: ObjectiveFunction, logps: Tensor, batch: TokenBatch) -> tuple[Tensor, list[Tensor]]:
-    """Return the value of the objective and its derivatives, from autograd.
+def _differentiate(
+    objective: ObjectiveFunction, logps: Tensor, batch: TokenBatch, create_graph: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the value of the objective and its derivatives, from autograd; with ``create_graph`` those have a graph.
 
     They are the derivatives by the log-probabilities and, if there are divergences, those by the divergences.
     """
@@ -196,7 +219,7 @@ def _differentiate(objective: ObjectiveFunction, logps: Tensor, batch: TokenBatc
         check_scalar(value)
         derivatives: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if value.requires_grad:  # an objective may ignore all tokens of a chunk
-            derivatives = torch.autograd.grad(value, leaves, allow_unused=True)
+            derivatives = torch.autograd.grad(value, leaves, allow_unused=True, create_graph=create_graph)
     filled = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(leaves, derivatives)]
     return value.detach().to(logps.dtype), filled
 
@@ -247,12 +270,21 @@ def sweep_tokens(head_rows: HeadRows, form_x: bool) -> tuple[Tensor, Tensor | No
     gradients = HeadGradients(head_rows, Needs(hidden=True, weight=False, bias=False)) if form_x else None
     for chunk in head_rows.even_chunks():
         head_rows.load(chunk)
-        head_rows.measure(chunk)
-        if gradients is not None:
-            ones = torch.ones_like(head_rows.statistics[0, chunk.span])
-            gradients.add(chunk, *token_coefficients(head_rows, ones))
+        if gradients is None:
+            head_rows.measure(chunk)
+        else:
+            _measure_and_add(head_rows, gradients, chunk, torch.ones_like(head_rows.statistics[0, chunk.span]))
     values = head_rows.log_probs() if head_rows.kind is None else head_rows.scatter(head_rows.divergences[0])
     return values, None if gradients is None else gradients.x
+
+
+def _measure_and_add(head_rows: HeadRows, gradients: HeadGradients, chunk: Chunk, upstream: Tensor) -> None:
+    """Measure a loaded chunk, and add its gradients for upstream gradients [n] of what `sweep_tokens` returns."""
+    if head_rows.kind is None:
+        gradients.measure_and_add(chunk, upstream)
+    else:
+        head_rows.measure(chunk)
+        gradients.add(chunk, *token_coefficients(head_rows, upstream))
 
 
 def token_coefficients(head_rows: HeadRows, values: Tensor) -> tuple[Tensor, ...]:
@@ -282,8 +314,7 @@ def per_token_gradients(
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in head_rows.even_chunks():
             head_rows.load(chunk)
-            head_rows.measure(chunk)
-            gradients.add(chunk, *token_coefficients(head_rows, coefficients[chunk.span]))
+            _measure_and_add(head_rows, gradients, chunk, coefficients[chunk.span])
     dtypes = dtypes_of(hidden, head.weight, head.bias)
     return rounded_gradients(head_rows.indices, gradients.sums(), dtypes, hidden.shape)
 

@@ -100,6 +100,15 @@ def token_gradient(
         out[~valid] = 0.0  # whatever the logits hold
 
 
+def statistics_and_gradient(
+    logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *, logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:  # fmt: skip
+    """Do what `soul_kernels.token_logprob.statistics_and_gradient` does."""
+    token_statistics(logits, labels, statistics, logit_scale=logit_scale, softcap=softcap)
+    token_gradient(logits, labels, statistics, coefficients, out, logit_scale=logit_scale, softcap=softcap)
+
+
 def divergence_statistics(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
     strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,

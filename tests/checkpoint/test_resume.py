@@ -15,10 +15,13 @@ import torch
 
 import soul
 from soul.checkpoint import Checkpoints, Stopped, describe
-from soul.checkpoint.format import pack, unpack
+from soul.checkpoint.format import checksum, pack, unpack
 from soul.cli import main
+from soul.models import causal_lm
+from soul.run import step as step_module
 from soul.run.config import UnlearnConfig
 from soul.run.prepare import prepare
+from soul_kernels import LinearOptions
 from tests.support.models import examples, lora_model, tiny_model, tiny_tokenizer
 from tests.support.runs import (
     FAST,
@@ -247,6 +250,32 @@ def test_adapters_resume_and_only_they_are_saved(tokenizer, tmp_path):
     torch.manual_seed(7)
     model, records = run(tokenizer, Checkpoints(tmp_path, resume=True), lora_model(lora_dropout=0.1), **options)
     assert same(model, whole) and records == want
+
+
+@pytest.mark.parametrize("curvature", ["unlearn", "retain", "gnb"])
+def test_a_resumed_run_keeps_the_chunks_of_its_first_card(curvature, tokenizer, tmp_path, monkeypatch):
+    used = []
+
+    def record(**options):
+        used.append(options["chunk_bytes"])
+        return LinearOptions(**options)
+
+    for module in (step_module, causal_lm):  # the second one for curvature
+        monkeypatch.setattr(module, "LinearOptions", record)
+    monkeypatch.setattr(step_module, "default_chunk_bytes", lambda device: 5000)
+    with pytest.raises(Stopped):
+        run(tokenizer, StopAfter(tmp_path, 2), curvature=curvature, curvature_every=1)
+    assert set(used) == {5000}
+    monkeypatch.setattr(step_module, "default_chunk_bytes", lambda device: 9000)  # another card
+    for older, want in ((False, 5000), (True, 9000)):
+        used.clear()
+        with pytest.raises(Stopped):
+            run(tokenizer, StopAfter(tmp_path, 5 if older else 4, resume=True), curvature=curvature, curvature_every=1)
+        assert set(used) == {want}
+        path = max(tmp_path.glob("step-*")) / "training.json"  # now as an older version has written it
+        state = json.loads(path.read_text())["state"]
+        state["parts"]["dict"] = [item for item in state["parts"]["dict"] if item[0] != "chunk_bytes"]
+        path.write_text(json.dumps({"checksum": checksum(state), "state": state}))
 
 
 def test_old_checkpoints_are_removed_and_the_log_is_complete(tokenizer, tmp_path):

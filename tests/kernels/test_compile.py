@@ -38,6 +38,7 @@ from soul_kernels.token_logprob import (
     GRADIENT_CONFIG,
     STATISTICS_CONFIG,
     gradient_kernel,
+    statistics_gradient_kernel,
     statistics_kernel,
 )
 
@@ -142,8 +143,8 @@ def norm():
     )
 
 
-def rows(kernel, config, *, logits="fp32", out=None, transform=False, references=0, strengths=True, **constants):
-    """A kernel over rows of logits; ``references``: how many chunks beside the logits are read."""
+def rows(kernel, config, *, logits="fp32", out=None, transform=False, reads=1, references=0, strengths=True, **constants):
+    """A kernel over rows of logits; ``reads``: of the logits; ``references``: how many chunks beside the logits are read."""
     signature = ROW | {"logits_ptr": f"*{logits}"} | (TRANSFORM if transform else {})
     if references:
         signature |= REFERENCE_ROW | {"ref_logits_ptr": f"*{logits}"} | (STRENGTHS if strengths else {})
@@ -152,7 +153,7 @@ def rows(kernel, config, *, logits="fp32", out=None, transform=False, references
     signature |= {"uniforms_ptr": "*fp32", "divergences_stride": "i32"}
     signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
     constants["BLOCK"] = config["BLOCK"]
-    loaded = (DTYPES[logits].primitive_bitwidth // 8,) * (1 + references)
+    loaded = (DTYPES[logits].primitive_bitwidth // 8,) * (reads + references)
     stored = () if out is None else (DTYPES[out].primitive_bitwidth // 8,)
     return Variant(kernel, signature, constants, config, loaded, stored, aligned=ALIGNED_ROW)
 
@@ -198,18 +199,26 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
     "token_logprob statistics capped": rows(statistics_kernel, STATISTICS_CONFIG, transform=True, ALL=False),
     "token_logprob statistics all": rows(statistics_kernel, STATISTICS_CONFIG, ALL=True),
     "token_logprob gradient fp32": rows(gradient_kernel, GRADIENT_CONFIG, out="fp32"),
-    "token_logprob gradient bf16": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16"),
-    "token_logprob gradient bf16 capped": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True),
+    "token_logprob gradient bf16": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", OVERLAID=True),
+    "token_logprob gradient bf16 capped": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True, OVERLAID=True),
+    "token_logprob both fp32": rows(statistics_gradient_kernel, STATISTICS_CONFIG, out="fp32", reads=2),
+    "token_logprob both bf16": rows(statistics_gradient_kernel, STATISTICS_CONFIG, out="bf16", reads=2, OVERLAID=True),
+    "token_logprob both bf16 logits": rows(statistics_gradient_kernel, STATISTICS_CONFIG, logits="bf16", out="bf16", reads=2),
+    "token_logprob both bf16 capped": rows(
+        statistics_gradient_kernel, STATISTICS_CONFIG, out="bf16", transform=True, reads=2, OVERLAID=True
+    ),
     "token_draw likeliest": rows(likeliest_kernel, STATISTICS_CONFIG),
-    "token_draw bf16": rows(draw_kernel, DRAW_CONFIG, out="bf16"),
+    "token_draw bf16": rows(draw_kernel, DRAW_CONFIG, out="bf16", OVERLAID=True),
     "kl_divergence statistics": divergence(divergence_kernel, DIVERGENCE_CONFIG),
     "kl_divergence statistics soul": divergence(divergence_kernel, DIVERGENCE_CONFIG, SOUL=True),
-    "kl_divergence gradient bf16": divergence(divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16"),
+    "kl_divergence gradient bf16": divergence(
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", OVERLAID=True
+    ),
     "kl_divergence gradient bf16 soul": divergence(
-        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", SOUL=True
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", SOUL=True, OVERLAID=True
     ),
     "kl_divergence gradient bf16 capped": divergence(
-        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", transform=True
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", transform=True, OVERLAID=True
     ),
 }
 

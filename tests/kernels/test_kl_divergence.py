@@ -10,6 +10,7 @@ from soul_kernels.kl_divergence import divergence_gradient, divergence_statistic
 from soul_kernels.reference import kl_divergence as reference
 from soul_kernels.reference.token_logprob import token_logprob, transformed
 from soul_kernels.token_logprob import STATISTICS_CONFIG, token_statistics
+from tests.kernels.test_token_logprob import overlaid
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, mutant
 
@@ -95,6 +96,20 @@ def check(device, n_vocab=4099, distance=1.0, kind="kl", strengths=None, spread=
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_every_vocabulary_size(kind, n_vocab, device):
     check(device, n_vocab, kind=kind)
+
+
+# Past each block at which threads wait for each other: 0, 2, 6 of 2048.
+@pytest.mark.parametrize("kind", reference.KINDS)
+@pytest.mark.parametrize("n_vocab", [3 * 2048, 7 * 2048 + 9])
+def test_a_narrow_gradient_in_the_bytes_of_the_logits(n_vocab, kind, device):
+    logits = torch.randn(3, n_vocab, device=device)
+    arguments = (logits + torch.randn_like(logits), torch.tensor([0, n_vocab - 1, -100], device=device), *torch.randn(2, 3))
+    arguments = tuple(argument.to(device) for argument in arguments)
+    padded, _ = overlaid(logits, torch.bfloat16)
+    want = run(padded, *arguments, kind=kind, out=torch.empty_like(logits, dtype=torch.bfloat16))
+    copy, out = overlaid(logits, torch.bfloat16)
+    for got, expected in zip(run(copy, *arguments, kind=kind, out=out), want):
+        assert torch.equal(got, expected)
 
 
 # KL of about 5e-7, where the sum of q (log q - log p) has lost everything in fp32, to 50, where expm1(-d) overflows.

@@ -1,5 +1,8 @@
+import copy
+import functools
 import gc
 import importlib
+import types
 import weakref
 
 import pytest
@@ -8,8 +11,10 @@ import torch
 import soul_kernels
 from soul import losses
 from soul_kernels import Head, Reference, TokenBatch, backends
+from soul_kernels import chunks as head_chunks
 from soul_kernels._head import gradients as head_gradients
 from soul_kernels._head import rows as head_rows
+from soul_kernels._head import sweeps as head_sweeps
 from soul_kernels._head.rows import HeadRows
 from soul_kernels.errors import ArgumentError
 from soul_kernels.reference import linear_loss as reference
@@ -92,8 +97,7 @@ def check_objectives(op, device, dtype=FLOAT, names=OBJECTIVES, chunk_rows=None,
         case = make(device, dtype, bias=bias)
         double = fp64(case)
         want, want_logps = definition(double, OBJECTIVES[name])
-        row_bytes = 192 * (4 if dtype == FLOAT else 4 + dtype.itemsize)
-        options = {} if chunk_rows is None else {"chunk_bytes": chunk_rows * row_bytes}
+        options = {} if chunk_rows is None else {"chunk_bytes": chunk_rows * 192 * 4}
         loss, logps = op(**case, objective=OBJECTIVES[name], return_logps=True, backend=backend, **options)
         assert_close(loss, want, 1e-5, f"{name}: loss")
         assert (logps.double() - want_logps.detach()).abs().max() <= tol.LOGP_ABS
@@ -155,7 +159,7 @@ def test_logprob_gradients(frozen, dtype, backend, device):
     upstream = torch.randn(case["labels"].shape, device=device).double()
     upstream[0] = 0.0
     logps = linear_logprob(
-        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend=backend, chunk_bytes=6 * 192 * 6
+        case["hidden"], case["weight"], case["labels"], bias=case["bias"], backend=backend, chunk_bytes=9 * 192 * 4
     )
     _, want = definition(double, lambda logps, batch: logps.sum())
     assert logps.dtype == torch.float32 and (logps.double() - want).abs().max() <= tol.LOGP_ABS
@@ -220,6 +224,32 @@ def test_token_indices_from_the_host_and_padded(backend, device):
                 assert_close(got, expected, 1e-6, name)
 
 
+# Total memory as torch reports it, in GiB -> chunks of 8192 rows at the vocabulary of Llama 3.
+@pytest.mark.parametrize("total, chunks", [(7.8, 16), (15.6, 8), (23.6, 6), (79.1, 2), (79.6, 2), (139.7, 1)])
+def test_the_default_chunk_is_a_share_of_the_total_memory(total, chunks, monkeypatch):
+    properties = types.SimpleNamespace(total_memory=int(total * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    chunk_bytes = head_chunks.default_chunk_bytes(torch.device("cuda", 0))
+    assert chunk_bytes % 2**25 == 0 and total * 2**25 <= chunk_bytes < (total + 1) * 2**25
+    options = head_chunks.ResolvedOptions(BRAIN, FLOAT, chunk_bytes)
+    assert -(-8192 // head_chunks.chunk_rows(128256, options, False, chunk_bytes)) == chunks
+    assert head_chunks.default_chunk_bytes(torch.device("cpu")) == 2**26
+
+
+def test_a_narrow_gradient_takes_no_memory_of_its_own(device):
+    """fp32 logits and a bf16 gradient: the scratch is that of the logits."""
+    case = make(device, BRAIN)
+    options = head_chunks.ResolvedOptions(BRAIN, FLOAT, None, "triton")
+    rows = HeadRows(case["hidden"], Head(case["weight"]), case["labels"], None, options)
+    (chunk,) = rows.even_chunks()
+    rows.load(chunk)
+    rows.measure(chunk)
+    logits = rows._loaded
+    gradient = rows.gradient(chunk, torch.ones(len(rows), device=device))
+    assert gradient.dtype == BRAIN and gradient.data_ptr() == logits.data_ptr()
+    assert gradient.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+
+
 def test_deterministic_run_to_run(backend, device):
     case = make(device, BRAIN)
     runs = []
@@ -244,6 +274,96 @@ def test_sums_over_sequences_take_one_sweep(backend, device, monkeypatch):
     calls.clear()
     linear_objective(**case, objective=OBJECTIVES["npo_token_mean"], backend=backend)
     assert sum(calls) == n_labelled  # one chunk: any objective takes one sweep
+
+
+def two_kernels(objective):
+    """Return an objective that does not say that it is linear."""
+    copied = copy.copy(objective)
+    copied.linear = False
+    return copied
+
+
+def recorded(name, function, calls):
+    """Return a function that appends its name to ``calls`` before it does what another one does."""
+
+    @functools.wraps(function)
+    def call(*arguments):
+        calls.append(name)
+        return function(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("chunk_rows", [1000, 7])
+@pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
+@pytest.mark.parametrize("name", ["ga", "graddiff", "po"])
+def test_a_linear_objective_takes_one_read_and_gives_the_bits_of_two(name, dtype, chunk_rows, backend, device, monkeypatch):
+    case = make(device, dtype, bias=True)
+    options = dict(return_logps=True, backend=backend, chunk_bytes=chunk_rows * 192 * 4)
+    want, want_logps = linear_objective(**case, objective=two_kernels(OBJECTIVES[name]), **options)
+    calls = []
+    for method in ("measure", "gradient", "measured_gradient"):
+        monkeypatch.setattr(HeadRows, method, recorded(method, getattr(HeadRows, method), calls))
+    got, logps = linear_objective(**case, objective=OBJECTIVES[name], **options)
+    scaled = dtype == HALF and backend == "triton"  # by what is measured
+    assert set(calls) == ({"measure", "gradient"} if scaled else {"measured_gradient"})
+    assert torch.equal(logps, want_logps)
+    assert_close(got, want, 0.0 if chunk_rows == 1000 else 1e-6, "loss")  # sums of chunks are added in another order
+    for a, b in zip(gradients(got, case), gradients(want, case)):
+        assert torch.equal(a, b)
+
+
+def test_a_frozen_head_takes_one_read_for_log_probabilities(backend, device, monkeypatch):
+    case = make(device)
+    upstream = torch.randn(case["labels"].shape, device=device)
+    weight = case["weight"].detach()
+    results = []
+    for one_kernel in (True, False):
+        if not one_kernel:
+            monkeypatch.setattr(head_sweeps, "_measure_and_add", by_two_kernels)
+        logps = linear_logprob(case["hidden"], weight, case["labels"], backend=backend)
+        results.append((logps, *torch.autograd.grad((logps * upstream).sum(), case["hidden"])))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def by_two_kernels(head_rows, gradients, chunk, upstream):
+    head_rows.measure(chunk)
+    gradients.add(chunk, upstream)
+
+
+def test_a_false_claim_of_linearity_is_refused(backend, device):
+    def claimed(logps, batch):
+        return -(logps.exp() * batch.mask).sum()
+
+    claimed.linear = True
+    with pytest.raises(ArgumentError, match="objective.linear: expected False for an objective whose derivatives depend on"):
+        linear_objective(**make(device), objective=claimed, backend=backend)
+
+
+def test_a_plain_function_can_be_linear_with_weights_and_a_constant(backend, device):
+    """Whatever the coefficients are, 0 included; tokens without a label and a term without log-probabilities change nothing."""
+    case = make(device)
+    weights = torch.randn(case["labels"].shape, device=device)
+    weights[0] = 0.0
+
+    def weighted(logps, batch):
+        return (logps * weights.to(logps.dtype)).sum() / batch.n_forget_tokens + 3.0
+
+    weighted.linear = True
+    double = fp64(case)
+    want, _ = definition(double, weighted)
+    loss = linear_objective(**case, objective=weighted, backend=backend, chunk_bytes=7 * 192 * 4)
+    assert_close(loss, want, 1e-5, "loss")
+    for got, expected in zip(gradients(loss, case), gradients(want, double)):
+        assert_close(got, expected, tol.GRAD_FP32, "gradient")
+
+    def constant(logps, batch):
+        return batch.n_forget_tokens * 2.0
+
+    constant.linear = True
+    loss = linear_objective(**case, objective=constant, backend=backend)
+    assert loss == 2.0 * TokenBatch.from_labels(case["labels"], case["is_forget"]).n_forget_tokens
+    assert all((gradient == 0).all() for gradient in gradients(loss, case)[:2])
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -314,7 +434,7 @@ def test_fp16_gradients_do_not_overflow(name, backend, device):
     want, _ = definition(double, objective)
     want_gradients = gradients(want, double)
     for chunk_rows in (1000, 100) if name == "sum" else (1000,):  # one matrix product over all rows overflows first
-        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 6, backend=backend)
+        loss = linear_objective(**case, objective=objective, chunk_bytes=chunk_rows * 64 * 4, backend=backend)
         for got, expected in zip(gradients(loss, case), want_gradients):
             assert_close(got, expected, 2e-3, "gradient")
 
@@ -378,7 +498,7 @@ def test_a_loss_never_waits_for_the_device(name, device):
         torch.cuda.set_sync_debug_mode("error" if attempt else "default")
         try:
             for chunk_rows in (1000, 7):
-                options = dict(token_indices=rows, chunk_bytes=chunk_rows * 192 * 10)
+                options = dict(token_indices=rows, chunk_bytes=chunk_rows * 192 * 8)
                 linear_objective(**case, objective=objective, **options).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -517,6 +637,8 @@ def test_a_weight_changed_before_backward_is_noticed(backend, device):
     ("_head.sweeps", "loss += value", "loss = value"),
     ("_head.gradients", "gradient.mul_(scale)", "gradient"),  # upstream dropped
     ("_head.sweeps", "piece = piece.tokens(", "_ = piece.tokens("),  # tokens of other chunks counted as p = 1
+    ("_head.sweeps", "chunk, coefficients[chunk.span])", "chunk, coefficients[: chunk.stop - chunk.start])"),
+    ("_head.sweeps", "objective(head_rows.log_probs(), batch)", "objective(zeros, batch)"),
     ("_head.rows", "out.add_(head.bias)", "out"),
     ("_head.gradients", "dlogits.sum(0, dtype=self.bias.dtype)", "0.0"),
     ("_head.rows", "_product(self.x[start:stop]", "_product(self.x[local]"),

@@ -9,7 +9,7 @@ from soul_kernels.reference import token_draw as reference
 from soul_kernels.reference.token_logprob import token_logprob, transformed
 from soul_kernels.token_draw import DRAW_CONFIG, draw_labels, likeliest_statistics
 from soul_kernels.token_logprob import STATISTICS_CONFIG
-from tests.kernels.test_token_logprob import oracle, peaked
+from tests.kernels.test_token_logprob import oracle, overlaid, peaked
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_rows_close, mutant
 
@@ -144,6 +144,19 @@ def test_confident_rows_draw_their_label_and_keep_one_minus_p(device):
     logp, want = oracle(logits, labels, torch.ones(6, device=device))
     assert ((statistics[0].double() - logp) / logp).abs().max() <= tol.ONE_MINUS_P
     assert_rows_close(gradient, want, tol.WORST_ROW_FP32, "dlogits")
+
+
+def test_the_gradient_of_a_draw_in_the_bytes_of_the_logits(device):
+    n_vocab = 7 * DRAW_CONFIG["BLOCK"] + 500
+    logits = torch.randn(4, n_vocab, device=device)
+    labels = torch.tensor([0, 0, 0, -100], device=device)
+    ones = torch.ones(4, device=device)
+    uniforms = torch.tensor([0.3, 1 - 2**-24, 0.9, 0.5], device=device)
+    padded, _ = overlaid(logits, torch.bfloat16)
+    want = draw(padded, labels, uniforms, ones, out=torch.empty_like(logits, dtype=torch.bfloat16))
+    copy, out = overlaid(logits, torch.bfloat16)
+    for got, expected in zip(draw(copy, labels, uniforms, ones, out=out), want):
+        assert torch.equal(got, expected)
 
 
 @pytest.mark.usefixtures("row_functions")

@@ -5,9 +5,10 @@ import torch
 
 from soul_kernels._head import rows as head_rows
 from soul_kernels.backends import runs_on_cpu
+from soul_kernels.chunks import row_width
 from soul_kernels.reference import token_logprob as reference
 from soul_kernels.reference.token_logprob import token_logprob
-from soul_kernels.token_logprob import STATISTICS_CONFIG, token_gradient, token_statistics
+from soul_kernels.token_logprob import STATISTICS_CONFIG, statistics_and_gradient, token_gradient, token_statistics
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_rows_close, mutant
 
@@ -23,7 +24,7 @@ LABELS = (5, BLOCK + 5, 3 * BLOCK - 1, 3 * BLOCK + 5)  # in the first whole bloc
 def row_functions(backend, monkeypatch):
     """Run a test with the kernels, and with the PyTorch functions that replace them."""
     functions = head_rows.row_functions(backend)
-    for name in ("token_statistics", "token_gradient"):
+    for name in ("token_statistics", "token_gradient", "statistics_and_gradient"):
         monkeypatch.setitem(globals(), name, getattr(functions, name))
 
 
@@ -147,6 +148,77 @@ def test_in_place_and_low_precision_outputs(device):
     copy = logits.clone()
     _, in_place = run(copy, labels, coefficients, out=copy)
     assert torch.equal(in_place, want)
+
+
+def overlaid(logits, dtype):
+    """Return a copy of logits in padded rows, and memory for a gradient in the bytes of each row."""
+    shape = (len(logits), row_width(logits.shape[1]))
+    memory = torch.full(shape, float("nan"), dtype=logits.dtype, device=logits.device)
+    memory[:, : logits.shape[1]] = logits
+    return memory[:, : logits.shape[1]], memory.view(dtype)[:, : logits.shape[1]]
+
+
+# One block; whole blocks; and past each block at which threads wait for each other: 0, 2, 6 and their tails.
+@pytest.mark.parametrize("n_vocab", [130, 2 * 4096, 3 * 4096 + 9, 7 * 4096 + 1001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_gradient_in_the_bytes_of_the_logits(n_vocab, dtype, device):
+    logits = torch.randn(3, n_vocab, device=device)
+    labels = torch.tensor([1, n_vocab - 1, -100], device=device)
+    coefficients = torch.randn(3, device=device)
+    padded, _ = overlaid(logits, dtype)
+    _, want = run(padded, labels, coefficients, out=torch.empty_like(logits, dtype=dtype))
+    copy, out = overlaid(logits, dtype)
+    _, got = run(copy, labels, coefficients, out=out)
+    assert torch.equal(got, want)
+
+
+# The dtypes of the ops: fp32; bf16 with fp32 logits, which the gradient overwrites with half the bytes; bf16 throughout.
+LAYOUTS = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+
+
+def check_one_kernel(device, n_vocab, dtype, out_dtype, op=None, **transform):
+    """Statistics and gradient, in the place of the logits, have the bits of two kernels that write somewhere else."""
+    logits, _ = overlaid((torch.randn(6, n_vocab, device=device) * 4).to(dtype), out_dtype)
+    logits[4] = float("nan")
+    labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, n_vocab, 0, -100], device=device)
+    coefficients = torch.tensor([1.0, -2.0, 0.5, 1.0, 1.0, 3.0], device=device)
+    want = torch.full((4, 6), float("nan"), device=device)
+    token_statistics(logits, labels, want, **transform)
+    want_gradient = torch.full((6, n_vocab), float("nan"), dtype=out_dtype, device=device)
+    token_gradient(logits, labels, want, coefficients, want_gradient, **transform)
+    got = torch.full_like(want, float("nan"))
+    copy, out = overlaid(logits, out_dtype)
+    (op or statistics_and_gradient)(copy, labels, got, coefficients, out, **transform)
+    for a, b in ((got, want), (out, want_gradient)):
+        assert torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0))
+    assert got[0].isnan().tolist() == [False] * 3 + [True] * 2 + [False] and (out[[3, 5]] == 0).all()
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("n_vocab", [2, 129, 4096, 7 * 4096 + 1001])
+@pytest.mark.parametrize("backend, dtypes", [
+    *(("triton", dtypes) for dtypes in LAYOUTS), ("torch", LAYOUTS[0]),  # without kernels both dtypes are the same
+], indirect=["backend"], ids=str)  # fmt: skip
+def test_one_kernel_has_the_bits_of_two(dtypes, n_vocab, device):
+    check_one_kernel(device, n_vocab, *dtypes)
+
+
+def test_one_kernel_has_the_bits_of_two_for_capped_logits(device):
+    check_one_kernel(device, 3 * 4096 + 5, *LAYOUTS[1], logit_scale=-2.0, softcap=5.0)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("scale=coefficient / values.total", "scale=1.0 / values.total"),
+    ("at_label=coefficient * values.one_minus_p", "at_label=values.one_minus_p"),
+    ("row_max=values.row_max, scale", "row_max=0.0, scale"),
+    ("_store_statistics(statistics_ptr, statistics_stride, row, values, False)", "pass"),
+    ("values = _row_statistics(row, transform, False, BLOCK)",
+     "values = _row_statistics(row, Transform(logit_scale=None, softcap=None), False, BLOCK)"),
+])  # fmt: skip
+def test_mutants_of_the_one_kernel_do_not_pass(old, new, device, tmp_path):
+    broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        check_one_kernel(device, 4097, *LAYOUTS[1], op=broken.statistics_and_gradient, logit_scale=-2.0, softcap=5.0)
 
 
 @pytest.mark.skipif(not runs_on_cpu(), reason="4 GiB a matrix: untouched memory costs nothing on the CPU only")

@@ -8,7 +8,7 @@ import torch
 from soul_kernels import _table, grad_norm, sophia_step
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.token_draw import draw_labels, likeliest_statistics
-from soul_kernels.token_logprob import token_gradient, token_statistics
+from soul_kernels.token_logprob import statistics_and_gradient, token_gradient, token_statistics
 from tests.support.helpers import mutant
 
 Finding = pytest.importorskip("tests.ptx.machine", reason="Triton is not installed").Finding
@@ -67,18 +67,18 @@ def test_a_flipped_sign(card):
 
 def draw(draw_labels=draw_labels, dtype=torch.float32):
     """Draws from a whole block, from the tail, and from the end of a row: the sum there falls short of the target, so that the
-    last label is chosen, and its gradient stored once more. In place where the dtype allows.
+    last label is chosen, and its gradient stored once more. In place; a narrower dtype in the first half of a row's bytes.
     """
     torch.manual_seed(0)
     results = []
-    for n_vocab in (V, 2 * 4096):
+    for n_vocab in (V, 2 * 4096, 6 * 2048 + 108):  # of the last one the tail is a block in which threads wait for each other
         logits = torch.randn(6, n_vocab)
         labels = torch.zeros(6, dtype=torch.int64)
         statistics = torch.zeros(4, 6)
         likeliest_statistics(logits, labels, statistics)
         statistics[2, 4:] *= 1 + 1e-4
         uniforms = torch.tensor([0.1, 0.6, 0.9, 0.99, 1 - 2**-24, 1 - 2**-24])
-        out = logits if dtype == torch.float32 else torch.empty_like(logits, dtype=dtype)
+        out = logits.view(dtype)[:, :n_vocab]
         draw_labels(logits, labels, uniforms, statistics, torch.ones(6), out)
         results += [labels, statistics, out]
     return results
@@ -93,10 +93,10 @@ def test_a_barrier_that_was_removed_from_the_source(card, tmp_path):
         draw(broken.draw_labels)
 
 
-def rows():
+def rows(n_vocab=V):
     torch.manual_seed(0)
-    labels = torch.tensor([0, 17, V - 1, -100])
-    return torch.randn(4, V), torch.randn(4, V), labels, torch.randn(4)
+    labels = torch.tensor([0, 17, n_vocab - 1, -100])
+    return torch.randn(4, n_vocab), torch.randn(4, n_vocab), labels, torch.randn(4)
 
 
 def statistics(n):
@@ -107,10 +107,18 @@ def statistics(n):
     return out
 
 
-def gradient():
+def gradient(dtype=torch.float32):
+    """In the place of the logits; of a narrower dtype, in the first half of the bytes of each row."""
     logits, _, labels, coefficients = rows()
-    token_gradient(logits, labels, statistics(4), coefficients, logits)
+    token_gradient(logits, labels, statistics(4), coefficients, logits.view(dtype)[:, :V])
     return logits
+
+
+def both(dtype=torch.float32):
+    logits, _, labels, coefficients = rows()
+    out = torch.zeros(4, 4)
+    statistics_and_gradient(logits, labels, out, coefficients, logits.view(dtype)[:, :V])
+    return out, logits
 
 
 def likeliest():
@@ -120,20 +128,23 @@ def likeliest():
     return out
 
 
-def divergence(kind):
-    logits, reference, labels, coefficients = rows()
+def divergence(kind, dtype=torch.float32):
+    n_vocab = 6 * 2048 + 108  # six whole blocks: threads wait for each other in blocks 0 and 2, and in the tail
+    logits, reference, labels, coefficients = rows(n_vocab)
     stats, ref_stats, divergences = torch.zeros(4, 4), torch.zeros(4, 4), torch.zeros(2, 4)
     token_statistics(logits, labels, stats)
     token_statistics(reference, labels, ref_stats)
     arguments = (logits, reference, labels, stats, ref_stats)
     divergence_statistics(*arguments, divergences, kind=kind)
-    divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits, kind=kind)
+    divergence_gradient(*arguments, divergences, coefficients, torch.ones(4), logits.view(dtype)[:, :n_vocab], kind=kind)
     return divergences, logits
 
 
 CALLS = {
     "statistics": lambda: statistics(4), "all statistics": lambda: statistics(7), "gradient": gradient, "likeliest": likeliest,
     "draw": draw, "kl": lambda: divergence("kl"), "soul_kl": lambda: divergence("soul_kl"),
+    "narrow draw": lambda: draw(dtype=torch.bfloat16), "both": both, "narrow both": lambda: both(torch.bfloat16),
+    "narrow gradient": lambda: gradient(torch.bfloat16), "narrow kl": lambda: divergence("kl", torch.bfloat16),
     "grad_norm": lambda: grad_norm([torch.ones(100_000)], backend="triton"),
     "step": lambda: one_step(sophia_step),
 }  # fmt: skip
