@@ -1,8 +1,8 @@
 """``python -m bench.host_part``: the host time of a LoRA step, ours and that of torch's fused AdamW. It is not a step time.
 
-All kernels are left out: of ours the launch, of AdamW's ``torch._fused_adamw_``. On a CPU ``torch._foreach_add_`` is left out
-as well, since there it would be a kernel for every tensor. What remains is what Python and C++ do to find, check and pass on
-the tensors, so that any machine can measure it. On a GPU the small kernels that clear and count are launched.
+The kernels of the steps are left out: of ours the launch, of AdamW's ``torch._fused_adamw_``. On a CPU its
+``torch._foreach_add_`` is left out as well, since there it would be a kernel for every tensor. What remains is what Python and
+C++ do to find, check and pass on the tensors, so any machine can measure it. The small kernels that clear and count remain.
 """
 
 import contextlib
@@ -59,11 +59,17 @@ def _without_kernels(device: torch.device) -> Iterator[None]:
         replace(mock.patch("soul_kernels._table.launch", new=lambda *args, **arguments: None))
         replace(mock.patch("torch._fused_adamw_", new=lambda *args, **options: None))
         if device.type == "cpu":
-            replace(mock.patch("torch._foreach_add_", new=lambda *args, **options: None))
+            replace(mock.patch("torch._foreach_add_", new=_count))
             for module in ("soul_kernels.sophia_step", "soul.optim.stepper"):
                 replace(mock.patch(f"{module}.resolve_backend", new=lambda *args, **options: "triton"))
             replace(mock.patch("soul.optim.options.has_data", new=lambda tensor: False))  # a tensor on a GPU is not read
         yield
+
+
+def _count(tensors: list[torch.Tensor], number: int, add: Any = torch._foreach_add_) -> None:
+    """Add a number to tensors, unless they are AdamW's counters: one a parameter, with no dimension."""
+    if tensors[0].dim():
+        add(tensors, number)
 
 
 def measure(
@@ -94,17 +100,17 @@ def main(rounds: int = 400) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = cpu_model() + (f", {torch.cuda.get_device_name()}" if device.type == "cuda" else "")
     print(f"host part of a step, launch left out, not a step time: {len(lora())} tensors, {machine}, torch {torch.__version__}")
-    print(f"  {'':<44}{'ours, us':<24}{'fused AdamW, us':<24}ratio")
+    print(f"  {'':<52}{'ours, us':<24}{'fused AdamW, us':<24}ratio")
     for n_groups in GROUPS:
         for capturable in (False, True):
             for moved in (False, True):
                 both = measure(n_groups, capturable=capturable, moved=moved, rounds=rounds, device=device)
-                name = f"{n_groups} group{'s'[: n_groups > 1]}{', capturable' * capturable}, gradients {_PLACE[moved]}"
+                name = f"{n_groups} group{'s'[: n_groups > 1]}{', capturable' * capturable}, gradients {_WHERE[moved]}"
                 ratio = statistics.median(both[0]) / statistics.median(both[1])
-                print(f"  {name:<44}{_shown(both[0]):<24}{_shown(both[1]):<24}{ratio:.2f}")
+                print(f"  {name:<52}{_shown(both[0]):<24}{_shown(both[1]):<24}{ratio:.2f}")
 
 
-_PLACE = {False: "where they were", True: "elsewhere"}
+_WHERE = {False: "where they were", True: "elsewhere"}
 
 
 def _shown(times: list[float]) -> str:
