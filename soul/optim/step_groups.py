@@ -110,7 +110,7 @@ class StepGroup:
                 self._columns[name] = argument, read
         self._has_data = has_data(local(params[0]))
         self._notes_changes = all(isinstance(state, State) for state in states)  # a dict of the user's does not
-        self._seen: list[object] = []  # the last change of a state, and the addresses of the first one, in the last step
+        self._seen: list[object] = []  # the last change of a state, and the memory of the first one, in the last step
         self._counters = {name: self._flatten(name) for name in COUNTERS if name in states[0]}
         self._corrections: torch.Tensor | None = None
         gaps = [position for position, param in enumerate(params) if not is_dense(local(param))]
@@ -180,14 +180,14 @@ class StepGroup:
     def has_same_states(self) -> bool:
         """Tell whether all states hold the tensors of the last call.
 
-        No state may have changed since. Of the first one the addresses are compared as well: code that moves states behind the
+        No state may have changed since. Of the first one the memory is compared as well: code that moves states behind the
         same objects (``state["exp_avg"].data = ...``) moves all of them.
         """
         if not self._has_data or not self._notes_changes:
             return False
         first = self.states[0]
         tensors = [read(first) for _, read in self._columns.values()]
-        seen = [State.last_change, *[local(tensor).data_ptr() for tensor in tensors if tensor is not None]]
+        seen = [State.last_change, *[_memory_of(local(tensor)) for tensor in tensors if tensor is not None]]
         same = seen == self._seen
         self._seen = seen
         return same
@@ -459,6 +459,11 @@ class StepGroups:
         if not all(self._optimizer.state.get(p) for p in group["params"]):
             remedy = "run one eager step before the capture"
             raise argument_error("CUDA graph", "states that exist", f"none for some of group {index}", remedy)
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return where and how a tensor lies in memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _all_fit(step_groups: list[StepGroup], params: list[torch.Tensor]) -> bool:

@@ -89,7 +89,7 @@ def settled(device, **options):
     twin = copy.deepcopy(opt)  # this changes states, which `opt` has to settle once more
     for p, q in zip(params, twin.param_groups[0]["params"]):
         q.grad = p.grad.clone()
-    for optimizer in (opt, twin):
+    for optimizer in (twin, opt):  # in this order: the first step of the copy changes states as well
         optimizer.step(), optimizer.step()
     twin._reset()
     return opt, twin
@@ -189,7 +189,7 @@ def load(opt, params):
 ])  # fmt: skip
 def test_a_settled_step_notices_what_the_user_changes(change, device):
     opt, twin = settled(device)
-    for optimizer in (opt, twin):
+    for optimizer in (twin, opt):
         change(optimizer, optimizer.param_groups[0]["params"])
     twin._reset()
     assert_same_step(opt, twin)
