@@ -68,6 +68,7 @@ def rebuild_table(
     salts: Sequence[int],
     offsets: Sequence[int],
     auxiliary: Collection[str],
+    owned: Collection[str] = (),
 ) -> Callable[[], object] | None:
     """Rebuild the table for tensors that have been checked; gradients with other strides must be copied first.
 
@@ -79,6 +80,7 @@ def rebuild_table(
         salts: as in `TensorTable.rebuild`.
         offsets: as in `TensorTable.rebuild`.
         auxiliary: as in `TensorTable.rebuild`.
+        owned: as in `TensorTable.rebuild`.
 
     Returns:
         None if the table is complete. Otherwise a function that makes the copies, completes the table and returns the copies,
@@ -86,7 +88,9 @@ def rebuild_table(
         the memory of all gradients.
     """
     lead: Sequence[Tensor] = roles[next(iter(roles))] or ()
-    rebuild = functools.partial(table.rebuild, key=key, read_only="g", salts=salts, offsets=offsets, auxiliary=auxiliary)
+    rebuild = functools.partial(
+        table.rebuild, key=key, read_only="g", salts=salts, offsets=offsets, auxiliary=auxiliary, owned=owned
+    )
     if all(same_layout(*pair) for role in read for pair in zip(roles[role] or (), lead)):
         rebuild(roles)
         return None

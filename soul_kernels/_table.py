@@ -4,10 +4,13 @@ How it works. One launch serves many tensors: the kernel finds their addresses i
 tells each program which tensor it works on, and which chunk of it. Building both takes longer than launching the kernel. So a
 caller keeps a `TensorTable` and asks `TensorTable.unchanged` before every call whether the table is still valid. An allocator
 may return the same address for another tensor, and ``p.data = ...`` puts other memory under the same Python object. Neither
-the objects nor the addresses are proof alone, so the address, dtype, device, shape and strides of every tensor are compared;
-C++ does that for all but the addresses, in one call. Only tensors that are read, the gradients, may have moved:
+the objects nor the addresses are proof alone, so the address, dtype, device, shape and strides of every tensor are compared
+(`_Snapshot`); C++ does that for all but the addresses, in one call. Only tensors that are read, the gradients, may have moved:
 `_Bucket.move_read_only` replaces their row. After any other change the op checks all of its arguments again and calls
 `TensorTable.rebuild`.
+
+Tensors that belong to the caller, such as an optimizer's states, need not be compared if the caller knows that they are the
+same: `TensorTable.unchanged_but_owned` looks at the others only.
 
 Three facts to keep in mind. A table that a captured CUDA graph reads must outlive every rebuild: it goes into ``_captured``.
 An upload on one stream may not have arrived when another stream reads. And the rows of a table have the order of the roles,
@@ -17,10 +20,9 @@ cached.
 
 import array
 import functools
-import itertools
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,11 +62,11 @@ class TensorTable:
         self.numel = 0
         self.version = 0
         self.call = 0
-        self._addresses: list[int] = []
-        self._read_only = (0, 0)  # begin and end of the read-only role in _addresses
-        self._absent: list[int] = []  # positions of None among the entries of all lists
-        self._guard: Any = None
-        self._metadata: list[tuple | None] | None = None  # compared where there is no guard
+        self._watched_roles: list[str] = []  # all but the owned ones
+        self._owned_roles: list[str] = []
+        self._watched = _Snapshot([])
+        self._owned = _Snapshot([])
+        self._read_only = (0, 0)  # begin and end of the read-only role among the addresses of _watched
         self._captured: list[Tensor] = []  # tensors that replays of a CUDA graph read: they must outlive every rebuild
 
     def __reduce__(self) -> tuple:
@@ -78,25 +80,33 @@ class TensorTable:
                 first role.
             key: anything else that the table depends on; compared with ``==``.
         """
-        if self._key != key or self._roles != _counts(roles):
+        return (
+            self._key == key
+            and self._roles == _counts(roles)
+            and self._owned.equals(_entries_of(roles, self._owned_roles))
+            and self.unchanged_but_owned(_entries_of(roles, self._watched_roles))
+        )
+
+    def unchanged_but_owned(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Tell whether the tensors are those of the last `rebuild`, leaving out the owned ones, for which the caller vouches.
+
+        Args:
+            tensors: the entries of all other roles, one list after the other; the read-only ones may have moved.
+        """
+        if self._roles is None or not self._watched.same_metadata(tensors):
             return False
-        tensors: list[Any] = []
-        for role in filter(None, roles.values()):
-            tensors += role
-        if self._absent:  # positions of None
-            if [i for i, tensor in enumerate(tensors) if tensor is None] != self._absent:
-                return False
-            tensors = [tensor for tensor in tensors if tensor is not None]
-        if not self._same_metadata(tensors):
-            return False
-        addresses = list(map(torch.Tensor.data_ptr, tensors))
-        if addresses == self._addresses:
+        addresses = self._watched.addresses_of(tensors)
+        before = self._watched.addresses
+        if addresses == before:
             return True
         begin, end = self._read_only
-        if addresses[:begin] != self._addresses[:begin] or addresses[end:] != self._addresses[end:]:
+        if addresses[:begin] != before[:begin] or addresses[end:] != before[end:]:
             return False  # a tensor that is written to has moved: whether tensors overlap must be checked again
-        self._addresses = addresses
-        return all(bucket.move_read_only(addresses) for bucket in self.buckets)
+        self._watched.addresses = addresses
+        if all(bucket.move_read_only(addresses) for bucket in self.buckets):
+            return True
+        self.forget()  # some buckets have other addresses than the snapshot
+        return False
 
     def describe(self, lead: Sequence[Tensor], salts: Sequence[int] = (), offsets: Sequence[int] = ()) -> None:
         """Set the attributes for new tensors without building a table; `unchanged` returns False until `rebuild`.
@@ -123,6 +133,7 @@ class TensorTable:
         salts: Sequence[int] = (),
         offsets: Sequence[int] = (),
         auxiliary: Collection[str] = (),
+        owned: Collection[str] = (),
     ) -> None:
         """Build the table of new tensors, which the op has checked.
 
@@ -134,16 +145,19 @@ class TensorTable:
             offsets: see the attribute.
             auxiliary: roles that are not walked element by element; the kernel knows their dtypes. The list of such a role may
                 be a single tensor [number of tensors], with one number per tensor.
+            owned: roles for which the caller may vouch in `unchanged_but_owned`; not the one that is only read.
         """
         lead: Sequence[Any] = roles[next(iter(roles))] or ()
         self.describe(lead, salts, offsets)
+        self._watched_roles = [role for role in roles if role not in owned]
+        self._owned_roles = [role for role in roles if role in owned]
         flat: list[Tensor] = []
         entries = {}  # role -> for each of its tensors, its index in the flat list (-1: absent) and an offset in bytes
-        for role, tensors in roles.items():
-            entries[role] = _entries(tensors, len(lead), flat, shared=role in auxiliary)
+        for role in (*self._watched_roles, *self._owned_roles):  # watched ones have the same indices in their snapshot
+            entries[role] = _entries(roles[role], len(lead), flat, shared=role in auxiliary)
         if not all(map(has_data, flat)):
             return  # without addresses nothing can be launched, and `unchanged` could not recognize the tensors
-        self._addresses = list(map(torch.Tensor.data_ptr, flat))
+        addresses = list(map(torch.Tensor.data_ptr, flat))
         self._read_only = entries[read_only][0][0], entries[read_only][-1][0] + 1
         columns: dict[tuple, list[int]] = {}  # (device, dtypes, aligned) of one launch -> positions of its tensors
         for position, tensor in enumerate(lead):
@@ -162,14 +176,12 @@ class TensorTable:
                 offsets=[offsets[p] for p in positions] if offsets else [],
                 rows={role: [entries[role][p] for p in positions] for role in roles},
                 read_only=read_only,
-                addresses=self._addresses,
+                addresses=addresses,
                 captured=self._captured,
             )
             self.buckets.append(bucket)
-        self._guard = _guard(flat)
-        self._metadata = None if self._guard else _metadata(flat)
-        everything = itertools.chain.from_iterable(filter(None, roles.values()))
-        self._absent = [i for i, tensor in enumerate(everything) if tensor is None]
+        self._watched = _Snapshot(_entries_of(roles, self._watched_roles))
+        self._owned = _Snapshot(_entries_of(roles, self._owned_roles))
         self._key = key
         self._roles = _counts(roles)
 
@@ -198,10 +210,51 @@ class TensorTable:
         for bucket in self.buckets:
             bucket.launch(kernel, chunk=chunk, **arguments)
 
-    def _same_metadata(self, tensors: list[Tensor]) -> bool:
-        if self._guard is not None:
-            return self._guard.check(*tensors)
-        return _metadata(tensors) == self._metadata
+
+class _Snapshot:
+    """What is compared of the entries of lists: which ones are None, and of the tensors all but their values.
+
+    Attributes:
+        addresses: of the tensors.
+    """
+
+    def __init__(self, entries: Sequence[Tensor | None]) -> None:
+        self._count = len(entries)
+        self._absent = [i for i, tensor in enumerate(entries) if tensor is None]
+        self.addresses = self.addresses_of(entries)
+        tensors = [tensor for tensor in entries if tensor is not None]
+        self._guard = _guard(tensors) if tensors else None
+        self._metadata = None if self._guard else _metadata(tensors)  # compared where there is no guard
+
+    def same_metadata(self, entries: Sequence[Any]) -> bool:
+        """Tell whether entries are the same, but for addresses and values."""
+        if len(entries) != self._count:
+            return False
+        if self._absent:
+            if [i for i, tensor in enumerate(entries) if tensor is None] != self._absent:
+                return False
+            entries = [tensor for tensor in entries if tensor is not None]
+        return _metadata(entries) == self._metadata if self._guard is None else self._guard.check(*entries)
+
+    def addresses_of(self, entries: Sequence[Any]) -> list[int]:
+        """Return the addresses of the tensors among the entries."""
+        if self._absent:
+            entries = [tensor for tensor in entries if tensor is not None]
+        return list(map(torch.Tensor.data_ptr, entries))
+
+    def equals(self, entries: Sequence[Any]) -> bool:
+        """Tell whether entries are the same, but for values."""
+        return self.same_metadata(entries) and self.addresses_of(entries) == self.addresses
+
+
+class _Stream(NamedTuple):
+    """A stream of a device: its handle, None on a CPU, and whether it is being captured."""
+
+    handle: int | None
+    capturing: bool
+
+
+_NO_STREAM = _Stream(None, False)
 
 
 class _Bucket:
@@ -245,51 +298,59 @@ class _Bucket:
         self._read_only = slice(begin, begin + len(numels))  # of the values
         indices = [i for i, _ in rows[read_only]]
         self._pick_read_only = operator.itemgetter(*indices, indices[0])  # one index alone would not return a tuple
+        self._misaligned = int.from_bytes(array.array("q", [15] * len(numels)).tobytes(), "little")  # a mask of all addresses
         self._table: Tensor | None = None
         self._spare: Tensor | None = None  # pinned memory from which a captured upload is replayed
         self._stream: int | None = None  # the stream on which the table was uploaded
         self._captured = captured
         self._maps: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = {}  # (chunk, stream) -> chunk map
-        self._crosses: dict[int, bool] = {}  # chunk -> whether a multiple of 2^32 may lie within one
+        self._constants: dict[int, dict[str, Any]] = {}  # chunk -> arguments of a kernel
 
     def move_read_only(self, addresses: Sequence[int]) -> bool:
         """Replace the addresses of the read-only tensors; return False if they no longer have the alignment of this bucket."""
-        moved = self._pick_read_only(addresses)
-        if self.aligned and functools.reduce(operator.or_, moved) % 16:
+        moved = array.array("q", self._pick_read_only(addresses)[:-1])
+        if moved == self._values[self._read_only]:
+            return True
+        if self.aligned and int.from_bytes(moved.tobytes(), "little") & self._misaligned:
             return False
-        values = self._values[:]  # a copy: on the CPU the table shares its memory
-        values[self._read_only] = array.array("q", moved[:-1])
-        if values != self._values:
-            self._values = values
-            self._table = None
+        self._values = self._values[:]  # a copy: on the CPU the table shares its memory
+        self._values[self._read_only] = moved
+        self._table = None
         return True
 
     def launch(self, kernel: Any, *, chunk: int, **arguments: Any) -> None:
         """Launch ``kernel`` once, as `TensorTable.launch` describes it."""
-        chunk_tensor, chunk_piece = self.chunk_map(chunk)
+        stream = _stream(self.device)
+        chunk_tensor, chunk_piece = self.chunk_map(chunk, stream)
         if not self.aligned:  # one element an access: half a block keeps the addresses in registers
             arguments["BLOCK"] //= 2
-        if self._offsets:
-            if chunk not in self._crosses:
-                self._crosses[chunk] = any(map(functools.partial(_may_cross, chunk), self._offsets, self.numels))
-            arguments["CROSSES"] = self._crosses[chunk]
         launch(
             kernel,
-            (len(chunk_tensor),),
+            (chunk_tensor.numel(),),
             self.device,
-            table_ptr=self.on_device(),
+            table_ptr=self.on_device(stream),
             chunk_tensor_ptr=chunk_tensor,
             chunk_piece_ptr=chunk_piece,
-            n_tensors=len(self.numels),
-            ALIGNED=self.aligned,
-            CHUNK=chunk,
-            **self.dtypes,
+            **self._constants_for(chunk),
             **arguments,
         )
 
-    def on_device(self) -> Tensor:
-        """Return the table, uploaded if it has changed, without waiting for work that is queued on the device."""
-        stream, capturing = _stream(self.device)
+    def _constants_for(self, chunk: int) -> dict[str, Any]:
+        """Return the arguments of a kernel that are the same in every launch with pieces of ``chunk`` elements."""
+        if chunk not in self._constants:
+            constants = {"n_tensors": len(self.numels), "ALIGNED": self.aligned, "CHUNK": chunk, **self.dtypes}
+            if self._offsets:
+                constants["CROSSES"] = any(map(functools.partial(_may_cross, chunk), self._offsets, self.numels))
+            self._constants[chunk] = constants
+        return self._constants[chunk]
+
+    def on_device(self, current: _Stream | None = None) -> Tensor:
+        """Return the table, uploaded if it has changed, without waiting for work that is queued on the device.
+
+        Args:
+            current: the device's current stream, or None to find it.
+        """
+        stream, capturing = current or _stream(self.device)
         table = self._table
         if table is None or (stream != self._stream and not capturing):  # another stream would not wait for the upload
             host = torch.frombuffer(self._values, dtype=torch.int64)
@@ -311,9 +372,9 @@ class _Bucket:
             self._captured.append(table)
         return table
 
-    def chunk_map(self, chunk: int) -> tuple[Tensor, Tensor]:
-        """Return the chunk map of this bucket for pieces of ``chunk`` elements."""
-        stream, capturing = _stream(self.device)
+    def chunk_map(self, chunk: int, current: _Stream | None = None) -> tuple[Tensor, Tensor]:
+        """Return the chunk map of this bucket for pieces of ``chunk`` elements; ``current`` as in `on_device`."""
+        stream, capturing = current or _stream(self.device)
         if capturing:  # a capture begins on an idle device: uploads of all streams have arrived
             maps = [chunk_map for (size, _), chunk_map in self._maps.items() if size == chunk]
             if not maps:
@@ -328,11 +389,11 @@ class _Bucket:
 _EAGER_STEP = "run one eager step before the capture"
 
 
-def _stream(device: torch.device) -> tuple[int | None, bool]:
-    """Return the handle of a device's current stream, and whether that stream is being captured."""
+def _stream(device: torch.device) -> _Stream:
+    """Return the current stream of a device."""
     if device.type != "cuda":
-        return None, False
-    return torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing()
+        return _NO_STREAM
+    return _Stream(torch.cuda.current_stream(device).cuda_stream, torch.cuda.is_current_stream_capturing())
 
 
 @functools.lru_cache(maxsize=64)
@@ -361,6 +422,14 @@ def _may_cross(chunk: int, offset: int, numel: int) -> bool:
 
 def _counts(roles: Roles) -> dict[str, int | None]:
     return {role: None if tensors is None else len(tensors) for role, tensors in roles.items()}
+
+
+def _entries_of(roles: Roles, names: Sequence[str]) -> list[Any]:
+    """Return the entries of the lists of some roles, one list after the other."""
+    entries: list[Any] = []
+    for name in names:
+        entries += roles[name] or ()
+    return entries
 
 
 def _entries(tensors: Sequence[Tensor | None] | None, count: int, flat: list[Tensor], *, shared: bool) -> list[tuple[int, int]]:

@@ -4,7 +4,7 @@
 fields as keywords (`with_fields`). A new option is a field here, with its bounds in ``check``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
@@ -148,6 +148,26 @@ class StepTensors(NamedTuple):
     hessian_scales: Sequence[Tensor | None] | None = None
 
 
+def check_numbers(numbers: Mapping[str, float | Tensor]) -> int:
+    """Raise ValueError if an option of `StepOptions.numbers` is out of its bounds; return the ON_DEVICE_BITS of the tensors."""
+    on_device = 0
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            on_device |= ON_DEVICE_BITS[name]
+        elif name == "bs":
+            check_positive("bs", value, "pass the number of predictions in the batch behind h")
+        else:
+            check_range(name, value)
+    return on_device
+
+
+def check_numbers_on_device(numbers: Mapping[str, float | Tensor], devices: Sequence[torch.device]) -> None:
+    """Raise ValueError unless every option that is a tensor fits and is on the one device in ``devices``."""
+    for name, value in numbers.items():
+        if isinstance(value, Tensor):
+            check_on_device(name, value, devices)
+
+
 class StepOptions(NamedTuple):
     """The hyper-parameters of a Sophia step.
 
@@ -178,17 +198,13 @@ class StepOptions(NamedTuple):
     param_rounding: str = "nearest"
     corrections: Tensor | None = None
 
+    def numbers(self) -> dict[str, float | Tensor]:
+        """Return the options that may live on the device, by name."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "rho": self.rho, "bs": self.bs}
+
     def check(self) -> int:
         """Raise ValueError if an option is out of its bounds; return the ON_DEVICE_BITS of the options that are tensors."""
-        on_device = 0
-        for name, bit in ON_DEVICE_BITS.items():
-            value = getattr(self, name)
-            if isinstance(value, Tensor):
-                on_device |= bit
-            elif name == "bs":
-                check_positive("bs", value, "pass the number of predictions in the batch behind h")
-            else:
-                check_range(name, value)
+        on_device = check_numbers(self.numbers())
         check_range("eps", self.eps)
         check_range("beta1", self.beta1, high=1.0)
         if self.beta2 is not None:
@@ -200,9 +216,7 @@ class StepOptions(NamedTuple):
     def check_on_device(self, on_device: int, devices: Sequence[torch.device], n_tensors: int) -> None:
         """Raise ValueError unless every option that is a tensor fits and is on the one device in ``devices``."""
         if on_device:
-            for name in ON_DEVICE_BITS:
-                if isinstance(value := getattr(self, name), Tensor):
-                    check_on_device(name, value, devices)
+            check_numbers_on_device(self.numbers(), devices)
         check_on_device("corrections", self.corrections, devices, numel=n_tensors)
 
 

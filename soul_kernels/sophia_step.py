@@ -14,7 +14,7 @@ of `Numbers`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,8 @@ from soul_kernels.bundles import (
     Noise,
     StepOptions,
     StepTensors,
+    check_numbers,
+    check_numbers_on_device,
     check_step_tensors,
     refuse_unknown_keywords,
     with_fields,
@@ -77,6 +79,7 @@ CONFIG_8BIT = CONFIG | {"enable_fp_fusion": True}
 # The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.
 ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")
 AUXILIARY = ("m_scale", "h_scale", "step", "correction")  # roles that are not walked element by element
+OWNED = ROLES[2:]  # roles for which the caller may vouch
 P_ROW, G_ROW, M_ROW, H_ROW, LOW_ROW, M_SCALE_ROW, H_SCALE_ROW, STEP_ROW, CORRECTION_ROW = map(tl.constexpr, range(len(ROLES)))
 N_ROLES = tl.constexpr(len(ROLES))
 # The bits of ON_DEVICE, which tell the kernel what options are tensors on the device.
@@ -318,6 +321,7 @@ class SophiaStep:
 
     def __init__(self) -> None:
         self._table = TensorTable()
+        self._constants: dict[str, Any] | None = None  # arguments of the kernel, fixed by the last `prepare`
 
     @property
     def version(self) -> int:
@@ -350,6 +354,7 @@ class SophiaStep:
         Raises:
             ValueError: an argument does not fit.
         """
+        self._constants = None
         on_device = options.check()
         params = tensors.params
         steps = None if noise.steps is None else [noise.steps]
@@ -365,15 +370,31 @@ class SophiaStep:
                 return PreparedCall(table, nothing_to_do)
             salts = noise.salts(params)
             offsets = noise.offsets(tensors.exp_avgs, tensors.hessians)
-            copy = rebuild_table(table, roles, key, read=("g",), salts=salts, offsets=offsets, auxiliary=AUXILIARY)
+            copy = rebuild_table(table, roles, key, read=("g",), salts=salts, offsets=offsets, auxiliary=AUXILIARY, owned=OWNED)
         options.check_on_device(on_device, table.devices, len(params))
         guards.check(table.devices)
         check_on_device("steps", noise.steps, table.devices, numel=len(params))
         check_on_device("telemetry", telemetry, table.devices, torch.float64, 3)
         backend = resolve_backend(backend, params[0], compiled=table.numel)
         if backend == "triton":
-            launch = functools.partial(_launch, table, tensors, options, on_device, noise, guards, telemetry)
-            return PreparedCall(table, launch, copy)
+            eight_bits = tensors.exp_avg_scales is not None or tensors.hessian_scales is not None
+            beta1 = options.beta1
+            beta2 = 0.0 if options.beta2 is None else options.beta2
+            self._constants = {
+                "telemetry_ptr": telemetry,
+                "beta1": float(beta1),
+                "beta1_rest": float(beta1 - 1 if options.maximize else 1 - beta1),
+                "beta2": float(beta2),
+                "beta2_rest": 0.0 if options.beta2 is None else float(1 - beta2),
+                "eps": float(options.eps),
+                "HESSIAN_IN_STEP": options.beta2 is not None,
+                "ADD_EPS": options.eps_mode == "add",
+                "ROUNDING": options.param_rounding,
+                "STEPS": noise.steps is not None,
+                "CORRECTIONS": options.corrections is not None,
+                **(CONFIG_8BIT if eight_bits else CONFIG),
+            }
+            return PreparedCall(table, self._launch(options.numbers(), on_device, guards), copy)
         run = functools.partial(
             _reference_sophia_step, **tensors._asdict(), **options._asdict(), salts=table.salts, offsets=table.offsets,
             steps=noise.steps, grad_factor=guards.grad_factor, skip=guards.skip if has_data(params[0]) else None,
@@ -381,47 +402,57 @@ class SophiaStep:
         )  # fmt: skip
         return PreparedCall(table, torch.no_grad()(run))  # kernels know nothing of autograd
 
+    def prepare_again(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        numbers: Mapping[str, float | Tensor],
+        *,
+        guards: Guards = NO_GUARDS,
+    ) -> PreparedCall | None:
+        """Prepare the step of the last `prepare` once more, in a fraction of its time.
 
-def _argument(value: float | Tensor) -> float | Tensor:
-    """Return an option as the kernel takes it: a tensor, or a float, since Triton would compile another variant for an int."""
-    return value if isinstance(value, Tensor) else float(value)
+        The caller vouches that all arguments which are not passed are those of the last `prepare`: that the lists would hold
+        the same objects, and that nobody has put other memory under them. They are neither compared nor checked.
 
+        Args:
+            params: as in `StepTensors`.
+            grads: as in `StepTensors`.
+            numbers: the options that schedules change, as in `StepOptions`: ``lr``, ``weight_decay``, ``rho`` and ``bs``.
+            guards: as in `prepare`.
 
-def _launch(
-    table: TensorTable,
-    tensors: StepTensors,
-    options: StepOptions,
-    on_device: int,
-    noise: Noise,
-    guards: Guards,
-    telemetry: Tensor | None,
-) -> None:
-    """Launch the kernel for every bucket of the table."""
-    beta1 = options.beta1
-    beta2 = 0.0 if options.beta2 is None else options.beta2
-    eight_bits = tensors.exp_avg_scales is not None or tensors.hessian_scales is not None
-    table.launch(
-        sophia_step_kernel,
-        telemetry_ptr=telemetry,
-        factor_ptr=guards.grad_factor,
-        skip_ptr=guards.skip,
-        lr=_argument(options.lr),
-        weight_decay=_argument(options.weight_decay),
-        rho=_argument(options.rho),
-        bs=_argument(options.bs),
-        beta1=float(beta1),
-        beta1_rest=float(beta1 - 1 if options.maximize else 1 - beta1),
-        beta2=float(beta2),
-        beta2_rest=0.0 if options.beta2 is None else float(1 - beta2),
-        eps=float(options.eps),
-        ON_DEVICE=on_device,
-        HESSIAN_IN_STEP=options.beta2 is not None,
-        ADD_EPS=options.eps_mode == "add",
-        ROUNDING=options.param_rounding,
-        STEPS=noise.steps is not None,
-        CORRECTIONS=options.corrections is not None,
-        **(CONFIG_8BIT if eight_bits else CONFIG),
-    )
+        Returns:
+            The step, as from `prepare`; or None if `prepare` must be called: because parameters or gradients are others, not
+            counting gradients that have only moved; or because a reference steps.
+
+        Raises:
+            ValueError: an option does not fit.
+        """
+        table = self._table
+        if self._constants is None or not table.unchanged_but_owned([*params, *grads]):
+            return None
+        on_device = check_numbers(numbers)
+        if on_device:
+            check_numbers_on_device(numbers, table.devices)
+        guards.check(table.devices)
+        return PreparedCall(table, self._launch(numbers, on_device, guards))
+
+    def _launch(self, numbers: Mapping[str, float | Tensor], on_device: int, guards: Guards) -> Callable[[], None]:
+        """Return the launch of the kernel for every bucket of the table."""
+        arguments: dict[str, Any] = {
+            # Triton would compile another variant for an int.
+            name: value if isinstance(value, Tensor) else float(value)
+            for name, value in numbers.items()
+        }
+        return functools.partial(
+            self._table.launch,
+            sophia_step_kernel,
+            **arguments,
+            ON_DEVICE=on_device,
+            factor_ptr=guards.grad_factor,
+            skip_ptr=guards.skip,
+            **(self._constants or {}),
+        )
 
 
 def sophia_step(

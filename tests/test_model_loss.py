@@ -12,6 +12,7 @@ from soul import losses
 from soul.models import causal_lm, head_call
 from soul_kernels import Head, linear_objective
 from tests.support import tolerances as tol
+from tests.support.helpers import assert_close
 from tests.support.models import examples, sequences, tiny_tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -119,6 +120,22 @@ def check_npo(model, batch, loss):
     for name, gradient in expected.items():
         error = (got[name] - gradient).norm() / max(gradient.norm(), 0.01 * whole)
         assert error <= 2e-5, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_of_a_batch_that_is_padded_on_the_right_are_those_with_its_mask(family):
+    """The mask is left out, but for families with attention code of their own."""
+    model = model_of(family)
+    batch = types.SimpleNamespace(**side((5, 9, 7), prompt=2, seed=0))
+    masks = []
+    model.base_model.register_forward_pre_hook(lambda _, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True)
+    want = causal_lm.hidden_states(model, batch)
+    batch.pads_right = True
+    got = causal_lm.hidden_states(model, batch)
+    keeps_mask = family in ("gpt_neo", "bloom", "falcon", "mpt", "stablelm")
+    assert masks[0] is batch.attention_mask and masks[1] is (batch.attention_mask if keeps_mask else None)
+    tokens = batch.attention_mask.bool()
+    assert_close(got[tokens], want[tokens], 1e-5, "hidden states")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -27,6 +27,7 @@ class Batch:
         has_retain: whether there are sequences to retain.
         ref_logps: [B] fp32 log-probabilities under the reference model, 0 for retain sequences; or None.
         ref_hidden: [B, T, D] hidden states of the reference model, or None.
+        pads_right: whether ``attention_mask`` is known to be 1 up to some position of each sequence, and 0 from there on.
     """
 
     input_ids: Tensor
@@ -37,6 +38,7 @@ class Batch:
     has_retain: bool
     ref_logps: Tensor | None = None
     ref_hidden: Tensor | None = None
+    pads_right: bool = False
 
 
 def collate(
@@ -82,6 +84,7 @@ def collate(
         has_retain=bool(retain),
         ref_logps=all_ref_logps,
         ref_hidden=None if ref_hidden is None else _pad_hidden(ref_hidden, labels, device),
+        pads_right=True,
     )
 
 

@@ -12,6 +12,7 @@ say which module is the body, extend `_body`; and add a tiny model of it to test
 import contextlib
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -104,10 +105,42 @@ def _number(config: "PretrainedConfig", name: str) -> float | None:
 
 
 def hidden_states(model: "PreTrainedModel", batch: ModelInputs) -> Tensor:
-    """Return the final hidden states [B, T, D], which are the inputs of the head: after the last norm and any projection."""
+    """Return the final hidden states [B, T, D], which are the inputs of the head: after the last norm and any projection.
+
+    A batch with ``pads_right`` goes without its mask through a model that `attends_back_only`: the fast attention kernels take
+    none, and transformers waits for the device to look at it. Tokens then have the same states, and padding has others.
+    """
     body = _body(model)
-    with _never_packed() if batch.attention_mask is None else contextlib.nullcontext():
-        return body(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).last_hidden_state
+    mask = batch.attention_mask
+    if getattr(batch, "pads_right", False) and attends_back_only(body):
+        mask = None
+    with _never_packed() if mask is None else contextlib.nullcontext():
+        return body(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def attends_back_only(body: "PreTrainedModel") -> bool:
+    """Tell whether the state of a token depends on later ones in no way, so that padding on the right needs no mask.
+
+    Families that are not known to do so count as if they did not: those with attention code of their own (position biases as
+    in Bloom, MPT and Falcon), with recurrent or convolutional layers, or with attention in both directions.
+    """
+    if body not in _ATTENDS_BACK_ONLY:
+        config = body.config.get_text_config()
+        causal = [module.is_causal for module in body.modules() if hasattr(module, "is_causal")]
+        _ATTENDS_BACK_ONLY[body] = (
+            bool(causal)
+            and all(value is True for value in causal)
+            and getattr(body, "_supports_attention_backend", False)
+            and not getattr(body, "_is_stateful", False)
+            and getattr(config, "is_causal", True) is not False
+            and set(getattr(config, "layer_types", None) or ()) <= _ATTENTION
+        )
+    return _ATTENDS_BACK_ONLY[body]
+
+
+# Types of layers, by transformers' names, in which tokens see each other through causal attention alone.
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_ATTENDS_BACK_ONLY: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ T = TypeVar("T")
 def total_norm(work: Sequence[GroupWork]) -> torch.Tensor | None:
     """Return the L2 norm of all gradients, over all groups and shards: fp32 [] on the first device; None without gradients."""
     norms = []
-    for group, step_groups, all_grads in work:
+    for group, _, step_groups, all_grads in work:
         for step_group, grads in zip(step_groups, all_grads):
             norm = grad_norm(grads, table=step_group.norm_table, backend=group["backend"])
             if is_sharded(step_group.params[0]):

@@ -26,6 +26,12 @@ EpsMode: TypeAlias = Literal["add", "max"]
 Backend: TypeAlias = Literal["auto", "triton", "compile", "reference"]
 
 ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that live on the device with capturable=True
+# Options that schedules do not change. ``published_code`` of `SOUL` acts through its momentum.
+FIXED = (
+    "betas", "eps", "maximize", "capturable", "max_grad_norm", "param_rounding", "state_dtype", "backend", "skip_nonfinite",
+    "clip_target", "bias_correction", "eps_mode", "seed",
+)  # fmt: skip
+IMMUTABLE = (float, int, str, tuple, type(None), torch.dtype)  # types of options
 RHO_AT_START = 0.04  # of rho="auto"
 PUBLISHED = ("lr", "betas", "rho", "weight_decay", "maximize", "capturable")  # the options that the published class has
 
@@ -44,6 +50,8 @@ def option_on(value: Number, device: torch.device) -> Number:
         return value
     if value.device.type == "cpu" and device.type != "cpu" and has_data(value):
         return float(value)
+    if value.dtype == torch.float32 and value.device == device and not value.dim() and not value.requires_grad:
+        return value
     return value.detach().reshape(()).to(device, torch.float32, non_blocking=True)
 
 
@@ -174,9 +182,22 @@ def check_param_dtype(name: str, tensor: torch.Tensor) -> None:
         raise argument_error(name, f"dtype {names}", tensor.dtype, "convert it first")
 
 
+def lasts(options: Iterable[Any]) -> bool:
+    """Tell whether options can have no other value while they are the same objects; others can be filled or changed."""
+    for option in options:
+        if not isinstance(option, IMMUTABLE) and not (isinstance(option, torch.Tensor) and not _can_be_read(option)):
+            return False
+    return True
+
+
+def _can_be_read(tensor: torch.Tensor) -> bool:
+    """Tell whether the values of a tensor can be read without waiting."""
+    return tensor.device.type == "cpu" and has_data(tensor)
+
+
 def check_bs(bs: Number) -> None:
     """Raise unless ``bs`` is positive. A tensor on a GPU passes: reading it would wait."""
-    if isinstance(bs, torch.Tensor) and (bs.device.type != "cpu" or not has_data(bs)):
+    if isinstance(bs, torch.Tensor) and not _can_be_read(bs):
         return
     check_positive("bs", bs, "pass the number of predictions in the Hessian batch")
 
@@ -184,6 +205,18 @@ def check_bs(bs: Number) -> None:
 def check_options(group: ParamGroup) -> None:
     """Raise for the first option of a group that does not fit, by itself or beside the others."""
     check_values(group)
+    _check_rho(group)
+
+
+def check_numbers(group: ParamGroup) -> None:
+    """Do what `check_options` does, if no other options have changed than those in ``ON_DEVICE``."""
+    for name in ON_DEVICE:
+        _check_number(name, group[name])
+    _check_rho(group)
+
+
+def _check_rho(group: ParamGroup) -> None:
+    """Raise for a ``clip_target`` beside a rho that cannot be steered."""
     if group["clip_target"] is not None and not isinstance(group["rho"], (str, torch.Tensor)):
         raise argument_error("clip_target", "None with a fixed rho", group["clip_target"], "pass rho='auto'")
 
@@ -195,21 +228,7 @@ def check_values(group: Mapping[str, Any]) -> None:
         group: the options by name; parameters are not looked at.
     """
     for name in ON_DEVICE:
-        value = group[name]
-        if isinstance(value, torch.Tensor):
-            if value.numel() != 1:
-                remedy = f"use one parameter group for each {name}"
-                raise argument_error(name, "one number", f"a tensor of {value.numel()}", remedy)
-            if value.device.type != "cpu" or not has_data(value):
-                continue  # reading it would wait
-            value = float(value)
-        if name == "bs":
-            check_bs(value)
-        elif not isinstance(value, str):
-            check_range(name, value)
-        elif name != "rho" or value != "auto":
-            expected = "a number or 'auto'" if name == "rho" else "a number"
-            raise argument_error(name, expected, repr(value), "check the optimizer's arguments")
+        _check_number(name, group[name])
     if not isinstance(group["betas"], (tuple, list)) or len(group["betas"]) != 2:
         raise argument_error("betas", "two numbers, of momentum and Hessian", group["betas"], "for instance (0.9, 0.95)")
     for position, beta in enumerate(group["betas"]):
@@ -225,6 +244,24 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_choice("state_dtype", group["state_dtype"], (None, torch.float32, torch.bfloat16, "8bit", "float32", "bfloat16"))
     check_choice("eps_mode", group["eps_mode"], EPS_MODES)
     check_choice("backend", group["backend"], BACKENDS)
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise unless an option in ``ON_DEVICE`` fits. A tensor that would have to be waited for passes."""
+    if isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            remedy = f"use one parameter group for each {name}"
+            raise argument_error(name, "one number", f"a tensor of {value.numel()}", remedy)
+        if not _can_be_read(value):
+            return
+        value = float(value)
+    if name == "bs":
+        check_bs(value)
+    elif not isinstance(value, str):
+        check_range(name, value)
+    elif name != "rho" or value != "auto":
+        expected = "a number or 'auto'" if name == "rho" else "a number"
+        raise argument_error(name, expected, repr(value), "check the optimizer's arguments")
 
 
 def check_group(group: ParamGroup, index: int) -> None:

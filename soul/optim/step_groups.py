@@ -3,14 +3,16 @@
 Collecting parameters, gradients and states anew in every step would cost more than the step of a small model. So a `StepGroup`
 is made once: the parameters of one parameter group that lie on one device and are sharded alike, their states, and the tables
 of the launches. `StepGroups` keeps the step groups of an optimizer, and checks before every step whether they still fit: users
-may change groups, gradients and states between any two steps. Known parameters and states are recognised by identity (``is``),
-which is cheap. New ones are checked in full, so that an error names a parameter before anything changes.
+may change groups, gradients and states between any two steps. Known parameters, dicts of states and options are recognised by
+identity (``is``), which is cheap; what is in the dicts, by `soul.optim.state_dicts.State`, which notes changes. New ones are
+checked in full, so that an error names a parameter before anything changes.
 
 The checks of a gradient may be changed safely. Two things may not: the memory of counters and corrections, because a replay of
 a CUDA graph adds to the very tensors that were captured; and the ``operator`` calls over whole lists, because a small step
 spends its time there.
 """
 
+import itertools
 import operator
 import weakref
 from collections.abc import Hashable, Sequence
@@ -20,14 +22,18 @@ import torch
 
 from soul.distributed.shards import device_and_sharding, first_number, is_sharded, local, splits
 from soul.optim.options import (
+    FIXED,
     ON_DEVICE,
     Number,
     ParamGroup,
     check_not_in_pieces,
+    check_numbers,
     check_options,
     check_param_dtype,
+    lasts,
     rounding_of,
 )
+from soul.optim.state_dicts import State
 from soul.optim.states import STATES, new_state
 from soul_kernels import HessianEma, Noise, SophiaStep, TensorTable
 from soul_kernels.backends import resolve_backend
@@ -42,6 +48,8 @@ OP_ARGUMENTS = {
     "exp_avg_scale": "exp_avg_scales",
     "hessian_scale": "hessian_scales",
 }
+_FIXED_OF = operator.itemgetter(*FIXED)
+_NUMBERS_OF = operator.itemgetter(*ON_DEVICE)
 COUNTERS = ("step", "hessian_step")
 
 _REFIT = "after model.to(...) call optimizer.load_state_dict(optimizer.state_dict()), which fits the states to the parameters"
@@ -74,6 +82,7 @@ class StepGroup:
         norm_table: for the launches of `grad_norm`.
         telemetry: fp64 [3] on the device, the counts of the last step.
         numel: coordinates of the parameters, over all shards.
+        prepared_for: what the last step that was prepared in full depends on, apart from tensors and ``ON_DEVICE``.
 
     The ops walk dense tensors. A parameter with gaps, such as a slice of columns, is stepped in a dense buffer: `dense_params`
     copies it there, and `copy_back` returns the result.
@@ -90,6 +99,7 @@ class StepGroup:
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.numel = sum(p.numel() for p in params)
+        self.prepared_for: object = None
         # Reading one entry of all states takes as long as all else in a small step: hence itemgetter if all states have it.
         self._columns: dict[str, tuple[str, Any]] = {}  # name of a state -> argument of the ops, and how to read the state
         for name, argument in OP_ARGUMENTS.items():
@@ -98,6 +108,9 @@ class StepGroup:
                 in_all = n_states == len(states)
                 read: Any = operator.itemgetter(name) if in_all else operator.methodcaller("get", name)
                 self._columns[name] = argument, read
+        self._has_data = has_data(local(params[0]))
+        self._notes_changes = all(isinstance(state, State) for state in states)  # a dict of the user's does not
+        self._seen: list[object] = []  # the last change of a state, and the memory of the first one, in the last step
         self._counters = {name: self._flatten(name) for name in COUNTERS if name in states[0]}
         self._corrections: torch.Tensor | None = None
         gaps = [position for position, param in enumerate(params) if not is_dense(local(param))]
@@ -139,8 +152,10 @@ class StepGroup:
         """Tell whether this is still the step group of ``params``: the same objects, with counters that nobody has replaced."""
         if len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
             return False
+        if self._seen and self._seen[0] is State.last_change:
+            return True
         for name, (_, views) in self._counters.items():
-            if not all(map(operator.is_, map(operator.itemgetter(name), self.states), views)):
+            if not all(map(operator.is_, map(operator.methodcaller("get", name), self.states), views)):
                 return False
         return True
 
@@ -161,6 +176,21 @@ class StepGroup:
             for name, (argument, read) in self._columns.items()
             if not names or name in names
         }
+
+    def has_same_states(self) -> bool:
+        """Tell whether all states hold the tensors of the last call.
+
+        No state may have changed since. Of the first one the memory is compared as well: code that moves states behind the
+        same objects (``state["exp_avg"].data = ...``) moves all of them.
+        """
+        if not self._has_data or not self._notes_changes:
+            return False
+        first = self.states[0]
+        tensors = [read(first) for _, read in self._columns.values()]
+        seen = [State.last_change, *[_memory_of(local(tensor)) for tensor in tensors if tensor is not None]]
+        same = seen == self._seen
+        self._seen = seen
+        return same
 
     def count(self, name: str) -> torch.Tensor:
         """Return the counters ``name`` of all states as one fp32 vector [n], to be changed in place."""
@@ -185,20 +215,28 @@ class StepGroup:
 
 
 class GroupWork(NamedTuple):
-    """The work of one step on one parameter group: its step groups, and the gradients of each as the ops take them."""
+    """The work of one step on one parameter group.
+
+    Attributes:
+        group: the parameter group.
+        options_version: number that stays the same as long as the options in ``FIXED`` do.
+        step_groups: its step groups.
+        grads: the gradients of each step group as the ops take them.
+    """
 
     group: ParamGroup
+    options_version: int
     step_groups: list[StepGroup]
     grads: list[list[torch.Tensor]]
 
     @classmethod
-    def of(cls, group: ParamGroup, step_groups: list[StepGroup]) -> "GroupWork":
+    def of(cls, group: ParamGroup, options_version: int, step_groups: list[StepGroup]) -> "GroupWork":
         """Return the step groups with the gradients that their parameters hold now."""
         all_grads = []
         for step_group in step_groups:
             grads: list[Any] = [p.grad for p in step_group.params]  # None only in a step group that `collect` then replaces
             all_grads.append(step_group.locals(grads))
-        return cls(group, step_groups, all_grads)
+        return cls(group, options_version, step_groups, all_grads)
 
 
 class StepGroups:
@@ -212,6 +250,9 @@ class StepGroups:
         self._optimizer = weakref.proxy(optimizer)  # a cycle would keep states on a GPU until Python collects garbage
         self._step_groups: dict[Hashable, list[StepGroup]] = {}  # by index of the parameter group, or by parameter
         self._known_states: list[dict[str, Any]] = []  # the states that the step groups were made for
+        # Index of a group -> version, and the options in FIXED and in ON_DEVICE that have been checked; None if not lasting.
+        self._options: dict[int, tuple[int, tuple[Any, ...] | None, tuple[Any, ...] | None]] = {}
+        self._versions = itertools.count()
         self._positions: dict[torch.Tensor, tuple[int, int]] = {}  # parameter -> index of its group, and position there
         self._captured: set[StepGroup] = set()  # step groups of captured steps: replays use their memory
 
@@ -228,13 +269,13 @@ class StepGroups:
             ArgumentError: an option or a gradient does not fit, or a CUDA graph that is being captured could not repeat the
                 step.
         """
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         self._check_states()
         groups = self._optimizer.param_groups
         work: list[GroupWork] = []
         fresh: dict[int, list[torch.Tensor]] = {}  # index of a group whose step groups do not fit -> its parameters
         for index, group in enumerate(groups):
-            check_options(group)
+            options_version = self._check_options(group, index)
             check_not_in_pieces(group)
             params = group["params"]
             grads = [p.grad for p in params]
@@ -246,12 +287,12 @@ class StepGroups:
                 active = [p for p in params if p.grad is not None]
                 grads = [p.grad for p in active]
             if len(step_groups) == 1 and step_groups[0].fits(active):
-                work.append(GroupWork(group, step_groups, [step_groups[0].locals(grads)]))
+                work.append(GroupWork(group, options_version, step_groups, [step_groups[0].locals(grads)]))
                 continue
             active = list(dict.fromkeys(active))
             if not _all_fit(step_groups, active):
                 fresh[index] = active
-            work.append(GroupWork.of(group, step_groups))
+            work.append(GroupWork.of(group, options_version, step_groups))
         if fresh and capturing:  # their steps would be counted in memory that a replay sets back
             remedy = "run one eager step before the capture"
             raise argument_error("CUDA graph", "the parameters and states of the last step", "others", remedy)
@@ -260,7 +301,7 @@ class StepGroups:
             self._check_shared_elements()
         for index, active in fresh.items():
             self._step_groups[index] = self._make(groups[index], index, active)
-            work[index] = GroupWork.of(groups[index], self._step_groups[index])
+            work[index] = GroupWork.of(groups[index], work[index].options_version, self._step_groups[index])
         if capturing:
             self._captured.update(each for group_work in work for each in group_work.step_groups)
         return work
@@ -270,11 +311,29 @@ class StepGroups:
         self._check_states()
         index, position = self.position_of(param)
         group = self._optimizer.param_groups[index]
-        check_options(group)
+        options_version = self._check_options(group, index)
         self._check_gradient(param, index, position)
         if not _all_fit(self._step_groups.get(param, []), [param]):
             self._step_groups[param] = self._make(group, index, [param])
-        return GroupWork.of(group, self._step_groups[param])
+        return GroupWork.of(group, options_version, self._step_groups[param])
+
+    def _check_options(self, group: ParamGroup, index: int) -> int:
+        """Check the options of a group that are not those of the last step.
+
+        Returns:
+            A number that stays the same as long as the options in ``FIXED`` do.
+        """
+        fixed = _FIXED_OF(group)
+        numbers = _NUMBERS_OF(group)
+        version, known_fixed, known_numbers = self._options.get(index, (0, None, None))
+        if known_fixed is None or not all(map(operator.is_, fixed, known_fixed)):
+            check_options(group)
+            version = next(self._versions)
+            self._options[index] = version, fixed if lasts(fixed) else None, numbers if lasts(numbers) else None
+        elif known_numbers is None or not all(map(operator.is_, numbers, known_numbers)):
+            check_numbers(group)
+            self._options[index] = version, fixed, numbers if lasts(numbers) else None
+        return version
 
     def _check_states(self) -> None:
         """Drop all step groups if the states are not those that they were made for."""
@@ -303,7 +362,7 @@ class StepGroups:
         state = self._optimizer.state
         for param in params:
             if not state[param]:
-                state[param] = new_state(param, group, counters_of(self._optimizer.hessian_in_step))
+                state[param] = State(new_state(param, group, counters_of(self._optimizer.hessian_in_step)))
         self._known_states = list(state.values())
         first = sum(len(each["params"]) for each in self._optimizer.param_groups[:index])
         tensor_ids = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
@@ -400,6 +459,11 @@ class StepGroups:
         if not all(self._optimizer.state.get(p) for p in group["params"]):
             remedy = "run one eager step before the capture"
             raise argument_error("CUDA graph", "states that exist", f"none for some of group {index}", remedy)
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return where and how a tensor lies in memory."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _all_fit(step_groups: list[StepGroup], params: list[torch.Tensor]) -> bool:

@@ -16,11 +16,12 @@ import torch
 
 from soul.distributed.shards import local
 from soul.optim.gradients import gradient_factor, moved, norm_and_skip, not_finite, total_norm
-from soul.optim.options import Number, ParamGroup, option_on, rounding_of
+from soul.optim.options import ON_DEVICE, Number, ParamGroup, option_on, rounding_of
 from soul.optim.step_groups import GroupedOptimizer, GroupWork, StepGroup, StepGroups
 from soul.optim.telemetry import check_counts_all, group_telemetry, steer_rho
 from soul_kernels import Guards, StepOptions, StepTensors
 from soul_kernels.backends import resolve_backend
+from soul_kernels.bundles import NO_GUARDS
 from soul_kernels.errors import argument_error
 from soul_kernels.tensors import check_overlap
 
@@ -105,52 +106,62 @@ class Stepper:
         """Step what was collected; if an op refuses its arguments, nothing is changed."""
         hessian_in_step = self._optimizer.hessian_in_step
         norm, skip = norm_and_skip(work, grad_scale, found_inf)
+        all_step_groups = _step_groups(work)
         steps = []
         params = []
-        for group, step_groups, all_grads in work:
+        for group, options_version, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
                 corrections = None
                 if group["bias_correction"]:
                     updates = step_group.count("step") + 1 if hessian_in_step else step_group.count("hessian_step")
                     corrections = step_group.corrections(group["betas"][1], updates)
-                step_group.telemetry.zero_()
                 params.append(step_group.dense_params())
-                step = step_group.step.prepare(
-                    StepTensors(params[-1], grads, **step_group.lists()),
-                    StepOptions(
-                        lr=option_on(group["lr"], step_group.device),
-                        beta1=self._optimizer.momentum_decay(group),
-                        rho=option_on(group["rho"], step_group.device),
-                        bs=option_on(group["bs"] if bs is None else bs, step_group.device),
-                        eps=group["eps"],
-                        weight_decay=option_on(group["weight_decay"], step_group.device),
-                        beta2=group["betas"][1] if hessian_in_step else None,
-                        maximize=group["maximize"],
-                        eps_mode=group["eps_mode"],
-                        param_rounding=rounding_of(group),
-                        corrections=corrections,
-                    ),
-                    noise=step_group.noise(group["seed"], "step"),
-                    guards=Guards(
+                guards = NO_GUARDS
+                if norm is not None or skip is not None or grad_scale is not None:
+                    guards = Guards(
                         grad_factor=gradient_factor(group, norm, grad_scale, step_group.device),
                         skip=moved(skip, step_group.device),
-                    ),
-                    telemetry=step_group.telemetry,
-                    backend=self._backend(group, step_group),
-                )
+                    )
+                numbers = {name: option_on(group[name], step_group.device) for name in ON_DEVICE}
+                if bs is not None:
+                    numbers["bs"] = option_on(bs, step_group.device)
+                prepared_for = options_version, self._optimizer.momentum_decay(group)
+                step = None
+                if step_group.has_same_states() and step_group.prepared_for == prepared_for:
+                    step = step_group.step.prepare_again(params[-1], grads, numbers, guards=guards)
+                if step is None:
+                    step = step_group.step.prepare(
+                        StepTensors(params[-1], grads, **step_group.lists()),
+                        StepOptions(
+                            **numbers,
+                            beta1=self._optimizer.momentum_decay(group),
+                            eps=group["eps"],
+                            beta2=group["betas"][1] if hessian_in_step else None,
+                            maximize=group["maximize"],
+                            eps_mode=group["eps_mode"],
+                            param_rounding=rounding_of(group),
+                            corrections=corrections,
+                        ),
+                        noise=step_group.noise(group["seed"], "step"),
+                        guards=guards,
+                        telemetry=step_group.telemetry,
+                        backend=self._backend(group, step_group),
+                    )
+                    step_group.prepared_for = prepared_for
                 steps.append(step)
         if len(steps) > 1:
-            versions = [step_group.step.version for group_work in work for step_group in group_work.step_groups]
+            versions = [step_group.step.version for step_group in all_step_groups]
             if versions != self._versions:  # each step has seen the tensors of its own step group only
                 check_overlap({"parameters": [p for tensors in params for p in tensors]})
                 self._versions = versions
+        _clear([step_group.telemetry for step_group in all_step_groups])
         for step in steps:
             step()
         self._norm = self._in_fixed_memory(norm)
-        for group, step_groups, _ in work:
+        _count(all_step_groups, "step", skip)
+        for group, _, step_groups, _ in work:
             for step_group in step_groups:
                 step_group.copy_back()
-                step_group.count("step").add_(1 if skip is None else 1 - moved(skip, step_group.device))
             if group["clip_target"] is not None and step_groups:
                 steer_rho(group, step_groups, skip, hessian_in_step)
         if skip is not None:
@@ -184,7 +195,7 @@ class Stepper:
             norm = total_norm(work)
             skip = None if norm is None else not_finite(norm)
         updates = []
-        for group, step_groups, all_grads in work:
+        for group, _, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
                 factor = None
                 if grad_scale is not None:
@@ -207,9 +218,7 @@ class Stepper:
                 updates.append(update)
         for update in updates:
             update()
-        for group_work in work:
-            for step_group in group_work.step_groups:
-                step_group.count("hessian_step").add_(1 if skip is None else 1 - moved(skip, step_group.device))
+        _count(_step_groups(work), "hessian_step", skip)
 
     def _probe(self, probes: Mapping[torch.Tensor, torch.Tensor], param: torch.Tensor) -> torch.Tensor:
         """Return the probe of a parameter."""
@@ -249,3 +258,27 @@ class Stepper:
         if norm.device not in self._norms:
             self._norms[norm.device] = torch.empty_like(norm)
         return self._norms[norm.device].copy_(norm)
+
+
+def _step_groups(work: list[GroupWork]) -> list[StepGroup]:
+    """Return the step groups of all parameter groups."""
+    return [step_group for group_work in work for step_group in group_work.step_groups]
+
+
+def _clear(tensors: list[torch.Tensor]) -> None:
+    """Set tensors to 0, in one launch where it can be."""
+    if len(tensors) > 1:
+        torch._foreach_zero_(tensors)
+    else:
+        for tensor in tensors:
+            tensor.zero_()
+
+
+def _count(step_groups: list[StepGroup], counter: str, skip: torch.Tensor | None) -> None:
+    """Add 1 to a counter of all states, unless ``skip``, from `norm_and_skip`, is 1; one launch where it can be."""
+    counts = [step_group.count(counter) for step_group in step_groups]
+    if skip is None and len(counts) > 1:
+        torch._foreach_add_(counts, 1)
+        return
+    for count in counts:
+        count.add_(1 if skip is None else 1 - moved(skip, count.device))

@@ -2,12 +2,14 @@
 
 import copy
 import random
+import weakref
 
 import pytest
 import torch
 
 from soul import SOUL
-from soul_kernels import TensorTable, _table, sophia_step
+from soul_kernels import SophiaStep, TensorTable, _table, sophia_step
+from soul_kernels.backends import resolve_backend
 from tests.support.helpers import assert_close
 
 OPTIONS = dict(lr=1e-2, beta1=0.9, rho=0.04, bs=50, beta2=0.95, weight_decay=0.1)
@@ -77,28 +79,29 @@ CHANGES = {
 STATES = ("exp_avg", "hessian", "low_bits", "exp_avg_scale", "hessian_scale")
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind, replaced", [(kind, False) for kind in ("param", "grad", *STATES)] + [(s, True) for s in STATES])
-def test_a_step_does_after_every_change_what_a_new_optimizer_does(kind, replaced, change, device, check):
-    """The same numbers, or the same error and no change; and memory that was given back is not written to."""
+def settled(device, **options):
+    """Return an optimizer that has known its tensors for some steps, and an equal one that knows nothing of tables."""
     params = [torch.nn.Parameter(torch.randn(32, 32, device=device).bfloat16()) for _ in range(3)]
-    opt = SOUL(params, lr=1e-2, state_dtype="8bit" if "scale" in kind else None)
+    opt = SOUL(params, lr=1e-2, **options)
     for p in params:
         p.grad = torch.randn_like(p)
-    opt.step(), opt.step()
-    changed = {"param": params[1], "grad": params[1].grad} | opt.state[params[1]]
-    given_back, value = changed[kind].data, CHANGES[change](changed[kind].data)
-    if replaced:
-        opt.state[params[1]][kind] = value
-    else:
-        changed[kind].data = value
-    before = [t.clone() for p in params for t in (p, *opt.state[p].values())]
-    kept = given_back.clone()
-    twin = copy.deepcopy(opt)  # which knows nothing of tables
-    others = twin.param_groups[0]["params"]
-    for p, q in zip(params, others):
-        q.grad = torch.empty_like(q)
-        q.grad.data = p.grad.data.clone()
+    opt.step()
+    twin = copy.deepcopy(opt)  # this changes states, which `opt` has to settle once more
+    for p, q in zip(params, twin.param_groups[0]["params"]):
+        q.grad = p.grad.clone()
+    for optimizer in (twin, opt):  # in this order: the first step of the copy changes states as well
+        optimizer.step(), optimizer.step()
+    twin._reset()
+    return opt, twin
+
+
+def contents(opt):
+    return [t.clone() for p in opt.param_groups[0]["params"] for t in (p, *opt.state[p].values())]
+
+
+def assert_same_step(opt, twin):
+    """Step both: the same numbers, or the same error and no change."""
+    before = contents(opt)
     outcomes = []
     for optimizer in (opt, twin):
         try:
@@ -106,12 +109,114 @@ def test_a_step_does_after_every_change_what_a_new_optimizer_does(kind, replaced
         except ValueError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
-    after = [t for p in params for t in (p, *opt.state[p].values())]
-    expected = before if outcomes[0] else [t for q in others for t in (q, *twin.state[q].values())]
-    for a, b in zip(after, expected):
+    for a, b in zip(contents(opt), before if outcomes[0] else contents(twin), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
-    if value.data_ptr() != given_back.data_ptr():
-        assert torch.equal(given_back, kept)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind, replaced", [(kind, False) for kind in ("param", "grad", *STATES)] + [(s, True) for s in STATES])
+def test_a_step_does_after_every_change_what_a_new_optimizer_does(kind, replaced, change, device, check):
+    """And memory that was given back is not written to. Of states behind the same objects, all are moved."""
+    opt, twin = settled(device, state_dtype="8bit" if "scale" in kind else None)
+    given_back = []
+    for optimizer in (opt, twin):
+        params = optimizer.param_groups[0]["params"]
+        for p in params if kind in STATES and not replaced else params[1:2]:
+            changed = {"param": p, "grad": p.grad} | optimizer.state[p]
+            value = CHANGES[change](changed[kind].data)
+            if value.data_ptr() != changed[kind].data_ptr():
+                given_back.append((changed[kind].data, changed[kind].data.clone()))
+            if replaced:
+                optimizer.state[p][kind] = value
+            else:
+                changed[kind].data = value
+    assert_same_step(opt, twin)
+    for memory, kept in given_back:
+        assert torch.equal(memory, kept)
+
+
+def option(**options):
+    return lambda opt, params: opt.param_groups[0].update(options)
+
+
+def swap_parameter(opt, params):
+    new = torch.nn.Parameter(torch.ones_like(params[1]))
+    new.grad = params[1].grad
+    opt.state[new] = opt.state.pop(params[1])
+    params[1] = new
+
+
+def pop_and_put_back(opt, params):
+    opt.state[params[1]]["hessian"] = opt.state[params[1]].pop("hessian") * 2
+
+
+def replace_state(opt, params):
+    """By a dict of the user's own, which notes no changes."""
+    opt.state[params[1]] = {name: value.clone() for name, value in opt.state[params[1]].items()}
+    opt.step(), opt.step()
+    opt.state[params[1]]["exp_avg"] = torch.ones_like(params[1])
+
+
+def change_betas_in_place(opt, params):
+    opt.param_groups[0]["betas"] = [0.9, 0.95]
+    opt.step(), opt.step()
+    opt.param_groups[0]["betas"][0] = 0.5
+
+
+def fill_a_tensor(opt, params):
+    opt.param_groups[0]["lr"] = lr = torch.tensor(1e-2)
+    opt.step(), opt.step()
+    lr.fill_(-1.0)
+
+
+def load(opt, params):
+    opt.load_state_dict({"state": copy.deepcopy(opt.state_dict()["state"]), "param_groups": opt.state_dict()["param_groups"]})
+
+
+@pytest.mark.parametrize("change", [
+    swap_parameter, pop_and_put_back, replace_state, change_betas_in_place, fill_a_tensor, load,
+    lambda opt, params: opt.state[params[1]].__setitem__("step", torch.tensor(7.0, device=params[1].device)),
+    lambda opt, params: opt.state[params[1]].update(exp_avg=torch.ones_like(params[1])),
+    lambda opt, params: opt.state[params[1]].__ior__({"hessian": torch.ones_like(params[1], dtype=torch.float32)}),
+    lambda opt, params: opt.state[params[1]].clear(),
+    lambda opt, params: opt.state.pop(params[1]),
+    lambda opt, params: setattr(params[1], "grad", None),
+    lambda opt, params: setattr(params[1], "grad", params[1].grad.clone()),
+    option(lr=0.5), option(lr=-1.0), option(weight_decay=0.5), option(rho=1.0), option(bs=1), option(betas=(0.5, 0.5)),
+    option(eps=0.5), option(eps=-1.0), option(maximize=True), option(eps_mode="max", eps=0.5), option(seed=3),
+    option(param_rounding="nearest"), option(bias_correction=True), option(max_grad_norm=0.1), option(published_code=True),
+    option(backend="reference"), option(clip_target=0.5), option(lr="much"),
+])  # fmt: skip
+def test_a_settled_step_notices_what_the_user_changes(change, device):
+    opt, twin = settled(device)
+    for optimizer in (twin, opt):
+        change(optimizer, optimizer.param_groups[0]["params"])
+    twin._reset()
+    assert_same_step(opt, twin)
+    assert_same_step(opt, twin)
+
+
+def test_a_settled_step_is_prepared_without_its_states(device, monkeypatch):
+    """Neither a schedule nor gradients that lie elsewhere make it look at them again, and replaced ones are freed at once."""
+    opt, _ = settled(device)
+    if resolve_backend("auto", opt.param_groups[0]["params"][0]) != "triton":
+        pytest.skip("the reference looks at all tensors in any case")
+    prepared = []
+    prepare = SophiaStep.prepare
+    monkeypatch.setattr(SophiaStep, "prepare", lambda *args, **options: prepared.append(1) or prepare(*args, **options))
+    opt.step()  # the copy has changed states
+    prepared.clear()
+    params = opt.param_groups[0]["params"]
+    for lr in (1e-2, 1e-3, torch.tensor(1e-3), 1e-4):
+        opt.param_groups[0]["lr"] = lr
+        params[0].grad = params[0].grad.clone()
+        opt.step()
+    assert not prepared
+    old = weakref.ref(opt.state[params[0]]["exp_avg"])
+    opt.state[params[0]]["exp_avg"] = torch.zeros_like(params[0])
+    assert old() is None
+    opt.step()
+    assert prepared == [1]
 
 
 def test_notices_what_is_written_to_elsewhere_and_other_numbers_of_tensors(device, check):

@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import pytest
@@ -104,6 +105,51 @@ def test_a_batch_without_a_mask_is_attended_to_without_one(capturing, monkeypatc
     got = causal_lm.hidden_states(model, types.SimpleNamespace(input_ids=ids, attention_mask=None))
     assert masks == [(None, True)] * 2 and torch.equal(got, want)
     assert transformers.masking_utils.find_packed_sequence_indices is look
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_on_the_right_needs_no_mask(family, monkeypatch):
+    """Tokens have the same states and gradients; and no attention gets a mask that it would have to look at."""
+    model = tiny_model(family)
+    batch = collate(sequences(5), [])
+    assert batch.pads_right and not batch.attention_mask.all()
+    tokens = batch.attention_mask.bool()
+    masks = record_masks(model)
+    results = []
+    for pads_right in (False, True):
+        model.zero_grad()
+        hidden = causal_lm.hidden_states(model, dataclasses.replace(batch, pads_right=pads_right))[tokens]
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        results.append((hidden, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    assert masks[0] is batch.attention_mask and masks[1] is None
+    (want, want_grads), (got, got_grads) = results
+    assert_close(got, want, 1e-5, "hidden states")
+    for name, grad in want_grads.items():
+        if grad.norm() > 1e-6:
+            assert_close(got_grads[name], grad, 1e-3, name)  # padded attention sums in another order
+
+
+def record_masks(model):
+    """Return a list of the masks that the model's body is called with."""
+    masks = []
+    model.base_model.register_forward_pre_hook(lambda _, args, inputs: masks.append(inputs["attention_mask"]), with_kwargs=True)
+    return masks
+
+
+@pytest.mark.parametrize("config", [
+    transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2),
+    transformers.MptConfig(vocab_size=300, d_model=32, n_layers=1, n_heads=2),
+    transformers.FalconConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=True),
+    transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, state_size=4),
+    transformers.Lfm2Config(**COMMON | {"num_hidden_layers": 1}, num_key_value_heads=1, layer_types=["conv"]),
+    transformers.BertConfig(**COMMON | {"num_hidden_layers": 1}),
+], ids=lambda config: config.model_type)  # fmt: skip
+def test_families_that_may_look_at_padding_keep_the_mask(config):
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    masks = record_masks(model)
+    batch = collate(sequences(3), [])
+    causal_lm.hidden_states(model, batch)
+    assert masks == [batch.attention_mask] and not causal_lm.attends_back_only(model.base_model)
 
 
 def test_models_with_adapters():

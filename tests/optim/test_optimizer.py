@@ -10,6 +10,7 @@ import weakref
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from soul import SOUL, SophiaG
 from soul.optim import curvature
@@ -577,3 +578,31 @@ def test_an_estimator_of_memory_sees_the_states():
         snapshot = tracking.get_tracker_snapshot("current")
     bytes_by_kind = {kind.value: size for memory in snapshot.values() for kind, size in memory.items() if kind != "Total"}
     assert bytes_by_kind["Optstate"] >= 2 * 64 * 64 * 4 == 2 * bytes_by_kind["Parameter"], bytes_by_kind
+
+
+def test_hooks_and_profiles_see_steps():
+    """torch's wrapper of ``step`` is passed by only where it has nothing to do."""
+    params = make()
+    give_gradients(params)
+    opt = SOUL(params)
+    calls = []
+    hooks = [
+        opt.register_step_pre_hook(lambda *args: calls.append("before")),
+        opt.register_step_post_hook(lambda *args: calls.append("after")),
+        register_optimizer_step_pre_hook(lambda *args: calls.append("before, any")),
+        register_optimizer_step_post_hook(lambda *args: calls.append("after, any")),
+    ]
+    for hook in hooks:
+        opt.step()
+        hook.remove()
+    opt.step()
+    expected = [["before, any", "before", "after", "after, any"], ["before, any", "after", "after, any"]]
+    expected += [["before, any", "after, any"], ["after, any"]]
+    assert calls == sum(expected, [])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert "Optimizer.step#SOUL.step" in {event.key for event in profile.key_averages()}
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # "lr_scheduler.step() before optimizer.step()"
+        opt.step(), scheduler.step()

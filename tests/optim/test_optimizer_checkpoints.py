@@ -2,11 +2,13 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 
 from soul import SOUL, SophiaG
+from soul.optim.state_dicts import State
 from soul_kernels.reference.rounding import load_state
 from tests.support.helpers import assert_close
 from tests.support.optimizers import BRAIN, FLOAT, HALF, PublishedSophiaG, give_gradients, make, twin
@@ -318,3 +320,32 @@ def test_as_published_is_the_published_code(dtype, tolerance):
     assert [g["weight_decay"] for g in ours.param_groups] == [0.0, 0.1]
     with pytest.raises(ValueError, match="^params: expected one dtype in group 0, got torch.bfloat16 and torch.float32; make"):
         SOUL.as_published([*make(), *make(dtype=BRAIN)])
+
+
+def test_checkpoints_hold_plain_dicts(tmp_path):
+    """``torch.load`` takes no classes of ours with ``weights_only``; states keep noting changes through copies and files."""
+    params = make()
+    give_gradients(params)
+    opt = SOUL(params)
+    opt.step()
+    assert all(type(state) is dict for state in opt.state_dict()["state"].values())
+    torch.save(opt.state_dict(), tmp_path / "checkpoint.pt")
+    loaded = SOUL(twin(params))
+    loaded.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    copies = [opt, loaded, copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))]
+    for optimizer in copies:
+        assert all(type(state) is State for state in optimizer.state.values())
+        assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state.__setitem__("a", 1), lambda state: state.__delitem__("b"), lambda state: state.__ior__({"a": 1}),
+    lambda state: state.clear(), lambda state: state.pop("b"), lambda state: state.popitem(),
+    lambda state: state.setdefault("a", 1), lambda state: state.update(a=1),
+])  # fmt: skip
+def test_a_state_notes_every_change(change):
+    state, plain = State(b=2), {"b": 2}
+    before = State.last_change
+    assert state == plain and state["b"] == 2 and State.last_change is before
+    change(state), change(plain)
+    assert state == plain and State.last_change is not before

@@ -114,7 +114,7 @@ def test_capture_refuses_what_replays_would_get_wrong(monkeypatch):
     params = make()
     plain = SOUL(params)
     capturable = SOUL(twin(params), capturable=True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     give_gradients(params, capturable.param_groups[0]["params"])
     with pytest.raises(ValueError, match="^capturable: expected True in a CUDA graph, got False in group 0"):
@@ -331,7 +331,7 @@ def test_what_a_capture_uses_stays_where_it_is(monkeypatch):
     give_gradients(params)
     opt.update_hessian(), opt.step()
     capturing = [False]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     capturing[0] = True
     opt.step()

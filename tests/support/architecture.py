@@ -68,10 +68,14 @@ FOREIGN_PRIVATE = {
     "_disable_dynamo": "as in torch.optim: torch.compiler.disable imports the compiler, which takes longer than torch",
     "_exit": "os._exit, which documents it",
     "_foreach_add_": "one launch for a list of tensors, as in torch.optim",
+    "_foreach_zero_": "the same",
     "_fsdp_flattened": "the mark that FSDP1 leaves on parameters",
     "_getframe": "sys._getframe, which documents it",
+    "_is_stateful": "transformers' mark of recurrent models",
     "_no_split_modules": "transformers names the classes of a model's layers nowhere else",
     "_orig_mod": "the mark of a module that torch.compile has wrapped",
+    "_profiler_enabled": "torch has no public way to ask whether a profiler runs",
+    "_supports_attention_backend": "transformers' mark of models whose attention is a plain function of mask and states",
     "_replace": "public in a NamedTuple",
 }
 
