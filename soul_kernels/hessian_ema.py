@@ -247,9 +247,10 @@ def hessian_ema(
     """Update diagonal Hessian estimates in place: ``h = beta2 * h + (1 - beta2) * scale * g * g``.
 
     The average is computed in fp32. bf16 Hessians, and with ``beta2`` above 0.99 8-bit ones, are then rounded stochastically,
-    because rounding to nearest would lose the small changes of a slow average. Source: Sophia, Liu et al. 2023 (arXiv 2305.14342), algorithm 3 with the
-    Gauss-Newton-Bartlett estimate, as coded in ``update_hessian()`` of the published class: the batch size enters later, in
-    the step. With ``probes`` u and gradients H u, ``h = beta2 * h + (1 - beta2) * scale * u * Hu``: Hutchinson's estimate.
+    because rounding to nearest would lose the small changes of a slow average. Source: Sophia, Liu et al. 2023 (arXiv
+    2305.14342), algorithm 3 with the Gauss-Newton-Bartlett estimate, as coded in ``update_hessian()`` of the published class:
+    the batch size enters later, in the step. With ``probes`` u and gradients H u, ``h = beta2 * h + (1 - beta2) * scale * u *
+    Hu``: Hutchinson's estimate.
 
     To update the same tensors again and again, keep a `HessianEma`: it takes less time on the host.
 

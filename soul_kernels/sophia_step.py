@@ -7,9 +7,9 @@ chunk in blocks. `_step_block` updates a block: it loads every operand once, com
 storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. The last
 block of a tensor is masked unless it is full.
 
-``reference/sophia_step.py`` defines the results. The kernel gives the same bits. Safe to change: the configurations. A change of the arithmetic or of its order must be made in both files. A new
-tensor of the step needs an entry in ``ROLES`` and a field of `Pointers`; a new option needs a field of `StepOptions` and one
-of `Numbers`.
+``reference/sophia_step.py`` defines the results. The kernel gives the same bits. Safe to change: the configurations. A change
+of the arithmetic or of its order must be made in both files. A new tensor of the step needs an entry in ``ROLES`` and a field
+of `Pointers`; a new option needs a field of `StepOptions` and one of `Numbers`.
 """
 
 import functools

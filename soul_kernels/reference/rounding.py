@@ -243,7 +243,8 @@ def encode_groups(x: Tensor, noise: Tensor | None, kind: str) -> tuple[Tensor, T
     else:
         t = x * (M_BEND / number)
         level = t * M_POLE / (t.abs() + 1.0)
-    code = bits(level + 12582912.0) & 0xFF  # 1.5 2^23: the sum is rounded to an integer, whose two's complement ends the pattern
+    # Adding 1.5 2^23 rounds to an integer, whose two's complement is then the low end of the pattern.
+    code = bits(level + 12582912.0) & 0xFF
     return code.to(torch.uint8), scale.to(torch.int16)
 
 

@@ -208,8 +208,8 @@ def eight_bit_values():
     g = torch.Generator().manual_seed(0)
     normal = torch.randn(GROUP, generator=g)
     spread = normal * torch.logspace(-12, 0, GROUP)
-    return torch.cat([normal, 2 * normal, normal.sign() * (1 + 2.0**-9), spread, torch.zeros(GROUP), normal * 1e-30, normal * 1e37,
-                      torch.full((GROUP,), 1e-45), torch.full((GROUP,), -torch.finfo(FLOAT).max)])  # fmt: skip
+    return torch.cat([normal, 2 * normal, normal.sign() * (1 + 2.0**-9), spread, torch.zeros(GROUP), normal * 1e-30,
+                      normal * 1e37, torch.full((GROUP,), 1e-45), torch.full((GROUP,), -torch.finfo(FLOAT).max)])  # fmt: skip
 
 
 def run_codec(kernel, x, noise, kind, device):

@@ -246,6 +246,7 @@ def test_8_bit_states_hold_what_exact_values_round_to(p_dtype, rounding, backend
     ("store_state(pointers.m, pointers.m_scale, m,", "store_state(pointers.m, pointers.m_scale, m * 1.0001,"),
     ("store_state(pointers.h, pointers.h_scale, h,", "store_state(pointers.h, pointers.h_scale, h * 1.0001,"),
     ("VARIANT.STOCHASTIC_CODES", "True"),
+    ("noise_words(noise.key, ", "noise_words(0 * noise.key, "),  # the same noise at every step
 ])  # fmt: skip
 def test_mutants_of_8_bit_states_do_not_pass(old, new, device, tmp_path):
     broken = mutant("soul_kernels.sophia_step", old, new, tmp_path)
@@ -484,7 +485,6 @@ def check_low_precision(step, device, steps=120):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("noise_words(noise.key, ", "noise_words(0 * noise.key, "),  # the same noise at every step
     ("new, low = split(p - change, words", "new, low = split(p - change, words * 0"),  # not stochastic: cut off
     ("tl.store(pointers.low + block.offsets, low", "tl.store(pointers.low + block.offsets, low * 0"),  # low bits lost
     ("p = join(stored, load(pointers.low, block.offsets, block.mask), P_DTYPE)", "p = stored.to(tl.float32)"),
@@ -630,7 +630,7 @@ def test_bad_input_is_named_and_changes_nothing(spoil, message, backend):
     ({"low_bits": [torch.zeros(600, dtype=torch.int8)] * 2}, "low_bits: expected 1 tensors"),
     ({"param_rounding": "nearest"}, "low_bits: expected None, got a list"),
     ({"exp_avg_scales": None}, r"exp_avg_scales\[0\]: expected int16 scales of the uint8 exp_avgs, got NoneType"),
-    ({"hessian_scales": [torch.zeros(2)]}, r"hessian_scales\[0\]: expected \(19,\) of torch.int16, got \(2,\) of torch.float32"),
+    ({"hessian_scales": [torch.zeros(2)]}, r"hessian_scales\[0\]: expected \(19,\) of torch.int16, got \(2,\) of "),
     ({"steps": torch.zeros(2)}, "steps: expected 1 elements of torch.float32"),
     ({"corrections": torch.zeros(1).double()}, "corrections: expected 1 elements of torch.float32"),
     ({"grad_factor": 2.0}, "grad_factor: expected 1 elements of torch.float32, got float"),
