@@ -194,7 +194,13 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 #
 # So levels are denser where values are small, at zero four to five times as dense for a momentum as at the largest value.
 # Everything is a rounded product, sum, quotient or root of fp32, or integer arithmetic: without fused multiply-add the same
-# bits on every machine.
+# bits on every machine. docs/optimizer.md compares the errors with those of other formats.
+#
+# A group is GROUP neighbours in memory, counted from a tensor's first element. So where the rows of a tensor (its slices along
+# dimension 0) have a multiple of GROUP elements, as in nearly every matrix of a model, each row has groups of its own: row r of
+# a contiguous [rows, cols] has the scales from r cols / GROUP on, and shards of rows hold whole groups with their scales. The
+# kernel needs no division for it. Of other tensors (vectors, the B of a LoRA pair of rank 8) a shard holds whole groups if it
+# starts at a multiple of GROUP; otherwise, and in shards of columns, values must be decoded and encoded anew.
 M_POLE = 242.0
 M_BEND = 127.0 / (M_POLE - 127.0)  # t of the largest value, whose level is 127
 M_STEP = 1.0 / M_BEND

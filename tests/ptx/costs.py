@@ -12,9 +12,10 @@ UNITS = ("float", "integer", "special", "exchange", "memory", "control")
 # PTX instructions that become several: what Triton's ptxas makes of them for sm_90, without the slow path that ordinary numbers
 # do not take. "special" is the unit for 1 / x, 2^x and log2 x.
 EXPANSIONS = {
-    "div.rn.f32": {"special": 1, "float": 5, "integer": 1, "control": 1},
+    "div.rn.f32": {"special": 1, "float": 5, "integer": 1, "control": 3},
     "div.full.f32": {"special": 1, "float": 5, "integer": 2},
     "div.approx.f32": {"special": 1, "float": 3, "integer": 1},
+    "sqrt.rn.f32": {"special": 1, "float": 4, "integer": 2, "control": 3},
     "ex2.approx.f32": {"special": 1, "float": 2, "integer": 1},
     "lg2.approx.f32": {"special": 1, "float": 2, "integer": 1},
 }
