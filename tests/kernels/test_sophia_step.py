@@ -102,8 +102,9 @@ def clone_storage(storage):
 @pytest.mark.parametrize("state_dtype", [FLOAT, BRAIN, "8bit"], ids=str)
 @pytest.mark.parametrize("p_dtype", [FLOAT, BRAIN, HALF], ids=str)
 def test_every_storage_equals_the_reference_bit_for_bit(p_dtype, state_dtype, rounding, device, monkeypatch):
-    """Three steps, so that what one stores is what the next one reads; SOUL's and, last, SophiaG's with its own Hessian. An 8-bit
-    Hessian is rounded to nearest, and with 0.999 stochastically. The reference takes the largest tensor in five blocks.
+    """Three steps, so that what one stores is what the next one reads; SOUL's and, last, SophiaG's with its own Hessian. A
+    Hessian in 8 bits is rounded to nearest, and with 0.999 stochastically. The reference takes the largest tensor in five
+    blocks.
     """
     monkeypatch.setattr(_blocks, "BLOCK", 512)
     got = make_storage([(2049,), (300,), (), (0,), (3, 5, 7)], device, p_dtype, state_dtype, rounding)
