@@ -211,7 +211,7 @@ SMALLEST = (127 - 109) << 23  # pattern of the smallest scale: products and quot
 
 
 # Rounded to nearest, h stands still where a step changes it by less than half a level. The squared gradients' own noise carries
-# it over up to beta2 = 0.99: the mean of h is then off by 0.3% at most, and by up to 70% with 0.999. Above, h is rounded
+# it over up to beta2 = 0.99: the mean of h is then off by 1% at most, and by up to 70% with 0.999. Above, h is rounded
 # stochastically, at the price of twice the variance of each rounding.
 NEAREST_UP_TO = 0.99
 
