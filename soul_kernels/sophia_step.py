@@ -71,7 +71,7 @@ from soul_kernels.tensors import (
 
 # Elements per program, elements per loop iteration, warps. Sane choices differ by 1 to 2% (measured on an H100); with 8 warps
 # older compilers stop at 128 registers a thread and spill. Steps with 8-bit states have more to compute: they need 16 warps a
-# multiprocessor, which is 128 registers a thread; without the limit they take up to 158.
+# multiprocessor, which is 128 registers a thread; without the limit they take up to 168.
 CONFIG = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
 CONFIG_8BIT = CONFIG | {"maxnreg": 128}
 # The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.

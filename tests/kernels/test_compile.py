@@ -221,7 +221,7 @@ def compile_variant(variant, target):
         constexprs=dict.fromkeys(set(names) - set(variant.signature)) | variant.constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned if name in names},  # as at run time
     )
-    options = {"num_warps": variant.config["num_warps"], "enable_fp_fusion": variant.config.get("enable_fp_fusion", False)}
+    options = {"num_warps": variant.config["num_warps"], "enable_fp_fusion": False}
     if TARGETS[target].backend == "cuda" and "maxnreg" in variant.config:
         options["maxnreg"] = variant.config["maxnreg"]
     return triton.compile(source, target=TARGETS[target], options=options)

@@ -305,6 +305,17 @@ def test_8_bit_codes_are_as_fine_as_they_say(kind):
 
 
 @pytest.mark.parametrize("kind", ["exp_avg", "hessian"])
+def test_rows_have_groups_of_their_own(kind):
+    """Shards of rows hold whole groups: encoded alone, a row gets the codes and the scales that it has in the whole tensor."""
+    rows, columns = 6, 3 * GROUP
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, rows)[:, None]
+    code, scale = reference.encode(x.flatten(), None, kind)
+    for row, codes, scales in zip(x, code.view(rows, columns), scale.view(rows, columns // GROUP)):
+        alone, its_scales = reference.encode(row, None, kind)
+        assert torch.equal(alone, codes) and torch.equal(its_scales, scales)
+
+
+@pytest.mark.parametrize("kind", ["exp_avg", "hessian"])
 def test_what_8_bit_codes_hold_is_stored_as_it_is(kind):
     """A step that changes nothing changes no state: every code of every scale that may occur survives."""
     low, high = (-127, 128) if kind == "exp_avg" else (0, 256)
