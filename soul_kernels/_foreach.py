@@ -179,7 +179,7 @@ def chunk_pointer(chunk, ROW: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.con
 def scale_pointer(chunk, ROW: tl.constexpr, STATE_DTYPE: tl.constexpr):
     """Return a pointer to the chunk's first scale in row ``ROW``; one that is never read if the state is not 8-bit."""
     if STATE_DTYPE == tl.uint8:
-        return _address(chunk, ROW).to(tl.pointer_type(tl.float32)) + chunk.start // GROUP_SIZE
+        return _address(chunk, ROW).to(tl.pointer_type(tl.int16)) + chunk.start // GROUP_SIZE
     else:
         return chunk.table_ptr
 

@@ -60,16 +60,23 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *, enable_fp_fusion: bool = False, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    device: torch.device,
+    *,
+    maxnreg: int | None = None,
+    **arguments: Any,
 ) -> None:
     """Launch ``kernel`` on ``device``.
 
-    Fused multiply-add is off unless a kernel asks for it. Triton's default changes between versions, and without fused
-    multiply-add a kernel's fp32 results are those of its reference, bit for bit. Most kernels are bound by memory, so they do
-    not need it.
+    Fused multiply-add is off. Triton's default changes between versions, and without fused multiply-add a kernel's fp32
+    results are those of its reference, bit for bit. ``maxnreg`` limits the registers of a thread on NVIDIA's GPUs; on others
+    it is left out.
     """
+    if maxnreg is not None and torch.version.hip is None:
+        arguments["maxnreg"] = maxnreg
     with device_guard(device):
-        kernel[grid](**arguments, enable_fp_fusion=enable_fp_fusion)
+        kernel[grid](**arguments, enable_fp_fusion=False)
 
 
 def triton_dtype(dtype: torch.dtype | None) -> Any:

@@ -35,7 +35,7 @@ class Noise(NamedTuple):
         seed: seed of the whole run. Without ``steps``, pass another one at every call.
         tensor_ids: one int per tensor, by which the hash tells tensors apart; None: the position in the list.
         tensor_offsets: one int per tensor. For a piece of a larger tensor it is the index of the piece's first element in the
-            larger one, in memory order: pieces then draw the noise of the whole. With 8-bit states multiples of 256. None: 0.
+            larger one, in memory order: pieces then draw the noise of the whole. With 8-bit states multiples of 32. None: 0.
         steps: fp32 [number of tensors] on the device, which sets the noise of this call apart from that of other calls.
     """
 
@@ -53,7 +53,7 @@ class Noise(NamedTuple):
         """Return the index that each tensor's first element has in the noise.
 
         Args:
-            states: lists of the tensors' states. With 8-bit states an offset must be a multiple of 256, so that a group of the
+            states: lists of the tensors' states. With 8-bit states an offset must be a multiple of 32, so that a group of the
                 piece is a group of the whole tensor.
 
         Raises:
@@ -135,8 +135,8 @@ class StepTensors(NamedTuple):
         hessians: diagonal Hessian estimates h, of the dtypes and layout of ``exp_avgs``; mutated with ``beta2`` only.
         low_bits: int8 tensors, laid out as the parameters, for "compensated" rounding; an entry is None for an fp32 parameter.
             Mutated.
-        exp_avg_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit momenta; mutated.
-        hessian_scales: fp32 [ceil(numel / 256)] each, the scales of 8-bit Hessians; mutated with ``beta2`` only.
+        exp_avg_scales: int16 [ceil(numel / 32)] each, the scales of 8-bit momenta; mutated.
+        hessian_scales: int16 [ceil(numel / 32)] each, the scales of 8-bit Hessians; mutated with ``beta2`` only.
     """
 
     params: Sequence[Tensor]

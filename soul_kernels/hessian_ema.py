@@ -37,6 +37,7 @@ from soul_kernels.bundles import (
 from soul_kernels.errors import check_range
 from soul_kernels.reference.hessian_ema import ema_block
 from soul_kernels.reference.hessian_ema import hessian_ema as _reference_hessian_ema
+from soul_kernels.reference.rounding import draws_codes
 from soul_kernels.rounding import GROUP, Block, load, load_state, noise_words, store_state
 from soul_kernels.tensors import (
     PARAM_DTYPES,
@@ -49,7 +50,7 @@ from soul_kernels.tensors import (
 
 # Elements per program, elements per loop iteration, warps; 8-bit states need more registers per element.
 CONFIG = {"chunk": 16384, "BLOCK": 2048, "num_warps": 8}
-CONFIG_8BIT = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+CONFIG_8BIT = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
 # The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.
 ROLES = ("h", "g", "u", "h_scale", "step")
 AUXILIARY = ("h_scale", "step")  # roles that are not walked element by element
@@ -88,6 +89,7 @@ def _ema_block(
     numbers,  # `Numbers`
     H_DTYPE: tl.constexpr,
     U_DTYPE: tl.constexpr,
+    STOCHASTIC_CODES: tl.constexpr,
     CROSSES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -104,7 +106,7 @@ def _ema_block(
     if noise.key is not None:
         words = noise_words(noise.key, noise.first, block.offsets, CROSSES)
     h = ema(h, products, numbers.beta2, numbers.weight)
-    store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, BLOCK)
+    store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, STOCHASTIC_CODES, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -120,6 +122,7 @@ def hessian_ema_kernel(
     H_DTYPE: tl.constexpr,
     G_DTYPE: tl.constexpr,
     U_DTYPE: tl.constexpr,  # None: g takes the place of u
+    STOCHASTIC_CODES: tl.constexpr,  # whether an 8-bit h is rounded stochastically
     STEPS: tl.constexpr,  # whether the noise depends on a step of each tensor
     CROSSES: tl.constexpr,  # whether a chunk may lie on both sides of a multiple of 2^32 in its noise
     ALIGNED: tl.constexpr,
@@ -138,7 +141,7 @@ def hessian_ema_kernel(
         u=chunk_pointer(chunk, U_ROW, U_DTYPE, ALIGNED),
     )
     noise = ChunkNoise(None, None)
-    if H_DTYPE != tl.float32:
+    if H_DTYPE == tl.bfloat16 or STOCHASTIC_CODES:
         noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
     factor = None
     if factor_ptr is not None:
@@ -149,11 +152,11 @@ def hessian_ema_kernel(
     full = chunk.count // BLOCK
     for index in range(full):
         block = Block(index * BLOCK + lanes, None, index * (BLOCK // GROUP), groups)
-        _ema_block(pointers, block, noise, numbers, H_DTYPE, U_DTYPE, CROSSES, BLOCK)
+        _ema_block(pointers, block, noise, numbers, H_DTYPE, U_DTYPE, STOCHASTIC_CODES, CROSSES, BLOCK)
     if full * BLOCK < chunk.count:
         offsets = full * BLOCK + lanes
         block = Block(offsets, offsets < chunk.count, full * (BLOCK // GROUP), groups)
-        _ema_block(pointers, block, noise, numbers, H_DTYPE, U_DTYPE, CROSSES, BLOCK)
+        _ema_block(pointers, block, noise, numbers, H_DTYPE, U_DTYPE, STOCHASTIC_CODES, CROSSES, BLOCK)
 
 
 class HessianEma:
@@ -215,6 +218,7 @@ class HessianEma:
                 skip_ptr=guards.skip,
                 beta2=float(beta2),
                 weight=float((1 - beta2) * scale),
+                STOCHASTIC_CODES=hessian_scales is not None and draws_codes(beta2),
                 STEPS=steps is not None,
                 **(CONFIG if hessian_scales is None else CONFIG_8BIT),
             )
@@ -242,10 +246,11 @@ def hessian_ema(
 ) -> None:
     """Update diagonal Hessian estimates in place: ``h = beta2 * h + (1 - beta2) * scale * g * g``.
 
-    The average is computed in fp32. bf16 and 8-bit Hessians are then rounded stochastically, because rounding to nearest would
-    lose the small changes of a slow average. Source: Sophia, Liu et al. 2023 (arXiv 2305.14342), algorithm 3 with the
-    Gauss-Newton-Bartlett estimate, as coded in ``update_hessian()`` of the published class: the batch size enters later, in
-    the step. With ``probes`` u and gradients H u, ``h = beta2 * h + (1 - beta2) * scale * u * Hu``: Hutchinson's estimate.
+    The average is computed in fp32. bf16 Hessians, and with ``beta2`` above 0.99 8-bit ones, are then rounded stochastically,
+    because rounding to nearest would lose the small changes of a slow average. Source: Sophia, Liu et al. 2023 (arXiv
+    2305.14342), algorithm 3 with the Gauss-Newton-Bartlett estimate, as coded in ``update_hessian()`` of the published class:
+    the batch size enters later, in the step. With ``probes`` u and gradients H u, ``h = beta2 * h + (1 - beta2) * scale * u *
+    Hu``: Hutchinson's estimate.
 
     To update the same tensors again and again, keep a `HessianEma`: it takes less time on the host.
 
@@ -255,7 +260,7 @@ def hessian_ema(
         beta2: decay of the average, in [0, 1).
         scale: factor of the squared gradient, >= 0.
         probes: list of tensors like ``grads``, for Hutchinson's estimate; None: the gradients themselves.
-        hessian_scales: list of fp32 [ceil(numel / 256)], the scales of 8-bit states; an entry is None for other dtypes.
+        hessian_scales: list of int16 [ceil(numel / 32)], the scales of 8-bit states; an entry is None for other dtypes.
             Mutated.
         noise: where the noise of stochastic rounding comes from.
         guards: a factor of the gradients, and a flag to skip the update; both on the device.

@@ -9,11 +9,17 @@ which is true for the 8-bit format of a Hessian and false for a momentum's.
 from typing import Any, NamedTuple
 
 from soul_kernels._launch import interpreting, tl, triton
-from soul_kernels.reference.rounding import GROUP as _GROUP
+from soul_kernels.reference import rounding as reference
 
 ROUNDINGS = ("nearest", "stochastic", "compensated")
-GROUP = tl.constexpr(_GROUP)
 INTERPRETED = tl.constexpr(interpreting())  # as for the kernels: Triton also chooses when a function is defined
+GROUP = tl.constexpr(reference.GROUP)
+SMALLEST = tl.constexpr(reference.SMALLEST)
+M_POLE = tl.constexpr(reference.M_POLE)
+M_BEND = tl.constexpr(reference.M_BEND)
+M_STEP = tl.constexpr(reference.M_STEP)
+H_LEVELS = tl.constexpr(reference.H_LEVELS)
+H_STEP = tl.constexpr(reference.H_STEP)
 
 
 class Block(NamedTuple):
@@ -144,42 +150,47 @@ def join(high, low, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _spread(scale, BLOCK: tl.constexpr):
-    """Repeat each scale of a block [BLOCK / GROUP] for the values of its group: [BLOCK]."""
-    return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
+def _spread(number, BLOCK: tl.constexpr):
+    """Repeat the number of each group of a block [BLOCK / GROUP] for the values of the group: [BLOCK]."""
+    return tl.reshape(tl.broadcast_to(number[:, None], [BLOCK // GROUP, GROUP]), [BLOCK])
 
 
 @triton.jit
 def encode(x, noise, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Round fp32 [BLOCK] to 8-bit codes [BLOCK] and their scales [BLOCK / GROUP]; a NaN or an inf makes its group NaN."""
-    TOP: tl.constexpr = 16 if HESSIAN else 8
-    SHRINK: tl.constexpr = 1.925929944387236e-34 if HESSIAN else 7.52316384526264e-37  # 2^-112, 2^-120
+    """Round fp32 [BLOCK] to 8-bit codes uint8 [BLOCK] and scales int16 [BLOCK / GROUP]; a NaN or an inf makes its group NaN.
+
+    ``noise``: a word for each value of a Hessian, or None to round to nearest.
+    """
     if HESSIAN:
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     magnitude = tl.abs(x)
-    # Bit patterns as integers are in the order of the numbers, with inf and NaN on top. A GPU's NaN, 0x7FFFFFFF, would overflow
-    # below, hence the minimum.
+    # Bit patterns as integers are in the order of the numbers, with inf and NaN on top.
     largest = tl.max(tl.reshape(magnitude.to(tl.int32, bitcast=True), [BLOCK // GROUP, GROUP]), 1)
-    largest = tl.minimum(largest, 0x7F800000)
-    exponent = tl.maximum(((largest + 0x100000) >> 23) - TOP, 1)
-    scale = tl.where(largest < 0x7F800000, exponent << 23, 0x7FC00000).to(tl.float32, bitcast=True)
-    inverse = _spread(((254 - exponent) << 23).to(tl.float32, bitcast=True), BLOCK)
-    field = (noise if HESSIAN else noise >> 12) & 0xFFF
-    code = ((magnitude * inverse * SHRINK).to(tl.uint32, bitcast=True) + ((field << 8) | 0x80)) >> 20
-    if not HESSIAN:
-        code = (code & 0x7F) | (x.to(tl.uint32, bitcast=True) >> 31 << 7)
-    return code.to(tl.uint8), scale
+    rounded = tl.minimum((tl.maximum(largest, SMALLEST) + 0x4000) >> 15, 0xFEFF)
+    number = (rounded << 15).to(tl.float32, bitcast=True)
+    scale = tl.where(largest < 0x7F800000, rounded, 0xFF80).to(tl.int16)
+    if HESSIAN:
+        level = tl.sqrt_rn(x * _spread(tl.div_rn(H_LEVELS, number), BLOCK))
+        if noise is not None:
+            level += ((noise << 7 & 0x7FFF80) | 0x3F800000).to(tl.float32, bitcast=True) - 1.5
+            level = tl.minimum(level, 255.0)  # the scale may have been rounded down
+    else:
+        t = x * _spread(tl.div_rn(M_BEND, number), BLOCK)
+        level = tl.div_rn(t * M_POLE, tl.abs(t) + 1.0)
+    # Adding 1.5 2^23 rounds to an integer, whose two's complement is then the low end of the pattern.
+    return (level + 12582912.0).to(tl.uint32, bitcast=True).to(tl.uint8), scale
 
 
 @triton.jit
 def decode(code, scale, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
     """Return the fp32 values [BLOCK] of 8-bit codes [BLOCK] and their scales [BLOCK / GROUP]."""
+    scale = (scale.to(tl.uint16, bitcast=True).to(tl.uint32) << 15).to(tl.float32, bitcast=True)
     if HESSIAN:
-        value = (code.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 5.192296858534828e33  # 2^112
+        level = code.to(tl.float32)
+        return level * level * _spread(scale * H_STEP, BLOCK)
     else:
-        signed = (code.to(tl.uint32) << 24).to(tl.int32) >> 4 & -0x78100000  # sign, 4 bits of the shift, 7 of magnitude
-        value = signed.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
-    return value * _spread(scale, BLOCK)
+        level = code.to(tl.int8, bitcast=True).to(tl.float32)
+        return tl.div_rn(level, M_POLE - tl.abs(level)) * _spread(scale * M_STEP, BLOCK)
 
 
 @triton.jit
@@ -204,10 +215,18 @@ def load_state(ptr, scale_ptr, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr
 
 
 @triton.jit
-def store_state(ptr, scale_ptr, x, noise, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a `Block` of a state. A bf16 Hessian is rounded stochastically: rounding to nearest would lose small changes."""
+def store_state(
+    ptr, scale_ptr, x, noise, block, DTYPE: tl.constexpr, HESSIAN: tl.constexpr, STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store a `Block` of a state. A bf16 Hessian is rounded stochastically: rounding to nearest would lose small changes.
+
+    ``STOCHASTIC``: so is an 8-bit state.
+    """
     if DTYPE == tl.uint8:
-        code, scale = encode(x, noise, HESSIAN, BLOCK)
+        if STOCHASTIC:
+            code, scale = encode(x, noise, HESSIAN, BLOCK)
+        else:
+            code, scale = encode(x, None, HESSIAN, BLOCK)
         index = block.group + tl.arange(0, BLOCK // GROUP)
         tl.store(scale_ptr + index, scale, mask=None if block.mask is None else index < block.groups)
         tl.store(ptr + block.offsets, code, mask=block.mask)

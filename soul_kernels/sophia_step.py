@@ -7,10 +7,9 @@ chunk in blocks. `_step_block` updates a block: it loads every operand once, com
 storage (``rounding.py``). Full blocks are accessed without a mask, because only unmasked accesses are 16 bytes wide. What is
 left of a tensor, less than a block, is accessed with a mask, half a block at a time.
 
-``reference/sophia_step.py`` defines the results. The kernel gives the same bits, except with 8-bit states: there it uses fused
-multiply-add. Safe to change: the configurations. A change of the arithmetic or of its order must be made in both files. A new
-tensor of the step needs an entry in ``ROLES`` and a field of `Pointers`; a new option needs a field of `StepOptions` and one
-of `Numbers`.
+``reference/sophia_step.py`` defines the results. The kernel gives the same bits. Safe to change: the configurations. A change
+of the arithmetic or of its order must be made in both files. A new tensor of the step needs an entry in ``ROLES`` and a field
+of `Pointers`; a new option needs a field of `StepOptions` and one of `Numbers`.
 """
 
 import functools
@@ -52,6 +51,7 @@ from soul_kernels.bundles import (
     with_fields,
 )
 from soul_kernels.hessian_ema import ema
+from soul_kernels.reference.rounding import draws_codes
 from soul_kernels.reference.sophia_step import sophia_step as _reference_sophia_step
 from soul_kernels.reference.sophia_step import step_block
 from soul_kernels.rounding import (
@@ -72,10 +72,10 @@ from soul_kernels.tensors import (
 )
 
 # Elements per program, elements per loop iteration, warps. Sane choices differ by 1 to 2% (measured on an H100); with 8 warps
-# older compilers stop at 128 registers a thread and spill. Steps with 8-bit states are bound by instructions, not by memory:
-# they use fused multiply-add.
+# older compilers stop at 128 registers a thread and spill. Steps with 8-bit states have more to compute: they need 16 warps a
+# multiprocessor, which is 128 registers a thread; without the limit they take up to 168.
 CONFIG = {"chunk": 16384, "BLOCK": 1024, "num_warps": 4}
-CONFIG_8BIT = CONFIG | {"enable_fp_fusion": True}
+CONFIG_8BIT = CONFIG | {"maxnreg": 128}
 # The first rows of the table, in this order; the kernel knows them by index. Element counts, salts and offsets follow.
 ROLES = ("p", "g", "m", "h", "low", "m_scale", "h_scale", "step", "correction")
 AUXILIARY = ("m_scale", "h_scale", "step", "correction")  # roles that are not walked element by element
@@ -121,6 +121,7 @@ class Variant(NamedTuple):
     HESSIAN_IN_STEP: Any
     ADD_EPS: Any
     ROUNDING: Any
+    STOCHASTIC_CODES: Any  # whether an 8-bit h is rounded stochastically
     CROSSES: Any  # as in `noise_words`
 
 
@@ -161,23 +162,20 @@ def _step_block(
     if noise.key is not None:
         words = noise_words(noise.key, noise.first, block.offsets, VARIANT.CROSSES)
     m = numbers.beta1 * m + numbers.beta1_rest * g
+    store_state(pointers.m, pointers.m_scale, m, words, block, M_DTYPE, False, False, BLOCK)
     if VARIANT.HESSIAN_IN_STEP:
         h = ema(h, g * g, numbers.beta2, numbers.beta2_rest)
-        store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, BLOCK)
+        store_state(pointers.h, pointers.h_scale, h, words, block, H_DTYPE, True, VARIANT.STOCHASTIC_CODES, BLOCK)
     # NaN must come through every clamp. Hutchinson's estimate may be negative.
     curvature = numbers.h_weight * tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if VARIANT.ADD_EPS:
         denominator = curvature + numbers.eps
     else:
         denominator = tl.maximum(curvature, numbers.eps, propagate_nan=tl.PropagateNan.ALL)
-    if M_DTYPE == tl.uint8:  # bound by instructions, and an error of 2 ulp does not matter beside 3 mantissa bits
-        update = m / denominator
-    else:
-        update = tl.div_rn(m, denominator)
+    update = tl.div_rn(m, denominator)
     clipped = tl.abs(update) >= 1.0
     update = tl.minimum(update, 1.0, propagate_nan=tl.PropagateNan.ALL)
     update = tl.maximum(update, -1.0, propagate_nan=tl.PropagateNan.ALL)
-    store_state(pointers.m, pointers.m_scale, m, words, block, M_DTYPE, False, BLOCK)
     # Decay and step in one fp32 expression: (1 - lr wd) in fp32 would be off by 5% at lr wd = 5e-7.
     change = numbers.lr * (numbers.weight_decay * p + update)
     if ROUNDING == "compensated":
@@ -221,6 +219,7 @@ def sophia_step_kernel(
     HESSIAN_IN_STEP: tl.constexpr,
     ADD_EPS: tl.constexpr,
     ROUNDING: tl.constexpr,
+    STOCHASTIC_CODES: tl.constexpr,  # whether an 8-bit h is rounded stochastically
     STEPS: tl.constexpr,  # whether the noise depends on a step of each tensor
     CORRECTIONS: tl.constexpr,  # whether h is divided by a number of each tensor
     CROSSES: tl.constexpr,  # whether a chunk may lie on both sides of a multiple of 2^32 in its noise
@@ -244,9 +243,9 @@ def sophia_step_kernel(
     )
     # fp32 parameters are stored as they come out, whatever the caller asked for.
     STORED: tl.constexpr = "nearest" if P_DTYPE == tl.float32 else ROUNDING
-    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, CROSSES)
+    VARIANT: tl.constexpr = Variant(P_DTYPE, M_DTYPE, H_DTYPE, HESSIAN_IN_STEP, ADD_EPS, STORED, STOCHASTIC_CODES, CROSSES)
     noise = ChunkNoise(None, None)
-    if STORED != "nearest" or M_DTYPE == tl.uint8 or H_DTYPE != tl.float32:
+    if STORED != "nearest" or H_DTYPE == tl.bfloat16 or STOCHASTIC_CODES:
         noise = noise_of_chunk(chunk, N_ROLES, STEP_ROW, STEPS)
     factor = None
     if factor_ptr is not None:
@@ -390,6 +389,7 @@ class SophiaStep:
                 "HESSIAN_IN_STEP": options.beta2 is not None,
                 "ADD_EPS": options.eps_mode == "add",
                 "ROUNDING": options.param_rounding,
+                "STOCHASTIC_CODES": tensors.hessian_scales is not None and draws_codes(options.beta2),
                 "STEPS": noise.steps is not None,
                 "CORRECTIONS": options.corrections is not None,
                 **(CONFIG_8BIT if eight_bits else CONFIG),
@@ -489,8 +489,8 @@ def sophia_step(
     next 8 bits of every parameter in ``low_bits``: together they are a 24-bit weight, and ``params`` is the nearest 16-bit
     number.
 
-    **8-bit states** are uint8 codes, rounded stochastically, with one power-of-two scale for 256 consecutive elements in
-    memory. m has sign, 4 exponent and 3 mantissa bits; h, never negative, has 5 exponent and 3 mantissa bits.
+    **8-bit states** are uint8 codes with one scale of 16 bits for 32 consecutive elements in memory: levels of a companded
+    value, denser where values are small. They are rounded to nearest, h stochastically with ``beta2`` above 0.99.
     ``soul_kernels/reference/rounding.py`` defines both formats and the noise. m in bf16 is rounded to nearest, h in bf16
     stochastically.
 

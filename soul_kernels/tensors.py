@@ -112,7 +112,7 @@ def check_overlap(lists: Mapping[str, Sequence[Tensor | None]]) -> None:
 
 
 def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name: str, states: Sequence[Tensor]) -> None:
-    """Raise unless every 8-bit state has its scales, fp32 [ceil(numel / 256)], and no other state has any."""
+    """Raise unless every 8-bit state has its scales, int16 [ceil(numel / 32)], and no other state has any."""
     for index, state in enumerate(states):
         scale = scales[index] if scales is not None and index < len(scales) else None
         entry = f"{name}[{index}]"
@@ -124,11 +124,11 @@ def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name:
                 )
         elif not isinstance(scale, torch.Tensor):
             raise argument_error(
-                entry, f"fp32 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
+                entry, f"int16 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
             )
-        elif scale.dtype != torch.float32 or scale.shape != (count,) or not scale.is_contiguous():
+        elif scale.dtype != torch.int16 or scale.shape != (count,) or not scale.is_contiguous():
             got = f"{tuple(scale.shape)} of {scale.dtype}"
-            raise argument_error(entry, f"({count},) of torch.float32", got, f"pass one scale for every {GROUP} values")
+            raise argument_error(entry, f"({count},) of torch.int16", got, f"pass one scale for every {GROUP} values")
         elif scale.device != state.device:
             raise argument_error(entry, f"device {state.device}", scale.device, f"move it to where {states_name}[{index}] is")
 

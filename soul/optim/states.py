@@ -1,11 +1,15 @@
 """The state of one parameter: how it is made, loaded from a checkpoint, and exported.
 
 A state is a dict by name: ``exp_avg`` and ``hessian`` in the shape of the parameter, fp32, bf16 or uint8 codes; beside codes
-their scales, ``exp_avg_scale`` and ``hessian_scale``, fp32 [ceil(numel / 256)]; ``low_bits`` int8 with "compensated" rounding;
+their scales, ``exp_avg_scale`` and ``hessian_scale``, int16 [ceil(numel / 32)]; ``low_bits`` int8 with "compensated" rounding;
 and the counters, fp32 []. Checkpoints have the same names, so they must not change. Checkpoints also carry ``NOISE``, the
 version of the noise of stochastic rounding.
+
+In older checkpoints codes are small floats, and their scales fp32, one for 256 values. The dtype of the scales tells the
+formats apart: `_older_values` decodes such states, and they are encoded anew.
 """
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -14,11 +18,12 @@ import torch
 from soul.distributed.shards import is_cut, local
 from soul.optim.options import ParamGroup, rounding_of
 from soul_kernels.errors import argument_error
-from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, load_state
+from soul_kernels.reference.rounding import GROUP, draws_codes, encode, from_bits, in_memory_order, load_state
 from soul_kernels.tensors import same_layout
 
 STATES = ("exp_avg", "hessian")
-MIDDLE = 0x800800  # noise in the middle of the range of both states, with which `encode` rounds to nearest
+OLDER_GROUP = 256  # values that share a scale in the older format of 8-bit states
+_OLDER = "state_dict: 8-bit states of the older format, with fp32 scales for 256 values, were encoded anew to the nearest code"
 NOISE = 2  # version of the noise; in version 1 each shard of a parameter drew noise of its own, all else was the same
 ASSUMED_UPDATES = 1e6  # number of updates of h that is assumed if a checkpoint does not say: so many that no bias is left
 
@@ -37,7 +42,7 @@ def new_state(param: torch.Tensor, group: ParamGroup, counters: Collection[str])
     for name, dtype in zip(STATES, (m_dtype, h_dtype)):
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         if dtype == torch.uint8:
-            state[f"{name}_scale"] = torch.zeros(_n_scales(param), dtype=torch.float32, device=device)
+            state[f"{name}_scale"] = torch.zeros(_n_scales(param), dtype=torch.int16, device=device)
     if rounding_of(group) == "compensated" and param.dtype != torch.float32:
         state["low_bits"] = torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format, requires_grad=False)
     return state
@@ -51,9 +56,9 @@ def _state_dtypes(param: torch.Tensor, state_dtype: str | None) -> tuple[torch.d
     return dtype, dtype
 
 
-def _n_scales(param: torch.Tensor) -> int:
-    """Return the number of scales of an 8-bit state: one for every 256 elements."""
-    return -(-param.numel() // GROUP)
+def _n_scales(param: torch.Tensor, group: int = GROUP) -> int:
+    """Return the number of scales of an 8-bit state: one for every ``group`` elements."""
+    return -(-param.numel() // group)
 
 
 def loaded_state(
@@ -107,10 +112,12 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
         remedy = "load the checkpoint of this model"
         raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
     if value.dtype == torch.uint8:
-        shape = (_n_scales(param),)
-        if scale not in saved or saved[scale].shape != shape:
-            got = tuple(saved[scale].shape) if scale in saved else "none"
-            raise argument_error(f"state_dict {scale}", f"{shape} scales", got, "load the checkpoint of this model")
+        older = scale in saved and saved[scale].dtype == torch.float32
+        shape = (_n_scales(param, OLDER_GROUP if older else GROUP),)
+        if scale not in saved or saved[scale].shape != shape or saved[scale].dtype not in (torch.int16, torch.float32):
+            got = f"{tuple(saved[scale].shape)} of {saved[scale].dtype}" if scale in saved else "none"
+            remedy = "load the checkpoint of this model"
+            raise argument_error(f"state_dict {scale}", f"{shape} scales of torch.int16", got, remedy)
 
 
 def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
@@ -118,9 +125,12 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
     value = saved[name]
     scale = f"{name}_scale"
     values = None  # to be encoded anew, in fp32
-    if value.dtype == torch.uint8:
-        state[scale] = saved[scale].to(local(param).device, torch.float32, copy=True)
-        if not same_layout(value, state[name]):  # a scale belongs to 256 neighbours in memory
+    if value.dtype == torch.uint8 and saved[scale].dtype == torch.float32:
+        warnings.warn(_OLDER, UserWarning, stacklevel=2)
+        values = _older_values(value, saved[scale].to(value.device), name)
+    elif value.dtype == torch.uint8:
+        state[scale] = saved[scale].to(local(param).device, copy=True)
+        if not same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
             values = load_state(value.to(param.device), state[scale], name)
     elif state[name].dtype == torch.uint8 and cast:
         values = value
@@ -128,8 +138,7 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
         state.pop(scale, None)
     if values is not None:
         values = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(values)
-        middle = torch.full((param.numel(),), MIDDLE, device=param.device)
-        code, state[scale] = encode(in_memory_order(values), middle, name)
+        code, state[scale] = encode(in_memory_order(values), None, name)
         state[name] = torch.empty_like(values, dtype=torch.uint8)
         in_memory_order(state[name]).copy_(code)
         return
@@ -137,6 +146,24 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
     dtype = value.dtype if keeps_dtype else state[name].dtype
     empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     state[name] = empty.copy_(value)
+
+
+def _older_values(code: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Tensor:
+    """Return the fp32 values of codes in the older format: floats with 4 bits of exponent and 3 of mantissa (e4m3), or e5m3.
+
+    Args:
+        code: uint8, of any dense layout.
+        scale: fp32 [ceil(numel / 256)], powers of two.
+        name: "exp_avg", whose codes have a sign, or "hessian".
+    """
+    pattern = in_memory_order(code).to(torch.int32)
+    scale = scale.repeat_interleave(OLDER_GROUP)[: code.numel()]
+    if name == "exp_avg":
+        values = from_bits((pattern & 0x7F) << 20) * 2.0**120 * scale
+        values = torch.where(pattern > 127, -values, values)
+    else:
+        values = from_bits(pattern << 20) * 2.0**112 * scale
+    return values.as_strided(code.shape, code.stride())
 
 
 def check_noise(param: torch.Tensor, group: ParamGroup, saved_group: ParamGroup, state: dict[str, Any]) -> None:
@@ -154,7 +181,9 @@ def check_noise(param: torch.Tensor, group: ParamGroup, saved_group: ParamGroup,
     version = saved_group.get("noise", 1 if "state_dtype" in saved_group else NOISE)  # the published class draws none
     if version == NOISE or (version == 1 and not is_cut(param)):
         return
-    if (param.dtype != torch.float32 and rounding_of(group) != "nearest") or state["hessian"].dtype != torch.float32:
+    h_dtype = state["hessian"].dtype
+    draws = h_dtype == torch.bfloat16 or (h_dtype == torch.uint8 and draws_codes(group["betas"][1]))
+    if (param.dtype != torch.float32 and rounding_of(group) != "nearest") or draws:
         remedy = f"resume with the soul-kernels that wrote it, or set noise = {NOISE} in its param_groups: new random bits"
         raise argument_error("state_dict noise", f"version {NOISE}", version, remedy)
 

@@ -29,7 +29,7 @@ def blocks(
     Args:
         written: dense tensors of one layout; entries but the first may be None.
         read: tensors in any layout, or None. A tensor of another layout than the written ones is copied.
-        scales: fp32 [ceil(numel / GROUP)] tensors, the scales of 8-bit states, or None.
+        scales: int16 [ceil(numel / GROUP)] tensors, the scales of 8-bit states, or None.
         size: elements of a block, a power of two and a multiple of GROUP; None: `BLOCK`.
         first: index of the first element in the whole tensor: 0 unless the tensors are shards.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from soul_kernels.reference._blocks import blocks, entry
-from soul_kernels.reference.rounding import load_block, noise_key, noise_words, scalar, store_block
+from soul_kernels.reference.rounding import draws_codes, load_block, noise_key, noise_words, scalar, store_block
 
 
 class Numbers(NamedTuple):
@@ -32,8 +32,8 @@ def ema_block(
         hessian: [rows, n] in fp32 or bf16, or 8-bit codes in uint8; mutated.
         grad: [rows, n] in fp32, bf16 or fp16.
         probe: [rows, n], the other factor of the products; None: ``grad`` itself.
-        h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated. None for other dtypes.
-        key: the block's `noise_key`; None where nothing is rounded stochastically.
+        h_scale: int16 [rows], the scales of an 8-bit Hessian; mutated. None for other dtypes.
+        key: the block's `noise_key`; None where the Hessian is rounded to nearest.
         start: int64 [], index of the block's first element in the whole tensor.
         numbers: the `Numbers`.
         factor: fp32 [] that the gradients are multiplied by, or None.
@@ -65,6 +65,7 @@ def hessian_ema(
         scales = (entry(hessian_scales, i),)
         step = 0 if steps is None else steps[i]
         size = getattr(run, "size", None)
+        draws = whole.dtype == torch.bfloat16 or (whole.dtype == torch.uint8 and draws_codes(beta2))
         for start, hessian, grad, probe, h_scale in blocks([whole], read, scales, size=size, first=offsets[i]):
-            key = None if whole.dtype == torch.float32 else noise_key(salts[i], step, start, whole.device)
+            key = None if not draws else noise_key(salts[i], step, start, whole.device)
             run(hessian, grad, probe, h_scale, key, torch.tensor(start, device="cpu"), numbers, factor)

@@ -8,8 +8,7 @@ on a CPU and 0x7FFF on a GPU. Every function that needs random bits takes them a
 
 **Noise** is a hash of (seed, tensor, step, element), never the device's random state. So replicas agree, and a resumed run
 repeats what an uninterrupted one does. Elements are numbered in the whole tensor, so that shards draw what one process would
-draw. Each element has one 32-bit word, which is split into fields: bits 31..16 for the parameter, 23..12 for an 8-bit
-momentum, 15..0 for a bf16 Hessian or 11..0 for an 8-bit one.
+draw. Each element has one 32-bit word, which is split into fields: bits 31..16 for the parameter, 15..0 for the Hessian.
 
 **Magnitudes.** bf16 is the upper half of fp32. fp16 differs in its exponent range alone: the fp32 bits of ``|x| 2^-112``,
 shifted right by 13, are the bits of ``|x|`` in fp16, subnormal numbers included.
@@ -27,7 +26,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-GROUP = 256  # values that share the scale of an 8-bit state
+GROUP = 32  # values that share the scale of an 8-bit state
 PRIME = 0x9E3779B9  # 2^32 / golden ratio: multiples of it by consecutive counters are far apart
 WORD = 0xFFFFFFFF  # mask of a 32-bit word
 SIGN = -(1 << 31)  # the sign bit of an fp32 pattern, as int32
@@ -187,52 +186,88 @@ def join(high: Tensor, low: Tensor) -> Tensor:
     return torch.where((magnitude >= 1) & (magnitude < INFINITE[dtype]), value, wide)
 
 
-# 8-bit states: `value = scale * code`, with one scale for GROUP values. The scale is a power of two, so that scaling is exact.
-# The codes are small floats. A momentum has sign, 4 exponent and 3 mantissa bits (e4m3). A Hessian is never negative and has a
-# fifth exponent bit in place of the sign (e5m3). Storing its square root in e4m3 would cover the same range with half the
-# resolution.
-TOP = {"exp_avg": 8, "hessian": 16}  # exponent of the largest codes; the largest value of a group gets one of these codes
-MAGNITUDE = {"exp_avg": 0x7F, "hessian": 0xFF}
-SHRINK = {"exp_avg": 120, "hessian": 112}  # 2^-SHRINK brings a code's exponent range to the lowest one of fp32
+# 8-bit states. GROUP values share a scale: the largest magnitude among them, in 16 bits, which are fp32 without its sign and
+# without its last 15 bits. Codes are levels of a companded value, -127..127 of a momentum (two's complement) and 0..255 of a
+# Hessian, which is never negative:
+#
+#     momentum: level = M_POLE t / (1 + |t|), where t = M_BEND value / scale; value = M_STEP scale level / (M_POLE - |level|)
+#     Hessian: level = 255 sqrt(value / scale); value = scale (level / 255)^2
+#
+# So levels are denser where values are small, at zero four to five times as dense for a momentum as at the largest value.
+# Everything is a rounded product, sum, quotient or root of fp32, or integer arithmetic: without fused multiply-add the same
+# bits on every machine. docs/optimizer.md compares the errors with those of other formats.
+#
+# A group is GROUP neighbours in memory, counted from a tensor's first element. So where the rows of a tensor (its slices along
+# dimension 0) have a multiple of GROUP elements, as in nearly every matrix of a model, each row has groups of its own: row r of
+# a contiguous [rows, cols] has the scales from r cols / GROUP on, and shards of rows hold whole groups with their scales. The
+# kernel needs no division for it. Of other tensors (vectors, the B of a LoRA pair of rank 8) a shard holds whole groups if it
+# starts at a multiple of GROUP; otherwise, and in shards of columns, values must be decoded and encoded anew.
+M_POLE = 242.0
+M_BEND = 127.0 / (M_POLE - 127.0)  # t of the largest value, whose level is 127
+M_STEP = 1.0 / M_BEND
+H_LEVELS = 255.0**2
+H_STEP = 1.0 / H_LEVELS
+NAN_SCALE = -0x80  # the scale of a group with a NaN or an inf: the upper 16 of the last 31 bits of an fp32 NaN
+SMALLEST = (127 - 109) << 23  # pattern of the smallest scale: products and quotients with it neither overflow nor lose bits
 
 
-def encode_groups(x: Tensor, noise: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Round groups of fp32 values stochastically to 8-bit codes with a scale for each group.
+# Rounded to nearest, h stands still where a step changes it by less than half a level. The squared gradients' own noise carries
+# it over up to beta2 = 0.99: the mean of h is then off by 1% at most, and by up to 70% with 0.999. Above, h is rounded
+# stochastically, at the price of twice the variance of each rounding.
+NEAREST_UP_TO = 0.99
 
-    A NaN or an inf makes its whole group NaN, through the scale.
+
+def draws_codes(beta2: float | None) -> bool:
+    """Tell whether an 8-bit Hessian with this decay is rounded stochastically."""
+    return beta2 is not None and beta2 > NEAREST_UP_TO
+
+
+def encode_groups(x: Tensor, noise: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """Round groups of fp32 values to 8-bit codes with a scale for each group.
+
+    A NaN or an inf makes its whole group NaN, through the scale. Values below 2^-109 may become 0.
 
     Args:
         x: fp32 [groups, n].
-        noise: [groups, n], a 32-bit word for each value.
+        noise: [groups, n], a 32-bit word for each value of a Hessian, to round its level up or down at random; None: to
+            nearest.
         kind: "exp_avg" or "hessian"; a negative Hessian is stored as 0.
 
     Returns:
-        Codes uint8 [groups, n] and scales fp32 [groups].
+        Codes uint8 [groups, n] and scales int16 [groups].
     """
     if kind == "hessian":
         x = torch.where(x < 0, 0.0, x)
-    largest = bits(x.abs()).amax(1).clamp(max=0x7F800000)  # NaN has many patterns, all above inf
-    # A mantissa of 1.875 or more could be rounded up beyond the largest code. Adding an eighth moves it to the next exponent.
-    exponent = (((largest + 0x100000) >> 23) - TOP[kind]).clamp(min=1)
-    scale = torch.where(largest < 0x7F800000, from_bits(exponent << 23), float("nan"))
-    inverse = from_bits((254 - exponent) << 23)
-    field = (noise >> 12 if kind == "exp_avg" else noise) & 0xFFF
-    code = bits(x.abs() * inverse[:, None] * 2.0 ** -SHRINK[kind]) + ((field << 8) | 0x80) >> 20
-    if kind == "exp_avg":
-        code = code & 0x7F | (_right(bits(x), 31) << 7)
-    return (code & 0xFF).to(torch.uint8), scale
+    largest = bits(x.abs()).amax(1)  # NaN has many patterns, all above inf
+    rounded = (largest.clamp(SMALLEST, 0x7F800000) + 0x4000 >> 15).clamp(max=0xFEFF)
+    number = from_bits(rounded << 15)[:, None]
+    scale = torch.where(largest < 0x7F800000, rounded, NAN_SCALE)
+    if kind == "hessian":
+        level = (x * (H_LEVELS / number)).sqrt()
+        if noise is not None:
+            level = level + (from_bits((noise << 7) & 0x7FFF80 | 0x3F800000) - 1.5)
+            level = level.clamp(max=255.0)  # the scale may have been rounded down
+    else:
+        t = x * (M_BEND / number)
+        level = t * M_POLE / (t.abs() + 1.0)
+    # Adding 1.5 2^23 rounds to an integer, whose two's complement is then the low end of the pattern.
+    code = bits(level + 12582912.0) & 0xFF
+    return code.to(torch.uint8), scale.to(torch.int16)
 
 
 def decode_groups(code: Tensor, scale: Tensor, kind: str) -> Tensor:
     """Return the fp32 values [groups, n] of 8-bit codes; the inverse of `encode_groups`."""
-    magnitude = code.to(torch.int32) & MAGNITUDE[kind]
-    value = from_bits(magnitude << 20) * 2.0 ** SHRINK[kind] * scale[:, None]
-    return torch.where(code > 127, -value, value) if kind == "exp_avg" else value
+    scale = from_bits((scale.to(torch.int32) & 0xFFFF) << 15)[:, None]
+    if kind == "hessian":
+        level = code.float()
+        return level * level * (scale * H_STEP)
+    level = (code.to(torch.int32) << 24 >> 24).float()
+    return level / (M_POLE - level.abs()) * (scale * M_STEP)
 
 
-def encode(x: Tensor, noise: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, noise: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
     """Return `encode_groups` of a vector in memory order: codes [numel] and scales [ceil(numel / GROUP)]."""
-    code, scale = encode_groups(_in_groups(x), _in_groups(noise), kind)
+    code, scale = encode_groups(_in_groups(x), None if noise is None else _in_groups(noise), kind)
     return code.view(-1)[: x.numel()], scale
 
 
@@ -274,13 +309,13 @@ def store_block(state: Tensor, scale: Tensor | None, x: Tensor, word: Tensor | N
 
     Args:
         state: [rows, n] in any storage; mutated.
-        scale: fp32 [rows], the scales of 8-bit codes; mutated. None for other dtypes.
+        scale: int16 [rows], the scales of 8-bit codes; mutated. None for other dtypes.
         x: fp32 [rows, n].
-        word: the `noise_words` of the block; None where nothing is rounded stochastically.
+        word: the `noise_words` of the block, with which 8-bit codes are rounded stochastically; None: to nearest.
         kind: "exp_avg" or "hessian".
     """
     if state.dtype == torch.uint8:
-        assert scale is not None and word is not None
+        assert scale is not None
         code, new_scale = encode_groups(x, word, kind)
         state.copy_(code)
         scale.copy_(new_scale)

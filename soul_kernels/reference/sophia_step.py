@@ -12,6 +12,7 @@ from torch import Tensor
 from soul_kernels.reference._blocks import blocks, entry
 from soul_kernels.reference.hessian_ema import ema
 from soul_kernels.reference.rounding import (
+    draws_codes,
     join,
     load_block,
     noise_key,
@@ -39,7 +40,7 @@ class Numbers(NamedTuple):
 def step_block(
     param: Tensor, exp_avg: Tensor, hessian: Tensor, low: Tensor | None, grad: Tensor, m_scale: Tensor | None,
     h_scale: Tensor | None, key: Tensor | None, start: Tensor, numbers: Numbers, factor: Tensor | None,
-    telemetry: Tensor | None, *, hessian_in_step: bool, eps_mode: str, param_rounding: str,
+    telemetry: Tensor | None, *, hessian_in_step: bool, eps_mode: str, param_rounding: str, stochastic_codes: bool,
 ) -> None:  # fmt: skip
     """Update one block in place: everything is computed in fp32 and rounded once, where it is stored.
 
@@ -49,8 +50,8 @@ def step_block(
         hessian: [rows, n] in the same dtypes; mutated with ``hessian_in_step`` only.
         low: int8 [rows, n], the next 8 bits of a 24-bit weight; mutated. None for fp32 parameters and for other roundings.
         grad: [rows, n] in fp32, bf16 or fp16.
-        m_scale: fp32 [rows], the scales of an 8-bit momentum; mutated. None for other dtypes.
-        h_scale: fp32 [rows], the scales of an 8-bit Hessian; mutated with ``hessian_in_step`` only. None for other dtypes.
+        m_scale: int16 [rows], the scales of an 8-bit momentum; mutated. None for other dtypes.
+        h_scale: int16 [rows], the scales of an 8-bit Hessian; mutated with ``hessian_in_step`` only. None for other dtypes.
         key: the block's `noise_key`; None where nothing is rounded stochastically.
         start: int64 [], index of the block's first element in the whole tensor.
         numbers: the tensor's `Numbers`.
@@ -59,6 +60,7 @@ def step_block(
         hessian_in_step: whether h is refreshed from the same gradient.
         eps_mode: "add" or "max".
         param_rounding: "nearest", "stochastic" or "compensated"; "nearest" for fp32 parameters.
+        stochastic_codes: whether an 8-bit Hessian is rounded stochastically.
     """
     word = None if key is None else noise_words(key, start, param.shape)
     p = param.float() if low is None else join(param, low)
@@ -89,9 +91,9 @@ def step_block(
         squares = torch.where(ratio == ratio, change * change, change)
         telemetry += torch.stack([clipped, lost, squares.sum(dtype=torch.float64)])
     param.copy_(new)
-    store_block(exp_avg, m_scale, m, word, "exp_avg")
+    store_block(exp_avg, m_scale, m, None, "exp_avg")
     if hessian_in_step:
-        store_block(hessian, h_scale, h, word, "hessian")
+        store_block(hessian, h_scale, h, word if stochastic_codes or hessian.dtype != torch.uint8 else None, "hessian")
 
 
 def sophia_step(
@@ -127,8 +129,8 @@ def sophia_step(
         written = (whole, exp_avgs[i], hessians[i], entry(low_bits, i))
         scales = (entry(exp_avg_scales, i), entry(hessian_scales, i))
         rounding = "nearest" if whole.dtype == torch.float32 else param_rounding
-        draws = rounding != "nearest" or exp_avgs[i].dtype == torch.uint8
-        draws = draws or (beta2 is not None and hessians[i].dtype != torch.float32)
+        stochastic_codes = hessians[i].dtype == torch.uint8 and draws_codes(beta2)
+        draws = rounding != "nearest" or stochastic_codes or (beta2 is not None and hessians[i].dtype == torch.bfloat16)
         step = 0 if steps is None else steps[i]
         if corrections is not None:
             numbers = numbers._replace(h_weight=h_weight / corrections[i])
@@ -137,4 +139,5 @@ def sophia_step(
             run(
                 *tensors, key, torch.tensor(start, device="cpu"), numbers, factor, telemetry,
                 hessian_in_step=beta2 is not None, eps_mode=eps_mode, param_rounding=rounding,
+                stochastic_codes=stochastic_codes,
             )  # fmt: skip

@@ -108,9 +108,9 @@ def walk(kernel, signature, config, *, stored, aligned=True, **constants):
 
 
 def sizes(operands):
-    """Return bytes an element of each operand; 8-bit states have an fp32 scale for 256 values."""
+    """Return bytes an element of each operand; 8-bit states have a scale of 2 bytes for 32 values."""
     widths = [dtype.primitive_bitwidth // 8 for dtype in operands.values()]
-    return (*widths, *(4 / 256 for dtype in operands.values() if dtype == tl.uint8))
+    return (*widths, *(2 / 32 for dtype in operands.values() if dtype == tl.uint8))
 
 
 def step(p, m, h, rounding, hessian, *, all_options=False, aligned=True):
@@ -122,6 +122,7 @@ def step(p, m, h, rounding, hessian, *, all_options=False, aligned=True):
         P_DTYPE=DTYPES[p], G_DTYPE=DTYPES[p], M_DTYPE=DTYPES[m], H_DTYPE=DTYPES[h],
         LOW_DTYPE=tl.int8 if rounding == "compensated" else None, ON_DEVICE=15 if all_options else 0, HESSIAN_IN_STEP=hessian,
         ADD_EPS=not all_options, ROUNDING=rounding, STEPS=True, CORRECTIONS=all_options, CROSSES=False,
+        STOCHASTIC_CODES=False,
     )  # fmt: skip
 
 
@@ -129,7 +130,8 @@ def ema(h, g, probe=None):
     config = EMA_CONFIG_8BIT if h == "8bit" else EMA_CONFIG
     dtypes = {"H_DTYPE": DTYPES[h], "G_DTYPE": DTYPES[g], "U_DTYPE": probe and DTYPES[probe]}
     signature = dict.fromkeys(["beta2", "weight"], "fp32")
-    return walk(hessian_ema_kernel, signature, config, stored=("H_DTYPE",), STEPS=True, CROSSES=False, **dtypes)
+    return walk(hessian_ema_kernel, signature, config, stored=("H_DTYPE",), STEPS=True, CROSSES=False,
+                STOCHASTIC_CODES=False, **dtypes)  # fmt: skip
 
 
 def squares(g):
@@ -231,7 +233,9 @@ def compile_variant(variant, target):
         constexprs=dict.fromkeys(set(names) - set(variant.signature)) | variant.constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned if name in names},  # as at run time
     )
-    options = {"num_warps": variant.config["num_warps"], "enable_fp_fusion": variant.config.get("enable_fp_fusion", False)}
+    options = {"num_warps": variant.config["num_warps"], "enable_fp_fusion": False}
+    if TARGETS[target].backend == "cuda" and "maxnreg" in variant.config:
+        options["maxnreg"] = variant.config["maxnreg"]
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

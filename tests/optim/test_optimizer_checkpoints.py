@@ -349,3 +349,45 @@ def test_a_state_notes_every_change(change):
     assert state == plain and state["b"] == 2 and State.last_change is before
     change(state), change(plain)
     assert state == plain and State.last_change is not before
+
+
+def older_codes(values, name):
+    """8-bit states as older checkpoints have them, to nearest: floats e4m3 or e5m3, and an fp32 scale for 256 values."""
+    top, shrink, sign = (8, 120, 0x80) if name == "exp_avg" else (16, 112, 0)
+    groups = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % 256)).view(-1, 256)
+    exponent = (((groups.abs().amax(1).view(torch.int32) + 0x100000) >> 23) - top).clamp(min=1)
+    scale = (exponent << 23).view(torch.float32)
+    code = ((groups.abs() / scale[:, None] * 2.0**-shrink).view(torch.int32) + 0x80000) >> 20
+    code = torch.where(groups < 0, code | sign, code)
+    return code.to(torch.uint8).flatten()[: values.numel()].view(values.shape), scale
+
+
+@pytest.mark.parametrize("shape", [(300,), (40, 33), (), (3, 256)])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_8_bit_states_of_older_checkpoints_are_encoded_anew(shape, backend, device):
+    params = make(device, shapes=(shape,))
+    opt = SOUL(params, state_dtype="8bit", lr=1e-3)
+    give_gradients(params)
+    opt.step()
+    checkpoint = copy.deepcopy(opt.state_dict())
+    state = checkpoint["state"][0]
+    wants = {}
+    for name in ("exp_avg", "hessian"):
+        wants[name] = torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 1e-4
+        wants[name] = wants[name] if name == "exp_avg" else wants[name].square()
+        state[name], state[f"{name}_scale"] = older_codes(wants[name], name)
+    others = twin(params)
+    loaded = SOUL(others, lr=1e-3, backend=backend)
+    with pytest.warns(UserWarning, match="^state_dict: 8-bit states of the older format.* were encoded anew"):
+        loaded.load_state_dict(checkpoint)
+    for name, want in wants.items():
+        code, scale = (loaded.state[others[0]][key] for key in (name, f"{name}_scale"))
+        assert code.dtype == torch.uint8 and scale.dtype == torch.int16 and scale.numel() == -(-want.numel() // 32)
+        got = load_state(code, scale, name).cpu()
+        assert ((got - want).abs() <= want.abs() / 15 + 0.01 * want.abs().max()).all(), name  # the older code's own error
+    give_gradients(others)
+    loaded.step()
+    assert others[0].isfinite().all()
+    state["hessian_scale"] = state["hessian_scale"].half()
+    with pytest.raises(ValueError, match=r"^state_dict hessian_scale: expected .* of torch.int16, got .* of torch.float16"):
+        SOUL(twin(params)).load_state_dict(checkpoint)

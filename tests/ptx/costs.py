@@ -15,9 +15,10 @@ UNITS = ("float", "integer", "special", "exchange", "memory", "control")
 EXPANSIONS: dict[str, dict[str, int]] = {
     "neg.f32": {},
     "or.b64": {"integer": 1},
-    "div.rn.f32": {"special": 1, "float": 5, "integer": 1, "control": 1},
+    "div.rn.f32": {"special": 1, "float": 5, "integer": 1, "control": 3},
     "div.full.f32": {"special": 1, "float": 5, "integer": 2},
     "div.approx.f32": {"special": 1, "float": 3, "integer": 1},
+    "sqrt.rn.f32": {"special": 1, "float": 4, "integer": 2, "control": 3},
     "ex2.approx.f32": {"special": 1, "float": 2, "integer": 1},
     "lg2.approx.f32": {"special": 1, "float": 2, "integer": 1},
 }

@@ -12,7 +12,7 @@ from tests.ptx.arithmetic import Unsupported
 SPECIAL_REGISTERS = ("%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z",
                      "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid")  # fmt: skip
 IGNORED_DIRECTIVES = (".version", ".target", ".address_size", ".extern", ".global", ".pragma", ".reqntid", ".maxntid",
-                      ".minnctapersm", ".noreturn")  # fmt: skip
+                      ".minnctapersm", ".maxnreg", ".noreturn")  # fmt: skip
 LOCATION = re.compile(r"\.loc\s+(\d+)\s+(\d+)")
 FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]*)"(?:\s+"([^"]*)")?')
 REGISTERS = re.compile(r"\.reg\s+\.(pred|b16|b32|b64)\s+%(\w+)<(\d+)>")

@@ -104,7 +104,7 @@ def _run_tensor(variant: Any, kernel: Kernel) -> Run:
 
     def column(role: str) -> torch.Tensor | None:
         if role == "scales":
-            return torch.full((-(-numel // GROUP),), 2.0**-8)
+            return torch.full((-(-numel // GROUP),), 0x7700, dtype=torch.int16)  # the pattern of 2^-8
         if role == "number":
             return torch.ones(1)
         dtype = constants.get(f"{role}_DTYPE")

@@ -35,13 +35,6 @@ def loose(op):
     return call
 
 
-def fused(kernel, config):
-    """Tell whether ``kernel`` rounds a product and the sum that it goes into once: compiled with this configuration it does
-    where it can, in Triton's interpreter never.
-    """
-    return config.get("enable_fp_fusion", False) and type(kernel).__name__ == "JITFunction"
-
-
 def relative_error(got, want):
     """||got - want|| / ||want|| in fp64; NaN anywhere is an infinite error."""
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
@@ -66,8 +59,10 @@ def assert_rows_close(got, want, tolerance, what):
     assert errors.max() <= tolerance, f"{what}: row {worst} has relative error {errors.max():.2e} > {tolerance:.0e}"
 
 
-def mutant(name, old, new, tmp_path):
+def mutant(name, old, new, tmp_path, more=""):
     """Return a copy of the module ``name`` with ``old`` replaced by ``new``, a fault that a test must notice.
+
+    ``more``: source that is added at its end, such as that of a kernel that calls the module's functions.
 
     The copy must be a valid program that computes something else. One that reads out of bounds, or whose threads race, need not
     be wrong on every machine, and stops the tests where memory is checked.
@@ -76,7 +71,7 @@ def mutant(name, old, new, tmp_path):
     if old not in source:  # not an AssertionError, which the caller takes for a mutant that was caught
         raise LookupError(f"{name} no longer contains {old!r}: update the mutation")
     path = tmp_path / "mutant.py"
-    path.write_text(source.replace(old, new))
+    path.write_text(source.replace(old, new) + more)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
