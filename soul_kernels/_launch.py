@@ -39,9 +39,13 @@ def has_triton() -> bool:
     return not type(triton).__name__ == "_NoTriton"
 
 
+# Read once: Triton chooses when a kernel is defined, and torch.compile could not trace a look into the environment.
+_INTERPRETED = has_triton() and bool(triton.knobs.runtime.interpret)
+
+
 def interpreting() -> bool:
     """Tell whether kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``, as Triton itself reads that variable)."""
-    return has_triton() and bool(triton.knobs.runtime.interpret)
+    return _INTERPRETED
 
 
 def runs_on_cpu() -> bool:

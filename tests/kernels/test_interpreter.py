@@ -37,8 +37,9 @@ def test_each_kernel_in_tritons_interpreter():
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton's own switch")
-@pytest.mark.parametrize("value, expected", [("1", True), ("true", True), ("on", True), ("0", False), ("", False)])
-def test_the_switch_is_read_as_triton_reads_it(value, expected, monkeypatch):
+@pytest.mark.parametrize("value, expected", [("true", True), ("", False)])
+def test_the_switch_is_read_as_triton_reads_it(value, expected):
     """Where Triton interprets and the library does not know it, bf16 would be truncated."""
-    monkeypatch.setenv("TRITON_INTERPRET", value)
-    assert interpreting() == expected
+    command = [sys.executable, "-c", "from soul_kernels.backends import interpreting; print(interpreting())"]
+    ended = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": value}, capture_output=True, text=True, check=True)
+    assert ended.stdout == f"{expected}\n"
