@@ -1,0 +1,309 @@
+"""The page of an unlearning run, made of the files in its output directory alone.
+
+So it can be made again at any time, also of a run that was interrupted or is still going on.
+"""
+
+import json
+import pathlib
+import shlex
+from typing import Any
+
+from soul.output.directory import NOTES_FILE
+from soul.output.files import write_text
+from soul.report.page import (
+    BAD,
+    GOOD,
+    MIXED,
+    OPEN,
+    Block,
+    Chart,
+    Charts,
+    Commands,
+    Figure,
+    Level,
+    Page,
+    Pairs,
+    Point,
+    Sample,
+    Samples,
+    Section,
+    Series,
+    Table,
+    Text,
+    Verdict,
+)
+from soul.report.records import Record, Run, is_number, read_json
+from soul.report.words import counted, duration, number, one_line, plain, probability, ratio, sentence, shortened
+from soul.report.write import attempt, write_page
+
+FORGOTTEN = 0.5  # of the start: without an aim, answers that have fallen to this count as forgotten
+KEPT = 0.95  # of the start: without an aim, what has stayed above this counts as kept
+REFUSING = ("po", "dpo")  # methods that teach refusals, which the probability of an answer does not show
+SETS = {"forget": "To be forgotten", "control": "Control", "retain": "To be kept", "general": "General"}
+FORGET, KEEP, OTHER, CLIPPED = range(4)  # colors of curves
+
+
+def report_on_run(directory: pathlib.Path, numbers: Record | None = None) -> list[str]:
+    """Write the report of the run in an output directory, and return lines for a terminal: what the model says, and the path.
+
+    Nothing is raised: if there can be no report, the last line says why.
+
+    Args:
+        directory: the output directory.
+        numbers: what the notes of the run are to have beside their content, such as ``forget_prob``, before and after.
+    """
+    lines: list[str] = []
+
+    def write() -> pathlib.Path:
+        if numbers:
+            notes = read_json(directory / NOTES_FILE) | numbers
+            write_text(directory / NOTES_FILE, json.dumps(notes, indent=1) + "\n")
+        run = Run(directory)
+        lines.extend(samples_text(run))
+        return write_page(directory, run_page(run))
+
+    last = attempt(write)
+    return [*lines, last]
+
+
+def run_page(run: Run) -> Page:
+    """Return the page of a run."""
+    sections = [
+        Section("What the model says", _samples(run)),
+        Section("Over the steps", _curves(run)),
+        Section("Data", _data(run)),
+        Section("What next", _next(run)),
+        Section("Options", (Pairs(_pairs(run.options)),), folded=True),
+        Section("Environment", (Pairs(_pairs(run.notes.get("environment", {}))),), folded=True),
+    ]
+    model = str(run.options.get("model", "a model"))
+    words = [str(run.options.get("method", "")), str(run.options.get("optimizer", "")), counted(len(run.steps), "step")]
+    words += [str(run.notes["ended_at"])] if "ended_at" in run.notes else []
+    return Page(
+        title=f"Unlearning of {model}",
+        subtitle=" · ".join(word for word in words if word),
+        verdict=_verdict(run),
+        figures=_figures(run),
+        sections=tuple(section for section in sections if any(_has_content(block) for block in section.blocks)),
+    )
+
+
+def _has_content(block: Block) -> bool:
+    return not isinstance(block, Pairs) or bool(block.rows)
+
+
+# The verdict
+
+
+def _verdict(run: Run) -> Verdict:
+    if not run.ended:
+        last = f"The last step in the log is {run.steps[-1]['step']}." if run.steps else "It has not taken a step."
+        resume = "The same command with --resume goes on from the newest checkpoint, if there is one."
+        return Verdict(OPEN, "This run has not ended", (last, resume))
+    return _verdict_on_aim(run) if "reached" in run.verdict else _verdict_without_aim(run)
+
+
+def _verdict_on_aim(run: Run) -> Verdict:
+    verdict = run.verdict
+    sentences = []
+    if is_number(verdict.get("forget_prob")) and is_number(verdict.get("aim")):
+        source = f" ({verdict['aim_source']})" if verdict.get("aim_source") else ""
+        start = f", from {probability(verdict['forget_prob_start'])}" if is_number(verdict.get("forget_prob_start")) else ""
+        sentences.append(
+            f"Probability of the answers to be forgotten: {probability(verdict['forget_prob'])}{start}. "
+            f"The aim was at most {probability(verdict['aim'])}{source}."
+        )
+    if is_number(verdict.get("control_prob")) and is_number(verdict.get("control_prob_start")):
+        share = ratio(verdict["control_prob"], verdict["control_prob_start"])
+        at_least = f"; at least {verdict['keep']:.0%} were to be kept" if is_number(verdict.get("keep")) else ""
+        sentences.append(
+            f"Probability of the control answers: {probability(verdict['control_prob'])}, {share} of the start{at_least}."
+        )
+    sentences += [sentence(str(verdict[name])) for name in ("reason", "advice") if verdict.get(name)]
+    if verdict["reached"]:
+        return Verdict(GOOD, "Aim reached", tuple(sentences))
+    return Verdict(BAD, "Aim not reached", tuple(sentences))
+
+
+def _verdict_without_aim(run: Run) -> Verdict:
+    forget, kept = run.probabilities("forget"), run.probabilities(run.kept_name)
+    if len(forget) < 2:
+        return Verdict(OPEN, "The run has ended", ("What it has forgotten was not measured.",))
+    is_forgotten = forget[-1][1] <= FORGOTTEN * forget[0][1]
+    is_kept = len(kept) > 1 and kept[-1][1] >= KEPT * kept[0][1]
+    sentences = [f"Probability of the answers to be forgotten: {_change(forget)}."]
+    if len(kept) > 1:
+        sentences.append(f"Probability of the answers to be kept: {_change(kept)}.")
+    measure = f"No aim was given; this page takes half of the start for forgotten and {KEPT:.0%} of it for kept."
+    if run.options.get("method") in REFUSING:
+        method = str(run.options["method"]).upper()
+        remedy = (
+            f"{method} teaches the model to refuse, which the probability of an answer does not show: read the answers below."
+        )
+        return Verdict(OPEN, "Judge by the answers", (*sentences, remedy))
+    if is_forgotten and is_kept:
+        return Verdict(GOOD, "Forgotten, and the rest kept", (*sentences, measure))
+    if is_forgotten and len(kept) < 2:
+        return Verdict(OPEN, "Forgotten; what was kept was not measured", (*sentences, measure))
+    if is_forgotten:
+        lost = (
+            "Forgotten, and so was much of what was to be kept" if kept[-1][1] < 0.75 * kept[0][1] else "Forgotten, at a cost"
+        )
+        advice = "To keep more, raise --alpha or lower --lr."
+        return Verdict(MIXED, lost, (*sentences, measure, advice))
+    if is_kept or len(kept) < 2:
+        advice = "To forget more, raise --epochs or --lr."
+        return Verdict(BAD, "Little or nothing was forgotten", (*sentences, measure, advice))
+    advice = "Both terms work against each other here: try a lower --lr with more --epochs, and another --alpha."
+    return Verdict(BAD, "Not forgotten, and not kept either", (*sentences, measure, advice))
+
+
+def _change(points: tuple[Point, ...]) -> str:
+    first, last = points[0][1], points[-1][1]
+    return f"{probability(first)} before, {probability(last)} after, {ratio(last, first)} of the start"
+
+
+def _figures(run: Run) -> tuple[Figure, ...]:
+    figures = []
+    for name, label in (("forget", "Forget probability"), (run.kept_name, f"{run.kept_name.capitalize()} probability")):
+        points = run.probabilities(name)
+        if len(points) > 1:
+            value = f"{probability(points[0][1])} → {probability(points[-1][1])}"
+            figures.append(Figure(label, value, f"{ratio(points[-1][1], points[0][1])} of the start"))
+    if run.steps:
+        epochs = run.steps[-1].get("epoch")
+        figures.append(Figure("Steps", number(run.steps[-1]["step"]), counted(epochs, "epoch") if epochs else ""))
+    if is_number(run.notes.get("seconds")):
+        figures.append(
+            Figure("Time", duration(run.notes["seconds"]), "since it was resumed" if run.notes.get("resumed") else "")
+        )
+    clipped = run.curve("clip_fraction")
+    if clipped:
+        figures.append(Figure("Clipped", f"{clipped[-1][1]:.0%}", "of the coordinates, in the last step"))
+    memory = run.curve("peak_memory_gib")
+    if memory:
+        figures.append(Figure("Peak memory", f"{memory[-1][1]:.3g} GiB"))
+    return tuple(figures)
+
+
+# The sections
+
+
+def _samples(run: Run) -> tuple[Block, ...]:
+    samples = samples_of(run.notes, run.ended)
+    if samples:
+        most = run.notes.get("max_new_tokens")
+        how = f"Greedy answers of at most {most} tokens, to prompts that were chosen by their position alone."
+        return Text(how), Samples(samples)
+    return (Text(str(run.notes.get("no_samples") or "No answers were asked for in this run.")),)
+
+
+def samples_of(notes: Record, ended: bool) -> tuple[Sample, ...]:
+    """Return the samples in the notes of a run.
+
+    Args:
+        notes: the content of ``report.json``.
+        ended: whether the last answers are those after the run.
+    """
+    asked = notes.get("asked", [])
+    samples = []
+    for index, prompt in enumerate(notes.get("prompts", [])):
+        answers, remarks = [], []
+        for position, record in enumerate(asked):
+            is_last = position == len(asked) - 1 and position
+            time = "before" if not position else "after" if is_last and ended else f"step {record['step']}"
+            answers.append((time, shortened(record["texts"][index].strip()) or "(nothing)"))
+            value = record.get("probabilities", {}).get(str(index))
+            remarks.append(f"p {probability(value)}" if is_number(value) else "")
+        group = SETS.get(prompt["set"], prompt["set"])
+        expected = shortened(prompt.get("answer", ""))
+        samples.append(Sample(group, shortened(prompt["prompt"]), expected, tuple(answers), tuple(remarks)))
+    return tuple(samples)
+
+
+def samples_text(run: Run) -> list[str]:
+    """Return what the model said before and after, as lines for a terminal; [] if it was not asked."""
+    lines = []
+    for sample in samples_of(run.notes, run.ended):
+        (_, before), *_, (_, after) = sample.answers if len(sample.answers) > 1 else (*sample.answers, ("", ""))
+        lines.append(f"{sample.group}: {one_line(sample.prompt)}")
+        lines += [f"  before: {one_line(before)}", f"  after:  {one_line(after)}"]
+    return lines
+
+
+def _curves(run: Run) -> tuple[Block, ...]:
+    kept = run.kept_name
+    levels = []
+    if is_number(run.verdict.get("aim")):
+        levels.append(Level(f"aim {probability(run.verdict['aim'])}", run.verdict["aim"], 0))
+    start, keep = run.verdict.get("control_prob_start"), run.verdict.get("keep")
+    if start is not None and keep is not None and is_number(start) and is_number(keep):
+        levels.append(Level(f"keep {probability(start * keep)}", start * keep, 1))
+    charts = [
+        _chart("Probability of the answers", (FORGET, "forget", run.probabilities("forget")),
+               (KEEP, kept, run.probabilities(kept)), levels=tuple(levels), unit_interval=True,
+               note="Mean over rows of the length-normalised probability."),
+        _chart("Loss of each batch, a token", (FORGET, "forget", run.curve("forget_nll")),
+               (KEEP, "retain", run.curve("retain_nll")), note="Negative log-likelihood in nats. Forgetting raises the first."),
+        _chart("Objective and its terms", (FORGET, "forget term", run.curve("loss_forget")),
+               (KEEP, "retain term", run.curve("loss_retain")), (OTHER, "sum", run.curve("loss"))),
+        _chart("Alpha, the weight of keeping", (KEEP, "alpha", run.curve("alpha", run.aims))),
+        _chart("Learning rate", (OTHER, "lr", run.curve("lr")), may_log=True),
+        _chart("Clipped fraction", (CLIPPED, "clipped", run.curve("clip_fraction")), unit_interval=True,
+               note="Of the coordinates of a step."),
+        _chart("Rho, the clipping threshold", (CLIPPED, "rho", run.curve("rho")), may_log=True),
+        _chart("Norm of the gradient", (OTHER, "gradient norm", run.curve("grad_norm")), may_log=True, note="Before clipping."),
+        _chart("Tokens a second", (OTHER, "tokens a second", run.curve("tokens_per_s"))),
+    ]  # fmt: skip
+    shown = tuple(chart for chart in charts if chart is not None)
+    return (Charts(shown),) if shown else (Text("The log has no steps."),)
+
+
+def _chart(title: str, *curves: tuple[int, str, tuple[Point, ...]], may_log: bool = False, **options: Any) -> Chart | None:
+    """Return a chart of those curves (color, name, points) that have points; None without any."""
+    series = tuple(Series(name, points, color) for color, name, points in curves if points)
+    heights = [y for curve in series for _, y in curve.points]
+    if not heights:
+        return None
+    return Chart(title, series, log=may_log and 0 < 50 * min(heights) < max(heights), **options)
+
+
+def _data(run: Run) -> tuple[Block, ...]:
+    columns = {"rows": "rows", "blank": "blank, left out", "no_room": "too long, left out", "truncated": "cut",
+               "split": "split", "pieces": "pieces"}  # fmt: skip
+    sets = {name: counts for name, counts in run.data.items() if isinstance(counts, dict) and "rows" in counts}
+    used = {key: title for key, title in columns.items() if key == "rows" or any(counts.get(key) for counts in sets.values())}
+    rows = tuple((name, *(number(counts.get(key, 0)) for key in used)) for name, counts in sets.items())
+    sources = tuple((name, str(run.options[name])) for name in ("forget", "retain", "control") if run.options.get(name))
+    return (Table(("set", *used.values()), rows), Pairs(sources)) if rows else (Pairs(sources),)
+
+
+def _next(run: Run) -> tuple[Block, ...]:
+    output, model = shlex.quote(str(run.directory)), shlex.quote(str(run.options.get("model", "MODEL")))
+    template = _template_words(run.options)
+    if not run.ended:
+        return (Commands((("Make this page again, of what the directory holds then:", f"soul report {output}"),)),)
+    undo = "The model before unlearning was not changed. To undo, use it, and delete this directory."
+    if (run.directory / "adapter_config.json").is_file():
+        undo = "This directory holds adapters; without them the model is as it was. To undo, leave them out."
+    python = f"from soul.models import load\nmodel, tokenizer = load({str(run.directory)!r})"
+    commands = (
+        ("Ask this model and the one before it the same questions:", f"soul ask {output} --against {model}{template}"),
+        ("Measure it with TOFU's metrics (docs/evaluation.md; DIR has TOFU's files):",
+         f"soul evaluate --model {output} --data DIR --output {shlex.quote(str(run.directory) + '-evaluation')}{template}"),
+        ("Load it in Python:", python),
+        ("Publish it. The report and its notes quote rows that were to be forgotten, so they stay here:",
+         f"hf upload OWNER/NAME {output} --exclude 'report.*'"),
+        ("Make this page again:", f"soul report {output}"),
+    )  # fmt: skip
+    return Text(undo), Commands(commands)
+
+
+def _template_words(options: Record) -> str:
+    words = [f"--{name} {shlex.quote(str(options[name]))}" for name in ("template", "system") if options.get(name)]
+    return "".join(f" {word}" for word in words if word != "--template plain")
+
+
+def _pairs(values: Record) -> tuple[tuple[str, str], ...]:
+    """Return names and values as texts, without those that are not set."""
+    return tuple((name.replace("_", " "), plain(value)) for name, value in values.items() if value not in (None, [], ""))
