@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # stands for the color of text
 PLACEHOLDERS = ("#010101", "#020202", "#030303", "#040404")  # stand for the colors of the series
-SIZE = (5.0, 2.7)  # inches of 72 units: on a phone a unit is about a pixel
+SIZE = (5.0, 2.5)  # inches of 72 units: on a phone a unit is about a pixel
 MOST_POINTS = 400  # of a curve: more are not seen, and make the file large
 MOST_MARKED = 25  # a curve of so few points shows them
 
@@ -61,12 +61,15 @@ def svg(chart: Chart, name: str) -> str:
 
 def _style(axis: "Axes", chart: Chart) -> None:
     """Set scales, grid and colors."""
+    ticker = require("matplotlib.ticker", "plots")
     if chart.log:
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))  # without tiny exponents
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
     elif chart.unit_interval:
         axis.set_ylim(-0.03, 1.03)
     axis.set_xlabel(chart.x_label, color=INK)
-    axis.xaxis.set_major_locator(require("matplotlib.ticker", "plots").MaxNLocator(nbins=6, integer=True))
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True))
     axis.grid(color=INK, alpha=0.15, linewidth=0.8)
     axis.tick_params(which="both", color=INK, labelcolor=INK, length=0)
     for side, spine in axis.spines.items():

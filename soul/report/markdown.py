@@ -69,7 +69,7 @@ def _text(text: str) -> str:
     text = re.sub(r"\s*\n\s*", " ⏎ ", cleaned(text).strip()).replace("\t", " ")
     text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", re.sub(r"^([-+=])", r"\\\1", text))
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([-+=])", r"\\\1", text))
 
 
 def _fenced(text: str) -> str:

@@ -27,6 +27,7 @@ class Run:
         verdict: what came of an aim; {} without one.
         data: numbers of rows by set.
         steps: a record for each step of the log.
+        pilot: a record for each learning rate that was tried before the first step.
         aims: a record for each evaluation of the controller of the aim.
         ended: whether the run has ended, and its model is saved.
     """
@@ -39,6 +40,7 @@ class Run:
         self.data = read_json(directory / DATA_FILE)
         records = read_log(directory / LOG_FILE)
         self.steps = [record for record in records if "event" not in record and "step" in record]
+        self.pilot = [record for record in records if record.get("event") == "pilot"]
         self.aims = [record for record in records if record.get("event") == "aim"]
         self.ended = (directory / ENDED_FILE).is_file()
 

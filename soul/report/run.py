@@ -6,6 +6,7 @@ So it can be made again at any time, also of a run that was interrupted or is st
 import json
 import pathlib
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 from soul.output.directory import NOTES_FILE
@@ -38,6 +39,8 @@ from soul.report.write import attempt, write_page
 
 FORGOTTEN = 0.5  # of the start: without an aim, answers that have fallen to this count as forgotten
 KEPT = 0.95  # of the start: without an aim, what has stayed above this counts as kept
+ALMOST_ALL = 0.9  # of the start: answers that have stayed above this were not forgotten at all
+MUCH = 0.75  # of the start: what has fallen below this was not just paid for forgetting, but lost
 REFUSING = ("po", "dpo")  # methods that teach refusals, which the probability of an answer does not show
 SETS = {"forget": "To be forgotten", "control": "Control", "retain": "To be kept", "general": "General"}
 FORGET, KEEP, OTHER, CLIPPED = range(4)  # colors of curves
@@ -69,8 +72,9 @@ def report_on_run(directory: pathlib.Path, numbers: Record | None = None) -> lis
 def run_page(run: Run) -> Page:
     """Return the page of a run."""
     sections = [
+        Section("Forgetting and keeping", _probabilities(run)),
         Section("What the model says", _samples(run)),
-        Section("Over the steps", _curves(run)),
+        Section("The optimization", (*_curves(run), *_pilot(run))),
         Section("Data", _data(run)),
         Section("What next", _next(run)),
         Section("Options", (Pairs(_pairs(run.options)),), folded=True),
@@ -147,13 +151,13 @@ def _verdict_without_aim(run: Run) -> Verdict:
         return Verdict(OPEN, "Forgotten; what was kept was not measured", (*sentences, measure))
     if is_forgotten:
         lost = (
-            "Forgotten, and so was much of what was to be kept" if kept[-1][1] < 0.75 * kept[0][1] else "Forgotten, at a cost"
+            "Forgotten, and so was much of what was to be kept" if kept[-1][1] < MUCH * kept[0][1] else "Forgotten, at a cost"
         )
         advice = "To keep more, raise --alpha or lower --lr."
         return Verdict(MIXED, lost, (*sentences, measure, advice))
     if is_kept or len(kept) < 2:
-        advice = "To forget more, raise --epochs or --lr."
-        return Verdict(BAD, "Little or nothing was forgotten", (*sentences, measure, advice))
+        headline = "Not enough was forgotten" if forget[-1][1] < ALMOST_ALL * forget[0][1] else "Next to nothing was forgotten"
+        return Verdict(BAD, headline, (*sentences, measure, "To forget more, raise --epochs or --lr."))
     advice = "Both terms work against each other here: try a lower --lr with more --epochs, and another --alpha."
     return Verdict(BAD, "Not forgotten, and not kept either", (*sentences, measure, advice))
 
@@ -193,7 +197,10 @@ def _samples(run: Run) -> tuple[Block, ...]:
     samples = samples_of(run.notes, run.ended)
     if samples:
         most = run.notes.get("max_new_tokens")
-        how = f"Greedy answers of at most {most} tokens, to prompts that were chosen by their position alone."
+        how = (
+            f"Greedy answers of at most {most} tokens, to prompts that were chosen by their position alone. "
+            "p: the probability of the answer in the data."
+        )
         return Text(how), Samples(samples)
     return (Text(str(run.notes.get("no_samples") or "No answers were asked for in this run.")),)
 
@@ -231,7 +238,7 @@ def samples_text(run: Run) -> list[str]:
     return lines
 
 
-def _curves(run: Run) -> tuple[Block, ...]:
+def _probabilities(run: Run) -> tuple[Block, ...]:
     kept = run.kept_name
     levels = []
     if is_number(run.verdict.get("aim")):
@@ -239,12 +246,18 @@ def _curves(run: Run) -> tuple[Block, ...]:
     start, keep = run.verdict.get("control_prob_start"), run.verdict.get("keep")
     if start is not None and keep is not None and is_number(start) and is_number(keep):
         levels.append(Level(f"keep {probability(start * keep)}", start * keep, 1))
-    charts = [
+    charts = (
         _chart("Probability of the answers", (FORGET, "forget", run.probabilities("forget")),
                (KEEP, kept, run.probabilities(kept)), levels=tuple(levels), unit_interval=True,
                note="Mean over rows of the length-normalised probability."),
         _chart("Loss of each batch, a token", (FORGET, "forget", run.curve("forget_nll")),
                (KEEP, "retain", run.curve("retain_nll")), note="Negative log-likelihood in nats. Forgetting raises the first."),
+    )  # fmt: skip
+    return _shown(charts)
+
+
+def _curves(run: Run) -> tuple[Block, ...]:
+    charts = (
         _chart("Objective and its terms", (FORGET, "forget term", run.curve("loss_forget")),
                (KEEP, "retain term", run.curve("loss_retain")), (OTHER, "sum", run.curve("loss"))),
         _chart("Alpha, the weight of keeping", (KEEP, "alpha", run.curve("alpha", run.aims))),
@@ -254,9 +267,32 @@ def _curves(run: Run) -> tuple[Block, ...]:
         _chart("Rho, the clipping threshold", (CLIPPED, "rho", run.curve("rho")), may_log=True),
         _chart("Norm of the gradient", (OTHER, "gradient norm", run.curve("grad_norm")), may_log=True, note="Before clipping."),
         _chart("Tokens a second", (OTHER, "tokens a second", run.curve("tokens_per_s"))),
-    ]  # fmt: skip
+    )  # fmt: skip
+    return _shown(charts)
+
+
+def _shown(charts: tuple[Chart | None, ...]) -> tuple[Block, ...]:
+    """Return the charts that have curves, as a block; without any, none."""
     shown = tuple(chart for chart in charts if chart is not None)
-    return (Charts(shown),) if shown else (Text("The log has no steps."),)
+    return (Charts(shown),) if shown else ()
+
+
+def _pilot(run: Run) -> tuple[Block, ...]:
+    """Return the learning rates that were tried before the first step."""
+    if not run.pilot:
+        return ()
+    head = ("learning rate", "alpha", "rise of the forget loss a step", "control kept")
+    rows = tuple(
+        (number(record.get("lr")), number(record.get("alpha")), _or_diverged(record, "response", number),
+         _or_diverged(record, "kept", "{:.0%}".format))
+        for record in run.pilot
+    )  # fmt: skip
+    return Text("Rates that were tried before the first step; the weights were restored after each try."), Table(head, rows)
+
+
+def _or_diverged(record: Record, key: str, shown: Callable[[float], str]) -> str:
+    value: Any = record.get(key)
+    return shown(value) if is_number(value) else "diverged"
 
 
 def _chart(title: str, *curves: tuple[int, str, tuple[Point, ...]], may_log: bool = False, **options: Any) -> Chart | None:

@@ -42,13 +42,13 @@ details[open] summary { margin-bottom: .75rem; }
 .mixed { border-left-color: var(--mixed); } .mixed .headline { color: var(--mixed); }
 .bad { border-left-color: var(--bad); } .bad .headline { color: var(--bad); }
 .open { border-left-color: var(--open); } .open .headline { color: var(--open); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.25rem, 1fr)); gap: .75rem; margin: 1rem 0 0; }
 .figures div { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .65rem .8rem; }
 .figures dt { font-size: .85rem; color: var(--faint); }
 .figures dd { margin: 0; overflow-wrap: anywhere; }
-.figures .value { font-size: 1.2rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.figures .value { font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures .note { font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; margin: 0;
   min-width: 0; }
 figure h3 { margin: 0 0 .15rem; }

@@ -213,7 +213,7 @@ class Notes:
         return record
 
     def _attempt(self, work: Callable[[], None]) -> bool:
-        """Do something in all processes, and tell whether it was done; if it fails in one, say why, and ask nothing any more."""
+        """Do something in all processes, and tell whether it was done; if it fails in one, say why and ask no more."""
         if self._is_silent:
             return False
         try:

@@ -11,6 +11,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -21,6 +22,16 @@ TIMEOUT = 60  # seconds for an answer; a busy machine takes long
 def executable():
     """Return the path of a Chromium on this machine, or None."""
     return next((path for path in map(shutil.which, NAMES) if path), None)
+
+
+# Puts two descriptors where the browser expects them, and becomes the browser.
+LAUNCH = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3]]
+os.dup2(high[0], 3)
+os.dup2(high[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -38,10 +49,9 @@ class Browser:
         self._in, answers = os.pipe()
         options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
         command = [executable(), *options, f"--user-data-dir={self._folder.name}", "--remote-debugging-pipe", "about:blank"]
-        shell = ["sh", "-c", f'exec "$@" 3<&{theirs} 4>&{answers}', "sh", *command]  # the descriptors that it expects
-        self._process = subprocess.Popen(
-            shell, pass_fds=(theirs, answers), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        launcher = [sys.executable, "-S", "-E", "-c", LAUNCH, str(theirs), str(answers)]
+        quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen([*launcher, *command], pass_fds=(theirs, answers), start_new_session=True, **quiet)
         os.close(theirs)
         os.close(answers)
         self._buffer, self._number, self._session = b"", 0, None
@@ -63,7 +73,8 @@ class Browser:
     def show(self, path, width, height, dark=False):
         """Open a file in a window of a size, in the light or in the dark, and wait until it is there."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.resolve().as_uri())
         self._until(lambda answer: answer.get("method") == "Page.loadEventFired", "the page")
 
