@@ -222,7 +222,7 @@ def curve_tables(charts: Charts, rows: int = 10) -> tuple[Table, ...]:
     groups: dict[tuple[float, ...], list[tuple[str, Series]]] = {}
     for chart in charts.charts:
         for series in chart.series:
-            name = series.name if len(chart.series) == 1 or series.name == chart.title else f"{chart.title}, {series.name}"
+            name = chart.title if len(chart.series) == 1 else f"{chart.title}: {series.name}"
             groups.setdefault(tuple(x for x, _ in series.points), []).append((name, series))
     tables = []
     for xs, members in groups.items():

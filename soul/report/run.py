@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from soul.output.directory import NOTES_FILE
-from soul.output.files import write_text
+from soul.output.files import replace_text
 from soul.report.page import (
     BAD,
     GOOD,
@@ -60,7 +60,7 @@ def report_on_run(directory: pathlib.Path, numbers: Record | None = None) -> lis
     def write() -> pathlib.Path:
         if numbers:
             notes = read_json(directory / NOTES_FILE) | numbers
-            write_text(directory / NOTES_FILE, json.dumps(notes, indent=1) + "\n")
+            replace_text(directory / NOTES_FILE, json.dumps(notes, indent=1) + "\n")
         run = Run(directory)
         lines.extend(samples_text(run))
         return write_page(directory, run_page(run))

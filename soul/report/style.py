@@ -48,7 +48,7 @@ details[open] summary { margin-bottom: .75rem; }
 .figures dd { margin: 0; overflow-wrap: anywhere; }
 .figures .value { font-size: 1.1rem; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures .note { font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
+.charts { margin: 0 0 1rem; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
 figure { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .75rem; margin: 0;
   min-width: 0; }
 figure h3 { margin: 0 0 .15rem; }
@@ -65,7 +65,7 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { font-weight: 600; color: var(--faint); }
 .numbers th:not(:first-child), .numbers td:not(:first-child) { text-align: right; white-space: nowrap; }
-.pairs { width: 100%; table-layout: fixed; }
+.pairs { width: 100%; table-layout: fixed; margin: 0 0 1rem; }
 .pairs th { width: 38%; overflow-wrap: anywhere; font-weight: 400; }
 .pairs td { overflow-wrap: anywhere; white-space: pre-wrap; padding-right: 0; }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .8rem .9rem;

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Callable
 
-from soul.output.files import write_text
+from soul.output.files import replace_text
 from soul.report import html, markdown
 from soul.report.page import Page
 
@@ -11,14 +11,14 @@ HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 
 
 def write_page(directory: pathlib.Path, page: Page) -> pathlib.Path:
-    """Write a page into a directory in both forms, each file whole or not at all; return the path of the HTML file.
+    """Write a page into a directory in both forms, each file at once; return the path of the HTML file.
 
     Raises:
         OSError: a file could not be written.
     """
     texts = {MARKDOWN_FILE: markdown.render(page), HTML_FILE: html.render(page)}
     for name, text in texts.items():
-        write_text(directory / name, text)
+        replace_text(directory / name, text)
     return directory / HTML_FILE
 
 

@@ -22,7 +22,7 @@ from soul.distributed.processes import Processes
 from soul.evaluate.model import answer_probabilities, answer_probability, generate
 from soul.models.encoding import encode_for
 from soul.output.directory import NOTES_FILE
-from soul.output.files import write_text
+from soul.output.files import replace_text
 from soul.run.config import UnlearnConfig
 from soul_kernels.errors import argument_error, check_whole
 
@@ -231,7 +231,7 @@ class Notes:
         if not self._processes.first:
             return
         try:
-            write_text(self._path, json.dumps(self.content, indent=1, default=str) + "\n")
+            replace_text(self._path, json.dumps(self.content, indent=1, default=str) + "\n")
         except (OSError, ValueError) as error:
             self._say(f"{self._path} could not be written: {error}")
 

@@ -91,7 +91,7 @@ def test_a_page_full_of_traps(browser, tmp_path):
 @pytest.mark.parametrize("old, new", [
     (".pairs td { overflow-wrap: anywhere;", ".pairs td { white-space: nowrap;"),  # a path leaves the window
     ("--ink: #e4e7eb", "--ink: #24272b"),  # dark on dark
-    ("default-src 'none'; style-src 'unsafe-inline'; img-src data:", "style-src 'unsafe-inline'"),  # the picture below is loaded
+    ("default-src 'none'; style-src 'unsafe-inline'; img-src data:", "style-src 'unsafe-inline'"),  # a picture is loaded
 ])  # fmt: skip
 def test_faults_are_seen(browser, tmp_path, old, new):
     text = html.render(nasty_page())

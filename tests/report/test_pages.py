@@ -144,8 +144,8 @@ def test_without_matplotlib_there_are_tables(monkeypatch):
 def test_curves_with_the_same_steps_share_a_table():
     chart = Chart("loss", (Series("a", ((1, 1.0), (2, 2.0))), Series("b", ((1, 3.0), (2, 4.0)))))
     first, second, third = curve_tables(Charts((CHART, chart)))
-    assert (first.head[1:], second.head[1:]) == (("Probability <of> answers, forget",), ("Probability <of> answers, control",))
-    assert third.head == ("step", "loss, a", "loss, b") and third.rows == (("1", "1", "3"), ("2", "2", "4"))
+    assert (first.head[1:], second.head[1:]) == (("Probability <of> answers: forget",), ("Probability <of> answers: control",))
+    assert third.head == ("step", "loss: a", "loss: b") and third.rows == (("1", "1", "3"), ("2", "2", "4"))
     (rates,) = curve_tables(Charts((RATES,)), rows=4)
     assert [row[0] for row in rates.rows] == ["1", "11", "20", "30"] and rates.head == ("step", "lr")
     assert spaced(3, 10) == [0, 1, 2] and spaced(5, 1) == [0] and spaced(0, 4) == []
