@@ -178,7 +178,8 @@ def _prose_block(lines: list[str], folder: pathlib.Path | None) -> str:
     """Return a block of lines between blank ones as HTML."""
     picture = re.fullmatch(r"!\[([^\]]*)\]\(([^)]+)\)", lines[0])
     if picture and folder is not None:
-        return f'<figure><img alt="{_text(picture[1])}" src="{_data_address(folder / picture[2])}"></figure>'
+        address = _data_address(folder / picture[2])
+        return f'<figure class="scroll" tabindex="0"><img alt="{_text(picture[1])}" src="{address}"></figure>'
     if lines[0].startswith("### "):
         return f"<h3>{_inline(lines[0][4:])}</h3>"
     if lines[0].startswith("| ") and len(lines) > 2:

@@ -34,7 +34,7 @@ from soul.report.page import (
     Verdict,
 )
 from soul.report.records import Record, Run, is_number, read_json
-from soul.report.words import counted, duration, number, one_line, plain, probability, ratio, sentence, shortened
+from soul.report.words import counted, duration, number, one_line, options_of, probability, ratio, sentence, shortened
 from soul.report.write import attempt, write_page
 
 FORGOTTEN = 0.5  # of the start: without an aim, answers that have fallen to this count as forgotten
@@ -77,8 +77,8 @@ def run_page(run: Run) -> Page:
         Section("The optimization", (*_curves(run), *_pilot(run))),
         Section("Data", _data(run)),
         Section("What next", _next(run)),
-        Section("Options", (Pairs(_pairs(run.options)),), folded=True),
-        Section("Environment", (Pairs(_pairs(run.notes.get("environment", {}))),), folded=True),
+        Section("Options", (Pairs(options_of(run.options)),), folded=True),
+        Section("Environment", (Pairs(options_of(run.notes.get("environment", {}))),), folded=True),
     ]
     model = str(run.options.get("model", "a model"))
     words = [str(run.options.get("method", "")), str(run.options.get("optimizer", "")), counted(len(run.steps), "step")]
@@ -338,8 +338,3 @@ def _next(run: Run) -> tuple[Block, ...]:
 def _template_words(options: Record) -> str:
     words = [f"--{name} {shlex.quote(str(options[name]))}" for name in ("template", "system") if options.get(name)]
     return "".join(f" {word}" for word in words if word != "--template plain")
-
-
-def _pairs(values: Record) -> tuple[tuple[str, str], ...]:
-    """Return names and values as texts, without those that are not set."""
-    return tuple((name.replace("_", " "), plain(value)) for name, value in values.items() if value not in (None, [], ""))

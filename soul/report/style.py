@@ -25,6 +25,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 0 0 .75rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 p { margin: 0 0 .75rem; }
+ul { padding-left: 1.25rem; }
 p, li, h2, h3 { overflow-wrap: anywhere; }
 .subtitle, .note, figcaption, footer { color: var(--faint); }
 .subtitle { margin: .25rem 0 1.25rem; overflow-wrap: anywhere; }
@@ -54,6 +55,7 @@ figure { background: var(--card); border: 1px solid var(--line); border-radius: 
 figure h3 { margin: 0 0 .15rem; }
 figure svg { display: block; width: 100%; height: auto; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #ffffff; border-radius: .25rem; }
+figure.scroll img { min-width: 34rem; }
 figcaption { font-size: .85rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1rem; font-size: .85rem; margin: 0 0 .35rem; padding: 0; list-style: none; }
 .legend li::before { content: ""; display: inline-block; width: 1.1em; vertical-align: .28em; margin-right: .4em;

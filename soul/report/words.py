@@ -2,6 +2,8 @@
 
 import json
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 MOST_CHARACTERS = 600  # of a prompt or an answer
 
@@ -26,6 +28,11 @@ def plain(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(plain, value))
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def options_of(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Return names and values as texts, without those that are not set."""
+    return tuple((name.replace("_", " "), plain(value)) for name, value in values.items() if value not in (None, [], ""))
 
 
 def probability(value: float) -> str:

@@ -1,24 +1,33 @@
-"""Writing of a page: ``report.html`` and ``report.md``. A report that cannot be made never ends the work that it reports on."""
+"""Writing of a page. A report that cannot be made never ends the work that it reports on."""
 
 import pathlib
 from collections.abc import Callable
 
+from soul.output.directory import REPORT_FILES
 from soul.output.files import replace_text
 from soul.report import html, markdown
 from soul.report.page import Page
 
-HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+HTML_FILE, MARKDOWN_FILE = REPORT_FILES
 
 
 def write_page(directory: pathlib.Path, page: Page) -> pathlib.Path:
-    """Write a page into a directory in both forms, each file at once; return the path of the HTML file.
+    """Write a page into a directory as ``report.md`` and ``report.html``, and return the path of the second.
 
     Raises:
         OSError: a file could not be written.
     """
-    texts = {MARKDOWN_FILE: markdown.render(page), HTML_FILE: html.render(page)}
-    for name, text in texts.items():
-        replace_text(directory / name, text)
+    replace_text(directory / MARKDOWN_FILE, markdown.render(page))
+    return write_html(directory, page)
+
+
+def write_html(directory: pathlib.Path, page: Page) -> pathlib.Path:
+    """Write a page into a directory as ``report.html``, and return its path.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    replace_text(directory / HTML_FILE, html.render(page))
     return directory / HTML_FILE
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from soul.cli import main
 from soul.report import markdown
+from soul.report.evaluation import evaluation_page
 from soul.report.page import BAD, GOOD, MIXED, OPEN, Charts, Samples, Table
 from soul.report.records import Run
 from soul.report.run import report_on_run, run_page
@@ -144,6 +145,24 @@ def test_no_report_ends_a_run(tmp_path):
     (line,) = report_on_run(out)
     assert line.startswith("no report: KeyError") and not (out / "report.html").exists()
     assert report_on_run(tmp_path / "nowhere")[0].startswith("no report: FileNotFoundError")
+
+
+SUMMARY = {"model_utility": 0.62, "forget_prob": 0.4, "forget_rouge": 0.5, "forget_truth_ratio": 0.7, "forget_rows": 2,
+           "retain_prob": 0.9, "retain_rows": 2, "forget_min_k_auc": 0.51}  # fmt: skip
+
+
+@pytest.mark.parametrize("quality, outcome", [(0.3, GOOD), (1e-20, BAD), (None, OPEN)])
+def test_the_page_of_an_evaluation(quality, outcome):
+    summary = SUMMARY if quality is None else {**SUMMARY, "forget_quality": quality}
+    page = evaluation_page("a <b>", summary, {"forget": [("Who?", "", "Me.")]}, {"seed": 0, "json": None})
+    assert page.verdict.outcome == outcome
+    by_set, membership = blocks(page, Table)
+    assert by_set.head == ("set", "probability", "ROUGE-L recall", "truth ratio", "rows")
+    assert by_set.rows == (("forget", "0.4", "0.5", "0.7", "2"), ("retain", "0.9", "", "", "2"))
+    assert membership.rows == (("Min-K%", "0.51"),)
+    (samples,) = blocks(page, Samples)
+    assert samples.samples[0].answers == (("the model says", "(nothing)"),) and samples.samples[0].expected == "Me."
+    assert "0.62" in markdown.render(page)
 
 
 @pytest.mark.parametrize("words, message", [
