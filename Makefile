@@ -50,7 +50,7 @@ demo: install ## unlearn fictitious authors on this machine: report and pictures
 	$(BIN)/soul demo --output out/demo
 
 chromium: ## the browser in which tests look at reports, by apt where there is none; without it they are skipped
-	@command -v chromium chromium-browser google-chrome || { $(SUDO) apt-get -qq update && \
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { $(SUDO) apt-get -qq update && \
 	    $(SUDO) apt-get -qq install --yes --no-install-recommends chromium; } || echo 'no Chromium: its tests will be skipped'
 
 test: install ## kernels compiled for a GPU and executed on the CPU, references, everything else; no GPU needed

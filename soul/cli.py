@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import demo, evaluate, info, plan, report, study, unlearn
+from soul.commands import ask, demo, evaluate, info, plan, report, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
@@ -22,6 +22,7 @@ from soul_kernels.errors import ArgumentError, argument_error
 COMMANDS = {
     "unlearn": unlearn,
     "report": report,
+    "ask": ask,
     "plan": plan,
     "evaluate": evaluate,
     "study": study,
