@@ -100,6 +100,9 @@ def _has_content(block: Block) -> bool:
 
 
 def _verdict(run: Run) -> Verdict:
+    if not run.ended and run.steps and any(run.steps[-1].get(name, 0.0) is None for name in ("loss", "grad_norm")):
+        step = run.steps[-1]["step"]
+        return Verdict(BAD, "This run has diverged", (f"Loss or gradient are not finite at step {step}. No model was saved.",))
     if not run.ended:
         last = f"The last step in the log is {run.steps[-1]['step']}." if run.steps else "It has not taken a step."
         resume = "The same command with --resume goes on from the newest checkpoint, if there is one."
@@ -249,11 +252,18 @@ def _probabilities(run: Run) -> tuple[Block, ...]:
     charts = (
         _chart("Probability of the answers", (FORGET, "forget", run.probabilities("forget")),
                (KEEP, kept, run.probabilities(kept)), levels=tuple(levels), unit_interval=True,
-               note="Mean over rows of the length-normalised probability."),
+               note=_note_on_probabilities(run)),
         _chart("Loss of each batch, a token", (FORGET, "forget", run.curve("forget_nll")),
                (KEEP, "retain", run.curve("retain_nll")), note="Negative log-likelihood in nats. Forgetting raises the first."),
     )  # fmt: skip
     return _shown(charts)
+
+
+def _note_on_probabilities(run: Run) -> str:
+    note = "Mean over rows of the length-normalised probability."
+    if any(record.get("exact") is False for record in run.aims):
+        note += " Far from the aim, that of the rows to be forgotten is taken from the batches."
+    return note
 
 
 def _curves(run: Run) -> tuple[Block, ...]:
@@ -278,16 +288,21 @@ def _shown(charts: tuple[Chart | None, ...]) -> tuple[Block, ...]:
 
 
 def _pilot(run: Run) -> tuple[Block, ...]:
-    """Return the learning rates that were tried before the first step."""
-    if not run.pilot:
-        return ()
-    head = ("learning rate", "alpha", "rise of the forget loss a step", "control kept")
-    rows = tuple(
-        (number(record.get("lr")), number(record.get("alpha")), _or_diverged(record, "response", number),
-         _or_diverged(record, "kept", "{:.0%}".format))
-        for record in run.pilot
-    )  # fmt: skip
-    return Text("Rates that were tried before the first step; the weights were restored after each try."), Table(head, rows)
+    """Return the learning rates that were tried before the first step, and where the run went back to earlier weights."""
+    blocks: list[Block] = []
+    if run.pilot:
+        head = ("learning rate", "alpha", "rise of the forget loss a step", "control kept")
+        rows = tuple(
+            (number(record.get("lr")), number(record.get("alpha")), _or_diverged(record, "response", number),
+             _or_diverged(record, "kept", "{:.0%}".format))
+            for record in run.pilot
+        )  # fmt: skip
+        blocks.append(Text("Rates that were tried before the first step; the weights were restored after each try."))
+        blocks.append(Table(head, rows))
+    for record in run.aims:
+        if "back_to" in record:
+            blocks.append(Text(f"After step {record['step']} the run went back to the weights of step {record['back_to']}."))
+    return tuple(blocks)
 
 
 def _or_diverged(record: Record, key: str, shown: Callable[[float], str]) -> str:

@@ -107,7 +107,7 @@ def choose_prompts(
             length = max(1, min(TEXT_TOKENS, len(ids) // 2))
             sequence = Sequence(ids, sequence.labels, length)
             text, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids[length:]))
-        elif text.startswith(before) and text.endswith(after):
+        elif len(text) > len(before + after) and text.startswith(before) and text.endswith(after):
             text = text[len(before) : len(text) - len(after)]
         prompts.append(Prompt(name, text, answer, sequence))
     return prompts

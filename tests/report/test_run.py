@@ -83,6 +83,12 @@ def test_a_run_with_an_aim(tmp_path):
     assert page.verdict.outcome == BAD and page.verdict.sentences[-1] == "Raise --epochs."
 
 
+def test_where_an_aim_went_back_or_was_estimated(tmp_path):
+    aims = [{**AIMS[0], "exact": False, "back_to": 1}, AIMS[1]]
+    text = markdown.render(page_of(tmp_path / "out", log=[*STEPS, *aims], verdict=VERDICT))
+    assert "After step 2 the run went back to the weights of step 1." in text and "taken from the batches" in text
+
+
 @pytest.mark.parametrize("forget, kept, method, outcome, words", [
     ((0.6, 0.1), (0.6, 0.59), "npo", GOOD, "the rest kept"),
     ((0.6, 0.1), (0.6, 0.5), "npo", MIXED, "at a cost"),
@@ -128,6 +134,11 @@ def test_a_run_that_goes_on_or_was_killed(tmp_path, capsys):
     assert page.verdict.outcome == OPEN and "is 4" in page.verdict.sentences[0]
     assert curves(page)["Probability of the answers"]["forget"] == ((0, 0.67),)  # not what the notes of another end say
     assert "○ This run has not ended" in (out / "report.md").read_text()
+
+
+def test_a_run_that_diverged(tmp_path):
+    page = page_of(tmp_path / "out", log=[*STEPS, {"step": 5, "loss": None}], ended=False)
+    assert page.verdict.outcome == BAD and page.verdict.headline == "This run has diverged"
 
 
 @pytest.mark.parametrize("files", [
