@@ -272,7 +272,12 @@ def greedy(
         max_new_tokens: tokens of a continuation, at most.
         pad_token_id: follows a continuation that has ended.
     """
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id, "do_sample": False}
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": pad_token_id,
+        "do_sample": False,
+        "num_beams": 1,
+    }
     if Processes.of(model).size == 1:
         return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
     # No process may stop before the others: each token gathers the layers in all of them.
