@@ -149,12 +149,14 @@ class Notes:
             self.content |= {"resumed": True, "asked": _read_asked(self._path)}
         self._attempt(lambda: self._prepare(sets))
         self._ask(0, measure=True)
-        self._write()
+        self._has_written = False  # not before the first step: until then a run that is resumed may be refused
 
     def watch(self, step: int) -> None:
         """Ask the model after a step, if that is due."""
-        if self._every and step % self._every == 0:
+        is_due = bool(self._every) and step % self._every == 0
+        if is_due:
             self._ask(step)
+        if is_due or not self._has_written:
             self._write()
 
     def end(self, model: "PreTrainedModel", step: int) -> None:
@@ -228,6 +230,7 @@ class Notes:
 
     def _write(self) -> None:
         """Write the file, in the first process; a file that cannot be written is no error."""
+        self._has_written = True
         if not self._processes.first:
             return
         try:
