@@ -197,7 +197,7 @@ def _figures(run: Run) -> tuple[Figure, ...]:
 
 
 def _samples(run: Run) -> tuple[Block, ...]:
-    samples = samples_of(run.notes, run.ended)
+    samples = samples_of(run.notes)
     if samples:
         most = run.notes.get("max_new_tokens")
         how = (
@@ -208,20 +208,14 @@ def _samples(run: Run) -> tuple[Block, ...]:
     return (Text(str(run.notes.get("no_samples") or "No answers were asked for in this run.")),)
 
 
-def samples_of(notes: Record, ended: bool) -> tuple[Sample, ...]:
-    """Return the samples in the notes of a run.
-
-    Args:
-        notes: the content of ``report.json``.
-        ended: whether the last answers are those after the run.
-    """
+def samples_of(notes: Record) -> tuple[Sample, ...]:
+    """Return the samples in the notes of a run, the content of ``report.json``."""
     asked = notes.get("asked", [])
     samples = []
     for index, prompt in enumerate(notes.get("prompts", [])):
         answers, remarks = [], []
-        for position, record in enumerate(asked):
-            is_last = position == len(asked) - 1 and position
-            time = "before" if not position else "after" if is_last and ended else f"step {record['step']}"
+        for record in asked:
+            time = "after" if record.get("end") else f"step {record['step']}" if record["step"] else "before"
             answers.append((time, shortened(record["texts"][index].strip()) or "(nothing)"))
             value = record.get("probabilities", {}).get(str(index))
             remarks.append(f"p {probability(value)}" if is_number(value) else "")
@@ -234,10 +228,11 @@ def samples_of(notes: Record, ended: bool) -> tuple[Sample, ...]:
 def samples_text(run: Run) -> list[str]:
     """Return what the model said before and after, as lines for a terminal; [] if it was not asked."""
     lines = []
-    for sample in samples_of(run.notes, run.ended):
-        (_, before), *_, (_, after) = sample.answers if len(sample.answers) > 1 else (*sample.answers, ("", ""))
-        lines.append(f"{sample.group}: {one_line(sample.prompt)}")
-        lines += [f"  before: {one_line(before)}", f"  after:  {one_line(after)}"]
+    for sample in samples_of(run.notes):
+        answers = dict(sample.answers)
+        if "before" in answers and "after" in answers:
+            lines.append(f"{sample.group}: {one_line(sample.prompt)}")
+            lines += [f"  {f'{time}:':8}{one_line(answers[time])}" for time in ("before", "after")]
     return lines
 
 

@@ -6,7 +6,6 @@ same weights with and without notes. An error here never ends a run; it becomes 
 """
 
 import json
-import os
 import pathlib
 import platform
 import time
@@ -145,9 +144,9 @@ class Notes:
         self._kept: tuple[str, list[Sequence]] | None = None
         self._is_silent = False  # after an error nothing is asked any more
         self.content: dict[str, Any] = {"environment": environment(model), "max_new_tokens": MAX_NEW_TOKENS, "asked": []}
-        if self._processes.first and self._path.is_file():  # of the run that this one resumes, with the same prompts
-            self.content |= {"resumed": True, "asked": _read_asked(self._path)}
         self._attempt(lambda: self._prepare(sets))
+        if self._processes.first and self._path.is_file():  # of the run that this one resumes
+            self.content |= {"resumed": True, "asked": _read_asked(self._path, self.content.get("prompts"))}
         self._ask(0, measure=True)
         self._has_written = False  # not before the first step: until then a run that is resumed may be refused
 
@@ -167,7 +166,7 @@ class Notes:
             step: number of the last step.
         """
         self._model = model
-        self._ask(step, measure=True)
+        self._ask(step, measure=True, is_end=True)
         self.content["seconds"] = time.perf_counter() - self._begun
         self.content["ended_at"] = time.strftime("%Y-%m-%d %H:%M")
         self._write()
@@ -187,14 +186,15 @@ class Notes:
                 rows = encode_for(self._model, self._tokenizer, evenly(examples, MEASURED), self._config, name)
                 self._kept = name, evenly(rows, MEASURED)
 
-    def _ask(self, step: int, measure: bool = False) -> None:
+    def _ask(self, step: int, measure: bool = False, is_end: bool = False) -> None:
         """Add the model's answers after a step, in the place of earlier ones after the same step; in all processes.
 
         Args:
             step: number of the step.
             measure: whether to measure the probability of the answers to be kept as well.
+            is_end: whether these are the answers of the model as it was saved.
         """
-        record: dict[str, Any] = {"step": step}
+        record: dict[str, Any] = {"step": step, "end": is_end}
         if not self._attempt(lambda: record.update(self._answers(measure))):
             return
         others = [other for other in self.content["asked"] if other["step"] != step]
@@ -243,10 +243,12 @@ class Notes:
             print(line)
 
 
-def _read_asked(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the answers in the file of an earlier run; [] if it is broken."""
+def _read_asked(path: pathlib.Path, prompts: object) -> list[dict[str, Any]]:
+    """Return the answers to ``prompts`` in the file of an earlier run; [] if it has other prompts or is broken."""
     try:
-        return [dict(record) for record in json.loads(path.read_text(encoding="utf-8"))["asked"]]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        asked = [{"step": int(record["step"]), **record} for record in content["asked"]]
+        return asked if content["prompts"] == prompts else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
 
@@ -273,7 +275,9 @@ def device_name(device: torch.device) -> str:
     """Return the name of a GPU or of the processor, where the system knows it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if os.path.exists(path) else []
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine() or "CPU"

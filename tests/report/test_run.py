@@ -28,7 +28,7 @@ NOTES = {
     "asked": [
         {"step": 0, "texts": ["Me.", "So."], "probabilities": {"0": 0.7}, "retain_prob": 0.6},
         {"step": 2, "texts": ["M", " "], "probabilities": {"0": 0.3}},
-        {"step": 4, "texts": ["\x1b[1mNo", "So!"], "probabilities": {"0": 0.001}, "retain_prob": 0.59},
+        {"step": 4, "end": True, "texts": ["\x1b[1mNo", "So!"], "probabilities": {"0": 0.001}, "retain_prob": 0.59},
     ],
     "forget_prob": [0.67, 0.1],
     "seconds": 75.0,

@@ -89,6 +89,18 @@ def test_a_resumed_run_keeps_what_was_said_before(tokenizer, tmp_path, monkeypat
     assert resumed["asked"] == whole["asked"] and resumed["resumed"] and "resumed" not in whole
 
 
+@pytest.mark.parametrize("content", [
+    "{", "[]", '{"asked": [3]}', '{"asked": [{"texts": []}]}', '{"asked": [{"step": 9}], "prompts": []}',
+])  # fmt: skip
+def test_notes_of_other_prompts_and_broken_ones_are_not_gone_on_with(tokenizer, tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    made = Notes(tmp_path, tiny_model(), tokenizer, {"forget": examples(1)}, CONFIG)
+    assert [record["step"] for record in made.content["asked"]] == [0] and made.content["resumed"]
+    assert (tmp_path / "report.json").read_text() == content  # until the first step
+    made.watch(1)
+    assert json.loads((tmp_path / "report.json").read_text())["asked"] == made.content["asked"]
+
+
 @pytest.mark.parametrize("fault, line", [
     ("generate", "no sample answers: no answer today"),
     ("can_generate", "no sample answers: model: expected one that generates"),
