@@ -72,6 +72,11 @@ class Run:
             points[self.verdict["step"]] = self.verdict[key]
         return tuple(sorted(points.items()))
 
+    def ends(self, name: str) -> tuple[float, float] | None:
+        """Return the probability of the answers of a set before the first step and after the last known one, or None."""
+        points = self.probabilities(name)
+        return (points[0][1], points[-1][1]) if len(points) > 1 and points[0][0] == 0 else None
+
     def curve(self, key: str, records: Sequence[Record] | None = None) -> tuple[Point, ...]:
         """Return a number of the log over the steps, without those that are not finite."""
         records = self.steps if records is None else records

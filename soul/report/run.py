@@ -133,50 +133,53 @@ def _verdict_on_aim(run: Run) -> Verdict:
 
 
 def _verdict_without_aim(run: Run) -> Verdict:
-    forget, kept = run.probabilities("forget"), run.probabilities(run.kept_name)
-    if len(forget) < 2:
+    forget, kept = run.ends("forget"), run.ends(run.kept_name)
+    if forget is None:
         return Verdict(OPEN, "The run has ended", ("What it has forgotten was not measured.",))
-    is_forgotten = forget[-1][1] <= FORGOTTEN * forget[0][1]
-    is_kept = len(kept) > 1 and kept[-1][1] >= KEPT * kept[0][1]
-    sentences = [f"Probability of the answers to be forgotten: {_change(forget)}."]
-    if len(kept) > 1:
-        sentences.append(f"Probability of the answers to be kept: {_change(kept)}.")
-    measure = f"No aim was given; this page takes half of the start for forgotten and {KEPT:.0%} of it for kept."
+    sentences = [f"Probability of the answers to be forgotten: {_change(*forget)}."]
+    if kept is not None:
+        sentences.append(f"Probability of the answers to be kept: {_change(*kept)}.")
     if run.options.get("method") in REFUSING:
         method = str(run.options["method"]).upper()
-        remedy = (
-            f"{method} teaches the model to refuse, which the probability of an answer does not show: read the answers below."
-        )
-        return Verdict(OPEN, "Judge by the answers", (*sentences, remedy))
-    if is_forgotten and is_kept:
-        return Verdict(GOOD, "Forgotten, and the rest kept", (*sentences, measure))
-    if is_forgotten and len(kept) < 2:
-        return Verdict(OPEN, "Forgotten; what was kept was not measured", (*sentences, measure))
-    if is_forgotten:
-        lost = (
-            "Forgotten, and so was much of what was to be kept" if kept[-1][1] < MUCH * kept[0][1] else "Forgotten, at a cost"
-        )
-        advice = "To keep more, raise --alpha or lower --lr."
-        return Verdict(MIXED, lost, (*sentences, measure, advice))
-    if is_kept or len(kept) < 2:
-        headline = "Not enough was forgotten" if forget[-1][1] < ALMOST_ALL * forget[0][1] else "Next to nothing was forgotten"
-        return Verdict(BAD, headline, (*sentences, measure, "To forget more, raise --epochs or --lr."))
+        why = f"{method} teaches the model to refuse, which the probability of an answer does not show: read the answers below."
+        return Verdict(OPEN, "Judge by the answers", (*sentences, why))
+    outcome, headline, advice = _judged(_share(forget), None if kept is None else _share(kept))
+    measure = f"No aim was given; this page takes half of the start for forgotten and {KEPT:.0%} of it for kept."
+    return Verdict(outcome, headline, (*sentences, measure, *advice))
+
+
+def _judged(left: float, kept: float | None) -> tuple[str, str, tuple[str, ...]]:
+    """Return outcome, headline and advice for the shares of their start that forget and retain probability still have."""
+    if left <= FORGOTTEN:
+        if kept is None:
+            return OPEN, "Forgotten; what was kept was not measured", ()
+        if kept >= KEPT:
+            return GOOD, "Forgotten, and the rest kept", ()
+        headline = "Forgotten, at a cost" if kept >= MUCH else "Forgotten, and so was much of what was to be kept"
+        return MIXED, headline, ("To keep more, raise --alpha or lower --lr.",)
+    if kept is None or kept >= KEPT:
+        headline = "Next to nothing was forgotten" if left > ALMOST_ALL else "Not enough was forgotten"
+        return BAD, headline, ("To forget more, raise --epochs or --lr.",)
     advice = "Both terms work against each other here: try a lower --lr with more --epochs, and another --alpha."
-    return Verdict(BAD, "Not forgotten, and not kept either", (*sentences, measure, advice))
+    return BAD, "Not forgotten, and not kept either", (advice,)
 
 
-def _change(points: tuple[Point, ...]) -> str:
-    first, last = points[0][1], points[-1][1]
+def _share(ends: tuple[float, float]) -> float:
+    """Return the second of two probabilities as a share of the first; 1 if there was nothing to lose."""
+    return ends[1] / ends[0] if ends[0] else 1.0
+
+
+def _change(first: float, last: float) -> str:
     return f"{probability(first)} before, {probability(last)} after, {ratio(last, first)} of the start"
 
 
 def _figures(run: Run) -> tuple[Figure, ...]:
     figures = []
     for name, label in (("forget", "Forget probability"), (run.kept_name, f"{run.kept_name.capitalize()} probability")):
-        points = run.probabilities(name)
-        if len(points) > 1:
-            value = f"{probability(points[0][1])} → {probability(points[-1][1])}"
-            figures.append(Figure(label, value, f"{ratio(points[-1][1], points[0][1])} of the start"))
+        ends = run.ends(name)
+        if ends is not None:
+            value = f"{probability(ends[0])} → {probability(ends[1])}"
+            figures.append(Figure(label, value, f"{ratio(ends[1], ends[0])} of the start"))
     if run.steps:
         epochs = run.steps[-1].get("epoch")
         figures.append(Figure("Steps", number(run.steps[-1]["step"]), counted(epochs, "epoch") if epochs else ""))
