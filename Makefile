@@ -5,6 +5,8 @@ EXTRAS := all,test,bench,lint,docs,dist
 # Of install: "lowest-direct" takes the oldest versions that setup.py admits, for all that it names itself.
 RESOLUTION ?= highest
 PYTEST := $(BIN)/python -m pytest
+# Of chromium: nothing for the superuser.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo --non-interactive)
 # Test files are divided among as many processes; what a file sets up is then set up once.
 WORKERS ?= auto
 PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -26,7 +28,7 @@ CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_functional.py
 
-.PHONY: help install demo test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
+.PHONY: help install demo chromium test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +48,10 @@ endif
 demo: install ## unlearn fictitious authors on this machine: report and pictures in out/demo
 	rm -rf out/demo
 	$(BIN)/soul demo --output out/demo
+
+chromium: ## the browser in which tests look at reports, by apt where there is none; without it they are skipped
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || { $(SUDO) apt-get -qq update && \
+	    $(SUDO) apt-get -qq install --yes --no-install-recommends chromium; } || echo 'no Chromium: its tests will be skipped'
 
 test: install ## kernels compiled for a GPU and executed on the CPU, references, everything else; no GPU needed
 	$(PYTEST) --all-extras $(PARALLEL)

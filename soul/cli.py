@@ -12,14 +12,23 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import demo, evaluate, info, plan, study, unlearn
+from soul.commands import ask, demo, evaluate, info, plan, report, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
 from soul.run.loop import Diverged
 from soul_kernels.errors import ArgumentError, argument_error
 
-COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
+COMMANDS = {
+    "unlearn": unlearn,
+    "report": report,
+    "ask": ask,
+    "plan": plan,
+    "evaluate": evaluate,
+    "study": study,
+    "demo": demo,
+    "info": info,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

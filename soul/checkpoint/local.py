@@ -59,7 +59,7 @@ from soul.checkpoint.format import (
 from soul.distributed.processes import Processes, whole_state
 from soul.models.causal_lm import has_adapters
 from soul.models.ref_model import base_weights, configuration, digest
-from soul.output.directory import DATA_FILE, RUN_FILE, lock
+from soul.output.directory import DATA_FILE, ENDED_FILE, RUN_FILE, lock
 from soul.output.files import discard, flush, reason, scratch_path, sweep, sync, whole, write_text
 from soul_kernels.errors import ArgumentError, argument_error, check_range
 
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # change results, but no shape of a tensor
 MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
-ENDED_FILE = "soul_ended.txt"  # in the output directory, once the model is safe there
 
 
 class _LabelledTokens(Protocol):

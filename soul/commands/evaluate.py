@@ -36,7 +36,11 @@ from soul.evaluate.model import EvaluateConfig, Log, retain_log, tofu_logs
 from soul.models.loading import load, pick_device
 from soul.output.console import print_result
 from soul.output.directory import DATA_FILE, check_output, check_writable
+from soul.report.evaluation import evaluation_page
+from soul.report.write import attempt, write_page
 from soul_kernels.errors import argument_error
+
+SHOWN = 4  # answers of each set in the report
 
 HELP = "TOFU's metrics, of a model or of evaluation logs"
 
@@ -109,6 +113,8 @@ def run(args: argparse.Namespace) -> None:
             write_json(path, counts)
         if json_path is not None:
             write_json(json_path, summary)
+        if args.output is not None:
+            print(attempt(lambda: _report(args, summary, evaluation.logs)), file=sys.stderr)
     except BaseException:  # a full disk must not cost the numbers
         print(*lines, sep="\n")
         raise
@@ -170,6 +176,15 @@ def _run_retain_model(load_model: Callable[[str], tuple], name: str, questions: 
     """Return the retain model's log. The model goes out of scope here, so that its memory is free for the next one."""
     model, tokenizer = load_model(name)
     return retain_log(model, tokenizer, questions, config)
+
+
+def _report(args: argparse.Namespace, summary: dict[str, float], logs: dict[pathlib.Path, dict[str, Log]]) -> pathlib.Path:
+    """Write the report of a model's evaluation, and return its path."""
+    output = pathlib.Path(args.output)
+    answers = {name: list(logs[output][name]["generated_text"].values()) for name in ("forget", "retain")}
+    texts = {name: rows[:: -(-len(rows) // SHOWN)] for name, rows in answers.items()}
+    options = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
+    return write_page(output, evaluation_page(args.model, summary, texts, options))
 
 
 def _source(data: str, file: str) -> str | pathlib.Path:

@@ -49,12 +49,14 @@ def run_and_report(output: pathlib.Path, data: "StudyData", config: "StudyConfig
         config: sizes, grids and seeds of the study.
         title: title of the report.
     """
-    from soul.study.report import summary, table, write_report
+    from soul.report.write import attempt
+    from soul.study.report import summary, table, write_html_report, write_report
     from soul.study.results import Results
     from soul.study.run import Study, run_study
 
     results = run_study(output, data, config)
     path = write_report(Study(output, data, config), results, title=title)
     by_run = Results(results)
-    print(f"\n{table(by_run)}\n\n{summary(by_run)}\n\nreport:   {path}")
+    print(f"\n{table(by_run)}\n\n{summary(by_run)}\n\n{attempt(lambda: write_html_report(output, results, title=title))}")
+    print(f"text:     {path}")
     print("pictures: " + ", ".join(str(picture) for picture in sorted(output.glob("*.png"))))

@@ -27,8 +27,10 @@ from soul.models.loading import pick_device
 from soul.output.console import print_result
 from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, check_output
 from soul.plan.run import plan_run
+from soul.report.run import report_on_run
 from soul.run.config import METHODS, UnlearnConfig
 from soul.run.loop import Record
+from soul.run.notes import check_samples
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error, check_choice
 
@@ -38,7 +40,17 @@ SAVE_MINUTES = 10.0  # from one checkpoint to the next, by default
 # Options that soul_config.json leaves out, since they do not describe the run.
 NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
 # Options that may change when a run is resumed.
-FREE_ON_RESUME = ("output", "device", "reference_cache", "save_every", "save_minutes", "keep", "resume")
+FREE_ON_RESUME = (
+    "output",
+    "device",
+    "reference_cache",
+    "save_every",
+    "save_minutes",
+    "keep",
+    "resume",
+    "samples",
+    "no_samples",
+)
 # Options that may differ between processes: paths, whose contents are compared instead.
 FREE_AMONG_PROCESSES = ("run", "model", "forget", "retain", "refusals", "config", "reference_cache")
 
@@ -140,6 +152,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
     add("--stop-retain-prob", type=float, metavar="X", help="end once the probability of a retain answer is below X")
     add(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps from one set of sample answers to the next, for the report (default: only before and after the run)",
+    )
+    add("--no-samples", action="store_true", help="do not ask the model anything before and after the run")
+    add(
         "--save-every",
         type=int,
         default=500,
@@ -194,6 +214,7 @@ def _run(args: argparse.Namespace) -> None:
     processes.check_alike({name: value for name, value in vars(args).items() if name not in FREE_AMONG_PROCESSES})
     config = _config(args)
     config.objective()
+    check_samples(args.samples, config)
     card = card_options(args)
     if args.gpus != 1 and not args.dry_run:
         raise argument_error("gpus", "1 without --dry-run", args.gpus, "torchrun --nproc-per-node N runs on several")
@@ -229,12 +250,14 @@ def _run(args: argparse.Namespace) -> None:
         resume=args.resume,
         merge=args.merge,
         options={name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
+        samples=None if args.no_samples else args.samples,
     )
     seconds = time.perf_counter() - begun
     probability_after = unlearner.forget_probability()
     if processes.first:
         _print_result(records, seconds, probability_before, probability_after)
         print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
+        print(*report_on_run(output, {"forget_prob": [probability_before, probability_after]}), sep="\n")
 
 
 def _print_result(records: list[Record], seconds: float, probability_before: float, probability_after: float) -> None:

@@ -261,9 +261,14 @@ def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
     if compute_in_root is None:
         return compute()
     result = compute_in_root(compute)
-    if not torch.is_grad_enabled():  # FSDP2 keeps the root's parameters whole for a backward pass
-        cast("FSDPModule", model).reshard()
+    if not torch.is_grad_enabled():
+        reshard(model)
     return result
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Cut the root's parameters of a sharded model again, which FSDP2 keeps whole for a backward pass, after a forward pass."""
+    cast("FSDPModule", model).reshard()
 
 
 def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from soul.evaluate.metrics import MEMBERSHIP, MEMORIZATION
-from soul.output.directory import DATA_FILE
+from soul.output.directory import DATA_FILE, REPORT_FILES
 from soul.output.files import write_text
 from soul_kernels.errors import argument_error
 
@@ -189,7 +189,7 @@ def write_logs(directory: str | pathlib.Path, logs: Mapping[str, object]) -> Non
 
 def is_reserved(path: pathlib.Path, directories: Collection[pathlib.Path]) -> bool:
     """Tell whether a path is needed for logs: it is one of the directories, lies above one, or is a file written into one."""
-    names = (*FILES.values(), HOLDOUT, AGGREGATED, DATA_FILE)
+    names = (*FILES.values(), HOLDOUT, AGGREGATED, DATA_FILE, *REPORT_FILES)
     reserved: set[pathlib.Path] = set()
     for directory in directories:
         reserved |= {directory, *directory.absolute().parents, *(directory / name for name in names)}

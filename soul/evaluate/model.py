@@ -16,7 +16,7 @@ from soul.data.batches import collate
 from soul.data.examples import Counts, Example, Question, Sequence
 from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
-from soul.models.causal_lm import autocast, evaluating, head, hidden_states, token_statistics, transform
+from soul.models.causal_lm import autocast, evaluating, greedy, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
 from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
 from soul_kernels.backends import BACKENDS
@@ -296,7 +296,14 @@ def sequence_statistics(
 def answer_probability(
     model: "PreTrainedModel", sequences: list[Sequence], *, batch_size: int = 32, backend: str = "auto"
 ) -> float:
-    """Return the mean over sequences of `metrics.probability`, the length-normalised probability of TOFU (arXiv 2401.06121).
+    """Return the mean over sequences of their `answer_probabilities`."""
+    return answer_probabilities(model, sequences, batch_size=batch_size, backend=backend).mean().item()
+
+
+def answer_probabilities(
+    model: "PreTrainedModel", sequences: list[Sequence], *, batch_size: int = 32, backend: str = "auto"
+) -> torch.Tensor:
+    """Return `metrics.probability` of n sequences, the length-normalised probability of TOFU (arXiv 2401.06121), [n] fp64.
 
     Args:
         model: a causal language model; it is left as it was.
@@ -305,7 +312,7 @@ def answer_probability(
         backend: "auto", "triton", "compile", "torch" or "reference".
     """
     statistics = sequence_statistics(model, sequences, batch_size=batch_size, backend=backend)
-    return metrics.probability(_losses(statistics, "gt")["avg_gt_loss"]).mean().item()
+    return metrics.probability(_losses(statistics, "gt")["avg_gt_loss"])
 
 
 def generate(
@@ -340,9 +347,7 @@ def generate(
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # generation pads on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         with evaluating(model), autocast(model):
-            out = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=end
-            )
+            out = greedy(model, ids, mask, max_new_tokens=max_new_tokens, pad_token_id=end)
         for i, text in zip(indices, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
             texts[i] = text
     return texts

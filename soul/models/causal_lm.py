@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from soul.distributed.processes import Processes, gathered, is_finite
+from soul.distributed.processes import Processes, gathered, is_finite, reshard
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
 from soul_kernels.reference.token_logprob import transformed
@@ -289,6 +289,34 @@ def _at_head(op: Callable[..., T], model: "PreTrainedModel", batch: "Batch", bac
             return op(hidden, Head(weight, bias, **transform(model)), batch.labels, options=options)
 
     return gathered(model, compute)
+
+
+def greedy(
+    model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int, pad_token_id: int
+) -> Tensor:
+    """Return prompts with their greedy continuations, [B, T + n] int64 with n at most ``max_new_tokens``.
+
+    If the model is in shards, every process must call this with the same prompts, and gets the same result.
+
+    Args:
+        model: a causal language model.
+        input_ids: [B, T], padded on the left.
+        attention_mask: [B, T].
+        max_new_tokens: tokens of a continuation, at most.
+        pad_token_id: follows a continuation that has ended.
+    """
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": pad_token_id,
+        "do_sample": False,
+        "num_beams": 1,
+    }
+    if Processes.of(model).size == 1:
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+    # No process may stop before the others: each token gathers the layers in all of them.
+    result = model.generate(input_ids=input_ids, attention_mask=attention_mask, synced_gpus=True, **options)
+    reshard(model)
+    return result
 
 
 def gnb_loss(

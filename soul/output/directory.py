@@ -16,6 +16,10 @@ from soul_kernels.errors import ArgumentError, argument_error
 RUN_FILE = "soul_config.json"  # the options; by this file the command recognizes the output directory of a run
 DATA_FILE = "data.json"  # how many rows were used, and hashes of their content
 LOG_FILE = "log.jsonl"  # a line for every step
+NOTES_FILE = "report.json"  # what a report shows beside the log: environment, times, what the model says
+REPORT_FILES = ("report.html", "report.md")  # the report as a page and as text
+VERDICT_FILE = "verdict.json"  # what came of an aim
+ENDED_FILE = "soul_ended.txt"  # written once the model is safe there
 CHECKPOINTS = "checkpoints"  # the directory of `soul.checkpoint.local.Checkpoints`
 
 

@@ -94,6 +94,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
         (scratch / path.name).write_text(text, encoding="utf-8")
 
 
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Replace a text file by another content at once, without waiting for the disk: for what can be made again.
+
+    Raises:
+        OSError: it could not be written; an existing file is unchanged.
+    """
+    scratch = scratch_path(path.parent)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def flush(directory: pathlib.Path) -> None:
     """Give all files of a new directory the modes that the umask asks for, and wait until they are on the disk."""
     mode = directory.stat().st_mode & 0o666  # the umask cannot be read without changing it, but a new directory shows it

@@ -64,6 +64,7 @@ def unlearn(
     log: LogFile = None,
     progress: bool = True,
     checkpoints: Checkpoints | None = None,
+    watch: Callable[[int], None] | None = None,
 ) -> list[Record]:
     """Make a model unlearn ``forget`` while it keeps ``retain``; the model is changed in place.
 
@@ -80,6 +81,7 @@ def unlearn(
             included; or None.
         progress: show a progress bar on stderr.
         checkpoints: `soul.checkpoint.local.Checkpoints` in which the run is saved, and from which it may be resumed; or None.
+        watch: called with the number of each step after it; it must leave the model and the random generators alone.
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods (nats), grad_norm, lr,
@@ -111,7 +113,7 @@ def unlearn(
             model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup
         )
         run.open(log, progress)
-        run.take_steps()
+        run.take_steps(watch)
     run.check_weights()
     return run.records
 
@@ -192,8 +194,8 @@ class UnlearningRun:
         if config.gradient_checkpointing:
             self._cleanup.enter_context(checkpointing(self._model))
 
-    def take_steps(self) -> None:
-        """Take all steps that are left, until the last one or a criterion ends the run.
+    def take_steps(self, watch: Callable[[int], None] | None = None) -> None:
+        """Take all steps that are left, until the last one or a criterion ends the run; ``watch`` as in `unlearn`.
 
         Raises:
             Diverged, Stopped, OSError: as in `unlearn`.
@@ -210,6 +212,8 @@ class UnlearningRun:
             _write_line(self._log, record)
             self._show_progress(record)
             self._check_record(record)
+            if watch is not None:
+                watch(record["step"])
             self._save_if_due()
             if "stopped" in record:
                 break

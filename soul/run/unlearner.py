@@ -39,6 +39,7 @@ from soul.output.directory import (
 )
 from soul.run.config import UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
+from soul.run.notes import Notes, check_samples
 from soul.run.prepare import prepare
 from soul_kernels.errors import argument_error
 
@@ -203,6 +204,7 @@ class Unlearner:
         resume: bool = False,
         merge: bool = False,
         options: dict[str, Any] | None = None,
+        samples: int | None = None,
         progress: bool = True,
     ) -> list[Record]:
         """Unlearn, and save the model.
@@ -217,6 +219,8 @@ class Unlearner:
             resume: go on after the newest checkpoint in ``output``, if there is one.
             merge: add the adapters to the weights, and save a plain model.
             options: a dict to be kept as ``soul_config.json``.
+            samples: keep what `soul.report.run` shows in ``report.json``: the environment, and what the model says before and
+                after (`soul.run.notes`), and every so many steps if this is not 0. None: nothing.
             progress: show a progress bar on stderr.
 
         Returns:
@@ -230,9 +234,10 @@ class Unlearner:
             OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
                 directory was removed during the run: the model is saved, the other files are lost.
         """
+        check_samples(samples, self.config)
         inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
-        saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume)
+        saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume, samples=samples)
         processes.check_alike({"output": output and str(output), "merge": merge, **saving})
         torch.manual_seed(self.config.seed + processes.rank)  # for dropout, which differs between processes
         if output is None:
@@ -248,8 +253,11 @@ class Unlearner:
             raise argument_error("resume", "a run that has not ended", f"a finished model in {directory}", remedy)
         with processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file:
             processes.on_first(lambda: self._describe(directory, options, checkpoints))
+            notes = None if samples is None else self._notes(directory, samples)
+            watch = None if notes is None else notes.watch
             try:
-                records = unlearn(*inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints)
+                log = directory / LOG_FILE
+                records = unlearn(*inputs, log=log, progress=progress, checkpoints=checkpoints, watch=watch)
                 with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)
                     processes.on_first(lambda: restore(directory, cast(TextIO, file)))
@@ -258,7 +266,13 @@ class Unlearner:
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
             processes.on_first(lambda: check_complete(directory))
+            if notes is not None:
+                notes.end(self.model, len(records))
         return records
+
+    def _notes(self, directory: pathlib.Path, samples: int) -> Notes:
+        sets = {"forget": self._forget, "retain": self._retain}
+        return Notes(directory, self.model, self.tokenizer, sets, self.config, samples)
 
     def _merge(self, merge: bool) -> None:
         if merge and causal_lm.has_adapters(self.model):

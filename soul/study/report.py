@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from soul.output.files import write_text
+from soul.report.page import OPEN, Page, Prose, Section
+from soul.report.page import Verdict as PageVerdict
+from soul.report.write import write_html
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS, Row, Verdict, chance
 from soul.study.pictures import draw
@@ -310,6 +313,23 @@ def write_report(study: Study, content: Mapping[str, Any], *, title: str) -> pat
     path = study.output / "report.md"
     write_text(path, report(content, title=title))
     return path
+
+
+def write_html_report(output: pathlib.Path, content: Mapping[str, Any], *, title: str) -> pathlib.Path:
+    """Write the report of a study, with its pictures, as one HTML file, and return its path.
+
+    Args:
+        output: directory of the study, in which `write_report` has written the pictures.
+        content: the return value of `soul.study.run.run_study`.
+        title: heading of the report.
+    """
+    lead, *parts = report(content, title=title).partition("\n")[2].split("\n## ")
+    lines = tuple(line.removeprefix("- ") for line in summary(Results(content)).splitlines())
+    sections = [Section("What was done", (Prose(lead),))]
+    for part in parts:
+        heading, _, body = part.partition("\n")
+        sections.append(Section(heading, (Prose(body, output),)))
+    return write_html(output, Page(title, "", PageVerdict(OPEN, "SOUL against AdamW", lines), (), tuple(sections)))
 
 
 def _rounded(row: Row) -> Row:

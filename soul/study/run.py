@@ -25,7 +25,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import platform
 import sys
 import threading
 import time
@@ -45,6 +44,7 @@ from soul.output.files import sweep, sync, whole
 from soul.run.config import UnlearnConfig
 from soul.run.influence import unlearn_once
 from soul.run.loop import Diverged, unlearn
+from soul.run.notes import device_name
 from soul.study.config import ARMS, INFLUENCE, Run, StudyConfig, runs
 from soul.study.data import StudyData
 from soul.study.measure import Start, encode_start, measure
@@ -152,16 +152,8 @@ def run_study(output: pathlib.Path, data: StudyData, config: StudyConfig) -> dic
 def environment(config: StudyConfig, workers: int) -> dict[str, str]:
     """Return the name of the device and the versions of the libraries that compute."""
     device = pick_device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu()}, {workers} processes of one thread"
+    name = device_name(device) + ("" if device.type == "cuda" else f", {workers} processes of one thread")
     return {"device": name, "torch": torch.__version__, "transformers": require("transformers", "hf").__version__}
-
-
-def _cpu() -> str:
-    """Return the name of the processor, where Linux knows it."""
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine() or "CPU"
 
 
 def _claim(path: pathlib.Path, identity: dict[str, Any]) -> None:

@@ -92,6 +92,7 @@ CASES = {
     "bf16 resumed": saved(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
     # The clock of the first process goes 4 minutes a step, that of the other one stands still.
     "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
+    "asked": ["llama, tied", {"method": "npo"}, {"output": "asked", "samples": 2}],
     "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
     "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
     **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
@@ -198,6 +199,20 @@ def test_the_reference_is_computed_in_the_same_way_and_cached_once(results, fold
     records, _ = run("llama, tied", {"method": "npo", "epochs": 1, "reference_cache": str(folder / "cache")})
     assert [p.stat().st_mtime_ns for p in (folder / "cache").iterdir()] == [before]
     assert results["cached"][0]["records"][0]["loss"] == pytest.approx(records[0]["loss"], rel=1e-5)
+
+
+def test_a_model_in_shards_says_what_a_whole_one_says(results, folder, tmp_path):
+    """Every process generates, one writes; the run is the same as without."""
+    assert equal(results["asked"][0], results["tied head, sums of sequences"][0])
+    run("llama, tied", {"method": "npo"}, tmp_path / "one", samples=2)
+    two, one = (json.loads((path / "report.json").read_text()) for path in (folder / "asked", tmp_path / "one"))
+    assert [record["step"] for record in two["asked"]] == [0, 2, 4] and "no_samples" not in two
+    assert two["environment"].pop("processes") == 2 and one["environment"].pop("processes") == 1
+    assert two["environment"]["parameters"] == one["environment"]["parameters"] and two["prompts"] == one["prompts"]
+    for here, there in zip(two["asked"], one["asked"], strict=True):
+        assert here["texts"] == there["texts"]
+        assert here["probabilities"] == pytest.approx(there["probabilities"], rel=1e-4)
+        assert here.get("retain_prob", 0.0) == pytest.approx(there.get("retain_prob", 0.0), rel=1e-4)
 
 
 def test_what_is_saved_is_a_plain_model(results, folder):

@@ -271,7 +271,7 @@ def test_a_model_to_logs_and_back(models, tmp_path, capsys):
     out = tmp_path / "out"
     summary = json.loads((tmp_path / "out" / "sum.json").read_text())
     assert files_in(out) == sorted(["sum.json", "data.json", "eval_log_aggregated.json", "eval_log_holdout.json",
-                                    *FILES.values(), "retain", f"retain/{FORGET}"])  # fmt: skip
+                                    *FILES.values(), "report.html", "report.md", "retain", f"retain/{FORGET}"])  # fmt: skip
     counts = json.loads((out / "data.json").read_text())
     assert counts["forget, answer"]["rows"] == ROWS["forget"] and counts["holdout"]["truncated"] == 0
     words = ["evaluate", "--from-logs", str(out), "--retain-logs", str(out / "retain"), "--json", str(tmp_path / "again.json")]

@@ -86,6 +86,7 @@ def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, folder, 
     assert main(["evaluate", *(f"--{name.replace('_', '-')}={value}" for name, value in arguments.items())]) == 0
     measured = json.loads((tmp_path / "metrics.json").read_text())
     assert 0 < measured["forget_prob"] < 1 and measured["forget_rows"] == 2
+    assert "No retain model, so no forget quality" in (tmp_path / "logs" / "report.html").read_text()
 
 
 def test_adapters_by_flag(folder, tmp_path):

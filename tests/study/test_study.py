@@ -25,7 +25,7 @@ from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
 from soul.study.data import demo_data, tofu_data
 from soul.study.fronts import LOSES, OPEN, TIES, WINS, chance, choose, hypervolume, pareto, scores, verdict
 from soul.study.measure import encode_start, measure
-from soul.study.report import report, write_report
+from soul.study.report import report, write_html_report, write_report
 from soul.study.run import Study, check_ready, run_study, unlearn_config
 from soul.study.scratch import new_model, train, train_tokenizer
 from tests.support.models import TOFU, examples, tiny_model, tiny_tokenizer
@@ -271,6 +271,9 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     for picture in ("frontiers", "utility", "curves", "clipped"):
         assert f"({picture}.png)" in text and (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert report(json.loads((output / "results.json").read_text()), title="Small") == text  # of the JSON alone
+    page = write_html_report(output, results, title="Small").read_text()
+    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 4 and "<h2>Frontiers</h2>" in page
+    assert "**" not in page and "| " not in page and "against AdamW, best forget quality" in page.partition("<section>")[0]
     words = " ".join(text.split())
     assert "Per seed (0, 1), two Llamas" in words and "With 2 seeds chance alone does that for 39% of comparisons" in words
     assert "95% interval" in words and "/2 seeds" in words and "means over the seeds that did not diverge;" in words
