@@ -12,14 +12,23 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import demo, evaluate, info, plan, study, unlearn
+from soul.commands import demo, evaluate, info, memorize, plan, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
 from soul.run.loop import Diverged
 from soul_kernels.errors import ArgumentError, argument_error
 
-COMMANDS = {"unlearn": unlearn, "plan": plan, "evaluate": evaluate, "study": study, "demo": demo, "info": info}
+COMMANDS = {
+    "unlearn": unlearn,
+    "memorize": memorize,
+    "plan": plan,
+    "evaluate": evaluate,
+    "study": study,
+    "demo": demo,
+    "info": info,
+}
+RUNS = ("unlearn", "memorize")  # the commands that train a model, in one process or several
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,14 +58,15 @@ def _status(words: list[str]) -> int:
     args = None
     try:
         args = _parsed(parser, expand(words, parser_of))
-        if launched() > 1 and command != "unlearn":
-            raise argument_error("torchrun", "'soul unlearn'", f"'soul {command}'", "start it without torchrun, in one process")
+        if launched() > 1 and command not in RUNS:
+            expected = " or ".join(f"'soul {name}'" for name in RUNS)
+            raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
         args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        state = unlearn.state_of_output(args) if command == "unlearn" and args is not None else "no model was saved"
+        state = unlearn.state_of_output(args) if command in RUNS and args is not None else "no model was saved"
         print(f"soul {command}: interrupted; {state}", file=sys.stderr)
         return 130
     except Stopped as error:

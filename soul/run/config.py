@@ -28,7 +28,9 @@ CURVATURES = ("unlearn", "retain", "gnb")
 DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
 SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
-METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
+METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}  # of unlearning
+MEMORIZE = "memorize"
+CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # of every method that a run can have
 
 
 @dataclasses.dataclass
@@ -37,7 +39,8 @@ class UnlearnConfig:
 
     Attributes:
         method: name of the objective, one of ``soul.losses.OBJECTIVES``; or "influence", one second-order step over all data,
-            which takes only ``batch_size``, ``seed``, ``backend`` and the options of the data.
+            which takes only ``batch_size``, ``seed``, ``backend`` and the options of the data; or "memorize", fine-tuning
+            (`soul.losses.Memorize`): "forget" is then the name of the rows to be learned.
         method_options: keyword arguments of the method (gamma, alpha, retain, beta, ...; see `soul.run.influence.Influence`).
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
@@ -82,6 +85,7 @@ class UnlearnConfig:
             retain examples, the first ones.
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
         stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
+        until_prob: end the run once ``forget_prob`` is at or above it, with the method "memorize"; None: never.
         seed: seed of the data order and of the refusals.
         backend: "auto", "triton", "compile", "torch" or "reference".
         reference_cache: directory that keeps what `soul.models.ref_model` computes; or None.
@@ -123,6 +127,7 @@ class UnlearnConfig:
     eval_every: int = 0
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
+    until_prob: float | None = None
     seed: int = 0
     backend: str = "auto"
     reference_cache: str | None = None
@@ -162,7 +167,10 @@ class UnlearnConfig:
                 "published_code", "False with another curvature", True, "it changes the momentum of SOUL's own step"
             )
         check_whole("eval_every", self.eval_every, "0 evaluates nothing", low=0)
-        for name in ("stop_forget_prob", "stop_retain_prob"):
+        if self.until_prob is not None and self.method != MEMORIZE:
+            remedy = "stop_forget_prob ends a run that unlearns"
+            raise argument_error("until_prob", f"None with the method {self.method!r}", self.until_prob, remedy)
+        for name in ("stop_forget_prob", "stop_retain_prob", "until_prob"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
@@ -171,7 +179,7 @@ class UnlearnConfig:
 
     def _check_refusals(self) -> None:
         """Raise for refusals that the method does not use, and for a file that holds none."""
-        method = METHODS.get(self.method)
+        method = CLASSES.get(self.method)
         if self.refusals is not None and not (getattr(method, "relabels", True) or getattr(method, "pairs", True)):
             raise argument_error("refusals", f"None with the method {self.method!r}", self.refusals, "only po and dpo use them")
         self.refusal_texts()
@@ -228,7 +236,7 @@ class UnlearnConfig:
         Raises:
             ArgumentError: there is no such method, or it does not take one of the options.
         """
-        return losses.build(METHODS, self.method, self.method_options)
+        return losses.build(CLASSES, self.method, self.method_options)
 
 
 def parameter_dtype(

@@ -34,7 +34,7 @@ from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease, release_gradients
 from soul.output.console import safe_stream
 from soul.output.directory import no_follow
-from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
+from soul.run.config import MEMORIZE, UnlearnConfig, build_curvature, build_optimizer, build_scheduler
 from soul.run.feed import Feed
 from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
@@ -323,7 +323,7 @@ class UnlearningRun:
             total=len(self._order),
             initial=len(self.records),
             disable=not (progress and self._processes.first),
-            desc=f"unlearn ({self._config.optimizer})",
+            desc=f"{MEMORIZE if self._config.method == MEMORIZE else 'unlearn'} ({self._config.optimizer})",
             file=safe_stream(sys.stderr),
         )
 
@@ -353,11 +353,14 @@ class UnlearningRun:
         """Return the criteria that are met, in words."""
         forget_limit = self._config.stop_forget_prob
         retain_limit = self._config.stop_retain_prob
+        answer_limit = self._config.until_prob
         reasons = []
         if forget_limit is not None and probabilities["forget_prob"] <= forget_limit:
             reasons.append(f"forget probability {probabilities['forget_prob']:.4g} has reached {forget_limit:g}")
         if retain_limit is not None and probabilities["retain_prob"] < retain_limit:
             reasons.append(f"retain probability {probabilities['retain_prob']:.4g} has fallen below {retain_limit:g}")
+        if answer_limit is not None and probabilities["forget_prob"] >= answer_limit:
+            reasons.append(f"answer probability {probabilities['forget_prob']:.4g} has reached {answer_limit:g}")
         return reasons
 
     def _check_record(self, record: Record) -> None:
