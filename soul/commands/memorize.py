@@ -8,11 +8,13 @@ be kept; and "unlearned". This command makes the first two. It is a run of ``sou
 import argparse
 
 from soul.commands import unlearn
-from soul.run.config import MEMORIZE
-from soul_kernels.errors import argument_error
+from soul.run.config import MEMORIZE, OPTIMIZERS
+from soul_kernels.errors import argument_error, check_choice
 
 HELP = "fine-tune a model on rows: the models before unlearning, and without what is to be forgotten"
-LR = 2e-5  # of all parameters
+UNTIL_PROB = 0.95
+MOST_EPOCHS = 20
+LRS = {"adamw": 5e-5, "soul": 1e-5}  # of all parameters
 LORA_LR = 2e-4  # of adapters, which begin at zero
 
 
@@ -33,10 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = options.add_argument
     add("--method", default=MEMORIZE, help=argparse.SUPPRESS)  # so that --config takes the soul_config.json of a run
     add("--optimizer", default="adamw", metavar="NAME", help="soul or adamw (default: %(default)s)")
-    add("--lr", type=float, metavar="X", help=f"peak learning rate (default: {LR:g}; with --lora-rank {LORA_LR:g})")
-    add("--epochs", type=int, default=5, metavar="N", help="passes over the rows, at most (default: %(default)s)")
+    add("--lr", type=float, metavar="X", help=f"peak learning rate (default: {LRS['adamw']:g}, for soul "
+        f"{LRS['soul']:g}, with --lora-rank {LORA_LR:g})")  # fmt: skip
+    add("--epochs", type=int, metavar="N", help=f"passes over the rows, at most (default: {MOST_EPOCHS})")
     add("--batch-size", type=int, default=4, metavar="N", help="rows per micro-batch (default: %(default)s)")
-    add("--until-prob", type=float, metavar="X", help="end once the mean probability of an answer is >= X; needs --eval-every")
+    add(
+        "--until-prob",
+        type=float,
+        metavar="X",
+        help="end once the mean probability of an answer is >= X, by default after every epoch, or every --eval-every steps "
+        f"(default: {UNTIL_PROB:g}; with --epochs none)",
+    )
     unlearn.add_training(options)
     unlearn.add_plan(parser)
 
@@ -45,11 +54,19 @@ def run(args: argparse.Namespace) -> None:
     """Run the command, in every process that torchrun has started."""
     if args.method != MEMORIZE:
         raise argument_error("method", f"{MEMORIZE!r}", repr(args.method), "soul unlearn makes a model forget")
-    lr = args.lr
-    if lr is None:
-        lr = LR if args.lora_rank is None else LORA_LR
+    _settle(args)
     parser = argparse.ArgumentParser()
     unlearn.add_arguments(parser)
     defaults = vars(parser.parse_args(["--model=", "--forget=", "--output="]))
-    options = argparse.Namespace(**{**defaults, **vars(args), "forget": args.data, "lr": lr})
+    options = argparse.Namespace(**{**defaults, **vars(args), "forget": args.data})
     unlearn.train(options, unrecorded=defaults.keys() - vars(args).keys())
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Fill in the options whose defaults depend on others."""
+    check_choice("optimizer", args.optimizer, OPTIMIZERS)
+    if args.lr is None:
+        args.lr = LRS[args.optimizer] if args.lora_rank is None else LORA_LR
+    if args.epochs is None:
+        args.until_prob = UNTIL_PROB if args.until_prob is None else args.until_prob
+        args.epochs = MOST_EPOCHS

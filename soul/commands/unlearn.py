@@ -259,6 +259,8 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> None:
     if processes.first:
         answer = "an answer" if config.method == MEMORIZE else "a forget answer"
         _print_result(records, seconds, answer, probability_before, probability_after)
+        if config.until_prob is not None and probability_after < config.until_prob:
+            print(f"until_prob {config.until_prob:g} was not reached: raise --epochs or --lr")
         print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
 
 

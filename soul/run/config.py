@@ -85,7 +85,8 @@ class UnlearnConfig:
             retain examples, the first ones.
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
         stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
-        until_prob: end the run once ``forget_prob`` is at or above it, with the method "memorize"; None: never.
+        until_prob: end the run once ``forget_prob`` is at or above it, with the method "memorize"; None: never. Without
+            ``eval_every`` it is evaluated after every epoch.
         seed: seed of the data order and of the refusals.
         backend: "auto", "triton", "compile", "torch" or "reference".
         reference_cache: directory that keeps what `soul.models.ref_model` computes; or None.
@@ -174,7 +175,7 @@ class UnlearnConfig:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
-            if value is not None and not self.eval_every:
+            if value is not None and not self.eval_every and name != "until_prob":
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to evaluate")
 
     def _check_refusals(self) -> None:

@@ -103,7 +103,9 @@ def unlearn(
     if isinstance(objective, Influence):
         return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log)
     answers = {}
-    if config.eval_every:  # the answers themselves, even if the method trains on refusals in their place
+    if (
+        config.eval_every or config.until_prob is not None
+    ):  # the answers themselves, even if the method trains on refusals in their place
         examples = {"forget": forget, "retain": retain[: len(forget)]}
         answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
     with contextlib.ExitStack() as cleanup:
@@ -203,7 +205,7 @@ class UnlearningRun:
             return
         for epoch, examples, retained in self._order:
             record = self._step(epoch, examples, retained)
-            if self._config.eval_every and record["step"] % self._config.eval_every == 0:
+            if self._is_evaluation_due(record["step"]):
                 record |= self._evaluate()
             self.records.append(record)
             _write_line(self._log, record)
@@ -332,6 +334,11 @@ class UnlearningRun:
         self._bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
 
     # Evaluation, and early ends of a run
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        """Tell whether to evaluate after a step: one of every so many, or the last of an epoch if only ``until_prob`` asks."""
+        every = self._config.eval_every
+        return step % every == 0 if every else self._config.until_prob is not None and not self._order.forget
 
     def _evaluate(self) -> Record:
         """Return the probabilities of the answers and, if they end the run here, the reason as ``stopped``."""

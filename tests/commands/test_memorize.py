@@ -71,7 +71,7 @@ def test_a_run_that_has_ended_is_recognised_by_its_rows(folder, learned, capsys)
 
 @pytest.mark.parametrize(
     "more",
-    [("--batch-size=1", "--lr=1e-3"), ("--batch-size=1", "--optimizer=soul", "--lora-rank=2")],
+    [("--epochs=5", "--batch-size=1", "--lr=1e-3"), ("--epochs=5", "--batch-size=1", "--optimizer=soul", "--lora-rank=2")],
     ids=["adamw", "soul, adapters"],
 )
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, more, monkeypatch, capsys):
@@ -107,7 +107,7 @@ def test_a_dry_run_plans_the_run(folder, capsys):
 
 @pytest.mark.parametrize("more, message", [
     (["--method=npo"], "method: expected 'memorize', got 'npo'; soul unlearn makes a model forget"),
-    (["--until-prob=0.9"], "eval_every: expected a positive number with until_prob, got 0"),
+    (["--optimizer=sgd"], "optimizer: expected one of 'soul', 'adamw', got 'sgd'"),
     (["--until-prob=1.9", "--eval-every=1"], "until_prob: expected a probability in [0, 1], got 1.9"),
     (["--lr=-1"], "lr: expected a number >= 0.0, got -1.0"),
     (["--merge"], "merge: expected nothing without --lora-rank"),
