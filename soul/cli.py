@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import demo, evaluate, info, memorize, plan, study, unlearn
+from soul.commands import demo, evaluate, info, init, memorize, plan, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
@@ -22,6 +22,7 @@ from soul_kernels.errors import ArgumentError, argument_error
 COMMANDS = {
     "unlearn": unlearn,
     "memorize": memorize,
+    "init": init,
     "plan": plan,
     "evaluate": evaluate,
     "study": study,
