@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import demo, evaluate, info, init, memorize, plan, study, unlearn
+from soul.commands import ask, demo, evaluate, info, init, memorize, plan, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
@@ -23,6 +23,7 @@ COMMANDS = {
     "unlearn": unlearn,
     "memorize": memorize,
     "init": init,
+    "ask": ask,
     "plan": plan,
     "evaluate": evaluate,
     "study": study,

@@ -15,7 +15,7 @@ HELP = "fine-tune a model on rows: the models before unlearning, and without wha
 UNTIL_PROB = 0.95
 MOST_EPOCHS = 20
 LRS = {"adamw": 5e-5, "soul": 1e-5}  # of all parameters
-LORA_LR = 2e-4  # of adapters, which begin at zero
+LORA_LR = 5e-4  # of adapters, which begin at zero
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

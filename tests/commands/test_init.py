@@ -105,7 +105,10 @@ def test_a_family_without_checkpointing_is_planned_without(folder):
     config = UnlearnConfig(method="npo")
     inputs = read_inputs("model", "forget: one.jsonl", "retain.jsonl", config)
     inputs = inputs._replace(shape=dataclasses.replace(inputs.shape, supports_checkpointing=False))
-    assert init._propose(inputs, config, card_of("h100")._replace(memory=1), "cuda").options == {}
+    assert init._propose(inputs, config, card_of("h100")._replace(memory=1), "cuda").options == {
+        "batch_size": 1,
+        "accumulate": 4,
+    }
 
 
 @pytest.mark.parametrize(

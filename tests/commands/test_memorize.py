@@ -96,7 +96,7 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(folder, more, monkeypatch, c
     whole, broken = (folder / f"{kind}_{name}" for kind in ("whole", "broken"))
     assert (whole / file).read_bytes() == (broken / file).read_bytes() and log_of(whole) == log_of(broken)
     rate = json.loads((whole / "soul_config.json").read_text())["lr"]
-    assert rate == (2e-4 if "lora" in name else 1e-3)
+    assert rate == (5e-4 if "lora" in name else 1e-3)
 
 
 def test_a_dry_run_plans_the_run(folder, capsys):
