@@ -28,9 +28,9 @@ CURVATURES = ("unlearn", "retain", "gnb")
 DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
 SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
-METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}  # of unlearning
+METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 MEMORIZE = "memorize"
-CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # of every method that a run can have
+CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # METHODS are those that forget
 
 
 @dataclasses.dataclass
@@ -83,10 +83,10 @@ class UnlearnConfig:
         eval_every: steps between two evaluations; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples, and of the same number of
             retain examples, the first ones.
-        stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
-        stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
         until_prob: end the run once ``forget_prob`` is at or above it, with the method "memorize"; None: never. Without
             ``eval_every`` it is evaluated after every epoch.
+        stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
+        stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
         seed: seed of the data order and of the refusals.
         backend: "auto", "triton", "compile", "torch" or "reference".
         reference_cache: directory that keeps what `soul.models.ref_model` computes; or None.
@@ -126,9 +126,9 @@ class UnlearnConfig:
     drop_unusable: bool = False
     refusals: str | None = None
     eval_every: int = 0
+    until_prob: float | None = None
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
-    until_prob: float | None = None
     seed: int = 0
     backend: str = "auto"
     reference_cache: str | None = None

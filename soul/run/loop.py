@@ -27,14 +27,14 @@ from soul.checkpoint.local import Checkpoints, Stopped, describe, describe_input
 from soul.data.batches import Batch
 from soul.data.examples import Example, Sequence
 from soul.distributed.processes import Processes
-from soul.losses import Objective
+from soul.losses import Memorize, Objective
 from soul.models.causal_lm import checkpointing, compiled, evaluating
 from soul.models.encoding import encode_for
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease, release_gradients
 from soul.output.console import safe_stream
 from soul.output.directory import no_follow
-from soul.run.config import MEMORIZE, UnlearnConfig, build_curvature, build_optimizer, build_scheduler
+from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
 from soul.run.feed import Feed
 from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
@@ -325,7 +325,7 @@ class UnlearningRun:
             total=len(self._order),
             initial=len(self.records),
             disable=not (progress and self._processes.first),
-            desc=f"{MEMORIZE if self._config.method == MEMORIZE else 'unlearn'} ({self._config.optimizer})",
+            desc=f"{'memorize' if isinstance(self._objective, Memorize) else 'unlearn'} ({self._config.optimizer})",
             file=safe_stream(sys.stderr),
         )
 
