@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import ask, demo, evaluate, info, plan, report, study, unlearn
+from soul.commands import ask, demo, evaluate, info, init, memorize, plan, report, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.output import console
@@ -21,6 +21,8 @@ from soul_kernels.errors import ArgumentError, argument_error
 
 COMMANDS = {
     "unlearn": unlearn,
+    "memorize": memorize,
+    "init": init,
     "report": report,
     "ask": ask,
     "plan": plan,
@@ -29,6 +31,7 @@ COMMANDS = {
     "demo": demo,
     "info": info,
 }
+RUNS = ("unlearn", "memorize")  # the commands that train a model, in one process or several
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,14 +61,15 @@ def _status(words: list[str]) -> int:
     args = None
     try:
         args = _parsed(parser, expand(words, parser_of))
-        if launched() > 1 and command != "unlearn":
-            raise argument_error("torchrun", "'soul unlearn'", f"'soul {command}'", "start it without torchrun, in one process")
+        if launched() > 1 and command not in RUNS:
+            expected = " or ".join(f"'soul {name}'" for name in RUNS)
+            raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
         args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        state = unlearn.state_of_output(args) if command == "unlearn" and args is not None else "no model was saved"
+        state = unlearn.state_of_output(args) if command in RUNS and args is not None else "no model was saved"
         print(f"soul {command}: interrupted; {state}", file=sys.stderr)
         return 130
     except Stopped as error:

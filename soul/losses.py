@@ -179,6 +179,18 @@ class PO(Objective):
         return forget_nll(logps, batch)
 
 
+class Memorize(PO):
+    """``gamma CE(F) + alpha retain``, where F are the rows to be learned: fine-tuning, by which models with something to forget
+    are made. The method of ``soul memorize``, not in ``OBJECTIVES``, since nothing is forgotten. By default there is no retain
+    term.
+    """
+
+    relabels = False
+
+    def __init__(self, gamma: float = 1.0, alpha: float = 0.0, retain: str = "ce") -> None:
+        super().__init__(gamma, alpha, retain)
+
+
 class NPO(Objective):
     """Negative preference optimization (Zhang et al. 2024, arXiv 2404.05868, equation 3) with a retain term.
 

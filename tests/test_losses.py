@@ -352,6 +352,15 @@ def test_copies_and_pickles_have_a_number_of_their_own():
         )
 
 
+def test_to_memorize_is_the_cross_entropy_of_the_rows(device):
+    labels = torch.tensor([[3, 4, -100], [5, -100, -100], [6, 7, 8]], device=device)
+    logps = torch.where(labels == -100, 0.0, -torch.rand(3, 3, device=device))
+    batch = TokenBatch.from_labels(labels, torch.tensor([True, True, False], device=device))
+    assert losses.Memorize()(logps, batch) == pytest.approx(-logps[:2].sum().item() / 3)
+    assert losses.Memorize(**W)(logps, batch) == losses.PO(**W)(logps, batch)  # whose answers are relabelled beforehand
+    assert not losses.Memorize.relabels and losses.Memorize not in losses.OBJECTIVES.values()
+
+
 def test_get_knows_all_and_names_them():
     for name, objective in losses.OBJECTIVES.items():
         assert isinstance(losses.get(name), objective)

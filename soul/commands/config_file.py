@@ -36,7 +36,8 @@ def expand(words: Sequence[str], parser_of: Mapping[str, argparse.ArgumentParser
     parsed, rest = config_parser.parse_known_args(words[1:])
     if parsed.config is None:
         return words
-    actions = {action.dest: action for action in parser_of[words[0]]._actions if action.dest not in ("help", "config")}
+    options = [action for action in parser_of[words[0]]._actions if action.option_strings]  # not what is named by its place
+    actions = {action.dest: action for action in options if action.dest not in ("help", "config")}
     return [words[0], *_words(parsed.config, _mapping(parsed.config), actions), *rest]
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 from soul._extras import require
@@ -28,7 +29,7 @@ from soul.output.console import print_result
 from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, check_output
 from soul.plan.run import plan_run
 from soul.report.run import report_on_run
-from soul.run.config import METHODS, UnlearnConfig
+from soul.run.config import MEMORIZE, METHODS, UnlearnConfig
 from soul.run.loop import Record
 from soul.run.notes import check_samples
 from soul.run.unlearner import Unlearner
@@ -52,7 +53,7 @@ FREE_ON_RESUME = (
     "no_samples",
 )
 # Options that may differ between processes: paths, whose contents are compared instead.
-FREE_AMONG_PROCESSES = ("run", "model", "forget", "retain", "refusals", "config", "reference_cache")
+FREE_AMONG_PROCESSES = ("run", "model", "data", "forget", "retain", "refusals", "config", "reference_cache")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +99,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     add("--published-code", action="store_true", help="SOUL: momentum as in the published code")
+    add("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
+    add("--batch-size", type=int, default=4, metavar="N", help="forget examples per micro-batch, and as many to retain")
+    add("--refusals", metavar="FILE", help="file with one refusal per line, for po and dpo (default: eight built-in ones)")
+    add("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
+    add("--stop-retain-prob", type=float, metavar="X", help="end once the probability of a retain answer is below X")
+    add(
+        "--samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="steps from one set of sample answers to the next, for the report (default: only before and after the run)",
+    )
+    add("--no-samples", action="store_true", help="do not ask the model anything before and after the run")
+    add_training(options)
+    add_plan(parser)
+
+
+def add_training(group: argparse._ActionsContainer) -> None:
+    """Declare the options of every run on rows, which `soul.commands.memorize` has too."""
+    add = group.add_argument
     add(
         "--state-dtype",
         metavar="NAME",
@@ -110,8 +131,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how soul rounds bf16 parameters: nearest, stochastic or compensated, which keeps 8 more bits (default)",
     )
     add("--weight-decay", type=float, default=0.0, metavar="X", help="decoupled weight decay (default: %(default)s)")
-    add("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
-    add("--batch-size", type=int, default=4, metavar="N", help="forget examples per micro-batch, and as many to retain")
     add("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
     add("--max-grad-norm", type=float, default=1.0, metavar="X", help="global norm clipping; inf: none (default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="less memory for a third more time")
@@ -137,8 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="split or truncate longer texts (default: %(default)s); answers are truncated",
     )
     add("--drop-unusable", action="store_true", help="leave out blank rows and prompts that leave no room for an answer")
-    add("--refusals", metavar="FILE", help="file with one refusal per line, for po and dpo (default: eight built-in ones)")
-    add_template(options)
+    add_template(group)
     add("--seed", type=int, default=0, metavar="N", help="data order and refusals (default: %(default)s)")
     add(
         "--dtype",
@@ -149,16 +167,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and under adapters; float32 for adamw and on CPUs without AMX)",
     )
     add("--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)")
-    add("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
-    add("--stop-retain-prob", type=float, metavar="X", help="end once the probability of a retain answer is below X")
-    add(
-        "--samples",
-        type=int,
-        default=0,
-        metavar="N",
-        help="steps from one set of sample answers to the next, for the report (default: only before and after the run)",
-    )
-    add("--no-samples", action="store_true", help="do not ask the model anything before and after the run")
     add(
         "--save-every",
         type=int,
@@ -180,7 +188,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest checkpoint in --output, bit for bit, with all other options as before; without a "
         "checkpoint, start anew",
     )
-    add_device(options)
+    add_device(group)
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--dry-run``, and the cards for which it plans."""
     plan = parser.add_argument_group("plan")
     add = plan.add_argument
     add(
@@ -194,8 +206,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command, in every process that torchrun has started."""
+    if args.method == MEMORIZE:
+        raise argument_error("method", "a method that forgets", MEMORIZE, "soul memorize fine-tunes a model on rows")
+    train(args)
+
+
+def train(args: argparse.Namespace, unrecorded: Collection[str] = ()) -> None:
+    """Train a model as the options say: it forgets or, with the method "memorize", learns its rows.
+
+    Args:
+        args: every option of ``soul unlearn``.
+        unrecorded: names of those that ``soul_config.json`` leaves out beside ``NOT_RECORDED``.
+    """
     with started(pick_device(args.device)):
-        _run(args)
+        _train(args, {*NOT_RECORDED, *unrecorded})
 
 
 def state_of_output(args: argparse.Namespace) -> str:
@@ -208,7 +232,7 @@ def state_of_output(args: argparse.Namespace) -> str:
     return f"the model is saved in {output}{remains}"
 
 
-def _run(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace, unrecorded: set[str]) -> None:
     # All options are checked, unused ones too, before the model is read, which may take minutes.
     processes = Processes.here()
     processes.check_alike({name: value for name, value in vars(args).items() if name not in FREE_AMONG_PROCESSES})
@@ -232,14 +256,14 @@ def _run(args: argparse.Namespace) -> None:
         print_result(plan.table())
         return
     if args.resume and processes.any(has_ended(output, checkpoints)):
-        processes.on_first(lambda: _check_ended(args, output, config))
+        processes.on_first(lambda: _check_ended(args, output, config, unrecorded))
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
         return
     unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, dtype=args.dtype, device=args.device)
     if processes.first:
         for name, counts in unlearner.counts.items():
-            print(f"{name}: {counts.summary(config.max_length)}")
+            print(f"{'data' if config.method == MEMORIZE else name}: {counts.summary(config.max_length)}")
     probability_before = unlearner.forget_probability()
     begun = time.perf_counter()
     records = unlearner.run(
@@ -249,22 +273,28 @@ def _run(args: argparse.Namespace) -> None:
         keep=args.keep,
         resume=args.resume,
         merge=args.merge,
-        options={name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
+        options={name: value for name, value in vars(args).items() if name not in unrecorded},
         samples=None if args.no_samples else args.samples,
     )
     seconds = time.perf_counter() - begun
     probability_after = unlearner.forget_probability()
     if processes.first:
-        _print_result(records, seconds, probability_before, probability_after)
+        answer = "an answer" if config.method == MEMORIZE else "a forget answer"
+        _print_result(records, seconds, answer, probability_before, probability_after)
+        if config.until_prob is not None and probability_after < config.until_prob:
+            print(f"until_prob {config.until_prob:g} was not reached: raise --epochs or --lr")
         print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
-        print(*report_on_run(output, {"forget_prob": [probability_before, probability_after]}), sep="\n")
+        if config.method != MEMORIZE:  # the report is on forgetting
+            print(*report_on_run(output, {"forget_prob": [probability_before, probability_after]}), sep="\n")
 
 
-def _print_result(records: list[Record], seconds: float, probability_before: float, probability_after: float) -> None:
+def _print_result(
+    records: list[Record], seconds: float, answer: str, probability_before: float, probability_after: float
+) -> None:
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
     steps = f"{len(records)} step{'s' * (len(records) != 1)} in {seconds:.1f} s"
-    print(f"{steps}; probability of a forget answer: {probability_before:.3f} before, {probability_after:.3f} after")
+    print(f"{steps}; probability of {answer}: {probability_before:.3f} before, {probability_after:.3f} after")
 
 
 def _config(args: argparse.Namespace) -> UnlearnConfig:
@@ -272,7 +302,7 @@ def _config(args: argparse.Namespace) -> UnlearnConfig:
     return UnlearnConfig(**{name: getattr(args, name) for name in names}, method_options=_method_options(args))
 
 
-def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: UnlearnConfig) -> None:
+def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: UnlearnConfig, unrecorded: set[str]) -> None:
     """Raise unless the run that has ended in ``output`` has the options of this command. The error names the first difference.
 
     Options are compared with those in ``soul_config.json``, rows with their digests in ``data.json``. The model is compared by
@@ -284,7 +314,7 @@ def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: Unlearn
     if not recorded:
         remedy = "choose another output directory"
         raise argument_error("resume", "the options of the run that has ended", f"{output / RUN_FILE} without any", remedy)
-    names = vars(args).keys() - {*NOT_RECORDED, *FREE_ON_RESUME, "refusals"}
+    names = vars(args).keys() - {*unrecorded, *FREE_ON_RESUME, "data", "refusals"}
     saved = {name: recorded.get(name, defaults.get_default(name)) for name in names}
     now = {name: getattr(args, name) for name in names}
     saved["merge"] = bool(recorded.get("lora_rank")) and not (output / "adapter_config.json").is_file()
@@ -294,8 +324,9 @@ def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: Unlearn
     digests = {name: counts["content"] for name, counts in data.items() if isinstance(counts, dict) and "content" in counts}
     if digests:  # the rows decide, wherever the data are now
         for name in ("forget", "retain"):
-            saved.pop(name)
-            source = now.pop(name)
+            saved.pop(name, None)
+            now.pop(name, None)
+            source = getattr(args, name)
             if source is not None:
                 now[f"content of {name}"] = digest(rows(source, name, drop=config.drop_unusable))
         saved |= {f"content of {name}": content for name, content in digests.items()}
@@ -330,6 +361,8 @@ def _adapters(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _method_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the keyword arguments of the method, from ``--gamma``, ``--alpha``, ``--beta`` and ``--option``."""
+    if args.method == MEMORIZE:
+        return {}
     check_choice("method", args.method, tuple(METHODS))
     parameters = inspect.signature(METHODS[args.method]).parameters
     options = {name: getattr(args, name) for name in ("gamma", "alpha", "beta") if getattr(args, name) is not None}

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from soul._extras import require
 from soul.data.examples import Counts, Example, Question
@@ -15,7 +15,8 @@ from soul.data.rows import ChooseColumns, Row, check_text, is_blank, read_file
 from soul.data.templates import Template
 from soul_kernels.errors import ArgumentError, argument_error
 
-Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]]  # a path or a name; or the rows themselves
+# A path or a name, a list of these; or the rows themselves.
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Sequence[str | os.PathLike[str]]
 COLUMNS: tuple[tuple[str, ...], ...] = (
     ("question", "answer"),
     ("prompt", "completion"),
@@ -58,7 +59,7 @@ def rows(source: Source, name: str = "rows", *, drop: bool = False, counts: Coun
         source: one of these: the path of a JSON-lines or parquet file; ``tofu:NAME``, ``muse:CORPUS/SPLIT``,
             ``muse:CORPUS/SUBSET/SPLIT``, ``wmdp:NAME`` or ``hub:OWNER/NAME[:SUBSET][/SPLIT]``, from the Hugging Face hub;
             ``tofu:NAME@DIR`` or ``wmdp:NAME@DIR``, from a folder with the benchmark's files; an iterable of mappings, such as a
-            ``datasets.Dataset``.
+            ``datasets.Dataset``. A list of paths and names stands for the rows of all of them, with the columns of the first.
         name: what to call an iterable in errors.
         drop: leave out rows whose answer or text is blank, and count them.
         counts: `soul.data.Counts`, to which the numbers of rows and of blank rows are added.
@@ -110,8 +111,10 @@ def read(source: Source, name: str, choose: ChooseColumns) -> list[Row]:
     Raises:
         ArgumentError: there is no such file or name, or it cannot be read.
     """
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, os.PathLike)) for item in source):
+        return [row for item in source for row in read(item, name, choose)]
     if not isinstance(source, (str, os.PathLike)):
-        return _iterable_rows(source, name, choose)
+        return _iterable_rows(cast(Iterable[Mapping[str, Any]], source), name, choose)
     kind, colon, rest = str(source).partition(":")
     if colon and kind in _KINDS:
         return _KINDS[kind](str(source), rest, choose)

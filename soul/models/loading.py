@@ -30,6 +30,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
 
 
+def check_name(name: str | pathlib.Path) -> None:
+    """Raise if a name is the path of something else than a model or adapters; read no weights.
+
+    Raises:
+        ArgumentError: there is no configuration in that directory, or no such directory.
+    """
+    looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
+    has_file = any((pathlib.Path(name) / file).is_file() for file in ("config.json", "adapter_config.json"))
+    if looks_local and not has_file:
+        raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
+
+
 def load(
     name: str | pathlib.Path, *, dtype: str = "float32", device: torch.device | str = "cpu", mapped: bool = False
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -51,10 +63,7 @@ def load(
     """
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
-    looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
-    has_file = any((pathlib.Path(name) / file).is_file() for file in ("config.json", "adapter_config.json"))
-    if looks_local and not has_file:
-        raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
+    check_name(name)
     try:
         adapter_config = adapter_config_of(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)

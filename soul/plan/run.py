@@ -2,25 +2,46 @@
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from soul._extras import require
+from soul._extras import MissingExtra, require
+from soul.data.examples import Counts
 from soul.data.examples import Sequence as TokenSequence
+from soul.data.sources import Source
 from soul.plan.case import Tokens, objective_of
 from soul.plan.planner import Plan, plan
-from soul.plan.shapes import PRESETS, SHORT_NAMES, empty_model, read_config, shape_of
+from soul.plan.shapes import PRESETS, SHORT_NAMES, Shape, empty_model, read_config, shape_of
 from soul.run.config import UnlearnConfig
 from soul.run.feed import micro_batches, order_of, sequence_indices, sequences_per_example
 from soul.run.prepare import prepare
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RunInputs(NamedTuple):
+    """What a plan needs of a run, read once; the configs that it is planned with may differ in memory and batch size.
+
+    Attributes:
+        shape: the model's `Shape`.
+        forget: the forget sequences, in pairs if the objective asks for them.
+        retain: the retain sequences.
+        counts: "forget" and "retain" -> the `soul.data.Counts` of their rows.
+    """
+
+    shape: Shape
+    forget: list[TokenSequence]
+    retain: list[TokenSequence]
+    counts: dict[str, Counts]
+
 
 def plan_run(
     model: str | os.PathLike[str],
-    forget: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
-    retain: str | os.PathLike[str] | Iterable[Mapping[str, Any]] | None,
+    forget: Source,
+    retain: Source | None,
     config: UnlearnConfig,
     **options: Any,
 ) -> Plan:
@@ -40,23 +61,49 @@ def plan_run(
         ArgumentError: the run itself would not start, as far as this can be seen without weights and a GPU.
     """
     objective_of(config)  # checks that the run can be planned
-    if str(model) in (*PRESETS, *SHORT_NAMES):
-        remedy = "pass a directory or a hub name, or use: soul plan"
-        raise argument_error("model", "a model with a tokenizer", f"the preset {model!r}", remedy)
+    return plan_inputs(read_inputs(model, forget, retain, config), config, **options)
+
+
+def read_inputs(
+    model: str | os.PathLike[str],
+    forget: Source,
+    retain: Source | None,
+    config: UnlearnConfig,
+) -> RunInputs:
+    """Return what a plan needs of a run; arguments and errors as those of `plan_run`."""
+    tokenizer = read_tokenizer(model)
     empty = empty_model(read_config(model))
-    try:
-        tokenizer = require("transformers", "hf").AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # the libraries raise many kinds for a broken tokenizer
-        raise argument_error("model", "a model with a tokenizer", f"{model} ({type(error).__name__})", "check it") from error
     portable = dataclasses.replace(config, backend="reference", cuda_graph=False)  # the run may be meant for another machine
     run = Unlearner(empty, forget, retain, portable, tokenizer=tokenizer)  # checks all that can be checked here
     sequences = prepare(empty, tokenizer, *run.examples, portable)
-    steps = list(_steps(config, *sequences))
+    return RunInputs(dataclasses.replace(shape_of(empty), name=str(model)), *sequences, run.counts)
+
+
+def read_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """Return the tokenizer of a directory or a hub name.
+
+    Raises:
+        ArgumentError: there is no such model, or it has no tokenizer, or a broken one.
+    """
+    if str(model) in (*PRESETS, *SHORT_NAMES):
+        remedy = "pass a directory or a hub name, or use: soul plan"
+        raise argument_error("model", "a model with a tokenizer", f"the preset {model!r}", remedy)
+    read_config(model)  # a wrong path is named before the tokenizer is missed
+    try:
+        return require("transformers", "hf").AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except MissingExtra:
+        raise
+    except Exception as error:  # the libraries raise many kinds for a broken tokenizer
+        raise argument_error("model", "a model with a tokenizer", f"{model} ({type(error).__name__})", "check it") from error
+
+
+def plan_inputs(inputs: RunInputs, config: UnlearnConfig, **options: Any) -> Plan:
+    """Plan a run whose model and data have been read; ``options`` and errors as those of `plan_run`."""
+    steps = list(_steps(config, inputs.forget, inputs.retain))
     sizes = [tokens for batches in steps for tokens in batches]
     largest = {max(sizes, key=lambda t: (t.n, t.n_labelled)), max(sizes, key=lambda t: (t.n_labelled, t.n))}
-    shape = dataclasses.replace(shape_of(empty), name=str(model))
     timed_steps = steps if options.get("gpus", 1) == 1 else None
-    plans = [plan(shape, config, tokens, steps=timed_steps, **options) for tokens in largest]
+    plans = [plan(inputs.shape, config, tokens, steps=timed_steps, **options) for tokens in largest]
     return max(plans, key=lambda candidate: candidate.peak_bytes)
 
 

@@ -29,6 +29,8 @@ DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable"
 SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
+MEMORIZE = "memorize"
+CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # METHODS are those that forget
 
 
 @dataclasses.dataclass
@@ -37,7 +39,8 @@ class UnlearnConfig:
 
     Attributes:
         method: name of the objective, one of ``soul.losses.OBJECTIVES``; or "influence", one second-order step over all data,
-            which takes only ``batch_size``, ``seed``, ``backend`` and the options of the data.
+            which takes only ``batch_size``, ``seed``, ``backend`` and the options of the data; or "memorize", fine-tuning
+            (`soul.losses.Memorize`): "forget" is then the name of the rows to be learned.
         method_options: keyword arguments of the method (gamma, alpha, retain, beta, ...; see `soul.run.influence.Influence`).
         optimizer: "soul" or "adamw".
         lr: peak learning rate.
@@ -80,6 +83,8 @@ class UnlearnConfig:
         eval_every: steps between two evaluations; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples, and of the same number of
             retain examples, the first ones.
+        until_prob: end the run once ``forget_prob`` is at or above it, with the method "memorize"; None: never. Without
+            ``eval_every`` it is evaluated after every epoch.
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
         stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
         seed: seed of the data order and of the refusals.
@@ -121,6 +126,7 @@ class UnlearnConfig:
     drop_unusable: bool = False
     refusals: str | None = None
     eval_every: int = 0
+    until_prob: float | None = None
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
     seed: int = 0
@@ -162,16 +168,19 @@ class UnlearnConfig:
                 "published_code", "False with another curvature", True, "it changes the momentum of SOUL's own step"
             )
         check_whole("eval_every", self.eval_every, "0 evaluates nothing", low=0)
-        for name in ("stop_forget_prob", "stop_retain_prob"):
+        if self.until_prob is not None and self.method != MEMORIZE:
+            remedy = "stop_forget_prob ends a run that unlearns"
+            raise argument_error("until_prob", f"None with the method {self.method!r}", self.until_prob, remedy)
+        for name in ("stop_forget_prob", "stop_retain_prob", "until_prob"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
-            if value is not None and not self.eval_every:
+            if value is not None and not self.eval_every and name != "until_prob":
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to evaluate")
 
     def _check_refusals(self) -> None:
         """Raise for refusals that the method does not use, and for a file that holds none."""
-        method = METHODS.get(self.method)
+        method = CLASSES.get(self.method)
         if self.refusals is not None and not (getattr(method, "relabels", True) or getattr(method, "pairs", True)):
             raise argument_error("refusals", f"None with the method {self.method!r}", self.refusals, "only po and dpo use them")
         self.refusal_texts()
@@ -228,7 +237,7 @@ class UnlearnConfig:
         Raises:
             ArgumentError: there is no such method, or it does not take one of the options.
         """
-        return losses.build(METHODS, self.method, self.method_options)
+        return losses.build(CLASSES, self.method, self.method_options)
 
 
 def parameter_dtype(

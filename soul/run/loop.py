@@ -27,7 +27,7 @@ from soul.checkpoint.local import Checkpoints, Stopped, describe, describe_input
 from soul.data.batches import Batch
 from soul.data.examples import Example, Sequence
 from soul.distributed.processes import Processes
-from soul.losses import Objective
+from soul.losses import Memorize, Objective
 from soul.models.causal_lm import checkpointing, compiled, evaluating
 from soul.models.encoding import encode_for
 from soul.optim.optimizer import SophiaG
@@ -105,7 +105,9 @@ def unlearn(
     if isinstance(objective, Influence):
         return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log)
     answers = {}
-    if config.eval_every:  # the answers themselves, even if the method trains on refusals in their place
+    if (
+        config.eval_every or config.until_prob is not None
+    ):  # the answers themselves, even if the method trains on refusals in their place
         examples = {"forget": forget, "retain": retain[: len(forget)]}
         answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
     with contextlib.ExitStack() as cleanup:
@@ -206,7 +208,7 @@ class UnlearningRun:
             return
         for epoch, examples, retained in self._order:
             record = self._step(epoch, examples, retained)
-            if self._config.eval_every and record["step"] % self._config.eval_every == 0:
+            if self._is_evaluation_due(record["step"]):
                 record |= self._evaluate()
             self.records.append(record)
             _write_line(self._log, record)
@@ -338,7 +340,7 @@ class UnlearningRun:
             total=len(self._order),
             initial=len(self.records),
             disable=not (progress and self._processes.first),
-            desc=f"unlearn ({self._config.optimizer})",
+            desc=f"{'memorize' if isinstance(self._objective, Memorize) else 'unlearn'} ({self._config.optimizer})",
             file=safe_stream(sys.stderr),
         )
 
@@ -347,6 +349,11 @@ class UnlearningRun:
         self._bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
 
     # Evaluation, and early ends of a run
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        """Tell whether to evaluate after a step: one of every so many, or the last of an epoch if only ``until_prob`` asks."""
+        every = self._config.eval_every
+        return step % every == 0 if every else self._config.until_prob is not None and not self._order.forget
 
     def _evaluate(self) -> Record:
         """Return the probabilities of the answers and, if they end the run here, the reason as ``stopped``."""
@@ -368,11 +375,14 @@ class UnlearningRun:
         """Return the criteria that are met, in words."""
         forget_limit = self._config.stop_forget_prob
         retain_limit = self._config.stop_retain_prob
+        answer_limit = self._config.until_prob
         reasons = []
         if forget_limit is not None and probabilities["forget_prob"] <= forget_limit:
             reasons.append(f"forget probability {probabilities['forget_prob']:.4g} has reached {forget_limit:g}")
         if retain_limit is not None and probabilities["retain_prob"] < retain_limit:
             reasons.append(f"retain probability {probabilities['retain_prob']:.4g} has fallen below {retain_limit:g}")
+        if answer_limit is not None and probabilities["forget_prob"] >= answer_limit:
+            reasons.append(f"answer probability {probabilities['forget_prob']:.4g} has reached {answer_limit:g}")
         return reasons
 
     def _check_record(self, record: Record) -> None:

@@ -11,7 +11,7 @@ from soul.losses import Objective
 from soul.models.causal_lm import check_checkpointing, check_weights, head, trained
 from soul.models.encoding import encode_for
 from soul.models.ref_model import check_cache
-from soul.run.config import UnlearnConfig
+from soul.run.config import MEMORIZE, UnlearnConfig
 from soul.run.influence import Influence
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
@@ -57,7 +57,8 @@ def prepare(
     else:
         if objective.relabels:
             forget = refuse(forget, config.refusal_texts(), config.seed)
-        encoded = encode_for(model, tokenizer, forget, config, "forget", counts.get("forget"))
+        name = "data" if config.method == MEMORIZE else "forget"
+        encoded = encode_for(model, tokenizer, forget, config, name, counts.get("forget"))
     return encoded, encode_for(model, tokenizer, retain, config, "retain", counts.get("retain"))
 
 

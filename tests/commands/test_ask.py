@@ -1,20 +1,20 @@
-"""``soul ask`` on a tiny model: one or two models, questions as arguments, on standard input, with an answer."""
-
 import io
-import re
+import pathlib
 
 import pytest
 import torch
 
 from soul.cli import main
-from soul.data.examples import ask as as_example
-from soul.evaluate.model import answer_probability
+from soul.commands import ask
+from soul.data.examples import ask as example_of
+from soul.evaluate.model import EvaluateConfig, answer_probability
 from soul.models.encoding import encode_for
 from soul.models.loading import load
-from soul.run.config import UnlearnConfig
-from tests.support.models import examples, tiny_model, tiny_tokenizer
+from tests.support.models import tiny_model, tiny_tokenizer
 
-HOW = ["--device", "cpu", "--backend", "reference", "--max-new-tokens", "4"]
+HOW = ("--device=cpu", "--backend=reference", "--max-new-tokens=4")
+QUESTION = "where does number 2 live?"
+ANSWER = "In house 14 of street 2."
 
 
 @pytest.fixture(scope="module")
@@ -29,39 +29,91 @@ def folder(tmp_path_factory):
     return root
 
 
-def test_two_models_are_asked_the_same(folder, capsys):
-    answer = examples(3)[2].content
-    words = ["ask", str(folder / "one"), f"where does number 2 live? => {answer}", "--against", str(folder / "other"), *HOW]
-    assert main([*words, "--answer", "not this"]) == 0
-    question, *lines = capsys.readouterr().out.splitlines()
-    assert question == "where does number 2 live?" and len(lines) == 4
-    values = [re.fullmatch(rf" +p ([\d.e-]+) of: {re.escape(answer)}", line)[1] for line in lines[1::2]]
-    for name, value in zip(("one", "other"), values):
-        model, tokenizer = load(folder / name)
-        config = UnlearnConfig(backend="reference")
-        sequences = encode_for(model, tokenizer, [as_example("where does number 2 live?", answer)], config, "x")
-        assert float(value) == pytest.approx(answer_probability(model, sequences, backend="reference"), rel=0.06)
-    assert values[0] != values[1] and lines[0].startswith(f"  {folder / 'one'}   ")
+@pytest.fixture(autouse=True)
+def inside(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "63")
 
 
-def test_questions_are_read_from_standard_input(folder, capsys, monkeypatch):
-    typed = io.StringIO("\nWho?\nWhat => that\n => nobody\n" + "long " * 3000 + "\nLast?")
-    monkeypatch.setattr("sys.stdin", typed)
-    assert main(["ask", str(folder / "one"), *HOW]) == 0
-    said = capsys.readouterr()
-    assert [line for line in said.out.splitlines() if not line.startswith(" ")] == ["Who?", "What", "Last?"]
-    assert said.out.count("p 0.0") + said.out.count("e-0") >= 1 and "soul ask: question: expected some" in said.err
-    assert "raise --max-length" in said.err
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_two_models_are_asked_side_by_side(capsys):
+    assert main(["ask", "one", QUESTION, "Who?", "--against=other", f"--answer={ANSWER}", *HOW]) == 0
+    first, second = capsys.readouterr().out.split("\n\n")[:2]
+    lines = first.splitlines()
+    assert lines[0] == QUESTION and second.startswith("Who?\n") and all(line[30:33] == " | " for line in lines[1:])
+    titles = [cell.strip() for cell in lines[1].split(" | ")]
+    config = EvaluateConfig(backend="reference")
+    for name, title in zip(("one", "other"), titles):
+        model, tokenizer = load(name)
+        sequences = encode_for(model, tokenizer, [example_of(QUESTION, ANSWER)], config, "x")
+        assert title == f"{name} (p {answer_probability(model, sequences, backend='reference'):.3g})"
+    assert titles[0] != titles[1]
+
+
+def test_one_model_is_asked_line_by_line(capsys, monkeypatch):
+    """Without an answer there is no probability; blank lines are skipped."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\nWho?\n  Where?\n"))
+    assert main(["ask", "one", *HOW]) == 0
+    shown = capsys.readouterr()
+    blocks = [block.splitlines() for block in shown.out.split("\n\n")]
+    assert [block[:2] for block in blocks[:2]] == [["Who?", "one"], ["Where?", "one"]] and "> " not in shown.err
+    model, tokenizer = load("one")
+    (said,) = ask.generate(model, tokenizer, encode_for(model, tokenizer, [example_of("Who?", "-")], EvaluateConfig(), "x"),
+                           max_new_tokens=4)  # fmt: skip
+    assert "".join(blocks[0][2:]).split() == said.split()
+
+
+def test_on_a_terminal_the_next_question_may_be_better(capsys, monkeypatch):
+    typed = "long " * 3000 + "\nWho?\n"
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    assert main(["ask", "one", *HOW]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Who?\n") and "> soul ask: question, answer, row 0: expected a label within 512" in shown.err
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert main(["ask", "one", *HOW]) == 2
+
+
+def test_texts_are_wrapped_into_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "43")
+    columns = [["one", "a " * 12], ["other", "b", "c"]]
+    assert ask._side_by_side(columns) == [
+        "one                  | other",
+        "a a a a a a a a a a  | b",
+        "a a                  | c",
+    ]
+    assert ask._side_by_side([["one", "", "a"]]) == ["one", "", "a"]
 
 
 @pytest.mark.parametrize("words, message", [
-    (["nowhere", "Who?"], "a causal language model"),
-    (["one", " => x"], "question: expected some text, got ' => x'"),
-    (["one", "Who?", "--template", "chat"], "tokenizer: expected one with a chat template"),
-    (["one", "Who?", "--against", "./nothing"], "model: expected a directory with config.json"),
-    (["one", "Who?", "--max-new-tokens", "0"], "max_new_tokens: expected a positive whole number"),
+    (["one", " "], "question: expected some text, got ' '; write it in quotes"),
+    (["one", "Who?", "--answer="], "answer: expected some text, got ''"),
+    (["one", "Who?", "--answer=\udc80"], "answer: expected valid Unicode, got a lone surrogate"),
+    (["one", "Who?", "--against=./nothing"], "model: expected a directory with config.json, or a hub name, got ./nothing"),
+    (["./nothing", "Who?"], "model: expected a directory with config.json"),
+    (["one", "Who?", "--max-new-tokens=0"], "max_new_tokens: expected a positive whole number"),
+    (["one", "Who?", "--template={answer}"], "template: expected a text with {question} that ends in {answer}"),
+    (["one", "Who?", "--system=x"], "system: expected none without the chat template"),
+    (["one", "Who?", "--device=tpu"], "device: expected auto, cpu or cuda"),
+    (["one", "Who?", "--backend=cuda"], "backend: expected one of"),
 ])  # fmt: skip
-def test_bad_input_ends_with_2(folder, words, message, capsys, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_bad_input_ends_with_2_before_a_model_is_loaded(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(ask, "load", lambda *_, **__: pytest.fail("loaded"))
     assert main(["ask", *words]) == 2
-    assert message in capsys.readouterr().err
+    assert f"soul ask: {message}" in capsys.readouterr().err
+
+
+def test_what_fits_no_model_ends_with_2(capsys):
+    assert main(["ask", "one", "Who?", "--template=chat", *HOW]) == 2
+    assert "soul ask: tokenizer: expected one with a chat template" in capsys.readouterr().err
+    assert main(["ask", "one", "Who?", *HOW, "--max-new-tokens=9999"]) == 2
+    assert "max_new_tokens: expected at most 2048 positions" in capsys.readouterr().err
+
+
+def test_a_file_of_options_has_no_word_for_what_is_named_by_its_place(capsys):
+    pathlib.Path("ask.yaml").write_text("model: one\n")
+    assert main(["ask", "one", "--config=ask.yaml"]) == 2
+    assert "config: expected options of the command, got 'model' in ask.yaml" in capsys.readouterr().err

@@ -57,6 +57,17 @@ def test_names_are_these_data_sets(source, repository, subset, split, asked_of_h
     assert asked_of_hub == [((repository, subset), {"split": split})]
 
 
+def test_several_files_are_one_source(tmp_path):
+    """The columns of the first row hold for all."""
+    for name, key in (("a", "text"), ("b", "text"), ("c", "answer")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({key: f"Once, {name}."}) + "\n")
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    assert sources.rows(paths[:2]) == [(f"{path}, line 1", {"text": f"Once, {path.stem}."}) for path in paths[:2]]
+    assert sources.digest(sources.rows(paths[:1])) == sources.digest(sources.rows(str(paths[0])))
+    with pytest.raises(ValueError, match="c.jsonl, line 1, column 'text': expected a string, got no such column"):
+        sources.rows(paths)
+
+
 def test_questions_by_name(monkeypatch):
     """These are the rows that ``soul evaluate --data tofu`` reads."""
     row = ASKED[0] | {"paraphrased_answer": "It is 0.", "perturbed_answer": ["Number 8.", "Number 9."]}

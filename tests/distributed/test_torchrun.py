@@ -50,6 +50,7 @@ EQUAL = {
     "curvature": ("llama, untied", {"method": "graddiff", "curvature": "retain", "curvature_every": 2, "bs": 8}),
     "curvature of an empty part": ("llama, tied", {"method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8,
                                                    "batch_size": 1, "gradient_checkpointing": True}),
+    "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
 }  # fmt: skip
 # Dropout, which draws in each process; checkpoints after each second step of 4.
 SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
@@ -282,7 +283,7 @@ def test_other_commands_are_refused(monkeypatch, capsys):
     for name, value in zip(TORCHRUN, ("1", "1", "2", "localhost", "1")):
         monkeypatch.setenv(name, value)
     assert main(["info"]) == 2
-    assert "torchrun: expected 'soul unlearn', got 'soul info'; start it without" in capsys.readouterr().err
+    assert "torchrun: expected 'soul unlearn' or 'soul memorize', got 'soul info'; start it without" in capsys.readouterr().err
 
 
 WHOLE = dict(zip(TORCHRUN, ("1", "1", "2", "localhost", "29500")))
