@@ -34,19 +34,23 @@ RECOVERY = 0.5  # fraction of it near the aim while the control rows are below t
 SETTLE = 0.7  # of the fraction at one more evaluation beyond the aim with the control rows below their level
 TREND = 0.5  # of the last change of the control probability: how much of it is expected to come again
 END = 0.25  # fraction of all steps over which the learning rate falls at the end
-CALM = 0.7  # of the learning rate, at every evaluation that finds the control rows below their level once more
-LONGEST_CALM = 30.0  # to this fraction of the first learning rate, at least
+CALM = 0.8  # of the learning rate, at every evaluation that finds the control rows below their level without recovering
+CALM_GAIN = 0.9  # of what was missing: more than this is no recovery
+LONGEST_CALM = 3.0  # to this fraction of the first learning rate, at least
 LOST = 1.1  # distance from which the run goes back; the model before unlearning has 1
 BACK_FACTOR = 2.0  # between the learning rates before and after going back
 MAX_BACKS = 4
 RAISE = 2.0  # alpha doubles this often at most at one evaluation; once for every room below the level
-LOWER = 0.5  # alpha is halved this often at most at one evaluation
+LOWER = 1.0  # alpha is halved this often at most at one evaluation
 WAY_STEPS = 6.0  # the way, in log-probability, is to take one in so many of all steps, at the pace of the pilot's steps
 PACES = (0.01, 0.2)  # of the way that a step of the pilot is to forget
 CLOSE = 1.5  # a try within this factor of it ends the search
 LR_FACTOR = 10.0  # between the learning rates of two tries, at most
 ALPHA_FACTOR = 4.0  # between the alphas of two tries
-ALPHA_RANGE = (0.05, 64.0)  # of alpha, relative to its start
+ALPHA_RANGE = (1.0, 16.0)  # of alpha, relative to its start
+HURRY = 1.3  # of the learning rate, at an evaluation with room that finds the forget rows too slow to come in time
+MOST_HURRY = 10.0  # times the first learning rate, at most
+IN_TIME = 0.5  # fraction of the steps to come within which the forget rows should come to their aim
 KEEP_WEIGHT = 4.0  # of a loss of control probability against what is left to forget, in `Target.distance`
 
 
@@ -130,7 +134,7 @@ class Controller:
         backs: number of times that the run went back.
     """
 
-    _CHANGING = ("lr", "lr_start", "alpha", "alpha_start", "fall", "in_a_row", "backs", "_risen_from", "_slack")
+    _CHANGING = ("lr", "lr_start", "alpha", "alpha_start", "fall", "in_a_row", "backs", "_risen_from", "_slack", "_left", "_step")
 
     def __init__(self, target: Target, *, lr: float, alpha: float, warmup: int, steps: int) -> None:
         self.target = target
@@ -140,7 +144,9 @@ class Controller:
         self.fall = 1.0
         self.in_a_row = 0
         self.backs = 0
-        self._slack = target.slack(target.control_start)
+        self._slack = target.slack(target.control_start)  # at the last evaluation, like the two that follow
+        self._left = 1.0
+        self._step = 0
         self._risen_from = 0  # the step after which the learning rate began to rise
 
     def begin(self, lr: float, alpha: float) -> None:
@@ -179,18 +185,27 @@ class Controller:
             self.fall = 1.0
             self.in_a_row = 0
             self._risen_from = step
-            self._slack = 0.0
+            self._slack = room
+            self._left = 1.0
+            self._step = step
             return True
         doublings = 0.0
         expected = slack + TREND * (slack - self._slack)
+        recovers = slack >= CALM_GAIN * self._slack
         if slack < 0:
             doublings = min(RAISE, max(0.25 if left > 0 else 1.0, -expected / room))
         elif left > 0:
             doublings = max(-LOWER, min(RAISE, -LOWER * expected / room))
-        if slack < 0 and self._slack < 0:  # alpha alone does not help: the steps are too long
+            pace = (self._left - left) / max(1, step - self._step)
+            too_slow = pace * IN_TIME * (self.steps - step) < left
+            if too_slow and left > NEAR and expected > 0 and step >= self._risen_from + self.warmup:
+                self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
+        if slack < 0 and not recovers:  # alpha alone does not help: the steps are too long
             self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
         self._slack = slack
+        self._left = left
         self.alpha = min(high, max(low, self.alpha * 2.0**doublings))
+        self._step = step
         if left > NEAR:
             self.fall = 1.0
         elif slack >= 0:

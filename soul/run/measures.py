@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONTROL_SHARE = 0.1  # of the retain rows
 CONTROL_ROWS = (8, 64)  # at least, at most
+CONTROL_SAMPLE = 16  # control rows of an evaluation that only steers
 SAMPLE = 64  # forget rows of an evaluation; the others are looked at only if these have reached the aim
 CHANCE_PAIRS = 64  # questions with answers of others, at most
 
@@ -111,6 +112,7 @@ class Measures:
     Attributes:
         target: the `Target`, measured on the model before unlearning.
         control_tokens: number of tokens of the control rows.
+        control_sample_tokens: number of tokens of those of an evaluation that only steers.
         sample_tokens: number of tokens of the forget rows of an evaluation.
         chance: probability of answers that belong to other questions; None without any.
         verdict: that on the run, once it has ended.
@@ -141,10 +143,13 @@ class Measures:
         self._sample = encoded(drawn[:SAMPLE], "forget")
         self._rest = encoded(drawn[SAMPLE:], "forget")
         self._control = encoded(data.control, "control")
+        self._control_sample = self._control[:: -(-len(self._control) // CONTROL_SAMPLE) or 1]
         self.control_tokens = _tokens(self._control)
+        self.control_sample_tokens = _tokens(self._control_sample)
         self.sample_tokens = _tokens(self._sample)
         forget_start = self._probability([*self._sample, *self._rest])
-        control_start = self._probability(self._control) if self._control else None
+        control_start = self.control()
+        self._control_sample_start = self._probability(self._control_sample) if self._control else None
         wrong = data.wrong[:CHANCE_PAIRS] if data.wrong else swapped_answers(drawn)
         self.chance = self._probability(encoded(wrong, "forget")) if wrong else None
         aim = parse_aim(config.aim)
@@ -186,6 +191,13 @@ class Measures:
     def control(self) -> float | None:
         """Return the probability of the control rows; None without any."""
         return self._probability(self._control) if self._control else None
+
+    def control_by_sample(self) -> float | None:
+        """Return an estimate of `control`: its start, times the probability of some of the rows over theirs at the start."""
+        start = self._control_sample_start
+        if start is None or self.target.control_start is None:
+            return None
+        return self.target.control_start * self._probability(self._control_sample) / start
 
     def mean_logp(self, sequences: list[Sequence]) -> float:
         """Return the mean over sequences of the mean log-probability of their labels."""

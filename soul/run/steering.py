@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+SUDDEN = 0.2  # of the way, by the batches of two steps: an evaluation is due earlier
 FINER = 0.01  # a point must be nearer by this much to be kept in place of another
 LONGEST_WARMUP = 10  # steps
+MARGIN = 0.01  # of the start of the control rows: so far below their level an estimate may be and hold all the same
 LIKELY = 1.1  # of the aim: below it, by the batches of the last steps, the forget rows themselves are evaluated
 
 
@@ -57,12 +59,16 @@ class Steering:
         self._feed = feed
         self._steps = len(feed.order())
         warmup = min(LONGEST_WARMUP, round(self._steps * config.warmup_ratio))
+        _, examples, retained = next(feed.order())
+        between = (measures.control_sample_tokens or measures.sample_tokens) / (EVALUATION_SHARE * TRAINING_PASSES * feed.n_tokens(examples, retained))
+        warmup = max(warmup, min(round(2 * between), self._steps // 6))  # two evaluations see it rise
         self._controller = Controller(measures.target, lr=config.lr, alpha=alpha, warmup=warmup, steps=self._steps)
         self.events: list[Event] = []
         self.went_back = False
         self._tokens = 0
         self._evaluated = 0
         self._seen: list[float] = []  # probability of the forget rows of each step since the last evaluation
+        self._last_seen = measures.target.forget_start  # of the last step before the last evaluation
         self._nearest: Tensors = {}
         self._nearest_step = 0
         self._nearest_distance = 1.0  # that of the model before unlearning
@@ -106,17 +112,25 @@ class Steering:
         self._tokens += n_tokens
         self._seen.append(record["batch_forget_prob"])
         is_last = record["step"] == self._steps
-        cost = measures.control_tokens or measures.sample_tokens
-        if not is_last and self._evaluated + cost > EVALUATION_SHARE * TRAINING_PASSES * self._tokens:
-            return None
         target = measures.target
-        control_prob = measures.control()
-        forget_prob = sum(self._seen) / len(self._seen)
-        self._seen.clear()
-        exact = is_last or not measures.control_tokens or forget_prob <= LIKELY * target.aim
+        seen = sum(self._seen) / len(self._seen)
+        cost = measures.control_sample_tokens or measures.sample_tokens
+        budget = EVALUATION_SHARE * TRAINING_PASSES * self._tokens
+        is_due = self._evaluated + cost <= budget
+        is_sudden = abs(target.left(self._seen[-1]) - target.left(self._last_seen)) > SUDDEN and self._evaluated <= budget
+        if not (is_last or is_due or is_sudden):
+            return None
+        forget_prob = seen
+        control_prob = measures.control_by_sample()
+        self._evaluated += measures.control_sample_tokens
+        may_hold = forget_prob <= LIKELY * target.aim and target.slack(control_prob) >= -MARGIN
+        exact = is_last or not measures.control_tokens or may_hold
         if exact:
             forget_prob = measures.forget()
-        self._evaluated += measures.control_tokens + exact * measures.sample_tokens
+            control_prob = measures.control()
+            self._evaluated += measures.control_tokens + measures.sample_tokens
+        self._last_seen = self._seen[-1]
+        self._seen.clear()
         event: Event = {
             "event": "aim",
             "step": record["step"],
@@ -170,6 +184,7 @@ class Steering:
             "tokens": self._tokens,
             "evaluated": self._evaluated,
             "seen": self._seen,
+            "last_seen": self._last_seen,
             "nearest": self._nearest,
             "nearest_step": self._nearest_step,
             "nearest_distance": self._nearest_distance,
@@ -182,6 +197,7 @@ class Steering:
         self._tokens = state_dict["tokens"]
         self._evaluated = state_dict["evaluated"]
         self._seen = state_dict["seen"]
+        self._last_seen = state_dict["last_seen"]
         self._nearest = state_dict["nearest"]
         self._nearest_step = state_dict["nearest_step"]
         self._nearest_distance = state_dict["nearest_distance"]
