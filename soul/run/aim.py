@@ -41,7 +41,7 @@ LOST = 1.1  # distance from which the run goes back; the model before unlearning
 BACK_FACTOR = 2.0  # between the learning rates before and after going back
 MAX_BACKS = 4
 RAISE = 2.0  # alpha doubles this often at most at one evaluation; once for every room below the level
-LOWER = 1.0  # alpha is halved this often at most at one evaluation
+LOWER = 0.5  # alpha is halved this often at most at one evaluation
 WAY_STEPS = 6.0  # the way, in log-probability, is to take one in so many of all steps, at the pace of the pilot's steps
 PACES = (0.01, 0.2)  # of the way that a step of the pilot is to forget
 CLOSE = 1.5  # a try within this factor of it ends the search
@@ -200,7 +200,7 @@ class Controller:
             too_slow = pace * IN_TIME * (self.steps - step) < left
             if too_slow and left > NEAR and expected > 0 and step >= self._risen_from + self.warmup:
                 self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
-        if slack < 0 and not recovers:  # alpha alone does not help: the steps are too long
+        if slack < 0 and not recovers and self.alpha >= high / 2:  # alpha alone does not help: the steps are too long
             self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
         self._slack = slack
         self._left = left
