@@ -15,6 +15,7 @@ from soul.models.causal_lm import evaluating
 from soul.models.encoding import encode_for
 from soul.run.aim import AUTO, Target, parse_aim
 from soul.run.config import UnlearnConfig
+from soul.run.prepare import check_no_overlap
 from soul_kernels.errors import argument_error
 
 if TYPE_CHECKING:
@@ -58,11 +59,12 @@ def split_control(
     Raises:
         ArgumentError: a control row is to be forgotten too, or there are too few retain rows to hold some out.
     """
+    check_no_overlap(forget, retain)
     if control is not None:
         shared = len(set(control) & set(forget))
         if shared:
             remedy = "no row can be kept and forgotten at once: check the files"
-            raise argument_error("control", "other rows than forget", f"{shared} rows to forget among them", remedy)
+            raise argument_error("control", "other rows than forget", f"{shared} row{'s' * (shared > 1)} of forget in it", remedy)
     elif retain:
         to_forget = set(forget)
         candidates = [index for index, example in enumerate(retain) if example not in to_forget]
