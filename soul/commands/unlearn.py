@@ -76,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--keep-retain", type=float, metavar="X", help="fraction of their probability that control rows keep (default 0.95)")
     add("--control", metavar="DATA", help="control rows, never trained on (default: a tenth of --retain, 8 to 64, held out)")
-    add("--unseen", metavar="DATA", help="rows like those to forget that the model never saw: the aim where rows have no prompt")
+    add(
+        "--unseen", metavar="DATA", help="rows like those to forget that the model never saw: the aim where rows have no prompt"
+    )
     options = parser.add_argument_group("run")
     add = options.add_argument
     add("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default: npo with an aim, else graddiff)")
@@ -318,7 +320,9 @@ def _print_aim(measures: Measures, args: argparse.Namespace) -> None:
     target = measures.target
     print(f"aim: forget probability from {target.forget_start:.3f} to {target.aim:.3f} or below ({target.source})")
     if target.control_start is not None:
-        print(f"keep: control probability, {target.control_start:.3f}, at or above {target.level:.3f} ({target.keep:.0%} of it)")
+        print(
+            f"keep: control probability, {target.control_start:.3f}, at or above {target.level:.3f} ({target.keep:.0%} of it)"
+        )
     if measures.chance is not None and target.aim < measures.chance * (1 - CHANCE_NOISE):
         print(
             f"the aim is below chance, {measures.chance:.3f}: answers that unlikely are more conspicuous than those of a model "
@@ -335,7 +339,9 @@ def _steps(records: list[Record]) -> str:
 def _print_result(records: list[Record], seconds: float, probability_before: float, probability_after: float) -> None:
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
-    print(f"{_steps(records)} in {seconds:.1f} s; probability of a forget answer: {probability_before:.3f} before, {probability_after:.3f} after")
+    print(
+        f"{_steps(records)} in {seconds:.1f} s; probability of a forget answer: {probability_before:.3f} before, {probability_after:.3f} after"
+    )
 
 
 def _config(args: argparse.Namespace) -> UnlearnConfig:

@@ -134,7 +134,19 @@ class Controller:
         backs: number of times that the run went back.
     """
 
-    _CHANGING = ("lr", "lr_start", "alpha", "alpha_start", "fall", "in_a_row", "backs", "_risen_from", "_slack", "_left", "_step")
+    _CHANGING = (
+        "lr",
+        "lr_start",
+        "alpha",
+        "alpha_start",
+        "fall",
+        "in_a_row",
+        "backs",
+        "_risen_from",
+        "_slack",
+        "_left",
+        "_step",
+    )
 
     def __init__(self, target: Target, *, lr: float, alpha: float, warmup: int, steps: int) -> None:
         self.target = target
@@ -314,7 +326,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.1e}")
 
 
-def verdict(target: Target, forget_prob: float, control_prob: float | None, step: int, reason: str, steered: bool) -> dict[str, Any]:
+def verdict(
+    target: Target, forget_prob: float, control_prob: float | None, step: int, reason: str, steered: bool
+) -> dict[str, Any]:
     """Return the verdict on a run, as ``verdict.json`` has it (docs/running.md has the names).
 
     Args:

@@ -193,7 +193,9 @@ class UnlearnConfig:
             raise argument_error("cuda_graph", "False with an aim", True, "alpha moves, and a graph would repeat the first one")
         for name in ("stop_forget_prob", "stop_retain_prob"):
             if getattr(self, name) is not None:
-                raise argument_error(name, "None with an aim", getattr(self, name), "the aim ends the run: leave one of them out")
+                raise argument_error(
+                    name, "None with an aim", getattr(self, name), "the aim ends the run: leave one of them out"
+                )
 
     def _check_refusals(self) -> None:
         """Raise for refusals that the method does not use, and for a file that holds none."""

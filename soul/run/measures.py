@@ -64,7 +64,9 @@ def split_control(
         shared = len(set(control) & set(forget))
         if shared:
             remedy = "no row can be kept and forgotten at once: check the files"
-            raise argument_error("control", "other rows than forget", f"{shared} row{'s' * (shared > 1)} of forget in it", remedy)
+            raise argument_error(
+                "control", "other rows than forget", f"{shared} row{'s' * (shared > 1)} of forget in it", remedy
+            )
     elif retain:
         to_forget = set(forget)
         candidates = [index for index, example in enumerate(retain) if example not in to_forget]
@@ -207,9 +209,7 @@ class Measures:
 
         config = self._config
         with evaluating(self._model):
-            statistics = sequence_statistics(
-                self._model, sequences, batch_size=self._batch_size(), backend=config.backend
-            )
+            statistics = sequence_statistics(self._model, sequences, batch_size=self._batch_size(), backend=config.backend)
         means = [float(tokens.logps.mean()) for tokens in statistics]
         return self._processes.broadcast(sum(means) / len(means))
 

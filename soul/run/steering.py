@@ -60,7 +60,9 @@ class Steering:
         self._steps = len(feed.order())
         warmup = min(LONGEST_WARMUP, round(self._steps * config.warmup_ratio))
         _, examples, retained = next(feed.order())
-        between = (measures.control_sample_tokens or measures.sample_tokens) / (EVALUATION_SHARE * TRAINING_PASSES * feed.n_tokens(examples, retained))
+        between = (measures.control_sample_tokens or measures.sample_tokens) / (
+            EVALUATION_SHARE * TRAINING_PASSES * feed.n_tokens(examples, retained)
+        )
         warmup = max(warmup, min(round(2 * between), self._steps // 6))  # two evaluations see it rise
         self._controller = Controller(measures.target, lr=config.lr, alpha=alpha, warmup=warmup, steps=self._steps)
         self.events: list[Event] = []

@@ -258,13 +258,12 @@ class Unlearner:
         inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         if self.config.aims and self.measures is None:
             self.measures = Measures(self.model, self.tokenizer, self._forget, self._aim_data, self.config)
-        aim = {} if self.measures is None else {"measures": self.measures}
         processes = Processes.of(self.model)
         saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume)
         processes.check_alike({"output": output and str(output), "merge": merge, **saving})
         torch.manual_seed(self.config.seed + processes.rank)  # for dropout, which differs between processes
         if output is None:
-            records = unlearn(*inputs, progress=progress, **aim)
+            records = unlearn(*inputs, progress=progress, measures=self.measures)
             self._merge(merge)
             return records
         directory = processes.together(lambda: check_output(output, resume))  # in all of them, before one of them writes
@@ -277,7 +276,9 @@ class Unlearner:
         with processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file:
             processes.on_first(lambda: self._describe(directory, options, checkpoints))
             try:
-                records = unlearn(*inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints, **aim)
+                records = unlearn(
+                    *inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints, measures=self.measures
+                )
                 with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)
                     processes.on_first(lambda: restore(directory, cast(TextIO, file)))

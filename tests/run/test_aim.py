@@ -222,7 +222,9 @@ def test_aims():
 
 def test_verdicts():
     reached = verdict(target(), 0.15, 0.65, 48, "held", steered=True)
-    assert reached["reached"] and reached["advice"] == "" and summary(reached).startswith("aim reached: forget probability 0.667")
+    assert (
+        reached["reached"] and reached["advice"] == "" and summary(reached).startswith("aim reached: forget probability 0.667")
+    )
     missed = verdict(target(), 0.15, 0.60, 60, "20 epochs have passed", steered=True)
     assert not missed["reached"] and summary(missed).startswith("aim not reached: ")
     texts = {advice(target(), forget, control, True) for forget, control in ((0.1, 0.6), (0.3, 0.66), (0.3, 0.6))}

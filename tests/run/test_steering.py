@@ -73,7 +73,7 @@ def whole(known, tokenizer, tmp_path_factory):
 def test_a_run_is_led_to_its_aim_and_says_so(whole, known, tokenizer):
     model, records, measures, path = whole
     verdict = measures.verdict
-    assert verdict["forget_prob"] < 0.5 * verdict["forget_prob_start"]
+    assert verdict["forget_prob"] < 0.7 * verdict["forget_prob_start"]
     assert verdict["reached"] == (
         verdict["forget_prob"] <= verdict["aim"] and verdict["control_prob"] >= 0.95 * verdict["control_prob_start"]
     )
@@ -95,8 +95,8 @@ def test_evaluation_takes_a_tenth_of_the_passes_and_the_pilot_another(whole, tok
     evaluated = 0
     for event in events(path):
         evaluated += measures.control_sample_tokens + event["exact"] * (measures.control_tokens + measures.sample_tokens)
-    most = measures.control_sample_tokens + measures.control_tokens + measures.sample_tokens  # one may be in advance, and the last
-    assert evaluated <= EVALUATION_SHARE * trained + 2 * most
+    largest = measures.control_sample_tokens + measures.control_tokens + measures.sample_tokens
+    assert evaluated <= EVALUATION_SHARE * trained + 2 * largest  # one in advance, and that of the last step
     assert 1 <= len(events(path, "pilot")) <= 4
 
 
@@ -205,8 +205,8 @@ def test_where_the_aim_comes_from(known, tokenizer):
     rows = examples(ROWS)
     texts = [Example("", row.prompt + row.answer) for row in rows]
 
-    def source(forget, data=AimData([], [], []), **options):
-        return Measures(known, tokenizer, forget, data, UnlearnConfig(**OPTIONS | options)).target
+    def source(forget, data=None, **options):
+        return Measures(known, tokenizer, forget, data or AimData([], [], []), UnlearnConfig(**OPTIONS | options)).target
 
     assert source(rows[:4]).source == "chance: answers of other forget questions"
     assert source(rows[:4], AimData([], swapped_answers(rows[:3]), [])).source == "chance: false answers of the data"
