@@ -288,11 +288,11 @@ def _settle(args: argparse.Namespace) -> None:
     tuned = [name for name in ("lr", "alpha", "stop_forget_prob", "stop_retain_prob") if getattr(args, name) is not None]
     tuned += ["option"] * any(assignment.startswith("alpha=") for assignment in args.option)
     if args.aim is None:
-        args.aim = OFF if tuned else AUTO
+        args.aim = OFF if tuned or args.method in UNSTEERED else AUTO
     aims = parse_aim(args.aim) is not None
     if not aims:
         for name in ("keep_retain", "control", "unseen"):
-            if getattr(args, name) is not None:
+            if getattr(args, name) not in (None, UnlearnConfig.keep_retain):
                 got = f"{getattr(args, name)}, and {'--aim off' if not tuned else '--' + tuned[0].replace('_', '-')}"
                 raise argument_error(name, "nothing without an aim", got, "pass --aim auto")
     args.method = args.method or ("npo" if aims else "graddiff")
@@ -339,9 +339,8 @@ def _steps(records: list[Record]) -> str:
 def _print_result(records: list[Record], seconds: float, probability_before: float, probability_after: float) -> None:
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
-    print(
-        f"{_steps(records)} in {seconds:.1f} s; probability of a forget answer: {probability_before:.3f} before, {probability_after:.3f} after"
-    )
+    before_and_after = f"{probability_before:.3f} before, {probability_after:.3f} after"
+    print(f"{_steps(records)} in {seconds:.1f} s; probability of a forget answer: {before_and_after}")
 
 
 def _config(args: argparse.Namespace) -> UnlearnConfig:

@@ -85,7 +85,8 @@ class UnlearnConfig:
         stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
         aim: "auto": lead the run to an aim, the probability of the forget answers at or below chance, while control rows keep
             theirs; or "forget_prob=X", with X in place of chance. ``lr`` is then where the pilot begins, alpha is moved from
-            evaluation to evaluation, ``epochs`` is a cap, and ``schedule`` is not used (docs/running.md). None or "off": no aim.
+            evaluation to evaluation, ``epochs`` is a cap, and ``schedule`` is not used (docs/running.md). None or "off": no
+            aim.
         keep_retain: fraction of their probability that control rows must keep for an aim to be reached.
         seed: seed of the data order and of the refusals.
         backend: "auto", "triton", "compile", "torch" or "reference".

@@ -5,6 +5,7 @@ back after each try. So the run begins as if there had been no pilot.
 """
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from soul.checkpoint.format import mutable_tensors, random_state, set_random_sta
 from soul.distributed.processes import Processes
 from soul.distributed.shards import is_sharded
 from soul.losses import Objective
+from soul.optim.curvature import Curvature
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import release_gradients
 from soul.run.aim import MAX_TRIES, PILOT_SHARE, Search
@@ -99,6 +101,12 @@ def run_pilot(
     return search, events
 
 
+def _curvature_loss(
+    model: "PreTrainedModel", feed: Feed, retained: list[int], curvature: Curvature, config: UnlearnConfig
+) -> torch.Tensor:
+    return curvature_loss(model, feed.retain_batches(retained), curvature, config)
+
+
 def _take_steps(
     model: "PreTrainedModel",
     feed: Feed,
@@ -115,7 +123,7 @@ def _take_steps(
             batches, whole = feed.step(examples, retained)
             if curvature is not None:
                 optimizer.zero_grad(set_to_none=True)
-                curvature.step(lambda: curvature_loss(model, feed.retain_batches(retained), curvature, config))
+                curvature.step(functools.partial(_curvature_loss, model, feed, retained, curvature, config))
             values = train_step(model, batches, objective, optimizer, config, feed.ref_head, whole, release)
             numbers = [values[name] for name in ("loss", "grad_norm") if name in values]
             if not all(math.isfinite(float(number)) for number in numbers):

@@ -118,7 +118,7 @@ def train_step(
 
 
 def _answer_probabilities(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum over rows of ``exp(mean log p)`` of the tokens in a mask [B, T], and the number of rows with such tokens."""
+    """Return the sum over rows of ``exp(mean log p)`` of the tokens in a mask [B, T], and the number of rows that have any."""
     n_tokens = mask.sum(1)
     rows = n_tokens > 0
     return (((logps * mask).sum(1) / n_tokens.clamp(min=1)).exp() * rows).sum(), rows.sum()

@@ -185,7 +185,8 @@ class Unlearner:
         tokenizer_values = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
         data = {"forget": self._forget, "retain": self._retain}
         if self.config.aims:
-            data |= self._aim_data._asdict()
+            aim = self._aim_data
+            data |= {"control": aim.control, "wrong": aim.wrong, "unseen": aim.unseen}
         return {
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
             **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},

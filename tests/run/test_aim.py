@@ -30,8 +30,8 @@ def target(aim=0.16, forget=0.667, control=0.666, keep=0.95):
 class Model:
     """A synthetic model: each step moves two log-probabilities.
 
-    The forget term lowers both, the control rows by a fraction ``shared``; the retain term brings the control rows back, the more
-    the larger its share of the step is. One unit of lr moves the forget rows by one nat.
+    The forget term lowers both, the control rows by a fraction ``shared``; the retain term brings the control rows back, the
+    more the larger its share of the step is. One unit of lr moves the forget rows by one nat.
     """
 
     def __init__(self, forget=0.667, control=0.666, shared=0.3, recovery=1.0, noise=0.0):
