@@ -176,7 +176,7 @@ class Unlearner:
             unseen = self._examples("unseen", rows["unseen"]) if "unseen" in rows else []
             self._retain, control = split_control(self._forget, self._retain, control, self.config.seed)
             self.counts.setdefault("control", Counts(rows=len(control)))
-            self._aim_data = AimData(control, [], unseen)
+            self._aim_data = AimData(control, self._false_answers(rows["forget"]), unseen)
         return run_device
 
     def _contents(self) -> dict[str, Any]:
@@ -212,6 +212,19 @@ class Unlearner:
             counts = self.counts[name]
             return answerable(examples, self.tokenizer, max_length=config.max_length, name=name, counts=counts)
         return examples
+
+    def _false_answers(self, rows: Rows) -> list[Example]:
+        """Return questions with a false answer each, where all rows have some, as in TOFU's perturbed files; else []."""
+        false_rows = []
+        for index, row in enumerate(rows):
+            answers = None if isinstance(row, Example) else row[1].get("perturbed_answer")
+            if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
+                return []
+            where, columns = row
+            if not {"question", "answer"} <= columns.keys():
+                return []
+            false_rows.append((where, {**columns, "answer": answers[index % len(answers)]}))
+        return sources.examples(false_rows, Template(self.config.template, self.tokenizer, self.config.system))
 
     def forget_probability(self) -> float:
         """Return the mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""

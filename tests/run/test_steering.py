@@ -226,6 +226,20 @@ def test_where_the_aim_comes_from(known, tokenizer):
     assert swapped_answers(alike) == []
 
 
+def test_false_answers_of_the_data_are_chance(known, tokenizer):
+    rows = [{"question": e.prompt, "answer": e.answer, "perturbed_answer": [" In no house."]} for e in examples(4)]
+    options = OPTIONS | {"template": "{question}{answer}", "aim": "forget_prob=1e-6"}
+    config = UnlearnConfig(**options)
+    for forget, has_false in ((rows, True), ([*rows[:3], {**rows[3], "perturbed_answer": []}], False)):
+        unlearner = soul.Unlearner(copy.deepcopy(known), forget, examples(ROWS)[4:], config, tokenizer=tokenizer)
+        chance = soul.evaluate.answer_probability(
+            known,
+            encode_for(known, tokenizer, [Example(r["question"], r["perturbed_answer"][0]) for r in rows], config, "false"),
+            backend="reference",
+        )
+        assert (unlearner.measures.chance == pytest.approx(chance, rel=1e-5)) == has_false
+
+
 def test_both_terms_weigh_a_token_alike(known, tokenizer):
     sequences = encode_for(known, tokenizer, examples(4), UnlearnConfig(), "rows")
     tokens = sum(sequence.n_labels for sequence in sequences) / 4
