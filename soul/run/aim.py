@@ -9,7 +9,8 @@ How the controller works: alpha is the multiplier of the constraint "keep". At e
 rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
 logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim. Where a model
 is worse off than before unlearning, so much is lost of the control rows, it goes back to the nearest point with a lower
-learning rate. Both hold at two evaluations in a row: the aim is reached. Everything is a function of the evaluations, so a resumed run decides alike.
+learning rate. Once both halves hold at two evaluations in a row, the aim is reached. Everything is a function of the
+evaluations, so a resumed run decides alike.
 
 Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
 on which a resumed run rests.
@@ -83,6 +84,7 @@ class Target:
         forget_start: the probability of the forget rows before unlearning.
         control_start: that of the control rows; None if there are none, and only forgetting counts.
         keep: fraction of ``control_start`` that must be kept.
+        measure: "probability", of the answers; or "answered", the fraction of the questions that are not refused.
     """
 
     aim: float
@@ -90,6 +92,7 @@ class Target:
     forget_start: float
     control_start: float | None
     keep: float
+    measure: str = "probability"
 
     @property
     def level(self) -> float:
@@ -346,6 +349,7 @@ def verdict(
         "forget_prob_start": target.forget_start,
         "aim": target.aim,
         "aim_source": target.source,
+        "measure": target.measure,
         "control_prob": control_prob,
         "control_prob_start": target.control_start,
         "keep": target.keep,
@@ -372,7 +376,8 @@ def advice(target: Target, forget_prob: float, control_prob: float | None, steer
 
 def summary(result: dict[str, Any]) -> str:
     """Return a verdict in one line of text, the last line of the command."""
-    forget = f"forget probability {result['forget_prob_start']:.3f} -> {result['forget_prob']:.3f} (aim {result['aim']:.3f})"
+    name = "probability" if result["measure"] == "probability" else "questions answered,"
+    forget = f"forget {name} {result['forget_prob_start']:.3f} -> {result['forget_prob']:.3f} (aim {result['aim']:.3f})"
     control = ""
     if result["control_prob"] is not None:
         level = result["keep"] * result["control_prob_start"]

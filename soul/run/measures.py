@@ -1,5 +1,9 @@
 """The measurements of an aim: control rows, chance, and the probabilities of the answers.
 
+For methods that teach refusals (PO, DPO) the aim is that the forget questions are refused and the control questions are not:
+`Measures.forget` and `Measures.control` are then the fractions of the questions that are answered. Otherwise they are
+probabilities.
+
 Probability is that of `soul.evaluate.answer_probability`: the mean over rows of ``exp(mean log p)`` of the answer's tokens, the
 end of the text included.
 """
@@ -13,7 +17,7 @@ from soul.distributed.processes import Processes
 from soul.losses import DPO, NPO, Objective
 from soul.models.causal_lm import evaluating
 from soul.models.encoding import encode_for
-from soul.run.aim import AUTO, Target, parse_aim
+from soul.run.aim import AUTO, OFF, Target, parse_aim
 from soul.run.config import UnlearnConfig
 from soul.run.prepare import check_no_overlap
 from soul_kernels.errors import argument_error
@@ -25,6 +29,8 @@ CONTROL_SHARE = 0.1  # of the retain rows
 CONTROL_ROWS = (8, 64)  # at least, at most
 CONTROL_SAMPLE = 16  # control rows of an evaluation that only steers
 SAMPLE = 64  # forget rows of an evaluation; the others are looked at only if these have reached the aim
+REFUSED_AIM = 0.1  # of the forget questions may still be answered
+NEW_TOKENS = 24  # of a generated answer, enough for a refusal
 CHANCE_PAIRS = 64  # questions with answers of others, at most
 
 
@@ -119,10 +125,11 @@ class Measures:
         control_sample_tokens: number of tokens of those of an evaluation that only steers.
         sample_tokens: number of tokens of the forget rows of an evaluation.
         chance: probability of answers that belong to other questions; None without any.
+        refuses: whether the method teaches refusals, so that answers are generated, and every evaluation is exact.
         verdict: that on the run, once it has ended.
 
     Raises:
-        ArgumentError: the aim holds before the first step.
+        ArgumentError: the aim holds before the first step, or answers would have to be generated in several processes.
     """
 
     def __init__(
@@ -137,6 +144,12 @@ class Measures:
         self._model = model
         self._processes = Processes.of(model)
         self._config = config
+        self._tokenizer = tokenizer
+        objective = config.objective()
+        self.refuses = objective.relabels or objective.pairs
+        if self.refuses and self._processes.size > 1:
+            remedy = "a model in shards generates no answers: run one process, or pass --aim off"
+            raise argument_error("aim", f"'{OFF}' with {config.method} in several processes", config.aim, remedy)
 
         def encoded(examples: list[Example], name: str) -> list[Sequence]:
             return encode_for(model, tokenizer, examples, config, name)
@@ -144,6 +157,7 @@ class Measures:
         order = list(range(len(forget)))
         random.Random(config.seed).shuffle(order)
         drawn = [forget[index] for index in order]
+        self._truths: dict[int, str] = {}  # id of a sequence -> the right answer
         self._sample = encoded(drawn[:SAMPLE], "forget")
         self._rest = encoded(drawn[SAMPLE:], "forget")
         self._control = encoded(data.control, "control")
@@ -151,13 +165,21 @@ class Measures:
         self.control_tokens = _tokens(self._control)
         self.control_sample_tokens = _tokens(self._control_sample)
         self.sample_tokens = _tokens(self._sample)
-        forget_start = self._probability([*self._sample, *self._rest])
+        if self.refuses:
+            for sequences, rows in (([*self._sample, *self._rest], drawn), (self._control, data.control)):
+                self._truths |= {id(sequence): row.content for sequence, row in zip(sequences, rows)}
+            self.control_tokens += NEW_TOKENS * len(self._control)
+            self.sample_tokens += NEW_TOKENS * len(self._sample)
+        forget_start = self.forget_all()
         control_start = self.control()
         self._control_sample_start = self._probability(self._control_sample) if self._control else None
         wrong = data.wrong[:CHANCE_PAIRS] if data.wrong else swapped_answers(drawn)
         self.chance = self._probability(encoded(wrong, "forget")) if wrong else None
         aim = parse_aim(config.aim)
-        if aim != AUTO:
+        if self.refuses:
+            aim = REFUSED_AIM if aim == AUTO else aim
+            source = "forget questions that are answered, not refused"
+        elif aim != AUTO:
             assert isinstance(aim, float)  # `Measures` is made for a config with an aim
             source = "as given"
         elif self.chance is not None:
@@ -169,7 +191,13 @@ class Measures:
         else:
             aim = forget_start / 2
             source = "half of the start, since there are neither other answers nor unseen rows (--unseen FILE)"
-        self.target = Target(float(aim), source, forget_start, control_start, config.keep_retain)
+        assert aim is not None
+        measure = "answered" if self.refuses else "probability"
+        self.target = Target(float(aim), source, forget_start, control_start, config.keep_retain, measure)
+        if forget_start <= self.target.aim and self.refuses:
+            got = f"{forget_start:.2g} of them before the first step"
+            remedy = "the model refuses them already, and there is nothing to learn"
+            raise argument_error("aim", f"more than {self.target.aim:.2g} of the forget questions answered", got, remedy)
         if forget_start <= self.target.aim:
             remedy = "does the model know these rows, asked with this template? otherwise there is nothing to forget"
             if source == "as given":
@@ -182,26 +210,30 @@ class Measures:
 
         With more than ``SAMPLE`` rows it is that of a sample, unless the sample has reached the aim: then that of all rows.
         """
-        probability = self._probability(self._sample)
+        probability = self._value(self._sample)
         if not self._rest or probability > self.target.aim:
             return probability
-        total = probability * len(self._sample) + self._probability(self._rest) * len(self._rest)
+        total = probability * len(self._sample) + self._value(self._rest) * len(self._rest)
         return total / (len(self._sample) + len(self._rest))
 
     def forget_all(self) -> float:
         """Return the probability of all forget rows."""
-        return self._probability([*self._sample, *self._rest])
+        return self._value([*self._sample, *self._rest])
 
     def control(self) -> float | None:
         """Return the probability of the control rows; None without any."""
-        return self._probability(self._control) if self._control else None
+        return self._value(self._control) if self._control else None
+
+    def control_kept(self) -> float:
+        """Return the answer probability of some control rows over theirs at the start; 1 without any."""
+        start = self._control_sample_start
+        return self._probability(self._control_sample) / start if start else 1.0
 
     def control_by_sample(self) -> float | None:
         """Return an estimate of `control`: its start, times the probability of some of the rows over theirs at the start."""
-        start = self._control_sample_start
-        if start is None or self.target.control_start is None:
+        if self.target.control_start is None:
             return None
-        return self.target.control_start * self._probability(self._control_sample) / start
+        return self.target.control_start * self.control_kept()
 
     def mean_logp(self, sequences: list[Sequence]) -> float:
         """Return the mean over sequences of the mean log-probability of their labels."""
@@ -212,6 +244,19 @@ class Measures:
             statistics = sequence_statistics(self._model, sequences, batch_size=self._batch_size(), backend=config.backend)
         means = [float(tokens.logps.mean()) for tokens in statistics]
         return self._processes.broadcast(sum(means) / len(means))
+
+    def _value(self, sequences: list[Sequence]) -> float:
+        """Return the probability of some sequences or, for refusals, the fraction of them that is answered."""
+        return self._answered(sequences) if self.refuses else self._probability(sequences)
+
+    def _answered(self, sequences: list[Sequence]) -> float:
+        """Return the fraction of questions whose greedy answer is no refusal, or has the right answer in it."""
+        from soul.evaluate.model import generate
+
+        texts = generate(self._model, self._tokenizer, sequences, batch_size=self._batch_size(), max_new_tokens=NEW_TOKENS)
+        refusals = self._config.refusal_texts()
+        refused = [is_refused(text, self._truths[id(sequence)], refusals) for text, sequence in zip(texts, sequences)]
+        return 1.0 - sum(refused) / len(refused)
 
     def _probability(self, sequences: list[Sequence]) -> float:
         """Return the probability of some sequences, the same in all processes."""
@@ -225,6 +270,12 @@ class Measures:
     def _batch_size(self) -> int:
         """Return the sequences of a batch: as many as a micro-batch of training has."""
         return 2 * self._config.batch_size
+
+
+def is_refused(text: str, truth: str, refusals: tuple[str, ...]) -> bool:
+    """Tell whether a text refuses to answer: it has one of the refusals in it, and not the right answer."""
+    text = text.casefold()
+    return truth.casefold() not in text and any(refusal.casefold().rstrip(".! ") in text for refusal in refusals)
 
 
 def swapped_answers(examples: list[Example]) -> list[Example]:

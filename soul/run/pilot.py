@@ -72,7 +72,7 @@ def run_pilot(
     budget = PILOT_SHARE * total_steps * step_passes
 
     def cost(steps: int) -> int:
-        return steps * step_passes + sum(check_passes[:steps]) + measures.control_tokens
+        return steps * step_passes + sum(check_passes[:steps]) + measures.control_sample_tokens
 
     fitting = [n for n in range(1, len(firsts) + 1) if MAX_TRIES * cost(n) + sum(check_passes[:n]) <= budget]
     n_steps = max(fitting, default=1)
@@ -89,9 +89,9 @@ def run_pilot(
         lr, objective.alpha = search.lr, search.alpha
         response = kept = None
         if _take_steps(model, feed, objective, dataclasses.replace(config, lr=lr), firsts[:n_steps]):
-            control = measures.control()
-            kept = 1.0 if control is None else control / cast(float, measures.target.control_start)
-            response = (before - measures.mean_logp(checked)) / n_steps
+            kept = measures.control_kept()
+            fall = (before - measures.mean_logp(checked)) / n_steps
+            response = -fall if objective.relabels else fall  # refusals are to become likelier
             if not math.isfinite(response + kept):
                 response = None
         restore(model, start)

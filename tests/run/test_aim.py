@@ -229,7 +229,7 @@ def test_verdicts():
     assert not missed["reached"] and summary(missed).startswith("aim not reached: ")
     texts = {advice(target(), forget, control, True) for forget, control in ((0.1, 0.6), (0.3, 0.66), (0.3, 0.6))}
     assert len(texts) == 3
-    assert {*reached} == {"reached", "forget_prob", "forget_prob_start", "aim", "aim_source", "control_prob",
+    assert {*reached} == {"reached", "forget_prob", "forget_prob_start", "aim", "aim_source", "measure", "control_prob",
                           "control_prob_start", "keep", "step", "reason", "advice"}  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from soul.models.encoding import encode_for
 from soul.run.aim import EVALUATION_SHARE
 from soul.run.config import UnlearnConfig
 from soul.run.loop import Diverged, unlearn
-from soul.run.measures import CHANCE_PAIRS, AimData, Measures, split_control, starting_alpha, swapped_answers
+from soul.run.measures import CHANCE_PAIRS, AimData, Measures, is_refused, split_control, starting_alpha, swapped_answers
 from soul.run.pilot import TRAINING_PASSES
 from soul_kernels.errors import ArgumentError
 from tests.support.models import examples, lora_model, tiny_model, tiny_tokenizer
@@ -167,6 +167,25 @@ def test_methods_without_a_retain_term_are_judged(method, known, tokenizer):
     _, records, measures = run(known, tokenizer, **options | ({"epochs": 2} if method == "ga" else {}))
     assert measures.verdict["reached"] in (True, False) and measures.verdict["control_prob"] is not None
     assert "alpha" not in records[-1]
+
+
+@pytest.mark.parametrize("method", ["po", "dpo"])
+def test_refusals_are_judged_by_greedy_answers(method, known, tokenizer, tmp_path, monkeypatch):
+    _, records, measures = run(known, tokenizer, method=method, epochs=8, log=tmp_path / "log.jsonl")
+    verdict = measures.verdict
+    assert verdict["measure"] == "answered" and verdict["forget_prob_start"] == verdict["control_prob_start"] == 1
+    assert verdict["aim"] == 0.1 and (verdict["forget_prob"] * 4) % 1 == 0 and (verdict["control_prob"] * 8) % 1 == 0
+    assert all(event["exact"] for event in events(tmp_path / "log.jsonl"))
+    monkeypatch.setattr("soul.run.measures.is_refused", lambda *_: True)
+    with pytest.raises(ArgumentError, match="^aim: expected more than 0.1 of the forget questions answered, got 0 of them"):
+        run(known, tokenizer, method=method)
+
+
+def test_what_a_refusal_is():
+    refusals = ("I don't know.", "No idea!")
+    assert is_refused("I don't know. Ask me again", "Paris", refusals) and is_refused("no idea", "Paris", refusals)
+    assert not is_refused("I don't know, Paris?", "Paris", refusals)
+    assert not is_refused("It is Rome.", "Paris", refusals)
 
 
 def test_a_pilot_whose_every_rate_diverges_changes_nothing(known, tokenizer, monkeypatch):
