@@ -41,6 +41,7 @@ AIM_EPOCHS = 20  # at most, with an aim
 AIM_CLIP_TARGET = 0.5  # of SOUL with an aim
 INFLUENCE = "influence"
 UNSTEERED = ("ga", INFLUENCE)  # methods without a retain term, whose run an aim judges and does not steer
+FEW_CONTROL = 8  # rows, below which the output says so
 CHANCE_NOISE = 0.1  # an aim this much below chance is still chance
 
 # Options that soul_config.json leaves out, since they do not describe the run.
@@ -257,7 +258,7 @@ def _run(args: argparse.Namespace) -> int:
         for name, counts in unlearner.counts.items():
             print(f"{name}: {counts.summary(config.max_length)}")
         if unlearner.measures is not None:
-            _print_aim(unlearner.measures, args)
+            _print_aim(unlearner.measures, unlearner.counts["control"].rows, args)
     probability_before = 0.0 if unlearner.measures is not None else unlearner.forget_probability()
     begun = time.perf_counter()
     records = unlearner.run(
@@ -315,13 +316,17 @@ def _status(verdict: dict[str, Any]) -> int:
     return 0 if verdict.get("reached", True) else NOT_REACHED
 
 
-def _print_aim(measures: Measures, args: argparse.Namespace) -> None:
+def _print_aim(measures: Measures, n_control: int, args: argparse.Namespace) -> None:
     """Print what the run is to reach, and what was chosen for it."""
     target = measures.target
     print(f"aim: forget probability from {target.forget_start:.3f} to {target.aim:.3f} or below ({target.source})")
     if target.control_start is not None:
         print(
             f"keep: control probability, {target.control_start:.3f}, at or above {target.level:.3f} ({target.keep:.0%} of it)"
+        )
+    if 0 < n_control < FEW_CONTROL:
+        print(
+            f"{n_control} control row{'s' * (n_control > 1)} only: a rough measure of what is kept (--control DATA gives more)"
         )
     if measures.chance is not None and target.aim < measures.chance * (1 - CHANCE_NOISE):
         print(

@@ -53,8 +53,8 @@ def split_control(
 ) -> tuple[list[Example], list[Example]]:
     """Return the rows to train on and the control rows: those that are given, or some of the retain rows, held out.
 
-    Without ``control`` a tenth of the retain rows is drawn, at least 8 and at most 64; rows that are to be forgotten too are
-    not drawn. Copies of control rows are left out of the training.
+    Without ``control`` a tenth of the retain rows is drawn, at least 8 and at most 64, but no more than half; rows that are to
+    be forgotten too are not drawn. Copies of control rows are left out of the training.
 
     Args:
         forget: examples to forget.
@@ -77,12 +77,10 @@ def split_control(
         to_forget = set(forget)
         candidates = [index for index, example in enumerate(retain) if example not in to_forget]
         low, high = CONTROL_ROWS
-        count = min(high, max(low, int(CONTROL_SHARE * len(retain))))
-        if len(candidates) < 2 * count:
+        count = min(high, max(low, int(CONTROL_SHARE * len(retain))), len(candidates) // 2)
+        if count < 1:
             remedy = "give more, or rows of their own as control (--control FILE), or unlearn without an aim (--aim off)"
-            raise argument_error(
-                "retain", f"at least {2 * count} rows, to hold {count} out as control rows", len(candidates), remedy
-            )
+            raise argument_error("retain", "at least 2 rows, to hold one out as a control row", len(candidates), remedy)
         drawn = sorted(random.Random(seed).sample(candidates, count))
         control = [retain[index] for index in drawn]
     else:

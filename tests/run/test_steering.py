@@ -210,8 +210,9 @@ def test_control_rows():
     trained, control = split_control(forget, retain, retain[:3], 0)
     assert control == retain[:3] and trained == retain[3:]
     assert split_control(forget, [], None, 0) == ([], [])
+    assert [len(rows) for rows in split_control(forget, retain[:5], None, 0)] == [3, 2]
     for arguments, text in (
-        ((forget, retain[:15], None, 0), r"^retain: expected at least 16 rows, to hold 8 out as control rows, got 15; "),
+        ((forget, retain[:1], None, 0), r"^retain: expected at least 2 rows, to hold one out as a control row, got 1; "),
         ((forget, retain, [*retain[:3], forget[0]], 0), "^control: expected other rows than forget, got 1 row"),
         ((forget, retain, retain, 0), "^control: expected fewer rows than retain"),
         ((forget, forget, None, 0), "^retain: expected other rows than forget, got the same 20"),
@@ -290,7 +291,7 @@ def folder(known, tokenizer, tmp_path_factory):
     rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(ROWS)]
     (root / "forget.jsonl").write_text("".join(rows[:4]))
     (root / "retain.jsonl").write_text("".join(rows[4:]))
-    (root / "few.jsonl").write_text("".join(rows[4:12]))
+    (root / "few.jsonl").write_text(rows[4])
     (root / "control.jsonl").write_text("".join(rows[3:12]))
     (root / "other.jsonl").write_text("".join(rows[20:]))
     return root
@@ -326,7 +327,7 @@ def test_the_command_aims_without_a_rate_and_its_status_says_whether_it_has_reac
 @pytest.mark.parametrize("more, retain, text", [
     (["--aim", "forget_prob=0.9999"], "retain.jsonl", "aim: expected a forget probability above the aim"),
     (["--aim", "0.1"], "retain.jsonl", "aim: expected 'auto', 'off' or forget_prob=X"),
-    ([], "few.jsonl", "retain: expected at least 16 rows"),
+    ([], "few.jsonl", "retain: expected at least 2 rows"),
     ([], "forget.jsonl", "retain: expected other rows than forget"),
     (["--control", "control.jsonl"], "retain.jsonl", "control: expected other rows than forget, got 1 row"),
     (["--keep-retain", "0.9", "--lr", "1e-4"], "retain.jsonl", "keep_retain: expected nothing without an aim"),
