@@ -319,11 +319,11 @@ def _status(verdict: dict[str, Any]) -> int:
 def _print_aim(measures: Measures, n_control: int, args: argparse.Namespace) -> None:
     """Print what the run is to reach, and what was chosen for it."""
     target = measures.target
-    print(f"aim: forget probability from {target.forget_start:.3f} to {target.aim:.3f} or below ({target.source})")
+    name = "probability" if target.measure == "probability" else "questions answered"
+    print(f"aim: forget {name}, {target.forget_start:.3f}, to {target.aim:.3f} or below ({target.source})")
     if target.control_start is not None:
-        print(
-            f"keep: control probability, {target.control_start:.3f}, at or above {target.level:.3f} ({target.keep:.0%} of it)"
-        )
+        kept = f"{target.control_start:.3f}, at or above {target.level:.3f} ({target.keep:.0%} of it)"
+        print(f"keep: control {name}, {kept}")
     if 0 < n_control < FEW_CONTROL:
         print(
             f"{n_control} control row{'s' * (n_control > 1)} only: a rough measure of what is kept (--control DATA gives more)"

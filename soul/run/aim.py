@@ -271,6 +271,7 @@ class Search:
         alpha: the first alpha.
         steps: steps of the whole run, at most.
         tries: number of tries, at most.
+        way: nats a token from the start to the aim; None: those between their probabilities.
 
     Attributes:
         tries: every `Try`.
@@ -279,9 +280,12 @@ class Search:
         done: whether the search has ended.
     """
 
-    def __init__(self, target: Target, *, lr: float, alpha: float, steps: int, tries: int = MAX_TRIES) -> None:
+    def __init__(
+        self, target: Target, *, lr: float, alpha: float, steps: int, tries: int = MAX_TRIES, way: float | None = None
+    ) -> None:
         slowest, fastest = PACES
-        self.wanted = math.log(target.forget_start / target.aim) * min(fastest, max(slowest, WAY_STEPS / steps))
+        way = math.log(target.forget_start / target.aim) if way is None else way
+        self.wanted = way * min(fastest, max(slowest, WAY_STEPS / steps))
         self.max_tries = tries
         self.lowest_kept = 1.0 - (1.0 - target.keep) / 2
         self.tries: list[Try] = []

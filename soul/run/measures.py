@@ -29,6 +29,7 @@ CONTROL_SHARE = 0.1  # of the retain rows
 CONTROL_ROWS = (8, 64)  # at least, at most
 CONTROL_SAMPLE = 16  # control rows of an evaluation that only steers
 SAMPLE = 64  # forget rows of an evaluation; the others are looked at only if these have reached the aim
+ANSWERS = 16  # the same where answers are generated
 REFUSED_AIM = 0.1  # of the forget questions may still be answered
 NEW_TOKENS = 24  # of a generated answer, enough for a refusal
 CHANCE_PAIRS = 64  # questions with answers of others, at most
@@ -123,7 +124,7 @@ class Measures:
         control_sample_tokens: number of tokens of those of an evaluation that only steers.
         sample_tokens: number of tokens of the forget rows of an evaluation.
         chance: probability of answers that belong to other questions; None without any.
-        refuses: whether the method teaches refusals, so that answers are generated, and every evaluation is exact.
+        refuses: whether the method teaches refusals, so that answers are generated at every evaluation.
         verdict: that on the run, once it has ended.
 
     Raises:
@@ -156,8 +157,9 @@ class Measures:
         random.Random(config.seed).shuffle(order)
         drawn = [forget[index] for index in order]
         self._truths: dict[int, str] = {}  # id of a sequence -> the right answer
-        self._sample = encoded(drawn[:SAMPLE], "forget")
-        self._rest = encoded(drawn[SAMPLE:], "forget")
+        n_sample = ANSWERS if self.refuses else SAMPLE
+        self._sample = encoded(drawn[:n_sample], "forget")
+        self._rest = encoded(drawn[n_sample:], "forget")
         self._control = encoded(data.control, "control")
         self._control_sample = self._control[:: -(-len(self._control) // CONTROL_SAMPLE) or 1]
         self.control_tokens = _tokens(self._control)

@@ -77,11 +77,12 @@ def run_pilot(
     fitting = [n for n in range(1, len(firsts) + 1) if MAX_TRIES * cost(n) + sum(check_passes[:n]) <= budget]
     n_steps = max(fitting, default=1)
     tries = min(MAX_TRIES, int((budget - sum(check_passes[:n_steps])) // cost(n_steps)))
-    search = Search(measures.target, lr=config.lr, alpha=alpha, steps=total_steps, tries=tries)
-    if search.done:
-        return search, []
     checked = [sequence for forget in sequences[:n_steps] for sequence in forget]
     before = measures.mean_logp(checked)
+    way = -before if objective.relabels else None  # refusals are to become certain
+    search = Search(measures.target, lr=config.lr, alpha=alpha, steps=total_steps, tries=tries, way=way)
+    if search.done:
+        return search, []
     start = snapshot(model)
     random_states = random_state()
     events: list[Event] = []

@@ -118,7 +118,7 @@ class Steering:
         seen = sum(self._seen) / len(self._seen)
         cost = measures.control_sample_tokens or measures.sample_tokens
         if measures.refuses:
-            cost = measures.control_tokens + measures.sample_tokens
+            cost = measures.control_sample_tokens + measures.sample_tokens
         budget = EVALUATION_SHARE * TRAINING_PASSES * self._tokens
         is_due = self._evaluated + cost <= budget
         is_sudden = (
@@ -129,11 +129,12 @@ class Steering:
         if not (is_last or is_due or is_sudden):
             return None
         forget_prob = seen
-        control_prob = None
-        if not measures.refuses:
-            control_prob = measures.control_by_sample()
-            self._evaluated += measures.control_sample_tokens
-        may_hold = measures.refuses or forget_prob <= LIKELY * target.aim and target.slack(control_prob) >= -MARGIN
+        if measures.refuses:  # the batches have refusals for answers
+            forget_prob = measures.forget()
+            self._evaluated += measures.sample_tokens
+        control_prob = measures.control_by_sample()
+        self._evaluated += measures.control_sample_tokens
+        may_hold = forget_prob <= LIKELY * target.aim and target.slack(control_prob) >= -MARGIN
         exact = is_last or not measures.control_tokens or may_hold
         if exact:
             forget_prob = measures.forget()

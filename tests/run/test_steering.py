@@ -175,7 +175,7 @@ def test_refusals_are_judged_by_greedy_answers(method, known, tokenizer, tmp_pat
     verdict = measures.verdict
     assert verdict["measure"] == "answered" and verdict["forget_prob_start"] == verdict["control_prob_start"] == 1
     assert verdict["aim"] == 0.1 and (verdict["forget_prob"] * 4) % 1 == 0 and (verdict["control_prob"] * 8) % 1 == 0
-    assert all(event["exact"] for event in events(tmp_path / "log.jsonl"))
+    assert events(tmp_path / "log.jsonl")[-1]["exact"]
     monkeypatch.setattr("soul.run.measures.is_refused", lambda *_: True)
     with pytest.raises(ArgumentError, match="^aim: expected more than 0.1 of the forget questions answered, got 0 of them"):
         run(known, tokenizer, method=method)
@@ -309,7 +309,7 @@ def test_the_command_aims_without_a_rate_and_its_status_says_whether_it_has_reac
     assert status == (0 if verdict["reached"] else 3)
     out = capsys.readouterr().out
     assert out.splitlines()[-1].startswith("aim reached: " if verdict["reached"] else "aim not reached: ")
-    assert "aim: forget probability from " in out and "keep: control probability, " in out
+    assert "aim: forget probability, " in out and "keep: control probability, " in out
     data = json.loads((folder / "out" / "data.json").read_text())
     assert data["control"]["rows"] == 8 and data["retain"]["rows"] == 24
     options = json.loads((folder / "out" / "soul_config.json").read_text())
