@@ -32,6 +32,7 @@ Event = dict[str, Any]  # a line of the log that is no step
 
 TRAINING_PASSES = 3  # over a token of a step: forward, and twice that backward; an evaluation takes one
 LONGEST = 4  # steps of a try
+REFUSAL_HASTE = 3.0  # refusals are to become certain, and a model says them only then
 
 
 def snapshot(model: torch.nn.Module) -> Tensors:
@@ -79,7 +80,7 @@ def run_pilot(
     tries = min(MAX_TRIES, int((budget - sum(check_passes[:n_steps])) // cost(n_steps)))
     checked = [sequence for forget in sequences[:n_steps] for sequence in forget]
     before = measures.mean_logp(checked)
-    way = -before if objective.relabels else None  # refusals are to become certain
+    way = -REFUSAL_HASTE * before if objective.relabels else None
     search = Search(measures.target, lr=config.lr, alpha=alpha, steps=total_steps, tries=tries, way=way)
     if search.done:
         return search, []
