@@ -328,7 +328,7 @@ def _print_aim(measures: Measures, n_control: int, args: argparse.Namespace) -> 
         print(
             f"{n_control} control row{'s' * (n_control > 1)} only: a rough measure of what is kept (--control DATA gives more)"
         )
-    if measures.chance is not None and target.aim < measures.chance * (1 - CHANCE_NOISE):
+    if target.measure == "probability" and measures.chance is not None and target.aim < measures.chance * (1 - CHANCE_NOISE):
         print(
             f"the aim is below chance, {measures.chance:.3f}: answers that unlikely are more conspicuous than those of a model "
             "that never saw them"

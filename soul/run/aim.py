@@ -30,7 +30,7 @@ EVALUATION_SHARE = 0.1  # of the passes over tokens: evaluation against training
 PILOT_SHARE = 0.1  # of the passes of the whole run: the search for the learning rate
 MAX_TRIES = 4  # of the pilot
 NEAR = 0.25  # fraction of the way, in log-probability, from which on the learning rate falls
-SLOWEST = 0.25  # fraction of the learning rate at the aim
+SLOWEST = 0.1  # fraction of the learning rate at the aim
 RECOVERY = 0.5  # fraction of it near the aim while the control rows are below their level
 SETTLE = 0.7  # of the fraction at one more evaluation beyond the aim with the control rows below their level
 TREND = 0.5  # of the last change of the control probability: how much of it is expected to come again
@@ -215,6 +215,8 @@ class Controller:
             too_slow = pace * IN_TIME * (self.steps - step) < left
             if too_slow and left > NEAR and expected > 0 and step >= self._risen_from + self.warmup:
                 self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
+        else:  # to forget beyond the aim costs rows that nobody measures
+            doublings = RAISE * min(1.0, -left / NEAR)
         if slack < 0 and not recovers and self.alpha >= high / 2:  # alpha alone does not help: the steps are too long
             self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
         self._slack = slack

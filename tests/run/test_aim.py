@@ -140,6 +140,14 @@ def test_the_learning_rate_falls_near_the_aim_and_at_the_end():
     assert steering.lr_at(20) < 0.03
 
 
+def test_beyond_the_aim_alpha_rises_even_where_there_is_room():
+    steering = controller()
+    steering.observe(8, 0.15, 0.70)
+    little = steering.alpha
+    steering.observe(12, 0.10, 0.70)
+    assert steering.alpha_start < little < steering.alpha / 2
+
+
 def test_only_exact_evaluations_decide():
     steering = controller()
     steering.observe(4, 0.1, 0.66, exact=False)
