@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the name of the program; None: that of the process.
 
     Returns:
-        0; 1 for a run that failed or a result that could not be written; 2 for bad input or a missing extra; 130 after Ctrl-C;
+        0; 1 for a run that failed or a result that could not be written; 2 for bad input or a missing extra; 3 for a run that
+        has ended in order without reaching its aim; 130 after Ctrl-C;
         141 if the reader of a result has gone; 143 for a run that SIGTERM has stopped and ``--resume`` continues.
     """
     with console.safe(whole_process=argv is None):
@@ -64,7 +65,7 @@ def _status(words: list[str]) -> int:
         if launched() > 1 and command not in RUNS:
             expected = " or ".join(f"'soul {name}'" for name in RUNS)
             raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
-        args.run(args)
+        status = args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
@@ -83,7 +84,7 @@ def _status(words: list[str]) -> int:
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
         print(f"soul {command}: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _parsed(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

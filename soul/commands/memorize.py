@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     unlearn.add_plan(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command, in every process that torchrun has started."""
+def run(args: argparse.Namespace) -> int:
+    """Run the command, in every process that torchrun has started; return the exit status."""
     if args.method != MEMORIZE:
         raise argument_error("method", f"{MEMORIZE!r}", repr(args.method), "soul unlearn makes a model forget")
     _settle(args)
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     unlearn.add_arguments(parser)
     defaults = vars(parser.parse_args(["--model=", "--forget=", "--output="]))
     options = argparse.Namespace(**{**defaults, "no_samples": True, **vars(args), "forget": args.data})
-    unlearn.train(options, unrecorded=defaults.keys() - vars(args).keys())
+    return unlearn.train(options, unrecorded=defaults.keys() - vars(args).keys())
 
 
 def _settle(args: argparse.Namespace) -> None:

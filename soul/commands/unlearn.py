@@ -26,17 +26,26 @@ from soul.data.sources import digest, rows
 from soul.distributed.processes import Processes, check_supported, started
 from soul.models.loading import pick_device
 from soul.output.console import print_result
-from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, check_output
+from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, VERDICT_FILE, check_output
 from soul.plan.run import plan_run
 from soul.report.run import report_on_run
+from soul.run.aim import AUTO, OFF, parse_aim, summary
 from soul.run.config import MEMORIZE, METHODS, UnlearnConfig
 from soul.run.loop import Record
+from soul.run.measures import Measures
 from soul.run.notes import check_samples
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error, check_choice
 
 HELP = "make a Hugging Face causal language model forget a file of text"
 SAVE_MINUTES = 10.0  # from one checkpoint to the next, by default
+NOT_REACHED = 3  # exit status of a run that has ended in order without reaching its aim
+AIM_EPOCHS = 20  # at most, with an aim
+AIM_CLIP_TARGET = 0.5  # of SOUL with an aim
+INFLUENCE = "influence"
+UNSTEERED = ("ga", INFLUENCE)  # methods without a retain term, whose run an aim judges and does not steer
+FEW_CONTROL = 8  # rows, below which the output says so
+CHANCE_NOISE = 0.1  # an aim this much below chance is still chance
 
 # Options that soul_config.json leaves out, since they do not describe the run.
 NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
@@ -71,12 +80,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--retain", metavar="DATA", help="data to keep, in the same formats; needed unless the method has no retain term")
     add("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
+    aim = parser.add_argument_group("aim", "What the run is for. Without --lr, --alpha and --stop-* it is on.")
+    add = aim.add_argument
+    add(
+        "--aim",
+        metavar="AIM",
+        help="auto: forget rows at or below chance, control rows kept; forget_prob=X: X in place of chance; off "
+        "(default: auto, but off with one of --lr, --alpha, --stop-*)",
+    )
+    add("--keep-retain", type=float, metavar="X", help="fraction of their probability that control rows keep (default 0.95)")
+    add("--control", metavar="DATA", help="control rows, never trained on (default: a tenth of --retain, 8 to 64, held out)")
+    add(
+        "--unseen", metavar="DATA", help="rows like those to forget that the model never saw: the aim where rows have no prompt"
+    )
     options = parser.add_argument_group("run")
     add = options.add_argument
-    add("--method", default="graddiff", metavar="NAME", help=f"{', '.join(METHODS)} (default: %(default)s)")
+    add("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default: npo with an aim, else graddiff)")
     add("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     add("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")
-    add("--alpha", type=float, metavar="X", help="weight of retaining (default 1)")
+    add("--alpha", type=float, metavar="X", help="weight of retaining (default 1; with an aim, where it begins)")
     add("--beta", type=float, metavar="X", help="beta of the method, such as the inverse temperature of npo and dpo")
     add(
         "--option",
@@ -87,15 +109,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "soul/losses.py); may be repeated",
     )
     add("--reference-cache", metavar="DIR", help="keep the results of the model before unlearning that the method needs")
-    add("--lr", type=float, default=1e-5, metavar="X", help="peak learning rate (default: %(default)s)")
+    add("--lr", type=float, metavar="X", help="peak learning rate (default 1e-5; with an aim, what the pilot tries first)")
     add("--rho", type=float, default=0.04, metavar="X", help="SOUL's clipping threshold (default: %(default)s)")
     add("--bs", type=int, default=5120, metavar="N", help="number of predictions that give SOUL's h (default: %(default)s)")
-    add("--clip-target", type=float, metavar="X", help="move rho until this fraction of the coordinates is clipped")
+    add(
+        "--clip-target",
+        type=float,
+        metavar="X",
+        help="move rho until this fraction of the coordinates is clipped (default: rho stays; with an aim 0.5)",
+    )
     add(
         "--curvature",
-        default="unlearn",
         metavar="NAME",
-        help="source of h: unlearn (SOUL's code), retain or gnb, on the step's retain tokens (default: %(default)s)",
+        help="source of h: unlearn (SOUL's code), retain or gnb, on the step's retain tokens (default: unlearn; with an aim "
+        "retain)",
     )
     add("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     add("--published-code", action="store_true", help="SOUL: momentum as in the published code")
@@ -204,22 +231,25 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add_card(plan, "of --dry-run: ")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the command, in every process that torchrun has started."""
+def run(args: argparse.Namespace) -> int:
+    """Run the command, in every process that torchrun has started; return the exit status."""
     if args.method == MEMORIZE:
         raise argument_error("method", "a method that forgets", MEMORIZE, "soul memorize fine-tunes a model on rows")
-    train(args)
+    return train(args)
 
 
-def train(args: argparse.Namespace, unrecorded: Collection[str] = ()) -> None:
+def train(args: argparse.Namespace, unrecorded: Collection[str] = ()) -> int:
     """Train a model as the options say: it forgets or, with the method "memorize", learns its rows.
 
     Args:
         args: every option of ``soul unlearn``.
         unrecorded: names of those that ``soul_config.json`` leaves out beside ``NOT_RECORDED``.
+
+    Returns:
+        The exit status.
     """
     with started(pick_device(args.device)):
-        _train(args, {*NOT_RECORDED, *unrecorded})
+        return _train(args, {*NOT_RECORDED, *unrecorded})
 
 
 def state_of_output(args: argparse.Namespace) -> str:
@@ -232,10 +262,11 @@ def state_of_output(args: argparse.Namespace) -> str:
     return f"the model is saved in {output}{remains}"
 
 
-def _train(args: argparse.Namespace, unrecorded: set[str]) -> None:
+def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
     # All options are checked, unused ones too, before the model is read, which may take minutes.
     processes = Processes.here()
     processes.check_alike({name: value for name, value in vars(args).items() if name not in FREE_AMONG_PROCESSES})
+    _settle(args)
     config = _config(args)
     config.objective()
     check_samples(args.samples, config)
@@ -254,17 +285,29 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> None:
     if args.dry_run:
         plan = plan_run(args.model, args.forget, args.retain, config, dtype=args.dtype, adapters=adapters, **card)
         print_result(plan.table())
-        return
+        return 0
     if args.resume and processes.any(has_ended(output, checkpoints)):
         processes.on_first(lambda: _check_ended(args, output, config, unrecorded))
         if processes.first:
             print(f"{output}: this run has ended, and there is nothing to resume")
-        return
-    unlearner = Unlearner(args.model, args.forget, args.retain, config, adapters=adapters, dtype=args.dtype, device=args.device)
+        return _status(_read_json(output / VERDICT_FILE))
+    unlearner = Unlearner(
+        args.model,
+        args.forget,
+        args.retain,
+        config,
+        adapters=adapters,
+        dtype=args.dtype,
+        device=args.device,
+        control=args.control,
+        unseen=args.unseen,
+    )
     if processes.first:
         for name, counts in unlearner.counts.items():
             print(f"{'data' if config.method == MEMORIZE else name}: {counts.summary(config.max_length)}")
-    probability_before = unlearner.forget_probability()
+        if unlearner.measures is not None:
+            _print_aim(unlearner.measures, unlearner.counts["control"].rows, args)
+    probability_before = 0.0 if unlearner.measures is not None else unlearner.forget_probability()
     begun = time.perf_counter()
     records = unlearner.run(
         output,
@@ -277,15 +320,80 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> None:
         samples=None if args.no_samples else args.samples,
     )
     seconds = time.perf_counter() - begun
+    written = f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}"
+    if unlearner.measures is not None:
+        if processes.first:
+            print(f"{_steps(records)} in {seconds:.1f} s; {written}")
+            print(*report_on_run(output), sep="\n")
+            print(summary(unlearner.measures.verdict))
+        return _status(unlearner.measures.verdict)
     probability_after = unlearner.forget_probability()
     if processes.first:
         answer = "an answer" if config.method == MEMORIZE else "a forget answer"
         _print_result(records, seconds, answer, probability_before, probability_after)
         if config.until_prob is not None and probability_after < config.until_prob:
             print(f"until_prob {config.until_prob:g} was not reached: raise --epochs or --lr")
-        print(f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}")
+        print(written)
         if config.method != MEMORIZE:  # the report is on forgetting
             print(*report_on_run(output, {"forget_prob": [probability_before, probability_after]}), sep="\n")
+    return 0
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Decide whether the run has an aim, and fill in the options whose defaults depend on it."""
+    tuned = [name for name in ("lr", "alpha", "stop_forget_prob", "stop_retain_prob") if getattr(args, name) is not None]
+    tuned += ["option"] * any(assignment.startswith("alpha=") for assignment in args.option)
+    if args.aim is None:
+        args.aim = OFF if tuned or args.method in UNSTEERED else AUTO
+    aims = parse_aim(args.aim) is not None
+    if not aims:
+        for name in ("keep_retain", "control", "unseen"):
+            if getattr(args, name) not in (None, UnlearnConfig.keep_retain):
+                got = f"{getattr(args, name)}, and {'--aim off' if not tuned else '--' + tuned[0].replace('_', '-')}"
+                raise argument_error(name, "nothing without an aim", got, "pass --aim auto")
+    args.method = args.method or ("npo" if aims else "graddiff")
+    is_soul = aims and args.optimizer == "soul" and args.method != INFLUENCE and args.retain is not None
+    if is_soul and not args.published_code:
+        # What reached aim and keep on a pretrained model, where SOUL's own curvature did not: docs/running.md.
+        if args.curvature is None and args.clip_target is None and args.rho == UnlearnConfig.rho:
+            args.clip_target = AIM_CLIP_TARGET
+        args.curvature = args.curvature or "retain"
+    defaults = {"lr": UnlearnConfig.lr, "curvature": UnlearnConfig.curvature, "keep_retain": UnlearnConfig.keep_retain}
+    steered = aims and args.method not in UNSTEERED
+    defaults["epochs"] = AIM_EPOCHS if steered else UnlearnConfig.epochs
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+def _status(verdict: dict[str, Any]) -> int:
+    """Return the exit status of a run that has ended in order."""
+    return 0 if verdict.get("reached", True) else NOT_REACHED
+
+
+def _print_aim(measures: Measures, n_control: int, args: argparse.Namespace) -> None:
+    """Print what the run is to reach, and what was chosen for it."""
+    target = measures.target
+    name = "probability" if target.measure == "probability" else "questions answered"
+    print(f"aim: forget {name}, {target.forget_start:.3f}, to {target.aim:.3f} or below ({target.source})")
+    if target.control_start is not None:
+        kept = f"{target.control_start:.3f}, at or above {target.level:.3f} ({target.keep:.0%} of it)"
+        print(f"keep: control {name}, {kept}")
+    if 0 < n_control < FEW_CONTROL:
+        print(
+            f"{n_control} control row{'s' * (n_control > 1)} only: a rough measure of what is kept (--control DATA gives more)"
+        )
+    if target.measure == "probability" and measures.chance is not None and target.aim < measures.chance * (1 - CHANCE_NOISE):
+        print(
+            f"the aim is below chance, {measures.chance:.3f}: answers that unlikely are more conspicuous than those of a model "
+            "that never saw them"
+        )
+    if args.curvature == "retain" and args.clip_target is not None:
+        print(f"SOUL: curvature of the retain rows, {args.clip_target:.0%} of the coordinates clipped")
+
+
+def _steps(records: list[Record]) -> str:
+    return f"{len(records)} step{'s' * (len(records) != 1)}"
 
 
 def _print_result(
@@ -293,8 +401,8 @@ def _print_result(
 ) -> None:
     if "stopped" in records[-1]:
         print(f"ended after step {len(records)}: {records[-1]['stopped']}")
-    steps = f"{len(records)} step{'s' * (len(records) != 1)} in {seconds:.1f} s"
-    print(f"{steps}; probability of {answer}: {probability_before:.3f} before, {probability_after:.3f} after")
+    before_and_after = f"{probability_before:.3f} before, {probability_after:.3f} after"
+    print(f"{_steps(records)} in {seconds:.1f} s; probability of {answer}: {before_and_after}")
 
 
 def _config(args: argparse.Namespace) -> UnlearnConfig:
@@ -317,13 +425,15 @@ def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: Unlearn
     names = vars(args).keys() - {*unrecorded, *FREE_ON_RESUME, "data", "refusals"}
     saved = {name: recorded.get(name, defaults.get_default(name)) for name in names}
     now = {name: getattr(args, name) for name in names}
+    old_defaults = {"aim": OFF, "keep_retain": UnlearnConfig.keep_retain}
+    saved |= {name: value for name, value in old_defaults.items() if name in names and name not in recorded}
     saved["merge"] = bool(recorded.get("lora_rank")) and not (output / "adapter_config.json").is_file()
     if _is_same_path(str(saved["model"]), now["model"]):
         now["model"] = saved["model"]
     data = _read_json(output / DATA_FILE)
     digests = {name: counts["content"] for name, counts in data.items() if isinstance(counts, dict) and "content" in counts}
     if digests:  # the rows decide, wherever the data are now
-        for name in ("forget", "retain"):
+        for name in ("forget", "retain", "control", "unseen"):
             saved.pop(name, None)
             now.pop(name, None)
             source = getattr(args, name)

@@ -18,7 +18,7 @@ DATA_FILE = "data.json"  # how many rows were used, and hashes of their content
 LOG_FILE = "log.jsonl"  # a line for every step
 NOTES_FILE = "report.json"  # what a report shows beside the log: environment, times, what the model says
 REPORT_FILES = ("report.html", "report.md")  # the report as a page and as text
-VERDICT_FILE = "verdict.json"  # what came of an aim
+VERDICT_FILE = "verdict.json"  # whether a run with an aim has reached it, and the numbers
 ENDED_FILE = "soul_ended.txt"  # written once the model is safe there
 CHECKPOINTS = "checkpoints"  # the directory of `soul.checkpoint.local.Checkpoints`
 
@@ -40,7 +40,7 @@ def check_output(directory: str | os.PathLike[str], resume: bool = False) -> pat
     if not parent.is_dir():
         raise argument_error("output", "a new or an empty directory", f"a path below the file {parent}", "choose another one")
     if resume:
-        for name in (RUN_FILE, DATA_FILE, LOG_FILE, CHECKPOINTS):
+        for name in (RUN_FILE, DATA_FILE, LOG_FILE, VERDICT_FILE, CHECKPOINTS):
             _check_no_link(directory / name)
         if (directory / RUN_FILE).is_file():
             return directory

@@ -15,6 +15,7 @@ from soul.models.causal_lm import trained
 from soul.optim.curvature import GNB, Curvature, RetainFisher
 from soul.optim.optimizer import SophiaG
 from soul.optim.soul import SOUL
+from soul.run.aim import parse_aim
 from soul.run.influence import Influence
 from soul_kernels.backends import BACKENDS, multiplies_bf16
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range, check_whole, shown
@@ -27,7 +28,7 @@ OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
 DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
 SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
-INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", *DATA_FIELDS)
+INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", *DATA_FIELDS)
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 MEMORIZE = "memorize"
 CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # METHODS are those that forget
@@ -87,6 +88,11 @@ class UnlearnConfig:
             ``eval_every`` it is evaluated after every epoch.
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
         stop_retain_prob: end the run, with the reason in the log, once ``retain_prob`` is below it; None: never.
+        aim: "auto": lead the run to an aim, the probability of the forget answers at or below chance, while control rows keep
+            theirs; or "forget_prob=X", with X in place of chance. ``lr`` is then where the pilot begins, alpha is moved from
+            evaluation to evaluation, ``epochs`` is a cap, and ``schedule`` is not used (docs/running.md). None or "off": no
+            aim.
+        keep_retain: fraction of their probability that control rows must keep for an aim to be reached.
         seed: seed of the data order and of the refusals.
         backend: "auto", "triton", "compile", "torch" or "reference".
         reference_cache: directory that keeps what `soul.models.ref_model` computes; or None.
@@ -129,6 +135,8 @@ class UnlearnConfig:
     until_prob: float | None = None
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
+    aim: str | None = None
+    keep_retain: float = 0.95
     seed: int = 0
     backend: str = "auto"
     reference_cache: str | None = None
@@ -158,6 +166,7 @@ class UnlearnConfig:
             check_range("clip_target", self.clip_target, high=1.0)
             if self.rho != UnlearnConfig.rho:
                 raise argument_error("rho", f"{UnlearnConfig.rho} with clip_target", self.rho, "rho starts there and moves")
+        self._check_aim()
         self._check_refusals()
         self._check_optimizer()
         self._check_release()
@@ -177,6 +186,26 @@ class UnlearnConfig:
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
             if value is not None and not self.eval_every and name != "until_prob":
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to evaluate")
+
+    @property
+    def aims(self) -> bool:
+        """Whether the run has an aim."""
+        return parse_aim(self.aim) is not None
+
+    def _check_aim(self) -> None:
+        """Raise for options that do not go with an aim."""
+        check_range("keep_retain", self.keep_retain, high=1.0)
+        if not self.aims:
+            if self.keep_retain != UnlearnConfig.keep_retain:
+                raise argument_error("keep_retain", "nothing without an aim", self.keep_retain, "pass an aim, such as 'auto'")
+            return
+        if self.cuda_graph:
+            raise argument_error("cuda_graph", "False with an aim", True, "alpha moves, and a graph would repeat the first one")
+        for name in ("stop_forget_prob", "stop_retain_prob"):
+            if getattr(self, name) is not None:
+                raise argument_error(
+                    name, "None with an aim", getattr(self, name), "the aim ends the run: leave one of them out"
+                )
 
     def _check_refusals(self) -> None:
         """Raise for refusals that the method does not use, and for a file that holds none."""
@@ -226,7 +255,8 @@ class UnlearnConfig:
 
         A file of refusals is represented by a hash of its content.
         """
-        options = {name: value for name, value in dataclasses.asdict(self).items() if name != "reference_cache"}
+        left_out = ("reference_cache",) if self.aims else ("reference_cache", "aim", "keep_retain")
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
         if self.refusals is not None:
             options["refusals"] = hashlib.blake2b("\n".join(self.refusal_texts()).encode(), digest_size=16).hexdigest()
         return options

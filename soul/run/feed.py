@@ -100,6 +100,10 @@ class Feed:
             batches.append(collate([self._retain[i] for i in share] or [NO_SEQUENCE], [], device=self._device))
         return batches
 
+    def forget_sequences(self, examples: list[int]) -> list[Sequence]:
+        """Return the sequences of some forget examples; of a pair, the answer that is to be forgotten."""
+        return [self._forget[i] for i in sequence_indices(examples, self._per_example)[:: self._per_example]]
+
     def n_tokens(self, examples: list[int], retained: list[int]) -> int:
         """Return the number of tokens of a step in all processes, without padding."""
         return sum(len(s.input_ids) for sequences in self._sequences(examples, retained) for s in sequences)

@@ -34,11 +34,14 @@ from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease, release_gradients
 from soul.output.console import safe_stream
 from soul.output.directory import no_follow
+from soul.run.aim import verdict
 from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
 from soul.run.feed import Feed
 from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
+from soul.run.measures import AimData, Measures, split_control, starting_alpha
 from soul.run.prepare import prepare
+from soul.run.steering import Steering
 from soul.run.step import ChunkBytes, curvature_loss, train_step
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ def unlearn(
     progress: bool = True,
     checkpoints: Checkpoints | None = None,
     watch: Callable[[int], None] | None = None,
+    measures: Measures | None = None,
 ) -> list[Record]:
     """Make a model unlearn ``forget`` while it keeps ``retain``; the model is changed in place.
 
@@ -82,12 +86,15 @@ def unlearn(
         progress: show a progress bar on stderr.
         checkpoints: `soul.checkpoint.local.Checkpoints` in which the run is saved, and from which it may be resumed; or None.
         watch: called with the number of each step after it; it must leave the model and the random generators alone.
+        measures: the `Measures` of a run with an aim, made with this model before the call, whose control rows are not among
+            ``retain``; it gets the verdict. None: with an aim it is made here, and some retain rows are held out.
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods (nats), grad_norm, lr,
         clip_fraction (SOUL) and rho (with clip_target), tokens_per_s, peak_memory_gib; forget_prob and retain_prob at each
         evaluation; and in the last dict ``stopped``, a sentence, if a criterion has ended the run. With the method "influence"
-        the list has one dict, with what `soul.run.influence.unlearn_once` returns.
+        the list has one dict, with what `soul.run.influence.unlearn_once` returns. The log file of a run with an aim has other
+        lines too, with an ``event`` in each: "pilot", "start", "aim" and "verdict".
 
     Raises:
         ArgumentError: the data do not fit the model, the checkpoint is that of another run, another process writes checkpoints
@@ -97,13 +104,16 @@ def unlearn(
         OSError: the log or a checkpoint could not be written; earlier checkpoints are unharmed.
     """
     objective = config.objective()
+    if config.aims and measures is None:
+        retain, control = split_control(forget, retain, None, config.seed)
+        measures = Measures(model, tokenizer, forget, AimData(control, [], []), config)
     forget_sequences, retain_sequences = prepare(model, tokenizer, forget, retain, config)
     processes = Processes.of(model)
     if processes.size > 1:
         inputs = describe_inputs(model, forget_sequences, retain_sequences, config.decisive())
         processes.check_alike({**inputs, **versions()})
     if isinstance(objective, Influence):
-        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log)
+        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, measures)
     answers = {}
     if (
         config.eval_every or config.until_prob is not None
@@ -112,10 +122,11 @@ def unlearn(
         answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
     with contextlib.ExitStack() as cleanup:
         run = UnlearningRun(
-            model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup
+            model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup, measures
         )
         run.open(log, progress)
         run.take_steps(watch)
+        run.judge()
     run.check_weights()
     return run.records
 
@@ -133,6 +144,7 @@ class UnlearningRun:
         checkpoints: as in `unlearn`.
         answers: "forget" and "retain" -> the sequences of an evaluation; {} without evaluations.
         cleanup: gets everything that must be undone when the run ends, however it ends.
+        measures: as in `unlearn`; with a retain term they steer the run.
 
     Attributes:
         records: the log so far, a dict for every step.
@@ -154,6 +166,7 @@ class UnlearningRun:
         checkpoints: Checkpoints | None,
         answers: dict[str, list[Sequence]],
         cleanup: contextlib.ExitStack,
+        measures: Measures | None = None,
     ) -> None:
         self._model = model
         self._objective = objective
@@ -161,6 +174,7 @@ class UnlearningRun:
         self._checkpoints = checkpoints
         self._answers = answers
         self._cleanup = cleanup
+        self._measures = measures
         self._processes = Processes.of(model)
         self._identity = self._claim_checkpoints(forget, retain)
         self._feed = Feed(model, tokenizer, forget, retain, objective, config)
@@ -170,6 +184,10 @@ class UnlearningRun:
         self._scheduler = build_scheduler(self._optimizer, len(self._order), config.warmup_ratio, config.schedule)
         self._curvature = build_curvature(self._optimizer, config)
         self._chunk_bytes = ChunkBytes(model)
+        self._steering: Steering | None = None
+        if measures is not None and objective.alpha:
+            alpha = config.method_options.get("alpha", starting_alpha(objective, forget))
+            self._steering = Steering(model, objective, config, measures, self._feed, alpha)
         self.records = self._load_checkpoint()
         self._log: TextIO | None = None
         self._bar: Any = None  # tqdm has no types
@@ -183,7 +201,7 @@ class UnlearningRun:
         if config.cuda_graph:
             self._graphed_step = GraphedStep(self._step_of_batch(), next(self._model.parameters()).device)
         self._cleanup.callback(self._bar.close)
-        self._cleanup.callback(self._optimizer.zero_grad, set_to_none=True)
+        self._cleanup.callback(lambda: self._optimizer.zero_grad(set_to_none=True))
         if config.gradient_release:
             self._release = release_gradients(self._model, cast(SophiaG, self._optimizer))
             self._cleanup.callback(self._release.remove)
@@ -202,16 +220,24 @@ class UnlearningRun:
         Raises:
             Diverged, Stopped, OSError: as in `unlearn`.
         """
-        for record in self.records:
-            _write_line(self._log, record)
+        if self._steering is not None and not self.records:
+            self._pilot(self._steering)
+        self._write_log_so_far()
         if self.records and "stopped" in self.records[-1]:  # the checkpoint was written after the last step
             return
         for epoch, examples, retained in self._order:
             record = self._step(epoch, examples, retained)
             if self._is_evaluation_due(record["step"]):
                 record |= self._evaluate()
+            event = None
+            if self._steering is not None:
+                event = self._steering.after_step(record, self._feed.n_tokens(examples, retained))
             self.records.append(record)
             _write_line(self._log, record)
+            if event is not None:
+                _write_line(self._log, event)
+            if self._steering is not None and self._steering.went_back:
+                self._renew_optimizer()
             self._show_progress(record)
             self._check_record(record)
             if watch is not None:
@@ -219,6 +245,49 @@ class UnlearningRun:
             self._save_if_due()
             if "stopped" in record:
                 break
+
+    def judge(self) -> None:
+        """Save the nearest point if the aim was not reached, and write the verdict of a run with an aim."""
+        measures = self._measures
+        if measures is None:
+            return
+        step = len(self.records)
+        if self._steering is not None:
+            measures.verdict = self._steering.end(step)
+        else:
+            reason = self.records[-1].get("stopped", f"{self._config.epochs} epochs have passed")
+            measures.verdict = verdict(measures.target, measures.forget_all(), measures.control(), step, reason, steered=False)
+        _write_line(self._log, {"event": "verdict", **measures.verdict})
+
+    def _renew_optimizer(self) -> None:
+        """Begin with a new optimizer: what the old one remembers belongs to weights that were given up."""
+        config = self._config
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._release is not None:
+            self._release.remove()
+        self._optimizer = build_optimizer(self._model, config)
+        self._scheduler = build_scheduler(self._optimizer, len(self._order), config.warmup_ratio, config.schedule)
+        self._curvature = build_curvature(self._optimizer, config)
+        if self._release is not None:
+            self._release = release_gradients(self._model, cast(SophiaG, self._optimizer))
+            self._cleanup.callback(self._release.remove)
+
+    def _pilot(self, steering: Steering) -> None:
+        """Run the pilot; raise `Diverged` if no learning rate is low enough."""
+        try:
+            steering.begin()
+        except FloatingPointError as error:
+            raise Diverged(f"{error}; pass a lower --lr to begin with; the model is as it was") from error
+
+    def _write_log_so_far(self) -> None:
+        """Write the records of a resumed run and the events among them, in the order in which they came."""
+        events = [] if self._steering is None else self._steering.events
+        for step, record in enumerate([None, *self.records]):
+            if record is not None:
+                _write_line(self._log, record)
+            for event in events:
+                if event["step"] == step:
+                    _write_line(self._log, event)
 
     def check_weights(self) -> None:
         """Raise `Diverged` unless all weights are finite."""
@@ -249,6 +318,8 @@ class UnlearningRun:
         }
         if self._curvature is not None:
             states["curvature"] = self._curvature
+        if self._steering is not None:
+            states["aim"] = self._steering
         return states
 
     def _load_checkpoint(self) -> list[Record]:
@@ -282,7 +353,10 @@ class UnlearningRun:
         begun = time.perf_counter()
         batches, whole = self._feed.step(examples, retained)
         self._refresh_curvature(retained)
-        lr = float(self._scheduler.get_last_lr()[0])
+        if self._steering is not None:
+            lr = self._steering.before_step(self._optimizer, len(self.records) + 1)
+        else:
+            lr = float(self._scheduler.get_last_lr()[0])
         if self._graphed_step is not None:
             values = self._graphed_step(next(batches))
         else:
@@ -400,6 +474,7 @@ def _unlearn_by_influence(
     method: Influence,
     config: UnlearnConfig,
     log: LogFile,
+    measures: Measures | None,
 ) -> list[Record]:
     """Take one second-order step over all data; return its log, which has one record."""
     begun = time.perf_counter()
@@ -421,8 +496,13 @@ def _unlearn_by_influence(
     record["tokens_per_s"] = _rate(n_tokens, seconds)
     record["peak_memory_gib"] = peak_memory_gib(device)
     with contextlib.ExitStack() as cleanup:
-        _write_line(_opened(log, cleanup), record)
-    _check_weights(model, [record], method)
+        file = _opened(log, cleanup)
+        _write_line(file, record)
+        _check_weights(model, [record], method)
+        if measures is not None:
+            reason = "one step was taken"
+            measures.verdict = verdict(measures.target, measures.forget_all(), measures.control(), 1, reason, steered=False)
+            _write_line(file, {"event": "verdict", **measures.verdict})
     return [record]
 
 

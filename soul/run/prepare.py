@@ -92,10 +92,10 @@ def _check_fit(
         check_checkpointing(model)
     _check_device(config, head(model)[0])
     check_cache(config.reference_cache, "reference_cache")
-    _check_no_overlap(forget, retain)
+    check_no_overlap(forget, retain)
 
 
-def _check_no_overlap(forget: list[Example], retain: list[Example]) -> None:
+def check_no_overlap(forget: list[Example], retain: list[Example]) -> None:
     """Raise if both sets have the same rows; warn if they share some, since no row can be kept and forgotten at once."""
     shared = set(forget) & set(retain)
     if shared and len(shared) == len(set(forget)) == len(set(retain)):

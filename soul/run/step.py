@@ -113,7 +113,8 @@ def train_step(
     Returns:
         Tensors [] on the device: the loss, the weighted terms of the objective, the mean negative log-likelihoods of forget and
         retain tokens in nats (in pairs, only the answers that are to be forgotten count), and the gradient norm before
-        clipping, unless gradients are released.
+        clipping, unless gradients are released. With an aim also ``batch_forget_prob``, the mean over the forget rows of
+        ``exp(mean log p)``, before the step.
     """
     optimizer.zero_grad(set_to_none=True)  # the forward pass forms the gradient of the head: never hold two of them
     recorded = RecordedObjective(objective, whole)
@@ -132,6 +133,10 @@ def train_step(
         for name, mask in _logged_tokens(batch, objective).items():
             sums[name] = sums.get(name, 0.0) - (logps * mask).sum()
             counts[name] = counts.get(name, 0) + mask.sum()
+            if name == "forget_nll" and config.aims:
+                probabilities, n_rows = _answer_probabilities(logps, mask)
+                sums["batch_forget_prob"] = sums.get("batch_forget_prob", 0.0) + probabilities
+                counts["batch_forget_prob"] = counts.get("batch_forget_prob", 0) + n_rows
     processes = Processes.of(model)
     norm = _update(optimizer, config)
     terms |= {f"loss_{name}": value for name, value in recorded.sums.items()}
@@ -140,6 +145,13 @@ def train_step(
     counts = processes.totals(counts)
     values = {**terms, **{name: value / counts[name].clamp(min=1) for name, value in sums.items()}}
     return values if norm is None else values | {"grad_norm": norm}
+
+
+def _answer_probabilities(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over rows of ``exp(mean log p)`` of the tokens in a mask [B, T], and the number of rows that have any."""
+    n_tokens = mask.sum(1)
+    rows = n_tokens > 0
+    return (((logps * mask).sum(1) / n_tokens.clamp(min=1)).exp() * rows).sum(), rows.sum()
 
 
 def _update(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> Tensor | None:

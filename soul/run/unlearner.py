@@ -31,6 +31,7 @@ from soul.output.directory import (
     DATA_FILE,
     LOG_FILE,
     RUN_FILE,
+    VERDICT_FILE,
     check_complete,
     check_output,
     occupy,
@@ -39,6 +40,7 @@ from soul.output.directory import (
 )
 from soul.run.config import UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
+from soul.run.measures import AimData, Measures, split_control
 from soul.run.notes import Notes, check_samples
 from soul.run.prepare import prepare
 from soul_kernels.errors import argument_error
@@ -70,13 +72,19 @@ class Unlearner:
             for all on a processor without AMX, which multiplies bf16 slowly.
         device: "auto", "cpu" or "cuda", for a model by name.
         adapters: arguments of `soul.models.add_adapters`, to train LoRA adapters instead of the model; or None.
+        control: for a config with an aim: rows that must be kept and are not trained on, like ``forget``. None: some of the
+            retain rows are held out.
+        unseen: for a config with an aim: rows like those to forget that the model has never seen, from which the aim is taken
+            where rows have no prompts; or None.
 
     Attributes:
         model: the model, with its adapters.
         tokenizer: its tokenizer.
         config: the `UnlearnConfig`.
         counts: "forget" and, with a retain set, "retain" -> `soul.data.Counts`, the numbers of rows that were used, cut or left
-            out.
+            out. With an aim also "control", and "unseen" if there are any.
+        measures: the `soul.run.measures.Measures` of a config with an aim: the aim in numbers and, after `run`, the verdict.
+            None without an aim.
 
     Raises:
         ArgumentError: model, data or options do not fit together, or are not the same in all processes; nothing was changed.
@@ -93,6 +101,8 @@ class Unlearner:
         dtype: str = "auto",
         device: str = "auto",
         adapters: dict[str, Any] | None = None,
+        control: Source | None = None,
+        unseen: Source | None = None,
     ) -> None:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
@@ -109,7 +119,11 @@ class Unlearner:
             processes.check_alike({**self.config.decisive(), **options, **versions()})
             check_supported(self.config, adapters)
         _check_model_options(model, tokenizer, dtype, device)
-        data = {"forget": forget} if retain is None else {"forget": forget, "retain": retain}
+        sources_by_name = {"forget": forget, "retain": retain, "control": control, "unseen": unseen}
+        data = {name: source for name, source in sources_by_name.items() if source is not None}
+        for name in ("control", "unseen"):
+            if name in data and not self.config.aims:
+                raise argument_error(name, "None without an aim", "rows", "pass an aim, or leave them out")
         self.counts = {name: Counts() for name in data}
         run_device = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
         if several:
@@ -117,6 +131,9 @@ class Unlearner:
             self.model = shard(self.model, run_device)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
+        self.measures: Measures | None = None
+        if self.config.aims and not any(p.is_meta for p in self.model.parameters()):
+            self.measures = Measures(self.model, self.tokenizer, self._forget, self._aim_data, self.config)
 
     @property
     def examples(self) -> tuple[list[Example], list[Example]]:
@@ -155,6 +172,12 @@ class Unlearner:
         self.tokenizer = tokenizer
         self._forget = self._examples("forget", rows["forget"])
         self._retain = self._examples("retain", rows["retain"]) if "retain" in rows else []
+        if self.config.aims:
+            control = self._examples("control", rows["control"]) if "control" in rows else None
+            unseen = self._examples("unseen", rows["unseen"]) if "unseen" in rows else []
+            self._retain, control = split_control(self._forget, self._retain, control, self.config.seed)
+            self.counts.setdefault("control", Counts(rows=len(control)))
+            self._aim_data = AimData(control, self._false_answers(rows["forget"]), unseen)
         return run_device
 
     def _contents(self) -> dict[str, Any]:
@@ -162,6 +185,9 @@ class Unlearner:
         template = getattr(self.tokenizer, "chat_template", None)
         tokenizer_values = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
         data = {"forget": self._forget, "retain": self._retain}
+        if self.config.aims:
+            aim = self._aim_data
+            data |= {"control": aim.control, "wrong": aim.wrong, "unseen": aim.unseen}
         return {
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
             **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},
@@ -187,6 +213,19 @@ class Unlearner:
             counts = self.counts[name]
             return answerable(examples, self.tokenizer, max_length=config.max_length, name=name, counts=counts)
         return examples
+
+    def _false_answers(self, rows: Rows) -> list[Example]:
+        """Return questions with a false answer each, where all rows have some, as in TOFU's perturbed files; else []."""
+        false_rows = []
+        for index, row in enumerate(rows):
+            answers = None if isinstance(row, Example) else row[1].get("perturbed_answer")
+            if not (isinstance(answers, list) and answers and all(isinstance(answer, str) for answer in answers)):
+                return []
+            where, columns = row
+            if not {"question", "answer"} <= columns.keys():
+                return []
+            false_rows.append((where, {**columns, "answer": answers[index % len(answers)]}))
+        return sources.examples(false_rows, Template(self.config.template, self.tokenizer, self.config.system))
 
     def forget_probability(self) -> float:
         """Return the mean over the forget rows of ``exp(mean log p)`` of the answer, under the model as it is now."""
@@ -236,12 +275,14 @@ class Unlearner:
         """
         check_samples(samples, self.config)
         inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
+        if self.config.aims and self.measures is None:
+            self.measures = Measures(self.model, self.tokenizer, self._forget, self._aim_data, self.config)
         processes = Processes.of(self.model)
         saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume, samples=samples)
         processes.check_alike({"output": output and str(output), "merge": merge, **saving})
         torch.manual_seed(self.config.seed + processes.rank)  # for dropout, which differs between processes
         if output is None:
-            records = unlearn(*inputs, progress=progress)
+            records = unlearn(*inputs, progress=progress, measures=self.measures)
             self._merge(merge)
             return records
         directory = processes.together(lambda: check_output(output, resume))  # in all of them, before one of them writes
@@ -257,10 +298,15 @@ class Unlearner:
             watch = None if notes is None else notes.watch
             try:
                 log = directory / LOG_FILE
-                records = unlearn(*inputs, log=log, progress=progress, checkpoints=checkpoints, watch=watch)
+                records = unlearn(
+                    *inputs, log=log, progress=progress, checkpoints=checkpoints, watch=watch, measures=self.measures
+                )
                 with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)
                     processes.on_first(lambda: restore(directory, cast(TextIO, file)))
+                    if self.measures is not None:
+                        verdict = json.dumps(self.measures.verdict, indent=1) + "\n"
+                        processes.on_first(lambda: write_in_place(directory / VERDICT_FILE, verdict))
                     save_model(self.model, self.tokenizer, directory)
                     checkpoints.end(directory)
             except (OSError, Stopped) as error:
@@ -272,6 +318,8 @@ class Unlearner:
 
     def _notes(self, directory: pathlib.Path, samples: int) -> Notes:
         sets = {"forget": self._forget, "retain": self._retain}
+        if self.config.aims and self._aim_data.control:  # rows that are not trained on show what is kept
+            sets = {"forget": self._forget, "control": self._aim_data.control}
         return Notes(directory, self.model, self.tokenizer, sets, self.config, samples)
 
     def _merge(self, merge: bool) -> None:
@@ -285,7 +333,9 @@ class Unlearner:
         write_in_place(directory / RUN_FILE, json.dumps(options or {}, indent=1, default=str) + "\n")
         data: dict[str, Any] = {}
         for name, counts in self.counts.items():
-            data[name] = {**dataclasses.asdict(counts), "content": self._digests[name]}
+            data[name] = dataclasses.asdict(counts)
+            if name in self._digests:  # rows of a source of their own
+                data[name]["content"] = self._digests[name]
         if self.config.refusals is not None:
             data["refusals"] = {"content": self.config.decisive()["refusals"]}
         write_in_place(directory / DATA_FILE, json.dumps(data, indent=1) + "\n")

@@ -52,6 +52,9 @@ EQUAL = {
                                                    "batch_size": 1, "gradient_checkpointing": True}),
     "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
 }  # fmt: skip
+AIM_STOP = 17  # of 24 steps
+# The pilot, evaluations that move alpha and the rate, and points that are put back.
+AIM = ("llama, untied", {"method": "npo", "aim": "forget_prob=0.0005", "epochs": 12, "optimizer": "adamw"}, {"save_every": 8})
 # Dropout, which draws in each process; checkpoints after each second step of 4.
 SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
 BF16 = ("llama, tied", {"method": "graddiff"}, {"dtype": "bfloat16", "save_every": 2})
@@ -94,6 +97,9 @@ CASES = {
     # The clock of the first process goes 4 minutes a step, that of the other one stands still.
     "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "asked": ["llama, tied", {"method": "npo"}, {"output": "asked", "samples": 2}],
+    "aim whole": saved(AIM, "aim whole"),
+    "aim stopped": saved(AIM, "aim broken", stop=AIM_STOP),
+    "aim resumed": saved(AIM, "aim broken", resume=True),
     "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
     "full disk": ["llama, tied", {}, {"output": "full", "save_every": 1, "full": True}],
     **{f"refused, {name}": ["llama, tied", options, {"output": "refused"}] for name, options in REFUSED.items()},
@@ -177,6 +183,19 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
     assert [rank["text"].split(":")[0] for rank in results["not resumed"]] == ["output", "output"]
     (warning,) = results["bf16 resumed"][0]["warnings"]
     assert "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in warning
+
+
+def test_all_processes_are_led_to_an_aim_alike(results, folder):
+    """The same choices in both, the same verdict; and bit for bit after a stop, with the nearest point in the checkpoint."""
+    (whole, second), (resumed, _) = results["aim whole"], results["aim resumed"]
+    assert lasting(whole["records"]) == lasting(second["records"])
+    assert results["aim stopped"][0]["error"] == "Stopped", results["aim stopped"][0]
+    assert equal(whole, resumed)
+    log, again = [(folder / name / "log.jsonl").read_text().splitlines() for name in ("aim whole", "aim broken")]
+    events = [[line for line in map(json.loads, lines) if "event" in line] for lines in (log, again)]
+    assert events[0] == events[1] and {"pilot", "start", "aim", "verdict"} == {event["event"] for event in events[0]}
+    verdict = json.loads((folder / "aim whole" / "verdict.json").read_text())
+    assert {"event": "verdict", **verdict} == events[0][-1]
 
 
 def test_all_processes_save_by_the_clock_of_the_first(results):

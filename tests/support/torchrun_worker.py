@@ -36,9 +36,10 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
     how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
     options = options | {name: odd[name] for name in odd if name in ("lr", "seed", "weight_decay", "epochs")}
     config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
-    rows = examples(13)["data" in odd :]
+    n_rows = 30 if "aim" in options else 12  # some are held out
+    rows = examples(n_rows + 1)["data" in odd :]
     model = tiny_model(family).to(getattr(torch, dtype))
-    rows = rows[:12]
+    rows = rows[:n_rows]
     if "weights" in odd:
         model.model.norm.weight.data[-1] += 1e-3
     if "activation" in odd:

@@ -1,0 +1,393 @@
+"""The aim of a run, and the controller that steers towards it: numbers only, no model and no clock.
+
+An aim has two halves. **Forget**: the probability of the forget rows' answers falls to the aim or below. **Keep**: the
+probability of control rows, which are never trained on, stays at or above a fraction of what it was. `Target` holds these
+numbers, `Controller` chooses learning rate and weight of the retain term from one evaluation to the next, and `Search` finds
+where both begin.
+
+How the controller works: alpha is the multiplier of the constraint "keep". At every evaluation it is raised while the control
+rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
+logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim. Where a model
+is worse off than before unlearning, so much is lost of the control rows, it goes back to the nearest point with a lower
+learning rate. Once both halves hold at two evaluations in a row, the aim is reached. Everything is a function of the
+evaluations, so a resumed run decides alike.
+
+Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
+on which a resumed run rests.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from soul_kernels.errors import argument_error
+
+AUTO = "auto"  # the aim is chance
+OFF = "off"
+NAME = "forget_prob"
+
+EVALUATION_SHARE = 0.1  # of the passes over tokens: evaluation against training
+PILOT_SHARE = 0.1  # of the passes of the whole run: the search for the learning rate
+MAX_TRIES = 4  # of the pilot
+NEAR = 0.25  # fraction of the way, in log-probability, from which on the learning rate falls
+SLOWEST = 0.1  # fraction of the learning rate at the aim
+RECOVERY = 0.5  # fraction of it near the aim while the control rows are below their level
+SETTLE = 0.7  # of the fraction at one more evaluation beyond the aim with the control rows below their level
+TREND = 0.5  # of the last change of the control probability: how much of it is expected to come again
+END = 0.25  # fraction of all steps over which the learning rate falls at the end
+CALM = 0.8  # of the learning rate, at every evaluation that finds the control rows below their level without recovering
+CALM_GAIN = 0.9  # of what was missing: more than this is no recovery
+LONGEST_CALM = 3.0  # to this fraction of the first learning rate, at least
+LOST = 1.1  # distance from which the run goes back; the model before unlearning has 1
+BACK_FACTOR = 2.0  # between the learning rates before and after going back
+MAX_BACKS = 4
+RAISE = 2.0  # alpha doubles this often at most at one evaluation; once for every room below the level
+LOWER = 0.5  # alpha is halved this often at most at one evaluation
+WAY_STEPS = 6.0  # the way, in log-probability, is to take one in so many of all steps, at the pace of the pilot's steps
+PACES = (0.01, 0.2)  # of the way that a step of the pilot is to forget
+CLOSE = 1.5  # a try within this factor of it ends the search
+LR_FACTOR = 10.0  # between the learning rates of two tries, at most
+ALPHA_FACTOR = 4.0  # between the alphas of two tries
+ALPHA_RANGE = (1.0, 16.0)  # of alpha, relative to its start
+HURRY = 1.3  # of the learning rate, at an evaluation with room that finds the forget rows too slow to come in time
+MOST_HURRY = 10.0  # times the first learning rate, at most
+IN_TIME = 0.5  # fraction of the steps to come within which the forget rows should come to their aim
+KEEP_WEIGHT = 4.0  # of a loss of control probability against what is left to forget, in `Target.distance`
+
+
+def parse_aim(text: str | None) -> float | str | None:
+    """Return an aim: None without one, "auto", or the probability that "forget_prob=X" names.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if text is None or text in (AUTO, OFF):
+        return None if text != AUTO else AUTO
+    name, equals, number = str(text).partition("=")
+    try:
+        value = float(number) if name == NAME and equals else math.nan
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        remedy = f"for instance {NAME}=0.05"
+        raise argument_error("aim", f"'{AUTO}', '{OFF}' or {NAME}=X with X between 0 and 1", repr(text), remedy)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The numbers of an aim.
+
+    Attributes:
+        aim: the probability of the forget rows that is to be reached, or fallen below.
+        source: where the aim comes from, in words.
+        forget_start: the probability of the forget rows before unlearning.
+        control_start: that of the control rows; None if there are none, and only forgetting counts.
+        keep: fraction of ``control_start`` that must be kept.
+        measure: "probability", of the answers; or "answered", the fraction of the questions that are not refused.
+    """
+
+    aim: float
+    source: str
+    forget_start: float
+    control_start: float | None
+    keep: float
+    measure: str = "probability"
+
+    @property
+    def level(self) -> float:
+        """The probability of the control rows that must be kept; 0 without control rows."""
+        return 0.0 if self.control_start is None else self.keep * self.control_start
+
+    def left(self, forget_prob: float) -> float:
+        """Return the fraction of the way that is left to forget, in log-probability: 1 at the start, <= 0 at the aim."""
+        way = math.log(self.forget_start / self.aim)
+        return math.log(max(forget_prob, 1e-30) / self.aim) / way
+
+    def slack(self, control_prob: float | None) -> float:
+        """Return how far the control rows are above their level, as a fraction of their start; negative below it."""
+        if control_prob is None or not self.control_start:
+            return 1.0 - self.keep
+        return control_prob / self.control_start - self.keep
+
+    def holds(self, forget_prob: float, control_prob: float | None) -> bool:
+        """Tell whether both halves of the aim hold."""
+        return forget_prob <= self.aim and (control_prob is None or control_prob >= self.level)
+
+    def distance(self, forget_prob: float, control_prob: float | None) -> float:
+        """Return the distance from the aim: 0 where it holds, 1 at the start; a quarter of the control probability weighs 1."""
+        return max(0.0, self.left(forget_prob)) + KEEP_WEIGHT * max(0.0, -self.slack(control_prob))
+
+
+class Controller:
+    """Learning rate and alpha of a run, from its evaluations.
+
+    Args:
+        target: what is to be reached.
+        lr: the highest learning rate.
+        alpha: the weight of the retain term at the start.
+        warmup: steps over which the learning rate rises.
+        steps: steps of the whole run, at most.
+
+    Attributes:
+        lr: the highest learning rate; the pilot may set it before the first step.
+        alpha: the weight of the retain term now.
+        fall: the fraction of ``lr`` that is used after the warm-up.
+        in_a_row: number of the last evaluations, exact ones, at which the aim held.
+        backs: number of times that the run went back.
+    """
+
+    _CHANGING = (
+        "lr",
+        "lr_start",
+        "alpha",
+        "alpha_start",
+        "fall",
+        "in_a_row",
+        "backs",
+        "_risen_from",
+        "_slack",
+        "_left",
+        "_step",
+    )
+
+    def __init__(self, target: Target, *, lr: float, alpha: float, warmup: int, steps: int) -> None:
+        self.target = target
+        self.begin(lr, alpha)
+        self.warmup = warmup
+        self.steps = steps
+        self.fall = 1.0
+        self.in_a_row = 0
+        self.backs = 0
+        self._slack = target.slack(target.control_start)  # at the last evaluation, like the two that follow
+        self._left = 1.0
+        self._step = 0
+        self._risen_from = 0  # the step after which the learning rate began to rise
+
+    def begin(self, lr: float, alpha: float) -> None:
+        """Set learning rate and alpha, before the first step."""
+        self.lr = self.lr_start = lr
+        self.alpha = self.alpha_start = alpha
+
+    def lr_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 1."""
+        rise = min(1.0, (step - self._risen_from) / max(1, self.warmup))
+        end = min(1.0, max(SLOWEST, (self.steps - step) / (END * self.steps)))
+        return self.lr * min(rise, end) * self.fall
+
+    def observe(self, step: int, forget_prob: float, control_prob: float | None, *, exact: bool = True) -> bool:
+        """Take an evaluation into account: choose alpha and learning rate of the steps that follow.
+
+        Args:
+            step: the step after which the model was evaluated.
+            forget_prob: probability of the forget rows.
+            control_prob: that of the control rows.
+            exact: whether ``forget_prob`` was measured on the model as it is; otherwise it is that of the last steps' batches,
+                which steers but decides nothing.
+
+        Returns:
+            Whether the run is to go back to the nearest point, with a new optimizer.
+        """
+        target = self.target
+        left = target.left(forget_prob)
+        slack = target.slack(control_prob)
+        room = max(1.0 - target.keep, 0.02)
+        low, high = (factor * self.alpha_start for factor in ALPHA_RANGE)
+        if target.distance(forget_prob, control_prob) > LOST and self.backs < MAX_BACKS:
+            self.backs += 1
+            self.lr /= BACK_FACTOR
+            self.alpha = min(high, 2 * self.alpha)
+            self.fall = 1.0
+            self.in_a_row = 0
+            self._risen_from = step
+            self._slack = room
+            self._left = 1.0
+            self._step = step
+            return True
+        doublings = 0.0
+        expected = slack + TREND * (slack - self._slack)
+        recovers = slack >= CALM_GAIN * self._slack
+        if slack < 0:
+            doublings = min(RAISE, max(0.25 if left > 0 else 1.0, -expected / room))
+        elif left > 0:
+            doublings = max(-LOWER, min(RAISE, -LOWER * expected / room))
+            pace = (self._left - left) / max(1, step - self._step)
+            too_slow = pace * IN_TIME * (self.steps - step) < left
+            if too_slow and left > NEAR and expected > 0 and step >= self._risen_from + self.warmup:
+                self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
+        else:  # to forget beyond the aim costs rows that nobody measures
+            doublings = RAISE * min(1.0, -left / NEAR)
+        if slack < 0 and not recovers and self.alpha >= high / 2:  # alpha alone does not help: the steps are too long
+            self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
+        self._slack = slack
+        self._left = left
+        self.alpha = min(high, max(low, self.alpha * 2.0**doublings))
+        self._step = step
+        if left > NEAR:
+            self.fall = 1.0
+        elif slack >= 0:
+            self.fall = max(SLOWEST, left / NEAR)
+        elif left > 0:
+            self.fall = max(RECOVERY, left / NEAR)
+        else:
+            self.fall = max(SLOWEST, SETTLE * min(self.fall, RECOVERY))
+        if exact:
+            self.in_a_row = self.in_a_row + 1 if target.holds(forget_prob, control_prob) else 0
+        return False
+
+    @property
+    def reached(self) -> bool:
+        """Whether the aim held at two evaluations in a row."""
+        return self.in_a_row >= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the numbers that change during a run, for a checkpoint."""
+        return {name: getattr(self, name) for name in self._CHANGING}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a ``state_dict()``."""
+        for name in self._CHANGING:
+            setattr(self, name, state_dict[name])
+
+
+class Try(NamedTuple):
+    """One try of the pilot, as `Search.observe` takes it."""
+
+    lr: float
+    alpha: float
+    response: float | None
+    kept: float
+
+
+class Search:
+    """The pilot's search for learning rate and alpha: few steps from the start, tried with different numbers.
+
+    The response of a model to few steps is nearly proportional to the learning rate, so each try takes the wanted response over
+    the last one's, within a factor of 10; between two tries with one alpha it follows a power law, since rows that a model
+    knows by heart give way late and then at once. Alpha is raised fourfold where the control rows fell, which is cheaper to see
+    here than during the run. A try that diverged bounds the search from above.
+
+    Args:
+        target: what is to be reached.
+        lr: the first learning rate.
+        alpha: the first alpha.
+        steps: steps of the whole run, at most.
+        tries: number of tries, at most.
+        way: nats a token from the start to the aim; None: those between their probabilities.
+
+    Attributes:
+        tries: every `Try`.
+        lr: the learning rate to try next, and at the end the one to run with.
+        alpha: the same of alpha.
+        done: whether the search has ended.
+    """
+
+    def __init__(
+        self, target: Target, *, lr: float, alpha: float, steps: int, tries: int = MAX_TRIES, way: float | None = None
+    ) -> None:
+        slowest, fastest = PACES
+        way = math.log(target.forget_start / target.aim) if way is None else way
+        self.wanted = way * min(fastest, max(slowest, WAY_STEPS / steps))
+        self.max_tries = tries
+        self.lowest_kept = 1.0 - (1.0 - target.keep) / 2
+        self.tries: list[Try] = []
+        self.lr = _rounded(lr)
+        self.alpha = alpha
+        self.done = tries < 1
+
+    @property
+    def diverged(self) -> bool:
+        """Whether there were tries, and all of them diverged."""
+        return bool(self.tries) and all(each.response is None for each in self.tries)
+
+    def observe(self, response: float | None, kept: float = 1.0) -> None:
+        """Take a try with ``lr`` and ``alpha`` into account.
+
+        Args:
+            response: nats a step by which the mean log-probability of a forget token has fallen; None: the try diverged.
+            kept: control probability after the try, over that before.
+        """
+        self.tries.append(Try(self.lr, self.alpha, response, kept))
+        lr, alpha = self.lr, self.alpha
+        too_far = response is None or response > CLOSE * self.wanted
+        if response is not None and kept < self.lowest_kept:
+            self.alpha *= ALPHA_FACTOR
+        if too_far or (kept >= self.lowest_kept and response is not None and response * CLOSE < self.wanted):
+            self.lr = self._guess(lr, alpha, response)
+        tried = (self.lr, self.alpha) in ((each.lr, each.alpha) for each in self.tries)
+        self.done = len(self.tries) >= self.max_tries or tried
+
+    def _guess(self, lr: float, alpha: float, response: float | None) -> float:
+        """Return the learning rate with the wanted response, from the last try and the others with its alpha."""
+        answers = [(each.lr, each.response) for each in self.tries if each.alpha == alpha and each.response is not None]
+        lower = max(((rate, value) for rate, value in answers if 0 < value < self.wanted), default=None)
+        higher = min(((rate, value) for rate, value in answers if value >= self.wanted), default=None)
+        if lower is not None and higher is not None and lower[0] < higher[0]:
+            slope = math.log(higher[1] / lower[1]) / math.log(higher[0] / lower[0])
+            return _rounded(lower[0] * (self.wanted / lower[1]) ** (1 / slope))
+        if response is None:
+            return _rounded(lr / LR_FACTOR if lower is None else math.sqrt(lr * lower[0]))
+        return _rounded(lr * min(LR_FACTOR, max(1 / LR_FACTOR, self.wanted / max(response, 1e-9))))
+
+
+def _rounded(value: float) -> float:
+    """Return a number with two significant digits, as it is shown."""
+    return float(f"{value:.1e}")
+
+
+def verdict(
+    target: Target, forget_prob: float, control_prob: float | None, step: int, reason: str, steered: bool
+) -> dict[str, Any]:
+    """Return the verdict on a run, as ``verdict.json`` has it (docs/running.md has the names).
+
+    Args:
+        target: what was to be reached.
+        forget_prob: probability of the forget rows under the saved model.
+        control_prob: that of the control rows.
+        step: the step whose weights were saved.
+        reason: why the run ended there, in words.
+        steered: whether a `Controller` chose the learning rate and alpha.
+    """
+    reached = target.holds(forget_prob, control_prob)
+    return {
+        "reached": reached,
+        "forget_prob": forget_prob,
+        "forget_prob_start": target.forget_start,
+        "aim": target.aim,
+        "aim_source": target.source,
+        "measure": target.measure,
+        "control_prob": control_prob,
+        "control_prob_start": target.control_start,
+        "keep": target.keep,
+        "step": step,
+        "reason": reason,
+        "advice": "" if reached else advice(target, forget_prob, control_prob, steered),
+    }
+
+
+def advice(target: Target, forget_prob: float, control_prob: float | None, steered: bool) -> str:
+    """Return what to try after a run that has not reached its aim."""
+    forgotten = forget_prob <= target.aim
+    kept = target.slack(control_prob) >= 0
+    if not steered:
+        if not forgotten and kept:
+            return "forget more: raise --epochs or --lr"
+        return "lower --lr or --epochs, or choose a method with a retain term, such as npo, and a retain set"
+    if forgotten and not kept:
+        return "keep more: give more retain rows, raise --epochs, or accept less with --keep-retain"
+    if kept and not forgotten:
+        return "go on longer with --epochs, give more retain rows, or accept less with --aim forget_prob=X"
+    return "give more retain rows that resemble what must be kept, raise --epochs, or accept less with --keep-retain or --aim"
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Return a verdict in one line of text, the last line of the command."""
+    name = "probability" if result["measure"] == "probability" else "questions answered,"
+    forget = f"forget {name} {result['forget_prob_start']:.3f} -> {result['forget_prob']:.3f} (aim {result['aim']:.3f})"
+    control = ""
+    if result["control_prob"] is not None:
+        level = result["keep"] * result["control_prob_start"]
+        control = f", control {result['control_prob_start']:.3f} -> {result['control_prob']:.3f} (at least {level:.3f})"
+    if result["reached"]:
+        return f"aim reached: {forget}{control}"
+    return f"aim not reached: {forget}{control}; {result['reason']}; {result['advice']}"

@@ -1,0 +1,214 @@
+"""The part of a run that leads it to its aim: evaluations, the controller's choices, the nearest point, and the verdict."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from soul.losses import Objective
+from soul.run.aim import EVALUATION_SHARE, Controller, verdict
+from soul.run.config import UnlearnConfig
+from soul.run.feed import Feed
+from soul.run.measures import Measures
+from soul.run.pilot import TRAINING_PASSES, Event, Tensors, restore, run_pilot, snapshot
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Record = dict[str, Any]
+
+SUDDEN = 0.2  # of the way, by the batches of two steps: an evaluation is due earlier
+FINER = 0.01  # a point must be nearer by this much to be kept in place of another
+LONGEST_WARMUP = 10  # steps
+MARGIN = 0.01  # of the start of the control rows: so far below their level an estimate may be and hold all the same
+LIKELY = 1.1  # of the aim: below it, by the batches of the last steps, the forget rows themselves are evaluated
+
+
+class Steering:
+    """Steers the run of a model towards its aim.
+
+    Passes over tokens are counted: three for a token of a step, one for a token of an evaluation. An evaluation is due when it
+    fits into a tenth of the passes of the steps so far. It takes the control rows; the forget rows are judged by their
+    probability in the batches since the last evaluation, and measured only when these have come to the aim.
+
+    Args:
+        model: the model before its first step.
+        objective: that of the run; its alpha is set.
+        config: `UnlearnConfig` with an aim.
+        measures: made with the same model.
+        feed: the data of the run.
+        alpha: the weight of the retain term to begin with.
+
+    Attributes:
+        went_back: whether the last evaluation has put an earlier point back, so that the optimizer must begin anew.
+        events: the lines of the log that are no steps, in order; each has the step after which it stands.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        objective: Objective,
+        config: UnlearnConfig,
+        measures: Measures,
+        feed: Feed,
+        alpha: float,
+    ) -> None:
+        self._model = model
+        self._objective = objective
+        self._config = config
+        self._measures = measures
+        self._feed = feed
+        self._steps = len(feed.order())
+        warmup = min(LONGEST_WARMUP, round(self._steps * config.warmup_ratio))
+        _, examples, retained = next(feed.order())
+        between = (measures.control_sample_tokens or measures.sample_tokens) / (
+            EVALUATION_SHARE * TRAINING_PASSES * feed.n_tokens(examples, retained)
+        )
+        warmup = max(warmup, min(round(2 * between), self._steps // 6))  # two evaluations see it rise
+        self._controller = Controller(measures.target, lr=config.lr, alpha=alpha, warmup=warmup, steps=self._steps)
+        self.events: list[Event] = []
+        self.went_back = False
+        self._tokens = 0
+        self._evaluated = 0
+        self._seen: list[float] = []  # probability of the forget rows of each step since the last evaluation
+        self._last_seen = measures.target.forget_start  # of the last step before the last evaluation
+        self._nearest: Tensors = {}
+        self._nearest_step = 0
+        self._nearest_distance = 1.0  # that of the model before unlearning
+
+    def begin(self) -> None:
+        """Keep the weights as the first point to go back to, and find learning rate and alpha to begin with.
+
+        Raises:
+            FloatingPointError: every try diverged; the model is as it was.
+        """
+        self._nearest = snapshot(self._model)
+        search, self.events = run_pilot(
+            self._model, self._feed, self._objective, self._config, self._measures, self._controller.alpha
+        )
+        if search.diverged:
+            tried = ", ".join(f"{each.lr:g}" for each in search.tries)
+            raise FloatingPointError(f"every learning rate of the pilot diverged ({tried})")
+        self._controller.begin(search.lr, search.alpha)
+        self.events.append({"event": "start", "step": 0, "lr": search.lr, "alpha": search.alpha})
+
+    def before_step(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set learning rate and alpha of a step, counted from 1; return the learning rate."""
+        lr = self._controller.lr_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self._objective.alpha = self._controller.alpha
+        return lr
+
+    def after_step(self, record: Record, n_tokens: int) -> Event | None:
+        """Count a step and, if an evaluation is due, evaluate and choose the numbers of the steps that follow.
+
+        Args:
+            record: of the step; gets ``stopped`` if the aim is reached.
+            n_tokens: tokens of the step.
+
+        Returns:
+            The line for the log, or None without an evaluation.
+        """
+        self.went_back = False
+        measures = self._measures
+        self._tokens += n_tokens
+        self._seen.append(record["batch_forget_prob"])
+        is_last = record["step"] == self._steps
+        target = measures.target
+        seen = sum(self._seen) / len(self._seen)
+        cost = measures.control_sample_tokens or measures.sample_tokens
+        if measures.refuses:
+            cost = measures.control_sample_tokens + measures.sample_tokens
+        budget = EVALUATION_SHARE * TRAINING_PASSES * self._tokens
+        is_due = self._evaluated + cost <= budget
+        is_sudden = (
+            not measures.refuses
+            and abs(target.left(self._seen[-1]) - target.left(self._last_seen)) > SUDDEN
+            and self._evaluated <= budget
+        )
+        if not (is_last or is_due or is_sudden):
+            return None
+        forget_prob = seen
+        if measures.refuses:  # the batches have refusals for answers
+            forget_prob = measures.forget()
+            self._evaluated += measures.sample_tokens
+        control_prob = measures.control_by_sample()
+        self._evaluated += measures.control_sample_tokens
+        may_hold = forget_prob <= LIKELY * target.aim and target.slack(control_prob) >= -MARGIN
+        exact = is_last or not measures.control_tokens or may_hold
+        if exact:
+            forget_prob = measures.forget()
+            control_prob = measures.control()
+            self._evaluated += measures.control_tokens + measures.sample_tokens
+        self._last_seen = self._seen[-1]
+        self._seen.clear()
+        event: Event = {
+            "event": "aim",
+            "step": record["step"],
+            "tokens": self._tokens,
+            "forget_prob": forget_prob,
+            "control_prob": control_prob,
+            "lr": record["lr"],
+            "alpha": self._controller.alpha,
+            "exact": exact,
+            **{name: record[name] for name in ("rho", "clip_fraction") if name in record},
+        }
+        self._note_nearest(record["step"], target.distance(forget_prob, control_prob))
+        if self._controller.observe(record["step"], forget_prob, control_prob, exact=exact) and not is_last:
+            restore(self._model, self._nearest)
+            self.went_back = True
+            event["back_to"] = self._nearest_step
+        if self._controller.reached:
+            record["stopped"] = "the aim held at two evaluations in a row"
+            self._nearest = {}  # the model itself is the one to save
+        self.events.append(event)
+        return event
+
+    def _note_nearest(self, step: int, distance: float) -> None:
+        """Keep the weights if no evaluated point was as near to the aim."""
+        if distance < self._nearest_distance - FINER or distance == 0:  # where the aim holds, the last point counts
+            self._nearest = snapshot(self._model)
+            self._nearest_step = step
+            self._nearest_distance = distance
+
+    def end(self, step: int) -> Event:
+        """Put the nearest point back if the run has not reached its aim; return the verdict on the model.
+
+        Args:
+            step: number of steps taken.
+        """
+        reason = "the aim held at two evaluations in a row"
+        if not self._controller.reached:
+            reason = f"{self._config.epochs} epochs have passed"
+            if self._nearest and self._nearest_step != step:
+                restore(self._model, self._nearest)
+                step = self._nearest_step
+                reason += f", and the nearest point was saved, that of step {step}"
+        measures = self._measures
+        return verdict(measures.target, measures.forget_all(), measures.control(), step, reason, steered=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that decides what follows, for a checkpoint."""
+        return {
+            "controller": self._controller.state_dict(),
+            "events": self.events,
+            "tokens": self._tokens,
+            "evaluated": self._evaluated,
+            "seen": self._seen,
+            "last_seen": self._last_seen,
+            "nearest": self._nearest,
+            "nearest_step": self._nearest_step,
+            "nearest_distance": self._nearest_distance,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a ``state_dict()``."""
+        self._controller.load_state_dict(state_dict["controller"])
+        self.events = state_dict["events"]
+        self._tokens = state_dict["tokens"]
+        self._evaluated = state_dict["evaluated"]
+        self._seen = state_dict["seen"]
+        self._last_seen = state_dict["last_seen"]
+        self._nearest = state_dict["nearest"]
+        self._nearest_step = state_dict["nearest_step"]
+        self._nearest_distance = state_dict["nearest_distance"]
