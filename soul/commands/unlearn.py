@@ -29,6 +29,7 @@ from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, check_output
 from soul.plan.run import plan_run
 from soul.run.config import METHODS, UnlearnConfig
 from soul.run.loop import Record
+from soul.run.trackers import CLIENTS, check_trackers
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error, check_choice
 
@@ -38,7 +39,7 @@ SAVE_MINUTES = 10.0  # from one checkpoint to the next, by default
 # Options that soul_config.json leaves out, since they do not describe the run.
 NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
 # Options that may change when a run is resumed.
-FREE_ON_RESUME = ("output", "device", "reference_cache", "save_every", "save_minutes", "keep", "resume")
+FREE_ON_RESUME = ("output", "device", "reference_cache", "save_every", "save_minutes", "keep", "resume", "report_to")
 # Options that may differ between processes: paths, whose contents are compared instead.
 FREE_AMONG_PROCESSES = ("run", "model", "forget", "retain", "refusals", "config", "reference_cache")
 
@@ -160,6 +161,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest checkpoint in --output, bit for bit, with all other options as before; without a "
         "checkpoint, start anew",
     )
+    add(
+        "--report-to",
+        metavar="A,B",
+        help=f"send the numbers of log.jsonl to trackers as well: {', '.join(CLIENTS)} (default: none)",
+    )
     add_device(options)
     plan = parser.add_argument_group("plan")
     add = plan.add_argument
@@ -203,6 +209,8 @@ def _run(args: argparse.Namespace) -> None:
     output = check_output(args.output, args.resume)
     checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, minutes=save_minutes, keep=args.keep)
     adapters = _adapters(args)
+    report_to = names_of(args.report_to) if args.report_to else []
+    check_trackers(report_to)
     if processes.size > 1:
         check_supported(config, adapters)
     require("transformers", "hf")
@@ -229,6 +237,7 @@ def _run(args: argparse.Namespace) -> None:
         resume=args.resume,
         merge=args.merge,
         options={name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
+        report_to=report_to,
     )
     seconds = time.perf_counter() - begun
     probability_after = unlearner.forget_probability()

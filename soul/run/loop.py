@@ -40,6 +40,7 @@ from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
 from soul.run.prepare import prepare
 from soul.run.step import curvature_loss, train_step
+from soul.run.trackers import Trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +65,7 @@ def unlearn(
     log: LogFile = None,
     progress: bool = True,
     checkpoints: Checkpoints | None = None,
+    trackers: Trackers | None = None,
 ) -> list[Record]:
     """Make a model unlearn ``forget`` while it keeps ``retain``; the model is changed in place.
 
@@ -80,6 +82,7 @@ def unlearn(
             included; or None.
         progress: show a progress bar on stderr.
         checkpoints: `soul.checkpoint.local.Checkpoints` in which the run is saved, and from which it may be resumed; or None.
+        trackers: `soul.run.trackers.Trackers`, which get the log's numbers and are left open; or None.
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods (nats), grad_norm, lr,
@@ -94,6 +97,7 @@ def unlearn(
         Stopped: by SIGTERM, or by ``checkpoints.stop``, after a checkpoint was written.
         OSError: the log or a checkpoint could not be written; earlier checkpoints are unharmed.
     """
+    trackers = Trackers() if trackers is None else trackers
     objective = config.objective()
     forget_sequences, retain_sequences = prepare(model, tokenizer, forget, retain, config)
     processes = Processes.of(model)
@@ -101,7 +105,7 @@ def unlearn(
         inputs = describe_inputs(model, forget_sequences, retain_sequences, config.decisive())
         processes.check_alike({**inputs, **versions()})
     if isinstance(objective, Influence):
-        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log)
+        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, trackers)
     answers = {}
     if config.eval_every:  # the answers themselves, even if the method trains on refusals in their place
         examples = {"forget": forget, "retain": retain[: len(forget)]}
@@ -110,7 +114,7 @@ def unlearn(
         run = UnlearningRun(
             model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup
         )
-        run.open(log, progress)
+        run.open(log, progress, trackers)
         run.take_steps()
     run.check_weights()
     return run.records
@@ -167,11 +171,12 @@ class UnlearningRun:
         self._curvature = build_curvature(self._optimizer, config)
         self.records = self._load_checkpoint()
         self._log: TextIO | None = None
+        self._trackers = Trackers()
         self._bar: Any = None  # tqdm has no types
         self._graphed_step: GraphedStep | None = None
         self._release: GradientRelease | None = None
 
-    def open(self, log: LogFile, progress: bool) -> None:
+    def open(self, log: LogFile, progress: bool, trackers: Trackers) -> None:
         """Set up everything that lasts from the first step to the last: progress bar, graph, hooks, log, signal handler."""
         config = self._config
         self._bar = self._progress_bar(progress)
@@ -186,6 +191,7 @@ class UnlearningRun:
             self._cleanup.enter_context(compiled(self._model))
         if self._processes.first:
             self._log = _opened(log, self._cleanup)
+            self._trackers = trackers
         if self._checkpoints is not None:
             self._cleanup.enter_context(self._checkpoints.listening())
         if config.gradient_checkpointing:
@@ -199,6 +205,7 @@ class UnlearningRun:
         """
         for record in self.records:
             _write_line(self._log, record)
+        self._trackers.start(self.records)
         if self.records and "stopped" in self.records[-1]:  # the checkpoint was written after the last step
             return
         for epoch, examples, retained in self._order:
@@ -207,6 +214,7 @@ class UnlearningRun:
                 record |= self._evaluate()
             self.records.append(record)
             _write_line(self._log, record)
+            self._trackers.write(record)
             self._show_progress(record)
             self._check_record(record)
             self._save_if_due()
@@ -375,6 +383,7 @@ def _unlearn_by_influence(
     method: Influence,
     config: UnlearnConfig,
     log: LogFile,
+    trackers: Trackers,
 ) -> list[Record]:
     """Take one second-order step over all data; return its log, which has one record."""
     begun = time.perf_counter()
@@ -397,6 +406,8 @@ def _unlearn_by_influence(
     record["peak_memory_gib"] = peak_memory_gib(device)
     with contextlib.ExitStack() as cleanup:
         _write_line(_opened(log, cleanup), record)
+    trackers.start([])
+    trackers.write(record)
     _check_weights(model, [record], method)
     return [record]
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
@@ -40,6 +40,7 @@ from soul.output.directory import (
 from soul.run.config import UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
 from soul.run.prepare import prepare
+from soul.run.trackers import Trackers, check_trackers
 from soul_kernels.errors import argument_error
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ class Unlearner:
         merge: bool = False,
         options: dict[str, Any] | None = None,
         progress: bool = True,
+        report_to: Sequence[str] = (),
     ) -> list[Record]:
         """Unlearn, and save the model.
 
@@ -218,18 +220,22 @@ class Unlearner:
             merge: add the adapters to the weights, and save a plain model.
             options: a dict to be kept as ``soul_config.json``.
             progress: show a progress bar on stderr.
+            report_to: "tensorboard", "wandb", "trackio", "mlflow": trackers that get the log's numbers as well. One that fails
+                is turned off with a line on stderr.
 
         Returns:
             The log, as `soul.run.loop.unlearn` returns it.
 
         Raises:
             ArgumentError: the directory is not empty, is that of another run or of a run that has ended, or another process
-                uses it.
+                uses it; or a tracker is unknown, or asked for without a directory.
+            MissingExtra: the library of a tracker is not installed.
             Diverged: the loss, its gradient or a weight is no longer finite.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
                 directory was removed during the run: the model is saved, the other files are lost.
         """
+        check_trackers(report_to, output)
         inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         processes = Processes.of(self.model)
         saving = dict(save_every=save_every, save_minutes=save_minutes, keep=keep, resume=resume)
@@ -246,10 +252,15 @@ class Unlearner:
         if processes.any(has_ended(directory, checkpoints)):
             remedy = "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", f"a finished model in {directory}", remedy)
-        with processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file:
+        with (
+            processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file,
+            Trackers(report_to if processes.first else (), directory, options) as trackers,  # ended after the model is saved
+        ):
             processes.on_first(lambda: self._describe(directory, options, checkpoints))
             try:
-                records = unlearn(*inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints)
+                records = unlearn(
+                    *inputs, log=directory / LOG_FILE, progress=progress, checkpoints=checkpoints, trackers=trackers
+                )
                 with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)
                     processes.on_first(lambda: restore(directory, cast(TextIO, file)))
