@@ -183,36 +183,43 @@ class Trackers:
             self._attempt(name, partial(client.close, failed=kind is not None))
         self._clients = {}
 
-    def start(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def start(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Begin the runs at the trackers, or continue those of the process that the run is resumed from.
 
         Args:
-            records: the log up to the checkpoint that the run is resumed from. A tracker that does not have it yet gets it.
+            lines: the log so far, up to the checkpoint of a resumed run. A tracker that is new to the run gets it.
         """
         runs = self._read()
+        steps = max((line["step"] for line in lines), default=0)
         for name in self._names:
             run = runs.get(name)
-            after = len(records) if run is not None else 0
+            after = 0 if run is None else steps
             client = self._attempt(name, partial(CLIENTS[name], self._directory, self._options, run, after))
             if client is not None:
                 self._clients[name] = client
-                for record in records[after:]:
-                    self._send(name, record)
+                for line in lines if run is None else ():
+                    self._send(name, line)
         if self._clients:
             runs |= {name: client.run for name, client in self._clients.items()}
             text = json.dumps(runs, indent=1) + "\n"
             path = self._directory / TRACKERS_FILE
             self._attempt(TRACKERS_FILE, partial(write_in_place, path, text), "a resumed run will be a new one at the trackers")
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Send a record of the log to all trackers that work: its finite numbers, by the names that they have in the log."""
-        for name in tuple(self._clients):
-            self._send(name, record)
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Send a line of the log to all trackers that work.
 
-    def _send(self, name: str, record: Mapping[str, Any]) -> None:
+        Args:
+            line: "step" and other entries, of which the finite numbers are sent by their names. If it is no step's record but
+                has an "event", the names are ``event/name``.
+        """
+        for name in tuple(self._clients):
+            self._send(name, line)
+
+    def _send(self, name: str, line: Mapping[str, Any]) -> None:
         if name in self._clients:
-            numbers = {key: float(value) for key, value in record.items() if key != "step" and _is_finite_number(value)}
-            self._attempt(name, partial(self._clients[name].log, numbers, record["step"]))
+            prefix = f"{line['event']}/" if "event" in line else ""
+            numbers = {prefix + key: float(value) for key, value in line.items() if key != "step" and _is_finite_number(value)}
+            self._attempt(name, partial(self._clients[name].log, numbers, line["step"]))
 
     def _attempt(self, name: str, call: Callable[[], Any], loss: str = "nothing more is reported there") -> Any:
         """Return ``call()``; if it fails, turn the tracker ``name`` off, say in one line what is lost, and return None."""
