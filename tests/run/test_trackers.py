@@ -37,10 +37,12 @@ class FakeTracker:
         self.runs = {}
         self.ends = []
         self.sent = []
+        self.starts = []
         self.fails_at = None
 
     def __call__(self, directory, options, run, after):
         random.seed(1)
+        self.starts.append((options.get("optimizer"), after))
         client = types.SimpleNamespace(run=run or f"run-{len(self.runs)}", log=self.log, close=self.close)
         self.numbers = self.runs.setdefault(client.run, {})
         return client
@@ -147,6 +149,13 @@ def test_a_run_is_reported_as_it_is_logged(fake, tmp_path):
     assert saved[0] == saved[1]
 
 
+def test_the_one_step_of_influence_is_reported(fake, tmp_path):
+    config = UnlearnConfig(method="influence", batch_size=2, backend="reference", method_options={"clip": 1e-3})
+    unlearner = Unlearner(tiny_model(), examples(5), examples(9)[5:], config, tokenizer=tiny_tokenizer())
+    (record,) = unlearner.run(tmp_path / "out", progress=False, report_to=["wandb"])
+    assert fake.runs["run-0"][1]["factor"] == record["factor"] and fake.sent == [1]
+
+
 def test_the_command_reports_and_a_resumed_run_goes_on_there(fake, tmp_path, capsys):
     folder = write_model_and_data(tmp_path, tiny_tokenizer())
     flags = ("--report-to=wandb", "--save-every=1", "--epochs=2", "--optimizer=adamw")
@@ -162,6 +171,7 @@ def test_the_command_reports_and_a_resumed_run_goes_on_there(fake, tmp_path, cap
     fake.log = log
     assert main(words(folder, tmp_path / "out", *flags, "--resume")) == 0
     assert list(fake.runs) == ["run-0"] and fake.ends == [True, False]
+    assert fake.starts == [("adamw", 0), ("adamw", 2)]
     assert fake.sent == [1, 2, 3, 3, 4, 5, 6]  # step 3 was not in a checkpoint
     assert main(words(folder, tmp_path / "out", "--save-every=1", "--epochs=2", "--optimizer=adamw", "--resume")) == 0
     assert "nothing to resume" in capsys.readouterr().out
