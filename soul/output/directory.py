@@ -18,6 +18,7 @@ DATA_FILE = "data.json"  # how many rows were used, and hashes of their content
 LOG_FILE = "log.jsonl"  # a line for every step
 TRACKERS_FILE = "trackers.json"  # the names of the run at experiment trackers
 TENSORBOARD = "tensorboard"  # the directory of TensorBoard's event files
+WANDB = "wandb"  # the directory in which Weights & Biases keeps its files
 CHECKPOINTS = "checkpoints"  # the directory of `soul.checkpoint.local.Checkpoints`
 
 
@@ -38,7 +39,7 @@ def check_output(directory: str | os.PathLike[str], resume: bool = False) -> pat
     if not parent.is_dir():
         raise argument_error("output", "a new or an empty directory", f"a path below the file {parent}", "choose another one")
     if resume:
-        for name in (RUN_FILE, DATA_FILE, LOG_FILE, TRACKERS_FILE, TENSORBOARD, CHECKPOINTS):
+        for name in (RUN_FILE, DATA_FILE, LOG_FILE, TRACKERS_FILE, TENSORBOARD, WANDB, CHECKPOINTS):
             _check_no_link(directory / name)
         if (directory / RUN_FILE).is_file():
             return directory

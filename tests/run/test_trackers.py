@@ -15,6 +15,7 @@ import pytest
 
 from soul._extras import MissingExtra
 from soul.cli import main
+from soul.output.directory import check_output
 from soul.run import trackers as trackers_module
 from soul.run.config import UnlearnConfig
 from soul.run.trackers import CLIENTS, Trackers, check_trackers
@@ -128,6 +129,15 @@ def test_bad_input(monkeypatch, tmp_path):
         check_trackers(["wandb"], None)
     assert main(["unlearn", "--model=x", "--forget=y", "--method=ga", f"--output={tmp_path / 'out'}", "--report-to=wandb"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["trackers.json", "tensorboard", "wandb"])
+def test_what_trackers_write_in_the_output_is_no_link(name, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "soul_config.json").write_text("{}")
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArgumentError, match=f"{name}, a symbolic link"):
+        check_output(tmp_path / "out", resume=True)
 
 
 def unlearner():
