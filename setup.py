@@ -24,6 +24,13 @@ HF = [
 ]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.9"]
+# A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
+TRACKERS = {
+    "tensorboard": ["tensorboard>=2.21"],
+    "wandb": ["wandb>=0.31"],
+    "trackio": ["trackio>=0.43"],
+    "mlflow": ["mlflow>=3.17"],
+}
 TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7"]
 
 setup(
@@ -54,6 +61,7 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "plots": PLOTS,
+        **TRACKERS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
         # What the benchmarks compare with, where it is installed. Only cut-cross-entropy from its repository has cce_exact.
         "peers": [

@@ -34,6 +34,7 @@ from soul.run.config import MEMORIZE, METHODS, UnlearnConfig
 from soul.run.loop import Record
 from soul.run.measures import Measures
 from soul.run.notes import check_samples
+from soul.run.trackers import CLIENTS, check_trackers
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error, check_choice
 
@@ -60,6 +61,7 @@ FREE_ON_RESUME = (
     "resume",
     "samples",
     "no_samples",
+    "report_to",
 )
 # Options that may differ between processes: paths, whose contents are compared instead.
 FREE_AMONG_PROCESSES = ("run", "model", "data", "forget", "retain", "refusals", "config", "reference_cache")
@@ -126,7 +128,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--curvature-every", type=int, default=10, metavar="K", help="steps between refreshes by retain or gnb")
     add("--published-code", action="store_true", help="SOUL: momentum as in the published code")
-    add("--epochs", type=int, default=5, metavar="N", help="passes over the forget file (default: %(default)s)")
+    add("--epochs", type=int, metavar="N", help="passes over the forget file (default 5; with an aim at most, 20)")
     add("--batch-size", type=int, default=4, metavar="N", help="forget examples per micro-batch, and as many to retain")
     add("--refusals", metavar="FILE", help="file with one refusal per line, for po and dpo (default: eight built-in ones)")
     add("--stop-forget-prob", type=float, metavar="X", help="end once the probability of a forget answer is <= X")
@@ -215,6 +217,11 @@ def add_training(group: argparse._ActionsContainer) -> None:
         help="continue from the newest checkpoint in --output, bit for bit, with all other options as before; without a "
         "checkpoint, start anew",
     )
+    add(
+        "--report-to",
+        metavar="A,B",
+        help=f"send the numbers of log.jsonl to trackers as well: {', '.join(CLIENTS)} (default: none)",
+    )
     add_device(group)
 
 
@@ -279,6 +286,8 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
     output = check_output(args.output, args.resume)
     checkpoints = Checkpoints(output / CHECKPOINTS, every=args.save_every, minutes=save_minutes, keep=args.keep)
     adapters = _adapters(args)
+    report_to = names_of(args.report_to) if args.report_to else []
+    check_trackers(report_to)
     if processes.size > 1:
         check_supported(config, adapters)
     require("transformers", "hf")
@@ -318,6 +327,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         merge=args.merge,
         options={name: value for name, value in vars(args).items() if name not in unrecorded},
         samples=None if args.no_samples else args.samples,
+        report_to=report_to,
     )
     seconds = time.perf_counter() - begun
     written = f"{'adapters' if adapters and not args.merge else 'model'}, tokenizer and log.jsonl: {output}"

@@ -20,6 +20,9 @@ NOTES_FILE = "report.json"  # what a report shows beside the log: environment, t
 REPORT_FILES = ("report.html", "report.md")  # the report as a page and as text
 VERDICT_FILE = "verdict.json"  # whether a run with an aim has reached it, and the numbers
 ENDED_FILE = "soul_ended.txt"  # written once the model is safe there
+TRACKERS_FILE = "trackers.json"  # the names of the run at experiment trackers
+TENSORBOARD = "tensorboard"  # the directory of TensorBoard's event files
+WANDB = "wandb"  # the directory in which Weights & Biases keeps its files
 CHECKPOINTS = "checkpoints"  # the directory of `soul.checkpoint.local.Checkpoints`
 
 
@@ -40,7 +43,8 @@ def check_output(directory: str | os.PathLike[str], resume: bool = False) -> pat
     if not parent.is_dir():
         raise argument_error("output", "a new or an empty directory", f"a path below the file {parent}", "choose another one")
     if resume:
-        for name in (RUN_FILE, DATA_FILE, LOG_FILE, VERDICT_FILE, CHECKPOINTS):
+        links = (RUN_FILE, DATA_FILE, LOG_FILE, VERDICT_FILE, TRACKERS_FILE, TENSORBOARD, WANDB, CHECKPOINTS)
+        for name in links:
             _check_no_link(directory / name)
         if (directory / RUN_FILE).is_file():
             return directory

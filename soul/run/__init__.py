@@ -1,7 +1,7 @@
 """A run of unlearning: options (`config`), data (`prepare`, `feed`), steps (`step`, `graph`, `influence`), `loop`, `unlearner`.
 
 A run with an aim: its numbers and the controller (`aim`), measurements (`measures`), the search before the first step
-(`pilot`), and their part in the loop (`steering`).
+(`pilot`), and their part in the loop (`steering`). `trackers` shows the numbers of a run elsewhere.
 
 May import: _extras, checkpoint, data, distributed, evaluate, losses, models, optim, output.
 Start reading with `unlearner`, which is the whole run, then `loop` and `step`.

@@ -43,6 +43,7 @@ from soul.run.measures import AimData, Measures, split_control, starting_alpha
 from soul.run.prepare import prepare
 from soul.run.steering import Steering
 from soul.run.step import ChunkBytes, curvature_loss, train_step
+from soul.run.trackers import Trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ def unlearn(
     checkpoints: Checkpoints | None = None,
     watch: Callable[[int], None] | None = None,
     measures: Measures | None = None,
+    trackers: Trackers | None = None,
 ) -> list[Record]:
     """Make a model unlearn ``forget`` while it keeps ``retain``; the model is changed in place.
 
@@ -88,6 +90,7 @@ def unlearn(
         watch: called with the number of each step after it; it must leave the model and the random generators alone.
         measures: the `Measures` of a run with an aim, made with this model before the call, whose control rows are not among
             ``retain``; it gets the verdict. None: with an aim it is made here, and some retain rows are held out.
+        trackers: `soul.run.trackers.Trackers`, which get the log's numbers and are left open; or None.
 
     Returns:
         The log as a list of dicts: step, epoch, loss and its terms, negative log-likelihoods (nats), grad_norm, lr,
@@ -103,6 +106,7 @@ def unlearn(
         Stopped: by SIGTERM, or by ``checkpoints.stop``, after a checkpoint was written.
         OSError: the log or a checkpoint could not be written; earlier checkpoints are unharmed.
     """
+    trackers = Trackers() if trackers is None else trackers
     objective = config.objective()
     if config.aims and measures is None:
         retain, control = split_control(forget, retain, None, config.seed)
@@ -113,7 +117,7 @@ def unlearn(
         inputs = describe_inputs(model, forget_sequences, retain_sequences, config.decisive())
         processes.check_alike({**inputs, **versions()})
     if isinstance(objective, Influence):
-        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, measures)
+        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, measures, trackers)
     answers = {}
     if (
         config.eval_every or config.until_prob is not None
@@ -124,7 +128,7 @@ def unlearn(
         run = UnlearningRun(
             model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup, measures
         )
-        run.open(log, progress)
+        run.open(log, progress, trackers)
         run.take_steps(watch)
         run.judge()
     run.check_weights()
@@ -190,11 +194,12 @@ class UnlearningRun:
             self._steering = Steering(model, objective, config, measures, self._feed, alpha)
         self.records = self._load_checkpoint()
         self._log: TextIO | None = None
+        self._trackers = Trackers()
         self._bar: Any = None  # tqdm has no types
         self._graphed_step: GraphedStep | None = None
         self._release: GradientRelease | None = None
 
-    def open(self, log: LogFile, progress: bool) -> None:
+    def open(self, log: LogFile, progress: bool, trackers: Trackers) -> None:
         """Set up everything that lasts from the first step to the last: progress bar, graph, hooks, log, signal handler."""
         config = self._config
         self._bar = self._progress_bar(progress)
@@ -209,6 +214,7 @@ class UnlearningRun:
             self._cleanup.enter_context(compiled(self._model))
         if self._processes.first:
             self._log = _opened(log, self._cleanup)
+            self._trackers = trackers
         if self._checkpoints is not None:
             self._cleanup.enter_context(self._checkpoints.listening())
         if config.gradient_checkpointing:
@@ -234,8 +240,10 @@ class UnlearningRun:
                 event = self._steering.after_step(record, self._feed.n_tokens(examples, retained))
             self.records.append(record)
             _write_line(self._log, record)
+            self._trackers.write(record)
             if event is not None:
                 _write_line(self._log, event)
+                self._trackers.write(event)
             if self._steering is not None and self._steering.went_back:
                 self._renew_optimizer()
             self._show_progress(record)
@@ -258,6 +266,7 @@ class UnlearningRun:
             reason = self.records[-1].get("stopped", f"{self._config.epochs} epochs have passed")
             measures.verdict = verdict(measures.target, measures.forget_all(), measures.control(), step, reason, steered=False)
         _write_line(self._log, {"event": "verdict", **measures.verdict})
+        self._trackers.write({"event": "verdict", **measures.verdict, "step": step})  # its own step may lie before the last
 
     def _renew_optimizer(self) -> None:
         """Begin with a new optimizer: what the old one remembers belongs to weights that were given up."""
@@ -282,12 +291,13 @@ class UnlearningRun:
     def _write_log_so_far(self) -> None:
         """Write the records of a resumed run and the events among them, in the order in which they came."""
         events = [] if self._steering is None else self._steering.events
+        lines: list[Record] = []
         for step, record in enumerate([None, *self.records]):
-            if record is not None:
-                _write_line(self._log, record)
-            for event in events:
-                if event["step"] == step:
-                    _write_line(self._log, event)
+            lines += [] if record is None else [record]
+            lines += [event for event in events if event["step"] == step]
+        for line in lines:
+            _write_line(self._log, line)
+        self._trackers.start(lines)
 
     def check_weights(self) -> None:
         """Raise `Diverged` unless all weights are finite."""
@@ -475,6 +485,7 @@ def _unlearn_by_influence(
     config: UnlearnConfig,
     log: LogFile,
     measures: Measures | None,
+    trackers: Trackers,
 ) -> list[Record]:
     """Take one second-order step over all data; return its log, which has one record."""
     begun = time.perf_counter()
@@ -498,11 +509,14 @@ def _unlearn_by_influence(
     with contextlib.ExitStack() as cleanup:
         file = _opened(log, cleanup)
         _write_line(file, record)
+        trackers.start([])
+        trackers.write(record)
         _check_weights(model, [record], method)
         if measures is not None:
             reason = "one step was taken"
             measures.verdict = verdict(measures.target, measures.forget_all(), measures.control(), 1, reason, steered=False)
             _write_line(file, {"event": "verdict", **measures.verdict})
+            trackers.write({"event": "verdict", **measures.verdict})
     return [record]
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
@@ -43,6 +43,7 @@ from soul.run.loop import Record, unlearn
 from soul.run.measures import AimData, Measures, split_control
 from soul.run.notes import Notes, check_samples
 from soul.run.prepare import prepare
+from soul.run.trackers import Trackers, check_trackers
 from soul_kernels.errors import argument_error
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ class Unlearner:
         options: dict[str, Any] | None = None,
         samples: int | None = None,
         progress: bool = True,
+        report_to: Sequence[str] = (),
     ) -> list[Record]:
         """Unlearn, and save the model.
 
@@ -261,18 +263,22 @@ class Unlearner:
             samples: keep what `soul.report.run` shows in ``report.json``: the environment, and what the model says before and
                 after (`soul.run.notes`), and every so many steps if this is not 0. None: nothing.
             progress: show a progress bar on stderr.
+            report_to: "tensorboard", "wandb", "trackio", "mlflow": trackers that get the log's numbers as well. One that fails
+                is turned off with a line on stderr.
 
         Returns:
             The log, as `soul.run.loop.unlearn` returns it.
 
         Raises:
             ArgumentError: the directory is not empty, is that of another run or of a run that has ended, or another process
-                uses it.
+                uses it; or a tracker is unknown, or asked for without a directory.
+            MissingExtra: the library of a tracker is not installed.
             Diverged: the loss, its gradient or a weight is no longer finite.
             Stopped: by SIGTERM, after a checkpoint was written.
             OSError: something could not be written; the message says whether there is a checkpoint to go on from. Or the
                 directory was removed during the run: the model is saved, the other files are lost.
         """
+        check_trackers(report_to, output)
         check_samples(samples, self.config)
         inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         if self.config.aims and self.measures is None:
@@ -292,14 +298,22 @@ class Unlearner:
         if processes.any(has_ended(directory, checkpoints)):
             remedy = "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", f"a finished model in {directory}", remedy)
-        with processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file:
+        with (
+            processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file,
+            Trackers(report_to if processes.first else (), directory, options) as trackers,  # ended after the model is saved
+        ):
             processes.on_first(lambda: self._describe(directory, options, checkpoints))
             notes = None if samples is None else self._notes(directory, samples)
             watch = None if notes is None else notes.watch
             try:
-                log = directory / LOG_FILE
                 records = unlearn(
-                    *inputs, log=log, progress=progress, checkpoints=checkpoints, watch=watch, measures=self.measures
+                    *inputs,
+                    log=directory / LOG_FILE,
+                    progress=progress,
+                    checkpoints=checkpoints,
+                    watch=watch,
+                    measures=self.measures,
+                    trackers=trackers,
                 )
                 with checkpoints.listening():  # a SIGTERM no longer keeps the finished model from being saved
                     self._merge(merge)

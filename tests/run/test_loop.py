@@ -533,7 +533,7 @@ def test_schedule_warms_up_and_decays():
 
 @pytest.mark.parametrize("options, message", [
     ({"optimizer": "sgd"}, "optimizer: expected one of 'soul', 'adamw', got 'sgd'"),
-    ({"method": "erase"}, "method: expected one of 'ga', 'graddiff', .*'undial', 'influence', got 'erase'"),
+    ({"method": "erase"}, "method: expected one of 'ga', 'graddiff', .*'undial', 'influence', 'memorize', got 'erase'"),
     ({"method": "npo", "method_options": {"beta": 0}}, "beta: expected a positive number, got 0"),
     ({"method": "npo", "method_options": {"beta": float("inf")}}, "beta: expected a positive number, got inf"),
     ({"epochs": 0}, "epochs: expected a positive whole number, got 0"),
