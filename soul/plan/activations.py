@@ -37,12 +37,12 @@ def layer_components(case: Case) -> dict[str, float]:
     elif case.adapters is None:
         norm += n * shape.hidden * 2 * element
     eager = case.attention == "eager"
-    key_heads = shape.heads if tokens.padded or eager else shape.kv_heads
+    key_heads = shape.heads if tokens.masked or eager else shape.kv_heads
     attention = n * shape.head_dim * element * (2 * shape.heads + 2 * key_heads)
     if eager:
         attention += n_pairs * shape.heads * (FLOAT + (element if element != FLOAT else 0))
     else:
-        attention += n * shape.heads * FLOAT + (n_pairs * element if tokens.padded else 0)
+        attention += n * shape.heads * FLOAT + (n_pairs * element if tokens.masked else 0)
     inner = n * shape.intermediate * element
     mlp = inner * (4 if shape.gated else 2)
     adapters = 0.0

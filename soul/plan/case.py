@@ -50,8 +50,8 @@ class Tokens:
         labelled: number of tokens with a label, of all sequences together; None: every token.
         compared: number of labelled tokens at which a divergence from the reference model is computed, if the objective has
             one; None: those of half of the sequences.
-        padded: whether some sequences are shorter. Attention then takes a mask, and has as many heads of keys and
-            values as of queries.
+        masked: whether attention takes a mask, and has as many heads of keys and values as of queries. Padding on the right
+            does without one (`soul.models.causal_lm.hidden_states`), but for families with attention code of their own.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -61,7 +61,7 @@ class Tokens:
     length: int
     labelled: int | None = None
     compared: int | None = None
-    padded: bool = True
+    masked: bool = False
 
     def __post_init__(self) -> None:
         for name in ("sequences", "length"):

@@ -126,4 +126,4 @@ def _tokens(forget: Sequence[TokenSequence], retain: Sequence[TokenSequence], co
     n_retain = sum(sequence.n_labels for sequence in retain)
     n_labelled = n_forget + n_retain
     compared = {None: 0, "forget": n_forget, "retain": n_retain, "all": n_labelled}[compared_set]
-    return Tokens(len(lengths), max(lengths), n_labelled, compared, padded=min(lengths) < max(lengths))
+    return Tokens(len(lengths), max(lengths), n_labelled, compared)

@@ -269,7 +269,7 @@ def test_pictures_are_drawn_from_files(tmp_path, monkeypatch, capsys):
 def test_points_of_the_roofline_are_what_rows_tell():
     x, y = _plots.intensity(row("sophia_step", ONE_B, EIGHT, 5.0, gb_per_s=900.0))
     assert (
-        x == pytest.approx(_plots.STEP_FLOPS / 12.06) and y == pytest.approx(x * 900e9) and y < x * LIMITS["copy_bytes_per_s"]
+        x == pytest.approx(_plots.STEP_FLOPS / 12.25) and y == pytest.approx(x * 900e9) and y < x * LIMITS["copy_bytes_per_s"]
     )
     assert _plots.intensity(row("step", "s", "ours", 50.0, model_flops=1e12, model_bytes=1e10)) == (100.0, pytest.approx(2e13))
     assert _plots.intensity(row("step", "s", "ours", 50.0)) is None
