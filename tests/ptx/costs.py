@@ -12,8 +12,9 @@ UNITS = ("float", "integer", "special", "exchange", "memory", "control")
 # PTX instructions that become several or none: what Triton's ptxas makes of them for sm_90, without the slow path that ordinary
 # numbers do not take. "special" is the unit for 1 / x, 2^x and log2 x. The sign of an operand costs nothing. A 64-bit "or" adds
 # a small constant to a multiple of a larger one, so the upper half stays.
-EXPANSIONS: dict[str, dict[str, int]] = {
+EXPANSIONS: dict[str, dict[str, float]] = {
     "neg.f32": {},
+    "cvt.rn.bf16.f32": {"integer": 0.5},  # two, for neighbours, are one F2FP.BF16.F32.PACK_AB
     "or.b64": {"integer": 1},
     "div.rn.f32": {"special": 1, "float": 5, "integer": 1, "control": 3},
     "div.full.f32": {"special": 1, "float": 5, "integer": 2},
@@ -29,7 +30,7 @@ EXCHANGE = ("shfl", "redux", "ldmatrix")
 CONTROL = ("bra", "ret", "bar")
 
 
-def issued(executed: Mapping[str, int]) -> collections.Counter[str]:
+def issued(executed: Mapping[str, int]) -> collections.defaultdict[str, float]:
     """Return how many SASS instructions each of `UNITS` is given.
 
     "float" has additions and multiplications; comparisons, selections, minima and conversions of floating point are "integer",
@@ -38,14 +39,14 @@ def issued(executed: Mapping[str, int]) -> collections.Counter[str]:
     Args:
         executed: PTX instructions by opcode.
     """
-    instructions: collections.Counter[str] = collections.Counter()
+    instructions: collections.defaultdict[str, float] = collections.defaultdict(float)
     for opcode, count in executed.items():
         for unit, weight in _cost(opcode).items():
             instructions[unit] += weight * count
     return instructions
 
 
-def _cost(opcode: str) -> dict[str, int]:
+def _cost(opcode: str) -> Mapping[str, float]:
     name, *modifiers = opcode.split(".")
     if opcode in EXPANSIONS:
         return EXPANSIONS[opcode]

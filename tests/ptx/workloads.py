@@ -54,7 +54,7 @@ class Run:
         """Return what goes into the evidence, for each element, but for barriers, which are of a program."""
         counts = self.counts
         units = issued(counts.executed)
-        by_element = {"executed": counts.instructions, "issued": units.total()} | {name: units[name] for name in UNITS}
+        by_element = {"executed": counts.instructions, "issued": sum(units.values())} | {name: units[name] for name in UNITS}
         by_element |= {"loaded": counts.loaded.total(), "stored": counts.stored.total()}
         figures = {name: round(count / self.elements, 3) for name, count in by_element.items()}
         figures |= {f"wide_{kind}": round(self.wide(kind), 3) for kind in ("loaded", "stored") if figures[kind] > 0}
