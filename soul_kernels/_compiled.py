@@ -48,7 +48,9 @@ OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 # telemetry; otherwise the telemetry's loop reads the parameter that the next loop overwrites, so that there are two loops over
 # memory: 2.0 and not 1.5 ns an element. With 16-bit or 8-bit tensors the option costs 0 to 15% of the time.
 FP32_OPTIONS = {"realize_reads_threshold": 3}
-EXAMPLE_ROWS = 5  # rows of the example tensors for a new variant
+# Elements of the example tensors for each thread. Inductor takes the example for typical, and does not divide a loop among
+# threads if that leaves fewer than 512 elements to one.
+EXAMPLE = 512
 # Values that the example tensors contain: zeros, subnormal numbers, halves between two bf16 numbers, inf and NaN.
 SPECIAL = (0.0, -0.0, 1e-40, -3e-39, 1e-7, 1.00390625, -1.01171875, 3e38, math.inf, -math.inf, math.nan)
 
@@ -193,23 +195,24 @@ def _example(name: str, argument: Argument, generator: torch.Generator) -> Argum
 
 
 def _example_tensor(name: str, argument: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return a tensor like ``argument``, with `EXAMPLE_ROWS` rows if that has rows."""
+    """Return a tensor like ``argument``, with rows for all threads if that has rows."""
+    n_rows = 1 + torch.get_num_threads() * -(-EXAMPLE // GROUP)
     if name == "telemetry":
         return torch.zeros_like(argument)
     if name.endswith("_scale"):
-        value = torch.randint(0x6B00, 0x7F00, (EXAMPLE_ROWS,), generator=generator)  # 2^-20 to 1
+        value = torch.randint(0x6B00, 0x7F00, (n_rows,), generator=generator)  # 2^-20 to 1
     elif argument.dim() == 0:
         value = torch.rand((), generator=generator) + 0.01
         if not argument.is_floating_point():
             value = torch.randint(2**40, (), generator=generator)  # an int32 tensor gets the lower half, whatever its sign
     elif argument.is_floating_point():
-        value = torch.randn(EXAMPLE_ROWS, GROUP, generator=generator) * 0.1
+        value = torch.randn(n_rows, GROUP, generator=generator) * 0.1
         columns = torch.randperm(GROUP, generator=generator)[: 2 * len(SPECIAL)]
         # All in one row: a group of 8-bit values with a NaN among them is NaN as a whole.
-        value[EXAMPLE_ROWS // 2, columns] = torch.tensor(SPECIAL).repeat(2)
+        value[n_rows // 2, columns] = torch.tensor(SPECIAL).repeat(2)
     else:
         low, high = (0, 256) if argument.dtype == torch.uint8 else (-128, 128)
-        value = torch.randint(low, high, (EXAMPLE_ROWS, GROUP), generator=generator)
+        value = torch.randint(low, high, (n_rows, GROUP), generator=generator)
     return value.to(argument.device, argument.dtype)
 
 

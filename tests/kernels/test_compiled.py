@@ -137,6 +137,19 @@ def run(function, **options):
     return param[0, 0].item(), [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_loops_are_divided_among_all_threads(threads, fresh):
+    """Inductor judges by the examples on which a variant is proven; short ones would leave every step to one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch._inductor.config.patch(force_disable_caches=True):
+            _, sources = torch._inductor.utils.run_and_get_code(lambda: run(add, amount=1.0))
+    finally:
+        torch.set_num_threads(before)
+    assert "#pragma omp for" in "".join(sources)
+
+
 def test_other_bits_are_refused(fresh):
     def broken(param):
         param.add_(2.0 if torch.compiler.is_compiling() else 1.0)
