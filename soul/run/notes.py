@@ -100,12 +100,14 @@ def choose_prompts(
     prompts = []
     for name, example in chosen:
         (sequence, *_) = encode_for(model, tokenizer, [example], config, name)
-        text, answer = example.prompt, "" if name == "general" else example.content
+        text = example.prompt
+        answer = "" if name == "general" else example.content
         if not text:
             ids = sequence.input_ids
             length = max(1, min(TEXT_TOKENS, len(ids) // 2))
             sequence = Sequence(ids, sequence.labels, length)
-            text, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:length], ids[length:]))
+            text = tokenizer.decode(ids[:length], skip_special_tokens=True)
+            answer = tokenizer.decode(ids[length:], skip_special_tokens=True)
         elif len(text) > len(before + after) and text.startswith(before) and text.endswith(after):
             text = text[len(before) : len(text) - len(after)]
         prompts.append(Prompt(name, text, answer, sequence))

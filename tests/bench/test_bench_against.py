@@ -191,6 +191,6 @@ def test_the_commands_of_the_readme_pick_cases_that_there_are(monkeypatch):
     picked = [args for words in commands_of_a_gpu() if (args := __main__.main(["--device", "cpu", *words])).ops[0] in cases]
     assert len(picked) == 8
     for args in picked:
-        found = [case for case in cases[args.ops[0]] if args.only in case.name]
-        assert 1 <= len(found) <= 5, (args.only, [case.name for case in found])
-        assert not args.variants or all(any(map(args.variants.search, case.variants)) for case in found)
+        chosen = [case for case in cases[args.ops[0]] if args.only in case.name]
+        assert 1 <= len(chosen) <= 5, (args.only, [case.name for case in chosen])
+        assert not args.variants or all(any(map(args.variants.search, case.variants)) for case in chosen)
