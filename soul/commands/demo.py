@@ -54,7 +54,9 @@ def _run_with_aim(output: pathlib.Path, args: argparse.Namespace, optimizer: str
     parser = argparse.ArgumentParser()
     unlearn.add_arguments(parser)
     print(f"\nsoul unlearn --optimizer {optimizer}", flush=True)
-    unlearn.run(parser.parse_args([*(word for name, value in options.items() for word in (f"--{name}", str(value))), "--resume"]))
+    unlearn.run(
+        parser.parse_args([*(word for name, value in options.items() for word in (f"--{name}", str(value))), "--resume"])
+    )
     run_files = Run(output / directory)
     return {
         "optimizer": optimizer,

@@ -9,8 +9,9 @@ How the controller works: alpha is the multiplier of the constraint "keep". At e
 rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
 logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim, unless they
 come too slowly. Where a model is worse off than before unlearning, so much is lost of the control rows, or where the forget
-rows fall much faster than wanted, it goes back to the nearest point with a lower learning rate and a new optimizer. Once both halves hold at two evaluations in a row, the aim is reached. Everything is a function of the
-evaluations, so a resumed run decides alike.
+rows fall much faster than wanted, it goes back to the nearest point with a lower learning rate and a new optimizer. Once both
+halves hold at two evaluations in a row, the aim is reached. Everything is a function of the evaluations, so a resumed run
+decides alike.
 
 Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
 on which a resumed run rests.

@@ -169,8 +169,8 @@ def _aimed(runs: Sequence[Mapping[str, Any]]) -> str:
     items = "\n".join(_wrapped(f"- {line}", indent="  ") for line in aimed_lines(runs))
     return f"""## With an aim
 
-`soul unlearn` on the same model, given its files and the optimizer and no learning rate: it looks for that itself, and is led to its
-aim. Control rows are some of the retain rows, held out.
+`soul unlearn` on the same model, given its files and the optimizer and no learning rate: it looks for that itself, and is led
+to its aim. Control rows are some of the retain rows, held out.
 
 {items}
 
