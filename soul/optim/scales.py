@@ -2,10 +2,11 @@
 
 A scale belongs to a group of 32 values that are neighbours in memory. A tensor that is sharded by rows (its slices along
 dimension 0) must not have a group that lies in two shards. So 8-bit states are for tensors whose rows consist of whole groups:
-their scales are a matrix [rows, groups of a row], which is sharded as the codes are. `scales_shape` is this rule, and the only
-place where it stands. All other parameters keep fp32 states: vectors, and the few matrices with rows of another length.
+their scales are a matrix with as many rows, which is sharded as the codes are. `scales_shape` is this rule, and the only place
+where it stands. All other parameters keep fp32 states: vectors, and the few matrices with rows of another length.
 
-The order of the scales in memory is that of the groups, so for the ops, which see one process's share, they are a vector.
+A scale is an int16, but its two bytes are stored as uint8: neither NCCL nor gloo sends int16, so torch could not gather it. The
+order of the scales in memory is that of the groups, which is all that the ops need.
 """
 
 import math
@@ -20,6 +21,7 @@ from soul_kernels.reference.rounding import GROUP, encode, in_memory_order, load
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+BYTES = 2  # of a scale
 FLAT_PIECE = 1 << 20  # elements from which on a vector is a piece of many parameters; no bias is as long
 
 
@@ -30,16 +32,16 @@ def scales_shape(param: torch.Tensor) -> tuple[int, ...] | None:
     them: its groups are counted from its first element. Nothing shards it once more.
 
     Returns:
-        ``(rows, groups of a row)``; ``(groups,)`` for a flat piece; None for other vectors and scalars, for tensors whose rows
+        ``(rows, bytes of the scales of a row)``; ``(bytes of all scales,)`` for a flat piece; None for other vectors and scalars, for tensors whose rows
         are no multiple of 32 elements, and for those whose rows do not lie one after the other in memory.
     """
     if param.dim() < 2:
         is_piece = param.numel() >= FLAT_PIECE and not is_sharded(param)
-        return (-(-param.numel() // GROUP),) if is_piece else None
+        return (-(-param.numel() // GROUP) * BYTES,) if is_piece else None
     row_length = math.prod(param.shape[1:])
     inner = [stride for stride, size in zip(param.stride()[1:], param.shape[1:]) if size > 1]
     by_rows = len(param) <= 1 or param.stride(0) >= max(inner, default=0)
-    return (len(param), row_length // GROUP) if by_rows and row_length % GROUP == 0 else None
+    return (len(param), row_length // GROUP * BYTES) if by_rows and row_length % GROUP == 0 else None
 
 
 def check_groups_whole(name: str, param: torch.Tensor) -> None:
@@ -71,19 +73,19 @@ def check_groups_whole(name: str, param: torch.Tensor) -> None:
 
 
 def new_scales(param: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return scales of zero for a parameter; for a DTensor, sharded as the parameter is.
+    """Return scales of zero for a parameter, uint8; for a DTensor, sharded as the parameter is.
 
     Args:
         param: the parameter, or one of its states.
         shape: its `scales_shape`.
     """
     if not is_sharded(param):
-        return torch.zeros(shape, dtype=torch.int16, device=param.device)
+        return torch.zeros(shape, dtype=torch.uint8, device=param.device)
     from torch.distributed.tensor import DTensor
 
     sharded = cast("DTensor", param)
     shard = local(param)
-    part = torch.zeros(len(shard), math.prod(shard.shape[1:]) // GROUP, dtype=torch.int16, device=shard.device)
+    part = torch.zeros(len(shard), math.prod(shard.shape[1:]) // GROUP * BYTES, dtype=torch.uint8, device=shard.device)
     strides = (shape[1], 1)
     return DTensor.from_local(part, sharded.device_mesh, sharded.placements, shape=torch.Size(shape), stride=strides)
 
@@ -115,5 +117,5 @@ def encoded(values: torch.Tensor, shape: tuple[int, ...], name: str) -> tuple[to
     scales = new_scales(values, shape)
     code, scale = encode(in_memory_order(local(values)), None, name)
     in_memory_order(local(codes)).copy_(code)
-    local(scales).view(-1).copy_(scale)
+    local(scales).view(-1).copy_(scale.view(torch.uint8))
     return codes, scales

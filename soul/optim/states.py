@@ -1,11 +1,10 @@
 """The state of one parameter: how it is made, loaded from a checkpoint, and exported.
 
 A state is a dict by name: ``exp_avg`` and ``hessian`` in the shape of the parameter, fp32, bf16 or uint8 codes; beside codes
-their scales, ``exp_avg_scale`` and ``hessian_scale``, int16, in the shape of `soul.optim.scales.scales_shape`; ``low_bits``
-int8 with "compensated" rounding; and the counters, fp32 []. Checkpoints have the same names, so they must not change.
+their scales, ``exp_avg_scale`` and ``hessian_scale``, two bytes each, as `soul.optim.scales` says; ``low_bits`` int8 with "compensated" rounding; and the counters, fp32 []. Checkpoints have the same names, so they must not change.
 Checkpoints also carry ``NOISE``, the version of the noise of stochastic rounding.
 
-Older checkpoints differ in two ways. Their scales are a vector, of parameters of any shape: where a parameter now keeps fp32
+Older checkpoints differ in two ways. Their scales are a vector of int16, of parameters of any shape: where a parameter now keeps fp32
 states, the codes are decoded, which is exact. In still older ones codes are small floats, and scales fp32, one for 256 values.
 The dtype of the scales tells these formats apart: `_older_values` decodes such states, and they are encoded anew.
 """
@@ -18,7 +17,7 @@ import torch
 
 from soul.distributed.shards import is_cut, local
 from soul.optim.options import ParamGroup, rounding_of
-from soul.optim.scales import check_groups_whole, decoded, encoded, new_scales, scales_shape
+from soul.optim.scales import BYTES, check_groups_whole, decoded, encoded, new_scales, scales_shape
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.rounding import GROUP, draws_codes, from_bits, in_memory_order
 from soul_kernels.tensors import same_layout
@@ -119,10 +118,11 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
     if value.dtype == torch.uint8:
         older = scale in saved and saved[scale].dtype == torch.float32
         count = -(-param.numel() // (OLDER_GROUP if older else GROUP))
-        if scale not in saved or saved[scale].numel() != count or saved[scale].dtype not in (torch.int16, torch.float32):
+        per_scale = {torch.uint8: BYTES, torch.int16: 1, torch.float32: 1}
+        if scale not in saved or saved[scale].numel() != count * per_scale.get(saved[scale].dtype, -1):
             got = f"{tuple(saved[scale].shape)} of {saved[scale].dtype}" if scale in saved else "none"
             remedy = "load the checkpoint of this model"
-            raise argument_error(f"state_dict {scale}", f"{count} scales of torch.int16", got, remedy)
+            raise argument_error(f"state_dict {scale}", f"{count} scales of torch.int16, or their bytes", got, remedy)
 
 
 def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
@@ -136,7 +136,8 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
     if value.dtype == torch.uint8:
         older = saved[scale].dtype == torch.float32
         if shape is not None and not older and same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
-            state[scale] = new_scales(param, shape).copy_(saved[scale].reshape(shape))
+            scales = saved[scale] if saved[scale].dtype == torch.uint8 else saved[scale].contiguous().view(torch.uint8)
+            state[scale] = new_scales(param, shape).copy_(scales.reshape(shape))
         else:
             value = _older_values(value, saved[scale].to(value.device), name) if older else decoded(saved, name)
             values = None if shape is None else value  # without 8-bit states: kept as they are

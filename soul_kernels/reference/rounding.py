@@ -290,7 +290,7 @@ def load_state(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:
     if state.dtype != torch.uint8:
         return state.float()
     assert scale is not None
-    return decode(in_memory_order(state), scale.view(-1), kind).as_strided(state.shape, state.stride())
+    return decode(in_memory_order(state), scale.view(-1).view(torch.int16), kind).as_strided(state.shape, state.stride())
 
 
 def load_block(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:

@@ -255,7 +255,7 @@ def test_fsdp2(tmp_path):
     first, second = run(tmp_path, fsdp_worker)
     assert first["sizes"][-1] == 1 and second["sizes"][-1] == 0 and second["sizes"][0] == 3 * 6  # of 7 rows
     for result in (first, second):
-        assert result["codes"] == {"b.weight": [(5, 64), (5, 2)], "d.weight": [(1, 64), (1, 2)]}
+        assert result["codes"] == {"b.weight": [(5, 64), (5, 4)], "d.weight": [(1, 64), (1, 4)]}
         assert result["skipped"] == (True, 1)
         for texts in result["flattened"]:
             assert len(texts) == 4 and all(" under FSDP1" in text for text in texts)

@@ -30,14 +30,14 @@ def test_storage_policy():
         assert ("exp_avg_scale" in state) == (state_dtype == "8bit")
 
 
-STORED = [  # shape, changed how, shape of the scales: None for fp32 states
-    ((40, 64), None, (40, 2)),
-    ((1, 32), None, (1, 1)),
-    ((5, 4, 8), None, (5, 1)),
-    ((0, 64), None, (0, 2)),
-    ((4, 32, 3, 3), lambda t: t.to(memory_format=torch.channels_last), (4, 9)),
-    ((40, 64), lambda t: t.repeat(1, 2)[:, :64], (40, 2)),  # with gaps: its states are dense
-    ((1 << 20,), None, (1 << 15,)),  # a piece of many parameters, as DeepSpeed and FSDP1 make them
+STORED = [  # shape, changed how, shape of the scales in bytes: None for fp32 states
+    ((40, 64), None, (40, 4)),
+    ((1, 32), None, (1, 2)),
+    ((5, 4, 8), None, (5, 2)),
+    ((0, 64), None, (0, 4)),
+    ((4, 32, 3, 3), lambda t: t.to(memory_format=torch.channels_last), (4, 18)),
+    ((40, 64), lambda t: t.repeat(1, 2)[:, :64], (40, 4)),  # with gaps: its states are dense
+    ((1 << 20,), None, (1 << 16,)),  # a piece of many parameters, as DeepSpeed and FSDP1 make them
     ((64,), None, None),
     ((), None, None),
     ((40, 33), None, None),
@@ -59,7 +59,7 @@ def test_8_bit_states_are_for_tensors_whose_rows_are_whole_groups(shape, change,
             assert state[name].dtype == FLOAT and f"{name}_scale" not in state
             continue
         scale = state[f"{name}_scale"]
-        assert state[name].dtype == torch.uint8 and scale.dtype == torch.int16 and scale.shape == scales
+        assert state[name].dtype == torch.uint8 and scale.dtype == torch.uint8 and scale.shape == scales
         assert state[name].nbytes + scale.nbytes <= 1.07 * param.numel()
         rows = [slice(0, 1), slice(1, len(param))] if param.dim() > 1 and len(param) > 1 else []
         for row in rows:  # the codes of some rows and their scales are the state of those rows
