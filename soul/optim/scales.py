@@ -32,8 +32,9 @@ def scales_shape(param: torch.Tensor) -> tuple[int, ...] | None:
     them: its groups are counted from its first element. Nothing shards it once more.
 
     Returns:
-        ``(rows, bytes of the scales of a row)``; ``(bytes of all scales,)`` for a flat piece; None for other vectors and scalars, for tensors whose rows
-        are no multiple of 32 elements, and for those whose rows do not lie one after the other in memory.
+        ``(rows, bytes of the scales of a row)``; ``(bytes of all scales,)`` for a flat piece; None for other vectors and
+        scalars, for tensors whose rows are no multiple of 32 elements, and for those whose rows do not lie one after the other
+        in memory.
     """
     if param.dim() < 2:
         is_piece = param.numel() >= FLAT_PIECE and not is_sharded(param)

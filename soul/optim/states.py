@@ -1,10 +1,11 @@
 """The state of one parameter: how it is made, loaded from a checkpoint, and exported.
 
 A state is a dict by name: ``exp_avg`` and ``hessian`` in the shape of the parameter, fp32, bf16 or uint8 codes; beside codes
-their scales, ``exp_avg_scale`` and ``hessian_scale``, two bytes each, as `soul.optim.scales` says; ``low_bits`` int8 with "compensated" rounding; and the counters, fp32 []. Checkpoints have the same names, so they must not change.
-Checkpoints also carry ``NOISE``, the version of the noise of stochastic rounding.
+their scales, ``exp_avg_scale`` and ``hessian_scale``, two bytes each, as `soul.optim.scales` says; ``low_bits`` int8 with
+"compensated" rounding; and the counters, fp32 []. Checkpoints have the same names, so they must not change. Checkpoints also
+carry ``NOISE``, the version of the noise of stochastic rounding.
 
-Older checkpoints differ in two ways. Their scales are a vector of int16, of parameters of any shape: where a parameter now keeps fp32
+Older checkpoints have codes of parameters of any shape, and their scales in a vector of int16. Where a parameter now keeps fp32
 states, the codes are decoded, which is exact. In still older ones codes are small floats, and scales fp32, one for 256 values.
 The dtype of the scales tells these formats apart: `_older_values` decodes such states, and they are encoded anew.
 """
@@ -131,7 +132,6 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
     scale = f"{name}_scale"
     shape = scales_shape(param)
     cast_to = state[name].dtype
-    state.pop(scale, None)
     values = None  # to be encoded anew, in fp32
     if value.dtype == torch.uint8:
         older = saved[scale].dtype == torch.float32
@@ -151,6 +151,8 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
         return
     keeps_dtype = value.dtype == torch.uint8 or (not cast and value.dtype in (torch.float32, torch.bfloat16))
     dtype = value.dtype if keeps_dtype else cast_to
+    if dtype != torch.uint8:
+        state.pop(scale, None)
     empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     state[name] = empty.copy_(value)
 
