@@ -20,6 +20,7 @@ from tests.support.runs import words, write_model_and_data
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra hf is not installed")
 SAVED = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+SHORT = ("--epochs=1", "--optimizer=adamw", "--no-samples")
 AT_HOME = {"soul_config.json", "data.json", "log.jsonl", "report.json", "report.html", "report.md", "soul_ended.txt"}
 
 
@@ -46,13 +47,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ended(folder):
     """The output directory of a run that has ended, with a file of a user beside the model."""
-    assert main(words(folder, "ended", "--epochs=1")) == 0
+    assert main(words(folder, "ended", *SHORT)) == 0
     (folder / "ended" / "notes.json").write_text("{}")
     return folder / "ended"
 
 
 def test_a_run_is_pushed_at_its_end(folder, hub, capsys):
-    assert main(words(folder, "pushed", "--epochs=1", "--push-to-hub=model", "--hub-private")) == 0
+    assert main(words(folder, "pushed", *SHORT, "--push-to-hub=model", "--hub-private")) == 0
     files = hub.files("me/model")
     assert hub.repositories["me/model"]["private"] and SAVED <= files.keys()
     output = folder / "pushed"
@@ -61,7 +62,7 @@ def test_a_run_is_pushed_at_its_end(folder, hub, capsys):
     assert not {"push_to_hub", "hub_private"} & json.loads((output / "soul_config.json").read_text()).keys()
     assert not any(str(folder).encode() in content for content in files.values())  # no directory of this machine
     del hub.repositories["me/model"]["files"]["config.json"]
-    assert main(words(folder, "pushed", "--epochs=1", "--push-to-hub=model", "--resume")) == 0  # it has ended: pushed again
+    assert main(words(folder, "pushed", *SHORT, "--push-to-hub=model", "--resume")) == 0  # it has ended: pushed again
     assert "config.json" in hub.files("me/model")
 
 
@@ -143,18 +144,19 @@ def test_other_options_that_do_not_fit(folder, hub, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("place", ["/lfs/", "/commit/"])
-def test_a_hub_that_is_gone_in_the_middle_costs_nothing_but_the_push(place, folder, hub, monkeypatch, capsys):
+def test_a_hub_that_is_gone_in_the_middle_costs_nothing_but_the_push(place, folder, ended, hub, monkeypatch, capsys):
     monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before it tries again
-    output = folder / f"gone{place.replace('/', '-')}"
+    hub.add("me/model")
     hub.dies_at = place
-    assert main(words(folder, output.name, "--epochs=1", "--push-to-hub=me/model")) == NOT_PUSHED
+    push = words(folder, "ended", *SHORT, "--push-to-hub=me/model", "--resume")  # the run has ended, so this pushes only
+    assert main(push) == NOT_PUSHED
     error = capsys.readouterr().err
-    assert f"the model is saved in {output}, and was not pushed to me/model (" in error
-    assert error.rstrip().endswith(f"push it again: soul push {output} me/model")
-    assert SAVED <= {path.name for path in output.iterdir()} and not hub.files("me/model")  # no half of a model
+    assert f"the model is saved in {ended}, and was not pushed to me/model (" in error
+    assert error.rstrip().endswith(f"push it again: soul push {ended} me/model")
+    assert SAVED <= {path.name for path in ended.iterdir()} and not hub.files("me/model")  # no half of a model
     hub.dies_at, hub.is_dead = None, False
-    assert main(["push", str(output), "me/model"]) == 0
-    assert hub.files("me/model")["model.safetensors"] == (output / "model.safetensors").read_bytes()
+    assert main(["push", str(ended), "me/model"]) == 0
+    assert hub.files("me/model")["model.safetensors"] == (ended / "model.safetensors").read_bytes()
 
 
 def test_a_hub_that_is_gone_at_the_start_ends_the_run_before_it_begins(folder, hub, capsys):
@@ -171,7 +173,7 @@ def test_a_run_that_missed_its_aim_is_not_pushed(ended, hub, capsys):
 
 
 def test_from_python(hub, tmp_path):
-    config = UnlearnConfig(epochs=1, batch_size=2, lr=1e-3, backend="reference", method="graddiff")
+    config = UnlearnConfig(epochs=1, batch_size=2, lr=1e-3, backend="reference", method="graddiff", optimizer="adamw")
     unlearner = Unlearner(tiny_model(), examples(2), examples(4)[2:], config, tokenizer=tiny_tokenizer())
     with pytest.raises(ArgumentError, match="push: expected a run that has saved its model, got none"):
         unlearner.push("me/model")
