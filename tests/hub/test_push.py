@@ -47,12 +47,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ended(folder):
     """The output directory of a run that has ended, with a file of a user beside the model."""
-    assert main(words(folder, "ended", *SHORT)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("soul_kernels.backends.runs_on_cpu", lambda: False)  # as for a user without a GPU
+        assert main(words(folder, "ended", *SHORT)) == 0
     (folder / "ended" / "notes.json").write_text("{}")
     return folder / "ended"
 
 
-def test_a_run_is_pushed_at_its_end(folder, hub, capsys):
+def test_a_run_is_pushed_at_its_end(folder, hub, capsys, without_kernels):
     assert main(words(folder, "pushed", *SHORT, "--push-to-hub=model", "--hub-private")) == 0
     files = hub.files("me/model")
     assert hub.repositories["me/model"]["private"] and SAVED <= files.keys()
@@ -172,7 +174,7 @@ def test_a_run_that_missed_its_aim_is_not_pushed(ended, hub, capsys):
     assert f"not pushed; to push it all the same: soul push {ended} me/model" in capsys.readouterr().out and hub.asked == []
 
 
-def test_from_python(hub, tmp_path):
+def test_from_python(hub, tmp_path, without_kernels):
     config = UnlearnConfig(epochs=1, batch_size=2, lr=1e-3, backend="reference", method="graddiff", optimizer="adamw")
     unlearner = Unlearner(tiny_model(), examples(2), examples(4)[2:], config, tokenizer=tiny_tokenizer())
     with pytest.raises(ArgumentError, match="push: expected a run that has saved its model, got none"):
