@@ -26,7 +26,7 @@ TAG = "soul-kernels"  # of every card of ours
 MEMORIZE = "memorize"  # the method of a run that learns its rows
 # The options that a card shows. None of them holds a path.
 OPTIONS = (
-    "method", "optimizer", "aim", "keep_retain", "until_prob", "lr", "gamma", "alpha", "beta", "option", "method_options",
+    "method", "optimizer", "aim", "until_prob", "lr", "gamma", "alpha", "beta", "option", "method_options",
     "epochs", "batch_size", "accumulate", "curvature", "clip_target", "lora_rank", "lora_alpha", "merge", "max_length",
     "template", "dtype", "seed",
 )  # fmt: skip
@@ -148,8 +148,7 @@ def _page(run: Run) -> Page:
     ]
     return Page(
         title=f"{base.rpartition('/')[2]}, {'fine-tuned' if learned else 'after unlearning'}",
-        subtitle=f"{base}, changed by soul-kernels {__version__}"
-        + (" so that it knows some rows." if learned else " so that it no longer knows some rows."),
+        subtitle=f"{base}, trained by soul-kernels {__version__} to {'know' if learned else 'forget'} some rows.",
         verdict=None if learned else report.verdict,
         figures=figures,
         sections=tuple(sections),

@@ -55,7 +55,7 @@ def check_repository(name: str, repository: str) -> str:
     except utils.HFValidationError:
         remedy = "use letters, digits, '-', '_' and '.', as in me/model-unlearned"
         raise argument_error(name, "OWNER/NAME, a repository on the hub", repr(repository), remedy) from None
-    if hub.constants.HF_HUB_OFFLINE:
+    if require("huggingface_hub.constants", "hf").HF_HUB_OFFLINE:
         raise argument_error(name, "a hub that may be reached", "HF_HUB_OFFLINE", "unset it, or leave the option out")
     try:
         account = hub.HfApi().whoami()

@@ -2,6 +2,10 @@
 
 import importlib
 import json
+import os
+import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -20,6 +24,7 @@ from tests.support.runs import words, write_model_and_data
 
 huggingface_hub = pytest.importorskip("huggingface_hub", reason="the extra hf is not installed")
 SAVED = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+ROOT = pathlib.Path(__file__).parent.parent.parent
 SHORT = ("--epochs=1", "--optimizer=adamw", "--no-samples")
 AT_HOME = {"soul_config.json", "data.json", "log.jsonl", "report.json", "report.html", "report.md", "soul_ended.txt"}
 
@@ -76,6 +81,14 @@ def test_exactly_the_files_of_the_model_go_up(ended, hub, tmp_path):
     assert hub.files("me/model").keys() == names | {"LICENSE"}  # and no mixture of two models
     assert main(["push", str(ended), "me/model", "--with-report"]) == 0
     assert {"report.html", "report.md"} <= hub.files("me/model").keys() and "report.json" not in hub.files("me/model")
+
+
+def test_in_a_process_of_its_own_with_the_settings_of_huggingface_hub(ended, hub):
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "soul", "push", str(ended), "model"]
+    result = subprocess.run(command, env=os.environ | settings, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"pushed: {hub.url}/me/model\n"), result.stderr
+    assert hub.files("me/model")["model.safetensors"] == (ended / "model.safetensors").read_bytes()
 
 
 def test_links_stay_at_home(tmp_path):
