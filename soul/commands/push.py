@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shlex
 from typing import Any
 
 from soul.checkpoint.local import is_saved
@@ -68,7 +69,8 @@ def push_run(args: argparse.Namespace, status: int) -> None:
     if args.push_to_hub is None or args.dry_run:
         return
     if status:
-        print(f"aim not reached, so not pushed; to push it all the same: soul push {args.output} {args.push_to_hub}")
+        command = f"soul push {shlex.quote(args.output)} {args.push_to_hub}"
+        print(f"aim not reached, so not pushed; to push it all the same: {command}")
         return
     print(f"pushed: {upload(pathlib.Path(args.output), args.push_to_hub)}")
 
