@@ -15,7 +15,7 @@ from soul.checkpoint.local import Stopped
 from soul.commands import ask, demo, evaluate, info, init, memorize, plan, report, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
-from soul.output import console
+from soul.output import console, notices, progress
 from soul.run.loop import Diverged
 from soul_kernels.errors import ArgumentError, argument_error
 
@@ -65,7 +65,8 @@ def _status(words: list[str]) -> int:
         if launched() > 1 and command not in RUNS:
             expected = " or ".join(f"'soul {name}'" for name in RUNS)
             raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
-        status = args.run(args)
+        with notices.filtered(), progress.shown(os.environ.get("RANK", "0") == "0"):  # of torchrun, the first process
+            status = args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
