@@ -28,6 +28,10 @@ class Notice(NamedTuple):
 
 NOTICES = (
     Notice(
+        r"`is_gradient_checkpointing` is deprecated and will be removed in v6\. Use `is_activation_checkpointing` instead\.",
+        "peft asks transformers so, for every model with adapters",
+    ),
+    Notice(
         r"Token indices sequence length is longer than the specified maximum sequence length for this model \(\d+ > \d+\)\. "
         r"Running this sequence through the model will result in indexing errors",
         "texts are encoded whole, and then split or cut to --max-length and to what the model takes; the output counts those",

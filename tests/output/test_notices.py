@@ -10,6 +10,8 @@ import pytest
 from soul.output.notices import NOTICES, filtered
 from tests.support.models import tiny_model, tiny_tokenizer
 
+LOGGED = [notice for notice in NOTICES if notice.logger is not None]
+
 
 class Kept(logging.Handler):
     """Keeps the texts of what is logged."""
@@ -49,7 +51,7 @@ def provoke(tokenizer):
 def test_the_texts_are_those_of_the_libraries(kept):
     tokenizer = tiny_tokenizer()
     provoke(tokenizer)
-    matching = [[re.fullmatch(notice.text, text) is not None for notice in NOTICES] for text in kept.texts]
+    matching = [[re.fullmatch(notice.text, text) is not None for notice in LOGGED] for text in kept.texts]
     assert all(any(row) for row in matching), kept.texts
     if int(importlib.metadata.version("transformers").partition(".")[0]) >= 5:
         assert all(any(column) for column in zip(*matching))
@@ -60,14 +62,24 @@ def test_they_are_hidden_within_the_block_alone_and_others_are_not(kept):
     with filtered():
         provoke(tokenizer)
         assert kept.texts == []
-        for notice in NOTICES:
+        for notice in LOGGED:
             logging.getLogger(notice.logger).warning("another warning")
-        assert kept.texts == ["another warning"] * len(NOTICES)
-        with pytest.warns(UserWarning, match="of Python"):
-            warnings.warn("of Python", stacklevel=1)
+        assert kept.texts == ["another warning"] * len(LOGGED)
+    kept.texts.clear()
     provoke(tokenizer)
-    assert len(kept.texts) > len(NOTICES)
+    assert len(kept.texts) >= len(LOGGED) - 1  # transformers 4 has one less
+
+
+def test_warnings_of_python_are_hidden_by_their_whole_text():
+    text = "`is_gradient_checkpointing` is deprecated and will be removed in v6. Use `is_activation_checkpointing` instead."
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with filtered():
+            warnings.warn(text, FutureWarning, stacklevel=1)
+            warnings.warn(f"{text} And more.", FutureWarning, stacklevel=1)
+        warnings.warn(text, FutureWarning, stacklevel=1)
+    assert [str(warning.message) for warning in seen] == [f"{text} And more.", text]
 
 
 def test_every_one_has_a_reason():
-    assert all(notice.reason and notice.logger for notice in NOTICES)
+    assert all(notice.reason for notice in NOTICES)
