@@ -65,7 +65,8 @@ def _status(words: list[str]) -> int:
         if launched() > 1 and command not in RUNS:
             expected = " or ".join(f"'soul {name}'" for name in RUNS)
             raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
-        with notices.filtered(), progress.shown(os.environ.get("RANK", "0") == "0"):  # of torchrun, the first process
+        is_first = launched() == 1 or int(os.environ["RANK"]) == 0
+        with notices.filtered(), progress.shown(is_first):
             status = args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
