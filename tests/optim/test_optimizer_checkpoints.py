@@ -389,7 +389,9 @@ def test_8_bit_states_of_older_checkpoints_are_encoded_anew(shape, backend, devi
     loaded.step()
     assert others[0].isfinite().all()
     state["hessian_scale"] = state["hessian_scale"].half()
-    with pytest.raises(ValueError, match=r"^state_dict hessian_scale: expected .* of torch.int16, or their bytes, got .* of torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"^state_dict hessian_scale: expected .* of torch.int16, or their bytes, got .* of torch.float16"
+    ):
         SOUL(twin(params)).load_state_dict(checkpoint)
 
 
