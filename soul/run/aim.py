@@ -7,11 +7,11 @@ where both begin.
 
 How the controller works: alpha is the multiplier of the constraint "keep". At every evaluation it is raised while the control
 rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
-logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim, unless they
-come too slowly. Where a model is worse off than before unlearning, so much is lost of the control rows, or where the forget
-rows fall much faster than wanted, it goes back to the nearest point with a lower learning rate and a new optimizer. Once both
-halves hold at two evaluations in a row, the aim is reached. Everything is a function of the evaluations, so a resumed run
-decides alike.
+logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim, and also where
+the control rows stay below their level. Where much is lost of the control rows, or the forget rows fall far faster than wanted
+(rows known by heart give way all at once), the model goes back to the nearest point with a lower learning rate and a new
+optimizer: what is lost in such a fall takes long to come back. Once both halves hold at two evaluations in a row, the second of which measures all rows,
+the aim is reached. Everything is a function of the evaluations, so a resumed run decides alike.
 
 Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
 on which a resumed run rests.
@@ -31,31 +31,34 @@ EVALUATION_SHARE = 0.1  # of the passes over tokens: evaluation against training
 PILOT_SHARE = 0.1  # of the passes of the whole run: the search for the learning rate
 MAX_TRIES = 4  # of the pilot
 NEAR = 0.25  # fraction of the way, in log-probability, from which on the learning rate falls
-SLOWEST = 0.1  # fraction of the learning rate at the aim
+SLOWEST = 0.3  # fraction of the learning rate at the aim, and at the last step
 RECOVERY = 0.5  # fraction of it near the aim while the control rows are below their level
 SETTLE = 0.7  # of the fraction at one more evaluation beyond the aim with the control rows below their level
 TREND = 0.5  # of the last change of the control probability: how much of it is expected to come again
 END = 0.25  # fraction of all steps over which the learning rate falls at the end
 CALM = 0.8  # of the learning rate, at every evaluation that finds the control rows below their level without recovering
 CALM_GAIN = 0.9  # of what was missing: more than this is no recovery
-LONGEST_CALM = 4.0  # to this fraction of the first learning rate, at least
+LONGEST_CALM = 10.0  # to this fraction of the first learning rate, at least
 LOST = 1.1  # distance from which the run goes back; the model before unlearning has 1
+LOST_ROOMS = 2.0  # and so does one that is this far below the level, in rooms between the level and the start
 BACK_FACTOR = 2.0  # between the learning rates before and after going back
 MAX_BACKS = 4
 RAISE = 2.0  # alpha doubles this often at most at one evaluation; once for every room below the level
-LOWER = 0.5  # alpha is halved this often at most at one evaluation
+LOWER = 1.0  # alpha is halved this often at most at one evaluation
 WAY_STEPS = 6.0  # the way, in log-probability, is to take one in so many of all steps, at the pace of the pilot's steps
 PACES = (0.01, 0.2)  # of the way that a step of the pilot is to forget
 CLOSE = 1.5  # a try within this factor of it ends the search
 LR_FACTOR = 10.0  # between the learning rates of two tries, at most
 ALPHA_FACTOR = 4.0  # between the alphas of two tries
 ALPHA_RANGE = (1 / 16, 64.0)  # of alpha, relative to its start
+BEYOND = 4.0  # times that, once the forget rows are at the aim: then nearly all of a step may go to what is kept
 FADING = 0.5  # fraction of the way from which on alpha may fall below its start, since forget terms fade as they succeed
 HURRY = 1.3  # of the learning rate, at an evaluation with room that finds the forget rows too slow to come in time
 MOST_HURRY = 10.0  # times the first learning rate, at most
 LOWER_IF_SLOW = 0.25  # of a halving of alpha, at least, at an evaluation with room that finds them so
-CATCH_UP = 2.0  # near the aim: of the fraction of the learning rate, at such an evaluation
-HASTE = 2.0  # times the wanted pace: what is faster goes back too, since the next steps would go too far
+LIKELY = 1.1  # of the aim: so high an estimate of the forget probability may be where the aim holds
+MARGIN = 0.01  # of the start of the control rows: so far below their level an estimate may be where it does
+HASTE = 3.0  # times the wanted pace: what is faster goes back too, since the next steps would go too far
 IN_TIME = 0.5  # fraction of the steps to come within which the forget rows should come to their aim
 KEEP_WEIGHT = 4.0  # of a loss of control probability against what is left to forget, in `Target.distance`
 
@@ -125,6 +128,10 @@ class Target:
         """Tell whether both halves of the aim hold."""
         return forget_prob <= self.aim and (control_prob is None or control_prob >= self.level)
 
+    def nearly_holds(self, forget_prob: float, control_prob: float | None) -> bool:
+        """Tell whether both halves of the aim may hold, by estimates of the two probabilities."""
+        return forget_prob <= LIKELY * self.aim and self.slack(control_prob) >= -MARGIN
+
     def distance(self, forget_prob: float, control_prob: float | None) -> float:
         """Return the distance from the aim: 0 where it holds, 1 at the start; a quarter of the control probability weighs 1."""
         return max(0.0, self.left(forget_prob)) + KEEP_WEIGHT * max(0.0, -self.slack(control_prob))
@@ -145,7 +152,7 @@ class Controller:
         lr: the highest learning rate; the pilot may set it before the first step.
         alpha: the weight of the retain term now.
         fall: the fraction of ``lr`` that is used after the warm-up.
-        in_a_row: number of the last evaluations, exact ones, at which the aim held.
+        in_a_row: number of the last evaluations at which the aim held.
         backs: number of times that the run went back.
     """
 
@@ -157,6 +164,7 @@ class Controller:
         "fall",
         "in_a_row",
         "backs",
+        "_is_exact",
         "_risen_from",
         "_slack",
         "_left",
@@ -172,6 +180,7 @@ class Controller:
         self.fall = 1.0
         self.in_a_row = 0
         self.backs = 0
+        self._is_exact = False  # of the last evaluation
         self._slack = target.slack(target.control_start)  # at the last evaluation, like the two that follow
         self._left: float | None = 1.0  # None after going back
         self._step = 0
@@ -188,15 +197,23 @@ class Controller:
         end = min(1.0, max(SLOWEST, (self.steps - step) / (END * self.steps)))
         return self.lr * min(rise * self.fall, end)
 
-    def observe(self, step: int, forget_prob: float, control_prob: float | None, *, exact: bool = True) -> bool:
+    def observe(
+        self,
+        step: int,
+        forget_prob: float,
+        control_prob: float | None,
+        *,
+        exact: bool = True,
+        nearest_control: float | None = None,
+    ) -> bool:
         """Take an evaluation into account: choose alpha and learning rate of the steps that follow.
 
         Args:
             step: the step after which the model was evaluated.
             forget_prob: probability of the forget rows.
             control_prob: that of the control rows.
-            exact: whether ``forget_prob`` was measured on the model as it is; otherwise it is that of the last steps' batches,
-                which steers but decides nothing.
+            exact: whether both were measured on all rows of the model as it is, and not estimated; only then is the run over.
+            nearest_control: probability of the control rows at the nearest point so far; None: as before unlearning.
 
         Returns:
             Whether the run is to go back to the nearest point, with a new optimizer.
@@ -208,13 +225,15 @@ class Controller:
         low, high = (factor * self.alpha_start for factor in ALPHA_RANGE)
         if left > FADING:
             low = self.alpha_start
+        elif left <= 0:
+            high *= BEYOND
         pace = 0.0 if self._left is None else (self._left - left) / max(1, step - self._step)
-        is_hasty = left > 0 and pace > HASTE * wanted_pace(self.steps)
-        is_lost = target.distance(forget_prob, control_prob) > LOST or is_hasty
+        is_lost = left > NEAR and pace > HASTE * wanted_pace(self.steps)
+        is_lost |= target.distance(forget_prob, control_prob) > LOST
+        is_lost |= slack < -LOST_ROOMS * room and target.slack(nearest_control) >= slack + room
         if is_lost and self.backs < MAX_BACKS:
             self.backs += 1
-            self.lr_start /= BACK_FACTOR
-            self.lr = min(self.lr / BACK_FACTOR, self.lr_start)
+            self.lr /= BACK_FACTOR
             self.alpha = min(high, 2 * self.alpha)
             self.fall = 1.0
             self.in_a_row = 0
@@ -237,7 +256,7 @@ class Controller:
                     self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
         else:  # to forget beyond the aim costs rows that nobody measures
             doublings = RAISE * min(1.0, -left / NEAR)
-        if slack < 0 and not recovers and self.alpha >= high / 2:  # alpha alone does not help: the steps are too long
+        if slack < 0 and not recovers:  # long steps cost control rows whatever alpha is, since their noise does
             self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
         self._slack = slack
         self._left = left
@@ -247,20 +266,20 @@ class Controller:
         if left > NEAR:
             self.fall = 1.0
         elif slack >= 0:
-            least = CATCH_UP * self.fall if too_slow else SLOWEST
-            self.fall = min(1.0, max(least, left / NEAR))
+            self.fall = max(SLOWEST, left / NEAR)
         elif left > 0:
             self.fall = max(RECOVERY, left / NEAR)
         else:
             self.fall = max(SLOWEST, SETTLE * min(self.fall, RECOVERY))
-        if exact:
-            self.in_a_row = self.in_a_row + 1 if target.holds(forget_prob, control_prob) else 0
+        holds = target.holds(forget_prob, control_prob) if exact else target.nearly_holds(forget_prob, control_prob)
+        self.in_a_row = self.in_a_row + 1 if holds else 0
+        self._is_exact = exact
         return False
 
     @property
     def reached(self) -> bool:
-        """Whether the aim held at two evaluations in a row."""
-        return self.in_a_row >= 2
+        """Whether the aim held at two evaluations in a row, and the second was exact."""
+        return self.in_a_row >= 2 and self._is_exact
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers that change during a run, for a checkpoint."""

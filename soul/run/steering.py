@@ -20,9 +20,7 @@ ALIKE = 0.5  # of the way: before that the forget rows are alike, and the batche
 SUDDEN = 0.2  # of the way, by the batches of two steps: an evaluation is due earlier
 FINER = 0.01  # a point must be nearer by this much to be kept in place of another
 LONGEST_WARMUP = 10  # steps
-MARGIN = 0.01  # of the start of the control rows: so far below their level an estimate may be and hold all the same
 SHARED_NEWS = 0.5  # of the change of one part of the control rows: how much of it the others are thought to have changed
-LIKELY = 1.1  # of the aim: below it, by the batches of the last steps, the forget rows themselves are evaluated
 
 
 class Steering:
@@ -31,7 +29,8 @@ class Steering:
     Passes over tokens are counted: three for a token of a step, one for a token of an evaluation. An evaluation is due when it
     fits into a tenth of the passes of the steps so far. It takes one part of the control rows after the other, since no part
     falls as all of them do. The forget rows are judged by their probability in the batches of the last steps, as many as show
-    each of them once, and are measured only when these have come to the aim; all control rows are, if the forget rows hold.
+    each of them once. Where by these estimates the aim may hold for the second time in a row, the forget rows themselves are
+    measured and, if they hold, all control rows.
 
     Args:
         model: the model before its first step.
@@ -147,7 +146,7 @@ class Steering:
             self._evaluated += measures.sample_tokens
         self._measure_next_part()
         control_prob = measures.control_by_parts(self._parts)
-        may_hold = forget_prob <= LIKELY * target.aim and target.slack(control_prob) >= -MARGIN
+        may_hold = self._controller.in_a_row > 0 and target.nearly_holds(forget_prob, control_prob)
         exact = is_last or not measures.control_tokens or may_hold
         if exact:
             forget_prob = measures.forget()
@@ -167,7 +166,11 @@ class Steering:
             **{name: record[name] for name in ("rho", "clip_fraction") if name in record},
         }
         self._note_nearest(record["step"], target.distance(forget_prob, control_prob))
-        if self._controller.observe(record["step"], forget_prob, control_prob, exact=exact) and not is_last:
+        nearest_control = measures.control_by_parts(self._nearest_parts)
+        is_lost = self._controller.observe(
+            record["step"], forget_prob, control_prob, exact=exact, nearest_control=nearest_control
+        )
+        if is_lost and not is_last:
             restore(self._model, self._nearest)
             self._parts = list(self._nearest_parts)
             self._seen.clear()  # of weights that were given up

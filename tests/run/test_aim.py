@@ -111,31 +111,21 @@ def test_reaches_the_aim_where_the_forget_term_fades(lr, fading):
     assert step is not None and aim.holds(*seen[-1][1:3])
 
 
-def test_near_the_aim_a_slow_run_with_room_speeds_up():
-    steering = controller()
-    steering.observe(8, 0.18, 0.66)
-    slow = steering.lr_at(12)
-    steering.observe(12, 0.179, 0.66)
-    assert steering.lr_at(13) > 1.5 * slow
-    steering.observe(16, 0.165, 0.66)  # fast enough now
-    assert steering.lr_at(17) < slow
-
-
 def test_rows_that_fall_too_fast_lead_back_with_a_lower_rate():
     steering = controller(lr=1.0)
     assert not steering.observe(4, 0.64, 0.66)
-    assert steering.observe(6, 0.3, 0.66)
+    assert steering.observe(6, 0.25, 0.66)
     assert steering.lr == 0.5 and steering.alpha > 10
-    assert not steering.observe(10, 0.3, 0.66)  # measured anew from the point that it went back to
+    assert not steering.observe(10, 0.25, 0.66)  # measured anew from the point that it went back to
     steering = controller(lr=1.0)
-    assert not steering.observe(4, 0.1, 0.66)  # not if they have reached their aim
+    assert not steering.observe(4, 0.18, 0.66)  # not if they are near their aim
 
 
 def test_alpha_moves_less_after_fewer_steps():
     alphas = []
     for steps in (1, 4, 8):
         steering = Controller(target(), lr=0.1, alpha=10.0, warmup=6, steps=STEPS, interval=4)
-        steering.observe(steps, 0.5, 0.55)
+        steering.observe(steps, 0.5, 0.62)
         alphas.append(steering.alpha)
     assert 10 < alphas[0] < alphas[1] == alphas[2]
 
@@ -180,6 +170,12 @@ def test_goes_back_with_a_lower_rate_where_a_model_is_worse_off_than_before():
     assert not steering.observe(30, 0.6, 0.3)
 
 
+def test_goes_back_from_lost_control_rows_only_where_the_nearest_point_has_kept_more_of_them():
+    assert controller().observe(4, 0.2, 0.55, nearest_control=0.64)
+    assert not controller().observe(4, 0.2, 0.55, nearest_control=0.56)
+    assert not controller().observe(4, 0.2, 0.60, nearest_control=0.66)  # not far below the level
+
+
 def test_too_slow_a_run_hurries_and_a_noisy_one_calms_down():
     steering = controller(lr=0.01)
     for step in range(8, 40, 4):
@@ -196,7 +192,7 @@ def test_the_learning_rate_falls_near_the_aim_and_at_the_end():
     assert [steering.lr_at(step) for step in (3, 6, 20)] == pytest.approx([0.05, 0.1, 0.1])
     assert steering.lr_at(STEPS) < steering.lr_at(50) < steering.lr_at(45)
     steering.observe(8, 0.17, 0.66)
-    assert steering.lr_at(20) < 0.03
+    assert steering.lr_at(20) == pytest.approx(0.03)
 
 
 def test_beyond_the_aim_alpha_rises_even_where_there_is_room():
@@ -209,15 +205,16 @@ def test_beyond_the_aim_alpha_rises_even_where_there_is_room():
 
 def test_only_exact_evaluations_decide():
     steering = controller()
-    steering.observe(4, 0.1, 0.66, exact=False)
-    steering.observe(8, 0.1, 0.66, exact=False)
+    for step in (4, 8, 12):  # an estimate may be a little off
+        steering.observe(step, 0.17, 0.63, exact=False)
     assert not steering.reached
-    steering.observe(12, 0.1, 0.66)
-    steering.observe(16, 0.1, 0.66, exact=False)
-    steering.observe(20, 0.1, 0.60)  # not kept: counted anew
-    steering.observe(24, 0.1, 0.66)
+    steering.observe(16, 0.1, 0.60)  # not kept: counted anew
+    steering.observe(20, 0.1, 0.66)
     assert not steering.reached
-    steering.observe(28, 0.1, 0.66)
+    steering.observe(24, 0.17, 0.66)  # exact: not forgotten
+    steering.observe(28, 0.1, 0.66, exact=False)
+    assert not steering.reached
+    steering.observe(32, 0.1, 0.66)
     assert steering.reached
 
 
