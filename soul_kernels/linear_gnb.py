@@ -8,12 +8,14 @@ from torch import Tensor
 from soul_kernels._head import custom_ops
 from soul_kernels._head.autograd import Swept
 from soul_kernels._head.checks import check_device, check_head, check_indices_type, needed_gradients
+from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.sweeps import reference_gnb, sweep_gnb
 from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions
 from soul_kernels.errors import argument_error
 from soul_kernels.tokens import Head
 
 
+@takes_flat
 def linear_gnb(
     hidden: Tensor, weight: Tensor | Head, keep: Tensor, *, uniforms: Tensor | None = None,
     generator: torch.Generator | None = None, bias: Tensor | None = None, options: LinearOptions = DEFAULT_OPTIONS,

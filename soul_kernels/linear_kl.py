@@ -12,12 +12,14 @@ from soul_kernels._head.checks import (
     check_reference,
     needed_gradients,
 )
+from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.rows import HeadRows
 from soul_kernels._head.sweeps import reference_per_token
 from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions
 from soul_kernels.tokens import Head, Reference
 
 
+@takes_flat
 def linear_kl(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, reference: Reference, *, bias: Tensor | None = None,
     kind: str = "kl", strengths: Tensor | None = None, options: LinearOptions = DEFAULT_OPTIONS,
@@ -54,9 +56,9 @@ def linear_kl(
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)
-        return custom_ops.per_token(hidden, head, labels, token_indices, resolved, comparison)
+        return custom_ops.per_token(hidden, head, labels, token_indices, resolved, comparison)[0]
     if not resolved.fused:
-        return reference_per_token(hidden, head, labels, token_indices, resolved, comparison)
+        return reference_per_token(hidden, head, labels, token_indices, resolved, comparison)[0]
     check_labels(hidden, head, labels, token_indices, fused=True)
     head_rows = HeadRows(hidden, head, labels, token_indices, resolved, comparison=comparison)
     return PerToken.apply(hidden, head.weight, head.bias, head_rows, needed_gradients(hidden, head))[0]

@@ -33,6 +33,7 @@ from soul_kernels._head.checks import (
     check_reference,
     needed_gradients,
 )
+from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.rows import HeadRows
 from soul_kernels._head.sweeps import (
     ObjectiveCall,
@@ -45,6 +46,7 @@ from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions, ResolvedOptions
 from soul_kernels.tokens import Divergence, Head, ObjectiveFunction, Reference, TokenStatistics
 
 
+@takes_flat
 def linear_logprob(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, *, bias: Tensor | None = None,
     options: LinearOptions = DEFAULT_OPTIONS,
@@ -76,14 +78,15 @@ def linear_logprob(
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)
-        return custom_ops.per_token(hidden, head, labels, token_indices, resolved, None)
+        return custom_ops.per_token(hidden, head, labels, token_indices, resolved, None)[0]
     if not resolved.fused:
-        return reference_per_token(hidden, head, labels, token_indices, resolved, None)
+        return reference_per_token(hidden, head, labels, token_indices, resolved, None)[0]
     check_labels(hidden, head, labels, token_indices, fused=True)
     head_rows = HeadRows(hidden, head, labels, token_indices, resolved)
     return PerToken.apply(hidden, head.weight, head.bias, head_rows, needed_gradients(hidden, head))[0]
 
 
+@takes_flat
 def linear_statistics(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, *, bias: Tensor | None = None,
     options: LinearOptions = DEFAULT_OPTIONS,
@@ -128,6 +131,7 @@ def linear_objective(
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
+@takes_flat
 def linear_objective(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, objective: ObjectiveFunction, *, bias: Tensor | None = None,
     is_forget: Tensor | None = None, ref_logps: Tensor | None = None, reference: Reference | None = None,

@@ -41,6 +41,25 @@ class Comparison(NamedTuple):
     strengths: Tensor | None = None
 
 
+class RowValues(NamedTuple):
+    """Values of each row that a call computes beside the log-probability of its label.
+
+    Attributes:
+        lse: whether the logsumexp of the logits is a value.
+        mean: whether the mean of the logits is one too; only with ``lse``.
+        class_weights: [V] in the dtype of results, a factor of each logit in that mean; None: 1.
+        predict: whether the argmax is returned, without gradient.
+    """
+
+    lse: bool = False
+    mean: bool = False
+    class_weights: Tensor | None = None
+    predict: bool = False
+
+
+LOGPS = RowValues()
+
+
 def needed_gradients(hidden: Tensor, head: Head) -> Needs:
     """Return which gradients to compute. Call it outside of autograd.Function, inside of which grad mode is always off."""
     enabled = torch.is_grad_enabled()
@@ -59,8 +78,8 @@ def check_head(
     check_options(options)
     weight, bias, logit_scale, softcap = head
     check_not_dtensor("hidden", hidden)
-    for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]")):
-        if tensor.dim() != dims.count(",") + 1:
+    for name, tensor, dims in (("hidden", hidden, "[B, T, D] or [N, D]"), ("weight", weight, "[V, D]")):
+        if tensor.dim() != dims.partition("]")[0].count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
         check_gradient(name, tensor)
     check_device("weight", weight, hidden)
@@ -164,6 +183,17 @@ def check_indices(token_indices: Tensor | None, keep: Tensor, hidden: Tensor) ->
     if n_listed != n_kept:
         remedy = "pass (labels.flatten() != -100).nonzero()[:, 0]"
         raise argument_error("token_indices", "every labelled token once", f"{n_listed} of {n_kept}", remedy)
+
+
+def check_class_weights(class_weights: Tensor | None, head: Head, options: ResolvedOptions) -> Tensor | None:
+    """Check class weights; return them in the dtype of results, without gradient."""
+    if class_weights is None:
+        return None
+    check_device("class_weights", class_weights, head.weight)
+    if class_weights.shape != head.weight.shape[:1]:
+        got, remedy = tuple(class_weights.shape), "one value a vocabulary entry"
+        raise argument_error("class_weights", f"shape ({head.weight.shape[0]},)", got, remedy)
+    return class_weights.detach().to(options.result_dtype).contiguous()
 
 
 def check_reference(reference: Reference | None, hidden: Tensor, head: Head, kind: str) -> Comparison:

@@ -670,8 +670,8 @@ def use_mutant(module, old, new, tmp_path, monkeypatch, **constants):
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
     vars(broken).update(constants)
     for home in (
-        "linear_loss", "linear_kl", "linear_gnb", "_head.autograd", "_head.sweeps", "_head.gradients", "_head.rows",
-        "reference._rows",
+        "linear_loss", "linear_kl", "linear_gnb", "linear_cross_entropy", "_head.autograd", "_head.sweeps", "_head.gradients",
+        "_head.rows", "reference._rows", "reference.linear_cross_entropy",
     ):  # fmt: skip
         user = importlib.import_module(f"soul_kernels.{home}")
         for name, value in vars(broken).items():
