@@ -30,18 +30,20 @@ def linear_gnb(
     positions in the batch, so the labels do not depend on how it is cut into chunks. Source: Liu et al. 2023, algorithm 2.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the weight.
+        hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the
+            weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        keep: [B, T] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label in it.
-        uniforms: [B, T] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
+        keep: [B, T] or [N] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label
+            in it.
+        uniforms: [B, T] or [N] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
         generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
             `soul.curvature.GNB.generator`. None: torch's default one.
         bias: [V] or None, beside a weight that is a tensor.
         options: see `LinearOptions`; its ``token_indices`` list every token where ``keep`` is true.
 
     Returns:
-        The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] int64, -100 where
-        ``keep`` is false.
+        The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] or [N] int64, -100
+        where ``keep`` is false.
 
     Raises:
         ArgumentError: an argument does not fit.

@@ -33,10 +33,11 @@ def linear_kl(
     No value is negative. Where model and reference model are equal, value and gradient are exactly 0.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so are the heads.
+        hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so are the
+            heads.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        labels: [B, T] int64, already shifted; -100 is ignored. The other values matter with ``strengths`` only.
-        reference: the `Reference` model on the same batch; it gets no gradient. Its logits are scaled and capped as the
+        labels: [B, T] or [N] int64, already shifted; -100 is ignored. The other values matter with ``strengths`` only.
+        reference: the `Reference` model on the same tokens; it gets no gradient. Its logits are scaled and capped as the
             model's are.
         bias: [V] or None, beside a weight that is a tensor.
         kind: "kl"; or "soul_kl", which SOUL's code calls KL: the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
@@ -45,7 +46,7 @@ def linear_kl(
         options: see `LinearOptions`. With logits below fp32, values close to 0 have large relative errors.
 
     Returns:
-        [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).
+        [B, T] or [N] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
         ArgumentError: as `linear_logprob`.

@@ -58,15 +58,15 @@ def linear_logprob(
     The logits are fp32, whatever the dtype of the inputs, and exist one chunk at a time.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they are
-            converted, and so is the weight.
+        hidden: [B, T, D] or [N, D], fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they
+            are converted, and so is the weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
+        labels: [B, T] or [N] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         bias: [V] or None, beside a weight that is a tensor.
         options: token indices, dtype of the logits, scratch memory, backend: see `LinearOptions`.
 
     Returns:
-        [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).
+        [B, T] or [N] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
         ArgumentError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. On a GPU with
@@ -96,14 +96,14 @@ def linear_statistics(
     They are log p(label), logsumexp, whether the label is the argmax, entropy, and variance of log p under the model.
 
     Args:
-        hidden: [B, T, D], as in `linear_logprob`.
+        hidden: [B, T, D] or [N, D], as in `linear_logprob`.
         weight: [V, D], or a `Head`.
-        labels: [B, T] int64, as in `linear_logprob`.
+        labels: [B, T] or [N] int64, as in `linear_logprob`.
         bias: [V] or None, beside a weight that is a tensor.
         options: see `LinearOptions`.
 
     Returns:
-        `TokenStatistics` of [B, T] fp32 tensors, without gradient.
+        `TokenStatistics` of [B, T] or [N] fp32 tensors, without gradient.
 
     Raises:
         ArgumentError: as `linear_logprob`.
@@ -145,10 +145,10 @@ def linear_objective(
     the forget or the retain sequences) and ``needs_statistics``; the batch then has them as well.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they are
-            converted, and so is the weight.
+        hidden: [B, T, D], or [N, D], which is one sequence; fp32, bf16 or fp16 (without kernels also fp64), final hidden
+            states. Under autocast they are converted, and so is the weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
+        labels: [B, T] or [N] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         objective: callable ``(logps [B, T] fp32, TokenBatch) -> [] loss``, differentiated by autograd. Its attribute
             ``additive`` names the terms that it is a plain sum of: "tokens", "sequences", "pairs" of sequences (2i and 2i + 1),
             or None (the default: unknown). Such a sum takes one sweep; otherwise a batch of several chunks takes two. Its
@@ -161,7 +161,7 @@ def linear_objective(
         ref_logps: [B] fp32, summed log-probability of each sequence under the reference model, where the objective needs it.
         reference: the `Reference` model on the same batch, where the objective has a ``divergence``; otherwise ignored. Its
             logits are scaled and capped as the model's are.
-        return_logps: also return the log-probabilities, [B, T] fp32, detached.
+        return_logps: also return the log-probabilities, [B, T] or [N] fp32, detached.
         options: token indices, dtype of the logits, scratch memory, backend: see `LinearOptions`.
 
     Returns:

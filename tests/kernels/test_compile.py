@@ -239,11 +239,12 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
 
 def compile_variant(variant, target):
     names = variant.kernel.arg_names
+    aligned = [names.index(name) for name in variant.aligned if name in variant.signature]
     source = ASTSource(
         variant.kernel,
         signature={name: variant.signature.get(name, "constexpr") for name in names},
         constexprs=dict.fromkeys(set(names) - set(variant.signature)) | variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned if name in names},  # as at run time
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},  # as at run time
     )
     options = {"num_warps": variant.config["num_warps"], "enable_fp_fusion": False}
     if TARGETS[target].backend == "cuda" and "maxnreg" in variant.config:
