@@ -22,9 +22,9 @@ from soul_kernels.tokens import Head, Reference
 @takes_flat
 def linear_kl(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, reference: Reference, *, bias: Tensor | None = None,
-    kind: str = "kl", strengths: Tensor | None = None, options: LinearOptions = DEFAULT_OPTIONS,
+    kind: str = "kl", strengths: Tensor | None = None, beta: float = 0.5, options: LinearOptions = DEFAULT_OPTIONS,
 ) -> Tensor:  # fmt: skip
-    """Return ``KL(reference || model)`` over the vocabulary at every labelled token, differentiable by the model::
+    """Return ``KL(reference || model)``, or another divergence, at every labelled token, differentiable by the model::
 
         log_p = log_softmax((hidden @ weight.T + bias).float(), -1)
         log_q = log_softmax((reference.hidden @ reference.weight.T + reference.bias).float(), -1)
@@ -40,9 +40,12 @@ def linear_kl(
         reference: the `Reference` model on the same tokens; it gets no gradient. Its logits are scaled and capped as the
             model's are.
         bias: [V] or None, beside a weight that is a tensor.
-        kind: "kl"; or "soul_kl", which SOUL's code calls KL: the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
+        kind: "kl"; "reverse_kl", which is ``KL(model || reference)``; "jsd", the generalized Jensen-Shannon divergence ``beta
+            KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``; or "soul_kl", which SOUL's code calls KL:
+            the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
         strengths: [B] fp32, how far the reference model's logit of the label is lowered in each sequence (UNDIAL's teacher);
             None: not at all.
+        beta: weight of the reference model in the mixture of "jsd", between 0 and 1; other kinds ignore it.
         options: see `LinearOptions`. With logits below fp32, values close to 0 have large relative errors.
 
     Returns:
@@ -53,7 +56,7 @@ def linear_kl(
     """
     head, resolved = check_head(hidden, weight, bias, options)
     check_per_sequence("strengths", strengths, hidden)
-    comparison = check_reference(reference, hidden, head, kind)._replace(strengths=strengths)
+    comparison = check_reference(reference, hidden, head, kind, beta)._replace(strengths=strengths)
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)

@@ -178,7 +178,7 @@ def linear_objective(
     if divergence is None:
         reference = None
     else:
-        check_reference(reference, hidden, head, divergence.kind)
+        check_reference(reference, hidden, head, divergence.kind, divergence.beta)
     call = ObjectiveCall(labels, objective, options.token_indices, is_forget, ref_logps, reference)
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels) and custom_ops.takes(objective):
         check_labels_type(hidden, labels, options.token_indices)

@@ -61,8 +61,8 @@ GRADIENT_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 VECTORS = {
     "do_not_specialize": ["statistics_stride", "ref_statistics_stride", "divergences_stride"],
     "do_not_specialize_on_alignment": [
-        "labels_ptr", "statistics_ptr", "ref_statistics_ptr", "strengths_ptr", "divergences_ptr", "coefficients_ptr",
-        "weights_ptr", "uniforms_ptr", "means_ptr", "lse_coefficients_ptr", "mean_coefficients_ptr",
+        "labels_ptr", "statistics_ptr", "ref_statistics_ptr", "strengths_ptr", "divergences_ptr", "mean_scores_ptr",
+        "coefficients_ptr", "weights_ptr", "uniforms_ptr", "means_ptr", "lse_coefficients_ptr", "mean_coefficients_ptr",
     ],
 }  # fmt: skip
 
@@ -148,12 +148,18 @@ def statistic(statistics_ptr, stride, row, WHICH: tl.constexpr):
 
 
 @triton.jit
-def log1p(x):
-    """Return log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
-    s = x / (2.0 + x)  # log(1 + x) = 2 atanh(s), and s <= 1/3 for x <= 1: the next term is below 2e-8
+def log1p_of_small(x):
+    """Return log(1 + x) for x between -1/2 and 1."""
+    s = x / (2.0 + x)  # log(1 + x) = 2 atanh(s), and |s| <= 1/3: the next term is below 2e-8
     s2 = s * s
     series = 1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 * (1 / 13 + s2 / 15))))))
-    return tl.where(x <= 1.0, 2.0 * s * series, tl.log(1.0 + x))
+    return 2.0 * s * series
+
+
+@triton.jit
+def log1p(x):
+    """Return log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
+    return tl.where(x <= 1.0, log1p_of_small(x), tl.log(1.0 + x))
 
 
 @triton.jit

@@ -288,8 +288,8 @@ def gnb(
 def _per_token(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, class_weights: Tensor | None, kind: str,
-    lse: bool, mean: bool, logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype,
-    chunk_bytes: int | None, backend: str, predict: bool, form_x: bool,
+    beta: float, lse: bool, mean: bool, logit_scale: float, softcap: float | None, compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str, predict: bool, form_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return log-probabilities or, with a reference model, divergences [B, T]; predictions; gradients of the rows; the anchor.
 
@@ -298,7 +298,7 @@ def _per_token(
     """
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
-    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
+    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind, beta)
     row_values = RowValues(lse, mean, class_weights, predict)
     x = None
     if options.fused:
@@ -313,13 +313,13 @@ def _per_token(
 def _per_token_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor,
     ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None,
-    class_weights: Tensor | None, kind: str, lse: bool, mean: bool, logit_scale: float, softcap: float | None,
+    class_weights: Tensor | None, kind: str, beta: float, lse: bool, mean: bool, logit_scale: float, softcap: float | None,
     compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of hidden, weight and bias, in their dtypes; one that is not needed is an empty tensor."""
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
-    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
+    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind, beta)
     row_values = RowValues(lse, mean, class_weights)
     if options.fused:
         gradients = per_token_gradients(
@@ -341,12 +341,12 @@ def _per_token_backward(
 
 def _comparison(
     head: Head, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None,
-    kind: str,
+    kind: str, beta: float,
 ) -> Comparison | None:  # fmt: skip
     """Return the `Comparison` from the arguments of an op; None without a reference model."""
     if ref_hidden is None or ref_weight is None:
         return None
-    return Comparison(ref_hidden, head._replace(weight=ref_weight, bias=ref_bias), kind, None, strengths)
+    return Comparison(ref_hidden, head._replace(weight=ref_weight, bias=ref_bias), kind, None, strengths, beta)
 
 
 @_per_token.register_fake
@@ -421,16 +421,18 @@ def per_token(
     needs = needed_gradients(hidden, head)
     ref_hidden = ref_weight = ref_bias = strengths = None
     kind = "kl"
+    beta = 0.5
     if comparison is not None:
         ref_hidden = comparison.hidden
         ref_weight = comparison.head.weight
         ref_bias = comparison.head.bias
         strengths = comparison.strengths
         kind = comparison.kind
+        beta = comparison.beta
     values, predictions, *_ = _apply(
         _per_token, hidden, head.weight, head.bias, labels, _indices(token_indices, labels), ref_hidden, ref_weight, ref_bias,
-        strengths, row_values.class_weights, kind, row_values.lse, row_values.mean, float(head.logit_scale), head.softcap,
-        *options, row_values.predict,
+        strengths, row_values.class_weights, kind, beta, row_values.lse, row_values.mean, float(head.logit_scale),
+        head.softcap, *options, row_values.predict,
         options.fused and needs.hidden and not (needs.weight or needs.bias or row_values.lse),
     )  # fmt: skip
     return values, predictions

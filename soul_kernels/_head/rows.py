@@ -91,6 +91,7 @@ class DivergenceOptions(TypedDict):
 
     strengths: Tensor | None
     kind: str
+    beta: float
     logit_scale: float
     softcap: float | None
 
@@ -118,7 +119,8 @@ class HeadRows:
         ref_head: the reference model's `Head`.
         ref_statistics: [4, R'], as ``statistics``.
         strengths: [R'] fp32, how far the reference model's logit of the label is lowered, or None.
-        divergences: [2, R], the dtype of ``statistics``: see `soul_kernels.kl_divergence.divergence_statistics`.
+        beta: weight of the reference model in the mixture of "jsd".
+        divergences: [2 or 3, R], the dtype of ``statistics``: see `soul_kernels.kl_divergence.divergence_statistics`.
     """
 
     # Scratch memory of a chunk: raw products, those of the reference model, and the gradient.
@@ -180,6 +182,7 @@ class HeadRows:
         n_rows = len(indices)
         sequences = indices // max(self.shape[1], 1)
         self.kind = comparison.kind
+        self.beta = comparison.beta
         if comparison.needed is not None and (from_labels or self.host_indices is not None):
             host_indices = indices.cpu() if self.host_indices is None else self.host_indices
             mask = comparison.needed.cpu()[host_indices // max(self.shape[1], 1)]
@@ -199,7 +202,7 @@ class HeadRows:
             strengths = comparison.strengths.to(indices.device, torch.float32, non_blocking=True)
             self.strengths = strengths.index_select(0, sequences)
         self.ref_statistics = self._new(N_BASIC, len(indices))
-        self.divergences = self._new(2, n_rows).zero_()
+        self.divergences = self._new(3 if self.kind == "jsd" else 2, n_rows).zero_()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -386,7 +389,7 @@ class HeadRows:
         """Return the options of the row functions for some rows of the reference model."""
         assert self.kind is not None
         strengths = None if self.strengths is None else self.strengths[ref]
-        return {"strengths": strengths, "kind": self.kind, **self.head.transform()}
+        return {"strengths": strengths, "kind": self.kind, "beta": self.beta, **self.head.transform()}
 
     def log_probs(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the log-probabilities of the rows measured between ``start`` and ``stop``: [B, T] fp32, 0 elsewhere."""

@@ -123,7 +123,7 @@ def _comparison(hidden: Tensor, head: Head, call: ObjectiveCall) -> Comparison |
     if is_forget is None:  # on the device of the indices: selecting the rows of the reference model then waits for no device
         device = "cpu" if call.token_indices is None else call.token_indices.device
         is_forget = torch.ones(len(call.labels), dtype=torch.bool, device=device)
-    return check_reference(call.reference, hidden, head, divergence.kind)._replace(
+    return check_reference(call.reference, hidden, head, divergence.kind, divergence.beta)._replace(
         needed=None if divergence.of == "all" else loss_reference.needed_sequences(divergence, is_forget),
         strengths=loss_reference.sequence_strengths(divergence, is_forget),
     )
@@ -219,7 +219,8 @@ def _of_chunk(chunk: Chunk, coefficients: Sequence[Tensor | None]) -> Any:
 def _measured(head_rows: HeadRows, batch: TokenBatch, start: int = 0, stop: int | None = None) -> TokenBatch:
     """Return the batch with the divergences and statistics of rows ``start`` to ``stop``."""
     if head_rows.kind is not None:
-        divergences, entropies = (head_rows.scatter(values[start:stop], start, stop) for values in head_rows.divergences)
+        values = head_rows.divergences[:2]
+        divergences, entropies = (head_rows.scatter(value[start:stop], start, stop) for value in values)
         batch = dataclasses.replace(batch, divergences=divergences, ref_entropies=entropies)
     if head_rows.has_all_statistics:
         batch = dataclasses.replace(batch, statistics=head_rows.token_statistics(start, stop))
@@ -416,15 +417,16 @@ def reference_per_token(
     check_labels(hidden, head, labels, token_indices, fused=False)
     hidden, head = _in_compute_dtype(hidden, head, options)
     if row_values.lse:
-        values, predictions = cross_entropy_reference.token_values(hidden, head, labels, row_values.class_weights)
-        return torch.stack(values[: 2 + row_values.mean]), _asked(predictions, row_values.predict)
+        stacked, predictions = cross_entropy_reference.token_values(hidden, head, labels, row_values.class_weights)
+        return torch.stack(stacked[: 2 + row_values.mean]), _asked(predictions, row_values.predict)
     nothing = labels.new_empty(0)
     if comparison is None:
         return loss_reference.linear_logprob(hidden, head, labels), nothing
     reference = _ref_model_in_compute_dtype(comparison, options)
-    return (
-        kl_reference.linear_kl(hidden, head, labels, reference, kind=comparison.kind, strengths=comparison.strengths), nothing
-    )  # fmt: skip
+    values = kl_reference.linear_kl(
+        hidden, head, labels, reference, kind=comparison.kind, strengths=comparison.strengths, beta=comparison.beta
+    )
+    return values, nothing
 
 
 # Statistics

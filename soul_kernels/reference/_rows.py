@@ -124,21 +124,22 @@ def statistics_and_gradient(
 
 def divergence_statistics(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
-    strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,
+    strengths: Tensor | None = None, kind: str = "kl", beta: float = 0.5, logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.kl_divergence.divergence_statistics` does; the statistics are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
         z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
-        torch.stack([kl_divergence(z, labels_in[rows], log_q, kind), entropy(log_q)], out=divergences[:, rows])
+        torch.stack([kl_divergence(z, labels_in[rows], log_q, kind, beta), entropy(log_q)], out=divergences[:2, rows])
     divergences.masked_fill_(~valid, 0.0)
 
 
 def divergence_gradient(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor,
     coefficients: Tensor, weights: Tensor, out: Tensor, *, strengths: Tensor | None = None, kind: str = "kl",
-    logit_scale: float = 1.0, softcap: float | None = None,
+    beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.kl_divergence.divergence_gradient` does; the statistics and divergences are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
@@ -147,7 +148,7 @@ def divergence_gradient(
         label = labels_in[rows]
         with _recorded(logits[rows]) as raw:
             z = transformed(raw, logit_scale, softcap)
-            values = token_logprob.token_logprob(z, label), kl_divergence(z, label, log_q, kind)
+            values = token_logprob.token_logprob(z, label), kl_divergence(z, label, log_q, kind, beta)
             (gradient,) = torch.autograd.grad(values, raw, (coefficients[rows], weights[rows]))
         out[rows] = gradient
     if not valid.all():

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from soul_kernels import Head, LinearOptions, linear_cross_entropy
+from soul_kernels import Head, LinearOptions, Reference, linear_cross_entropy, linear_kl
 
 SLOW = pytest.mark.slow(reason="hundreds of cases, of which the others are a sample")
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -216,3 +216,63 @@ def test_liger_amp(shape, dtype, has_bias, device, without_kernels):
     torch.testing.assert_close(loss, want, atol=5e-3, rtol=5e-2)
     for got, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves)):
         torch.testing.assert_close(got, expected, atol=5e-3, rtol=5e-2)
+
+
+JSD_SHAPES = [(4, 423, 167, 1423), (8, 128, 1024, 4096)]  # B, T, D, V; the model's hidden states are half as wide
+JSD_SETTINGS = [(1.0, 0.5), (2.0, 0.1), (1.0, 0.0), (1.0, 1.0)]  # temperature, beta; 0 is KL(q || p), 1 is KL(p || q)
+JSD_PRECISIONS = [(BRAIN, 5e-3, 5e-2), (FLOAT, 1e-5, 5e-4)]
+JSD = list(itertools.product(JSD_SHAPES, JSD_PRECISIONS, JSD_SETTINGS, [None, 2]))
+JSD += list(itertools.product([(2, 2, 8, 8), (9, 7, 41, 41)], JSD_PRECISIONS, [(1.0, 0.5), (2.0, 0.1)], [None, 5]))
+
+
+def check_jsd(shape, precision, setting, ignore_index, device, all_ignored=False, autocast=None):
+    """Liger's generalized divergence, as the mean over the tokens that are not ignored, with gradients of states and head."""
+    b, t, d, n_vocab = shape
+    dtype, atol, rtol = precision
+    temperature, beta = setting
+    weight, ref_weight = (torch.rand(n_vocab, width, device=device).to(dtype) for width in (d // 2, d))
+    hidden, ref_hidden = (torch.rand(b * t, width, device=device).to(dtype) for width in (d // 2, d))
+    labels = torch.randint(n_vocab, (b * t,), device=device)
+    if ignore_index is not None:
+        labels[torch.randperm(b * t, device=device)[: b * t // 3]] = -100
+        labels[labels == ignore_index] = -100  # the op has one value of ignored labels: others are replaced before
+    if all_ignored:
+        labels.fill_(-100)
+    keep = labels != -100
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight)]
+    kind = {0.0: "kl", 1.0: "reverse_kl"}.get(beta, "jsd")
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        head, reference = Head(weight, logit_scale=1 / temperature), Reference(ref_hidden, ref_weight)
+        values = linear_kl(hidden, head, labels, reference, kind=kind, beta=beta if kind == "jsd" else 0.5)
+    loss = values.sum() / keep.sum().clamp(min=1)
+    rounded = [tensor.to(autocast or dtype).float() for tensor in (hidden, weight, ref_hidden, ref_weight)]
+    log_p, log_q = ((F.linear(*pair) / temperature).log_softmax(-1) for pair in (rounded[:2], rounded[2:]))
+    log_m = {0.0: log_p, 1.0: log_q}.get(beta)
+    if log_m is None:
+        log_m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
+    q_side, p_side = ((log.exp() * (log - log_m)).sum(-1) for log in (log_q, log_p))
+    share = {0.0: 1.0, 1.0: 0.0}.get(beta, beta)
+    want = ((share * q_side + (1 - share) * p_side) * keep).sum() / keep.sum().clamp(min=1)
+    torch.testing.assert_close(loss, want, atol=atol, rtol=rtol)
+    for got, expected in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(want, leaves)):
+        torch.testing.assert_close(got, expected, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("shape, precision, setting, ignore_index", [
+    case if case[0][0] in (2, 9) else pytest.param(*case, marks=SLOW) for case in JSD
+])  # fmt: skip
+def test_liger_jsd(shape, precision, setting, ignore_index, device, without_kernels):
+    check_jsd(shape, precision, setting, ignore_index, device)
+
+
+@pytest.mark.slow(reason="the shapes of Liger's cases take seconds each")
+@pytest.mark.parametrize("shape", JSD_SHAPES)
+@pytest.mark.parametrize("precision", JSD_PRECISIONS)
+@pytest.mark.parametrize("setting", JSD_SETTINGS[:2])
+def test_liger_jsd_all_ignored(shape, precision, setting, device, without_kernels):
+    check_jsd(shape, precision, setting, None, device, all_ignored=True)
+
+
+@pytest.mark.parametrize("autocast", [BRAIN, HALF])
+def test_liger_jsd_amp(autocast, device, without_kernels):
+    check_jsd((2, 4, 2048, 3200), (FLOAT, 5e-3, 5e-2), (1.0, 0.5), 2, device, autocast=autocast)

@@ -161,6 +161,7 @@ def _run_rows(variant: Any, kernel: Kernel, n_vocab: int, *, ignored: bool) -> R
         "logits_ptr": logits, "ref_logits_ptr": ref_logits, "out_ptr": out, "labels_ptr": labels,
         "statistics_ptr": statistics, "ref_statistics_ptr": ref_statistics, "divergences_ptr": divergences,
         "strengths_ptr": torch.zeros(ROWS), "coefficients_ptr": torch.ones(ROWS), "weights_ptr": torch.ones(ROWS),
+        "mean_scores_ptr": torch.ones(ROWS), "beta": 0.5,
         "means_ptr": torch.zeros(ROWS), "class_weights_ptr": torch.ones(n_vocab), "lse_coefficients_ptr": torch.ones(ROWS),
         "mean_coefficients_ptr": torch.ones(ROWS),
         "uniforms_ptr": torch.tensor([0.4, 0.7]), "statistics_stride": ROWS, "ref_statistics_stride": ROWS,
