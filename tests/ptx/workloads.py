@@ -156,7 +156,7 @@ def _run_rows(variant: Any, kernel: Kernel, n_vocab: int, *, ignored: bool) -> R
     labels = torch.full((ROWS,), IGNORE_INDEX) if ignored else torch.arange(ROWS) * (n_vocab // ROWS) + 11
     out = scratch("out_ptr")
     statistics, ref_statistics = statistics_of(logits, labels), statistics_of(ref_logits, labels)
-    divergences = torch.ones(2, ROWS)
+    divergences = torch.ones(3, ROWS)
     values = {
         "logits_ptr": logits, "ref_logits_ptr": ref_logits, "out_ptr": out, "labels_ptr": labels,
         "statistics_ptr": statistics, "ref_statistics_ptr": ref_statistics, "divergences_ptr": divergences,
