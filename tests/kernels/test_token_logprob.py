@@ -327,6 +327,7 @@ def check_values(device, n_vocab, weighted, statistics_op=None, gradient_op=None
     """Log-probability, logsumexp and mean logit of rows, and the gradient of any combination of them, against fp64."""
     raw = torch.randn(5, n_vocab, device=device) * 4
     labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, -100, n_vocab], device=device)  # the last two have no valid label
+    raw[range(2), labels[:2]] = 18.0  # two likely labels
     class_weights = torch.rand(n_vocab, device=device) * 2 if weighted else None
     sizes = {"coefficients": 1, "lse_coefficients": 1, "mean_coefficients": n_vocab}
     coefficients = {name: torch.randn(5, device=device) * size for name, size in sizes.items()}
