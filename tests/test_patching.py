@@ -14,6 +14,7 @@ import soul
 from soul import losses
 from soul.models import causal_lm, head_call
 from tests.distributed.test_processes import run
+from tests.support.helpers import peak_bytes
 from tests.support.models import lora_model, tiny_model
 from tests.test_model_loss import (
     FAMILIES,
@@ -336,6 +337,22 @@ def test_reference_from_the_batch_or_from_adapters_that_are_off():
         check_loss_and_gradients(model, got, soul.unlearning_loss(model, forget, objective))
         with pytest.raises(ValueError, match="ref_model: expected a reference model for NPO"):
             model(**batch)
+
+
+def test_memory_of_a_step():
+    """The plain forward keeps logits of all tokens, 32 MiB, and their gradient."""
+    sizes = FAMILIES["llama"] | dict(vocab_size=32768)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
+    ids = torch.randint(3, 32768, (4, 64))
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+
+    plain = peak_bytes(step, torch.device("cpu"))
+    with soul.fused(model):
+        patched = peak_bytes(step, torch.device("cpu"))
+    assert patched <= 0.6 * plain, f"{patched / 2**20:.0f} MiB, and {plain / 2**20:.0f} MiB"
 
 
 @pytest.fixture
