@@ -30,6 +30,7 @@ from tests.test_model_loss import (
 )
 
 transformers = pytest.importorskip("transformers")
+ForCausalLMLoss = pytest.importorskip("transformers.loss.loss_utils").ForCausalLMLoss
 peft = pytest.importorskip("peft")
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "drop-in.md"
@@ -610,6 +611,16 @@ def test_a_head_that_is_tied_or_quantized_later():
     model.lm_head.weight = model.model.embed_tokens.weight
     soul.unpatch(model)
     check_loss_and_gradients(model, got, model(**BATCH).loss)
+
+
+def test_a_loss_function_that_is_set_later():
+    model = soul.patch(model_of("llama"), return_logits=False)
+    model.loss_function = ForCausalLMLoss  # the same one
+    model(**BATCH)
+    assert vars(model)["_loss_function"] is ForCausalLMLoss
+    model.loss_function = F.cross_entropy
+    with pytest.raises(ValueError, match="expected a model with transformers' ForCausalLMLoss, got cross_entropy of Llama"):
+        model(**BATCH)
 
 
 def test_adapters_with_a_trained_head_after_the_patch():
