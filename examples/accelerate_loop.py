@@ -15,7 +15,7 @@ args = options("Unlearn with Accelerate.", "out/accelerate").parse_args()
 accelerator = Accelerator(gradient_accumulation_steps=2)
 model, tokenizer, forget, retain = load(args)
 objective = soul.losses.GradDiff(gamma=1.0, alpha=2.0)  # -CE of the forget tokens + 2 CE of the retain tokens
-soul.patch(model, objective=objective)
+soul.patch(model, objective)
 optimizer = soul.SOUL(model.parameters(), lr=1e-4)
 scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=args.steps)
 pairs = list(zip(forget, itertools.cycle(retain)))
@@ -35,7 +35,7 @@ for index, batch in enumerate(itertools.islice(batches, 2 * args.steps)):
     if accelerator.sync_gradients:
         accelerator.print(f"step {index // 2 + 1}: loss {loss.item():.4f}, lr {scheduler.get_last_lr()[0]:.1e}")
 
-soul.unpatch(model)
+model = soul.unpatch(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False))
 if accelerator.is_main_process:
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

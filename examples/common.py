@@ -16,7 +16,7 @@ from soul.integrations.hf import collate_unlearning
 def options(description, output, steps=20):
     """Return a parser of the options that the scripts have in common; without ``--steps`` if steps is None."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default="out/demo/seed0/full", help="directory or hub name (default: what `soul demo` leaves)")
+    parser.add_argument("--model", default="out/demo/seed0/full", help="directory or hub name (default: of `soul demo`)")
     parser.add_argument("--forget", default="out/demo/forget.jsonl", help="JSON lines with question and answer")
     parser.add_argument("--retain", default="out/demo/retain.jsonl", help="the same")
     parser.add_argument("--output", default=output, help="where to save the result (default: %(default)s)")
@@ -47,7 +47,7 @@ def collate(rows, device):
 
 
 def collate_pairs(items):
-    """Return pairs of a row to forget and a row to retain as inputs of a patched model: all forget rows, then all retain rows."""
+    """Return pairs of a row to forget and a row to retain as inputs of a patched model: the forget rows, then the others."""
     rows = [forget for forget, _ in items] + [retain for _, retain in items]
     return {**collate_unlearning(rows), "is_forget": torch.arange(len(rows)) < len(items)}
 
@@ -87,11 +87,9 @@ def compare_patched(model, objective, pairs):
     both = {name: tensor.to(model.device) for name, tensor in collate_pairs(pairs).items()}
     forget, retain = (collate(rows, model.device) for rows in zip(*pairs))
 
-    def fused():
-        with soul.fused(model, objective=objective):
-            model(**both).loss.backward()
+    def plain():  # by the forward before the patch
+        retain_loss, forget_loss = (model.forward.plain(**side).loss for side in (retain, forget))
+        (objective.alpha * retain_loss - objective.gamma * forget_loss).backward()
 
-    def plain():
-        (objective.alpha * model(**retain).loss - objective.gamma * model(**forget).loss).backward()
-
-    compare("loss and gradients", fused, plain, model.zero_grad)
+    with soul.fused(model, objective):
+        compare("loss and gradients", lambda: model(**both).loss.backward(), plain, model.zero_grad)

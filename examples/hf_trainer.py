@@ -14,7 +14,7 @@ from soul.integrations.hf import optimizer_of
 args = options("Unlearn with the Hugging Face Trainer.", "out/hf_trainer").parse_args()
 model, tokenizer, forget, retain = load(args)
 objective = soul.losses.GradDiff(gamma=1.0, alpha=2.0)  # -CE of the forget tokens + 2 CE of the retain tokens
-soul.patch(model, objective=objective)
+soul.patch(model, objective)
 pairs = list(zip(forget, itertools.cycle(retain)))
 training = TrainingArguments(
     args.output,

@@ -34,7 +34,7 @@ class Unlearning(lightning.LightningModule):
 args = options("Unlearn with Lightning.", "out/lightning").parse_args()
 model, tokenizer, forget, retain = load(args)
 objective = soul.losses.GradDiff(gamma=1.0, alpha=2.0)  # -CE of the forget tokens + 2 CE of the retain tokens
-soul.patch(model, objective=objective)
+soul.patch(model, objective)
 pairs = list(zip(forget, itertools.cycle(retain)))
 loader = torch.utils.data.DataLoader(pairs, batch_size=4, shuffle=True, collate_fn=collate_pairs)
 trainer = lightning.Trainer(max_steps=args.steps, gradient_clip_val=1.0, logger=False, enable_checkpointing=False, devices=1)

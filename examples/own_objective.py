@@ -14,7 +14,7 @@ from soul_kernels import TokenBatch
 
 
 class DownToGuess(soul.losses.Objective):
-    """Gradient ascent that ends at a guess: ``mean over F of max(log p + log V, 0) + alpha CE(retain)``, V the number of tokens."""
+    """Gradient ascent that ends at a guess: ``mean over F of max(log p + log V, 0) + alpha CE(retain)``, V tokens in all."""
 
     additive = "tokens"  # a sum over tokens, divided by a count of the whole batch: so it can be computed chunk by chunk
 

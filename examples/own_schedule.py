@@ -25,9 +25,10 @@ def train(n_steps, schedule, in_backward):
     # bs is the number of labelled tokens behind h. in_backward: each gradient of a refresh is freed as soon as h has it.
     optimizer = soul.SophiaG(model.parameters(), lr=1e-4, bs=4 * n_tokens, bias_correction=True, max_grad_norm=1.0)
     curvature = soul.curvature.RetainFisher(optimizer, every=schedule, in_backward=in_backward)
+    sides = [itertools.cycle(rows) for rows in (forget_rows, retain_rows)]
     refreshes = 0
     for _ in range(n_steps):
-        forget, retain = (collate(itertools.islice(side, 4), model.device) for side in (forget_cycle, retain_cycle))
+        forget, retain = (collate(itertools.islice(side, 4), model.device) for side in sides)
         optimizer.zero_grad()
         soul.unlearning_loss(model, {"forget": forget, "retain": retain}, objective).backward()
         optimizer.step()
@@ -39,9 +40,8 @@ def train(n_steps, schedule, in_backward):
 
 args = options("Refresh the curvature by a schedule of your own.", "out/own_schedule").parse_args()
 model, tokenizer, forget_rows, retain_rows = load(args)
-forget_cycle, retain_cycle = itertools.cycle(forget_rows), itertools.cycle(retain_rows)
 objective = soul.losses.GradDiff(gamma=1.0, alpha=2.0)
-cross_entropy = soul.losses.PO(alpha=0.0)  # the mean over the "forget" side, which is given the retain rows here
+cross_entropy = soul.losses.Memorize()  # of the side named "forget", which gets the retain rows here
 print(f"refreshed {train(args.steps, Doubling(), in_backward=True)} times in {args.steps} steps")
 model.save_pretrained(args.output)
 tokenizer.save_pretrained(args.output)

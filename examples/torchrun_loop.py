@@ -1,4 +1,4 @@
-"""Unlearn in several processes with a loop of your own: model and optimizer in shards (FSDP2), a part of each batch in each process.
+"""Unlearn in several processes with a loop of your own: model and optimizer in shards (FSDP2), other rows in each process.
 
 torchrun --nproc-per-node 2 examples/torchrun_loop.py --model DIR --forget FILE --retain FILE --output DIR
 """
@@ -49,7 +49,8 @@ with contextlib.redirect_stdout(None) if rank else contextlib.nullcontext():
     print(f"each of {size} processes holds {held / whole:.2f} of the weights, and as much of the optimizer's states")
     fused = lambda: soul.unlearning_loss(model, batch, objective).backward()  # noqa: E731
     compare("loss and gradients", fused, lambda: plain_loss().backward(), model.zero_grad)
-state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # gathers: all must call it
+whole_model = StateDictOptions(full_state_dict=True, cpu_offload=True)
+state = get_model_state_dict(model, options=whole_model)  # gathers: all processes must call it
 if rank == 0:
     model.save_pretrained(args.output, state_dict=state)
     tokenizer.save_pretrained(args.output)

@@ -31,8 +31,8 @@ args = options("Unlearn with TRL's DPOTrainer.", "out/trl_dpo").parse_args()
 model, tokenizer, _, _ = load(args)
 with open(args.forget, encoding="utf-8") as lines:
     rows = [json.loads(line) for line in lines]
-refusal = " I do not know."
-pairs = [{"prompt": f"Question: {row['question']}\nAnswer:", "chosen": refusal, "rejected": f" {row['answer']}"} for row in rows]
+prompts = [f"Question: {row['question']}\nAnswer:" for row in rows]
+pairs = [{"prompt": p, "chosen": " I do not know.", "rejected": f" {row['answer']}"} for p, row in zip(prompts, rows)]
 training = trl.DPOConfig(
     args.output,
     max_steps=args.steps,
@@ -52,8 +52,8 @@ trainer = FusedDPOTrainer(
     soul_args={"max_grad_norm": 1.0},
 )
 batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-fused, plain = (lambda f=f: f(trainer, model, dict(batch)).backward()
-                for f in (FusedDPOTrainer.compute_loss, trl.DPOTrainer.compute_loss))  # fmt: skip
+fused = lambda: trainer.compute_loss(model, dict(batch)).backward()  # noqa: E731
+plain = lambda: trl.DPOTrainer.compute_loss(trainer, model, dict(batch)).backward()  # noqa: E731  TRL's own way
 compare("loss and gradients", fused, plain, model.zero_grad)
 trainer.train()
 trainer.save_model()

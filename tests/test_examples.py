@@ -213,7 +213,7 @@ def test_open_unlearning_trains_with_its_command_line(tmp_path, run, monkeypatch
     """In a checkout whose train.py and trainers are stand-ins; with its own: tests/clients/test_open_unlearning.py."""
     sources = dict(OPEN_UNLEARNING)
     sources["trainer"] = sources["trainer"].partition("from soul.")[0]  # without our lines: the script registers the trainers
-    loss = "raise AssertionError(\"the loss is to be SOUL's\")"
+    loss = 'raise AssertionError("the loss is to be SOUL\'s")'
     assert loss in sources["trainer.unlearn.grad_diff"]
     sources["trainer.unlearn.grad_diff"] = sources["trainer.unlearn.grad_diff"].replace(
         loss, "return self.alpha * model(**inputs['retain']).loss - self.gamma * model(**inputs['forget']).loss"
@@ -221,7 +221,8 @@ def test_open_unlearning_trains_with_its_command_line(tmp_path, run, monkeypatch
     for name, source in {**sources, "train": TRAIN.replace("FOLDER", repr(str(tmp_path / "out")))}.items():
         parts = name.split(".")
         is_package = any(other.startswith(f"{name}.") for other in sources)
-        path = tmp_path.joinpath("src", *parts, "__init__.py") if is_package else tmp_path.joinpath("src", *parts).with_suffix(".py")
+        file = tmp_path.joinpath("src", *parts)
+        path = file / "__init__.py" if is_package else file.with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -310,3 +311,17 @@ def test_the_average_of_the_optimizer_page_has_all_bits():
     exec(code, names)
     average = names["average"].module.weight
     assert average.dtype == torch.float32 and not torch.equal(average, average.bfloat16().float())
+
+
+def test_the_code_of_the_page_from_adamw(monkeypatch, without_kernels):
+    """One line is another, then SophiaG's loop runs; h is refreshed in the first of its steps."""
+    one_line, loop = code_of("docs/from-adamw.md")
+    torch.manual_seed(0)
+    model = tiny_model()
+    names = {"model": model}
+    exec(one_line, names)
+    assert type(names["optimizer"]) is soul.SOUL
+    before = [parameter.clone() for parameter in model.parameters()]
+    batches = [{"forget": batch_side(), "retain": batch_side()} for _ in range(2)]
+    exec(loop, names | {"batches": batches, "objective": soul.losses.GradDiff()})
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters()))

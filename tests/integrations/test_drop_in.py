@@ -135,8 +135,9 @@ def trainer_of(folder, base, model, options):
     """Return a Trainer of four steps on random tokens; ``options`` makes its further arguments of the TrainingArguments."""
     transformers = pytest.importorskip("transformers")
     args = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, weight_decay=0.1, warmup_steps=2,
-        max_grad_norm=0.0, report_to="none", logging_strategy="no", save_strategy="no", use_cpu=True, disable_tqdm=True,
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-3, weight_decay=0.1,
+        warmup_steps=2, max_grad_norm=0.0, report_to="none", logging_strategy="no", save_strategy="no", use_cpu=True,
+        disable_tqdm=True,
     )  # fmt: skip
     torch.manual_seed(3)
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(2, 300, (8, 10)).tolist()]
