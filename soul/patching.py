@@ -90,10 +90,6 @@ def patch(
     if any(isinstance(forward, FusedForward) for _, forward in _forwards(target)):
         raise argument_error("model", "one that is not patched", "a patched one", "call soul.unpatch(model) first")
     _check_not_compiled(model, target)
-    loss_function = getattr(target, "loss_function", None)
-    if loss_function is not require("transformers.loss.loss_utils", "hf").ForCausalLMLoss:
-        got = f"{getattr(loss_function, '__name__', loss_function)} of {type(target).__name__}"
-        raise argument_error("model", "a model with transformers' ForCausalLMLoss", got, UNSUPPORTED)
     forward = FusedForward(target, causal_lm.bare(model), objective, ref_model, return_logits)
     forward.try_out()
     target.forward = forward
@@ -183,6 +179,8 @@ class FusedForward:
         self._ref_model = ref_model
         self._return_logits = return_logits
         self._head = _HeadKind.of(model)
+        self._plain_loss = require("transformers.loss.loss_utils", "hf").ForCausalLMLoss
+        self._check_loss_function()
         parameters = [p.replace(annotation=p.empty) for p in inspect.signature(self.plain).parameters.values()]
         self._names = [p.name for p in parameters]
         self.__signature__ = _signature(parameters, objective)
@@ -239,6 +237,13 @@ class FusedForward:
             expected_loss = f"the loss of its own forward, {expected.item():.4g}"
             raise argument_error("model", expected_loss, f"{got.item():.4g} in {family}", UNSUPPORTED)
 
+    def _check_loss_function(self) -> None:
+        """Raise unless the model's loss is the one that is fused; a user may have set another one, also after the patch."""
+        loss_function = getattr(self._model, "loss_function", None)
+        if loss_function is not self._plain_loss:
+            got = f"{getattr(loss_function, '__name__', loss_function)} of {type(self._model).__name__}"
+            raise argument_error("model", "a model with transformers' ForCausalLMLoss", got, UNSUPPORTED)
+
     def _fused(
         self,
         inputs: dict[str, Any],
@@ -253,6 +258,7 @@ class FusedForward:
             remedy = "call soul.unpatch(model) and soul.patch(model) again, and make the optimizer anew"
             got = f"{list(head_kind.shape)} of {type(head_layer(self._model)).__name__}"
             raise argument_error("model", f"the head that was patched, {list(self._head.shape)}", got, remedy)
+        self._check_loss_function()
         op_labels = _op_labels(inputs)
         options = {} if objective is None else self._options(objective, inputs, per_sequence, op_labels)
         logits_kept: list[Tensor] = []
@@ -383,11 +389,15 @@ def _check_inputs(
 @contextlib.contextmanager
 def _loss_function_replaced(model: "PreTrainedModel", function: Callable[..., Tensor]) -> Iterator[None]:
     """Set ``model.loss_function`` within the ``with`` block."""
+    before = vars(model).get("_loss_function")
     model.loss_function = function
     try:
         yield
     finally:
-        vars(model).pop("_loss_function")  # there was none: `patch` has seen transformers' own
+        if before is None:
+            vars(model).pop("_loss_function")  # what transformers sets; torch.compile knows no other way to remove it
+        else:
+            model.loss_function = before
 
 
 def _target(model: torch.nn.Module) -> "PreTrainedModel":

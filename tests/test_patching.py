@@ -14,6 +14,7 @@ import soul
 from soul import losses
 from soul.models import causal_lm, head_call
 from tests.distributed.test_processes import run
+from tests.support.helpers import peak_bytes
 from tests.support.models import lora_model, tiny_model
 from tests.test_model_loss import (
     FAMILIES,
@@ -29,6 +30,7 @@ from tests.test_model_loss import (
 )
 
 transformers = pytest.importorskip("transformers")
+ForCausalLMLoss = pytest.importorskip("transformers.loss.loss_utils").ForCausalLMLoss
 peft = pytest.importorskip("peft")
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "drop-in.md"
@@ -338,6 +340,22 @@ def test_reference_from_the_batch_or_from_adapters_that_are_off():
             model(**batch)
 
 
+def test_memory_of_a_step():
+    """The plain forward keeps logits of all tokens, 32 MiB, and their gradient."""
+    sizes = FAMILIES["llama"] | dict(vocab_size=32768)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
+    ids = torch.randint(3, 32768, (4, 64))
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        model.zero_grad()
+
+    plain = peak_bytes(step, torch.device("cpu"))
+    with soul.fused(model):
+        patched = peak_bytes(step, torch.device("cpu"))
+    assert patched <= 0.6 * plain, f"{patched / 2**20:.0f} MiB, and {plain / 2**20:.0f} MiB"
+
+
 @pytest.fixture
 def fresh_accelerate():
     """Reset accelerate's state, which is global."""
@@ -593,6 +611,16 @@ def test_a_head_that_is_tied_or_quantized_later():
     model.lm_head.weight = model.model.embed_tokens.weight
     soul.unpatch(model)
     check_loss_and_gradients(model, got, model(**BATCH).loss)
+
+
+def test_a_loss_function_that_is_set_later():
+    model = soul.patch(model_of("llama"), return_logits=False)
+    model.loss_function = ForCausalLMLoss  # the same one
+    model(**BATCH)
+    assert vars(model)["_loss_function"] is ForCausalLMLoss
+    model.loss_function = F.cross_entropy
+    with pytest.raises(ValueError, match="expected a model with transformers' ForCausalLMLoss, got cross_entropy of Llama"):
+        model(**BATCH)
 
 
 def test_adapters_with_a_trained_head_after_the_patch():
