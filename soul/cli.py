@@ -16,7 +16,7 @@ from soul.commands import ask, demo, evaluate, info, init, memorize, plan, push,
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
 from soul.hub.push import NotPushed
-from soul.output import console
+from soul.output import console, notices, progress
 from soul.run.loop import Diverged
 from soul_kernels.errors import ArgumentError, argument_error
 
@@ -68,7 +68,9 @@ def _status(words: list[str]) -> int:
         if launched() > 1 and command not in RUNS:
             expected = " or ".join(f"'soul {name}'" for name in RUNS)
             raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
-        status = args.run(args)
+        is_first = launched() == 1 or int(os.environ["RANK"]) == 0
+        with notices.filtered(), progress.shown(is_first):
+            status = args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,7 @@ from typing import Any
 from soul._extras import require
 from soul.hub.card import has_card, hub_name, without_directories, write_card
 from soul.output.directory import CARD_FILE, REPORT_FILES
+from soul.output.progress import task
 from soul_kernels.errors import ArgumentError, argument_error
 
 ADAPTERS = "adapter_config.json"
@@ -111,7 +112,8 @@ def upload(directory: pathlib.Path, repository: str, *, report: bool = False) ->
         stale = {name for name in api.list_repo_files(repository) if _is_ours(name)} - contents.keys()
         operations = [hub.CommitOperationAdd(name, content) for name, content in contents.items()]
         operations += [hub.CommitOperationDelete(name) for name in sorted(stale)]
-        api.create_commit(repository, operations, commit_message="Upload a model of soul-kernels")
+        with task("push to the hub"):
+            api.create_commit(repository, operations, commit_message="Upload a model of soul-kernels")
     except Exception as error:  # of the hub, the network or a library: the model is saved, and nothing else is lost
         again = f"soul push {shlex.quote(str(directory))} {repository}"
         where = f"the model is saved in {directory}, and was not pushed to {repository}"

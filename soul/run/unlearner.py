@@ -38,6 +38,7 @@ from soul.output.directory import (
     restore,
     write_in_place,
 )
+from soul.output.progress import shown
 from soul.run.config import UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
 from soul.run.measures import AimData, Measures, split_control
@@ -264,7 +265,7 @@ class Unlearner:
             options: a dict to be kept as ``soul_config.json``.
             samples: keep what `soul.report.run` shows in ``report.json``: the environment, and what the model says before and
                 after (`soul.run.notes`), and every so many steps if this is not 0. None: nothing.
-            progress: show a progress bar on stderr.
+            progress: show on stderr how far the run is: bars in a terminal, otherwise a line every half minute.
             report_to: "tensorboard", "wandb", "trackio", "mlflow": trackers that get the log's numbers as well. One that fails
                 is turned off with a line on stderr.
 
@@ -301,6 +302,7 @@ class Unlearner:
             remedy = "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", f"a finished model in {directory}", remedy)
         with (
+            shown(progress and processes.first),
             processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file,
             Trackers(report_to if processes.first else (), directory, options) as trackers,  # ended after the model is saved
         ):
