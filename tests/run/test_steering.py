@@ -115,7 +115,7 @@ def test_parts_of_the_control_rows_tell_of_all_of_them(known, tokenizer, monkeyp
     steering = Steering(known, objective, config, measures, feed, 1.0)
     assert len(measures.control_parts_start) == 3
     assert measures.control_by_parts(measures.control_parts_start) == measures.target.control_start
-    now = [0.5, 0.8, 0.8]
+    now = [share * start for share, start in zip((0.6, 0.4, 0.4), measures.control_parts_start)]
     monkeypatch.setattr(measures, "control_part", now.__getitem__)
     exact = measures.control_by_parts(now)
     steering._measure_next_part()
@@ -265,7 +265,7 @@ def test_where_the_aim_comes_from(known, tokenizer):
     with pytest.raises(ArgumentError, match=r"^aim: expected a forget probability above the aim, 0.999 \(as given\), got "):
         source(rows[:4], aim="forget_prob=0.999")
     with pytest.raises(ArgumentError, match="does the model know these rows, asked with this template"):
-        source([Example(row.prompt, rows[i - 1].answer) for i, row in enumerate(rows[:6])])
+        source([Example(rows[0].prompt, rows[1].answer), Example(rows[1].prompt, rows[0].answer)])  # the other's is right
     assert len(swapped_answers(rows)) == CHANCE_PAIRS
     assert all(pair.answer != row.answer for pair, row in zip(swapped_answers(rows), rows))
     alike = [Example(row.prompt, " Yes.") for row in rows[:4]]
