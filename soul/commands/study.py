@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from soul.study.config import PRESETS
     from soul.study.data import tofu_data
-    from soul.study.run import check_ready
+    from soul.study.run import check_ready, run_study
     from soul_kernels.errors import check_choice
 
     check_choice("preset", args.preset, ("laptop", "tofu"))
@@ -37,24 +37,25 @@ def run(args: argparse.Namespace) -> None:
     changes: dict[str, Any] = {name: tuple(values) for name, values in lists.items() if values is not None}
     config = dataclasses.replace(PRESETS[args.preset], device=args.device, backend=args.backend, **changes)
     output = check_ready(args.output, config)
-    run_and_report(output, tofu_data(args.data, config), config, "Second order against first order on TOFU")
+    data = tofu_data(args.data, config)
+    show(output, data, config, run_study(output, data, config), "Second order against first order on TOFU")
 
 
-def run_and_report(output: pathlib.Path, data: "StudyData", config: "StudyConfig", title: str) -> None:
-    """Run a study, write its report, and print a summary.
+def show(output: pathlib.Path, data: "StudyData", config: "StudyConfig", results: dict[str, Any], title: str) -> None:
+    """Write the report of a study, and print a summary.
 
     Args:
         output: directory of the study.
         data: rows of the study.
         config: sizes, grids and seeds of the study.
+        results: the return value of `soul.study.run.run_study`, and what `soul.study.report.report` takes beside it.
         title: title of the report.
     """
     from soul.report.write import attempt
     from soul.study.report import summary, table, write_html_report, write_report
     from soul.study.results import Results
-    from soul.study.run import Study, run_study
+    from soul.study.run import Study
 
-    results = run_study(output, data, config)
     path = write_report(Study(output, data, config), results, title=title)
     by_run = Results(results)
     print(f"\n{table(by_run)}\n\n{summary(by_run)}\n\n{attempt(lambda: write_html_report(output, results, title=title))}")

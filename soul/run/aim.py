@@ -7,10 +7,11 @@ where both begin.
 
 How the controller works: alpha is the multiplier of the constraint "keep". At every evaluation it is raised while the control
 rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
-logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim. Where a model
-is worse off than before unlearning, so much is lost of the control rows, it goes back to the nearest point with a lower
-learning rate. Once both halves hold at two evaluations in a row, the aim is reached. Everything is a function of the
-evaluations, so a resumed run decides alike.
+logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim, unless they
+come too slowly. Where a model is worse off than before unlearning, so much is lost of the control rows, or where the forget
+rows fall much faster than wanted, it goes back to the nearest point with a lower learning rate and a new optimizer. Once both
+halves hold at two evaluations in a row, the aim is reached. Everything is a function of the evaluations, so a resumed run
+decides alike.
 
 Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
 on which a resumed run rests.
@@ -37,7 +38,7 @@ TREND = 0.5  # of the last change of the control probability: how much of it is 
 END = 0.25  # fraction of all steps over which the learning rate falls at the end
 CALM = 0.8  # of the learning rate, at every evaluation that finds the control rows below their level without recovering
 CALM_GAIN = 0.9  # of what was missing: more than this is no recovery
-LONGEST_CALM = 3.0  # to this fraction of the first learning rate, at least
+LONGEST_CALM = 4.0  # to this fraction of the first learning rate, at least
 LOST = 1.1  # distance from which the run goes back; the model before unlearning has 1
 BACK_FACTOR = 2.0  # between the learning rates before and after going back
 MAX_BACKS = 4
@@ -48,11 +49,21 @@ PACES = (0.01, 0.2)  # of the way that a step of the pilot is to forget
 CLOSE = 1.5  # a try within this factor of it ends the search
 LR_FACTOR = 10.0  # between the learning rates of two tries, at most
 ALPHA_FACTOR = 4.0  # between the alphas of two tries
-ALPHA_RANGE = (1.0, 16.0)  # of alpha, relative to its start
+ALPHA_RANGE = (1 / 16, 64.0)  # of alpha, relative to its start
+FADING = 0.5  # fraction of the way from which on alpha may fall below its start, since forget terms fade as they succeed
 HURRY = 1.3  # of the learning rate, at an evaluation with room that finds the forget rows too slow to come in time
 MOST_HURRY = 10.0  # times the first learning rate, at most
+LOWER_IF_SLOW = 0.25  # of a halving of alpha, at least, at an evaluation with room that finds them so
+CATCH_UP = 2.0  # near the aim: of the fraction of the learning rate, at such an evaluation
+HASTE = 2.0  # times the wanted pace: what is faster goes back too, since the next steps would go too far
 IN_TIME = 0.5  # fraction of the steps to come within which the forget rows should come to their aim
 KEEP_WEIGHT = 4.0  # of a loss of control probability against what is left to forget, in `Target.distance`
+
+
+def wanted_pace(steps: int) -> float:
+    """Return the fraction of the way that a step is to forget at first, in a run of so many steps."""
+    slowest, fastest = PACES
+    return min(fastest, max(slowest, WAY_STEPS / steps))
 
 
 def parse_aim(text: str | None) -> float | str | None:
@@ -128,6 +139,7 @@ class Controller:
         alpha: the weight of the retain term at the start.
         warmup: steps over which the learning rate rises.
         steps: steps of the whole run, at most.
+        interval: steps from one evaluation to the next, as a rule; alpha moves less after fewer.
 
     Attributes:
         lr: the highest learning rate; the pilot may set it before the first step.
@@ -151,8 +163,9 @@ class Controller:
         "_step",
     )
 
-    def __init__(self, target: Target, *, lr: float, alpha: float, warmup: int, steps: int) -> None:
+    def __init__(self, target: Target, *, lr: float, alpha: float, warmup: int, steps: int, interval: float = 1.0) -> None:
         self.target = target
+        self.interval = interval
         self.begin(lr, alpha)
         self.warmup = warmup
         self.steps = steps
@@ -160,7 +173,7 @@ class Controller:
         self.in_a_row = 0
         self.backs = 0
         self._slack = target.slack(target.control_start)  # at the last evaluation, like the two that follow
-        self._left = 1.0
+        self._left: float | None = 1.0  # None after going back
         self._step = 0
         self._risen_from = 0  # the step after which the learning rate began to rise
 
@@ -173,7 +186,7 @@ class Controller:
         """Return the learning rate of a step, counted from 1."""
         rise = min(1.0, (step - self._risen_from) / max(1, self.warmup))
         end = min(1.0, max(SLOWEST, (self.steps - step) / (END * self.steps)))
-        return self.lr * min(rise, end) * self.fall
+        return self.lr * min(rise * self.fall, end)
 
     def observe(self, step: int, forget_prob: float, control_prob: float | None, *, exact: bool = True) -> bool:
         """Take an evaluation into account: choose alpha and learning rate of the steps that follow.
@@ -193,40 +206,49 @@ class Controller:
         slack = target.slack(control_prob)
         room = max(1.0 - target.keep, 0.02)
         low, high = (factor * self.alpha_start for factor in ALPHA_RANGE)
-        if target.distance(forget_prob, control_prob) > LOST and self.backs < MAX_BACKS:
+        if left > FADING:
+            low = self.alpha_start
+        pace = 0.0 if self._left is None else (self._left - left) / max(1, step - self._step)
+        is_hasty = left > 0 and pace > HASTE * wanted_pace(self.steps)
+        is_lost = target.distance(forget_prob, control_prob) > LOST or is_hasty
+        if is_lost and self.backs < MAX_BACKS:
             self.backs += 1
-            self.lr /= BACK_FACTOR
+            self.lr_start /= BACK_FACTOR
+            self.lr = min(self.lr / BACK_FACTOR, self.lr_start)
             self.alpha = min(high, 2 * self.alpha)
             self.fall = 1.0
             self.in_a_row = 0
             self._risen_from = step
             self._slack = room
-            self._left = 1.0
+            self._left = None
             self._step = step
             return True
         doublings = 0.0
         expected = slack + TREND * (slack - self._slack)
         recovers = slack >= CALM_GAIN * self._slack
+        too_slow = self._left is not None and left > 0 and expected > 0 and pace * IN_TIME * (self.steps - step) < left
         if slack < 0:
             doublings = min(RAISE, max(0.25 if left > 0 else 1.0, -expected / room))
         elif left > 0:
             doublings = max(-LOWER, min(RAISE, -LOWER * expected / room))
-            pace = (self._left - left) / max(1, step - self._step)
-            too_slow = pace * IN_TIME * (self.steps - step) < left
-            if too_slow and left > NEAR and expected > 0 and step >= self._risen_from + self.warmup:
-                self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
+            if too_slow and step >= self._risen_from + self.warmup:
+                doublings = min(doublings, -LOWER_IF_SLOW)
+                if left > NEAR:
+                    self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
         else:  # to forget beyond the aim costs rows that nobody measures
             doublings = RAISE * min(1.0, -left / NEAR)
         if slack < 0 and not recovers and self.alpha >= high / 2:  # alpha alone does not help: the steps are too long
             self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
         self._slack = slack
         self._left = left
+        doublings *= min(1.0, (step - self._step) / self.interval)  # what the last change has done must show before the next
         self.alpha = min(high, max(low, self.alpha * 2.0**doublings))
         self._step = step
         if left > NEAR:
             self.fall = 1.0
         elif slack >= 0:
-            self.fall = max(SLOWEST, left / NEAR)
+            least = CATCH_UP * self.fall if too_slow else SLOWEST
+            self.fall = min(1.0, max(least, left / NEAR))
         elif left > 0:
             self.fall = max(RECOVERY, left / NEAR)
         else:
@@ -285,9 +307,8 @@ class Search:
     def __init__(
         self, target: Target, *, lr: float, alpha: float, steps: int, tries: int = MAX_TRIES, way: float | None = None
     ) -> None:
-        slowest, fastest = PACES
         way = math.log(target.forget_start / target.aim) if way is None else way
-        self.wanted = way * min(fastest, max(slowest, WAY_STEPS / steps))
+        self.wanted = way * wanted_pace(steps)
         self.max_tries = tries
         self.lowest_kept = 1.0 - (1.0 - target.keep) / 2
         self.tries: list[Try] = []

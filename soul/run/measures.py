@@ -9,6 +9,7 @@ end of the text included.
 """
 
 import dataclasses
+import operator
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 CONTROL_SHARE = 0.1  # of the retain rows
 CONTROL_ROWS = (8, 64)  # at least, at most
-CONTROL_SAMPLE = 16  # control rows of an evaluation that only steers
+CONTROL_PART = 16  # control rows of an evaluation that only steers, at most
 SAMPLE = 64  # forget rows of an evaluation; the others are looked at only if these have reached the aim
 ANSWERS = 16  # the same where answers are generated
 REFUSED_AIM = 0.1  # of the forget questions may still be answered
@@ -121,7 +122,8 @@ class Measures:
     Attributes:
         target: the `Target`, measured on the model before unlearning.
         control_tokens: number of tokens of the control rows.
-        control_sample_tokens: number of tokens of those of an evaluation that only steers.
+        control_part_tokens: number of tokens of the largest part of them.
+        control_parts_start: probability of each part at the start.
         sample_tokens: number of tokens of the forget rows of an evaluation.
         chance: probability of answers that belong to other questions; None without any.
         refuses: whether the method teaches refusals, so that answers are generated at every evaluation.
@@ -161,9 +163,10 @@ class Measures:
         self._sample = encoded(drawn[:n_sample], "forget")
         self._rest = encoded(drawn[n_sample:], "forget")
         self._control = encoded(data.control, "control")
-        self._control_sample = self._control[:: -(-len(self._control) // CONTROL_SAMPLE) or 1]
+        n_parts = -(-len(self._control) // CONTROL_PART)
+        self._control_parts = [self._control[part::n_parts] for part in range(n_parts)]
         self.control_tokens = _tokens(self._control)
-        self.control_sample_tokens = _tokens(self._control_sample)
+        self.control_part_tokens = max(map(_tokens, self._control_parts), default=0)
         self.sample_tokens = _tokens(self._sample)
         if self.refuses:
             for sequences, rows in (([*self._sample, *self._rest], drawn), (self._control, data.control)):
@@ -171,8 +174,8 @@ class Measures:
             self.control_tokens += NEW_TOKENS * len(self._control)
             self.sample_tokens += NEW_TOKENS * len(self._sample)
         forget_start = self.forget_all()
+        self.control_parts_start = [self.control_part(part) for part in range(n_parts)]
         control_start = self.control()
-        self._control_sample_start = self._probability(self._control_sample) if self._control else None
         wrong = data.wrong[:CHANCE_PAIRS] if data.wrong else swapped_answers(drawn)
         self.chance = self._probability(encoded(wrong, "forget")) if wrong else None
         aim = parse_aim(config.aim)
@@ -224,16 +227,22 @@ class Measures:
         """Return the probability of the control rows; None without any."""
         return self._value(self._control) if self._control else None
 
-    def control_kept(self) -> float:
-        """Return the answer probability of some control rows over theirs at the start; 1 without any."""
-        start = self._control_sample_start
-        return self._probability(self._control_sample) / start if start else 1.0
+    def control_part(self, part: int) -> float:
+        """Return the answer probability of one part of the control rows, counted from 0."""
+        return self._probability(self._control_parts[part])
 
-    def control_by_sample(self) -> float | None:
-        """Return an estimate of `control`: its start, times the probability of some of the rows over theirs at the start."""
+    def control_kept(self) -> float:
+        """Return the answer probability of the first part of the control rows over that at the start; 1 without any."""
+        start = self.control_parts_start[0] if self.control_parts_start else 0.0
+        return self.control_part(0) / start if start else 1.0
+
+    def control_by_parts(self, probabilities: list[float]) -> float | None:
+        """Return an estimate of `control`: its start, times the probability of the parts over theirs at the start."""
         if self.target.control_start is None:
             return None
-        return self.target.control_start * self.control_kept()
+        sizes = [len(part) for part in self._control_parts]
+        now, start = (sum(map(operator.mul, sizes, values)) for values in (probabilities, self.control_parts_start))
+        return self.target.control_start * (now / start if start else 1.0)
 
     def mean_logp(self, sequences: list[Sequence]) -> float:
         """Return the mean over sequences of the mean log-probability of their labels."""

@@ -73,7 +73,7 @@ def run_pilot(
     budget = PILOT_SHARE * total_steps * step_passes
 
     def cost(steps: int) -> int:
-        return steps * step_passes + sum(check_passes[:steps]) + measures.control_sample_tokens
+        return steps * step_passes + sum(check_passes[:steps]) + measures.control_part_tokens
 
     fitting = [n for n in range(1, len(firsts) + 1) if MAX_TRIES * cost(n) + sum(check_passes[:n]) <= budget]
     n_steps = max(fitting, default=1)

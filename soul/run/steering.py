@@ -8,7 +8,7 @@ from soul.losses import Objective
 from soul.run.aim import EVALUATION_SHARE, Controller, verdict
 from soul.run.config import UnlearnConfig
 from soul.run.feed import Feed
-from soul.run.measures import Measures
+from soul.run.measures import SAMPLE, Measures
 from soul.run.pilot import TRAINING_PASSES, Event, Tensors, restore, run_pilot, snapshot
 
 if TYPE_CHECKING:
@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
+ALIKE = 0.5  # of the way: before that the forget rows are alike, and the batches since the last evaluation say most
 SUDDEN = 0.2  # of the way, by the batches of two steps: an evaluation is due earlier
 FINER = 0.01  # a point must be nearer by this much to be kept in place of another
 LONGEST_WARMUP = 10  # steps
 MARGIN = 0.01  # of the start of the control rows: so far below their level an estimate may be and hold all the same
+SHARED_NEWS = 0.5  # of the change of one part of the control rows: how much of it the others are thought to have changed
 LIKELY = 1.1  # of the aim: below it, by the batches of the last steps, the forget rows themselves are evaluated
 
 
@@ -27,8 +29,9 @@ class Steering:
     """Steers the run of a model towards its aim.
 
     Passes over tokens are counted: three for a token of a step, one for a token of an evaluation. An evaluation is due when it
-    fits into a tenth of the passes of the steps so far. It takes the control rows; the forget rows are judged by their
-    probability in the batches since the last evaluation, and measured only when these have come to the aim.
+    fits into a tenth of the passes of the steps so far. It takes one part of the control rows after the other, since no part
+    falls as all of them do. The forget rows are judged by their probability in the batches of the last steps, as many as show
+    each of them once, and are measured only when these have come to the aim; all control rows are, if the forget rows hold.
 
     Args:
         model: the model before its first step.
@@ -60,20 +63,27 @@ class Steering:
         self._steps = len(feed.order())
         warmup = min(LONGEST_WARMUP, round(self._steps * config.warmup_ratio))
         _, examples, retained = next(feed.order())
-        between = (measures.control_sample_tokens or measures.sample_tokens) / (
+        between = (measures.control_part_tokens or measures.sample_tokens) / (
             EVALUATION_SHARE * TRAINING_PASSES * feed.n_tokens(examples, retained)
         )
         warmup = max(warmup, min(round(2 * between), self._steps // 6))  # two evaluations see it rise
-        self._controller = Controller(measures.target, lr=config.lr, alpha=alpha, warmup=warmup, steps=self._steps)
+        self._controller = Controller(
+            measures.target, lr=config.lr, alpha=alpha, warmup=warmup, steps=self._steps, interval=between
+        )
         self.events: list[Event] = []
         self.went_back = False
         self._tokens = 0
         self._evaluated = 0
-        self._seen: list[float] = []  # probability of the forget rows of each step since the last evaluation
+        epoch = max(1, self._steps // config.epochs)
+        self._window = min(epoch, -(-SAMPLE // len(examples)))  # steps that show the forget rows, or SAMPLE of them, once
+        self._seen: list[float] = []  # probability of the forget rows of each of these steps
+        self._parts = list(measures.control_parts_start)  # probability of each part of the control rows, as far as it is known
+        self._next_part = 0
         self._last_seen = measures.target.forget_start  # of the last step before the last evaluation
         self._nearest: Tensors = {}
         self._nearest_step = 0
         self._nearest_distance = 1.0  # that of the model before unlearning
+        self._nearest_parts = list(self._parts)
 
     def begin(self) -> None:
         """Keep the weights as the first point to go back to, and find learning rate and alpha to begin with.
@@ -112,13 +122,16 @@ class Steering:
         self.went_back = False
         measures = self._measures
         self._tokens += n_tokens
-        self._seen.append(record["batch_forget_prob"])
+        self._seen = [*self._seen, record["batch_forget_prob"]][-self._window :]
         is_last = record["step"] == self._steps
         target = measures.target
         seen = sum(self._seen) / len(self._seen)
-        cost = measures.control_sample_tokens or measures.sample_tokens
+        if target.left(seen) > ALIKE:
+            latest = self._seen[self.events[-1]["step"] - record["step"] :]
+            seen = sum(latest) / len(latest)
+        cost = measures.control_part_tokens or measures.sample_tokens
         if measures.refuses:
-            cost = measures.control_sample_tokens + measures.sample_tokens
+            cost = measures.control_part_tokens + measures.sample_tokens
         budget = EVALUATION_SHARE * TRAINING_PASSES * self._tokens
         is_due = self._evaluated + cost <= budget
         is_sudden = (
@@ -132,16 +145,16 @@ class Steering:
         if measures.refuses:  # the batches have refusals for answers
             forget_prob = measures.forget()
             self._evaluated += measures.sample_tokens
-        control_prob = measures.control_by_sample()
-        self._evaluated += measures.control_sample_tokens
+        self._measure_next_part()
+        control_prob = measures.control_by_parts(self._parts)
         may_hold = forget_prob <= LIKELY * target.aim and target.slack(control_prob) >= -MARGIN
         exact = is_last or not measures.control_tokens or may_hold
         if exact:
             forget_prob = measures.forget()
-            control_prob = measures.control()
-            self._evaluated += measures.control_tokens + measures.sample_tokens
+            self._evaluated += measures.sample_tokens
+            if is_last or forget_prob <= target.aim:
+                control_prob = self._measure_control()
         self._last_seen = self._seen[-1]
-        self._seen.clear()
         event: Event = {
             "event": "aim",
             "step": record["step"],
@@ -156,6 +169,8 @@ class Steering:
         self._note_nearest(record["step"], target.distance(forget_prob, control_prob))
         if self._controller.observe(record["step"], forget_prob, control_prob, exact=exact) and not is_last:
             restore(self._model, self._nearest)
+            self._parts = list(self._nearest_parts)
+            self._seen.clear()  # of weights that were given up
             self.went_back = True
             event["back_to"] = self._nearest_step
         if self._controller.reached:
@@ -164,12 +179,37 @@ class Steering:
         self.events.append(event)
         return event
 
+    def _measure_next_part(self) -> None:
+        """Measure one part of the control rows; what it tells of the others, which fall with it, is half believed.
+
+        If the probabilities stay, this comes to the value of each part, whatever share of the news the others are given.
+        """
+        if not self._parts:
+            return
+        part = self._next_part
+        value = self._measures.control_part(part)
+        news = value - self._parts[part]
+        self._parts = [min(1.0, max(0.0, other + SHARED_NEWS * news)) for other in self._parts]
+        self._parts[part] = value
+        self._next_part = (part + 1) % len(self._parts)
+        self._evaluated += self._measures.control_part_tokens
+
+    def _measure_control(self) -> float | None:
+        """Measure all control rows."""
+        measures = self._measures
+        self._evaluated += measures.control_tokens
+        if measures.refuses:
+            return measures.control()
+        self._parts = [measures.control_part(part) for part in range(len(self._parts))]
+        return measures.control_by_parts(self._parts)
+
     def _note_nearest(self, step: int, distance: float) -> None:
         """Keep the weights if no evaluated point was as near to the aim."""
         if distance < self._nearest_distance - FINER or distance == 0:  # where the aim holds, the last point counts
             self._nearest = snapshot(self._model)
             self._nearest_step = step
             self._nearest_distance = distance
+            self._nearest_parts = list(self._parts)
 
     def end(self, step: int) -> Event:
         """Put the nearest point back if the run has not reached its aim; return the verdict on the model.
@@ -196,6 +236,9 @@ class Steering:
             "evaluated": self._evaluated,
             "seen": self._seen,
             "last_seen": self._last_seen,
+            "parts": self._parts,
+            "next_part": self._next_part,
+            "nearest_parts": self._nearest_parts,
             "nearest": self._nearest,
             "nearest_step": self._nearest_step,
             "nearest_distance": self._nearest_distance,
@@ -209,6 +252,9 @@ class Steering:
         self._evaluated = state_dict["evaluated"]
         self._seen = state_dict["seen"]
         self._last_seen = state_dict["last_seen"]
+        self._parts = state_dict["parts"]
+        self._next_part = state_dict["next_part"]
+        self._nearest_parts = state_dict["nearest_parts"]
         self._nearest = state_dict["nearest"]
         self._nearest_step = state_dict["nearest_step"]
         self._nearest_distance = state_dict["nearest_distance"]

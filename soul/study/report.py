@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from soul.output.files import write_text
-from soul.report.page import OPEN, Page, Prose, Section
+from soul.report.page import BAD, GOOD, MIXED, OPEN, Page, Prose, Section
 from soul.report.page import Verdict as PageVerdict
 from soul.report.write import write_html
+from soul.run.aim import summary as aim_summary
 from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS, Row, Verdict, chance
 from soul.study.pictures import draw
@@ -151,6 +152,31 @@ def _grid_cell(rows: Sequence[Row]) -> str:
     return f"{quality:.1f} / {retain_prob:.3f}"
 
 
+def aimed_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence on each run of ``soul unlearn`` with an aim: its verdict, and what it took."""
+    lines = []
+    for run in runs:
+        seconds = "" if run["seconds"] is None else f" in {run['seconds']:.0f} seconds"
+        name = run["optimizer"].upper() if run["optimizer"] != BASELINE else TITLES[BASELINE]
+        lines.append(f"{name}: {aim_summary(run)}. It took {run['steps']} steps{seconds}: `{run['directory']}/report.html`.")
+    return lines
+
+
+def _aimed(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the section on runs with an aim; "" without any."""
+    if not runs:
+        return ""
+    items = "\n".join(_wrapped(f"- {line}", indent="  ") for line in aimed_lines(runs))
+    return f"""## With an aim
+
+`soul unlearn` on the same model, given its files and the optimizer and no learning rate: it looks for that itself, and is led
+to its aim. Control rows are some of the retain rows, held out.
+
+{items}
+
+"""
+
+
 def observations(results: Results) -> str:
     """Return a list of further numbers: clipping, cost, and whether forgetting more makes forget quality worse."""
     lines = []
@@ -239,7 +265,7 @@ def report(content: Mapping[str, Any], *, title: str, pictures: str = "") -> str
 
 {computed}
 
-## The rules, fixed in advance
+{_aimed(content.get("aimed", ()))}## The rules, fixed in advance
 
 - Every optimizer has a grid of {points} points for every objective: learning rates times values of alpha, the
   weight of the retain term. Learning rates: {rates}; alpha: {alphas}. The influence update takes a
@@ -324,12 +350,26 @@ def write_html_report(output: pathlib.Path, content: Mapping[str, Any], *, title
         title: heading of the report.
     """
     lead, *parts = report(content, title=title).partition("\n")[2].split("\n## ")
-    lines = tuple(line.removeprefix("- ") for line in summary(Results(content)).splitlines())
+    verdict = _page_verdict(content)
     sections = [Section("What was done", (Prose(lead),))]
     for part in parts:
         heading, _, body = part.partition("\n")
         sections.append(Section(heading, (Prose(body, output),)))
-    return write_html(output, Page(title, "", PageVerdict(OPEN, "SOUL against AdamW", lines), (), tuple(sections)))
+    return write_html(output, Page(title, "", verdict, (), tuple(sections)))
+
+
+def _page_verdict(content: Mapping[str, Any]) -> PageVerdict:
+    """Return what comes first on the page: whether the runs with an aim have reached it or, without any, who has won."""
+    runs = content.get("aimed", ())
+    if not runs:
+        lines = tuple(line.removeprefix("- ") for line in summary(Results(content)).splitlines())
+        return PageVerdict(OPEN, "SOUL against AdamW", lines)
+    reached = sum(run["reached"] for run in runs)
+    if reached == len(runs):
+        outcome, headline = GOOD, "Aim reached"
+    else:
+        outcome, headline = (MIXED if reached else BAD), f"Aim reached in {reached} of {len(runs)} runs"
+    return PageVerdict(outcome, headline, tuple(line.replace("`", "") for line in aimed_lines(runs)))
 
 
 def _rounded(row: Row) -> Row:

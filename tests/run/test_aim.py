@@ -53,11 +53,29 @@ class Model:
         return math.exp(self.forget), math.exp(self.control)
 
 
-def steered(model, controller, every=4):
+class Known(Model):
+    """Rows known by heart: they give way late and then at once, and a forget term that fades as they are forgotten (NPO)."""
+
+    def __init__(self, fading):
+        super().__init__(forget=0.997, control=0.997)
+        self.first = self.forget
+        self.fading = fading
+
+    def step(self, lr, alpha):
+        fallen = self.first - self.forget
+        weight = 20.0 / (1 + math.exp(self.fading * fallen))
+        push = weight / (weight + alpha)
+        move = lr * push * (0.02 + min(1.0, fallen / 0.3))
+        self.forget -= move
+        self.control -= move * self.shared
+        self.control += lr * (1 - push) * min(0.05, self.start - self.control)
+
+
+def steered(model, controller, every=4, steps=STEPS):
     """Run a synthetic model; return the step at which the aim was reached, or None, and the evaluations."""
     seen = []
     nearest = (1.0, model.forget, model.control)
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         model.step(controller.lr_at(step), controller.alpha)
         if step % every:
             continue
@@ -84,6 +102,44 @@ def test_reaches_the_aim_and_keeps_the_control_rows(lr):
     assert not aim.holds(*seen[-3][1:3])  # it ends at the second such evaluation, not later
 
 
+@pytest.mark.parametrize("lr", [0.2, 0.6, 2.0])
+@pytest.mark.parametrize("fading", [0.5, 1.5, 3.0])
+def test_reaches_the_aim_where_the_forget_term_fades(lr, fading):
+    """Only an alpha below its start lets such a term go on: with it at its start the run stalls just above the aim."""
+    aim = target(aim=0.095, forget=0.997, control=0.997)
+    step, seen = steered(Known(fading), Controller(aim, lr=lr, alpha=10.0, warmup=10, steps=200), every=5, steps=200)
+    assert step is not None and aim.holds(*seen[-1][1:3])
+
+
+def test_near_the_aim_a_slow_run_with_room_speeds_up():
+    steering = controller()
+    steering.observe(8, 0.18, 0.66)
+    slow = steering.lr_at(12)
+    steering.observe(12, 0.179, 0.66)
+    assert steering.lr_at(13) > 1.5 * slow
+    steering.observe(16, 0.165, 0.66)  # fast enough now
+    assert steering.lr_at(17) < slow
+
+
+def test_rows_that_fall_too_fast_lead_back_with_a_lower_rate():
+    steering = controller(lr=1.0)
+    assert not steering.observe(4, 0.64, 0.66)
+    assert steering.observe(6, 0.3, 0.66)
+    assert steering.lr == 0.5 and steering.alpha > 10
+    assert not steering.observe(10, 0.3, 0.66)  # measured anew from the point that it went back to
+    steering = controller(lr=1.0)
+    assert not steering.observe(4, 0.1, 0.66)  # not if they have reached their aim
+
+
+def test_alpha_moves_less_after_fewer_steps():
+    alphas = []
+    for steps in (1, 4, 8):
+        steering = Controller(target(), lr=0.1, alpha=10.0, warmup=6, steps=STEPS, interval=4)
+        steering.observe(steps, 0.5, 0.55)
+        alphas.append(steering.alpha)
+    assert 10 < alphas[0] < alphas[1] == alphas[2]
+
+
 def test_alpha_rises_while_the_constraint_binds_and_falls_where_there_is_room():
     steering = controller()
     for step, control in ((4, 0.60), (8, 0.58)):
@@ -97,6 +153,9 @@ def test_alpha_rises_while_the_constraint_binds_and_falls_where_there_is_room():
     low, high = ALPHA_RANGE
     for step in range(24, 60, 4):
         steering.observe(step, 0.5, 0.70)
+    assert steering.alpha == steering.alpha_start
+    for step in range(24, 60, 4):  # half of the way is done
+        steering.observe(step, 0.3, 0.70)
     assert steering.alpha == low * steering.alpha_start
     steering.backs = MAX_BACKS  # no more going back
     for step in range(1, 60):

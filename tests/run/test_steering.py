@@ -12,9 +12,12 @@ from soul.data.examples import Example
 from soul.models.encoding import encode_for
 from soul.run.aim import EVALUATION_SHARE
 from soul.run.config import UnlearnConfig
+from soul.run.feed import Feed
 from soul.run.loop import Diverged, unlearn
 from soul.run.measures import CHANCE_PAIRS, AimData, Measures, is_refused, split_control, starting_alpha, swapped_answers
 from soul.run.pilot import TRAINING_PASSES
+from soul.run.prepare import prepare
+from soul.run.steering import Steering
 from soul_kernels.errors import ArgumentError
 from tests.support.models import examples, lora_model, tiny_model, tiny_tokenizer
 from tests.support.runs import StopAfter, numbers, same
@@ -94,10 +97,33 @@ def test_evaluation_takes_a_tenth_of_the_passes_and_the_pilot_another(whole, tok
     trained = TRAINING_PASSES * events(path)[-1]["tokens"]
     evaluated = 0
     for event in events(path):
-        evaluated += measures.control_sample_tokens + event["exact"] * (measures.control_tokens + measures.sample_tokens)
-    largest = measures.control_sample_tokens + measures.control_tokens + measures.sample_tokens
+        evaluated += measures.control_part_tokens + event["exact"] * (measures.control_tokens + measures.sample_tokens)
+    largest = measures.control_part_tokens + measures.control_tokens + measures.sample_tokens
     assert evaluated <= EVALUATION_SHARE * trained + 2 * largest  # one in advance, and that of the last step
     assert 1 <= len(events(path, "pilot")) <= 4
+
+
+def test_parts_of_the_control_rows_tell_of_all_of_them(known, tokenizer, monkeypatch):
+    """Rows differ for good, so that no part may stand for all; a fall of all of them shows at once, if not in full."""
+    monkeypatch.setattr("soul.run.measures.CONTROL_PART", 3)
+    rows = examples(ROWS)
+    config = UnlearnConfig(**OPTIONS)
+    measures = Measures(known, tokenizer, rows[:4], AimData(rows[4:12], [], []), config)
+    objective = config.objective()
+    forget, retain = prepare(known, tokenizer, rows[:4], rows[12:], config)
+    feed = Feed(known, tokenizer, forget, retain, objective, config)
+    steering = Steering(known, objective, config, measures, feed, 1.0)
+    assert len(measures.control_parts_start) == 3
+    assert measures.control_by_parts(measures.control_parts_start) == measures.target.control_start
+    now = [0.5, 0.8, 0.8]
+    monkeypatch.setattr(measures, "control_part", now.__getitem__)
+    exact = measures.control_by_parts(now)
+    steering._measure_next_part()
+    first = measures.control_by_parts(steering._parts)
+    assert exact < first < 0.9 * measures.target.control_start
+    for _ in range(30):
+        steering._measure_next_part()
+    assert measures.control_by_parts(steering._parts) == pytest.approx(exact, abs=1e-3)
 
 
 def test_the_pilot_leaves_no_trace(known, tokenizer, monkeypatch):
