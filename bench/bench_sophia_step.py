@@ -96,7 +96,7 @@ def blocks(millions: int) -> list[Shape]:
 
 def tiny(quick: bool) -> list[Shape]:
     """Return the shapes of small tensors for a machine without a GPU."""
-    return [(30, 40), (17,)] if quick else [(1000, 256), (256, 256), (256,)]
+    return [(30, 32), (17,)] if quick else [(1000, 256), (256, 256), (256,)]
 
 
 def make_params(shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:

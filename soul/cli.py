@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from soul import __version__
 from soul._extras import MissingExtra
 from soul.checkpoint.local import Stopped
-from soul.commands import ask, demo, evaluate, info, init, memorize, plan, report, study, unlearn
+from soul.commands import ask, demo, evaluate, info, init, memorize, plan, push, report, study, unlearn
 from soul.commands.config_file import expand
 from soul.distributed import exit_process, launched
-from soul.output import console
+from soul.hub.push import NotPushed
+from soul.output import console, notices, progress
 from soul.run.loop import Diverged
 from soul_kernels.errors import ArgumentError, argument_error
 
@@ -24,6 +25,7 @@ COMMANDS = {
     "memorize": memorize,
     "init": init,
     "report": report,
+    "push": push,
     "ask": ask,
     "plan": plan,
     "evaluate": evaluate,
@@ -31,6 +33,7 @@ COMMANDS = {
     "demo": demo,
     "info": info,
 }
+NOT_PUSHED = 4  # exit status: the model is saved, and could not be pushed to the hub
 RUNS = ("unlearn", "memorize")  # the commands that train a model, in one process or several
 
 
@@ -45,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 for a run that failed or a result that could not be written; 2 for bad input or a missing extra; 3 for a run that
-        has ended in order without reaching its aim; 130 after Ctrl-C;
-        141 if the reader of a result has gone; 143 for a run that SIGTERM has stopped and ``--resume`` continues.
+        has ended in order without reaching its aim; 4 for a model that is saved and could not be pushed to the hub; 130 after
+        Ctrl-C; 141 if the reader of a result has gone; 143 for a run that SIGTERM has stopped and ``--resume`` continues.
     """
     with console.safe(whole_process=argv is None):
         status = _status(sys.argv[1:] if argv is None else list(argv))
@@ -65,7 +68,9 @@ def _status(words: list[str]) -> int:
         if launched() > 1 and command not in RUNS:
             expected = " or ".join(f"'soul {name}'" for name in RUNS)
             raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
-        status = args.run(args)
+        is_first = launched() == 1 or int(os.environ["RANK"]) == 0
+        with notices.filtered(), progress.shown(is_first):
+            status = args.run(args)
     except (ArgumentError, MissingExtra) as error:
         print(f"soul {command}: {error}", file=sys.stderr)
         return 2
@@ -81,6 +86,9 @@ def _status(words: list[str]) -> int:
             return 128 + 13  # the status of a process that SIGPIPE ended
         print(f"soul {command}: standard output could not be written ({error.strerror})", file=sys.stderr)
         return 1
+    except NotPushed as error:
+        print(f"soul {command}: {error}", file=sys.stderr)
+        return NOT_PUSHED
     except (Diverged, OSError) as error:  # OSError: a directory that cannot be written, a full disk
         print(f"soul {command}: {error}", file=sys.stderr)
         return 1

@@ -135,8 +135,8 @@ class StepTensors(NamedTuple):
         hessians: diagonal Hessian estimates h, of the dtypes and layout of ``exp_avgs``; mutated with ``beta2`` only.
         low_bits: int8 tensors, laid out as the parameters, for "compensated" rounding; an entry is None for an fp32 parameter.
             Mutated.
-        exp_avg_scales: int16 [ceil(numel / 32)] each, the scales of 8-bit momenta; mutated.
-        hessian_scales: int16 [ceil(numel / 32)] each, the scales of 8-bit Hessians; mutated with ``beta2`` only.
+        exp_avg_scales: ceil(numel / 32) int16 each, or their bytes, in any shape: the scales of 8-bit momenta; mutated.
+        hessian_scales: the same of 8-bit Hessians; mutated with ``beta2`` only.
     """
 
     params: Sequence[Tensor]

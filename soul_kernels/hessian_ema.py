@@ -260,8 +260,8 @@ def hessian_ema(
         beta2: decay of the average, in [0, 1).
         scale: factor of the squared gradient, >= 0.
         probes: list of tensors like ``grads``, for Hutchinson's estimate; None: the gradients themselves.
-        hessian_scales: list of int16 [ceil(numel / 32)], the scales of 8-bit states; an entry is None for other dtypes.
-            Mutated.
+        hessian_scales: the scales of 8-bit states, ceil(numel / 32) int16 each, or their bytes, in any shape; an entry is None
+            for other dtypes. Mutated.
         noise: where the noise of stochastic rounding comes from.
         guards: a factor of the gradients, and a flag to skip the update; both on the device.
         backend: "auto" (Triton on a GPU and under the interpreter; on a CPU "compile" where that pays; else the reference),

@@ -112,7 +112,10 @@ def check_overlap(lists: Mapping[str, Sequence[Tensor | None]]) -> None:
 
 
 def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name: str, states: Sequence[Tensor]) -> None:
-    """Raise unless every 8-bit state has its scales, int16 [ceil(numel / 32)], and no other state has any."""
+    """Raise unless every 8-bit state has its scales, and no other state has any.
+
+    They are ceil(numel / 32) int16, or as many pairs of bytes in uint8, in any shape.
+    """
     for index, state in enumerate(states):
         scale = scales[index] if scales is not None and index < len(scales) else None
         entry = f"{name}[{index}]"
@@ -126,7 +129,7 @@ def check_scales(name: str, scales: Sequence[Tensor | None] | None, states_name:
             raise argument_error(
                 entry, f"int16 scales of the uint8 {states_name}", type(scale).__name__, "pass one list entry each"
             )
-        elif scale.dtype != torch.int16 or scale.shape != (count,) or not scale.is_contiguous():
+        elif scale.numel() != {torch.int16: count, torch.uint8: 2 * count}.get(scale.dtype) or not scale.is_contiguous():
             got = f"{tuple(scale.shape)} of {scale.dtype}"
             raise argument_error(entry, f"({count},) of torch.int16", got, f"pass one scale for every {GROUP} values")
         elif scale.device != state.device:

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from soul._extras import require
 from soul.checkpoint.format import (
     FORMAT,
     Damaged,
@@ -61,6 +62,7 @@ from soul.models.causal_lm import has_adapters
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import DATA_FILE, ENDED_FILE, RUN_FILE, lock
 from soul.output.files import discard, flush, reason, scratch_path, sweep, sync, whole, write_text
+from soul.output.progress import bars_of_transformers, task
 from soul_kernels.errors import ArgumentError, argument_error, check_range
 
 if TYPE_CHECKING:
@@ -443,7 +445,8 @@ def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", d
     """
     processes = Processes.of(model)
     options = {"state_dict": whole_state(model)} if processes.size > 1 else {}
-    processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), options))
+    with task("save the model", stays=True):
+        processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), options))
 
 
 def _save_model(
@@ -456,7 +459,8 @@ def _save_model(
         sweep(directory)
         with whole(directory, last=MODEL_FILES) as scratch:
             with _valid_generation_config(model, scratch):
-                model.save_pretrained(scratch, **options)
+                with bars_of_transformers(require("transformers", "hf").utils.logging):
+                    model.save_pretrained(scratch, **options)
             tokenizer.save_pretrained(scratch)
     except OSError as error:
         raise OSError(f"{directory}: the model could not be saved ({reason(error)})") from error

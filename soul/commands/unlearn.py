@@ -21,6 +21,7 @@ from soul.checkpoint.local import Checkpoints, has_ended, is_saved
 from soul.commands.card_options import add_card, card_options
 from soul.commands.device_options import add_device
 from soul.commands.lists import names_of
+from soul.commands.push import add_hub, card_of_run, check_hub, open_hub, push_run
 from soul.commands.template_options import add_template
 from soul.data.sources import digest, rows
 from soul.distributed.processes import Processes, check_supported, started
@@ -49,7 +50,7 @@ FEW_CONTROL = 8  # rows, below which the output says so
 CHANCE_NOISE = 0.1  # an aim this much below chance is still chance
 
 # Options that soul_config.json leaves out, since they do not describe the run.
-NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention")
+NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention", "push_to_hub", "hub_private")
 # Options that may change when a run is resumed.
 FREE_ON_RESUME = (
     "output",
@@ -222,6 +223,7 @@ def add_training(group: argparse._ActionsContainer) -> None:
         metavar="A,B",
         help=f"send the numbers of log.jsonl to trackers as well: {', '.join(CLIENTS)} (default: none)",
     )
+    add_hub(group)
     add_device(group)
 
 
@@ -256,7 +258,11 @@ def train(args: argparse.Namespace, unrecorded: Collection[str] = ()) -> int:
         The exit status.
     """
     with started(pick_device(args.device)):
-        return _train(args, {*NOT_RECORDED, *unrecorded})
+        status = _train(args, {*NOT_RECORDED, *unrecorded})
+        is_first = Processes.here().first
+    if is_first:
+        push_run(args, status)  # an upload may take longer than the other processes would wait
+    return status
 
 
 def state_of_output(args: argparse.Namespace) -> str:
@@ -295,6 +301,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         plan = plan_run(args.model, args.forget, args.retain, config, dtype=args.dtype, adapters=adapters, **card)
         print_result(plan.table())
         return 0
+    processes.on_first(lambda: check_hub(args))
     if args.resume and processes.any(has_ended(output, checkpoints)):
         processes.on_first(lambda: _check_ended(args, output, config, unrecorded))
         if processes.first:
@@ -316,6 +323,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
             print(f"{'data' if config.method == MEMORIZE else name}: {counts.summary(config.max_length)}")
         if unlearner.measures is not None:
             _print_aim(unlearner.measures, unlearner.counts["control"].rows, args)
+    processes.on_first(lambda: open_hub(args))
     probability_before = 0.0 if unlearner.measures is not None else unlearner.forget_probability()
     begun = time.perf_counter()
     records = unlearner.run(
@@ -335,6 +343,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         if processes.first:
             print(f"{_steps(records)} in {seconds:.1f} s; {written}")
             print(*report_on_run(output), sep="\n")
+            card_of_run(output)
             print(summary(unlearner.measures.verdict))
         return _status(unlearner.measures.verdict)
     probability_after = unlearner.forget_probability()
@@ -344,8 +353,10 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         if config.until_prob is not None and probability_after < config.until_prob:
             print(f"until_prob {config.until_prob:g} was not reached: raise --epochs or --lr")
         print(written)
+        numbers = {"forget_prob": [probability_before, probability_after]}
         if config.method != MEMORIZE:  # the report is on forgetting
-            print(*report_on_run(output, {"forget_prob": [probability_before, probability_after]}), sep="\n")
+            print(*report_on_run(output, numbers), sep="\n")
+        card_of_run(output, numbers)
     return 0
 
 

@@ -63,9 +63,6 @@ class _RunOptions(Protocol):
     @property
     def method(self) -> str: ...
 
-    @property
-    def state_dtype(self) -> str | None: ...
-
     def objective(self) -> _Objective: ...
 
 
@@ -188,9 +185,6 @@ def check_supported(config: _RunOptions, adapters: Mapping[str, object] | None =
     ):
         if getattr(config, name):
             raise argument_error(name, "False with several processes", "True", f"{remedy}; leave the option out")
-    if config.state_dtype == "8bit":
-        remedy = "its blocks do not fit shards; use bfloat16"
-        raise argument_error("state_dtype", "float32 or bfloat16 with several processes", "'8bit'", remedy)
     if adapters:
         remedy = "a frozen model is not sharded: run one process"
         raise argument_error("lora_rank", "None with several processes", str(adapters.get("rank")), remedy)

@@ -18,6 +18,7 @@ from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
 from soul.models.causal_lm import autocast, evaluating, greedy, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
+from soul.output.progress import track
 from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
 from soul_kernels.backends import BACKENDS
 from soul_kernels.errors import argument_error, check_choice, check_whole
@@ -283,7 +284,7 @@ def sequence_statistics(
     statistics: dict[int, TokenStatistics] = {}
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].input_ids))
     with evaluating(model):
-        for indices in _batches(order, batch_size):
+        for indices in track(_batches(order, batch_size), "evaluate"):
             batch = collate([sequences[i] for i in indices], [], device=device)
             rows = batch.token_indices.to(device)
             packed = torch.stack([values.view(-1).index_select(0, rows) for values in token_statistics(model, batch, backend)])
@@ -339,7 +340,7 @@ def generate(
     texts = [""] * len(sequences)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # pads answers that have ended
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
-    for indices in _batches(order, batch_size):
+    for indices in track(_batches(order, batch_size), "generate answers"):
         prompts = [sequences[i].input_ids[: sequences[i].prompt_length] for i in indices]
         width = max(len(p) for p in prompts)
         if not all(prompts):
@@ -382,7 +383,7 @@ def kl_divergence(
     total = 0.0
     count = 0
     with evaluating(model), evaluating(other), autocast(model):
-        for sequences_of_batch in _batches(sequences, batch_size):
+        for sequences_of_batch in track(_batches(sequences, batch_size), "compare"):
             batch = collate(sequences_of_batch, [], device=device)
             reference = Reference(hidden_states(other, batch), ref_weight, ref_bias)
             options = LinearOptions(token_indices=batch.token_indices, backend=backend)

@@ -9,6 +9,7 @@ from soul._extras import MissingExtra, require
 from soul.models.adapters import load_adapters
 from soul.models.causal_lm import check_linear_head
 from soul.models.files import adapter_config_of, check_directory, config_of
+from soul.output.progress import bars_of_transformers, task, track
 from soul_kernels.errors import ArgumentError, argument_error, check_choice
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ def load(
         ArgumentError: there is no such model, some of its weights are missing, it has more layers than its configuration, its
             files ask for code or for more than `soul.models.files` allows, or `check_linear_head` refuses it.
     """
+    with task(f"load {name}", stays=True):
+        return _load(name, dtype, device, mapped)
+
+
+def _load(
+    name: str | pathlib.Path, dtype: str, device: torch.device | str, mapped: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
     check_name(name)
@@ -96,7 +104,7 @@ def _unmap(model: torch.nn.Module) -> None:
     Transformers maps safetensors into memory. If the file were overwritten, the weights would change; if it were truncated, the
     process would end by SIGBUS.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in track((*model.parameters(), *model.buffers()), "reading weights"):
         if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
             tensor.data = tensor.data.clone()
 
@@ -105,9 +113,11 @@ def _load_model(name: str | pathlib.Path, dtype: torch.dtype, revision: str | No
     """Load a model without adapters, and refuse it unless the checkpoint has exactly the weights of the configuration."""
     check_directory(name)
     config_of(name, revision)
-    model, info = require("transformers", "hf").AutoModelForCausalLM.from_pretrained(
-        name, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
-    )
+    transformers = require("transformers", "hf")
+    with bars_of_transformers(transformers.utils.logging):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
+        )
     missing = sorted(info["missing_keys"])  # transformers has drawn these at random, with a warning
     if missing:
         got = f"{name} without {missing[0]} ({len(missing)} missing)"

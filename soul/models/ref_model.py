@@ -28,6 +28,7 @@ from soul.distributed.processes import COMPUTE, Processes, full, gathered
 from soul.models.causal_lm import as_reference, autocast, check_linear_head, has_adapters, head, hidden_states, token_logps
 from soul.output.directory import check_writable
 from soul.output.files import whole
+from soul.output.progress import track
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error
 
@@ -201,7 +202,7 @@ def check_cache(directory: str | pathlib.Path | None, name: str = "cache") -> No
 
 
 def _batches(dataset: list[Sequence], size: int, device: torch.device) -> Iterator[Batch]:
-    for start in range(0, len(dataset), size):
+    for start in track(range(0, len(dataset), size), "reference pass", stays=True):
         yield collate(dataset[start : start + size], [], device=device)
 
 

@@ -93,7 +93,8 @@ class SophiaG(Optimizer):
             ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case. If you
             write other values into a parameter, its old ``low_bits`` still add up to half a unit in the last place.
         state_dtype: torch.float32, torch.bfloat16 or "8bit" for both states. None: h in fp32, and m in bf16 for bf16
-            parameters, else in fp32. h in bf16, and both in 8 bits, are rounded stochastically.
+            parameters, else in fp32. h in bf16, and in 8 bits with a beta2 above 0.99, is rounded stochastically. "8bit" is for
+            tensors whose rows have a multiple of 32 elements; others, such as biases and norms, keep fp32 states.
         backend: "auto" (Triton on a GPU; on a CPU "compile" from 16.8 million parameters on; else the reference), "triton",
             "compile" (the reference under torch.compile, the same bits) or "reference". See docs/running.md.
         skip_nonfinite: if a gradient of any group is not finite, the step changes nothing, and is counted in `telemetry`. False

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from soul.distributed.shards import hidden_sharding, is_sharded, local
+from soul.optim.scales import check_groups_whole
 from soul_kernels.backends import BACKENDS
 from soul_kernels.bundles import EPS_MODES
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
@@ -278,9 +279,8 @@ def check_group(group: ParamGroup, index: int) -> None:
 
 
 def _check_sharded(name: str, param: Any, group: ParamGroup) -> None:
-    """Raise for a DTensor (``param``) that is a partial sum, and for states that could not be resharded."""
+    """Raise for a DTensor (``param``) that is a partial sum, and for 8-bit states whose groups its shards would cut."""
     if any(placement.is_partial() for placement in param.placements):
         raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), "redistribute it first")
     if group["state_dtype"] == "8bit":
-        remedy = "their groups of 256 belong to one way of sharding, and a checkpoint could not be resharded; use bf16"
-        raise argument_error("state_dtype", "fp32 or bf16 for DTensors", "'8bit'", remedy)
+        check_groups_whole(name, param)

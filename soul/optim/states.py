@@ -1,12 +1,13 @@
 """The state of one parameter: how it is made, loaded from a checkpoint, and exported.
 
 A state is a dict by name: ``exp_avg`` and ``hessian`` in the shape of the parameter, fp32, bf16 or uint8 codes; beside codes
-their scales, ``exp_avg_scale`` and ``hessian_scale``, int16 [ceil(numel / 32)]; ``low_bits`` int8 with "compensated" rounding;
-and the counters, fp32 []. Checkpoints have the same names, so they must not change. Checkpoints also carry ``NOISE``, the
-version of the noise of stochastic rounding.
+their scales, ``exp_avg_scale`` and ``hessian_scale``, two bytes each, as `soul.optim.scales` says; ``low_bits`` int8 with
+"compensated" rounding; and the counters, fp32 []. Checkpoints have the same names, so they must not change. Checkpoints also
+carry ``NOISE``, the version of the noise of stochastic rounding.
 
-In older checkpoints codes are small floats, and their scales fp32, one for 256 values. The dtype of the scales tells the
-formats apart: `_older_values` decodes such states, and they are encoded anew.
+Older checkpoints have codes of parameters of any shape, and their scales in a vector of int16. Where a parameter now keeps fp32
+states, the codes are decoded, which is exact. In still older ones codes are small floats, and scales fp32, one for 256 values.
+The dtype of the scales tells these formats apart: `_older_values` decodes such states, and they are encoded anew.
 """
 
 import warnings
@@ -17,8 +18,9 @@ import torch
 
 from soul.distributed.shards import is_cut, local
 from soul.optim.options import ParamGroup, rounding_of
+from soul.optim.scales import BYTES, check_groups_whole, decoded, encoded, new_scales, scales_shape
 from soul_kernels.errors import argument_error
-from soul_kernels.reference.rounding import GROUP, draws_codes, encode, from_bits, in_memory_order, load_state
+from soul_kernels.reference.rounding import GROUP, draws_codes, from_bits, in_memory_order
 from soul_kernels.tensors import same_layout
 
 STATES = ("exp_avg", "hessian")
@@ -35,14 +37,19 @@ def new_state(param: torch.Tensor, group: ParamGroup, counters: Collection[str])
         param: the parameter.
         group: its options: ``state_dtype`` and ``param_rounding``.
         counters: names of the counters that the state has.
+
+    Raises:
+        ArgumentError: the parameter is a DTensor whose shards would cut groups of 8-bit states.
     """
     m_dtype, h_dtype = _state_dtypes(param, group["state_dtype"])
     device = local(param).device
     state = {name: torch.zeros((), dtype=torch.float32, device=device) for name in counters}
     for name, dtype in zip(STATES, (m_dtype, h_dtype)):
         state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        if dtype == torch.uint8:
-            state[f"{name}_scale"] = torch.zeros(_n_scales(param), dtype=torch.int16, device=device)
+        shape = scales_shape(param) if dtype == torch.uint8 else None
+        if shape is not None:
+            check_groups_whole("a parameter", param)
+            state[f"{name}_scale"] = new_scales(param, shape)
     if rounding_of(group) == "compensated" and param.dtype != torch.float32:
         state["low_bits"] = torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format, requires_grad=False)
     return state
@@ -52,13 +59,11 @@ def _state_dtypes(param: torch.Tensor, state_dtype: str | None) -> tuple[torch.d
     """Return the dtypes of ``exp_avg`` and ``hessian``; codes are uint8."""
     if state_dtype is None:
         return torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32, torch.float32
-    dtype = torch.uint8 if state_dtype == "8bit" else getattr(torch, state_dtype)
+    if state_dtype == "8bit":
+        dtype = torch.float32 if scales_shape(param) is None else torch.uint8
+    else:
+        dtype = getattr(torch, state_dtype)
     return dtype, dtype
-
-
-def _n_scales(param: torch.Tensor, group: int = GROUP) -> int:
-    """Return the number of scales of an 8-bit state: one for every ``group`` elements."""
-    return -(-param.numel() // group)
 
 
 def loaded_state(
@@ -113,37 +118,41 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
         raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
     if value.dtype == torch.uint8:
         older = scale in saved and saved[scale].dtype == torch.float32
-        shape = (_n_scales(param, OLDER_GROUP if older else GROUP),)
-        if scale not in saved or saved[scale].shape != shape or saved[scale].dtype not in (torch.int16, torch.float32):
+        count = -(-param.numel() // (OLDER_GROUP if older else GROUP))
+        per_scale = {torch.uint8: BYTES, torch.int16: 1, torch.float32: 1}
+        if scale not in saved or saved[scale].numel() != count * per_scale.get(saved[scale].dtype, -1):
             got = f"{tuple(saved[scale].shape)} of {saved[scale].dtype}" if scale in saved else "none"
             remedy = "load the checkpoint of this model"
-            raise argument_error(f"state_dict {scale}", f"{shape} scales of torch.int16", got, remedy)
+            raise argument_error(f"state_dict {scale}", f"{count} scales of torch.int16, or their bytes", got, remedy)
 
 
 def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
     """Put a saved ``exp_avg`` or ``hessian``, which fits, into a new state, in place."""
     value = saved[name]
     scale = f"{name}_scale"
+    shape = scales_shape(param)
+    cast_to = state[name].dtype
     values = None  # to be encoded anew, in fp32
-    if value.dtype == torch.uint8 and saved[scale].dtype == torch.float32:
-        warnings.warn(_OLDER, UserWarning, stacklevel=2)
-        values = _older_values(value, saved[scale].to(value.device), name)
-    elif value.dtype == torch.uint8:
-        state[scale] = saved[scale].to(local(param).device, copy=True)
-        if not same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
-            values = load_state(value.to(param.device), state[scale], name)
-    elif state[name].dtype == torch.uint8 and cast:
+    if value.dtype == torch.uint8:
+        older = saved[scale].dtype == torch.float32
+        if shape is not None and not older and same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
+            scales = saved[scale] if saved[scale].dtype == torch.uint8 else saved[scale].contiguous().view(torch.uint8)
+            state[scale] = new_scales(param, shape).copy_(scales.reshape(shape))
+        else:
+            value = _older_values(value, saved[scale].to(value.device), name) if older else decoded(saved, name)
+            values = None if shape is None else value  # without 8-bit states: kept as they are
+            if older and shape is not None:
+                warnings.warn(_OLDER, UserWarning, stacklevel=2)
+    elif cast and cast_to == torch.uint8:
         values = value
-    else:
-        state.pop(scale, None)
-    if values is not None:
+    if values is not None and shape is not None:
         values = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(values)
-        code, state[scale] = encode(in_memory_order(values), None, name)
-        state[name] = torch.empty_like(values, dtype=torch.uint8)
-        in_memory_order(state[name]).copy_(code)
+        state[name], state[scale] = encoded(values, shape, name)
         return
-    keeps_dtype = not cast and value.dtype in (torch.float32, torch.bfloat16, torch.uint8)
-    dtype = value.dtype if keeps_dtype else state[name].dtype
+    keeps_dtype = value.dtype == torch.uint8 or (not cast and value.dtype in (torch.float32, torch.bfloat16))
+    dtype = value.dtype if keeps_dtype else cast_to
+    if dtype != torch.uint8:
+        state.pop(scale, None)
     empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     state[name] = empty.copy_(value)
 
@@ -192,7 +201,5 @@ def published_state(state: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a state for the published class: the entries that it knows, with values in place of 8-bit codes."""
     published = {"step": state["step"].detach().to("cpu", torch.float32, copy=True)}
     for name in STATES:
-        value = state[name].detach()
-        scale = state.get(f"{name}_scale")
-        published[name] = value.clone() if scale is None else load_state(value, scale, name)
+        published[name] = decoded(state, name)
     return published

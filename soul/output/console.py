@@ -26,14 +26,18 @@ class SafeStream:
 
     Attributes:
         error: the OSError of the first write that failed, or None. After an error nothing is written any more.
+        before_write: called before every write, as by `soul.output.progress`, whose bars give way to other texts; or None.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
         self.error: OSError | None = _closed() if stream is None else None
+        self.before_write: Callable[[], None] | None = None
         self.stream = cast(TextIO, stream)  # None is never written to, since there is an error
 
     def write(self, text: str) -> int:
         """Write a text if the stream still works; return the length of the text in any case."""
+        if self.before_write is not None:
+            self.before_write()
         self._attempt(lambda: self._write(text))
         return len(text)
 

@@ -18,6 +18,7 @@ DATA_FILE = "data.json"  # how many rows were used, and hashes of their content
 LOG_FILE = "log.jsonl"  # a line for every step
 NOTES_FILE = "report.json"  # what a report shows beside the log: environment, times, what the model says
 REPORT_FILES = ("report.html", "report.md")  # the report as a page and as text
+CARD_FILE = "README.md"  # the model card
 VERDICT_FILE = "verdict.json"  # whether a run with an aim has reached it, and the numbers
 ENDED_FILE = "soul_ended.txt"  # written once the model is safe there
 TRACKERS_FILE = "trackers.json"  # the names of the run at experiment trackers

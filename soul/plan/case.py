@@ -123,9 +123,6 @@ class Case:
             if not any(_matches(name, target) for name in self.shape.linear):
                 remedy = f"{self.shape.name} has {', '.join(sorted(_layer_kinds(self.shape)))}"
                 raise argument_error("lora_targets", "names of linear layers", repr(target), remedy)
-        if self.gpus > 1 and self.config.state_dtype == "8bit" and self.config.optimizer == "soul":
-            remedy = "8-bit states cannot be sharded (see soul.SophiaG): use bfloat16"
-            raise argument_error("state_dtype", "float32 or bfloat16 with several GPUs", "'8bit'", remedy)
         if self.config.gradient_checkpointing and not self.shape.supports_checkpointing:
             remedy = "leave it out, and lower the batch size"
             raise argument_error("gradient_checkpointing", "a family that supports it", self.shape.name, remedy)

@@ -22,7 +22,7 @@ FULL_PARAMETER: dict[str, dict[str, Any]] = {
     "8-bit states, release, checkpointing": SMALLEST,
 }
 ADAPTERS: dict[str, dict[str, Any]] = {"SOUL": dict(), "SOUL, checkpointing": dict(gradient_checkpointing=True)}
-SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="bfloat16")
+SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="8bit")
 
 
 def full_parameter_table() -> Iterator[str]:

@@ -341,8 +341,8 @@ def _next(run: Run) -> tuple[Block, ...]:
         ("Measure it with TOFU's metrics (docs/evaluation.md; DIR has TOFU's files):",
          f"soul evaluate --model {output} --data DIR --output {shlex.quote(str(run.directory) + '-evaluation')}{template}"),
         ("Load it in Python:", python),
-        ("Publish it. The report and its notes quote rows that were to be forgotten, so they stay here:",
-         f"hf upload OWNER/NAME {output} --exclude 'report.*'"),
+        ("Publish model, tokenizer and model card. The report quotes rows that were to be forgotten, so it stays here:",
+         f"soul push {output} OWNER/NAME"),
         ("Make this page again:", f"soul report {output}"),
     )  # fmt: skip
     return Text(undo), Commands(commands)

@@ -22,6 +22,7 @@ from soul import losses
 from soul.data.batches import collate
 from soul.data.examples import Sequence
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, trained, transform
+from soul.output.progress import track
 from soul_kernels import Head, LinearOptions, hessian_ema, linear_gnb, linear_objective
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error, check_choice, check_positive
@@ -340,7 +341,7 @@ def _gradients(
     total = _tokens(sequences)
     objective = losses.PO(alpha=0.0)
     model_head = Head(*head(model), **transform(model))
-    for start in range(0, len(sequences), batch_size):
+    for start in track(range(0, len(sequences), batch_size), "one pass over the rows", stays=True):
         batch = collate(sequences[start : start + batch_size], [], device=model_head.weight.device)
         options = LinearOptions(token_indices=batch.token_indices, backend=backend)
         with autocast(model):

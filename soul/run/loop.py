@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
 
-from soul._extras import require
 from soul.checkpoint.format import versions
 from soul.checkpoint.local import Checkpoints, Stopped, describe, describe_inputs
 from soul.data.batches import Batch
@@ -32,8 +31,8 @@ from soul.models.causal_lm import checkpointing, compiled, evaluating
 from soul.models.encoding import encode_for
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease, release_gradients
-from soul.output.console import safe_stream
 from soul.output.directory import no_follow
+from soul.output.progress import Task, shown, task
 from soul.run.aim import verdict
 from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
 from soul.run.feed import Feed
@@ -85,7 +84,7 @@ def unlearn(
         config: `UnlearnConfig`.
         log: an open text file, or the path of one (no symbolic link), which gets one JSON line a step, those before a resume
             included; or None.
-        progress: show a progress bar on stderr.
+        progress: show on stderr how far the run is, as `soul.output.progress.shown` does.
         checkpoints: `soul.checkpoint.local.Checkpoints` in which the run is saved, and from which it may be resumed; or None.
         watch: called with the number of each step after it; it must leave the model and the random generators alone.
         measures: the `Measures` of a run with an aim, made with this model before the call, whose control rows are not among
@@ -117,18 +116,19 @@ def unlearn(
         inputs = describe_inputs(model, forget_sequences, retain_sequences, config.decisive())
         processes.check_alike({**inputs, **versions()})
     if isinstance(objective, Influence):
-        return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, measures, trackers)
+        with shown(progress and processes.first):
+            return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, measures, trackers)
     answers = {}
     if (
         config.eval_every or config.until_prob is not None
     ):  # the answers themselves, even if the method trains on refusals in their place
         examples = {"forget": forget, "retain": retain[: len(forget)]}
         answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
-    with contextlib.ExitStack() as cleanup:
+    with shown(progress and processes.first), contextlib.ExitStack() as cleanup:
         run = UnlearningRun(
             model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup, measures
         )
-        run.open(log, progress, trackers)
+        run.open(log, trackers)
         run.take_steps(watch)
         run.judge()
     run.check_weights()
@@ -195,17 +195,14 @@ class UnlearningRun:
         self.records = self._load_checkpoint()
         self._log: TextIO | None = None
         self._trackers = Trackers()
-        self._bar: Any = None  # tqdm has no types
         self._graphed_step: GraphedStep | None = None
         self._release: GradientRelease | None = None
 
-    def open(self, log: LogFile, progress: bool, trackers: Trackers) -> None:
-        """Set up everything that lasts from the first step to the last: progress bar, graph, hooks, log, signal handler."""
+    def open(self, log: LogFile, trackers: Trackers) -> None:
+        """Set up everything that lasts from the first step to the last: graph, hooks, log, signal handler."""
         config = self._config
-        self._bar = self._progress_bar(progress)
         if config.cuda_graph:
             self._graphed_step = GraphedStep(self._step_of_batch(), next(self._model.parameters()).device)
-        self._cleanup.callback(self._bar.close)
         self._cleanup.callback(lambda: self._optimizer.zero_grad(set_to_none=True))
         if config.gradient_release:
             self._release = release_gradients(self._model, cast(SophiaG, self._optimizer))
@@ -231,6 +228,7 @@ class UnlearningRun:
         self._write_log_so_far()
         if self.records and "stopped" in self.records[-1]:  # the checkpoint was written after the last step
             return
+        bar = self._cleanup.enter_context(self._progress_bar())
         for epoch, examples, retained in self._order:
             record = self._step(epoch, examples, retained)
             if self._is_evaluation_due(record["step"]):
@@ -246,7 +244,7 @@ class UnlearningRun:
                 self._trackers.write(event)
             if self._steering is not None and self._steering.went_back:
                 self._renew_optimizer()
-            self._show_progress(record)
+            self._show_progress(bar, record)
             self._check_record(record)
             if watch is not None:
                 watch(record["step"])
@@ -345,7 +343,8 @@ class UnlearningRun:
         if checkpoints is None or not checkpoints.due(step):
             return
         self.check_weights()  # a broken checkpoint must not push out a good one
-        checkpoints.save(step, self._model, self._stateful(), self.records, self._identity)
+        with task("save a checkpoint"):
+            checkpoints.save(step, self._model, self._stateful(), self.records, self._identity)
         checkpoints.restart_clock()
         if checkpoints.stopping and step < len(self._order) and "stopped" not in self.records[-1]:
             raise Stopped(f"stopped after step {step} of {len(self._order)}")
@@ -419,18 +418,28 @@ class UnlearningRun:
         names = ["clip_fraction"] if self._config.clip_target is None else ["clip_fraction", "rho"]
         return {name: telemetry[name] for name in names}
 
-    def _progress_bar(self, progress: bool) -> Any:
-        return require("tqdm", "hf").tqdm(
-            total=len(self._order),
-            initial=len(self.records),
-            disable=not (progress and self._processes.first),
-            desc=f"{'memorize' if isinstance(self._objective, Memorize) else 'unlearn'} ({self._config.optimizer})",
-            file=safe_stream(sys.stderr),
-        )
+    def _progress_bar(self) -> Task:
+        name = "memorize" if isinstance(self._objective, Memorize) else "unlearn"
+        return task(f"{name} ({self._config.optimizer})", len(self._order), initial=len(self.records), stays=True)
 
-    def _show_progress(self, record: Record) -> None:
-        self._bar.update()
-        self._bar.set_postfix(forget_nll=f"{record['forget_nll']:.3f}")
+    def _show_progress(self, bar: Task, record: Record) -> None:
+        """Count a step, and show probabilities and the clipped fraction.
+
+        The probability of the forget rows is that of the step's batch, before the step, unless they were evaluated after it;
+        those of control and retain rows are the last that were measured.
+        """
+        name = "answers" if isinstance(self._objective, Memorize) else "forget"
+        if "forget_prob" in record:
+            probability = record["forget_prob"]
+        else:
+            name = "refusals" if self._objective.relabels else name  # the batch has these for answers
+            probability = record.get("batch_forget_prob", math.exp(min(0.0, -record["forget_nll"])))
+        control = None
+        if self._steering is not None and self._measures is not None:
+            control = self._measures.target.control_start
+            control = next((e["control_prob"] for e in reversed(self._steering.events) if "control_prob" in e), control)
+        retain = next((r["retain_prob"] for r in reversed(self.records) if "retain_prob" in r), None)
+        bar.update(**{name: probability}, control=control, retain=retain, clipped=record.get("clip_fraction"))
 
     # Evaluation, and early ends of a run
 

@@ -18,6 +18,7 @@ from soul.losses import Objective
 from soul.optim.curvature import Curvature
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import release_gradients
+from soul.output.progress import task, track
 from soul.run.aim import MAX_TRIES, PILOT_SHARE, Search
 from soul.run.config import UnlearnConfig, build_curvature, build_optimizer
 from soul.run.feed import Feed
@@ -87,6 +88,7 @@ def run_pilot(
     start = snapshot(model)
     random_states = random_state()
     events: list[Event] = []
+    shown = task("pilot", tries, stays=True)
     while not search.done:
         lr, objective.alpha = search.lr, search.alpha
         response = kept = None
@@ -100,6 +102,8 @@ def run_pilot(
         set_random_state(random_states)
         search.observe(response, 1.0 if kept is None or response is None else kept)
         events.append({"event": "pilot", "step": 0, "lr": lr, "alpha": objective.alpha, "response": response, "kept": kept})
+        shown.update(lr=lr, alpha=objective.alpha, kept=kept)
+    shown.close()
     return search, events
 
 
@@ -121,7 +125,7 @@ def _take_steps(
     curvature = build_curvature(optimizer, config)
     release = release_gradients(model, cast(SophiaG, optimizer)) if config.gradient_release else None
     try:
-        for examples, retained in steps:
+        for examples, retained in track(steps, "steps of a try"):
             batches, whole = feed.step(examples, retained)
             if curvature is not None:
                 optimizer.zero_grad(set_to_none=True)

@@ -38,6 +38,7 @@ from soul.output.directory import (
     restore,
     write_in_place,
 )
+from soul.output.progress import shown
 from soul.run.config import UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
 from soul.run.measures import AimData, Measures, split_control
@@ -131,6 +132,8 @@ class Unlearner:
             processes.check_alike(self._contents())
             self.model = shard(self.model, run_device)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
+        self._sources = {name: str(source) for name, source in data.items() if isinstance(source, (str, os.PathLike))}
+        self._saved: pathlib.Path | None = None  # the output directory of a run that has ended
         self._answers = encode_for(self.model, self.tokenizer, self._forget, self.config, "forget")
         self.measures: Measures | None = None
         if self.config.aims and not any(p.is_meta for p in self.model.parameters()):
@@ -262,7 +265,7 @@ class Unlearner:
             options: a dict to be kept as ``soul_config.json``.
             samples: keep what `soul.report.run` shows in ``report.json``: the environment, and what the model says before and
                 after (`soul.run.notes`), and every so many steps if this is not 0. None: nothing.
-            progress: show a progress bar on stderr.
+            progress: show on stderr how far the run is: bars in a terminal, otherwise a line every half minute.
             report_to: "tensorboard", "wandb", "trackio", "mlflow": trackers that get the log's numbers as well. One that fails
                 is turned off with a line on stderr.
 
@@ -299,6 +302,7 @@ class Unlearner:
             remedy = "load it, or choose another directory"
             raise argument_error("resume", "a run that has not ended", f"a finished model in {directory}", remedy)
         with (
+            shown(progress and processes.first),
             processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file,
             Trackers(report_to if processes.first else (), directory, options) as trackers,  # ended after the model is saved
         ):
@@ -325,10 +329,38 @@ class Unlearner:
                     checkpoints.end(directory)
             except (OSError, Stopped) as error:
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
+            self._saved = directory
             processes.on_first(lambda: check_complete(directory))
             if notes is not None:
                 notes.end(self.model, len(records))
         return records
+
+    def push(self, repository: str, *, private: bool = False) -> str | None:
+        """Push the model that `run` has saved, its tokenizer and a model card to the Hugging Face Hub.
+
+        The login is huggingface_hub's own: ``hf auth login``, or ``HF_TOKEN``. In several processes the first one pushes.
+
+        Args:
+            repository: OWNER/NAME, or NAME in the account of the login; created if it does not exist.
+            private: only its owner may see a new repository. One that exists must be private already.
+
+        Returns:
+            The address of the repository; None in processes other than the first.
+
+        Raises:
+            ArgumentError: no run has saved a model; the name is none of a repository; nobody is logged in, or the login may
+                not write there; or the hub does not answer.
+            soul.hub.push.NotPushed: the upload has failed; the message says how to push again.
+            OSError: the card could not be written.
+        """
+        from soul.hub.push import publish
+
+        if self._saved is None:
+            raise argument_error("push", "a run that has saved its model", "none", "call run(output) before")
+        if not Processes.of(self.model).first:
+            return None
+        options = {"model": self.model.config.name_or_path, **self._sources, **dataclasses.asdict(self.config)}
+        return publish(self._saved, repository, private=private, options=options)
 
     def _notes(self, directory: pathlib.Path, samples: int) -> Notes:
         sets = {"forget": self._forget, "retain": self._retain}

@@ -25,7 +25,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +37,9 @@ from soul.checkpoint.local import save_model
 from soul.evaluate.logs import write_json
 from soul.models.encoding import encode_for
 from soul.models.loading import load, pick_device
-from soul.output.console import safe_stream
 from soul.output.directory import check_no_links, check_output, lock
 from soul.output.files import sweep, sync, whole
+from soul.output.progress import shown, task
 from soul.run.config import UnlearnConfig
 from soul.run.influence import unlearn_once
 from soul.run.loop import Diverged, unlearn
@@ -186,10 +185,11 @@ def _workers(config: StudyConfig) -> Iterator[RunJobs]:
         pool = concurrent.futures.ProcessPoolExecutor(count, mp_context=context, initializer=_in_worker)
 
     def run_jobs(function: Callable[[Study, Any], object], study: Study, jobs: Sequence[Any], title: str) -> None:
-        with require("tqdm", "hf").tqdm(total=len(jobs), desc=title, file=safe_stream(sys.stderr), disable=not jobs) as bar:
+        with task(title, len(jobs), stays=True) as bar:
             if pool is None:
                 for job in jobs:
-                    function(study, job)
+                    with shown(False):  # one bar is enough
+                        function(study, job)
                     bar.update()
                 return
             try:
@@ -205,9 +205,10 @@ def _workers(config: StudyConfig) -> Iterator[RunJobs]:
 
     logging = require("transformers", "hf").utils.logging
     had_progress_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # one bar is enough
+    logging.disable_progress_bar()
     try:
-        yield run_jobs
+        with shown():
+            yield run_jobs
     finally:
         if had_progress_bar:
             logging.enable_progress_bar()

@@ -29,7 +29,7 @@ def blocks(
     Args:
         written: dense tensors of one layout; entries but the first may be None.
         read: tensors in any layout, or None. A tensor of another layout than the written ones is copied.
-        scales: int16 [ceil(numel / GROUP)] tensors, the scales of 8-bit states, or None.
+        scales: ceil(numel / GROUP) int16 each, or their bytes, in any shape: the scales of 8-bit states; or None.
         size: elements of a block, a power of two and a multiple of GROUP; None: `BLOCK`.
         first: index of the first element in the whole tensor: 0 unless the tensors are shards.
 
@@ -43,6 +43,7 @@ def blocks(
     # Detached: a view of a parameter would need a gradient, and torch.compile would specialize on the parameter's shape.
     vectors = [tensor if tensor is None else in_memory_order(tensor.detach()) for tensor in written]
     vectors += [tensor if tensor is None else in_memory_order(_laid_out(tensor.detach(), like)) for tensor in read]
+    scales = [scale if scale is None else scale.view(-1).view(torch.int16) for scale in scales]
     size = BLOCK if size is None else size
     borders = [0, *range(SPAN - first % SPAN, like.numel(), SPAN), like.numel()]
     for low, high in itertools.pairwise(borders):

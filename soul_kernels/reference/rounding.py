@@ -200,8 +200,7 @@ def join(high: Tensor, low: Tensor) -> Tensor:
 # A group is GROUP neighbours in memory, counted from a tensor's first element. So where the rows of a tensor (its slices along
 # dimension 0) have a multiple of GROUP elements, as in nearly every matrix of a model, each row has groups of its own: row r of
 # a contiguous [rows, cols] has the scales from r cols / GROUP on, and shards of rows hold whole groups with their scales. The
-# kernel needs no division for it. Of other tensors (vectors, the B of a LoRA pair of rank 8) a shard holds whole groups if it
-# starts at a multiple of GROUP; otherwise, and in shards of columns, values must be decoded and encoded anew.
+# kernel needs no division for it. The optimizers give 8-bit states to such tensors only: see ``soul/optim/scales.py``.
 M_POLE = 242.0
 M_BEND = 127.0 / (M_POLE - 127.0)  # t of the largest value, whose level is 127
 M_STEP = 1.0 / M_BEND
@@ -287,11 +286,11 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 
 
 def load_state(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:
-    """Return the fp32 values of a state, which is fp32 or bf16, or 8-bit codes with their scales."""
+    """Return the fp32 values of a state, which is fp32 or bf16, or 8-bit codes with their scales, in any shape."""
     if state.dtype != torch.uint8:
         return state.float()
     assert scale is not None
-    return decode(in_memory_order(state), scale, kind).as_strided(state.shape, state.stride())
+    return decode(in_memory_order(state), scale.view(-1).view(torch.int16), kind).as_strided(state.shape, state.stride())
 
 
 def load_block(state: Tensor, scale: Tensor | None, kind: str) -> Tensor:

@@ -154,7 +154,7 @@ def test_bytes_are_those_of_the_table_and_of_the_states():
         for state_dtype in step_bench.STATE_DTYPES:
             for rounding in step_bench.ROUNDINGS:
                 options = dict(param_rounding=rounding, state_dtype=state_dtype)
-                params = step_bench.make_params([(512,)], CPU, dtype)
+                params = step_bench.make_params([(16, 32)], CPU, dtype)
                 opt = SOUL(params, backend="reference", **options)
                 opt.step()
                 states = sum(value.nbytes for value in opt.state[params[0]].values() if value.numel() > 1)

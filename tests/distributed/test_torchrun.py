@@ -57,11 +57,10 @@ AIM_STOP = 17  # of 24 steps
 AIM = ("llama, untied", {"method": "npo", "aim": "forget_prob=0.0005", "epochs": 12, "optimizer": "adamw"}, {"save_every": 8})
 # Dropout, which draws in each process; checkpoints after each second step of 4.
 SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
-BF16 = ("llama, tied", {"method": "graddiff"}, {"dtype": "bfloat16", "save_every": 2})
+BF16 = ("llama, tied", {"method": "graddiff", "state_dtype": "8bit"}, {"dtype": "bfloat16", "save_every": 2})
 REFUSED = {
     "compile": {"compile": True},
     "gradient_release": {"gradient_release": True, "max_grad_norm": None},
-    "state_dtype": {"state_dtype": "8bit"},
     "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
 }
 # What the last process does differently, and how the error begins.

@@ -129,7 +129,7 @@ def test_schedule_and_what_checkpoints_carry():
 
     def run(stop_at=None):
         torch.manual_seed(0)
-        w = torch.randn(300).requires_grad_()
+        w = torch.randn(10, 32).requires_grad_()
         opt = SophiaG([w], lr=1e-2, state_dtype="8bit", bias_correction=True, rho="auto")
         source = curvature.RetainFisher(opt, every=3)
         for index in range(8):
@@ -141,9 +141,9 @@ def test_schedule_and_what_checkpoints_carry():
                 opt.load_state_dict(saved[0])
                 source.load_state_dict(saved[1])
             generator = torch.Generator().manual_seed(index)
-            w.grad = torch.randn(300, generator=generator)
+            w.grad = torch.randn(10, 32, generator=generator)
             opt.step()
-            source.step(lambda generator=generator, w=w: (w * torch.randn(300, generator=generator)).sum())
+            source.step(lambda generator=generator, w=w: (w * torch.randn(10, 32, generator=generator)).sum())
         return w
 
     assert torch.equal(run(), run(stop_at=4))

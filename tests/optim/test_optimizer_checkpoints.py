@@ -9,7 +9,7 @@ import torch
 
 from soul import SOUL, SophiaG
 from soul.optim.state_dicts import State
-from soul_kernels.reference.rounding import load_state
+from soul_kernels.reference.rounding import encode, load_state
 from tests.support.helpers import assert_close
 from tests.support.optimizers import BRAIN, FLOAT, HALF, PublishedSophiaG, give_gradients, make, twin
 
@@ -60,7 +60,7 @@ def through_safetensors(state_dict, tmp_path):
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF], ids=str)
 def test_resume_is_bitwise(dtype, state_dtype, rounding, through, device, tmp_path):
     """torch's own load_state_dict would cast every state, int8 codes and scales included, to the parameter's dtype."""
-    params = make(device, dtype, shapes=((40, 7), (300,), ()))
+    params = make(device, dtype, shapes=((40, 32), (300,), ()))
     options = dict(bias_correction=True, rho="auto", seed=3, state_dtype=state_dtype, param_rounding=rounding)
     opt = SophiaG(params, lr=1e-3, **options)
     for _ in range(2):
@@ -154,7 +154,7 @@ def test_load_hooks_see_and_change_the_checkpoint():
 
 
 def test_a_published_checkpoint_loads_into_any_storage():
-    params = make(shapes=((300,),))
+    params = make(shapes=((10, 32),))
     published = PublishedSophiaG(params, lr=1e-3)
     give_gradients(params)
     published.update_hessian(), published.step()
@@ -187,10 +187,10 @@ def test_the_published_class_loads_our_checkpoint_and_goes_on():
 
 
 def test_8_bit_states_load_into_another_memory_format():
-    """A scale is for 256 neighbours in memory: codes that are copied by index would get the wrong scales."""
-    params = make(shapes=((4, 6, 5, 7),))
+    """A scale is for 32 neighbours in memory: codes that are copied by index would get the wrong scales."""
+    params = make(shapes=((4, 32, 5, 7),))
     opt = SOUL(params, state_dtype="8bit")
-    params[0].grad = torch.randn(4, 6, 5, 7) * torch.logspace(-4, 0, 6)[:, None, None]
+    params[0].grad = torch.randn(4, 32, 5, 7) * torch.logspace(-4, 0, 32)[:, None, None]
     opt.step()
     (other,) = others = [params[0].detach().to(memory_format=torch.channels_last).requires_grad_()]
     loaded = SOUL(others)
@@ -227,7 +227,7 @@ def test_low_bits_of_another_model_are_refused():
 def test_an_export_to_the_published_class_goes_on_there(kind, published_code, state_dtype):
     """States and momentum are the same for every way of storing ours; and the export can be loaded again."""
     options = {} if published_code is None else {"published_code": published_code}
-    params = make(shapes=((300,), (7, 5)))
+    params = make(shapes=((300,), (7, 32)))
     ours = kind(params, lr=torch.tensor(1e-3), betas=(0.81, 0.95), rho=0.5, bs=20, state_dtype=state_dtype, **options)
     for _ in range(2):
         give_gradients(params)
@@ -258,7 +258,7 @@ def test_an_export_to_the_published_class_goes_on_there(kind, published_code, st
 
 def test_codes_that_were_taken_for_values_are_refused():
     """The published class loads a plain state_dict with 8-bit states without complaint; its states are then nonsense."""
-    params = make(shapes=((300,),))
+    params = make(shapes=((10, 32),))
     opt = SOUL(params, state_dtype="8bit", published_code=True)
     give_gradients(params)
     opt.step()
@@ -362,7 +362,7 @@ def older_codes(values, name):
     return code.to(torch.uint8).flatten()[: values.numel()].view(values.shape), scale
 
 
-@pytest.mark.parametrize("shape", [(300,), (40, 33), (), (3, 256)])
+@pytest.mark.parametrize("shape", [(40, 32), (3, 256), (5, 3, 32)])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_8_bit_states_of_older_checkpoints_are_encoded_anew(shape, backend, device):
     params = make(device, shapes=(shape,))
@@ -382,12 +382,71 @@ def test_8_bit_states_of_older_checkpoints_are_encoded_anew(shape, backend, devi
         loaded.load_state_dict(checkpoint)
     for name, want in wants.items():
         code, scale = (loaded.state[others[0]][key] for key in (name, f"{name}_scale"))
-        assert code.dtype == torch.uint8 and scale.dtype == torch.int16 and scale.numel() == -(-want.numel() // 32)
+        assert code.dtype == torch.uint8 and scale.nbytes == 2 * want.numel() // 32
         got = load_state(code, scale, name).cpu()
         assert ((got - want).abs() <= want.abs() / 15 + 0.01 * want.abs().max()).all(), name  # the older code's own error
     give_gradients(others)
     loaded.step()
     assert others[0].isfinite().all()
     state["hessian_scale"] = state["hessian_scale"].half()
-    with pytest.raises(ValueError, match=r"^state_dict hessian_scale: expected .* of torch.int16, got .* of torch.float16"):
+    with pytest.raises(
+        ValueError, match=r"^state_dict hessian_scale: expected .* of torch.int16, or their bytes, got .* of torch.float16"
+    ):
         SOUL(twin(params)).load_state_dict(checkpoint)
+
+
+def flat_8_bit_checkpoint(shape, older):
+    """Return parameters, a checkpoint whose codes have scales in a vector, whatever their shape, and what they decode to."""
+    params = make(shapes=(shape,))
+    opt = SOUL(params, lr=1e-3, state_dtype="8bit")
+    give_gradients(params)
+    opt.step()
+    checkpoint = copy.deepcopy(opt.state_dict())
+    state = checkpoint["state"][0]
+    wants = {}
+    for name in ("exp_avg", "hessian"):
+        generator = torch.Generator().manual_seed(3)
+        if older:  # of numbers that this format has
+            wants[name] = torch.randint(8, 16, shape, generator=generator) * 2.0**-20
+            state[name], state[f"{name}_scale"] = older_codes(wants[name], name)
+        else:
+            code, state[f"{name}_scale"] = encode(torch.randn(shape, generator=generator).flatten(), None, name)
+            state[name] = code.view(shape)
+            wants[name] = load_state(state[name], state[f"{name}_scale"], name)
+    return params, checkpoint, wants
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["flat", "older"])
+@pytest.mark.parametrize("shape", [(300,), (40, 33), ()])
+def test_codes_of_parameters_without_8_bit_states_are_decoded(shape, older, recwarn):
+    """Older checkpoints have codes of all parameters. In fp32 nothing is lost, so nobody is warned."""
+    params, checkpoint, wants = flat_8_bit_checkpoint(shape, older)
+    loaded = SOUL(twin(params), state_dtype="8bit")
+    loaded.load_state_dict(checkpoint)
+    (param,) = loaded.param_groups[0]["params"]
+    assert set(loaded.state[param]) == {"step", "exp_avg", "hessian"} and not recwarn.list
+    for name, want in wants.items():
+        assert loaded.state[param][name].dtype == FLOAT and torch.equal(loaded.state[param][name], want) and want.any()
+    give_gradients([param])
+    loaded.step()
+    again = SOUL(twin([param]))
+    again.load_state_dict(loaded.state_dict())
+    assert torch.equal(again.state[again.param_groups[0]["params"][0]]["hessian"], loaded.state[param]["hessian"])
+
+
+def test_scales_in_a_vector_are_those_of_the_rows():
+    """A checkpoint of a matrix from before scales had rows goes on bit for bit."""
+    params, checkpoint, _ = flat_8_bit_checkpoint((6, 64), older=False)
+    rows = copy.deepcopy(checkpoint)
+    for name in ("exp_avg_scale", "hessian_scale"):
+        rows["state"][0][name] = rows["state"][0][name].view(torch.uint8).view(6, 4)
+    opts = [SOUL(twin(params)), SOUL(twin(params))]
+    for opt, saved in zip(opts, (checkpoint, rows)):
+        opt.load_state_dict(saved)
+    ours, theirs = (opt.param_groups[0]["params"] for opt in opts)
+    give_gradients(ours, theirs)
+    for opt in opts:
+        opt.step()
+    assert torch.equal(ours[0], theirs[0])
+    for name, value in opts[0].state[ours[0]].items():
+        assert torch.equal(value, opts[1].state[theirs[0]][name]) and (not name.endswith("_scale") or value.shape == (6, 4))

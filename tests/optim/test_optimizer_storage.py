@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from soul import SOUL, SophiaG
-from tests.support.optimizers import BRAIN, FLOAT, HALF, give_gradients, make
+from soul_kernels.reference.rounding import load_state
+from tests.support.optimizers import BRAIN, FLOAT, HALF, give_gradients, make, twin
 
 
 def test_storage_policy():
@@ -19,7 +20,7 @@ def test_storage_policy():
         (FLOAT, BRAIN, "compensated", BRAIN, BRAIN, None),
         (BRAIN, "8bit", "auto", uint8, uint8, int8),
     ):
-        (param,) = params = make(dtype=dtype, shapes=((300,),))
+        (param,) = params = make(dtype=dtype, shapes=((10, 32),))
         opt = SOUL(params, state_dtype=state_dtype, param_rounding=rounding)
         give_gradients(params)
         opt.step()
@@ -29,13 +30,75 @@ def test_storage_policy():
         assert ("exp_avg_scale" in state) == (state_dtype == "8bit")
 
 
+STORED = [  # shape, changed how, shape of the scales in bytes: None for fp32 states
+    ((40, 64), None, (40, 4)),
+    ((1, 32), None, (1, 2)),
+    ((5, 4, 8), None, (5, 2)),
+    ((0, 64), None, (0, 4)),
+    ((4, 32, 3, 3), lambda t: t.to(memory_format=torch.channels_last), (4, 18)),
+    ((40, 64), lambda t: t.repeat(1, 2)[:, :64], (40, 4)),  # with gaps: its states are dense
+    ((1 << 20,), None, (1 << 16,)),  # a piece of many parameters, as DeepSpeed and FSDP1 make them
+    ((64,), None, None),
+    ((), None, None),
+    ((40, 33), None, None),
+    ((64, 8), None, None),  # the B of a LoRA pair of rank 8
+    ((64, 32), lambda t: t.t().contiguous().t(), None),  # a group would have elements of several rows
+]
+
+
+@pytest.mark.parametrize("shape, change, scales", STORED, ids=[f"{i} {shape}" for i, (shape, *_) in enumerate(STORED)])
+def test_8_bit_states_are_for_tensors_whose_rows_are_whole_groups(shape, change, scales):
+    """No sharding by rows then cuts a group, and a state takes at most 1.07 bytes an element."""
+    param = torch.randn(shape) if change is None else change(torch.randn(shape))
+    opt = SOUL([param.requires_grad_()], state_dtype="8bit", backend="reference")
+    param.grad = torch.randn_like(param)
+    opt.step()
+    state = opt.state[param]
+    for name in ("exp_avg", "hessian"):
+        if scales is None:
+            assert state[name].dtype == FLOAT and f"{name}_scale" not in state
+            continue
+        scale = state[f"{name}_scale"]
+        assert state[name].dtype == torch.uint8 and scale.dtype == torch.uint8 and scale.shape == scales
+        assert state[name].nbytes + scale.nbytes <= 1.07 * param.numel()
+        rows = [slice(0, 1), slice(1, len(param))] if param.dim() > 1 and len(param) > 1 else []
+        for row in rows:  # the codes of some rows and their scales are the state of those rows
+            part = load_state(state[name][row].contiguous(memory_format=memory_format(param)), scale[row].contiguous(), name)
+            assert torch.equal(part, load_state(state[name], scale, name)[row])
+
+
+def memory_format(tensor):
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+
+
+@pytest.mark.parametrize("kind", [SOUL, SophiaG])
+def test_8_bit_and_fp32_states_step_side_by_side(kind, device):
+    """A parameter is stepped as in an optimizer of its own, with the storage that its shape allows."""
+    params = make(device, BRAIN, shapes=((9, 32), (7,), (3, 5, 32), (6, 5), ()))
+    others = twin(params)
+    more = dict(lr=1e-2, bias_correction=True, param_rounding="nearest")  # no noise: it depends on the number of a parameter
+    together = kind(params, state_dtype="8bit", capturable=True, **more)
+    apart = [kind([q], state_dtype="8bit" if index in (0, 2) else FLOAT, **more) for index, q in enumerate(others)]
+    for _ in range(3):
+        give_gradients(params, others)
+        for opt in (together, *apart):
+            if kind is SophiaG:
+                opt.update_hessian()
+            opt.step()
+    dtypes = [together.state[p]["hessian"].dtype for p in params]
+    assert dtypes == [torch.uint8, FLOAT, torch.uint8, FLOAT, FLOAT]
+    for p, q, opt in zip(params, others, apart):
+        assert together.state[p].keys() == opt.state[q].keys() and torch.equal(p, q)
+        assert all(torch.equal(value, opt.state[q][name]) for name, value in together.state[p].items())
+
+
 def bf16_run(steps=500, lr=5e-6, weight_decay=0.1, zero_gradients=False, **options):
     """Return the displacement of bf16 parameters, in fp64, and that of an fp32 run with the same gradients from the same start.
 
     By the reference, which the kernels equal bit for bit: the interpreter would take minutes.
     """
     generator = torch.Generator().manual_seed(0)
-    start = (torch.randn(4096, generator=generator) * 0.02).bfloat16()
+    start = (torch.randn(4096, generator=generator) * 0.02).bfloat16().view(64, 64)  # of a matrix: a vector has no 8-bit states
     low = start.clone().requires_grad_()
     exact = start.float().requires_grad_()
     more = dict(lr=lr, weight_decay=weight_decay, bs=1, rho=0.04, backend="reference")
@@ -43,12 +106,14 @@ def bf16_run(steps=500, lr=5e-6, weight_decay=0.1, zero_gradients=False, **optio
     drift = torch.randn(4096, generator=generator)
     for _ in range(steps):
         grad = torch.zeros(4096) if zero_gradients else drift + torch.randn(4096, generator=generator)
+        grad = grad.view(64, 64)
         low.grad = grad.bfloat16()
         exact.grad = grad.bfloat16().float()
         for run in runs:
             run.step()
-    moved = runs[0].export_fp32()[low].double() - start.double()
-    return moved, exact.detach().double() - start.double(), start.double()
+    start = start.double()
+    moved = runs[0].export_fp32()[low].double() - start
+    return moved.flatten(), (exact.detach().double() - start).flatten(), start.flatten()
 
 
 @pytest.mark.parametrize("options, low, high", [
@@ -185,7 +250,7 @@ def gapped(tensor):
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN])
 def test_parameters_with_gaps_step_as_dense_ones_do(dtype, kind, options, device):
     """Steps are equal bit for bit, through checkpoints and exports, and the elements in the gaps stay as they are."""
-    params = make(device, dtype, shapes=((9, 30), (7,)))
+    params = make(device, dtype, shapes=((9, 32), (7,)))
     others = [gapped(p.detach()).requires_grad_() for p in params]
     bases = [q.detach().as_strided((2 * p.numel(),), (1,)) for p, q in zip(params, others)]
     dense, strided = kind(params, lr=1e-2, **options), kind(others, lr=1e-2, **options)

@@ -6,7 +6,9 @@ whose signatures are those of wandb 0.31, trackio 0.43, mlflow 3.17 and torch 2.
 
 import importlib
 import json
+import pathlib
 import random
+import re
 import sys
 import time
 import types
@@ -185,6 +187,29 @@ def test_the_command_reports_and_a_resumed_run_goes_on_there(fake, tmp_path, cap
     assert fake.sent == [1, 2, 3, 3, 4, 5, 6]  # step 3 was not in a checkpoint
     assert main(words(folder, tmp_path / "out", "--save-every=1", "--epochs=2", "--optimizer=adamw", "--resume")) == 0
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def names_in_the_guide():
+    """The scalars of the table in docs/running.md, by their names in its first column."""
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "running.md").read_text(encoding="utf-8")
+    table = text.partition("| scalar |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    return [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def test_the_guide_names_every_scalar(fake, tmp_path):
+    """A run with everything that is logged, and one of influence; going back to an earlier point is too rare for a test."""
+    aim = dict(aim="forget_prob=0.002", method="npo", curvature="retain", clip_target=0.5, eval_every=8, epochs=12)
+    influence = dict(method="influence", method_options={"clip": 1e-3})
+    sent = set()
+    fake.log = lambda numbers, step: sent.update(numbers)
+    for name, options in (("aim", aim), ("influence", influence)):
+        config = UnlearnConfig(batch_size=2, backend="reference", **options)
+        run = Unlearner(tiny_model(), examples(4), examples(28)[4:], config, tokenizer=tiny_tokenizer())
+        run.run(tmp_path / name, progress=False, report_to=["wandb"])
+    documented = names_in_the_guide()
+    assert len(set(documented)) == len(documented)
+    assert sent | {"aim/back_to"} == set(documented)
 
 
 # The libraries
