@@ -27,6 +27,8 @@ TESTS_PTX := tests/ptx tests/optim tests/models tests/test_losses.py tests/test_
 CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.py))
 OPEN_UNLEARNING ?=
 TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_functional.py
+TESTS_trl := tests/test_examples.py::test_trl_trains
+TESTS_lightning := tests/test_examples.py::test_lightning_module_unlearns
 
 .PHONY: help install demo chromium test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 

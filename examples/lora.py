@@ -3,15 +3,14 @@
 python examples/lora.py --model DIR --forget FILE --retain FILE --output DIR
 """
 
-import argparse
+import copy
+import functools
+
+from common import collate, compare, load, options
 
 import soul
 
-parser = argparse.ArgumentParser(description="Make a model forget one file and keep another, by LoRA adapters.")
-parser.add_argument("--model", default="out/demo/seed0/full", help="directory or hub name (default: what `soul demo` leaves)")
-parser.add_argument("--forget", default="out/demo/forget.jsonl", help="JSON lines with question and answer")
-parser.add_argument("--retain", default="out/demo/retain.jsonl", help="the same")
-parser.add_argument("--output", default="out/lora", help="new or empty directory for the adapters")
+parser = options("Make a model forget one file and keep another, by LoRA adapters.", "out/lora", steps=None)
 parser.add_argument("--rank", type=int, default=16, help="rank of the adapters (default: %(default)s)")
 parser.add_argument("--merge", action="store_true", help="add the adapters to the weights, and save a plain model")
 args = parser.parse_args()
@@ -29,6 +28,24 @@ unlearner = soul.Unlearner(args.model, args.forget, args.retain, config, adapter
 trained = sum(p.numel() for p in unlearner.model.parameters() if p.requires_grad)
 total = sum(p.numel() for p in unlearner.model.parameters())
 print(f"training {trained:,} of {total:,} parameters")
+
+# One step of each kind. The plain way trains all weights, and keeps a copy of the model as the reference model.
+whole, _, forget_rows, retain_rows = load(args)
+whole.to(unlearner.model.dtype)
+copied = functools.cache(lambda: copy.deepcopy(whole))
+batch = {"forget": collate(forget_rows[:4], whole.device), "retain": collate(retain_rows[:4], whole.device)}
+
+
+def take_step(model, optimizer, ref_model=lambda: None):
+    """Take a step that moves nothing, lr being 0."""
+    soul.unlearning_loss(model, batch, config.objective(), ref_model=ref_model()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+small = soul.SOUL([p for p in unlearner.model.parameters() if p.requires_grad], lr=0.0)
+large = soul.SOUL(whole.parameters(), lr=0.0)
+compare("a step", lambda: take_step(unlearner.model, small), lambda: take_step(whole, large, copied))
 
 before = unlearner.forget_probability()
 records = unlearner.run(args.output, merge=args.merge)

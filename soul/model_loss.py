@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 Batch = Mapping[str, Any]  # one side of a batch, a dict of tensors; or a dict of such dicts
 
 
-class _Joined(NamedTuple):
-    """Forget and retain sequences in one batch, the forget ones first.
+class Joined(NamedTuple):
+    """Forget and retain sequences in one batch; those of `unlearning_loss` have the forget ones first.
 
     Attributes:
         inputs: ``input_ids``, ``attention_mask`` and ``labels``, [B, T] each, padded to the longest sequence.
-        is_forget: [B] bool on the CPU.
+        is_forget: [B] bool, best on the CPU.
         ref_logps: [B] fp32, 0 for the retain sequences; None if the batch has none.
     """
 
@@ -114,12 +114,11 @@ def unlearning_loss(
     if isinstance(model, torch.nn.DataParallel):
         remedy = "start one process a GPU, with torchrun or accelerate launch"
         raise argument_error("model", "one process a GPU", "DataParallel", remedy)
-    if not isinstance(objective, losses.Objective):
-        raise argument_error("objective", "an objective of soul.losses", repr(objective), "for instance soul.losses.NPO()")
+    check_objective(objective)
     joined = _joined(batch, objective)
     is_forget = joined.is_forget
     labels = shifted_labels(joined.inputs)
-    reference = _reference(model, ref_model, joined, labels, objective)
+    reference = reference_of(model, ref_model, joined, labels, objective)
     detached_logps: list[Tensor] = []
 
     def value(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
@@ -138,7 +137,7 @@ def unlearning_loss(
     return loss, causal_output(detached_logps[0], counted)
 
 
-def _joined(batch: Batch, objective: losses.Objective) -> _Joined:
+def _joined(batch: Batch, objective: losses.Objective) -> Joined:
     """Check the sides of a batch that the objective needs, and join them."""
     forget = _forget_sides(batch, objective)
     sides = dict(forget)
@@ -159,7 +158,7 @@ def _joined(batch: Batch, objective: losses.Objective) -> _Joined:
     if all("ref_logps" in side for side in forget.values()):
         forget_logps = torch.stack([side["ref_logps"].float() for side in forget.values()], 1).flatten()
         ref_logps = torch.cat([forget_logps, forget_logps.new_zeros(n_sequences - n_forget)])
-    return _Joined(inputs, torch.arange(n_sequences, device="cpu") < n_forget, ref_logps)
+    return Joined(inputs, torch.arange(n_sequences, device="cpu") < n_forget, ref_logps)
 
 
 def _forget_sides(batch: Batch, objective: losses.Objective) -> dict[str, Batch]:
@@ -217,19 +216,41 @@ def _check_side(name: str, side: Batch) -> None:
             raise argument_error(f"{name}['{key}']", described, f"shape {tuple(value.shape)}", remedy)
 
 
-def _reference(
+def check_objective(objective: object) -> None:
+    """Raise unless this is an objective of `soul.losses`."""
+    if not isinstance(objective, losses.Objective):
+        raise argument_error("objective", "an objective of soul.losses", repr(objective), "for instance soul.losses.NPO()")
+
+
+def runs_reference(objective: losses.Objective, ref_logps: Tensor | None) -> bool:
+    """Tell whether `reference_of` runs a reference model: the batch does not hold all that the objective needs of it."""
+    return objective.divergence is not None or (objective.needs_reference and ref_logps is None)
+
+
+def reference_of(
     model: torch.nn.Module,
     ref_model: torch.nn.Module | None,
-    joined: _Joined,
+    joined: Joined,
     labels: Tensor,
     objective: losses.Objective,
 ) -> dict[str, Any]:
-    """Return the arguments of `linear_objective` that describe a reference model; run it on the sequences that need it."""
+    """Return the arguments of `linear_objective` that describe a reference model; run it on the sequences that need it.
+
+    Args:
+        model: the model, as for `unlearning_loss`. With its adapters off it is the reference model if there is no other.
+        ref_model: another model, or None.
+        joined: the batch.
+        labels: its labels [B, T], shifted.
+        objective: what the reference model is needed for.
+
+    Raises:
+        ArgumentError: the objective needs a reference model, and there is none.
+    """
     is_forget = joined.is_forget
     divergence = objective.divergence
     needs_logps = objective.needs_reference and joined.ref_logps is None
     arguments: dict[str, Any] = {"ref_logps": joined.ref_logps} if objective.needs_reference else {}
-    if divergence is None and not needs_logps:
+    if not runs_reference(objective, joined.ref_logps):
         return arguments
     bare = causal_lm.bare(model)
     if ref_model is None and not causal_lm.has_adapters(bare):

@@ -11,6 +11,7 @@ from soul_kernels.bundles import Guards, Noise, StepOptions, StepTensors
 from soul_kernels.chunks import LinearOptions
 from soul_kernels.grad_norm import grad_norm
 from soul_kernels.hessian_ema import HessianEma, hessian_ema
+from soul_kernels.linear_cross_entropy import Predictions, linear_cross_entropy
 from soul_kernels.linear_gnb import linear_gnb
 from soul_kernels.linear_kl import linear_kl
 from soul_kernels.linear_loss import linear_logprob, linear_objective, linear_statistics
@@ -22,6 +23,7 @@ __all__ = [
     "sophia_step",
     "hessian_ema",
     "grad_norm",
+    "linear_cross_entropy",
     "linear_logprob",
     "linear_objective",
     "linear_kl",
@@ -37,6 +39,7 @@ __all__ = [
     "Divergence",
     "Head",
     "LinearOptions",
+    "Predictions",
     "Reference",
     "TensorTable",
     "TokenBatch",

@@ -25,6 +25,7 @@ from soul_kernels.token_logprob import (
     launch_rows,
     load_logits,
     log1p,
+    log1p_of_small,
     other_block,
     row_of_program,
     statistic,
@@ -37,6 +38,8 @@ from soul_kernels.token_logprob import (
 SMALLEST = tl.constexpr(_reference.FLOOR)
 DIVERGENCE = tl.constexpr(_reference.DIVERGENCE)  # rows of the divergences of a chunk
 REF_ENTROPY = tl.constexpr(_reference.REF_ENTROPY)
+MODEL_SIDE = tl.constexpr(_reference.MODEL_SIDE)
+FARTHEST = tl.constexpr(_reference.FARTHEST)
 
 # Columns per loop iteration, warps: no spills for any target. Times on a GPU are still to be measured.
 DIVERGENCE_CONFIG = {"BLOCK": 2048, "num_warps": 8}
@@ -60,6 +63,7 @@ class DivergenceFactors(NamedTuple):
     log_total: tl.tensor  # logarithm of the sum of exp(z - row_max)
     label_log_p: tl.tensor  # log p(label)
     ref_log_total: tl.tensor  # the logarithm for the reference model
+    beta: tl.tensor  # weight of the reference model in the mixture of "jsd"; else 0
 
 
 class DivergenceSums(NamedTuple):
@@ -67,6 +71,7 @@ class DivergenceSums(NamedTuple):
 
     divergence: tl.tensor
     entropy: tl.tensor  # of the reference model
+    model_side: tl.tensor  # of "jsd": what p adds to the divergence; else 0
 
 
 class GradientFactors(NamedTuple):
@@ -74,8 +79,11 @@ class GradientFactors(NamedTuple):
 
     coefficient: tl.tensor
     weight: tl.tensor
-    divergence: tl.tensor
+    mean_score: tl.tensor  # mean of the columns' scores under p: see `_score`
     row_max: tl.tensor
+    log_total: tl.tensor  # logarithm of the sum of exp(z - row_max)
+    label_log_p: tl.tensor  # log p(label)
+    beta: tl.tensor  # weight of the reference model in the mixture of "jsd"; else 0
     scale: tl.tensor  # 1 / sum of exp(z - row_max)
     rest: tl.tensor  # 1 - p(label)
     ref_scale: tl.tensor  # 1 / sum of exp(z - row_max) of the reference model
@@ -119,24 +127,66 @@ def _surprise(log_q):
 
 
 @triton.jit
-def _terms(log_p, log_q, SOUL: tl.constexpr):
-    """Return what each column adds to the divergence, and to the entropy of the reference model."""
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
-    entropy = tl.where(q > 0.0, -q * log_q, 0.0)
-    if SOUL:
-        return p * _surprise(log_q), entropy
-    else:
-        # q (d + exp(-d) - 1), d = log q - log p. Near d = 0 a series is used; its next term is below 3e-9 of the sum.
-        d = tl.where(q > 0.0, log_q - log_p, 1.0)  # 1 leaves p, where q is 0
-        series = 1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d * (1 / 40320 - d * (1 / 362880)))))
-        near = q * d * d * (0.5 - d * (1 / 6 - d * series))
-        far = q * (d - 1.0) + p
-        return tl.where(tl.abs(d) < 0.5, near, far), entropy
+def _excess(a, b, d):
+    """Return a (d + exp(-d) - 1) for d = log a - log b. Near d = 0 a series is used; its next term is below 3e-9 of the sum."""
+    series = 1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d * (1 / 40320 - d * (1 / 362880)))))
+    near = a * d * d * (0.5 - d * (1 / 6 - d * series))
+    far = a * (d - 1.0) + b
+    return tl.where(tl.abs(d) < 0.5, near, far)
 
 
 @triton.jit
-def _add_block(sums, row, ref, block, factors, transform, LABEL: tl.constexpr, SOUL: tl.constexpr):
+def _from_mixture(log_p, log_q, beta):
+    """Return log p - log m and log q - log m for the mixture m = beta q + (1 - beta) p, accurate where p and q are close."""
+    d = tl.where(tl.exp(log_p) + tl.exp(log_q) > 0.0, log_q - log_p, 0.0)
+    d = tl.minimum(tl.maximum(d, -FARTHEST), FARTHEST)
+    ratio = tl.exp(-tl.abs(d))
+    of_larger = tl.log(tl.where(d > 0.0, beta + (1.0 - beta) * ratio, 1.0 - beta + beta * ratio))  # log m - log of the larger
+    # Near d = 0: log1p(beta expm1(d)), with a series of expm1 whose next term is below 2e-8 of the sum.
+    expm1 = d * (1.0 + d * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d * (1 / 5040)))))))
+    near = log1p_of_small(beta * expm1)
+    is_near = tl.abs(d) < 0.5
+    of_p = tl.where(is_near, -near, -of_larger - tl.maximum(d, 0.0))
+    of_q = tl.where(is_near, d - near, -of_larger + tl.minimum(d, 0.0))
+    return of_p, of_q
+
+
+@triton.jit
+def _terms(log_p, log_q, beta, KIND: tl.constexpr):
+    """Return what each column adds to the divergence, to the entropy of the reference model, and to p's side of "jsd"."""
+    p = tl.exp(log_p)
+    q = tl.exp(log_q)
+    entropy = tl.where(q > 0.0, -q * log_q, 0.0)
+    if KIND == "soul_kl":
+        return p * _surprise(log_q), entropy, p
+    elif KIND == "kl":
+        return _excess(q, p, tl.where(q > 0.0, log_q - log_p, 1.0)), entropy, p  # 1 leaves p, where q is 0
+    elif KIND == "reverse_kl":
+        return _excess(p, q, tl.where(p > 0.0, log_p - log_q, 1.0)), entropy, p
+    else:
+        of_p, of_q = _from_mixture(log_p, log_q, beta)
+        mixture = beta * q + (1.0 - beta) * p
+        model_side = (1.0 - beta) * _excess(p, mixture, of_p)
+        return beta * _excess(q, mixture, of_q) + model_side, entropy, model_side
+
+
+@triton.jit
+def _score(log_p, log_q, beta, KIND: tl.constexpr):
+    """Return the score of each column: the gradient of a divergence by a logit is p (score - mean score under p).
+
+    "kl", whose gradient is p - q, has none.
+    """
+    if KIND == "soul_kl":
+        return _surprise(log_q)
+    elif KIND == "reverse_kl":
+        return tl.where(tl.exp(log_p) > 0.0, log_p - log_q, 0.0)
+    else:
+        of_p, of_q = _from_mixture(log_p, log_q, beta)
+        return (1.0 - beta) * of_p
+
+
+@triton.jit
+def _add_block(sums, row, ref, block, factors, transform, LABEL: tl.constexpr, KIND: tl.constexpr):
     """Return the `DivergenceSums` with one more block added, which may hold the label if ``LABEL``."""
     raw, gap, ref_gap = _load_both(row, factors.row_max, ref, block, transform)
     log_p = gap - factors.log_total
@@ -144,10 +194,14 @@ def _add_block(sums, row, ref, block, factors, transform, LABEL: tl.constexpr, S
     if LABEL:  # p(label) may be close to 1, hence the values that were summed without the label
         log_p = tl.where(block.columns == row.label, factors.label_log_p, log_p)
         log_q = tl.where(block.columns == row.label, ref.label_log_q, log_q)
-    divergence, entropy = _terms(log_p, log_q, SOUL)
+    divergence, entropy, side = _terms(log_p, log_q, factors.beta, KIND)
+    model_side = sums.model_side
+    if KIND == "jsd":
+        model_side += tl.sum(by_lane(side, model_side), 1)
     return DivergenceSums(
         divergence=sums.divergence + tl.sum(by_lane(divergence, sums.divergence), 1),
         entropy=sums.entropy + tl.sum(by_lane(entropy, sums.entropy), 1),
+        model_side=model_side,
     )
 
 
@@ -161,14 +215,15 @@ def divergence_kernel(
     ref_statistics_ptr,  # [4, n] fp32, the same of the reference model
     ref_statistics_stride,
     strengths_ptr,  # [n] fp32: how far the reference model's logit of the label is lowered; or None
-    divergences_ptr,  # [2, n] fp32: divergence, entropy of the reference model
+    divergences_ptr,  # [2 or 3, n] fp32: divergence, entropy of the reference model, p's side of "jsd"
     divergences_stride,
     n_vocab,
     row_stride,
     ref_row_stride,
+    beta,  # weight of the reference model in the mixture of "jsd"; else None
     logit_scale,  # None: not scaled
     softcap,  # None: not capped
-    SOUL: tl.constexpr,
+    KIND: tl.constexpr,  # one of soul_kernels.reference.kl_divergence.KINDS
     BLOCK: tl.constexpr,
 ):
     """Write the divergence of one row, and the entropy of its reference model."""
@@ -176,6 +231,7 @@ def divergence_kernel(
     transform = Transform(logit_scale=logit_scale, softcap=softcap)
     divergence = 0.0
     entropy = 0.0
+    model_side = 0.0
     if row.label != IGNORED:
         ref = _ref_row(ref_logits_ptr, ref_row_stride, ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row)
         factors = DivergenceFactors(
@@ -183,39 +239,45 @@ def divergence_kernel(
             log_total=tl.log(tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL))),
             label_log_p=tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP)),
             ref_log_total=tl.log(ref.total),
+            beta=0.0 if beta is None else beta,
         )
         zeros = zeros_of_lanes(row, BLOCK)
-        lanes = DivergenceSums(divergence=zeros, entropy=zeros)
+        lanes = DivergenceSums(divergence=zeros, entropy=zeros, model_side=zeros)
         columns = tl.arange(0, BLOCK)
         for start in range(0, row.others, BLOCK):
             block = ColumnBlock(other_block(row, start, BLOCK) + columns, None)
-            lanes = _add_block(lanes, row, ref, block, factors, transform, False, SOUL)
+            lanes = _add_block(lanes, row, ref, block, factors, transform, False, KIND)
         if row.others < row.tail:
             block = ColumnBlock(row.label_block + columns, None)
-            lanes = _add_block(lanes, row, ref, block, factors, transform, True, SOUL)
+            lanes = _add_block(lanes, row, ref, block, factors, transform, True, KIND)
         if row.tail < n_vocab:
             columns += row.tail
             block = ColumnBlock(columns, columns < n_vocab)
-            lanes = _add_block(lanes, row, ref, block, factors, transform, True, SOUL)
+            lanes = _add_block(lanes, row, ref, block, factors, transform, True, KIND)
         divergence = tl.sum(lanes.divergence, 0)
         entropy = tl.sum(lanes.entropy, 0)
+        if KIND == "jsd":
+            model_side = tl.sum(lanes.model_side, 0)
     tl.store(statistic(divergences_ptr, divergences_stride, row, DIVERGENCE), divergence)
     tl.store(statistic(divergences_ptr, divergences_stride, row, REF_ENTROPY), entropy)
+    if KIND == "jsd":
+        tl.store(statistic(divergences_ptr, divergences_stride, row, MODEL_SIDE), model_side)
 
 
 @triton.jit
-def _divergence_gradient_block(row, ref, out_row, start, block, factors, transform, SOUL: tl.constexpr, OVERLAID: tl.constexpr):
+def _divergence_gradient_block(row, ref, out_row, start, block, factors, transform, KIND: tl.constexpr, OVERLAID: tl.constexpr):
     """Write the gradient of a block."""
     raw, gap, ref_gap = _load_both(row, factors.row_max, ref, block, transform)
     p = tl.exp(gap) * factors.scale
     is_label = block.columns == row.label
     gradient = factors.coefficient * tl.where(is_label, factors.rest, -p)
-    if SOUL:
-        log_q = tl.where(is_label, ref.label_log_q, ref_gap - factors.ref_log_total)
-        gradient += factors.weight * p * (_surprise(log_q) - factors.divergence)
-    else:
+    if KIND == "kl":
         q = tl.exp(ref_gap) * factors.ref_scale
         gradient += factors.weight * tl.where(is_label, factors.label_difference, p - q)
+    else:
+        log_p = tl.where(is_label, factors.label_log_p, gap - factors.log_total)
+        log_q = tl.where(is_label, ref.label_log_q, ref_gap - factors.ref_log_total)
+        gradient += factors.weight * p * (_score(log_p, log_q, factors.beta, KIND) - factors.mean_score)
     store_block(out_row, block, times_slope(gradient, raw, transform), start, OVERLAID)
 
 
@@ -229,7 +291,7 @@ def divergence_gradient_kernel(
     ref_statistics_ptr,  # [4, n] fp32, the same of the reference model
     ref_statistics_stride,
     strengths_ptr,  # [n] fp32 or None
-    divergences_ptr,  # [2, n] fp32, from divergence_kernel; the first row is read
+    mean_scores_ptr,  # [n] fp32, a row of what divergence_kernel has written: see `_score`
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
     weights_ptr,  # [n] fp32, derivative of the objective by the divergence
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
@@ -237,9 +299,10 @@ def divergence_gradient_kernel(
     row_stride,
     ref_row_stride,
     out_stride,
+    beta,  # as in divergence_kernel
     logit_scale,  # None: not scaled
     softcap,  # None: not capped
-    SOUL: tl.constexpr,
+    KIND: tl.constexpr,  # one of soul_kernels.reference.kl_divergence.KINDS
     OVERLAID: tl.constexpr,  # as in token_logprob.gradient_kernel
     BLOCK: tl.constexpr,
 ):
@@ -253,32 +316,36 @@ def divergence_gradient_kernel(
         ref = _ref_row(ref_logits_ptr, ref_row_stride, ref_statistics_ptr, ref_statistics_stride, strengths_ptr, row)
         # p - q of the label. Where p is close to 1 it is (1 - q) - (1 - p): both were summed without the label. Where p is
         # small, both are close to 1, and their difference would lose the digits that p and q have.
-        label_p = tl.exp(tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP)))
+        label_log_p = tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP))
         factors = GradientFactors(
             coefficient=tl.load(coefficients_ptr + row.index),
             weight=tl.load(weights_ptr + row.index),
-            divergence=tl.load(divergences_ptr + row.index),
+            mean_score=tl.load(mean_scores_ptr + row.index),
             row_max=tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX)),
+            log_total=tl.log(total),
+            label_log_p=label_log_p,
+            beta=0.0 if beta is None else beta,
             scale=1.0 / total,
             rest=rest,
             ref_scale=1.0 / ref.total,
             ref_log_total=tl.log(ref.total),
-            label_difference=tl.where(rest < 0.5, ref.rest - rest, label_p - tl.exp(ref.label_log_q)),
+            label_difference=tl.where(rest < 0.5, ref.rest - rest, tl.exp(label_log_p) - tl.exp(ref.label_log_q)),
         )
         lanes = tl.arange(0, BLOCK)
         for start in range(0, row.tail, BLOCK):
             block = ColumnBlock(start + lanes, None)
-            _divergence_gradient_block(row, ref, out_row, start, block, factors, transform, SOUL, OVERLAID)
+            _divergence_gradient_block(row, ref, out_row, start, block, factors, transform, KIND, OVERLAID)
         if row.tail < n_vocab:
             block = ColumnBlock(row.tail + lanes, row.tail + lanes < n_vocab)
-            _divergence_gradient_block(row, ref, out_row, row.tail, block, factors, transform, SOUL, OVERLAID)
+            _divergence_gradient_block(row, ref, out_row, row.tail, block, factors, transform, KIND, OVERLAID)
     else:
         store_zeros(out_row, n_vocab, tl.arange(0, BLOCK))
 
 
 def divergence_statistics(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
-    strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,
+    strengths: Tensor | None = None, kind: str = "kl", beta: float = 0.5, logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Write each row's divergence from the reference model, and the reference model's entropy, into ``divergences``.
 
@@ -288,9 +355,11 @@ def divergence_statistics(
         labels: [n] int64; -100 gives zeros. The other labels lie in [0, V); their values matter with ``strengths`` only.
         statistics: [4 or 7, n] fp32, from `token_statistics` of the logits with these labels.
         ref_statistics: the same of the reference model.
-        divergences: [2, n] fp32, rows contiguous; mutated. Its rows are `DIVERGENCE` and `REF_ENTROPY`.
+        divergences: [2 or, for "jsd", 3, n] fp32, rows contiguous; mutated. Its rows are `DIVERGENCE`, `REF_ENTROPY` and
+            `MODEL_SIDE`.
         strengths: [n] fp32, how far the reference model's logit of the label is lowered; None: not at all.
-        kind: "kl" or "soul_kl": see `soul_kernels.reference.kl_divergence.kl_divergence`.
+        kind: see `soul_kernels.reference.kl_divergence.kl_divergence`.
+        beta: the same.
         logit_scale: as in `token_statistics`, for both models.
         softcap: as in `token_statistics`, for both models.
     """
@@ -308,14 +377,15 @@ def divergence_statistics(
         divergences_ptr=divergences,
         divergences_stride=divergences.stride(0),
         ref_row_stride=ref_logits.stride(0),
-        SOUL=kind == "soul_kl",
+        beta=float(beta) if kind == "jsd" else None,
+        KIND=kind,
     )
 
 
 def divergence_gradient(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor,
     coefficients: Tensor, weights: Tensor, out: Tensor, *, strengths: Tensor | None = None, kind: str = "kl",
-    logit_scale: float = 1.0, softcap: float | None = None,
+    beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Write the derivative of ``coefficient log p(label) + weight divergence`` by the raw products into ``out``, row by row.
 
@@ -325,12 +395,13 @@ def divergence_gradient(
         labels: as in `divergence_statistics`.
         statistics: as in `divergence_statistics`.
         ref_statistics: as in `divergence_statistics`.
-        divergences: [2, n] fp32, from `divergence_statistics`.
+        divergences: as `divergence_statistics` has written them.
         coefficients: [n] fp32, derivative of the objective by each log p(label).
         weights: [n] fp32, derivative of the objective by each divergence.
         out: [n, V], fp32, bf16 or fp16, rows contiguous; mutated. ``logits`` itself where the dtype is the same.
         strengths: as in `divergence_statistics`.
         kind: as in `divergence_statistics`.
+        beta: as in `divergence_statistics`.
         logit_scale: as in `token_statistics`, for both models.
         softcap: as in `token_statistics`, for both models.
     """
@@ -346,10 +417,11 @@ def divergence_gradient(
         ref_statistics_ptr=ref_statistics,
         ref_statistics_stride=ref_statistics.stride(0),
         strengths_ptr=strengths,
-        divergences_ptr=divergences,
+        mean_scores_ptr=divergences[_reference.MODEL_SIDE if kind == "jsd" else _reference.DIVERGENCE],
         coefficients_ptr=coefficients,
         weights_ptr=weights,
         ref_row_stride=ref_logits.stride(0),
-        SOUL=kind == "soul_kl",
+        beta=float(beta) if kind == "jsd" else None,
+        KIND=kind,
         OVERLAID=is_overlaid(logits, out),
     )

@@ -8,12 +8,14 @@ from torch import Tensor
 from soul_kernels._head import custom_ops
 from soul_kernels._head.autograd import Swept
 from soul_kernels._head.checks import check_device, check_head, check_indices_type, needed_gradients
+from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.sweeps import reference_gnb, sweep_gnb
 from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions
 from soul_kernels.errors import argument_error
 from soul_kernels.tokens import Head
 
 
+@takes_flat
 def linear_gnb(
     hidden: Tensor, weight: Tensor | Head, keep: Tensor, *, uniforms: Tensor | None = None,
     generator: torch.Generator | None = None, bias: Tensor | None = None, options: LinearOptions = DEFAULT_OPTIONS,
@@ -28,18 +30,20 @@ def linear_gnb(
     positions in the batch, so the labels do not depend on how it is cut into chunks. Source: Liu et al. 2023, algorithm 2.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the weight.
+        hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the
+            weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        keep: [B, T] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label in it.
-        uniforms: [B, T] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
+        keep: [B, T] or [N] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label
+            in it.
+        uniforms: [B, T] or [N] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
         generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
             `soul.curvature.GNB.generator`. None: torch's default one.
         bias: [V] or None, beside a weight that is a tensor.
         options: see `LinearOptions`; its ``token_indices`` list every token where ``keep`` is true.
 
     Returns:
-        The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] int64, -100 where
-        ``keep`` is false.
+        The mean negative log-likelihood of the drawn labels, [] fp32, differentiable; and the labels, [B, T] or [N] int64, -100
+        where ``keep`` is false.
 
     Raises:
         ArgumentError: an argument does not fit.

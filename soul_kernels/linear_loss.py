@@ -33,6 +33,7 @@ from soul_kernels._head.checks import (
     check_reference,
     needed_gradients,
 )
+from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.rows import HeadRows
 from soul_kernels._head.sweeps import (
     ObjectiveCall,
@@ -45,6 +46,7 @@ from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions, ResolvedOptions
 from soul_kernels.tokens import Divergence, Head, ObjectiveFunction, Reference, TokenStatistics
 
 
+@takes_flat
 def linear_logprob(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, *, bias: Tensor | None = None,
     options: LinearOptions = DEFAULT_OPTIONS,
@@ -56,15 +58,15 @@ def linear_logprob(
     The logits are fp32, whatever the dtype of the inputs, and exist one chunk at a time.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they are
-            converted, and so is the weight.
+        hidden: [B, T, D] or [N, D], fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they
+            are converted, and so is the weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
+        labels: [B, T] or [N] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         bias: [V] or None, beside a weight that is a tensor.
         options: token indices, dtype of the logits, scratch memory, backend: see `LinearOptions`.
 
     Returns:
-        [B, T] fp32 (fp64 for fp64 inputs, which the kernels do not take).
+        [B, T] or [N] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
         ArgumentError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. On a GPU with
@@ -76,14 +78,15 @@ def linear_logprob(
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)
-        return custom_ops.per_token(hidden, head, labels, token_indices, resolved, None)
+        return custom_ops.per_token(hidden, head, labels, token_indices, resolved, None)[0]
     if not resolved.fused:
-        return reference_per_token(hidden, head, labels, token_indices, resolved, None)
+        return reference_per_token(hidden, head, labels, token_indices, resolved, None)[0]
     check_labels(hidden, head, labels, token_indices, fused=True)
     head_rows = HeadRows(hidden, head, labels, token_indices, resolved)
     return PerToken.apply(hidden, head.weight, head.bias, head_rows, needed_gradients(hidden, head))[0]
 
 
+@takes_flat
 def linear_statistics(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, *, bias: Tensor | None = None,
     options: LinearOptions = DEFAULT_OPTIONS,
@@ -93,14 +96,14 @@ def linear_statistics(
     They are log p(label), logsumexp, whether the label is the argmax, entropy, and variance of log p under the model.
 
     Args:
-        hidden: [B, T, D], as in `linear_logprob`.
+        hidden: [B, T, D] or [N, D], as in `linear_logprob`.
         weight: [V, D], or a `Head`.
-        labels: [B, T] int64, as in `linear_logprob`.
+        labels: [B, T] or [N] int64, as in `linear_logprob`.
         bias: [V] or None, beside a weight that is a tensor.
         options: see `LinearOptions`.
 
     Returns:
-        `TokenStatistics` of [B, T] fp32 tensors, without gradient.
+        `TokenStatistics` of [B, T] or [N] fp32 tensors, without gradient.
 
     Raises:
         ArgumentError: as `linear_logprob`.
@@ -128,6 +131,7 @@ def linear_objective(
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
+@takes_flat
 def linear_objective(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, objective: ObjectiveFunction, *, bias: Tensor | None = None,
     is_forget: Tensor | None = None, ref_logps: Tensor | None = None, reference: Reference | None = None,
@@ -141,10 +145,10 @@ def linear_objective(
     the forget or the retain sequences) and ``needs_statistics``; the batch then has them as well.
 
     Args:
-        hidden: [B, T, D] fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they are
-            converted, and so is the weight.
+        hidden: [B, T, D], or [N, D], which is one sequence; fp32, bf16 or fp16 (without kernels also fp64), final hidden
+            states. Under autocast they are converted, and so is the weight.
         weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
-        labels: [B, T] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
+        labels: [B, T] or [N] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         objective: callable ``(logps [B, T] fp32, TokenBatch) -> [] loss``, differentiated by autograd. Its attribute
             ``additive`` names the terms that it is a plain sum of: "tokens", "sequences", "pairs" of sequences (2i and 2i + 1),
             or None (the default: unknown). Such a sum takes one sweep; otherwise a batch of several chunks takes two. Its
@@ -157,7 +161,7 @@ def linear_objective(
         ref_logps: [B] fp32, summed log-probability of each sequence under the reference model, where the objective needs it.
         reference: the `Reference` model on the same batch, where the objective has a ``divergence``; otherwise ignored. Its
             logits are scaled and capped as the model's are.
-        return_logps: also return the log-probabilities, [B, T] fp32, detached.
+        return_logps: also return the log-probabilities, [B, T] or [N] fp32, detached.
         options: token indices, dtype of the logits, scratch memory, backend: see `LinearOptions`.
 
     Returns:
@@ -174,7 +178,7 @@ def linear_objective(
     if divergence is None:
         reference = None
     else:
-        check_reference(reference, hidden, head, divergence.kind)
+        check_reference(reference, hidden, head, divergence.kind, divergence.beta)
     call = ObjectiveCall(labels, objective, options.token_indices, is_forget, ref_logps, reference)
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels) and custom_ops.takes(objective):
         check_labels_type(hidden, labels, options.token_indices)

@@ -61,8 +61,8 @@ GRADIENT_CONFIG = {"BLOCK": 4096, "num_warps": 8}
 VECTORS = {
     "do_not_specialize": ["statistics_stride", "ref_statistics_stride", "divergences_stride"],
     "do_not_specialize_on_alignment": [
-        "labels_ptr", "statistics_ptr", "ref_statistics_ptr", "strengths_ptr", "divergences_ptr", "coefficients_ptr",
-        "weights_ptr", "uniforms_ptr",
+        "labels_ptr", "statistics_ptr", "ref_statistics_ptr", "strengths_ptr", "divergences_ptr", "mean_scores_ptr",
+        "coefficients_ptr", "weights_ptr", "uniforms_ptr", "means_ptr", "lse_coefficients_ptr", "mean_coefficients_ptr",
     ],
 }  # fmt: skip
 
@@ -91,6 +91,13 @@ class Transform(NamedTuple):
 
     logit_scale: "tl.tensor | None"  # None: not scaled
     softcap: "tl.tensor | None"  # None: not capped
+
+
+class Addend(NamedTuple):
+    """The derivative by the mean logit, which is added to the gradient of every column, the label's included."""
+
+    share: "tl.tensor | None"  # coefficient of the mean / number of columns; None: nothing is added
+    class_weights: "tl.tensor | None"  # pointer to the factors of the columns in the mean; None: all are 1
 
 
 class RowSums(NamedTuple):
@@ -141,12 +148,18 @@ def statistic(statistics_ptr, stride, row, WHICH: tl.constexpr):
 
 
 @triton.jit
-def log1p(x):
-    """Return log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
-    s = x / (2.0 + x)  # log(1 + x) = 2 atanh(s), and s <= 1/3 for x <= 1: the next term is below 2e-8
+def log1p_of_small(x):
+    """Return log(1 + x) for x between -1/2 and 1."""
+    s = x / (2.0 + x)  # log(1 + x) = 2 atanh(s), and |s| <= 1/3: the next term is below 2e-8
     s2 = s * s
     series = 1.0 + s2 * (1 / 3 + s2 * (1 / 5 + s2 * (1 / 7 + s2 * (1 / 9 + s2 * (1 / 11 + s2 * (1 / 13 + s2 / 15))))))
-    return tl.where(x <= 1.0, 2.0 * s * series, tl.log(1.0 + x))
+    return 2.0 * s * series
+
+
+@triton.jit
+def log1p(x):
+    """Return log(1 + x) of a scalar x >= 0; ``tl.log`` alone loses small x, where p(label) is close to 1."""
+    return tl.where(x <= 1.0, log1p_of_small(x), tl.log(1.0 + x))
 
 
 @triton.jit
@@ -342,6 +355,33 @@ def _row_statistics(row, transform, ALL: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _add_logits(sums, row, block, transform, class_weights_ptr):
+    """Return the sums of each lane with the logits of one more block added, each multiplied by its class weight."""
+    raw, z = load_logits(row.logits, block, transform)
+    if class_weights_ptr is not None:
+        z = z * tl.load(class_weights_ptr + block.columns, mask=block.mask)
+    if block.mask is not None:
+        z = tl.where(block.mask, z, 0.0)
+    return sums + tl.sum(by_lane(z, sums), 1)
+
+
+@triton.jit
+def _mean_logit(row, transform, class_weights_ptr, BLOCK: tl.constexpr):
+    """Return the mean of a row's logits, each multiplied by its class weight; 0 for a row without a valid label."""
+    mean = 0.0
+    if (row.label >= 0) & (row.label < row.n_vocab):
+        lanes = zeros_of_lanes(row, BLOCK)
+        columns = tl.arange(0, BLOCK)
+        for start in range(0, row.tail, BLOCK):
+            lanes = _add_logits(lanes, row, ColumnBlock(start + columns, None), transform, class_weights_ptr)
+        if row.tail < row.n_vocab:
+            columns += row.tail
+            lanes = _add_logits(lanes, row, ColumnBlock(columns, columns < row.n_vocab), transform, class_weights_ptr)
+        mean = tl.sum(lanes, 0) / row.n_vocab
+    return mean
+
+
+@triton.jit
 def _store_statistics(statistics_ptr, stride, row, values, ALL: tl.constexpr):
     """Store the `RowStatistics` of a row; without ``ALL`` the first four."""
     tl.store(statistic(statistics_ptr, stride, row, LOGP), values.logp)
@@ -360,6 +400,8 @@ def statistics_kernel(
     labels_ptr,  # [n] int64
     statistics_ptr,  # [4 or 7, n] fp32: log p(label), maximum, sum of exp(z - max), 1 - p(label); hit, entropy, variance
     statistics_stride,
+    means_ptr,  # [n] fp32, the mean logit of each row; or None
+    class_weights_ptr,  # [V] fp32, factors of the logits in that mean; or None
     n_vocab,
     row_stride,
     logit_scale,  # None: not scaled
@@ -369,27 +411,34 @@ def statistics_kernel(
 ):
     """Write the statistics of one row."""
     row = row_of_program(logits_ptr, row_stride, labels_ptr, n_vocab, BLOCK)
-    values = _row_statistics(row, Transform(logit_scale=logit_scale, softcap=softcap), ALL, BLOCK)
+    transform = Transform(logit_scale=logit_scale, softcap=softcap)
+    values = _row_statistics(row, transform, ALL, BLOCK)
     _store_statistics(statistics_ptr, statistics_stride, row, values, ALL)
+    if means_ptr is not None:  # a second read, from the L2 cache where the rows in flight fit into it
+        tl.store(means_ptr + row.index, _mean_logit(row, transform, class_weights_ptr, BLOCK))
 
 
 @triton.jit
-def _gradient_block(row, out_row, start, block, factors, transform, OVERLAID: tl.constexpr):
+def _gradient_block(row, out_row, start, block, factors, addend, transform, OVERLAID: tl.constexpr):
     """Write the gradient of a block."""
     raw, z = load_logits(row.logits, block, transform)
     gradient = tl.where(block.columns == row.label, factors.at_label, -tl.exp(z - factors.row_max) * factors.scale)
+    if addend.class_weights is not None:
+        gradient += addend.share * tl.load(addend.class_weights + block.columns, mask=block.mask)
+    elif addend.share is not None:
+        gradient += addend.share
     store_block(out_row, block, times_slope(gradient, raw, transform), start, OVERLAID)
 
 
 @triton.jit
-def _write_gradient(row, out_row, lanes, factors, transform, OVERLAID: tl.constexpr):
+def _write_gradient(row, out_row, lanes, factors, addend, transform, OVERLAID: tl.constexpr):
     """Write the gradient of a row, or zeros for a row without a valid label; ``lanes`` are the columns of the first block."""
     if (row.label >= 0) & (row.label < row.n_vocab):
         for start in range(0, row.tail, lanes.numel):
-            _gradient_block(row, out_row, start, ColumnBlock(start + lanes, None), factors, transform, OVERLAID)
+            _gradient_block(row, out_row, start, ColumnBlock(start + lanes, None), factors, addend, transform, OVERLAID)
         if row.tail < row.n_vocab:
             block = ColumnBlock(row.tail + lanes, row.tail + lanes < row.n_vocab)
-            _gradient_block(row, out_row, row.tail, block, factors, transform, OVERLAID)
+            _gradient_block(row, out_row, row.tail, block, factors, addend, transform, OVERLAID)
     else:
         store_zeros(out_row, row.n_vocab, lanes)
 
@@ -401,6 +450,9 @@ def gradient_kernel(
     statistics_ptr,  # [4, n] fp32, from statistics_kernel
     statistics_stride,
     coefficients_ptr,  # [n] fp32, derivative of the objective by log p(label)
+    lse_coefficients_ptr,  # [n] fp32, the same by the logsumexp; or None
+    mean_coefficients_ptr,  # [n] fp32, the same by the mean logit; or None
+    class_weights_ptr,  # [V] fp32, factors of the logits in that mean; or None
     out_ptr,  # [n, V], out_stride elements from row to row: derivative by the raw products; may be logits_ptr
     n_vocab,
     row_stride,
@@ -417,10 +469,15 @@ def gradient_kernel(
     row_max = tl.load(statistic(statistics_ptr, statistics_stride, row, ROW_MAX))
     total = tl.load(statistic(statistics_ptr, statistics_stride, row, TOTAL))
     at_label = coefficient * tl.load(statistic(statistics_ptr, statistics_stride, row, ONE_MINUS_P))
+    if lse_coefficients_ptr is not None:  # whose derivative by a logit is the probability
+        lse_coefficient = tl.load(lse_coefficients_ptr + row.index)
+        at_label += lse_coefficient * tl.exp(tl.load(statistic(statistics_ptr, statistics_stride, row, LOGP)))
+        coefficient -= lse_coefficient
+    share = None if mean_coefficients_ptr is None else tl.load(mean_coefficients_ptr + row.index) / n_vocab
     factors = GradientFactors(row_max=row_max, scale=coefficient / total, at_label=at_label)
     out_row = out_ptr + row.index * out_stride
     lanes = tl.arange(0, BLOCK)  # before the branch: within it, a loop iteration in bf16 has 4 more instructions, of 320
-    _write_gradient(row, out_row, lanes, factors, transform, OVERLAID)
+    _write_gradient(row, out_row, lanes, factors, Addend(share, class_weights_ptr), transform, OVERLAID)
 
 
 @triton.jit(**VECTORS)
@@ -450,7 +507,8 @@ def statistics_gradient_kernel(
     )
     out_row = out_ptr + row.index * out_stride
     # [1, BLOCK]: accesses of one shape share a layout, and that of bf16 stores would add up the statistics in another order.
-    _write_gradient(row, out_row, tl.arange(0, BLOCK)[None, :], factors, transform, OVERLAID)
+    columns = tl.arange(0, BLOCK)[None, :]
+    _write_gradient(row, out_row, columns, factors, Addend(None, None), transform, OVERLAID)
 
 
 def launch_rows(
@@ -494,8 +552,9 @@ def is_overlaid(logits: Tensor, out: Tensor) -> bool:
 
 
 def token_statistics(
-    logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
-) -> None:
+    logits: Tensor, labels: Tensor, statistics: Tensor, *, means: Tensor | None = None, class_weights: Tensor | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None,
+) -> None:  # fmt: skip
     """Write the statistics of each row into ``statistics``.
 
     The rows of the result are log p(label), the row's maximum, the sum of exp(z - max) and 1 - p(label), in this order: `LOGP`,
@@ -505,6 +564,8 @@ def token_statistics(
         logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.
         labels: [n] int64. -100 gives zeros; any other value outside [0, V) gives NaN, and nothing is read for it.
         statistics: [4 or 7, n] fp32, rows contiguous; mutated.
+        means: [n] fp32, mutated: the mean of each row's logits. None: it is not computed, which spares a second read.
+        class_weights: [V] fp32, a factor of each logit in that mean; None: 1.
         logit_scale: the raw products are multiplied by it.
         softcap: the scaled products z then become ``softcap tanh(z / softcap)``; None: they are not capped.
     """
@@ -515,17 +576,21 @@ def token_statistics(
         statistics,
         transform=(logit_scale, softcap),
         labels_ptr=labels,
+        means_ptr=means,
+        class_weights_ptr=class_weights,
         ALL=len(statistics) == _reference.N_ALL,
     )
 
 
 def token_gradient(
-    logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *, logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *,
+    lse_coefficients: Tensor | None = None, mean_coefficients: Tensor | None = None, class_weights: Tensor | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Write the derivative of ``coefficient log p(label)`` by the raw products into ``out``, row by row.
 
-    Without scale and cap that is ``coefficient (onehot(label) - softmax(logits))``. Rows without a valid label get zeros.
+    Without scale and cap that is ``coefficient (onehot(label) - softmax(logits))``. The logsumexp adds ``lse_coefficient
+    softmax(logits)`` and the mean logit ``mean_coefficient class_weights / V``. Rows without a valid label get zeros.
 
     Args:
         logits: [n, V] fp32, bf16 or fp16, raw products of hidden states and head, rows contiguous.
@@ -535,6 +600,9 @@ def token_gradient(
         out: [n, V], fp32, bf16 or fp16, rows contiguous; mutated. It may be ``logits`` itself; or, with half the bytes an
             element, a view of its memory, ``memory.view(torch.bfloat16)[:, :V]``, whose rows begin where those of ``logits``
             do.
+        lse_coefficients: [n] fp32, derivative of the objective by each logsumexp; None: it does not depend on them.
+        mean_coefficients: [n] fp32, the same for the mean logits.
+        class_weights: as in `token_statistics`.
         logit_scale: as in `token_statistics`.
         softcap: as in `token_statistics`.
     """
@@ -547,6 +615,9 @@ def token_gradient(
         transform=(logit_scale, softcap),
         labels_ptr=labels,
         coefficients_ptr=coefficients,
+        lse_coefficients_ptr=lse_coefficients,
+        mean_coefficients_ptr=mean_coefficients,
+        class_weights_ptr=None if mean_coefficients is None else class_weights,
         OVERLAID=is_overlaid(logits, out),
     )
 

@@ -35,13 +35,15 @@ class Divergence(NamedTuple):
 
     Attributes:
         of: the sequences: "forget", "retain" or "all".
-        kind: "kl" or "soul_kl"; see `soul_kernels.linear_kl`.
+        kind: "kl", "soul_kl", "reverse_kl" or "jsd"; see `soul_kernels.linear_kl`.
         strength: how far the reference model's logit of the label is lowered in forget sequences (UNDIAL's beta).
+        beta: weight of the reference model in the mixture of "jsd".
     """
 
     of: str
     kind: str = "kl"
     strength: float = 0.0
+    beta: float = 0.5
 
 
 class Transform(TypedDict):

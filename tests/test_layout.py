@@ -303,7 +303,8 @@ def test_on_a_gpu_a_file_that_fails_or_hangs_does_not_cost_the_others(tmp_path):
         assert "0\ngood: status 0" in result.stdout
 
 
-WIDE = {"sophia_step", "hessian_ema"}  # their easy form takes every option as a keyword; bundles are the other form
+# The easy form of two takes every option as a keyword, beside one with bundles; the third has the options of torch's function.
+WIDE = {"sophia_step", "hessian_ema", "linear_cross_entropy"}
 
 
 def test_no_public_function_of_the_kernels_has_more_than_ten_parameters():

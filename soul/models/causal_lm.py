@@ -181,7 +181,8 @@ def bare(model: torch.nn.Module) -> "PreTrainedModel":
     return inner
 
 
-def _base(model: "PreTrainedModel") -> "PreTrainedModel":
+def base_of(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Return the model within peft's wrapper, or the model itself."""
     return model.get_base_model() if has_adapters(model) else model
 
 
@@ -191,7 +192,7 @@ def _body(model: "PreTrainedModel") -> "PreTrainedModel":
     Transformers finds it by an attribute name, ``base_model_prefix``. In some families (Llama 4) no attribute has that name,
     and ``base_model`` is the model itself.
     """
-    base = _base(model)
+    base = base_of(model)
     return base.model if base.base_model is base else base.base_model
 
 
@@ -201,9 +202,9 @@ def check_checkpointing(model: "PreTrainedModel") -> None:
     Raises:
         ArgumentError: the model's family does not support it.
     """
-    if not _base(model).supports_gradient_checkpointing:
+    if not base_of(model).supports_gradient_checkpointing:
         remedy = "leave it out, and lower the batch size"
-        raise argument_error("gradient_checkpointing", "a family that supports it", type(_base(model)).__name__, remedy)
+        raise argument_error("gradient_checkpointing", "a family that supports it", type(base_of(model)).__name__, remedy)
 
 
 @contextlib.contextmanager
@@ -213,7 +214,7 @@ def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
     In training mode one hidden state per layer is kept, and the rest is computed again in the backward pass: less memory for a
     third more time, and the same numbers, dropout included.
     """
-    base = _base(model)
+    base = base_of(model)
     before = any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
     _switch(base, "enable")({"use_reentrant": False})  # the reentrant kind needs inputs with gradients, unlike LoRA
     try:

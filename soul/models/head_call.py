@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # Takes hidden states [B, T, D], weight [V, D], bias [V] or None, and the transform of the logits; returns [] or [B].
 HeadFunction = Callable[[Tensor, Tensor, Tensor | None, Transform], Tensor]
 PROBES = (-300.0, -1.0, 0.25, 1.0, 300.0)  # raw logits: small ones, and ones that any cap in use changes by percents
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _VERIFIED: weakref.WeakKeyDictionary[torch.nn.Module, Transform] = weakref.WeakKeyDictionary()
 
 
@@ -58,40 +59,62 @@ def call_at_head(model: torch.nn.Module, inputs: Mapping[str, Tensor], function:
     """
     inner = causal_lm.bare(model)
     _check_not_compiled(model, inner)
-    layer = _head_layer(inner)
-    transform = causal_lm.transform(inner)
+    with function_at_head(inner, function) as value_of:
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        logits = getattr(outputs, "logits", None)  # the first output of a mixture of experts may be the loss of its router
+        return value_of(outputs[0] if logits is None else logits)
+
+
+@contextlib.contextmanager
+def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Put a function in the place of a model's head within the ``with`` block, in which the model is called once.
+
+    Args:
+        model: a Hugging Face causal language model without wrappers that have a ``module``.
+        function: a `HeadFunction`.
+
+    Yields:
+        ``value_of(logits)``: the value of the function, [] or [B], with its graph, from the logits that left the model or that
+        its loss function received. They hold nothing else.
+
+    Raises:
+        ArgumentError: the model has no head that can be replaced; or, from ``value_of``, as `call_at_head`.
+    """
+    layer = head_layer(model)
+    transform = causal_lm.transform(model)
     custom_forward = _custom_forward(layer)
     has_no_values = torch.compiler.is_compiling()
-    verified = has_no_values or _VERIFIED.get(inner) == transform
+    verified = has_no_values or _VERIFIED.get(model) == transform
     calls: list[tuple[Tensor, Tensor]] = []  # value and probes of each call of the head
 
     def forward(hidden: Tensor) -> Tensor:
-        weight, bias = causal_lm.head(inner)
+        weight, bias = causal_lm.head(model)
         value = function(hidden, weight, bias, transform)
         if custom_forward is not None and not verified and has_data(value):
-            _check_linear(custom_forward, hidden, weight, bias, inner)
+            _check_linear(custom_forward, hidden, weight, bias, model)
         carrier = (value - value.detach()).reshape(-1)
         probes = carrier.new_tensor(PROBES)
         probes = torch.nn.functional.pad(probes, (0, max(0, len(weight) - len(carrier) - len(probes))))
         calls.append((value.detach(), probes))
         return torch.cat([carrier, probes])[None, None]
 
+    def value_of(logits: Tensor) -> Tensor:
+        if len(calls) != 1:
+            got = f"{len(calls)} calls of it in {type(model).__name__}"
+            raise argument_error("model", "a forward that calls its head once", got, "this family is not supported")
+        value, probes = calls[0]
+        logits = logits.reshape(-1)
+        carrier = logits[: value.numel()]
+        got_probes = logits[value.numel() :].detach()
+        if not verified and has_data(got_probes):
+            expected = transformed(probes, **transform)
+            if got_probes.shape != expected.shape or not ((got_probes - expected).abs() <= 1e-2 * expected.abs()).all():
+                raise causal_lm.unexpected_logits_error(model)  # the limit allows for outputs that are rounded to bf16
+            _VERIFIED[model] = transform
+        return value + carrier.reshape(value.shape) / transform["logit_scale"]
+
     with _forward_replaced(layer, forward):
-        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
-    if len(calls) != 1:
-        got = f"{len(calls)} calls of it in {type(inner).__name__}"
-        raise argument_error("model", "a forward that calls its head once", got, "this family is not supported")
-    value, probes = calls[0]
-    logits = getattr(outputs, "logits", None)  # the first output of a mixture of experts may be the loss of its router
-    logits = (outputs[0] if logits is None else logits).reshape(-1)
-    carrier = logits[: value.numel()]
-    got_probes = logits[value.numel() :].detach()
-    if not verified and has_data(got_probes):
-        expected = transformed(probes, **transform)
-        if got_probes.shape != expected.shape or not ((got_probes - expected).abs() <= 1e-2 * expected.abs()).all():
-            raise causal_lm.unexpected_logits_error(inner)  # the limit allows for outputs that are rounded to bf16
-        _VERIFIED[inner] = transform
-    return value + carrier.reshape(value.shape) / transform["logit_scale"]
+        yield value_of
 
 
 def shifted_labels(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -117,14 +140,22 @@ def causal_output(logps: Tensor, counted: Tensor) -> "CausalLMOutput":
     return require("transformers.modeling_outputs", "hf").CausalLMOutput(loss=loss, logits=None)
 
 
-def _head_layer(model: "PreTrainedModel") -> Any:
-    """Return the module that is the model's head, and raise unless it is one matrix, without adapters, of a decoder."""
+def head_layer(model: "PreTrainedModel") -> Any:
+    """Return the module that is the model's head, and raise unless it is one matrix, of a decoder.
+
+    Raises:
+        ArgumentError: there is no such head; or it has an adapter, or is quantized.
+    """
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise argument_error("model", "a linear language-model head", type(model).__name__, "this family is not supported")
     if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
         remedy = "leave it out of target_modules; in modules_to_save it is trained as a whole"
         raise argument_error("model", "a head without adapters", type(layer).__name__, remedy)
+    kind = type(layer.weight)
+    if kind.__module__.partition(".")[0] != "torch" or layer.weight.dtype not in _DTYPES:
+        got = f"{kind.__name__} of {layer.weight.dtype} in {type(model).__name__}"
+        raise argument_error("model", "a head that is not quantized", got, "leave the head out of the quantization")
     if getattr(model.config, "is_encoder_decoder", False):
         remedy = "an encoder-decoder predicts from another sequence; it is not supported"
         raise argument_error("model", "a causal language model", type(model).__name__, remedy)

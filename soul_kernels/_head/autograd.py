@@ -103,34 +103,39 @@ class Swept(torch.autograd.Function):
 
 
 class PerToken(torch.autograd.Function):
-    """One value per token, [B, T], for any differentiable use; the second output is the anchor of `once_differentiable`.
+    """Values per token, [B, T] or [K, B, T], for any differentiable use; then predictions; then the anchor.
+
+    The predictions [B, T] have no gradient, and are [0] if they were not asked for. For the anchor see `once_differentiable`.
 
     With a frozen head, forward computes the gradient of each row for an upstream gradient of 1, and backward multiplies it (2
-    GEMMs). With a trained head, dW needs the upstream gradients first, so backward computes the logits again (4 GEMMs).
+    GEMMs). With a trained head, dW needs the upstream gradients first, so backward computes the logits again (4 GEMMs). So it
+    does for several values of each token, whose gradients would each take as much memory as hidden.
     """
 
     @staticmethod
     def forward(
         ctx: Context, hidden: Tensor, weight: Tensor, bias: Tensor | None, head_rows: HeadRows, needs: Needs
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.hidden_shape = hidden.shape
         ctx.dtypes = dtypes_of(hidden, weight, bias)
         ctx.needs = needs
-        ctx.head_frozen = not (needs.weight or needs.bias)
+        ctx.forms_x = not (needs.weight or needs.bias or head_rows.row_values.lse)
         with torch.autocast(hidden.device.type, enabled=False):
-            values, x = sweep_tokens(head_rows, form_x=needs.hidden and ctx.head_frozen)
+            values, x = sweep_tokens(head_rows, form_x=needs.hidden and ctx.forms_x)
         anchor = values.new_empty(0)
-        if ctx.head_frozen:
+        predictions = head_rows.token_predictions()
+        ctx.mark_non_differentiable(predictions)
+        if ctx.forms_x:
             head_rows.free_scratch()
             ctx.save_for_backward(anchor, head_rows.indices, x)
-            return values, anchor
+            return values, predictions, anchor
         # Saved tensors, unlike attributes of ctx, are freed after backward, and an in-place change of the weight is noticed.
         ctx.save_for_backward(anchor, *head_rows.release_tensors())
         ctx.head_rows = head_rows
-        return values, anchor
+        return values, predictions, anchor
 
     @staticmethod
-    def backward(ctx: Context, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         anchor, *saved = ctx.saved_tensors
         with torch.no_grad():
             gradients = PerToken.gradients(ctx, saved, upstream)
@@ -139,7 +144,7 @@ class PerToken(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Context, saved: list[Tensor], upstream: Tensor) -> Gradients:
         """Return the gradients of hidden, weight and bias."""
-        if ctx.head_frozen:
+        if ctx.forms_x:
             token_indices, x = saved
             return frozen_head_gradient(token_indices, x, upstream, ctx.dtypes[0], ctx.hidden_shape), None, None
         head_rows = ctx.head_rows.with_tensors(saved)

@@ -28,10 +28,11 @@ class Comparison(NamedTuple):
     Attributes:
         hidden: [B, T, D'], hidden states of the reference model.
         head: the reference model's `Head`, scaled and capped as the model's is.
-        kind: "kl" or "soul_kl".
+        kind: "kl", "soul_kl", "reverse_kl" or "jsd".
         needed: [B] bool, the sequences that need a divergence. If it is on the CPU, like ``token_indices``, nothing waits for
             the device. None: all.
         strengths: [B] fp32, how far the reference model's logit of the label is lowered in each sequence, or None.
+        beta: weight of the reference model in the mixture of "jsd".
     """
 
     hidden: Tensor
@@ -39,6 +40,26 @@ class Comparison(NamedTuple):
     kind: str = "kl"
     needed: Tensor | None = None
     strengths: Tensor | None = None
+    beta: float = 0.5
+
+
+class RowValues(NamedTuple):
+    """Values of each row that a call computes beside the log-probability of its label.
+
+    Attributes:
+        lse: whether the logsumexp of the logits is a value.
+        mean: whether the mean of the logits is one too; only with ``lse``.
+        class_weights: [V] in the dtype of results, a factor of each logit in that mean; None: 1.
+        predict: whether the argmax is returned, without gradient.
+    """
+
+    lse: bool = False
+    mean: bool = False
+    class_weights: Tensor | None = None
+    predict: bool = False
+
+
+LOGPS = RowValues()
 
 
 def needed_gradients(hidden: Tensor, head: Head) -> Needs:
@@ -59,8 +80,8 @@ def check_head(
     check_options(options)
     weight, bias, logit_scale, softcap = head
     check_not_dtensor("hidden", hidden)
-    for name, tensor, dims in (("hidden", hidden, "[B, T, D]"), ("weight", weight, "[V, D]")):
-        if tensor.dim() != dims.count(",") + 1:
+    for name, tensor, dims in (("hidden", hidden, "[B, T, D] or [N, D]"), ("weight", weight, "[V, D]")):
+        if tensor.dim() != dims.partition("]")[0].count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
         check_gradient(name, tensor)
     check_device("weight", weight, hidden)
@@ -166,9 +187,25 @@ def check_indices(token_indices: Tensor | None, keep: Tensor, hidden: Tensor) ->
         raise argument_error("token_indices", "every labelled token once", f"{n_listed} of {n_kept}", remedy)
 
 
-def check_reference(reference: Reference | None, hidden: Tensor, head: Head, kind: str) -> Comparison:
+def check_class_weights(class_weights: Tensor | None, head: Head, options: ResolvedOptions) -> Tensor | None:
+    """Check class weights; return them in the dtype of results, without gradient."""
+    if class_weights is None:
+        return None
+    check_device("class_weights", class_weights, head.weight)
+    if class_weights.shape != head.weight.shape[:1]:
+        got, remedy = tuple(class_weights.shape), "one value a vocabulary entry"
+        raise argument_error("class_weights", f"shape ({head.weight.shape[0]},)", got, remedy)
+    return class_weights.detach().to(options.result_dtype).contiguous()
+
+
+def check_reference(
+    reference: Reference | None, hidden: Tensor, head: Head, kind: str, beta: float = 0.5
+) -> Comparison:  # fmt: skip
     """Check that a reference model fits a model's hidden states and head; return the `Comparison` with it."""
     check_choice("kind", kind, KINDS)
+    if not (isinstance(beta, int | float) and 0 < beta < 1):
+        remedy = "'kl' is the limit at 0, 'reverse_kl' that at 1, both divided by it"
+        raise argument_error("beta", "a number between 0 and 1", beta, remedy)
     if reference is None:
         remedy = "pass Reference(hidden, weight, bias): see soul.reference_hidden"
         raise argument_error("reference", "the hidden states and the head of the reference model", None, remedy)
@@ -198,7 +235,7 @@ def check_reference(reference: Reference | None, hidden: Tensor, head: Head, kin
         raise argument_error("reference.bias", f"shape ({ref_head.weight.shape[0]},)", got, remedy)
     for name, tensor in (("hidden", ref_hidden), ("weight", ref_head.weight), ("bias", ref_head.bias)):
         check_device(f"reference.{name}", tensor, hidden)
-    return Comparison(ref_hidden, ref_head, kind)
+    return Comparison(ref_hidden, ref_head, kind, beta=float(beta))
 
 
 def _check_head_is_frozen(head: Head, ref_bias: Tensor | None) -> None:

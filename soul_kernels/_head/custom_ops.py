@@ -17,17 +17,20 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 
 from soul_kernels._head.autograd import Context, once_differentiable, reference_gradients, refuse
-from soul_kernels._head.checks import Comparison, Needs, needed_gradients
+from soul_kernels._head.checks import LOGPS, Comparison, Needs, RowValues, needed_gradients
 from soul_kernels._head.gradients import Gradients, dtypes_of, frozen_head_gradient, scaled_gradients
 from soul_kernels._head.registry import exported_number, objective_of, register_objective
 from soul_kernels._head.sweeps import (
     NO_GRADIENTS,
+    CrossEntropyCall,
     ObjectiveCall,
     per_token_gradients,
     per_token_values,
+    reference_cross_entropy,
     reference_gnb,
     reference_objective,
     reference_per_token,
+    sweep_cross_entropy,
     sweep_gnb,
     sweep_objective,
     sweep_statistics,
@@ -156,6 +159,34 @@ def _gnb(
     return loss, labels, *_with_anchor(gradients, hidden)
 
 
+@torch.library.custom_op("soul_kernels::linear_cross_entropy", mutates_args=())
+def _cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, class_weights: Tensor | None,
+    label_smoothing: float, z_loss: float, reduction: str, predict: bool, logit_scale: float, softcap: float | None,
+    compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str, needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return loss, predicted labels (an empty tensor without ``predict``), and the other outputs of `_objective`."""
+    head = Head(weight, bias, logit_scale, softcap)
+    options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
+    call = CrossEntropyCall(labels, token_indices, class_weights, label_smoothing, z_loss, reduction, predict)
+    if not options.fused:
+
+        def compute(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
+            return reference_cross_entropy(hidden, head, call, options)
+
+        return _by_reference(compute, hidden, head, token_indices, options, Needs(*needs))
+    loss, predictions, _, gradients = sweep_cross_entropy(hidden, head, call, options, Needs(*needs))
+    return loss, predictions, *_with_anchor(gradients, hidden)
+
+
+@_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, *others: Any) -> Outputs:
+    _, _, _, _, predict, *_ = others
+    loss, _, *gradients = _fake_swept(hidden, weight, bias, labels, token_indices, *others)
+    predictions = labels.new_empty(labels.shape if predict else (0,))
+    return loss, predictions, *gradients  # type: ignore[return-value]  # a list has no length
+
+
 def _by_reference(
     compute: Callable[[Tensor, Head, ResolvedOptions], tuple[Tensor, ...]], hidden: Tensor, head: Head, token_indices: Tensor,
     options: ResolvedOptions, needs: Needs,
@@ -229,6 +260,18 @@ def objective(
     return loss, logps
 
 
+def cross_entropy(
+    hidden: Tensor, head: Head, call: CrossEntropyCall, options: ResolvedOptions, needs: Needs
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call `soul_kernels.linear_cross_entropy` as an opaque op; return the loss and the predicted labels."""
+    labels, token_indices, *others = call
+    loss, predictions, *_ = _apply(
+        _cross_entropy, hidden, head.weight, head.bias, labels, _indices(token_indices, labels), *others,
+        float(head.logit_scale), head.softcap, *options, [*needs],
+    )  # fmt: skip
+    return loss, predictions
+
+
 def gnb(
     hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
     needs: Needs,
@@ -244,45 +287,48 @@ def gnb(
 @torch.library.custom_op("soul_kernels::per_token", mutates_args=())
 def _per_token(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, ref_hidden: Tensor | None,
-    ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str, logit_scale: float,
-    softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str,
-    form_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return log-probabilities or, with a reference model, divergences [B, T]; gradients of the rows; and the anchor.
+    ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, class_weights: Tensor | None, kind: str,
+    beta: float, lse: bool, mean: bool, logit_scale: float, softcap: float | None, compute_dtype: torch.dtype,
+    logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str, predict: bool, form_x: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return log-probabilities or, with a reference model, divergences [B, T]; predictions; gradients of the rows; the anchor.
 
-    The gradients of the rows are fp32 [R, D] with ``form_x``, else an empty tensor. For the anchor see `once_differentiable`.
+    For several values of each token see `sweep_tokens`. Predictions are an empty tensor without ``predict``. The gradients of
+    the rows are fp32 [R, D] with ``form_x``, else an empty tensor. For the anchor see `once_differentiable`.
     """
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
-    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
+    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind, beta)
+    row_values = RowValues(lse, mean, class_weights, predict)
     x = None
     if options.fused:
-        values, x = per_token_values(hidden, head, labels, token_indices, options, comparison, form_x)
+        predictions, values, x = per_token_values(hidden, head, labels, token_indices, options, comparison, row_values, form_x)
     else:
-        values = reference_per_token(hidden, head, labels, token_indices, options, comparison)
+        values, predictions = reference_per_token(hidden, head, labels, token_indices, options, comparison, row_values)
     empty = hidden.new_empty(0, dtype=torch.float32)
-    return values, empty if x is None else x, torch.empty_like(empty)
+    return values, predictions, empty if x is None else x, torch.empty_like(empty)
 
 
 @torch.library.custom_op("soul_kernels::per_token_backward", mutates_args=())
 def _per_token_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor,
-    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None, kind: str,
-    logit_scale: float, softcap: float | None, compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None,
-    backend: str, needs: Sequence[bool],
+    ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None,
+    class_weights: Tensor | None, kind: str, beta: float, lse: bool, mean: bool, logit_scale: float, softcap: float | None,
+    compute_dtype: torch.dtype, logits_dtype: torch.dtype, chunk_bytes: int | None, backend: str, needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of hidden, weight and bias, in their dtypes; one that is not needed is an empty tensor."""
     head = Head(weight, bias, logit_scale, softcap)
     options = ResolvedOptions(compute_dtype, logits_dtype, chunk_bytes, backend)
-    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind)
+    comparison = _comparison(head, ref_hidden, ref_weight, ref_bias, strengths, kind, beta)
+    row_values = RowValues(lse, mean, class_weights)
     if options.fused:
         gradients = per_token_gradients(
-            hidden, head, labels, token_indices, options, comparison, upstream, Needs(*needs)
+            hidden, head, labels, token_indices, options, comparison, row_values, upstream, Needs(*needs)
         )  # fmt: skip
     else:
 
-        def compute(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor]:
-            return (reference_per_token(hidden, head, labels, token_indices, options, comparison),)
+        def compute(hidden: Tensor, head: Head, options: ResolvedOptions) -> tuple[Tensor, Tensor]:
+            return reference_per_token(hidden, head, labels, token_indices, options, comparison, row_values)
 
         _, gradients = reference_gradients(compute, hidden, head, options, Needs(*needs), upstream)
     leaves = (hidden, weight, bias)
@@ -295,24 +341,26 @@ def _per_token_backward(
 
 def _comparison(
     head: Head, ref_hidden: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None, strengths: Tensor | None,
-    kind: str,
+    kind: str, beta: float,
 ) -> Comparison | None:  # fmt: skip
     """Return the `Comparison` from the arguments of an op; None without a reference model."""
     if ref_hidden is None or ref_weight is None:
         return None
-    return Comparison(ref_hidden, head._replace(weight=ref_weight, bias=ref_bias), kind, None, strengths)
+    return Comparison(ref_hidden, head._replace(weight=ref_weight, bias=ref_bias), kind, None, strengths, beta)
 
 
 @_per_token.register_fake
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, token_indices: Tensor, *others: Any
 ) -> tuple[Tensor, ...]:
-    *_, compute_dtype, _, _, _, form_x = others
+    *_, lse, mean, _, _, compute_dtype, _, _, _, predict, form_x = others
     dtype = result_dtype(compute_dtype)
-    values = hidden.new_empty(labels.shape, dtype=dtype)
+    shape = (2 + mean, *labels.shape) if lse else labels.shape
+    values = hidden.new_empty(shape, dtype=dtype)
+    predictions = labels.new_empty(labels.shape if predict else (0,))
     x_shape = (token_indices.shape[0], hidden.shape[2]) if form_x else (0,)
     x = hidden.new_empty(x_shape, dtype=dtype if form_x else torch.float32)
-    return values, x, hidden.new_empty(0, dtype=torch.float32)
+    return values, predictions, x, hidden.new_empty(0, dtype=torch.float32)
 
 
 @_per_token_backward.register_fake
@@ -321,16 +369,16 @@ def _(upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *ot
     return tuple(hidden.new_empty(0) if leaf is None or not need else leaf.new_empty(leaf.shape) for leaf, need in leaves)
 
 
-def _save_per_token(ctx: Context, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_per_token(ctx: Context, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     hidden, *_, ctx.form_x = inputs
-    _, x, anchor = output
-    ctx.mark_non_differentiable(x)
-    ctx.set_materialize_grads(False)  # the second output has no gradient
+    _, predictions, x, anchor = output
+    ctx.mark_non_differentiable(predictions, x)
+    ctx.set_materialize_grads(False)  # the other outputs have no gradient
     ctx.hidden_shape = hidden.shape
     ctx.dtype = hidden.dtype
     ctx.n_inputs = len(inputs)
-    ctx.save_for_backward(anchor, *((inputs[4], x) if ctx.form_x else inputs[:9]))
-    ctx.others = inputs[9:-1]
+    ctx.save_for_backward(anchor, *((inputs[4], x) if ctx.form_x else inputs[:10]))
+    ctx.others = inputs[10:-2]
 
 
 def _backward_per_token(ctx: Context, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -355,6 +403,7 @@ def _backward_per_token(ctx: Context, upstream: Tensor | None, *_: Tensor | None
 _FORMULAS: dict[Any, tuple[Callable[..., None], Callable[..., tuple[Tensor | None, ...]]]] = {
     _objective: (_save_swept, _backward_swept),
     _gnb: (_save_swept, _backward_swept),
+    _cross_entropy: (_save_swept, _backward_swept),
     _per_token: (_save_per_token, _backward_per_token),
 }
 for _op, (_save, _backward) in _FORMULAS.items():
@@ -363,24 +412,30 @@ for _op, (_save, _backward) in _FORMULAS.items():
 
 def per_token(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
-    comparison: Comparison | None,
-) -> Tensor:  # fmt: skip
-    """Call `soul_kernels.linear_logprob`, or `soul_kernels.linear_kl` with a reference model, as an opaque op."""
+    comparison: Comparison | None, row_values: RowValues = LOGPS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Call `soul_kernels.linear_logprob`, or `soul_kernels.linear_kl` with a reference model, as an opaque op.
+
+    The second result is the predictions; both are those of `reference_per_token`.
+    """
     needs = needed_gradients(hidden, head)
     ref_hidden = ref_weight = ref_bias = strengths = None
     kind = "kl"
+    beta = 0.5
     if comparison is not None:
         ref_hidden = comparison.hidden
         ref_weight = comparison.head.weight
         ref_bias = comparison.head.bias
         strengths = comparison.strengths
         kind = comparison.kind
-    values, *_ = _apply(
+        beta = comparison.beta
+    values, predictions, *_ = _apply(
         _per_token, hidden, head.weight, head.bias, labels, _indices(token_indices, labels), ref_hidden, ref_weight, ref_bias,
-        strengths, kind, float(head.logit_scale), head.softcap, *options,
-        options.fused and needs.hidden and not (needs.weight or needs.bias),
+        strengths, row_values.class_weights, kind, beta, row_values.lse, row_values.mean, float(head.logit_scale),
+        head.softcap, *options, row_values.predict,
+        options.fused and needs.hidden and not (needs.weight or needs.bias or row_values.lse),
     )  # fmt: skip
-    return values
+    return values, predictions
 
 
 @torch.library.custom_op("soul_kernels::linear_statistics", mutates_args=())

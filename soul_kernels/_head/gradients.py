@@ -48,7 +48,7 @@ class HeadGradients:
         else:
             self._add(chunk, self.head_rows.measured_gradient(chunk, coefficients))
 
-    def add(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> None:
+    def add(self, chunk: Chunk, coefficients: Tensor, *others: Tensor | None) -> None:
         """Add the gradients of a loaded and measured chunk; chunks come in order. For the arguments see `HeadRows.gradient`."""
         scale = None
         if self.fp16:
@@ -56,14 +56,13 @@ class HeadGradients:
             # that brings their largest possible element to between 32 and 64, and the fp32 sums are divided by it. Where no sum
             # over rows is needed, each row has a power of its own: the gradient of a memorized row may be 1e-9 of another's,
             # and the upstream factor that will multiply it is not known yet.
-            bounds = self.head_rows.bounds(chunk, coefficients, divergence_coefficients)
+            bounds = self.head_rows.bounds(chunk, coefficients, *others)
             if self.weight is not None or self.bias is not None:
                 bounds = bounds.max()
             scale = torch.exp2((6 - torch.frexp(bounds).exponent).clamp(max=100))
             coefficients = coefficients * scale
-            if divergence_coefficients is not None:
-                divergence_coefficients = divergence_coefficients * scale
-        self._add(chunk, self.head_rows.gradient(chunk, coefficients, divergence_coefficients), scale)
+            others = tuple(None if other is None else other * scale for other in others)
+        self._add(chunk, self.head_rows.gradient(chunk, coefficients, *others), scale)
 
     def _add(self, chunk: Chunk, dlogits: Tensor, scale: Tensor | None = None) -> None:
         """Add the gradients of a chunk from the gradient of its logits [n, V], which in fp16 is multiplied by ``scale``."""

@@ -37,7 +37,7 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from soul_kernels._head.checks import Comparison
+from soul_kernels._head.checks import LOGPS, Comparison, RowValues
 from soul_kernels.backends import multiplies_bf16
 from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, default_chunk_bytes, row_width
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
@@ -91,6 +91,7 @@ class DivergenceOptions(TypedDict):
 
     strengths: Tensor | None
     kind: str
+    beta: float
     logit_scale: float
     softcap: float | None
 
@@ -110,12 +111,16 @@ class HeadRows:
         host_indices: ``indices`` on the CPU if the caller passed them there, else None.
         statistics: [4 or 7, R] fp32 or, in fp64, fp64; filled chunk by chunk: see
             `soul_kernels.token_logprob.token_statistics`.
+        row_values: which values of each row are computed.
+        means: [R], the dtype of ``statistics``: the mean logit of each row; None unless ``row_values`` ask for it.
+        predictions: [R] int64, the vocabulary entry with the largest logit; None unless ``row_values`` ask for it.
         kind: kind of divergence, or None without a reference model. The attributes below exist only with a reference model.
         ref_x: [R', D'], hidden states of the reference model, for the R' rows that need a divergence.
         ref_head: the reference model's `Head`.
         ref_statistics: [4, R'], as ``statistics``.
         strengths: [R'] fp32, how far the reference model's logit of the label is lowered, or None.
-        divergences: [2, R], the dtype of ``statistics``: see `soul_kernels.kl_divergence.divergence_statistics`.
+        beta: weight of the reference model in the mixture of "jsd".
+        divergences: [2 or 3, R], the dtype of ``statistics``: see `soul_kernels.kl_divergence.divergence_statistics`.
     """
 
     # Scratch memory of a chunk: raw products, those of the reference model, and the gradient.
@@ -125,7 +130,7 @@ class HeadRows:
 
     def __init__(
         self, hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions, *,
-        comparison: Comparison | None = None, all_statistics: bool = False,
+        comparison: Comparison | None = None, all_statistics: bool = False, row_values: RowValues = LOGPS,
     ) -> None:  # fmt: skip
         device = hidden.device
         self.shape = labels.shape
@@ -146,6 +151,9 @@ class HeadRows:
         self.n_vocab = head.weight.shape[0]
         self.row_width = row_width(self.n_vocab)
         self.statistics = self._new(N_ALL if all_statistics else N_BASIC, len(self.indices))
+        self.row_values = row_values
+        self.means = self._new(len(self.indices)) if row_values.mean else None
+        self.predictions = torch.empty_like(self.labels) if row_values.predict else None
         chunk_bytes = default_chunk_bytes(device) if options.chunk_bytes is None else options.chunk_bytes
         self.limit = chunk_rows(self.n_vocab, options, comparison is not None, chunk_bytes)
         self.free_scratch()
@@ -174,6 +182,7 @@ class HeadRows:
         n_rows = len(indices)
         sequences = indices // max(self.shape[1], 1)
         self.kind = comparison.kind
+        self.beta = comparison.beta
         if comparison.needed is not None and (from_labels or self.host_indices is not None):
             host_indices = indices.cpu() if self.host_indices is None else self.host_indices
             mask = comparison.needed.cpu()[host_indices // max(self.shape[1], 1)]
@@ -193,7 +202,7 @@ class HeadRows:
             strengths = comparison.strengths.to(indices.device, torch.float32, non_blocking=True)
             self.strengths = strengths.index_select(0, sequences)
         self.ref_statistics = self._new(N_BASIC, len(indices))
-        self.divergences = self._new(2, n_rows).zero_()
+        self.divergences = self._new(3 if self.kind == "jsd" else 2, n_rows).zero_()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -268,9 +277,13 @@ class HeadRows:
     def measure(self, chunk: Chunk) -> None:
         """Fill in the statistics and divergences of the loaded chunk."""
         transform = self.head.transform()
+        means: dict[str, Tensor | None] = {}
+        if self.means is not None:
+            means = {"means": self.means[chunk.span], "class_weights": self.row_values.class_weights}
         self.functions.token_statistics(
-            self._loaded, self.labels[chunk.span], self.statistics[:, chunk.span], **transform
+            self._loaded, self.labels[chunk.span], self.statistics[:, chunk.span], **means, **transform
         )  # fmt: skip
+        self._predict(chunk)
         for start, stop, ref in self._runs_of(chunk):
             if ref is not None:
                 ref_logits = self._loaded_ref_logits(chunk, ref)
@@ -281,7 +294,19 @@ class HeadRows:
                     self.ref_statistics[:, ref], self.divergences[:, start:stop], **self._divergence_options(ref),
                 )  # fmt: skip
 
-    def gradient(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
+    def _predict(self, chunk: Chunk) -> None:
+        """Fill in the predictions of the loaded chunk, in one more read of it, if they are asked for.
+
+        Scale and cap are monotonic, so that the largest raw product (with a negative scale the smallest) has the largest logit.
+        """
+        if self.predictions is not None:
+            best = self._loaded.argmax(1) if self.head.logit_scale > 0 else self._loaded.argmin(1)
+            self.predictions[chunk.span] = torch.where(self.labels[chunk.span] == IGNORE_INDEX, IGNORE_INDEX, best)
+
+    def gradient(
+        self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None,
+        lse_coefficients: Tensor | None = None, mean_coefficients: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return the gradient [n, V] by the raw products of a loaded and measured chunk, as a factor of the GEMMs.
 
         It overwrites the raw products.
@@ -290,15 +315,22 @@ class HeadRows:
             chunk: the chunk that is loaded.
             coefficients: [n] fp32, derivative of the objective by each log-probability.
             divergence_coefficients: [n] fp32, derivative of the objective by each divergence; with a reference model only.
+            lse_coefficients: [n] fp32, derivative of the objective by each logsumexp, or None; without a reference model only.
+            mean_coefficients: [n] fp32, the same by each mean logit.
         """
         out = self._out()
+        others: dict[str, Tensor | None] = {}
+        if lse_coefficients is not None:
+            others["lse_coefficients"] = lse_coefficients
+        if mean_coefficients is not None:
+            others |= {"mean_coefficients": mean_coefficients, "class_weights": self.row_values.class_weights}
         for start, stop, ref in self._runs_of(chunk):
             local = slice(start - chunk.start, stop - chunk.start)
             labels = self.labels[start:stop]
             statistics = self.statistics[:, start:stop]
             if ref is None:
                 self.functions.token_gradient(
-                    self._loaded[local], labels, statistics, coefficients[local], out[local], **self.head.transform()
+                    self._loaded[local], labels, statistics, coefficients[local], out[local], **others, **self.head.transform()
                 )
             else:
                 assert divergence_coefficients is not None, "rows of a reference model need divergence_coefficients"
@@ -310,27 +342,37 @@ class HeadRows:
         return out
 
     def measured_gradient(self, chunk: Chunk, coefficients: Tensor) -> Tensor:
-        """Do what `measure` and then `gradient` do, in one kernel; not with a reference model, nor for all statistics.
+        """Do what `measure` and then `gradient` do, in one kernel; not with a reference model, nor for more statistics.
 
         Args:
             chunk: the chunk that is loaded.
             coefficients: [n] fp32, derivative of the objective by each log-probability.
         """
-        assert self.kind is None and not self.has_all_statistics
+        assert self.kind is None and not self.has_all_statistics and self.means is None
         out = self._out()
+        self._predict(chunk)
         self.functions.statistics_and_gradient(
             self._loaded, self.labels[chunk.span], self.statistics[:, chunk.span], coefficients, out, **self.head.transform()
         )
         return out
 
-    def bounds(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
+    def bounds(
+        self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None,
+        lse_coefficients: Tensor | None = None, mean_coefficients: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return approximate upper bounds [n] of the elements of each row of `gradient`, in absolute value.
 
-        A bound is ``|coefficient| (1 - p)``, plus ``|divergence_coefficient|``, times the scale of the logits.
+        A bound is ``|coefficient| (1 - p)``, plus ``|divergence_coefficient|``, ``|lse_coefficient|`` and ``|mean_coefficient|
+        max |class_weights| / V``, times the scale of the logits.
         """
         bounds = (coefficients * self.statistics[ONE_MINUS_P, chunk.span]).abs()
-        if divergence_coefficients is not None:
-            bounds = bounds + divergence_coefficients.abs()
+        for others in (divergence_coefficients, lse_coefficients):
+            if others is not None:
+                bounds = bounds + others.abs()
+        if mean_coefficients is not None:
+            class_weights = self.row_values.class_weights
+            largest = 1.0 if class_weights is None else class_weights.abs().max()
+            bounds = bounds + mean_coefficients.abs() * largest / self.n_vocab
         return bounds * abs(self.head.logit_scale)
 
     def _out(self) -> Tensor:
@@ -347,7 +389,7 @@ class HeadRows:
         """Return the options of the row functions for some rows of the reference model."""
         assert self.kind is not None
         strengths = None if self.strengths is None else self.strengths[ref]
-        return {"strengths": strengths, "kind": self.kind, **self.head.transform()}
+        return {"strengths": strengths, "kind": self.kind, "beta": self.beta, **self.head.transform()}
 
     def log_probs(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the log-probabilities of the rows measured between ``start`` and ``stop``: [B, T] fp32, 0 elsewhere."""
@@ -356,10 +398,31 @@ class HeadRows:
     def token_statistics(self, start: int = 0, stop: int | None = None) -> TokenStatistics:
         """Return `TokenStatistics` [B, T] of the rows measured between ``start`` and ``stop``."""
         statistics = self.statistics[:, start:stop]
-        labelled = self.labels[start:stop] != IGNORE_INDEX
-        lse = torch.where(labelled, statistics[ROW_MAX] + statistics[TOTAL].log(), 0.0)
-        values = (statistics[LOGP], lse, statistics[HIT], statistics[ENTROPY], statistics[VARIANCE])
+        values = (statistics[LOGP], self.lse(start, stop), statistics[HIT], statistics[ENTROPY], statistics[VARIANCE])
         return TokenStatistics(*(self.scatter(value, start, stop) for value in values))
+
+    def lse(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return the logsumexp of the logits of rows ``start`` to ``stop``, [n]; 0 for ignored rows."""
+        statistics = self.statistics[:, start:stop]
+        labelled = self.labels[start:stop] != IGNORE_INDEX
+        return torch.where(labelled, statistics[ROW_MAX] + statistics[TOTAL].log(), 0.0)
+
+    def values(self, start: int = 0, stop: int | None = None) -> list[Tensor]:
+        """Return the values of rows ``start`` to ``stop`` that `row_values` ask for, [n] each; log-probabilities come first."""
+        values = [self.statistics[LOGP, start:stop]]
+        if self.row_values.lse:
+            values.append(self.lse(start, stop))
+        if self.means is not None:
+            values.append(self.means[start:stop])
+        return values
+
+    def token_predictions(self) -> Tensor:
+        """Return the predictions as [B, T] int64, -100 at ignored tokens; [0] if they were not asked for."""
+        if self.predictions is None:
+            return self.labels.new_empty(0)
+        dense = torch.full(self.shape, IGNORE_INDEX, device=self.predictions.device)
+        dense.view(-1).index_copy_(0, self.indices, self.predictions)
+        return dense
 
     def scatter(self, values: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Return the values of rows ``start`` to ``stop`` as a [B, T] tensor, 0 elsewhere."""
@@ -368,8 +431,8 @@ class HeadRows:
         return dense
 
     def gather(self, dense: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return the values of rows ``start`` to ``stop`` in a [B, T] tensor."""
-        return dense.reshape(-1).index_select(0, self.indices[start:stop])
+        """Return the values of rows ``start`` to ``stop`` in a [..., B, T] tensor, [..., n]."""
+        return dense.flatten(-2).index_select(-1, self.indices[start:stop])
 
     def release_tensors(self) -> list[Tensor | None]:
         """Return the tensors that a second sweep needs, for ``save_for_backward``, and free the scratch memory.
@@ -429,7 +492,7 @@ class DrawnRows(HeadRows):
         statistics = self.statistics[:, chunk.span]
         self.functions.likeliest_statistics(self._loaded, self.labels[chunk.span], statistics, **self.head.transform())
 
-    def gradient(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
+    def gradient(self, chunk: Chunk, coefficients: Tensor, *_: Tensor | None, **__: Tensor | None) -> Tensor:
         """Draw the labels, fill in their log-probabilities, and return the gradient."""
         out = self._out()
         self.functions.draw_labels(
@@ -438,7 +501,7 @@ class DrawnRows(HeadRows):
         )  # fmt: skip
         return out
 
-    def bounds(self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None) -> Tensor:
+    def bounds(self, chunk: Chunk, coefficients: Tensor, *_: Tensor | None, **__: Tensor | None) -> Tensor:
         """Return the bounds of `HeadRows.bounds` with 1 in place of 1 - p, because no label is drawn yet."""
         return coefficients.abs() * abs(self.head.logit_scale)
 

@@ -5,14 +5,17 @@ Every function here computes the results of an op from tensors that hold values,
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from soul_kernels._head.checks import (
+    LOGPS,
     Comparison,
     Needs,
+    RowValues,
     check_indices,
     check_labels,
     check_reference,
@@ -21,6 +24,7 @@ from soul_kernels._head.gradients import Gradients, HeadGradients, dtypes_of, ro
 from soul_kernels._head.rows import DrawnRows, HeadRows
 from soul_kernels.chunks import Chunk, ResolvedOptions
 from soul_kernels.errors import argument_error, check_choice
+from soul_kernels.reference import linear_cross_entropy as cross_entropy_reference
 from soul_kernels.reference import linear_gnb as gnb_reference
 from soul_kernels.reference import linear_kl as kl_reference
 from soul_kernels.reference import linear_loss as loss_reference
@@ -51,12 +55,24 @@ class ObjectiveCall(NamedTuple):
     reference: Reference | None
 
 
+class CrossEntropyCall(NamedTuple):
+    """Arguments of `soul_kernels.linear_cross_entropy` for a loss that is reduced to one number."""
+
+    labels: Tensor
+    token_indices: Tensor | None
+    class_weights: Tensor | None
+    label_smoothing: float
+    z_loss: float
+    reduction: str
+    predict: bool
+
+
 class SweepResult(NamedTuple):
     """Results of a sweep that computes the gradients of its loss.
 
     Attributes:
         loss: [].
-        per_token: [B, T], not differentiable: log-probabilities, or drawn labels.
+        per_token: [B, T], not differentiable: log-probabilities, or drawn or predicted labels.
         token_indices: [R] int64, the tokens of the rows.
         gradients: fp32 gradients of the loss by rows, weight and bias; None for those that are not needed.
     """
@@ -107,7 +123,7 @@ def _comparison(hidden: Tensor, head: Head, call: ObjectiveCall) -> Comparison |
     if is_forget is None:  # on the device of the indices: selecting the rows of the reference model then waits for no device
         device = "cpu" if call.token_indices is None else call.token_indices.device
         is_forget = torch.ones(len(call.labels), dtype=torch.bool, device=device)
-    return check_reference(call.reference, hidden, head, divergence.kind)._replace(
+    return check_reference(call.reference, hidden, head, divergence.kind, divergence.beta)._replace(
         needed=None if divergence.of == "all" else loss_reference.needed_sequences(divergence, is_forget),
         strengths=loss_reference.sequence_strengths(divergence, is_forget),
     )
@@ -186,17 +202,25 @@ def _two_sweeps(
     return loss
 
 
-def add_gradients(head_rows: HeadRows, gradients: HeadGradients, chunks: list[Chunk], *coefficients: Tensor) -> None:
+def add_gradients(
+    head_rows: HeadRows, gradients: HeadGradients, chunks: list[Chunk], *coefficients: Tensor | None
+) -> None:  # fmt: skip
     """Compute the logits of measured chunks again and add up the gradients for given coefficients, [R] each."""
     for chunk in chunks:
         head_rows.load(chunk)
-        gradients.add(chunk, *(values[chunk.span] for values in coefficients))
+        gradients.add(chunk, *_of_chunk(chunk, coefficients))
+
+
+def _of_chunk(chunk: Chunk, coefficients: Sequence[Tensor | None]) -> Any:
+    """Return the entries of a chunk in coefficients of all rows, [R] each; None stays None."""
+    return tuple(None if values is None else values[chunk.span] for values in coefficients)
 
 
 def _measured(head_rows: HeadRows, batch: TokenBatch, start: int = 0, stop: int | None = None) -> TokenBatch:
     """Return the batch with the divergences and statistics of rows ``start`` to ``stop``."""
     if head_rows.kind is not None:
-        divergences, entropies = (head_rows.scatter(values[start:stop], start, stop) for values in head_rows.divergences)
+        values = head_rows.divergences[:2]
+        divergences, entropies = (head_rows.scatter(value[start:stop], start, stop) for value in values)
         batch = dataclasses.replace(batch, divergences=divergences, ref_entropies=entropies)
     if head_rows.has_all_statistics:
         batch = dataclasses.replace(batch, statistics=head_rows.token_statistics(start, stop))
@@ -222,6 +246,65 @@ def _differentiate(
             derivatives = torch.autograd.grad(value, leaves, allow_unused=True, create_graph=create_graph)
     filled = [torch.zeros_like(leaf) if d is None else d for leaf, d in zip(leaves, derivatives)]
     return value.detach().to(logps.dtype), filled
+
+
+# Cross-entropy
+
+
+def sweep_cross_entropy(
+    hidden: Tensor, head: Head, call: CrossEntropyCall, options: ResolvedOptions, needs: Needs
+) -> SweepResult:  # fmt: skip
+    """Return a cross-entropy, the predicted labels, and the gradients, computed in one sweep.
+
+    Each row's coefficients depend on its own values only, and without label smoothing and z-loss on none: then one kernel
+    computes statistics and gradient.
+    """
+    check_labels(hidden, head, call.labels, call.token_indices, fused=True)
+    formula = cross_entropy_reference.Formula.of(call.labels, *call[2:6])
+    is_linear = not formula.needs_mean and formula.z_loss == 0.0
+    row_values = RowValues(not is_linear, formula.needs_mean, call.class_weights, call.predict)
+    head_rows = HeadRows(hidden, head, call.labels, call.token_indices, options, row_values=row_values)
+    gradients = HeadGradients(head_rows, needs) if any(needs) else None
+    for chunk in head_rows.even_chunks():
+        labels = head_rows.labels[chunk.span]
+        head_rows.load(chunk)
+        if gradients is None:
+            head_rows.measure(chunk)
+        elif is_linear:
+            (coefficients,) = _derivatives(formula, labels, [torch.zeros_like(head_rows.statistics[LOGP, chunk.span])])
+            gradients.measure_and_add(chunk, coefficients)
+        else:
+            head_rows.measure(chunk)
+            derivatives = _derivatives(formula, labels, head_rows.values(chunk.start, chunk.stop))
+            gradients.add(chunk, derivatives[0], None, *derivatives[1:])
+    loss = formula.losses(head_rows.labels, *head_rows.values()).sum()
+    return SweepResult(
+        loss, head_rows.token_predictions(), head_rows.indices, gradients.sums() if gradients else NO_GRADIENTS
+    )  # fmt: skip
+
+
+def _derivatives(formula: cross_entropy_reference.Formula, labels: Tensor, values: list[Tensor]) -> tuple[Tensor, ...]:
+    """Return the derivatives of a cross-entropy by values of rows, [n] each."""
+    with torch.inference_mode(False), torch.enable_grad():  # an opaque op runs below autograd
+        leaves = [value.detach().clone().requires_grad_() for value in values]
+        return torch.autograd.grad(formula.losses(labels, *leaves).sum(), leaves)
+
+
+def reference_cross_entropy(
+    hidden: Tensor, head: Head, call: CrossEntropyCall, options: ResolvedOptions
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the loss and the predicted labels of `sweep_cross_entropy`, computed by the reference."""
+    check_labels(hidden, head, call.labels, call.token_indices, fused=False)
+    formula = cross_entropy_reference.Formula.of(call.labels, *call[2:6])
+    values, predictions = cross_entropy_reference.token_values(
+        *_in_compute_dtype(hidden, head, options), call.labels, call.class_weights
+    )
+    return formula.losses(call.labels, *values).sum(), _asked(predictions, call.predict)
+
+
+def _asked(predictions: Tensor, predict: bool) -> Tensor:
+    """Return predictions [B, T], or [0] if they were not asked for."""
+    return predictions if predict else predictions.new_empty(0)
 
 
 # Labels that are drawn
@@ -265,7 +348,8 @@ def reference_gnb(
 def sweep_tokens(head_rows: HeadRows, form_x: bool) -> tuple[Tensor, Tensor | None]:
     """Return the log-probabilities, or with a reference model the divergences, [B, T]; and the gradients of the rows or None.
 
-    These are [R, D], for upstream gradients of 1. They are computed with ``form_x``, for a frozen head.
+    These are [R, D], for upstream gradients of 1. They are computed with ``form_x``, for a frozen head. If `RowValues` ask for
+    several values, the result is [K, B, T], and ``form_x`` must be false.
     """
     gradients = HeadGradients(head_rows, Needs(hidden=True, weight=False, bias=False)) if form_x else None
     for chunk in head_rows.even_chunks():
@@ -275,61 +359,74 @@ def sweep_tokens(head_rows: HeadRows, form_x: bool) -> tuple[Tensor, Tensor | No
         else:
             _measure_and_add(head_rows, gradients, chunk, torch.ones_like(head_rows.statistics[0, chunk.span]))
     values = head_rows.log_probs() if head_rows.kind is None else head_rows.scatter(head_rows.divergences[0])
+    if head_rows.row_values.lse:
+        values = torch.stack([head_rows.scatter(value) for value in head_rows.values()])
     return values, None if gradients is None else gradients.x
 
 
 def _measure_and_add(head_rows: HeadRows, gradients: HeadGradients, chunk: Chunk, upstream: Tensor) -> None:
     """Measure a loaded chunk, and add its gradients for upstream gradients [n] of what `sweep_tokens` returns."""
-    if head_rows.kind is None:
+    if head_rows.kind is None and not head_rows.row_values.lse:
         gradients.measure_and_add(chunk, upstream)
     else:
         head_rows.measure(chunk)
         gradients.add(chunk, *token_coefficients(head_rows, upstream))
 
 
-def token_coefficients(head_rows: HeadRows, values: Tensor) -> tuple[Tensor, ...]:
-    """Return the coefficients of a chunk for upstream gradients ``values`` of what `sweep_tokens` returns."""
+def token_coefficients(head_rows: HeadRows, values: Tensor) -> Any:
+    """Return the coefficients of rows for upstream gradients ``values``, [n] or [K, n], of what `sweep_tokens` returns."""
+    if head_rows.row_values.lse:
+        logps, *others = values.unbind()
+        return logps, None, *others
     return (values,) if head_rows.kind is None else (torch.zeros_like(values), values)
 
 
 def per_token_values(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
-    comparison: Comparison | None, form_x: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Return the results of `sweep_tokens` for the arguments of an op."""
+    comparison: Comparison | None, row_values: RowValues, form_x: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return the predictions, and the results of `sweep_tokens`, for the arguments of an op."""
     check_labels(hidden, head, labels, token_indices, fused=True)
-    head_rows = HeadRows(hidden, head, labels, token_indices, options, comparison=comparison)
+    head_rows = HeadRows(hidden, head, labels, token_indices, options, comparison=comparison, row_values=row_values)
     with torch.autocast(hidden.device.type, enabled=False):
-        return sweep_tokens(head_rows, form_x)
+        values, x = sweep_tokens(head_rows, form_x)
+    return head_rows.token_predictions(), values, x
 
 
 def per_token_gradients(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
-    comparison: Comparison | None, upstream: Tensor, needs: Needs,
+    comparison: Comparison | None, row_values: RowValues, upstream: Tensor, needs: Needs,
 ) -> Gradients:  # fmt: skip
     """Return the gradients of hidden, weight and bias for an upstream gradient of `per_token_values`, in a new sweep."""
-    head_rows = HeadRows(hidden, head, labels, token_indices, options, comparison=comparison)
+    head_rows = HeadRows(hidden, head, labels, token_indices, options, comparison=comparison, row_values=row_values)
     gradients = HeadGradients(head_rows, needs)
     coefficients = head_rows.gather(upstream.to(options.result_dtype))
     with torch.autocast(hidden.device.type, enabled=False):
         for chunk in head_rows.even_chunks():
             head_rows.load(chunk)
-            _measure_and_add(head_rows, gradients, chunk, coefficients[chunk.span])
+            _measure_and_add(head_rows, gradients, chunk, coefficients[..., chunk.span])
     dtypes = dtypes_of(hidden, head.weight, head.bias)
     return rounded_gradients(head_rows.indices, gradients.sums(), dtypes, hidden.shape)
 
 
 def reference_per_token(
     hidden: Tensor, head: Head, labels: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
-    comparison: Comparison | None,
-) -> Tensor:  # fmt: skip
-    """Return the log-probabilities, or with a reference model the divergences, computed by the reference."""
+    comparison: Comparison | None, row_values: RowValues = LOGPS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the values of `sweep_tokens` and the predictions, computed by the reference."""
     check_labels(hidden, head, labels, token_indices, fused=False)
     hidden, head = _in_compute_dtype(hidden, head, options)
+    if row_values.lse:
+        stacked, predictions = cross_entropy_reference.token_values(hidden, head, labels, row_values.class_weights)
+        return torch.stack(stacked[: 2 + row_values.mean]), _asked(predictions, row_values.predict)
+    nothing = labels.new_empty(0)
     if comparison is None:
-        return loss_reference.linear_logprob(hidden, head, labels)
+        return loss_reference.linear_logprob(hidden, head, labels), nothing
     reference = _ref_model_in_compute_dtype(comparison, options)
-    return kl_reference.linear_kl(hidden, head, labels, reference, kind=comparison.kind, strengths=comparison.strengths)
+    values = kl_reference.linear_kl(
+        hidden, head, labels, reference, kind=comparison.kind, strengths=comparison.strengths, beta=comparison.beta
+    )
+    return values, nothing
 
 
 # Statistics

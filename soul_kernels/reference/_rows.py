@@ -50,8 +50,9 @@ def _recorded(logits: Tensor) -> Iterator[Tensor]:
 
 
 def token_statistics(
-    logits: Tensor, labels: Tensor, statistics: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
-) -> None:
+    logits: Tensor, labels: Tensor, statistics: Tensor, *, means: Tensor | None = None, class_weights: Tensor | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None,
+) -> None:  # fmt: skip
     """Do what `soul_kernels.token_logprob.token_statistics` does, except for two rows of the result.
 
     The row `ROW_MAX` holds the logsumexp in place of the maximum, and so the row `TOTAL` holds 1.
@@ -61,6 +62,8 @@ def token_statistics(
     for rows in _blocks(logits, BLOCK):
         z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         label = labels_in[rows, None]
+        if means is not None:
+            means[rows] = token_logprob.mean_logit(z, class_weights)
         # The label is taken out of the logits themselves for a moment: a copy would take as long as the exponentials.
         at_label[rows] = torch.gather(z, 1, label)[:, 0]
         torch.logsumexp(z.scatter_(1, label, -torch.inf), 1, out=rest[rows])
@@ -73,24 +76,34 @@ def token_statistics(
     statistics[TOTAL] = 1.0
     statistics[ONE_MINUS_P] = torch.sigmoid(rest - at_label)
     statistics.masked_fill_(~valid, 0.0)
+    if means is not None:
+        means.masked_fill_(~valid, 0.0)
     statistics[LOGP].masked_fill_(~valid & (labels != IGNORE_INDEX), torch.nan)
 
 
 def token_gradient(
-    logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *, logit_scale: float = 1.0,
-    softcap: float | None = None,
+    logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *,
+    lse_coefficients: Tensor | None = None, mean_coefficients: Tensor | None = None, class_weights: Tensor | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.token_logprob.token_gradient` does."""
-    valid, labels_in = _valid(labels, logits.shape[1])
+    n_vocab = logits.shape[1]
+    valid, labels_in = _valid(labels, n_vocab)
     columns = labels_in[:, None]
+    at_label = (coefficients * statistics[ONE_MINUS_P])[:, None]
+    if lse_coefficients is not None:
+        at_label += (lse_coefficients * statistics[LOGP].exp())[:, None]
+        coefficients = coefficients - lse_coefficients
     scale = (-coefficients / statistics[TOTAL])[:, None]
     shift = statistics[ROW_MAX, :, None]
-    at_label = (coefficients * statistics[ONE_MINUS_P])[:, None]
+    weights = logits.new_ones(1, dtype=statistics.dtype) if class_weights is None else class_weights
     for rows in _blocks(logits, BLOCK):
         z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         in_place = z.data_ptr() == out[rows].data_ptr()
         gradient = torch.sub(z, shift[rows], out=z if in_place else None).exp_().mul_(scale[rows])
         gradient.scatter_(1, columns[rows], at_label[rows])
+        if mean_coefficients is not None:
+            gradient.addcmul_(mean_coefficients[rows, None], weights, value=1 / n_vocab)
         if logit_scale != 1.0 or softcap is not None:
             with _recorded(logits[rows]) as raw:
                 (gradient,) = torch.autograd.grad(transformed(raw, logit_scale, softcap), raw, gradient)
@@ -111,21 +124,22 @@ def statistics_and_gradient(
 
 def divergence_statistics(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor, *,
-    strengths: Tensor | None = None, kind: str = "kl", logit_scale: float = 1.0, softcap: float | None = None,
+    strengths: Tensor | None = None, kind: str = "kl", beta: float = 0.5, logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.kl_divergence.divergence_statistics` does; the statistics are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
         z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
-        torch.stack([kl_divergence(z, labels_in[rows], log_q, kind), entropy(log_q)], out=divergences[:, rows])
+        torch.stack([kl_divergence(z, labels_in[rows], log_q, kind, beta), entropy(log_q)], out=divergences[:2, rows])
     divergences.masked_fill_(~valid, 0.0)
 
 
 def divergence_gradient(
     logits: Tensor, ref_logits: Tensor, labels: Tensor, statistics: Tensor, ref_statistics: Tensor, divergences: Tensor,
     coefficients: Tensor, weights: Tensor, out: Tensor, *, strengths: Tensor | None = None, kind: str = "kl",
-    logit_scale: float = 1.0, softcap: float | None = None,
+    beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.kl_divergence.divergence_gradient` does; the statistics and divergences are not read."""
     valid, labels_in = _valid(labels, logits.shape[1])
@@ -134,7 +148,7 @@ def divergence_gradient(
         label = labels_in[rows]
         with _recorded(logits[rows]) as raw:
             z = transformed(raw, logit_scale, softcap)
-            values = token_logprob.token_logprob(z, label), kl_divergence(z, label, log_q, kind)
+            values = token_logprob.token_logprob(z, label), kl_divergence(z, label, log_q, kind, beta)
             (gradient,) = torch.autograd.grad(values, raw, (coefficients[rows], weights[rows]))
         out[rows] = gradient
     if not valid.all():

@@ -5,9 +5,12 @@ from torch import Tensor
 
 from soul_kernels.reference.token_logprob import log_probabilities
 
-KINDS = ("kl", "soul_kl")
+KINDS = ("kl", "soul_kl", "reverse_kl", "jsd")
 FLOOR = 1e-12  # SOUL's code adds it to q within the logarithm
-DIVERGENCE, REF_ENTROPY = range(2)  # rows of the divergences of a chunk, for the host and for the kernels
+FARTHEST = 1e4  # bound of log q - log p in a mixture, where the smaller of the two has no weight
+# Rows of the divergences of a chunk, for the host and for the kernels. Only "jsd" has the third: what is added to it by the
+# side of p, ``(1 - beta) KL(p || mixture)``, from which the gradient is computed.
+DIVERGENCE, REF_ENTROPY, MODEL_SIDE = range(3)
 
 
 def ref_log_probabilities(ref_logits: Tensor, labels: Tensor, strengths: Tensor | None = None) -> Tensor:
@@ -23,12 +26,16 @@ def ref_log_probabilities(ref_logits: Tensor, labels: Tensor, strengths: Tensor 
     return log_probabilities(ref_logits.detach(), labels)
 
 
-def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl") -> Tensor:
+def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl", beta: float = 0.5) -> Tensor:
     """Return the divergence of p = softmax(logits) from q, differentiable by the logits; q is constant.
 
     ``"kl"`` is KL(q || p), summed as ``q (d + expm1(-d))`` with ``d = log q - log p``. No term is negative, and where the two
     are equal, the value and its gradient ``p - q`` are exactly 0. Where q is so small against p that expm1(-d) would overflow,
     the term is computed as ``q (d - 1) + p``.
+
+    ``"reverse_kl"`` is KL(p || q), summed in the same way; its gradient is ``p (log p - log q - KL)``. ``"jsd"`` is the
+    generalized Jensen-Shannon divergence ``beta KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``; its
+    gradient is ``(1 - beta) p (log p - log m - KL(p || m))``. Where p and q are equal, both are exactly 0 as well.
 
     ``"soul_kl"`` is what SOUL's code calls KL (Jia et al. 2024, src/unlearn/KL.py): the cross-entropy ``-sum_v p_v log(q_v +
     1e-12)``. Its gradient ``p (l - sum p l)``, with l = -log(q + 1e-12), pulls p towards the argmax of q.
@@ -38,6 +45,7 @@ def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl
         labels: [n] int64. Results are accurate even where p or q of the label is close to 1.
         log_q: [n, V], from `ref_log_probabilities`.
         kind: one of `KINDS`.
+        beta: weight of q in the mixture of "jsd", between 0 and 1.
 
     Returns:
         [n], in the dtype of the logits, >= 0.
@@ -47,11 +55,27 @@ def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl
     if kind == "soul_kl":  # log(q + a) = log q + a / q, up to (a / q)^2: accurate for q close to 1 as well
         log_floored = torch.where(q > 1e-6, log_q + FLOOR / q.clamp(min=1e-6), torch.log(q + FLOOR))
         return -(log_p.exp() * log_floored).sum(1)
-    d = torch.where(q > 0, log_q - log_p, 0.0)
+    p = log_p.exp()
+    if kind == "kl":
+        return _excess(q, p, torch.where(q > 0, log_q - log_p, 0.0)).sum(1)
+    if kind == "reverse_kl":
+        return _excess(p, q, torch.where(p > 0, log_p - log_q, 0.0)).sum(1)
+    d = torch.where(p + q > 0, log_q - log_p, 0.0).clamp(-FARTHEST, FARTHEST)
+    below, above = d.clamp(max=0), d.clamp(min=0)
+    of_p = torch.log1p(beta * torch.expm1(below))  # log m - log p where p is the larger
+    of_q = torch.log1p((1 - beta) * torch.expm1(-above))  # log m - log q where q is
+    mixture = beta * q + (1 - beta) * p
+    q_side = _excess(q, mixture, torch.where(d > 0, -of_q, d - of_p))
+    p_side = _excess(p, mixture, torch.where(d > 0, -d - of_q, -of_p))
+    return (beta * q_side + (1 - beta) * p_side).sum(1)
+
+
+def _excess(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+    """Return ``a log(a / b) - a + b`` for d = log(a / b), without cancellation: no element is negative."""
     close = d > -20
-    near = q * (d + torch.expm1(-d.clamp(min=-20)))
-    far = q * (d - 1) + log_p.exp()
-    return torch.where(close & (q > 0), near, far).sum(1)
+    near = a * (d + torch.expm1(-d.clamp(min=-20)))
+    far = a * (d - 1) + b
+    return torch.where(close & (a > 0), near, far)
 
 
 def entropy(log_q: Tensor) -> Tensor:

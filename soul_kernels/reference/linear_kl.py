@@ -8,8 +8,8 @@ from soul_kernels.tokens import Head, Reference, as_head
 
 def linear_kl(
     hidden: Tensor, weight: Tensor | Head, labels: Tensor, reference: Reference, *, bias: Tensor | None = None,
-    kind: str = "kl", strengths: Tensor | None = None,
+    kind: str = "kl", strengths: Tensor | None = None, beta: float = 0.5,
 ) -> Tensor:  # fmt: skip
     """``soul_kernels.linear_kl`` in plain PyTorch: [B, T], 0 at ignored tokens."""
     head = as_head(weight, bias)
-    return linear_divergence(hidden, head, labels, reference, kind=kind, strengths=strengths)[0]
+    return linear_divergence(hidden, head, labels, reference, kind=kind, strengths=strengths, beta=beta)[0]

@@ -86,8 +86,9 @@ def linear_statistics(
 
 
 def linear_divergence(
-    hidden: Tensor, head: Head, labels: Tensor, reference: Reference, *, kind: str = "kl", strengths: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, head: Head, labels: Tensor, reference: Reference, *, kind: str = "kl", strengths: Tensor | None = None,
+    beta: float = 0.5,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return three values of each kept token: divergence, entropy of the reference model, log-probability of the label.
 
     Args:
@@ -97,6 +98,7 @@ def linear_divergence(
         reference: the reference model.
         kind: see `soul_kernels.linear_kl`.
         strengths: [B], how far the reference model's logit of the label is lowered in each sequence, or None.
+        beta: see `soul_kernels.linear_kl`.
 
     Returns:
         Three tensors [B, T], 0 at ignored tokens; the first and the last are differentiable.
@@ -110,7 +112,7 @@ def linear_divergence(
         logits = head_logits(hidden, head)
         with torch.no_grad():
             log_q = ref_log_probabilities(head_logits(ref_hidden, ref_head), labels, strengths)
-        return kl_divergence(logits, labels, log_q, kind), entropy(log_q), token_logprob(logits, labels)
+        return kl_divergence(logits, labels, log_q, kind, beta), entropy(log_q), token_logprob(logits, labels)
 
     per_token = [hidden[keep], labels[keep], reference.hidden[keep]]
     if strengths is not None:
@@ -140,7 +142,7 @@ def linear_objective(
         needed = needed_sequences(divergence, batch.is_forget)[:, None]
         values, entropies, logps = linear_divergence(
             hidden, head, labels.masked_fill(~needed, IGNORE_INDEX), reference, kind=divergence.kind,
-            strengths=sequence_strengths(divergence, batch.is_forget),
+            strengths=sequence_strengths(divergence, batch.is_forget), beta=divergence.beta,
         )  # fmt: skip
         logps = logps + linear_logprob(hidden, head, labels.masked_fill(needed, IGNORE_INDEX))
         batch = dataclasses.replace(batch, divergences=values, ref_entropies=entropies)

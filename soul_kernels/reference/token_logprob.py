@@ -45,6 +45,11 @@ def token_logprob(logits: Tensor, labels: Tensor) -> Tensor:
     return F.logsigmoid(logits.gather(1, label)[:, 0] - rest)
 
 
+def mean_logit(logits: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Return the mean of each row's logits [n], each multiplied by its class weight [V], differentiable."""
+    return (logits if class_weights is None else logits * class_weights).mean(1)
+
+
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Return log_softmax(logits) [n, V]; the label's entry is accurate even where p(label) is close to 1."""
     return logits.log_softmax(1).scatter(1, labels[:, None], token_logprob(logits, labels)[:, None])

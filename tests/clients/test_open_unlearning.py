@@ -7,6 +7,7 @@ tests/integrations/test_integrations.py, which the same target runs at the same 
 import copy
 import os
 import pathlib
+import runpy
 import sys
 
 import pytest
@@ -22,12 +23,13 @@ from soul import SOUL, functional  # noqa: E402
 from soul.integrations import open_unlearning  # noqa: E402
 from soul.integrations.hf import SOULTrainerMixin  # noqa: E402
 from soul.integrations.open_unlearning import CONFIGS  # noqa: E402
-from tests.integrations.test_integrations import ForgetRetain, fresh_accelerate, its_collator, reference_ops  # noqa: E402, F401
+from tests.integrations.test_integrations import ForgetRetain, fresh_accelerate, its_collator  # noqa: E402, F401
 from tests.support import tolerances as tol  # noqa: E402
 from tests.support.helpers import assert_close, peak_bytes  # noqa: E402
 from tests.support.models import sequences, tiny_model  # noqa: E402
 
 OU = "open-unlearning"
+ROOT = pathlib.Path(__file__).parents[2]
 REGISTRATION = """
 from soul.integrations.open_unlearning import trainers as soul_trainers
 
@@ -158,3 +160,29 @@ def test_its_own_loss_with_souls_optimizer(tmp_path, source):
                                      data_collator=its_collator)  # fmt: skip
     assert trainer.train().training_loss > 0 and isinstance(trainer._inner_optimizer(), SOUL)
     assert trainer.ref_model is not None and trainer.beta == 0.5
+
+
+TRAIN = """
+import sys
+
+import trainer
+from tests.clients.test_open_unlearning import CONFIGS, make
+from tests.support.models import tiny_model
+
+options = dict(word.split("=", 1) for word in sys.argv[1:])
+made, _ = make(trainer, CONFIGS / f"{options['trainer']}.yaml", options["folder"], tiny_model("llama, untied"))
+made.train()
+"""
+
+
+@pytest.mark.parametrize("name", ["SOULGradDiff", "SOULNPO", "SOULSimNPO"])
+def test_the_example_compares_with_its_trainer(name, tmp_path, source, monkeypatch, capsys):
+    """examples/open_unlearning.py, with a train.py that needs no data set."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(source, "TRAINER_REGISTRY", dict(source.TRAINER_REGISTRY))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["open_unlearning.py", str(tmp_path), f"trainer={name}", f"folder={tmp_path / 'out'}"])
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    runpy.run_path(str(ROOT / "examples" / "open_unlearning.py"), run_name="__main__")
+    assert "loss and gradients" in capsys.readouterr().out

@@ -71,10 +71,10 @@ OPTIONS = ("lr", "weight_decay", "rho", "bs")
 ROW = {"labels_ptr": "*i64", "statistics_ptr": "*fp32", "statistics_stride": "i32", "n_vocab": "i32", "row_stride": "i32"}
 TRANSFORM = {"logit_scale": "fp32", "softcap": "fp32"}  # None elsewhere
 REFERENCE_ROW = {"ref_statistics_ptr": "*fp32", "ref_statistics_stride": "i32", "ref_row_stride": "i32"}
-REFERENCE_ROW |= {"divergences_ptr": "*fp32"}
+REFERENCE_ROW |= {"divergences_ptr": "*fp32", "mean_scores_ptr": "*fp32"}
 STRENGTHS = {"strengths_ptr": "*fp32"}  # None elsewhere
 # Arguments that are multiples of 16: the scratch of the ops promises it.
-ALIGNED_ROW = ("logits_ptr", "ref_logits_ptr", "out_ptr", "row_stride", "ref_row_stride", "out_stride")
+ALIGNED_ROW = ("logits_ptr", "ref_logits_ptr", "out_ptr", "class_weights_ptr", "row_stride", "ref_row_stride", "out_stride")
 
 
 @dataclasses.dataclass
@@ -145,23 +145,30 @@ def norm():
     )
 
 
-def rows(kernel, config, *, logits="fp32", out=None, transform=False, reads=1, references=0, strengths=True, **constants):
+def rows(kernel, config, *, logits="fp32", out=None, transform=False, reads=1, references=0, strengths=True, mean=False,
+         class_weights=False, beta=False, **constants):  # fmt: skip
     """A kernel over rows of logits; ``reads``: of the logits; ``references``: how many chunks beside the logits are read."""
     signature = ROW | {"logits_ptr": f"*{logits}"} | (TRANSFORM if transform else {})
     if references:
         signature |= REFERENCE_ROW | {"ref_logits_ptr": f"*{logits}"} | (STRENGTHS if strengths else {})
     if out is not None:
         signature |= {"coefficients_ptr": "*fp32", "weights_ptr": "*fp32", "out_ptr": f"*{out}", "out_stride": "i32"}
+    if mean:
+        signature |= {"means_ptr": "*fp32", "lse_coefficients_ptr": "*fp32", "mean_coefficients_ptr": "*fp32"}
+    if class_weights:
+        signature["class_weights_ptr"] = "*fp32"
+    if beta:
+        signature["beta"] = "fp32"
     signature |= {"uniforms_ptr": "*fp32", "divergences_stride": "i32"}
     signature = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
     constants["BLOCK"] = config["BLOCK"]
-    loaded = (DTYPES[logits].primitive_bitwidth // 8,) * (reads + references)
+    loaded = (DTYPES[logits].primitive_bitwidth // 8,) * (reads + references) + (4,) * class_weights
     stored = () if out is None else (DTYPES[out].primitive_bitwidth // 8,)
     return Variant(kernel, signature, constants, config, loaded, stored, aligned=ALIGNED_ROW)
 
 
-def divergence(kernel, config, *, SOUL=False, **options):
-    return rows(kernel, config, references=1, strengths=not SOUL, SOUL=SOUL, **options)
+def divergence(kernel, config, *, KIND="kl", **options):
+    return rows(kernel, config, references=1, strengths=KIND == "kl", beta=KIND == "jsd", KIND=KIND, **options)
 
 
 STEPS = [  # p and g, m, h, rounding, Hessian in the step
@@ -203,6 +210,13 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
     "token_logprob gradient fp32": rows(gradient_kernel, GRADIENT_CONFIG, out="fp32"),
     "token_logprob gradient bf16": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", OVERLAID=True),
     "token_logprob gradient bf16 capped": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", transform=True, OVERLAID=True),
+    "token_logprob statistics mean": rows(
+        statistics_kernel, STATISTICS_CONFIG, reads=2, mean=True, class_weights=True, ALL=False
+    ),
+    "token_logprob gradient bf16 mean": rows(gradient_kernel, GRADIENT_CONFIG, out="bf16", mean=True, OVERLAID=True),
+    "token_logprob gradient bf16 class weights": rows(
+        gradient_kernel, GRADIENT_CONFIG, out="bf16", mean=True, class_weights=True, OVERLAID=True
+    ),
     "token_logprob both fp32": rows(statistics_gradient_kernel, STATISTICS_CONFIG, out="fp32", reads=2),
     "token_logprob both bf16": rows(statistics_gradient_kernel, STATISTICS_CONFIG, out="bf16", reads=2, OVERLAID=True),
     "token_logprob both bf16 logits": rows(statistics_gradient_kernel, STATISTICS_CONFIG, logits="bf16", out="bf16", reads=2),
@@ -212,12 +226,19 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
     "token_draw likeliest": rows(likeliest_kernel, STATISTICS_CONFIG),
     "token_draw bf16": rows(draw_kernel, DRAW_CONFIG, out="bf16", OVERLAID=True),
     "kl_divergence statistics": divergence(divergence_kernel, DIVERGENCE_CONFIG),
-    "kl_divergence statistics soul": divergence(divergence_kernel, DIVERGENCE_CONFIG, SOUL=True),
+    "kl_divergence statistics soul": divergence(divergence_kernel, DIVERGENCE_CONFIG, KIND="soul_kl"),
+    "kl_divergence statistics jsd": divergence(divergence_kernel, DIVERGENCE_CONFIG, KIND="jsd"),
     "kl_divergence gradient bf16": divergence(
         divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", OVERLAID=True
     ),
     "kl_divergence gradient bf16 soul": divergence(
-        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", SOUL=True, OVERLAID=True
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", KIND="soul_kl", OVERLAID=True
+    ),
+    "kl_divergence gradient bf16 reverse": divergence(
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", KIND="reverse_kl", OVERLAID=True
+    ),
+    "kl_divergence gradient bf16 jsd": divergence(
+        divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", KIND="jsd", OVERLAID=True
     ),
     "kl_divergence gradient bf16 capped": divergence(
         divergence_gradient_kernel, DIVERGENCE_GRADIENT_CONFIG, out="bf16", transform=True, OVERLAID=True
@@ -227,11 +248,12 @@ KERNELS = {f"step p {p} m {m} h {h} {r}{' +hessian' if hs else ''}": step(p, m, 
 
 def compile_variant(variant, target):
     names = variant.kernel.arg_names
+    aligned = [names.index(name) for name in variant.aligned if name in variant.signature]
     source = ASTSource(
         variant.kernel,
         signature={name: variant.signature.get(name, "constexpr") for name in names},
         constexprs=dict.fromkeys(set(names) - set(variant.signature)) | variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned if name in names},  # as at run time
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},  # as at run time
     )
     options = {"num_warps": variant.config["num_warps"], "enable_fp_fusion": False}
     if TARGETS[target].backend == "cuda" and "maxnreg" in variant.config:

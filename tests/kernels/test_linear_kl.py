@@ -65,10 +65,10 @@ def check(device, op=linear_kl, *, backend="triton", dtype=FLOAT, bias=False, ch
             assert_rows_close(a, b, tol.WORST_ROW_KL if dtype == FLOAT else 2 * tol.WORST_ROW_BF16, name)
 
 
-@pytest.mark.parametrize("kind", ["kl", "soul_kl"])
+@pytest.mark.parametrize("kind", ["kl", "soul_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
 def test_against_fp64(dtype, kind, backend, device):
-    check(device, backend=backend, dtype=dtype, bias=True, kind=kind)
+    check(device, backend=backend, dtype=dtype, bias=True, kind=kind, **({"beta": 0.3} if kind == "jsd" else {}))
 
 
 # A frozen head forms its gradient in forward; a frozen body needs none of it.
@@ -114,7 +114,8 @@ def test_a_frozen_head_serves_both(backend, device):
 
 @pytest.mark.parametrize("change, message", [
     ({"weight": Head(torch.zeros(131, 16)), "bias": torch.zeros(131)}, "bias: expected None beside a Head, .* got a tensor"),
-    ({"kind": "js"}, "kind: expected one of 'kl', 'soul_kl', got 'js'"),
+    ({"kind": "js"}, "kind: expected one of 'kl', 'soul_kl', 'reverse_kl', 'jsd', got 'js'"),
+    ({"kind": "jsd", "beta": 1.0}, "beta: expected a number between 0 and 1, got 1.0"),
     ({"ref_hidden": torch.zeros(5, 8, 24)}, r"reference.hidden: expected \[B, T, D\] with \[B, T\] \(5, 9\), got \(5, 8, 24\)"),
     ({"ref_weight": torch.zeros(130, 24)}, r"reference.weight: expected shape \(131, 24\), got \(130, 24\)"),
     ({"ref_bias": torch.zeros(3)}, r"reference.bias: expected shape \(131,\), got \(3,\)"),

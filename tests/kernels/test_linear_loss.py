@@ -670,8 +670,8 @@ def use_mutant(module, old, new, tmp_path, monkeypatch, **constants):
     broken = mutant(f"soul_kernels.{module}", old, new, tmp_path)
     vars(broken).update(constants)
     for home in (
-        "linear_loss", "linear_kl", "linear_gnb", "_head.autograd", "_head.sweeps", "_head.gradients", "_head.rows",
-        "reference._rows",
+        "linear_loss", "linear_kl", "linear_gnb", "linear_cross_entropy", "_head.autograd", "_head.sweeps", "_head.gradients",
+        "_head.rows", "reference._rows", "reference.linear_cross_entropy",
     ):  # fmt: skip
         user = importlib.import_module(f"soul_kernels.{home}")
         for name, value in vars(broken).items():
@@ -724,7 +724,8 @@ def check_formulas(module, name, device):
     ({"labels": torch.zeros(5, 9)}, r"labels: expected dtype torch.int64, got torch.float32"),
     ({"weight": torch.zeros(131, 17)}, r"weight: expected width 16, as hidden, got 17"),
     ({"weight": torch.zeros(131, 16, dtype=torch.float16)}, r"weight: expected dtype torch.float32, as hidden, got"),
-    ({"hidden": torch.zeros(45, 16)}, r"hidden: expected \[B, T, D\], got \(45, 16\)"),
+    ({"hidden": torch.zeros(45, 16)}, r"labels: expected \[N\] \(45,\), beside hidden \[N, D\], got \(5, 9\)"),
+    ({"hidden": torch.zeros(16)}, r"hidden: expected \[B, T, D\] or \[N, D\], got \(16,\)"),
     ({"bias": torch.zeros(130)}, r"bias: expected shape \(131,\), got \(130,\)"),
     ({"weight": Head(torch.zeros(131, 16)), "bias": torch.zeros(131)}, "bias: expected None beside a Head, .* got a tensor"),
     ({"weight": [[0.0] * 16] * 131}, r"weight: expected a tensor \[V, D\] or a Head, got list"),

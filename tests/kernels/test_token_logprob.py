@@ -323,6 +323,62 @@ def test_statistics_of_memorised_tokens_and_ties(device):
     assert ((statistics[6].double() - want.variances) / want.variances).abs().max() <= tol.ONE_MINUS_P
 
 
+def check_values(device, n_vocab, weighted, statistics_op=None, gradient_op=None, **transform):
+    """Log-probability, logsumexp and mean logit of rows, and the gradient of any combination of them, against fp64."""
+    raw = torch.randn(5, n_vocab, device=device) * 4
+    labels = torch.tensor([0, n_vocab - 1, n_vocab // 2, -100, n_vocab], device=device)  # the last two have no valid label
+    raw[range(2), labels[:2]] = 18.0  # two likely labels
+    class_weights = torch.rand(n_vocab, device=device) * 2 if weighted else None
+    sizes = {"coefficients": 1, "lse_coefficients": 1, "mean_coefficients": n_vocab}
+    coefficients = {name: torch.randn(5, device=device) * size for name, size in sizes.items()}
+    statistics, means = torch.full((4, 5), float("nan"), device=device), torch.full((5,), float("nan"), device=device)
+    (statistics_op or token_statistics)(raw, labels, statistics, means=means, class_weights=class_weights, **transform)
+    plain = torch.full_like(statistics, float("nan"))
+    token_statistics(raw, labels, plain, **transform)
+    torch.testing.assert_close(statistics, plain, rtol=1e-6, atol=1e-6, equal_nan=True)  # other statistics stay as they are
+    out = torch.full_like(raw, float("nan"))
+    (gradient_op or token_gradient)(
+        raw, labels, statistics, out=out, class_weights=class_weights, **coefficients, **transform
+    )  # fmt: skip
+    leaf = raw[:3].double().requires_grad_()
+    logits = reference.transformed(leaf, **transform)
+    want_means = reference.mean_logit(logits, None if class_weights is None else class_weights.double())
+    assert (means[:3].double() - want_means).abs().max() <= tol.LOGP_ABS and (means[3:] == 0).all()
+    values = token_logprob(logits, labels[:3]), logits.logsumexp(1), want_means
+    (want,) = torch.autograd.grad(values, leaf, [c[:3].double() for c in coefficients.values()])
+    assert_rows_close(out[:3], want, tol.WORST_ROW_FP32, "dlogits")
+    assert (out[3:] == 0).all()
+
+
+@pytest.mark.usefixtures("row_functions")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("n_vocab", [1, 2, 129, 4096, SEVERAL_BLOCKS])  # one entry; a tail alone; whole blocks; both
+def test_logsumexp_and_mean_logit(n_vocab, weighted, device):
+    check_values(device, n_vocab, weighted)
+
+
+@pytest.mark.usefixtures("row_functions")
+def test_logsumexp_and_mean_logit_of_capped_logits(device):
+    check_values(device, 4100, True, logit_scale=-2.0, softcap=5.0)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("z = z * tl.load(class_weights_ptr + block.columns, mask=block.mask)", "z = z"),
+    ("z = tl.where(block.mask, z, 0.0)", "z = tl.where(block.mask, z, 1.0)"),
+    ("mean = tl.sum(lanes, 0) / row.n_vocab", "mean = tl.sum(lanes, 0) / row.tail"),
+    ("ColumnBlock(start + columns, None), transform, class_weights_ptr)",
+     "ColumnBlock(columns, None), transform, class_weights_ptr)"),  # the first block again and again
+    ("addend.share * tl.load(addend.class_weights + block.columns, mask=block.mask)", "addend.share"),
+    ("at_label += lse_coefficient * tl.exp(", "at_label += tl.exp("),
+    ("coefficient -= lse_coefficient", "coefficient += lse_coefficient"),
+    ("tl.load(mean_coefficients_ptr + row.index) / n_vocab", "tl.load(mean_coefficients_ptr + row.index)"),
+])  # fmt: skip
+def test_mutants_of_logsumexp_and_mean_logit_do_not_pass(old, new, device, tmp_path):
+    broken = mutant("soul_kernels.token_logprob", old, new, tmp_path)
+    with pytest.raises(AssertionError):
+        check_values(device, SEVERAL_BLOCKS, True, broken.token_statistics, broken.token_gradient)
+
+
 @pytest.mark.parametrize("old, new", [
     ("tl.where(block.columns == row.label, -float(\"inf\"), z)", "z"),  # the label counted twice
     ("rest=rescale * sums.rest, ", "rest=sums.rest, "),

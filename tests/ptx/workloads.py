@@ -156,11 +156,14 @@ def _run_rows(variant: Any, kernel: Kernel, n_vocab: int, *, ignored: bool) -> R
     labels = torch.full((ROWS,), IGNORE_INDEX) if ignored else torch.arange(ROWS) * (n_vocab // ROWS) + 11
     out = scratch("out_ptr")
     statistics, ref_statistics = statistics_of(logits, labels), statistics_of(ref_logits, labels)
-    divergences = torch.ones(2, ROWS)
+    divergences = torch.ones(3, ROWS)
     values = {
         "logits_ptr": logits, "ref_logits_ptr": ref_logits, "out_ptr": out, "labels_ptr": labels,
         "statistics_ptr": statistics, "ref_statistics_ptr": ref_statistics, "divergences_ptr": divergences,
         "strengths_ptr": torch.zeros(ROWS), "coefficients_ptr": torch.ones(ROWS), "weights_ptr": torch.ones(ROWS),
+        "mean_scores_ptr": torch.ones(ROWS), "beta": 0.5,
+        "means_ptr": torch.zeros(ROWS), "class_weights_ptr": torch.ones(n_vocab), "lse_coefficients_ptr": torch.ones(ROWS),
+        "mean_coefficients_ptr": torch.ones(ROWS),
         "uniforms_ptr": torch.tensor([0.4, 0.7]), "statistics_stride": ROWS, "ref_statistics_stride": ROWS,
         "divergences_stride": ROWS, "n_vocab": n_vocab, "row_stride": logits.stride(0),
         "ref_row_stride": ref_logits.stride(0), "out_stride": out.stride(0), "logit_scale": 0.5, "softcap": 30.0,

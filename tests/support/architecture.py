@@ -30,13 +30,14 @@ WINGS = {
     "models": {"_extras", "data", "distributed", "output"},
     "functional": {"compat", "losses", "models"},
     "model_loss": {"compat", "losses", "models"},
+    "patching": {"_extras", "losses", "model_loss", "models"},
     "evaluate": {"_extras", "data", "models", "output"},
     "checkpoint": {"_extras", "distributed", "models", "output"},
     "run": {"_extras", "checkpoint", "data", "distributed", "evaluate", "hub", "losses", "models", "optim", "output"},
     "plan": {"_extras", "data", "distributed", "losses", "models", "optim", "run"},
     "study": {"_extras", "checkpoint", "data", "evaluate", "losses", "models", "output", "report", "run"},
     "integrations": {"compat", "data", "distributed", "losses", "model_loss", "models", "optim"},
-    "": {"functional", "losses", "model_loss", "models", "optim", "plan", "run"},
+    "": {"functional", "losses", "model_loss", "models", "optim", "patching", "plan", "run"},
     "commands": {"", "_extras", "checkpoint", "data", "distributed", "evaluate", "hub", "losses", "models", "output", "plan",
                  "report", "run", "study"},
     "cli": {"", "_extras", "checkpoint", "commands", "distributed", "hub", "output", "run"},
@@ -79,6 +80,7 @@ FOREIGN_PRIVATE = {
     "_profiler_enabled": "torch has no public way to ask whether a profiler runs",
     "_supports_attention_backend": "transformers' mark of models whose attention is a plain function of mask and states",
     "_replace": "public in a NamedTuple",
+    "_torchdynamo_orig_callable": "the mark of a function that torch.compile has wrapped",
 }
 
 
