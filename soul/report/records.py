@@ -73,9 +73,13 @@ class Run:
         return tuple(sorted(points.items()))
 
     def ends(self, name: str) -> tuple[float, float] | None:
-        """Return the probability of the answers of a set before the first step and after the last known one, or None."""
+        """Return the probability of the answers of a set before the first step and of the saved model, or None.
+
+        An aim may save an earlier point than the last one; without a verdict the last known number counts.
+        """
         points = self.probabilities(name)
-        return (points[0][1], points[-1][1]) if len(points) > 1 and points[0][0] == 0 else None
+        last = self.verdict.get(f"{name}_prob", points[-1][1] if points else None)
+        return (points[0][1], last) if len(points) > 1 and points[0][0] == 0 and is_number(last) else None
 
     def curve(self, key: str, records: Sequence[Record] | None = None) -> tuple[Point, ...]:
         """Return a number of the log over the steps, without those that are not finite."""

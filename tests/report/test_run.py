@@ -89,6 +89,12 @@ def test_where_an_aim_went_back_or_was_estimated(tmp_path):
     assert "After step 2 the run went back to the weights of step 1." in text and "taken from the batches" in text
 
 
+def test_where_an_earlier_point_was_saved_the_figures_are_those_of_it(tmp_path):
+    verdict = {**VERDICT, "reached": False, "step": 2, "forget_prob": 0.4, "control_prob": 0.55}
+    page = page_of(tmp_path / "out", log=[*STEPS, *AIMS], verdict=verdict)
+    assert [figure.value for figure in page.figures[:2]] == ["0.670 → 0.400", "0.600 → 0.550"]
+
+
 @pytest.mark.parametrize("forget, kept, method, outcome, words", [
     ((0.6, 0.1), (0.6, 0.59), "npo", GOOD, "the rest kept"),
     ((0.6, 0.1), (0.6, 0.5), "npo", MIXED, "at a cost"),
