@@ -78,8 +78,10 @@ class Run:
         An aim may save an earlier point than the last one; without a verdict the last known number counts.
         """
         points = self.probabilities(name)
-        last = self.verdict.get(f"{name}_prob", points[-1][1] if points else None)
-        return (points[0][1], last) if len(points) > 1 and points[0][0] == 0 and is_number(last) else None
+        if len(points) < 2 or points[0][0] != 0:
+            return None
+        saved = self.verdict.get(f"{name}_prob", points[-1][1])
+        return (points[0][1], float(saved)) if is_number(saved) else None
 
     def curve(self, key: str, records: Sequence[Record] | None = None) -> tuple[Point, ...]:
         """Return a number of the log over the steps, without those that are not finite."""

@@ -19,6 +19,7 @@ on which a resumed run rests.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from soul_kernels.errors import argument_error
@@ -420,7 +421,7 @@ def advice(target: Target, forget_prob: float, control_prob: float | None, steer
     return "give more retain rows that resemble what must be kept, raise --epochs, or accept less with --keep-retain or --aim"
 
 
-def summary(result: dict[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
     """Return a verdict in one line of text, the last line of the command."""
     name = "probability" if result["measure"] == "probability" else "questions answered,"
     forget = f"forget {name} {result['forget_prob_start']:.3f} -> {result['forget_prob']:.3f} (aim {result['aim']:.3f})"
