@@ -192,7 +192,11 @@ def _rows() -> Iterator[Work]:
 
 def _heads() -> Iterator[Work]:
     kernels: dict[str, tuple[str, ...]] = dict.fromkeys(LOSSES, (STATISTICS, GRADIENT))
-    kernels |= {"GNB": (LIKELIEST, DRAW), "KL": (*BOTH, DIVERGENCE, DIVERGENCE_GRADIENT)}
+    kernels |= {
+        "predictions": (LIKELIEST, *kernels["CE"]),
+        "GNB": (LIKELIEST, DRAW),
+        "KL": (*BOTH, DIVERGENCE, DIVERGENCE_GRADIENT),
+    }
 
     def head(op: str, title: str, variant: str, loss: str, n: int, d: int, n_vocab: int, frozen: bool, products: int) -> Work:
         case = f"{title}, N {n}, D {d}, V {n_vocab}, bfloat16, {'frozen' if frozen else 'trained'} head"
@@ -208,6 +212,10 @@ def _heads() -> Iterator[Work]:
         size = (n, *SHAPES[0], frozen)
         yield head("linear_kl", "linear_kl, mean", "ours", "KL", *size, 5 if frozen else 6)
         yield head("linear_kl", "linear_kl, mean", "ours, as an objective", "KL", *size, 3 if frozen else 4)
+        products = 2 if frozen else 3
+        for variant, more in (("ours", 0), ("ours, as an objective", 0), ("ours, with the logsumexp", 1)):
+            yield head("linear_cross_entropy", "linear_cross_entropy", variant, "CE", *size, products + more)
+        yield head("linear_cross_entropy", "linear_cross_entropy", "ours, with predictions", "predictions", *size, products)
 
 
 def main(name: str, ops: Sequence[str], only: str = "") -> int:
