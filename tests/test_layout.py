@@ -102,14 +102,15 @@ def is_there(name):
     value = importlib.import_module(module)
     for step in rest:
         module = f"{module}.{step}"
-        if not hasattr(value, step):
-            if not hasattr(value, "__path__") or importlib.util.find_spec(module) is None:
-                return False
-            try:
-                importlib.import_module(module)
-            except ImportError:
-                return True
-        value = getattr(value, step)
+        if hasattr(value, step):
+            value = getattr(value, step)
+            continue
+        if not hasattr(value, "__path__") or importlib.util.find_spec(module) is None:
+            return False
+        try:
+            value = importlib.import_module(module)
+        except ImportError:
+            return True
     return True
 
 

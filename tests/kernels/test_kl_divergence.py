@@ -150,7 +150,8 @@ def test_entropy_of_a_reference_that_is_nearly_certain(device):
 @pytest.mark.parametrize("kind", reference.KINDS)
 def test_lowered_labels(kind, device):
     """UNDIAL's teacher: some rows unchanged, some with a label slightly lowered, one whose label becomes negligible."""
-    check(device, kind=kind, strengths=[0.0, 0.5, 3.0, 10.0, 200.0])
+    largest = 60.0 if kind == "reverse_kl" else 200.0  # log q of the label counts there, and q must not underflow
+    check(device, kind=kind, strengths=[0.0, 0.5, 3.0, 10.0, largest])
 
 
 @pytest.mark.usefixtures("row_functions")
