@@ -359,11 +359,11 @@ def _check_inputs(
 ) -> None:
     """Raise unless the labels of a call fit its tokens, and what else is in the batch fits the objective."""
     labels = inputs.get("labels")
-    given = [name for name, value in per_sequence.items() if value is not None]
-    if given and objective is None:
-        raise argument_error(given[0], "none without an objective", "a tensor", "pass the objective to soul.patch")
-    if given and labels is None:
-        raise argument_error("labels", f"labels beside {given[0]}", None, "pass them, aligned with input_ids")
+    passed = [name for name, value in per_sequence.items() if value is not None]
+    if passed and objective is None:
+        raise argument_error(passed[0], "none without an objective", "a tensor", "pass the objective to soul.patch")
+    if passed and labels is None:
+        raise argument_error("labels", f"labels beside {passed[0]}", None, "pass them, aligned with input_ids")
     if labels is None:
         return
     tokens = inputs.get("input_ids")

@@ -86,9 +86,9 @@ def new_scales(param: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
     sharded = cast("DTensor", param)
     shard = local(param)
-    part = torch.zeros(len(shard), math.prod(shard.shape[1:]) // GROUP * BYTES, dtype=torch.uint8, device=shard.device)
+    local_scales = torch.zeros(len(shard), math.prod(shard.shape[1:]) // GROUP * BYTES, dtype=torch.uint8, device=shard.device)
     strides = (shape[1], 1)
-    return DTensor.from_local(part, sharded.device_mesh, sharded.placements, shape=torch.Size(shape), stride=strides)
+    return DTensor.from_local(local_scales, sharded.device_mesh, sharded.placements, shape=torch.Size(shape), stride=strides)
 
 
 def decoded(state: dict[str, Any], name: str) -> torch.Tensor:

@@ -63,8 +63,8 @@ def test_8_bit_states_are_for_tensors_whose_rows_are_whole_groups(shape, change,
         assert state[name].nbytes + scale.nbytes <= 1.07 * param.numel()
         rows = [slice(0, 1), slice(1, len(param))] if param.dim() > 1 and len(param) > 1 else []
         for row in rows:  # the codes of some rows and their scales are the state of those rows
-            part = load_state(state[name][row].contiguous(memory_format=memory_format(param)), scale[row].contiguous(), name)
-            assert torch.equal(part, load_state(state[name], scale, name)[row])
+            of_row = load_state(state[name][row].contiguous(memory_format=memory_format(param)), scale[row].contiguous(), name)
+            assert torch.equal(of_row, load_state(state[name], scale, name)[row])
 
 
 def memory_format(tensor):
