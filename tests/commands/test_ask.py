@@ -104,7 +104,7 @@ def test_texts_are_wrapped_into_columns(monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["one", " "], "question: expected some text, got ' '; write it in quotes"),
-    (["one", "--data=./nothing"], "rows: expected"),
+    (["one", "--data=./nothing"], "nothing: expected a JSON-lines file, got no such file"),
     (["one", "Who?", "--data=rows.jsonl"], "question: expected none with --data, got ['Who?']"),
     (["one", "--answer=x", "--data=rows.jsonl"], "answer: expected none with --data, got 'x'"),
     (["one", "Who?", "--answer="], "answer: expected some text, got ''"),
