@@ -56,7 +56,7 @@ ALPHA_FACTOR = 4.0  # between the alphas of two tries
 ALPHA_RANGE = (1 / 16, 64.0)  # of alpha, relative to its start
 BEYOND = 4.0  # times that, once the forget rows are at the aim: then nearly all of a step may go to what is kept
 FADING = 0.5  # fraction of the way from which on alpha may fall below its start, since forget terms fade as they succeed
-HURRY = 1.3  # of the learning rate (near the aim of its fall), at an evaluation with room that finds the forget rows too slow
+HURRY = 1.3  # of the learning rate, at an evaluation with room that finds the forget rows too slow to come in time
 MOST_HURRY = 10.0  # times the first learning rate, at most
 LOWER_IF_SLOW = 0.25  # of a halving of alpha, at least, at an evaluation with room that finds them so
 LIKELY = 1.1  # of the aim: so high an estimate of the forget probability may be where the aim holds
@@ -275,8 +275,7 @@ class Controller:
         if left > NEAR:
             self.fall = 1.0
         elif slack >= 0:
-            landing = max(SLOWEST, left / NEAR)
-            self.fall = max(landing, min(1.0, HURRY * self.fall)) if too_slow else landing
+            self.fall = max(SLOWEST, left / NEAR)
         elif left > 0:
             self.fall = max(RECOVERY, left / NEAR)
         else:

@@ -206,17 +206,6 @@ def test_the_learning_rate_falls_near_the_aim_and_at_the_end():
     assert steering.lr_at(20) == pytest.approx(0.03)
 
 
-def test_the_learning_rate_rises_again_near_the_aim_where_there_is_room_and_nothing_moves():
-    steering = controller()
-    falls = []
-    for step in (8, 12, 16, 20):
-        steering.observe(step, 0.2, 0.70)
-        falls.append(steering.fall)
-    assert falls == pytest.approx([0.625, 0.8125, 1.0, 1.0], abs=1e-3) and steering.lr == 0.1
-    steering.observe(24, 0.17, 0.70)  # it moves: a soft landing
-    assert steering.fall == 0.3
-
-
 def test_beyond_the_aim_alpha_rises_even_where_there_is_room():
     steering = controller()
     steering.observe(8, 0.15, 0.70)
