@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from soul._extras import require
+from soul.commands import durability
 from soul.commands.device_options import add_device
 from soul.commands.template_options import add_template
 from soul.data.examples import Counts, Question
@@ -89,10 +90,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences per batch (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
     add_device(how)
+    durability.add_durability(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if args.durability:
+        durability.run(args)
+        return
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):
         require(name, "eval")
     json_path = None if args.json is None else check_new_file(args.json, "json")
