@@ -87,7 +87,7 @@ def rounded(model: "PreTrainedModel", bits: int) -> Iterator[float]:
     """Round the weights of a model within the ``with`` block; the block gets the fraction of all weights that was rounded.
 
     torchao rounds the weights of all linear layers except the head, as quantized checkpoints do: to 8 bits with a scale for
-    each row, to 4 bits with a scale for each group of 32 weights in a row (or the largest power of two that divides the row). They
+    each row, to 4 bits with a scale for each group of 32 weights in a row (or the largest power of two that divides it). They
     are then written back in their own dtype.
 
     Args:
