@@ -157,6 +157,7 @@ class UnlearnConfig:
     reference_cache: str | None = None
 
     def __post_init__(self) -> None:
+        self.eval_metrics = tuple(self.eval_metrics)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("backend", self.backend, BACKENDS)
         check_range("warmup_ratio", self.warmup_ratio, high=1.0)
@@ -201,7 +202,6 @@ class UnlearnConfig:
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
             if value is not None and not self.eval_every and name != "until_prob":
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to evaluate")
-        self.eval_metrics = tuple(self.eval_metrics)
         check_dynamics(self)
 
     @property

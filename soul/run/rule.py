@@ -8,13 +8,10 @@ the number of the model before its first step.
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from soul._extras import require
 from soul_kernels.errors import ArgumentError, argument_error, check_choice, check_whole
-
-if TYPE_CHECKING:
-    from soul.run.config import UnlearnConfig
 
 ALWAYS = ("forget_prob", "retain_prob")  # measured at every evaluation, of the run's own rows
 QUANTITIES = ("rouge", "exact_memorization", "extraction_strength")
@@ -36,6 +33,20 @@ _NAME = r"[a-z]\w*"
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _CONDITION = re.compile(rf"({_NAME})\s*(>=|<=)\s*(?:({_NUMBER})\s*(\*\s*start)?|(start))")
 _TARGET = re.compile(rf"(?:(max|min)\s+)?({_NAME})")
+
+
+class EvalOptions(Protocol):
+    """The options of a run that say what its evaluations measure, as `soul.UnlearnConfig` has them."""
+
+    eval_every: int
+    eval_metrics: tuple[str, ...]
+    eval_data: str | None
+    eval_rows: int | None
+    eval_retain_logs: str | None
+    keep_best: str | None
+
+    @property
+    def aims(self) -> bool: ...  # noqa: D102
 
 
 class Condition(NamedTuple):
@@ -118,13 +129,13 @@ def _error(expected: str, got: str) -> ArgumentError:
     return argument_error("keep_best", expected, repr(got), EXAMPLE)
 
 
-def metrics_of(config: "UnlearnConfig") -> tuple[str, ...]:
+def metrics_of(config: EvalOptions) -> tuple[str, ...]:
     """Return the names of all numbers that a run measures at an evaluation, those of its rule included."""
     rule = () if config.keep_best is None else parse_rule(config.keep_best).names
     return tuple(dict.fromkeys([*config.eval_metrics, *rule]))
 
 
-def check_dynamics(config: "UnlearnConfig") -> None:
+def check_dynamics(config: EvalOptions) -> None:
     """Raise for metrics and rules that are unknown, or that lack the data that they are measured on.
 
     Raises:
