@@ -50,6 +50,8 @@ EQUAL = {
     "curvature": ("llama, untied", {"method": "graddiff", "curvature": "retain", "curvature_every": 2, "bs": 8}),
     "curvature of an empty part": ("llama, tied", {"method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8,
                                                    "batch_size": 1, "gradient_checkpointing": True}),
+    "metrics, and the best point": ("llama, tied", {"method": "npo", "eval_every": 1, "keep_best": "max forget_prob",
+                                                    "eval_metrics": ["forget_rouge", "retain_extraction_strength"]}),
     "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
 }  # fmt: skip
 AIM_STOP = 17  # of 24 steps
