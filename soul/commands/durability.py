@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import functools
-import pathlib
 import sys
 from typing import Any
 
 from soul.commands.lists import names_of
+from soul.data.sources import perturbed
 from soul.durability.rows import Row, read_rows
 from soul.durability.run import ATTACKS, DurabilityConfig, Outcome, ask_other, check_rows, durability
 from soul.evaluate.logs import write_json
@@ -83,8 +83,7 @@ def _rows(args: argparse.Namespace, name: str) -> list[Row]:
     """Return the rows of ``--forget`` or ``--retain``, or those of TOFU's files in ``--data``."""
     source = getattr(args, name)
     if source is None and args.data is not None:
-        file = f"{args.split if name == 'forget' else 'retain'}_perturbed"
-        source = f"tofu:{file}" if args.data == "tofu" else pathlib.Path(args.data) / f"{file}.jsonl"
+        source = perturbed(args.data, args.split if name == "forget" else name)
     if source is None:
         raise argument_error(name, "rows with --durability", "none", f"pass --{name}, or --data with TOFU's files")
     return read_rows(source, name)[: args.rows]
