@@ -177,8 +177,8 @@ COLUMNS = (
     "processor s",
 )  # fmt: skip
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
-SAID = """Of each arm the run of the first seed that keeps most among those that forget down to chance; if there is none, the one
-that forgets most. Questions begin three equal parts of each file.
+SAID = """Of each arm the run of the first seed that keeps most among those that forget down to chance; if there is none, that
+which forgets most. Questions begin three equal parts of each file.
 """
 AGAIN = """
 ## Again
