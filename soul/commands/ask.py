@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         metavar="DATA",
-        help="show the mean probability of the answers in this file, as --forget of soul unlearn takes it, and ask nothing else",
+        help="show the mean probability of the answers in this file (what --forget of soul unlearn takes), and ask nothing",
     )
     add_template(parser)
     add("--max-new-tokens", type=int, default=60, metavar="N", help="tokens of an answer, at most (default: %(default)s)")

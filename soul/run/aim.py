@@ -9,10 +9,11 @@ How the controller works: alpha is the multiplier of the constraint "keep". At e
 rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
 logarithmic scale). Where the retain rows are known by heart, their term holds nothing back, whatever its weight: there alpha
 stays, and the learning rate falls by the factor by which alpha would have risen. The learning rate rises linearly, stays, and
-falls once the forget rows come near their aim, and also where the control rows stay below their level. Where much is lost of the control rows, or the forget rows fall far faster than wanted
-(rows known by heart give way all at once), the model goes back to the nearest point with a lower learning rate and a new
-optimizer: what is lost in such a fall takes long to come back. Once both halves hold at two evaluations in a row, the second
-of which measures all rows, the aim is reached. Everything is a function of the evaluations, so a resumed run decides alike.
+falls once the forget rows come near their aim, and also where the control rows stay below their level. Where much is lost of
+the control rows, or the forget rows fall far faster than wanted (rows known by heart give way all at once), the model goes back
+to the nearest point with a lower learning rate and a new optimizer: what is lost in such a fall takes long to come back. Once
+both halves hold at two evaluations in a row, the second of which measures all rows, the aim is reached. Everything is a
+function of the evaluations, so a resumed run decides alike.
 
 Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
 on which a resumed run rests.
