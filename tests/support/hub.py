@@ -17,6 +17,7 @@ class Hub(http.server.ThreadingHTTPServer):
     Attributes:
         repositories: name -> {"private": ..., "files": {name: content}}.
         asked: method and path of each request.
+        is_private_by_default: whether a repository is private if nobody says so, a setting of the account.
         dies_at: part of a path; from the first such request on, the server answers no more.
     """
 
@@ -25,6 +26,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories, self.asked, self.objects, self.dies_at, self.is_dead = {}, [], {}, None, False
+        self.is_private_by_default = False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, name, private=False, **files):
@@ -100,7 +102,8 @@ def create(hub, account, body):
         return 409, {"error": "You already created this model repo", **url}
     if owner not in WRITERS or owner != account:
         return 403, {"error": f"You don't have the rights to create a model under the namespace {owner}"}
-    hub.add(name, private=asked.get("visibility") == "private" or asked.get("private", False))
+    private = asked["visibility"] == "private" if "visibility" in asked else asked.get("private", hub.is_private_by_default)
+    hub.add(name, private=private)
     return 200, url
 
 
