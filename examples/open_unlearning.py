@@ -28,7 +28,8 @@ class Compared:
         if cls is not None:
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
             plain = cls.__new__(cls)  # its trainer, with this one's model and, as attributes, the numbers of the objective
-            numbers = {name: vars(self.objective)[name] for name in {"beta", "gamma", "alpha", "delta"} & vars(self.objective).keys()}
+            options = vars(self.objective)
+            numbers = {name: options[name] for name in {"beta", "gamma", "alpha", "delta"} & options.keys()}
             vars(plain).update(vars(self) | numbers)
             plain.retain_loss_type = "KL" if self.objective.retain == "kl" else "NLL"
             self.model.train()  # in evaluation mode its trainers may take another loss

@@ -336,6 +336,7 @@ def test_reference_from_the_batch_or_from_adapters_that_are_off():
         ref_logps = logps_of(model, batch)[0].sum(1).detach()
     with soul.fused(model.get_base_model(), objective, return_logits=False):
         got = model(**batch, ref_logps=ref_logps.double()).loss  # as numpy's columns are
+        assert got.dtype == torch.float32
         check_loss_and_gradients(model, got, soul.unlearning_loss(model, forget, objective))
         with pytest.raises(ValueError, match="ref_model: expected a reference model for NPO"):
             model(**batch)

@@ -131,12 +131,13 @@ def test_an_edited_card_is_pushed_as_it_is(ended, hub):
     ("me/model", None, "push_to_hub: expected a login at the hub, got none; run: hf auth login, or set HF_TOKEN"),
     ("me/model", "hf_wrong", "push_to_hub: expected a valid login at the hub, got status 401"),
     ("you/model", "hf_writes", "push_to_hub: expected a login that may write to you/model, got status 403: "),
+    ("you/hidden", "hf_writes", "push_to_hub: expected a login that may write to you/hidden, got status 404: Repository not f"),
     ("me/model", "hf_reads", "push_to_hub: expected a login that may write to me/model, got status 403: you must use a write"),
 ])  # fmt: skip
 def test_what_cannot_be_pushed_is_refused_before_the_run(repository, token, message, folder, hub, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
-    if token == "hf_reads":
-        hub.add("me/model")
+    if token == "hf_reads" or repository == "you/hidden":
+        hub.add(repository, private=repository == "you/hidden")
     before = json.dumps(sorted(hub.repositories))
     assert main(words(folder, "refused", f"--push-to-hub={repository}")) == 2
     assert message in capsys.readouterr().err
@@ -166,7 +167,7 @@ def test_other_options_that_do_not_fit(folder, hub, tmp_path, capsys):
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("place", ["/lfs/", "/commit/"])
+@pytest.mark.parametrize("place", ["/upload/", "/commit/"])
 def test_a_hub_that_is_gone_in_the_middle_costs_nothing_but_the_push(place, folder, ended, hub, monkeypatch, capsys):
     hub.add("me/model")
     hub.dies_at = place

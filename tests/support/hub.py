@@ -108,7 +108,8 @@ def create(hub, account, body):
 
 
 def info(hub, account, body, name):
-    if name not in hub.repositories:
+    is_others = name.partition("/")[0] != account
+    if name not in hub.repositories or is_others and hub.repositories[name]["private"]:
         return 404, {"error": "Repository not found"}
     return 200, {"id": name, "private": hub.repositories[name]["private"], "sha": "0" * 40, "siblings": []}
 
@@ -130,7 +131,7 @@ def preupload(hub, account, body, name):
 
 def batch(hub, account, body, name):
     asked = json.loads(body)["objects"]
-    objects = [{**item, "actions": {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}}} for item in asked]
+    objects = [{**item, "actions": {"upload": {"href": f"{hub.url}/upload/{item['oid']}"}}} for item in asked]
     return 200, {"transfer": "basic", "objects": objects}
 
 
@@ -160,6 +161,6 @@ ROUTES = {
     r"GET /api/models/([^/]+/[^/]+)/tree/main": tree,
     r"POST /api/models/([^/]+/[^/]+)/preupload/main": preupload,
     r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": batch,
-    r"PUT /lfs/(\w+)": store,
+    r"PUT /upload/(\w+)": store,
     r"POST /api/models/([^/]+/[^/]+)/commit/main": commit,
 }
