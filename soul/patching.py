@@ -306,8 +306,6 @@ class FusedForward:
         """Return the arguments of `linear_objective` for an objective."""
         is_forget, ref_logps = (per_sequence[name] for name in PER_SEQUENCE)
         is_forget = torch.ones(len(labels), dtype=torch.bool) if is_forget is None else is_forget.bool()
-        if ref_logps is not None:
-            ref_logps = ref_logps.float()
         rows = _rows(inputs, len(labels)) if runs_reference(objective, ref_logps) else {}
         reference = reference_of(self._outer, self._ref_model, Joined(rows, is_forget, ref_logps), labels, objective)
         return {"is_forget": is_forget, **reference}

@@ -180,7 +180,7 @@ def table():
 
 
 def cases():
-    """Every feature on every family that has it; without --slow the loss on all of them, and all features on all kinds of heads."""
+    """Every feature on every family that has it; without --slow the loss of all, and all on every kind of head."""
     slow = pytest.mark.slow(reason="the loss of the family, and the feature on each kind of head, are always tested")
     for family in FAMILIES:
         for feature in FEATURES:
@@ -336,7 +336,6 @@ def test_reference_from_the_batch_or_from_adapters_that_are_off():
         ref_logps = logps_of(model, batch)[0].sum(1).detach()
     with soul.fused(model.get_base_model(), objective, return_logits=False):
         got = model(**batch, ref_logps=ref_logps.double()).loss  # as numpy's columns are
-        assert got.dtype == torch.float32
         check_loss_and_gradients(model, got, soul.unlearning_loss(model, forget, objective))
         with pytest.raises(ValueError, match="ref_model: expected a reference model for NPO"):
             model(**batch)
@@ -581,7 +580,7 @@ REFUSED = {
     "a loss of its own": (lambda: family_of(OwnLoss), "expected a loss by loss_function alone, got ValueError in OwnLoss"),
     "no labels": (lambda: family_of(Unlabelled), "expected a forward that takes labels, got Unlabelled"),
     "no loss": (lambda: family_of(Lossless), "expected a loss for labels, got none in Lossless"),
-    "a loss of logits beside it": (lambda: family_of(Penalized), r"expected the loss of its own forward, .*, got .* in Penalized"),
+    "a loss of logits beside it": (lambda: family_of(Penalized), r"expected the loss of its own forward, .* in Penalized"),
     "two losses": (lambda: family_of(Twice), "calls its loss_function once, got 2 calls of it in Twice"),
     "NaN": (with_nan, "expected finite weights, got NaN or inf in model.norm.weight"),
     "other labels": (lambda: family_of(Weighted), "hands its labels to loss_function, got other labels in Weighted"),
