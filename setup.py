@@ -24,7 +24,8 @@ HF = [
 ]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.9"]
-DURABILITY = ["torchao>=0.13"]  # no part of "all": peft imports it where it is, and it says which of its GPU libraries do not load
+# No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
+DURABILITY = ["torchao>=0.13"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
 TRACKERS = {
     "tensorboard": ["tensorboard>=2.21"],
