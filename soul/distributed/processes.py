@@ -168,12 +168,11 @@ def _join() -> tuple["dist.Store", int, int]:
     return store, rank, size
 
 
-def check_supported(config: _RunOptions, adapters: Mapping[str, object] | None = None) -> None:
+def check_supported(config: _RunOptions) -> None:
     """Raise if a run asks for something that several processes cannot do.
 
     Args:
         config: a `soul.run.config.UnlearnConfig`.
-        adapters: options of LoRA adapters, as `soul.Unlearner` takes them; None without adapters.
 
     Raises:
         ArgumentError: the message names the first such option.
@@ -264,15 +263,21 @@ def reshard(model: torch.nn.Module) -> None:
     cast("FSDPModule", model).reshard()
 
 
-def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_state(model: torch.nn.Module, *, trained: bool = False) -> dict[str, torch.Tensor]:
     """Return ``model.state_dict()`` with whole tensors on the CPU in the first process, and {} in the others.
 
     Names of one tied parameter share one tensor. Tensors are gathered one at a time. Every process must call this.
+
+    Args:
+        model: a model in shards.
+        trained: leave out parameters that require no gradient, such as those below adapters.
     """
     is_first = Processes.of(model).first
     state: dict[str, torch.Tensor] = {}
     first_names: dict[int, str] = {}  # id of a tensor -> the first of its names
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained and not tensor.requires_grad:
+            continue
         first_name = first_names.setdefault(id(tensor), name)
         if first_name == name:
             whole = full(tensor.detach())  # collective
