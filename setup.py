@@ -24,6 +24,8 @@ HF = [
 ]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
 PLOTS = ["matplotlib>=3.9"]
+# No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
+DURABILITY = ["torchao>=0.13"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
 TRACKERS = {
     "tensorboard": ["tensorboard>=2.21"],
@@ -31,7 +33,7 @@ TRACKERS = {
     "trackio": ["trackio>=0.43"],
     "mlflow": ["mlflow>=3.17"],
 }
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7", *DURABILITY]
 
 setup(
     name="soul-kernels",
@@ -61,13 +63,14 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "plots": PLOTS,
+        "durability": DURABILITY,
         **TRACKERS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
         # What the benchmarks compare with, where it is installed. Only cut-cross-entropy from its repository has cce_exact.
         "peers": [
             "torch-optimi>=0.3.3",
             "flashoptim>=0.1.4",
-            "torchao>=0.13",
+            *DURABILITY,
             "bitsandbytes>=0.47",
             "pytorch-optimizer>=3.8",
             "liger-kernel>=0.8.5",
