@@ -278,11 +278,11 @@ def _run_models(args: argparse.Namespace) -> Models:
         progress=progress,
         counts=counts,
     )
-    for name, questions in encoded.items():
-        progress(f"{name}: SOUL's own metrics")
-        texts = [text for _, text, _ in logs[name]["generated_text"].values()]
-        assert encoder is not None
-        logs[name] |= by_row(soul_columns(model, tokenizer, questions, texts, config, encoder))
+    if encoder is not None:
+        for name, questions in encoded.items():
+            progress(f"{name}: SOUL's own metrics")
+            texts = [text for _, text, _ in logs[name]["generated_text"].values()]
+            logs[name] |= by_row(soul_columns(model, tokenizer, questions, texts, config, encoder))
     checked = check_logs(logs, {name: f"model, {name}" for name in logs})
     return Models(logs, checked, logs_of_retain, retain, {name: dataclasses.asdict(count) for name, count in counts.items()})
 
