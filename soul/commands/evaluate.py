@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import torch
 
 from soul._extras import require
+from soul.commands import durability
 from soul.commands.device_options import add_device
 from soul.commands.lists import names_of
 from soul.commands.template_options import add_template
 from soul.data.examples import Counts, Example, Question
 from soul.data.rows import Row
-from soul.data.sources import examples, read_questions, rows
+from soul.data.sources import examples, perturbed, read_questions, rows
 from soul.data.templates import Template
 from soul.evaluate import open_unlearning
 from soul.evaluate.attacks import CostlyAttacks, parse_attacks
@@ -38,7 +39,7 @@ from soul.evaluate.logs import (
     write_json,
     write_logs,
 )
-from soul.evaluate.metrics import ATTACKS, FREE_ATTACKS, MEMBERSHIP, MIN_K, summarize
+from soul.evaluate.metrics import FREE_ATTACKS, MEMBERSHIP, MIN_K, summarize
 from soul.evaluate.model import EvaluateConfig, Log, answer_losses, by_row, retain_logs, tofu_logs
 from soul.evaluate.soul_metrics import ENCODER, SentenceEncoder, encode_soul, soul_columns
 from soul.models.loading import load, pick_device
@@ -52,7 +53,7 @@ SHOWN = 4  # answers of each set in the report
 TOFU = "tofu"
 OPEN_UNLEARNING = "open-unlearning"
 LAYOUTS = (TOFU, OPEN_UNLEARNING)
-WITH_MODEL = ("data", "retain_model", "reference_model", "holdout", "attacks", "soul_metrics", "sentence_model")
+WITH_MODEL = ("data", "retain_model", "reference_model", "holdout", "membership_attacks", "soul_metrics", "sentence_model")
 
 HELP = "TOFU's metrics, of a model or of evaluation logs"
 Columns = dict[str, dict[str, torch.Tensor]]  # set -> column -> tensor
@@ -118,6 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
     add_device(how)
     _add_attacks(parser)
+    durability.add_durability(parser)
 
 
 def _add_attacks(parser: argparse.ArgumentParser) -> None:
@@ -125,18 +127,21 @@ def _add_attacks(parser: argparse.ArgumentParser) -> None:
     attacks = parser.add_argument_group("membership attacks and SOUL's own metrics, with --model")
     attacks.add_argument("--holdout", metavar="DATA", help="path or name of rows that the model never saw, as --forget of soul "
                          f"unlearn: for the AUC of {', '.join(FREE_ATTACKS)}")  # fmt: skip
-    attacks.add_argument("--attacks", metavar="A,B", help=f"more of {', '.join(ATTACKS)}, or all: reference needs a second "
+    attacks.add_argument("--membership-attacks", metavar="A,B", help="more attacks, or all: reference needs a second "
                          "model, gradnorm a backward pass for every row")  # fmt: skip
     attacks.add_argument("--reference-model", metavar="DIR_OR_NAME", help="of the attack reference (default: the retain model)")
     attacks.add_argument("--min-k", type=float, default=MIN_K, metavar="X", help="fraction of an answer's tokens that Min-K "
                          "and Min-K++ look at (default: %(default)s)")  # fmt: skip
-    attacks.add_argument("--soul-metrics", action="store_true", help="also SOUL's own: forget quality of one model, membership "
-                         "attack, accuracy by sentence similarity")  # fmt: skip
+    attacks.add_argument("--soul-metrics", action="store_true", default=None, help="also SOUL's own: forget quality "
+                         "of one model, membership attack, accuracy by sentence similarity")  # fmt: skip
     attacks.add_argument("--sentence-model", metavar="DIR_OR_NAME", help=f"encoder of --soul-metrics (default: {ENCODER})")
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if args.durability:
+        durability.run(args)
+        return
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout or args.soul_metrics else ())):
         require(name, "eval")
     if args.format is not None:
@@ -251,7 +256,7 @@ def _run_models(args: argparse.Namespace) -> Models:
     config = EvaluateConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluateConfig)})
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
-    sets = {name: read_questions(_source(args.data, file))[: args.rows] for name, file in files.items()}
+    sets = {name: read_questions(perturbed(args.data, file))[: args.rows] for name, file in files.items()}
     holdout_rows = rows(args.holdout) if args.holdout else []
     retain = _retain_columns(args, len(sets["forget"]))
     device = pick_device(args.device)
@@ -293,14 +298,15 @@ def _check_models(args: argparse.Namespace) -> None:
         raise argument_error("retain_model", "either it or --retain-logs", "both", "pass one")
     if args.rows is not None and args.rows < 1:
         raise argument_error("rows", "a positive whole number", args.rows, "leave it out to take all")
-    attacks = parse_attacks(names_of(args.attacks)) if args.attacks else ()
-    if args.attacks and not args.holdout:
-        raise argument_error("holdout", "rows that the model never saw, with --attacks", "none", "pass --holdout")
+    attacks = parse_attacks(names_of(args.membership_attacks)) if args.membership_attacks else ()
+    if args.membership_attacks and not args.holdout:
+        raise argument_error("holdout", "rows that the model never saw, with --membership-attacks", "none", "pass --holdout")
     if "reference" in attacks and not (args.reference_model or args.retain_model):
         remedy = "pass --reference-model, or leave the attack out"
         raise argument_error("reference_model", "a model, with the attack reference", "none", remedy)
     if args.reference_model and "reference" not in attacks:
-        raise argument_error("attacks", "reference, with --reference-model", args.attacks, "pass --attacks reference")
+        remedy = "pass --membership-attacks reference"
+        raise argument_error("membership_attacks", "reference, with --reference-model", args.membership_attacks, remedy)
     if args.sentence_model and not args.soul_metrics:
         raise argument_error("sentence_model", "nothing without --soul-metrics", args.sentence_model, "pass --soul-metrics")
 
@@ -339,7 +345,7 @@ def _costly_attacks(
     config: EvaluateConfig,
 ) -> CostlyAttacks:
     """Return the attacks that need another pass, and run the reference model where one of them needs it."""
-    names = parse_attacks(names_of(args.attacks)) if args.attacks else ()
+    names = parse_attacks(names_of(args.membership_attacks)) if args.membership_attacks else ()
     if "reference" not in names:
         return CostlyAttacks(names)
     if args.reference_model is None and retain is not None:
@@ -359,10 +365,3 @@ def _report(args: argparse.Namespace, summary: dict[str, float], logs: Logs) -> 
     texts = {name: rows[:: -(-len(rows) // SHOWN)] for name, rows in answers.items()}
     options = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
     return write_page(pathlib.Path(args.output), evaluation_page(args.model, summary, texts, options))
-
-
-def _source(data: str, file: str) -> str | pathlib.Path:
-    """Return the source of one of TOFU's perturbed files: in a directory, or on the hub if ``data`` is "tofu"."""
-    if data == "tofu":
-        return f"tofu:{file}_perturbed"
-    return pathlib.Path(data) / f"{file}_perturbed.jsonl"

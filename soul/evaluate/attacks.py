@@ -43,7 +43,7 @@ def parse_attacks(names: Collection[str]) -> tuple[str, ...]:
     """
     for name in names:
         if name not in (*ATTACKS, "all"):
-            raise argument_error("attacks", f"all, or some of {', '.join(ATTACKS)}", repr(name), "check the names")
+            raise argument_error("membership_attacks", f"all, or some of {', '.join(ATTACKS)}", repr(name), "check the names")
     return COSTLY_ATTACKS if "all" in names else tuple(name for name in COSTLY_ATTACKS if name in names)
 
 

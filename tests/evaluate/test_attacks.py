@@ -183,5 +183,7 @@ def test_the_end_is_left_out_unless_it_is_all():
 def test_names_of_attacks():
     assert parse_attacks(["all"]) == parse_attacks(["gradnorm", "loss", "reference"]) == metrics.COSTLY_ATTACKS
     assert parse_attacks(["min_k", "gradnorm"]) == ("gradnorm",) and parse_attacks(["loss"]) == ()
-    with pytest.raises(ValueError, match="attacks: expected all, or some of loss, zlib, min_k, min_k_plus_plus, ref.*'mink'"):
+    with pytest.raises(
+        ValueError, match="membership_attacks: expected all, or some of loss, zlib, min_k, min_k_plus_plus, ref.*'mink'"
+    ):
         parse_attacks(["mink"])

@@ -146,7 +146,7 @@ def test_numbers_of_columns():
 def test_a_model_with_all_metrics_in_both_layouts(models, encoder_folder, tmp_path):  # noqa: F811
     """All options at once; the logs give the same numbers again, and open-unlearning's layout its own."""
     sizes = {"rows": 3, "max-new-tokens": 2}
-    more = ("--soul-metrics", "--sentence-model", str(encoder_folder), "--attacks", "all")
+    more = ("--soul-metrics", "--sentence-model", str(encoder_folder), "--membership-attacks", "all")
     assert main(of_model(models, tmp_path, *more, **sizes)) == 0
     out = tmp_path / "out"
     summary = json.loads((out / "sum.json").read_text())
@@ -160,7 +160,7 @@ def test_a_model_with_all_metrics_in_both_layouts(models, encoder_folder, tmp_pa
     )
     assert all(reference[row] == retain[row] - own[row] for row in own)
     (tmp_path / "theirs").mkdir()
-    more = ("--attacks", "reference", "--reference-model", str(models / "goal"), "--format", "open-unlearning")
+    more = ("--membership-attacks", "reference", "--reference-model", str(models / "goal"), "--format", "open-unlearning")
     assert main(of_model(models, tmp_path / "theirs", *more, **sizes)) == 0
     out = tmp_path / "theirs" / "out"
     assert files_in(out) == sorted(["TOFU_EVAL.json", "TOFU_SUMMARY.json", "data.json", "report.html", "report.md", "sum.json",
@@ -175,15 +175,15 @@ def test_a_model_with_all_metrics_in_both_layouts(models, encoder_folder, tmp_pa
 
 
 @pytest.mark.parametrize("changes, more, message", [
-    ({"holdout": None}, ("--attacks", "all"), "holdout: expected rows that the model never saw, with --attacks, got none"),
-    ({}, ("--attacks", "mink"), "attacks: expected all, or some of loss, zlib"),
-    ({"retain-model": None}, ("--attacks", "reference"), "reference_model: expected a model, with the attack reference, got none"),
-    ({"reference-model": "x"}, (), "attacks: expected reference, with --reference-model, got None"),
-    ({"reference-model": "nowhere/at/all"}, ("--attacks", "all"), "model: expected a"),
+    ({"holdout": None}, ("--membership-attacks", "all"), "holdout: expected rows that the model never saw"),
+    ({}, ("--membership-attacks", "mink"), "membership_attacks: expected all, or some of loss, zlib"),
+    ({"retain-model": None}, ("--membership-attacks", "reference"), "reference_model: expected a model, with the"),
+    ({"reference-model": "x"}, (), "membership_attacks: expected reference, with --reference-model, got None"),
+    ({"reference-model": "nowhere/at/all"}, ("--membership-attacks", "all"), "model: expected a"),
     ({"sentence-model": "x"}, (), "sentence_model: expected nothing without --soul-metrics"),
     ({"sentence-model": "/nowhere"}, ("--soul-metrics",), "sentence_model: expected a sentence encoder, got /nowhere ("),
-    ({"from-logs": "x", "model": None, "data": None, "retain-model": None, "holdout": None}, ("--attacks", "all"),
-     "attacks: expected nothing with --from-logs"),
+    ({"from-logs": "x", "model": None, "data": None, "retain-model": None, "holdout": None}, ("--membership-attacks", "all"),
+     "membership_attacks: expected nothing with --from-logs"),
 ], ids=lambda value: "-".join(value) if isinstance(value, (dict, tuple)) else "")  # fmt: skip
 def test_bad_options_end_with_2_and_write_nothing(models, tmp_path, changes, more, message, capsys):  # noqa: F811
     assert main(of_model(models, tmp_path, *more, **changes)) == 2
