@@ -180,6 +180,7 @@ def test_a_model_with_all_metrics_in_both_layouts(models, encoder_folder, tmp_pa
     ({"retain-model": None}, ("--membership-attacks", "reference"), "reference_model: expected a model, with the"),
     ({"reference-model": "x"}, (), "membership_attacks: expected reference, with --reference-model, got None"),
     ({"reference-model": "nowhere/at/all"}, ("--membership-attacks", "all"), "model: expected a"),
+    ({"holdout": None, "json": None}, ("--durability", "--format", "tofu"), "format: expected nothing with --durability"),
     ({"sentence-model": "x"}, (), "sentence_model: expected nothing without --soul-metrics"),
     ({"sentence-model": "/nowhere"}, ("--soul-metrics",), "sentence_model: expected a sentence encoder, got /nowhere ("),
     ({"from-logs": "x", "model": None, "data": None, "retain-model": None, "holdout": None}, ("--membership-attacks", "all"),
