@@ -114,8 +114,8 @@ def true_better(ratios: torch.Tensor) -> torch.Tensor:
 def forget_quality(ratios: torch.Tensor, retain_ratios: torch.Tensor) -> tuple[float, float]:
     """Compare truth ratios on the forget set with those of a retain model by a two-sample Kolmogorov-Smirnov test.
 
-    As in TOFU, whose inverse ratios give the same test, and in OU, which adds 1e-10 before it inverts. SOUL compares forget
-    with retain questions of one model, which is another quantity.
+    As in TOFU, whose inverse ratios give the same test, and in OU. SOUL compares forget with retain questions of one model,
+    which is another quantity (`soul_forget_quality`).
 
     Args:
         ratios: [n] of the model.

@@ -113,9 +113,9 @@ def aggregate(
         retain_origin: its path.
 
     Returns:
-        One number for each metric that has rows, each membership attack (its AUC, 1 for remembered), ``model_utility`` if all
-        its nine parts are there, ``privleak`` if there is Min-K%, and ``forget_quality``. Other metrics without rows are left
-        out. ``rouge1_recall`` and texts are not read.
+        One number for each metric of OU and any other whose rows have a score; for each membership attack its AUC, 1 for
+        remembered; ``model_utility`` if all its nine parts are there, ``privleak`` if there is Min-K%, and
+        ``forget_quality``. Other metrics are left out. ``rouge1_recall`` and texts are not read.
 
     Raises:
         ArgumentError: a value is missing, no finite number or out of bounds; the two logs differ in their rows.
@@ -124,7 +124,7 @@ def aggregate(
     for name, metric in log.items():
         if name in ATTACKS:
             numbers[name] = _auc(metric, origin, name)
-        elif "value_by_index" in metric:
+        elif "value_by_index" in metric and (_is_known(name) or _has_scores(metric)):
             numbers[name] = _mean(metric, origin, name)
     if all(name in numbers for name in _utility_parts().values()):
         parts = {ours: numbers[theirs] for ours, theirs in _utility_parts().items()}
@@ -141,6 +141,17 @@ def aggregate(
             retain_auc = _auc(retain_log["mia_min_k"], retain_origin, "mia_min_k")
         numbers["privleak"] = metrics.privleak(numbers["mia_min_k"], retain_auc)
     return dict(sorted(numbers.items()))
+
+
+def _is_known(name: str) -> bool:
+    """Tell whether a metric is one of OU's, so that its rows must have the field that it aggregates."""
+    return name.endswith("_ROUGE") or "_Prob" in name or name in (*metrics.MEMORIZATION, *TRUTH_RATIOS.values())
+
+
+def _has_scores(metric: Mapping[str, Any]) -> bool:
+    """Tell whether all rows of a metric have a score, as most metrics of OU's users do."""
+    rows = metric["value_by_index"]
+    return isinstance(rows, dict) and bool(rows) and all(isinstance(row, dict) and "score" in row for row in rows.values())
 
 
 def _utility_parts() -> dict[str, str]:

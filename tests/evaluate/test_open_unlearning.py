@@ -84,6 +84,17 @@ def test_values_of_rows_are_our_formulas_with_their_constant():
 
 
 @needs_published
+def test_published_scores_of_loss_and_zlib():
+    """Two attacks whose scores follow from other values of the log."""
+    log = read(FULL / EVAL)
+    rows = {name: log[name]["value_by_index"] for name in ("forget_Q_A_Prob", "forget_Q_A_ROUGE")}
+    loss, zlib = (log[f"mia_{name}"]["forget"]["value_by_index"] for name in ("loss", "zlib"))
+    for row, answer in rows["forget_Q_A_ROUGE"].items():
+        assert loss[row]["score"] == rows["forget_Q_A_Prob"][row]["avg_loss"]
+        assert close(loss[row]["score"] / metrics.zlib_bytes(answer["ground_truth"]), zlib[row]["score"])
+
+
+@needs_published
 def test_published_logs_through_the_command(tmp_path, capsys):
     """Written again they are the same files; and TOFU's logs of another model can be compared with them."""
     words = ["evaluate", "--from-logs", str(FULL), "--retain-logs", str(RETAIN), "--format", "open-unlearning",
@@ -190,6 +201,7 @@ MUSE = {
     },
     "extraction_strength": {"value_by_index": {"0": {"score": 0.0}}},
     "of_their_own": {"value_by_index": {"0": {"score": -7}}},
+    "of_another_kind": {"value_by_index": {"0": {"depth": "shallow"}}},
     "without_rows": {"agg_value": 5},
     "privleak": {"agg_value": 1e9},
 }  # fmt: skip
