@@ -20,6 +20,7 @@ WINGS = {
     "_extras": set(),
     "_limits": set(),
     "losses": set(),
+    "presets": set(),
     "compat": {"losses"},
     "output": set(),
     "report": {"_extras", "output"},
@@ -40,7 +41,7 @@ WINGS = {
     "integrations": {"compat", "data", "distributed", "losses", "model_loss", "models", "optim"},
     "": {"functional", "losses", "model_loss", "models", "optim", "patching", "plan", "run"},
     "commands": {"", "_extras", "checkpoint", "data", "distributed", "durability", "evaluate", "hub", "losses", "models",
-                 "output", "plan", "report", "run", "study"},
+                 "output", "plan", "presets", "report", "run", "study"},
     "cli": {"", "_extras", "checkpoint", "commands", "distributed", "hub", "output", "run"},
     "__main__": {"cli"},
 }  # fmt: skip
