@@ -41,11 +41,12 @@ def expand(words: Sequence[str], parser_of: Mapping[str, argparse.ArgumentParser
     parsed, rest = config_parser.parse_known_args(words[1:])
     options = [action for action in parser_of[words[0]]._actions if action.option_strings]  # not what is named by its place
     actions = {action.dest: action for action in options if action.dest not in ("help", "config")}
+    takes_presets = isinstance(actions.get("preset"), ListPresets)  # the presets of soul study are others
     if parsed.config is not None:
         rest = [*_words(parsed.config, _mapping(parsed.config), actions), *rest]
-    elif "preset" not in actions:
+    elif not takes_presets:
         return words
-    return [words[0], *(_words_of_preset(rest) if "preset" in actions else []), *rest]
+    return [words[0], *(_words_of_preset(rest) if takes_presets else []), *rest]
 
 
 def _words_of_preset(words: Sequence[str]) -> list[str]:

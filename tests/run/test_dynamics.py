@@ -11,7 +11,6 @@ from soul.checkpoint import Checkpoints, Stopped
 from soul.cli import main
 from soul.data.examples import Example
 from soul.evaluate import metrics
-from soul.evaluate import model as model_module
 from soul.evaluate.model import EvaluateConfig, answer_columns, generate
 from soul.models.encoding import encode_for
 from soul.run.config import UnlearnConfig
@@ -142,9 +141,9 @@ def folder(tmp_path_factory, tokenizer):
 
 def test_numbers_of_tofu_are_those_of_soul_evaluate(folder, capsys, monkeypatch):
     """The command, with a rule on a number of TOFU; then soul evaluate on the model that it has saved."""
-    greedy = model_module.greedy
+    greedy = generate.__kwdefaults__["go_on"]
     short = lambda *args, max_new_tokens, **more: greedy(*args, max_new_tokens=min(8, max_new_tokens), **more)  # noqa: E731
-    monkeypatch.setattr(model_module, "greedy", short)
+    monkeypatch.setitem(generate.__kwdefaults__, "go_on", short)
     data, logs = str(folder), str(folder / "retain")
     how = ["--max-length", "64", "--device", "cpu", "--backend", "reference"]
     evaluate = ["evaluate", "--data", data, *how, "--max-new-tokens", "8"]
