@@ -22,7 +22,7 @@ HF = [
     "jinja2>=3.1.6",  # in whose sandbox chat templates run; older ones let them out
     "tqdm>=4.66.3",
 ]
-EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
+EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
 PLOTS = ["matplotlib>=3.9"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
 TRACKERS = {
@@ -53,6 +53,7 @@ setup(
     # .ci/check_dist.py holds the wheel against the files of both packages.
     package_data={
         "soul": ["py.typed"],
+        "soul.tasks": ["refusals/*.txt"],
         "soul_kernels": ["py.typed"],
         "soul.integrations.open_unlearning": ["README.md", "configs/trainer/*.yaml"],
     },
@@ -61,6 +62,9 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "plots": PLOTS,
+        # Not in "all": the first one pins scikit-learn, whose version it was trained with; the second one brings much else.
+        "detox": ["alt-profanity-check>=1.5"],
+        "lmeval": ["lm-eval>=0.4.9"],
         **TRACKERS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
         # What the benchmarks compare with, where it is installed. Only cut-cross-entropy from its repository has cce_exact.

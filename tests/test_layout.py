@@ -61,8 +61,8 @@ def test_arrows_run_one_way(house):
 @pytest.mark.parametrize("wing", [wing for wing in architecture.WINGS if (ROOT / "soul" / wing / "__init__.py").exists()])
 def test_a_wing_says_what_it_may_import_and_where_to_start_reading(house, wing):
     docstring = ast.get_docstring(house[f"soul.{wing}".rstrip(".")])
-    (stated,) = re.findall(r"^May import: ([\w, ]+|nothing of ``soul``)\.", docstring, re.MULTILINE)
-    names = set() if stated.startswith("nothing") else set(stated.split(", "))
+    (stated,) = re.findall(r"^May import: ([\w,\s]+|nothing of ``soul``)\.", docstring, re.MULTILINE)
+    names = set() if stated.startswith("nothing") else set(re.split(r",\s+", stated))
     assert {"" if name == "soul" else name for name in names} == architecture.WINGS[wing]
     assert "Start reading with `" in docstring
 

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from soul._extras import require
+from soul.commands import evaluate_task
 from soul.commands.device_options import add_device
+from soul.commands.task_options import add_task
 from soul.commands.template_options import add_template
 from soul.data.examples import Counts, Question
 from soul.data.sources import examples, read_questions, rows
@@ -72,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: for forget quality")
     what.add_argument("--json", metavar="FILE", help="new file for the numbers")
     how = parser.add_argument_group("with --model")
+    add_task(how, "its measures in place of TOFU's")
+    evaluate_task.add_evaluate_task(how)
     how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl, or the word tofu for the hub's")
     how.add_argument("--output", metavar="DIR", help="new or empty directory for the logs, which --from-logs reads")
     how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
@@ -93,6 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if evaluate_task.settle(args):
+        evaluate_task.run(args)
+        return
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout else ())):
         require(name, "eval")
     json_path = None if args.json is None else check_new_file(args.json, "json")
