@@ -175,7 +175,8 @@ def test_what_an_extra_brings_is_imported_within_functions(package):
 
 
 # Import -> name on PyPI, if another.
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi", "quack": "quack-kernels"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi", "quack": "quack-kernels",
+                 "profanity_check": "alt-profanity-check"}  # fmt: skip
 BUILT = {"apex", "dion", "transformer_engine"}  # by commands of their own: bench/_harness.py, INSTALLED_BY
 OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unlearning's own
 
