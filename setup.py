@@ -24,6 +24,7 @@ HF = [
 ]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
 PLOTS = ["matplotlib>=3.9"]
+DURABILITY = ["torchao>=0.13"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
 TRACKERS = {
     "tensorboard": ["tensorboard>=2.21"],
@@ -65,13 +66,14 @@ setup(
         # Not in "all": the first one pins scikit-learn, whose version it was trained with; the second one brings much else.
         "detox": ["alt-profanity-check>=1.5"],
         "lmeval": ["lm-eval>=0.4.9"],
+        "durability": DURABILITY,
         **TRACKERS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
         # What the benchmarks compare with, where it is installed. Only cut-cross-entropy from its repository has cce_exact.
         "peers": [
             "torch-optimi>=0.3.3",
             "flashoptim>=0.1.4",
-            "torchao>=0.13",
+            *DURABILITY,
             "bitsandbytes>=0.47",
             "pytorch-optimizer>=3.8",
             "liger-kernel>=0.8.5",
@@ -89,7 +91,7 @@ setup(
             "pymdown-extensions<12",  # newer ones fail with the last mkdocstrings that Python 3.10 gets
         ],
         "dist": ["build>=1.2.2,<2", "twine>=6.1,<8"],
-        "all": [*HF, *EVAL, *PLOTS],
+        "all": [*HF, *EVAL, *PLOTS, *DURABILITY],
     },
     entry_points={"console_scripts": ["soul = soul.cli:main"]},
 )

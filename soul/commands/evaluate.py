@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 from soul._extras import require
-from soul.commands import evaluate_task
+from soul.commands import durability, evaluate_task
 from soul.commands.device_options import add_device
 from soul.commands.task_options import add_task
 from soul.commands.template_options import add_template
 from soul.data.examples import Counts, Question
-from soul.data.sources import examples, read_questions, rows
+from soul.data.sources import examples, perturbed, read_questions, rows
 from soul.data.templates import Template
 from soul.evaluate.logs import (
     RATIO,
@@ -93,10 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences per batch (default: %(default)s)")
     how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
     add_device(how)
+    durability.add_durability(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    if args.durability:
+        evaluate_task.check_none(args, "--durability")
+        durability.run(args)
+        return
     if evaluate_task.settle(args):
         evaluate_task.run(args)
         return
@@ -158,7 +163,7 @@ def _run_models(args: argparse.Namespace, json_path: pathlib.Path | None) -> Eva
         raise argument_error("json", "another file than the logs", str(json_path), "choose another name")
     require("rouge_score", "eval")
     files = {"forget": args.split, "retain": "retain", "real_authors": "real_authors", "world_facts": "world_facts"}
-    sets = {name: read_questions(_source(args.data, file))[: args.rows] for name, file in files.items()}
+    sets = {name: read_questions(perturbed(args.data, file))[: args.rows] for name, file in files.items()}
     holdout_rows = rows(args.holdout) if args.holdout else []
     retain = None
     if args.retain_logs is not None:
@@ -192,10 +197,3 @@ def _report(args: argparse.Namespace, summary: dict[str, float], logs: dict[path
     texts = {name: rows[:: -(-len(rows) // SHOWN)] for name, rows in answers.items()}
     options = {name: value for name, value in vars(args).items() if name not in ("command", "config", "run")}
     return write_page(output, evaluation_page(args.model, summary, texts, options))
-
-
-def _source(data: str, file: str) -> str | pathlib.Path:
-    """Return the source of one of TOFU's perturbed files: in a directory, or on the hub if ``data`` is "tofu"."""
-    if data == "tofu":
-        return f"tofu:{file}_perturbed"
-    return pathlib.Path(data) / f"{file}_perturbed.jsonl"

@@ -81,10 +81,7 @@ def settle(args: argparse.Namespace) -> bool:
         ArgumentError: options that do not go together.
     """
     if args.from_logs is not None:
-        names = ("task", "against", "scorer", "lm_eval", "system_prompt", "text")
-        for name in names:
-            if getattr(args, name) is not None:
-                raise argument_error(name, "nothing with --from-logs", getattr(args, name), "it goes with --model")
+        check_none(args, "--from-logs")
     task = task_from(args)
     if (task is None or task.tofu is None) and (task is not None or args.lm_eval is not None):
         return True
@@ -100,6 +97,13 @@ def settle(args: argparse.Namespace) -> bool:
         instruction = read_instruction(args.system_prompt)
         args.template, args.system = instruct_template(instruction, args.template, args.system)
     return False
+
+
+def check_none(args: argparse.Namespace, other: str) -> None:
+    """Raise if there is an option about tasks beside another one, which measures something else."""
+    for name in ("task", "text", "against", "scorer", "lm_eval", "system_prompt"):
+        if getattr(args, name) is not None:
+            raise argument_error(name, f"nothing with {other}", getattr(args, name), "measure the two in commands of their own")
 
 
 def run(args: argparse.Namespace) -> None:

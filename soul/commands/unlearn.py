@@ -36,6 +36,7 @@ from soul.run.config import MEMORIZE, METHODS, UnlearnConfig
 from soul.run.loop import Record
 from soul.run.measures import Measures
 from soul.run.notes import check_samples
+from soul.run.rule import OWN, TOFU
 from soul.run.trackers import CLIENTS, check_trackers
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import argument_error, check_choice
@@ -198,6 +199,24 @@ def add_training(group: argparse._ActionsContainer) -> None:
         "and under adapters; float32 for adamw and on CPUs without AMX)",
     )
     add("--eval-every", type=int, default=0, metavar="N", help="steps from one evaluation to the next (default: none)")
+    add(
+        "--eval-metrics",
+        action="extend",
+        type=names_of,
+        default=[],
+        metavar="NAME,...",
+        help=f"what an evaluation measures beside the probabilities: {', '.join(OWN)}; with --eval-data {', '.join(TOFU)}",
+    )
+    add("--eval-data", metavar="DIR", help="folder with TOFU's *_perturbed.jsonl, or the word tofu for the hub's")
+    add("--eval-split", default="forget10", metavar="NAME", help="TOFU's name of the forget set (default: %(default)s)")
+    add("--eval-rows", type=int, metavar="N", help="take the first N rows of each of these files (default: all)")
+    add("--eval-retain-logs", metavar="DIR", help="logs of a model that never saw the forget set: for forget_quality")
+    add(
+        "--keep-best",
+        metavar="RULE",
+        help="save the best evaluated point in place of the last, by a rule: 'forget_quality subject to model_utility >= "
+        "0.95*start'",
+    )
     add(
         "--save-every",
         type=int,

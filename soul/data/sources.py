@@ -168,6 +168,16 @@ def read_questions(source: Source) -> list[Question]:
     return questions
 
 
+def perturbed(data: str, name: str) -> str | pathlib.Path:
+    """Return the source of one of TOFU's perturbed sets, for `read_questions`.
+
+    Args:
+        data: folder of TOFU's files; or "tofu", for those of the hub.
+        name: "forget10", "retain", ...
+    """
+    return f"tofu:{name}_perturbed" if data == "tofu" else pathlib.Path(data) / f"{name}_perturbed.jsonl"
+
+
 def _question_columns(where: str, names: Collection[str]) -> Collection[str]:
     return [name for name in QUESTION if name in names] or names
 

@@ -323,8 +323,9 @@ def generate(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 96,
+    go_on: Callable[..., torch.Tensor] = greedy,
 ) -> list[str]:
-    """Return the greedy answers to the prompts of encoded examples.
+    """Return a model's answers to the prompts of encoded examples.
 
     Args:
         model: a causal language model.
@@ -332,6 +333,7 @@ def generate(
         sequences: from `soul.data.encode`; only their prompts are read.
         batch_size: prompts per batch, those of similar length together.
         max_new_tokens: tokens of an answer, at most.
+        go_on: continues prompts: `soul.models.causal_lm.greedy`, or another function of its arguments.
 
     Raises:
         ArgumentError: a sequence has no prompt.
@@ -348,7 +350,7 @@ def generate(
         ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # generation pads on the left
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         with evaluating(model), autocast(model):
-            out = greedy(model, ids, mask, max_new_tokens=max_new_tokens, pad_token_id=end)
+            out = go_on(model, ids, mask, max_new_tokens=max_new_tokens, pad_token_id=end)
         for i, text in zip(indices, tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)):
             texts[i] = text
     return texts

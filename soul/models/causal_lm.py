@@ -306,18 +306,36 @@ def greedy(
         max_new_tokens: tokens of a continuation, at most.
         pad_token_id: follows a continuation that has ended.
     """
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "pad_token_id": pad_token_id,
-        "do_sample": False,
-        "num_beams": 1,
-    }
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id, "do_sample": False, "num_beams": 1}
     if Processes.of(model).size == 1:
         return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options)
     # No process may stop before the others: each token gathers the layers in all of them.
     result = model.generate(input_ids=input_ids, attention_mask=attention_mask, synced_gpus=True, **options)
     reshard(model)
     return result
+
+
+def sampled(
+    model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int, pad_token_id: int, seed: int
+) -> Tensor:
+    """Return prompts with continuations drawn from the model's own distribution, at temperature 1, as `greedy` does.
+
+    The random generators are left as they were. The model must not be in shards.
+
+    Args:
+        model: a causal language model.
+        input_ids: as in `greedy`.
+        attention_mask: as in `greedy`.
+        max_new_tokens: as in `greedy`.
+        pad_token_id: as in `greedy`.
+        seed: of the draw; the same seed draws the same tokens.
+    """
+    options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id, "num_beams": 1}
+    draw = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # whatever the model's own configuration asks for
+    devices = [input_ids.device] if input_ids.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return model.generate(input_ids=input_ids, attention_mask=attention_mask, **options, **draw)
 
 
 def gnb_loss(

@@ -29,6 +29,8 @@ class Run:
         steps: a record for each step of the log.
         pilot: a record for each learning rate that was tried before the first step.
         aims: a record for each evaluation of the controller of the aim.
+        metrics: the numbers of ``--eval-metrics`` before the first step; {} without any.
+        best: the point that ``--keep-best`` has kept; {} without one.
         ended: whether the run has ended, and its model is saved.
     """
 
@@ -42,6 +44,8 @@ class Run:
         self.steps = [record for record in records if "event" not in record and "step" in record]
         self.pilot = [record for record in records if record.get("event") == "pilot"]
         self.aims = [record for record in records if record.get("event") == "aim"]
+        self.metrics = next((record for record in records if record.get("event") == "metrics"), {})
+        self.best = next((record for record in records if record.get("event") == "best"), {})
         self.ended = (directory / ENDED_FILE).is_file()
 
     @property
@@ -54,16 +58,21 @@ class Run:
         """The name of the set whose answers are to be kept: "control" or "retain"."""
         return "control" if self.verdict or self.aims else "retain"
 
+    @property
+    def saved_step(self) -> int:
+        """The step after which the weights were as they are saved, of a run without an aim."""
+        last: int = self.steps[-1]["step"] if self.steps else 0
+        return self.best.get("best_step") or last
+
     def probabilities(self, name: str) -> tuple[Point, ...]:
         """Return the probability of the answers of a set over the steps: before, at each evaluation, at the end."""
         key = f"{name}_prob"
         points = {record["step"]: record[key] for record in (*self.steps, *self.aims) if is_number(record.get(key))}
-        last = self.steps[-1]["step"] if self.steps else 0
         for record in self.asked:
             if is_number(record.get(key)):
                 points.setdefault(record["step"], record[key])
         ends = self.notes.get(key, [None, None])
-        for step, value in ((0, ends[0]), (last, ends[-1] if self.ended else None)):
+        for step, value in ((0, ends[0]), (self.saved_step, ends[-1] if self.ended else None)):
             if is_number(value):
                 points[step] = value
         if is_number(self.verdict.get(f"{key}_start")):
@@ -75,12 +84,12 @@ class Run:
     def ends(self, name: str) -> tuple[float, float] | None:
         """Return the probability of the answers of a set before the first step and of the saved model, or None.
 
-        An aim may save an earlier point than the last one; without a verdict the last known number counts.
+        An aim or a rule may save an earlier point than the last one.
         """
         points = self.probabilities(name)
         if len(points) < 2 or points[0][0] != 0:
             return None
-        saved = self.verdict.get(f"{name}_prob", points[-1][1])
+        saved = self.verdict.get(f"{name}_prob", dict(points).get(self.saved_step, points[-1][1]))
         return (points[0][1], float(saved)) if is_number(saved) else None
 
     def curve(self, key: str, records: Sequence[Record] | None = None) -> tuple[Point, ...]:

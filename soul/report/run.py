@@ -44,6 +44,7 @@ MUCH = 0.75  # of the start: what has fallen below this was not just paid for fo
 REFUSING = ("po", "dpo")  # methods that teach refusals, which the probability of an answer does not show
 SETS = {"forget": "To be forgotten", "control": "Control", "retain": "To be kept", "general": "General"}
 FORGET, KEEP, OTHER, CLIPPED = range(4)  # colors of curves
+METRIC_SETS = {"forget": FORGET, "retain": KEEP, "real_authors": OTHER, "world_facts": CLIPPED}  # with their colors
 
 
 def report_on_run(directory: pathlib.Path, numbers: Record | None = None) -> list[str]:
@@ -73,6 +74,7 @@ def run_page(run: Run) -> Page:
     """Return the page of a run."""
     sections = [
         Section("Forgetting and keeping", _probabilities(run)),
+        Section("Metrics during the run", _metrics(run)),
         Section("What the model says", _samples(run)),
         Section("The optimization", (*_curves(run), *_pilot(run))),
         Section("Data", _data(run)),
@@ -262,6 +264,28 @@ def _note_on_probabilities(run: Run) -> str:
     if any(record.get("exact") is False for record in run.aims):
         note += " Far from the aim, that of the rows to be forgotten is taken from the batches."
     return note
+
+
+def _metrics(run: Run) -> tuple[Block, ...]:
+    """Return the curves of ``--eval-metrics``, one chart for each quantity, and the point that ``--keep-best`` has kept."""
+    by_quantity: dict[str, list[tuple[int, str, tuple[Point, ...]]]] = {}
+    for key, value in run.metrics.items():
+        if key in ("event", "step", "forget_prob", "retain_prob"):
+            continue
+        of_set = next((name for name in METRIC_SETS if key.startswith(f"{name}_") and key != "forget_quality"), "")
+        quantity = key.removeprefix(f"{of_set}_").replace("_", " ")
+        points = (*(((0, value),) if is_number(value) else ()), *run.curve(key))
+        curve = METRIC_SETS.get(of_set, OTHER), of_set.replace("_", " ") or quantity, points
+        by_quantity.setdefault(quantity, []).append(curve)
+    blocks = _shown(tuple(_chart(quantity.capitalize(), *curves) for quantity, curves in by_quantity.items()))
+    if not run.best:
+        return blocks
+    step = run.best.get("best_step")
+    if step is None:
+        kept = "No evaluated point met the conditions of the rule; the last weights were saved."
+    else:
+        kept = f"The weights of step {step} were saved, the best of the evaluated points."
+    return (*blocks, Text(f"{kept} The rule: {run.best.get('rule')}."))
 
 
 def _curves(run: Run) -> tuple[Block, ...]:

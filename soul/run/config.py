@@ -17,6 +17,7 @@ from soul.optim.optimizer import SophiaG
 from soul.optim.soul import SOUL
 from soul.run.aim import parse_aim
 from soul.run.influence import Influence
+from soul.run.rule import check_dynamics
 from soul_kernels.backends import BACKENDS, multiplies_bf16
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range, check_whole, shown
 from soul_kernels.rounding import ROUNDINGS
@@ -84,6 +85,14 @@ class UnlearnConfig:
         eval_every: steps between two evaluations; 0: none. The log then has ``forget_prob`` and ``retain_prob``, the
             probabilities of the answers (`soul.evaluate.answer_probability`) of all forget examples, and of the same number of
             retain examples, the first ones.
+        eval_metrics: other numbers that are measured at every evaluation, from ``soul.run.rule.METRICS``: ``forget_rouge`` and
+            more of the run's own rows, ``model_utility`` and more of TOFU's files.
+        eval_data: folder with TOFU's perturbed files, or "tofu" for those of the hub; for metrics of `soul.evaluate`.
+        eval_split: TOFU's name of the forget set.
+        eval_rows: number of rows of each of these files that are taken, the first ones; None: all.
+        eval_retain_logs: folder with the logs of a model that never saw the forget set, for ``forget_quality``.
+        keep_best: a rule, such as "forget_quality subject to model_utility >= 0.95*start": the run ends with the weights of the
+            evaluated point that is best by it (`soul.run.rule`). None: with the last ones.
         until_prob: end the run once ``forget_prob`` is at or above it, with the method "memorize"; None: never. Without
             ``eval_every`` it is evaluated after every epoch.
         stop_forget_prob: end the run once ``forget_prob`` is at or below it; None: never.
@@ -132,6 +141,12 @@ class UnlearnConfig:
     drop_unusable: bool = False
     refusals: str | None = None
     eval_every: int = 0
+    eval_metrics: tuple[str, ...] = ()
+    eval_data: str | None = None
+    eval_split: str = "forget10"
+    eval_rows: int | None = None
+    eval_retain_logs: str | None = None
+    keep_best: str | None = None
     until_prob: float | None = None
     stop_forget_prob: float | None = None
     stop_retain_prob: float | None = None
@@ -142,6 +157,7 @@ class UnlearnConfig:
     reference_cache: str | None = None
 
     def __post_init__(self) -> None:
+        self.eval_metrics = tuple(self.eval_metrics)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("backend", self.backend, BACKENDS)
         check_range("warmup_ratio", self.warmup_ratio, high=1.0)
@@ -186,6 +202,7 @@ class UnlearnConfig:
                 raise argument_error(name, "a probability in [0, 1]", repr(value), "check the options")
             if value is not None and not self.eval_every and name != "until_prob":
                 raise argument_error("eval_every", f"a positive number with {name}", 0, "say how often to evaluate")
+        check_dynamics(self)
 
     @property
     def aims(self) -> bool:

@@ -23,6 +23,7 @@ from soul.data.batches import collate
 from soul.data.examples import Sequence
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, trained, transform
 from soul.output.progress import track
+from soul.run.streamed_fisher import most_held, solve_streamed
 from soul_kernels import Head, LinearOptions, hessian_ema, linear_gnb, linear_objective
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error, check_choice, check_positive
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CURVATURES = ("gnb", "fisher", "woodfisher")
+MEMORY_GB = 8.0
 REMEDY = "it bounds the update"
 
 Tensors = collections.abc.Sequence[Tensor]  # a list of parameters is one
@@ -160,6 +162,7 @@ class Influence:
         clip: largest change of a parameter.
         curvature: "gnb", "fisher" or "woodfisher".
         blockwise: for "woodfisher" only.
+        memory_gb: for "woodfisher" only.
 
     Raises:
         ArgumentError: an option does not fit.
@@ -177,9 +180,12 @@ class Influence:
         clip: float | None = None,
         curvature: str = "gnb",
         blockwise: bool = False,
+        memory_gb: float = MEMORY_GB,
     ) -> None:
-        _check_options(damping, clip, curvature)
-        self.options: dict[str, Any] = dict(damping=damping, step=step, clip=clip, curvature=curvature, blockwise=blockwise)
+        _check_options(damping, clip, curvature, memory_gb)
+        self.options: dict[str, Any] = dict(
+            damping=damping, step=step, clip=clip, curvature=curvature, blockwise=blockwise, memory_gb=memory_gb
+        )
 
     def __repr__(self) -> str:
         return f"Influence({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
@@ -195,6 +201,7 @@ def unlearn_once(
     clip: float | None = None,
     curvature: str = "gnb",
     blockwise: bool = False,
+    memory_gb: float = MEMORY_GB,
     batch_size: int = 8,
     generator: torch.Generator | None = None,
     backend: str = "auto",
@@ -204,8 +211,9 @@ def unlearn_once(
     H is the Hessian of the mean negative log-likelihood of a retain token, estimated in one pass over the retain batches: with
     n_b tokens in batch b, n in all, and the gradient g_b of the batch's mean, H is ``sum_b (n_b / n) n_b g_b g_b``.
 
-    Memory: with a diagonal a few fp32 copies of the trained parameters; with "woodfisher" one more for every retain batch, so
-    give it few sequences or large batches.
+    Memory: with a diagonal a few fp32 copies of the trained parameters; with "woodfisher" one more for every retain batch, as
+    far as ``memory_gb`` has room for them. Beyond that gradients are computed again (`soul.run.streamed_fisher`), n^2 / 2 of
+    them if only one fits.
 
     Args:
         model: a Hugging Face causal language model, which peft may have wrapped. Its trainable parameters are changed; their
@@ -220,6 +228,7 @@ def unlearn_once(
         curvature: "gnb", diagonal, labels drawn from the model: unbiased for the Gauss-Newton diagonal; "fisher", diagonal,
             true labels; or "woodfisher", true labels and the whole matrix: see `WoodFisher`.
         blockwise: as in `WoodFisher`, and for it only.
+        memory_gb: for "woodfisher": bound on its tensors of the parameters' size, in 1e9 bytes; it needs six at least.
         batch_size: sequences at a time.
         generator: ``torch.Generator`` on the model's device, for the labels of "gnb".
         backend: "auto", "triton", "compile", "torch" or "reference".
@@ -232,7 +241,7 @@ def unlearn_once(
         ArgumentError: an argument does not fit, there is nothing to forget or to retain, or the update is not finite; the model
             was not changed.
     """
-    _check_options(damping, clip, curvature)
+    _check_options(damping, clip, curvature, memory_gb)
     for name, sequences in (("forget", forget), ("retain", retain)):
         if not _tokens(sequences):
             raise argument_error(name, "sequences with labels", f"{len(sequences)} without any", "check the data")
@@ -250,9 +259,13 @@ def unlearn_once(
             forget_nll = forget_nll + share * nll
         if curvature == "woodfisher":
             assert damping is not None  # checked above
-            fisher = WoodFisher(-(-len(retain) // batch_size), damping=damping, blockwise=blockwise)
-            retain_nll = _fill(fisher, model, params, retain, batch_size, backend)
-            direction = fisher.solve(forget_grads)
+            direction, retain_nll = _over_woodfisher(
+                forget_grads,
+                _ScaledGradients(model, params, retain, batch_size, backend),
+                damping=damping,
+                blockwise=blockwise,
+                memory_gb=memory_gb,
+            )
         else:
             hessians, retain_nll = _diagonal(
                 model, params, retain, batch_size, backend, drawn=curvature == "gnb", generator=generator
@@ -269,23 +282,52 @@ def unlearn_once(
     return {**nlls, "step": float(step), "damping": float(damping), "update_norm": float(norm)}
 
 
-def _fill(
-    fisher: WoodFisher,
-    model: "PreTrainedModel",
-    params: Tensors,
-    retain: list[Sequence],
-    batch_size: int,
-    backend: str,
-) -> Tensor | float:
-    """Add the gradients of all retain batches to a `WoodFisher`; return their mean negative log-likelihood per token."""
-    n_tokens = _tokens(retain)
-    retain_nll: Tensor | float = 0.0
-    for share, grads, nll in _gradients(model, params, retain, batch_size, backend):
-        count = round(share * n_tokens)
-        # WoodFisher takes (1/n) sum_b over n batches; H is sum_b (n_b / n_tokens) n_b.
-        fisher.add([grad.float() * (count * (fisher.n / n_tokens) ** 0.5) for grad in grads])
-        retain_nll = retain_nll + share * nll
-    return retain_nll
+class _ScaledGradients:
+    """The gradients of the retain batches, times what makes (1/n) sum_b over n batches H.
+
+    Args:
+        model: as in `unlearn_once`.
+        params: its trainable parameters.
+        retain: as in `unlearn_once`.
+        batch_size: as in `unlearn_once`.
+        backend: as in `unlearn_once`.
+
+    Attributes:
+        n: number of batches.
+        nll: mean negative log-likelihood of a token, after a pass from the first batch on.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", params: Tensors, retain: list[Sequence], batch_size: int, backend: str
+    ) -> None:
+        self._arguments = model, params, retain, batch_size, backend
+        self._n_tokens = _tokens(retain)
+        self.n = -(-len(retain) // batch_size)
+        self.nll: Tensor | float = 0.0
+
+    def __call__(self, first: int) -> Iterator[list[Tensor]]:
+        """Yield the gradients from one batch on, fp32."""
+        nll: Tensor | float = 0.0
+        for share, grads, batch_nll in _gradients(*self._arguments, first=first):
+            count = round(share * self._n_tokens)
+            nll = nll + share * batch_nll
+            # H is sum_b (n_b / n_tokens) n_b g_b g_b^T.
+            yield [grad.float() * (count * (self.n / self._n_tokens) ** 0.5) for grad in grads]
+        self.nll = nll if first == 0 else self.nll
+
+
+def _over_woodfisher(
+    vectors: Tensors, gradients: _ScaledGradients, *, damping: float, blockwise: bool, memory_gb: float
+) -> tuple[list[Tensor], Tensor | float]:
+    """Return ``F^-1 v`` and the mean negative log-likelihood of a retain token; with products of all gradients if they fit."""
+    held = most_held(memory_gb, sum(v.numel() for v in vectors))
+    if held < gradients.n:
+        direction = solve_streamed(gradients, gradients.n, vectors, damping=damping, held=held, blockwise=blockwise)
+        return direction, gradients.nll
+    fisher = WoodFisher(gradients.n, damping=damping, blockwise=blockwise)
+    for grads in gradients(0):
+        fisher.add(grads)
+    return fisher.solve(vectors), gradients.nll
 
 
 def _diagonal(
@@ -333,15 +375,17 @@ def _gradients(
     *,
     drawn: bool = False,
     generator: torch.Generator | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[float, list[Tensor], Tensor]]:
     """Yield for each batch its share of all tokens, the gradients of its mean negative log-likelihood, and that likelihood.
 
-    With ``drawn`` the gradients are taken with labels drawn from the model; the likelihood is always that of the true labels.
+    It begins with the batch number ``first``. With ``drawn`` the gradients are taken with labels drawn from the model; the
+    likelihood is always that of the true labels.
     """
     total = _tokens(sequences)
     objective = losses.PO(alpha=0.0)
     model_head = Head(*head(model), **transform(model))
-    for start in track(range(0, len(sequences), batch_size), "one pass over the rows", stays=True):
+    for start in track(range(first * batch_size, len(sequences), batch_size), "one pass over the rows", stays=True):
         batch = collate(sequences[start : start + batch_size], [], device=model_head.weight.device)
         options = LinearOptions(token_indices=batch.token_indices, backend=backend)
         with autocast(model):
@@ -384,11 +428,11 @@ def _tokens(sequences: list[Sequence]) -> int:
     return sum(sequence.n_labels for sequence in sequences)
 
 
-def _check_options(damping: float | None, clip: float | None, curvature: str) -> None:
+def _check_options(damping: float | None, clip: float | None, curvature: str, memory_gb: float) -> None:
     check_choice("curvature", curvature, CURVATURES)
     if damping is None and curvature == "woodfisher":
         raise argument_error("damping", "a positive number with woodfisher", None, "it is added to the Fisher matrix")
-    for name, value in (("damping", damping), ("clip", clip)):
+    for name, value in (("damping", damping), ("clip", clip), ("memory_gb", memory_gb)):
         if value is not None:
             check_positive(name, value, REMEDY)
 

@@ -35,11 +35,13 @@ from soul.output.directory import no_follow
 from soul.output.progress import Task, shown, task
 from soul.run.aim import verdict
 from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
+from soul.run.dynamics import Dynamics
 from soul.run.feed import Feed
 from soul.run.graph import GraphedStep
 from soul.run.influence import Influence, unlearn_once
 from soul.run.measures import AimData, Measures, split_control, starting_alpha
 from soul.run.prepare import prepare
+from soul.run.rule import metrics_of
 from soul.run.steering import Steering
 from soul.run.step import ChunkBytes, curvature_loss, train_step
 from soul.run.trackers import Trackers
@@ -96,7 +98,8 @@ def unlearn(
         clip_fraction (SOUL) and rho (with clip_target), tokens_per_s, peak_memory_gib; forget_prob and retain_prob at each
         evaluation; and in the last dict ``stopped``, a sentence, if a criterion has ended the run. With the method "influence"
         the list has one dict, with what `soul.run.influence.unlearn_once` returns. The log file of a run with an aim has other
-        lines too, with an ``event`` in each: "pilot", "start", "aim" and "verdict".
+        lines too, with an ``event`` in each: "pilot", "start", "aim" and "verdict"; that of a run with ``eval_metrics`` or
+        ``keep_best`` has "metrics", the numbers before the first step, and "best", the point that the run has kept.
 
     Raises:
         ArgumentError: the data do not fit the model, the checkpoint is that of another run, another process writes checkpoints
@@ -118,15 +121,27 @@ def unlearn(
     if isinstance(objective, Influence):
         with shown(progress and processes.first):
             return _unlearn_by_influence(model, forget_sequences, retain_sequences, objective, config, log, measures, trackers)
-    answers = {}
+    answers: dict[str, list[Sequence]] = {}
+    examples: dict[str, list[Example]] = {}
     if (
         config.eval_every or config.until_prob is not None
     ):  # the answers themselves, even if the method trains on refusals in their place
         examples = {"forget": forget, "retain": retain[: len(forget)]}
         answers = {name: encode_for(model, tokenizer, rows, config, name) for name, rows in examples.items() if rows}
+    dynamics = Dynamics(model, tokenizer, examples, answers, config) if metrics_of(config) else None
     with shown(progress and processes.first), contextlib.ExitStack() as cleanup:
         run = UnlearningRun(
-            model, tokenizer, forget_sequences, retain_sequences, objective, config, checkpoints, answers, cleanup, measures
+            model,
+            tokenizer,
+            forget_sequences,
+            retain_sequences,
+            objective,
+            config,
+            checkpoints,
+            answers,
+            cleanup,
+            measures,
+            dynamics,
         )
         run.open(log, trackers)
         run.take_steps(watch)
@@ -149,6 +164,7 @@ class UnlearningRun:
         answers: "forget" and "retain" -> the sequences of an evaluation; {} without evaluations.
         cleanup: gets everything that must be undone when the run ends, however it ends.
         measures: as in `unlearn`; with a retain term they steer the run.
+        dynamics: measures the numbers that ``config`` asks for at every evaluation, and keeps the best point; or None.
 
     Attributes:
         records: the log so far, a dict for every step.
@@ -171,7 +187,9 @@ class UnlearningRun:
         answers: dict[str, list[Sequence]],
         cleanup: contextlib.ExitStack,
         measures: Measures | None = None,
+        dynamics: Dynamics | None = None,
     ) -> None:
+        self._dynamics = dynamics
         self._model = model
         self._objective = objective
         self._config = config
@@ -225,6 +243,8 @@ class UnlearningRun:
         """
         if self._steering is not None and not self.records:
             self._pilot(self._steering)
+        if self._dynamics is not None and not self.records:
+            self._dynamics.begin(self._measure())
         self._write_log_so_far()
         if self.records and "stopped" in self.records[-1]:  # the checkpoint was written after the last step
             return
@@ -253,7 +273,11 @@ class UnlearningRun:
                 break
 
     def judge(self) -> None:
-        """Save the nearest point if the aim was not reached, and write the verdict of a run with an aim."""
+        """Put the best or the nearest point back, and write the verdict of a run with an aim."""
+        best = None if self._dynamics is None else self._dynamics.end(len(self.records))
+        if best is not None:
+            _write_line(self._log, best)
+            self._trackers.write(best)
         measures = self._measures
         if measures is None:
             return
@@ -289,6 +313,8 @@ class UnlearningRun:
     def _write_log_so_far(self) -> None:
         """Write the records of a resumed run and the events among them, in the order in which they came."""
         events = [] if self._steering is None else self._steering.events
+        if self._dynamics is not None:
+            events = [{"event": "metrics", "step": 0, **self._dynamics.start}, *events]
         lines: list[Record] = []
         for step, record in enumerate([None, *self.records]):
             lines += [] if record is None else [record]
@@ -328,6 +354,8 @@ class UnlearningRun:
             states["curvature"] = self._curvature
         if self._steering is not None:
             states["aim"] = self._steering
+        if self._dynamics is not None:
+            states["dynamics"] = self._dynamics
         return states
 
     def _load_checkpoint(self) -> list[Record]:
@@ -444,25 +472,38 @@ class UnlearningRun:
     # Evaluation, and early ends of a run
 
     def _is_evaluation_due(self, step: int) -> bool:
-        """Tell whether to evaluate after a step: one of every so many, or the last of an epoch if only ``until_prob`` asks."""
+        """Tell whether to evaluate after a step: one of every so many, or the last of an epoch if only ``until_prob`` asks.
+
+        With a rule for the best point the last step is one of these, so that its weights may be chosen.
+        """
         every = self._config.eval_every
+        if self._config.keep_best is not None and step == len(self._order):
+            return True
         return step % every == 0 if every else self._config.until_prob is not None and not self._order.forget
 
     def _evaluate(self) -> Record:
-        """Return the probabilities of the answers and, if they end the run here, the reason as ``stopped``."""
-        from soul.evaluate.model import answer_probability
-
-        config = self._config
-        with evaluating(self._model):
-            probabilities = {
-                f"{name}_prob": answer_probability(self._model, sequences, batch_size=config.batch_size, backend=config.backend)
-                for name, sequences in self._answers.items()
-            }
-        record: Record = self._processes.broadcast(probabilities)  # all processes end in the same step
+        """Return the numbers of an evaluation and, if they end the run here, the reason as ``stopped``."""
+        record: Record = dict(self._measure())
+        if self._dynamics is not None:
+            self._dynamics.observe(len(self.records) + 1, record)
         reasons = self._reasons_to_stop(record)
         if reasons:
             record["stopped"] = "; ".join(reasons)
         return record
+
+    def _measure(self) -> dict[str, float]:
+        """Return the probabilities of the answers and what else is measured, the same in all processes."""
+        from soul.evaluate.model import answer_probability
+
+        config = self._config
+        with evaluating(self._model):
+            numbers = {
+                f"{name}_prob": answer_probability(self._model, sequences, batch_size=config.batch_size, backend=config.backend)
+                for name, sequences in self._answers.items()
+            }
+        if self._dynamics is not None:
+            numbers |= self._dynamics.measure()
+        return self._processes.broadcast(numbers)  # all processes end in the same step
 
     def _reasons_to_stop(self, probabilities: Record) -> list[str]:
         """Return the criteria that are met, in words."""

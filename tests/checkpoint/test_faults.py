@@ -169,6 +169,7 @@ def files_below(output):
     return [path for path in (output / "checkpoints").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow(reason="two runs for each call that could fail; the tests below fail at the ones that matter")
 @pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), Interruption()], ids=["error", "Ctrl-C"])
 def test_errors_while_the_last_checkpoints_are_removed_leave_a_finished_run(error, folder, capsys, monkeypatch):
     """Raise an error, or press Ctrl-C, in each call after the model was saved. Then run the same command with --resume."""

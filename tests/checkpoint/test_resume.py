@@ -111,7 +111,7 @@ def test_a_run_killed_at_random_steps_ends_like_an_undisturbed_one(folder, proce
 
 def test_sigterm_ends_the_step_saves_and_says_so(folder, processes):
     options = ("--epochs", "20", "--save-every", "0", "--optimizer", "adamw")
-    assert ended(start(processes, words(folder, "whole_term", *options))) == 0
+    assert main(words(folder, "whole_term", *options)) == 0
     output = folder / "term"
     errors = folder / "term.err"
     process = start(processes, words(folder, "term", *options), str(errors))
@@ -121,7 +121,7 @@ def test_sigterm_ends_the_step_saves_and_says_so(folder, processes):
     (step,) = Checkpoints(output / "checkpoints").steps()
     assert 3 <= step < 60 and step == len(lines(output / "log.jsonl"))
     assert f"soul unlearn: stopped after step {step} of 60; with --resume it goes on after step {step}" in errors.read_text()
-    assert ended(start(processes, words(folder, "term", *options, "--resume"))) == 0
+    assert main(words(folder, "term", *options, "--resume")) == 0
     assert weights(output) == weights(folder / "whole_term") and log_of(output) == log_of(folder / "whole_term")
 
 

@@ -21,7 +21,7 @@ from soul.distributed import exit_process
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
-TIMEOUT = 120
+TIMEOUT = 300  # of a set of processes, which takes 10 s on two idle cores
 
 
 def run(folder, worker, *args, world=2, timeout=TIMEOUT):

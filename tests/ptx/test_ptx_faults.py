@@ -183,7 +183,10 @@ def kernels_of(call, card):
     return list(dict.fromkeys(names))
 
 
-@pytest.mark.parametrize("name", CALLS)
+SLOW = pytest.mark.slow(reason="draws once for each of a hundred barriers; one of them is removed from the source always")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] * ("draw" in name)) for name in CALLS])
 def test_a_barrier_that_was_removed_from_a_compiled_kernel(name, card):
     """Remove each barrier singly: a race is found, or a result changes."""
     call = CALLS[name]

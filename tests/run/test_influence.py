@@ -7,7 +7,7 @@ import torch
 
 from soul.data.batches import collate
 from soul.models.causal_lm import hidden_states
-from soul.run import influence
+from soul.run import influence, streamed_fisher
 from soul.run.influence import WoodFisher, influence_update, unlearn_once
 from soul_kernels import sophia_step
 from tests.support.helpers import assert_close, mutant, relative_error
@@ -105,8 +105,8 @@ def test_lands_closer_to_the_retrained_model_than_ascent_of_the_same_length(seed
         )
 
 
-def check_woodfisher(blockwise=False, module=influence):
-    """Two tensors as one vector; gradients of unlike size, more and fewer than there are elements."""
+def woodfisher_problems(blockwise):
+    """Two tensors as one vector; gradients of unlike size, more and fewer than there are elements; F^-1 v in fp64."""
     for n in (4, 40):
         generator = torch.Generator().manual_seed(n)
         shapes = [(3, 4), (5,)]
@@ -117,7 +117,11 @@ def check_woodfisher(blockwise=False, module=influence):
         if blockwise:
             fisher = torch.block_diag(fisher[:12, :12], fisher[12:, 12:])
         fisher = fisher + 0.1 * torch.eye(17, dtype=DTYPE)
-        expected = torch.linalg.solve(fisher, torch.cat([v.flatten() for v in vector]).double())
+        yield n, grads, vector, torch.linalg.solve(fisher, torch.cat([v.flatten() for v in vector]).double())
+
+
+def check_woodfisher(blockwise=False, module=influence):
+    for n, grads, vector, expected in woodfisher_problems(blockwise):
         made = module.WoodFisher(n, damping=0.1, blockwise=blockwise)
         for grad in grads:
             made.add(grad)
@@ -130,6 +134,56 @@ def check_woodfisher(blockwise=False, module=influence):
 @pytest.mark.parametrize("blockwise", [False, True])
 def test_woodfisher_is_the_inverse(blockwise):
     check_woodfisher(blockwise)
+
+
+def check_streamed(blockwise=False, module=streamed_fisher):
+    for n, grads, vector, expected in woodfisher_problems(blockwise):
+        for held in (1, 3, n):
+            computed = []
+
+            def gradients(first, grads=grads, computed=computed):
+                for grad in grads[first:]:
+                    computed.append(grad)
+                    yield grad
+
+            got = module.solve_streamed(gradients, n, vector, damping=0.1, held=held, blockwise=blockwise)
+            assert_close(torch.cat([v.flatten() for v in got]), expected, 2e-5, f"F^-1 v from {n} gradients, {held} held")
+            assert len(computed) == n + sum(range(n, 0, -held))
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_woodfisher_with_few_gradients_in_memory_is_the_inverse(blockwise):
+    check_streamed(blockwise)
+
+
+@pytest.mark.parametrize("old, new", [
+    ("n * damping * torch.eye", "damping * torch.eye"),
+    ("gram[:, other, index] = gram[:, index, other] =", "gram[:, index, other] ="),
+    ("if len(kept) < held:", "if len(kept) < 1:"),
+    ("(-coefficients[:, index] / damping)", "(-coefficients[:, index])"),
+    ("for other, one in enumerate(kept, begin)", "for other, one in enumerate(kept)"),
+    ("dots if blockwise else", "dots[:1] if not blockwise else dots if blockwise else"),
+])  # fmt: skip
+def test_mutants_of_the_streamed_form_are_caught(old, new, tmp_path):
+    changed = mutant("soul.run.streamed_fisher", old, new, tmp_path)
+    with pytest.raises((AssertionError, IndexError)):
+        check_streamed(module=changed)
+
+
+def test_a_bound_on_memory_changes_only_how_the_step_is_computed():
+    """Room for one gradient and for all; and the number that fits 135 M parameters into 8 GB."""
+    forget, retain = sequences(3), sequences(7)
+    moved = []
+    for memory_gb in (1e-9, 8.0):
+        model = tiny_model()
+        options = dict(curvature="woodfisher", damping=1.0, batch_size=2, backend="reference", memory_gb=memory_gb)
+        moved.append((unlearn_once(model, forget, retain, **options), model.state_dict()))
+    (one, few), (other, all_held) = moved
+    assert one == pytest.approx(other, rel=1e-5)
+    start = tiny_model().state_dict()
+    for name, tensor in all_held.items():
+        assert (few[name] - tensor).abs().max() <= 1e-4 * (tensor - start[name]).abs().max()
+    assert streamed_fisher.most_held(8.0, 134_515_008) == 9 and streamed_fisher.most_held(1.0, 10**9) == 1
 
 
 @pytest.mark.parametrize("check, old, new", [
@@ -305,6 +359,7 @@ def test_errors_say_what_to_do():
         (dict(clip=0.0), "clip"),
         (dict(curvature="exact"), "curvature"),
         (dict(batch_size=0), "batch_size"),
+        (dict(memory_gb=0.0), "memory_gb"),
         (dict(step=float("inf")), "finite"),
     ):
         with pytest.raises(ValueError, match=message):
