@@ -157,8 +157,8 @@ def evaluate_task(
         if _generates(of_set):
             # Text beyond the longest answer could only blur the comparison with the answers.
             longest = max(sequence.n_labels for sequence in sequences[name]) if has_answers else config.max_new_tokens
-            sizes = {"batch_size": config.batch_size, "max_new_tokens": min(longest, config.max_new_tokens)}
-            texts = generate(model, tokenizer, sequences[name], **sizes)
+            longest = min(longest, config.max_new_tokens)
+            texts = generate(model, tokenizer, sequences[name], batch_size=config.batch_size, max_new_tokens=longest)
             prompts = [example.prompt for example in examples[name]]
             result.texts[name] = list(zip(prompts, texts, truths))
         outputs = SetOutputs(truths, texts, columns, scorer)
