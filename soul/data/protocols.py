@@ -6,7 +6,7 @@ function that reads another source, since `soul.data.sources`, where names of so
 
 import pathlib
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from soul._extras import MissingExtra, require
 from soul.data.rows import ChooseColumns, Row, check_text
@@ -150,11 +150,11 @@ def _tokenizer(source: str, name: str) -> "PreTrainedTokenizerBase":
 
 
 def safe_rlhf(source: str, rest: str, read: Read) -> list[Row]:
-    """Return the rows of ``saferlhf:unsafe``, ``saferlhf:safe`` or ``saferlhf:NAME/SPLIT@DIR?rows=200``: question and answer.
+    """Return the rows of ``saferlhf:unsafe``, ``saferlhf:safe``, ``saferlhf:NAME/SPLIT@DIR?rows=200``: question and answer.
 
     PKU-SafeRLHF has two answers to every prompt, and says of each whether it is safe. A row here is a prompt with one of its
     answers, those that are safe or those that are not, in the order of the data set. As in SOUL's code, a prompt with two
-    unsafe answers gives two rows.
+    unsafe answers gives two rows. ``saferlhf:prompts`` has every prompt once, as a question without an answer.
 
     Args:
         source: the whole name, for errors.
@@ -168,26 +168,38 @@ def safe_rlhf(source: str, rest: str, read: Read) -> list[Row]:
     path, values = parse_query(source, rest, ("rows",))
     name, _, place = path.partition("@")
     kind, _, split = name.partition("/")
-    if kind not in ("safe", "unsafe"):
-        raise argument_error(source, "saferlhf:safe or saferlhf:unsafe", kind or "nothing", "choose one of these")
+    if kind not in ("safe", "unsafe", "prompts"):
+        raise argument_error(source, "saferlhf:safe, saferlhf:unsafe or saferlhf:prompts", kind or "nothing", "choose one")
     most = whole(source, "rows", values["rows"]) if "rows" in values else None
     rows: list[Row] = []
+    asked: set[str] = set()
     for where, row in read(_safe_rlhf_file(source, split or "train", place), _pku_columns):
         _pku_columns(where, row)
-        for which in ("0", "1"):
-            is_safe = row[f"is_response_{which}_safe"]
-            if not isinstance(is_safe, bool):
-                name = f"{where}, column 'is_response_{which}_safe'"
-                raise argument_error(name, "true or false", type(is_safe).__name__, "is this PKU-SafeRLHF?")
-            check_text(where, row, "prompt")
-            check_text(where, row, f"response_{which}", may_be_blank=True)
-            if is_safe == (kind == "safe") and row[f"response_{which}"].strip():
-                rows.append((f"{where}, response {which}", {"question": row["prompt"], "answer": row[f"response_{which}"]}))
-            if len(rows) == most:
-                return rows
+        check_text(where, row, "prompt")
+        if kind != "prompts":
+            rows += _answers(where, row, is_safe=kind == "safe")
+        elif row["prompt"] not in asked:
+            asked.add(row["prompt"])
+            rows.append((where, {"question": row["prompt"]}))
+        if most is not None and len(rows) >= most:
+            return rows[:most]
     if not rows:
-        raise argument_error(source, f"at least one {kind} answer", "none", "choose another split or file")
+        raise argument_error(source, f"at least one row of {kind}", "none", "choose another split or file")
     return rows
+
+
+def _answers(where: str, row: Mapping[str, Any], *, is_safe: bool) -> list[Row]:
+    """Return the answers of a row of PKU-SafeRLHF that are safe, or those that are not, each with the prompt."""
+    answers: list[Row] = []
+    for which in ("0", "1"):
+        label, text = f"is_response_{which}_safe", f"response_{which}"
+        if not isinstance(row[label], bool):
+            got = type(row[label]).__name__
+            raise argument_error(f"{where}, column {label!r}", "true or false", got, "is this PKU-SafeRLHF?")
+        check_text(where, row, text, may_be_blank=True)
+        if row[label] == is_safe and row[text].strip():
+            answers.append((f"{where}, response {which}", {"question": row["prompt"], "answer": row[text]}))
+    return answers
 
 
 def _safe_rlhf_file(source: str, split: str, place: str) -> str:

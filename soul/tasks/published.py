@@ -126,7 +126,7 @@ def detox(options: Options) -> Task:
     rows = whole("task_option", "rows", options.get("rows", "200"))
     forget = f"saferlhf:unsafe{folder}?rows={rows}"
     is_local = "data" in options and pathlib.Path(options["data"]).is_file()
-    pku = options.get("pku") or (f"saferlhf:unsafe{folder}" if is_local else f"saferlhf:unsafe/test{folder}")
+    pku = options.get("pku", f"saferlhf:prompts{'' if is_local else '/test'}{folder}")
     return Task(
         name="detox",
         forget=forget,

@@ -79,7 +79,7 @@ def test_what_cannot_be_cut_is_named(folder, text, options, message):
     ("passages:m@t?prompt=3&prompt=4", "expected parameters that are known, got prompt=4"),
     ("passages:m@t?prompt=-3", "prompt: expected a whole number >= 0, got '-3'"),
     ("passages:m@t?response=0", "response: expected a whole number >= 1, got '0'"),
-    ("saferlhf:harmless", "expected saferlhf:safe or saferlhf:unsafe, got harmless"),
+    ("saferlhf:harmless", "expected saferlhf:safe, saferlhf:unsafe or saferlhf:prompts, got harmless"),
     ("saferlhf:unsafe@nowhere.jsonl", "nowhere.jsonl: expected a JSON-lines file, got no such file"),
 ])  # fmt: skip
 def test_names_are_checked(name, message):
@@ -100,6 +100,8 @@ def test_answers_that_are_unsafe_and_those_that_are_safe(folder, place):
     safe = [row["answer"] for _, row in sources.rows(f"saferlhf:safe@{folder}{place}?rows=4")]
     assert safe == ["good 0", "good 1", "bad 2", "good 2"]
     assert len(sources.rows(f"saferlhf:unsafe/train@{folder}{place}?rows=2")) == 2
+    prompts = sources.read(f"saferlhf:prompts@{folder}{place}?rows=3", "rows", lambda where, names: names)
+    assert [row for _, row in prompts] == [{"question": f"Question {i}?"} for i in range(3)]
 
 
 @pytest.mark.parametrize("change, message", [
