@@ -95,7 +95,7 @@ def classifiers(tmp_path_factory):
         torch.manual_seed(1)
         config = transformers.BertConfig(
             vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, id2label=labels,
-            max_position_embeddings=16, problem_type=kind, pad_token_id=1)  # fmt: skip
+            max_position_embeddings=16, problem_type=kind, pad_token_id=1, initializer_range=0.5)  # fmt: skip
         model = transformers.BertForSequenceClassification(config)
         torch.nn.init.normal_(model.classifier.weight, std=3)
         model.save_pretrained(root / name)
