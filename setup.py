@@ -24,6 +24,7 @@ HF = [
 ]
 EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
 PLOTS = ["matplotlib>=3.9"]
+# No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
 DURABILITY = ["torchao>=0.13"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
 TRACKERS = {
@@ -32,7 +33,7 @@ TRACKERS = {
     "trackio": ["trackio>=0.43"],
     "mlflow": ["mlflow>=3.17"],
 }
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7"]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7", *DURABILITY]
 
 setup(
     name="soul-kernels",
@@ -91,7 +92,7 @@ setup(
             "pymdown-extensions<12",  # newer ones fail with the last mkdocstrings that Python 3.10 gets
         ],
         "dist": ["build>=1.2.2,<2", "twine>=6.1,<8"],
-        "all": [*HF, *EVAL, *PLOTS, *DURABILITY],
+        "all": [*HF, *EVAL, *PLOTS],
     },
     entry_points={"console_scripts": ["soul = soul.cli:main"]},
 )

@@ -444,7 +444,7 @@ def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", d
         OSError: they could not be written; none of the files is in place.
     """
     processes = Processes.of(model)
-    options = {"state_dict": whole_state(model)} if processes.size > 1 else {}
+    options = {"state_dict": whole_state(model, trained=has_adapters(model))} if processes.size > 1 else {}
     with task("save the model", stays=True):
         processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), options))
 

@@ -316,7 +316,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
     report_to = names_of(args.report_to) if args.report_to else []
     check_trackers(report_to)
     if processes.size > 1:
-        check_supported(config, adapters)
+        check_supported(config)
     require("transformers", "hf")
     if args.dry_run:
         plan = plan_run(args.model, args.forget, args.retain, config, dtype=args.dtype, adapters=adapters, **card)

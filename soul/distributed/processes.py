@@ -168,12 +168,11 @@ def _join() -> tuple["dist.Store", int, int]:
     return store, rank, size
 
 
-def check_supported(config: _RunOptions, adapters: Mapping[str, object] | None = None) -> None:
+def check_supported(config: _RunOptions) -> None:
     """Raise if a run asks for something that several processes cannot do.
 
     Args:
         config: a `soul.run.config.UnlearnConfig`.
-        adapters: options of LoRA adapters, as `soul.Unlearner` takes them; None without adapters.
 
     Raises:
         ArgumentError: the message names the first such option.
@@ -185,9 +184,6 @@ def check_supported(config: _RunOptions, adapters: Mapping[str, object] | None =
     ):
         if getattr(config, name):
             raise argument_error(name, "False with several processes", "True", f"{remedy}; leave the option out")
-    if adapters:
-        remedy = "a frozen model is not sharded: run one process"
-        raise argument_error("lora_rank", "None with several processes", str(adapters.get("rank")), remedy)
     if config.method == "influence":
         expected = "a method other than 'influence' with several processes"
         raise argument_error("method", expected, "'influence'", "run one process")
@@ -205,7 +201,8 @@ def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
     parameters become DTensors.
 
     Args:
-        model: a Hugging Face model, the same in every process.
+        model: a Hugging Face model, the same in every process. Peft may have wrapped it: the frozen weights are cut like the
+            adapters.
         device: type "cpu" or "cuda".
 
     Returns:
@@ -216,16 +213,17 @@ def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    layer_classes = set(model._no_split_modules or ())  # names of classes
-    for module in [module for module in model.modules() if type(module).__name__ in layer_classes]:
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model  # it stays where adapters are merged into it
+    layer_classes = set(root._no_split_modules or ())  # names of classes
+    for module in [module for module in root.modules() if type(module).__name__ in layer_classes]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
+    fully_shard(root, mesh=mesh, mp_policy=policy)
+    for module in root.modules():
         if isinstance(module, FSDPModule):  # the sum of the gradients, not their mean
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    setattr(model, COMPUTE, types.MethodType(lambda _, compute: compute(), model))
-    register_fsdp_forward_method(model, COMPUTE)
+    setattr(root, COMPUTE, types.MethodType(lambda _, compute: compute(), root))
+    register_fsdp_forward_method(root, COMPUTE)
     return model
 
 
@@ -265,15 +263,21 @@ def reshard(model: torch.nn.Module) -> None:
     cast("FSDPModule", model).reshard()
 
 
-def whole_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def whole_state(model: torch.nn.Module, *, trained: bool = False) -> dict[str, torch.Tensor]:
     """Return ``model.state_dict()`` with whole tensors on the CPU in the first process, and {} in the others.
 
     Names of one tied parameter share one tensor. Tensors are gathered one at a time. Every process must call this.
+
+    Args:
+        model: a model in shards.
+        trained: leave out parameters that require no gradient, such as those below adapters.
     """
     is_first = Processes.of(model).first
     state: dict[str, torch.Tensor] = {}
     first_names: dict[int, str] = {}  # id of a tensor -> the first of its names
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained and not tensor.requires_grad:
+            continue
         first_name = first_names.setdefault(id(tensor), name)
         if first_name == name:
             whole = full(tensor.detach())  # collective

@@ -101,7 +101,7 @@ class Plan:
         )
         if self.case.gpus > 1:
             try:
-                check_supported(self.case.config, self.case.adapters)
+                check_supported(self.case.config)
             except ArgumentError as error:
                 yield f"soul unlearn does not run it so: {error}."
         if self.case.config.compile or self.case.config.cuda_graph:

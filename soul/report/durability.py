@@ -22,6 +22,7 @@ def durability_page(model: str, outcomes: Sequence[Mapping[str, Any]], options: 
     attacked = [outcome for outcome in outcomes if outcome["start"] and outcome["name"] != "unlearned"]
     sections = [
         Section("After each attack", (table(outcomes), Text(_MEANING))),
+        Section("The attacks", (Pairs(tuple((title(outcome["name"]), outcome["note"]) for outcome in attacked)),)),
         Section("Options", (Pairs(options_of(options)),), folded=True),
     ]
     figures = tuple(_figure(outcome) for outcome in attacked if "prob" in outcome["forget"])
@@ -64,7 +65,7 @@ def returned(outcome: Mapping[str, Any], before: Mapping[str, float]) -> float |
 def table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
     """Return the table of all outcomes; arguments as in `durability_page`."""
     with_share = any(outcome.get("returned") is not None for outcome in outcomes)
-    head = ("", "rows", *QUANTITIES.values(), *(("returned",) if with_share else ()), "retain probability", "how")
+    head = ("", "rows", *QUANTITIES.values(), *(("returned",) if with_share else ()), "retain probability")
     rows = []
     for outcome in outcomes:
         cells = [title(outcome["name"]), number(outcome["rows"])]
@@ -76,7 +77,7 @@ def table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
             share = outcome.get("returned")
             cells.append("" if share is None else f"{share:.0%}")
         retain = outcome["retain"].get("prob")
-        rows.append((*cells, "" if retain is None else probability(retain), outcome["note"]))
+        rows.append((*cells, "" if retain is None else probability(retain)))
     return Table(head, tuple(rows))
 
 

@@ -178,7 +178,7 @@ def _loss(
     ref_hidden = batch.ref_hidden
     if objective.divergence is not None and ref_hidden is None and has_adapters(model):
         with as_reference(model), autocast(model):
-            ref_hidden = hidden_states(model, batch)
+            ref_hidden = gathered(model, lambda: hidden_states(model, batch))
 
     def compute() -> tuple[Tensor, Tensor]:
         weight, bias = head(model)

@@ -119,7 +119,7 @@ class Unlearner:
         if several:
             options = {"dtype": dtype, "device": device, "adapters": adapters}
             processes.check_alike({**self.config.decisive(), **options, **versions()})
-            check_supported(self.config, adapters)
+            check_supported(self.config)
         _check_model_options(model, tokenizer, dtype, device)
         sources_by_name = {"forget": forget, "retain": retain, "control": control, "unseen": unseen}
         data = {name: source for name, source in sources_by_name.items() if source is not None}

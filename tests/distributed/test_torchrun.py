@@ -54,6 +54,10 @@ EQUAL = {
                                                     "eval_metrics": ["forget_rouge", "retain_extraction_strength"]}),
     "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
 }  # fmt: skip
+# Adapters: the reference is the model without them, computed in every step for KL, and once before it for NPO. Dropout on their
+# inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
+LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
+LORA_SAVED = ("llama, tied", {"method": "npo"}, {"adapters": {"rank": 3, "dropout": 0.1}, "save_every": 2})
 AIM_STOP = 17  # of 24 steps
 # The pilot, evaluations that move alpha and the rate, and points that are put back.
 AIM = ("llama, untied", {"method": "npo", "aim": "forget_prob=0.0005", "epochs": 12, "optimizer": "adamw"}, {"save_every": 8})
@@ -98,6 +102,11 @@ CASES = {
     # The clock of the first process goes 4 minutes a step, that of the other one stands still.
     "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "asked": ["llama, tied", {"method": "npo"}, {"output": "asked", "samples": 2}],
+    "adapters": [*LORA],
+    "adapters merged": saved(LORA, "merged", merge=True),
+    "adapters whole": saved(LORA_SAVED, "adapters whole"),
+    "adapters stopped": saved(LORA_SAVED, "adapters broken", stop=3),
+    "adapters resumed": saved(LORA_SAVED, "adapters broken", resume=True),
     "aim whole": saved(AIM, "aim whole"),
     "aim stopped": saved(AIM, "aim broken", stop=AIM_STOP),
     "aim resumed": saved(AIM, "aim broken", resume=True),
@@ -148,13 +157,21 @@ def lasting(records):
 @pytest.mark.parametrize("name", EQUAL)
 def test_two_processes_are_one(results, name):
     """Weights agree up to fp32 rounding, relative to how far they have moved, and both processes keep the same log."""
-    family, options = EQUAL[name]
-    first, second = results[name]
-    records, weights = run(family, options)
+    assert_as_one(*EQUAL[name], results[name])
+
+
+def assert_as_one(family, options, ranks, how=None):
+    """Hold the results of two processes against a run of one."""
+    first, second = ranks
+    records, weights = run(family, options, **(how or {}))
     assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
-    start = tiny_model(family).state_dict()
     got = first["weights"]
     assert list(got) == list(weights)
+    if how:  # adapters, which begin at random and at 0
+        weights = {name: tensor for name, tensor in weights.items() if "lora_B" in name}
+        start = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    else:
+        start = tiny_model(family).state_dict()
     moved = sum((weights[n] - start[n]).double().square().sum() for n in weights).sqrt()
     off = sum((weights[n] - got[n]).double().square().sum() for n in weights).sqrt()
     assert moved > 0 and off <= 1e-4 * moved, f"{off / moved:.1e}"  # 5e-6 as measured; AdamW's first steps amplify rounding
@@ -184,6 +201,29 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
     assert [rank["text"].split(":")[0] for rank in results["not resumed"]] == ["output", "output"]
     (warning,) = results["bf16 resumed"][0]["warnings"]
     assert "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in warning
+
+
+def test_adapters_over_a_model_in_shards_are_those_of_one_process(results, folder, tmp_path):
+    """A rank of 3, so that one process holds more of it than the other; the same when merged and saved as a plain model."""
+    family, options, how = LORA
+    assert_as_one(family, options, results["adapters"], how)
+    run(family, options, tmp_path / "one", merge=True, **how)
+    one, two = (safetensors.torch.load_file(path / "model.safetensors") for path in (tmp_path / "one", folder / "merged"))
+    assert one.keys() == two.keys() == tiny_model(family).state_dict().keys()
+    start = tiny_model(family).state_dict()
+    moved = max((one[name] - start[name]).abs().max() for name in one)
+    assert moved > 0 and all((one[name] - two[name]).abs().max() <= 1e-4 * moved for name in one)
+
+
+def test_adapters_resume_bit_for_bit_and_are_saved_alone(results, folder):
+    whole, resumed = results["adapters whole"][0], results["adapters resumed"][0]
+    assert results["adapters stopped"][0]["error"] == "Stopped" and equal(whole, resumed)
+    saved_adapters = safetensors.torch.load_file(folder / "adapters whole" / "adapter_model.safetensors")
+    assert saved_adapters and all("lora_" in name for name in saved_adapters)
+    trained = {name: tensor for name, tensor in whole["weights"].items() if "lora_" in name}
+    assert len(trained) == len(saved_adapters)
+    for name, tensor in saved_adapters.items():
+        assert torch.equal(tensor, trained[name.replace(".weight", ".default.weight")])
 
 
 def test_all_processes_are_led_to_an_aim_alike(results, folder):
@@ -282,8 +322,6 @@ def test_what_differs_is_named_with_its_values_and_processes():
 def test_what_is_refused_without_a_run():
     with pytest.raises(ValueError, match="method: expected a method other than 'influence' with several processes"):
         check_supported(UnlearnConfig(method="influence"))
-    with pytest.raises(ValueError, match="lora_rank: expected None with several processes, got 4"):
-        check_supported(UnlearnConfig(), adapters={"rank": 4})
 
 
 def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):

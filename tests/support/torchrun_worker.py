@@ -27,7 +27,7 @@ from tests.support.models import examples, tiny_model, tiny_tokenizer
 unlearn_module = importlib.import_module("soul.run.loop")
 
 
-def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, **how):
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, adapters=None, **how):
     """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process.
 
     ``odd`` is what the last process does otherwise: an option of the config or of the run, "data", "weights" or "activation".
@@ -48,7 +48,7 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout
-    unlearner = soul.Unlearner(model, rows[:5], rows[5:], config, tokenizer=tiny_tokenizer())
+    unlearner = soul.Unlearner(model, rows[:5], rows[5:], config, tokenizer=tiny_tokenizer(), adapters=adapters)
     records = unlearner.run(output, progress=False, **how)
     if Processes.of(unlearner.model).size == 1:
         return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
