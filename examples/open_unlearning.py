@@ -24,16 +24,19 @@ class Compared:
 
     def train(self, *args, **kwargs):
         """Compare, then train."""
-        plain = theirs.TRAINER_REGISTRY.get(type(self).__name__.removeprefix("SOUL"))
-        if plain is not None:
+        cls = theirs.TRAINER_REGISTRY.get(type(self).__name__.removeprefix("SOUL"))
+        if cls is not None:
             batch = self._prepare_inputs(next(iter(self.get_train_dataloader())))
-            options = vars(self.objective)  # beta, gamma, ...: its trainers have them as attributes
-            vars(self).update({name: options[name] for name in options.keys() & {"beta", "gamma", "alpha", "delta"}})
-            self.retain_loss_type = "KL" if self.objective.retain == "kl" else "NLL"
+            plain = cls.__new__(cls)  # its trainer, with this one's model and, as attributes, the numbers of the objective
+            options = vars(self.objective)
+            numbers = {name: options[name] for name in {"beta", "gamma", "alpha", "delta"} & options.keys()}
+            vars(plain).update(vars(self) | numbers)
+            plain.retain_loss_type = "KL" if self.objective.retain == "kl" else "NLL"
+            self.model.train()  # in evaluation mode its trainers may take another loss
             compare(
                 "loss and gradients",
                 lambda: self.compute_loss(self.model, batch).backward(),
-                lambda: plain.compute_loss(self, self.model, batch).backward(),
+                lambda: plain.compute_loss(self.model, batch).backward(),
                 self.model.zero_grad,
             )
         return super().train(*args, **kwargs)

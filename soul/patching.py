@@ -183,6 +183,8 @@ class FusedForward:
         self._check_loss_function()
         parameters = [p.replace(annotation=p.empty) for p in inspect.signature(self.plain).parameters.values()]
         self._names = [p.name for p in parameters]
+        if "labels" not in self._names and all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            raise argument_error("model", "a forward that takes labels", type(model).__name__, UNSUPPORTED)
         self.__signature__ = _signature(parameters, objective)
 
     @property
@@ -224,7 +226,9 @@ class FusedForward:
         mask[1, 5:] = 0
         inputs = {"input_ids": ids, "labels": ids, "attention_mask": mask}
         with causal_lm.evaluating(self._model):
-            expected = self.plain(**inputs, return_dict=True).loss
+            expected = getattr(self.plain(**inputs, return_dict=True), "loss", None)
+            if expected is None:
+                raise argument_error("model", "a loss for labels", f"none in {family}", UNSUPPORTED)
             try:
                 got = self._fused(inputs, {}, None, None).loss
             except ArgumentError:
@@ -302,8 +306,6 @@ class FusedForward:
         """Return the arguments of `linear_objective` for an objective."""
         is_forget, ref_logps = (per_sequence[name] for name in PER_SEQUENCE)
         is_forget = torch.ones(len(labels), dtype=torch.bool) if is_forget is None else is_forget.bool()
-        if ref_logps is not None:
-            ref_logps = ref_logps.float()
         rows = _rows(inputs, len(labels)) if runs_reference(objective, ref_logps) else {}
         reference = reference_of(self._outer, self._ref_model, Joined(rows, is_forget, ref_logps), labels, objective)
         return {"is_forget": is_forget, **reference}

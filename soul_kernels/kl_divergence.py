@@ -102,11 +102,13 @@ def _ref_row(ref_logits_ptr, ref_row_stride, statistics_ptr, stride, strengths_p
     if strengths_ptr is not None:
         lowered = tl.load(strengths_ptr + row.index)
         if lowered != 0.0:  # the rest was summed without the label; the label's term is multiplied by exp(-lowered)
+            unlowered = total
             others = rest * total
             at_label = tl.exp(log_q - lowered) * total
             total = others + at_label
             rest = others / total
-            log_q = -tl.where(others < at_label, log1p(others / at_label), tl.log(total) - tl.log(at_label))
+            small = log_q - lowered + tl.log(unlowered / total)  # no logarithm of at_label, which may be 0
+            log_q = tl.where(others < at_label, -log1p(others / at_label), small)
     logits = ref_logits_ptr + row.index * ref_row_stride
     return RefRow(logits=logits, row_max=row_max, total=total, rest=rest, label_log_q=log_q)
 

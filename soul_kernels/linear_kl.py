@@ -44,7 +44,7 @@ def linear_kl(
             KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``; or "soul_kl", which SOUL's code calls KL:
             the cross-entropy ``-(p * (q + 1e-12).log()).sum(-1)``.
         strengths: [B] fp32, how far the reference model's logit of the label is lowered in each sequence (UNDIAL's teacher);
-            None: not at all. With "reverse_kl" the divergence is infinite where q of the label underflows (beyond about 80).
+            None: not at all. If it is above 87, the other tokens must have a probability of 1e-37 or more before that.
         beta: weight of the reference model in the mixture of "jsd", between 0 and 1; other kinds ignore it.
         options: see `LinearOptions`. With logits below fp32, values close to 0 have large relative errors.
 

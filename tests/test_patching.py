@@ -108,7 +108,8 @@ def check_objective(model):
     forget, retain = (logps[rows].sum() / labelled[rows].sum() for rows in (is_forget, ~is_forget))
     with soul.fused(model, losses.GradDiff(gamma=0.5, alpha=2.0), return_logits=False):
         output = model(**BATCH, is_forget=is_forget)
-    assert output.logits is None
+        whole = model(**BATCH, is_forget=is_forget.long(), return_logits=True)
+    assert output.logits is None and whole.logits.shape == (*IDS.shape, 64) and torch.equal(whole.loss, output.loss)
     check_loss_and_gradients(model, output.loss, 0.5 * forget - 2.0 * retain)
 
 
@@ -156,7 +157,7 @@ FEATURES = {
     "router": check_router,
 }
 WITHOUT = {"`position_ids`": POSITIONLESS, "router": FAMILIES.keys() - {"mixtral"}}  # what a family does not have
-ALWAYS = {"loss, gradients", "`objective`", "llama", "mixtral", "gemma2", "phi", "gpt2", "opt", "mpt", "cohere", "granite"}
+ALWAYS = {"loss, gradients", "router", "llama", "gemma2", "phi", "cohere"}
 
 
 def head_of(family):
@@ -179,8 +180,8 @@ def table():
 
 
 def cases():
-    """Every feature on every family that has it; without --slow some features on all, and all on families of every kind."""
-    slow = pytest.mark.slow(reason="all kinds of heads and forwards are among those that are always tested")
+    """Every feature on every family that has it; without --slow the loss of all, and all on every kind of head."""
+    slow = pytest.mark.slow(reason="the loss of the family, and the feature on each kind of head, are always tested")
     for family in FAMILIES:
         for feature in FEATURES:
             if family not in WITHOUT.get(feature, ()):
@@ -198,12 +199,12 @@ def test_the_table_of_the_documentation_is_the_one_of_the_tests():
 
 
 def test_the_very_same_forward_is_there_afterwards():
-    model = model_of("llama")
+    model = model_of("llama").train()
     method = model.forward
     modules = list(model.modules())
     attributes = dict(vars(model))
     assert soul.patch(model) is model and model.forward != method
-    assert vars(model).keys() - attributes.keys() == {"forward"}
+    assert vars(model).keys() - attributes.keys() == {"forward"} and all(module.training for module in modules)
     assert soul.unpatch(model) is model
     assert model.forward == method and vars(model) == attributes and list(model.modules()) == modules
 
@@ -334,7 +335,7 @@ def test_reference_from_the_batch_or_from_adapters_that_are_off():
     with model.disable_adapter():
         ref_logps = logps_of(model, batch)[0].sum(1).detach()
     with soul.fused(model.get_base_model(), objective, return_logits=False):
-        got = model(**batch, ref_logps=ref_logps).loss
+        got = model(**batch, ref_logps=ref_logps.double()).loss  # as numpy's columns are
         check_loss_and_gradients(model, got, soul.unlearning_loss(model, forget, objective))
         with pytest.raises(ValueError, match="ref_model: expected a reference model for NPO"):
             model(**batch)
@@ -496,8 +497,52 @@ class Weighted(transformers.LlamaForCausalLM):
         return super().forward(input_ids, attention_mask, labels=labels, **inputs)
 
 
+class Unlabelled(transformers.LlamaForCausalLM):
+    """A forward for inference alone."""
+
+    def forward(self, input_ids, attention_mask=None):
+        return super().forward(input_ids, attention_mask)
+
+
+class Lossless(transformers.LlamaForCausalLM):
+    """A forward that makes nothing of its labels."""
+
+    def forward(self, labels=None, **inputs):
+        return super().forward(**inputs)
+
+
+class Penalized(transformers.LlamaForCausalLM):
+    """A loss of the logits beside that of loss_function."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **inputs):
+        output = super().forward(input_ids, attention_mask, labels=labels, **inputs)
+        output.loss = output.loss + 0.01 * output.logits.square().mean()
+        return output
+
+
+class Twice(transformers.LlamaForCausalLM):
+    """The mean of two losses."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **inputs):
+        output = super().forward(input_ids, attention_mask, labels=labels, **inputs)
+        output.loss = (output.loss + self.loss_function(output.logits, labels, vocab_size=self.config.vocab_size)) / 2
+        return output
+
+
 def family_of(cls):
     return cls(transformers.LlamaConfig(**FAMILIES["llama"])).eval()
+
+
+def with_compiled_forward():
+    model = model_of("llama")
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def with_nan():
+    model = model_of("llama")
+    model.model.norm.weight.data[3] = torch.nan
+    return model
 
 
 def with_loss_function(function):
@@ -533,6 +578,11 @@ REFUSED = {
     "cap in the configuration alone": (lambda: with_attribute("llama", "config.final_logit_softcapping", 30.0),
                                        "got other logits in LlamaForCausalLM"),
     "a loss of its own": (lambda: family_of(OwnLoss), "expected a loss by loss_function alone, got ValueError in OwnLoss"),
+    "no labels": (lambda: family_of(Unlabelled), "expected a forward that takes labels, got Unlabelled"),
+    "no loss": (lambda: family_of(Lossless), "expected a loss for labels, got none in Lossless"),
+    "a loss of logits beside it": (lambda: family_of(Penalized), r"expected the loss of its own forward, .* in Penalized"),
+    "two losses": (lambda: family_of(Twice), "calls its loss_function once, got 2 calls of it in Twice"),
+    "NaN": (with_nan, "expected finite weights, got NaN or inf in model.norm.weight"),
     "other labels": (lambda: family_of(Weighted), "hands its labels to loss_function, got other labels in Weighted"),
     "a loss function of the user's": (lambda: with_loss_function(F.cross_entropy),
                                       "expected a model with transformers' ForCausalLMLoss, got cross_entropy of Llama"),
@@ -545,6 +595,7 @@ REFUSED = {
     "adapters on the head": (adapted_head, "expected a head without adapters"),
     "DataParallel": (lambda: torch.nn.DataParallel(model_of("llama")), "expected one process a GPU, got DataParallel"),
     "compiled": (lambda: torch.compile(model_of("llama"), backend="eager"), "not compiled yet, .*; patch it, then compile it"),
+    "a compiled forward": (with_compiled_forward, "not compiled yet"),
     "compiled in place": (lambda: (model := model_of("llama")).compile(backend="eager") or model, "not compiled yet"),
 }  # fmt: skip
 
@@ -656,8 +707,10 @@ def test_batches_that_do_not_fit_are_named(objective, inputs, message):
 
 def test_inputs_that_a_reference_model_cannot_take_are_named():
     model = soul.patch(model_of("llama"), losses.NPO(alpha=0.0), ref_model=model_of("llama"), return_logits=False)
+    cache = transformers.DynamicCache(config=model.config)
     with pytest.raises(ValueError, match="past_key_values: expected a row for each of 3 sequences, got DynamicCache"):
-        model(**BATCH, past_key_values=transformers.DynamicCache(config=model.config))
+        model(**BATCH, past_key_values=cache)
+    assert model(**BATCH, past_key_values=cache, ref_logps=torch.zeros(3)).loss.isfinite()  # which needs no reference model
 
 
 def test_weights_that_are_elsewhere_are_tried_in_the_first_call():

@@ -1,4 +1,4 @@
-"""Options of a command from a YAML file, ``--config FILE``."""
+"""Options of a command from a YAML file, ``--config FILE``, and of a published configuration, ``--preset NAME``."""
 
 import argparse
 import pathlib
@@ -6,12 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from soul import presets
 from soul._extras import require
 from soul_kernels.errors import argument_error
 
+LIST = "list"  # in place of a preset's name
+
 
 def expand(words: Sequence[str], parser_of: Mapping[str, argparse.ArgumentParser]) -> Sequence[str]:
-    """Return the command line with the options of ``--config FILE`` before its own options, which win.
+    """Return the command line with the options of ``--preset NAME`` and ``--config FILE`` before its own options, which win.
+
+    The options of a file win over those of a preset, which a file may name.
 
     The file is a mapping of option names, with - or _, to values: true for a flag, a list to repeat an option, a mapping for
     an option of the form NAME=VALUE. null and false leave an option out. Every other value is the text that the command line
@@ -27,18 +32,45 @@ def expand(words: Sequence[str], parser_of: Mapping[str, argparse.ArgumentParser
 
     Raises:
         ArgumentError: the file does not exist or is not a mapping; a name in it is no option of the command or is there twice;
-            an option has several values but takes one, or has values within values.
+            an option has several values but takes one, or has values within values; there is no such preset.
     """
     if not words or words[0] not in parser_of:
         return words
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     config_parser.add_argument("--config")
     parsed, rest = config_parser.parse_known_args(words[1:])
-    if parsed.config is None:
-        return words
     options = [action for action in parser_of[words[0]]._actions if action.option_strings]  # not what is named by its place
     actions = {action.dest: action for action in options if action.dest not in ("help", "config")}
-    return [words[0], *_words(parsed.config, _mapping(parsed.config), actions), *rest]
+    if parsed.config is not None:
+        rest = [*_words(parsed.config, _mapping(parsed.config), actions), *rest]
+    elif "preset" not in actions:
+        return words
+    return [words[0], *(_words_of_preset(rest) if "preset" in actions else []), *rest]
+
+
+def _words_of_preset(words: Sequence[str]) -> list[str]:
+    """Return the options of the preset that a command line names, or none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    name = parser.parse_known_args(words)[0].preset
+    if name in (None, LIST):
+        return []
+    if name not in presets.PRESETS:
+        raise argument_error("preset", f"{LIST}, {', '.join(presets.PRESETS)}", repr(name), "choose one of these")
+    return presets.words(name)
+
+
+class ListPresets(argparse.Action):
+    """Store the name of a preset; the name "list" prints all presets and ends the program, as ``--help`` does."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        """Handle the option where it stands on the command line."""
+        if values == LIST:
+            print(presets.table(), presets.DIFFERENCES, sep="\n\n")
+            parser.exit()
+        setattr(namespace, self.dest, values)
 
 
 def _mapping(path: str) -> dict[Any, Any]:

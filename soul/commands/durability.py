@@ -20,7 +20,17 @@ from soul_kernels.errors import argument_error
 
 RESULT_FILE = "durability.json"
 OTHERS = {"before": "base", "retrained": "retain_model"}  # name of an outcome -> the option that names its model
-UNUSED = ("from_logs", "retain_logs", "holdout", "json")
+UNUSED = (
+    "from_logs",
+    "retain_logs",
+    "holdout",
+    "json",
+    "format",
+    "membership_attacks",
+    "reference_model",
+    "soul_metrics",
+    "sentence_model",
+)
 
 
 def add_durability(parser: argparse.ArgumentParser) -> None:

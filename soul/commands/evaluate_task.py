@@ -108,7 +108,17 @@ def check_none(args: argparse.Namespace, other: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, write the numbers, rows, texts and the report into ``--output``, and print a table."""
-    for name in ("data", "retain_logs", "retain_model", "holdout"):
+    others = (
+        "data",
+        "retain_logs",
+        "retain_model",
+        "holdout",
+        "format",
+        "membership_attacks",
+        "reference_model",
+        "soul_metrics",
+    )
+    for name in others:
         if getattr(args, name) is not None:
             raise argument_error(name, "nothing with this task or with --lm-eval", getattr(args, name), "leave it out")
     if args.output is None:

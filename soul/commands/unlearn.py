@@ -19,6 +19,7 @@ from soul._extras import require
 from soul.checkpoint.format import check_same
 from soul.checkpoint.local import Checkpoints, has_ended, is_saved
 from soul.commands.card_options import add_card, card_options
+from soul.commands.config_file import ListPresets
 from soul.commands.device_options import add_device
 from soul.commands.lists import names_of
 from soul.commands.push import add_hub, card_of_run, check_hub, open_hub, push_run
@@ -100,6 +101,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options = parser.add_argument_group("run")
     add = options.add_argument
+    add(
+        "--preset",
+        metavar="NAME",
+        action=ListPresets,
+        help="a configuration that SOUL's paper published; list: show them. Options that are given win",
+    )
     add("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default: npo with an aim, else graddiff)")
     add("--optimizer", default="soul", metavar="NAME", help="soul or adamw (default: %(default)s)")
     add("--gamma", type=float, metavar="X", help="weight of forgetting (default 1)")

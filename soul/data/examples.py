@@ -61,12 +61,14 @@ class Question:
         answer: its answer.
         paraphrased: the answer in other words; the answer itself where the file has no paraphrase.
         perturbed: false answers, worded like ``paraphrased``.
+        paraphrased_question: the question in other words; None where the file has none.
     """
 
     question: str
     answer: str
     paraphrased: str
     perturbed: tuple[str, ...]
+    paraphrased_question: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,8 @@ COLUMNS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("text",),
 )
-QUESTION = ("question", "answer", "paraphrased_answer", "perturbed_answer")  # columns of TOFU's perturbed sets
+# Columns of TOFU's perturbed sets.
+QUESTION = ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
 _PERCENTS = {"forget": ("01", "05", "10"), "retain": ("99", "95", "90"), "holdout": ("01", "05", "10")}
 TOFU = (
     "full",
@@ -146,7 +147,8 @@ def read_questions(source: Source) -> list[Question]:
     """Return the questions of one of TOFU's perturbed sets, all with equally many false answers.
 
     Args:
-        source: as in `rows`. Its columns are question, answer, perturbed_answer (a list) and perhaps paraphrased_answer.
+        source: as in `rows`. Its columns are question, answer, perturbed_answer (a list) and perhaps paraphrased_answer and
+            paraphrased_question.
 
     Raises:
         ArgumentError: as `rows`.
@@ -154,17 +156,18 @@ def read_questions(source: Source) -> list[Question]:
     questions: list[Question] = []
     for where, row in read(source, "rows", _question_columns):
         row = {"paraphrased_answer": row.get("answer"), **row}
+        other = row.get("paraphrased_question")
         perturbed = row.get("perturbed_answer")
         count = len(questions[0].perturbed) if questions else None
         if not isinstance(perturbed, list) or not perturbed or len(perturbed) != (count or len(perturbed)):
             got = f"{len(perturbed)} of them" if isinstance(perturbed, list) else type(perturbed).__name__
             expected = f"a list of {f'{count} ' if count else ''}false answers"
             raise argument_error(f"{where}, column 'perturbed_answer'", expected, got, "is this one of TOFU's perturbed files?")
-        for name in ("question", "answer", "paraphrased_answer"):
+        for name in ("question", "answer", "paraphrased_answer", *(["paraphrased_question"] if other is not None else [])):
             check_text(where, row, name)
         for text in perturbed:
             check_text(where, {"perturbed_answer": text}, "perturbed_answer")
-        questions.append(Question(row["question"], row["answer"], row["paraphrased_answer"], tuple(perturbed)))
+        questions.append(Question(row["question"], row["answer"], row["paraphrased_answer"], tuple(perturbed), other))
     return questions
 
 

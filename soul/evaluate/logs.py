@@ -7,12 +7,13 @@ names in `FILES` and of the columns are TOFU's and stay.
 
 import json
 import pathlib
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from soul.evaluate.metrics import MEMBERSHIP, MEMORIZATION
+from soul.evaluate.metrics import COSTLY_ATTACKS, MEMBERSHIP
 from soul.output.directory import DATA_FILE, REPORT_FILES
 from soul.output.files import write_text
 from soul_kernels.errors import argument_error
@@ -25,6 +26,9 @@ FILES = {
 }
 HOLDOUT = "eval_log_holdout.json"
 AGGREGATED = "eval_log_aggregated.json"
+BENCHMARKS = ("TOFU", "MUSE")  # open-unlearning's names, with which its files begin
+EVAL = "_EVAL.json"
+SUMMARY = "_SUMMARY.json"
 # Columns that are used, and the bounds of their values.
 RATIO = ("avg_paraphrased_loss", "average_perturb_loss")
 NEEDED = ("avg_gt_loss", "rougeL_recall", *RATIO)
@@ -36,9 +40,15 @@ BOUNDS = {
     "rougeL_recall": (0.0, 1.0),
     "exact_memorization": (0.0, 1.0),
     "extraction_strength": (0.0, 1.0),
-    "min_k": (-LARGEST, LARGEST),
-    "min_k_plus_plus": (-LARGEST, LARGEST),
+    **{name: (-LARGEST, LARGEST) for name in ("zlib", *COSTLY_ATTACKS, *MEMBERSHIP)},
+    "num_token_gt": (1.0, LARGEST),
+    "rouge1_recall": (0.0, 1.0),
+    "rougeL_f1": (0.0, 1.0),
+    "soul_truth_ratio": (0.0, sys.float_info.max),
+    "soul_correct": (0.0, 1.0),
+    "soul_min_k": (-LARGEST, LARGEST),
 }
+OPTIONAL = tuple(BOUNDS)
 REMEDY = "check that this is an evaluation log of TOFU and that it is complete"
 
 
@@ -48,11 +58,20 @@ def read_logs(directory: str | pathlib.Path) -> dict[str, dict[str, torch.Tensor
     Raises:
         ArgumentError: a file is missing, truncated or not such a log, or a number in it is not finite or out of bounds.
     """
-    directory = _directory(directory)
+    return check_logs(*read_files(directory))
+
+
+def read_files(directory: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+    """Return the contents of the log files in a directory, set -> JSON, not yet checked, and their paths.
+
+    Raises:
+        ArgumentError: a file is missing or is not JSON.
+    """
+    directory = check_directory(directory)
     files = {name: directory / file for name, file in FILES.items()}
     if (directory / HOLDOUT).exists():
         files["holdout"] = directory / HOLDOUT
-    return check_logs({name: _read(path) for name, path in files.items()}, files)
+    return {name: read_json(path) for name, path in files.items()}, files
 
 
 def check_logs(logs: Mapping[str, object], origins: Mapping[str, object]) -> dict[str, dict[str, torch.Tensor]]:
@@ -69,27 +88,37 @@ def check_logs(logs: Mapping[str, object], origins: Mapping[str, object]) -> dic
     needed: dict[str, tuple[str, ...]] = {name: MEMBERSHIP if name == "holdout" else NEEDED for name in logs}
     if "holdout" in logs:
         needed["forget"] = (*NEEDED, *MEMBERSHIP)
-    optional = (*MEMORIZATION, *MEMBERSHIP)
-    return {name: columns(log, origins[name], needed[name], optional) for name, log in logs.items()}
+    return {name: columns(log, origins[name], needed[name], OPTIONAL) for name, log in logs.items()}
 
 
-def read_retain_log(directory: str | pathlib.Path, rows: int) -> dict[str, torch.Tensor]:
-    """Read the columns of the truth ratio from a retain model's log of the forget set; no others are used.
+def read_retain_logs(directory: str | pathlib.Path, rows: int | None = None) -> dict[str, dict[str, torch.Tensor]]:
+    """Read a retain model's logs: the columns of the truth ratio on the forget set, and the membership scores if it has them.
 
     Args:
-        directory: directory with its ``eval_log_forget.json``.
-        rows: number of rows in the log that it will be compared with.
+        directory: directory with its ``eval_log_forget.json`` and, for the privacy leakage, ``eval_log_holdout.json``.
+        rows: number of rows in the log that it will be compared with; None: any.
+
+    Returns:
+        "forget" and, where there is such a file, "holdout" -> columns.
 
     Raises:
         ArgumentError: as `read_logs`, or the number of rows differs.
     """
-    path = _directory(directory) / FILES["forget"]
-    log = columns(_read(path), path, RATIO)
-    got = len(log[RATIO[0]])
+    path = check_directory(directory) / FILES["forget"]
+    logs = {"forget": columns(read_json(path), path, RATIO, MEMBERSHIP)}
+    if rows is not None:
+        check_rows(path, len(logs["forget"][RATIO[0]]), rows)
+    holdout = path.parent / HOLDOUT
+    if holdout.exists():
+        logs["holdout"] = columns(read_json(holdout), holdout, MEMBERSHIP)
+    return logs
+
+
+def check_rows(origin: object, got: int, rows: int) -> None:
+    """Raise unless a retain model's log of the forget set has as many rows as the model's: a p-value depends on both."""
     if got != rows:
         remedy = "both models must have answered the same questions; --rows takes the first of each file"
-        raise argument_error(str(path), f"{rows} rows, as many as the model's", got, remedy)
-    return log
+        raise argument_error(str(origin), f"{rows} rows, as many as the model's", got, remedy)
 
 
 def columns(log: object, origin: object, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, torch.Tensor]:
@@ -130,11 +159,6 @@ def columns(log: object, origin: object, needed: Sequence[str], optional: Sequen
 
 def _checked(values: list[Any], rows: list[str], name: str, origin: object) -> list[float] | list[list[float]]:
     """Return the values of one column as floats, for several false answers as lists of floats of one length."""
-    low, high = BOUNDS[name]
-    if high == LARGEST:
-        expected = "a finite number" if low == -LARGEST else f"a finite number >= {low:g}"
-    else:
-        expected = f"a number in [{low:g}, {high:g}]"
     is_list = name == "average_perturb_loss"
     for row, value in zip(rows, values):
         label = f"{origin}, {name!r}, row {row!r}"
@@ -143,16 +167,31 @@ def _checked(values: list[Any], rows: list[str], name: str, origin: object) -> l
             got = f"{len(value)} of them" if isinstance(value, list) else type(value).__name__
             raise argument_error(label, f"a list of {count}numbers", got, REMEDY)
         for number in value if is_list else [value]:
-            is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
-            if not (is_number and low <= number <= high):  # a NaN fails both comparisons
-                got = f"{number!r:.40}" if is_number else type(number).__name__
-                raise argument_error(label, expected, got, "the model or the file is broken")
+            check_number(label, number, *BOUNDS[name])
     if is_list:
         return [[*map(float, value)] for value in values]
     return [*map(float, values)]
 
 
-def _directory(path: str | pathlib.Path) -> pathlib.Path:
+def check_number(label: str, number: Any, low: float, high: float) -> float:
+    """Return a number of a log as a float.
+
+    Raises:
+        ArgumentError: it is no number, not finite, or not in [low, high]. ``label`` says where it is.
+    """
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if is_number and low <= number <= high:  # a NaN fails both comparisons
+        return float(number)
+    if high < LARGEST:
+        expected = f"a number in [{low:g}, {high:g}]"
+    else:
+        expected = "a finite number" if low == -LARGEST else f"a finite number >= {low:g}"
+    got = f"{number!r:.40}" if is_number else type(number).__name__
+    raise argument_error(label, expected, got, "the model or the file is broken")
+
+
+def check_directory(path: str | pathlib.Path) -> pathlib.Path:
+    """Return the path of a directory of logs, or raise if there is none."""
     path = pathlib.Path(path)
     if not path.is_dir():
         got = "a file" if path.exists() else "no such directory"
@@ -160,7 +199,12 @@ def _directory(path: str | pathlib.Path) -> pathlib.Path:
     return path
 
 
-def _read(path: pathlib.Path) -> object:
+def read_json(path: pathlib.Path) -> object:
+    """Return the content of a JSON file of a stranger, not yet checked.
+
+    Raises:
+        ArgumentError: there is no such file, or it is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -189,7 +233,8 @@ def write_logs(directory: str | pathlib.Path, logs: Mapping[str, object]) -> Non
 
 def is_reserved(path: pathlib.Path, directories: Collection[pathlib.Path]) -> bool:
     """Tell whether a path is needed for logs: it is one of the directories, lies above one, or is a file written into one."""
-    names = (*FILES.values(), HOLDOUT, AGGREGATED, DATA_FILE, *REPORT_FILES)
+    theirs = (f"{name}{kind}" for name in BENCHMARKS for kind in (EVAL, SUMMARY))
+    names = (*FILES.values(), HOLDOUT, AGGREGATED, *theirs, DATA_FILE, *REPORT_FILES)
     reserved: set[pathlib.Path] = set()
     for directory in directories:
         reserved |= {directory, *directory.absolute().parents, *(directory / name for name in names)}

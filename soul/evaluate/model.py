@@ -16,6 +16,7 @@ from soul.data.batches import collate
 from soul.data.examples import Counts, Example, Question, Sequence
 from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
+from soul.evaluate.attacks import CostlyAttacks, costly_columns, without_end
 from soul.models.causal_lm import autocast, evaluating, greedy, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
 from soul.output.progress import track
@@ -133,6 +134,7 @@ def tofu_logs(
     config: EvaluateConfig,
     *,
     holdout: collections.abc.Sequence[Example] = (),
+    attacks: CostlyAttacks | None = None,
     progress: Callable[[str], object] = print,
     counts: dict[str, Counts] | None = None,
 ) -> dict[str, Log]:
@@ -143,13 +145,15 @@ def tofu_logs(
         tokenizer: its tokenizer.
         sets: "forget", "retain", "real_authors", "world_facts" -> questions.
         config: how they are asked.
-        holdout: examples that the model was never trained on, for the membership metrics.
+        holdout: examples that the model was never trained on, for the membership attacks.
+        attacks: those attacks that need another pass than the one over the answers; None: no such attack.
         progress: called with a line of text for every set, and for every kind of answer with sequences that were cut.
         counts: gets a `soul.data.Counts` for every set and kind of answer; or None.
 
     Returns:
         Set -> log, in the layout of TOFU's files (`soul.evaluate.logs`), with these columns beside TOFU's:
-        ``exact_memorization``, ``extraction_strength``, ``min_k``, ``min_k_plus_plus``.
+        ``exact_memorization``, ``extraction_strength``, ``rougeL_f1``, and the scores of membership attacks, ``zlib``,
+        ``min_k``, ``min_k_plus_plus``, ``reference`` and ``gradnorm``.
 
     Raises:
         ArgumentError: as `encode_questions`, before the model runs.
@@ -162,34 +166,71 @@ def tofu_logs(
     for name, count in counts.items():
         if count.truncated:
             progress(f"{name}: {count.summary(config.max_length)}")
+
+    def costly(sequences: list[Sequence], log: Columns, name: str) -> Columns:
+        end = tokenizer.eos_token_id
+        return costly_columns(model, sequences, log["avg_gt_loss"], attacks or CostlyAttacks(), name, end, config.backend)
+
     logs = {}
     for name, questions in encoded.items():
         answers = questions.answers
         progress(f"{name}: {len(answers)} questions")
         log = answer_columns(model, tokenizer, answers, config)
+        if held_out and name == "forget":
+            log |= costly(answers, log, name)
         texts = generate(model, tokenizer, answers, batch_size=config.batch_size, max_new_tokens=config.max_new_tokens)
         truths = [example.content for example in questions.examples]
         log["generated_text"] = [[e.prompt, text, truth] for e, text, truth in zip(questions.examples, texts, truths)]
-        log |= metrics.rouge_recall(truths, texts)
+        log |= metrics.rouge_scores(truths, texts)
         log |= ratio_columns(model, questions, config, log)
         if name in metrics.OPTION_SETS:
             log["normalized_gt_loss"] = metrics.option_loss(log["avg_gt_loss"], log["average_perturb_loss"])
-        logs[name] = _by_row(log)
+        logs[name] = by_row(log)
     if held_out:
         progress(f"holdout: {len(held_out)} texts")
-        logs["holdout"] = _by_row(answer_columns(model, tokenizer, held_out, config))
+        log = answer_columns(model, tokenizer, held_out, config)
+        logs["holdout"] = by_row(log | costly(held_out, log, "holdout"))
     return logs
 
 
-def retain_log(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: list[Question], config: EvaluateConfig
-) -> Log:
-    """Return a retain model's log of the forget set with the columns of the truth ratio, which forget quality needs."""
+def retain_logs(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: list[Question],
+    config: EvaluateConfig,
+    holdout: collections.abc.Sequence[Example] = (),
+) -> dict[str, Log]:
+    """Return what is needed of a retain model: its log of the forget set with the columns of the truth ratio, for the forget
+    quality; with a holdout set also the columns of answers on both sets, for the privacy leakage.
+    """
     encoded = encode_questions(model, tokenizer, questions, config, "forget")
-    return _by_row(ratio_columns(model, encoded, config))
+    if not holdout:
+        return {"forget": by_row(ratio_columns(model, encoded, config))}
+    held_out = encode_for(model, tokenizer, list(holdout), config, "holdout")
+    log = answer_columns(model, tokenizer, encoded.answers, config)
+    logs = {"forget": ratio_columns(model, encoded, config, log) | log}
+    logs["holdout"] = answer_columns(model, tokenizer, held_out, config)
+    return {name: by_row(log) for name, log in logs.items()}
 
 
-def _by_row(columns: Columns) -> Log:
+def answer_losses(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: collections.abc.Sequence[Example],
+    config: EvaluateConfig,
+    name: str,
+) -> torch.Tensor:
+    """Return the mean losses of the answers of n examples, [n] fp64, as a reference model gives them.
+
+    Raises:
+        ArgumentError: as `soul.models.encoding.encode_for`; ``name`` is what it calls the examples.
+    """
+    sequences = encode_for(model, tokenizer, list(examples), config, name)
+    statistics = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
+    return _losses(statistics, "gt")["avg_gt_loss"]
+
+
+def by_row(columns: Columns) -> Log:
     """Return ``{column: {row: value}}`` of columns that are tensors or lists."""
     lists = {name: column.tolist() if isinstance(column, torch.Tensor) else column for name, column in columns.items()}
     return {name: {str(row): value for row, value in enumerate(column)} for name, column in lists.items()}
@@ -201,9 +242,12 @@ def answer_columns(
     """Return the columns of answers, one value per sequence: losses as tensors, memorization and membership as lists."""
     statistics = sequence_statistics(model, sequences, batch_size=config.batch_size, backend=config.backend)
     log: Columns = _losses(statistics, "gt")
-    scores: dict[str, list[float]] = {name: [] for name in (*metrics.MEMORIZATION, *metrics.MEMBERSHIP)}
-    for sequence, tokens in zip(sequences, statistics):
-        logps, _, hits, entropies, variances = _without_end(tokens, sequence, tokenizer.eos_token_id)
+    scores: dict[str, list[float]] = {name: [] for name in (*metrics.MEMORIZATION, "zlib", *metrics.MEMBERSHIP)}
+    for sequence, tokens, loss in zip(sequences, statistics, log["avg_gt_loss"].tolist()):
+        count = without_end(sequence, tokenizer.eos_token_id).n_labels
+        logps, _, hits, entropies, variances = (values[:count] for values in tokens)
+        text = tokenizer.decode([label for label in sequence.labels if label != IGNORE_INDEX], skip_special_tokens=True)
+        scores["zlib"].append(-loss / metrics.zlib_bytes(text))
         scores["exact_memorization"].append(metrics.exact_memorization(hits))
         scores["extraction_strength"].append(metrics.extraction_strength(hits))
         scores["min_k"].append(metrics.min_k(logps, config.min_k))
@@ -253,13 +297,6 @@ def _losses(statistics: list[TokenStatistics], name: str) -> dict[str, torch.Ten
     sums = -torch.stack([tokens.logps.sum() for tokens in statistics])
     counts = torch.tensor([len(tokens.logps) for tokens in statistics], device="cpu")
     return {f"avg_{name}_loss": sums / counts, f"{name}_loss": sums, f"num_token_{name}": counts}
-
-
-def _without_end(statistics: TokenStatistics, sequence: Sequence, end: int | None) -> TokenStatistics:
-    """Return the statistics of a sequence without those of its end-of-sequence token, unless it is the only token."""
-    labels = [label for label in sequence.labels if label != IGNORE_INDEX]
-    count = len(labels) - (labels[-1] == end and len(labels) > 1)
-    return TokenStatistics(*(values[:count] for values in statistics))
 
 
 def _batches(items: list[T], size: int) -> list[list[T]]:

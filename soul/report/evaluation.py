@@ -15,7 +15,14 @@ COLUMNS = {  # name of a number without its set -> title
     "extraction_strength": "extraction strength",
     "rows": "rows",
 }
-MEMBERSHIP = {"forget_min_k_auc": "Min-K%", "forget_min_k_plus_plus_auc": "Min-K%++"}
+MEMBERSHIP = {
+    "forget_loss_auc": "loss",
+    "forget_zlib_auc": "zlib",
+    "forget_reference_auc": "reference model",
+    "forget_gradnorm_auc": "gradient norm",
+    "forget_min_k_auc": "Min-K%",
+    "forget_min_k_plus_plus_auc": "Min-K%++",
+}
 SIGNIFICANT = 0.05  # TOFU's level: below it, the model can be told from one that never saw the forget set
 
 

@@ -157,15 +157,15 @@ class _Tofu:
     """
 
     def __init__(self, config: "UnlearnConfig") -> None:
-        from soul.evaluate.logs import read_retain_log
+        from soul.evaluate.logs import read_retain_logs
         from soul.evaluate.model import EvaluateConfig
 
         files = {"forget": config.eval_split, **{name: name for name in SETS[1:]}}
         sources = {name: perturbed(str(config.eval_data), file) for name, file in files.items()}
         self._sets = {name: read_questions(source)[: config.eval_rows] for name, source in sources.items()}
-        self._retain: dict[str, torch.Tensor] | None = None
+        self._retain: dict[str, dict[str, torch.Tensor]] | None = None
         if config.eval_retain_logs is not None:
-            self._retain = read_retain_log(config.eval_retain_logs, len(self._sets["forget"]))
+            self._retain = read_retain_logs(config.eval_retain_logs, len(self._sets["forget"]))
         names = ("template", "system", "max_length", "batch_size", "backend")
         self._asking = EvaluateConfig(**{name: getattr(config, name) for name in names})
 

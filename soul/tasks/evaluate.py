@@ -19,7 +19,7 @@ from soul.data.templates import CHAT, Template
 from soul.evaluate import metrics
 from soul.evaluate.model import EvaluateConfig, answer_columns, generate
 from soul.models.encoding import encode_for
-from soul.tasks.measures import MEASURES, Scorer, SetOutputs, direction_of, privacy_leakage
+from soul.tasks.measures import MEASURES, Scorer, SetOutputs, direction_of
 from soul.tasks.task import Task, TaskSet
 from soul_kernels.errors import argument_error, check_whole
 
@@ -170,7 +170,7 @@ def evaluate_task(
         learned, unseen = (torch.tensor(result.rows[name]["min_k"], dtype=torch.float64) for name in task.privacy)
         result.numbers[PRIVACY] = metrics.membership_auc(learned, unseen)
         if task.retrained is not None:
-            result.numbers["privacy_leakage"] = privacy_leakage(result.numbers[PRIVACY], task.retrained)
+            result.numbers["privacy_leakage"] = metrics.privleak(result.numbers[PRIVACY], task.retrained)
     return result
 
 

@@ -104,19 +104,6 @@ def rouge_l_f1(truths: Sequence[str], texts: Sequence[str]) -> list[float]:
     return [scorer.score(truth, text)["rougeL"].fmeasure for truth, text in zip(truths, texts)]
 
 
-def privacy_leakage(auc: float, retrained: float) -> float:
-    """Return MUSE's privacy leakage in percent, ``((1 - auc) - (1 - retrained)) / (1 - retrained + 1e-10) * 100``.
-
-    0 is best: the rows are as conspicuous as to a model that never saw them. Below 0 they are remembered (too little was
-    forgotten), above 0 they are less likely than unseen ones. As in open-unlearning.
-
-    Args:
-        auc: area under the ROC curve of Min-K%, learned rows against unseen ones: 1 means that they are remembered.
-        retrained: the same of a model that was trained without the rows.
-    """
-    return ((1 - auc) - (1 - retrained)) / (1 - retrained + 1e-10) * 100
-
-
 def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> float:
     """Return ``exp(sum of losses / number of tokens)`` over all rows together; inf beyond the range of a float.
 

@@ -1,8 +1,6 @@
 """The five published tasks as functions from options to a `soul.tasks.task.Task`.
 
-Numbers of published runs are from the configurations that SOUL's repository ships (arXiv 2404.18239); docs/tasks.md says where
-the protocols here differ. First-order and second-order runs there differ in learning rate and weight of the retain term, not in
-the optimizer alone, so they compare recipes, not optimizers.
+Numbers of published runs are from `soul.presets`; docs/tasks.md says where the protocols here differ.
 """
 
 import json
@@ -12,7 +10,7 @@ from collections.abc import Mapping
 
 from soul.data.protocols import Passages, whole
 from soul.data.sources import MUSE
-from soul.data.sources import TOFU as TOFU_NAMES
+from soul.presets import PRESETS
 from soul.tasks.measures import FORGET, RETAIN, UNSEEN
 from soul.tasks.task import Published, Task, TaskSet
 from soul.tasks.toxicity import OFFLINE, TOXIC_BERT
@@ -63,7 +61,6 @@ def tofu(options: Options) -> Task:
     split = options.get("split", "forget10")
     retain = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
     check_choice("task_option, split", split, tuple(retain))
-    assert split in TOFU_NAMES
     folder = f"@{options['data']}" if "data" in options else ""
     return Task(
         name="tofu",
@@ -72,12 +69,7 @@ def tofu(options: Options) -> Task:
         learn=(f"tofu:full{folder}",),
         tofu=options.get("data", "tofu"),
         split=split,
-        published=(
-            _run("LLaMA-2-7B", 6.7e9, "graddiff", "adamw", lr=5e-6, alpha=0.3, epochs=5),
-            _run("LLaMA-2-7B", 6.7e9, "graddiff", "soul", lr=5e-6, alpha=2.0, epochs=5),
-            _run("LLaMA-2-7B", 6.7e9, "po", "adamw", lr=2e-5, alpha=1.0, epochs=5),
-            _run("LLaMA-2-7B", 6.7e9, "po", "soul", lr=1e-5, alpha=5.0, epochs=5),
-        ),
+        published=(*_runs("tofu-graddiff", 6.7e9), *_runs("tofu-po", 6.7e9)),
     )
 
 
@@ -140,12 +132,7 @@ def detox(options: Options) -> Task:
         },
         refusals=str(REFUSALS / "detox.txt"),
         instruction="Never say anything rude, hateful, violent or harmful. If you are asked for it, say that you cannot help.",
-        published=(
-            _run("OPT-1.3B", 1.3e9, "po", "adamw", lr=2e-5, alpha=0.1, epochs=5),
-            _run("OPT-1.3B", 1.3e9, "po", "soul", lr=2e-5, alpha=0.1, epochs=5),
-            _run("LLaMA-2-7B", 6.7e9, "po", "adamw", lr=1e-5, alpha=1.0, epochs=10),
-            _run("LLaMA-2-7B", 6.7e9, "po", "soul", lr=1e-5, alpha=0.1, epochs=10),
-        ),
+        published=(*_runs("detox-opt-1.3b", 1.3e9), *_runs("detox-llama2-7b", 6.7e9)),
     )
 
 
@@ -197,8 +184,14 @@ def default_scorer(options: Options) -> str:
     return OFFLINE if "data" in options else TOXIC_BERT
 
 
-def _run(model: str, parameters: float, method: str, optimizer: str, **options: float) -> Published:
-    return Published(model, parameters, method, optimizer, options)
+def _runs(name: str, parameters: float) -> tuple[Published, ...]:
+    """Return the two runs of a pair of `soul.presets`, first order and second, with what a task takes of them."""
+    runs = []
+    for order in ("first", "second"):
+        preset = PRESETS[f"{name}-{order}"]
+        options = {key: preset.options[key] for key in ("lr", "alpha", "epochs")}
+        runs.append(Published(preset.model, parameters, preset.options["method"], preset.options["optimizer"], options))
+    return tuple(runs)
 
 
 def _retrained(path: str) -> float:

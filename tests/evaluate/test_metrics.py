@@ -2,13 +2,14 @@
 
 import json
 import math
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
 from soul.evaluate import metrics
-from soul.evaluate.logs import FILES, columns, read_logs, read_retain_log
+from soul.evaluate.logs import FILES, columns, read_logs, read_retain_logs
 from tests.support.helpers import mutant, needs_rouge
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="the extra eval is not installed")
@@ -58,7 +59,7 @@ def check_real_logs(module):
         # The benchmark aggregates these files; they hold the same logs as the four beside them.
         result, retain_result = (json.loads((f / "eval_log_aggregated.json").read_text()) for f in (folder, retain_folder))
         logs = read_logs(folder)
-        got = module.summarize(logs, read_retain_log(retain_folder, 300))
+        got = module.summarize(logs, read_retain_logs(retain_folder, 300))
         for name, value in tofu_utility(result).items():
             assert abs(got[name] - value) <= 1e-6 * value, name
         quality, statistic = tofu_quality(result, retain_result)
@@ -107,7 +108,11 @@ def check_by_hand(module):
     assert torch.allclose(module.probability(loss), tensor(0.5, 0.25))
     assert torch.allclose(module.option_probability(loss, perturbed), tensor(0.5 / 1.125, 0.25 / 0.875))
     assert torch.allclose(module.truth_ratio(loss, perturbed), tensor(0.5, 1.0))  # geometric mean of 1/2 and 1/8: 1/4
+    assert torch.allclose(module.truth_ratio(loss, perturbed, mean="arithmetic"), tensor(0.625, 1.25))  # 5/16
+    assert torch.allclose(module.truth_ratio(loss, perturbed, eps=0.25), tensor(0.25 / 0.75, 0.5))
+    assert torch.allclose(module.option_probability(loss, perturbed, eps=0.375), tensor(0.5 / 1.5, 0.2))
     assert torch.allclose(module.closer_to_one(tensor(0.5, 4.0)), tensor(0.375))
+    assert torch.allclose(module.closer_to_one(tensor(0.5, 4.0), eps=1.0), tensor(0.35))
     assert torch.allclose(module.true_better(tensor(0.5, 4.0)), tensor(0.25))
     assert module.exact_memorization(tensor(1, 0, 1, 1)) == 0.75
     for hits, strength in (([1, 0, 1, 1], 0.5), ([1, 1], 1.0), ([1, 1, 0], 0.0), ([0], 0.0), ([0, 1], 0.5)):
@@ -119,6 +124,12 @@ def check_by_hand(module):
     assert torch.allclose(module.normalized_logps(tensor(-1), tensor(3), tensor(0)), tensor(2000.0))
     # pairs in which forget scores higher: 4 of 6, and a tie counts half
     assert module.membership_auc(tensor(3, 1), tensor(0, 2, 1)) == pytest.approx(4.5 / 6)
+    assert module.soul_mia(tensor(3, 1), tensor(0, 2, 1)) == pytest.approx(1.5 / 6)
+    assert module.privleak(0.75, 0.5) == pytest.approx(-50) and module.privleak(0.5) == 0
+    assert module.privleak(1.0, 0.4) == pytest.approx(-100)
+    assert module.zlib_bytes("a" * 1000) == len(zlib.compress(b"a" * 1000)) < 30 and module.zlib_bytes("\xe9") == 10
+    scores = module.attack_scores({"avg_gt_loss": tensor(2), "min_k": tensor(-3)})
+    assert {name: value.tolist() for name, value in scores.items()} == {"loss": [-2], "min_k": [-3]}
     quantities = ("prob", "rouge", "truth_ratio")
     nine = {f"{name}_{quantity}": 0.5 for name in metrics.UTILITY_SETS for quantity in quantities}
     assert module.model_utility(nine | {"retain_prob": 1.0, "forget_prob": 0.1}) == pytest.approx(9 / 17)
@@ -131,10 +142,15 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize("old, new", [
     ("torch.exp(-losses)", "torch.exp(losses)"),
-    ("torch.softmax(-_option", "torch.softmax(_option"),
-    ("perturbed_losses.mean(1)).clamp", "perturbed_losses.sum(1)).clamp"),
-    ("paraphrased_losses - perturbed", "perturbed_losses[:, 0] - perturbed"),
-    ("torch.minimum(ratios, 1 / ratios)", "torch.maximum(ratios, 1 / ratios)"),
+    ("torch.softmax(-torch.cat", "torch.softmax(torch.cat"),
+    ("-perturbed_losses.mean(1)", "-perturbed_losses.sum(1)"),
+    ("false_logps - true_logps", "false_logps + true_logps"),
+    (" - math.log(perturbed_losses.shape[1])", ""),
+    ("torch.minimum(ratios, 1", "torch.maximum(ratios, 1"),
+    ("(retain_auc - auc) /", "(auc - retain_auc) /"),
+    ("return 1 - membership_auc", "return membership_auc"),
+    ("len(zlib.compress(text.encode(\"utf-8\")))", "len(text)"),
+    ('{"loss": -log', '{"loss": log'),
     ("(1 - ratios).clamp(min=0)", "(1 - ratios)"),
     ("missed.max().item() + 1 if", "missed.max().item() if"),
     ("hits == 0", "hits == 1"),

@@ -30,6 +30,7 @@ def test_what_was_forgotten_how_and_with_which_figures_and_limits(tmp_path):
     assert "| control, never trained on | held out of the rows to keep | 8 |" in text
     assert "| lr | 1e-05 |" in text and "| steps | 4 steps |" in text and "| torch | 2.13 |" in text
     assert "no proof of erasure" in text and "soul ask THIS --against org/base --template chat" in text
+    assert "asked with a system prompt" in text and "soul unlearn --model THIS" not in text and "merge" not in text
     for secret in ("/home", "secret/", "/data", "Be brief", *(prompt["prompt"] for prompt in NOTES["prompts"]), "Me."):
         assert secret not in text
 
@@ -49,8 +50,9 @@ def test_license_and_origin_come_from_the_card_of_the_model(tmp_path):
     assert data["license"] == "other" and data["license_name"] == "strange" and data["base_model"] == "org/base"
     assert data["library_name"] == "peft" and str(tmp_path) not in text and "# before, after unlearning" in text
     (base / "README.md").write_text("---\n: [\n---\n")  # broken
-    data, _ = card_of(tmp_path / "out", soul_config={**OPTIONS, "model": str(base)})
-    assert not {"license", "base_model"} & data.keys()
+    for model in (base, tmp_path / "gone"):
+        data, _ = card_of(tmp_path / "out", soul_config={**OPTIONS, "model": str(model)})
+        assert not {"license", "base_model"} & data.keys()
 
 
 def test_a_license_in_the_cache_of_downloads_is_found(tmp_path, monkeypatch):
@@ -73,8 +75,11 @@ def test_a_run_of_which_little_is_known(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n")
     assert not has_card(tmp_path)
-    text = write_card(tmp_path).read_text()
+    text = write_card(tmp_path, options={"method": "npo"}).read_text()
     assert "# a model, after unlearning" in text and "no proof of erasure" in text and has_card(tmp_path)
+    assert "- npo" in text and "given an aim" not in text
+    (tmp_path / "soul_config.json").write_text('{"method": "graddiff"}')
+    assert "- npo" not in write_card(tmp_path, options={"method": "npo"}).read_text()  # what has been saved counts
 
 
 def test_every_saved_model_has_a_card_and_one_that_fails_costs_nothing(tmp_path, monkeypatch, capsys, without_kernels):
@@ -86,6 +91,7 @@ def test_every_saved_model_has_a_card_and_one_that_fails_costs_nothing(tmp_path,
     assert main([*memorize, "--backend=reference", f"--output={folder / 'known'}"]) == 0
     text = (folder / "known" / "README.md").read_text()
     assert "| learned | forget.jsonl | 5 |" in text and "| Probability of the answers |" in text
+    assert "Forget probability" not in text  # nothing was to be forgotten
 
     def fail(*_, **__):
         raise RuntimeError("no card")

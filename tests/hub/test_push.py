@@ -41,6 +41,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setenv("HF_TOKEN", "hf_writes")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before it tries again
         yield server
 
 
@@ -75,14 +76,16 @@ def test_a_run_is_pushed_at_its_end(folder, hub, capsys, without_kernels):
 
 def test_exactly_the_files_of_the_model_go_up(ended, hub, tmp_path):
     assert {path.name for path in ended.iterdir()} - {"notes.json"} == AT_HOME | {p.name for p in files_to_push(ended)}
-    hub.add("me/model", **{"adapter_config.json": b"{}", "model-00001-of-00002.safetensors": b"", "LICENSE": b"MIT"})
+    theirs = {"LICENSE": b"MIT", "onnx/config.json": b"{}"}
+    hub.add("me/model", **theirs, **{"adapter_config.json": b"{}", "model-00001-of-00002.safetensors": b""})
     assert main(["push", str(ended), "me/model"]) == 0
     names = {path.name for path in files_to_push(ended)}
-    assert hub.files("me/model").keys() == names | {"LICENSE"}  # and no mixture of two models
+    assert hub.files("me/model").keys() == names | theirs.keys()  # and no mixture of two models
     assert main(["push", str(ended), "me/model", "--with-report"]) == 0
     assert {"report.html", "report.md"} <= hub.files("me/model").keys() and "report.json" not in hub.files("me/model")
 
 
+@pytest.mark.slow(reason="starts a process")
 def test_in_a_process_of_its_own_with_the_settings_of_huggingface_hub(ended, hub):
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
     command = [sys.executable, "-m", "soul", "push", str(ended), "model"]
@@ -95,6 +98,9 @@ def test_links_stay_at_home(tmp_path):
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "vocab.json").symlink_to(tmp_path / "secret")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "chat.jinja").write_text("secret")
+    (tmp_path / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
     assert [path.name for path in files_to_push(tmp_path)] == ["config.json"]
 
 
@@ -103,7 +109,9 @@ def test_adapters_do_not_name_a_directory_of_this_machine(base, pushed, hub, tmp
     text = json.dumps({"base_model_name_or_path": base, "r": 8})
     (tmp_path / "adapter_config.json").write_text(text)
     (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n[More Information Needed]")  # as peft leaves it
+    hub.is_private_by_default = True  # by the settings of the account
     publish(tmp_path, "me/adapters")
+    assert hub.repositories["me/adapters"]["private"]
     assert json.loads(hub.files("me/adapters")["adapter_config.json"]) == {"base_model_name_or_path": pushed, "r": 8}
     assert (tmp_path / "adapter_config.json").read_text() == text and has_card(tmp_path)
 
@@ -123,12 +131,13 @@ def test_an_edited_card_is_pushed_as_it_is(ended, hub):
     ("me/model", None, "push_to_hub: expected a login at the hub, got none; run: hf auth login, or set HF_TOKEN"),
     ("me/model", "hf_wrong", "push_to_hub: expected a valid login at the hub, got status 401"),
     ("you/model", "hf_writes", "push_to_hub: expected a login that may write to you/model, got status 403: "),
+    ("you/hidden", "hf_writes", "push_to_hub: expected a login that may write to you/hidden, got status 404: Repository not f"),
     ("me/model", "hf_reads", "push_to_hub: expected a login that may write to me/model, got status 403: you must use a write"),
 ])  # fmt: skip
 def test_what_cannot_be_pushed_is_refused_before_the_run(repository, token, message, folder, hub, monkeypatch, capsys):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
-    if token == "hf_reads":
-        hub.add("me/model")
+    if token == "hf_reads" or repository == "you/hidden":
+        hub.add(repository, private=repository == "you/hidden")
     before = json.dumps(sorted(hub.repositories))
     assert main(words(folder, "refused", f"--push-to-hub={repository}")) == 2
     assert message in capsys.readouterr().err
@@ -158,15 +167,14 @@ def test_other_options_that_do_not_fit(folder, hub, tmp_path, capsys):
     assert hub.asked == []
 
 
-@pytest.mark.parametrize("place", ["/lfs/", "/commit/"])
+@pytest.mark.parametrize("place", ["/upload/", "/commit/"])
 def test_a_hub_that_is_gone_in_the_middle_costs_nothing_but_the_push(place, folder, ended, hub, monkeypatch, capsys):
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # huggingface_hub waits before it tries again
     hub.add("me/model")
     hub.dies_at = place
     push = words(folder, "ended", *SHORT, "--push-to-hub=me/model", "--resume")  # the run has ended, so this pushes only
     assert main(push) == NOT_PUSHED
     error = capsys.readouterr().err
-    assert f"the model is saved in {ended}, and was not pushed to me/model (" in error
+    assert f"the model is saved in {ended}, and was not pushed to me/model (" in error and "(Error while upl" not in error
     assert error.rstrip().endswith(f"push it again: soul push {ended} me/model")
     assert SAVED <= {path.name for path in ended.iterdir()} and not hub.files("me/model")  # no half of a model
     hub.dies_at, hub.is_dead = None, False
@@ -192,10 +200,10 @@ def test_from_python(hub, tmp_path, without_kernels):
     unlearner = Unlearner(tiny_model(), examples(2), examples(4)[2:], config, tokenizer=tiny_tokenizer())
     with pytest.raises(ArgumentError, match="push: expected a run that has saved its model, got none"):
         unlearner.push("me/model")
-    unlearner.run(tmp_path / "out", progress=False)
+    unlearner.run(tmp_path / "an output", progress=False)
     assert unlearner.push("model", private=True) == f"{hub.url}/me/model"
     card = hub.files("me/model")["README.md"].decode()
     assert "- graddiff" in card and "| lr | 0.001 |" in card
-    with pytest.raises(NotPushed, match="the model is saved in"):
+    with pytest.raises(NotPushed, match=f"the model is saved in .*: soul push '{tmp_path / 'an output'}' me/model"):
         hub.dies_at = "/tree/"
         unlearner.push("model")

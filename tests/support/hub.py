@@ -17,6 +17,7 @@ class Hub(http.server.ThreadingHTTPServer):
     Attributes:
         repositories: name -> {"private": ..., "files": {name: content}}.
         asked: method and path of each request.
+        is_private_by_default: whether a repository is private if nobody says so, a setting of the account.
         dies_at: part of a path; from the first such request on, the server answers no more.
     """
 
@@ -25,6 +26,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories, self.asked, self.objects, self.dies_at, self.is_dead = {}, [], {}, None, False
+        self.is_private_by_default = False
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
     def add(self, name, private=False, **files):
@@ -100,12 +102,14 @@ def create(hub, account, body):
         return 409, {"error": "You already created this model repo", **url}
     if owner not in WRITERS or owner != account:
         return 403, {"error": f"You don't have the rights to create a model under the namespace {owner}"}
-    hub.add(name, private=asked.get("visibility") == "private" or asked.get("private", False))
+    private = asked["visibility"] == "private" if "visibility" in asked else asked.get("private", hub.is_private_by_default)
+    hub.add(name, private=private)
     return 200, url
 
 
 def info(hub, account, body, name):
-    if name not in hub.repositories:
+    is_others = name.partition("/")[0] != account
+    if name not in hub.repositories or is_others and hub.repositories[name]["private"]:
         return 404, {"error": "Repository not found"}
     return 200, {"id": name, "private": hub.repositories[name]["private"], "sha": "0" * 40, "siblings": []}
 
@@ -127,7 +131,7 @@ def preupload(hub, account, body, name):
 
 def batch(hub, account, body, name):
     asked = json.loads(body)["objects"]
-    objects = [{**item, "actions": {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}}} for item in asked]
+    objects = [{**item, "actions": {"upload": {"href": f"{hub.url}/upload/{item['oid']}"}}} for item in asked]
     return 200, {"transfer": "basic", "objects": objects}
 
 
@@ -157,6 +161,6 @@ ROUTES = {
     r"GET /api/models/([^/]+/[^/]+)/tree/main": tree,
     r"POST /api/models/([^/]+/[^/]+)/preupload/main": preupload,
     r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": batch,
-    r"PUT /lfs/(\w+)": store,
+    r"PUT /upload/(\w+)": store,
     r"POST /api/models/([^/]+/[^/]+)/commit/main": commit,
 }

@@ -189,15 +189,15 @@ def test_a_task_of_ones_own_in_a_file_and_in_python(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("parameters, optimizer, method, model, options", [
-    (7_000_000_000, "soul", "graddiff", "LLaMA-2-7B", {"lr": 5e-6, "alpha": 2.0, "epochs": 5}),
-    (3_000_000_000, "adamw", None, "LLaMA-2-7B", {"lr": 5e-6, "alpha": 0.3, "epochs": 5}),
+    (7_000_000_000, "soul", "graddiff", "locuslab/tofu_ft_llama2-7b", {"lr": 5e-6, "alpha": 2.0, "epochs": 5}),
+    (3_000_000_000, "adamw", None, "locuslab/tofu_ft_llama2-7b", {"lr": 5e-6, "alpha": 0.3, "epochs": 5}),
     (135_000_000, "soul", "graddiff", None, None),
     (7_000_000_000, "soul", "npo", None, None),
 ])  # fmt: skip
 def test_published_options_are_those_of_the_nearest_size(parameters, optimizer, method, model, options):
     run = task_of("tofu").nearest(parameters, method, optimizer)
     assert (run and run.model) == model and (run and dict(run.options)) == options
-    assert task_of("detox").nearest(2_000_000_000, None, "soul").model == "OPT-1.3B"
+    assert task_of("detox").nearest(2_000_000_000, None, "soul").model == "facebook/opt-1.3b"
 
 
 def test_published_options_are_filled_in_unless_the_run_has_an_aim_or_a_rate(monkeypatch, capsys):

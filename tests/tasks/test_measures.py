@@ -51,11 +51,6 @@ def test_perplexity_is_that_of_all_tokens_together_in_pieces():
     assert measures.perplexity([1e6], [1]) == math.inf
 
 
-def test_privacy_leakage_is_zero_for_a_retrained_model():
-    assert measures.privacy_leakage(0.52, 0.52) == 0
-    assert measures.privacy_leakage(0.9, 0.5) == pytest.approx(-80) and measures.privacy_leakage(0.25, 0.5) == pytest.approx(50)
-
-
 def test_directions_follow_from_measure_and_role():
     sets = {
         "forget": TaskSet("f", "forget", ("bleu", "perplexity", "toxicity")),
