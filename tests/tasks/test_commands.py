@@ -154,7 +154,7 @@ def test_tofu_is_measured_as_without_a_task(monkeypatch):
     from soul.commands import evaluate
 
     seen = {}
-    monkeypatch.setattr(evaluate, "_run_models", lambda args, path: seen.update(vars(args)) or exec("raise ValueError"))
+    monkeypatch.setattr(evaluate, "_run_models", lambda args, *_: seen.update(vars(args)) or exec("raise ValueError"))
     with pytest.raises(ValueError):
         main(["evaluate", "--model=m", "--output=o", "--task=tofu", "--task-option=split=forget05", "--task-option=data=d",
               "--system-prompt=default"])  # fmt: skip
@@ -316,6 +316,7 @@ def test_sources_of_the_published_tasks_are_those_of_the_hub():
     assert detox.forget == "saferlhf:unsafe?rows=200" and detox.sets["prompts"].source == "hub:allenai/real-toxicity-prompts"
 
 
+@pytest.mark.slow(reason="lm-eval takes half a minute to import and to list its tasks")
 def test_the_harness_on_a_task_from_a_file(folder):
     """The accuracy of lm-eval on one multiple-choice task of our own is that of summed log-probabilities."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
