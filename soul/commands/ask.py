@@ -1,4 +1,7 @@
-"""``soul ask``: the same questions to one model or two, for looking. What a model knows is measured by ``soul evaluate``."""
+"""``soul ask``: the same questions to one model or two, for looking. What a model knows is measured by ``soul evaluate``.
+
+With ``--data`` nothing is generated: the mean probability of the answers in a file is shown, by which runs with an aim judge.
+"""
 
 import argparse
 import itertools
@@ -10,9 +13,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from soul.commands.device_options import add_device
 from soul.commands.template_options import add_template
+from soul.data import sources
 from soul.data.examples import Question
 from soul.data.rows import check_unicode, is_blank
+from soul.data.templates import Template
 from soul.evaluate.model import EvaluateConfig, answer_probability, encode_questions, generate
+from soul.models.encoding import encode_for
 from soul.models.loading import check_name, load, pick_device
 from soul.output.console import print_result
 from soul_kernels.errors import ArgumentError, argument_error
@@ -40,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("questions", nargs="*", metavar="QUESTION", help="a question (default: the lines of standard input)")
     add("--against", metavar="MODEL", help="another model, such as the one before unlearning, asked the same")
     add("--answer", metavar="TEXT", help="an answer, whose probability is shown")
+    add(
+        "--data",
+        metavar="DATA",
+        help="show the mean probability of the answers in this file (what --forget of soul unlearn takes), and ask nothing",
+    )
     add_template(parser)
     add("--max-new-tokens", type=int, default=60, metavar="N", help="tokens of an answer, at most (default: %(default)s)")
     add("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
@@ -58,7 +69,12 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     for name in names:
         check_name(name)
+    rows = [] if args.data is None else _rows(args)
     models = [Asked(name, *load(name, dtype=args.dtype, device=device)) for name in names]
+    if rows:
+        print_result(f"mean probability of {len(rows)} answer{'s' * (len(rows) > 1)} in {args.data}")
+        print_result(*(f"{asked.name}: {_mean_probability(asked, rows, config):.3g}" for asked in models))
+        return
     for question in args.questions:
         print_result(*lines_of(models, question, args.answer, config))
     for question in () if args.questions else _typed():
@@ -94,6 +110,25 @@ def lines_of(models: list[Asked], question: str, answer: str | None, config: Eva
             title += f" (p {answer_probability(model, sequences, backend=config.backend):.3g})"
         columns.append([title, *(said.strip() or "(nothing)").splitlines()])
     return [question, *_side_by_side(columns), ""]
+
+
+def _rows(args: argparse.Namespace) -> list[sources.Row]:
+    """Return the rows of ``--data``.
+
+    Raises:
+        ArgumentError: there are questions or an answer beside them, or as `soul.data.sources.rows`.
+    """
+    for name, value in (("question", args.questions), ("answer", args.answer)):
+        if value:
+            raise argument_error(name, "none with --data", repr(value), "the file has the questions and the answers")
+    return sources.rows(args.data)
+
+
+def _mean_probability(asked: Asked, rows: list[sources.Row], config: EvaluateConfig) -> float:
+    """Return the mean over rows of the length-normalised probability of their answers."""
+    examples = sources.examples(rows, Template(config.template, asked.tokenizer, config.system))
+    sequences = encode_for(asked.model, asked.tokenizer, examples, config, "data")
+    return answer_probability(asked.model, sequences, batch_size=config.batch_size, backend=config.backend)
 
 
 def _side_by_side(columns: list[list[str]]) -> list[str]:

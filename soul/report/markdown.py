@@ -40,7 +40,9 @@ def _block(block: Block) -> str:
             return _table(Table(("", ""), block.rows, plain=True))
         case Charts():
             notes = [f"{chart.title}: {chart.note}" for chart in block.charts if chart.note]
-            levels = [f"{level.name}: {level.height:.4g}" for chart in block.charts for level in chart.levels]
+            levels = [
+                f"{chart.title}: {', '.join(level.name for level in chart.levels)}" for chart in block.charts if chart.levels
+            ]
             return "\n\n".join([*map(_table, curve_tables(block)), *map(_text, notes), *map(_text, levels)])
         case Samples():
             return "\n\n".join(_sample(sample) for sample in block.samples)

@@ -107,7 +107,7 @@ class Level:
     """A horizontal line, dashed, such as an aim.
 
     Attributes:
-        name: what it marks.
+        name: what it marks, with the number: a legend and Markdown show the name alone.
         height: where it is.
         color: that of the series that it is for.
     """

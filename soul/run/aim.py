@@ -7,11 +7,13 @@ where both begin.
 
 How the controller works: alpha is the multiplier of the constraint "keep". At every evaluation it is raised while the control
 rows are below their level, and lowered while there is room and not enough is forgotten, both by factors (dual ascent on a
-logarithmic scale). The learning rate rises linearly, stays, and falls once the forget rows come near their aim, and also where
-the control rows stay below their level. Where much is lost of the control rows, or the forget rows fall far faster than wanted
-(rows known by heart give way all at once), the model goes back to the nearest point with a lower learning rate and a new
-optimizer: what is lost in such a fall takes long to come back. Once both halves hold at two evaluations in a row, the second
-of which measures all rows, the aim is reached. Everything is a function of the evaluations, so a resumed run decides alike.
+logarithmic scale). Where the retain rows are known by heart, their term holds nothing back, whatever its weight: there alpha
+stays, and the learning rate falls by the factor by which alpha would have risen. The learning rate rises linearly, stays, and
+falls once the forget rows come near their aim, and also where the control rows stay below their level. Where much is lost of
+the control rows, or the forget rows fall far faster than wanted (rows known by heart give way all at once), the model goes back
+to the nearest point with a lower learning rate and a new optimizer: what is lost in such a fall takes long to come back. Once
+both halves hold at two evaluations in a row, the second of which measures all rows, the aim is reached. Everything is a
+function of the evaluations, so a resumed run decides alike.
 
 Safe to change: the constants below; runs of tests/run/test_aim.py show what they do. Not safe: whatever `state_dict` returns,
 on which a resumed run rests.
@@ -39,6 +41,7 @@ TREND = 0.5  # of the last change of the control probability: how much of it is 
 END = 0.25  # fraction of all steps over which the learning rate falls at the end
 CALM = 0.8  # of the learning rate, at every evaluation that finds the control rows below their level without recovering
 CALM_GAIN = 0.9  # of what was missing: more than this is no recovery
+KNOWN = 0.01  # nats a token: retain rows with a smaller loss are known by heart
 LONGEST_CALM = 10.0  # to this fraction of the first learning rate, at least
 LOST = 1.1  # distance from which the run goes back; the model before unlearning has 1
 LOST_ROOMS = 2.0  # and so does one that is this far below the level, in rooms between the level and the start
@@ -206,6 +209,7 @@ class Controller:
         *,
         exact: bool = True,
         nearest_control: float | None = None,
+        retain_nll: float = math.inf,
     ) -> bool:
         """Take an evaluation into account: choose alpha and learning rate of the steps that follow.
 
@@ -215,6 +219,7 @@ class Controller:
             control_prob: that of the control rows.
             exact: whether both were measured on all rows of the model as it is, and not estimated; only then is the run over.
             nearest_control: probability of the control rows at the nearest point so far; None: as before unlearning.
+            retain_nll: negative log-likelihood of the retain rows in the batches since the last evaluation, in nats a token.
 
         Returns:
             Whether the run is to go back to the nearest point, with a new optimizer.
@@ -228,6 +233,7 @@ class Controller:
             low = self.alpha_start
         elif left <= 0:
             high *= BEYOND
+        is_known = retain_nll < KNOWN
         pace = 0.0 if self._left is None else (self._left - left) / max(1, step - self._step)
         is_lost = left > NEAR and pace > HASTE * wanted_pace(self.steps)
         is_lost |= target.distance(forget_prob, control_prob) > LOST
@@ -235,7 +241,7 @@ class Controller:
         if is_lost and self.backs < MAX_BACKS:
             self.backs += 1
             self.lr /= BACK_FACTOR
-            self.alpha = min(high, 2 * self.alpha)
+            self.alpha = self.alpha if is_known else min(high, 2 * self.alpha)
             self.fall = 1.0
             self.in_a_row = 0
             self._risen_from = step
@@ -257,11 +263,14 @@ class Controller:
                     self.lr = min(self.lr * HURRY, self.lr_start * MOST_HURRY)
         else:  # to forget beyond the aim costs rows that nobody measures
             doublings = RAISE * min(1.0, -left / NEAR)
+        doublings *= min(1.0, (step - self._step) / self.interval)  # what the last change has done must show before the next
         if slack < 0 and not recovers:  # long steps cost control rows whatever alpha is, since their noise does
-            self.lr = max(self.lr * CALM, self.lr_start / LONGEST_CALM)
+            calm = 2.0**-doublings if is_known else CALM
+            self.lr = max(self.lr * calm, self.lr_start / LONGEST_CALM)
+        if is_known:
+            doublings = min(0.0, doublings)
         self._slack = slack
         self._left = left
-        doublings *= min(1.0, (step - self._step) / self.interval)  # what the last change has done must show before the next
         self.alpha = min(high, max(low, self.alpha * 2.0**doublings))
         self._step = step
         if left > NEAR:
@@ -306,8 +315,13 @@ class Search:
 
     The response of a model to few steps is nearly proportional to the learning rate, so each try takes the wanted response over
     the last one's, within a factor of 10; between two tries with one alpha it follows a power law, since rows that a model
-    knows by heart give way late and then at once. Alpha is raised fourfold where the control rows fell, which is cheaper to see
-    here than during the run. A try that diverged bounds the search from above.
+    knows by heart give way late and then at once. A try that diverged bounds the search from above.
+
+    Where the control rows fell, the next try depends on the ones before. If they were kept with the same alpha and a lower
+    rate, the rate is what costs them, and the next one lies between the two. Otherwise alpha is raised fourfold. If that kept
+    no more of them than the try before it, alpha is put back, and the rate is lowered. The run begins with the best pair that
+    was tried: among those that kept the control rows the one whose response is nearest to the wanted one, by its ratio; or,
+    where all of them lost some, the one that kept the most.
 
     Args:
         target: what is to be reached.
@@ -349,14 +363,38 @@ class Search:
             kept: control probability after the try, over that before.
         """
         self.tries.append(Try(self.lr, self.alpha, response, kept))
-        lr, alpha = self.lr, self.alpha
-        too_far = response is None or response > CLOSE * self.wanted
-        if response is not None and kept < self.lowest_kept:
-            self.alpha *= ALPHA_FACTOR
-        if too_far or (kept >= self.lowest_kept and response is not None and response * CLOSE < self.wanted):
-            self.lr = self._guess(lr, alpha, response)
-        tried = (self.lr, self.alpha) in ((each.lr, each.alpha) for each in self.tries)
-        self.done = len(self.tries) >= self.max_tries or tried
+        self.lr, self.alpha = self._next()
+        is_tried = (self.lr, self.alpha) in ((each.lr, each.alpha) for each in self.tries)
+        self.done = len(self.tries) >= self.max_tries or is_tried
+        if self.done and not self.diverged:
+            self.lr, self.alpha, *_ = self._best()
+
+    def _next(self) -> tuple[float, float]:
+        """Return the learning rate and alpha to try next: those of the last try if nothing is left to find out."""
+        lr, alpha, response, kept = self.tries[-1]
+        if response is None or response > CLOSE * self.wanted:
+            return self._guess(lr, alpha, response), alpha
+        alike = [each for each in self.tries if each.alpha == alpha and each.response is not None]
+        if kept >= self.lowest_kept:
+            if response * CLOSE >= self.wanted:
+                return lr, alpha
+            losing = [each.lr for each in alike if each.lr > lr and each.kept < self.lowest_kept]
+            return (_rounded(math.sqrt(lr * min(losing))) if losing else self._guess(lr, alpha, response)), alpha
+        keeping = [each.lr for each in alike if each.lr < lr and each.kept >= self.lowest_kept]
+        if keeping:
+            return _rounded(math.sqrt(lr * max(keeping))), alpha
+        lower = [each for each in self.tries if each.lr == lr and each.alpha < alpha and each.kept >= kept]
+        if lower:
+            return _rounded(lr / math.sqrt(LR_FACTOR)), lower[-1].alpha
+        return lr, ALPHA_FACTOR * alpha
+
+    def _best(self) -> Try:
+        """Return the best of the tries that did not diverge."""
+        finite = [each for each in self.tries if each.response is not None]
+        keeping = [each for each in finite if each.kept >= self.lowest_kept]
+        if not keeping:
+            return max(finite, key=lambda each: each.kept)
+        return min(keeping, key=lambda each: abs(math.log(max(each.response or 0.0, 1e-9) / self.wanted)))
 
     def _guess(self, lr: float, alpha: float, response: float | None) -> float:
         """Return the learning rate with the wanted response, from the last try and the others with its alpha."""

@@ -76,6 +76,7 @@ class Steering:
         epoch = max(1, self._steps // config.epochs)
         self._window = min(epoch, -(-SAMPLE // len(examples)))  # steps that show the forget rows, or SAMPLE of them, once
         self._seen: list[float] = []  # probability of the forget rows of each of these steps
+        self._retain_nlls: list[float] = []  # of the retain rows, in the steps since the last evaluation
         self._parts = list(measures.control_parts_start)  # probability of each part of the control rows, as far as it is known
         self._next_part = 0
         self._last_seen = measures.target.forget_start  # of the last step before the last evaluation
@@ -122,6 +123,7 @@ class Steering:
         measures = self._measures
         self._tokens += n_tokens
         self._seen = [*self._seen, record["batch_forget_prob"]][-self._window :]
+        self._retain_nlls.append(record["retain_nll"])
         is_last = record["step"] == self._steps
         target = measures.target
         seen = sum(self._seen) / len(self._seen)
@@ -168,8 +170,14 @@ class Steering:
         self._note_nearest(record["step"], target.distance(forget_prob, control_prob))
         nearest_control = measures.control_by_parts(self._nearest_parts)
         is_lost = self._controller.observe(
-            record["step"], forget_prob, control_prob, exact=exact, nearest_control=nearest_control
+            record["step"],
+            forget_prob,
+            control_prob,
+            exact=exact,
+            nearest_control=nearest_control,
+            retain_nll=sum(self._retain_nlls) / len(self._retain_nlls),
         )
+        self._retain_nlls.clear()
         if is_lost and not is_last:
             restore(self._model, self._nearest)
             self._parts = list(self._nearest_parts)
@@ -238,6 +246,7 @@ class Steering:
             "tokens": self._tokens,
             "evaluated": self._evaluated,
             "seen": self._seen,
+            "retain_nlls": self._retain_nlls,
             "last_seen": self._last_seen,
             "parts": self._parts,
             "next_part": self._next_part,
@@ -254,6 +263,7 @@ class Steering:
         self._tokens = state_dict["tokens"]
         self._evaluated = state_dict["evaluated"]
         self._seen = state_dict["seen"]
+        self._retain_nlls = state_dict["retain_nlls"]
         self._last_seen = state_dict["last_seen"]
         self._parts = state_dict["parts"]
         self._next_part = state_dict["next_part"]

@@ -306,7 +306,8 @@ class Unlearner:
             processes.on_first(lambda: occupy(directory)) or contextlib.nullcontext() as file,
             Trackers(report_to if processes.first else (), directory, options) as trackers,  # ended after the model is saved
         ):
-            processes.on_first(lambda: self._describe(directory, options, checkpoints))
+            # A resumed run has its description already.
+            processes.on_first(lambda: None if checkpoints.steps() else self._describe(directory, options))
             notes = None if samples is None else self._notes(directory, samples)
             watch = None if notes is None else notes.watch
             try:
@@ -328,6 +329,8 @@ class Unlearner:
                     save_model(self.model, self.tokenizer, directory)
                     checkpoints.end(directory)
             except (OSError, Stopped) as error:
+                if isinstance(error, Stopped):
+                    processes.on_first(lambda: self._describe_again(directory, cast(TextIO, file), options))
                 raise type(error)(f"{error}; {checkpoints.advice()}") from error
             self._saved = directory
             processes.on_first(lambda: check_complete(directory))
@@ -372,10 +375,14 @@ class Unlearner:
         if merge and causal_lm.has_adapters(self.model):
             self.model = self.model.merge_and_unload()
 
-    def _describe(self, directory: pathlib.Path, options: dict[str, Any] | None, checkpoints: Checkpoints) -> None:
-        """Write the options and the counts of a new run."""
-        if checkpoints.steps():  # a resumed run, which has its description already
-            return
+    def _describe_again(self, directory: pathlib.Path, file: TextIO, options: dict[str, Any] | None) -> None:
+        """Write the description of a stopped run again if it was removed: without it the run could not go on."""
+        restore(directory, file)
+        if not (directory / RUN_FILE).exists():
+            self._describe(directory, options)
+
+    def _describe(self, directory: pathlib.Path, options: dict[str, Any] | None) -> None:
+        """Write the options and the counts of a run."""
         write_in_place(directory / RUN_FILE, json.dumps(options or {}, indent=1, default=str) + "\n")
         data: dict[str, Any] = {}
         for name, counts in self.counts.items():

@@ -1,4 +1,5 @@
 import io
+import json
 import pathlib
 
 import pytest
@@ -54,6 +55,19 @@ def test_two_models_are_asked_side_by_side(capsys):
     assert titles[0] != titles[1]
 
 
+def test_the_mean_probability_of_a_file(capsys):
+    rows = [{"question": QUESTION, "answer": ANSWER}, {"question": "Who?", "answer": "Nobody."}]
+    pathlib.Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["ask", "one", "--against=other", "--data=rows.jsonl", *HOW]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "mean probability of 2 answers in rows.jsonl"
+    for name, line in zip(("one", "other"), lines, strict=True):
+        model, tokenizer = load(name)
+        examples = [example_of(row["question"], row["answer"]) for row in rows]
+        sequences = encode_for(model, tokenizer, examples, EvaluateConfig(), "x")
+        assert line == f"{name}: {answer_probability(model, sequences, backend='reference'):.3g}"
+
+
 def test_one_model_is_asked_line_by_line(capsys, monkeypatch):
     """Without an answer there is no probability; blank lines are skipped."""
     monkeypatch.setattr("sys.stdin", io.StringIO("\nWho?\n  Where?\n"))
@@ -90,6 +104,9 @@ def test_texts_are_wrapped_into_columns(monkeypatch):
 
 @pytest.mark.parametrize("words, message", [
     (["one", " "], "question: expected some text, got ' '; write it in quotes"),
+    (["one", "--data=./nothing"], "nothing: expected a JSON-lines file, got no such file"),
+    (["one", "Who?", "--data=rows.jsonl"], "question: expected none with --data, got ['Who?']"),
+    (["one", "--answer=x", "--data=rows.jsonl"], "answer: expected none with --data, got 'x'"),
     (["one", "Who?", "--answer="], "answer: expected some text, got ''"),
     (["one", "Who?", "--answer=\udc80"], "answer: expected valid Unicode, got a lone surrogate"),
     (["one", "Who?", "--against=./nothing"], "model: expected a directory with config.json, or a hub name, got ./nothing"),

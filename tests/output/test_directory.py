@@ -159,6 +159,23 @@ def test_an_output_removed_during_a_run_is_named_and_the_model_is_there(more, fo
     assert "log.jsonl" not in out and (output / "model.safetensors").is_file()
 
 
+def test_a_run_that_was_stopped_after_its_output_was_removed_goes_on(folder, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    real = unlearn_module.train_step
+
+    def train_step(*args):
+        shutil.rmtree(output)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unlearn_module, "train_step", train_step)
+        patch.setattr("soul.checkpoint.local.Checkpoints.stop_requested", lambda self: True)
+        assert main(words(folder, output, "--epochs", "2")) == 143
+    assert main(words(folder, output, "--epochs", "2", "--resume")) == 0
+    steps = [json.loads(line)["step"] for line in (output / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 1
+
+
 def test_an_output_that_another_run_has_taken_is_left_to_it(folder, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     real = unlearn_module.train_step

@@ -159,6 +159,7 @@ def test_markdown_escapes_what_users_wrote():
         if line.startswith("| ") and NASTY[:3] in line:
             assert len(re.findall(r"(?<!\\)\|", line)) == 3
     assert "````\nsoul ask" in text and "\x1b" not in text
+    assert "\n\nProbability &lt;of&gt; answers: aim, keep\n\n" in text
     assert markdown.render(Page("a\n# b", "1. c\n- d", None, (), ())) == "# a ⏎ \\# b\n\n1\\. c ⏎ - d\n"
     assert "0.5" in markdown.render(Page("t", "", None, (Figure("x", "0.5"),), ()))
 

@@ -187,6 +187,17 @@ def test_too_slow_a_run_hurries_and_a_noisy_one_calms_down():
     assert steering.lr < 0.1
 
 
+def test_where_the_retain_rows_are_known_by_heart_the_rate_falls_in_place_of_a_rise_of_alpha():
+    rises, falls = controller(), controller()
+    for retain_nll, steering in ((0.5, rises), (0.001, falls)):
+        steering.observe(4, 0.5, 0.61, retain_nll=retain_nll)
+    assert falls.alpha == 10 < rises.alpha
+    assert falls.lr * falls.fall == pytest.approx(0.1 * 10 / rises.alpha) and rises.lr > falls.lr
+    assert falls.observe(8, 0.6, 0.3, retain_nll=0.001) and falls.alpha == 10  # going back does not raise it either
+    falls.observe(12, 0.3, 0.7, retain_nll=0.001)
+    assert falls.alpha < 10  # it may still fall
+
+
 def test_the_learning_rate_falls_near_the_aim_and_at_the_end():
     steering = controller()
     assert [steering.lr_at(step) for step in (3, 6, 20)] == pytest.approx([0.05, 0.1, 0.1])
@@ -255,11 +266,33 @@ def test_the_search_finds_the_wanted_response(first, power):
     assert best / 2 < search.lr < 2 * best
 
 
-def test_the_search_raises_alpha_where_the_control_rows_fall():
-    search = Search(target(), lr=1e-5, alpha=10.0, steps=STEPS)
+def searched(kept, *, lr=1e-5, tries=MAX_TRIES):
+    """Search with a synthetic model: the response is the wanted one at 1e-4 and alpha 10; ``kept`` of rate and alpha."""
+    search = Search(target(), lr=lr, alpha=10.0, steps=STEPS, tries=tries)
     while not search.done:
-        search.observe(search.lr * 3e4 * 10 / search.alpha, 0.9 if search.alpha < 100 else 1.0)
-    assert search.alpha >= 100
+        search.observe(search.wanted * search.lr / 1e-4 * 10 / search.alpha, kept(search.lr, search.alpha))
+    assert (search.lr, search.alpha) in [(each.lr, each.alpha) for each in search.tries]
+    return search
+
+
+def test_the_search_raises_alpha_where_that_keeps_the_control_rows():
+    search = searched(lambda lr, alpha: 0.9 if alpha < 40 else 1.0, lr=1e-4)
+    assert search.alpha == 40 and search.lr == 4e-4  # the rate follows: the response is the wanted one again
+
+
+def test_the_search_lowers_the_rate_where_that_keeps_the_control_rows():
+    """Facts learned by heart: a tenth of the rate keeps the control rows, and a fourfold alpha does not."""
+    search = searched(lambda lr, alpha: 1.0 if lr < 5e-5 else 0.96, tries=3)
+    assert (search.lr, search.alpha) == (3.2e-5, 10)  # between the two that were tried before
+    search = searched(lambda lr, alpha: 1.0 if lr < 5e-5 else 0.96, lr=1e-4)
+    assert (search.lr, search.alpha) == (3.2e-5, 10) and search.tries[1].alpha == 40  # tried in vain, and taken back
+
+
+def test_the_search_ends_with_the_best_pair_that_it_tried():
+    tries = searched(lambda lr, alpha: 1.0 - lr * 2e3, tries=4)  # the last one lost some again
+    assert tries.lr == 1e-5
+    search = searched(lambda lr, alpha: 0.9 - lr, lr=1e-4, tries=2)  # none keeps enough
+    assert (search.lr, search.alpha) == (1e-4, 10)
 
 
 def test_a_search_whose_first_tries_diverge_goes_down_and_one_that_always_does_says_so():
@@ -302,6 +335,8 @@ def test_mutants_of_the_controller_are_caught(tmp_path):
     for old, new, check in (
         ("self.alpha * 2.0**doublings", "self.alpha / 2.0**doublings",
          test_alpha_rises_while_the_constraint_binds_and_falls_where_there_is_room),
+        ("doublings = min(0.0, doublings)", "pass",
+         test_where_the_retain_rows_are_known_by_heart_the_rate_falls_in_place_of_a_rise_of_alpha),
         ("return forget_prob <= self.aim and", "return True or", test_only_exact_evaluations_decide),
     ):  # fmt: skip
         broken = mutant("soul.run.aim", old, new, tmp_path)

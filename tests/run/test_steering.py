@@ -350,6 +350,13 @@ def test_the_command_aims_without_a_rate_and_its_status_says_whether_it_has_reac
     assert json.loads((folder / "other" / "data.json").read_text())["control"]["rows"] == 8
 
 
+def test_a_pilot_that_only_diverges_ends_with_1_and_saves_no_model(folder, capsys, monkeypatch):
+    monkeypatch.setattr("soul.run.pilot._take_steps", lambda *_: False)
+    assert main(words(folder, "diverged")) == 1
+    assert "every learning rate of the pilot diverged (" in capsys.readouterr().err
+    assert not list((folder / "diverged").glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("more, retain, text", [
     (["--aim", "forget_prob=0.9999"], "retain.jsonl", "aim: expected a forget probability above the aim"),
     (["--aim", "0.1"], "retain.jsonl", "aim: expected 'auto', 'off' or forget_prob=X"),
