@@ -22,7 +22,7 @@ HF = [
     "jinja2>=3.1.6",  # in whose sandbox chat templates run; older ones let them out
     "tqdm>=4.66.3",
 ]
-EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2"]
+EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
 PLOTS = ["matplotlib>=3.9"]
 # No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
 DURABILITY = ["torchao>=0.13"]
@@ -55,6 +55,7 @@ setup(
     # .ci/check_dist.py holds the wheel against the files of both packages.
     package_data={
         "soul": ["py.typed"],
+        "soul.tasks": ["refusals/*.txt"],
         "soul_kernels": ["py.typed"],
         "soul.integrations.open_unlearning": ["README.md", "configs/trainer/*.yaml"],
     },
@@ -63,6 +64,9 @@ setup(
         "hf": HF,
         "eval": EVAL,
         "plots": PLOTS,
+        # Not in "all": the first one pins scikit-learn, whose version it was trained with; the second one brings much else.
+        "detox": ["alt-profanity-check>=1.5"],
+        "lmeval": ["lm-eval>=0.4.9"],
         "durability": DURABILITY,
         **TRACKERS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],

@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and threads of one 
 
 WORKERS = pytest.StashKey[list]()  # what the workers of pytest-xdist have executed as PTX
 EXTRAS = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml", "accelerate", "rouge_score",
-          "scipy", "sklearn", "matplotlib", "pytest_benchmark")  # fmt: skip
+          "sacrebleu", "scipy", "sklearn", "matplotlib", "pytest_benchmark")  # fmt: skip
 
 
 def pytest_addoption(parser):

@@ -61,8 +61,8 @@ def test_arrows_run_one_way(house):
 @pytest.mark.parametrize("wing", [wing for wing in architecture.WINGS if (ROOT / "soul" / wing / "__init__.py").exists()])
 def test_a_wing_says_what_it_may_import_and_where_to_start_reading(house, wing):
     docstring = ast.get_docstring(house[f"soul.{wing}".rstrip(".")])
-    (stated,) = re.findall(r"^May import: ([\w, ]+|nothing of ``soul``)\.", docstring, re.MULTILINE)
-    names = set() if stated.startswith("nothing") else set(stated.split(", "))
+    (stated,) = re.findall(r"^May import: ([\w,\s]+|nothing of ``soul``)\.", docstring, re.MULTILINE)
+    names = set() if stated.startswith("nothing") else set(re.split(r",\s+", stated))
     assert {"" if name == "soul" else name for name in names} == architecture.WINGS[wing]
     assert "Start reading with `" in docstring
 
@@ -175,7 +175,8 @@ def test_what_an_extra_brings_is_imported_within_functions(package):
 
 
 # Import -> name on PyPI, if another.
-DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi", "quack": "quack-kernels"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "optimi": "torch-optimi", "quack": "quack-kernels",
+                 "profanity_check": "alt-profanity-check"}  # fmt: skip
 BUILT = {"apex", "dion", "transformer_engine"}  # by commands of their own: bench/_harness.py, INSTALLED_BY
 OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unlearning's own
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from soul._extras import require
-from soul.commands import durability
+from soul.commands import durability, evaluate_task
 from soul.commands.device_options import add_device
 from soul.commands.lists import names_of
+from soul.commands.task_options import add_task
 from soul.commands.template_options import add_template
 from soul.data.examples import Counts, Example, Question
 from soul.data.rows import Row
@@ -106,6 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                       "--from-logs only for --format open-unlearning")  # fmt: skip
     what.add_argument("--json", metavar="FILE", help="new file for the numbers")
     how = parser.add_argument_group("with --model")
+    add_task(how, "its measures in place of TOFU's")
+    evaluate_task.add_evaluate_task(how)
     how.add_argument("--data", metavar="DIR", help="directory with TOFU's *_perturbed.jsonl, or the word tofu for the hub's")
     how.add_argument("--retain-model", metavar="DIR_OR_NAME", help="in place of --retain-logs; its log goes to OUTPUT/retain")
     how.add_argument("--split", default="forget10", metavar="NAME", help="TOFU's name of the forget set (default: %(default)s)")
@@ -140,7 +143,11 @@ def _add_attacks(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.durability:
+        evaluate_task.check_none(args, "--durability")
         durability.run(args)
+        return
+    if evaluate_task.settle(args):
+        evaluate_task.run(args)
         return
     for name in ("scipy.stats", *(("sklearn.metrics",) if args.holdout or args.soul_metrics else ())):
         require(name, "eval")

@@ -8,6 +8,7 @@ be kept; and "unlearned". This command makes the first two. It is a run of ``sou
 import argparse
 
 from soul.commands import unlearn
+from soul.commands.task_options import add_task, fill_memorize
 from soul.run.config import MEMORIZE, OPTIMIZERS
 from soul_kernels.errors import argument_error, check_choice
 
@@ -25,12 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
     add(
         "--data",
-        required=True,
         action="append",
         default=[],
         metavar="DATA",
         help="rows to be learned, as --forget of soul unlearn takes them; may be repeated: the rows of all are learned",
     )
+    add_task(parser, "it fills in --data")
     add("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     options = parser.add_argument_group("run")
     add = options.add_argument
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command, in every process that torchrun has started; return the exit status."""
     if args.method != MEMORIZE:
         raise argument_error("method", f"{MEMORIZE!r}", repr(args.method), "soul unlearn makes a model forget")
+    fill_memorize(args)
     _settle(args)
     parser = argparse.ArgumentParser()
     unlearn.add_arguments(parser)

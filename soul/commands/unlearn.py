@@ -23,6 +23,7 @@ from soul.commands.config_file import ListPresets
 from soul.commands.device_options import add_device
 from soul.commands.lists import names_of
 from soul.commands.push import add_hub, card_of_run, check_hub, open_hub, push_run
+from soul.commands.task_options import add_task, fill_unlearn
 from soul.commands.template_options import add_template
 from soul.data.sources import digest, rows
 from soul.distributed.processes import Processes, check_supported, started
@@ -77,13 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="DIR_OR_NAME", help="directory or hub name of a causal LM")
     add(
         "--forget",
-        required=True,
         metavar="DATA",
         help="JSON lines or parquet with question/answer, prompt/completion, prompt/response, messages or text; "
         "or a name: tofu:forget10, tofu:forget10@DIR, muse:news/forget, wmdp:cyber-forget, "
         "hub:OWNER/NAME:SUBSET/SPLIT (docs/data.md)",
     )
     add("--retain", metavar="DATA", help="data to keep, in the same formats; needed unless the method has no retain term")
+    add_task(paths, "it fills in --forget, --retain, --refusals and, near their size, the options of a published run")
     add("--output", required=True, metavar="DIR", help="new or empty directory for model, tokenizer and log")
     aim = parser.add_argument_group("aim", "What the run is for. Without --lr, --alpha and --stop-* it is on.")
     add = aim.add_argument
@@ -270,6 +271,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command, in every process that torchrun has started; return the exit status."""
     if args.method == MEMORIZE:
         raise argument_error("method", "a method that forgets", MEMORIZE, "soul memorize fine-tunes a model on rows")
+    fill_unlearn(args)
     return train(args)
 
 

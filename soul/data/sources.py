@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from soul._extras import require
 from soul.data.examples import Counts, Example, Question
+from soul.data.protocols import passages, safe_rlhf
 from soul.data.rows import ChooseColumns, Row, check_text, is_blank, read_file
 from soul.data.templates import Template
 from soul_kernels.errors import ArgumentError, argument_error
@@ -21,6 +22,7 @@ COLUMNS: tuple[tuple[str, ...], ...] = (
     ("question", "answer"),
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "gt"),  # of MUSE's verbmem
     ("messages",),
     ("text",),
 )
@@ -59,7 +61,8 @@ def rows(source: Source, name: str = "rows", *, drop: bool = False, counts: Coun
     Args:
         source: one of these: the path of a JSON-lines or parquet file; ``tofu:NAME``, ``muse:CORPUS/SPLIT``,
             ``muse:CORPUS/SUBSET/SPLIT``, ``wmdp:NAME`` or ``hub:OWNER/NAME[:SUBSET][/SPLIT]``, from the Hugging Face hub;
-            ``tofu:NAME@DIR`` or ``wmdp:NAME@DIR``, from a folder with the benchmark's files; an iterable of mappings, such as a
+            ``tofu:NAME@DIR`` or ``wmdp:NAME@DIR``, from a folder with the benchmark's files; ``passages:...`` and
+            ``saferlhf:...``, made of a text or of another data set by `soul.data.protocols`; an iterable of mappings, such as a
             ``datasets.Dataset``. A list of paths and names stands for the rows of all of them, with the columns of the first.
         name: what to call an iterable in errors.
         drop: leave out rows whose answer or text is blank, and count them.
@@ -303,6 +306,8 @@ _KINDS: dict[str, Callable[[str, str, ChooseColumns], list[Row]]] = {
     "muse": _muse,
     "wmdp": _wmdp,
     "hub": _hub,
+    "passages": lambda source, rest, choose: passages(source, rest, lambda other, columns: read(other, source, columns)),
+    "saferlhf": lambda source, rest, choose: safe_rlhf(source, rest, lambda other, columns: read(other, source, columns)),
 }
 
 

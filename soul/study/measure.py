@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from soul.data.examples import Sequence
+from soul.data.examples import Example, Sequence
+from soul.data.instructions import instruct, instruct_template
 from soul.evaluate import metrics
 from soul.evaluate.model import EncodedQuestions, EvaluateConfig, answer_columns, encode_questions, kl_divergence, ratio_columns
 from soul.models.encoding import encode_for
@@ -57,16 +58,30 @@ def encode_start(
     tokenizer: "PreTrainedTokenizerBase",
     data: StudyData,
     config: StudyConfig,
+    instruction: str | None = None,
 ) -> Start:
-    """Return the `Start` of two models, with as many rows to measure on as the config asks for."""
+    """Return the `Start` of two models, with as many rows to measure on as the config asks for.
+
+    With an instruction, it stands before every row that is measured on. The retain model's truth ratios are those without it:
+    they are what a model is compared with, however it is asked.
+    """
     device = next(full.parameters()).device
-    options = EvaluateConfig(backend=config.backend, max_new_tokens=1, batch_size=BATCH_SIZES[device.type])
+    plain = EvaluateConfig(backend=config.backend, max_new_tokens=1, batch_size=BATCH_SIZES[device.type])
+    options = plain
+    if instruction is not None:
+        options = dataclasses.replace(plain, template=instruct_template(instruction, plain.template, None)[0])
 
     def thinned(rows: list[T]) -> list[T]:
         """Return at most ``config.retain_rows`` rows, at equal distances, so that all authors are among them."""
         return rows[:: max(1, len(rows) // config.retain_rows)][: config.retain_rows]
 
+    def asked(rows: list[Example]) -> list[Example]:
+        return rows if instruction is None else [instruct(instruction, row) for row in rows]
+
     forget = encode_questions(full, tokenizer, data.forget_questions, options, "forget")
+    plain_forget = forget
+    if instruction is not None:
+        plain_forget = encode_questions(full, tokenizer, data.forget_questions, plain, "forget")
     return Start(
         full=full,
         retain_model=retain_model,
@@ -74,9 +89,9 @@ def encode_start(
         options=options,
         forget=forget,
         questions=encode_questions(full, tokenizer, thinned(data.retain_questions), options, "retain"),
-        retain=encode_for(full, tokenizer, thinned(data.retain), options, "retain"),
-        holdout=encode_for(full, tokenizer, data.holdout, options, "holdout"),
-        retain_ratios=truth_ratios(retain_model, forget, options),
+        retain=encode_for(full, tokenizer, asked(thinned(data.retain)), options, "retain"),
+        holdout=encode_for(full, tokenizer, asked(data.holdout), options, "holdout"),
+        retain_ratios=truth_ratios(retain_model, plain_forget, plain),
     )
 
 

@@ -16,8 +16,11 @@ from soul.study.config import ARMS, BASELINE, INFLUENCE, OBJECTIVES
 from soul.study.fronts import LOSES, WINS, Row, Verdict, chance
 from soul.study.pictures import draw
 from soul.study.results import GRID, TITLES, Results
-from soul.study.run import MODELS, RESULTS_FILE, Study
+from soul.study.run import MODELS, PROMPT, RESULTS_FILE, Study
 
+PROMPT_NOTE = """
+- Prompt: the model before unlearning, with an instruction to pretend ignorance before every question. Nothing is trained,
+  and the model still knows everything. Its truth ratios are held against those of the retain model, asked plainly."""
 COLUMNS = {  # table of chosen runs: measurement -> heading, decimals
     "forget_quality": ("forget quality", 1),
     "forget_prob": ("forget prob", 3),
@@ -53,8 +56,10 @@ def table(results: Results) -> str:
     """Return the table of chosen runs: mean and spread over the seeds."""
     head = ["objective", "optimizer", *(name for name, _ in COLUMNS.values()), "chosen of"]
     rows = []
-    for model, title in (("full", "before unlearning"), ("retain", "retain model, the goal")):
-        rows.append(["", title, *_cells([results.starts[str(seed)][model] for seed in results.seeds]), ""])
+    starts = [results.starts[str(seed)] for seed in results.seeds]
+    for model, title in (("full", "before unlearning"), ("retain", "retain model, the goal"), (PROMPT, "prompt")):
+        if all(model in start for start in starts):
+            rows.append(["", title, *_cells([start[model] for start in starts]), ""])
     for objective in results.objectives:
         rows += [_table_row(results, objective, arm, OBJECTIVES[objective]) for arm in ARMS]
     rows.append(_table_row(results, INFLUENCE, INFLUENCE, ""))
@@ -251,6 +256,7 @@ def report(content: Mapping[str, Any], *, title: str, pictures: str = "") -> str
         f"all rows and one on the retain rows only. Every run{' of the seed' if several else ''} unlearns the first of them, "
         "and is measured against the second."
     )
+    prompt_note = PROMPT_NOTE if all(PROMPT in start for start in results.starts.values()) else ""
     environment = content["environment"]
     clock = "processor time" if "processes of one thread" in environment["device"] else "wall-clock time"
     resumed = " since it was resumed" if content["resumed"] else ""
@@ -296,7 +302,7 @@ def report(content: Mapping[str, Any], *, title: str, pictures: str = "") -> str
   ratio on retain rows. It is TOFU's model utility without what a model from scratch cannot know, and without generation.
 - MIA: area under the ROC curve of membership inference, forget rows against rows that no model has seen. 1: the forget rows
   are remembered; 0.5: they are not; below 0.5: they are less likely than unseen rows, which gives them away as well.
-- Seconds: {clock} of unlearning alone.
+- Seconds: {clock} of unlearning alone.{prompt_note}
 
 ## Frontiers
 
@@ -332,7 +338,10 @@ def write_report(study: Study, content: Mapping[str, Any], *, title: str) -> pat
         content: the return value of `soul.study.run.run_study`.
         title: heading of the report.
     """
-    starts = {seed: start | {model: _rounded(start[model]) for model in MODELS} for seed, start in content["starts"].items()}
+    starts = {
+        seed: start | {name: _rounded(start[name]) for name in (*MODELS, PROMPT) if name in start}
+        for seed, start in content["starts"].items()
+    }
     content = {**content, "starts": starts, "rows": [_rounded(row) for row in content["rows"]]}
     write_text(study.output / RESULTS_FILE, json.dumps(content, separators=(",", ":")) + "\n")
     draw(Results(content), study, study.output)

@@ -34,6 +34,7 @@ import torch
 
 from soul._extras import require
 from soul.checkpoint.local import save_model
+from soul.data.instructions import IGNORANCE
 from soul.evaluate.logs import write_json
 from soul.models.encoding import encode_for
 from soul.models.loading import load, pick_device
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 STUDY_FILE, RESULTS_FILE = "study.json", "results.json"
 MODELS = ("full", "retain")  # trained on all rows, and on the retain rows alone
+PROMPT = "prompt"  # the input-based baseline: the first model, asked to pretend ignorance. Earlier studies lack it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,12 +309,14 @@ def start_of(study: Study, seed: int) -> Start:
 
 
 def _measure_start(study: Study, seed: int) -> None:
-    """Measure the two models of a seed."""
+    """Measure the two models of a seed; and the first one with an instruction to pretend ignorance before every question."""
     start = start_of(study, seed)
     training = {name: _trained(study, seed, name) for name in MODELS}
     full = measure(start.full, start)
     retain = measure(start.retain_model, start)
-    write_json(study.start_path(seed), {"seed": seed, "training": training, "full": full, "retain": retain})
+    prompted = encode_start(start.full, start.retain_model, start.tokenizer, study.data, study.config, IGNORANCE)
+    numbers = {"full": full, "retain": retain, PROMPT: measure(start.full, prompted)}
+    write_json(study.start_path(seed), {"seed": seed, "training": training, **numbers})
 
 
 def unlearn_config(run: Run, config: StudyConfig) -> UnlearnConfig:

@@ -88,7 +88,7 @@ def test_questions_by_name(monkeypatch):
     ("hub:./mine:part/test", "hub:./mine:part/test: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
     ("hub:me/mine:../test", "hub:me/mine:../test: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
     ("hub:me/a--b", "hub:me/a--b: expected hub:OWNER/NAME[:SUBSET][/SPLIT]"),
-    ("tfou:forget10", "tfou:forget10: expected a path, or a name that begins with tofu:, muse:, wmdp:, hub:, got tfou:"),
+    ("tfou:forget10", "tfou:forget10: expected a path, or a name that begins with tofu:, muse:, wmdp:, hub:, passages:, sa"),
     ("tofu:forget10@nowhere", "expected forget10.jsonl or forget10.json or forget10.parquet in nowhere, got none of them"),
     (7, "rows: expected a path, a name, or a list of rows, got int"),
     ([3], "rows, row 0: expected a mapping of columns, got int"),

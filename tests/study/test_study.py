@@ -260,6 +260,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
     assert {row["arm"] for row in diverged} >= {"adamw", "soul"} and all(row["lr"] == 1e30 for row in diverged)
     for start in results["starts"].values():
         full = start["full"]
+        assert start["prompt"].keys() == full.keys() and start["prompt"]["forget_prob"] != full["forget_prob"]
         goal = start["retain"]
         assert full["forget_prob"] > goal["forget_prob"] and goal["forget_kl"] == goal["forget_quality"] == 0.0
     assert results["starts"]["0"]["full"] != results["starts"]["1"]["full"]  # seeds have models of their own
@@ -267,7 +268,7 @@ def test_a_whole_study_in_small(tmp_path, monkeypatch):
         assert "diverged" in row or row["forget_prob"] < results["starts"][str(row["seed"])]["full"]["forget_prob"]
         assert ("clip_fraction" in row) == (row["arm"].startswith("soul") and "diverged" not in row) or "diverged" in row
     text = path.read_text()
-    assert "of 4 runs diverged" in text and "| 2, 1 | diverged |" in text
+    assert "of 4 runs diverged" in text and "| 2, 1 | diverged |" in text and "|  | prompt | -" in text
     for picture in ("frontiers", "utility", "curves", "clipped"):
         assert f"({picture}.png)" in text and (output / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     assert report(json.loads((output / "results.json").read_text()), title="Small") == text  # of the JSON alone

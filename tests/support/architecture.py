@@ -33,6 +33,7 @@ WINGS = {
     "model_loss": {"compat", "losses", "models"},
     "patching": {"_extras", "losses", "model_loss", "models"},
     "evaluate": {"_extras", "data", "models", "output"},
+    "tasks": {"_extras", "data", "evaluate", "models", "presets"},
     "checkpoint": {"_extras", "distributed", "models", "output"},
     "run": {"_extras", "checkpoint", "data", "distributed", "evaluate", "hub", "losses", "models", "optim", "output"},
     "plan": {"_extras", "data", "distributed", "losses", "models", "optim", "run"},
@@ -41,7 +42,7 @@ WINGS = {
     "integrations": {"compat", "data", "distributed", "losses", "model_loss", "models", "optim"},
     "": {"functional", "losses", "model_loss", "models", "optim", "patching", "plan", "run"},
     "commands": {"", "_extras", "checkpoint", "data", "distributed", "durability", "evaluate", "hub", "losses", "models",
-                 "output", "plan", "presets", "report", "run", "study"},
+                 "output", "plan", "presets", "report", "run", "study", "tasks"},
     "cli": {"", "_extras", "checkpoint", "commands", "distributed", "hub", "output", "run"},
     "__main__": {"cli"},
 }  # fmt: skip
