@@ -19,7 +19,7 @@ from soul.report.write import attempt, write_page
 from soul_kernels.errors import argument_error
 
 RESULT_FILE = "durability.json"
-OTHERS = {"before": "base", "retrained": "retain_model"}  # name of an outcome -> the option that names its model
+OTHERS = {"before": "against", "retrained": "retain_model"}  # name of an outcome -> the option that names its model
 UNUSED = (
     "from_logs",
     "retain_logs",
@@ -41,7 +41,6 @@ def add_durability(parser: argparse.ArgumentParser) -> None:
     add("--durability", action="store_true", help="attack the model, and ask it again what it has forgotten")
     add("--forget", metavar="DATA", help="rows that were forgotten: question and answer, or prompt and completion")
     add("--retain", metavar="DATA", help="rows that should still be known")
-    add("--base", metavar="DIR_OR_NAME", help="the model before unlearning: for the share of what returned")
     add("--attacks", type=names_of, metavar="NAME,...", help=f"from {', '.join(ATTACKS)} (default: all)")
     add("--relearn-rows", type=int, default=defaults.relearn_rows, metavar="N",
         help="rows that are learned again (default: %(default)s)")  # fmt: skip

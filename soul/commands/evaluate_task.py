@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 def add_evaluate_task(group: argparse._ActionsContainer) -> None:
     """Declare the options of ``soul evaluate`` that are about tasks, beside ``--task`` itself."""
     add = group.add_argument
-    add("--against", metavar="DIR_OR_NAME", help="with --task or --lm-eval: another model, such as the one before unlearning, "
+    add("--against", metavar="DIR_OR_NAME", help="with --task, --lm-eval or --durability: another model, such as the one before unlearning, "
         "measured beside the first")  # fmt: skip
     add("--scorer", metavar="NAME", help="of the task detox: unitary/toxic-bert, profanity-check (offline), or a classifier, a "
         "directory or a hub name, :LABEL behind it (default: the first; with --task-option data=... the second)")  # fmt: skip
@@ -101,7 +101,7 @@ def settle(args: argparse.Namespace) -> bool:
 
 def check_none(args: argparse.Namespace, other: str) -> None:
     """Raise if there is an option about tasks beside another one, which measures something else."""
-    for name in ("task", "text", "against", "scorer", "lm_eval", "system_prompt"):
+    for name in ("task", "text", "scorer", "lm_eval", "system_prompt"):
         if getattr(args, name) is not None:
             raise argument_error(name, f"nothing with {other}", getattr(args, name), "measure the two in commands of their own")
 

@@ -142,7 +142,7 @@ def words(folder, *more):
 
 
 def test_the_command_attacks_a_model_and_shows_what_returned(folder, capsys):
-    others = ("--base", str(folder / "base"), "--retain-model", str(folder / "base"))
+    others = ("--against", str(folder / "base"), "--retain-model", str(folder / "base"))
     assert main(words(folder, *others, "--output", str(folder / "out"))) == 0
     lines = capsys.readouterr().out.splitlines()
     results = json.loads((folder / "out" / "durability.json").read_text())
