@@ -143,7 +143,7 @@ def _add_attacks(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     if args.durability:
-        evaluate_task.check_none(args, "--durability")
+        evaluate_task.check_none(args, "--durability", but=("against",))
         durability.run(args)
         return
     if evaluate_task.settle(args):

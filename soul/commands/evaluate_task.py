@@ -10,6 +10,7 @@ import functools
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from soul.commands.lists import names_of
@@ -65,8 +66,8 @@ class Measured(NamedTuple):
 def add_evaluate_task(group: argparse._ActionsContainer) -> None:
     """Declare the options of ``soul evaluate`` that are about tasks, beside ``--task`` itself."""
     add = group.add_argument
-    add("--against", metavar="DIR_OR_NAME", help="with --task, --lm-eval or --durability: another model, such as the one before unlearning, "
-        "measured beside the first")  # fmt: skip
+    add("--against", metavar="DIR_OR_NAME", help="with --task, --lm-eval or --durability: another model, such as the one "
+        "before unlearning, measured beside the first")  # fmt: skip
     add("--scorer", metavar="NAME", help="of the task detox: unitary/toxic-bert, profanity-check (offline), or a classifier, a "
         "directory or a hub name, :LABEL behind it (default: the first; with --task-option data=... the second)")  # fmt: skip
     add("--lm-eval", metavar="A,B", help="tasks of EleutherAI's harness, or FOLDER/NAME of your own; extra lmeval")
@@ -99,10 +100,10 @@ def settle(args: argparse.Namespace) -> bool:
     return False
 
 
-def check_none(args: argparse.Namespace, other: str) -> None:
-    """Raise if there is an option about tasks beside another one, which measures something else."""
-    for name in ("task", "text", "scorer", "lm_eval", "system_prompt"):
-        if getattr(args, name) is not None:
+def check_none(args: argparse.Namespace, other: str, but: Collection[str] = ()) -> None:
+    """Raise if there is an option about tasks beside another one, which measures something else and takes only ``but``."""
+    for name in ("task", "text", "against", "scorer", "lm_eval", "system_prompt"):
+        if name not in but and getattr(args, name) is not None:
             raise argument_error(name, f"nothing with {other}", getattr(args, name), "measure the two in commands of their own")
 
 

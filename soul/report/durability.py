@@ -84,9 +84,8 @@ def table(outcomes: Sequence[Mapping[str, Any]]) -> Table:
 def _verdict(attacked: Sequence[Mapping[str, Any]]) -> Verdict:
     shares = {title(outcome["name"]): outcome["returned"] for outcome in attacked if outcome.get("returned") is not None}
     if not shares:
-        return Verdict(
-            OPEN, "What returned is not measured", ("Pass --against, the model before unlearning, to compare with.",)
-        )
+        remedy = "Pass --against, the model before unlearning, to compare with."
+        return Verdict(OPEN, "What returned is not measured", (remedy,))
     worst = max(shares, key=lambda name: shares[name])
     if shares[worst] <= LITTLE:
         return Verdict(GOOD, f"No attack brought back more than {LITTLE:.0%} of what was forgotten")
