@@ -5,10 +5,9 @@ asks to ignore instructions (``JAILBREAKS``, our own), or asked in other words.
 """
 
 import contextlib
-import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -117,21 +116,12 @@ def check_layers(model: "PreTrainedModel") -> None:
 
 def check_torchao() -> None:
     """Raise unless torchao is installed."""
-    _torchao()
-
-
-def _torchao() -> Any:
-    """Import torchao's quantization. It says which of its CUDA libraries do not load, which nobody here needs to know."""
-    logging.disable(logging.WARNING)
-    try:
-        return require("torchao.quantization", "durability")
-    finally:
-        logging.disable(logging.NOTSET)
+    require("torchao.quantization", "durability")
 
 
 def _quantizer(bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function of a weight [rows, columns] that returns it rounded."""
-    torchao = _torchao()
+    torchao = require("torchao.quantization", "durability")
 
     def quantize(weight: torch.Tensor) -> torch.Tensor:
         rows, columns = weight.shape

@@ -58,6 +58,17 @@ NOTICES = (
         "max_length is the default of the model's generation_config.json, and max_new_tokens is what the command asks for",
         "transformers.generation.utils",
     ),
+    Notice(
+        r"Failed to load .*\.so: Could not load this library: .*\.so",
+        "torchao's libraries for GPUs, which rounding does not use; transformers and peft import torchao wherever it is",
+        "torchao",
+    ),
+    Notice(
+        r"<enum '\w+'> is an Enum subclass and is now natively supported by torch\.compile as an opaque value type\. Calling "
+        r"register_constant\(\) on Enum subclasses is deprecated and will be an error in a future release\.",
+        "torchao calls it when it is imported",
+        "torch.utils._pytree",
+    ),
 )
 
 

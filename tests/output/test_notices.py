@@ -1,5 +1,6 @@
 """Warnings that no user can do anything about are not shown by the command, and all others are."""
 
+import contextlib
 import importlib.metadata
 import logging
 import re
@@ -10,7 +11,7 @@ import pytest
 from soul.output.notices import NOTICES, filtered
 from tests.support.models import tiny_model, tiny_tokenizer
 
-LOGGED = [notice for notice in NOTICES if notice.logger is not None]
+LOGGED = [notice for notice in NOTICES if notice.logger is not None and notice.logger.startswith("transformers")]
 
 
 class Kept(logging.Handler):
@@ -83,3 +84,22 @@ def test_warnings_of_python_are_hidden_by_their_whole_text():
 
 def test_every_one_has_a_reason():
     assert all(notice.reason for notice in NOTICES)
+
+
+def test_what_torchao_says_when_it_is_imported_is_hidden(caplog):
+    """It is imported once in a process, so its texts are logged by hand here."""
+    enum = (
+        "<enum 'Kernel'> is an Enum subclass and is now natively supported by torch.compile as an opaque value type. Calling "
+        "register_constant() on Enum subclasses is deprecated and will be an error in a future release."
+    )
+    records = [
+        ("torchao", "Failed to load /a/torchao/_C_mxfp8.abi3.so: Could not load this library: /a/torchao/_C_mxfp8.abi3.so"),
+        ("torch.utils._pytree", enum),
+    ]
+    for hidden in (True, False):
+        with filtered() if hidden else contextlib.nullcontext():
+            for name, text in records:
+                logging.getLogger(name).warning(text)
+                logging.getLogger(name).warning("something else")
+    shown = [record.getMessage() for record in caplog.records if record.name == "torchao"]
+    assert shown == ["something else", records[0][1], "something else"]
