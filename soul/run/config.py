@@ -274,6 +274,7 @@ class UnlearnConfig:
         """
         left_out = ("reference_cache",) if self.aims else ("reference_cache", "aim", "keep_retain")
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+        options["eval_metrics"] = list(self.eval_metrics)  # as JSON has it
         if self.refusals is not None:
             options["refusals"] = hashlib.blake2b("\n".join(self.refusal_texts()).encode(), digest_size=16).hexdigest()
         return options

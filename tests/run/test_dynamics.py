@@ -113,7 +113,7 @@ def test_without_an_allowed_point_the_last_one_stays(tokenizer):
 
 def test_a_stopped_run_keeps_the_same_best_point(tokenizer, tmp_path):
     """The best point lies before the checkpoint, and its weights are in it."""
-    options = dict(eval_every=1, keep_best=RULE, method="ga", schedule="constant")
+    options = dict(eval_every=1, keep_best=RULE, eval_metrics=OWN[2:], method="ga", schedule="constant")
     whole, want = run(tokenizer, **options)
     with pytest.raises(Stopped):
         run(tokenizer, StopAfter(tmp_path, 4), **options)
