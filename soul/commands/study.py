@@ -1,4 +1,4 @@
-"""``soul study``: first order against second order on TOFU."""
+"""``soul study``: first order against second order on TOFU, on passages of a text, or on unsafe answers."""
 
 import argparse
 import dataclasses
@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from soul.study.config import StudyConfig
     from soul.study.data import StudyData
 
-HELP = "AdamW against SOUL on TOFU, over objectives, grids and seeds, with small models trained from scratch"
+TITLES = {"tofu": "TOFU", "copyright": "passages of a text", "detox": "unsafe answers"}
+HELP = "AdamW against SOUL, over objectives, grids and seeds, with small models trained from scratch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--data", required=True, metavar="DIR", help="directory with TOFU's files")
+    parser.add_argument("--task", default="tofu", metavar="NAME", help=f"{', '.join(TITLES)} (default: %(default)s)")
+    parser.add_argument("--data", required=True, metavar="PATH", help="directory with TOFU's files; for copyright a text file; "
+                        "for detox files with PKU-SafeRLHF's columns")  # fmt: skip
     parser.add_argument("--preset", default="laptop", metavar="NAME", help="laptop or tofu (default: %(default)s)")
     parser.add_argument("--output", default="out/study", metavar="DIR", help="new directory, or that of a study to continue")
     parser.add_argument("--seeds", type=numbers_of, metavar="N,N,...", help="seeds of the runs (default: the preset's)")
@@ -28,17 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     from soul.study.config import PRESETS
-    from soul.study.data import tofu_data
+    from soul.study.data import copyright_data, detox_data, tofu_data
     from soul.study.run import check_ready, run_study
     from soul_kernels.errors import check_choice
 
     check_choice("preset", args.preset, ("laptop", "tofu"))
+    check_choice("task", args.task, tuple(TITLES))
     lists = {"seeds": args.seeds, "objectives": args.objectives}
     changes: dict[str, Any] = {name: tuple(values) for name, values in lists.items() if values is not None}
     config = dataclasses.replace(PRESETS[args.preset], device=args.device, backend=args.backend, **changes)
     output = check_ready(args.output, config)
-    data = tofu_data(args.data, config)
-    show(output, data, config, run_study(output, data, config), "Second order against first order on TOFU")
+    data = {"tofu": tofu_data, "copyright": copyright_data, "detox": detox_data}[args.task](args.data, config)
+    title = f"Second order against first order on {TITLES[args.task]}"
+    show(output, data, config, run_study(output, data, config), title)
 
 
 def show(output: pathlib.Path, data: "StudyData", config: "StudyConfig", results: dict[str, Any], title: str) -> None:

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 from soul.data import fictitious
 from soul.data.examples import Example, Question, ask
-from soul.data.sources import read_examples, read_questions
+from soul.data.sources import read_examples, read_questions, rows
 from soul.study.config import StudyConfig
 from soul_kernels.errors import argument_error
 
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
+PASSAGE_WORDS = 16  # of a prompt, and of its answer
+FALSE_ANSWERS = 3
 
 T = TypeVar("T")
 
@@ -115,6 +117,85 @@ def demo_data(config: StudyConfig) -> StudyData:
         f"{len(holdout)} that no model has seen."
     )
     return StudyData(_examples(forget), _examples(retain), _examples(holdout), forget, retain, note)
+
+
+def copyright_data(path: str | os.PathLike[str], config: StudyConfig) -> StudyData:
+    """Return passages of a text: its beginning to forget, what follows to retain, and its end to hold out.
+
+    A passage is asked for by its first ``PASSAGE_WORDS`` words and answered by as many that follow. There are as many passages
+    as a study of TOFU has rows. False answers are those of other passages of the same set.
+
+    Args:
+        path: a text file, UTF-8.
+        config: `soul.study.config.StudyConfig`, for ``forget_authors``, ``retain_authors`` and ``rows_per_author``.
+
+    Raises:
+        ArgumentError: the file cannot be read, or the text is too short.
+    """
+    path = pathlib.Path(path)
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise argument_error("data", "a text file in UTF-8", f"{path} ({type(error).__name__})", "check the path") from None
+    n_forget, n_retain = _sizes(config)
+    needed = (2 * n_forget + n_retain) * 2 * PASSAGE_WORDS
+    if len(words) < needed:
+        raise argument_error("data", f"a text of at least {needed} words", f"{len(words)} in {path}", "take a longer text")
+    middle, size = PASSAGE_WORDS, 2 * PASSAGE_WORDS
+    passages = [words[first : first + size] for first in range(0, len(words) - size + 1, size)]
+    pairs = [(" ".join(passage[:middle]), " ".join(passage[middle:])) for passage in passages]
+    note = (
+        f"{path.name}: passages of {size} words, asked for by the first {middle}; the first {n_forget} to forget, the next "
+        f"{n_retain} to retain, and the last {n_forget}, which no model has seen, to tell membership by."
+    )
+    return _of_pairs(pairs[:n_forget], pairs[n_forget : n_forget + n_retain], pairs[-n_forget:], note)
+
+
+def detox_data(directory: str | os.PathLike[str], config: StudyConfig) -> StudyData:
+    """Return answers of PKU-SafeRLHF: unsafe ones to forget and to hold out, safe ones to retain, the first of each.
+
+    False answers are those of other rows of the same set.
+
+    Args:
+        directory: folder or file with the data set's columns, as ``saferlhf:unsafe@PATH`` takes it.
+        config: as in `copyright_data`.
+
+    Raises:
+        ArgumentError: the files cannot be read, or have too few rows.
+    """
+    n_forget, n_retain = _sizes(config)
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for kind, needed in (("unsafe", 2 * n_forget), ("safe", n_retain)):
+        found = [(row["question"], row["answer"]) for _, row in rows(f"saferlhf:{kind}@{directory}")]
+        pairs[kind] = list(dict.fromkeys(found))
+        if len(pairs[kind]) < needed:
+            raise argument_error("data", f"{needed} {kind} answers", f"{len(pairs[kind])} in {directory}", "take more rows")
+    note = (
+        f"PKU-SafeRLHF: the first {n_forget} unsafe answers to forget, {n_retain} safe ones to retain, and {n_forget} more "
+        "unsafe ones, which no model has seen, to tell membership by."
+    )
+    unsafe = pairs["unsafe"]
+    return _of_pairs(unsafe[:n_forget], pairs["safe"][:n_retain], unsafe[n_forget : 2 * n_forget], note)
+
+
+def _sizes(config: StudyConfig) -> tuple[int, int]:
+    """Return the numbers of rows to forget and to retain."""
+    return config.forget_authors * config.rows_per_author, config.retain_authors * config.rows_per_author
+
+
+def _of_pairs(
+    forget: Sequence[tuple[str, str]], retain: Sequence[tuple[str, str]], holdout: Sequence[tuple[str, str]], note: str
+) -> StudyData:
+    """Return the data of a study made of (prompt, answer)."""
+    to_forget, to_retain, held_out = (_with_false_answers(pairs) for pairs in (forget, retain, holdout))
+    return StudyData(_examples(to_forget), _examples(to_retain), _examples(held_out), to_forget, to_retain, note)
+
+
+def _with_false_answers(pairs: Sequence[tuple[str, str]]) -> list[Question]:
+    """Return questions whose false answers are those of the rows that follow, the first rows after the last one."""
+    n = len(pairs)
+    false = [tuple(pairs[(index + step) % n][1] for step in range(1, FALSE_ANSWERS + 1)) for index in range(n)]
+    return [Question(prompt, answer, answer, others) for (prompt, answer), others in zip(pairs, false)]
 
 
 def _questions(authors: Sequence[Sequence[dict[str, Any]]]) -> list[Question]:

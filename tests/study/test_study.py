@@ -22,7 +22,7 @@ from soul.output.directory import lock
 from soul.output.files import scratch_path
 from soul.study import run as study_run
 from soul.study.config import ARMS, INFLUENCE, PRESETS, StudyConfig, runs
-from soul.study.data import demo_data, tofu_data
+from soul.study.data import PASSAGE_WORDS, copyright_data, demo_data, detox_data, tofu_data
 from soul.study.fronts import LOSES, OPEN, TIES, WINS, chance, choose, hypervolume, pareto, scores, verdict
 from soul.study.measure import encode_start, measure
 from soul.study.report import report, write_html_report, write_report
@@ -59,6 +59,40 @@ def test_corpus_is_the_same_for_the_same_seed():
     rows = [row for person in fictitious.fictitious_authors(200) for row in person]
     assert len({row["question"] for row in rows}) == len(rows) == 2000
     assert all(len({row["answer"], *row["perturbed_answer"]}) == 4 for row in rows)  # three false answers, none of them true
+
+
+def test_passages_of_a_text_are_a_study(tmp_path):
+    """Every word at most once, in order; no passage in two sets; false answers are the answers of others."""
+    words = [f"w{i}" for i in range(2000)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    data = copyright_data(tmp_path / "text.txt", TINY)
+    assert [len(rows) for rows in (data.forget, data.retain, data.holdout)] == [5, 45, 5]
+    first = data.forget_questions[0]
+    assert first.question.split() + first.answer.split() == words[: 2 * PASSAGE_WORDS]
+    assert data.holdout[-1].content.split()[-1] == words[2 * PASSAGE_WORDS * (2000 // (2 * PASSAGE_WORDS)) - 1]
+    assert len({example.answer for example in (*data.forget, *data.retain, *data.holdout)}) == 55
+    for question in (*data.forget_questions, *data.retain_questions):
+        assert len({question.answer, *question.perturbed}) == 4
+    (tmp_path / "text.txt").write_text(" ".join(words[:1759]))
+    with pytest.raises(ValueError, match="data: expected a text of at least 1760 words, got 1759 in "):
+        copyright_data(tmp_path / "text.txt", TINY)
+    with pytest.raises(ValueError, match="data: expected a text file in UTF-8, got .*FileNotFoundError"):
+        copyright_data(tmp_path / "none.txt", TINY)
+
+
+def test_unsafe_answers_are_a_study(tmp_path):
+    rows = [
+        {"prompt": f"q{i}", "response_0": f"bad {i}", "response_1": f"good {i}", "is_response_0_safe": False,
+         "is_response_1_safe": True}
+        for i in range(45)
+    ]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = detox_data(tmp_path, TINY)
+    assert [example.content for example in data.forget] == [f"bad {i}" for i in range(5)]
+    assert [example.content for example in data.holdout] == [f"bad {i}" for i in range(5, 10)]
+    assert [example.content for example in data.retain] == [f"good {i}" for i in range(45)]
+    with pytest.raises(ValueError, match="data: expected 90 safe answers, got 45 in "):
+        detox_data(tmp_path, dataclasses.replace(TINY, retain_authors=18))
 
 
 def test_tokenizer_round_trip():
@@ -485,6 +519,7 @@ def test_real_data_goes_through_the_whole_study(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
+    (["--task", "muse"], "task: expected one of 'tofu', 'copyright', 'detox', got 'muse'"),
     (["--preset", "phone"], "preset: expected one of 'laptop', 'tofu', got 'phone'"),
     (["--objectives", "npo,dpo"], "objectives: expected one of 'graddiff', 'po', 'npo', 'simnpo', got 'dpo'"),
     (["--seeds", "1,1"], "seeds: expected at least one value, and none twice"),
