@@ -97,7 +97,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     either = what.add_mutually_exclusive_group(required=True)
     either.add_argument("--from-logs", metavar="DIR", help="logs in TOFU's or open-unlearning's layout; no model, no GPU")
     either.add_argument(
-        "--model", metavar="DIR_OR_NAME", help="directory or hub name of a causal LM; needs --data and --output"
+        "--model",
+        metavar="DIR_OR_NAME",
+        help="directory or hub name of a causal LM; needs --output, and --data, --task or --durability",
     )
     what.add_argument("--retain-logs", metavar="DIR", help="logs of a model that never saw the forget set, in either layout: "
                       "for forget quality and privacy leakage")  # fmt: skip
