@@ -19,11 +19,11 @@ BASELINE = "adamw"
 
 def runs():
     """Return (name, arm, seed, alpha, choice) of every run, seed by seed, the arms in turn."""
-    found = []
+    points = []
     for seed, alpha, choice in itertools.product(SEEDS, ALPHAS, range(3)):
         for arm in ARMS:
-            found.append((f"seed{seed}_{arm}_alpha{alpha:g}_choice{choice}", arm, seed, alpha, choice))
-    return found
+            points.append((f"seed{seed}_{arm}_alpha{alpha:g}_choice{choice}", arm, seed, alpha, choice))
+    return points
 
 
 def options(arm, seed, alpha, choice):

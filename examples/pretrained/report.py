@@ -67,8 +67,8 @@ def page(before, results):
     ]
     lines += ["![Forgotten over kept, all runs](pictures/pretrained.png)\n", "## All runs\n", HEAD]
     for _, arm, seed, alpha, choice in runs():
-        found = [row for row in results if (row["arm"], row["seed"], row["alpha"], row["choice"]) == (arm, seed, alpha, choice)]
-        lines += [line(row) for row in found]
+        run = {"arm": arm, "seed": seed, "alpha": alpha, "choice": choice}
+        lines += [line(row) for row in results if run.items() <= row.items()]
     lines += ["", "## What the model says\n", SAID, "| | asked | before | " + " | ".join(ARMS[arm][0] for arm in ARMS) + " |"]
     lines += ["|---|---|---|" + "---|" * len(ARMS)]
     chosen = {arm: nearest(results, arm) for arm in ARMS}
@@ -105,10 +105,10 @@ def verdicts(results, before, seeds):
         for score, title in (("kept", "held-out probability kept at chance"), ("area", "area below the front")):
             if arm != BASELINE:
                 pairs = zip(by_arm[arm], by_arm[BASELINE])
-                found = verdict([one[score] - other[score] for one, other in pairs])
-                spread = f"{found.mean:+.3f} ± {found.spread:.3f}"
+                against = verdict([one[score] - other[score] for one, other in pairs])
+                spread = f"{against.mean:+.3f} ± {against.spread:.3f}"
                 sentences.append(
-                    f"\n- **{ARMS[arm][0]}** against AdamW, {title}: {found.outcome} ({spread} over {len(seeds)} seeds)"
+                    f"\n- **{ARMS[arm][0]}** against AdamW, {title}: {against.outcome} ({spread} over {len(seeds)} seeds)"
                 )
     return "".join(sentences)
 
@@ -146,9 +146,9 @@ def draw(before, results, path):
         for alpha in ALPHAS:
             for choice in range(3):
                 rows = of(results, arm=arm, alpha=alpha, choice=choice)
-                found = [point(row, before) for row in rows]
-                if found:
-                    means.append(tuple(statistics.fmean(values) for values in zip(*found)))
+                points_of_run = [point(row, before) for row in rows]
+                if points_of_run:
+                    means.append(tuple(statistics.fmean(values) for values in zip(*points_of_run)))
         front = pareto(means)
         axis.plot(*zip(*front) if front else ((), ()), "o-", color=f"C{color}", label=ARMS[arm][0])
     axis.axhline(1 - CHANCE / before["forget_prob"], color="0.6", linestyle=":", label="chance")

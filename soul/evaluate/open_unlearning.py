@@ -266,8 +266,8 @@ def retain_columns(log: Log, origin: pathlib.Path, rows: int) -> Columns:
     logs: Columns = {"forget": dict(zip(RATIO, (losses, false_losses)))}
     if "mia_min_k" in log:
         for side in SIDES:
-            part = _metric(log["mia_min_k"], f"{origin}, 'mia_min_k'", side)
-            logs.setdefault(side, {})["min_k"] = -_values(part, origin, f"mia_min_k, {side}")
+            of_side = _metric(log["mia_min_k"], f"{origin}, 'mia_min_k'", side)
+            logs.setdefault(side, {})["min_k"] = -_values(of_side, origin, f"mia_min_k, {side}")
     return logs
 
 

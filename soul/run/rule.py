@@ -116,10 +116,10 @@ def parse_rule(text: str) -> Rule:
     direction, name = match.groups()
     conditions = []
     for part in re.split(r"\s+and\s+", rest.strip()) if rest else ():
-        found = _CONDITION.fullmatch(part.strip())
-        if found is None:
+        condition = _CONDITION.fullmatch(part.strip())
+        if condition is None:
             raise _error("conditions such as 'model_utility >= 0.95*start'", part)
-        bounded, sign, number, factor, alone = found.groups()
+        bounded, sign, number, factor, alone = condition.groups()
         conditions.append(Condition(bounded, sign == ">=", float(number or 1.0), bool(factor or alone)))
     maximise = direction == "max" if direction else name not in LOW
     return Rule(name, maximise, tuple(conditions))
