@@ -115,6 +115,19 @@ def test_the_best_of_several_tries_counts_row_by_row():
     assert means(best(tries), [0]) == {"rouge": 0.5}
 
 
+def test_every_try_draws_anew(monkeypatch):
+    seeds = []
+
+    def noted(*args, seed, **options):
+        seeds.append(seed)
+        return sampled(*args, seed=seed, **options)
+
+    monkeypatch.setattr("soul.durability.run.sampled", noted)
+    config = DurabilityConfig(attacks=("sample",), relearn_rows=1, tries=3, max_new_tokens=2, backend="reference")
+    durability(tiny_model(), tiny_tokenizer(), ROWS[:2], ROWS[2:4], config, progress=lambda line: None)
+    assert len(set(seeds)) == len(seeds) == 3
+
+
 def test_what_returned_is_a_share_of_what_was_forgotten():
     outcome = {"forget": {"prob": 0.4, "rouge": 0.5}, "start": {"prob": 0.2, "rouge": 0.5}}
     assert returned(outcome, {"prob": 0.6, "rouge": 0.5}) == pytest.approx(0.5)  # ROUGE was not forgotten

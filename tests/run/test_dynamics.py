@@ -104,6 +104,16 @@ def test_the_best_point_is_put_back_and_logged(tokenizer):
     assert same(last, run(tokenizer, **options)[0]) and not same(last, model)
 
 
+def test_a_better_point_takes_the_place_of_a_good_one(tokenizer):
+    """Each point is better than the one before, until the rule forbids those that follow."""
+    options = dict(eval_every=1, schedule="constant", lr=3e-3, method="ga")
+    _, records = run(tokenizer, **options)
+    third, fourth = (records[index]["forget_prob"] for index in (2, 3))
+    kept, _ = run(tokenizer, keep_best=f"forget_prob subject to forget_prob >= {(third + fourth) / 2:.17f}", **options)
+    ended, _ = run(tokenizer, stop_forget_prob=third, **options)  # after its third step
+    assert third > fourth and same(kept, ended)
+
+
 def test_without_an_allowed_point_the_last_one_stays(tokenizer):
     log = io.StringIO()
     model, _ = run(tokenizer, eval_every=4, keep_best="forget_prob subject to retain_prob >= 2*start", log=log)
