@@ -33,6 +33,7 @@ OPS = {
     "logprob, vocabulary 4": {"n_vocab": 4},
     "logprob, vocabulary 1": {"n_vocab": 1},
     "logprob, frozen head": {"frozen": True},
+    "logprob, padded": {"padded": True},  # rows without a label
     "logprob, replicated hidden": {"hidden": "replicated"},
     "logprob, sequences in shards": {"hidden": "sequences", "bias": True},
     "logprob, tokens in shards": {"hidden": "tokens", "bias": True},
@@ -43,13 +44,13 @@ OPS = {
     "objective, lowered labels": {"objective": losses.UNDIAL(beta=3.0, alpha=0.5), "hidden": "tokens"},
     "kl": {"kind": "kl", "bias": True},
     "kl, lowered labels": {"kind": "kl", "strengths": STRENGTHS},
-    "kl, vocabulary 4": {"kind": "kl", "n_vocab": 4},
+    "kl, padded": {"kind": "kl", "n_vocab": 4, "strengths": STRENGTHS, "padded": True},
     "reverse_kl": {"kind": "reverse_kl", "strengths": STRENGTHS, "whole reference": True},
     "jsd": {"kind": "jsd", "beta": 0.3, "hidden": "tokens"},
     "soul_kl": {"kind": "soul_kl", "n_vocab": 4},
     "kl, frozen head of both": {"kind": "kl", "frozen": True, "shared": True},
     "gnb": {"bias": True},
-    "gnb, vocabulary 4": {"n_vocab": 4, "hidden": "tokens"},
+    "gnb, padded": {"n_vocab": 4, "hidden": "tokens", "padded": True},
     "gnb, vocabulary 1": {"n_vocab": 1},
 }
 # 1 - p of the label is 1e-10 or so at every token; the label is in the first shard or in the last.
@@ -184,6 +185,8 @@ def worker(folder, variants, names, more):
             for key in leaves:
                 inputs[key].requires_grad_(key == "hidden" or not case.get("frozen"))
             chunked = {"chunk_bytes": 9 * 64 * 4 * (2 if "kind" in case else 1), **options}  # three chunks
+            if case.get("padded"):
+                chunked["token_indices"] = torch.arange(B * T)
             results, loss = call(name, case, inputs, map(loose, ops), chunked)
             loss.backward()
             gradients = {key: inputs[key].grad for key in leaves if inputs[key].grad is not None}
@@ -324,8 +327,8 @@ def test_a_model_whose_head_is_in_shards_has_the_loss_of_a_whole_one(layout, res
 def test_kernels_on_shards(tmp_path, monkeypatch):
     """The kernels see a label that stands in for one elsewhere: they are the same, and so are their results."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    names = ["logprob", "logprob, vocabulary 1", "objective", "objective, linear", "objective, lowered labels", "kl", "jsd",
-             "reverse_kl", "soul_kl", "gnb", *MEMORISED]  # fmt: skip
+    names = ["logprob, padded", "logprob, vocabulary 1", "objective", "objective, linear", "objective, lowered labels",
+             "kl, padded", "jsd", "reverse_kl", "soul_kl", "gnb, padded", *MEMORISED]  # fmt: skip
     processes = run(tmp_path, worker, ["kernels"], names, False)
     for name in names:
         check(processes, "kernels", name)
