@@ -1,5 +1,7 @@
+import concurrent.futures
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -494,6 +496,24 @@ def test_rounding_makes_no_run_better_than_its_start(tmp_path, monkeypatch):
     monkeypatch.setattr("soul.study.report.draw", lambda *_: None)  # there are no logs
     text = write_report(Study(tmp_path, None, None), results, title="Levels").read_text()
     assert text.count("| 0/1 seed |") == 5
+
+
+def _shown_in_worker() -> list[str]:
+    shown: list[str] = []
+    logger = logging.getLogger("torchao")
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.warning("Failed to load a.so: Could not load this library: a.so")
+    logger.warning("something else")
+    return shown
+
+
+@pytest.mark.slow(reason="a process of its own imports torch")
+def test_workers_do_not_show_what_the_command_does_not_show():
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=study_run._in_worker) as pool:
+        assert pool.submit(_shown_in_worker).result() == ["something else"]
 
 
 def _counting(calls):
