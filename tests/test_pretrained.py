@@ -91,6 +91,9 @@ def test_verdicts_are_those_of_the_complete_seeds(scripts):
     assert "**SOUL, retain curvature** against AdamW, held-out probability kept at chance: it wins (+0.060 ± 0.010" in text
     assert "**SOUL as published** against AdamW, area below the front: no difference" in text
     assert report.whole_seeds(results[1:]) == [1, 2]
+    table = report.table_of_scores(results, before, [0, 2])
+    assert "| optimizer | kept, seed 0 | kept, seed 2 | area, seed 0 |" in table
+    assert "| AdamW | 0.500 | 0.500 | 0.417 | 0.417 |" in table and "| SOUL, retain curvature | 0.550 | 0.570 |" in table
     high = [{**row, "forget_prob": 0.3} for row in results]
     assert report.scores(high, before, "adamw", 0)["kept"] == 0.0
 
