@@ -60,7 +60,7 @@ def state_bytes(case: Case) -> dict[str, int]:
     if case.config.optimizer == "adamw":
         return {"optimizer states": 2 * case.trained_dtype.itemsize * trained_numel(case)}
     sizes: collections.Counter[str] = collections.Counter()
-    group = {"state_dtype": case.config.state_dtype, "param_rounding": case.config.param_rounding}
+    group = {"state_dtype": case.config.state_dtype, "param_rounding": case.config.param_rounding, "state_offload": False}
     for shape, count in collections.Counter(case.trained_shapes).items():
         state = new_state(torch.empty(shape, dtype=case.trained_dtype, device="meta"), group, ())
         for name, tensor in state.items():
