@@ -58,6 +58,7 @@ NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network"
 FREE_ON_RESUME = (
     "output",
     "device",
+    "state_offload",
     "reference_cache",
     "save_every",
     "save_minutes",
@@ -162,6 +163,11 @@ def add_training(group: argparse._ActionsContainer) -> None:
         "--state-dtype",
         metavar="NAME",
         help="dtype of soul's states: float32, bfloat16 or 8bit (default: h in fp32, m like the parameters)",
+    )
+    add(
+        "--state-offload",
+        action="store_true",
+        help="keep soul's states in main memory, and pass them over the GPU in every step: the same numbers, more time",
     )
     add(
         "--param-rounding",

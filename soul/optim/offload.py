@@ -1,12 +1,12 @@
 """States in main memory, which pass over the device a bucket at a time (``state_offload=True``).
 
-How it works. m, h, their scales and the low bits of all parameters stay in main memory, pinned where the device is a GPU. A step
-divides them into buckets of `BUCKET_BYTES`; a long parameter is cut into pieces, since every op is elementwise. Each device has
-two slots, each with room for a bucket. A bucket is copied up into the slot that is free, stepped there by the same op as any
-other state, and copied down again. Copies run on two streams of their own, one for each direction, beside the stream that
-computes; events order the three. While one bucket is stepped, the next one comes up into the other slot, and the one before goes
-down. Nothing waits on the host but `Transfers.wait`, which must be called before main memory is read. On a CPU torch's streams
-and events do nothing, and each copy is complete when it returns: the code is the same.
+How it works. m, h, their scales and the low bits of all parameters stay in main memory, pinned where the device is a GPU. A
+step divides them into buckets of `BUCKET_BYTES`; a long parameter is cut into pieces, since every op is elementwise. Each
+device has two slots, each with room for a bucket. A bucket is copied up into the slot that is free, stepped there by the same
+op as any other state, and copied down again. Copies run on two streams of their own, one for each direction, beside the
+stream that computes; events order the three. While one bucket is stepped, the next one comes up into the other slot, and the
+one before goes down. Nothing waits on the host but `Transfers.wait`, which must be called before main memory is read. On a
+CPU torch's streams and events do nothing, and each copy is complete when it returns: the code is the same.
 
 Safe to change: `BUCKET_BYTES`. Not safe: `PIECE`, which must stay a multiple of a group of 8-bit states, and of the blocks in
 which the ops sum up telemetry; and the three waits in `Transfers.run`. A bucket must hold pieces of consecutive parameters, one

@@ -246,9 +246,9 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_choice("eps_mode", group["eps_mode"], EPS_MODES)
     check_choice("backend", group["backend"], BACKENDS)
     if not isinstance(group["state_offload"], bool):
-        raise argument_error("state_offload", "True or False", repr(group["state_offload"]), "True keeps states in main memory")
+        raise argument_error("state_offload", "True or False", repr(group["state_offload"]), "True: in main memory")
     if group["state_offload"] and group["capturable"]:
-        remedy = "a CUDA graph replays one fixed piece of work, and cannot pass states through in buckets: leave one of them out"
+        remedy = "a CUDA graph replays fixed memory, through which no buckets of states pass: leave one of them out"
         raise argument_error("state_offload", "False with capturable", True, remedy)
 
 

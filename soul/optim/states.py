@@ -159,9 +159,7 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
             raise argument_error(f"state_dict {scale}", f"{count} scales of torch.int16, or their bytes", got, remedy)
 
 
-def _load(
-    name: str, param: torch.Tensor, group: ParamGroup, state: dict[str, Any], saved: dict[str, Any], cast: bool
-) -> None:
+def _load(name: str, param: torch.Tensor, group: ParamGroup, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
     """Put a saved ``exp_avg`` or ``hessian``, which fits, into a new state, in place."""
     value = saved[name]
     scale = f"{name}_scale"

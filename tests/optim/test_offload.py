@@ -96,9 +96,8 @@ def test_hessians_of_sophia_pass_over_the_device_too(state_dtype):
 
 
 def bytes_of_states(optimizer):
-    return sum(
-        value.nbytes for state in optimizer.state.values() for name, value in state.items() if name not in ("step", "hessian_step")
-    )
+    counters = ("step", "hessian_step")
+    return sum(t.nbytes for state in optimizer.state.values() for name, t in state.items() if name not in counters)
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -279,6 +278,36 @@ def test_curvature_in_the_backward_pass():
             optimizer.zero_grad()
         optimizers.append(optimizer)
     assert_equal(list(twin.parameters()), optimizers[0], list(model.parameters()), optimizers[1])
+
+
+def test_shards_of_fsdp2_also_with_parameters_in_main_memory(tmp_path):
+    """States are DTensors of the same mesh; with CPUOffloadPolicy parameters and gradients are in main memory as well."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    plain = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)).bfloat16()
+    x = torch.randn(4, 64).bfloat16()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    try:
+        ended = []
+        for policy in (None, OffloadPolicy(), CPUOffloadPolicy(pin_memory=False)):
+            model = copy.deepcopy(plain)
+            if policy is not None:
+                fully_shard(model, mesh=init_device_mesh("cpu", (1,)), offload_policy=policy)
+            options = dict(lr=1e-2, state_dtype="8bit", backend="reference", state_offload=policy is not None)
+            optimizer = SOUL(model.parameters(), **options)
+            for _ in range(2):
+                optimizer.zero_grad()
+                model(x).float().square().mean().backward()
+                optimizer.step()
+            whole = [state[name].full_tensor() if policy else state[name]
+                     for state in optimizer.state.values() for name in ("exp_avg", "hessian", "low_bits")]  # fmt: skip
+            ended.append([*(p.full_tensor() if policy else p for p in model.parameters()), *whole])
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    finally:
+        torch.distributed.destroy_process_group()
+    for others in ended[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ended[0], others, strict=True))
 
 
 def test_what_cannot_work_is_refused():
