@@ -53,7 +53,10 @@ FEW_CONTROL = 8  # rows, below which the output says so
 CHANCE_NOISE = 0.1  # an aim this much below chance is still chance
 
 # Options that soul_config.json leaves out, since they do not describe the run.
-NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention", "push_to_hub", "hub_private")
+NOT_RECORDED = (
+    "command", "config", "run", "dry_run", "card", "gpus", "network", "host_bandwidth", "attention", "push_to_hub",
+    "hub_private",
+)  # fmt: skip
 # Options that may change when a run is resumed.
 FREE_ON_RESUME = (
     "output",
