@@ -180,7 +180,6 @@ def check_supported(config: _RunOptions) -> None:
     for name, remedy in (
         ("compile", "compiled code does not gather shards"),
         ("cuda_graph", "communication between processes is not captured"),
-        ("gradient_release", "gradients are in shards already"),
     ):
         if getattr(config, name):
             raise argument_error(name, "False with several processes", "True", f"{remedy}; leave the option out")

@@ -1,4 +1,10 @@
-"""Gradient release: each parameter is stepped in the backward pass, as its gradient arrives, and the gradient is freed."""
+"""Gradient release: each parameter is stepped in the backward pass, as its gradient arrives, and the gradient is freed.
+
+A hook on each parameter takes the step. Autograd calls it for a whole parameter. For one in shards FSDP2 does: autograd forms
+the gradients of the gathered copies, to which no hook belongs; after the backward pass of a layer FSDP2 reduces these to the
+shards, and then calls the hooks of the shards, on the stream of the reduction and in the same order in all processes. The
+shards' gradients of one layer share one storage, which is freed with the last of them.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,11 +20,12 @@ from soul_kernels.errors import argument_error
 def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRelease":
     """Make ``loss.backward()`` step every parameter as soon as its gradient is complete, and free the gradient.
 
-    Then only the largest few gradients take memory at a time, instead of all. ``optimizer.step()`` may be called as before, and
-    has nothing left to do. Each step is the same, bit for bit, as without release.
+    Then only the largest few gradients take memory at a time, instead of all; under FSDP2 those of one call of ``fully_shard``,
+    such as a layer. ``optimizer.step()`` may be called as before, and has nothing left to do. Each step is the same, bit for
+    bit, as without release.
 
     Args:
-        model: the module whose parameters ``optimizer`` steps.
+        model: the module whose parameters ``optimizer`` steps, whole or in shards (FSDP2).
         optimizer: a `SophiaG` or `SOUL`.
 
     Returns:

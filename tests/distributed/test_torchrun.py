@@ -54,6 +54,12 @@ EQUAL = {
                                                     "eval_metrics": ["forget_rouge", "retain_extraction_strength"]}),
     "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
 }  # fmt: skip
+# With gradient release; without it the first one is of EQUAL.
+RELEASED = {
+    "released, micro-batches": "micro-batches, pairs, no clipping",
+    "released, curvature": "curvature, no clipping",
+}
+KEPT = {"curvature, no clipping": ("llama, untied", {**EQUAL["curvature"][1], "max_grad_norm": None, "state_dtype": "8bit"})}
 # Adapters: the reference is the model without them, computed in every step for KL, and once before it for NPO. Dropout on their
 # inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
 LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
@@ -66,7 +72,6 @@ SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
 BF16 = ("llama, tied", {"method": "graddiff", "state_dtype": "8bit"}, {"dtype": "bfloat16", "save_every": 2})
 REFUSED = {
     "compile": {"compile": True},
-    "gradient_release": {"gradient_release": True, "max_grad_norm": None},
     "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
 }
 # What the last process does differently, and how the error begins.
@@ -90,6 +95,11 @@ def saved(case, output, **how):
 
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
+    **{name: [*case, {}] for name, case in KEPT.items()},
+    **{
+        name: [family, {**options, "gradient_release": True}, {}]
+        for name, (family, options) in ((name, {**EQUAL, **KEPT}[kept]) for name, kept in RELEASED.items())
+    },
     "whole": saved(SAVED, "whole"),
     "stopped": saved(SAVED, "broken", stop=3),
     "not resumed": saved(SAVED, "broken"),
@@ -201,6 +211,17 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
     assert [rank["text"].split(":")[0] for rank in results["not resumed"]] == ["output", "output"]
     (warning,) = results["bf16 resumed"][0]["warnings"]
     assert "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in warning
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_gradients_leave_the_weights_of_two_processes_as_they_are(results, name):
+    """Bit for bit; the log lacks the norm of the gradients alone."""
+    (got, second), (want, _) = results[name], results[RELEASED[name]]
+    assert lasting(got["records"]) == lasting(second["records"])
+    assert lasting(got["records"]) == [
+        {key: value for key, value in record.items() if key != "grad_norm"} for record in lasting(want["records"])
+    ]
+    assert all(torch.equal(got["weights"][name], tensor) for name, tensor in want["weights"].items())
 
 
 def test_adapters_over_a_model_in_shards_are_those_of_one_process(results, folder, tmp_path):
