@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from soul.distributed.shards import is_sharded
+from soul.distributed.shards import is_sharded, wait_for_offload
 from soul.optim.optimizer import SophiaG
 from soul.optim.options import check_releasable
 from soul_kernels.errors import argument_error
@@ -79,6 +79,7 @@ class GradientRelease:
     def _step_and_free(self, param: torch.Tensor) -> None:
         """Step a parameter whose gradient is complete, and free the gradient; torch calls this in the backward pass."""
         if self._pauses == 0:
+            wait_for_offload(param)
             self._optimizer.step_parameter(param)
             param.grad = None
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
 
 from soul import SOUL, SophiaG, release_gradients
 from soul.distributed import exit_process
@@ -234,12 +234,12 @@ def gradient_bytes(params):
     return sum({grad.untyped_storage().data_ptr(): grad.untyped_storage().nbytes() for grad in grads}.values())
 
 
-def released(kind, dtype, options, releases):
+def released(kind, dtype, options, releases, **sharding):
     """Train with or without release; return the outcome and the most bytes of gradients that lived at once.
 
     The processes have different rows; the second step has two micro-batches. A `SophiaG` has its h refreshed in between.
     """
-    net = shard(make_net(dtype, options), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    net = shard(make_net(dtype, options), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), **sharding)
     params = list(net.parameters())
     opt = kind(params, lr=0.01, **options)
     rows = slice(dist.get_rank(), None, 2)
@@ -291,6 +291,7 @@ def fsdp_worker(folder):
         "flattened": [flattened(original) for original in (False, True)],
         "results": results,
         "released": [[released(*case, releases) for releases in (False, True)] for case in RELEASED],
+        "offloaded": [released(*case, True, offload_policy=CPUOffloadPolicy(pin_memory=False)) for case in RELEASED],
         "sizes": sizes,
         "codes": {name: local_shapes(state) for name, state in eight_bits.items()},
         "skipped": (untouched, opt.telemetry()["skipped_steps"]),
@@ -305,7 +306,8 @@ def shard_numel(param):
 def test_fsdp2(tmp_path):
     """Shards of unequal size and empty ones: states, global norm, rho and telemetry are those of one process.
 
-    With gradient release they are those without it, bit for bit, and the gradients of one layer at most live at once.
+    With gradient release they are those without it, bit for bit, and the gradients of one layer at most live at once. With
+    parameters and gradients in main memory too; without a GPU that only shows that such parameters are stepped.
     """
     first, second = run(tmp_path, fsdp_worker)
     assert first["sizes"][-1] == 1 and second["sizes"][-1] == 0 and second["sizes"][0] == 3 * 6  # of 7 rows
@@ -316,10 +318,13 @@ def test_fsdp2(tmp_path):
             assert len(texts) == 4 and all(" under FSDP1" in text for text in texts)
             names = [text.split(":")[0] for text in texts]
             assert names == ["max_grad_norm", "rho", "skip_nonfinite", "telemetry"]
-        for (_, dtype, options), ((kept, kept_bytes), (freed, freed_bytes)) in zip(RELEASED, result["released"], strict=True):
+        for (_, dtype, options), ((kept, kept_bytes), (freed, freed_bytes)), (offloaded, _) in zip(
+            RELEASED, result["released"], result["offloaded"], strict=True
+        ):
             assert not differing(freed["state"], kept["state"])
             assert (freed["telemetry"], freed["fraction"]) == (kept["telemetry"], kept["fraction"])
             sizes = [sum(map(shard_numel, layer.parameters())) for layer in make_net(dtype, options).children()]
+            assert not differing(offloaded["state"], kept["state"])
             assert (kept_bytes, freed_bytes) == (sum(sizes) * dtype.itemsize, max(sizes) * dtype.itemsize)
     for case, a, b in zip(SHARDED, first["results"], second["results"]):
         how, kind, dtype, options = case

@@ -111,10 +111,8 @@ def case(folder, family, options, how):
     stop = how.pop("stop", 0)
     damage = how.pop("damage", None)
     real = unlearn_module.train_step
-    options_of_compile = causal_lm.COMPILE
-    causal_lm.COMPILE = {"backend": how.pop("compiler", "aot_eager")}
-    graphs = torch._dynamo.utils.counters["stats"]
-    graphs.clear()
+    compiler = causal_lm.COMPILE
+    causal_lm.COMPILE = {"backend": "aot_eager"}
     full = how.pop("full", False)
     clock = how.pop("clock", None)
     saved = []
@@ -146,12 +144,12 @@ def case(folder, family, options, how):
             "warnings": messages,
             "seed": torch.initial_seed(),
             "saved": saved,
-            "graphs": graphs["unique_graphs"],
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if "compile" in options else 0,
         }
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
-        causal_lm.COMPILE = options_of_compile
+        causal_lm.COMPILE = compiler
         unlearn_module.train_step = real
         sharded.write_tensors = write
         ShardedCheckpoints.save = save
