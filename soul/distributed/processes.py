@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from soul.distributed.shards import is_sharded, local
+from soul.distributed.watch import key, watched
 from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
 
@@ -102,7 +103,8 @@ def started(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun has started into a process group for the duration of the block.
 
     The backend is gloo for tensors on CPUs, and NCCL beside it on GPUs, one GPU for each process. Without torchrun, or if a
-    process group exists already, nothing happens.
+    process group exists already, nothing happens. If another process is silent for 20 seconds within the block, because it was
+    stopped or its machine is gone, this process ends with exit status 1 (`soul.distributed.watch`).
 
     Args:
         device: type "cpu" or "cuda".
@@ -127,7 +129,8 @@ def started(device: torch.device) -> Iterator[None]:
     store, rank, size = _join()
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield
+        with watched(store, rank, size):
+            yield
     finally:
         dist.destroy_process_group()
 
@@ -157,8 +160,8 @@ def _join() -> tuple["dist.Store", int, int]:
     try:
         store, rank, size = next(rendezvous("env://", timeout=datetime.timedelta(seconds=JOIN_SECONDS)))
         store.set_timeout(datetime.timedelta(seconds=JOIN_SECONDS))
-        store.set(f"soul {rank}", "here")
-        store.wait([f"soul {other}" for other in range(size)])
+        store.set(key(rank), "here")
+        store.wait([key(other) for other in range(size)])
     except (OSError, RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

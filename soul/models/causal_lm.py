@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COMPILE: dict[str, Any] = {}  # options of torch.compile
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma 2, RecurrentGemma, xLSTM
 
 
 class ModelInputs(Protocol):
@@ -99,8 +100,8 @@ def transform(model: "PreTrainedModel") -> Transform:
     config = model.config.get_text_config()
     scale = _number(config, "logit_scale")  # of Cohere
     divisor = _number(config, "logits_scaling")  # of Granite
-    cap = _number(config, "final_logit_softcapping")  # of Gemma 2
-    return {"logit_scale": (scale or 1.0) / (divisor or 1.0), "softcap": cap or None}
+    caps = [_number(config, name) for name in CAPS]
+    return {"logit_scale": (scale or 1.0) / (divisor or 1.0), "softcap": next(filter(None, caps), None)}
 
 
 def _number(config: "PretrainedConfig", name: str) -> float | None:

@@ -105,7 +105,8 @@ def _load(
         raise
     except Exception as error:  # the libraries raise many kinds for a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
+        remedy = "check the name; docs/models.md lists the families that are in"
+        raise argument_error("model", "a causal language model", f"{name} ({reason})", remedy) from error
     if not is_quantized(model):
         model.to(device)
     if not mapped:

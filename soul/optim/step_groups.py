@@ -99,7 +99,7 @@ class StepGroup:
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._is_piece = hidden_sharding(params) == "DeepSpeed" and torch.distributed.is_initialized()
-        pieces = torch.distributed.get_world_size() if self._is_piece else 1  # all of one size, since ZeRO fills the last one up
+        pieces = torch.distributed.get_world_size() if self._is_piece else 1  # all of one size: ZeRO fills the last one up
         self.numel = sum(p.numel() for p in params) * pieces
         self.prepared_for: object = None
         # Reading one entry of all states takes as long as all else in a small step: hence itemgetter if all states have it.
