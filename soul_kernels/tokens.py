@@ -165,6 +165,8 @@ class TokenBatch:
             tokens that need none. None unless the objective's attribute ``divergence`` asks for them.
         ref_entropies: [B, T] fp32, entropies of the reference model's distribution; None without ``divergences``.
         statistics: `TokenStatistics` [B, T], without gradient; None unless the objective's ``needs_statistics`` is true.
+        add_up: function that adds a number [] up over the pieces of ``whole`` that other processes evaluate at the same time,
+            this one included; None if this process has all of it. `total` calls it.
         whole: the batch that this one is a piece of, or this batch itself.
     """
 
@@ -179,6 +181,7 @@ class TokenBatch:
     divergences: torch.Tensor | None = None
     ref_entropies: torch.Tensor | None = None
     statistics: TokenStatistics | None = None
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
     _whole: "TokenBatch | None" = None
 
     @classmethod
@@ -224,13 +227,24 @@ class TokenBatch:
         pieces = {name: cut(getattr(self, name)) for name in PER_SEQUENCE}
         return dataclasses.replace(self, **pieces, statistics=statistics, _whole=self.whole)  # type: ignore[arg-type]  # by name
 
-    def within(self, whole: "TokenBatch") -> "TokenBatch":
+    def within(
+        self, whole: "TokenBatch", add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> "TokenBatch":
         """Return the same tokens as a piece of the larger batch ``whole``, with the counts of ``whole``.
 
         An objective that is a sum over sequences then has values on the pieces that add up to its value on the whole batch.
+        Any other one must call `total` for what it needs of the whole batch, and needs ``add_up`` for it.
         """
         counts = {name: getattr(whole, name) for name in COUNTS}
-        return dataclasses.replace(self, **counts, _whole=whole)
+        return dataclasses.replace(self, **counts, add_up=add_up, _whole=whole)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a number [] over all pieces of ``whole``, in the processes that evaluate them at the same time.
+
+        Its derivative is that of this piece's own summand. A loss of the total therefore has the right gradient in each
+        process, for the tokens that the process holds.
+        """
+        return value if self.add_up is None else self.add_up(value.detach()) + (value - value.detach())
 
     def tokens(self, mask: torch.Tensor) -> "TokenBatch":
         """Return the piece of the batch that holds the tokens of ``mask`` [B, T]."""
