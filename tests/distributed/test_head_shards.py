@@ -4,6 +4,9 @@ Each set of processes computes all cases, and a test compares the results with t
 """
 
 import copy
+import importlib
+import pathlib
+import tempfile
 
 import pytest
 import torch
@@ -20,8 +23,7 @@ from soul_kernels.reference import linear_kl as kl_reference
 from soul_kernels.reference import linear_loss as loss_reference
 from tests.distributed.test_processes import run
 from tests.support import tolerances as tol
-from tests.support.helpers import assert_close, assert_rows_close, loose
-from tests.support.models import tiny_model
+from tests.support.helpers import assert_close, assert_rows_close, loose, mutant
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -173,27 +175,31 @@ def worker(folder, variants, names, more):
     from torch.distributed.device_mesh import init_device_mesh
 
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,) if world == 2 else (1, world))  # the vocabulary is cut along one dimension
-    found = {name: compute(mesh) for name, compute in MORE.items() if more}
+    # The vocabulary is cut along the last dimension.
+    shape, names_of_dims = ((world,), ("vocabulary",)) if world == 2 else ((1, world), ("replicas", "vocabulary"))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names_of_dims)
+    found = {name: MORE[name](mesh) for name in more}
+    return found | {f"{variant}, {name}": computed(name, variant, mesh) for variant in variants for name in names}
+
+
+def computed(name, variant, mesh):
+    """Return results, whole gradients, and the bytes of the head's gradient that are here."""
     ops = (soul_kernels.linear_logprob, returning_logps, soul_kernels.linear_kl, soul_kernels.linear_gnb)
-    for variant in variants:
-        dtype, options, *_ = VARIANTS[variant]
-        for name in names:
-            case = OPS[name]
-            inputs = placed(case, make(case, dtype), mesh)
-            leaves = [key for key in ("hidden", "weight", "bias") if inputs[key] is not None]
-            for key in leaves:
-                inputs[key].requires_grad_(key == "hidden" or not case.get("frozen"))
-            chunked = {"chunk_bytes": 9 * 64 * 4 * (2 if "kind" in case else 1), **options}  # three chunks
-            if case.get("padded"):
-                chunked["token_indices"] = torch.arange(B * T)
-            results, loss = call(name, case, inputs, map(loose, ops), chunked)
-            loss.backward()
-            gradients = {key: inputs[key].grad for key in leaves if inputs[key].grad is not None}
-            held = gradients["weight"].to_local().nbytes if "weight" in gradients else 0
-            whole = {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in gradients.items()}
-            found[f"{variant}, {name}"] = {"results": [r.detach() for r in results], "gradients": whole, "held": held}
-    return found
+    dtype, options, *_ = VARIANTS[variant]
+    case = OPS[name]
+    inputs = placed(case, make(case, dtype), mesh)
+    leaves = [key for key in ("hidden", "weight", "bias") if inputs[key] is not None]
+    for key in leaves:
+        inputs[key].requires_grad_(key == "hidden" or not case.get("frozen"))
+    chunked = {"chunk_bytes": 9 * 64 * 4 * (2 if "kind" in case else 1), **options}  # three chunks
+    if case.get("padded"):
+        chunked["token_indices"] = torch.arange(B * T)
+    results, loss = call(name, case, inputs, map(loose, ops), chunked)
+    loss.backward()
+    gradients = {key: inputs[key].grad for key in leaves if inputs[key].grad is not None}
+    held = gradients["weight"].to_local().nbytes if "weight" in gradients else 0
+    whole = {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in gradients.items()}
+    return {"results": [r.detach() for r in results], "gradients": whole, "held": held}
 
 
 def drawn_by_generator(mesh):
@@ -219,6 +225,8 @@ MODEL_OBJECTIVES = {"npo": losses.NPO(beta=0.2, alpha=1.3), "klmin": losses.KLMi
 
 def model_and_batch(family):
     """Return a model, a reference model with other weights, and a batch, the same in every process."""
+    from tests.support.models import tiny_model  # other cases need no transformers, which takes each process seconds to import
+
     model = tiny_model(family)
     ref_model = copy.deepcopy(model)
     torch.manual_seed(3)
@@ -242,7 +250,7 @@ def of_models(mesh):
         family = "llama, untied" if name == "npo" else "phi, head with a bias"
         model, ref_model, batch = model_and_batch(family)
         for each in (model, ref_model):
-            parallelize_module(each, mesh, {"lm_head": ColwiseParallel(**options(Replicate()))})
+            parallelize_module(each, mesh["vocabulary"], {"lm_head": ColwiseParallel(**options(Replicate()))})
         loss = soul.unlearning_loss(model, batch, objective, ref_model=ref_model)
         loss.backward()
         gradients = {key: p.grad for key, p in model.named_parameters()}
@@ -252,13 +260,44 @@ def of_models(mesh):
     return found
 
 
-MORE = {"drawn by generator": drawn_by_generator, "models": of_models}
+# Faults of the functions that combine shards -> a case that notices them.
+MUTANTS = {
+    ("-logp.exp())", "logp.exp())"): "objective",
+    ("statistics[LOGP], logp)", "statistics[LOGP], statistics[LOGP])"): "reverse_kl",
+    ("torch.where(mine, own[ONE_MINUS_P], 1.0)", "1.0"): "logprob, memorised 5",  # the label stays in the sum
+    ("lowered(ref_statistics, labels, strengths)", "lowered(ref_statistics, labels, None)"): "kl, lowered labels",
+    ("add_up(self.shard, divergences)", "None"): "kl",
+    ("(uniforms - before) / p", "uniforms"): "gnb",
+    ("drawn + self.shard.start", "drawn"): "gnb",
+}
+
+
+def of_mutants(mesh):
+    """Return what each mutant computes in its case."""
+    rows = importlib.import_module("soul_kernels._head.rows")
+    functions = rows.ShardFunctions
+    found = {}
+    for number, ((old, new), name) in enumerate(MUTANTS.items()):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.ShardFunctions = mutant("soul_kernels._head.shards", old, new, pathlib.Path(folder)).ShardFunctions
+        found[str(number)] = computed(name, "fp64", mesh)
+    rows.ShardFunctions = functions
+    return found
+
+
+MORE = {"drawn by generator": drawn_by_generator, "models": of_models, "mutants": of_mutants}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Return what two processes have computed."""
-    return run(tmp_path_factory.mktemp("two"), worker, ["fp64", "fp32"], list(OPS), True)
+    return run(tmp_path_factory.mktemp("two"), worker, ["fp64", "fp32"], list(OPS), ["drawn by generator", "mutants"])
+
+
+@pytest.fixture(scope="module")
+def results_of_three(tmp_path_factory):
+    """Return what three processes have computed."""
+    return run(tmp_path_factory.mktemp("three"), worker, ["fp64", "bf16"], list(OPS), ["models"], world=3)
 
 
 def check(processes, variant, name):
@@ -293,12 +332,17 @@ def test_two_processes_are_one(variant, name, results):
 
 
 @pytest.mark.slow(reason="starts processes; two are tested always")
-def test_three_processes_are_one(tmp_path):
+def test_three_processes_are_one(results_of_three):
     """Of which one has no rows of a small vocabulary; the vocabulary is cut along one of two dimensions of a mesh."""
-    processes = run(tmp_path, worker, ["fp64", "bf16"], list(OPS), False, world=3)
     for variant in ("fp64", "bf16"):
         for name in OPS:
-            check(processes, variant, name)
+            check(results_of_three, variant, name)
+
+
+def test_mutants_do_not_pass(results):
+    for number, name in enumerate(MUTANTS.values()):
+        with pytest.raises(AssertionError):
+            check([{f"fp64, {name}": process["mutants"][str(number)]} for process in results], "fp64", name)
 
 
 def test_one_process_draws_the_uniform_numbers_for_all(results):
@@ -308,10 +352,11 @@ def test_one_process_draws_the_uniform_numbers_for_all(results):
     assert torch.equal(drawn[0], want) and torch.equal(drawn[1], want)
 
 
+@pytest.mark.slow(reason="starts processes that import transformers")
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_model_whose_head_is_in_shards_has_the_loss_of_a_whole_one(layout, results):
+def test_a_model_whose_head_is_in_shards_has_the_loss_of_a_whole_one(layout, results_of_three):
     """Whatever becomes of the logits behind the head; and the head is not gathered for its gradient."""
-    for process in results:
+    for process in results_of_three:
         got = process["models"][layout]
         model, ref_model, batch = model_and_batch(got["family"])
         loss = soul.unlearning_loss(model, batch, MODEL_OBJECTIVES[got["objective"]], ref_model=ref_model)
@@ -319,7 +364,7 @@ def test_a_model_whose_head_is_in_shards_has_the_loss_of_a_whole_one(layout, res
         assert_close(got["loss"], loss, 1e-6, "loss")
         for name, parameter in model.named_parameters():
             assert_close(got["gradients"][name], parameter.grad, 2 * tol.GRAD_OBJECTIVE, name)
-        assert got["held"] == model.lm_head.weight.nbytes // 2
+        assert got["held"] == model.lm_head.weight.nbytes // 3
 
 
 @pytest.mark.slow(reason="starts processes that run kernels in Triton's interpreter")
@@ -327,9 +372,9 @@ def test_a_model_whose_head_is_in_shards_has_the_loss_of_a_whole_one(layout, res
 def test_kernels_on_shards(tmp_path, monkeypatch):
     """The kernels see a label that stands in for one elsewhere: they are the same, and so are their results."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    names = ["logprob, padded", "logprob, vocabulary 1", "objective", "objective, linear", "objective, lowered labels",
-             "kl, padded", "jsd", "reverse_kl", "soul_kl", "gnb, padded", *MEMORISED]  # fmt: skip
-    processes = run(tmp_path, worker, ["kernels"], names, False)
+    names = ["logprob, padded", "objective", "objective, lowered labels", "kl, padded", "jsd", "gnb, padded"]
+    names.append("logprob, memorised 130")
+    processes = run(tmp_path, worker, ["kernels"], names, [])
     for name in names:
         check(processes, "kernels", name)
 
