@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import torch
 
 from soul_kernels.errors import argument_error
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 IGNORE_INDEX = -100
 
@@ -53,6 +56,28 @@ class Transform(TypedDict):
     softcap: float | None
 
 
+class VocabShard(NamedTuple):
+    """The rows of a head that this process holds, of a vocabulary that the processes of a mesh share.
+
+    Attributes:
+        mesh: the mesh of processes.
+        dim: the dimension of the mesh along which the vocabulary is cut.
+        start: the first row that is here.
+        n_rows: the number of rows that are here; it may be 0.
+        n_vocab: the number of rows of the whole head.
+        largest: the largest number of rows of a process.
+        partial_hidden: whether the gradient of hidden states is left as the sum over the rows that are here.
+    """
+
+    mesh: "DeviceMesh"
+    dim: int
+    start: int
+    n_rows: int
+    n_vocab: int
+    largest: int
+    partial_hidden: bool = False
+
+
 class Head(NamedTuple):
     """A language-model head: logits are ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``.
 
@@ -61,12 +86,19 @@ class Head(NamedTuple):
         bias: [V] or None.
         logit_scale: factor of the raw products, other than 0: Cohere's ``logit_scale``, 1 over Granite's ``logits_scaling``.
         softcap: bound of the logits, > 0: Gemma's ``final_logit_softcapping``; None: no bound.
+        shard: leave it None. The ops set it beside the local rows of a weight that is a DTensor.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    shard: VocabShard | None = None
+
+    @property
+    def n_vocab(self) -> int:
+        """The number of rows of the whole head."""
+        return self.weight.shape[0] if self.shard is None else self.shard.n_vocab
 
     def transform(self) -> Transform:
         """Return scale and cap as keyword arguments of the row kernels."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from soul.distributed.processes import Processes, gathered, is_finite, reshard, sharded_layers
+from soul.models.quantized import dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
 from soul_kernels.reference.token_logprob import transformed
@@ -49,8 +50,11 @@ def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that require a gradient.
 
     Raises:
-        ArgumentError: there are none.
+        ArgumentError: there are none; or the model is quantized and has no adapters, so that these would be a few of its own.
     """
+    if is_quantized(model) and not has_adapters(model):
+        remedy = "train adapters on it: adapters={'rank': 16}, or --lora-rank 16"
+        raise argument_error("model", "weights that can be trained", "quantized ones, which have no gradient", remedy)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         remedy = "unfreeze some, or add adapters; a model of saved adapters is frozen: merge them first"
@@ -66,9 +70,18 @@ def has_adapters(model: torch.nn.Module) -> bool:
 def head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
     """Return weight [V, D] and bias [V] (or None) of the language-model head; for a peft model, those in use.
 
+    A head of 4 bits is dequantized by every call.
+
     Raises:
-        ArgumentError: an adapter is added to the head's products, so that its weight is not the whole head.
+        ArgumentError: an adapter is added to the head's products, so that its weight is not the whole head; or the head is
+            quantized in another way.
     """
+    weight, bias = stored_head(model)
+    return dequantized(weight), bias
+
+
+def stored_head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of the head as the model stores them: as `head` does, and a weight of 4 bits as its codes."""
     layer = model.get_output_embeddings()
     if has_adapters(model) and hasattr(layer, "base_layer"):
         remedy = "leave the head out of target_modules; modules_to_save trains it as a whole"

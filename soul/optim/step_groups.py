@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from soul.distributed.shards import device_and_sharding, first_number, is_sharded, local, splits
+from soul.distributed.shards import device_and_sharding, first_number, hidden_sharding, is_sharded, local, splits
+from soul.optim.offload import OffloadedStates
 from soul.optim.options import (
     FIXED,
     ON_DEVICE,
@@ -34,7 +35,7 @@ from soul.optim.options import (
     rounding_of,
 )
 from soul.optim.state_dicts import State
-from soul.optim.states import STATES, new_state
+from soul.optim.states import STATES, device_of_states, new_state
 from soul_kernels import HessianEma, Noise, SophiaStep, TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
@@ -79,6 +80,7 @@ class StepGroup:
         tensor_offsets: number of the first element that this process holds of each parameter, for its noise.
         step: takes their steps.
         hessian_ema: updates their Hessians.
+        offloaded: takes steps and updates if the states are in main memory.
         norm_table: for the launches of `grad_norm`.
         telemetry: fp64 [3] on the device, the counts of the last step.
         numel: coordinates of the parameters, over all shards.
@@ -96,9 +98,12 @@ class StepGroup:
         self.device, self._mesh, self._placements = device_and_sharding(params[0])
         self.step = SophiaStep()
         self.hessian_ema = HessianEma()
+        self.offloaded = OffloadedStates()
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.numel = sum(p.numel() for p in params)
+        self._is_piece = hidden_sharding(params) == "DeepSpeed" and torch.distributed.is_initialized()
+        pieces = torch.distributed.get_world_size() if self._is_piece else 1  # all of one size: ZeRO fills the last one up
+        self.numel = sum(p.numel() for p in params) * pieces
         self.prepared_for: object = None
         # Reading one entry of all states takes as long as all else in a small step: hence itemgetter if all states have it.
         self._columns: dict[str, tuple[str, Any]] = {}  # name of a state -> argument of the ops, and how to read the state
@@ -115,6 +120,11 @@ class StepGroup:
         self._corrections: torch.Tensor | None = None
         gaps = [position for position, param in enumerate(params) if not is_dense(local(param))]
         self._buffers: dict[int, torch.Tensor | None] = dict.fromkeys(gaps)  # position of a parameter -> its dense buffer
+
+    @property
+    def version(self) -> int:
+        """Number that changes if a step of other tensors was prepared than before."""
+        return self.step.version + self.offloaded.version
 
     def dense_params(self) -> list[torch.Tensor]:
         """Return the parameters as the ops take them: dense, those with gaps as copies in buffers that stay where they are."""
@@ -205,7 +215,9 @@ class StepGroup:
         return self._corrections.copy_(values)
 
     def sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
-        """Add up, in place, numbers that every process has for its own shards; return them."""
+        """Add up, in place, numbers that every process has for its own shards, or its piece under ZeRO; return them."""
+        if self._is_piece:
+            torch.distributed.all_reduce(value)
         if self._mesh is None:
             return value
         for dim, placement in enumerate(self._placements):
@@ -395,7 +407,7 @@ class StepGroups:
         for key in STATES:
             if key not in state:
                 continue
-            if local(state[key]).device != local(param).device:
+            if local(state[key]).device != device_of_states(local(param), group):
                 raise argument_error(name, f"device {local(state[key]).device}, as its {key}", local(param).device, _REFIT)
             if local(state[key]).shape != dense.shape:
                 expected = f"shape {tuple(local(state[key]).shape)}, as its {key}"

@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from soul.optim.offload import BUCKET_BYTES
 from soul.optim.states import new_state
 from soul.plan.activations import FLOAT, last_norm_bytes, recomputed_bytes, saved_bytes, working_bytes
 from soul.plan.case import Case
@@ -49,10 +50,19 @@ def resident(case: Case) -> dict[str, float]:
     whole = {"parameters": case.shape.numel * case.parameter_dtype.itemsize}
     if case.adapters is not None:
         whole["adapters"] = trained_numel(case) * case.trained_dtype.itemsize
-    sizes = {name: size / case.gpus for name, size in (whole | state_bytes(case)).items()}
+    if not case.config.state_offload:
+        whole |= state_bytes(case)
+    sizes = {name: size / case.gpus for name, size in whole.items()}
+    if case.config.state_offload:
+        sizes["states on their way"] = 2 * min(BUCKET_BYTES, host_bytes(case))
     if case.has_divergence and case.adapters is None:  # a copy of the head, and the hidden states of a batch
         sizes["reference"] = _head_bytes(case) + _hidden_bytes(case)
     return sizes
+
+
+def host_bytes(case: Case) -> float:
+    """Return the bytes of states in main memory for each GPU: 0 unless they are offloaded."""
+    return sum(state_bytes(case).values()) / case.gpus if case.config.state_offload else 0
 
 
 def state_bytes(case: Case) -> dict[str, int]:
@@ -60,7 +70,7 @@ def state_bytes(case: Case) -> dict[str, int]:
     if case.config.optimizer == "adamw":
         return {"optimizer states": 2 * case.trained_dtype.itemsize * trained_numel(case)}
     sizes: collections.Counter[str] = collections.Counter()
-    group = {"state_dtype": case.config.state_dtype, "param_rounding": case.config.param_rounding}
+    group = {"state_dtype": case.config.state_dtype, "param_rounding": case.config.param_rounding, "state_offload": False}
     for shape, count in collections.Counter(case.trained_shapes).items():
         state = new_state(torch.empty(shape, dtype=case.trained_dtype, device="meta"), group, ())
         for name, tensor in state.items():

@@ -9,17 +9,20 @@ from typing import Any
 from soul.plan.cards import CARDS
 from soul.plan.planner import Plan, plan
 from soul.plan.shapes import PRESETS
+from soul.plan.ways import ways
 from soul.run.config import UnlearnConfig
 from soul_kernels.errors import argument_error
 
 LENGTH = 512
 SMALLEST: dict[str, Any] = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=math.inf)
+OFFLOADED: dict[str, Any] = SMALLEST | dict(state_offload=True)
 # Name of a setup in the table -> options of the run.
 FULL_PARAMETER: dict[str, dict[str, Any]] = {
     "AdamW, fp32": dict(optimizer="adamw"),
     "SOUL, bf16 + 8 bits": dict(),
     "the same, checkpointing": dict(gradient_checkpointing=True),
     "8-bit states, release, checkpointing": SMALLEST,
+    "the same, states offloaded": OFFLOADED,
 }
 ADAPTERS: dict[str, dict[str, Any]] = {"SOUL": dict(), "SOUL, checkpointing": dict(gradient_checkpointing=True)}
 SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="8bit")
@@ -62,6 +65,17 @@ def smallest_7b_plan() -> Iterator[str]:
     yield from plan("llama-2-7b", UnlearnConfig(**SMALLEST), length=LENGTH).table().split("\n")
 
 
+def offloaded_8b_plan() -> Iterator[str]:
+    """Yield the lines of the plan of the full-parameter 8B with states in main memory."""
+    yield from plan("llama-3.1-8b", UnlearnConfig(**OFFLOADED), length=LENGTH).table().split("\n")
+
+
+def ways_on_24_gb() -> Iterator[str]:
+    """Yield the lines of the ways to run the 8B on a card of 24 GB."""
+    before, _, commands = ways("llama-3.1-8b", UnlearnConfig(), length=LENGTH, card="rtx-4090").table().rpartition("\n\n")
+    yield from (*before.split("\n"), "", "```", *commands.split("\n"), "```")
+
+
 def _row(model: str, name: str, planned: Plan) -> str:
     cards = [card for card in CARDS if planned.peak_bytes <= CARDS[card].memory]
     cells = f"{planned.peak_bytes / 1e9:.1f} | {planned.peak_phase} | {', '.join(cards) or 'none'}"
@@ -73,6 +87,8 @@ def _row(model: str, name: str, planned: Plan) -> str:
 TABLES = {
     "whole": full_parameter_table,
     "smallest": smallest_7b_plan,
+    "offloaded": offloaded_8b_plan,
+    "ways": ways_on_24_gb,
     "adapters": adapter_table,
     "sharded": sharded_table,
 }

@@ -1,11 +1,14 @@
-"""A lower bound of the time of a step, on paper: FLOPs of matrix products, bytes of the optimizer, and traffic of FSDP2."""
+"""A lower bound of the time of a step, on paper.
+
+It consists of FLOPs of matrix products, bytes of the optimizer, traffic of FSDP2, and traffic of states that are offloaded.
+"""
 
 from collections.abc import Mapping, Sequence
 
 from soul.plan.case import Case, Tokens
-from soul.plan.memory import state_bytes, trained_numel
+from soul.plan.memory import host_bytes, state_bytes, trained_numel
 
-GEMMS, OPTIMIZER, NETWORK = "matrix products", "optimizer", "network"
+GEMMS, OPTIMIZER, NETWORK, TRANSFER = "matrix products", "optimizer", "network", "transfer of states"
 
 
 def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[str, float]:
@@ -22,12 +25,26 @@ def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[st
     }
     if case.gpus > 1:
         seconds[NETWORK] = network_bytes(case) * len(batches) / case.network
+    if case.config.state_offload:
+        seconds[TRANSFER] = host_bytes(case) / case.card.host_bandwidth
     return seconds
 
 
-def floor_seconds(seconds: Mapping[str, float]) -> float:
-    """Return the lower bound of a step: the larger of matrix products and network, and the optimizer after it."""
-    return max(seconds[GEMMS], seconds.get(NETWORK, 0)) + seconds[OPTIMIZER]
+def floor_seconds(seconds: Mapping[str, float], released: bool = False) -> float:
+    """Return the lower bound of a step: the larger of matrix products and network, and the optimizer after it.
+
+    Offloaded states come up while others go down. The optimizer waits for them; with gradient release, where it steps in the
+    backward pass, they may pass behind everything else.
+
+    Args:
+        seconds: of each component.
+        released: whether gradients are released.
+    """
+    compute = max(seconds[GEMMS], seconds.get(NETWORK, 0))
+    transfer = seconds.get(TRANSFER, 0)
+    if released:
+        return max(compute + seconds[OPTIMIZER], transfer)
+    return compute + max(seconds[OPTIMIZER], transfer)
 
 
 def flops(case: Case, tokens: Tokens) -> int:
@@ -60,12 +77,13 @@ def flops(case: Case, tokens: Tokens) -> int:
 def optimizer_bytes(case: Case) -> float:
     """Return the bytes that an update moves on one GPU.
 
-    Parameters and states are read and written, gradients are read, and read once more for their norm.
+    Parameters and states are read and written, gradients are read, and read once more for their norm. States that are offloaded
+    are also written as they come up, and read as they go down.
     """
     trained_bytes = trained_numel(case) * case.trained_dtype.itemsize
     states = sum(state_bytes(case).values())
     norms = 1 if case.config.max_grad_norm not in (None, float("inf")) else 0
-    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.gpus
+    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.gpus + 2 * host_bytes(case)
 
 
 def network_bytes(case: Case) -> float:

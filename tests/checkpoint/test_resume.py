@@ -227,6 +227,20 @@ def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.parametrize("first, model, options", [
+    (True, lambda: tiny_model().bfloat16(), dict(gradient_release=True, max_grad_norm=None)), (False, lora_model, {}),
+], ids=["offloaded before the stop", "adapters, offloaded after it"])  # fmt: skip
+def test_a_run_resumes_with_states_elsewhere(first, model, options, tokenizer, tmp_path):
+    """Where the states are changes no bit, and no checkpoint; on a CPU a warning says that it saves nothing."""
+    options = options | dict(state_dtype="8bit")
+    whole, want = run(tokenizer, model=model(), **options)
+    with pytest.warns(UserWarning, match="state_offload: on a CPU the states are in main memory anyway"):
+        with pytest.raises(Stopped):
+            run(tokenizer, StopAfter(tmp_path, 2), model(), state_offload=first, **options)
+        resumed, records = run(tokenizer, Checkpoints(tmp_path, resume=True), model(), state_offload=not first, **options)
+    assert same(resumed, whole) and records == want
+
+
 @pytest.mark.parametrize("curvature", ["retain", "gnb"])
 def test_curvature_resumes(curvature, tokenizer, tmp_path):
     """Stop between two refreshes: GNB draws the labels that it would have drawn without the stop."""

@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM
 from soul.checkpoint import has_ended
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.cli import main
-from soul.distributed import check_supported, launched, shard, started
+from soul.distributed import Processes, check_supported, launched, shard, started
 from soul.distributed.processes import check_alike
+from soul.distributed.scatter import shard_from_first
+from soul.distributed.shards import is_sharded
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
 from tests.support.models import examples, tiny_model, tiny_tokenizer
@@ -117,21 +119,22 @@ CASES = {
         name: [family, {**options, "gradient_release": True}, {}]
         for name, (family, options) in ((name, {**EQUAL, **KEPT}[kept]) for name, kept in RELEASED.items())
     },
-    "whole": saved(SAVED, "whole"),
+    # By name: the first process alone reads the model.
+    "whole": saved(SAVED, "whole", files="by name"),
     "stopped": saved(SAVED, "broken", stop=3),
     "not resumed": saved(SAVED, "broken"),
     "resumed": saved(SAVED, "broken", resume=True),
     "as the command": ["llama, tied", {"method": "npo", "epochs": 30}, {}],
-    "bf16 whole": saved(BF16, "bf16 whole"),
-    "bf16 stopped": saved(BF16, "bf16 broken", stop=3),
+    "bf16 whole": saved(BF16, "bf16 whole", files="by name"),
+    "bf16 stopped": saved(BF16, "bf16 broken", stop=3, files="whole"),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
-    "bf16 resumed": saved(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    "bf16 resumed": saved(BF16, "bf16 broken", resume=True, files="whole", damage="step-3/shard-1.safetensors"),
     # The clock of the first process goes 4 minutes a step, that of the other one stands still.
     "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "asked": ["llama, tied", {"method": "npo"}, {"output": "asked", "samples": 2}],
     "adapters": [*LORA],
     "adapters merged": saved(LORA, "merged", merge=True),
-    "adapters whole": saved(LORA_SAVED, "adapters whole"),
+    "adapters whole": saved(LORA_SAVED, "adapters whole", files="by name"),
     "adapters stopped": saved(LORA_SAVED, "adapters broken", stop=3),
     "adapters resumed": saved(LORA_SAVED, "adapters broken", resume=True),
     "aim whole": saved(AIM, "aim whole"),
@@ -213,7 +216,11 @@ def equal(one, two):
 
 
 def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
-    """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise."""
+    """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise.
+
+    The whole run had its model from the first process alone, the others from a model in every process, or from bf16 files that
+    every process has read: weights, and the frequencies of rotary embeddings, which are in no file, are the same bits.
+    """
     for prefix in ("", "bf16 "):
         (whole, _), (resumed, second) = results[f"{prefix}whole"], results[f"{prefix}resumed"]
         for rank in results[f"{prefix}stopped"]:
@@ -571,6 +578,15 @@ def group_of_one(tmp_path):
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_model_of_other_tensors_than_the_first_process_has_is_refused(group_of_one, monkeypatch):
+    """With other versions of the libraries, say; nothing was changed."""
+    model = tiny_model("llama, untied")
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value: {**value, "more.weight": value["lm_head.weight"]})
+    with pytest.raises(ValueError, match="model: expected the parameters and buffers of the first process, got more.weight"):
+        shard_from_first(model, torch.device("cpu"))
+    assert not any(is_sharded(p) or p.is_meta for p in model.parameters())
 
 
 def sharded_run(checkpoints=None, **options):

@@ -424,6 +424,8 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; rho starts there and moves"),
     (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
+    (dict(cuda_graph=True, state_offload=True), "state_offload: expected False with cuda_graph, got True; a graph replays"),
+    (dict(state_offload=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_offload belongs to it"),
     (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),
