@@ -109,7 +109,11 @@ def saved(case, output, **how):
 
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
-    "influence by drawn labels": ["llama, tied", {"method": "influence", "method_options": {"clip": 1e-2}}, {"output": "drawn"}],
+    "influence by drawn labels": [
+        "llama, tied",
+        {"method": "influence", "method_options": {"clip": 1e-2}},
+        {"output": "drawn"},
+    ],
     **{name: [*case, {}] for name, case in KEPT.items()},
     **{
         name: [family, {**options, "gradient_release": True}, {}]
