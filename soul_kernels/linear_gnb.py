@@ -33,12 +33,14 @@ def linear_gnb(
     Args:
         hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the
             weight.
-        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
+        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well. It may be a DTensor as in
+            `soul_kernels.linear_logprob`: the labels are those of one process, up to the rounding of sums of probabilities.
         keep: [B, T] or [N] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label
             in it.
         uniforms: [B, T] or [N] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
         generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
-            `soul.curvature.GNB.generator`. None: torch's default one.
+            `soul.curvature.GNB.generator`. None: torch's default one. Of the processes that share a head in shards, the first
+            one's numbers are used.
         bias: [V] or None, beside a weight that is a tensor.
         options: see `LinearOptions`; its ``token_indices`` list every token where ``keep`` is true.
 

@@ -36,10 +36,11 @@ def linear_kl(
     Args:
         hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so are the
             heads.
-        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
+        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well. It may be a DTensor as in
+            `linear_logprob`.
         labels: [B, T] or [N] int64, already shifted; -100 is ignored. The other values matter with ``strengths`` only.
         reference: the `Reference` model on the same tokens; it gets no gradient. Its logits are scaled and capped as the
-            model's are.
+            model's are. Beside a head in shards its own head is whole or cut alike.
         bias: [V] or None, beside a weight that is a tensor.
         kind: "kl"; "reverse_kl", which is ``KL(model || reference)``; "jsd", the generalized Jensen-Shannon divergence ``beta
             KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``; or "soul_kl", which SOUL's code calls KL:

@@ -10,10 +10,11 @@ A row function wants the label among its columns. A row whose label is elsewhere
 with the statistics of column 0 in place of the label's: its own log p, and -p where 1 - p of the label would stand. With these
 numbers every formula that treats the label's column apart gives column 0 the same values as any other column, up to rounding.
 
-What is exchanged, for each chunk: three numbers a token for its statistics, and three more for those of the reference model; the
+What is exchanged, for each chunk: three numbers a token for its statistics, and three for those of the reference model; the
 sums of a divergence; and for a drawn label the logsumexp and the label. Statistics are gathered and not reduced, because a sum
 of exponentials needs the maximum first. That is one exchange in place of two, and all processes combine the same numbers in the
-same order, so that they have the same bits. The gradient of the hidden states is added up once, in fp32.
+same order, so that they have the same bits. The gradient of the hidden states is added up once, in fp32; hidden states that are
+cut along the tokens get theirs by a reduce-scatter, in their own dtype.
 
 Every exchange is collective. The number of chunks must be the same in every process, so it follows from the largest shard.
 
