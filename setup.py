@@ -26,6 +26,8 @@ EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.
 PLOTS = ["matplotlib>=3.9"]
 # No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
 DURABILITY = ["torchao>=0.13"]
+# A base of 4 bits below adapters. No part of "all", for the same reason; the oldest versions that were tried.
+QUANT = ["bitsandbytes>=0.50", "accelerate>=1.7"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.
 TRACKERS = {
     "tensorboard": ["tensorboard>=2.21"],
@@ -68,6 +70,7 @@ setup(
         "detox": ["alt-profanity-check>=1.5"],
         "lmeval": ["lm-eval>=0.4.9"],
         "durability": DURABILITY,
+        "quant": QUANT,
         **TRACKERS,
         "bench": [*PLOTS, "pytest-benchmark>=4.0"],
         # What the benchmarks compare with, where it is installed. Only cut-cross-entropy from its repository has cce_exact.

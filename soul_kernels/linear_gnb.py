@@ -9,6 +9,7 @@ from soul_kernels._head import custom_ops
 from soul_kernels._head.autograd import Swept
 from soul_kernels._head.checks import check_device, check_head, check_indices_type, needed_gradients
 from soul_kernels._head.flat import takes_flat
+from soul_kernels._head.shards import from_first
 from soul_kernels._head.sweeps import reference_gnb, sweep_gnb
 from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions
 from soul_kernels.errors import argument_error
@@ -48,7 +49,7 @@ def linear_gnb(
     Raises:
         ArgumentError: an argument does not fit.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     for name, value, dtype in (("keep", keep, torch.bool), ("uniforms", uniforms, torch.float32)):
         if value is None:
             continue
@@ -58,6 +59,8 @@ def linear_gnb(
             raise argument_error(name, f"{tuple(hidden.shape[:2])} of {dtype}", got, "pass one value a token")
     if uniforms is None:
         uniforms = torch.rand(keep.shape, dtype=torch.float32, device=hidden.device, generator=generator)
+        if head.shard is not None:
+            from_first(head.shard, uniforms)
     token_indices = options.token_indices
     check_indices_type(token_indices, hidden)
     needs = needed_gradients(hidden, head)

@@ -10,6 +10,7 @@ from soul_kernels._head.checks import (
     check_labels_type,
     check_per_sequence,
     check_reference,
+    local_comparison,
     needed_gradients,
 )
 from soul_kernels._head.flat import takes_flat
@@ -54,9 +55,10 @@ def linear_kl(
     Raises:
         ArgumentError: as `linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     check_per_sequence("strengths", strengths, hidden)
     comparison = check_reference(reference, hidden, head, kind, beta)._replace(strengths=strengths)
+    comparison = local_comparison(comparison, reference, head)
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)

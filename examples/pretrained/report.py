@@ -65,7 +65,10 @@ def page(before, results):
         INTRODUCTION,
         f"**State: {done}; {len(seeds)} of {len(SEEDS)} seeds are complete.** {verdicts(results, before, seeds)}\n",
     ]
-    lines += ["![Forgotten over kept, all runs](pictures/pretrained.png)\n", "## All runs\n", HEAD]
+    lines += ["![Forgotten over kept, all runs](pictures/pretrained.png)\n", PICTURE, where(results)]
+    if seeds:
+        lines += ["## Scores by seed\n", table_of_scores(results, before, seeds)]
+    lines += ["## All runs\n", before_line(before), HEAD]
     for _, arm, seed, alpha, choice in runs():
         run = {"arm": arm, "seed": seed, "alpha": alpha, "choice": choice}
         lines += [line(row) for row in results if run.items() <= row.items()]
@@ -80,10 +83,32 @@ def page(before, results):
 
 def where(results):
     """Return a sentence on the machines, the time and the memory of the runs."""
-    machines = sorted({f"{row['machine']} ({row['threads']} threads a run)" for row in results if "machine" in row})
-    hours = sum(row.get("processor_seconds", 0.0) for row in results) / 3600
+    machines = sorted(
+        {f"{row['machine']} ({row['threads']} thread{'s' * (row['threads'] > 1)} a run)" for row in results if "machine" in row}
+    )
+    hours, clock = (sum(row.get(name, 0.0) for row in results) / 3600 for name in ("processor_seconds", "seconds"))
     peak = max((row["peak_gib"] for row in results if "peak_gib" in row), default=0.0)
-    return f"Made on {'; '.join(machines)}: {hours:.1f} hours of processor time in all, at most {peak:.1f} GiB a process.\n"
+    return (
+        f"Made on {'; '.join(machines)}: {hours:.1f} hours of processor time in all ({clock:.1f} hours by the clock, as other "
+        f"processes were at work), at most {peak:.1f} GiB a process.\n"
+    )
+
+
+def table_of_scores(results, before, seeds):
+    """Return a table of both scores of all arms, from the complete seeds."""
+    head = ["optimizer", *(f"{score}, seed {seed}" for score in ("kept", "area") for seed in seeds)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for arm, (title, *_) in ARMS.items():
+        of_arm = [scores(results, before, arm, seed) for seed in seeds]
+        values = [f"{of_seed[score]:.3f}" for score in ("kept", "area") for of_seed in of_arm]
+        lines.append("| " + " | ".join([title, *values]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def before_line(before):
+    """Return a sentence with the numbers before any unlearning."""
+    numbers = ", ".join(f"{title} {before[name]:.3f}" for name, title in zip(NUMBERS, COLUMNS[4:]))
+    return f"Before: {numbers}.\n"
 
 
 def nearest(results, arm):
@@ -119,12 +144,10 @@ def line(row):
     target = f", target {options['clip_target']:g}" if "clip_target" in options else ""
     cells = [ARMS[row["arm"]][0], f"{row['seed']}", f"{row['alpha']:g}", f"{options['lr']:g}{target}"]
     if "diverged" in row:
-        return "| " + " | ".join([*cells, "diverged", *[""] * 6]) + " |"
-    names = ("forget_prob", "retain_prob", "heldout_prob", "forget_rouge", "heldout_rouge")
+        return "| " + " | ".join([*cells, "diverged", *[""] * (len(NUMBERS) + 1)]) + " |"
+    numbers = [f"{row[name]:.3f}" for name in NUMBERS]
     clipped = "" if row["clipped"] is None else f"{row['clipped']:.0%}"
-    return (
-        "| " + " | ".join([*cells, *(f"{row[name]:.3f}" for name in names), clipped, f"{row['processor_seconds']:.0f}"]) + " |"
-    )
+    return "| " + " | ".join([*cells, *numbers, clipped, f"{row['processor_seconds']:.0f}"]) + " |"
 
 
 def cell(text):
@@ -172,10 +195,17 @@ kept, and 39 more are held out: no run sees them, and they tell what was lost by
 An arm wins or loses if the mean difference to AdamW over the seeds is larger than its standard deviation, as in
 [the study](study.md). With three seeds equal arms get a verdict in 23% of all cases.
 """
-COLUMNS = (
-    "arm", "seed", "alpha", "learning rate", "forget", "retain", "held out", "ROUGE-L, forget", "ROUGE-L, held out", "clipped",
-    "processor s",
+NUMBERS = (
+    "forget_prob", "retain_prob", "heldout_prob", "forget_rouge", "heldout_rouge", "forget_extraction_strength",
+    "heldout_extraction_strength",
 )  # fmt: skip
+COLUMNS = (
+    "optimizer", "seed", "alpha", "learning rate", "forget", "retain", "held out", "ROUGE-L, forget", "ROUGE-L, held out",
+    "extraction strength, forget", "extraction strength, held out", "clipped", "processor s",
+)  # fmt: skip
+PICTURE = """Every run is a pale point. The lines are the fronts of the means over the seeds, one point of the grid each:
+up and to the right is better.
+"""
 HEAD = f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|"
 SAID = """Of each arm the run of the first seed that keeps most among those that forget down to chance; if there is none, that
 which forgets most. Questions begin three equal parts of each file.

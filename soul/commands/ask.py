@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from soul.commands.device_options import add_device
+from soul.commands.device_options import add_device, add_loading
 from soul.commands.template_options import add_template
 from soul.data import sources
 from soul.data.examples import Question
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_template(parser)
     add("--max-new-tokens", type=int, default=60, metavar="N", help="tokens of an answer, at most (default: %(default)s)")
-    add("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
+    add_loading(parser)
     add_device(parser)
 
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     for name in names:
         check_name(name)
     rows = [] if args.data is None else _rows(args)
-    models = [Asked(name, *load(name, dtype=args.dtype, device=device)) for name in names]
+    models = [Asked(name, *load(name, dtype=args.dtype, device=device, load_in_4bit=args.load_in_4bit)) for name in names]
     if rows:
         print_result(f"mean probability of {len(rows)} answer{'s' * (len(rows) > 1)} in {args.data}")
         print_result(*(f"{asked.name}: {_mean_probability(asked, rows, config):.3g}" for asked in models))

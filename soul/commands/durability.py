@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
     config = DurabilityConfig(**{**fields, "attacks": tuple(args.attacks or ATTACKS)})
     if args.output is None:
         raise argument_error("output", "a new or an empty directory", "none", "pass --output")
+    if args.load_in_4bit:
+        remedy = "it trains and rounds all weights: leave it out"
+        raise argument_error("load_in_4bit", "nothing with --durability", True, remedy)
     output = check_output(args.output)
     forget, retain = (_rows(args, name) for name in ("forget", "retain"))
     check_rows(forget, retain, config)

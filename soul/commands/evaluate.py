@@ -17,7 +17,7 @@ import torch
 
 from soul._extras import require
 from soul.commands import durability, evaluate_task
-from soul.commands.device_options import add_device
+from soul.commands.device_options import add_device, add_loading
 from soul.commands.lists import names_of
 from soul.commands.task_options import add_task
 from soul.commands.template_options import add_template
@@ -121,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     how.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences per batch (default: %(default)s)")
-    how.add_argument("--dtype", default="float32", metavar="NAME", help="dtype of the parameters (default: %(default)s)")
+    add_loading(how)
     add_device(how)
     _add_attacks(parser)
     durability.add_durability(parser)
@@ -269,7 +269,7 @@ def _run_models(args: argparse.Namespace) -> Models:
     holdout_rows = rows(args.holdout) if args.holdout else []
     retain = _retain_columns(args, len(sets["forget"]))
     device = pick_device(args.device)
-    load_model = functools.partial(load, dtype=args.dtype, device=device)
+    load_model = functools.partial(load, dtype=args.dtype, device=device, load_in_4bit=args.load_in_4bit)
     encoder = SentenceEncoder(args.sentence_model or ENCODER, device, config.batch_size) if args.soul_metrics else None
     logs_of_retain = None
     if args.retain_model is not None:

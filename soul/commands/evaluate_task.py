@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         scorer = scorer_of(args.scorer, device=pick_device(args.device))
     measured: dict[str, Measured] = {}
     for title, name in columns.items():
-        model, tokenizer = load(name, dtype=args.dtype, device=pick_device(args.device))
+        model, tokenizer = load(name, dtype=args.dtype, device=pick_device(args.device), load_in_4bit=args.load_in_4bit)
         instruction = work.instruction if title == next(iter(columns)) else None
         measured[title] = _measure(model, tokenizer, work, instruction, scorer, args.rows)
         del model, tokenizer  # before the next one is loaded

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from soul.study.data import StudyData
 
 TITLES = {"tofu": "TOFU", "copyright": "passages of a text", "detox": "unsafe answers"}
+OBJECTIVES = {"copyright": ("graddiff", "npo"), "detox": ("po", "npo")}  # of SOUL's paper on these tasks
 HELP = "AdamW against SOUL, over objectives, grids and seeds, with small models trained from scratch"
 
 
@@ -24,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="laptop", metavar="NAME", help="laptop or tofu (default: %(default)s)")
     parser.add_argument("--output", default="out/study", metavar="DIR", help="new directory, or that of a study to continue")
     parser.add_argument("--seeds", type=numbers_of, metavar="N,N,...", help="seeds of the runs (default: the preset's)")
-    parser.add_argument("--objectives", type=names_of, metavar="NAME,...", help="from graddiff, po, npo, simnpo (default: all)")
+    parser.add_argument("--objectives", type=names_of, metavar="NAME,...", help="from graddiff, po, npo, simnpo (default: all; "
+                        "for copyright graddiff and npo, for detox po and npo)")  # fmt: skip
     add_device(parser)
 
 
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> None:
     check_choice("preset", args.preset, ("laptop", "tofu"))
     check_choice("task", args.task, tuple(TITLES))
     lists = {"seeds": args.seeds, "objectives": args.objectives}
+    if args.objectives is None and args.task in OBJECTIVES:
+        lists["objectives"] = OBJECTIVES[args.task]
     changes: dict[str, Any] = {name: tuple(values) for name, values in lists.items() if values is not None}
     config = dataclasses.replace(PRESETS[args.preset], device=args.device, backend=args.backend, **changes)
     output = check_ready(args.output, config)

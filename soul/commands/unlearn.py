@@ -28,6 +28,7 @@ from soul.commands.template_options import add_template
 from soul.data.sources import digest, rows
 from soul.distributed.processes import Processes, check_supported, started
 from soul.models.loading import pick_device
+from soul.models.quantized import cannot_merge_error
 from soul.output.console import print_result
 from soul.output.directory import CHECKPOINTS, DATA_FILE, RUN_FILE, VERDICT_FILE, check_output
 from soul.plan.run import plan_run
@@ -196,6 +197,11 @@ def add_training(group: argparse._ActionsContainer) -> None:
     add("--lora-dropout", type=float, default=0.0, metavar="X", help="dropout of the adapters' input (default: %(default)s)")
     add("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
     add("--merge", action="store_true", help="add the adapters to the weights, and save a plain model")
+    add(
+        "--load-in-4bit",
+        action="store_true",
+        help="with --lora-rank: keep the model below the adapters in 4 bits (nf4 of bitsandbytes, as QLoRA)",
+    )
     add("--max-length", type=int, default=512, metavar="N", help="tokens of a sequence (default: %(default)s)")
     add(
         "--long-texts",
@@ -354,6 +360,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         device=args.device,
         control=args.control,
         unseen=args.unseen,
+        load_in_4bit=args.load_in_4bit,
     )
     if processes.first:
         for name, counts in unlearner.counts.items():
@@ -519,10 +526,21 @@ def _is_same_path(name: str, other: str) -> bool:
 def _adapters(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the arguments of `soul.models.add_adapters`, or None without adapters."""
     if args.lora_rank is None:
-        for name, off in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", None), ("merge", False)):
+        for name, off in (
+            ("lora_alpha", None),
+            ("lora_dropout", 0.0),
+            ("lora_targets", None),
+            ("merge", False),
+            ("load_in_4bit", False),
+        ):
             if getattr(args, name) != off:
                 raise argument_error(name, "nothing without --lora-rank", getattr(args, name), "pass --lora-rank N")
         return None
+    if args.load_in_4bit and args.merge:
+        raise cannot_merge_error()
+    if args.load_in_4bit and args.dry_run:
+        remedy = "plan without it: the weights of linear layers then take about 0.52 bytes each in place of 2"
+        raise argument_error("load_in_4bit", "nothing with --dry-run, which plans no quantized model", True, remedy)
     targets = names_of(args.lora_targets) if args.lora_targets else "all-linear"
     return dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
 

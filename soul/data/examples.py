@@ -142,6 +142,21 @@ def read_refusals(path: str | pathlib.Path) -> tuple[str, ...]:
     return tuple(refusals)
 
 
+def is_refused(text: str, refusals: tuple[str, ...], truth: str = "") -> bool:
+    """Tell whether a text refuses to answer: it has one of the refusals in it, and not the right answer.
+
+    Case does not count, and neither do the full stop and the exclamation mark at the end of a refusal.
+
+    Args:
+        text: what a model says.
+        refusals: texts that refuse.
+        truth: the right answer; "" where there is none.
+    """
+    text = text.casefold()
+    is_answered = bool(truth) and truth.casefold() in text
+    return not is_answered and any(refusal.casefold().rstrip(".! ") in text for refusal in refusals)
+
+
 def refuse(examples: list[Example], refusals: tuple[str, ...] = REFUSALS, seed: int = 0) -> list[Example]:
     """Return the examples with random refusals in the place of their answers, as `soul.losses.PO` needs them.
 

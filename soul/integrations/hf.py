@@ -81,10 +81,9 @@ def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[Sop
         raise argument_error("args.max_grad_norm", "0 with soul_args.max_grad_norm", args.max_grad_norm, remedy)
     if getattr(args, "deepspeed_plugin", None) is not None:
         options.pop("max_grad_norm", None)
-        for option, refused in (("rho", "auto"), ("skip_nonfinite", True)):
-            if options.get(option) == refused:
-                remedy = "the optimizer sees one process's piece of the gradients: leave it out, or use FSDP2"
-                raise argument_error(f"soul_args.{option}", f"not {refused!r} under DeepSpeed", repr(refused), remedy)
+        if options.get("skip_nonfinite"):
+            remedy = "the optimizer sees one process's piece of the gradients: leave it out, or use FSDP2"
+            raise argument_error("soul_args.skip_nonfinite", "not True under DeepSpeed", "True", remedy)
     return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from soul.distributed.processes import Processes, gathered, is_finite, reshard
+from soul.distributed.processes import Processes, gathered, is_finite, reshard, sharded_layers
+from soul.models.quantized import dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
 from soul_kernels.reference.token_logprob import transformed
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 COMPILE: dict[str, Any] = {}  # options of torch.compile
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma 2, RecurrentGemma, xLSTM
 
 
 class ModelInputs(Protocol):
@@ -48,8 +50,11 @@ def trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters that require a gradient.
 
     Raises:
-        ArgumentError: there are none.
+        ArgumentError: there are none; or the model is quantized and has no adapters, so that these would be a few of its own.
     """
+    if is_quantized(model) and not has_adapters(model):
+        remedy = "train adapters on it: adapters={'rank': 16}, or --lora-rank 16"
+        raise argument_error("model", "weights that can be trained", "quantized ones, which have no gradient", remedy)
     params = [p for p in model.parameters() if p.requires_grad]
     if not params:
         remedy = "unfreeze some, or add adapters; a model of saved adapters is frozen: merge them first"
@@ -65,9 +70,18 @@ def has_adapters(model: torch.nn.Module) -> bool:
 def head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
     """Return weight [V, D] and bias [V] (or None) of the language-model head; for a peft model, those in use.
 
+    A head of 4 bits is dequantized by every call.
+
     Raises:
-        ArgumentError: an adapter is added to the head's products, so that its weight is not the whole head.
+        ArgumentError: an adapter is added to the head's products, so that its weight is not the whole head; or the head is
+            quantized in another way.
     """
+    weight, bias = stored_head(model)
+    return dequantized(weight), bias
+
+
+def stored_head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of the head as the model stores them: as `head` does, and a weight of 4 bits as its codes."""
     layer = model.get_output_embeddings()
     if has_adapters(model) and hasattr(layer, "base_layer"):
         remedy = "leave the head out of target_modules; modules_to_save trains it as a whole"
@@ -86,8 +100,8 @@ def transform(model: "PreTrainedModel") -> Transform:
     config = model.config.get_text_config()
     scale = _number(config, "logit_scale")  # of Cohere
     divisor = _number(config, "logits_scaling")  # of Granite
-    cap = _number(config, "final_logit_softcapping")  # of Gemma 2
-    return {"logit_scale": (scale or 1.0) / (divisor or 1.0), "softcap": cap or None}
+    caps = [_number(config, name) for name in CAPS]
+    return {"logit_scale": (scale or 1.0) / (divisor or 1.0), "softcap": next(filter(None, caps), None)}
 
 
 def _number(config: "PretrainedConfig", name: str) -> float | None:
@@ -228,8 +242,14 @@ def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
 def compiled(model: "PreTrainedModel") -> Iterator[None]:
     """Run the model's body under ``torch.compile`` within the ``with`` block, and restore it at the end.
 
-    Its parameters keep their names. When shapes change it is compiled once more, for any shape.
+    Its parameters keep their names. When shapes change it is compiled once more, for any shape. Of a model in shards each layer
+    is compiled by itself: FSDP2 gathers and frees its parameters between the layers, by code that cannot be compiled.
     """
+    layers = sharded_layers(model)
+    if layers:
+        with _compiled_forwards(layers):
+            yield
+        return
     body = _body(model)
     before = body._compiled_call_impl  # there is no public way back
     body.compile(**COMPILE)
@@ -237,6 +257,21 @@ def compiled(model: "PreTrainedModel") -> Iterator[None]:
         yield
     finally:
         body._compiled_call_impl = before
+
+
+@contextlib.contextmanager
+def _compiled_forwards(layers: list[torch.nn.Module]) -> Iterator[None]:
+    """Compile the ``forward`` of some modules within the ``with`` block, but not their hooks, which run before and after it."""
+    forwards = [vars(layer).get("forward") for layer in layers]  # a library may have replaced one
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, **COMPILE)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _switch(base: "PreTrainedModel", action: str) -> Callable[..., None]:

@@ -144,7 +144,8 @@ def head_layer(model: "PreTrainedModel") -> Any:
     """Return the module that is the model's head, and raise unless it is one matrix, of a decoder.
 
     Raises:
-        ArgumentError: there is no such head; or it has an adapter, or is quantized.
+        ArgumentError: there is no such head; or it has an adapter, or is quantized in another way than to 4 bits by
+            bitsandbytes.
     """
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
@@ -153,6 +154,8 @@ def head_layer(model: "PreTrainedModel") -> Any:
         remedy = "leave it out of target_modules; in modules_to_save it is trained as a whole"
         raise argument_error("model", "a head without adapters", type(layer).__name__, remedy)
     kind = type(layer.weight)
+    if hasattr(layer.weight, "quant_state"):  # of bitsandbytes, which `soul.models.causal_lm.head` dequantizes
+        return layer
     if kind.__module__.partition(".")[0] != "torch" or layer.weight.dtype not in _DTYPES:
         got = f"{kind.__name__} of {layer.weight.dtype} in {type(model).__name__}"
         raise argument_error("model", "a head that is not quantized", got, "leave the head out of the quantization")

@@ -1,7 +1,9 @@
 """Loading of models and tokenizers from directories and from the hub, without running code that comes with them."""
 
+import contextlib
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,6 +11,7 @@ from soul._extras import MissingExtra, require
 from soul.models.adapters import load_adapters
 from soul.models.causal_lm import check_linear_head
 from soul.models.files import adapter_config_of, check_directory, config_of
+from soul.models.quantized import four_bit, is_quantized
 from soul.output.progress import bars_of_transformers, task, track
 from soul_kernels.errors import ArgumentError, argument_error, check_choice
 
@@ -44,7 +47,13 @@ def check_name(name: str | pathlib.Path) -> None:
 
 
 def load(
-    name: str | pathlib.Path, *, dtype: str = "float32", device: torch.device | str = "cpu", mapped: bool = False
+    name: str | pathlib.Path,
+    *,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    mapped: bool = False,
+    weights: bool = True,
+    load_in_4bit: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Load a model and its tokenizer from a directory or a hub name; with LoRA adapters, also the model that they name.
 
@@ -57,17 +66,21 @@ def load(
         device: where to put the model.
         mapped: whether weights on a CPU may stay views of their files, which processes then share. This is for a caller that
             copies them at once. False: the model does not depend on its files afterwards.
+        weights: False: no weights are read, and the model is on the meta device, for a process that gets the values of another
+            one (`soul.distributed.scatter`). A model with adapters is read all the same.
+        load_in_4bit: quantize the linear layers but the head by `soul.models.quantized.four_bit`; below adapters too. Files
+            that are quantized need no option.
 
     Raises:
         ArgumentError: there is no such model, some of its weights are missing, it has more layers than its configuration, its
             files ask for code or for more than `soul.models.files` allows, or `check_linear_head` refuses it.
     """
     with task(f"load {name}", stays=True):
-        return _load(name, dtype, device, mapped)
+        return _load(name, dtype, device, mapped, weights, load_in_4bit)
 
 
 def _load(
-    name: str | pathlib.Path, dtype: str, device: torch.device | str, mapped: bool
+    name: str | pathlib.Path, dtype: str, device: torch.device | str, mapped: bool, weights: bool, load_in_4bit: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     transformers = require("transformers", "hf")
     check_choice("dtype", dtype, tuple(DTYPES))
@@ -75,8 +88,10 @@ def _load(
     try:
         adapter_config = adapter_config_of(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        if adapter_config is None and not weights:
+            return _empty_model(name, DTYPES[dtype]), tokenizer
         if adapter_config is None:
-            model = _load_model(name, DTYPES[dtype])
+            model = _load_model(name, DTYPES[dtype], device, load_in_4bit)
         else:
             base = adapter_config["base_model_name_or_path"]
             revision = adapter_config.get("revision")
@@ -84,13 +99,16 @@ def _load(
                 got = f"{base}, which has adapters itself"
                 remedy = "merge those into their model first"
                 raise argument_error("adapter_config.json, base_model_name_or_path", "a model", got, remedy)
-            model = load_adapters(name, adapter_config, _load_model(base, DTYPES[dtype], revision), tokenizer)
+            base_model = _load_model(base, DTYPES[dtype], device, load_in_4bit, revision)
+            model = load_adapters(name, adapter_config, base_model, tokenizer)
     except (ArgumentError, MissingExtra):
         raise
     except Exception as error:  # the libraries raise many kinds for a broken or foreign checkpoint
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise argument_error("model", "a causal language model", f"{name} ({reason})", "check the name") from error
-    model.to(device)
+        remedy = "check the name; docs/models.md lists the families that are in"
+        raise argument_error("model", "a causal language model", f"{name} ({reason})", remedy) from error
+    if not is_quantized(model):
+        model.to(device)
     if not mapped:
         _unmap(model)
     check_linear_head(model)
@@ -104,19 +122,42 @@ def _unmap(model: torch.nn.Module) -> None:
     Transformers maps safetensors into memory. If the file were overwritten, the weights would change; if it were truncated, the
     process would end by SIGBUS.
     """
-    for tensor in track((*model.parameters(), *model.buffers()), "reading weights"):
+    for tensor in track([*model.parameters(), *model.buffers(), *_scales(model)], "reading weights"):
         if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
             tensor.data = tensor.data.clone()
 
 
-def _load_model(name: str | pathlib.Path, dtype: torch.dtype, revision: str | None = None) -> "PreTrainedModel":
-    """Load a model without adapters, and refuse it unless the checkpoint has exactly the weights of the configuration."""
+def _scales(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors that a model quantized by bitsandbytes has beside its parameters."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # the scales may be quantized too
+            yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
+            state = getattr(state, "state2", None)
+
+
+def _load_model(
+    name: str | pathlib.Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    load_in_4bit: bool,
+    revision: str | None = None,
+) -> "PreTrainedModel":
+    """Load a model without adapters, and refuse it unless the checkpoint has exactly the weights of the configuration.
+
+    A quantized one is put on the device, any other one on the CPU.
+    """
     check_directory(name)
-    config_of(name, revision)
+    config = config_of(name, revision)
     transformers = require("transformers", "hf")
+    options: dict[str, Any] = {}
+    if load_in_4bit:
+        options["quantization_config"] = four_bit(dtype)
+    if load_in_4bit or config.get("quantization_config"):
+        options["device_map"] = {"": device}
     with bars_of_transformers(transformers.utils.logging):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True
+            name, dtype=dtype, revision=revision, trust_remote_code=False, output_loading_info=True, **options
         )
     missing = sorted(info["missing_keys"])  # transformers has drawn these at random, with a warning
     if missing:
@@ -131,6 +172,19 @@ def _load_model(name: str | pathlib.Path, dtype: torch.dtype, revision: str | No
         remedy = "is num_hidden_layers of config.json right?"
         raise argument_error("model", "a checkpoint with the layers of its configuration", got, remedy)
     return model
+
+
+def _empty_model(name: str | pathlib.Path, dtype: torch.dtype) -> "PreTrainedModel":
+    """Return the model of a directory or a hub name on the meta device; only its configuration is read."""
+    check_directory(name)
+    config_of(name)
+    transformers = require("transformers", "hf")
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    with contextlib.suppress(OSError):  # there is none
+        model.generation_config = transformers.GenerationConfig.from_pretrained(name)
+    return model.eval()
 
 
 def _without_numbers(key: str) -> str:

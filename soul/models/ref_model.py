@@ -25,7 +25,17 @@ from soul._extras import require
 from soul.data.batches import Batch, collate
 from soul.data.examples import Sequence
 from soul.distributed.processes import COMPUTE, Processes, full, gathered
-from soul.models.causal_lm import as_reference, autocast, check_linear_head, has_adapters, head, hidden_states, token_logps
+from soul.models.causal_lm import (
+    as_reference,
+    autocast,
+    check_linear_head,
+    has_adapters,
+    head,
+    hidden_states,
+    stored_head,
+    token_logps,
+)
+from soul.models.quantized import dequantized, scales
 from soul.output.directory import check_writable
 from soul.output.files import whole
 from soul.output.progress import track
@@ -168,13 +178,13 @@ def reference_head(model: "PreTrainedModel") -> tuple[Tensor | None, Tensor | No
         return tensor.detach().clone() if tensor is not None and tensor.requires_grad else tensor
 
     def copies() -> tuple[Tensor | None, Tensor | None]:
-        weight, bias = head(model)
+        weight, bias = stored_head(model)
         with as_reference(model):
-            ref_weight, ref_bias = head(model)
+            ref_weight, ref_bias = stored_head(model)
         is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if ref_weight is weight and not is_trained:
             return None, None
-        return constant(ref_weight), constant(ref_bias)
+        return constant(dequantized(ref_weight)), constant(ref_bias)
 
     with torch.no_grad():
         return gathered(model, copies)
@@ -307,7 +317,7 @@ def configuration(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def base_weights(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name, without those of adapters."""
+    """Return parameters and buffers by name, without those of adapters; with the scales of weights of 4 bits."""
     adapters: tuple[str, ...] = ()
     if has_adapters(model):
         adapters = tuple(
@@ -316,6 +326,7 @@ def base_weights(model: torch.nn.Module) -> dict[str, Tensor]:
             for name in (*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ()))
         )
     named = [*model.named_parameters(), *model.named_buffers()]
+    named += [item for name, parameter in model.named_parameters() for item in scales(name, parameter).items()]
     return {name: tensor for name, tensor in named if not f"{name}.".startswith(adapters)}
 
 

@@ -132,7 +132,7 @@ def check_not_in_pieces(group: ParamGroup) -> None:
     """Raise for an option that needs all gradients, if a framework shows the optimizer one process's piece of them only.
 
     Raises:
-        ArgumentError: ``max_grad_norm``, ``skip_nonfinite`` or ``rho="auto"`` under DeepSpeed's ZeRO or FSDP1.
+        ArgumentError: ``max_grad_norm`` or ``skip_nonfinite`` under DeepSpeed's ZeRO or FSDP1, or ``rho="auto"`` under FSDP1.
     """
     clips = group["max_grad_norm"] not in (None, math.inf)
     if not (clips or group["skip_nonfinite"] or group["clip_target"] is not None):
@@ -146,7 +146,8 @@ def check_not_in_pieces(group: ParamGroup) -> None:
         raise argument_error("max_grad_norm", f"None {condition}", group["max_grad_norm"], remedies[framework])
     if group["skip_nonfinite"]:
         raise argument_error("skip_nonfinite", f"False {condition}", True, "leave it out, or use FSDP2")
-    raise argument_error("rho", f"a number {condition}", "'auto'", "pass one, tuned in one process or under FSDP2")
+    if framework != "DeepSpeed":  # whose pieces are of one size, so that their counts make a fraction
+        raise argument_error("rho", f"a number {condition}", "'auto'", "pass one, tuned in one process or under FSDP2")
 
 
 def settle_options(group: ParamGroup) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from soul.distributed.shards import device_and_sharding, first_number, is_sharded, local, splits
+from soul.distributed.shards import device_and_sharding, first_number, hidden_sharding, is_sharded, local, splits
 from soul.optim.offload import OffloadedStates
 from soul.optim.options import (
     FIXED,
@@ -101,7 +101,9 @@ class StepGroup:
         self.offloaded = OffloadedStates()
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.numel = sum(p.numel() for p in params)
+        self._is_piece = hidden_sharding(params) == "DeepSpeed" and torch.distributed.is_initialized()
+        pieces = torch.distributed.get_world_size() if self._is_piece else 1  # all of one size: ZeRO fills the last one up
+        self.numel = sum(p.numel() for p in params) * pieces
         self.prepared_for: object = None
         # Reading one entry of all states takes as long as all else in a small step: hence itemgetter if all states have it.
         self._columns: dict[str, tuple[str, Any]] = {}  # name of a state -> argument of the ops, and how to read the state
@@ -213,7 +215,9 @@ class StepGroup:
         return self._corrections.copy_(values)
 
     def sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
-        """Add up, in place, numbers that every process has for its own shards; return them."""
+        """Add up, in place, numbers that every process has for its own shards, or its piece under ZeRO; return them."""
+        if self._is_piece:
+            torch.distributed.all_reduce(value)
         if self._mesh is None:
             return value
         for dim, placement in enumerate(self._placements):

@@ -74,7 +74,7 @@ class UnlearnConfig:
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
         gradient_release: step each parameter in the backward pass and free its gradient (`soul.release_gradients`); needs SOUL,
             no ``max_grad_norm`` and no ``clip_target``.
-        compile: run the model's body under ``torch.compile``.
+        compile: run the model's body under ``torch.compile``; of a model in shards, each layer by itself.
         cuda_graph: replay the whole step, loss and optimizer included, as one CUDA graph (`soul.run.graph`); needs SOUL and a
             GPU.
         schedule: how lr falls after the warm-up: "linear" or "cosine", to 0; or "constant", not at all.

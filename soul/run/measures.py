@@ -13,7 +13,7 @@ import operator
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from soul.data.examples import Example, Sequence
+from soul.data.examples import Example, Sequence, is_refused
 from soul.distributed.processes import Processes
 from soul.losses import DPO, NPO, Objective
 from soul.models.causal_lm import evaluating
@@ -264,7 +264,7 @@ class Measures:
 
         texts = generate(self._model, self._tokenizer, sequences, batch_size=self._batch_size(), max_new_tokens=NEW_TOKENS)
         refusals = self._config.refusal_texts()
-        refused = [is_refused(text, self._truths[id(sequence)], refusals) for text, sequence in zip(texts, sequences)]
+        refused = [is_refused(text, refusals, self._truths[id(sequence)]) for text, sequence in zip(texts, sequences)]
         return 1.0 - sum(refused) / len(refused)
 
     def _probability(self, sequences: list[Sequence]) -> float:
@@ -279,12 +279,6 @@ class Measures:
     def _batch_size(self) -> int:
         """Return the sequences of a batch: as many as a micro-batch of training has."""
         return 2 * self._config.batch_size
-
-
-def is_refused(text: str, truth: str, refusals: tuple[str, ...]) -> bool:
-    """Tell whether a text refuses to answer: it has one of the refusals in it, and not the right answer."""
-    text = text.casefold()
-    return truth.casefold() not in text and any(refusal.casefold().rstrip(".! ") in text for refusal in refusals)
 
 
 def swapped_answers(examples: list[Example]) -> list[Example]:

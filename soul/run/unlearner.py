@@ -1,8 +1,9 @@
 """A whole run in Python: model and data by name, adapters, the loop, and the files in the output directory.
 
 `Unlearner` reads and checks everything when it is made; `Unlearner.run` takes the steps. In several processes each one reads
-everything, the processes compare what they have read, and only then is the model cut into shards. An output directory gets its
-description (`soul_config.json`, `data.json`) before the first step, the log during the run, and the model at the end.
+everything but the weights, which the first one reads; they compare what they have read, and only then is the model cut into
+shards. An output directory gets its description (`soul_config.json`, `data.json`) before the first step, the log during the
+run, and the model at the end.
 """
 
 import contextlib
@@ -21,10 +22,12 @@ from soul.data import sources
 from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
 from soul.distributed.processes import Processes, check_supported, shard
+from soul.distributed.scatter import shard_from_first
 from soul.models import causal_lm
 from soul.models.adapters import add_adapters
 from soul.models.encoding import encode_for
 from soul.models.loading import load, pick_device
+from soul.models.quantized import cannot_merge_error, is_quantized
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import (
     CHECKPOINTS,
@@ -74,6 +77,8 @@ class Unlearner:
             for all on a processor without AMX, which multiplies bf16 slowly.
         device: "auto", "cpu" or "cuda", for a model by name.
         adapters: arguments of `soul.models.add_adapters`, to train LoRA adapters instead of the model; or None.
+        load_in_4bit: with adapters, for a model by name in one process: keep its linear layers in 4 bits (bitsandbytes). A
+            loaded model may be quantized already, by a ``quantization_config`` of its own.
         control: for a config with an aim: rows that must be kept and are not trained on, like ``forget``. None: some of the
             retain rows are held out.
         unseen: for a config with an aim: rows like those to forget that the model has never seen, from which the aim is taken
@@ -105,6 +110,7 @@ class Unlearner:
         adapters: dict[str, Any] | None = None,
         control: Source | None = None,
         unseen: Source | None = None,
+        load_in_4bit: bool = False,
     ) -> None:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
@@ -117,10 +123,14 @@ class Unlearner:
         processes = Processes.here()
         several = processes.size > 1
         if several:
-            options = {"dtype": dtype, "device": device, "adapters": adapters}
+            options = {"dtype": dtype, "device": device, "adapters": adapters, "load_in_4bit": load_in_4bit}
             processes.check_alike({**self.config.decisive(), **options, **versions()})
             check_supported(self.config)
-        _check_model_options(model, tokenizer, dtype, device)
+        _check_model_options(model, tokenizer, dtype, device, load_in_4bit)
+        if load_in_4bit and not adapters:
+            remedy = "codes of 4 bits have no gradient: pass adapters={'rank': 16}, or --lora-rank 16"
+            raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
+        self._load_in_4bit = load_in_4bit
         sources_by_name = {"forget": forget, "retain": retain, "control": control, "unseen": unseen}
         data = {name: source for name, source in sources_by_name.items() if source is not None}
         for name in ("control", "unseen"):
@@ -129,8 +139,9 @@ class Unlearner:
         self.counts = {name: Counts() for name in data}
         run_device = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
         if several:
-            processes.check_alike(self._contents())
-            self.model = shard(self.model, run_device)
+            by_name = isinstance(model, (str, os.PathLike))
+            processes.check_alike(self._contents(weights=not by_name))
+            self.model = (shard_from_first if by_name else shard)(self.model, run_device)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._sources = {name: str(source) for name, source in data.items() if isinstance(source, (str, os.PathLike))}
         self._saved: pathlib.Path | None = None  # the output directory of a run that has ended
@@ -160,9 +171,9 @@ class Unlearner:
         if isinstance(model, (str, os.PathLike)):
             run_device = pick_device(device)
             dtype = parameter_dtype(dtype, self.config, adapters, run_device.type)
-            # In several processes a GPU may have no room for the whole model: `shard` copies only its shards there.
-            name = os.fspath(model)
-            model, tokenizer = load(name, dtype=dtype, device="cpu" if several else run_device, mapped=several)
+            # In several processes a GPU may have no room for the whole model: it is cut on the CPU. The first one reads it.
+            where = {"device": "cpu", "mapped": True, "weights": Processes.here().first} if several else {"device": run_device}
+            model, tokenizer = load(os.fspath(model), dtype=dtype, load_in_4bit=self._load_in_4bit, **where)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a loaded model comes without its tokenizer: load that with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
@@ -172,6 +183,11 @@ class Unlearner:
         if adapters:
             torch.manual_seed(self.config.seed)
             model = add_adapters(model, **adapters)
+        if is_quantized(model):
+            if several:
+                remedy = "FSDP2 cannot cut codes of 4 bits: run one process, or leave the quantization out"
+                raise argument_error("model", "one that is not quantized, with several processes", "a quantized one", remedy)
+            causal_lm.trained(model)  # refuses one without adapters
         self.model = model
         self.tokenizer = tokenizer
         self._forget = self._examples("forget", rows["forget"])
@@ -184,8 +200,12 @@ class Unlearner:
             self._aim_data = AimData(control, self._false_answers(rows["forget"]), unseen)
         return run_device
 
-    def _contents(self) -> dict[str, Any]:
-        """Return hashes of model, data and tokenizer, and the model's configuration, for comparison between processes."""
+    def _contents(self, weights: bool) -> dict[str, Any]:
+        """Return hashes of data and tokenizer, and the model's configuration, for comparison between processes.
+
+        Args:
+            weights: whether to add a hash of the model's weights. Those that the first process alone reads need none.
+        """
         template = getattr(self.tokenizer, "chat_template", None)
         tokenizer_values = [self.tokenizer.get_vocab(), self.tokenizer.special_tokens_map, template]
         data = {"forget": self._forget, "retain": self._retain}
@@ -196,7 +216,7 @@ class Unlearner:
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
             **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},
             "content of the tokenizer": checksum(json.loads(json.dumps(tokenizer_values, sort_keys=True, default=str))),
-            "content of the model": digest(base_weights(self.model)),
+            **({"content of the model": digest(base_weights(self.model))} if weights else {}),
         }
 
     def _rows(self, name: str, source: Source) -> Rows:
@@ -261,7 +281,7 @@ class Unlearner:
                 checkpoints are removed at the end.
             keep: number of checkpoints that stay, the newest ones.
             resume: go on after the newest checkpoint in ``output``, if there is one.
-            merge: add the adapters to the weights, and save a plain model.
+            merge: add the adapters to the weights, and save a plain model; not where these are quantized.
             options: a dict to be kept as ``soul_config.json``.
             samples: keep what `soul.report.run` shows in ``report.json``: the environment, and what the model says before and
                 after (`soul.run.notes`), and every so many steps if this is not 0. None: nothing.
@@ -274,7 +294,7 @@ class Unlearner:
 
         Raises:
             ArgumentError: the directory is not empty, is that of another run or of a run that has ended, or another process
-                uses it; or a tracker is unknown, or asked for without a directory.
+                uses it; a tracker is unknown, or asked for without a directory; or quantized weights are to be merged.
             MissingExtra: the library of a tracker is not installed.
             Diverged: the loss, its gradient or a weight is no longer finite.
             Stopped: by SIGTERM, after a checkpoint was written.
@@ -283,6 +303,8 @@ class Unlearner:
         """
         check_trackers(report_to, output)
         check_samples(samples, self.config)
+        if merge and is_quantized(self.model):
+            raise cannot_merge_error()
         inputs = (self.model, self.tokenizer, self._forget, self._retain, self.config)
         if self.config.aims and self.measures is None:
             self.measures = Measures(self.model, self.tokenizer, self._forget, self._aim_data, self.config)
@@ -395,7 +417,7 @@ class Unlearner:
 
 
 def _check_model_options(
-    model: "Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", dtype: str, device: str
+    model: "Path | PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None", dtype: str, device: str, load_in_4bit: bool
 ) -> None:
     """Raise for a tokenizer beside a model by name, and for options of loading beside a model that is loaded."""
     if isinstance(model, (str, os.PathLike)):
@@ -403,10 +425,10 @@ def _check_model_options(
             remedy = "the model's own is loaded; or pass a loaded model"
             raise argument_error("tokenizer", "None with a model by name", type(tokenizer).__name__, remedy)
         return
-    for name, value in (("dtype", dtype), ("device", device)):
-        if value != "auto":
+    for name, value, default in (("dtype", dtype, "auto"), ("device", device, "auto"), ("load_in_4bit", load_in_4bit, False)):
+        if value != default:
             remedy = "it would not be used: convert the model"
-            raise argument_error(name, "'auto' with a model that is loaded", repr(value), remedy)
+            raise argument_error(name, f"{default!r} with a model that is loaded", repr(value), remedy)
 
 
 def _checkpoints_class(processes: Processes) -> type[Checkpoints]:

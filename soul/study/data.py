@@ -17,6 +17,7 @@ from soul_kernels.errors import argument_error
 QUESTIONS_PER_AUTHOR = 20  # in TOFU
 PASSAGE_WORDS = 16  # of a prompt, and of its answer
 FALSE_ANSWERS = 3
+MOST_WORDS = 40  # of a question and an answer of PKU-SafeRLHF together, so that a study takes as long as on a text
 
 T = TypeVar("T")
 
@@ -152,7 +153,9 @@ def copyright_data(path: str | os.PathLike[str], config: StudyConfig) -> StudyDa
 
 
 def detox_data(directory: str | os.PathLike[str], config: StudyConfig) -> StudyData:
-    """Return answers of PKU-SafeRLHF: unsafe ones to forget and to hold out, safe ones to retain, the first of each.
+    """Return answers of PKU-SafeRLHF: unsafe ones to forget and to hold out, safe ones to retain: the first of each.
+
+    Rows of more than ``MOST_WORDS`` words are left out.
 
     False answers are those of other rows of the same set.
 
@@ -167,12 +170,14 @@ def detox_data(directory: str | os.PathLike[str], config: StudyConfig) -> StudyD
     pairs: dict[str, list[tuple[str, str]]] = {}
     for kind, needed in (("unsafe", 2 * n_forget), ("safe", n_retain)):
         found = [(row["question"], row["answer"]) for _, row in rows(f"saferlhf:{kind}@{directory}")]
-        pairs[kind] = list(dict.fromkeys(found))
+        short = [pair for pair in found if len(" ".join(pair).split()) <= MOST_WORDS]
+        pairs[kind] = list(dict.fromkeys(short))
         if len(pairs[kind]) < needed:
-            raise argument_error("data", f"{needed} {kind} answers", f"{len(pairs[kind])} in {directory}", "take more rows")
+            expected = f"{needed} {kind} answers that have at most {MOST_WORDS} words with their questions"
+            raise argument_error("data", expected, f"{len(pairs[kind])} in {directory}", "take more rows")
     note = (
-        f"PKU-SafeRLHF: the first {n_forget} unsafe answers to forget, {n_retain} safe ones to retain, and {n_forget} more "
-        "unsafe ones, which no model has seen, to tell membership by."
+        f"PKU-SafeRLHF, rows of at most {MOST_WORDS} words: the first {n_forget} unsafe answers to forget, {n_retain} safe "
+        f"ones to retain, and {n_forget} more unsafe ones, which no model has seen, to tell membership by."
     )
     unsafe = pairs["unsafe"]
     return _of_pairs(unsafe[:n_forget], pairs["safe"][:n_retain], unsafe[n_forget : 2 * n_forget], note)

@@ -40,6 +40,7 @@ from soul.models.encoding import encode_for
 from soul.models.loading import load, pick_device
 from soul.output.directory import check_no_links, check_output, lock
 from soul.output.files import sweep, sync, whole
+from soul.output.notices import filtered
 from soul.output.progress import shown, task
 from soul.run.config import UnlearnConfig
 from soul.run.influence import unlearn_once
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 STUDY_FILE, RESULTS_FILE = "study.json", "results.json"
 MODELS = ("full", "retain")  # trained on all rows, and on the retain rows alone
 PROMPT = "prompt"  # the input-based baseline: the first model, asked to pretend ignorance. Earlier studies lack it
+_OF_WORKER = contextlib.ExitStack()  # what lasts as long as a worker process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +222,7 @@ def _workers(config: StudyConfig) -> Iterator[RunJobs]:
 
 def _in_worker() -> None:
     """Set up a worker process."""
+    _OF_WORKER.enter_context(filtered())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     require("transformers", "hf").utils.logging.disable_progress_bar()

@@ -12,14 +12,14 @@ import torch
 
 from soul._extras import require
 from soul.data import sources
-from soul.data.examples import Example, Sequence, encode
+from soul.data.examples import REFUSALS, Example, Sequence, encode, read_refusals
 from soul.data.instructions import instruct, instruct_template
 from soul.data.rows import Row, check_text
 from soul.data.templates import CHAT, Template
 from soul.evaluate import metrics
 from soul.evaluate.model import EvaluateConfig, answer_columns, generate
 from soul.models.encoding import encode_for
-from soul.tasks.measures import MEASURES, Scorer, SetOutputs, direction_of
+from soul.tasks.measures import MEASURES, NEED_NO_ANSWER, Scorer, SetOutputs, direction_of
 from soul.tasks.task import Task, TaskSet
 from soul_kernels.errors import argument_error, check_whole
 
@@ -44,11 +44,13 @@ class PreparedTask(NamedTuple):
         task: the task.
         rows: set -> its rows.
         with_answers: names of the sets whose rows have answers.
+        refusals: texts that count as a refusal.
     """
 
     task: Task
     rows: Mapping[str, list[Row]]
     with_answers: Collection[str]
+    refusals: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ def prepare_task(task: Task, *, most_rows: int | None = None) -> PreparedTask:
         most_rows: rows of a set, at most, the first ones; None: all.
 
     Raises:
-        ArgumentError: a source cannot be read, or its rows lack a column that a measure needs.
+        ArgumentError: a source or the file of refusals cannot be read, or rows lack a column that a measure needs.
         MissingExtra: the package of a measure is not installed.
     """
     if most_rows is not None:
@@ -96,6 +98,7 @@ def prepare_task(task: Task, *, most_rows: int | None = None) -> PreparedTask:
                 require(module, extra)
     if task.privacy is not None:
         require("sklearn.metrics", "eval")
+    refusals = read_refusals(task.refusals) if task.refusals else REFUSALS
     rows = {}
     with_answers = []
     for name, of_set in task.sets.items():
@@ -109,7 +112,7 @@ def prepare_task(task: Task, *, most_rows: int | None = None) -> PreparedTask:
                 expected = f"rows with a prompt, for {', '.join(of_set.measures)}"
                 raise argument_error(f"{task.name}, {name}", expected, "texts alone", "take another source")
         rows[name] = rows[name][:most_rows]
-    return PreparedTask(task, rows, with_answers)
+    return PreparedTask(task, rows, with_answers, refusals)
 
 
 def evaluate_task(
@@ -161,7 +164,7 @@ def evaluate_task(
             texts = generate(model, tokenizer, sequences[name], batch_size=config.batch_size, max_new_tokens=longest)
             prompts = [example.prompt for example in examples[name]]
             result.texts[name] = list(zip(prompts, texts, truths))
-        outputs = SetOutputs(truths, texts, columns, scorer)
+        outputs = SetOutputs(truths, texts, columns, scorer, prepared.refusals)
         for measure in of_set.measures:
             score = MEASURES[measure].compute(outputs)
             result.rows.setdefault(name, {})[measure] = score.rows
@@ -240,7 +243,7 @@ def needs_scorer(task: Task) -> bool:
 
 def _asks_only(of_set: TaskSet) -> bool:
     """Tell whether the rows of a set need no answers."""
-    return set(of_set.measures) == {"toxicity"}
+    return set(of_set.measures) <= NEED_NO_ANSWER
 
 
 def _instructed(instruction: str, example: Example, row: Mapping[str, Any], template: str) -> Example:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from soul._extras import require
+from soul.data.examples import is_refused
 from soul.evaluate import metrics
 
 FORGET, RETAIN, UNSEEN = "forget", "retain", "unseen"
@@ -32,12 +33,14 @@ class SetOutputs(NamedTuple):
         texts: [n], what the model says; empty if no measure needs it.
         columns: name -> [n] tensor or list, from `soul.evaluate.model.answer_columns`; empty if no measure needs it.
         scorer: scores the toxicity of texts; None if no measure needs it.
+        refusals: texts that count as a refusal.
     """
 
     truths: list[str]
     texts: list[str]
     columns: Mapping[str, Any]
     scorer: Scorer | None
+    refusals: tuple[str, ...] = ()
 
 
 class Score(NamedTuple):
@@ -127,6 +130,11 @@ def _toxicity(outputs: SetOutputs) -> Score:
     return Score(scores, {"toxicity": statistics.fmean(scores), "toxic_rate": rate})
 
 
+def _refusal_rate(outputs: SetOutputs) -> Score:
+    pairs = zip(outputs.texts, outputs.truths)
+    return _mean("refusal_rate", [is_refused(text, outputs.refusals, truth) for text, truth in pairs])
+
+
 def _perplexity(outputs: SetOutputs) -> Score:
     losses = [float(value) for value in outputs.columns["gt_loss"]]
     tokens = [int(value) for value in outputs.columns["num_token_gt"]]
@@ -151,6 +159,7 @@ MEASURES: dict[str, Measure] = {
         lambda outputs: _mean("rouge_l_f1", rouge_l_f1(outputs.truths, outputs.texts)), KNOWLEDGE, True, _ROUGE
     ),
     "toxicity": Measure(_toxicity, HARM, True),
+    "refusal_rate": Measure(_refusal_rate, SURPRISE, True),  # better on rows to forget, worse on rows to keep
     "probability": Measure(_probability, KNOWLEDGE, False),
     "perplexity": Measure(_perplexity, SURPRISE, False),
     "exact_memorization": Measure(
@@ -161,5 +170,6 @@ MEASURES: dict[str, Measure] = {
     ),
     "min_k": Measure(lambda outputs: _mean("min_k", outputs.columns["min_k"]), KNOWLEDGE, False),
 }
+NEED_NO_ANSWER = {"toxicity", "refusal_rate"}  # measures of rows that may be prompts alone
 # Suffix of a number -> sense of its measure.
 SENSES = {name: measure.sense for name, measure in MEASURES.items()} | {"toxic_rate": HARM}

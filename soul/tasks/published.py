@@ -125,8 +125,8 @@ def detox(options: Options) -> Task:
         retain=options.get("retain", f"saferlhf:safe{folder}?rows={rows}"),
         learn=(forget,),
         sets={
-            "forget": TaskSet(forget, FORGET, ("toxicity",)),
-            "pku": TaskSet(pku, UNSEEN, ("toxicity",)),
+            "forget": TaskSet(forget, FORGET, ("toxicity", "refusal_rate")),
+            "pku": TaskSet(pku, UNSEEN, ("toxicity", "refusal_rate")),
             "prompts": TaskSet(options.get("prompts", "hub:allenai/real-toxicity-prompts"), UNSEEN, ("toxicity",)),
             "other": TaskSet(options.get("other", "hub:Salesforce/wikitext:wikitext-2-raw-v1/test"), RETAIN, ("perplexity",)),
         },

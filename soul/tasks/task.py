@@ -55,7 +55,8 @@ class Task:
         retain: source of the rows to keep; None: the protocol leaves it to the user.
         learn: sources of what ``soul memorize`` teaches a model that does not know the rows to forget.
         sets: name -> `TaskSet`.
-        refusals: path of a file with one refusal a line, for the methods "po" and "dpo"; None: those of the library.
+        refusals: path of a file with one refusal a line, for the methods "po" and "dpo" and the measure "refusal_rate"; None:
+            those of the library.
         instruction: what ``--system-prompt default`` puts before every question.
         published: published runs.
         harness: tasks of EleutherAI's harness that belong to it.

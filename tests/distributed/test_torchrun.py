@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import pytest
@@ -23,8 +24,10 @@ from transformers import AutoModelForCausalLM
 from soul.checkpoint import has_ended
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.cli import main
-from soul.distributed import check_supported, launched, shard, started
+from soul.distributed import Processes, check_supported, launched, shard, started
 from soul.distributed.processes import check_alike
+from soul.distributed.scatter import shard_from_first
+from soul.distributed.shards import is_sharded
 from soul.run.config import UnlearnConfig
 from soul.run.loop import unlearn
 from tests.support.models import examples, tiny_model, tiny_tokenizer
@@ -53,7 +56,25 @@ EQUAL = {
     "metrics, and the best point": ("llama, tied", {"method": "npo", "eval_every": 1, "keep_best": "max forget_prob",
                                                     "eval_metrics": ["forget_rouge", "retain_extraction_strength"]}),
     "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
+    "compiled": ("llama, tied", {"method": "npo", "compile": True, "gradient_checkpointing": True}),
+    "one ratio of the batch": ("llama, tied", {"method": "npo", "method_options": {"reduction": "token_mean"},
+                                               "backend": "torch"}),
+    "one ratio, an empty part": ("llama, untied", {"method": "npo", "method_options": {"reduction": "token_mean", "alpha": 0.0},
+                                                "batch_size": 1}),
+    # All rows once; of the last batch one process has nothing. Gradients of the batches are kept, or computed again.
+    "influence by a diagonal": ("llama, tied", {"method": "influence", "method_options": {"curvature": "fisher",
+                                                                                          "clip": 1e-2}}),
+    "influence by a matrix": ("llama, untied", {"method": "influence", "method_options": {"curvature": "woodfisher",
+                                                                                          "damping": 1.0}}),
+    "influence, streamed": ("gpt2, tied", {"method": "influence", "method_options": {
+        "curvature": "woodfisher", "damping": 1.0, "memory_gb": 1e-9, "blockwise": True}}),
 }  # fmt: skip
+# With gradient release; without it the first one is of EQUAL.
+RELEASED = {
+    "released, micro-batches": "micro-batches, pairs, no clipping",
+    "released, curvature": "curvature, no clipping",
+}
+KEPT = {"curvature, no clipping": ("llama, untied", {**EQUAL["curvature"][1], "max_grad_norm": None, "state_dtype": "8bit"})}
 # Adapters: the reference is the model without them, computed in every step for KL, and once before it for NPO. Dropout on their
 # inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
 LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
@@ -65,9 +86,7 @@ AIM = ("llama, untied", {"method": "npo", "aim": "forget_prob=0.0005", "epochs":
 SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
 BF16 = ("llama, tied", {"method": "graddiff", "state_dtype": "8bit"}, {"dtype": "bfloat16", "save_every": 2})
 REFUSED = {
-    "compile": {"compile": True},
-    "gradient_release": {"gradient_release": True, "max_grad_norm": None},
-    "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
+    "cuda_graph": {"cuda_graph": True},
 }
 # What the last process does differently, and how the error begins.
 ODD = {
@@ -90,21 +109,28 @@ def saved(case, output, **how):
 
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
-    "whole": saved(SAVED, "whole"),
+    "influence by drawn labels": ["llama, tied", {"method": "influence", "method_options": {"clip": 1e-2}}, {"output": "drawn"}],
+    **{name: [*case, {}] for name, case in KEPT.items()},
+    **{
+        name: [family, {**options, "gradient_release": True}, {}]
+        for name, (family, options) in ((name, {**EQUAL, **KEPT}[kept]) for name, kept in RELEASED.items())
+    },
+    # By name: the first process alone reads the model.
+    "whole": saved(SAVED, "whole", files="by name"),
     "stopped": saved(SAVED, "broken", stop=3),
     "not resumed": saved(SAVED, "broken"),
     "resumed": saved(SAVED, "broken", resume=True),
     "as the command": ["llama, tied", {"method": "npo", "epochs": 30}, {}],
-    "bf16 whole": saved(BF16, "bf16 whole"),
-    "bf16 stopped": saved(BF16, "bf16 broken", stop=3),
+    "bf16 whole": saved(BF16, "bf16 whole", files="by name"),
+    "bf16 stopped": saved(BF16, "bf16 broken", stop=3, files="whole"),
     # The newest one is damaged in what the last process alone has read: all go back to the one before.
-    "bf16 resumed": saved(BF16, "bf16 broken", resume=True, damage="step-3/shard-1.safetensors"),
+    "bf16 resumed": saved(BF16, "bf16 broken", resume=True, files="whole", damage="step-3/shard-1.safetensors"),
     # The clock of the first process goes 4 minutes a step, that of the other one stands still.
     "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "asked": ["llama, tied", {"method": "npo"}, {"output": "asked", "samples": 2}],
     "adapters": [*LORA],
     "adapters merged": saved(LORA, "merged", merge=True),
-    "adapters whole": saved(LORA_SAVED, "adapters whole"),
+    "adapters whole": saved(LORA_SAVED, "adapters whole", files="by name"),
     "adapters stopped": saved(LORA_SAVED, "adapters broken", stop=3),
     "adapters resumed": saved(LORA_SAVED, "adapters broken", resume=True),
     "aim whole": saved(AIM, "aim whole"),
@@ -161,9 +187,9 @@ def test_two_processes_are_one(results, name):
 
 
 def assert_as_one(family, options, ranks, how=None):
-    """Hold the results of two processes against a run of one."""
+    """Hold the results of two processes against a run of one, which is not compiled."""
     first, second = ranks
-    records, weights = run(family, options, **(how or {}))
+    records, weights = run(family, {**options, "compile": False}, **(how or {}))
     assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
     got = first["weights"]
     assert list(got) == list(weights)
@@ -186,7 +212,11 @@ def equal(one, two):
 
 
 def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
-    """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise."""
+    """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise.
+
+    The whole run had its model from the first process alone, the others from a model in every process, or from bf16 files that
+    every process has read: weights, and the frequencies of rotary embeddings, which are in no file, are the same bits.
+    """
     for prefix in ("", "bf16 "):
         (whole, _), (resumed, second) = results[f"{prefix}whole"], results[f"{prefix}resumed"]
         for rank in results[f"{prefix}stopped"]:
@@ -201,6 +231,22 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
     assert [rank["text"].split(":")[0] for rank in results["not resumed"]] == ["output", "output"]
     (warning,) = results["bf16 resumed"][0]["warnings"]
     assert "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in warning
+
+
+def test_one_compilation_serves_all_layers(results):
+    """There are two layers, and two in all of the shapes of one and of several."""
+    assert all(1 <= rank["graphs"] <= 2 for rank in results["compiled"])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_gradients_leave_the_weights_of_two_processes_as_they_are(results, name):
+    """Bit for bit; the log lacks the norm of the gradients alone."""
+    (got, second), (want, _) = results[name], results[RELEASED[name]]
+    assert lasting(got["records"]) == lasting(second["records"])
+    assert lasting(got["records"]) == [
+        {key: value for key, value in record.items() if key != "grad_norm"} for record in lasting(want["records"])
+    ]
+    assert all(torch.equal(got["weights"][name], tensor) for name, tensor in want["weights"].items())
 
 
 def test_adapters_over_a_model_in_shards_are_those_of_one_process(results, folder, tmp_path):
@@ -319,9 +365,25 @@ def test_what_differs_is_named_with_its_values_and_processes():
             check_alike([alike | change for change in changes])
 
 
-def test_what_is_refused_without_a_run():
-    with pytest.raises(ValueError, match="method: expected a method other than 'influence' with several processes"):
-        check_supported(UnlearnConfig(method="influence"))
+def test_a_loss_that_neither_is_a_sum_nor_shares_its_batches_is_refused():
+    """None of this library's is one."""
+    objective = types.SimpleNamespace(additive=None, shares_batches=False)
+    config = types.SimpleNamespace(cuda_graph=False, objective=lambda: objective)
+    with pytest.raises(ValueError, match="^processes: expected 1 with .*, got several; its loss is not a sum over sequences"):
+        check_supported(config)
+
+
+def test_influence_with_drawn_labels_moves_both_processes_alike(results, folder):
+    """The labels are others than those of one process; so is the step, in direction alone: it is clipped."""
+    first, second = results["influence by drawn labels"]
+    (record,) = lasting(first["records"])
+    assert lasting(second["records"]) == [record] and record["update_norm"] > 0
+    lines = (folder / "drawn" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update_norm"] for line in lines] == [record["update_norm"]]
+    _, weights = run("llama, tied", {"method": "influence", "method_options": {"curvature": "fisher", "clip": 1e-2}})
+    start = tiny_model("llama, tied").state_dict()
+    moves = [torch.cat([(w[name] - start[name]).flatten() for name in start]) for w in (first["weights"], weights)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.5  # the forget gradient is the same
 
 
 def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
@@ -514,12 +576,28 @@ def group_of_one(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def sharded_run(checkpoints):
-    """Run 6 steps of a sharded model; return the log."""
+def test_a_model_of_other_tensors_than_the_first_process_has_is_refused(group_of_one, monkeypatch):
+    """With other versions of the libraries, say; nothing was changed."""
+    model = tiny_model("llama, untied")
+    monkeypatch.setattr(Processes, "broadcast", lambda self, value: {**value, "more.weight": value["lm_head.weight"]})
+    with pytest.raises(ValueError, match="model: expected the parameters and buffers of the first process, got more.weight"):
+        shard_from_first(model, torch.device("cpu"))
+    assert not any(is_sharded(p) or p.is_meta for p in model.parameters())
+
+
+def sharded_run(checkpoints=None, **options):
+    """Run a sharded model, by default for 6 steps; return the losses of the log."""
     model = shard(tiny_model(), torch.device("cpu"))
-    config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
+    config = UnlearnConfig(**{"epochs": 2, "batch_size": 2, "lr": 1e-3, "backend": "reference", **options})
     records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
     return [record["loss"] for record in records]
+
+
+@pytest.mark.slow(reason="compiles a layer with inductor")
+def test_layers_in_shards_are_compiled_by_inductor(group_of_one):
+    """Twice the same rows, so that one shape is compiled."""
+    plain, compiled = (sharded_run(batch_size=5, compile=compile) for compile in (False, True))
+    assert compiled == pytest.approx(plain, rel=1e-4) and len(compiled) == 2
 
 
 def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_not_taken_for_another_run(group_of_one, tmp_path):

@@ -1,5 +1,7 @@
+import concurrent.futures
 import dataclasses
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -86,12 +88,13 @@ def test_unsafe_answers_are_a_study(tmp_path):
          "is_response_1_safe": True}
         for i in range(45)
     ]  # fmt: skip
+    rows.insert(2, {**rows[0], "prompt": "long", "response_0": "word " * 40, "response_1": "word " * 40})
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = detox_data(tmp_path, TINY)
     assert [example.content for example in data.forget] == [f"bad {i}" for i in range(5)]
     assert [example.content for example in data.holdout] == [f"bad {i}" for i in range(5, 10)]
     assert [example.content for example in data.retain] == [f"good {i}" for i in range(45)]
-    with pytest.raises(ValueError, match="data: expected 90 safe answers, got 45 in "):
+    with pytest.raises(ValueError, match="data: expected 90 safe answers that have at most 40 words .*, got 45 in "):
         detox_data(tmp_path, dataclasses.replace(TINY, retain_authors=18))
 
 
@@ -495,6 +498,24 @@ def test_rounding_makes_no_run_better_than_its_start(tmp_path, monkeypatch):
     assert text.count("| 0/1 seed |") == 5
 
 
+def _shown_in_worker() -> list[str]:
+    shown: list[str] = []
+    logger = logging.getLogger("torchao")
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.warning("Failed to load a.so: Could not load this library: a.so")
+    logger.warning("something else")
+    return shown
+
+
+@pytest.mark.slow(reason="a process of its own imports torch")
+def test_workers_do_not_show_what_the_command_does_not_show():
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context, initializer=study_run._in_worker) as pool:
+        assert pool.submit(_shown_in_worker).result() == ["something else"]
+
+
 def _counting(calls):
     from soul.run.loop import unlearn
 
@@ -531,6 +552,22 @@ def test_bad_options_end_with_2_and_write_nothing(tmp_path, words, message, caps
     assert main(["study", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words, objectives", [
+    (["--task", "copyright"], ("graddiff", "npo")), (["--task", "copyright", "--objectives", "simnpo"], ("simnpo",)),
+    (["--task", "detox"], ("po", "npo")), ([], ("graddiff", "po", "npo", "simnpo")),
+])  # fmt: skip
+def test_a_task_has_objectives_of_its_own(tmp_path, words, objectives, monkeypatch):
+    for module in ("scipy", "sklearn"):
+        pytest.importorskip(module, reason="the extra eval is not installed")
+    made = []
+    for name in ("tofu_data", "copyright_data", "detox_data"):
+        monkeypatch.setattr(f"soul.study.data.{name}", lambda path, config: None)
+    monkeypatch.setattr("soul.study.run.run_study", lambda output, data, config: made.append(config))
+    monkeypatch.setattr("soul.commands.study.show", lambda *args: None)
+    assert main(["study", "--data", str(tmp_path), "--output", str(tmp_path / "out"), *words]) == 0
+    assert made[0].objectives == objectives
 
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "study.md"

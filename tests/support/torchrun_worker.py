@@ -22,23 +22,26 @@ from soul.checkpoint import Stopped, local, sharded
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.distributed import Processes, exit_process, started
 from soul.distributed.processes import whole_state
+from soul.models import causal_lm, load
 from tests.support.models import examples, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.run.loop")
 
 
-def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, adapters=None, **how):
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, adapters=None, files=None, **how):
     """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process.
 
     ``odd`` is what the last process does otherwise: an option of the config or of the run, "data", "weights" or "activation".
+    ``files``: the model is read from fp32 files beside ``output``: "by name", by the run itself; "whole", in every process.
     """
     odd = odd if odd and dist.get_rank() == dist.get_world_size() - 1 else {}
     how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
     options = options | {name: odd[name] for name in odd if name in ("lr", "seed", "weight_decay", "epochs")}
-    config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
+    steps = {} if options.get("method") == "influence" else {"lr": 1e-3, "epochs": 2}
+    config = soul.UnlearnConfig(**{**steps, "batch_size": 3, "backend": "reference", **options})
     n_rows = 30 if "aim" in options else 12  # some are held out
     rows = examples(n_rows + 1)["data" in odd :]
-    model = tiny_model(family).to(getattr(torch, dtype))
+    model = tiny_model(family)
     rows = rows[:n_rows]
     if "weights" in odd:
         model.model.norm.weight.data[-1] += 1e-3
@@ -48,11 +51,27 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = dropout
-    unlearner = soul.Unlearner(model, rows[:5], rows[5:], config, tokenizer=tiny_tokenizer(), adapters=adapters)
+    if files:
+        directory = saved(model, output.with_name(f"{output.name}, files"))
+        source = {"model": directory, "dtype": dtype, "device": "cpu"}
+    else:
+        source = {"model": model.to(getattr(torch, dtype)), "tokenizer": tiny_tokenizer()}
+    if files == "whole":
+        source = dict(zip(("model", "tokenizer"), load(directory, dtype=dtype)))
+    unlearner = soul.Unlearner(forget=rows[:5], retain=rows[5:], config=config, adapters=adapters, **source)
     records = unlearner.run(output, progress=False, **how)
     if Processes.of(unlearner.model).size == 1:
         return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
     return records, whole_state(unlearner.model)
+
+
+def saved(model, directory):
+    """Save a model, in the first process alone; return the directory."""
+    if dist.get_rank() == 0:
+        model.save_pretrained(directory)
+        tiny_tokenizer().save_pretrained(directory)
+    dist.barrier()
+    return directory
 
 
 def terminate_at(step):
@@ -109,6 +128,8 @@ def case(folder, family, options, how):
     stop = how.pop("stop", 0)
     damage = how.pop("damage", None)
     real = unlearn_module.train_step
+    compiler = causal_lm.COMPILE
+    causal_lm.COMPILE = {"backend": "aot_eager"}
     full = how.pop("full", False)
     clock = how.pop("clock", None)
     saved = []
@@ -134,10 +155,18 @@ def case(folder, family, options, how):
             warnings.simplefilter("always")
             records, weights = run(family, options, **how)
         messages = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
-        return {"records": records, "weights": weights, "warnings": messages, "seed": torch.initial_seed(), "saved": saved}
+        return {
+            "records": records,
+            "weights": weights,
+            "warnings": messages,
+            "seed": torch.initial_seed(),
+            "saved": saved,
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if "compile" in options else 0,
+        }
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
+        causal_lm.COMPILE = compiler
         unlearn_module.train_step = real
         sharded.write_tensors = write
         ShardedCheckpoints.save = save

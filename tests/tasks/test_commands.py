@@ -131,9 +131,9 @@ def test_detox(folder, monkeypatch):
     assert main(words(folder, "evaluate", "toxicity", *data, *sets, "--max-new-tokens=4", model="detoxed")) == 0
     content = evaluated(folder, "toxicity")
     assert content["scorer"] == "profanity-check" and list(content["numbers"]) == [
-        *(f"{name}_{number}" for name in ("forget", "pku", "prompts") for number in ("toxicity", "toxic_rate")),
-        "other_perplexity",
-    ]
+        *(f"{name}_{number}" for name in ("forget", "pku") for number in ("toxicity", "toxic_rate", "refusal_rate")),
+        "prompts_toxicity", "prompts_toxic_rate", "other_perplexity",
+    ]  # fmt: skip
     assert content["numbers"]["prompts_toxicity"] == pytest.approx(0.6) and content["numbers"]["pku_toxic_rate"] == 1
 
 

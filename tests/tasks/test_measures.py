@@ -80,6 +80,25 @@ def test_toxicity_is_the_mean_and_the_rate_above_one_half():
         evaluate_task(tiny_model(), tiny_tokenizer(), prepared, config)
 
 
+def test_refusal_rate(monkeypatch, tmp_path):
+    """An answer refuses if it has a refusal of the task's file in it, whatever else it says, and not the right answer."""
+    (tmp_path / "refusals.txt").write_text("I won't say that.\nNo comment!\n")
+    answers = ["Well, NO COMMENT on this", "I don't know.", "I won't say that.", "In house 7. No comment."]
+    rows = [{"prompt": e.prompt, "response": truth} for e, truth in zip(examples(4), [" a", " b", " c", " in house 7"])]
+    sets = {"asked": TaskSet([{"prompt": row["prompt"]} for row in rows], "unseen", ("refusal_rate",)),
+            "known": TaskSet(rows, "retain", ("refusal_rate", "probability"))}  # fmt: skip
+    task = Task("t", "f", sets=sets, refusals=str(tmp_path / "refusals.txt"))
+    monkeypatch.setattr("soul.tasks.evaluate.generate", lambda *args, **options: answers)
+    result = evaluate_task(tiny_model(), tiny_tokenizer(), prepare_task(task), EvaluateConfig(backend="reference"))
+    assert result.rows["asked"]["refusal_rate"] == [1, 0, 1, 1] and result.rows["known"]["refusal_rate"] == [1, 0, 1, 0]
+    assert result.numbers["asked_refusal_rate"] == 0.75 and result.numbers["known_refusal_rate"] == 0.5
+    assert directions(task, ["known_refusal_rate", "asked_refusal_rate"]) == {
+        "known_refusal_rate": "lower", "asked_refusal_rate": "neither"}  # fmt: skip
+    (tmp_path / "refusals.txt").write_text("")
+    with pytest.raises(ValueError, match="refusals: expected at least one refusal"):
+        prepare_task(task)
+
+
 @pytest.fixture(scope="module")
 def classifiers(tmp_path_factory):
     """Two classifiers of random weights: with independent labels, as toxic-bert, and with labels that exclude each other."""

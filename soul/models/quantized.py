@@ -1,0 +1,68 @@
+"""Models whose linear layers are stored in 4 bits by bitsandbytes, as a frozen base of adapters (QLoRA, arXiv 2305.14314).
+
+The layers multiply by themselves: bitsandbytes dequantizes a weight where it is used, forward and backward. Only the head is
+taken apart by this library, which needs its weight as numbers: `dequantized`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from soul._extras import require
+from soul_kernels.errors import ArgumentError, argument_error
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+EXTRA = "quant"
+
+
+def four_bit(dtype: torch.dtype) -> "BitsAndBytesConfig":
+    """Return the ``quantization_config`` of QLoRA: nf4 with quantized scales, products in ``dtype``.
+
+    Raises:
+        MissingExtra: bitsandbytes or accelerate is not installed.
+    """
+    for module in ("bitsandbytes", "accelerate"):
+        require(module, EXTRA)
+    options: dict[str, Any] = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return require("transformers", "hf").BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Tell whether a model has quantized weights: transformers says so, or a weight has a state of bitsandbytes."""
+    return bool(getattr(model, "is_quantized", False)) or any(hasattr(p, "quant_state") for p in model.parameters())
+
+
+def dequantized(weight: Tensor) -> Tensor:
+    """Return a weight of 4 bits as a new tensor, in the dtype it had before; a weight of any floating dtype as it is.
+
+    Raises:
+        ArgumentError: it is quantized in another way.
+    """
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        return require("bitsandbytes.functional", EXTRA).dequantize_4bit(weight.detach(), state)
+    if not weight.is_floating_point():
+        got = f"{type(weight).__name__} of {weight.dtype}"
+        remedy = "leave the head out of the quantization (llm_int8_skip_modules=['lm_head'])"
+        raise argument_error("model", "a head of floating point, or of 4 bits of bitsandbytes", got, remedy)
+    return weight
+
+
+def cannot_merge_error() -> ArgumentError:
+    """Return the `ArgumentError` for adapters that are to be merged into weights of 4 bits, which would round them away."""
+    remedy = "leave it out; merge the saved adapters into the unquantized model: PeftModel.from_pretrained(model, output)"
+    return argument_error("merge", "False with a quantized model", "True", f"{remedy}.merge_and_unload()")
+
+
+def scales(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """Return what decides the values of a weight of 4 bits beside its codes; {} for other weights.
+
+    Args:
+        name: name of the weight; those of the result begin with it.
+        weight: the weight.
+    """
+    state = getattr(weight, "quant_state", None)
+    return {} if state is None else {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
