@@ -121,7 +121,9 @@ def test_rho_is_steered_by_all_pieces(engines, zero):
     rhos = [results[f"{zero}, rho, rho"] for results in engines]
     assert rhos[0] == rhos[1] and rhos[0] != 0.04
     if zero != "ZeRO-3, in pieces":
-        assert rhos[0] == pytest.approx(rho, rel=0.2), rho
+        assert rhos[0] == pytest.approx(rho, rel=0.02), rho  # 0.002 and, with ZeRO-3, 0.01 as measured
+        for results in engines:
+            assert_moved_alike(results[f"{zero}, 0.0, rho"], start, end, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("zero", ZERO)
