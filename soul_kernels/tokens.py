@@ -227,9 +227,7 @@ class TokenBatch:
         pieces = {name: cut(getattr(self, name)) for name in PER_SEQUENCE}
         return dataclasses.replace(self, **pieces, statistics=statistics, _whole=self.whole)  # type: ignore[arg-type]  # by name
 
-    def within(
-        self, whole: "TokenBatch", add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> "TokenBatch":
+    def within(self, whole: "TokenBatch", add_up: Callable[[torch.Tensor], torch.Tensor] | None = None) -> "TokenBatch":
         """Return the same tokens as a piece of the larger batch ``whole``, with the counts of ``whole``.
 
         An objective that is a sum over sequences then has values on the pieces that add up to its value on the whole batch.

@@ -13,6 +13,7 @@ which the ops sum up telemetry; and the three waits in `Transfers.run`. A bucket
 of each: counters and corrections of a bucket are a slice of those of its step group, in memory that stays the same.
 """
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,9 +36,9 @@ Lists = Mapping[str, Sequence[Tensor | None]]  # name of an op's argument -> the
 
 
 class Piece(NamedTuple):
-    """Elements ``start`` to ``stop`` of the parameter number ``index`` of a step group, in the order of memory."""
+    """Elements ``start`` to ``stop`` of the parameter ``number`` of a step group, in the order of memory."""
 
-    index: int
+    number: int
     start: int
     stop: int
 
@@ -56,19 +57,19 @@ class Bucket(NamedTuple):
     @property
     def span(self) -> slice:
         """The parameters that have a piece here."""
-        return slice(self.pieces[0].index, self.pieces[-1].index + 1)
+        return slice(self.pieces[0].number, self.pieces[-1].number + 1)
 
     def of(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the pieces of parameters or gradients, as vectors."""
-        return [in_memory_order(tensors[piece.index].detach())[piece.start : piece.stop] for piece in self.pieces]
+        return [in_memory_order(tensors[piece.number].detach())[piece.start : piece.stop] for piece in self.pieces]
 
     def noise(self, noise: Noise) -> Noise:
         """Return the noise of the pieces, which is that of the whole parameters."""
         ids = noise.tensor_ids
         offsets = noise.tensor_offsets
         return noise._replace(
-            tensor_ids=None if ids is None else [ids[piece.index] for piece in self.pieces],
-            tensor_offsets=[(0 if offsets is None else offsets[piece.index]) + piece.start for piece in self.pieces],
+            tensor_ids=None if ids is None else [ids[piece.number] for piece in self.pieces],
+            tensor_offsets=[(0 if offsets is None else offsets[piece.number]) + piece.start for piece in self.pieces],
             steps=None if noise.steps is None else noise.steps[self.span],
         )
 
@@ -160,7 +161,8 @@ class Transfers:
             self._down.synchronize()
 
 
-class StagedCall(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class StagedCall:
     """A prepared call of an op on a bucket in a slot, with the copies before and after it.
 
     Attributes:
@@ -208,12 +210,13 @@ class OffloadedStates:
         Raises:
             ValueError: a gradient or a state does not fit; nothing was changed.
         """
-        check_tensor_lists(dict.fromkeys(("params", *read), PARAM_DTYPES), params=params, **read)
+        on_device: dict[str, Any] = {"params": params, **read}
+        check_tensor_lists(dict.fromkeys(on_device, PARAM_DTYPES), **on_device)
         for name, tensors in lists.items():
             for index, (param, tensor) in enumerate(zip(params, tensors)):
                 if tensor is not None:
                     _check_state(f"{name}[{index}]", name, param, tensor)
-        codes = {name: list(tensors) for name, tensors in lists.items() if name in ("exp_avgs", "hessians")}
+        codes: dict[str, Any] = {name: tensors for name, tensors in lists.items() if name in ("exp_avgs", "hessians")}
         check_tensor_lists(dict.fromkeys(codes, STATE_DTYPES), written=list(codes), **codes)
         for name in codes:
             check_scales(f"{name.removesuffix('s')}_scales", lists.get(f"{name.removesuffix('s')}_scales"), name, codes[name])
@@ -316,7 +319,7 @@ def _check_state(entry: str, name: str, param: Tensor, state: Tensor) -> None:
 def _divided(params: Sequence[Tensor], lists: Lists) -> Iterator[list[Piece]]:
     """Yield the pieces of each bucket: as many as it takes, at least one."""
     pieces: list[Piece] = []
-    room = BUCKET_BYTES
+    room: float = BUCKET_BYTES
     for index, param in enumerate(params):
         width = _bytes_of_element(index, lists)
         start = 0

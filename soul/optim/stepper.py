@@ -110,7 +110,7 @@ class Stepper:
         hessian_in_step = self._optimizer.hessian_in_step
         norm, skip = norm_and_skip(work, grad_scale, found_inf)
         all_step_groups = _step_groups(work)
-        steps: list[Callable[[], None]] = []
+        steps: list[Callable[[], object]] = []
         params = {step_group: step_group.dense_params() for step_group in all_step_groups}
         self._divide(work, params)
         for group, options_version, step_groups, all_grads in work:
@@ -163,8 +163,8 @@ class Stepper:
                 check_overlap({"parameters": [p for tensors in params.values() for p in tensors]})
                 self._versions = versions
         _clear([step_group.telemetry for step_group in all_step_groups])
-        for step in steps:
-            step()
+        for call in steps:
+            call()
         self._norm = self._in_fixed_memory(norm)
         _count(all_step_groups, "step", skip)
         for group, _, step_groups, _ in work:
@@ -202,7 +202,7 @@ class Stepper:
         if grad_scale is not None or any(group_work.group["skip_nonfinite"] for group_work in work):
             norm = total_norm(work)
             skip = None if norm is None else not_finite(norm)
-        updates: list[Callable[[], None]] = []
+        updates: list[Callable[[], object]] = []
         offloaded = _step_groups([group_work for group_work in work if group_work.group["state_offload"]])
         params = {step_group: step_group.dense_params() for step_group in offloaded}
         read = {} if probes is None else {each: self._probes(probes, each) for each in _step_groups(work)}

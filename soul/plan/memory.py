@@ -9,6 +9,7 @@ it is alive; tests/plan/test_plan.py compares the sums with steps of small model
 """
 
 import collections
+import functools
 import math
 
 import torch
@@ -70,12 +71,19 @@ def state_bytes(case: Case) -> dict[str, int]:
     if case.config.optimizer == "adamw":
         return {"optimizer states": 2 * case.trained_dtype.itemsize * trained_numel(case)}
     sizes: collections.Counter[str] = collections.Counter()
-    group = {"state_dtype": case.config.state_dtype, "param_rounding": case.config.param_rounding, "state_offload": False}
     for shape, count in collections.Counter(case.trained_shapes).items():
-        state = new_state(torch.empty(shape, dtype=case.trained_dtype, device="meta"), group, ())
-        for name, tensor in state.items():
-            sizes["low bits" if name == "low_bits" else "optimizer states"] += count * tensor.nbytes
+        state = _sizes_of_state(shape, case.trained_dtype, case.config.state_dtype, case.config.param_rounding)
+        for name, nbytes in state.items():
+            sizes["low bits" if name == "low_bits" else "optimizer states"] += count * nbytes
     return dict(sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes_of_state(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str | None, param_rounding: str) -> dict[str, int]:
+    """Return name -> bytes of the states of a parameter."""
+    group = {"state_dtype": state_dtype, "param_rounding": param_rounding, "state_offload": False}
+    state = new_state(torch.empty(shape, dtype=dtype, device="meta"), group, ())
+    return {name: tensor.nbytes for name, tensor in state.items()}
 
 
 def gradient_bytes(case: Case) -> float:

@@ -18,13 +18,18 @@ def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[st
         case: the `Case`.
         batches: `Tokens` of the step's micro-batches; None: the case's own, as often as the config accumulates.
     """
-    batches = [case.tokens] * case.config.accumulate if batches is None else batches
+    if batches is None:
+        n_batches = case.config.accumulate  # there may be millions: no list of them is made
+        products = n_batches * flops(case, case.tokens)
+    else:
+        n_batches = len(batches)
+        products = sum(flops(case, tokens) for tokens in batches)
     seconds = {
-        GEMMS: sum(flops(case, tokens) for tokens in batches) / case.card.flops,
+        GEMMS: products / case.card.flops,
         OPTIMIZER: optimizer_bytes(case) / case.card.bandwidth,
     }
     if case.gpus > 1:
-        seconds[NETWORK] = network_bytes(case) * len(batches) / case.network
+        seconds[NETWORK] = network_bytes(case) * n_batches / case.network
     if case.config.state_offload:
         seconds[TRANSFER] = host_bytes(case) / case.card.host_bandwidth
     return seconds

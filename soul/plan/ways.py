@@ -191,8 +191,9 @@ def command(model: str, planned: Plan, length: int, dtype: str = "auto") -> str:
     if objective_of(config).alpha:
         words += ["--retain", "retain.jsonl"]
     words += ["--output", "out/unlearned", "--aim", "off", "--method", config.method, "--max-length", f"{length}"]
+    whole = dataclasses.replace(config, batch_size=config.batch_size * planned.case.gpus)  # all processes together divide it
     for field, flag in FLAGS.items():
-        value = getattr(config, field)
+        value = getattr(whole, field)
         if value != getattr(UnlearnConfig, field):
             words += [flag] if value is True else [flag, f"{value}"]
     adapters = planned.case.adapters

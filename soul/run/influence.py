@@ -352,9 +352,9 @@ def _over_woodfisher(
     processes: Processes,
 ) -> tuple[list[Tensor], Tensor | float]:
     """Return ``F^-1 v`` and the mean negative log-likelihood of a retain token; with products of all gradients if they fit."""
-    largest = max(processes.gather(sum(v.numel() for v in vectors)))  # of all processes, which must hold equally many gradients
+    largest = max(processes.gather(sum(v.numel() for v in vectors)))  # all processes must hold equally many gradients
     held = most_held(memory_gb, largest)
-    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=None if processes.size == 1 else processes.add_up)
+    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=processes.add_up)
     if held < gradients.n:
         return solve_streamed(gradients, gradients.n, vectors, held=held, **options), gradients.nll
     fisher = WoodFisher(gradients.n, **options)

@@ -7,7 +7,7 @@ gradients are dropped before that pass.
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -61,18 +61,18 @@ class RecordedObjective:
     Args:
         objective: a `soul.losses.Objective`.
         whole: the `TokenBatch` of all batches of the step; None if there is only one batch.
-        processes: those that take the step, each with its own batches.
+        add_up: adds a number up over the processes that take the step, each with its own batches; None: there is one.
 
     Attributes:
         sums: name -> the term, [] without gradient, once all chunks of the batch have been evaluated.
     """
 
     def __init__(
-        self, objective: Objective, whole: TokenBatch | None = None, processes: Processes = Processes()
+        self, objective: Objective, whole: TokenBatch | None = None, add_up: Callable[[Tensor], Tensor] | None = None
     ) -> None:
         self.objective = objective
         self.whole = whole
-        self.add_up = None if processes.size == 1 else processes.add_up
+        self.add_up = add_up
         self.sums: dict[str, Tensor] = {}
         self.additive = objective.additive
         self.linear = objective.linear  # at log-probabilities of 0, where the sweep evaluates it first, its terms are 0
@@ -122,7 +122,7 @@ def train_step(
     """
     optimizer.zero_grad(set_to_none=True)  # the forward pass forms the gradient of the head: never hold two of them
     processes = Processes.of(model)
-    recorded = RecordedObjective(objective, whole, processes)
+    recorded = RecordedObjective(objective, whole, processes.add_up if processes.size > 1 else None)
     terms: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}

@@ -214,6 +214,9 @@ def test_resumes_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, 
     dict(state_dtype="8bit"), dict(state_dtype=torch.bfloat16), dict(rho="auto", clip_target=0.5),
     dict(capturable=True, max_grad_norm=1.0), dict(published_code=True, skip_nonfinite=True),
 ], ids=str)  # fmt: skip
+@pytest.mark.covers("checkpoints, resumed bit for bit", "one process")
+@pytest.mark.covers("8-bit states", "one process")
+@pytest.mark.covers("24-bit and stochastic weights", "one process")
 def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
     def build(model, config):
         return soul.SOUL(model.parameters(), lr=1e-3, weight_decay=0.0, backend="reference", **options)
@@ -242,6 +245,7 @@ def test_a_run_resumes_with_states_elsewhere(first, model, options, tokenizer, t
 
 
 @pytest.mark.parametrize("curvature", ["retain", "gnb"])
+@pytest.mark.covers("curvature of retain data", "one process")
 def test_curvature_resumes(curvature, tokenizer, tmp_path):
     """Stop between two refreshes: GNB draws the labels that it would have drawn without the stop."""
     options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)

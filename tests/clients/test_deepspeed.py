@@ -107,6 +107,7 @@ def engines(tmp_path_factory):
 
 
 @pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.covers("norm, clipping, rho, telemetry", "DeepSpeed")
 def test_two_processes_are_one_with_the_clipping_of_deepspeed(engines, zero):
     for results in engines:
         assert_moved_alike(results[f"{zero}, 0.0"], *one_process()[:2])
@@ -120,7 +121,9 @@ def test_rho_is_steered_by_all_pieces(engines, zero):
     rhos = [results[f"{zero}, rho, rho"] for results in engines]
     assert rhos[0] == rhos[1] and rhos[0] != 0.04
     if zero != "ZeRO-3, in pieces":
-        assert rhos[0] == pytest.approx(rho, rel=0.2), rho
+        assert rhos[0] == pytest.approx(rho, rel=0.02), rho  # 0.002 and, with ZeRO-3, 0.01 as measured
+        for results in engines:
+            assert_moved_alike(results[f"{zero}, 0.0, rho"], start, end, tolerance=1e-2)
 
 
 @pytest.mark.parametrize("zero", ZERO)
@@ -197,6 +200,7 @@ def trainers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.covers("Trainer mixin", "DeepSpeed")
 def test_open_unlearnings_launch_is_right_with_the_shipped_configuration(trainers, tmp_path, name):
     family, objective = TRAINED[name]
     trainer = trainer_of(tmp_path, family, objective, shipped(), per_device_train_batch_size=4)

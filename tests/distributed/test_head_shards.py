@@ -327,6 +327,7 @@ def check(processes, variant, name):
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("variant", ["fp64", "fp32"])
+@pytest.mark.covers("loss of a head along the vocabulary", "TP")
 def test_two_processes_are_one(variant, name, results):
     check(results, variant, name)
 

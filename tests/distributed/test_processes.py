@@ -303,6 +303,8 @@ def shard_numel(param):
     return -(-len(param) // 2) * param[0].numel()
 
 
+@pytest.mark.covers("norm, clipping, rho, telemetry", "FSDP2")
+@pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 def test_fsdp2(tmp_path):
     """Shards of unequal size and empty ones: states, global norm, rho and telemetry are those of one process.
 
@@ -459,6 +461,7 @@ def tensor_parallel_worker(folder):
 
 
 @pytest.mark.slow(reason="starts four processes")
+@pytest.mark.covers("norm, clipping, rho, telemetry", "TP")
 def test_fsdp_over_tensor_parallelism(tmp_path):
     """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
     results = run(tmp_path, tensor_parallel_worker, world=4)
@@ -507,6 +510,7 @@ def checkpoint_worker(folder):
 
 
 @pytest.mark.slow(reason="starts processes for each layout of a checkpoint")
+@pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "FSDP2")
 def test_distributed_checkpoint(tmp_path):
     """DCP initializes a fresh optimizer by a step with zero gradients and lr 0, which moves nothing. A run restored into new
     shards, or into one process, continues as an uninterrupted one."""
@@ -621,6 +625,8 @@ def columns_results(mesh):
 
 
 @pytest.mark.slow(reason="starts five processes")
+@pytest.mark.covers("24-bit and stochastic weights", "FSDP2")
+@pytest.mark.covers("8-bit states", "TP")
 def test_rows_in_shards_are_stepped_and_resharded_bit_for_bit(tmp_path):
     """24-bit and stochastic weights, 8-bit states, on 1, 2 and 3 processes; what two have saved, three and one go on with."""
     two = run(tmp_path, rows_worker, False)

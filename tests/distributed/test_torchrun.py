@@ -109,7 +109,11 @@ def saved(case, output, **how):
 
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
-    "influence by drawn labels": ["llama, tied", {"method": "influence", "method_options": {"clip": 1e-2}}, {"output": "drawn"}],
+    "influence by drawn labels": [
+        "llama, tied",
+        {"method": "influence", "method_options": {"clip": 1e-2}},
+        {"output": "drawn"},
+    ],
     **{name: [*case, {}] for name, case in KEPT.items()},
     **{
         name: [family, {**options, "gradient_release": True}, {}]
@@ -181,6 +185,14 @@ def lasting(records):
 
 
 @pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.covers("objectives that are sums over sequences", "FSDP2")
+@pytest.mark.covers("NPO with one ratio of the batch", "FSDP2")
+@pytest.mark.covers("reference model (KL, DPO, NPO)", "FSDP2")
+@pytest.mark.covers("curvature of retain data", "FSDP2")
+@pytest.mark.covers("gradient checkpointing", "FSDP2")
+@pytest.mark.covers("compilation (`--compile`)", "FSDP2")
+@pytest.mark.covers("influence", "FSDP2")
+@pytest.mark.covers("evaluation and best point during a run", "FSDP2")
 def test_two_processes_are_one(results, name):
     """Weights agree up to fp32 rounding, relative to how far they have moved, and both processes keep the same log."""
     assert_as_one(*EQUAL[name], results[name])
@@ -211,6 +223,8 @@ def equal(one, two):
     return all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
 
 
+@pytest.mark.covers("checkpoints, resumed bit for bit", "FSDP2")
+@pytest.mark.covers("8-bit states", "FSDP2")
 def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
     """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise.
 
@@ -239,6 +253,7 @@ def test_one_compilation_serves_all_layers(results):
 
 
 @pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.covers("gradient release", "FSDP2")
 def test_released_gradients_leave_the_weights_of_two_processes_as_they_are(results, name):
     """Bit for bit; the log lacks the norm of the gradients alone."""
     (got, second), (want, _) = results[name], results[RELEASED[name]]
@@ -249,6 +264,7 @@ def test_released_gradients_leave_the_weights_of_two_processes_as_they_are(resul
     assert all(torch.equal(got["weights"][name], tensor) for name, tensor in want["weights"].items())
 
 
+@pytest.mark.covers("adapters (LoRA)", "FSDP2")
 def test_adapters_over_a_model_in_shards_are_those_of_one_process(results, folder, tmp_path):
     """A rank of 3, so that one process holds more of it than the other; the same when merged and saved as a plain model."""
     family, options, how = LORA
@@ -272,6 +288,7 @@ def test_adapters_resume_bit_for_bit_and_are_saved_alone(results, folder):
         assert torch.equal(tensor, trained[name.replace(".weight", ".default.weight")])
 
 
+@pytest.mark.covers("aim", "FSDP2")
 def test_all_processes_are_led_to_an_aim_alike(results, folder):
     """The same choices in both, the same verdict; and bit for bit after a stop, with the nearest point in the checkpoint."""
     (whole, second), (resumed, _) = results["aim whole"], results["aim resumed"]
@@ -334,6 +351,9 @@ def test_what_is_saved_is_a_plain_model(results, folder):
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.refuses(
+    "CUDA graphs (`--cuda-graph`)", "FSDP2", "a graph repeats addresses, and shards are gathered into memory that changes"
+)
 def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(results, folder, name):
     for rank in results[f"refused, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")

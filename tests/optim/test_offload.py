@@ -50,6 +50,7 @@ def assert_equal(params, a, others, b):
 
 @pytest.mark.parametrize("dtype", [FLOAT, BRAIN, HALF])
 @pytest.mark.parametrize("state_dtype", STATE_DTYPES)
+@pytest.mark.covers("states in main memory (`--state-offload`)", "one process")
 def test_steps_are_equal_bit_for_bit(dtype, state_dtype):
     """Also where noise is drawn, where the norm is clipped, and in a step that is skipped."""
     params, a, others, b = pair(dtype, state_dtype=state_dtype, max_grad_norm=1.0, skip_nonfinite=True, betas=(0.9, 0.995))
@@ -280,6 +281,7 @@ def test_curvature_in_the_backward_pass():
     assert_equal(list(twin.parameters()), optimizers[0], list(model.parameters()), optimizers[1])
 
 
+@pytest.mark.covers("states in main memory (`--state-offload`)", "FSDP2")
 def test_shards_of_fsdp2_also_with_parameters_in_main_memory(tmp_path):
     """States are DTensors of the same mesh; with CPUOffloadPolicy parameters and gradients are in main memory as well."""
     from torch.distributed.device_mesh import init_device_mesh

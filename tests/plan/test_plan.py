@@ -15,15 +15,18 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import soul.optim.optimizer
 import soul.run.loop
-from soul import Unlearner
+from soul import SOUL, Unlearner
 from soul.cli import main
 from soul.data.batches import collate
 from soul.data.examples import Sequence
+from soul.distributed.processes import shard
+from soul.distributed.shards import local
 from soul.models.adapters import add_adapters
 from soul.models.causal_lm import checkpointing, hidden_states
 from soul.models.ref_model import reference_head
 from soul.optim.offload import BUCKET_BYTES
 from soul.optim.release import release_gradients
+from soul.optim.states import new_state
 from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of, ways
 from soul.plan.activations import layer_bytes
 from soul.plan.case import Case
@@ -393,9 +396,9 @@ def test_the_command_line_of_a_way_is_its_run(directory, options, monkeypatch):
 def test_cards_of_several_machines_are_named():
     planned = plan("70b", config_of(gradient_checkpointing=True), gpus=16)
     line = command_of("DIR", planned, 512)
-    assert line.startswith(
-        "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m soul unlearn"
-    )
+    start = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m soul unlearn --model DIR"
+    assert line.startswith(start)
+    assert " --batch-size 64 --gradient-checkpointing" in line  # of 16 processes with 4 rows each
 
 
 def test_the_tables_of_the_docs_are_what_the_planner_prints():
@@ -485,6 +488,35 @@ def test_options_that_take_longer():
     assert sharded["optimizer"] == base["optimizer"] / 8
     assert sharded["network"] == pytest.approx(7 / 8 * 3 * 2 * 6_738_415_616 / 50e9)
     assert floor_seconds(sharded) == max(sharded["network"], sharded["matrix products"]) + sharded["optimizer"]
+
+
+@pytest.mark.parametrize("ranks", [64, 256])
+def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks):
+    """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8)
+    config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=False)
+    planned = plan(shape_of(config), config_of(state_dtype="8bit"), gpus=ranks)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        shard(model, torch.device("cpu"))
+        params = list(model.parameters())
+        states = [new_state(param, SOUL(params, state_dtype="8bit").param_groups[0], ()) for param in params]
+        counted = {
+            "parameters": sum(local(param).nbytes for param in params),
+            "low bits": sum(local(state.pop("low_bits")).nbytes for state in states),
+            "optimizer states": sum(local(tensor).nbytes for state in states for tensor in state.values()),
+        }
+        layers = {param for layer in model.model.layers[:2] for param in layer.parameters()}
+        outside = {param for name, param in model.named_parameters() if ".layers." not in name}
+        whole = sum(2 * param.numel() for param in layers | outside)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert resident(planned.case) == pytest.approx(counted, rel=0.05)
+    assert planned.phases[FORWARD]["gathered from shards"] == pytest.approx(whole, rel=0.05)
 
 
 def test_cards():

@@ -200,6 +200,7 @@ def run(tokenizer, n=5, **options):
 @pytest.mark.parametrize("options", [
     {}, dict(accumulate=2), dict(curvature="gnb", curvature_every=2), dict(curvature="retain", accumulate=2, batch_size=1),
 ], ids=["plain", "accumulate", "gnb", "retain"])  # fmt: skip
+@pytest.mark.covers("gradient release", "one process")
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
@@ -219,6 +220,7 @@ def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     assert not any(p._post_accumulate_grad_hooks for p in got.parameters())
 
 
+@pytest.mark.covers("influence", "one process")
 def test_influence_is_a_method(folder, tmp_path):
     """The weights and the numbers of `unlearn_once`; a model is saved, and the log has one line."""
     arguments = dict(model=folder / "model", forget=folder / "forget.jsonl", retain=folder / "retain.jsonl", method="influence")
@@ -252,6 +254,7 @@ def test_schedules():
     assert results["cosine"][4] > results["linear"][4] and results["cosine"][9] < results["linear"][9]
 
 
+@pytest.mark.covers("compilation (`--compile`)", "one process")
 def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
     """Without inductor, which needs a compiler: the same part is compiled, and the same steps follow."""
     monkeypatch.setattr(causal_lm, "COMPILE", dict(backend="aot_eager"))
