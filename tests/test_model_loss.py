@@ -233,8 +233,6 @@ REFUSED = {
     "scale that is not the configuration's": lambda: with_attribute("cohere", "logit_scale", 0.25),
     "cap in the configuration alone": lambda: with_attribute("llama", "config.final_logit_softcapping", 30.0),
     "scale in the configuration alone": lambda: with_attribute("mpt", "config.logit_scale", 0.5),  # transformers ignores it
-    "recurrent_gemma": lambda: randomized(transformers.AutoModelForCausalLM.from_config(transformers.RecurrentGemmaConfig(
-        **TWO_KV, lru_width=32, block_types=["recurrent", "attention"], attention_window_size=16))),
 }  # fmt: skip
 
 
