@@ -133,5 +133,5 @@ def _like(part: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     sharded = cast("DTensor", part)
-    layout = dict(shape=sharded.shape, stride=sharded.stride(), run_check=False)
-    return DTensor.from_local(values, sharded.device_mesh, sharded.placements, **layout)
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return DTensor.from_local(values, mesh, placements, run_check=False, shape=sharded.shape, stride=sharded.stride())
