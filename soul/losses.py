@@ -63,6 +63,8 @@ class Objective:
     Attributes:
         additive: the unit over which the loss is a plain sum, so that it can be computed chunk by chunk: "tokens", "sequences"
             or "pairs" (sequences 2i and 2i + 1). None: it is no such sum, and a batch larger than a chunk takes two sweeps.
+        shares_batches: whether the values on pieces of a batch that several processes evaluate at the same time add up to the
+            loss although it is no such sum, because the objective takes what it needs of the whole from ``batch.total``.
         linear: whether the loss is a linear function of the log-probabilities (and divergences), 0 where all of them are 0. Its
             derivatives are then known before the log-probabilities are, and the logits are read once. A subclass with another
             formula does not inherit it.
@@ -75,6 +77,7 @@ class Objective:
     """
 
     additive: str | None = None
+    shares_batches: bool = False
     linear: bool = False
     needs_reference: bool = False
     needs_statistics: bool = False
@@ -212,6 +215,7 @@ class NPO(Objective):
     """
 
     needs_reference = True
+    shares_batches = True
 
     def __init__(
         self,
@@ -239,7 +243,9 @@ class NPO(Objective):
         if self.reduction == "sequence_sum":
             value = (F.logsigmoid(-self.beta * ratio) * counted).sum() / batch.n_forget_sequences
         else:
-            value = F.logsigmoid(-self.beta * ratio.sum() / batch.n_forget_tokens) * counted.any()
+            value = F.logsigmoid(-self.beta * batch.total(ratio.sum()) / batch.n_forget_tokens)
+            share = counted.sum() / batch.n_forget_sequences  # the values of all processes add up, each has its own gradient
+            value = share * value.detach() + (value - value.detach())
         return -(2 / self.beta) * value
 
 

@@ -89,7 +89,8 @@ def unlearning_loss(
 
     Args:
         model: a Hugging Face causal language model, bare or in wrappers with a ``module``. It is called once, in the mode it is
-            in, and left as it was.
+            in, and left as it was. Tensor parallelism may have cut its head along the vocabulary (``ColwiseParallel``, which
+            makes DTensors): it is not gathered, and all processes of the mesh pass the same batch.
         batch: ``{"forget": side, "retain": side}``. A side is a dict of ``input_ids`` and ``labels``, [B, T] int64, and
             ``attention_mask``, [B, T], all ones if it is missing. Labels are aligned with ``input_ids`` as for
             ``model(labels=...)``, not shifted; -100 is ignored. Forget and retain may differ in B and T. For pairs (DPO), and

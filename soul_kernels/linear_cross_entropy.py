@@ -26,6 +26,7 @@ from soul_kernels._head.checks import (
 )
 from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.rows import HeadRows
+from soul_kernels._head.shards import check_whole
 from soul_kernels._head.sweeps import (
     CrossEntropyCall,
     reference_cross_entropy,
@@ -132,7 +133,8 @@ def linear_cross_entropy(
     Raises:
         ArgumentError: as `soul_kernels.linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
+    check_whole(head, "linear_cross_entropy")
     _check_options(label_smoothing, z_loss, reduction)
     class_weights = check_class_weights(class_weights, head, resolved)
     check_labels_type(hidden, labels, options.token_indices)

@@ -9,6 +9,7 @@ from soul_kernels._head import custom_ops
 from soul_kernels._head.autograd import Swept
 from soul_kernels._head.checks import check_device, check_head, check_indices_type, needed_gradients
 from soul_kernels._head.flat import takes_flat
+from soul_kernels._head.shards import from_first
 from soul_kernels._head.sweeps import reference_gnb, sweep_gnb
 from soul_kernels.chunks import DEFAULT_OPTIONS, LinearOptions
 from soul_kernels.errors import argument_error
@@ -32,12 +33,14 @@ def linear_gnb(
     Args:
         hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so is the
             weight.
-        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
+        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well. It may be a DTensor as in
+            `soul_kernels.linear_logprob`: the labels are those of one process, up to the rounding of sums of probabilities.
         keep: [B, T] or [N] bool, the tokens that take part. To estimate the curvature of a loss, pass the tokens with a label
             in it.
         uniforms: [B, T] or [N] fp32 in [0, 1), read where ``keep`` is true. None: from ``generator``.
         generator: ``torch.Generator`` on the device of hidden. Give every rank and step its own seed: see
-            `soul.curvature.GNB.generator`. None: torch's default one.
+            `soul.curvature.GNB.generator`. None: torch's default one. Of the processes that share a head in shards, the first
+            one's numbers are used.
         bias: [V] or None, beside a weight that is a tensor.
         options: see `LinearOptions`; its ``token_indices`` list every token where ``keep`` is true.
 
@@ -48,7 +51,7 @@ def linear_gnb(
     Raises:
         ArgumentError: an argument does not fit.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     for name, value, dtype in (("keep", keep, torch.bool), ("uniforms", uniforms, torch.float32)):
         if value is None:
             continue
@@ -58,6 +61,8 @@ def linear_gnb(
             raise argument_error(name, f"{tuple(hidden.shape[:2])} of {dtype}", got, "pass one value a token")
     if uniforms is None:
         uniforms = torch.rand(keep.shape, dtype=torch.float32, device=hidden.device, generator=generator)
+        if head.shard is not None:
+            from_first(head.shard, uniforms)
     token_indices = options.token_indices
     check_indices_type(token_indices, hidden)
     needs = needed_gradients(hidden, head)

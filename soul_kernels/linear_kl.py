@@ -10,6 +10,7 @@ from soul_kernels._head.checks import (
     check_labels_type,
     check_per_sequence,
     check_reference,
+    local_comparison,
     needed_gradients,
 )
 from soul_kernels._head.flat import takes_flat
@@ -35,10 +36,11 @@ def linear_kl(
     Args:
         hidden: [B, T, D] or [N, D], fp32, bf16 or fp16, final hidden states. Under autocast they are converted, and so are the
             heads.
-        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
+        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well. It may be a DTensor as in
+            `linear_logprob`.
         labels: [B, T] or [N] int64, already shifted; -100 is ignored. The other values matter with ``strengths`` only.
         reference: the `Reference` model on the same tokens; it gets no gradient. Its logits are scaled and capped as the
-            model's are.
+            model's are. Beside a head in shards its own head is whole or cut alike.
         bias: [V] or None, beside a weight that is a tensor.
         kind: "kl"; "reverse_kl", which is ``KL(model || reference)``; "jsd", the generalized Jensen-Shannon divergence ``beta
             KL(q || m) + (1 - beta) KL(p || m)`` with ``m = beta q + (1 - beta) p``; or "soul_kl", which SOUL's code calls KL:
@@ -54,9 +56,10 @@ def linear_kl(
     Raises:
         ArgumentError: as `linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     check_per_sequence("strengths", strengths, hidden)
     comparison = check_reference(reference, hidden, head, kind, beta)._replace(strengths=strengths)
+    comparison = local_comparison(comparison, reference, head)
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)

@@ -12,6 +12,8 @@ blocks of logits and of a bf16 or fp16 weight, which is converted to fp32; a CPU
 The reference does not use ``chunk_bytes``: it computes divergences and statistics in chunks of 16 MiB of logits, and keeps the
 fp32 logits of all labelled tokens for log-probabilities with gradients.
 
+A weight that is a DTensor is a head in shards: each process multiplies by its own rows (`_head.shards`).
+
 How an op runs: `_head.checks` checks the arguments. Then one of three computes: an opaque op (`_head.custom_ops`), under
 torch.compile and where tensors hold no values; the reference; or a sweep (`_head.sweeps`), which autograd sees as one function
 (`_head.autograd`).
@@ -35,6 +37,7 @@ from soul_kernels._head.checks import (
 )
 from soul_kernels._head.flat import takes_flat
 from soul_kernels._head.rows import HeadRows
+from soul_kernels._head.shards import check_whole
 from soul_kernels._head.sweeps import (
     ObjectiveCall,
     reference_objective,
@@ -59,8 +62,11 @@ def linear_logprob(
 
     Args:
         hidden: [B, T, D] or [N, D], fp32, bf16 or fp16 (without kernels also fp64), final hidden states. Under autocast they
-            are converted, and so is the weight.
-        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
+            are converted, and so is the weight. Beside a weight that is a DTensor: a plain tensor, the same in all processes of
+            its mesh; or a DTensor on it, replicated or cut along B or T, whose gradient is cut alike.
+        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well. It may be a DTensor that Shard(0)
+            cuts along one dimension of its mesh, with a bias that is cut alike. All processes of the mesh must make the same
+            call, each with all labels; each has all results, and its rows of the gradient of the head.
         labels: [B, T] or [N] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         bias: [V] or None, beside a weight that is a tensor.
         options: token indices, dtype of the logits, scratch memory, backend: see `LinearOptions`.
@@ -69,12 +75,13 @@ def linear_logprob(
         [B, T] or [N] fp32 (fp64 for fp64 inputs, which the kernels do not take).
 
     Raises:
-        ArgumentError: an argument does not fit or is a DTensor, or a label lies outside the vocabulary. On a GPU with
-            ``token_indices`` labels are not checked, to spare the wait; the log-probability of a label outside the vocabulary
-            is then NaN. Fake and meta tensors hold no values to check. Backward raises it where a second derivative is asked
-            for and there is none.
+        ArgumentError: an argument does not fit, or a label lies outside the vocabulary. On a GPU with ``token_indices`` labels
+            are not checked, to spare the wait; the log-probability of a label outside the vocabulary is then NaN. Fake and meta
+            tensors hold no values to check. Backward raises it where a second derivative is asked for and there is none. A
+            DTensor does not fit where it is no head in shards, with the backend "reference", or under torch.compile and
+            torch.func.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     token_indices = options.token_indices
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, token_indices)
@@ -108,7 +115,8 @@ def linear_statistics(
     Raises:
         ArgumentError: as `linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
+    check_whole(head, "linear_statistics")
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, options.token_indices)
         return custom_ops.statistics(hidden, head, labels, options.token_indices, resolved)
@@ -146,8 +154,9 @@ def linear_objective(
 
     Args:
         hidden: [B, T, D], or [N, D], which is one sequence; fp32, bf16 or fp16 (without kernels also fp64), final hidden
-            states. Under autocast they are converted, and so is the weight.
-        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well.
+            states. Under autocast they are converted, and so is the weight. For DTensors see `linear_logprob`.
+        weight: [V, D], the same dtype; or a `Head`, which has bias, scale and cap as well. It may be a DTensor as in
+            `linear_logprob`, unless the objective needs statistics.
         labels: [B, T] or [N] int64, already shifted: ``labels[b, t]`` is predicted from ``hidden[b, t]``; -100 is ignored.
         objective: callable ``(logps [B, T] fp32, TokenBatch) -> [] loss``, differentiated by autograd. Its attribute
             ``additive`` names the terms that it is a plain sum of: "tokens", "sequences", "pairs" of sequences (2i and 2i + 1),
@@ -171,9 +180,11 @@ def linear_objective(
     Raises:
         ArgumentError: as `linear_logprob`.
     """
-    head, resolved = check_head(hidden, weight, bias, options)
+    hidden, head, resolved = check_head(hidden, weight, bias, options)
     check_per_sequence("is_forget", is_forget, hidden, dtype=torch.bool, on_cpu=True)
     check_per_sequence("ref_logps", ref_logps, hidden)
+    if getattr(objective, "needs_statistics", False):
+        check_whole(head, f"{type(objective).__name__}, which needs statistics")
     divergence: Divergence | None = getattr(objective, "divergence", None)
     if divergence is None:
         reference = None

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, TypedDict
 
 import torch
 
 from soul_kernels.errors import argument_error
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 IGNORE_INDEX = -100
 
@@ -53,6 +56,28 @@ class Transform(TypedDict):
     softcap: float | None
 
 
+class VocabShard(NamedTuple):
+    """The rows of a head that this process holds, of a vocabulary that the processes of a mesh share.
+
+    Attributes:
+        mesh: the mesh of processes.
+        dim: the dimension of the mesh along which the vocabulary is cut.
+        start: the first row that is here.
+        n_rows: the number of rows that are here; it may be 0.
+        n_vocab: the number of rows of the whole head.
+        largest: the largest number of rows of a process.
+        partial_hidden: whether the gradient of hidden states is left as the sum over the rows that are here.
+    """
+
+    mesh: "DeviceMesh"
+    dim: int
+    start: int
+    n_rows: int
+    n_vocab: int
+    largest: int
+    partial_hidden: bool = False
+
+
 class Head(NamedTuple):
     """A language-model head: logits are ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``.
 
@@ -61,12 +86,19 @@ class Head(NamedTuple):
         bias: [V] or None.
         logit_scale: factor of the raw products, other than 0: Cohere's ``logit_scale``, 1 over Granite's ``logits_scaling``.
         softcap: bound of the logits, > 0: Gemma's ``final_logit_softcapping``; None: no bound.
+        shard: leave it None. The ops set it beside the local rows of a weight that is a DTensor.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
+    shard: VocabShard | None = None
+
+    @property
+    def n_vocab(self) -> int:
+        """The number of rows of the whole head."""
+        return self.weight.shape[0] if self.shard is None else self.shard.n_vocab
 
     def transform(self) -> Transform:
         """Return scale and cap as keyword arguments of the row kernels."""
@@ -133,6 +165,8 @@ class TokenBatch:
             tokens that need none. None unless the objective's attribute ``divergence`` asks for them.
         ref_entropies: [B, T] fp32, entropies of the reference model's distribution; None without ``divergences``.
         statistics: `TokenStatistics` [B, T], without gradient; None unless the objective's ``needs_statistics`` is true.
+        add_up: function that adds a number [] up over the pieces of ``whole`` that other processes evaluate at the same time,
+            this one included; None if this process has all of it. `total` calls it.
         whole: the batch that this one is a piece of, or this batch itself.
     """
 
@@ -147,6 +181,7 @@ class TokenBatch:
     divergences: torch.Tensor | None = None
     ref_entropies: torch.Tensor | None = None
     statistics: TokenStatistics | None = None
+    add_up: Callable[[torch.Tensor], torch.Tensor] | None = None
     _whole: "TokenBatch | None" = None
 
     @classmethod
@@ -192,13 +227,22 @@ class TokenBatch:
         pieces = {name: cut(getattr(self, name)) for name in PER_SEQUENCE}
         return dataclasses.replace(self, **pieces, statistics=statistics, _whole=self.whole)  # type: ignore[arg-type]  # by name
 
-    def within(self, whole: "TokenBatch") -> "TokenBatch":
+    def within(self, whole: "TokenBatch", add_up: Callable[[torch.Tensor], torch.Tensor] | None = None) -> "TokenBatch":
         """Return the same tokens as a piece of the larger batch ``whole``, with the counts of ``whole``.
 
         An objective that is a sum over sequences then has values on the pieces that add up to its value on the whole batch.
+        Any other one must call `total` for what it needs of the whole batch, and needs ``add_up`` for it.
         """
         counts = {name: getattr(whole, name) for name in COUNTS}
-        return dataclasses.replace(self, **counts, _whole=whole)
+        return dataclasses.replace(self, **counts, add_up=add_up, _whole=whole)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a number [] over all pieces of ``whole``, in the processes that evaluate them at the same time.
+
+        Its derivative is that of this piece's own summand. A loss of the total therefore has the right gradient in each
+        process, for the tokens that the process holds.
+        """
+        return value if self.add_up is None else self.add_up(value.detach()) + (value - value.detach())
 
     def tokens(self, mask: torch.Tensor) -> "TokenBatch":
         """Return the piece of the batch that holds the tokens of ``mask`` [B, T]."""

@@ -8,6 +8,7 @@ import pytest
 
 import soul
 import soul_kernels
+from tests.support.layouts import marks, with_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench/README.md", *ROOT.glob("soul/**/*.md")]
@@ -28,6 +29,17 @@ def test_links_lead_somewhere(page):
         target = (page.parent / name).resolve() if name else page
         assert target.exists(), f"{page.name}: {name}"
         assert not anchor or anchor in headings(target), f"{page.name}: {name}#{anchor}"
+
+
+def test_the_table_of_layouts_is_made_of_the_tests():
+    page = ROOT / "docs" / "layouts.md"
+    assert with_table(page.read_text()) == page.read_text(), "python -m tests.support.layouts docs/layouts.md"
+
+
+def test_a_mark_of_a_layout_that_does_not_exist_is_an_error(tmp_path):
+    (tmp_path / "test_one.py").write_text("@pytest.mark.covers('x', 'FSDP3')\ndef test_x(): ...\n")
+    with pytest.raises(ValueError, match="test_x: pytest.mark.covers.*FSDP3.*; layouts: one process, FSDP2"):
+        marks(tmp_path)
 
 
 def test_the_reference_has_every_public_name():

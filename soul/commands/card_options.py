@@ -8,7 +8,7 @@ from soul.plan.case import check_hardware
 
 
 def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:
-    """Declare ``--card``, ``--gpus``, ``--network`` and ``--attention`` on a parser or on a group of one.
+    """Declare ``--card``, ``--gpus``, ``--network``, ``--host-bandwidth`` and ``--attention`` on a parser or a group of one.
 
     Args:
         group: parser or group that gets the options.
@@ -20,6 +20,8 @@ def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:
                        "%(default)s)")  # fmt: skip
     group.add_argument("--network", type=float, default=NETWORK / 1e9, metavar="GB/S", help=f"{hint}bandwidth into each GPU "
                        "(default: %(default)s)")  # fmt: skip
+    group.add_argument("--host-bandwidth", type=float, metavar="GB/S", help=f"{hint}bandwidth between main memory and each "
+                       "GPU, in each direction, for --state-offload (default: the card's)")  # fmt: skip
     group.add_argument("--attention", default="sdpa", metavar="NAME", help=f"{hint}sdpa or eager (default: %(default)s)")
 
 
@@ -29,6 +31,7 @@ def card_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ArgumentError: an option has a value that is not allowed.
     """
-    options: dict[str, Any] = dict(gpus=args.gpus, network=args.network * 1e9, attention=args.attention)
+    host = None if args.host_bandwidth is None else args.host_bandwidth * 1e9
+    options: dict[str, Any] = dict(gpus=args.gpus, network=args.network * 1e9, host_bandwidth=host, attention=args.attention)
     check_hardware(**options)
     return options | {"card": card_of(args.card)}

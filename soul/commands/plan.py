@@ -1,4 +1,4 @@
-"""``soul plan``: memory and least time of a step, computed without a GPU, weights or data."""
+"""``soul plan``: memory and least time of a step, and the ways that fit, computed without a GPU, weights or data."""
 
 import argparse
 import math
@@ -10,7 +10,7 @@ from soul.output.console import print_result
 from soul.plan.shapes import PRESETS
 from soul_kernels.errors import argument_error
 
-HELP = "memory and time of a run on a given card, computed from the shapes of a model"
+HELP = "memory and time of a run on given cards, and the ways to run a model there, computed from its shapes"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches per step (default: %(default)s)")
     how.add_argument("--gradient-checkpointing", action="store_true", help="keep one hidden state per layer")
     how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
+    how.add_argument("--state-offload", action="store_true", help="keep soul's states in main memory")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="dtype of the parameters: bfloat16 or float32 (default: "
@@ -39,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    from soul.plan import plan
+    from soul.plan import plan, ways
     from soul.plan.planner import tokens_of
     from soul.run.config import UnlearnConfig
 
     names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",
-             "gradient_release")  # fmt: skip
+             "gradient_release", "state_offload")  # fmt: skip
     limit = math.inf if args.gradient_release else 1.0
     config = UnlearnConfig(**{name: getattr(args, name) for name in names}, max_grad_norm=limit)
     adapters = None
@@ -53,5 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.lora_rank is not None:
         adapters = dict(rank=args.lora_rank, targets=names_of(args.lora_targets) if args.lora_targets else "all-linear")
     tokens = tokens_of(config, args.length, args.labelled)
-    planned = plan(args.model, config, tokens, dtype=args.dtype, adapters=adapters, **card_options(args))
-    print_result(planned.table())
+    options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
+    planned = plan(args.model, config, tokens, **options)
+    fitting = ways(args.model, config, length=args.length, labelled=args.labelled, **options)
+    print_result(planned.table(), "", fitting.table())

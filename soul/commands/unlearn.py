@@ -54,11 +54,15 @@ FEW_CONTROL = 8  # rows, below which the output says so
 CHANCE_NOISE = 0.1  # an aim this much below chance is still chance
 
 # Options that soul_config.json leaves out, since they do not describe the run.
-NOT_RECORDED = ("command", "config", "run", "dry_run", "card", "gpus", "network", "attention", "push_to_hub", "hub_private")
+NOT_RECORDED = (
+    "command", "config", "run", "dry_run", "card", "gpus", "network", "host_bandwidth", "attention", "push_to_hub",
+    "hub_private",
+)  # fmt: skip
 # Options that may change when a run is resumed.
 FREE_ON_RESUME = (
     "output",
     "device",
+    "state_offload",
     "reference_cache",
     "save_every",
     "save_minutes",
@@ -163,6 +167,11 @@ def add_training(group: argparse._ActionsContainer) -> None:
         "--state-dtype",
         metavar="NAME",
         help="dtype of soul's states: float32, bfloat16 or 8bit (default: h in fp32, m like the parameters)",
+    )
+    add(
+        "--state-offload",
+        action="store_true",
+        help="keep soul's states in main memory, and pass them over the GPU in every step: the same numbers, more time",
     )
     add(
         "--param-rounding",

@@ -12,6 +12,9 @@ from soul.data.examples import Sequence
 from soul_kernels.errors import argument_error
 from soul_kernels.tokens import IGNORE_INDEX
 
+# For a process that gets no sequence of a micro-batch: it takes part in the gathering of parameters all the same.
+NO_SEQUENCE = Sequence([0], [IGNORE_INDEX], 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:

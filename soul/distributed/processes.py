@@ -57,12 +57,14 @@ class _Objective(Protocol):
     @property
     def additive(self) -> str | None: ...
 
+    @property
+    def shares_batches(self) -> bool: ...
+
 
 class _RunOptions(Protocol):
-    """What `check_supported` reads of a `soul.run.config.UnlearnConfig`, beside its flags."""
+    """What `check_supported` reads of a `soul.run.config.UnlearnConfig`."""
 
-    @property
-    def method(self) -> str: ...
+    cuda_graph: bool
 
     def objective(self) -> _Objective: ...
 
@@ -180,18 +182,11 @@ def check_supported(config: _RunOptions) -> None:
     Raises:
         ArgumentError: the message names the first such option.
     """
-    for name, remedy in (
-        ("compile", "compiled code does not gather shards"),
-        ("cuda_graph", "communication between processes is not captured"),
-        ("gradient_release", "gradients are in shards already"),
-    ):
-        if getattr(config, name):
-            raise argument_error(name, "False with several processes", "True", f"{remedy}; leave the option out")
-    if config.method == "influence":
-        expected = "a method other than 'influence' with several processes"
-        raise argument_error("method", expected, "'influence'", "run one process")
+    if config.cuda_graph:
+        remedy = "a graph repeats addresses, and FSDP2 gathers each layer into memory that changes: leave the option out"
+        raise argument_error("cuda_graph", "False with several processes", "True", remedy)
     objective = config.objective()
-    if objective.additive is None:
+    if objective.additive is None and not objective.shares_batches:
         remedy = "its loss is not a sum over sequences, so these cannot be divided among processes: run one process"
         raise argument_error("processes", f"1 with {objective}", "several", remedy)
 
@@ -228,6 +223,15 @@ def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
     setattr(root, COMPUTE, types.MethodType(lambda _, compute: compute(), root))
     register_fsdp_forward_method(root, COMPUTE)
     return model
+
+
+def sharded_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the layers of a model that `shard` has cut, each of which is gathered on its own; [] for a whole model."""
+    if not hasattr(model, COMPUTE):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule) and not hasattr(module, COMPUTE)]
 
 
 def check_shards(model: torch.nn.Module) -> None:
@@ -353,7 +357,7 @@ class Processes:
         """Return sums over the processes, added up in fp64.
 
         Args:
-            values: name -> tensor [], with the same names in all processes.
+            values: name -> tensor, all of one shape, with the same names in all processes.
         """
         if self.size == 1 or not values:
             return values
@@ -361,9 +365,13 @@ class Processes:
         dist.all_reduce(summed)
         return {name: total.to(value.dtype) for (name, value), total in zip(values.items(), summed)}
 
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over the processes, added up in fp64."""
+        return self.totals({"": values})[""]
+
     def total(self, number: int) -> int:
         """Return the sum of a whole number over the processes."""
-        return int(self.totals({"": torch.tensor(number, device="cpu")})[""])
+        return int(self.add_up(torch.tensor(number, device="cpu")))
 
     def any(self, flag: bool) -> bool:
         """Tell whether the flag is set in at least one process."""

@@ -26,6 +26,16 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
+def wait_for_offload(param: torch.Tensor) -> None:
+    """Wait, in a hook that FSDP2 calls, until the gradient of a parameter in main memory has arrived there.
+
+    With a `CPUOffloadPolicy` the gradients of shards are copied from the device to pinned memory, on the current stream. Older
+    versions of torch call the hooks before such a copy is complete.
+    """
+    if is_sharded(param) and local(param).device.type != cast("DTensor", param).device_mesh.device_type:
+        torch.accelerator.current_stream().synchronize()
+
+
 def splits(placement: "Placement") -> bool:
     """Tell whether processes hold different parts of a tensor: Shard, and the _StridedShard of FSDP over tensor parallelism."""
     return not placement.is_replicate() and not placement.is_partial()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from soul.distributed.processes import Processes, gathered, is_finite, reshard
+from soul.distributed.processes import Processes, gathered, is_finite, reshard, sharded_layers
 from soul.models.quantized import dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
@@ -242,8 +242,14 @@ def checkpointing(model: "PreTrainedModel") -> Iterator[None]:
 def compiled(model: "PreTrainedModel") -> Iterator[None]:
     """Run the model's body under ``torch.compile`` within the ``with`` block, and restore it at the end.
 
-    Its parameters keep their names. When shapes change it is compiled once more, for any shape.
+    Its parameters keep their names. When shapes change it is compiled once more, for any shape. Of a model in shards each layer
+    is compiled by itself: FSDP2 gathers and frees its parameters between the layers, by code that cannot be compiled.
     """
+    layers = sharded_layers(model)
+    if layers:
+        with _compiled_forwards(layers):
+            yield
+        return
     body = _body(model)
     before = body._compiled_call_impl  # there is no public way back
     body.compile(**COMPILE)
@@ -251,6 +257,21 @@ def compiled(model: "PreTrainedModel") -> Iterator[None]:
         yield
     finally:
         body._compiled_call_impl = before
+
+
+@contextlib.contextmanager
+def _compiled_forwards(layers: list[torch.nn.Module]) -> Iterator[None]:
+    """Compile the ``forward`` of some modules within the ``with`` block, but not their hooks, which run before and after it."""
+    forwards = [vars(layer).get("forward") for layer in layers]  # a library may have replaced one
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, **COMPILE)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def _switch(base: "PreTrainedModel", action: str) -> Callable[..., None]:

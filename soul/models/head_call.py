@@ -13,6 +13,9 @@ The head's output is one row of logits, as wide as the vocabulary. It holds the 
 * The probes are raw logits. Their values in the model's output show whether it scales and caps as `soul.models.transform` says
   and changes its logits in no other way. This waits for the GPU, so it is done in the first call with a model, and again when
   its configuration names another scale or cap.
+
+A head that tensor parallelism has cut along the vocabulary (`ColwiseParallel`) returns logits that are cut alike, and a hook
+may gather them. There each process returns a row of its own, as its part of the logits, and finds it again in what comes back.
 """
 
 import contextlib
@@ -25,6 +28,8 @@ import torch
 from torch import Tensor
 
 from soul._extras import require
+from soul.distributed.processes import full
+from soul.distributed.shards import is_sharded, local
 from soul.models import causal_lm
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.token_logprob import transformed
@@ -89,21 +94,23 @@ def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterat
 
     def forward(hidden: Tensor) -> Tensor:
         weight, bias = causal_lm.head(model)
+        if not torch.is_grad_enabled():  # else a head in shards takes hidden states in shards, and scatters their gradient
+            hidden = full(hidden)
         value = function(hidden, weight, bias, transform)
         if custom_forward is not None and not verified and has_data(value):
             _check_linear(custom_forward, hidden, weight, bias, model)
         carrier = (value - value.detach()).reshape(-1)
         probes = carrier.new_tensor(PROBES)
-        probes = torch.nn.functional.pad(probes, (0, max(0, len(weight) - len(carrier) - len(probes))))
+        probes = torch.nn.functional.pad(probes, (0, max(0, _width(weight) - len(carrier) - len(probes))))
         calls.append((value.detach(), probes))
-        return torch.cat([carrier, probes])[None, None]
+        return _as_logits(torch.cat([carrier, probes])[None, None], weight)
 
     def value_of(logits: Tensor) -> Tensor:
         if len(calls) != 1:
             got = f"{len(calls)} calls of it in {type(model).__name__}"
             raise argument_error("model", "a forward that calls its head once", got, "this family is not supported")
         value, probes = calls[0]
-        logits = logits.reshape(-1)
+        logits = _own_part(logits, causal_lm.head(model)[0], value.numel() + len(probes))
         carrier = logits[: value.numel()]
         got_probes = logits[value.numel() :].detach()
         if not verified and has_data(got_probes):
@@ -115,6 +122,37 @@ def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterat
 
     with _forward_replaced(layer, forward):
         yield value_of
+
+
+def _vocabulary_dim(weight: Any) -> int:
+    """Return the dimension of the mesh along which the vocabulary of a head in shards is cut."""
+    return next(dim for dim, placement in enumerate(weight.placements) if placement.is_shard())
+
+
+def _width(weight: Any) -> int:
+    """Return the number of logits that a head makes of a token; for a head in shards, at most in one process."""
+    if not is_sharded(weight):
+        return len(weight)
+    return -(-len(weight) // weight.device_mesh.size(_vocabulary_dim(weight)))
+
+
+def _as_logits(row: Tensor, weight: Any) -> Tensor:
+    """Return a row [1, 1, n] as the head would: for a head in shards as this process's part of a DTensor."""
+    if not is_sharded(weight):
+        return row
+    from torch.distributed.tensor import DTensor, Shard
+
+    placements = [Shard(2) if placement.is_shard() else placement for placement in weight.placements]
+    return DTensor.from_local(row, weight.device_mesh, placements)
+
+
+def _own_part(logits: Tensor, weight: Any, length: int) -> Tensor:
+    """Return the row [n] of this process, of ``length`` n, from logits that may have been gathered from all processes."""
+    row = local(logits).reshape(-1)
+    if is_sharded(weight) and len(row) > length:
+        rank = weight.device_mesh.get_local_rank(_vocabulary_dim(weight))
+        row = row[rank * length : (rank + 1) * length]
+    return row
 
 
 def shifted_labels(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from soul.distributed.shards import is_sharded, local
+from soul.distributed.shards import is_sharded, local, wait_for_offload
 from soul.optim.optimizer import SophiaG
 from soul_kernels.errors import argument_error
 
@@ -130,6 +130,7 @@ class Curvature:
                 handle.remove()
 
     def _update_one(self, param: torch.Tensor) -> None:
+        wait_for_offload(param)
         self.optimizer.update_parameter_hessian(param)
         param.grad = None
 

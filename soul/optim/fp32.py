@@ -23,7 +23,7 @@ def joined(param: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     value = local(param.detach())
     check_not_exported("export_fp32", param, state)
     if "low_bits" in state:
-        return join(value, local(state["low_bits"]))
+        return join(value, local(state["low_bits"]).to(value.device))
     return value.to(torch.float32, copy=True)
 
 

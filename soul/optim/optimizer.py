@@ -104,6 +104,10 @@ class SophiaG(Optimizer):
         eps_mode: "add" as published, or "max" as in the papers: ``m / max(rho bs h, eps)``.
         seed: seed of the noise of stochastic rounding, which is a hash of (seed, tensor, step, element). Shards of rows (FSDP2)
             draw what one process draws. Checkpoints carry the version of the noise in their groups, as ``noise``.
+        state_offload: keep m, h and low bits in main memory, pinned if the parameters are on a GPU, and pass them over the
+            device in every step, two buckets of 64 MiB at a time, with copies beside computation: the same bits as without. Not
+            with ``capturable``. Checkpoints do not depend on it. Before you read ``optimizer.state`` yourself, wait for the
+            device; methods of this class do.
 
     Attributes:
         hessian_in_step: whether ``step()`` itself refreshes h, from the same gradient: True for `SOUL` only.
@@ -138,6 +142,7 @@ class SophiaG(Optimizer):
         bias_correction: bool = False,
         eps_mode: EpsMode = "add",
         seed: int = 0,
+        state_offload: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -157,6 +162,7 @@ class SophiaG(Optimizer):
             bias_correction=bias_correction,
             eps_mode=eps_mode,
             seed=seed,
+            state_offload=state_offload,
             noise=NOISE,  # not an option: checkpoints carry the version
         )
         check_values(defaults)  # first: a wrong option is named even if the parameters are wrong as well
@@ -191,6 +197,7 @@ class SophiaG(Optimizer):
         return step
 
     def __getstate__(self) -> dict[str, Any]:
+        self._stepper.wait()
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name not in ("_stepper", "gradient_release")}
 
@@ -366,6 +373,7 @@ class SophiaG(Optimizer):
             evaluate(model)`` puts the fp32 values into the model and takes them out again; to save them, ``{n: fp32[p] for
             n, p in named_parameters()}``. The value of a DTensor is that of this process's shard.
         """
+        self._stepper.wait()
         params = [param for group in self.param_groups for param in group["params"]]
         return Fp32Parameters({param: joined(param, self.state.get(param, {})) for param in params})
 
@@ -395,6 +403,7 @@ class SophiaG(Optimizer):
             index, position = positions[param]
             name = f"import_fp32 of parameter {position} in group {index}"
             check_fp32(name, param, self.state.get(param, {}), value)
+        self._stepper.wait()
         for param, value in values.items():
             group = self.param_groups[positions[param][0]]
             if param.dtype != torch.float32 and rounding_of(group) == "compensated" and not self.state.get(param):
@@ -421,6 +430,7 @@ class SophiaG(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states and the options, as ``torch.optim.Optimizer`` does, which `load_state_dict` takes."""
+        self._stepper.wait()
         checkpoint = super().state_dict()
         states = {key: dict(state) if isinstance(state, State) else state for key, state in checkpoint["state"].items()}
         return checkpoint | {"state": states}
@@ -430,7 +440,8 @@ class SophiaG(Optimizer):
 
         States keep the dtype in which they were saved, whereas ``torch.optim.Optimizer`` casts them to that of their parameter;
         those of a published checkpoint are brought to this optimizer's ``state_dtype``. Options that the checkpoint does not
-        have stay as they are. ``backend`` and ``capturable``, which belong to the machine and to the run, stay in any case.
+        have stay as they are. ``backend``, ``capturable`` and ``state_offload``, which belong to the machine and to the run,
+        stay in any case.
 
         ``published_code`` of a `SOUL`, which decides the meaning of beta1, is taken from the checkpoint together with beta1.
         Checkpoints of the published class do not have it: a SOUL loads them with ``published_code=True`` only. The groups of a
@@ -449,10 +460,12 @@ class SophiaG(Optimizer):
             counters = counters_of(self.hessian_in_step)
             options, loaded = loaded_checkpoint(self.param_groups, checkpoint, counters, released=release is not None)
             states.update(loaded)
-            return checkpoint | {"param_groups": options}
+            keys = {key for group in checkpoint["param_groups"] for key in group["params"]}
+            others = {key: value for key, value in checkpoint["state"].items() if key not in keys}
+            return checkpoint | {"param_groups": options, "state": others}  # torch would move all states to the device
 
         def put_states(optimizer: Optimizer) -> None:
-            """Replace the states that torch has cast; the user's own hooks run after this."""
+            """Put in the loaded states; the user's own hooks run after this."""
             self.state.update({param: State(state) for param, state in states.items()})
             for group in self.param_groups:
                 settle_options(group)

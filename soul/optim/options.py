@@ -30,7 +30,7 @@ ON_DEVICE = ("lr", "weight_decay", "rho", "bs")  # options that live on the devi
 # Options that schedules do not change. ``published_code`` of `SOUL` acts through its momentum.
 FIXED = (
     "betas", "eps", "maximize", "capturable", "max_grad_norm", "param_rounding", "state_dtype", "backend", "skip_nonfinite",
-    "clip_target", "bias_correction", "eps_mode", "seed",
+    "clip_target", "bias_correction", "eps_mode", "seed", "state_offload",
 )  # fmt: skip
 IMMUTABLE = (float, int, str, tuple, type(None), torch.dtype)  # types of options
 RHO_AT_START = 0.04  # of rho="auto"
@@ -59,14 +59,14 @@ def option_on(value: Number, device: torch.device) -> Number:
 def merged_options(current: ParamGroup, saved: ParamGroup) -> ParamGroup:
     """Return the options of a group after a checkpoint is loaded into it.
 
-    Options of the checkpoint win, except ``backend``, ``capturable`` and ``noise``, which belong to the machine, to the run
-    and to this version of the library.
+    Options of the checkpoint win, except ``backend``, ``state_offload``, ``capturable`` and ``noise``, which belong to the
+    machine, to the run and to this version of the library.
 
     Args:
         current: the options of the group.
         saved: the options in the checkpoint; one of the published class has few of them.
     """
-    merged = current | saved | {name: current[name] for name in ("backend", "capturable", "noise")}
+    merged = current | saved | {name: current[name] for name in ("backend", "state_offload", "capturable", "noise")}
     if "published_code" in current and "state_dtype" in saved:  # a checkpoint of a SophiaG has no published_code
         merged["published_code"] = saved.get("published_code", False)
     if "clip_target" not in saved and current["clip_target"] is not None:
@@ -246,6 +246,11 @@ def check_values(group: Mapping[str, Any]) -> None:
     check_choice("state_dtype", group["state_dtype"], (None, torch.float32, torch.bfloat16, "8bit", "float32", "bfloat16"))
     check_choice("eps_mode", group["eps_mode"], EPS_MODES)
     check_choice("backend", group["backend"], BACKENDS)
+    if not isinstance(group["state_offload"], bool):
+        raise argument_error("state_offload", "True or False", repr(group["state_offload"]), "True: in main memory")
+    if group["state_offload"] and group["capturable"]:
+        remedy = "a CUDA graph replays fixed memory, through which no buckets of states pass: leave one of them out"
+        raise argument_error("state_offload", "False with capturable", True, remedy)
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -1,11 +1,17 @@
-"""Gradient release: each parameter is stepped in the backward pass, as its gradient arrives, and the gradient is freed."""
+"""Gradient release: each parameter is stepped in the backward pass, as its gradient arrives, and the gradient is freed.
+
+A hook on each parameter takes the step. Autograd calls it for a whole parameter. For one in shards FSDP2 does: autograd forms
+the gradients of the gathered copies, to which no hook belongs; after the backward pass of a layer FSDP2 reduces these to the
+shards, and then calls the hooks of the shards, on the stream of the reduction and in the same order in all processes. The
+shards' gradients of one layer share one storage, which is freed with the last of them.
+"""
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
 
-from soul.distributed.shards import is_sharded
+from soul.distributed.shards import is_sharded, wait_for_offload
 from soul.optim.optimizer import SophiaG
 from soul.optim.options import check_releasable
 from soul_kernels.errors import argument_error
@@ -14,11 +20,12 @@ from soul_kernels.errors import argument_error
 def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRelease":
     """Make ``loss.backward()`` step every parameter as soon as its gradient is complete, and free the gradient.
 
-    Then only the largest few gradients take memory at a time, instead of all. ``optimizer.step()`` may be called as before, and
-    has nothing left to do. Each step is the same, bit for bit, as without release.
+    Then only the largest few gradients take memory at a time, instead of all; under FSDP2 those of one call of ``fully_shard``,
+    such as a layer. ``optimizer.step()`` may be called as before, and has nothing left to do. Each step is the same, bit for
+    bit, as without release.
 
     Args:
-        model: the module whose parameters ``optimizer`` steps.
+        model: the module whose parameters ``optimizer`` steps, whole or in shards (FSDP2).
         optimizer: a `SophiaG` or `SOUL`.
 
     Returns:
@@ -72,6 +79,7 @@ class GradientRelease:
     def _step_and_free(self, param: torch.Tensor) -> None:
         """Step a parameter whose gradient is complete, and free the gradient; torch calls this in the backward pass."""
         if self._pauses == 0:
+            wait_for_offload(param)
             self._optimizer.step_parameter(param)
             param.grad = None
 

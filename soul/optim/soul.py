@@ -57,6 +57,7 @@ class SOUL(SophiaG):
         bias_correction: bool = False,
         eps_mode: EpsMode = "add",
         seed: int = 0,
+        state_offload: bool = False,
     ) -> None:
         if not isinstance(published_code, bool):
             raise argument_error("published_code", "True or False", repr(published_code), "True does as SOUL's code does")
@@ -79,6 +80,7 @@ class SOUL(SophiaG):
             bias_correction=bias_correction,
             eps_mode=eps_mode,
             seed=seed,
+            state_offload=state_offload,
         )
         self.defaults["published_code"] = published_code  # a group option, so that copies and checkpoints carry it
         for group in self.param_groups:
@@ -104,6 +106,7 @@ class SOUL(SophiaG):
         bias_correction: bool = False,
         eps_mode: EpsMode = "add",
         seed: int = 0,
+        state_offload: bool = False,
     ) -> "SOUL":
         """Return a `SOUL` that does what SOUL's published code does.
 
@@ -137,6 +140,7 @@ class SOUL(SophiaG):
             bias_correction=bias_correction,
             eps_mode=eps_mode,
             seed=seed,
+            state_offload=state_offload,
         )
         for index, group in enumerate(optimizer.param_groups):
             dtypes = {param.dtype for param in group["params"]}

@@ -42,17 +42,50 @@ def new_state(param: torch.Tensor, group: ParamGroup, counters: Collection[str])
         ArgumentError: the parameter is a DTensor whose shards would cut groups of 8-bit states.
     """
     m_dtype, h_dtype = _state_dtypes(param, group["state_dtype"])
-    device = local(param).device
-    state = {name: torch.zeros((), dtype=torch.float32, device=device) for name in counters}
+    state = {name: torch.zeros((), dtype=torch.float32, device=local(param).device) for name in counters}
     for name, dtype in zip(STATES, (m_dtype, h_dtype)):
-        state[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        state[name] = _empty(param, dtype, group).zero_()
         shape = scales_shape(param) if dtype == torch.uint8 else None
         if shape is not None:
             check_groups_whole("a parameter", param)
-            state[f"{name}_scale"] = new_scales(param, shape)
+            state[f"{name}_scale"] = placed(new_scales(param, shape), param, group)
     if rounding_of(group) == "compensated" and param.dtype != torch.float32:
-        state["low_bits"] = torch.zeros_like(param, dtype=torch.int8, memory_format=torch.preserve_format, requires_grad=False)
+        state["low_bits"] = _empty(param, torch.int8, group).zero_()
     return state
+
+
+def device_of_states(param: torch.Tensor, group: ParamGroup) -> torch.device:
+    """Return where m, h, their scales and low bits are: with the parameter or, with ``state_offload``, in main memory.
+
+    Counters stay with the parameter in any case.
+
+    Args:
+        param: the parameter; of a DTensor, the shard.
+        group: its options.
+    """
+    return torch.device("cpu") if group["state_offload"] and not param.is_meta else param.device
+
+
+def _empty(param: torch.Tensor, dtype: torch.dtype, group: ParamGroup) -> torch.Tensor:
+    """Return memory for a state laid out as its parameter, where `device_of_states` says; pinned if that is another device.
+
+    For a DTensor it is a DTensor of the same mesh, whose shard is there.
+    """
+    device = device_of_states(local(param), group)
+    pinned = device != local(param).device
+    return torch.empty_like(
+        param, dtype=dtype, device=device, pin_memory=pinned, memory_format=torch.preserve_format, requires_grad=False
+    )
+
+
+def placed(state: torch.Tensor, param: torch.Tensor, group: ParamGroup) -> torch.Tensor:
+    """Return a state, or scales, where `device_of_states` says: the tensor itself if it is there already."""
+    device = device_of_states(local(param), group)
+    if device == local(state).device and (local(param).device == device or local(state).is_pinned()):
+        return state
+    pinned = device != local(param).device
+    empty = torch.empty_like(state, device=device, pin_memory=pinned, memory_format=torch.preserve_format)
+    return empty.copy_(state)
 
 
 def _state_dtypes(param: torch.Tensor, state_dtype: str | None) -> tuple[torch.dtype, torch.dtype]:
@@ -92,7 +125,7 @@ def loaded_state(
         state["hessian_step"].fill_(float(saved.get("hessian_step", ASSUMED_UPDATES if state["step"] > 0 else 0)))
     for name in STATES:
         _check_saved(name, param, saved)
-        _load(name, param, state, saved, cast)
+        _load(name, param, group, state, saved, cast)
     if "low_bits" in state and "low_bits" in saved:
         low = saved["low_bits"]
         if low.shape != param.shape or low.dtype != torch.int8:
@@ -126,7 +159,7 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
             raise argument_error(f"state_dict {scale}", f"{count} scales of torch.int16, or their bytes", got, remedy)
 
 
-def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
+def _load(name: str, param: torch.Tensor, group: ParamGroup, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
     """Put a saved ``exp_avg`` or ``hessian``, which fits, into a new state, in place."""
     value = saved[name]
     scale = f"{name}_scale"
@@ -137,7 +170,7 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
         older = saved[scale].dtype == torch.float32
         if shape is not None and not older and same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
             scales = saved[scale] if saved[scale].dtype == torch.uint8 else saved[scale].contiguous().view(torch.uint8)
-            state[scale] = new_scales(param, shape).copy_(scales.reshape(shape))
+            state[scale] = placed(new_scales(param, shape), param, group).copy_(scales.reshape(shape))
         else:
             value = _older_values(value, saved[scale].to(value.device), name) if older else decoded(saved, name)
             values = None if shape is None else value  # without 8-bit states: kept as they are
@@ -147,14 +180,13 @@ def _load(name: str, param: torch.Tensor, state: dict[str, Any], saved: dict[str
         values = value
     if values is not None and shape is not None:
         values = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(values)
-        state[name], state[scale] = encoded(values, shape, name)
+        state[name], state[scale] = (placed(tensor, param, group) for tensor in encoded(values, shape, name))
         return
     keeps_dtype = value.dtype == torch.uint8 or (not cast and value.dtype in (torch.float32, torch.bfloat16))
     dtype = value.dtype if keeps_dtype else cast_to
     if dtype != torch.uint8:
         state.pop(scale, None)
-    empty = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-    state[name] = empty.copy_(value)
+    state[name] = _empty(param, dtype, group).copy_(value)
 
 
 def _older_values(code: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Tensor:

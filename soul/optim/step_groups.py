@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from soul.distributed.shards import device_and_sharding, first_number, hidden_sharding, is_sharded, local, splits
+from soul.optim.offload import OffloadedStates
 from soul.optim.options import (
     FIXED,
     ON_DEVICE,
@@ -34,7 +35,7 @@ from soul.optim.options import (
     rounding_of,
 )
 from soul.optim.state_dicts import State
-from soul.optim.states import STATES, new_state
+from soul.optim.states import STATES, device_of_states, new_state
 from soul_kernels import HessianEma, Noise, SophiaStep, TensorTable
 from soul_kernels.backends import resolve_backend
 from soul_kernels.errors import argument_error
@@ -79,6 +80,7 @@ class StepGroup:
         tensor_offsets: number of the first element that this process holds of each parameter, for its noise.
         step: takes their steps.
         hessian_ema: updates their Hessians.
+        offloaded: takes steps and updates if the states are in main memory.
         norm_table: for the launches of `grad_norm`.
         telemetry: fp64 [3] on the device, the counts of the last step.
         numel: coordinates of the parameters, over all shards.
@@ -96,6 +98,7 @@ class StepGroup:
         self.device, self._mesh, self._placements = device_and_sharding(params[0])
         self.step = SophiaStep()
         self.hessian_ema = HessianEma()
+        self.offloaded = OffloadedStates()
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._is_piece = hidden_sharding(params) == "DeepSpeed" and torch.distributed.is_initialized()
@@ -117,6 +120,11 @@ class StepGroup:
         self._corrections: torch.Tensor | None = None
         gaps = [position for position, param in enumerate(params) if not is_dense(local(param))]
         self._buffers: dict[int, torch.Tensor | None] = dict.fromkeys(gaps)  # position of a parameter -> its dense buffer
+
+    @property
+    def version(self) -> int:
+        """Number that changes if a step of other tensors was prepared than before."""
+        return self.step.version + self.offloaded.version
 
     def dense_params(self) -> list[torch.Tensor]:
         """Return the parameters as the ops take them: dense, those with gaps as copies in buffers that stay where they are."""
@@ -399,7 +407,7 @@ class StepGroups:
         for key in STATES:
             if key not in state:
                 continue
-            if local(state[key]).device != local(param).device:
+            if local(state[key]).device != device_of_states(local(param), group):
                 raise argument_error(name, f"device {local(state[key]).device}, as its {key}", local(param).device, _REFIT)
             if local(state[key]).shape != dense.shape:
                 expected = f"shape {tuple(local(state[key]).shape)}, as its {key}"

@@ -9,13 +9,14 @@ telemetry starts anew.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from soul.distributed.shards import local
 from soul.optim.gradients import gradient_factor, moved, norm_and_skip, not_finite, total_norm
+from soul.optim.offload import Transfers
 from soul.optim.options import ON_DEVICE, Number, ParamGroup, option_on, rounding_of
 from soul.optim.step_groups import GroupedOptimizer, GroupWork, StepGroup, StepGroups
 from soul.optim.telemetry import check_counts_all, group_telemetry, steer_rho
@@ -44,6 +45,7 @@ class Stepper:
     Attributes:
         step_groups: the `StepGroups` of the optimizer.
         stepped: index of a parameter group -> its step groups in the last step.
+        transfers: device -> the way of offloaded states between main memory and this device.
     """
 
     def __init__(self, optimizer: SteppedOptimizer) -> None:
@@ -55,6 +57,7 @@ class Stepper:
         self._skipped: torch.Tensor | None = None  # number of skipped steps
         self._versions: list[int] = []  # of the steps of all step groups, when parameters were last checked for overlap
         self._numel: int | None = None  # elements of all parameters
+        self.transfers: dict[torch.device, Transfers] = {}
 
     def forget_numel(self) -> None:
         """Let the elements of all parameters be counted anew, after a group was added."""
@@ -107,15 +110,15 @@ class Stepper:
         hessian_in_step = self._optimizer.hessian_in_step
         norm, skip = norm_and_skip(work, grad_scale, found_inf)
         all_step_groups = _step_groups(work)
-        steps = []
-        params = []
+        steps: list[Callable[[], object]] = []
+        params = {step_group: step_group.dense_params() for step_group in all_step_groups}
+        self._divide(work, params)
         for group, options_version, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
                 corrections = None
                 if group["bias_correction"]:
                     updates = step_group.count("step") + 1 if hessian_in_step else step_group.count("hessian_step")
                     corrections = step_group.corrections(group["betas"][1], updates)
-                params.append(step_group.dense_params())
                 guards = NO_GUARDS
                 if norm is not None or skip is not None or grad_scale is not None:
                     guards = Guards(
@@ -126,37 +129,42 @@ class Stepper:
                 if bs is not None:
                     numbers["bs"] = option_on(bs, step_group.device)
                 prepared_for = options_version, self._optimizer.momentum_decay(group)
-                step = None
                 if step_group.has_same_states() and step_group.prepared_for == prepared_for:
-                    step = step_group.step.prepare_again(params[-1], grads, numbers, guards=guards)
-                if step is None:
-                    step = step_group.step.prepare(
-                        StepTensors(params[-1], grads, **step_group.lists()),
-                        StepOptions(
-                            **numbers,
-                            beta1=self._optimizer.momentum_decay(group),
-                            eps=group["eps"],
-                            beta2=group["betas"][1] if hessian_in_step else None,
-                            maximize=group["maximize"],
-                            eps_mode=group["eps_mode"],
-                            param_rounding=rounding_of(group),
-                            corrections=corrections,
-                        ),
-                        noise=step_group.noise(group["seed"], "step"),
-                        guards=guards,
-                        telemetry=step_group.telemetry,
-                        backend=self._backend(group, step_group),
-                    )
-                    step_group.prepared_for = prepared_for
-                steps.append(step)
+                    step = step_group.step.prepare_again(params[step_group], grads, numbers, guards=guards)
+                    if step is not None:
+                        steps.append(step)
+                        continue
+                options = StepOptions(
+                    **numbers,
+                    beta1=self._optimizer.momentum_decay(group),
+                    eps=group["eps"],
+                    beta2=group["betas"][1] if hessian_in_step else None,
+                    maximize=group["maximize"],
+                    eps_mode=group["eps_mode"],
+                    param_rounding=rounding_of(group),
+                    corrections=corrections,
+                )
+                others: dict[str, Any] = dict(
+                    noise=step_group.noise(group["seed"], "step"),
+                    guards=guards,
+                    telemetry=step_group.telemetry,
+                    backend=self._backend(group, step_group),
+                )
+                if group["state_offload"]:
+                    transfers = self.transfers[step_group.device]
+                    steps += step_group.offloaded.steps(transfers, params[step_group], grads, options, **others)
+                    continue
+                tensors = StepTensors(params[step_group], grads, **step_group.lists())
+                steps.append(step_group.step.prepare(tensors, options, **others))
+                step_group.prepared_for = prepared_for
         if len(steps) > 1:
-            versions = [step_group.step.version for step_group in all_step_groups]
-            if versions != self._versions:  # each step has seen the tensors of its own step group only
-                check_overlap({"parameters": [p for tensors in params for p in tensors]})
+            versions = [step_group.version for step_group in all_step_groups]
+            if versions != self._versions:  # each step has seen the tensors of its own step group, or bucket, only
+                check_overlap({"parameters": [p for tensors in params.values() for p in tensors]})
                 self._versions = versions
         _clear([step_group.telemetry for step_group in all_step_groups])
-        for step in steps:
-            step()
+        for call in steps:
+            call()
         self._norm = self._in_fixed_memory(norm)
         _count(all_step_groups, "step", skip)
         for group, _, step_groups, _ in work:
@@ -194,31 +202,68 @@ class Stepper:
         if grad_scale is not None or any(group_work.group["skip_nonfinite"] for group_work in work):
             norm = total_norm(work)
             skip = None if norm is None else not_finite(norm)
-        updates = []
+        updates: list[Callable[[], object]] = []
+        offloaded = _step_groups([group_work for group_work in work if group_work.group["state_offload"]])
+        params = {step_group: step_group.dense_params() for step_group in offloaded}
+        read = {} if probes is None else {each: self._probes(probes, each) for each in _step_groups(work)}
+        self._divide(work, params, ("hessian", "hessian_scale"), read)
         for group, _, step_groups, all_grads in work:
             for step_group, grads in zip(step_groups, all_grads):
                 factor = None
                 if grad_scale is not None:
                     one = torch.ones((), dtype=torch.float32, device=step_group.device)
                     factor = one / moved(grad_scale, step_group.device)
-                local_probes = None
-                if probes is not None:
-                    local_probes = step_group.locals([self._probe(probes, p) for p in step_group.params])
-                states = step_group.lists("hessian", "hessian_scale")
-                update = step_group.hessian_ema.prepare(
-                    states["hessians"],
-                    grads,
+                others: dict[str, Any] = dict(
                     beta2=group["betas"][1],
-                    probes=local_probes,
-                    hessian_scales=states.get("hessian_scales"),
+                    probes=read.get(step_group),
                     noise=step_group.noise(HESSIAN_NOISE + group["seed"], "hessian_step"),
                     guards=Guards(grad_factor=factor, skip=moved(skip, step_group.device)),
                     backend=self._backend(group, step_group),
                 )
-                updates.append(update)
+                if group["state_offload"]:
+                    transfers = self.transfers[step_group.device]
+                    updates += step_group.offloaded.updates(transfers, params[step_group], grads, **others)
+                    continue
+                states = step_group.lists("hessian", "hessian_scale")
+                scales = states.get("hessian_scales")
+                updates.append(step_group.hessian_ema.prepare(states["hessians"], grads, hessian_scales=scales, **others))
         for update in updates:
             update()
         _count(_step_groups(work), "hessian_step", skip)
+
+    def _divide(
+        self,
+        work: list[GroupWork],
+        params: dict[StepGroup, list[torch.Tensor]],
+        states: tuple[str, ...] = (),
+        probes: Mapping[StepGroup, list[torch.Tensor]] | None = None,
+    ) -> None:
+        """Check what is offloaded, divide it into buckets, and make room for these on the devices.
+
+        Args:
+            work: the work of the step.
+            params: the parameters of each step group, dense.
+            states: names of the states that are needed; (): all.
+            probes: those of each step group, or nothing.
+        """
+        for group, _, step_groups, all_grads in work:
+            if not group["state_offload"]:
+                continue
+            for step_group, grads in zip(step_groups, all_grads):
+                read = {"grads": grads} | ({"probes": probes[step_group]} if probes else {})
+                nbytes = step_group.offloaded.divide(params[step_group], read, step_group.lists(*states))
+                if step_group.device not in self.transfers:
+                    self.transfers[step_group.device] = Transfers(step_group.device)
+                self.transfers[step_group.device].reserve(nbytes)
+
+    def wait(self) -> None:
+        """Wait until all offloaded states are in main memory."""
+        for transfers in self.transfers.values():
+            transfers.wait()
+
+    def _probes(self, probes: Mapping[torch.Tensor, torch.Tensor], step_group: StepGroup) -> list[torch.Tensor]:
+        """Return the probes of the parameters of a step group."""
+        return step_group.locals([self._probe(probes, param) for param in step_group.params])
 
     def _probe(self, probes: Mapping[torch.Tensor, torch.Tensor], param: torch.Tensor) -> torch.Tensor:
         """Return the probe of a parameter."""

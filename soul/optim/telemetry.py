@@ -6,10 +6,11 @@ them for the user.
 """
 
 import functools
+from collections.abc import Hashable
 
 import torch
 
-from soul.distributed.shards import hidden_sharding
+from soul.distributed.shards import device_and_sharding, hidden_sharding
 from soul.optim.options import ParamGroup, option_on
 from soul.optim.step_groups import StepGroup
 from soul_kernels.errors import argument_error
@@ -19,10 +20,13 @@ RHO_RANGE = (1e-12, 1e12)  # of a rho that is steered
 
 def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str, float]:
     """Return the entry of a parameter group in `soul.SophiaG.telemetry`; wait for the device."""
-    totals = sum(
-        (step_group.sum_over_shards(step_group.telemetry.clone()).cpu() for step_group in step_groups),
-        torch.zeros(3, dtype=torch.float64, device="cpu"),
-    )
+    together: dict[Hashable, list[StepGroup]] = {}  # one sum over processes for all that are sharded alike
+    for step_group in step_groups:
+        together.setdefault(device_and_sharding(step_group.params[0]), []).append(step_group)
+    totals = torch.zeros(3, dtype=torch.float64, device="cpu")
+    for alike in together.values():
+        counts = torch.stack([step_group.telemetry for step_group in alike]).sum(0)
+        totals += alike[0].sum_over_shards(counts).cpu()
     clipped, lost, squares = totals.tolist()
     numel = sum(step_group.numel for step_group in step_groups) or float("nan")
     return {

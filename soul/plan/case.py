@@ -18,12 +18,14 @@ from soul_kernels.errors import argument_error, check_choice, check_whole
 ATTENTIONS = ("sdpa", "eager")
 
 
-def check_hardware(attention: str, gpus: int, network: float) -> None:
-    """Raise `ArgumentError` unless a `Case` takes these values of ``attention``, ``gpus`` and ``network``."""
+def check_hardware(attention: str, gpus: int, network: float, host_bandwidth: float | None = None) -> None:
+    """Raise `ArgumentError` unless a `Case` takes these values of ``attention``, ``gpus`` and the two bandwidths."""
     check_choice("attention", attention, ATTENTIONS)
     check_whole("gpus", gpus, "1 is a single card")
     if not 0 < network < math.inf:
         raise argument_error("network", "bytes a second, a positive number", network, f"{NETWORK:g} is the default")
+    if host_bandwidth is not None and not 0 < host_bandwidth < math.inf:
+        raise argument_error("host_bandwidth", "bytes a second, a positive number", host_bandwidth, "None is the card's")
 
 
 def objective_of(config: UnlearnConfig) -> Objective:
@@ -115,7 +117,7 @@ class Case:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, tuple(DTYPES))
-        check_hardware(self.attention, self.gpus, self.network)
+        check_hardware(self.attention, self.gpus, self.network, self.card.host_bandwidth)
         if self.adapters is not None:
             check_rank(self.adapters["rank"])
         targets = None if self.adapters is None else self.adapters.get("targets", "all-linear")

@@ -9,10 +9,12 @@ it is alive; tests/plan/test_plan.py compares the sums with steps of small model
 """
 
 import collections
+import functools
 import math
 
 import torch
 
+from soul.optim.offload import BUCKET_BYTES
 from soul.optim.states import new_state
 from soul.plan.activations import FLOAT, last_norm_bytes, recomputed_bytes, saved_bytes, working_bytes
 from soul.plan.case import Case
@@ -49,10 +51,19 @@ def resident(case: Case) -> dict[str, float]:
     whole = {"parameters": case.shape.numel * case.parameter_dtype.itemsize}
     if case.adapters is not None:
         whole["adapters"] = trained_numel(case) * case.trained_dtype.itemsize
-    sizes = {name: size / case.gpus for name, size in (whole | state_bytes(case)).items()}
+    if not case.config.state_offload:
+        whole |= state_bytes(case)
+    sizes = {name: size / case.gpus for name, size in whole.items()}
+    if case.config.state_offload:
+        sizes["states on their way"] = 2 * min(BUCKET_BYTES, host_bytes(case))
     if case.has_divergence and case.adapters is None:  # a copy of the head, and the hidden states of a batch
         sizes["reference"] = _head_bytes(case) + _hidden_bytes(case)
     return sizes
+
+
+def host_bytes(case: Case) -> float:
+    """Return the bytes of states in main memory for each GPU: 0 unless they are offloaded."""
+    return sum(state_bytes(case).values()) / case.gpus if case.config.state_offload else 0
 
 
 def state_bytes(case: Case) -> dict[str, int]:
@@ -60,12 +71,19 @@ def state_bytes(case: Case) -> dict[str, int]:
     if case.config.optimizer == "adamw":
         return {"optimizer states": 2 * case.trained_dtype.itemsize * trained_numel(case)}
     sizes: collections.Counter[str] = collections.Counter()
-    group = {"state_dtype": case.config.state_dtype, "param_rounding": case.config.param_rounding}
     for shape, count in collections.Counter(case.trained_shapes).items():
-        state = new_state(torch.empty(shape, dtype=case.trained_dtype, device="meta"), group, ())
-        for name, tensor in state.items():
-            sizes["low bits" if name == "low_bits" else "optimizer states"] += count * tensor.nbytes
+        state = _sizes_of_state(shape, case.trained_dtype, case.config.state_dtype, case.config.param_rounding)
+        for name, nbytes in state.items():
+            sizes["low bits" if name == "low_bits" else "optimizer states"] += count * nbytes
     return dict(sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sizes_of_state(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str | None, param_rounding: str) -> dict[str, int]:
+    """Return name -> bytes of the states of a parameter."""
+    group = {"state_dtype": state_dtype, "param_rounding": param_rounding, "state_offload": False}
+    state = new_state(torch.empty(shape, dtype=dtype, device="meta"), group, ())
+    return {name: tensor.nbytes for name, tensor in state.items()}
 
 
 def gradient_bytes(case: Case) -> float:

@@ -1,6 +1,7 @@
 """`plan` and its result: bytes and seconds of a case, and the table that is printed."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from soul.distributed.processes import check_supported
 from soul.plan.cards import NETWORK, Card, card_of
 from soul.plan.case import Case, Tokens, objective_of
-from soul.plan.memory import phases, trained_numel
+from soul.plan.memory import host_bytes, phases, trained_numel
 from soul.plan.shapes import Shape, shape_of
 from soul.plan.time import floor_seconds, step_seconds
 from soul.run.config import UnlearnConfig, parameter_dtype
@@ -51,7 +52,12 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         """Lower bound of the seconds of a step."""
-        return floor_seconds(self.seconds)
+        return floor_seconds(self.seconds, self.case.config.gradient_release)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of states in main memory for each GPU, with ``state_offload``."""
+        return math.ceil(host_bytes(self.case))
 
     @property
     def fits(self) -> bool:
@@ -67,8 +73,8 @@ class Plan:
         components = list(dict.fromkeys(name for sizes in self.phases.values() for name in sizes))
         lines = [self.title(), "", f"| GB a GPU | {' | '.join(self.phases)} |", "|---" * (1 + len(self.phases)) + "|"]
         for name in components:
-            lines.append(f"| {name} | {' | '.join(_gb(sizes.get(name, 0)) for sizes in self.phases.values())} |")
-        totals = [_gb(self.phase_bytes(phase)) for phase in self.phases]
+            lines.append(f"| {name} | {' | '.join(gigabytes(sizes.get(name, 0)) for sizes in self.phases.values())} |")
+        totals = [gigabytes(self.phase_bytes(phase)) for phase in self.phases]
         totals = [f"**{total}**" if phase == self.peak_phase else total for phase, total in zip(self.phases, totals)]
         lines += [f"| sum | {' | '.join(totals)} |", "", *self._conclusion()]
         return "\n".join(lines)
@@ -92,11 +98,16 @@ class Plan:
         verdict = f"{left:.1f} GB of {card.memory / 1e9:g} are left"
         if not self.fits:
             verdict = f"it does not fit: {-left:.1f} GB too much"
-        yield f"Peak: {_gb(self.peak_bytes)} GB in {self.peak_phase}; {verdict} (CUDA context and fragments not counted)."
-        times = ", ".join(f"{name} {_time(seconds)}" for name, seconds in self.seconds.items())
+        yield f"Peak: {gigabytes(self.peak_bytes)} GB in {self.peak_phase}; {verdict} (CUDA context and fragments not counted)."
+        if self.host_bytes:
+            yield (
+                f"Main memory: {gigabytes(self.host_bytes)} GB of states for each GPU (torch rounds each pinned tensor up to a "
+                f"power of two); they pass the link at {card.host_bandwidth / 1e9:g} GB/s in each direction."
+            )
+        times = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in self.seconds.items())
         network = f", {self.case.network / 1e9:g} GB/s a GPU as given" if self.case.gpus > 1 else ""
         yield (
-            f"Floor of a step: {_time(self.step_seconds)} ({times}), at {card.bandwidth / 1e9:,.0f} GB/s and "
+            f"Floor of a step: {in_words(self.step_seconds)} ({times}), at {card.bandwidth / 1e9:,.0f} GB/s and "
             f"{card.flops / 1e12:,.0f} TFLOP/s ({card.source}){network}: an estimate on paper."
         )
         if self.case.gpus > 1:
@@ -107,7 +118,7 @@ class Plan:
         if self.case.config.compile or self.case.config.cuda_graph:
             yield "Not counted: torch.compile keeps other activations, and a CUDA graph memory of its own for each shape."
         if self.steps is not None:
-            yield f"Floor of the run: {_time(self.steps[1])} for {self.steps[0]:,} steps."
+            yield f"Floor of the run: {in_words(self.steps[1])} for {self.steps[0]:,} steps."
 
 
 def plan(
@@ -119,6 +130,7 @@ def plan(
     card: Card | str = "h100",
     gpus: int = 1,
     network: float = NETWORK,
+    host_bandwidth: float | None = None,
     dtype: str = "auto",
     adapters: dict[str, Any] | None = None,
     attention: str = "sdpa",
@@ -139,6 +151,8 @@ def plan(
         card: a `Card`, a name in ``CARDS``, or "GB:GB/s:TFLOP/s".
         gpus: number of GPUs over which FSDP2 shards parameters, gradients and states, each with a micro-batch of its own.
         network: bytes a second into each GPU.
+        host_bandwidth: bytes a second between main memory and each GPU, in each direction, for ``state_offload``; None: the
+            card's.
         dtype: dtype of the parameters, as in `soul.Unlearner`.
         adapters: arguments of `soul.models.add_adapters`, or None.
         attention: "sdpa" or "eager", as transformers calls them.
@@ -154,10 +168,14 @@ def plan(
     objective_of(config)  # checks that the run can be planned
     tokens = tokens_of(config, length) if tokens is None else tokens
     dtype = parameter_dtype(dtype, config, adapters)
-    case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card_of(card), gpus, network)
+    card = card_of(card)
+    if host_bandwidth is not None:
+        card = card._replace(host_bandwidth=host_bandwidth)
+    case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card, gpus, network)
     steps_and_seconds = None
     if steps is not None:
-        steps_and_seconds = len(steps), sum(floor_seconds(step_seconds(case, batches)) for batches in steps)
+        floors = (floor_seconds(step_seconds(case, batches), config.gradient_release) for batches in steps)
+        steps_and_seconds = len(steps), sum(floors)
     return Plan(case, phases(case), step_seconds(case), steps_and_seconds)
 
 
@@ -178,11 +196,13 @@ def tokens_of(config: UnlearnConfig, length: int, labelled: int | None = None) -
     return Tokens(config.batch_size * kinds, length, labelled)
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """Return bytes in GB, as a cell of a table; nothing is left empty."""
     return "" if not size else f"{size / 1e9:,.2f}"
 
 
-def _time(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """Return a time with its unit."""
     for unit, length in (("h", 3600), ("min", 60), ("s", 1)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"

@@ -3,23 +3,28 @@
 import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from soul.plan.cards import CARDS
 from soul.plan.planner import Plan, plan
-from soul.plan.shapes import PRESETS
+from soul.plan.shapes import PRESETS, Shape, llama
+from soul.plan.ways import ways
 from soul.run.config import UnlearnConfig
 from soul_kernels.errors import argument_error
 
 LENGTH = 512
+# Meta's configuration of Llama 3.1 405B.
+LARGEST = llama("llama-3.1-405b", hidden=16384, intermediate=53248, layers=126, heads=128, kv_heads=8, vocab=128256, tied=False)
 SMALLEST: dict[str, Any] = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True, max_grad_norm=math.inf)
+OFFLOADED: dict[str, Any] = SMALLEST | dict(state_offload=True)
 # Name of a setup in the table -> options of the run.
 FULL_PARAMETER: dict[str, dict[str, Any]] = {
     "AdamW, fp32": dict(optimizer="adamw"),
     "SOUL, bf16 + 8 bits": dict(),
     "the same, checkpointing": dict(gradient_checkpointing=True),
     "8-bit states, release, checkpointing": SMALLEST,
+    "the same, states offloaded": OFFLOADED,
 }
 ADAPTERS: dict[str, dict[str, Any]] = {"SOUL": dict(), "SOUL, checkpointing": dict(gradient_checkpointing=True)}
 SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="8bit")
@@ -45,21 +50,43 @@ def adapter_table() -> Iterator[str]:
 
 def sharded_table() -> Iterator[str]:
     """Yield the lines of the table of full-parameter runs under FSDP2."""
+    yield from _sharded([("llama-2-7b", (2, 4, 8)), ("llama-3.1-8b", (2, 4, 8)), ("llama-3-70b", (8, 16, 32, 64))])
+
+
+def many_cards_table() -> Iterator[str]:
+    """Yield the lines of the table of full-parameter runs on 64 to 1,024 cards."""
+    yield from _sharded([("llama-3-70b", (64, 256, 1024)), (LARGEST, (64, 256, 1024))])
+
+
+def _sharded(counts: Sequence[tuple[str | Shape, Sequence[int]]]) -> Iterator[str]:
+    """Yield the lines of a table of runs of models on several numbers of cards."""
     yield "| model | h100s | GB on each | of these gathered from shards | fits | matrix products | network | floor of a step |"
     yield "|---|---|---|---|---|---|---|---|"
-    for model, counts in (("llama-2-7b", (2, 4, 8)), ("llama-3.1-8b", (2, 4, 8)), ("llama-3-70b", (8, 16, 32, 64))):
-        for gpus in counts:
+    for model, numbers in counts:
+        name = model if isinstance(model, str) else model.name
+        for gpus in numbers:
             planned = plan(model, UnlearnConfig(**SHARDED), length=LENGTH, gpus=gpus)
             gathered = planned.phases[planned.peak_phase]["gathered from shards"]
             seconds = [planned.seconds["matrix products"], planned.seconds["network"], planned.step_seconds]
             times = " | ".join(f"{1000 * value:,.0f} ms" for value in seconds)
             cells = f"{planned.peak_bytes / 1e9:.1f} | {gathered / 1e9:.1f} | {'yes' if planned.fits else 'no'} | {times}"
-            yield f"| {model} | {gpus} | {cells} |"
+            yield f"| {name} | {gpus:,} | {cells} |"
 
 
 def smallest_7b_plan() -> Iterator[str]:
     """Yield the lines of the plan of the full-parameter 7B within 40 GB."""
     yield from plan("llama-2-7b", UnlearnConfig(**SMALLEST), length=LENGTH).table().split("\n")
+
+
+def offloaded_8b_plan() -> Iterator[str]:
+    """Yield the lines of the plan of the full-parameter 8B with states in main memory."""
+    yield from plan("llama-3.1-8b", UnlearnConfig(**OFFLOADED), length=LENGTH).table().split("\n")
+
+
+def ways_on_24_gb() -> Iterator[str]:
+    """Yield the lines of the ways to run the 8B on a card of 24 GB."""
+    before, _, commands = ways("llama-3.1-8b", UnlearnConfig(), length=LENGTH, card="rtx-4090").table().rpartition("\n\n")
+    yield from (*before.split("\n"), "", "```", *commands.split("\n"), "```")
 
 
 def _row(model: str, name: str, planned: Plan) -> str:
@@ -73,8 +100,11 @@ def _row(model: str, name: str, planned: Plan) -> str:
 TABLES = {
     "whole": full_parameter_table,
     "smallest": smallest_7b_plan,
+    "offloaded": offloaded_8b_plan,
+    "ways": ways_on_24_gb,
     "adapters": adapter_table,
     "sharded": sharded_table,
+    "many": many_cards_table,
 }
 
 

@@ -1,6 +1,7 @@
 """The properties of a model that decide memory and time: the shapes of its parameters, and the widths of a layer."""
 
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -53,17 +54,17 @@ class Shape:
     linear: dict[str, tuple[int, int]] = dataclasses.field(repr=False)
     supports_checkpointing: bool = True
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         """Number of parameters."""
         return sum(map(math.prod, self.parameters.values()))
 
-    @property
+    @functools.cached_property
     def linear_numel(self) -> int:
         """Number of parameters in linear layers, without the head."""
         return sum(n_out * n_in for n_out, n_in in self.linear.values())
 
-    @property
+    @functools.cached_property
     def outside_numel(self) -> int:
         """Number of parameters outside the layers: embeddings, the last norm, a head that is not tied."""
         return sum(math.prod(size) for name, size in self.parameters.items() if not _in_layer(name))

@@ -1,11 +1,14 @@
-"""A lower bound of the time of a step, on paper: FLOPs of matrix products, bytes of the optimizer, and traffic of FSDP2."""
+"""A lower bound of the time of a step, on paper.
+
+It consists of FLOPs of matrix products, bytes of the optimizer, traffic of FSDP2, and traffic of states that are offloaded.
+"""
 
 from collections.abc import Mapping, Sequence
 
 from soul.plan.case import Case, Tokens
-from soul.plan.memory import state_bytes, trained_numel
+from soul.plan.memory import host_bytes, state_bytes, trained_numel
 
-GEMMS, OPTIMIZER, NETWORK = "matrix products", "optimizer", "network"
+GEMMS, OPTIMIZER, NETWORK, TRANSFER = "matrix products", "optimizer", "network", "transfer of states"
 
 
 def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[str, float]:
@@ -15,19 +18,38 @@ def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[st
         case: the `Case`.
         batches: `Tokens` of the step's micro-batches; None: the case's own, as often as the config accumulates.
     """
-    batches = [case.tokens] * case.config.accumulate if batches is None else batches
+    if batches is None:
+        n_batches = case.config.accumulate  # there may be millions: no list of them is made
+        products = n_batches * flops(case, case.tokens)
+    else:
+        n_batches = len(batches)
+        products = sum(flops(case, tokens) for tokens in batches)
     seconds = {
-        GEMMS: sum(flops(case, tokens) for tokens in batches) / case.card.flops,
+        GEMMS: products / case.card.flops,
         OPTIMIZER: optimizer_bytes(case) / case.card.bandwidth,
     }
     if case.gpus > 1:
-        seconds[NETWORK] = network_bytes(case) * len(batches) / case.network
+        seconds[NETWORK] = network_bytes(case) * n_batches / case.network
+    if case.config.state_offload:
+        seconds[TRANSFER] = host_bytes(case) / case.card.host_bandwidth
     return seconds
 
 
-def floor_seconds(seconds: Mapping[str, float]) -> float:
-    """Return the lower bound of a step: the larger of matrix products and network, and the optimizer after it."""
-    return max(seconds[GEMMS], seconds.get(NETWORK, 0)) + seconds[OPTIMIZER]
+def floor_seconds(seconds: Mapping[str, float], released: bool = False) -> float:
+    """Return the lower bound of a step: the larger of matrix products and network, and the optimizer after it.
+
+    Offloaded states come up while others go down. The optimizer waits for them; with gradient release, where it steps in the
+    backward pass, they may pass behind everything else.
+
+    Args:
+        seconds: of each component.
+        released: whether gradients are released.
+    """
+    compute = max(seconds[GEMMS], seconds.get(NETWORK, 0))
+    transfer = seconds.get(TRANSFER, 0)
+    if released:
+        return max(compute + seconds[OPTIMIZER], transfer)
+    return compute + max(seconds[OPTIMIZER], transfer)
 
 
 def flops(case: Case, tokens: Tokens) -> int:
@@ -60,12 +82,13 @@ def flops(case: Case, tokens: Tokens) -> int:
 def optimizer_bytes(case: Case) -> float:
     """Return the bytes that an update moves on one GPU.
 
-    Parameters and states are read and written, gradients are read, and read once more for their norm.
+    Parameters and states are read and written, gradients are read, and read once more for their norm. States that are offloaded
+    are also written as they come up, and read as they go down.
     """
     trained_bytes = trained_numel(case) * case.trained_dtype.itemsize
     states = sum(state_bytes(case).values())
     norms = 1 if case.config.max_grad_norm not in (None, float("inf")) else 0
-    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.gpus
+    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.gpus + 2 * host_bytes(case)
 
 
 def network_bytes(case: Case) -> float:

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 OPTIMIZERS = ("soul", "adamw")
 CURVATURES = ("unlearn", "retain", "gnb")
 DATA_FIELDS = ("max_length", "long_texts", "template", "system", "drop_unusable")
-SOUL_FIELDS = ("curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "param_rounding", "published_code")
+SOUL_FIELDS = (
+    "curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "state_offload", "param_rounding",
+    "published_code",
+)  # fmt: skip
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", *DATA_FIELDS)
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 MEMORIZE = "memorize"
@@ -57,6 +60,8 @@ class UnlearnConfig:
             tokens in a step.
         curvature_every: steps between two refreshes of h, with "retain" and "gnb".
         state_dtype: dtype of SOUL's states: "float32", "bfloat16" or "8bit"; None: h in fp32, m like the parameters.
+        state_offload: keep SOUL's states and low bits in main memory, and pass them over the GPU in every step, two buckets of
+            64 MiB at a time; not with ``cuda_graph``. On a CPU, where they are in main memory anyway, this only adds copies.
         param_rounding: how SOUL rounds parameters below fp32: "nearest", "stochastic" or "compensated"; "auto" is the last.
         published_code: use SOUL with the momentum of its published code.
         weight_decay: decoupled weight decay.
@@ -69,7 +74,7 @@ class UnlearnConfig:
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
         gradient_release: step each parameter in the backward pass and free its gradient (`soul.release_gradients`); needs SOUL,
             no ``max_grad_norm`` and no ``clip_target``.
-        compile: run the model's body under ``torch.compile``.
+        compile: run the model's body under ``torch.compile``; of a model in shards, each layer by itself.
         cuda_graph: replay the whole step, loss and optimizer included, as one CUDA graph (`soul.run.graph`); needs SOUL and a
             GPU.
         schedule: how lr falls after the warm-up: "linear" or "cosine", to 0; or "constant", not at all.
@@ -121,6 +126,7 @@ class UnlearnConfig:
     curvature: str = "unlearn"
     curvature_every: int = 10
     state_dtype: str | None = None
+    state_offload: bool = False
     param_rounding: str = "auto"
     published_code: bool = False
     weight_decay: float = 0.0
@@ -254,9 +260,14 @@ class UnlearnConfig:
 
     def _check_graph(self) -> None:
         """Raise for options that a graph cannot replay."""
-        for name, fixed in (("accumulate", 1), ("gradient_checkpointing", False), ("gradient_release", False)):
+        remedies = {
+            "accumulate": "raise batch_size",
+            "state_offload": "a graph replays fixed memory, through which no buckets of states pass: leave one of them out",
+        }
+        for name in ("accumulate", "gradient_checkpointing", "gradient_release", "state_offload"):
+            fixed = getattr(UnlearnConfig, name)
             if self.cuda_graph and getattr(self, name) != fixed:
-                remedy = "raise batch_size" if name == "accumulate" else "leave one of them out"
+                remedy = remedies.get(name, "leave one of them out")
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
     def _check_influence(self) -> None:
@@ -270,9 +281,9 @@ class UnlearnConfig:
     def decisive(self) -> dict[str, Any]:
         """Return the options that decide the numbers of a run, by name: a run can only be resumed with the same ones.
 
-        A file of refusals is represented by a hash of its content.
+        A file of refusals is represented by a hash of its content. ``state_offload`` changes no number.
         """
-        left_out = ("reference_cache",) if self.aims else ("reference_cache", "aim", "keep_retain")
+        left_out = ["reference_cache", "state_offload"] + ([] if self.aims else ["aim", "keep_retain"])
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
         options["eval_metrics"] = list(self.eval_metrics)  # as JSON has it
         if self.refusals is not None:
@@ -329,6 +340,7 @@ def build_optimizer(model: "PreTrainedModel", config: UnlearnConfig) -> torch.op
         max_grad_norm=norm_limit(config),
         capturable=config.cuda_graph,
         state_dtype=config.state_dtype,
+        state_offload=config.state_offload,
         param_rounding=config.param_rounding,
         backend=config.backend,
     )

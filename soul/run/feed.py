@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from soul.data.batches import Batch, Order, collate
+from soul.data.batches import NO_SEQUENCE, Batch, Order, collate
 from soul.data.examples import Sequence
 from soul.distributed.processes import Processes
 from soul.losses import Objective
@@ -19,13 +19,9 @@ from soul.models.causal_lm import has_adapters
 from soul.models.ref_model import reference_head, reference_hidden, reference_logps
 from soul.run.config import UnlearnConfig
 from soul_kernels import TokenBatch
-from soul_kernels.tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# For a process that gets no sequence of a micro-batch: it takes part in the gathering of parameters all the same.
-NO_SEQUENCE = Sequence([0], [IGNORE_INDEX], 1)
 
 
 class Feed:

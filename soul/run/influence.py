@@ -12,15 +12,18 @@ with ``beta1 = 0, lr = clip, rho bs = clip / step, eps = clip damping / step`` o
 """
 
 import collections.abc
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from soul import losses
-from soul.data.batches import collate
+from soul.data.batches import NO_SEQUENCE, Batch, collate
 from soul.data.examples import Sequence
+from soul.distributed.processes import Processes, gathered
+from soul.distributed.shards import is_sharded, local
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, trained, transform
 from soul.output.progress import track
 from soul.run.streamed_fisher import most_held, solve_streamed
@@ -91,18 +94,28 @@ class WoodFisher:
         n: number of gradients to be added.
         damping: > 0, in units of the Hessian.
         blockwise: treat each tensor as a block of its own, leaving out the elements of F that connect two tensors.
+        add_up: adds a tensor of dot products up over the processes that hold shards of the gradients; None: this process has
+            all of them.
 
     Raises:
         ArgumentError: n or damping does not fit.
     """
 
-    def __init__(self, n: int, *, damping: float, blockwise: bool = False) -> None:
+    def __init__(
+        self,
+        n: int,
+        *,
+        damping: float,
+        blockwise: bool = False,
+        add_up: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         if isinstance(n, bool) or not (isinstance(n, int) and n >= 1):
             raise argument_error("n", "an integer >= 1", repr(n), "it is the number of gradients")
         check_positive("damping", damping, REMEDY)
         self.n = n
         self.damping = damping
         self.blockwise = blockwise
+        self._add_up = add_up
         self.products: list[tuple[list[Tensor], list[float]]] = []  # (o_i, n + g_i . o_i for each tensor)
 
     def add(self, grads: Tensors) -> None:
@@ -146,6 +159,8 @@ class WoodFisher:
     def _dots(self, a: Tensors, b: Tensors) -> list[float]:
         """Return a dot product for each tensor: that of its block, or that of all tensors together."""
         dots = [torch.dot(x.flatten(), y.detach().float().flatten()).item() for x, y in zip(a, b)]
+        if self._add_up is not None:
+            dots = self._add_up(torch.tensor(dots, dtype=torch.float64, device="cpu")).tolist()
         return dots if self.blockwise else [sum(dots)] * len(dots)
 
     def _check(self, name: str, tensors: Tensors) -> None:
@@ -170,6 +185,7 @@ class Influence:
 
     alpha = 1.0  # retain data are needed
     additive: str | None = None  # one step over all data, without micro-batches
+    shares_batches = True
     relabels = False
     pairs = False
 
@@ -211,6 +227,9 @@ def unlearn_once(
     H is the Hessian of the mean negative log-likelihood of a retain token, estimated in one pass over the retain batches: with
     n_b tokens in batch b, n in all, and the gradient g_b of the batch's mean, H is ``sum_b (n_b / n) n_b g_b g_b``.
 
+    If the model is in shards (`soul.distributed.shard`), every process calls this function with the same sequences. Each takes
+    its share of every batch and holds its shards of all tensors; numbers, such as dot products, are added up.
+
     Memory: with a diagonal a few fp32 copies of the trained parameters; with "woodfisher" one more for every retain batch, as
     far as ``memory_gb`` has room for them. Beyond that gradients are computed again (`soul.run.streamed_fisher`), n^2 / 2 of
     them if only one fits.
@@ -228,9 +247,11 @@ def unlearn_once(
         curvature: "gnb", diagonal, labels drawn from the model: unbiased for the Gauss-Newton diagonal; "fisher", diagonal,
             true labels; or "woodfisher", true labels and the whole matrix: see `WoodFisher`.
         blockwise: as in `WoodFisher`, and for it only.
-        memory_gb: for "woodfisher": bound on its tensors of the parameters' size, in 1e9 bytes; it needs six at least.
+        memory_gb: for "woodfisher": bound on its tensors of the parameters' size, in 1e9 bytes, in each process; it needs six
+            at least.
         batch_size: sequences at a time.
-        generator: ``torch.Generator`` on the model's device, for the labels of "gnb".
+        generator: ``torch.Generator`` on the model's device, for the labels of "gnb"; in several processes one of another
+            seed in each.
         backend: "auto", "triton", "compile", "torch" or "reference".
 
     Returns:
@@ -248,11 +269,13 @@ def unlearn_once(
     if isinstance(batch_size, bool) or not (isinstance(batch_size, int) and batch_size >= 1):
         raise argument_error("batch_size", "an integer >= 1", repr(batch_size), "8, for instance")
     params = trained(model)
+    processes = Processes.of(model)
+    shards = [local(p.detach()) for p in params]
     backend = resolve_head_backend(backend, head(model)[0])
     if step is None:
         step = _tokens(forget) / _tokens(retain)
     with evaluating(model), torch.enable_grad():
-        forget_grads = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+        forget_grads = [torch.zeros_like(shard, dtype=torch.float32) for shard in shards]
         forget_nll: Tensor | float = 0.0
         for share, grads, nll in _gradients(model, params, forget, batch_size, backend):
             torch._foreach_add_(forget_grads, [grad.float() for grad in grads], alpha=share)
@@ -265,21 +288,24 @@ def unlearn_once(
                 damping=damping,
                 blockwise=blockwise,
                 memory_gb=memory_gb,
+                processes=processes,
             )
         else:
             hessians, retain_nll = _diagonal(
                 model, params, retain, batch_size, backend, drawn=curvature == "gnb", generator=generator
             )
             if damping is None:
-                damping = _default_damping(hessians)
+                damping = _default_damping(hessians, processes)
             direction = _over_diagonal(forget_grads, hessians, damping)
-    moved = _moved(params, direction, step, clip)
-    norm = torch.stack([(new.float() - p.detach().float()).norm().double() for new, p in zip(moved, params)]).norm()
-    with torch.no_grad():
-        for p, new in zip(params, moved):
-            p.copy_(new)
-    nlls = {"forget_nll": float(forget_nll), "retain_nll": float(retain_nll)}
-    return {**nlls, "step": float(step), "damping": float(damping), "update_norm": float(norm)}
+    moved = processes.together(lambda: _moved(shards, direction, step, clip))
+    norm = torch.stack([(new.float() - shard.float()).norm().double() for new, shard in zip(moved, shards)]).norm()
+    for shard, new in zip(shards, moved):
+        shard.copy_(new)
+    sums = {"forget_nll": forget_nll, "retain_nll": retain_nll, "update_norm": norm.square()}
+    totals = processes.totals({name: torch.as_tensor(value, device=norm.device) for name, value in sums.items()})
+    update_norm = totals.pop("update_norm").sqrt()
+    nlls = {name: float(value) for name, value in totals.items()}
+    return {**nlls, "step": float(step), "damping": float(damping), "update_norm": float(update_norm)}
 
 
 class _ScaledGradients:
@@ -294,7 +320,7 @@ class _ScaledGradients:
 
     Attributes:
         n: number of batches.
-        nll: mean negative log-likelihood of a token, after a pass from the first batch on.
+        nll: mean negative log-likelihood of a token, after a pass from the first batch on; this process's share of it.
     """
 
     def __init__(
@@ -317,14 +343,21 @@ class _ScaledGradients:
 
 
 def _over_woodfisher(
-    vectors: Tensors, gradients: _ScaledGradients, *, damping: float, blockwise: bool, memory_gb: float
+    vectors: Tensors,
+    gradients: _ScaledGradients,
+    *,
+    damping: float,
+    blockwise: bool,
+    memory_gb: float,
+    processes: Processes,
 ) -> tuple[list[Tensor], Tensor | float]:
     """Return ``F^-1 v`` and the mean negative log-likelihood of a retain token; with products of all gradients if they fit."""
-    held = most_held(memory_gb, sum(v.numel() for v in vectors))
+    largest = max(processes.gather(sum(v.numel() for v in vectors)))  # all processes must hold equally many gradients
+    held = most_held(memory_gb, largest)
+    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=processes.add_up)
     if held < gradients.n:
-        direction = solve_streamed(gradients, gradients.n, vectors, damping=damping, held=held, blockwise=blockwise)
-        return direction, gradients.nll
-    fisher = WoodFisher(gradients.n, damping=damping, blockwise=blockwise)
+        return solve_streamed(gradients, gradients.n, vectors, held=held, **options), gradients.nll
+    fisher = WoodFisher(gradients.n, **options)
     for grads in gradients(0):
         fisher.add(grads)
     return fisher.solve(vectors), gradients.nll
@@ -340,12 +373,12 @@ def _diagonal(
     drawn: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[list[Tensor], Tensor | float]:
-    """Return the diagonal of H, fp32, and the mean negative log-likelihood of a retain token.
+    """Return the diagonal of H, fp32, and this process's share of the mean negative log-likelihood of a retain token.
 
     With ``drawn`` H is taken with labels drawn from the model; the likelihood is always that of the true labels.
     """
     n_tokens = _tokens(retain)
-    hessians = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+    hessians = [torch.zeros_like(local(p.detach()), dtype=torch.float32) for p in params]
     seen = 0
     retain_nll: Tensor | float = 0.0
     for share, grads, nll in _gradients(model, params, retain, batch_size, backend, drawn=drawn, generator=generator):
@@ -358,10 +391,11 @@ def _diagonal(
     return hessians, retain_nll
 
 
-def _default_damping(hessians: Tensors) -> float:
+def _default_damping(hessians: Tensors, processes: Processes) -> float:
     """Return 0.1 times the mean of the diagonal."""
-    n_params = sum(h.numel() for h in hessians)
-    damping = float(0.1 * sum(h.sum(dtype=torch.float64) for h in hessians) / n_params)
+    n_params = processes.total(sum(h.numel() for h in hessians))
+    total = torch.stack([h.sum(dtype=torch.float64) for h in hessians]).sum()
+    damping = float(0.1 * processes.add_up(total) / n_params)
     check_positive("damping", damping, REMEDY)
     return damping
 
@@ -380,27 +414,54 @@ def _gradients(
     """Yield for each batch its share of all tokens, the gradients of its mean negative log-likelihood, and that likelihood.
 
     It begins with the batch number ``first``. With ``drawn`` the gradients are taken with labels drawn from the model; the
-    likelihood is always that of the true labels.
+    likelihood is always that of the true labels. In several processes the gradients are shards of those of the whole batch, and
+    the likelihood is the share of it that this process's sequences have.
     """
     total = _tokens(sequences)
+    processes = Processes.of(model)
+    for start in track(range(first * batch_size, len(sequences), batch_size), "one pass over the rows", stays=True):
+        count = _tokens(sequences[start : start + batch_size])
+        own, _ = processes.share(sequences[start : start + batch_size], [])
+        batch = collate(own or [NO_SEQUENCE], [], device=head(model)[0].device)
+        own_share = len(batch.token_indices) / max(1, count)
+        loss, nll = gathered(model, functools.partial(_losses, model, batch, backend, drawn, generator))
+        yield count / total, _derivatives(loss * own_share, params), nll.detach() * own_share
+
+
+def _losses(
+    model: "PreTrainedModel", batch: Batch, backend: str, drawn: bool, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Return the mean negative log-likelihoods of the labels to differentiate, which may be drawn, and of the true labels."""
+    options = LinearOptions(token_indices=batch.token_indices, backend=backend)
     objective = losses.PO(alpha=0.0)
     model_head = Head(*head(model), **transform(model))
-    for start in track(range(first * batch_size, len(sequences), batch_size), "one pass over the rows", stays=True):
-        batch = collate(sequences[start : start + batch_size], [], device=model_head.weight.device)
-        options = LinearOptions(token_indices=batch.token_indices, backend=backend)
-        with autocast(model):
-            hidden = hidden_states(model, batch)
-            if drawn:
-                keep = batch.labels != IGNORE_INDEX
-                loss, _ = linear_gnb(hidden, model_head, keep, generator=generator, options=options)
-                with torch.no_grad():
-                    nll = linear_objective(hidden, model_head, batch.labels, objective, options=options)
-            else:
-                loss = linear_objective(hidden, model_head, batch.labels, objective, options=options)
-                nll = loss.detach()
+    with autocast(model):
+        hidden = hidden_states(model, batch)
+        if not drawn:
+            loss = linear_objective(hidden, model_head, batch.labels, objective, options=options)
+            return loss, loss.detach()
+        loss, _ = linear_gnb(hidden, model_head, batch.labels != IGNORE_INDEX, generator=generator, options=options)
+        with torch.no_grad():
+            return loss, linear_objective(hidden, model_head, batch.labels, objective, options=options)
+
+
+def _derivatives(loss: Tensor, params: Tensors) -> list[Tensor]:
+    """Return the gradients of a loss; of parameters in shards, the shards of gradients that FSDP2 adds up over the processes.
+
+    FSDP2 reduces gradients in ``backward()`` alone, so these go through ``grad``, which is left as it was.
+    """
+    if not any(map(is_sharded, params)):
         grads = torch.autograd.grad(loss, params, allow_unused=True)
-        whole = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)]
-        yield len(batch.token_indices) / total, whole, nll.detach()
+        return [torch.zeros_like(p) if grad is None else grad for p, grad in zip(params, grads)]
+    before = [p.grad for p in params]
+    for p in params:
+        p.grad = None
+    try:
+        loss.backward()
+        return [torch.zeros_like(local(p.detach())) if p.grad is None else local(p.grad) for p in params]
+    finally:
+        for p, grad in zip(params, before):
+            p.grad = grad
 
 
 def _over_diagonal(grads: Tensors, hessians: Tensors, damping: float) -> list[Tensor]:

@@ -539,8 +539,9 @@ def _unlearn_by_influence(
 ) -> list[Record]:
     """Take one second-order step over all data; return its log, which has one record."""
     begun = time.perf_counter()
+    processes = Processes.of(model)
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(config.seed + processes.rank)  # each process has other sequences
     results = unlearn_once(
         model,
         forget,
@@ -557,7 +558,8 @@ def _unlearn_by_influence(
     record["tokens_per_s"] = _rate(n_tokens, seconds)
     record["peak_memory_gib"] = peak_memory_gib(device)
     with contextlib.ExitStack() as cleanup:
-        file = _opened(log, cleanup)
+        file = _opened(log, cleanup) if processes.first else None
+        trackers = trackers if processes.first else Trackers()
         _write_line(file, record)
         trackers.start([])
         trackers.write(record)

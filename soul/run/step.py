@@ -7,7 +7,7 @@ gradients are dropped before that pass.
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -61,14 +61,18 @@ class RecordedObjective:
     Args:
         objective: a `soul.losses.Objective`.
         whole: the `TokenBatch` of all batches of the step; None if there is only one batch.
+        add_up: adds a number up over the processes that take the step, each with its own batches; None: there is one.
 
     Attributes:
         sums: name -> the term, [] without gradient, once all chunks of the batch have been evaluated.
     """
 
-    def __init__(self, objective: Objective, whole: TokenBatch | None = None) -> None:
+    def __init__(
+        self, objective: Objective, whole: TokenBatch | None = None, add_up: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.objective = objective
         self.whole = whole
+        self.add_up = add_up
         self.sums: dict[str, Tensor] = {}
         self.additive = objective.additive
         self.linear = objective.linear  # at log-probabilities of 0, where the sweep evaluates it first, its terms are 0
@@ -77,7 +81,7 @@ class RecordedObjective:
 
     def __call__(self, logps: Tensor, batch: TokenBatch) -> Tensor:
         """Return the objective's loss, []."""
-        terms = self.objective.terms(logps, batch if self.whole is None else batch.within(self.whole))
+        terms = self.objective.terms(logps, batch if self.whole is None else batch.within(self.whole, self.add_up))
         for name, term in terms.items():
             self.sums[name] = self.sums.get(name, 0.0) + term.detach()
         return cast(Tensor, sum(terms.values()))
@@ -117,7 +121,8 @@ def train_step(
         ``exp(mean log p)``, before the step.
     """
     optimizer.zero_grad(set_to_none=True)  # the forward pass forms the gradient of the head: never hold two of them
-    recorded = RecordedObjective(objective, whole)
+    processes = Processes.of(model)
+    recorded = RecordedObjective(objective, whole, processes.add_up if processes.size > 1 else None)
     terms: dict[str, Tensor] = {}
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -137,7 +142,6 @@ def train_step(
                 probabilities, n_rows = _answer_probabilities(logps, mask)
                 sums["batch_forget_prob"] = sums.get("batch_forget_prob", 0.0) + probabilities
                 counts["batch_forget_prob"] = counts.get("batch_forget_prob", 0) + n_rows
-    processes = Processes.of(model)
     norm = _update(optimizer, config)
     terms |= {f"loss_{name}": value for name, value in recorded.sums.items()}
     terms = processes.totals(terms)

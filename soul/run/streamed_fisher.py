@@ -30,7 +30,14 @@ def most_held(memory_gb: float, n_elements: int) -> int:
 
 
 def solve_streamed(
-    gradients: Gradients, n: int, vectors: Sequence[Tensor], *, damping: float, held: int, blockwise: bool = False
+    gradients: Gradients,
+    n: int,
+    vectors: Sequence[Tensor],
+    *,
+    damping: float,
+    held: int,
+    blockwise: bool = False,
+    add_up: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Tensor]:
     """Return ``F^-1 v``, a list of fp32 tensors.
 
@@ -45,6 +52,7 @@ def solve_streamed(
         damping: > 0, in units of F.
         held: number of gradients in memory, >= 1.
         blockwise: treat each tensor as a block of its own, as `soul.run.influence.WoodFisher` does.
+        add_up: adds a tensor up over the processes that hold shards of the gradients; None: this process has all of them.
     """
     vectors = [v.detach().float() for v in vectors]
     blocks = len(vectors) if blockwise else 1
@@ -60,6 +68,8 @@ def solve_streamed(
                 projections[:, index] = _dots(wide, vectors, blockwise)
             for other, one in enumerate(kept, begin):
                 gram[:, other, index] = gram[:, index, other] = _dots(one, wide, blockwise)
+    if add_up is not None:
+        gram, projections = add_up(gram), add_up(projections)
     system = gram + n * damping * torch.eye(n, dtype=torch.float64, device="cpu")
     coefficients = torch.linalg.solve(system, projections.unsqueeze(2)).squeeze(2)  # [blocks, n]
     results = [v / damping for v in vectors]

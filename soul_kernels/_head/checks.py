@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from soul_kernels._head.shards import is_dtensor, local_arguments, local_reference
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.chunks import LinearOptions, ResolvedOptions, check_options
 from soul_kernels.errors import argument_error, check_choice
@@ -74,18 +75,24 @@ def needed_gradients(hidden: Tensor, head: Head) -> Needs:
 
 def check_head(
     hidden: Tensor, weight: Tensor | Head, bias: Tensor | None, options: LinearOptions
-) -> tuple[Head, ResolvedOptions]:
-    """Check hidden states, head and options; return the `Head` and the `ResolvedOptions`."""
+) -> tuple[Tensor, Head, ResolvedOptions]:
+    """Check hidden states, head and options; return hidden states, `Head` and `ResolvedOptions`.
+
+    If the weight is a DTensor, hidden states and head are returned as plain tensors: see `soul_kernels._head.shards`.
+    """
     head = as_head(weight, bias)
     check_options(options)
-    weight, bias, logit_scale, softcap = head
-    check_not_dtensor("hidden", hidden)
+    weight, bias, logit_scale, softcap, _ = head
+    sharded = is_dtensor(weight)
+    if not sharded:
+        check_not_dtensor("hidden", hidden)
+        check_not_dtensor("bias", bias)
     for name, tensor, dims in (("hidden", hidden, "[B, T, D] or [N, D]"), ("weight", weight, "[V, D]")):
         if tensor.dim() != dims.partition("]")[0].count(",") + 1:
             raise argument_error(name, dims, tuple(tensor.shape), "reshape it")
         check_gradient(name, tensor)
-    check_device("weight", weight, hidden)
-    check_device("bias", bias, hidden)
+    _check_same_device("weight", weight, hidden)
+    _check_same_device("bias", bias, hidden)
     if hidden.shape[-1] != weight.shape[1]:
         remedy = "pass the hidden states that go into this head"
         raise argument_error("weight", f"width {hidden.shape[-1]}, as hidden", weight.shape[1], remedy)
@@ -97,7 +104,13 @@ def check_head(
         raise argument_error("logit_scale", "a number other than 0", logit_scale, "1.0 leaves the logits as they are")
     if softcap is not None and not 0 < softcap < math.inf:
         raise argument_error("softcap", "a positive number or None", softcap, "None does not cap")
-    return head, _resolved(hidden, weight, options)
+    resolved = _resolved(hidden, weight, options)
+    if sharded:
+        if not resolved.fused:
+            expected = "'auto', 'triton' or 'torch' with a head in shards"
+            raise argument_error("backend", expected, "'reference'", "or gather the head: weight.full_tensor()")
+        hidden, head = local_arguments(hidden, head)
+    return hidden, head, resolved
 
 
 def _resolved(hidden: Tensor, weight: Tensor, options: LinearOptions) -> ResolvedOptions:
@@ -143,12 +156,12 @@ def check_labels(hidden: Tensor, head: Head, labels: Tensor, token_indices: Tens
     check_indices(token_indices, labels != IGNORE_INDEX, hidden)
     if fused and token_indices is not None and hidden.is_cuda:
         return
-    n_vocab = head.weight.shape[0]
+    n_vocab = head.n_vocab
     bad = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= n_vocab))
     if bad.any():
         b, t = (int(i) for i in bad.nonzero()[0])
         got = f"{int(labels[b, t])} at [{b}, {t}]"
-        remedy = "was the tokenizer resized without the model?"
+        remedy = "was the tokenizer resized without the model? Of a head in shards, pass the DTensor"
         raise argument_error("labels", f"values in [0, {n_vocab}) or {IGNORE_INDEX}", got, remedy)
 
 
@@ -201,7 +214,10 @@ def check_class_weights(class_weights: Tensor | None, head: Head, options: Resol
 def check_reference(
     reference: Reference | None, hidden: Tensor, head: Head, kind: str, beta: float = 0.5
 ) -> Comparison:  # fmt: skip
-    """Check that a reference model fits a model's hidden states and head; return the `Comparison` with it."""
+    """Check that a reference model fits a model's hidden states and head; return the `Comparison` with it.
+
+    With a head in shards it is as it was passed: see `local_comparison`.
+    """
     check_choice("kind", kind, KINDS)
     if not (isinstance(beta, int | float) and 0 < beta < 1):
         remedy = "'kl' is the limit at 0, 'reverse_kl' that at 1, both divided by it"
@@ -226,16 +242,25 @@ def check_reference(
         remedy = "run the reference model on the same batch"
         raise argument_error("reference.hidden", expected, tuple(ref_hidden.shape), remedy)
     ref_head = reference.head_beside(head)
-    expected_shape = (head.weight.shape[0], ref_hidden.shape[-1])
+    expected_shape = (head.weight.shape[0] if ref_weight is None else head.n_vocab, ref_hidden.shape[-1])
     if ref_head.weight.shape != expected_shape:
         got, remedy = tuple(ref_head.weight.shape), "pass the reference model's own head"
         raise argument_error("reference.weight", f"shape {expected_shape}", got, remedy)
-    if ref_head.bias is not None and ref_head.bias.shape != ref_head.weight.shape[:1]:
-        got, remedy = tuple(ref_head.bias.shape), "one value a vocabulary entry"
-        raise argument_error("reference.bias", f"shape ({ref_head.weight.shape[0]},)", got, remedy)
+    if ref_bias is not None and ref_bias.shape != (head.n_vocab,):
+        got, remedy = tuple(ref_bias.shape), "one value a vocabulary entry"
+        raise argument_error("reference.bias", f"shape ({head.n_vocab},)", got, remedy)
+    check = check_device if head.shard is None else _check_same_device
     for name, tensor in (("hidden", ref_hidden), ("weight", ref_head.weight), ("bias", ref_head.bias)):
-        check_device(f"reference.{name}", tensor, hidden)
+        check(f"reference.{name}", tensor, hidden)
     return Comparison(ref_hidden, ref_head, kind, beta=float(beta))
+
+
+def local_comparison(comparison: Comparison, reference: Reference | None, head: Head) -> Comparison:
+    """Return a comparison with plain tensors, and of the reference model's head the rows that are here."""
+    if head.shard is None or reference is None:
+        return comparison
+    reference = local_reference(reference, head.shard)
+    return comparison._replace(hidden=reference.hidden, head=reference.head_beside(head))
 
 
 def _check_head_is_frozen(head: Head, ref_bias: Tensor | None) -> None:
@@ -263,12 +288,17 @@ def check_per_sequence(
 def check_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
     """Raise unless a tensor is None, or a plain tensor on the device of hidden."""
     check_not_dtensor(name, tensor)
+    _check_same_device(name, tensor, hidden)
+
+
+def _check_same_device(name: str, tensor: Tensor | None, hidden: Tensor) -> None:
+    """Raise unless a tensor is None, or on the device of hidden."""
     if tensor is not None and tensor.device != hidden.device:
         raise argument_error(name, f"device {hidden.device}, as hidden", tensor.device, "move it there")
 
 
 def check_not_dtensor(name: str, tensor: Tensor | None) -> None:
     """Raise for a DTensor: this process may hold only a shard of it. None passes."""
-    if tensor is not None and hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):  # without importing DTensor
+    if is_dtensor(tensor):
         remedy = f"gather it: {name}.full_tensor() returns the whole tensor, and autograd goes through it"
-        raise argument_error(name, "a plain tensor", f"a DTensor with placements {tensor.placements}", remedy)
+        raise argument_error(name, "a plain tensor", f"a DTensor with placements {tensor.placements}", remedy)  # type: ignore[union-attr]

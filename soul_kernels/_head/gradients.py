@@ -8,6 +8,7 @@ from torch import Tensor
 
 from soul_kernels._head.checks import Needs
 from soul_kernels._head.rows import HeadRows, mm_fp32, product_with_weight, products_in
+from soul_kernels._head.shards import add_up
 from soul_kernels.chunks import Chunk
 
 # Gradients of hidden states (or of their rows [R, D]), weight and bias; None for those that are not needed.
@@ -37,7 +38,13 @@ class HeadGradients:
         self.bias = torch.zeros(head_rows.n_vocab, dtype=dtype, device=device) if needs.bias else None
 
     def sums(self) -> Gradients:
-        """Return the gradients of rows, weight and bias."""
+        """Return the gradients of rows, weight and bias; call it once.
+
+        With a head in shards the gradient of the rows is added up over the processes, unless a reduce-scatter will do so.
+        """
+        shard = self.head_rows.head.shard
+        if self.x is not None and shard is not None and not shard.partial_hidden:
+            add_up(shard, self.x)
         return self.x, self.weight, self.bias
 
     def measure_and_add(self, chunk: Chunk, coefficients: Tensor) -> None:

@@ -32,12 +32,13 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from soul_kernels._head.checks import LOGPS, Comparison, RowValues
+from soul_kernels._head.shards import ShardFunctions
 from soul_kernels.backends import multiplies_bf16
 from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, default_chunk_bytes, row_width
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
@@ -102,7 +103,8 @@ class HeadRows:
     Attributes:
         shape: (B, T).
         options: the `ResolvedOptions` of the call.
-        functions: the row functions of its backend.
+        functions: the row functions of its backend; for a head in shards, around them `ShardFunctions`.
+        n_vocab: the number of columns of logits: V, or the rows of a head in shards that are here.
         limit: the largest number of rows in a chunk.
         x: [R, D], hidden states of the rows, in the factor dtype of `ResolvedOptions`.
         head: the `Head`; its weight is in the compute dtype, its bias in the dtype of results.
@@ -135,7 +137,8 @@ class HeadRows:
         device = hidden.device
         self.shape = labels.shape
         self.options = options
-        self.functions = row_functions(options.backend)
+        functions = row_functions(options.backend)
+        self.functions: Any = functions if head.shard is None else ShardFunctions(functions, head.shard)
         self.host_indices = token_indices if token_indices is not None and token_indices.device.type == "cpu" else None
         from_labels = token_indices is None
         if token_indices is None:  # waits for the device; to avoid that, pass `token_indices`
@@ -149,13 +152,14 @@ class HeadRows:
             self.x.masked_fill_((self.labels == IGNORE_INDEX)[:, None], 0.0)
         self.head = self._converted(head)
         self.n_vocab = head.weight.shape[0]
-        self.row_width = row_width(self.n_vocab)
+        largest = self.n_vocab if head.shard is None else head.shard.largest  # all processes cut the rows into the same chunks
+        self.row_width = row_width(largest)
         self.statistics = self._new(N_ALL if all_statistics else N_BASIC, len(self.indices))
         self.row_values = row_values
         self.means = self._new(len(self.indices)) if row_values.mean else None
         self.predictions = torch.empty_like(self.labels) if row_values.predict else None
         chunk_bytes = default_chunk_bytes(device) if options.chunk_bytes is None else options.chunk_bytes
-        self.limit = chunk_rows(self.n_vocab, options, comparison is not None, chunk_bytes)
+        self.limit = chunk_rows(largest, options, comparison is not None, chunk_bytes)
         self.free_scratch()
         self.kind: str | None = None
         self._runs = [Run(0, len(self.indices), None)]
@@ -441,7 +445,7 @@ class HeadRows:
         """
         self.free_scratch()
         tensors: list[Tensor | None] = [self.x, self.statistics, self.head.weight, self.head.bias]
-        self._transform = self.head.transform()
+        self._head = self.head._replace(weight=self.x.new_empty(0), bias=None)  # scale, cap and shard
         del self.x, self.statistics, self.head
         if self.kind is not None:
             tensors += [self.ref_x, self.ref_statistics, self.divergences, self.strengths]
@@ -453,10 +457,10 @@ class HeadRows:
         """Return a copy with the tensors from `release_tensors`."""
         copied = copy.copy(self)
         copied.x, copied.statistics, weight, bias, *ref_tensors = tensors
-        copied.head = Head(weight, bias, **self._transform)
+        copied.head = self._head._replace(weight=weight, bias=bias)
         if self.kind is not None:
             copied.ref_x, copied.ref_statistics, copied.divergences, copied.strengths, weight, bias = ref_tensors
-            copied.ref_head = Head(weight, bias, **self._transform)
+            copied.ref_head = self._head._replace(weight=weight, bias=bias)
         return copied
 
     def free_scratch(self) -> None:
@@ -528,6 +532,8 @@ def product_with_weight(dlogits: Tensor, weight: Tensor, out: Tensor) -> None:
     if dlogits.dtype == weight.dtype:
         mm_fp32(dlogits, weight, out)
         return
+    if not len(weight):  # an empty shard of a head
+        out.zero_()
     with products_in(weight.dtype, dlogits):
         for columns, block in _converted_blocks(weight, dlogits.dtype):
             out.addmm_(dlogits[:, columns], block, beta=0 if columns.start == 0 else 1)
@@ -563,7 +569,7 @@ def _converted_blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slic
 
     The blocks share one block of memory, because new memory for each would take longer than the conversion.
     """
-    size = min(max(WEIGHT_BLOCK // max(weight.shape[1], 1), 1), len(weight))
+    size = max(min(WEIGHT_BLOCK // max(weight.shape[1], 1), len(weight)), 1)
     memory = weight.new_empty((size, weight.shape[1]), dtype=dtype)
     for start in range(0, len(weight), size):
         block = weight[start : start + size]

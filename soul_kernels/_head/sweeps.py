@@ -19,6 +19,7 @@ from soul_kernels._head.checks import (
     check_indices,
     check_labels,
     check_reference,
+    local_comparison,
 )
 from soul_kernels._head.gradients import Gradients, HeadGradients, dtypes_of, rounded_gradients
 from soul_kernels._head.rows import DrawnRows, HeadRows
@@ -123,7 +124,8 @@ def _comparison(hidden: Tensor, head: Head, call: ObjectiveCall) -> Comparison |
     if is_forget is None:  # on the device of the indices: selecting the rows of the reference model then waits for no device
         device = "cpu" if call.token_indices is None else call.token_indices.device
         is_forget = torch.ones(len(call.labels), dtype=torch.bool, device=device)
-    return check_reference(call.reference, hidden, head, divergence.kind, divergence.beta)._replace(
+    comparison = check_reference(call.reference, hidden, head, divergence.kind, divergence.beta)
+    return local_comparison(comparison, call.reference, head)._replace(
         needed=None if divergence.of == "all" else loss_reference.needed_sequences(divergence, is_forget),
         strengths=loss_reference.sequence_strengths(divergence, is_forget),
     )
@@ -361,7 +363,7 @@ def sweep_tokens(head_rows: HeadRows, form_x: bool) -> tuple[Tensor, Tensor | No
     values = head_rows.log_probs() if head_rows.kind is None else head_rows.scatter(head_rows.divergences[0])
     if head_rows.row_values.lse:
         values = torch.stack([head_rows.scatter(value) for value in head_rows.values()])
-    return values, None if gradients is None else gradients.x
+    return values, None if gradients is None else gradients.sums()[0]
 
 
 def _measure_and_add(head_rows: HeadRows, gradients: HeadGradients, chunk: Chunk, upstream: Tensor) -> None:

@@ -1,24 +1,23 @@
 """The row kernels in plain PyTorch, for chunks of logits where Triton cannot run: the same names, arguments and results.
 
-Statistics and divergences come from the formulas of this package. Autograd differentiates the formula of a divergence; only the
-derivative of a log-probability is written out. A few rows are computed at a time, so that the temporaries stay in the
-processor's caches and need little memory beside a chunk.
+Statistics and divergences come from the formulas of this package; the derivatives are written out. A few rows are computed at a
+time, so that the temporaries stay in the processor's caches and need little memory beside a chunk.
 """
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from soul_kernels.reference import token_draw, token_logprob
-from soul_kernels.reference.kl_divergence import entropy, kl_divergence, ref_log_probabilities
+from soul_kernels.reference.kl_divergence import DIVERGENCE, MODEL_SIDE, divergence_and_mean_score, entropy, score
 from soul_kernels.reference.token_logprob import HIT, LOGP, N_ALL, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
 from soul_kernels.tokens import IGNORE_INDEX
 
 BLOCK = 1 << 18  # elements of logits in a block; among 2^16 to 2^22 this was the fastest on one thread, by little
 DIVERGENCE_BLOCK = 1 << 16  # the same for a divergence, which makes some fifteen tensors of that size
+LOWEST = -1e30  # bound of a row's maximum, which must be finite: -inf - -inf would be NaN
 
 
 def _blocks(logits: Tensor, size: int) -> Iterator[slice]:
@@ -53,12 +52,9 @@ def token_statistics(
     logits: Tensor, labels: Tensor, statistics: Tensor, *, means: Tensor | None = None, class_weights: Tensor | None = None,
     logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Do what `soul_kernels.token_logprob.token_statistics` does, except for two rows of the result.
-
-    The row `ROW_MAX` holds the logsumexp in place of the maximum, and so the row `TOTAL` holds 1.
-    """
+    """Do what `soul_kernels.token_logprob.token_statistics` does."""
     valid, labels_in = _valid(labels, logits.shape[1])
-    at_label, rest = statistics.new_empty(2, len(labels))
+    at_label, others_max, rest = statistics.new_empty(3, len(labels))
     for rows in _blocks(logits, BLOCK):
         z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
         label = labels_in[rows, None]
@@ -66,19 +62,53 @@ def token_statistics(
             means[rows] = token_logprob.mean_logit(z, class_weights)
         # The label is taken out of the logits themselves for a moment: a copy would take as long as the exponentials.
         at_label[rows] = torch.gather(z, 1, label)[:, 0]
-        torch.logsumexp(z.scatter_(1, label, -torch.inf), 1, out=rest[rows])
+        torch.amax(z.scatter_(1, label, -torch.inf), 1, out=others_max[rows])
+        others_max[rows].clamp_(min=LOWEST)
+        torch.sum(torch.sub(z, others_max[rows, None]).exp_(), 1, out=rest[rows])
         z.scatter_(1, label, at_label[rows, None])
         if len(statistics) == N_ALL:
             metrics = token_logprob.token_statistics(z, label[:, 0])
             torch.stack([metrics.hits, metrics.entropies, metrics.variances], out=statistics[HIT:, rows])
-    statistics[LOGP] = F.logsigmoid(at_label - rest)
-    statistics[ROW_MAX] = torch.logaddexp(at_label, rest)
-    statistics[TOTAL] = 1.0
-    statistics[ONE_MINUS_P] = torch.sigmoid(rest - at_label)
-    statistics.masked_fill_(~valid, 0.0)
+    fill_statistics(statistics, labels, valid, at_label, others_max, rest)
     if means is not None:
         means.masked_fill_(~valid, 0.0)
+
+
+def fill_statistics(
+    statistics: Tensor, labels: Tensor, valid: Tensor, at_label: Tensor, others_max: Tensor, rest: Tensor
+) -> None:  # fmt: skip
+    """Fill in the first four rows of ``statistics`` [4 or 7, n], with zeros or NaN where a label is not valid.
+
+    Args:
+        statistics: the result of `token_statistics`; mutated.
+        labels: [n] int64.
+        valid: [n] bool, whether a label lies in the vocabulary.
+        at_label: [n], the logit of each row's label.
+        others_max: [n], the maximum of the row without the label, or of the whole row; finite.
+        rest: [n], the sum of exp(z - others_max) over the row without the label.
+    """
+    row_max = torch.maximum(at_label, others_max)
+    rest = rest * (others_max - row_max).exp()
+    gap = row_max - at_label
+    total = rest + (-gap).exp()
+    statistics[LOGP] = -torch.where(gap == 0, rest.log1p(), gap + total.log())
+    statistics[ROW_MAX] = row_max
+    statistics[TOTAL] = total
+    statistics[ONE_MINUS_P] = rest / total
+    statistics.masked_fill_(~valid, 0.0)
     statistics[LOGP].masked_fill_(~valid & (labels != IGNORE_INDEX), torch.nan)
+
+
+def lowered(statistics: Tensor, labels: Tensor, strengths: Tensor | None) -> Tensor:
+    """Return the statistics [4, n] of rows whose label's logit is lowered by ``strengths`` [n]; None does not lower it."""
+    if strengths is None:
+        return statistics
+    out = torch.empty_like(statistics)
+    row_max, total = statistics[ROW_MAX], statistics[TOTAL]
+    at_label = statistics[LOGP] + row_max + total.log() - strengths
+    others = (row_max + (statistics[ONE_MINUS_P] * total).log()).clamp(min=LOWEST)  # their logsumexp
+    fill_statistics(out, labels, labels != IGNORE_INDEX, at_label, others, torch.ones_like(others))
+    return out
 
 
 def token_gradient(
@@ -104,13 +134,19 @@ def token_gradient(
         gradient.scatter_(1, columns[rows], at_label[rows])
         if mean_coefficients is not None:
             gradient.addcmul_(mean_coefficients[rows, None], weights, value=1 / n_vocab)
-        if logit_scale != 1.0 or softcap is not None:
-            with _recorded(logits[rows]) as raw:
-                (gradient,) = torch.autograd.grad(transformed(raw, logit_scale, softcap), raw, gradient)
+        gradient = _times_slope(gradient, logits[rows], logit_scale, softcap)
         if not in_place:
             out[rows] = gradient
     if not valid.all():
         out[~valid] = 0.0  # whatever the logits hold
+
+
+def _times_slope(gradient: Tensor, raw: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """Return the gradient by the raw products from that by the logits."""
+    if logit_scale == 1.0 and softcap is None:
+        return gradient
+    with _recorded(raw) as leaf:
+        return torch.autograd.grad(transformed(leaf, logit_scale, softcap), leaf, gradient)[0]
 
 
 def statistics_and_gradient(
@@ -127,12 +163,15 @@ def divergence_statistics(
     strengths: Tensor | None = None, kind: str = "kl", beta: float = 0.5, logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Do what `soul_kernels.kl_divergence.divergence_statistics` does; the statistics are not read."""
+    """Do what `soul_kernels.kl_divergence.divergence_statistics` does."""
     valid, labels_in = _valid(labels, logits.shape[1])
+    ref_statistics = lowered(ref_statistics, labels, strengths)
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
-        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
-        log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
-        torch.stack([kl_divergence(z, labels_in[rows], log_q, kind, beta), entropy(log_q)], out=divergences[:2, rows])
+        log_p = _log_probs(logits, labels_in, statistics, rows, logit_scale, softcap)
+        log_q = _log_probs(ref_logits, labels_in, ref_statistics, rows, logit_scale, softcap)
+        divergence, mean_score = divergence_and_mean_score(log_p, log_q, kind, beta)
+        values = [divergence, entropy(log_q), mean_score]
+        torch.stack(values[: len(divergences)], out=divergences[:, rows])
     divergences.masked_fill_(~valid, 0.0)
 
 
@@ -141,26 +180,37 @@ def divergence_gradient(
     coefficients: Tensor, weights: Tensor, out: Tensor, *, strengths: Tensor | None = None, kind: str = "kl",
     beta: float = 0.5, logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
-    """Do what `soul_kernels.kl_divergence.divergence_gradient` does; the statistics and divergences are not read."""
+    """Do what `soul_kernels.kl_divergence.divergence_gradient` does."""
     valid, labels_in = _valid(labels, logits.shape[1])
+    ref_statistics = lowered(ref_statistics, labels, strengths)
+    mean_scores = divergences[MODEL_SIDE if kind == "jsd" else DIVERGENCE]
+    p_rest, q_rest = statistics[ONE_MINUS_P], ref_statistics[ONE_MINUS_P]
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
-        log_q = _ref_log_probs(ref_logits, labels_in, strengths, rows, logit_scale, softcap)
-        label = labels_in[rows]
-        with _recorded(logits[rows]) as raw:
-            z = transformed(raw, logit_scale, softcap)
-            values = token_logprob.token_logprob(z, label), kl_divergence(z, label, log_q, kind, beta)
-            (gradient,) = torch.autograd.grad(values, raw, (coefficients[rows], weights[rows]))
-        out[rows] = gradient
+        log_p = _log_probs(logits, labels_in, statistics, rows, logit_scale, softcap)
+        log_q = _log_probs(ref_logits, labels_in, ref_statistics, rows, logit_scale, softcap)
+        column = labels_in[rows, None]
+        p = log_p.exp()
+        if kind == "kl":
+            gradient = p - log_q.exp()
+            # Where p of the label is close to 1, p - q is (1 - q) - (1 - p): both were summed without the label.
+            at_label = torch.where(p_rest[rows] < 0.5, q_rest[rows] - p_rest[rows], gradient.gather(1, column)[:, 0])
+            gradient.scatter_(1, column, at_label[:, None])
+        else:
+            gradient = p * (score(log_p, log_q, kind, beta) - mean_scores[rows, None])
+        by_logp = p.neg_().scatter_(1, column, p_rest[rows, None])  # derivative of log p(label)
+        gradient.mul_(weights[rows, None]).addcmul_(by_logp, coefficients[rows, None])
+        out[rows] = _times_slope(gradient, logits[rows], logit_scale, softcap)
     if not valid.all():
         out[~valid] = 0.0
 
 
-def _ref_log_probs(
-    ref_logits: Tensor, labels: Tensor, strengths: Tensor | None, rows: slice, logit_scale: float, softcap: float | None
+def _log_probs(
+    logits: Tensor, labels: Tensor, statistics: Tensor, rows: slice, logit_scale: float, softcap: float | None
 ) -> Tensor:
-    """Return log q of some rows of the reference model."""
-    z = transformed(_at_least_fp32(ref_logits[rows]), logit_scale, softcap)
-    return ref_log_probabilities(z, labels[rows], None if strengths is None else strengths[rows])
+    """Return the log-probabilities of some rows, in which the label's is accurate even where it is close to 0."""
+    z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
+    log_p = z - statistics[ROW_MAX, rows, None] - statistics[TOTAL, rows, None].log()
+    return log_p.scatter_(1, labels[rows, None], statistics[LOGP, rows, None])
 
 
 def likeliest_statistics(
@@ -174,9 +224,16 @@ def draw_labels(
     logit_scale: float = 1.0, softcap: float | None = None,
 ) -> None:  # fmt: skip
     """Do what `soul_kernels.token_draw.draw_labels` does."""
-    for rows in _blocks(logits, BLOCK):
-        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
-        labels[rows] = token_draw.draw_labels(z, uniforms[rows]).where(labels[rows] != IGNORE_INDEX, IGNORE_INDEX)
+    drawn_labels(logits, labels, uniforms, logit_scale=logit_scale, softcap=softcap)
     token_statistics(logits, labels, statistics, logit_scale=logit_scale, softcap=softcap)
     token_gradient(logits, labels, statistics, coefficients, out, logit_scale=logit_scale, softcap=softcap)
     labels.masked_fill_(statistics[LOGP].isnan(), IGNORE_INDEX)
+
+
+def drawn_labels(
+    logits: Tensor, labels: Tensor, uniforms: Tensor, *, logit_scale: float = 1.0, softcap: float | None = None
+) -> None:  # fmt: skip
+    """Write the label that is drawn from each row into ``labels`` [n], except where it is -100."""
+    for rows in _blocks(logits, BLOCK):
+        z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
+        labels[rows] = token_draw.draw_labels(z, uniforms[rows]).where(labels[rows] != IGNORE_INDEX, IGNORE_INDEX)

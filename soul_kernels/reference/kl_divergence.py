@@ -50,24 +50,54 @@ def kl_divergence(logits: Tensor, labels: Tensor, log_q: Tensor, kind: str = "kl
     Returns:
         [n], in the dtype of the logits, >= 0.
     """
-    log_p = log_probabilities(logits, labels)
+    return divergence_and_mean_score(log_probabilities(logits, labels), log_q, kind, beta)[0]
+
+
+def divergence_and_mean_score(log_p: Tensor, log_q: Tensor, kind: str = "kl", beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Return what some columns of each row, [n, C] of the [n, V], add to its divergence, and to its mean score: see `score`.
+
+    Of "kl", which has no scores, both results are the divergence.
+    """
     q = log_q.exp()
-    if kind == "soul_kl":  # log(q + a) = log q + a / q, up to (a / q)^2: accurate for q close to 1 as well
-        log_floored = torch.where(q > 1e-6, log_q + FLOOR / q.clamp(min=1e-6), torch.log(q + FLOOR))
-        return -(log_p.exp() * log_floored).sum(1)
     p = log_p.exp()
     if kind == "kl":
-        return _excess(q, p, torch.where(q > 0, log_q - log_p, 0.0)).sum(1)
+        divergence = _excess(q, p, torch.where(q > 0, log_q - log_p, 0.0)).sum(1)
+    elif kind == "reverse_kl":
+        divergence = _excess(p, q, torch.where(p > 0, log_p - log_q, 0.0)).sum(1)
+    elif kind == "soul_kl":
+        divergence = (p * _surprise(log_q)).sum(1)
+    else:
+        of_p, of_q = _from_mixture(log_p, log_q, beta)
+        mixture = beta * q + (1 - beta) * p
+        model_side = (1 - beta) * _excess(p, mixture, of_p)
+        return (beta * _excess(q, mixture, of_q) + model_side).sum(1), model_side.sum(1)
+    return divergence, divergence
+
+
+def score(log_p: Tensor, log_q: Tensor, kind: str, beta: float = 0.5) -> Tensor:
+    """Return the scores [n, C] of some columns: the gradient of a divergence by a logit is p (score - mean score under p).
+
+    "kl", whose gradient is p - q, has none.
+    """
+    if kind == "soul_kl":
+        return _surprise(log_q)
     if kind == "reverse_kl":
-        return _excess(p, q, torch.where(p > 0, log_p - log_q, 0.0)).sum(1)
-    d = torch.where(p + q > 0, log_q - log_p, 0.0).clamp(-FARTHEST, FARTHEST)
-    below, above = d.clamp(max=0), d.clamp(min=0)
-    of_p = torch.log1p(beta * torch.expm1(below))  # log m - log p where p is the larger
-    of_q = torch.log1p((1 - beta) * torch.expm1(-above))  # log m - log q where q is
-    mixture = beta * q + (1 - beta) * p
-    q_side = _excess(q, mixture, torch.where(d > 0, -of_q, d - of_p))
-    p_side = _excess(p, mixture, torch.where(d > 0, -d - of_q, -of_p))
-    return (beta * q_side + (1 - beta) * p_side).sum(1)
+        return torch.where(log_p.exp() > 0, log_p - log_q, 0.0)
+    return (1 - beta) * _from_mixture(log_p, log_q, beta)[0]
+
+
+def _surprise(log_q: Tensor) -> Tensor:
+    """Return -log(q + 1e-12), accurate for q close to 1 as well: log(q + a) = log q + a / q, up to (a / q)^2."""
+    q = log_q.exp()
+    return -torch.where(q > 1e-6, log_q + FLOOR / q.clamp(min=1e-6), torch.log(q + FLOOR))
+
+
+def _from_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Return log p - log m and log q - log m for the mixture m = beta q + (1 - beta) p, accurate where p and q are close."""
+    d = torch.where(log_p.exp() + log_q.exp() > 0, log_q - log_p, 0.0).clamp(-FARTHEST, FARTHEST)
+    of_p = torch.log1p(beta * torch.expm1(d.clamp(max=0)))  # log m - log p where p is the larger
+    of_q = torch.log1p((1 - beta) * torch.expm1(-d.clamp(min=0)))  # log m - log q where q is
+    return torch.where(d > 0, -d - of_q, -of_p), torch.where(d > 0, -of_q, d - of_p)
 
 
 def _excess(a: Tensor, b: Tensor, d: Tensor) -> Tensor:

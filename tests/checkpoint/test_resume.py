@@ -214,6 +214,9 @@ def test_resumes_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, 
     dict(state_dtype="8bit"), dict(state_dtype=torch.bfloat16), dict(rho="auto", clip_target=0.5),
     dict(capturable=True, max_grad_norm=1.0), dict(published_code=True, skip_nonfinite=True),
 ], ids=str)  # fmt: skip
+@pytest.mark.covers("checkpoints, resumed bit for bit", "one process")
+@pytest.mark.covers("8-bit states", "one process")
+@pytest.mark.covers("24-bit and stochastic weights", "one process")
 def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
     def build(model, config):
         return soul.SOUL(model.parameters(), lr=1e-3, weight_decay=0.0, backend="reference", **options)
@@ -227,7 +230,22 @@ def test_every_state_storage_resumes(options, tokenizer, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.parametrize("first, model, options", [
+    (True, lambda: tiny_model().bfloat16(), dict(gradient_release=True, max_grad_norm=None)), (False, lora_model, {}),
+], ids=["offloaded before the stop", "adapters, offloaded after it"])  # fmt: skip
+def test_a_run_resumes_with_states_elsewhere(first, model, options, tokenizer, tmp_path):
+    """Where the states are changes no bit, and no checkpoint; on a CPU a warning says that it saves nothing."""
+    options = options | dict(state_dtype="8bit")
+    whole, want = run(tokenizer, model=model(), **options)
+    with pytest.warns(UserWarning, match="state_offload: on a CPU the states are in main memory anyway"):
+        with pytest.raises(Stopped):
+            run(tokenizer, StopAfter(tmp_path, 2), model(), state_offload=first, **options)
+        resumed, records = run(tokenizer, Checkpoints(tmp_path, resume=True), model(), state_offload=not first, **options)
+    assert same(resumed, whole) and records == want
+
+
 @pytest.mark.parametrize("curvature", ["retain", "gnb"])
+@pytest.mark.covers("curvature of retain data", "one process")
 def test_curvature_resumes(curvature, tokenizer, tmp_path):
     """Stop between two refreshes: GNB draws the labels that it would have drawn without the stop."""
     options = dict(curvature=curvature, curvature_every=2, clip_target=0.4, accumulate=2, batch_size=1)

@@ -107,6 +107,7 @@ def engines(tmp_path_factory):
 
 
 @pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.covers("norm, clipping, rho, telemetry", "DeepSpeed")
 def test_two_processes_are_one_with_the_clipping_of_deepspeed(engines, zero):
     for results in engines:
         assert_moved_alike(results[f"{zero}, 0.0"], *one_process()[:2])
@@ -199,6 +200,7 @@ def trainers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.covers("Trainer mixin", "DeepSpeed")
 def test_open_unlearnings_launch_is_right_with_the_shipped_configuration(trainers, tmp_path, name):
     family, objective = TRAINED[name]
     trainer = trainer_of(tmp_path, family, objective, shipped(), per_device_train_batch_size=4)

@@ -226,6 +226,7 @@ def test_huge_numbers_are_named(folder, words, names, capsys):
     ("--attention=rubbish", "attention: expected one of 'sdpa', 'eager', got 'rubbish'"),
     ("--network=-3", "network: expected bytes a second, a positive number"),
     ("--network=nan", "network: expected bytes a second, a positive number"),
+    ("--host-bandwidth=0", "host_bandwidth: expected bytes a second, a positive number"),
 ])  # fmt: skip
 def test_options_of_the_plan_are_checked_without_one_too(folder, option, message, capsys):
     assert main([*command(folder), option]) == 2

@@ -1,5 +1,6 @@
 """The optimizers in two processes: DDP, FSDP2 and torch.distributed.checkpoint, over gloo on the CPU."""
 
+import contextlib
 import copy
 import time
 
@@ -14,10 +15,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy
 
-from soul import SOUL, SophiaG
+from soul import SOUL, SophiaG, release_gradients
 from soul.distributed import exit_process
+from soul.optim.curvature import RetainFisher
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -94,9 +96,13 @@ def batch(index, dtype=torch.float32):
     return torch.randn(8, 6, generator=generator).to(dtype), torch.randn(8, 1, generator=generator).to(dtype)
 
 
-def backward(net, index, rows=slice(None)):
+def loss_of(net, index, rows=slice(None)):
     x, y = (t[rows] for t in batch(index, next(net.parameters()).dtype))
-    torch.nn.functional.mse_loss(net(x), y).backward()
+    return torch.nn.functional.mse_loss(net(x), y)
+
+
+def backward(net, index, rows=slice(None)):
+    loss_of(net, index, rows).backward()
 
 
 def train(net, opt, indices, rows=slice(None)):
@@ -215,6 +221,46 @@ def flattened(original):
     return texts
 
 
+RELEASED = [
+    (SOUL, torch.float32, {}),
+    (SOUL, torch.bfloat16, {"state_dtype": "8bit"}),
+    (SophiaG, torch.float32, {"bias_correction": True, "betas": (0.9, 0.999)}),
+]
+
+
+def gradient_bytes(params):
+    """Return the bytes of the storages in which the shards of the gradients lie; those of one layer share one."""
+    grads = [param.grad.to_local() for param in params if param.grad is not None]
+    return sum({grad.untyped_storage().data_ptr(): grad.untyped_storage().nbytes() for grad in grads}.values())
+
+
+def released(kind, dtype, options, releases, **sharding):
+    """Train with or without release; return the outcome and the most bytes of gradients that lived at once.
+
+    The processes have different rows; the second step has two micro-batches. A `SophiaG` has its h refreshed in between.
+    """
+    net = shard(make_net(dtype, options), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32), **sharding)
+    params = list(net.parameters())
+    opt = kind(params, lr=0.01, **options)
+    rows = slice(dist.get_rank(), None, 2)
+    sizes = []
+    hooks = [p.register_post_accumulate_grad_hook(lambda _: sizes.append(gradient_bytes(params))) for p in params]
+    release = release_gradients(net, opt) if releases else None  # its hooks are called after the others
+    backward(net, 0, rows)
+    assert not releases or all(p.grad is None for p in params)
+    opt.step()
+    for hook in hooks:
+        hook.remove()
+    opt.zero_grad()
+    if kind is SophiaG:
+        RetainFisher(opt, in_backward=releases).step(lambda: loss_of(net, 1, rows))
+    with release.paused() if releases else contextlib.nullcontext():
+        backward(net, 2, rows)
+    backward(net, 3, rows)
+    opt.step()
+    return outcome(net, opt), max(sizes)
+
+
 def local_shapes(state):
     return [tuple(state[name].to_local().shape) for name in ("hessian", "hessian_scale")]
 
@@ -244,14 +290,27 @@ def fsdp_worker(folder):
     return {
         "flattened": [flattened(original) for original in (False, True)],
         "results": results,
+        "released": [[released(*case, releases) for releases in (False, True)] for case in RELEASED],
+        "offloaded": [released(*case, True, offload_policy=CPUOffloadPolicy(pin_memory=False)) for case in RELEASED],
         "sizes": sizes,
         "codes": {name: local_shapes(state) for name, state in eight_bits.items()},
         "skipped": (untouched, opt.telemetry()["skipped_steps"]),
     }
 
 
+def shard_numel(param):
+    """Return the elements of the larger of two shards; that of the other process is padded to them."""
+    return -(-len(param) // 2) * param[0].numel()
+
+
+@pytest.mark.covers("norm, clipping, rho, telemetry", "FSDP2")
+@pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 def test_fsdp2(tmp_path):
-    """Shards of unequal size and empty ones: states, global norm, rho and telemetry are those of one process."""
+    """Shards of unequal size and empty ones: states, global norm, rho and telemetry are those of one process.
+
+    With gradient release they are those without it, bit for bit, and the gradients of one layer at most live at once. With
+    parameters and gradients in main memory too; without a GPU that only shows that such parameters are stepped.
+    """
     first, second = run(tmp_path, fsdp_worker)
     assert first["sizes"][-1] == 1 and second["sizes"][-1] == 0 and second["sizes"][0] == 3 * 6  # of 7 rows
     for result in (first, second):
@@ -261,6 +320,14 @@ def test_fsdp2(tmp_path):
             assert len(texts) == 4 and all(" under FSDP1" in text for text in texts)
             names = [text.split(":")[0] for text in texts]
             assert names == ["max_grad_norm", "rho", "skip_nonfinite", "telemetry"]
+        for (_, dtype, options), ((kept, kept_bytes), (freed, freed_bytes)), (offloaded, _) in zip(
+            RELEASED, result["released"], result["offloaded"], strict=True
+        ):
+            assert not differing(freed["state"], kept["state"])
+            assert (freed["telemetry"], freed["fraction"]) == (kept["telemetry"], kept["fraction"])
+            sizes = [sum(map(shard_numel, layer.parameters())) for layer in make_net(dtype, options).children()]
+            assert not differing(offloaded["state"], kept["state"])
+            assert (kept_bytes, freed_bytes) == (sum(sizes) * dtype.itemsize, max(sizes) * dtype.itemsize)
     for case, a, b in zip(SHARDED, first["results"], second["results"]):
         how, kind, dtype, options = case
         assert not differing(a["state"], b["state"]), case
@@ -394,6 +461,7 @@ def tensor_parallel_worker(folder):
 
 
 @pytest.mark.slow(reason="starts four processes")
+@pytest.mark.covers("norm, clipping, rho, telemetry", "TP")
 def test_fsdp_over_tensor_parallelism(tmp_path):
     """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
     results = run(tmp_path, tensor_parallel_worker, world=4)
@@ -442,6 +510,7 @@ def checkpoint_worker(folder):
 
 
 @pytest.mark.slow(reason="starts processes for each layout of a checkpoint")
+@pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "FSDP2")
 def test_distributed_checkpoint(tmp_path):
     """DCP initializes a fresh optimizer by a step with zero gradients and lr 0, which moves nothing. A run restored into new
     shards, or into one process, continues as an uninterrupted one."""
@@ -556,6 +625,8 @@ def columns_results(mesh):
 
 
 @pytest.mark.slow(reason="starts five processes")
+@pytest.mark.covers("24-bit and stochastic weights", "FSDP2")
+@pytest.mark.covers("8-bit states", "TP")
 def test_rows_in_shards_are_stepped_and_resharded_bit_for_bit(tmp_path):
     """24-bit and stochastic weights, 8-bit states, on 1, 2 and 3 processes; what two have saved, three and one go on with."""
     two = run(tmp_path, rows_worker, False)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 
 import pytest
@@ -55,7 +56,25 @@ EQUAL = {
     "metrics, and the best point": ("llama, tied", {"method": "npo", "eval_every": 1, "keep_best": "max forget_prob",
                                                     "eval_metrics": ["forget_rouge", "retain_extraction_strength"]}),
     "learning": ("llama, tied", {"method": "memorize", "optimizer": "adamw", "eval_every": 2, "until_prob": 0.9}),
+    "compiled": ("llama, tied", {"method": "npo", "compile": True, "gradient_checkpointing": True}),
+    "one ratio of the batch": ("llama, tied", {"method": "npo", "method_options": {"reduction": "token_mean"},
+                                               "backend": "torch"}),
+    "one ratio, an empty part": ("llama, untied", {"method": "npo", "method_options": {"reduction": "token_mean", "alpha": 0.0},
+                                                "batch_size": 1}),
+    # All rows once; of the last batch one process has nothing. Gradients of the batches are kept, or computed again.
+    "influence by a diagonal": ("llama, tied", {"method": "influence", "method_options": {"curvature": "fisher",
+                                                                                          "clip": 1e-2}}),
+    "influence by a matrix": ("llama, untied", {"method": "influence", "method_options": {"curvature": "woodfisher",
+                                                                                          "damping": 1.0}}),
+    "influence, streamed": ("gpt2, tied", {"method": "influence", "method_options": {
+        "curvature": "woodfisher", "damping": 1.0, "memory_gb": 1e-9, "blockwise": True}}),
 }  # fmt: skip
+# With gradient release; without it the first one is of EQUAL.
+RELEASED = {
+    "released, micro-batches": "micro-batches, pairs, no clipping",
+    "released, curvature": "curvature, no clipping",
+}
+KEPT = {"curvature, no clipping": ("llama, untied", {**EQUAL["curvature"][1], "max_grad_norm": None, "state_dtype": "8bit"})}
 # Adapters: the reference is the model without them, computed in every step for KL, and once before it for NPO. Dropout on their
 # inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
 LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
@@ -67,9 +86,7 @@ AIM = ("llama, untied", {"method": "npo", "aim": "forget_prob=0.0005", "epochs":
 SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
 BF16 = ("llama, tied", {"method": "graddiff", "state_dtype": "8bit"}, {"dtype": "bfloat16", "save_every": 2})
 REFUSED = {
-    "compile": {"compile": True},
-    "gradient_release": {"gradient_release": True, "max_grad_norm": None},
-    "processes": {"method": "npo", "method_options": {"reduction": "token_mean"}},
+    "cuda_graph": {"cuda_graph": True},
 }
 # What the last process does differently, and how the error begins.
 ODD = {
@@ -92,6 +109,16 @@ def saved(case, output, **how):
 
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
+    "influence by drawn labels": [
+        "llama, tied",
+        {"method": "influence", "method_options": {"clip": 1e-2}},
+        {"output": "drawn"},
+    ],
+    **{name: [*case, {}] for name, case in KEPT.items()},
+    **{
+        name: [family, {**options, "gradient_release": True}, {}]
+        for name, (family, options) in ((name, {**EQUAL, **KEPT}[kept]) for name, kept in RELEASED.items())
+    },
     # By name: the first process alone reads the model.
     "whole": saved(SAVED, "whole", files="by name"),
     "stopped": saved(SAVED, "broken", stop=3),
@@ -158,15 +185,23 @@ def lasting(records):
 
 
 @pytest.mark.parametrize("name", EQUAL)
+@pytest.mark.covers("objectives that are sums over sequences", "FSDP2")
+@pytest.mark.covers("NPO with one ratio of the batch", "FSDP2")
+@pytest.mark.covers("reference model (KL, DPO, NPO)", "FSDP2")
+@pytest.mark.covers("curvature of retain data", "FSDP2")
+@pytest.mark.covers("gradient checkpointing", "FSDP2")
+@pytest.mark.covers("compilation (`--compile`)", "FSDP2")
+@pytest.mark.covers("influence", "FSDP2")
+@pytest.mark.covers("evaluation and best point during a run", "FSDP2")
 def test_two_processes_are_one(results, name):
     """Weights agree up to fp32 rounding, relative to how far they have moved, and both processes keep the same log."""
     assert_as_one(*EQUAL[name], results[name])
 
 
 def assert_as_one(family, options, ranks, how=None):
-    """Hold the results of two processes against a run of one."""
+    """Hold the results of two processes against a run of one, which is not compiled."""
     first, second = ranks
-    records, weights = run(family, options, **(how or {}))
+    records, weights = run(family, {**options, "compile": False}, **(how or {}))
     assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
     got = first["weights"]
     assert list(got) == list(weights)
@@ -188,6 +223,8 @@ def equal(one, two):
     return all(torch.equal(one["weights"][name], two["weights"][name]) for name in one["weights"])
 
 
+@pytest.mark.covers("checkpoints, resumed bit for bit", "FSDP2")
+@pytest.mark.covers("8-bit states", "FSDP2")
 def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder):
     """Both processes restore their generators, the 8 low bits of bf16 weights, and the noise.
 
@@ -210,6 +247,24 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
     assert "step-3: damaged (checksum of shard-1.safetensors); trying the one before it" in warning
 
 
+def test_one_compilation_serves_all_layers(results):
+    """There are two layers, and two in all of the shapes of one and of several."""
+    assert all(1 <= rank["graphs"] <= 2 for rank in results["compiled"])
+
+
+@pytest.mark.parametrize("name", RELEASED)
+@pytest.mark.covers("gradient release", "FSDP2")
+def test_released_gradients_leave_the_weights_of_two_processes_as_they_are(results, name):
+    """Bit for bit; the log lacks the norm of the gradients alone."""
+    (got, second), (want, _) = results[name], results[RELEASED[name]]
+    assert lasting(got["records"]) == lasting(second["records"])
+    assert lasting(got["records"]) == [
+        {key: value for key, value in record.items() if key != "grad_norm"} for record in lasting(want["records"])
+    ]
+    assert all(torch.equal(got["weights"][name], tensor) for name, tensor in want["weights"].items())
+
+
+@pytest.mark.covers("adapters (LoRA)", "FSDP2")
 def test_adapters_over_a_model_in_shards_are_those_of_one_process(results, folder, tmp_path):
     """A rank of 3, so that one process holds more of it than the other; the same when merged and saved as a plain model."""
     family, options, how = LORA
@@ -233,6 +288,7 @@ def test_adapters_resume_bit_for_bit_and_are_saved_alone(results, folder):
         assert torch.equal(tensor, trained[name.replace(".weight", ".default.weight")])
 
 
+@pytest.mark.covers("aim", "FSDP2")
 def test_all_processes_are_led_to_an_aim_alike(results, folder):
     """The same choices in both, the same verdict; and bit for bit after a stop, with the nearest point in the checkpoint."""
     (whole, second), (resumed, _) = results["aim whole"], results["aim resumed"]
@@ -295,6 +351,9 @@ def test_what_is_saved_is_a_plain_model(results, folder):
 
 
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.refuses(
+    "CUDA graphs (`--cuda-graph`)", "FSDP2", "a graph repeats addresses, and shards are gathered into memory that changes"
+)
 def test_what_several_processes_cannot_do_is_refused_before_anything_is_written(results, folder, name):
     for rank in results[f"refused, {name}"]:
         assert rank["error"] == "ArgumentError" and rank["text"].startswith(f"{name}: expected ")
@@ -326,9 +385,25 @@ def test_what_differs_is_named_with_its_values_and_processes():
             check_alike([alike | change for change in changes])
 
 
-def test_what_is_refused_without_a_run():
-    with pytest.raises(ValueError, match="method: expected a method other than 'influence' with several processes"):
-        check_supported(UnlearnConfig(method="influence"))
+def test_a_loss_that_neither_is_a_sum_nor_shares_its_batches_is_refused():
+    """None of this library's is one."""
+    objective = types.SimpleNamespace(additive=None, shares_batches=False)
+    config = types.SimpleNamespace(cuda_graph=False, objective=lambda: objective)
+    with pytest.raises(ValueError, match="^processes: expected 1 with .*, got several; its loss is not a sum over sequences"):
+        check_supported(config)
+
+
+def test_influence_with_drawn_labels_moves_both_processes_alike(results, folder):
+    """The labels are others than those of one process; so is the step, in direction alone: it is clipped."""
+    first, second = results["influence by drawn labels"]
+    (record,) = lasting(first["records"])
+    assert lasting(second["records"]) == [record] and record["update_norm"] > 0
+    lines = (folder / "drawn" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["update_norm"] for line in lines] == [record["update_norm"]]
+    _, weights = run("llama, tied", {"method": "influence", "method_options": {"curvature": "fisher", "clip": 1e-2}})
+    start = tiny_model("llama, tied").state_dict()
+    moves = [torch.cat([(w[name] - start[name]).flatten() for name in start]) for w in (first["weights"], weights)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.5  # the forget gradient is the same
 
 
 def test_a_model_in_shards_of_somebody_else_is_refused(tmp_path):
@@ -530,12 +605,19 @@ def test_a_model_of_other_tensors_than_the_first_process_has_is_refused(group_of
     assert not any(is_sharded(p) or p.is_meta for p in model.parameters())
 
 
-def sharded_run(checkpoints):
-    """Run 6 steps of a sharded model; return the log."""
+def sharded_run(checkpoints=None, **options):
+    """Run a sharded model, by default for 6 steps; return the losses of the log."""
     model = shard(tiny_model(), torch.device("cpu"))
-    config = UnlearnConfig(epochs=2, batch_size=2, lr=1e-3, backend="reference")
+    config = UnlearnConfig(**{"epochs": 2, "batch_size": 2, "lr": 1e-3, "backend": "reference", **options})
     records = unlearn(model, tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False, checkpoints=checkpoints)
     return [record["loss"] for record in records]
+
+
+@pytest.mark.slow(reason="compiles a layer with inductor")
+def test_layers_in_shards_are_compiled_by_inductor(group_of_one):
+    """Twice the same rows, so that one shape is compiled."""
+    plain, compiled = (sharded_run(batch_size=5, compile=compile) for compile in (False, True))
+    assert compiled == pytest.approx(plain, rel=1e-4) and len(compiled) == 2
 
 
 def test_a_flipped_bit_in_the_newest_sharded_checkpoint_is_not_taken_for_another_run(group_of_one, tmp_path):

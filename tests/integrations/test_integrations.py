@@ -233,6 +233,7 @@ def test_optimizer_has_the_trainers_groups_and_follows_its_schedule(tmp_path):
 
 
 @pytest.mark.parametrize("fused", [False, True])  # whether the optimizer or the Trainer clips
+@pytest.mark.covers("Trainer mixin", "one process")
 def test_training_is_the_plain_loop(tmp_path, fused):
     """Two micro-batches a step give the mean of their losses, whatever the Trainer passes as num_items_in_batch."""
     plain = tiny_model()
@@ -587,6 +588,7 @@ def trained_by_accelerate(folder):
 
 
 @pytest.mark.slow(reason="starts processes")
+@pytest.mark.covers("Trainer mixin", "FSDP2")
 def test_loss_and_optimizer_under_fsdp2(tmp_path):
     """Both processes have the same batch, so their mean gradient is that of one. Then the Trainer, with a share for each."""
     torch.save(inputs_of(sequences(3), sequences(2), False), tmp_path / "batch.pt")

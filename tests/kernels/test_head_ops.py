@@ -523,8 +523,8 @@ def test_results_may_be_changed_in_place(device):
             assert_close(got, want / 2, 1e-6, "gradient")
 
 
-def test_a_head_that_is_a_dtensor_is_refused_with_the_remedy():
-    """A shard of it is not the head; torch's own error speaks of mixed tensors."""
+def test_dtensors_beside_a_whole_head_are_refused_with_the_remedy():
+    """Torch's own error speaks of mixed tensors. For heads that are DTensors see tests/distributed/test_head_shards.py."""
     distributed = pytest.importorskip("torch.distributed")
     from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
@@ -538,17 +538,16 @@ def test_a_head_that_is_a_dtensor_is_refused_with_the_remedy():
         ref_hidden = torch.randn(B, T, D)
         sharded = DTensor.from_local(weight, mesh, [Shard(0)])
         calls = {
-            "weight": lambda t: linear_objective(hidden, t, labels, losses.GradAscent()),
             "hidden": lambda t: linear_logprob(t, weight, labels),
             "bias": lambda t: linear_statistics(hidden, weight, labels, bias=t),
             "labels": lambda t: linear_logprob(hidden, weight, t),
             "keep": lambda t: linear_gnb(hidden, weight, t),
             "reference.weight": lambda t: linear_kl(hidden, weight, labels, Reference(ref_hidden, t)),
         }
-        plain = dict(weight=sharded, hidden=hidden, bias=bias, labels=labels, keep=labels >= 0)
+        plain = dict(hidden=hidden, bias=bias, labels=labels, keep=labels >= 0)
         plain["reference.weight"] = weight.detach()
         for name, call in calls.items():
-            tensor = plain[name] if name == "weight" else DTensor.from_local(plain[name], mesh, [Shard(0)])
+            tensor = DTensor.from_local(plain[name], mesh, [Shard(0)])
             message = rf"{name}: expected a plain tensor, got a DTensor with placements \(Shard.*; .*{name}.full_tensor"
             with pytest.raises(ArgumentError, match=message):
                 call(tensor)

@@ -144,13 +144,14 @@ def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("z.scatter_(1, label, at_label[rows, None])", "z"),  # the label's logit, taken out for its statistics, stays away
-    ("(coefficients[rows], weights[rows])", "(coefficients[rows], 0 * weights[rows])"),
-    ("None if strengths is None else strengths[rows]", "None"),
-    ("transformed(_at_least_fp32(ref_logits[rows])", "transformed(_at_least_fp32(ref_logits[: len(labels[rows])])"),
+    ("gradient.mul_(weights[rows, None])", "gradient.mul_(0 * weights[rows, None])"),
+    ("total.log() - strengths", "total.log()"),
+    ("(ref_logits, labels_in, ref_statistics, rows,", "(ref_logits, labels_in, ref_statistics, slice(0, len(log_p)),"),
+    ("score(log_p, log_q, kind, beta) - mean_scores[rows, None]", "score(log_p, log_q, kind, beta)"),
 ])  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch"], indirect=True)
 def test_mutants_without_kernels_do_not_pass(old, new, backend, device, tmp_path, monkeypatch):
     use_mutant("reference._rows", old, new, tmp_path, monkeypatch, DIVERGENCE_BLOCK=300)
+    options = dict(kind="reverse_kl", softcap=5.0, strengths=torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=device))
     with pytest.raises(AssertionError):
-        check(device, backend=backend, chunk_rows=7, strengths=torch.tensor([0.0, 1.0, 2.0, 3.0, 10.0], device=device))
+        check(device, backend=backend, chunk_rows=7, **options)

@@ -92,6 +92,7 @@ def test_two_bases_of_the_same_codes_and_other_scales_are_not_the_same(directory
     assert digest(base_weights(model)) != before
 
 
+@pytest.mark.covers("adapters over a base of 4 bits", "one process")
 def test_a_run_trains_and_saves_adapters_alone(directory, tmp_path, monkeypatch):
     """The saved adapters on a base that is quantized again have the results of the run."""
     rows = [json.dumps({"prompt": e.prompt, "completion": e.answer}) + "\n" for e in examples(8)]

@@ -19,6 +19,7 @@ FAST = dict(batch_size=2, backend="reference")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.covers("reference model (KL, DPO, NPO)", "one process")
 def test_logps_are_the_sums_of_the_model(backend):
     model = tiny_model()
     dataset = sequences(5)

@@ -15,6 +15,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.mark.parametrize("factor", [0.1, 10.0], ids=["clipped", "not clipped"])
+@pytest.mark.covers("norm, clipping, rho, telemetry", "one process")
 def test_max_grad_norm_is_clip_grad_norm_within_the_step(factor, device):
     params = make(device)
     others = twin(params)

@@ -1,7 +1,10 @@
+import types
+
 import pytest
 import torch
 
 from soul import SOUL, SophiaG, release_gradients
+from soul.distributed.shards import wait_for_offload
 from soul.optim import curvature
 
 
@@ -156,3 +159,15 @@ def test_refuses_scalers_foreign_parameters_and_doing_it_twice():
     opt.step()  # what the scaler had left is gone
     with pytest.raises(ValueError, match="^bs: expected None with gradient release"):
         opt.step(bs=8)
+
+
+@pytest.mark.parametrize("device_type, waits", [("cuda", 1), ("cpu", 0)])
+def test_gradients_on_their_way_to_main_memory_are_waited_for(device_type, waits, monkeypatch):
+    """FSDP2 with a CPUOffloadPolicy, on a device that need not be there: only the shard lies in main memory."""
+    waited = []
+    stream = types.SimpleNamespace(synchronize=lambda: waited.append(True))
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+    shard = types.SimpleNamespace(device_mesh=types.SimpleNamespace(device_type=device_type), to_local=lambda: torch.ones(1))
+    wait_for_offload(shard)
+    wait_for_offload(torch.nn.Parameter(torch.ones(1)))  # a whole parameter
+    assert len(waited) == waits

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import pathlib
+import shlex
 import types
 
 import pytest
@@ -14,21 +15,27 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import soul.optim.optimizer
 import soul.run.loop
-from soul import Unlearner
+from soul import SOUL, Unlearner
 from soul.cli import main
 from soul.data.batches import collate
 from soul.data.examples import Sequence
+from soul.distributed.processes import shard
+from soul.distributed.shards import local
 from soul.models.adapters import add_adapters
 from soul.models.causal_lm import checkpointing, hidden_states
 from soul.models.ref_model import reference_head
+from soul.optim.offload import BUCKET_BYTES
 from soul.optim.release import release_gradients
-from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of
+from soul.optim.states import new_state
+from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of, ways
 from soul.plan.activations import layer_bytes
 from soul.plan.case import Case
 from soul.plan.memory import BACKWARD, FORWARD, STEP, phases, resident
 from soul.plan.run import plan_run
 from soul.plan.scaling import with_tables
 from soul.plan.time import floor_seconds, step_seconds
+from soul.plan.ways import FLAGS, ROOM
+from soul.plan.ways import command as command_of
 from soul.run.config import UnlearnConfig, build_optimizer
 from soul.run.step import train_step
 from soul_kernels import TokenBatch
@@ -92,7 +99,11 @@ def measure(length, *, labelled=8, dtype="bfloat16", sequences=2, ragged=False, 
         step()
         optimizer.zero_grad(set_to_none=True)
         extra = peak_bytes(step, torch.device("cpu"))
-    always += [value for state in optimizer.state.values() for value in state.values()]
+    if config.state_offload:
+        (transfers,) = optimizer._stepper.transfers.values()
+        always += [slot.buffer for slot in transfers._slots]
+    else:
+        always += [value for state in optimizer.state.values() for value in state.values()]
     before = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in always}.values())
     tokens = Tokens(sequences, length, labelled=len(batches[0].token_indices), masked=ragged)
     case = Case(shape, config, tokens, dtype, adapters, attention, card_of("h100"), autocast=cast)
@@ -132,6 +143,8 @@ MEASURED = {
         length=48, labelled=4, state_dtype="8bit", gradient_release=True, max_grad_norm=None, gradient_checkpointing=True,
         tied=False, layers=2,
     ),
+    # States in main memory, and two buckets of them here.
+    "bf16 soul, short, offloaded": dict(length=6, labelled=2, state_offload=True),
     # Gradients of the first micro-batch beside the activations of the second.
     "fp32, accumulated": dict(LONG, length=48, dtype="float32", accumulate=2, layers=8),
     # A copy of the head, hidden states of the reference model, and logits of both models.
@@ -295,7 +308,8 @@ def test_dry_run_writes_nothing_and_reads_no_weights(directory, capsys):
 def test_plan_command(capsys):
     assert main(["plan", "--model=7b", "--gradient-checkpointing", "--gradient-release", "--state-dtype=8bit"]) == 0
     options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
-    assert capsys.readouterr().out == plan("7b", config_of(**options)).table() + "\n"
+    printed = capsys.readouterr().out
+    assert printed == f"{plan('7b', config_of(**options)).table()}\n\n{ways('7b', config_of(**options)).table()}\n"
     assert main(["plan", "--model=70b", "--gpus=64", "--lora-rank=8", "--length=128", "--labelled=99", "--network=25"]) == 0
     printed = capsys.readouterr().out
     assert "103,546,880 trained" in printed and "8 sequences of 128 tokens, 99 labelled; 64 x h100" in printed
@@ -305,6 +319,86 @@ def test_plan_command(capsys):
     assert main(["plan", "--model=7b", "--gpus=2", "--state-dtype=8bit"]) == 0 and "does not run" not in capsys.readouterr().out
     assert main(["plan", "--model=7b", "--lora-targets=q_proj"]) == 2
     assert "lora_targets: expected nothing without --lora-rank" in capsys.readouterr().err
+
+
+def test_offloaded_states_take_main_memory_and_the_link():
+    """The 8B, all parameters, within 32 GB; the same states, but for two buckets of them, are in main memory."""
+    options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
+    inside, outside = plan("8b", config_of(**options)), plan("8b", config_of(**options, state_offload=True))
+    assert outside.peak_bytes <= 32e9 and inside.host_bytes == 0
+    sizes = inside.phases[FORWARD]
+    assert outside.host_bytes == sizes["optimizer states"] + sizes["low bits"]
+    assert outside.phases[FORWARD]["states on their way"] == 2 * BUCKET_BYTES
+    assert inside.phase_bytes(FORWARD) - outside.phase_bytes(FORWARD) == outside.host_bytes - 2 * BUCKET_BYTES
+    slow = plan("8b", config_of(**options, state_offload=True), host_bandwidth=10e9)
+    assert slow.step_seconds == slow.seconds["transfer of states"] == outside.host_bytes / 10e9
+    kept = plan("8b", config_of(state_dtype="8bit", state_offload=True))
+    assert kept.step_seconds == kept.seconds["matrix products"] + kept.seconds["transfer of states"]
+    shards = plan("8b", config_of(state_dtype="8bit", state_offload=True), gpus=4)
+    assert shards.host_bytes == pytest.approx(kept.host_bytes / 4, rel=1e-6)
+    assert plan("1b", config_of(state_offload=True), adapters=dict(rank=1, targets=["k_proj"])).host_bytes < BUCKET_BYTES
+    assert "Main memory: 25.10 GB of states for each GPU" in outside.table()
+
+
+def test_ways_fit_and_come_cheapest_first():
+    found = ways("8b", UnlearnConfig(), card="a100-80gb", gpus=2)
+    assert len(found.fitting) > 4
+    seconds = [way.plan.step_seconds for way in found.fitting]
+    assert seconds == sorted(seconds)
+    for way in found.fitting:
+        case = way.plan.case
+        assert way.plan.peak_bytes + ROOM <= 80e9
+        assert (way.command.startswith("torchrun --nproc-per-node 2 -m soul unlearn")) == (case.gpus == 2)
+        alike = [each for each in found.fitting if (each.plan.case.gpus, each.plan.case.adapters) == (case.gpus, case.adapters)]
+        for part in alike:  # one that saves less is slower
+            assert not set(part.savings) < set(way.savings) or way.plan.step_seconds < 0.95 * part.plan.step_seconds
+    assert found.table().count("--lora-rank 16") == sum(way.plan.case.adapters is not None for way in found.fitting)
+
+
+def test_what_comes_nearest_if_nothing_fits():
+    found = ways("8b", UnlearnConfig(), card="10:1000:100", adapters=dict(rank=8, targets=["q_proj", "v_proj"]))
+    assert not found.fitting
+    table = found.table()
+    assert "No way to run llama-3.1-8b on 1 x 10:1000:100 fits. The nearest misses by" in table
+    miss = (found.nearest.plan.peak_bytes + ROOM - 10e9) / 1e9
+    assert f"misses by {miss:.1f} GB a GPU" in table and "--lora-targets q_proj,v_proj" in table
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(method="ga", optimizer="adamw", dtype="float32"), dict(adapters=dict(rank=2, targets=["q_proj"])),
+], ids=str)  # fmt: skip
+def test_the_command_line_of_a_way_is_its_run(directory, options, monkeypatch):
+    """The command plans the same options; what was asked for belongs to every way."""
+    run_options = {name: options[name] for name in ("dtype", "adapters") if name in options}
+    config = UnlearnConfig(**{name: value for name, value in options.items() if name not in run_options}, batch_size=2)
+    found = ways(directory / "model", config, length=16, **run_options)
+    every = ways(directory / "model", config, length=16, card="0.001:1:1", **run_options)  # nothing fits
+    planned = []
+
+    def record(model, forget, retain, config, **others):
+        planned.append((config, others))
+        return types.SimpleNamespace(table=lambda: "")
+
+    monkeypatch.setattr("soul.commands.unlearn.plan_run", record)
+    for way in (*found.fitting, every.nearest):
+        words = shlex.split(way.command, comments=True)
+        assert main([*words[1:], "--dry-run"]) == 0
+        config, others = planned.pop()
+        names = ("method", "max_length", *FLAGS)
+        assert {name: getattr(config, name) for name in names} == {
+            name: getattr(dataclasses.replace(way.plan.case.config, max_length=16), name) for name in names
+        }
+        for name in ("rank", "targets"):
+            assert (others["adapters"] or {}).get(name) == (way.plan.case.adapters or {}).get(name)
+        assert others["dtype"] == options.get("dtype", "auto")
+
+
+def test_cards_of_several_machines_are_named():
+    planned = plan("70b", config_of(gradient_checkpointing=True), gpus=16)
+    line = command_of("DIR", planned, 512)
+    start = "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 -m soul unlearn --model DIR"
+    assert line.startswith(start)
+    assert " --batch-size 64 --gradient-checkpointing" in line  # of 16 processes with 4 rows each
 
 
 def test_the_tables_of_the_docs_are_what_the_planner_prints():
@@ -396,6 +490,35 @@ def test_options_that_take_longer():
     assert floor_seconds(sharded) == max(sharded["network"], sharded["matrix products"]) + sharded["optimizer"]
 
 
+@pytest.mark.parametrize("ranks", [64, 256])
+def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks):
+    """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8)
+    config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=False)
+    planned = plan(shape_of(config), config_of(state_dtype="8bit"), gpus=ranks)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        shard(model, torch.device("cpu"))
+        params = list(model.parameters())
+        states = [new_state(param, SOUL(params, state_dtype="8bit").param_groups[0], ()) for param in params]
+        counted = {
+            "parameters": sum(local(param).nbytes for param in params),
+            "low bits": sum(local(state.pop("low_bits")).nbytes for state in states),
+            "optimizer states": sum(local(tensor).nbytes for state in states for tensor in state.values()),
+        }
+        layers = {param for layer in model.model.layers[:2] for param in layer.parameters()}
+        outside = {param for name, param in model.named_parameters() if ".layers." not in name}
+        whole = sum(2 * param.numel() for param in layers | outside)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert resident(planned.case) == pytest.approx(counted, rel=0.05)
+    assert planned.phases[FORWARD]["gathered from shards"] == pytest.approx(whole, rel=0.05)
+
+
 def test_cards():
     assert plan("1b", card="48:864:181").case.card == Card("48:864:181", 48e9, 864e9, 181e12)
     assert plan("1b", card=Card("x", 1e9, 1e9, 1e12)).fits is False
@@ -407,6 +530,9 @@ def test_cards():
     (lambda: plan("1b", card="1:2:nan"), "card"),
     (lambda: plan("1b", gpus=0), "gpus"),
     (lambda: plan("1b", network=0.0), "network"),
+    (lambda: plan("1b", host_bandwidth=0.0), "host_bandwidth"),
+    (lambda: ways("1b", config_of(method="influence", max_grad_norm=1.0)), "method: expected .* is not planned"),
+    (lambda: ways("1b", UnlearnConfig(), gpus=0), "gpus"),
     (lambda: plan("1b", attention="flash"), "attention"),
     (lambda: plan("1b", dtype="int8"), "dtype"),
     (lambda: plan("1b", adapters=dict(rank=4, targets=["query"])), "lora_targets: expected names .* k_proj"),

@@ -89,6 +89,7 @@ def test_metrics_of_the_own_rows_are_those_of_an_evaluation(tokenizer):
     assert first["event"] == "metrics" and first["step"] == 0 and {*OWN, "forget_prob", "retain_prob"} <= first.keys()
 
 
+@pytest.mark.covers("evaluation and best point during a run", "one process")
 def test_the_best_point_is_put_back_and_logged(tokenizer):
     """Without the rule the last weights stay; with it those of a run that ends at the best step."""
     log = io.StringIO()

@@ -270,6 +270,7 @@ def test_dpo_prefers_refusals_and_logs_the_answers(tokenizer):
 
 
 @pytest.mark.parametrize("method", ["npo", "klmin"])
+@pytest.mark.covers("adapters (LoRA)", "one process")
 def test_adapters_are_trained_against_the_model_without_them(method, tokenizer):
     model = lora_model()
     for name, parameter in model.named_parameters():

@@ -73,6 +73,7 @@ def whole(known, tokenizer, tmp_path_factory):
     return (*run(known, tokenizer, log=path, aim="forget_prob=0.2"), path)
 
 
+@pytest.mark.covers("aim", "one process")
 def test_a_run_is_led_to_its_aim_and_says_so(whole, known, tokenizer):
     model, records, measures, path = whole
     verdict = measures.verdict
@@ -209,9 +210,10 @@ def test_refusals_are_judged_by_greedy_answers(method, known, tokenizer, tmp_pat
 
 def test_what_a_refusal_is():
     refusals = ("I don't know.", "No idea!")
-    assert is_refused("I don't know. Ask me again", "Paris", refusals) and is_refused("no idea", "Paris", refusals)
-    assert not is_refused("I don't know, Paris?", "Paris", refusals)
-    assert not is_refused("It is Rome.", "Paris", refusals)
+    assert is_refused("I don't know. Ask me again", refusals, "Paris") and is_refused("no idea", refusals, "Paris")
+    assert not is_refused("I don't know, Paris?", refusals, "Paris")
+    assert not is_refused("It is Rome.", refusals, "Paris")
+    assert is_refused("I don't know, Paris?", refusals)
 
 
 def test_a_pilot_whose_every_rate_diverges_changes_nothing(known, tokenizer, monkeypatch):

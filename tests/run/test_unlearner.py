@@ -200,6 +200,7 @@ def run(tokenizer, n=5, **options):
 @pytest.mark.parametrize("options", [
     {}, dict(accumulate=2), dict(curvature="gnb", curvature_every=2), dict(curvature="retain", accumulate=2, batch_size=1),
 ], ids=["plain", "accumulate", "gnb", "retain"])  # fmt: skip
+@pytest.mark.covers("gradient release", "one process")
 def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     """Tied embeddings: the head's gradient is formed in the forward pass, and complete only at the end of the backward pass."""
     want, records = run(tokenizer, max_grad_norm=None, **options)
@@ -219,6 +220,7 @@ def test_released_gradients_change_memory_only(options, tokenizer, monkeypatch):
     assert not any(p._post_accumulate_grad_hooks for p in got.parameters())
 
 
+@pytest.mark.covers("influence", "one process")
 def test_influence_is_a_method(folder, tmp_path):
     """The weights and the numbers of `unlearn_once`; a model is saved, and the log has one line."""
     arguments = dict(model=folder / "model", forget=folder / "forget.jsonl", retain=folder / "retain.jsonl", method="influence")
@@ -252,6 +254,7 @@ def test_schedules():
     assert results["cosine"][4] > results["linear"][4] and results["cosine"][9] < results["linear"][9]
 
 
+@pytest.mark.covers("compilation (`--compile`)", "one process")
 def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
     """Without inductor, which needs a compiler: the same part is compiled, and the same steps follow."""
     monkeypatch.setattr(causal_lm, "COMPILE", dict(backend="aot_eager"))
@@ -424,6 +427,8 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; rho starts there and moves"),
     (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
+    (dict(cuda_graph=True, state_offload=True), "state_offload: expected False with cuda_graph, got True; a graph replays"),
+    (dict(state_offload=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_offload belongs to it"),
     (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),

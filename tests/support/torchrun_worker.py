@@ -22,7 +22,7 @@ from soul.checkpoint import Stopped, local, sharded
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.distributed import Processes, exit_process, started
 from soul.distributed.processes import whole_state
-from soul.models import load
+from soul.models import causal_lm, load
 from tests.support.models import examples, tiny_model, tiny_tokenizer
 
 unlearn_module = importlib.import_module("soul.run.loop")
@@ -37,7 +37,8 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
     odd = odd if odd and dist.get_rank() == dist.get_world_size() - 1 else {}
     how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
     options = options | {name: odd[name] for name in odd if name in ("lr", "seed", "weight_decay", "epochs")}
-    config = soul.UnlearnConfig(**{"lr": 1e-3, "epochs": 2, "batch_size": 3, "backend": "reference", **options})
+    steps = {} if options.get("method") == "influence" else {"lr": 1e-3, "epochs": 2}
+    config = soul.UnlearnConfig(**{**steps, "batch_size": 3, "backend": "reference", **options})
     n_rows = 30 if "aim" in options else 12  # some are held out
     rows = examples(n_rows + 1)["data" in odd :]
     model = tiny_model(family)
@@ -127,6 +128,8 @@ def case(folder, family, options, how):
     stop = how.pop("stop", 0)
     damage = how.pop("damage", None)
     real = unlearn_module.train_step
+    compiler = causal_lm.COMPILE
+    causal_lm.COMPILE = {"backend": "aot_eager"}
     full = how.pop("full", False)
     clock = how.pop("clock", None)
     saved = []
@@ -152,10 +155,18 @@ def case(folder, family, options, how):
             warnings.simplefilter("always")
             records, weights = run(family, options, **how)
         messages = [str(w.message) for w in caught if "checkpoints" in str(w.message)]
-        return {"records": records, "weights": weights, "warnings": messages, "seed": torch.initial_seed(), "saved": saved}
+        return {
+            "records": records,
+            "weights": weights,
+            "warnings": messages,
+            "seed": torch.initial_seed(),
+            "saved": saved,
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] if "compile" in options else 0,
+        }
     except (ValueError, OSError, Stopped) as error:
         return {"error": type(error).__name__, "text": str(error)}
     finally:
+        causal_lm.COMPILE = compiler
         unlearn_module.train_step = real
         sharded.write_tensors = write
         ShardedCheckpoints.save = save
