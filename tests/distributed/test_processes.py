@@ -457,14 +457,50 @@ def tensor_parallel_worker(folder):
     norm = torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()]).norm().item()
     opt.step()
     offsets = [offset for step_group in opt._stepper.stepped[0] for offset in step_group.tensor_offsets]
-    return {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
+    result = {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
+    return result | {"hybrid": [hybrid(*case) for case in HYBRID]}
+
+
+HYBRID = [
+    (torch.float32, BOTH),
+    (torch.bfloat16, {"param_rounding": "stochastic"}),
+    (torch.bfloat16, {"state_dtype": "8bit"}),
+]
+
+
+def hybrid(dtype, options):
+    """Return what HSDP makes of three steps: shards over two processes, and two copies of them."""
+    net = shard(
+        make_net(dtype, options), dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    )
+    opt = SOUL(net.parameters(), lr=0.01, **options)
+    train(net, opt, range(3))
+    return outcome(net, opt)
 
 
 @pytest.mark.slow(reason="starts four processes")
 @pytest.mark.covers("norm, clipping, rho, telemetry", "TP")
-def test_fsdp_over_tensor_parallelism(tmp_path):
-    """The placement is a _StridedShard there, which is no Shard to torch: norm and rho are those of all four processes."""
+@pytest.mark.covers("norm, clipping, rho, telemetry", "HSDP")
+@pytest.mark.covers("24-bit and stochastic weights", "HSDP")
+@pytest.mark.covers("8-bit states", "HSDP")
+def test_fsdp_over_tensor_parallelism_and_with_copies_of_shards(tmp_path):
+    """Placements are _StridedShards there, which are no Shards to torch: norm and rho are those of all four processes.
+
+    With copies of shards (HSDP) every coordinate counts once, and the steps are those of one process.
+    """
     results = run(tmp_path, tensor_parallel_worker, world=4)
+    for number, (dtype, options) in enumerate(HYBRID):
+        net = make_net(dtype, options)
+        opt = SOUL(net.parameters(), lr=0.01, **options)
+        train(net, opt, range(3))
+        one = outcome(net, opt)
+        for got in (process["hybrid"][number] for process in results):
+            tolerance = dict(rtol=1e-5, atol=1e-8) if dtype == torch.float32 else {}
+            assert not differing(got["state"], one["state"], **tolerance), options
+            assert got["rho"] == pytest.approx(one["rho"], rel=1e-6), options
+            if "max_grad_norm" in options:
+                assert got["telemetry"]["grad_norm"] == pytest.approx(one["telemetry"]["grad_norm"], rel=1e-6)
+                assert got["fraction"] == pytest.approx(one["fraction"])
     assert all(f["telemetry"] == results[0]["telemetry"] and f["rho"] == results[0]["rho"] for f in results)
     assert results[0]["telemetry"]["grad_norm"] == pytest.approx(results[0]["norm"], rel=1e-6)
     assert [f["offsets"] for f in results] == [[0, 0], [24, 4], [12, 2], [36, 6]]  # rank 1 has the other half of the rows
