@@ -98,6 +98,13 @@ def test_verdicts_are_those_of_the_complete_seeds(scripts):
     assert report.scores(high, before, "adamw", 0)["kept"] == 0.0
 
 
+def test_the_page_is_made_of_the_committed_results(scripts, tmp_path, monkeypatch):
+    _, _, report = scripts
+    page = FOLDER.parents[1] / "docs" / "pretrained.md"
+    call(report, monkeypatch, "--page", tmp_path / "page.md", "--picture", tmp_path / "picture.png")
+    assert (tmp_path / "page.md").read_text() == page.read_text(), "python examples/pretrained/report.py"
+
+
 @pytest.mark.slow(reason="reads a model of 135 million parameters")
 def test_the_real_model_is_converted_and_knows_a_capital(monkeypatch, tmp_path):
     pytest.importorskip("gguf", reason="gguf, which reads the model, is not installed")
