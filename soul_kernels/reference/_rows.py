@@ -186,16 +186,17 @@ def divergence_gradient(
     mean_scores = divergences[MODEL_SIDE if kind == "jsd" else DIVERGENCE]
     p_rest, q_rest = statistics[ONE_MINUS_P], ref_statistics[ONE_MINUS_P]
     for rows in _blocks(logits, DIVERGENCE_BLOCK):
-        log_p = _log_probs(logits, labels_in, statistics, rows, logit_scale, softcap)
-        log_q = _log_probs(ref_logits, labels_in, ref_statistics, rows, logit_scale, softcap)
         column = labels_in[rows, None]
-        p = log_p.exp()
         if kind == "kl":
-            gradient = p - log_q.exp()
+            p = _probs(logits, labels_in, statistics, rows, logit_scale, softcap)
+            gradient = p - _probs(ref_logits, labels_in, ref_statistics, rows, logit_scale, softcap)
             # Where p of the label is close to 1, p - q is (1 - q) - (1 - p): both were summed without the label.
             at_label = torch.where(p_rest[rows] < 0.5, q_rest[rows] - p_rest[rows], gradient.gather(1, column)[:, 0])
             gradient.scatter_(1, column, at_label[:, None])
         else:
+            log_p = _log_probs(logits, labels_in, statistics, rows, logit_scale, softcap)
+            log_q = _log_probs(ref_logits, labels_in, ref_statistics, rows, logit_scale, softcap)
+            p = log_p.exp()
             gradient = p * (score(log_p, log_q, kind, beta) - mean_scores[rows, None])
         by_logp = p.neg_().scatter_(1, column, p_rest[rows, None])  # derivative of log p(label)
         gradient.mul_(weights[rows, None]).addcmul_(by_logp, coefficients[rows, None])
@@ -211,6 +212,15 @@ def _log_probs(
     z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
     log_p = z - statistics[ROW_MAX, rows, None] - statistics[TOTAL, rows, None].log()
     return log_p.scatter_(1, labels[rows, None], statistics[LOGP, rows, None])
+
+
+def _probs(
+    logits: Tensor, labels: Tensor, statistics: Tensor, rows: slice, logit_scale: float, softcap: float | None
+) -> Tensor:
+    """Return the probabilities of some rows: where two are close, the exponential of a rounded logarithm would lose digits."""
+    z = transformed(_at_least_fp32(logits[rows]), logit_scale, softcap)
+    p = (z - statistics[ROW_MAX, rows, None]).exp_().div_(statistics[TOTAL, rows, None])
+    return p.scatter_(1, labels[rows, None], statistics[LOGP, rows, None].exp())
 
 
 def likeliest_statistics(

@@ -365,7 +365,7 @@ def ragged(n):
 
 
 @pytest.mark.parametrize("old, new", [
-    ("batch.within(self.whole)", "batch"), ('terms.get("loss", 0.0) + loss.detach()', "loss.detach()"),
+    ("batch.within(self.whole, self.add_up)", "batch"), ('terms.get("loss", 0.0) + loss.detach()', "loss.detach()"),
     ("sums.get(name, 0.0) -", "0.0 -"),
 ])  # fmt: skip
 def test_what_is_not_one_batch_is_noticed(old, new, tokenizer, tmp_path, monkeypatch):
