@@ -128,11 +128,16 @@ def check_releasable(group: ParamGroup) -> None:
             raise argument_error(name, "None or False with gradient release", group[name], remedy)
 
 
-def check_not_in_pieces(group: ParamGroup) -> None:
+def check_not_in_pieces(group: ParamGroup, first: torch.Tensor | None = None) -> None:
     """Raise for an option that needs all gradients, if a framework shows the optimizer one process's piece of them only.
 
+    Args:
+        group: a parameter group.
+        first: its first parameter in the first step; None: this is the first step.
+
     Raises:
-        ArgumentError: ``max_grad_norm`` or ``skip_nonfinite`` under DeepSpeed's ZeRO or FSDP1, or ``rho="auto"`` under FSDP1.
+        ArgumentError: ``max_grad_norm`` or ``skip_nonfinite`` under DeepSpeed's ZeRO or FSDP1; ``rho="auto"`` under FSDP1, or
+            if ZeRO-3 steps one sub-group after the other, each of which would move rho.
     """
     clips = group["max_grad_norm"] not in (None, math.inf)
     if not (clips or group["skip_nonfinite"] or group["clip_target"] is not None):
@@ -148,6 +153,9 @@ def check_not_in_pieces(group: ParamGroup) -> None:
         raise argument_error("skip_nonfinite", f"False {condition}", True, "leave it out, or use FSDP2")
     if framework != "DeepSpeed":  # whose pieces are of one size, so that their counts make a fraction
         raise argument_error("rho", f"a number {condition}", "'auto'", "pass one, tuned in one process or under FSDP2")
+    if first is not None and group["params"][0] is not first:
+        remedy = "raise sub_group_size in DeepSpeed's configuration above the number of parameters, or pass a number"
+        raise argument_error("rho", "a number where ZeRO-3 steps several sub-groups one by one", "'auto'", remedy)
 
 
 def settle_options(group: ParamGroup) -> None:

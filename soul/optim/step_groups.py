@@ -261,6 +261,7 @@ class StepGroups:
     def __init__(self, optimizer: GroupedOptimizer) -> None:
         self._optimizer = weakref.proxy(optimizer)  # a cycle would keep states on a GPU until Python collects garbage
         self._step_groups: dict[Hashable, list[StepGroup]] = {}  # by index of the parameter group, or by parameter
+        self._first_params: dict[int, torch.Tensor] = {}  # index of a group -> its first parameter in the first step
         self._known_states: list[dict[str, Any]] = []  # the states that the step groups were made for
         # Index of a group -> version, and the options in FIXED and in ON_DEVICE that have been checked; None if not lasting.
         self._options: dict[int, tuple[int, tuple[Any, ...] | None, tuple[Any, ...] | None]] = {}
@@ -288,8 +289,8 @@ class StepGroups:
         fresh: dict[int, list[torch.Tensor]] = {}  # index of a group whose step groups do not fit -> its parameters
         for index, group in enumerate(groups):
             options_version = self._check_options(group, index)
-            check_not_in_pieces(group)
             params = group["params"]
+            check_not_in_pieces(group, self._first_params.setdefault(index, params[0]) if params else None)
             grads = [p.grad for p in params]
             if capturing:
                 self._check_capture(group, index, grads, bs)

@@ -433,6 +433,15 @@ def test_a_flat_piece_of_deepspeed_is_not_taken_for_the_whole(monkeypatch):
             for read in (opt.clip_fraction, opt.telemetry):
                 with pytest.raises(ValueError, match="telemetry: expected an optimizer of whole parameters .* under DeepSpeed"):
                     read()
+            after = flat.detach().clone()
+            other = torch.ones(3, requires_grad=True)
+            other.grad = torch.ones(3)
+            opt.param_groups[0]["params"] = [other]  # the next sub-group of ZeRO-3
+            with pytest.raises(ValueError, match="rho: expected a number where ZeRO-3 steps several sub-groups one by one"):
+                opt.step()
+            assert other.eq(1).all() and torch.equal(flat, after)
+            opt.param_groups[0]["params"] = [flat]
+            opt.step()
         else:
             with pytest.raises(ValueError, match=message):
                 opt.step()
