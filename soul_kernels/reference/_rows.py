@@ -106,8 +106,12 @@ def lowered(statistics: Tensor, labels: Tensor, strengths: Tensor | None) -> Ten
     out = torch.empty_like(statistics)
     row_max, total = statistics[ROW_MAX], statistics[TOTAL]
     at_label = statistics[LOGP] + row_max + total.log() - strengths
-    others = (row_max + (statistics[ONE_MINUS_P] * total).log()).clamp(min=LOWEST)  # their logsumexp
-    fill_statistics(out, labels, labels != IGNORE_INDEX, at_label, others, torch.ones_like(others))
+    rest = statistics[ONE_MINUS_P] * total
+    # A logarithm rounds the rest by some 1e-7, which shows where model and reference are close. Below 1 the label has been the
+    # maximum, that of the others is not known, and their logsumexp takes its place.
+    is_below = rest < 1.0
+    others_max = torch.where(is_below, (row_max + rest.log()).clamp(min=LOWEST), row_max)
+    fill_statistics(out, labels, labels != IGNORE_INDEX, at_label, others_max, rest.masked_fill(is_below, 1.0))
     return out
 
 
