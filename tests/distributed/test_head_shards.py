@@ -178,8 +178,8 @@ def worker(folder, variants, names, more):
     # The vocabulary is cut along the last dimension.
     shape, names_of_dims = ((world,), ("vocabulary",)) if world == 2 else ((1, world), ("replicas", "vocabulary"))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names_of_dims)
-    found = {name: MORE[name](mesh) for name in more}
-    return found | {f"{variant}, {name}": computed(name, variant, mesh) for variant in variants for name in names}
+    by_name = {name: MORE[name](mesh) for name in more}
+    return by_name | {f"{variant}, {name}": computed(name, variant, mesh) for variant in variants for name in names}
 
 
 def computed(name, variant, mesh):
@@ -245,7 +245,7 @@ def of_models(mesh):
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    found = {}
+    by_layout = {}
     for (layout, options), (name, objective) in zip(LAYOUTS.items(), 2 * list(MODEL_OBJECTIVES.items()), strict=True):
         family = "llama, untied" if name == "npo" else "phi, head with a bias"
         model, ref_model, batch = model_and_batch(family)
@@ -256,8 +256,8 @@ def of_models(mesh):
         gradients = {key: p.grad for key, p in model.named_parameters()}
         held = gradients["lm_head.weight"].to_local().nbytes
         whole = {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in gradients.items()}
-        found[layout] = {"family": family, "objective": name, "loss": loss.detach(), "gradients": whole, "held": held}
-    return found
+        by_layout[layout] = {"family": family, "objective": name, "loss": loss.detach(), "gradients": whole, "held": held}
+    return by_layout
 
 
 # Faults of the functions that combine shards -> a case that notices them.
@@ -276,13 +276,13 @@ def of_mutants(mesh):
     """Return what each mutant computes in its case."""
     rows = importlib.import_module("soul_kernels._head.rows")
     functions = rows.ShardFunctions
-    found = {}
+    by_mutant = {}
     for number, ((old, new), name) in enumerate(MUTANTS.items()):
         with tempfile.TemporaryDirectory() as folder:
             rows.ShardFunctions = mutant("soul_kernels._head.shards", old, new, pathlib.Path(folder)).ShardFunctions
-        found[str(number)] = computed(name, "fp64", mesh)
+        by_mutant[str(number)] = computed(name, "fp64", mesh)
     rows.ShardFunctions = functions
-    return found
+    return by_mutant
 
 
 MORE = {"drawn by generator": drawn_by_generator, "models": of_models, "mutants": of_mutants}

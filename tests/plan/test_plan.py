@@ -341,26 +341,28 @@ def test_offloaded_states_take_main_memory_and_the_link():
 
 
 def test_ways_fit_and_come_cheapest_first():
-    found = ways("8b", UnlearnConfig(), card="a100-80gb", gpus=2)
-    assert len(found.fitting) > 4
-    seconds = [way.plan.step_seconds for way in found.fitting]
+    listed = ways("8b", UnlearnConfig(), card="a100-80gb", gpus=2)
+    assert len(listed.fitting) > 4
+    seconds = [way.plan.step_seconds for way in listed.fitting]
     assert seconds == sorted(seconds)
-    for way in found.fitting:
+    for way in listed.fitting:
         case = way.plan.case
         assert way.plan.peak_bytes + ROOM <= 80e9
         assert (way.command.startswith("torchrun --nproc-per-node 2 -m soul unlearn")) == (case.gpus == 2)
-        alike = [each for each in found.fitting if (each.plan.case.gpus, each.plan.case.adapters) == (case.gpus, case.adapters)]
+        alike = [
+            each for each in listed.fitting if (each.plan.case.gpus, each.plan.case.adapters) == (case.gpus, case.adapters)
+        ]
         for part in alike:  # one that saves less is slower
             assert not set(part.savings) < set(way.savings) or way.plan.step_seconds < 0.95 * part.plan.step_seconds
-    assert found.table().count("--lora-rank 16") == sum(way.plan.case.adapters is not None for way in found.fitting)
+    assert listed.table().count("--lora-rank 16") == sum(way.plan.case.adapters is not None for way in listed.fitting)
 
 
 def test_what_comes_nearest_if_nothing_fits():
-    found = ways("8b", UnlearnConfig(), card="10:1000:100", adapters=dict(rank=8, targets=["q_proj", "v_proj"]))
-    assert not found.fitting
-    table = found.table()
+    listed = ways("8b", UnlearnConfig(), card="10:1000:100", adapters=dict(rank=8, targets=["q_proj", "v_proj"]))
+    assert not listed.fitting
+    table = listed.table()
     assert "No way to run llama-3.1-8b on 1 x 10:1000:100 fits. The nearest misses by" in table
-    miss = (found.nearest.plan.peak_bytes + ROOM - 10e9) / 1e9
+    miss = (listed.nearest.plan.peak_bytes + ROOM - 10e9) / 1e9
     assert f"misses by {miss:.1f} GB a GPU" in table and "--lora-targets q_proj,v_proj" in table
 
 
@@ -371,7 +373,7 @@ def test_the_command_line_of_a_way_is_its_run(directory, options, monkeypatch):
     """The command plans the same options; what was asked for belongs to every way."""
     run_options = {name: options[name] for name in ("dtype", "adapters") if name in options}
     config = UnlearnConfig(**{name: value for name, value in options.items() if name not in run_options}, batch_size=2)
-    found = ways(directory / "model", config, length=16, **run_options)
+    listed = ways(directory / "model", config, length=16, **run_options)
     every = ways(directory / "model", config, length=16, card="0.001:1:1", **run_options)  # nothing fits
     planned = []
 
@@ -380,7 +382,7 @@ def test_the_command_line_of_a_way_is_its_run(directory, options, monkeypatch):
         return types.SimpleNamespace(table=lambda: "")
 
     monkeypatch.setattr("soul.commands.unlearn.plan_run", record)
-    for way in (*found.fitting, every.nearest):
+    for way in (*listed.fitting, every.nearest):
         words = shlex.split(way.command, comments=True)
         assert main([*words[1:], "--dry-run"]) == 0
         config, others = planned.pop()

@@ -25,12 +25,12 @@ class Mark(NamedTuple):
 
 def marks(directory=TESTS):
     """Return the marks of all tests, by file and line."""
-    found = []
+    marked = []
     for path in sorted(directory.rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
-                found += _of_test(node, path.relative_to(directory.parent))
-    return found
+                marked += _of_test(node, path.relative_to(directory.parent))
+    return marked
 
 
 def _of_test(function, path):
@@ -43,15 +43,15 @@ def _of_test(function, path):
             yield Mark(feature, layout, reason[0] if reason else None, f"{path.as_posix()}::{function.name}")
 
 
-def table(found):
+def table(marked):
     """Return the table: a row for each feature, in the order of its first mark in a file, a column for each layout."""
-    features = list(dict.fromkeys(mark.feature for mark in sorted(found, key=lambda mark: mark.feature.casefold())))
+    features = list(dict.fromkeys(mark.feature for mark in sorted(marked, key=lambda mark: mark.feature.casefold())))
     notes = {}
     lines = [f"| feature | {' | '.join(LAYOUTS)} |", "|---" * (len(LAYOUTS) + 1) + "|"]
     for feature in features:
         cells = []
         for layout in LAYOUTS:
-            here = [mark for mark in found if (mark.feature, mark.layout) == (feature, layout)]
+            here = [mark for mark in marked if (mark.feature, mark.layout) == (feature, layout)]
             covered = [mark.test for mark in here if mark.reason is None]
             refused = [mark.reason for mark in here if mark.reason is not None]
             numbers = [notes.setdefault(test, len(notes) + 1) for test in covered]
