@@ -26,6 +26,23 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
+def laid_out_as(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor, which every process has, in the shards of a DTensor; without one of both, the tensor as it is.
+
+    Nothing is sent.
+
+    Args:
+        target: a DTensor of the same shape; or any other tensor.
+        whole: values.
+    """
+    if not is_sharded(target) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded = cast("DTensor", target)
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
 def wait_for_offload(param: torch.Tensor) -> None:
     """Wait, in a hook that FSDP2 calls, until the gradient of a parameter in main memory has arrived there.
 
