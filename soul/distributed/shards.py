@@ -2,6 +2,7 @@
 that looks like a whole tensor (DeepSpeed's ZeRO, FSDP1).
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -69,6 +70,15 @@ class _Cut(NamedTuple):
     placement: "Placement"
     size: int  # number of processes
     rank: int  # of this process among them
+
+
+def n_copies(param: torch.Tensor) -> int:
+    """Return how many processes of its mesh hold the same elements of a parameter; 1 for a tensor that is no DTensor."""
+    if not is_sharded(param):
+        return 1
+    sharded = cast("DTensor", param)
+    sizes = (sharded.device_mesh.size(dim) for dim, placement in enumerate(sharded.placements) if not splits(placement))
+    return math.prod(sizes)
 
 
 def first_number(param: torch.Tensor) -> int:
