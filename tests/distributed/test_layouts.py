@@ -22,15 +22,14 @@ COPIES = {
         "llama, untied",
         {"method": "npo", "clip_target": 0.5, "eval_every": 2, "keep_best": "max forget_prob"},
     ),
-    "micro-batches, pairs": (
-        "llama, tied",
-        {"method": "dpo", "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
-    ),
     "one ratio of the batch": (
         "llama, tied",
         {"method": "npo", "method_options": {"reduction": "token_mean"}, "backend": "torch"},
     ),
-    "curvature": ("llama, untied", {**CURVATURE, "state_dtype": None}),
+    "curvature, micro-batches": (
+        "llama, untied",
+        {**CURVATURE, "state_dtype": None, "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
+    ),
     "influence": ("llama, tied", {"method": "influence", "method_options": {"curvature": "woodfisher", "damping": 1.0}}),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
