@@ -41,13 +41,18 @@ CASES = {
     **{name: [family, {**options, "replicas": 2}, {}] for name, (family, options) in COPIES.items()},
     "adapters": [LORA[0], {**LORA[1], "replicas": 2}, LORA[2]],
     "kept": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2}, {}],
-    "released": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2, "gradient_release": True}, {}],
+    "released": [
+        "llama, untied",
+        {**CURVATURE, "max_grad_norm": None, "replicas": 2, "gradient_release": True, "state_offload": True},
+        {},
+    ],
     "whole": ["llama, tied", BF16, {**SAVED, "output": "whole"}],
     "stopped": ["llama, tied", BF16, {**SAVED, "output": "broken", "stop": 3}],
     "resumed": ["llama, tied", BF16, {**SAVED, "output": "broken", "resume": True}],
     "stopped in main memory": ["llama, tied", {**BF16, "cpu_offload": True}, {**SAVED, "output": "left", "stop": 3}],
     "resumed without copies": ["llama, tied", {**BF16, "replicas": 1}, {**SAVED, "output": "left", "resume": True}],
     "in main memory": [*IN_MAIN_MEMORY, {}],
+    "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
     "three copies": ["llama, tied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
 
@@ -90,7 +95,8 @@ def test_adapters_over_copies_are_those_of_one_process(results):
 
 
 @pytest.mark.covers("gradient release", "HSDP")
-def test_released_gradients_leave_the_weights_as_they_are(results):
+@pytest.mark.covers("states in main memory (`--state-offload`)", "HSDP")
+def test_released_gradients_and_offloaded_states_leave_the_weights_as_they_are(results):
     (got, *others), (want, *_) = results["released"], results["kept"]
     assert all(lasting(got["records"]) == lasting(other["records"]) for other in others)
     assert all(torch.equal(got["weights"][name], tensor) for name, tensor in want["weights"].items())
@@ -120,7 +126,12 @@ def test_a_model_in_main_memory_is_that_of_one_process(results):
         assert torch.allclose(resumed["weights"][name].float(), tensor.float(), rtol=1e-2, atol=1e-4), name
 
 
-def test_copies_that_do_not_fit_are_refused(results, folder):
+@pytest.mark.refuses(
+    "CUDA graphs (`--cuda-graph`)", "HSDP", "a graph repeats addresses, and shards are gathered into memory that changes"
+)
+def test_graphs_and_copies_that_do_not_fit_are_refused(results, folder):
+    for rank in results["graph"]:
+        assert rank["text"].startswith("cuda_graph: expected False with several processes, got True; ")
     for rank in results["three copies"]:
         assert rank["text"].startswith("replicas: expected a divisor of 4, the number of processes, got 3; ")
     assert not (folder / "refused").exists()
