@@ -5,9 +5,9 @@ How it works: `started` joins the processes of torchrun into a group. `shard` cu
 if it is whole), `gathered` runs a computation that needs its head, and the methods of `Processes` exchange numbers and Python
 objects.
 
-Every process runs the same program in the same order. A forward pass of a sharded model, `full`, `whole_state` and the methods
-of `Processes` that exchange something are collective: if one process skips such a call, or raises before it, the others wait
-for it. So work that may fail in one process alone, such as writing a file, goes through `Processes.together` or
+Every process runs the same program in the same order. A forward pass of a sharded model, `full` and the methods of
+`Processes` that exchange something are collective: if one process skips such a call, or raises before it, the others wait for
+it. So work that may fail in one process alone, such as writing a file, goes through `Processes.together` or
 `Processes.on_first`, which raise its error in all processes. A decision that depends on something local, such as a signal, a
 clock or a file, goes through `Processes.any` or `Processes.broadcast`.
 
@@ -268,31 +268,6 @@ def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
 def reshard(model: torch.nn.Module) -> None:
     """Cut the root's parameters of a sharded model again, which FSDP2 keeps whole for a backward pass, after a forward pass."""
     cast("FSDPModule", model).reshard()
-
-
-def whole_state(model: torch.nn.Module, *, trained: bool = False) -> dict[str, torch.Tensor]:
-    """Return ``model.state_dict()`` with whole tensors on the CPU in the first process, and {} in the others.
-
-    Names of one tied parameter share one tensor. Tensors are gathered one at a time. Every process must call this.
-
-    Args:
-        model: a model in shards.
-        trained: leave out parameters that require no gradient, such as those below adapters.
-    """
-    is_first = Processes.of(model).first
-    state: dict[str, torch.Tensor] = {}
-    first_names: dict[int, str] = {}  # id of a tensor -> the first of its names
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if trained and not tensor.requires_grad:
-            continue
-        first_name = first_names.setdefault(id(tensor), name)
-        if first_name == name:
-            whole = full(tensor.detach())  # collective
-            if is_first:
-                state[name] = whole.cpu()
-        elif is_first:
-            state[name] = state[first_name]
-    return state
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import torch
 
 from soul.checkpoint.format import checksum, versions
-from soul.checkpoint.local import Checkpoints, Stopped, has_ended, save_model
+from soul.checkpoint.local import Checkpoints, Stopped, has_ended
+from soul.checkpoint.saving import save_model
 from soul.data import sources
 from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
