@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor, Shard, empty
+from torch.distributed.tensor import DTensor, empty
 
 from soul._extras import require
 from soul.checkpoint.format import (
@@ -138,8 +138,8 @@ class ShardedCheckpoints(Checkpoints):
     ) -> list[dict[str, Any]]:
         """As in `Checkpoints`.
 
-        A run may go on with another number of processes. Then last bits differ, and the random generators of additional
-        processes stay as they are.
+        A run may go on with another number of processes, or of copies of its shards. Then last bits differ, and the random
+        generators of additional processes stay as they are.
         """
         self.check(run)
         steps = self.processes.broadcast(self.steps())
@@ -159,14 +159,14 @@ class ShardedCheckpoints(Checkpoints):
             check_fits(path.name, model_tensors, saved)
             if self.processes.first:
                 warn_of_environment(path, state["environment"], environment(model))
-            mesh = cast(DTensor, next(model.parameters())).device_mesh
+            cut = cast(DTensor, next(model.parameters()))  # as all parameters are, and their states
             tensors = {MODEL_PREFIX + name: tensor for name, tensor in model_tensors.items()}
             for name, tensor in layout.tensors.items():
                 if name in tensors:
                     continue
                 dtype = tensor.properties.dtype
                 if layout.sharded[name]:
-                    tensors[name] = empty(tensor.size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+                    tensors[name] = empty(tensor.size, dtype=dtype, device_mesh=cut.device_mesh, placements=cut.placements)
                 else:
                     tensors[name] = torch.empty(tensor.size, dtype=dtype, device="cpu")
             dcp.load(tensors, storage_reader=_Reader(path, layout))
