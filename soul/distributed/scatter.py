@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Box = tuple[slice, ...]  # the part of a tensor that one process holds
 
 
-def shard_from_first(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
+def shard_from_first(model: "PreTrainedModel", device: torch.device, head_in_shards: bool = False) -> "PreTrainedModel":
     """Cut the first process's model into shards over all processes of the group, in place, as `shard` does.
 
     Shapes, dtypes, weights and buffers are those of the first process, bit for bit. Every process must call this.
@@ -38,12 +38,13 @@ def shard_from_first(model: "PreTrainedModel", device: torch.device) -> "PreTrai
         model: in the first process a Hugging Face model on the CPU, which peft may have wrapped. In the others one of the same
             modules, whose values are not used: it may be on the meta device.
         device: type "cpu" or "cuda", of the shards and buffers.
+        head_in_shards: as in `shard`.
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: a process has a model with other parameters or buffers, or with other ones tied.
+        ArgumentError: a process has a model with other parameters or buffers, or with other ones tied; or as `shard`.
     """
     processes = Processes.here()
     whole = _tensors(model)
@@ -51,7 +52,7 @@ def shard_from_first(model: "PreTrainedModel", device: torch.device) -> "PreTrai
     processes.together(lambda: _check_names(list(whole), list(first)))
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in first.items()}
     _replace(model, {id(tensor): empty[name] for name, tensor in whole.items()})
-    shard(model, device)
+    shard(model, device, head_in_shards)
     parts = _tensors(model)
     boxes = processes.gather({name: _box(part) for name, part in parts.items()})
     values = {}

@@ -69,6 +69,8 @@ class UnlearnConfig:
         batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
+        head_in_shards: with several processes, never gather the output head: each of them has its rows of the vocabulary, and
+            their gradient, alone. The head must not be tied to the embeddings.
         max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
             step.
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
@@ -133,6 +135,7 @@ class UnlearnConfig:
     epochs: int = 5
     batch_size: int = 4
     accumulate: int = 1
+    head_in_shards: bool = False
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = False
     gradient_release: bool = False
@@ -281,9 +284,10 @@ class UnlearnConfig:
     def decisive(self) -> dict[str, Any]:
         """Return the options that decide the numbers of a run, by name: a run can only be resumed with the same ones.
 
-        A file of refusals is represented by a hash of its content. ``state_offload`` changes no number.
+        A file of refusals is represented by a hash of its content. ``state_offload`` and ``head_in_shards`` change no number, up
+        to rounding.
         """
-        left_out = ["reference_cache", "state_offload"] + ([] if self.aims else ["aim", "keep_retain"])
+        left_out = ["reference_cache", "state_offload", "head_in_shards"] + ([] if self.aims else ["aim", "keep_retain"])
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
         options["eval_metrics"] = list(self.eval_metrics)  # as JSON has it
         if self.refusals is not None:

@@ -141,7 +141,8 @@ class Unlearner:
         if several:
             by_name = isinstance(model, (str, os.PathLike))
             processes.check_alike(self._contents(weights=not by_name))
-            self.model = (shard_from_first if by_name else shard)(self.model, run_device)
+            cut = shard_from_first if by_name else shard
+            self.model = cut(self.model, run_device, self.config.head_in_shards)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._sources = {name: str(source) for name, source in data.items() if isinstance(source, (str, os.PathLike))}
         self._saved: pathlib.Path | None = None  # the output directory of a run that has ended

@@ -77,13 +77,13 @@ class Rounds:
         own = x.new_zeros((size, x.shape[1]))
         own[: len(x)] = x
         rows = x.new_empty((self.n_processes * size, x.shape[1]))
-        dist.all_gather_into_tensor(rows, own, group=self._group)
+        _collective("all_gather_single", "all_gather_into_tensor")(rows, own, group=self._group)
         return rows
 
     def sum_of_own(self, partial: Tensor, n: int) -> Tensor:
         """Return the sums over the processes of the n rows of this process, from all rows of a round [processes * size, D]."""
         own = partial.new_empty((len(partial) // self.n_processes, partial.shape[1]))
-        dist.reduce_scatter_tensor(own, partial, group=self._group)
+        _collective("reduce_scatter_single", "reduce_scatter_tensor")(own, partial, group=self._group)
         return own[:n]
 
     def all_values(self, values: Tensor, size: int, fill: float = 0) -> Tensor:
@@ -96,6 +96,11 @@ class Rounds:
         size = values.shape[-1] // self.n_processes
         start = self.shard.mesh.get_local_rank(self.shard.dim) * size
         own.copy_(values[..., start : start + own.shape[-1]])
+
+
+def _collective(name: str, older_name: str) -> Any:
+    """Return a function of torch.distributed, which versions of torch before 2.13 know by an older name."""
+    return getattr(dist, name, None) or getattr(dist, older_name)
 
 
 class RoundFunctions:
@@ -201,7 +206,7 @@ class _WithOneScale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, shard: VocabShard) -> Tensor:
         ctx.shard = shard
-        return loss.view_as(loss)
+        return loss.clone()  # FSDP2 warns of a view
 
     @staticmethod
     @once_differentiable
