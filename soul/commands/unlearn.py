@@ -65,6 +65,7 @@ FREE_ON_RESUME = (
     "state_offload",
     "cpu_offload",
     "replicas",
+    "head_in_shards",
     "reference_cache",
     "save_every",
     "save_minutes",
@@ -201,6 +202,11 @@ def add_training(group: argparse._ActionsContainer) -> None:
         "--gradient-release",
         action="store_true",
         help="step each parameter in the backward pass, and free its gradient; needs --max-grad-norm inf",
+    )
+    add(
+        "--head-in-shards",
+        action="store_true",
+        help="with torchrun: never gather the output head; each process has its rows of the vocabulary, and their gradient",
     )
     add("--compile", action="store_true", help="the model's body under torch.compile")
     add("--cuda-graph", action="store_true", help="replay the whole step as one CUDA graph, a graph for each shape")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from soul.distributed.processes import Processes, gathered, is_finite, reshard, sharded_layers
+from soul.distributed.processes import COMPUTE, Processes, gathered, is_finite, reshard, sharded_layers
 from soul.distributed.shards import is_sharded, local
 from soul.models.quantized import dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
@@ -91,6 +91,15 @@ def stored_head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
     if getattr(layer, "disable_adapters", False) and hasattr(layer, "original_module"):
         layer = layer.original_module  # peft before 0.14 shows the copy while adapters are off
     return layer.weight, getattr(layer, "bias", None)
+
+
+def lm_head(model: "PreTrainedModel") -> Head:
+    """Return the head with scale and cap, as the ops of ``soul_kernels`` take it beside this process's tokens.
+
+    Of a model in shards it is to be called within `soul.distributed.gathered`.
+    """
+    weight, bias = head(model)
+    return Head(weight, bias, **transform(model), own_tokens=is_sharded(weight) and hasattr(model, COMPUTE))
 
 
 def transform(model: "PreTrainedModel") -> Transform:
@@ -332,11 +341,10 @@ def _at_head(op: Callable[..., T], model: "PreTrainedModel", batch: "Batch", bac
     """Return the result of an op on the hidden states of a batch and the model's head."""
 
     def compute() -> T:
-        weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
             options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=backend)
-            return op(hidden, Head(weight, bias, **transform(model)), batch.labels, options=options)
+            return op(hidden, lm_head(model), batch.labels, options=options)
 
     return gathered(model, compute)
 
@@ -392,6 +400,7 @@ def gnb_loss(
     batch: "Batch",
     *,
     generator: torch.Generator | None = None,
+    n_tokens: int | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
 ) -> Tensor:
@@ -403,17 +412,17 @@ def gnb_loss(
         model: a causal language model.
         batch: a batch; only the positions of its labels count, not their values.
         generator: random generator of the draws, on the model's device; None: torch's own.
+        n_tokens: number of tokens that the sum over this batch is divided by; None: that of its labelled tokens.
         backend: as in `soul_kernels.linear_gnb`.
         chunk_bytes: as in `soul_kernels.LinearOptions`.
     """
 
     def compute() -> Tensor:
-        weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            lm_head = Head(weight, bias, **transform(model))
+            keep = batch.labels != IGNORE_INDEX
             options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=backend)
-            return linear_gnb(hidden, lm_head, batch.labels != IGNORE_INDEX, generator=generator, options=options)[0]
+            return linear_gnb(hidden, lm_head(model), keep, generator=generator, n_tokens=n_tokens, options=options)[0]
 
     return gathered(model, compute)
 

@@ -34,6 +34,7 @@ SOUL_FIELDS = (
 )  # fmt: skip
 INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", "replicas", *DATA_FIELDS)
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
+LAYOUT = ("replicas", "cpu_offload", "head_in_shards")  # where a model lies, as soul.distributed.shard takes it
 MEMORIZE = "memorize"
 CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # METHODS are those that forget
 
@@ -72,6 +73,8 @@ class UnlearnConfig:
         batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
+        head_in_shards: with several processes, never gather the output head: each of them has its rows of the vocabulary, and
+            their gradient, alone. The head must not be tied to the embeddings.
         max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
             step.
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
@@ -138,6 +141,7 @@ class UnlearnConfig:
     epochs: int = 5
     batch_size: int = 4
     accumulate: int = 1
+    head_in_shards: bool = False
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = False
     gradient_release: bool = False
@@ -296,8 +300,7 @@ class UnlearnConfig:
         A file of refusals is represented by a hash of its content. ``state_offload`` changes no number; where the model lies
         may change last bits, as the number of processes does.
         """
-        left_out = ["reference_cache", "state_offload", "cpu_offload", "replicas"]
-        left_out += [] if self.aims else ["aim", "keep_retain"]
+        left_out = ["reference_cache", "state_offload", *LAYOUT, *([] if self.aims else ["aim", "keep_retain"])]
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
         options["eval_metrics"] = list(self.eval_metrics)  # as JSON has it
         if self.refusals is not None:

@@ -22,16 +22,15 @@ from soul.models.causal_lm import (
     device_of,
     gnb_loss,
     has_adapters,
-    head,
     hidden_states,
+    lm_head,
     token_logps,
-    transform,
 )
 from soul.optim.curvature import GNB, Curvature
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease
 from soul.run.config import UnlearnConfig, norm_limit
-from soul_kernels import Head, LinearOptions, Reference, TokenBatch, linear_objective
+from soul_kernels import LinearOptions, Reference, TokenBatch, linear_objective
 from soul_kernels.chunks import default_chunk_bytes
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -195,11 +194,10 @@ def _loss(
             ref_hidden = gathered(model, lambda: hidden_states(model, batch))
 
     def compute() -> tuple[Tensor, Tensor]:
-        weight, bias = head(model)
         with autocast(model):
             return linear_objective(
                 hidden_states(model, batch),
-                Head(weight, bias, **transform(model)),
+                lm_head(model),
                 batch.labels,
                 objective,
                 is_forget=batch.is_forget,
@@ -245,8 +243,8 @@ def curvature_loss(
 
     def share_of(batch: Batch) -> Tensor:
         if generator is not None:
-            loss = gnb_loss(model, batch, generator=generator, backend=config.backend, chunk_bytes=chunk_bytes)
-            return loss * (len(batch.token_indices) / n_tokens)
+            options = {"backend": config.backend, "chunk_bytes": chunk_bytes}
+            return gnb_loss(model, batch, generator=generator, n_tokens=n_tokens, **options)
         return -token_logps(model, batch, config.backend, chunk_bytes).sum() / n_tokens
 
     for batch in batches[:-1]:

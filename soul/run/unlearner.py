@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import torch
 
 from soul.checkpoint.format import checksum, versions
-from soul.checkpoint.local import Checkpoints, Stopped, has_ended, save_model
+from soul.checkpoint.local import Checkpoints, Stopped, has_ended
+from soul.checkpoint.saving import save_model
 from soul.data import sources
 from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
@@ -42,7 +43,7 @@ from soul.output.directory import (
     write_in_place,
 )
 from soul.output.progress import shown
-from soul.run.config import UnlearnConfig, parameter_dtype
+from soul.run.config import LAYOUT, UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
 from soul.run.measures import AimData, Measures, split_control
 from soul.run.notes import Notes, check_samples
@@ -122,7 +123,7 @@ class Unlearner:
             raise argument_error("config", "a soul.UnlearnConfig", type(config).__name__, remedy)
         processes = Processes.here()
         several = processes.size > 1
-        layout: dict[str, Any] = {"replicas": self.config.replicas, "cpu_offload": self.config.cpu_offload}
+        layout: dict[str, Any] = {name: getattr(self.config, name) for name in LAYOUT}
         if several:
             options = {"dtype": dtype, "device": device, "adapters": adapters, "load_in_4bit": load_in_4bit}
             processes.check_alike({**self.config.decisive(), **layout, **options, **versions()})

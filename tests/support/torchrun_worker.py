@@ -22,7 +22,7 @@ import soul
 from soul.checkpoint import Stopped, local, sharded
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.distributed import Processes, exit_process, started
-from soul.distributed.processes import whole_state
+from soul.distributed.gather import on_first_with_tensors
 from soul.models import causal_lm, load
 from tests.support.models import examples, tiny_model, tiny_tokenizer
 
@@ -65,7 +65,7 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
         check_copies(unlearner.model, dist.get_world_size() // config.replicas)
     if Processes.of(unlearner.model).size == 1:
         return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
-    return records, whole_state(unlearner.model)
+    return records, on_first_with_tensors(unlearner.model, lambda tensors: tensors.state()) or {}
 
 
 def check_copies(model, n_shards):
