@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed.test_torchrun import LORA, assert_as_one, ended, equal, lasting, torchrun
+from tests.distributed.test_torchrun import AIM, LORA, assert_as_one, ended, equal, lasting, torchrun
 
 pytestmark = [
     pytest.mark.slow(reason="starts four processes"),
@@ -20,7 +20,14 @@ CURVATURE = {"method": "graddiff", "curvature": "retain", "curvature_every": 2, 
 COPIES = {
     "reference, rho, clipping, evaluation": (
         "llama, untied",
-        {"method": "npo", "clip_target": 0.5, "eval_every": 2, "keep_best": "max forget_prob"},
+        {
+            "method": "npo",
+            "clip_target": 0.5,
+            "eval_every": 2,
+            "keep_best": "max forget_prob",
+            "head_in_shards": True,
+            "backend": "torch",
+        },
     ),
     "one ratio of the batch": (
         "llama, tied",
@@ -34,8 +41,9 @@ COPIES = {
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
 IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "cpu_offload": True, "clip_target": 0.5, "eval_every": 2})
-# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4.
-BF16 = {"method": "graddiff", "state_dtype": "8bit", "replicas": 2}
+# 24-bit weights with 8-bit states, the head in shards over all processes; the first process alone reads the model. Checkpoints
+# after each second step of 4.
+BF16 = {"method": "graddiff", "state_dtype": "8bit", "replicas": 2, "head_in_shards": True, "backend": "torch"}
 SAVED = {"dtype": "bfloat16", "save_every": 2, "files": "by name"}
 CASES = {
     **{name: [family, {**options, "replicas": 2}, {}] for name, (family, options) in COPIES.items()},
@@ -46,14 +54,19 @@ CASES = {
         {**CURVATURE, "max_grad_norm": None, "replicas": 2, "gradient_release": True, "state_offload": True},
         {},
     ],
-    "whole": ["llama, tied", BF16, {**SAVED, "output": "whole"}],
-    "stopped": ["llama, tied", BF16, {**SAVED, "output": "broken", "stop": 3}],
-    "resumed": ["llama, tied", BF16, {**SAVED, "output": "broken", "resume": True}],
-    "stopped in main memory": ["llama, tied", {**BF16, "cpu_offload": True}, {**SAVED, "output": "left", "stop": 3}],
-    "resumed without copies": ["llama, tied", {**BF16, "replicas": 1}, {**SAVED, "output": "left", "resume": True}],
+    "whole": ["llama, untied", BF16, {**SAVED, "output": "whole"}],
+    "stopped": ["llama, untied", BF16, {**SAVED, "output": "broken", "stop": 3}],
+    "resumed": ["llama, untied", BF16, {**SAVED, "output": "broken", "resume": True}],
+    "stopped in main memory": ["llama, untied", {**BF16, "cpu_offload": True}, {**SAVED, "output": "left", "stop": 3}],
+    "resumed without copies": [
+        "llama, untied",
+        {**BF16, "replicas": 1, "head_in_shards": False},
+        {**SAVED, "output": "left", "resume": True},
+    ],
     "in main memory": [*IN_MAIN_MEMORY, {}],
+    "aim": [AIM[0], {**AIM[1], "epochs": 3, "replicas": 2}, {"output": "aim"}],
     "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
-    "three copies": ["llama, tied", {**BF16, "replicas": 3}, {"output": "refused"}],
+    "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
 
 
@@ -83,6 +96,7 @@ def results(folder):
 @pytest.mark.covers("curvature of retain data", "HSDP")
 @pytest.mark.covers("influence", "HSDP")
 @pytest.mark.covers("compilation (`--compile`)", "HSDP")
+@pytest.mark.covers("loss of a head along the vocabulary", "HSDP")
 def test_two_copies_of_shards_are_one_process(results, name):
     """Up to fp32 rounding; the worker compares the bits of the copies."""
     assert_as_one(*COPIES[name], results[name])
@@ -110,12 +124,19 @@ def test_copies_resume_bit_for_bit(results, folder):
     assert (folder / "whole" / "model.safetensors").exists() and not (folder / "broken" / "checkpoints").exists()
 
 
+@pytest.mark.covers("aim", "HSDP")
+def test_all_copies_are_led_to_an_aim_alike(results, folder):
+    first, *others = results["aim"]
+    assert all(lasting(first["records"]) == lasting(other["records"]) for other in others)
+    assert "forget_prob" in json.loads((folder / "aim" / "verdict.json").read_text())
+
+
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "HSDP")
 def test_a_model_in_main_memory_is_that_of_one_process(results):
     """Read, stepped, stopped and saved, with copies and without. On a machine without a GPU nothing is copied to and fro.
 
-    A checkpoint goes on with another number of copies, of shards, and outside of main memory; last bits then differ.
+    A checkpoint goes on with another number of copies and of shards, of the head too, and out of main memory; last bits differ.
     """
     assert_as_one(*IN_MAIN_MEMORY, results["in main memory"])
     assert results["stopped in main memory"][0]["error"] == "Stopped"
