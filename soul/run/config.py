@@ -32,7 +32,7 @@ SOUL_FIELDS = (
     "curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "state_offload", "param_rounding",
     "published_code",
 )  # fmt: skip
-INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", *DATA_FIELDS)
+INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "head_in_shards", "aim", "keep_retain", *DATA_FIELDS)
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 MEMORIZE = "memorize"
 CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # METHODS are those that forget
@@ -196,6 +196,7 @@ class UnlearnConfig:
         self._check_optimizer()
         self._check_release()
         self._check_graph()
+        self._check_head()
         self._check_influence()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error(
@@ -273,6 +274,12 @@ class UnlearnConfig:
                 remedy = remedies.get(name, "leave one of them out")
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
+    def _check_head(self) -> None:
+        """Raise for a backend that cannot compute with a part of the head."""
+        if self.head_in_shards and self.backend == "reference":
+            remedy = "it computes whole rows of logits: leave one of them out"
+            raise argument_error("backend", "another one than 'reference' with head_in_shards", repr(self.backend), remedy)
+
     def _check_influence(self) -> None:
         """Raise for options that the method "influence" does not take."""
         for field in dataclasses.fields(self) if self.method == "influence" else ():
@@ -284,8 +291,8 @@ class UnlearnConfig:
     def decisive(self) -> dict[str, Any]:
         """Return the options that decide the numbers of a run, by name: a run can only be resumed with the same ones.
 
-        A file of refusals is represented by a hash of its content. ``state_offload`` and ``head_in_shards`` change no number, up
-        to rounding.
+        A file of refusals is represented by a hash of its content. ``state_offload`` changes no number, and ``head_in_shards``
+        none but by rounding.
         """
         left_out = ["reference_cache", "state_offload", "head_in_shards"] + ([] if self.aims else ["aim", "keep_retain"])
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}

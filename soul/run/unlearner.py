@@ -124,6 +124,7 @@ class Unlearner:
         several = processes.size > 1
         if several:
             options = {"dtype": dtype, "device": device, "adapters": adapters, "load_in_4bit": load_in_4bit}
+            options["head_in_shards"] = self.config.head_in_shards
             processes.check_alike({**self.config.decisive(), **options, **versions()})
             check_supported(self.config)
         _check_model_options(model, tokenizer, dtype, device, load_in_4bit)

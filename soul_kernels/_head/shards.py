@@ -377,8 +377,8 @@ def _metrics(gathered: Tensor) -> Tensor:
     p = 1 - 1e-10 the entropy is as small, and differences of rounded numbers would be all noise.
 
     Args:
-        gathered: [processes, 6 or more, n]: logit of the label or -inf, maximum, sum of exp(z - maximum) without the label, hit,
-            entropy, variance.
+        gathered: [processes, 6 or more, n]: logit of the label or -inf, maximum, sum of exp(z - maximum) without the label,
+            hit, entropy, variance.
     """
     at_label, maxima, rests, hits, entropies, variances = gathered[:, :6].double().unbind(1)
     lse = maxima + (rests + (at_label - maxima).exp()).log()
@@ -393,7 +393,7 @@ def _metrics(gathered: Tensor) -> Tensor:
     shift = (w * away).sum(0) / total
     entropy = first_mean[0] + shift
     variance = (w * (variances + away**2)).sum(0) / total - shift**2
-    # The label is the argmax if it is that of its own columns and no column of another process is larger, or equal and before it.
+    # The label is the argmax if it is that of its own columns, and no other column is larger, or equal and before it.
     ranks = torch.arange(len(maxima), device=maxima.device)[:, None]
     owner = at_label.argmax(0)
     best = at_label.amax(0)

@@ -6,6 +6,8 @@ The processes divide the sequences of tests/distributed/test_head_shards.py amon
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import soul_kernels
 from soul import losses
@@ -30,6 +32,7 @@ NAMES = [
     for name, case in OPS.items()
     if case.get("hidden") is None and case.get("cross_entropy", {}).get("reduction") != "mean" and "memorised 5" not in name
 ]
+N_BYTES = 200  # rows of a head whose bytes are counted
 PER_SEQUENCE = ("hidden", "ref_hidden", "labels", "uniforms", "upstream", "ref_logps", "is_forget")
 OWN = {
     "cross-entropy, smoothed": {"reduction": "sum", "label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True},
@@ -70,7 +73,7 @@ def worker(folder, variants, names, divisions):
         for division in divisions
         for name in names
     }
-    return results | {"factors": of_factors(mesh)}
+    return results | {"factors": of_factors(mesh), "bytes": of_bytes(mesh)}
 
 
 def computed(name, variant, sequences, mesh):
@@ -122,6 +125,43 @@ def of_factors(mesh):
     return ""
 
 
+class Largest(TorchDispatchMode):
+    """Records the largest fp32 tensor with D columns that an operation returns, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.shape[1:] == (D,):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return result
+
+
+def of_bytes(mesh):
+    """Return the bytes of the largest gradient of the head that a step makes here: of a whole head, and of one in shards."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    sizes = []
+    for own_tokens in (False, True):
+        weight = torch.randn(N_BYTES, D, dtype=torch.bfloat16)
+        weight = (distribute_tensor(weight, mesh, [Shard(0)]) if own_tokens else weight).requires_grad_()
+        hidden = torch.randn(B, 3, D, dtype=torch.bfloat16, requires_grad=True)
+        head = Head(weight, own_tokens=own_tokens)
+        with Largest() as largest:
+            loss = soul_kernels.linear_objective(
+                hidden,
+                head,
+                torch.ones(B, 3, dtype=torch.int64),
+                losses.NPO(alpha=0.0),
+                ref_logps=torch.zeros(B),
+                options=LinearOptions(backend="torch"),
+            )
+            loss.backward()
+        sizes.append(largest.bytes)
+    return sizes
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return run(tmp_path_factory.mktemp("two"), worker, ["fp64"], NAMES, ["uneven", "nothing in one"])
@@ -158,7 +198,13 @@ def test_two_processes_with_tokens_of_their_own_are_one(division, name, results)
 def test_a_loss_with_another_factor_in_each_process_is_refused(results):
     """The sum over their tokens is formed before the factors are known."""
     for process in results:
-        assert process["factors"].startswith("loss: expected the same upstream gradient in all processes that share a head, got 1,")
+        assert process["factors"].startswith("loss: expected the same upstream gradient in all processes that share a head, ")
+
+
+def test_no_process_ever_has_the_whole_gradient_of_the_head(results):
+    """Of two processes each has half of it: the fp32 tensor of a whole head has V D 4 bytes."""
+    for process in results:
+        assert process["bytes"] == [N_BYTES * D * 4, N_BYTES // 2 * D * 4]
 
 
 @pytest.mark.slow(reason="starts processes that run kernels in Triton's interpreter")

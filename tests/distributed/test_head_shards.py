@@ -61,8 +61,10 @@ OPS = {
     "cross-entropy": {"cross_entropy": {"reduction": "mean"}, "hidden": "tokens"},
     "cross-entropy, smoothed": {"cross_entropy": {"label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True}, "bias": True},
     "cross-entropy, vocabulary 4": {"cross_entropy": {"label_smoothing": 0.2, "class_weights": True}, "n_vocab": 4},
-    "cross-entropy of tokens": {"cross_entropy": {"reduction": "none", "label_smoothing": 0.2, "class_weights": True},
-                                "lse": True},
+    "cross-entropy of tokens": {
+        "cross_entropy": {"reduction": "none", "label_smoothing": 0.2, "class_weights": True},
+        "lse": True,
+    },
 }
 # 1 - p of the label is 1e-10 or so at every token; the label is in the first shard or in the last.
 MEMORISED = {
