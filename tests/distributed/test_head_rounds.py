@@ -14,6 +14,7 @@ from soul import losses
 from soul_kernels import LinearOptions, TokenBatch
 from soul_kernels.backends import has_triton
 from soul_kernels.errors import ArgumentError
+from soul_kernels.lookup import look_up
 from soul_kernels.tokens import Head
 from tests.distributed.test_head_shards import OPS, OURS, VARIANTS, B, D, call, in_one_process, make
 from tests.distributed.test_processes import run
@@ -73,7 +74,7 @@ def worker(folder, variants, names, divisions):
         for division in divisions
         for name in names
     }
-    return results | {"factors": of_factors(mesh), "bytes": of_bytes(mesh)}
+    return results | {"factors": of_factors(mesh), "bytes": of_bytes(mesh), "embeddings": of_embeddings(mesh)}
 
 
 def computed(name, variant, sequences, mesh):
@@ -123,6 +124,27 @@ def of_factors(mesh):
     except ArgumentError as error:
         return str(error)
     return ""
+
+
+def of_embeddings(mesh):
+    """Return embeddings of this process's tokens, and the whole gradient of the table and that of its own function."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(5)
+    table, upstream = torch.randn(11, D), torch.randn(6, 2, D)
+    ids = torch.tensor([[0, 3], [10, 10], [4, 3], [7, 5], [5, 6], [10, 0]])
+    by_count = {}
+    for n_own in (4, 6):  # of 6 rows in the first process: the other one has 2 or none
+        start, stop = ((0, n_own), (n_own, 6))[dist.get_rank()]
+        weight = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
+        values = look_up(ids[start:stop], weight, padding_idx=3)
+        (values * upstream[start:stop]).sum().backward()
+        whole = table.clone().requires_grad_()
+        want = torch.nn.functional.embedding(ids, whole, padding_idx=3)
+        (want * upstream).sum().backward()
+        by_count[n_own] = {"values": values.detach(), "want": want.detach()[start:stop],
+                           "gradient": weight.grad.full_tensor(), "want gradient": whole.grad}
+    return by_count
 
 
 class Largest(TorchDispatchMode):
@@ -199,6 +221,15 @@ def test_a_loss_with_another_factor_in_each_process_is_refused(results):
     """The sum over their tokens is formed before the factors are known."""
     for process in results:
         assert process["factors"].startswith("loss: expected the same upstream gradient in all processes that share a head, ")
+
+
+def test_embeddings_in_shards_are_those_of_the_whole_table(results):
+    """Bit for bit, and so is the gradient but for the order of its sums; a row of padding gets none."""
+    for process in results:
+        for got in process["embeddings"].values():
+            assert torch.equal(got["values"], got["want"])
+            assert_close(got["gradient"], got["want gradient"], 1e-6, "gradient")
+            assert not got["gradient"][3].any()
 
 
 def test_no_process_ever_has_the_whole_gradient_of_the_head(results):
