@@ -34,22 +34,31 @@ COPIES = {
     "influence": ("llama, tied", {"method": "influence", "method_options": {"curvature": "woodfisher", "damping": 1.0}}),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
-IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "cpu_offload": True, "clip_target": 0.5, "eval_every": 2})
-# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4.
-BF16 = {"method": "graddiff", "state_dtype": "8bit", "replicas": 2}
+IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})
+# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4. The head is
+# cut over all processes, everything else over two.
+BF16 = {"method": "graddiff", "state_dtype": "8bit", "backend": "torch", "replicas": 2, "head_in_shards": True}
 SAVED = {"dtype": "bfloat16", "save_every": 2, "files": "by name"}
 CASES = {
     **{name: [family, {**options, "replicas": 2}, {}] for name, (family, options) in COPIES.items()},
     "adapters": [LORA[0], {**LORA[1], "replicas": 2}, LORA[2]],
     "kept": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2}, {}],
     "released": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2, "gradient_release": True}, {}],
-    "whole": ["llama, tied", BF16, {**SAVED, "output": "whole"}],
-    "stopped": ["llama, tied", BF16, {**SAVED, "output": "broken", "stop": 3}],
-    "resumed": ["llama, tied", BF16, {**SAVED, "output": "broken", "resume": True}],
-    "stopped in main memory": ["llama, tied", {**BF16, "cpu_offload": True}, {**SAVED, "output": "left", "stop": 3}],
-    "resumed without copies": ["llama, tied", {**BF16, "replicas": 1}, {**SAVED, "output": "left", "resume": True}],
-    "in main memory": [*IN_MAIN_MEMORY, {}],
-    "three copies": ["llama, tied", {**BF16, "replicas": 3}, {"output": "refused"}],
+    "whole": ["llama, untied", BF16, {**SAVED, "output": "whole"}],
+    "stopped": ["llama, untied", BF16, {**SAVED, "output": "broken", "stop": 3}],
+    "resumed": ["llama, untied", BF16, {**SAVED, "output": "broken", "resume": True}],
+    "stopped in main memory": ["llama, untied", {**BF16, "cpu_offload": True}, {**SAVED, "output": "left", "stop": 3}],
+    "resumed without copies": [
+        "llama, untied",
+        {**BF16, "replicas": 1, "head_in_shards": False},
+        {**SAVED, "output": "left", "resume": True},
+    ],
+    "in main memory": [
+        IN_MAIN_MEMORY[0],
+        {**IN_MAIN_MEMORY[1], "cpu_offload": True, "head_in_shards": True},
+        {},
+    ],
+    "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
 
 
