@@ -209,7 +209,7 @@ def _parameters_of_states(parts: State, components: Mapping[str, Stateful]) -> d
         parts: JSON values of the components, as `soul.checkpoint.format.pack` makes them.
         components: objects with a state, by name; those that are optimizers count.
     """
-    owners = {}
+    owners: dict[str, torch.Tensor] = {}
     for name, content in parts["dict"]:
         component = components.get(name)
         if isinstance(component, torch.optim.Optimizer):
