@@ -1,10 +1,11 @@
 """Embeddings of tokens from a table that is cut by rows, for processes with tokens of their own.
 
-This is the other end of a head in shards (`soul_kernels.Head.own_tokens`): where embeddings and head are tied, both use the same
-rows. It goes in rounds, as the ops on the head do (`_head.rounds`). In a round each process puts in some of its tokens; every
-process looks up those of them whose rows it has, and zeros for the others; the sums over the processes, of which one is not 0,
-go back to the processes of the tokens. In backward the gradients go to all processes, and each adds up those of its own rows.
-So no process ever has the whole table or its whole gradient, and the embeddings are those of the whole table, bit for bit.
+This is the other end of a head in shards (`soul_kernels.Head.own_tokens`): where embeddings and head are tied, both use the
+same rows. It goes in rounds, as the ops on the head do (`_head.rounds`). In a round each process puts in some of its tokens.
+Every process looks up those whose rows it has, and takes zeros for the others. The sums over the processes, each of one row and
+zeros, go back to the processes of the tokens. In backward the gradients go to all processes, and each adds up those of its own
+rows. So no process ever has the whole table or its whole gradient, and the embeddings are those of the whole table, bit for
+bit.
 """
 
 from typing import Any

@@ -26,7 +26,7 @@ from soul.commands.push import add_hub, card_of_run, check_hub, open_hub, push_r
 from soul.commands.task_options import add_task, fill_unlearn
 from soul.commands.template_options import add_template
 from soul.data.sources import digest, rows
-from soul.distributed.processes import Processes, check_supported, started
+from soul.distributed.processes import Processes, check_layout, check_supported, started
 from soul.models.loading import pick_device
 from soul.models.quantized import cannot_merge_error
 from soul.output.console import print_result
@@ -63,6 +63,8 @@ FREE_ON_RESUME = (
     "output",
     "device",
     "state_offload",
+    "cpu_offload",
+    "replicas",
     "head_in_shards",
     "reference_cache",
     "save_every",
@@ -173,6 +175,18 @@ def add_training(group: argparse._ActionsContainer) -> None:
         "--state-offload",
         action="store_true",
         help="keep soul's states in main memory, and pass them over the GPU in every step: the same numbers, more time",
+    )
+    add(
+        "--cpu-offload",
+        action="store_true",
+        help="with torchrun: keep parameters, gradients and states in main memory, and step them there (FSDP2's policy)",
+    )
+    add(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with torchrun: N copies of the model, each in shards over 1/N of the processes (HSDP; default: %(default)s)",
     )
     add(
         "--param-rounding",
@@ -343,6 +357,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
     adapters = _adapters(args)
     report_to = names_of(args.report_to) if args.report_to else []
     check_trackers(report_to)
+    check_layout(config, args.gpus if args.dry_run else processes.size)
     if processes.size > 1:
         check_supported(config)
     require("transformers", "hf")

@@ -14,13 +14,13 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from soul.distributed.processes import COMPUTE, Processes, gathered, is_finite, reshard, sharded_layers
-from soul.distributed.shards import is_sharded
+from soul.distributed.shards import is_sharded, local
 from soul.models.quantized import dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
@@ -28,6 +28,7 @@ from soul_kernels.reference.token_logprob import transformed
 from soul_kernels.tokens import IGNORE_INDEX, Transform
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from transformers import PretrainedConfig, PreTrainedModel
 
     from soul.data.batches import Batch
@@ -186,13 +187,25 @@ def _never_packed() -> Iterator[None]:
         masking.find_packed_sequence_indices = search  # type: ignore[attr-defined]
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return the device that a model computes on: that of its parameters, if these are not kept in main memory (FSDP2)."""
+    parameter = next(model.parameters())
+    device = local(parameter).device
+    if not is_sharded(parameter):
+        return device
+    mesh_type = cast("DTensor", parameter).device_mesh.device_type
+    if mesh_type in ("cpu", device.type):
+        return device
+    return torch.device(mesh_type, torch.accelerator.current_device_index())
+
+
 def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return a context with bf16 autocast for an fp32 model on a GPU, and one without effect for any other model.
 
     Parameters, and so updates, stay in fp32.
     """
     parameter = next(model.parameters())
-    if parameter.is_cuda and parameter.dtype == torch.float32:
+    if device_of(model).type == "cuda" and parameter.dtype == torch.float32:
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
 

@@ -16,7 +16,16 @@ from torch import Tensor
 from soul.data.batches import Batch
 from soul.distributed.processes import Processes, full, gathered
 from soul.losses import Objective
-from soul.models.causal_lm import as_reference, autocast, gnb_loss, has_adapters, hidden_states, lm_head, token_logps
+from soul.models.causal_lm import (
+    as_reference,
+    autocast,
+    device_of,
+    gnb_loss,
+    has_adapters,
+    hidden_states,
+    lm_head,
+    token_logps,
+)
 from soul.optim.curvature import GNB, Curvature
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease
@@ -43,7 +52,7 @@ class ChunkBytes:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        device = next(model.parameters()).device
+        device = device_of(model)
         self.value = min(Processes.of(model).gather(default_chunk_bytes(device)))
 
     def state_dict(self) -> dict[str, int]:

@@ -142,8 +142,12 @@ def of_embeddings(mesh):
         whole = table.clone().requires_grad_()
         want = torch.nn.functional.embedding(ids, whole, padding_idx=3)
         (want * upstream).sum().backward()
-        by_count[n_own] = {"values": values.detach(), "want": want.detach()[start:stop],
-                           "gradient": weight.grad.full_tensor(), "want gradient": whole.grad}
+        by_count[n_own] = {
+            "values": values.detach(),
+            "want": want.detach()[start:stop],
+            "gradient": weight.grad.full_tensor(),
+            "want gradient": whole.grad,
+        }
     return by_count
 
 
