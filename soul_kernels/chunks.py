@@ -93,12 +93,17 @@ def result_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 
 class Chunk(NamedTuple):
-    """Rows ``start`` to ``stop`` of sequences ``first`` to ``last``; ``stop`` and ``last`` are exclusive."""
+    """Rows ``start`` to ``stop`` of sequences ``first`` to ``last``; ``stop`` and ``last`` are exclusive.
+
+    Where processes compute their rows together (`soul_kernels._head.rounds`), ``size`` is the largest number of rows that a
+    process has in this round.
+    """
 
     start: int
     stop: int
     first: int
     last: int
+    size: int = 0
 
     @property
     def span(self) -> slice:

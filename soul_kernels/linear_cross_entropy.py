@@ -25,8 +25,8 @@ from soul_kernels._head.checks import (
     needed_gradients,
 )
 from soul_kernels._head.flat import takes_flat
+from soul_kernels._head.rounds import with_one_scale
 from soul_kernels._head.rows import HeadRows
-from soul_kernels._head.shards import check_whole
 from soul_kernels._head.sweeps import (
     CrossEntropyCall,
     reference_cross_entropy,
@@ -134,7 +134,6 @@ def linear_cross_entropy(
         ArgumentError: as `soul_kernels.linear_logprob`.
     """
     hidden, head, resolved = check_head(hidden, weight, bias, options)
-    check_whole(head, "linear_cross_entropy")
     _check_options(label_smoothing, z_loss, reduction)
     class_weights = check_class_weights(class_weights, head, resolved)
     check_labels_type(hidden, labels, options.token_indices)
@@ -210,4 +209,4 @@ def _reduced(hidden: Tensor, head: Head, call: CrossEntropyCall, options: Resolv
         return reference_cross_entropy(hidden, head, call, options)
     sweep = functools.partial(sweep_cross_entropy, hidden, head, call, options, needs)
     loss, predictions, _ = Swept.apply(hidden, head.weight, head.bias, sweep)
-    return loss, predictions
+    return with_one_scale(loss, head), predictions

@@ -36,8 +36,8 @@ from soul_kernels._head.checks import (
     needed_gradients,
 )
 from soul_kernels._head.flat import takes_flat
+from soul_kernels._head.rounds import with_one_scale
 from soul_kernels._head.rows import HeadRows
-from soul_kernels._head.shards import check_whole
 from soul_kernels._head.sweeps import (
     ObjectiveCall,
     reference_objective,
@@ -116,7 +116,6 @@ def linear_statistics(
         ArgumentError: as `linear_logprob`.
     """
     hidden, head, resolved = check_head(hidden, weight, bias, options)
-    check_whole(head, "linear_statistics")
     if custom_ops.is_opaque(resolved, hidden, head.weight, labels):
         check_labels_type(hidden, labels, options.token_indices)
         return custom_ops.statistics(hidden, head, labels, options.token_indices, resolved)
@@ -183,8 +182,6 @@ def linear_objective(
     hidden, head, resolved = check_head(hidden, weight, bias, options)
     check_per_sequence("is_forget", is_forget, hidden, dtype=torch.bool, on_cpu=True)
     check_per_sequence("ref_logps", ref_logps, hidden)
-    if getattr(objective, "needs_statistics", False):
-        check_whole(head, f"{type(objective).__name__}, which needs statistics")
     divergence: Divergence | None = getattr(objective, "divergence", None)
     if divergence is None:
         reference = None
@@ -208,4 +205,4 @@ def _outside_of_graphs(
         return reference_objective(hidden, head, call, options)
     sweep = functools.partial(sweep_objective, hidden, head, call, options, needed_gradients(hidden, head))
     loss, logps, _ = Swept.apply(hidden, head.weight, head.bias, sweep)
-    return loss, logps
+    return with_one_scale(loss, head), logps

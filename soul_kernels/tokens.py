@@ -67,6 +67,7 @@ class VocabShard(NamedTuple):
         n_vocab: the number of rows of the whole head.
         largest: the largest number of rows of a process.
         partial_hidden: whether the gradient of hidden states is left as the sum over the rows that are here.
+        own_tokens: whether each process has tokens of its own.
     """
 
     mesh: "DeviceMesh"
@@ -76,6 +77,7 @@ class VocabShard(NamedTuple):
     n_vocab: int
     largest: int
     partial_hidden: bool = False
+    own_tokens: bool = False
 
 
 class Head(NamedTuple):
@@ -87,6 +89,10 @@ class Head(NamedTuple):
         logit_scale: factor of the raw products, other than 0: Cohere's ``logit_scale``, 1 over Granite's ``logits_scaling``.
         softcap: bound of the logits, > 0: Gemma's ``final_logit_softcapping``; None: no bound.
         shard: leave it None. The ops set it beside the local rows of a weight that is a DTensor.
+        own_tokens: beside a weight that is a DTensor: every process of its mesh has other tokens, as where data are divided
+            among processes. Hidden states, labels and results are then those of the process, which may have no token at all.
+            The gradient of its rows of the head is the sum over the tokens of all processes. So losses must be sums of shares,
+            and must have the same upstream gradient in all processes. All processes must make the same calls.
     """
 
     weight: torch.Tensor
@@ -94,6 +100,7 @@ class Head(NamedTuple):
     logit_scale: float = 1.0
     softcap: float | None = None
     shard: VocabShard | None = None
+    own_tokens: bool = False
 
     @property
     def n_vocab(self) -> int:

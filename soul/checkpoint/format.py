@@ -19,17 +19,21 @@ import pathlib
 import random
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
 import torch
 
 from soul._extras import require
 from soul.distributed.processes import Processes
 from soul.distributed.shards import is_sharded
+from soul.models.causal_lm import device_of
 from soul.models.ref_model import digest
 from soul.output.files import os_errors
 from soul_kernels import __version__
 from soul_kernels.errors import argument_error
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FORMAT = 1  # of the files; files with another number are refused
 ADDED_LATER = {"chunk_bytes"}  # components of a run that older files of this format lack
@@ -249,7 +253,7 @@ def check_same(saved: Mapping[str, object], now: Mapping[str, object], source: s
 
 def environment(model: torch.nn.Module) -> dict[str, str | int]:
     """Return whatever the last bits of a number may depend on beside the run itself, by name."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     entries: dict[str, str | int] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -258,6 +262,11 @@ def environment(model: torch.nn.Module) -> dict[str, str | int]:
     processes = Processes.of(model)
     if processes.size > 1:
         entries["processes"] = processes.size
+        sharded = cast("DTensor", next(model.parameters()))
+        if sharded.device_mesh.ndim > 1:
+            entries["replicas"] = sharded.device_mesh.size(0)
+        if sharded.device.type != device.type:
+            entries["parameters"] = "in main memory"
     return entries
 
 

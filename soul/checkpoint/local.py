@@ -34,7 +34,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from soul._extras import require
 from soul.checkpoint.format import (
     FORMAT,
     Damaged,
@@ -57,20 +56,17 @@ from soul.checkpoint.format import (
     warn_of_environment,
     write_tensors,
 )
-from soul.distributed.processes import Processes, whole_state
-from soul.models.causal_lm import has_adapters
+from soul.checkpoint.saving import MODEL_FILES
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import DATA_FILE, ENDED_FILE, RUN_FILE, lock
-from soul.output.files import discard, flush, reason, scratch_path, sweep, sync, whole, write_text
-from soul.output.progress import bars_of_transformers, task
+from soul.output.files import discard, flush, reason, scratch_path, sweep, sync, write_text
 from soul_kernels.errors import ArgumentError, argument_error, check_range
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 ADAPTER_OPTIONS = ("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern")  # change results, but no shape of a tensor
-MODEL_FILES = ("config.json", "adapter_config.json")  # of a model, of adapters
 
 
 class _LabelledTokens(Protocol):
@@ -427,67 +423,3 @@ def describe_inputs(
 
 def _content(sequences: Sequence[_LabelledTokens]) -> str:
     return checksum([[sequence.input_ids, sequence.labels] for sequence in sequences])
-
-
-def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: str | os.PathLike[str]) -> None:
-    """Save a model (or its adapters) and its tokenizer as Hugging Face's files, completely or not at all.
-
-    One of ``MODEL_FILES`` is put in place last, so that its presence proves that the rest is complete. For a sharded model
-    every process must call this, and the first one writes.
-
-    Args:
-        model: a Hugging Face model, sharded or not, with or without adapters.
-        tokenizer: its tokenizer.
-        directory: must exist.
-
-    Raises:
-        OSError: they could not be written; none of the files is in place.
-    """
-    processes = Processes.of(model)
-    options = {"state_dict": whole_state(model, trained=has_adapters(model))} if processes.size > 1 else {}
-    with task("save the model", stays=True):
-        processes.on_first(lambda: _save_model(model, tokenizer, pathlib.Path(directory), options))
-
-
-def _save_model(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    directory: pathlib.Path,
-    options: dict[str, dict[str, torch.Tensor]],
-) -> None:
-    try:
-        sweep(directory)
-        with whole(directory, last=MODEL_FILES) as scratch:
-            with _valid_generation_config(model, scratch):
-                with bars_of_transformers(require("transformers", "hf").utils.logging):
-                    model.save_pretrained(scratch, **options)
-            tokenizer.save_pretrained(scratch)
-    except OSError as error:
-        raise OSError(f"{directory}: the model could not be saved ({reason(error)})") from error
-
-
-@contextlib.contextmanager
-def _valid_generation_config(model: "PreTrainedModel", scratch: pathlib.Path) -> Iterator[None]:
-    """Give the model a generation config that transformers agrees to save, for the duration of the block.
-
-    Transformers loads some generation configs that it refuses to save with the model, such as one with a temperature and
-    without sampling. The run would end without a model. So the default config is saved instead, with a warning.
-
-    Args:
-        model: its own generation config is put back after the block.
-        scratch: a scratch directory in which saving is tried.
-    """
-    original = None if has_adapters(model) else getattr(model, "generation_config", None)
-    if original is None:
-        yield
-        return
-    try:
-        original.save_pretrained(scratch)
-    except ValueError as error:
-        lines = str(error).strip().splitlines()
-        warnings.warn(f"generation_config.json is a default: the model's is refused ({' '.join(lines[:2])})", stacklevel=2)
-        model.generation_config = type(original).from_model_config(model.config)
-    try:
-        yield
-    finally:
-        model.generation_config = original

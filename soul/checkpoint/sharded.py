@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor, Shard, empty
+from torch.distributed.tensor import DTensor, empty
 
 from soul._extras import require
 from soul.checkpoint.format import (
@@ -138,8 +138,8 @@ class ShardedCheckpoints(Checkpoints):
     ) -> list[dict[str, Any]]:
         """As in `Checkpoints`.
 
-        A run may go on with another number of processes. Then last bits differ, and the random generators of additional
-        processes stay as they are.
+        A run may go on with another number of processes, or of copies of its shards. Then last bits differ, and the random
+        generators of additional processes stay as they are.
         """
         self.check(run)
         steps = self.processes.broadcast(self.steps())
@@ -159,14 +159,16 @@ class ShardedCheckpoints(Checkpoints):
             check_fits(path.name, model_tensors, saved)
             if self.processes.first:
                 warn_of_environment(path, state["environment"], environment(model))
-            mesh = cast(DTensor, next(model.parameters())).device_mesh
+            owners = _parameters_of_states(state["parts"], components)
+            first = next(model.parameters())
             tensors = {MODEL_PREFIX + name: tensor for name, tensor in model_tensors.items()}
             for name, tensor in layout.tensors.items():
                 if name in tensors:
                     continue
                 dtype = tensor.properties.dtype
                 if layout.sharded[name]:
-                    tensors[name] = empty(tensor.size, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+                    cut = cast(DTensor, owners.get(name, first))
+                    tensors[name] = empty(tensor.size, dtype=dtype, device_mesh=cut.device_mesh, placements=cut.placements)
                 else:
                     tensors[name] = torch.empty(tensor.size, dtype=dtype, device="cpu")
             dcp.load(tensors, storage_reader=_Reader(path, layout))
@@ -196,6 +198,26 @@ class ShardedCheckpoints(Checkpoints):
         if self.processes.first:
             warnings.warn(f"{path}: {damage}; trying the one before it", stacklevel=3)
         return None
+
+
+def _parameters_of_states(parts: State, components: Mapping[str, Stateful]) -> dict[str, torch.Tensor]:
+    """Return the parameters to whose states the tensors of a checkpoint belong, by the name of a tensor.
+
+    A state is cut as its parameter is. Most parameters are cut alike, but not a head that is in shards over all processes.
+
+    Args:
+        parts: JSON values of the components, as `soul.checkpoint.format.pack` makes them.
+        components: objects with a state, by name; those that are optimizers count.
+    """
+    owners: dict[str, torch.Tensor] = {}
+    for name, content in parts["dict"]:
+        component = components.get(name)
+        if isinstance(component, torch.optim.Optimizer):
+            parameters = [parameter for group in component.param_groups for parameter in group["params"]]
+            for number, state in dict(content["dict"])["state"]["dict"]:
+                values = (value for _, value in state["dict"] if isinstance(value, dict) and "tensor" in value)
+                owners |= {value["tensor"]: parameters[number] for value in values}
+    return owners
 
 
 def _cause(error: CheckpointException) -> Exception:

@@ -26,7 +26,7 @@ from soul.commands.push import add_hub, card_of_run, check_hub, open_hub, push_r
 from soul.commands.task_options import add_task, fill_unlearn
 from soul.commands.template_options import add_template
 from soul.data.sources import digest, rows
-from soul.distributed.processes import Processes, check_supported, started
+from soul.distributed.processes import Processes, check_layout, check_supported, started
 from soul.models.loading import pick_device
 from soul.models.quantized import cannot_merge_error
 from soul.output.console import print_result
@@ -63,6 +63,9 @@ FREE_ON_RESUME = (
     "output",
     "device",
     "state_offload",
+    "cpu_offload",
+    "replicas",
+    "head_in_shards",
     "reference_cache",
     "save_every",
     "save_minutes",
@@ -174,6 +177,18 @@ def add_training(group: argparse._ActionsContainer) -> None:
         help="keep soul's states in main memory, and pass them over the GPU in every step: the same numbers, more time",
     )
     add(
+        "--cpu-offload",
+        action="store_true",
+        help="with torchrun: keep parameters, gradients and states in main memory, and step them there (FSDP2's policy)",
+    )
+    add(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with torchrun: N copies of the model, each in shards over 1/N of the processes (HSDP; default: %(default)s)",
+    )
+    add(
         "--param-rounding",
         default="auto",
         metavar="NAME",
@@ -187,6 +202,11 @@ def add_training(group: argparse._ActionsContainer) -> None:
         "--gradient-release",
         action="store_true",
         help="step each parameter in the backward pass, and free its gradient; needs --max-grad-norm inf",
+    )
+    add(
+        "--head-in-shards",
+        action="store_true",
+        help="with torchrun: never gather the output head; each process has its rows of the vocabulary, and their gradient",
     )
     add("--compile", action="store_true", help="the model's body under torch.compile")
     add("--cuda-graph", action="store_true", help="replay the whole step as one CUDA graph, a graph for each shape")
@@ -337,6 +357,7 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
     adapters = _adapters(args)
     report_to = names_of(args.report_to) if args.report_to else []
     check_trackers(report_to)
+    check_layout(config, args.gpus if args.dry_run else processes.size)
     if processes.size > 1:
         check_supported(config)
     require("transformers", "hf")

@@ -5,9 +5,9 @@ How it works: `started` joins the processes of torchrun into a group. `shard` cu
 if it is whole), `gathered` runs a computation that needs its head, and the methods of `Processes` exchange numbers and Python
 objects.
 
-Every process runs the same program in the same order. A forward pass of a sharded model, `full`, `whole_state` and the methods
-of `Processes` that exchange something are collective: if one process skips such a call, or raises before it, the others wait
-for it. So work that may fail in one process alone, such as writing a file, goes through `Processes.together` or
+Every process runs the same program in the same order. A forward pass of a sharded model, `full` and the methods of
+`Processes` that exchange something are collective: if one process skips such a call, or raises before it, the others wait for
+it. So work that may fail in one process alone, such as writing a file, goes through `Processes.together` or
 `Processes.on_first`, which raise its error in all processes. A decision that depends on something local, such as a signal, a
 clock or a file, goes through `Processes.any` or `Processes.broadcast`.
 
@@ -29,7 +29,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
@@ -62,9 +63,11 @@ class _Objective(Protocol):
 
 
 class _RunOptions(Protocol):
-    """What `check_supported` reads of a `soul.run.config.UnlearnConfig`."""
+    """What `check_supported` and `check_layout` read of a `soul.run.config.UnlearnConfig`."""
 
     cuda_graph: bool
+    replicas: int
+    cpu_offload: bool
 
     def objective(self) -> _Objective: ...
 
@@ -173,6 +176,24 @@ def _join() -> tuple["dist.Store", int, int]:
     return store, rank, size
 
 
+def check_layout(config: _RunOptions, size: int) -> None:
+    """Raise if a model cannot lie in so many processes as a run asks for, or in one.
+
+    Args:
+        config: a `soul.run.config.UnlearnConfig`.
+        size: number of processes.
+
+    Raises:
+        ArgumentError: the message names the first option that does not fit.
+    """
+    if size % config.replicas:
+        remedy = "each copy is cut into as many shards: start another number of processes, or leave the option out"
+        raise argument_error("replicas", f"a divisor of {size}, the number of processes", config.replicas, remedy)
+    if size == 1 and config.cpu_offload:
+        remedy = "FSDP2 offloads shards: start several processes with torchrun, or use state_offload"
+        raise argument_error("cpu_offload", "False with one process", True, remedy)
+
+
 def check_supported(config: _RunOptions) -> None:
     """Raise if a run asks for something that several processes cannot do.
 
@@ -191,8 +212,18 @@ def check_supported(config: _RunOptions) -> None:
         raise argument_error("processes", f"1 with {objective}", "several", remedy)
 
 
-def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
+def shard(
+    model: "PreTrainedModel",
+    device: torch.device,
+    *,
+    replicas: int = 1,
+    cpu_offload: bool = False,
+    head_in_shards: bool = False,
+) -> "PreTrainedModel":
     """Cut a model into shards over all processes of the group, on their devices, in place.
+
+    With ``replicas``, the processes form as many rows, each of which holds the whole model in shards (HSDP): layers are
+    gathered within a row, and gradients are added up over all of them.
 
     The parameters of each transformer layer form a unit that is gathered and freed on its own; the remaining parameters form
     another one. Gradients are added up over the processes in fp32. The module objects and their names stay the same; the
@@ -202,20 +233,43 @@ def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
         model: a Hugging Face model, the same in every process. Peft may have wrapped it: the frozen weights are cut like the
             adapters.
         device: type "cpu" or "cuda".
+        replicas: number of copies of the shards, a divisor of the number of processes. A head in shards has one copy.
+        cpu_offload: keep shards of parameters and gradients in main memory, where the optimizer then steps them; layers are
+            gathered on the device.
+        head_in_shards: never gather the head. It is cut along the vocabulary, each process computes with its own rows for the
+            tokens of all processes (`soul_kernels.Head.own_tokens`), and has the gradient of these rows alone.
 
     Returns:
         The model.
+
+    Raises:
+        ArgumentError: ``head_in_shards``, and the head is tied to the embeddings, or is not a plain linear layer.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    size = dist.get_world_size()
+    mesh = all_processes = init_device_mesh(device.type, (size,))
+    if replicas > 1:
+        mesh = init_device_mesh(device.type, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    how: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy(),
+    }
     root = model.get_base_model() if hasattr(model, "get_base_model") else model  # it stays where adapters are merged into it
+    head = _cut_head(root, all_processes) if head_in_shards else None
     layer_classes = set(root._no_split_modules or ())  # names of classes
     for module in [module for module in root.modules() if type(module).__name__ in layer_classes]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy)
+        fully_shard(module, **how)
+    fully_shard(root, **how, ignored_params=head)
     for module in root.modules():
         if isinstance(module, FSDPModule):  # the sum of the gradients, not their mean
             module.set_gradient_divide_factor(1.0)
@@ -223,6 +277,27 @@ def shard(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
     setattr(root, COMPUTE, types.MethodType(lambda _, compute: compute(), root))
     register_fsdp_forward_method(root, COMPUTE)
     return model
+
+
+def _cut_head(model: "PreTrainedModel", mesh: "DeviceMesh") -> set[torch.nn.Parameter]:
+    """Cut the head of a model along the vocabulary, in place, and return its parameters.
+
+    Its own forward pass, which only generation calls, then takes the same hidden states in all processes, and returns all
+    logits in each.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    layer = model.get_output_embeddings()
+    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is getattr(layer, "weight", None)]
+    if len(names) > 1:
+        remedy = f"every process looks up rows of the whole table in {names[0]}: leave head_in_shards out"
+        raise argument_error("head_in_shards", "a head of its own", "one that is tied to the embeddings", remedy)
+    if type(layer) is not torch.nn.Linear:
+        remedy = "leave head_in_shards out"
+        raise argument_error("head_in_shards", "a head that is a torch.nn.Linear", type(layer).__name__, remedy)
+    parallelize_module(layer, mesh, ColwiseParallel(output_layouts=Replicate()))
+    return set(layer.parameters())
 
 
 def sharded_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -247,6 +322,8 @@ def check_shards(model: torch.nn.Module) -> None:
 def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
     """Return ``compute()``; for a sharded model, run it with embeddings, head and last norm gathered into whole tensors.
 
+    A head that `shard` keeps in shards stays a DTensor.
+
     The fused loss takes hidden states from the body of the model, and the head itself. So the model's own forward pass, in
     which FSDP2 would gather these tensors, is never called. Instead ``compute`` runs as a forward pass of the root module; the
     gradients of these tensors are added up too.
@@ -268,31 +345,6 @@ def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
 def reshard(model: torch.nn.Module) -> None:
     """Cut the root's parameters of a sharded model again, which FSDP2 keeps whole for a backward pass, after a forward pass."""
     cast("FSDPModule", model).reshard()
-
-
-def whole_state(model: torch.nn.Module, *, trained: bool = False) -> dict[str, torch.Tensor]:
-    """Return ``model.state_dict()`` with whole tensors on the CPU in the first process, and {} in the others.
-
-    Names of one tied parameter share one tensor. Tensors are gathered one at a time. Every process must call this.
-
-    Args:
-        model: a model in shards.
-        trained: leave out parameters that require no gradient, such as those below adapters.
-    """
-    is_first = Processes.of(model).first
-    state: dict[str, torch.Tensor] = {}
-    first_names: dict[int, str] = {}  # id of a tensor -> the first of its names
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if trained and not tensor.requires_grad:
-            continue
-        first_name = first_names.setdefault(id(tensor), name)
-        if first_name == name:
-            whole = full(tensor.detach())  # collective
-            if is_first:
-                state[name] = whole.cpu()
-        elif is_first:
-            state[name] = state[first_name]
-    return state
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 Box = tuple[slice, ...]  # the part of a tensor that one process holds
 
 
-def shard_from_first(model: "PreTrainedModel", device: torch.device) -> "PreTrainedModel":
+def shard_from_first(
+    model: "PreTrainedModel",
+    device: torch.device,
+    *,
+    replicas: int = 1,
+    cpu_offload: bool = False,
+    head_in_shards: bool = False,
+) -> "PreTrainedModel":
     """Cut the first process's model into shards over all processes of the group, in place, as `shard` does.
 
     Shapes, dtypes, weights and buffers are those of the first process, bit for bit. Every process must call this.
@@ -38,12 +45,15 @@ def shard_from_first(model: "PreTrainedModel", device: torch.device) -> "PreTrai
         model: in the first process a Hugging Face model on the CPU, which peft may have wrapped. In the others one of the same
             modules, whose values are not used: it may be on the meta device.
         device: type "cpu" or "cuda", of the shards and buffers.
+        replicas: as `shard` takes it.
+        cpu_offload: the same.
+        head_in_shards: the same.
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: a process has a model with other parameters or buffers, or with other ones tied.
+        ArgumentError: a process has a model with other parameters or buffers, or with other ones tied; or as `shard`.
     """
     processes = Processes.here()
     whole = _tensors(model)
@@ -51,13 +61,15 @@ def shard_from_first(model: "PreTrainedModel", device: torch.device) -> "PreTrai
     processes.together(lambda: _check_names(list(whole), list(first)))
     empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in first.items()}
     _replace(model, {id(tensor): empty[name] for name, tensor in whole.items()})
-    shard(model, device)
+    shard(model, device, replicas=replicas, cpu_offload=cpu_offload, head_in_shards=head_in_shards)
     parts = _tensors(model)
     boxes = processes.gather({name: _box(part) for name, part in parts.items()})
     values = {}
+    on_device = {id(part) for part in model.get_output_embeddings().parameters()} if head_in_shards else set()
     for name, part in track(parts.items(), "sharing weights"):
         own = _own_part(whole.pop(name), part, [boxes_of_process[name] for boxes_of_process in boxes], processes)
-        values[id(part)] = _like(part, own.to(device))
+        value = _like(part, own.to(device))
+        values[id(part)] = value.cpu() if cpu_offload and is_sharded(part) and id(part) not in on_device else value
     _replace(model, values)
     return model
 

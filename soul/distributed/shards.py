@@ -2,6 +2,7 @@
 that looks like a whole tensor (DeepSpeed's ZeRO, FSDP1).
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -24,6 +25,23 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the shard of a DTensor that this process holds; any other tensor as it is."""
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def laid_out_as(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor, which every process has, in the shards of a DTensor; without one of both, the tensor as it is.
+
+    Nothing is sent.
+
+    Args:
+        target: a DTensor of the same shape; or any other tensor.
+        whole: values.
+    """
+    if not is_sharded(target) or is_sharded(whole):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded = cast("DTensor", target)
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def wait_for_offload(param: torch.Tensor) -> None:
@@ -52,6 +70,15 @@ class _Cut(NamedTuple):
     placement: "Placement"
     size: int  # number of processes
     rank: int  # of this process among them
+
+
+def n_copies(param: torch.Tensor) -> int:
+    """Return how many processes of its mesh hold the same elements of a parameter; 1 for a tensor that is no DTensor."""
+    if not is_sharded(param):
+        return 1
+    sharded = cast("DTensor", param)
+    sizes = (sharded.device_mesh.size(dim) for dim, placement in enumerate(sharded.placements) if not splits(placement))
+    return math.prod(sizes)
 
 
 def first_number(param: torch.Tensor) -> int:

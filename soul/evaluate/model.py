@@ -17,7 +17,7 @@ from soul.data.examples import Counts, Example, Question, Sequence
 from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
 from soul.evaluate.attacks import CostlyAttacks, costly_columns, without_end
-from soul.models.causal_lm import autocast, evaluating, greedy, head, hidden_states, token_statistics, transform
+from soul.models.causal_lm import autocast, device_of, evaluating, greedy, head, hidden_states, token_statistics, transform
 from soul.models.encoding import encode_for
 from soul.output.progress import track
 from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
@@ -317,7 +317,7 @@ def sequence_statistics(
         batch_size: sequences per batch.
         backend: "auto", "triton", "compile", "torch" or "reference".
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     statistics: dict[int, TokenStatistics] = {}
     order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i].input_ids))
     with evaluating(model):
@@ -375,7 +375,7 @@ def generate(
     Raises:
         ArgumentError: a sequence has no prompt.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     texts = [""] * len(sequences)
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0  # pads answers that have ended
     order = sorted(range(len(sequences)), key=lambda i: sequences[i].prompt_length)
@@ -418,7 +418,7 @@ def kl_divergence(
         raise argument_error("other", f"logits with {transform(model)}", transform(other), remedy)
     weight, bias = head(model)
     ref_weight, ref_bias = head(other)
-    device = next(model.parameters()).device
+    device = device_of(model)
     total = 0.0
     count = 0
     with evaluating(model), evaluating(other), autocast(model):

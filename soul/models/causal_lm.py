@@ -14,12 +14,13 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from soul.distributed.processes import Processes, gathered, is_finite, reshard, sharded_layers
+from soul.distributed.processes import COMPUTE, Processes, gathered, is_finite, reshard, sharded_layers
+from soul.distributed.shards import is_sharded, local
 from soul.models.quantized import dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
@@ -27,6 +28,7 @@ from soul_kernels.reference.token_logprob import transformed
 from soul_kernels.tokens import IGNORE_INDEX, Transform
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from transformers import PretrainedConfig, PreTrainedModel
 
     from soul.data.batches import Batch
@@ -89,6 +91,15 @@ def stored_head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
     if getattr(layer, "disable_adapters", False) and hasattr(layer, "original_module"):
         layer = layer.original_module  # peft before 0.14 shows the copy while adapters are off
     return layer.weight, getattr(layer, "bias", None)
+
+
+def lm_head(model: "PreTrainedModel") -> Head:
+    """Return the head with scale and cap, as the ops of ``soul_kernels`` take it beside this process's tokens.
+
+    Of a model in shards it is to be called within `soul.distributed.gathered`.
+    """
+    weight, bias = head(model)
+    return Head(weight, bias, **transform(model), own_tokens=is_sharded(weight) and hasattr(model, COMPUTE))
 
 
 def transform(model: "PreTrainedModel") -> Transform:
@@ -176,13 +187,25 @@ def _never_packed() -> Iterator[None]:
         masking.find_packed_sequence_indices = search  # type: ignore[attr-defined]
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return the device that a model computes on: that of its parameters, if these are not kept in main memory (FSDP2)."""
+    parameter = next(model.parameters())
+    device = local(parameter).device
+    if not is_sharded(parameter):
+        return device
+    mesh_type = cast("DTensor", parameter).device_mesh.device_type
+    if mesh_type in ("cpu", device.type):
+        return device
+    return torch.device(mesh_type, torch.accelerator.current_device_index())
+
+
 def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[Any]:
     """Return a context with bf16 autocast for an fp32 model on a GPU, and one without effect for any other model.
 
     Parameters, and so updates, stay in fp32.
     """
     parameter = next(model.parameters())
-    if parameter.is_cuda and parameter.dtype == torch.float32:
+    if device_of(model).type == "cuda" and parameter.dtype == torch.float32:
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -318,11 +341,10 @@ def _at_head(op: Callable[..., T], model: "PreTrainedModel", batch: "Batch", bac
     """Return the result of an op on the hidden states of a batch and the model's head."""
 
     def compute() -> T:
-        weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
             options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=backend)
-            return op(hidden, Head(weight, bias, **transform(model)), batch.labels, options=options)
+            return op(hidden, lm_head(model), batch.labels, options=options)
 
     return gathered(model, compute)
 
@@ -378,6 +400,7 @@ def gnb_loss(
     batch: "Batch",
     *,
     generator: torch.Generator | None = None,
+    n_tokens: int | None = None,
     backend: str = "auto",
     chunk_bytes: int | None = None,
 ) -> Tensor:
@@ -389,17 +412,17 @@ def gnb_loss(
         model: a causal language model.
         batch: a batch; only the positions of its labels count, not their values.
         generator: random generator of the draws, on the model's device; None: torch's own.
+        n_tokens: number of tokens that the sum over this batch is divided by; None: that of its labelled tokens.
         backend: as in `soul_kernels.linear_gnb`.
         chunk_bytes: as in `soul_kernels.LinearOptions`.
     """
 
     def compute() -> Tensor:
-        weight, bias = head(model)
         with autocast(model):
             hidden = hidden_states(model, batch)
-            lm_head = Head(weight, bias, **transform(model))
+            keep = batch.labels != IGNORE_INDEX
             options = LinearOptions(token_indices=batch.token_indices, chunk_bytes=chunk_bytes, backend=backend)
-            return linear_gnb(hidden, lm_head, batch.labels != IGNORE_INDEX, generator=generator, options=options)[0]
+            return linear_gnb(hidden, lm_head(model), keep, generator=generator, n_tokens=n_tokens, options=options)[0]
 
     return gathered(model, compute)
 

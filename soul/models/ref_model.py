@@ -29,6 +29,7 @@ from soul.models.causal_lm import (
     as_reference,
     autocast,
     check_linear_head,
+    device_of,
     has_adapters,
     head,
     hidden_states,
@@ -99,7 +100,7 @@ def reference_logps(
             `soul.models.check_linear_head` refuses the model.
     """
     weight = head(model)[0]
-    device = weight.device
+    device = device_of(model)
     backend = resolve_head_backend(backend, weight)
 
     def compute() -> Tensor:
@@ -142,7 +143,7 @@ def reference_hidden(
         ArgumentError: the cache is not a directory, or `soul.models.check_linear_head` refuses the model.
     """
     weight = head(model)[0]
-    device = weight.device
+    device = device_of(model)
     width = weight.shape[1]
     counts = [sequence.n_labels for sequence in dataset]
 
@@ -283,7 +284,7 @@ def _key(
     """Return a hash of everything that decides the numbers: configuration, weights, vocabulary, data and settings."""
     parameter = head(model)[0]
     with autocast(model):
-        device_type = parameter.device.type
+        device_type = device_of(model).type
         cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     description = {
         "format": FORMAT,

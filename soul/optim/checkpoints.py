@@ -5,6 +5,7 @@ do the bookkeeping (hooks, numbers of groups and parameters). Then it replaces t
 the merged options, and states in the dtype in which they were saved.
 """
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -35,6 +36,7 @@ def loaded_checkpoint(
     saved_groups = checkpoint["param_groups"]
     options = [merged_options(current, saved) for current, saved in zip(current_groups, saved_groups)]
     states = {}
+    notes: set[str] = set()
     for group, saved_group, merged in zip(param_groups, saved_groups, options):
         check_options(merged)
         if released:
@@ -42,8 +44,10 @@ def loaded_checkpoint(
         for param, key in zip(group["params"], saved_group["params"]):
             if checkpoint["state"].get(key):
                 published = "state_dtype" not in saved_group
-                states[param] = loaded_state(param, merged, counters, checkpoint["state"][key], cast=published)
+                states[param] = loaded_state(param, merged, counters, checkpoint["state"][key], cast=published, notes=notes)
                 check_noise(param, merged, saved_group, states[param])
     for current, saved_group in zip(current_groups, saved_groups):
         check_momentum(current, saved_group)
+    for note in sorted(notes):
+        warnings.warn(note, UserWarning, stacklevel=2)
     return options, states

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from soul.distributed.shards import hidden_sharding, is_sharded, local
-from soul.optim.scales import check_groups_whole
+from soul.optim.scales import check_state_shards
 from soul_kernels.backends import BACKENDS
 from soul_kernels.bundles import EPS_MODES
 from soul_kernels.errors import argument_error, check_choice, check_positive, check_range
@@ -293,8 +293,8 @@ def check_group(group: ParamGroup, index: int) -> None:
 
 
 def _check_sharded(name: str, param: Any, group: ParamGroup) -> None:
-    """Raise for a DTensor (``param``) that is a partial sum, and for 8-bit states whose groups its shards would cut."""
+    """Raise for a DTensor (``param``) that is a partial sum, and for shards that 8-bit states do not know."""
     if any(placement.is_partial() for placement in param.placements):
         raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), "redistribute it first")
     if group["state_dtype"] == "8bit":
-        check_groups_whole(name, param)
+        check_state_shards(name, param)

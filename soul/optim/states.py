@@ -7,25 +7,29 @@ carry ``NOISE``, the version of the noise of stochastic rounding.
 
 Older checkpoints have codes of parameters of any shape, and their scales in a vector of int16. Where a parameter now keeps fp32
 states, the codes are decoded, which is exact. In still older ones codes are small floats, and scales fp32, one for 256 values.
-The dtype of the scales tells these formats apart: `_older_values` decodes such states, and they are encoded anew.
+The dtype of the scales tells these formats apart: `_older_values` decodes such states, and they are encoded anew. So are codes
+whose groups begin elsewhere than those of the parameter, because other shards of columns were saved.
 """
 
-import warnings
 from collections.abc import Collection
 from typing import Any
 
 import torch
 
-from soul.distributed.shards import is_cut, local
+from soul.distributed.shards import is_cut, laid_out_as, local
 from soul.optim.options import ParamGroup, rounding_of
-from soul.optim.scales import BYTES, check_groups_whole, decoded, encoded, new_scales, scales_shape
+from soul.optim.scales import BYTES, check_state_shards, decoded, encoded, n_bytes, new_scales, same_groups, scales_shape
 from soul_kernels.errors import argument_error
-from soul_kernels.reference.rounding import GROUP, draws_codes, from_bits, in_memory_order
+from soul_kernels.reference.rounding import draws_codes, from_bits, in_memory_order
 from soul_kernels.tensors import same_layout
 
 STATES = ("exp_avg", "hessian")
 OLDER_GROUP = 256  # values that share a scale in the older format of 8-bit states
 _OLDER = "state_dict: 8-bit states of the older format, with fp32 scales for 256 values, were encoded anew to the nearest code"
+_OTHER_GROUPS = (
+    "state_dict: 8-bit states were encoded anew to the nearest code: columns that were saved, or those of this process, are "
+    "in shards that have groups of 32 values of their own; into the same shards they are loaded bit for bit"
+)
 NOISE = 2  # version of the noise; in version 1 each shard of a parameter drew noise of its own, all else was the same
 ASSUMED_UPDATES = 1e6  # number of updates of h that is assumed if a checkpoint does not say: so many that no bias is left
 
@@ -39,7 +43,7 @@ def new_state(param: torch.Tensor, group: ParamGroup, counters: Collection[str])
         counters: names of the counters that the state has.
 
     Raises:
-        ArgumentError: the parameter is a DTensor whose shards would cut groups of 8-bit states.
+        ArgumentError: the parameter is a DTensor in shards that 8-bit states do not know.
     """
     m_dtype, h_dtype = _state_dtypes(param, group["state_dtype"])
     state = {name: torch.zeros((), dtype=torch.float32, device=local(param).device) for name in counters}
@@ -47,7 +51,7 @@ def new_state(param: torch.Tensor, group: ParamGroup, counters: Collection[str])
         state[name] = _empty(param, dtype, group).zero_()
         shape = scales_shape(param) if dtype == torch.uint8 else None
         if shape is not None:
-            check_groups_whole("a parameter", param)
+            check_state_shards("a parameter", param)
             state[f"{name}_scale"] = placed(new_scales(param, shape), param, group)
     if rounding_of(group) == "compensated" and param.dtype != torch.float32:
         state["low_bits"] = _empty(param, torch.int8, group).zero_()
@@ -100,9 +104,11 @@ def _state_dtypes(param: torch.Tensor, state_dtype: str | None) -> tuple[torch.d
 
 
 def loaded_state(
-    param: torch.Tensor, group: ParamGroup, counters: Collection[str], saved: dict[str, Any], cast: bool
+    param: torch.Tensor, group: ParamGroup, counters: Collection[str], saved: dict[str, Any], cast: bool, notes: set[str]
 ) -> dict[str, Any]:
     """Return the state of a parameter from a checkpoint.
+
+    Whole tensors of a checkpoint are cut as a parameter in shards is; every process must have them.
 
     Args:
         param: the parameter.
@@ -111,6 +117,7 @@ def loaded_state(
         saved: the state in the checkpoint.
         cast: bring states to the dtype of the group, as a checkpoint of the published class needs; otherwise they keep the
             dtype in which they were saved.
+        notes: takes what the caller shall warn of.
 
     Raises:
         ArgumentError: the state is that of another optimizer or of another model; or it mixes codes and values.
@@ -125,14 +132,14 @@ def loaded_state(
         state["hessian_step"].fill_(float(saved.get("hessian_step", ASSUMED_UPDATES if state["step"] > 0 else 0)))
     for name in STATES:
         _check_saved(name, param, saved)
-        _load(name, param, group, state, saved, cast)
+        _load(name, param, group, state, saved, cast, notes)
     if "low_bits" in state and "low_bits" in saved:
         low = saved["low_bits"]
         if low.shape != param.shape or low.dtype != torch.int8:
             got = f"{tuple(low.shape)} of {low.dtype}"
             remedy = "load the checkpoint of this model"
             raise argument_error("state_dict low_bits", f"{tuple(param.shape)} of torch.int8", got, remedy)
-        state["low_bits"].copy_(low)
+        state["low_bits"].copy_(laid_out_as(state["low_bits"], low))
     return state
 
 
@@ -151,7 +158,7 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
         raise argument_error(f"state_dict {name}", f"shape {tuple(param.shape)}", tuple(value.shape), remedy)
     if value.dtype == torch.uint8:
         older = scale in saved and saved[scale].dtype == torch.float32
-        count = -(-param.numel() // (OLDER_GROUP if older else GROUP))
+        count = -(-param.numel() // OLDER_GROUP) if older or scale not in saved else n_bytes(saved[scale], value) // BYTES
         per_scale = {torch.uint8: BYTES, torch.int16: 1, torch.float32: 1}
         if scale not in saved or saved[scale].numel() != count * per_scale.get(saved[scale].dtype, -1):
             got = f"{tuple(saved[scale].shape)} of {saved[scale].dtype}" if scale in saved else "none"
@@ -159,7 +166,15 @@ def _check_saved(name: str, param: torch.Tensor, saved: dict[str, Any]) -> None:
             raise argument_error(f"state_dict {scale}", f"{count} scales of torch.int16, or their bytes", got, remedy)
 
 
-def _load(name: str, param: torch.Tensor, group: ParamGroup, state: dict[str, Any], saved: dict[str, Any], cast: bool) -> None:
+def _load(
+    name: str,
+    param: torch.Tensor,
+    group: ParamGroup,
+    state: dict[str, Any],
+    saved: dict[str, Any],
+    cast: bool,
+    notes: set[str],
+) -> None:
     """Put a saved ``exp_avg`` or ``hessian``, which fits, into a new state, in place."""
     value = saved[name]
     scale = f"{name}_scale"
@@ -168,25 +183,29 @@ def _load(name: str, param: torch.Tensor, group: ParamGroup, state: dict[str, An
     values = None  # to be encoded anew, in fp32
     if value.dtype == torch.uint8:
         older = saved[scale].dtype == torch.float32
-        if shape is not None and not older and same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
+        fits = shape is not None and not older and same_groups(saved[scale], shape, param.dim())
+        if shape is not None and fits and same_layout(value, state[name]):  # a scale belongs to 32 neighbours in memory
             scales = saved[scale] if saved[scale].dtype == torch.uint8 else saved[scale].contiguous().view(torch.uint8)
-            state[scale] = placed(new_scales(param, shape), param, group).copy_(scales.reshape(shape))
+            new = new_scales(param, shape)
+            state[scale] = placed(new.copy_(laid_out_as(new, scales.reshape(shape))), param, group)
         else:
             value = _older_values(value, saved[scale].to(value.device), name) if older else decoded(saved, name)
             values = None if shape is None else value  # without 8-bit states: kept as they are
-            if older and shape is not None:
-                warnings.warn(_OLDER, UserWarning, stacklevel=2)
+            if shape is not None and (older or not fits):
+                notes.add(_OLDER if older else _OTHER_GROUPS)
     elif cast and cast_to == torch.uint8:
         values = value
     if values is not None and shape is not None:
-        values = torch.empty_like(param, dtype=torch.float32, requires_grad=False).copy_(values)
+        empty = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
+        values = empty.copy_(laid_out_as(empty, values))
         state[name], state[scale] = (placed(tensor, param, group) for tensor in encoded(values, shape, name))
         return
     keeps_dtype = value.dtype == torch.uint8 or (not cast and value.dtype in (torch.float32, torch.bfloat16))
     dtype = value.dtype if keeps_dtype else cast_to
     if dtype != torch.uint8:
         state.pop(scale, None)
-    state[name] = _empty(param, dtype, group).copy_(value)
+    state[name] = _empty(param, dtype, group)
+    state[name].copy_(laid_out_as(state[name], value))
 
 
 def _older_values(code: torch.Tensor, scale: torch.Tensor, name: str) -> torch.Tensor:

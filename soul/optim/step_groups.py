@@ -34,6 +34,7 @@ from soul.optim.options import (
     lasts,
     rounding_of,
 )
+from soul.optim.scales import own_scales
 from soul.optim.state_dicts import State
 from soul.optim.states import STATES, device_of_states, new_state
 from soul_kernels import HessianEma, Noise, SophiaStep, TensorTable
@@ -182,10 +183,17 @@ class StepGroup:
     def lists(self, *names: str) -> dict[str, list[torch.Tensor]]:
         """Return lists of states by the names of the ops' arguments: of the states in ``names``, or of all."""
         return {
-            argument: self.locals(list(map(read, self.states)))
+            argument: self._own(name, list(map(read, self.states)))
             for name, (argument, read) in self._columns.items()
             if not names or name in names
         }
+
+    def _own(self, name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the shards of states that this process holds; of scales, without what fills them up."""
+        codes = name.removesuffix("_scale")
+        if self._mesh is None or codes == name:
+            return self.locals(tensors)
+        return [scale if scale is None else own_scales(scale, state[codes]) for scale, state in zip(tensors, self.states)]
 
     def has_same_states(self) -> bool:
         """Tell whether all states hold the tensors of the last call.

@@ -32,8 +32,9 @@ SOUL_FIELDS = (
     "curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "state_offload", "param_rounding",
     "published_code",
 )  # fmt: skip
-INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", *DATA_FIELDS)
+INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", "replicas", *DATA_FIELDS)
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
+LAYOUT = ("replicas", "cpu_offload", "head_in_shards")  # where a model lies, as soul.distributed.shard takes it
 MEMORIZE = "memorize"
 CLASSES: dict[str, type] = {**METHODS, MEMORIZE: losses.Memorize}  # METHODS are those that forget
 
@@ -62,6 +63,9 @@ class UnlearnConfig:
         state_dtype: dtype of SOUL's states: "float32", "bfloat16" or "8bit"; None: h in fp32, m like the parameters.
         state_offload: keep SOUL's states and low bits in main memory, and pass them over the GPU in every step, two buckets of
             64 MiB at a time; not with ``cuda_graph``. On a CPU, where they are in main memory anyway, this only adds copies.
+        cpu_offload: in several processes (torchrun): keep the shards of parameters, gradients and states in main memory
+            (FSDP2's ``CPUOffloadPolicy``), and step them there; a layer is copied to the GPU when it computes.
+        replicas: number of copies of the shards of a model in several processes (HSDP); a divisor of their number.
         param_rounding: how SOUL rounds parameters below fp32: "nearest", "stochastic" or "compensated"; "auto" is the last.
         published_code: use SOUL with the momentum of its published code.
         weight_decay: decoupled weight decay.
@@ -69,6 +73,8 @@ class UnlearnConfig:
         batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
+        head_in_shards: with several processes, never gather the output head: each of them has its rows of the vocabulary, and
+            their gradient, alone. The head must not be tied to the embeddings.
         max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
             step.
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
@@ -127,12 +133,15 @@ class UnlearnConfig:
     curvature_every: int = 10
     state_dtype: str | None = None
     state_offload: bool = False
+    cpu_offload: bool = False
+    replicas: int = 1
     param_rounding: str = "auto"
     published_code: bool = False
     weight_decay: float = 0.0
     epochs: int = 5
     batch_size: int = 4
     accumulate: int = 1
+    head_in_shards: bool = False
     max_grad_norm: float | None = 1.0
     gradient_checkpointing: bool = False
     gradient_release: bool = False
@@ -176,7 +185,7 @@ class UnlearnConfig:
         if not isinstance(self.method_options, dict):
             remedy = "for instance {'beta': 0.1}"
             raise argument_error("method_options", "a dict of the method's arguments", repr(self.method_options), remedy)
-        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every"):
+        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every", "replicas"):
             check_whole(name, getattr(self, name), "check the options")
         check_choice("curvature", self.curvature, CURVATURES)
         check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))
@@ -193,6 +202,7 @@ class UnlearnConfig:
         self._check_optimizer()
         self._check_release()
         self._check_graph()
+        self._check_offload()
         self._check_influence()
         if self.published_code and self.curvature != "unlearn":
             raise argument_error(
@@ -270,6 +280,12 @@ class UnlearnConfig:
                 remedy = remedies.get(name, "leave one of them out")
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
 
+    def _check_offload(self) -> None:
+        """Raise for options that have no meaning where parameters are in main memory."""
+        if self.cpu_offload and self.state_offload:
+            remedy = "the states then are where they are stepped, in main memory: leave it out"
+            raise argument_error("state_offload", "False with cpu_offload", True, remedy)
+
     def _check_influence(self) -> None:
         """Raise for options that the method "influence" does not take."""
         for field in dataclasses.fields(self) if self.method == "influence" else ():
@@ -281,9 +297,10 @@ class UnlearnConfig:
     def decisive(self) -> dict[str, Any]:
         """Return the options that decide the numbers of a run, by name: a run can only be resumed with the same ones.
 
-        A file of refusals is represented by a hash of its content. ``state_offload`` changes no number.
+        A file of refusals is represented by a hash of its content. ``state_offload`` changes no number; where the model lies
+        may change last bits, as the number of processes does.
         """
-        left_out = ["reference_cache", "state_offload"] + ([] if self.aims else ["aim", "keep_retain"])
+        left_out = ["reference_cache", "state_offload", *LAYOUT, *([] if self.aims else ["aim", "keep_retain"])]
         options = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
         options["eval_metrics"] = list(self.eval_metrics)  # as JSON has it
         if self.refusals is not None:

@@ -15,7 +15,7 @@ from soul.data.batches import NO_SEQUENCE, Batch, Order, collate
 from soul.data.examples import Sequence
 from soul.distributed.processes import Processes
 from soul.losses import Objective
-from soul.models.causal_lm import has_adapters
+from soul.models.causal_lm import device_of, has_adapters
 from soul.models.ref_model import reference_head, reference_hidden, reference_logps
 from soul.run.config import UnlearnConfig
 from soul_kernels import TokenBatch
@@ -51,7 +51,7 @@ class Feed:
         self._forget = forget
         self._retain = retain
         self._config = config
-        self._device = next(model.parameters()).device
+        self._device = device_of(model)
         self._processes = Processes.of(model)
         self._per_example = sequences_per_example(objective)
         self._ref_logps: list[float] | None = None

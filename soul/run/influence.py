@@ -23,7 +23,7 @@ from soul import losses
 from soul.data.batches import NO_SEQUENCE, Batch, collate
 from soul.data.examples import Sequence
 from soul.distributed.processes import Processes, gathered
-from soul.distributed.shards import is_sharded, local
+from soul.distributed.shards import is_sharded, local, n_copies
 from soul.models.causal_lm import autocast, evaluating, head, hidden_states, trained, transform
 from soul.output.progress import track
 from soul.run.streamed_fisher import most_held, solve_streamed
@@ -270,6 +270,7 @@ def unlearn_once(
         raise argument_error("batch_size", "an integer >= 1", repr(batch_size), "8, for instance")
     params = trained(model)
     processes = Processes.of(model)
+    copies = n_copies(params[0])  # of each shard, all of which are in a sum over the processes
     shards = [local(p.detach()) for p in params]
     backend = resolve_head_backend(backend, head(model)[0])
     if step is None:
@@ -289,6 +290,7 @@ def unlearn_once(
                 blockwise=blockwise,
                 memory_gb=memory_gb,
                 processes=processes,
+                copies=copies,
             )
         else:
             hessians, retain_nll = _diagonal(
@@ -301,7 +303,7 @@ def unlearn_once(
     norm = torch.stack([(new.float() - shard.float()).norm().double() for new, shard in zip(moved, shards)]).norm()
     for shard, new in zip(shards, moved):
         shard.copy_(new)
-    sums = {"forget_nll": forget_nll, "retain_nll": retain_nll, "update_norm": norm.square()}
+    sums = {"forget_nll": forget_nll, "retain_nll": retain_nll, "update_norm": norm.square() / copies}
     totals = processes.totals({name: torch.as_tensor(value, device=norm.device) for name, value in sums.items()})
     update_norm = totals.pop("update_norm").sqrt()
     nlls = {name: float(value) for name, value in totals.items()}
@@ -350,11 +352,16 @@ def _over_woodfisher(
     blockwise: bool,
     memory_gb: float,
     processes: Processes,
+    copies: int,
 ) -> tuple[list[Tensor], Tensor | float]:
     """Return ``F^-1 v`` and the mean negative log-likelihood of a retain token; with products of all gradients if they fit."""
     largest = max(processes.gather(sum(v.numel() for v in vectors)))  # all processes must hold equally many gradients
     held = most_held(memory_gb, largest)
-    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=processes.add_up)
+
+    def add_up(products: Tensor) -> Tensor:
+        return processes.add_up(products) / copies
+
+    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=add_up)
     if held < gradients.n:
         return solve_streamed(gradients, gradients.n, vectors, held=held, **options), gradients.nll
     fisher = WoodFisher(gradients.n, **options)

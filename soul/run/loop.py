@@ -27,7 +27,7 @@ from soul.data.batches import Batch
 from soul.data.examples import Example, Sequence
 from soul.distributed.processes import Processes
 from soul.losses import Memorize, Objective
-from soul.models.causal_lm import checkpointing, compiled, evaluating
+from soul.models.causal_lm import checkpointing, compiled, device_of, evaluating
 from soul.models.encoding import encode_for
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease, release_gradients
@@ -220,7 +220,7 @@ class UnlearningRun:
         """Set up everything that lasts from the first step to the last: graph, hooks, log, signal handler."""
         config = self._config
         if config.cuda_graph:
-            self._graphed_step = GraphedStep(self._step_of_batch(), next(self._model.parameters()).device)
+            self._graphed_step = GraphedStep(self._step_of_batch(), device_of(self._model))
         self._cleanup.callback(lambda: self._optimizer.zero_grad(set_to_none=True))
         if config.gradient_release:
             self._release = release_gradients(self._model, cast(SophiaG, self._optimizer))
@@ -412,7 +412,7 @@ class UnlearningRun:
         record = {"step": len(self.records) + 1, "epoch": epoch, "lr": lr, **_numbers(values)}
         record |= self._telemetry()
         record["tokens_per_s"] = _rate(self._feed.n_tokens(examples, retained), time.perf_counter() - begun)
-        record["peak_memory_gib"] = peak_memory_gib(next(self._model.parameters()).device)
+        record["peak_memory_gib"] = peak_memory_gib(device_of(self._model))
         return record
 
     def _step_of_batch(self) -> Callable[[Batch], dict[str, torch.Tensor]]:
@@ -540,7 +540,7 @@ def _unlearn_by_influence(
     """Take one second-order step over all data; return its log, which has one record."""
     begun = time.perf_counter()
     processes = Processes.of(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     generator = torch.Generator(device).manual_seed(config.seed + processes.rank)  # each process has other sequences
     results = unlearn_once(
         model,

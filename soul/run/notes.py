@@ -19,6 +19,7 @@ from soul.data.examples import Example, Sequence
 from soul.data.templates import CHAT, Template
 from soul.distributed.processes import Processes
 from soul.evaluate.model import answer_probabilities, answer_probability, generate
+from soul.models.causal_lm import device_of
 from soul.models.encoding import encode_for
 from soul.output.directory import NOTES_FILE
 from soul.output.files import replace_text
@@ -258,7 +259,7 @@ def _read_asked(path: pathlib.Path, prompts: object) -> list[dict[str, Any]]:
 def environment(model: "PreTrainedModel") -> dict[str, Any]:
     """Return what a run is computed on and with: machine, libraries, and the sizes of the model."""
     parameters = list(model.parameters())
-    device = parameters[0].device
+    device = device_of(model)
     return {
         "device": device_name(device),
         "processes": Processes.of(model).size,

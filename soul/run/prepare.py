@@ -7,6 +7,7 @@ import torch
 
 from soul.data.examples import Counts, Example, Sequence, pair_refusals, refuse
 from soul.distributed.processes import Processes, check_shards, check_supported
+from soul.distributed.shards import is_sharded
 from soul.losses import Objective
 from soul.models.causal_lm import check_checkpointing, check_weights, head, trained
 from soul.models.encoding import encode_for
@@ -113,4 +114,6 @@ def _check_device(config: UnlearnConfig, weight: torch.Tensor) -> None:
         warnings.warn(
             "state_offload: on a CPU the states are in main memory anyway; leave it out, it only adds copies", stacklevel=1
         )
+    if config.head_in_shards and not is_sharded(weight):
+        warnings.warn("head_in_shards: one process has the whole head; leave it out, it changes nothing", stacklevel=1)
     resolve_backend(config.backend, weight)

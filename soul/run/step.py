@@ -16,12 +16,21 @@ from torch import Tensor
 from soul.data.batches import Batch
 from soul.distributed.processes import Processes, full, gathered
 from soul.losses import Objective
-from soul.models.causal_lm import as_reference, autocast, gnb_loss, has_adapters, head, hidden_states, token_logps, transform
+from soul.models.causal_lm import (
+    as_reference,
+    autocast,
+    device_of,
+    gnb_loss,
+    has_adapters,
+    hidden_states,
+    lm_head,
+    token_logps,
+)
 from soul.optim.curvature import GNB, Curvature
 from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease
 from soul.run.config import UnlearnConfig, norm_limit
-from soul_kernels import Head, LinearOptions, Reference, TokenBatch, linear_objective
+from soul_kernels import LinearOptions, Reference, TokenBatch, linear_objective
 from soul_kernels.chunks import default_chunk_bytes
 from soul_kernels.tokens import IGNORE_INDEX
 
@@ -43,7 +52,7 @@ class ChunkBytes:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        device = next(model.parameters()).device
+        device = device_of(model)
         self.value = min(Processes.of(model).gather(default_chunk_bytes(device)))
 
     def state_dict(self) -> dict[str, int]:
@@ -185,11 +194,10 @@ def _loss(
             ref_hidden = gathered(model, lambda: hidden_states(model, batch))
 
     def compute() -> tuple[Tensor, Tensor]:
-        weight, bias = head(model)
         with autocast(model):
             return linear_objective(
                 hidden_states(model, batch),
-                Head(weight, bias, **transform(model)),
+                lm_head(model),
                 batch.labels,
                 objective,
                 is_forget=batch.is_forget,
@@ -235,8 +243,8 @@ def curvature_loss(
 
     def share_of(batch: Batch) -> Tensor:
         if generator is not None:
-            loss = gnb_loss(model, batch, generator=generator, backend=config.backend, chunk_bytes=chunk_bytes)
-            return loss * (len(batch.token_indices) / n_tokens)
+            options = {"backend": config.backend, "chunk_bytes": chunk_bytes}
+            return gnb_loss(model, batch, generator=generator, n_tokens=n_tokens, **options)
         return -token_logps(model, batch, config.backend, chunk_bytes).sum() / n_tokens
 
     for batch in batches[:-1]:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 import torch
 
 from soul.checkpoint.format import checksum, versions
-from soul.checkpoint.local import Checkpoints, Stopped, has_ended, save_model
+from soul.checkpoint.local import Checkpoints, Stopped, has_ended
+from soul.checkpoint.saving import save_model
 from soul.data import sources
 from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
-from soul.distributed.processes import Processes, check_supported, shard
+from soul.distributed.processes import Processes, check_layout, check_shards, check_supported, shard
 from soul.distributed.scatter import shard_from_first
 from soul.models import causal_lm
 from soul.models.adapters import add_adapters
@@ -42,7 +43,7 @@ from soul.output.directory import (
     write_in_place,
 )
 from soul.output.progress import shown
-from soul.run.config import UnlearnConfig, parameter_dtype
+from soul.run.config import LAYOUT, UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
 from soul.run.measures import AimData, Measures, split_control
 from soul.run.notes import Notes, check_samples
@@ -122,10 +123,12 @@ class Unlearner:
             raise argument_error("config", "a soul.UnlearnConfig", type(config).__name__, remedy)
         processes = Processes.here()
         several = processes.size > 1
+        layout: dict[str, Any] = {name: getattr(self.config, name) for name in LAYOUT}
         if several:
             options = {"dtype": dtype, "device": device, "adapters": adapters, "load_in_4bit": load_in_4bit}
-            processes.check_alike({**self.config.decisive(), **options, **versions()})
+            processes.check_alike({**self.config.decisive(), **layout, **options, **versions()})
             check_supported(self.config)
+        check_layout(self.config, processes.size)
         _check_model_options(model, tokenizer, dtype, device, load_in_4bit)
         if load_in_4bit and not adapters:
             remedy = "codes of 4 bits have no gradient: pass adapters={'rank': 16}, or --lora-rank 16"
@@ -141,7 +144,7 @@ class Unlearner:
         if several:
             by_name = isinstance(model, (str, os.PathLike))
             processes.check_alike(self._contents(weights=not by_name))
-            self.model = (shard_from_first if by_name else shard)(self.model, run_device)
+            self.model = (shard_from_first if by_name else shard)(self.model, run_device, **layout)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._sources = {name: str(source) for name, source in data.items() if isinstance(source, (str, os.PathLike))}
         self._saved: pathlib.Path | None = None  # the output directory of a run that has ended
@@ -178,6 +181,7 @@ class Unlearner:
             remedy = "a loaded model comes without its tokenizer: load that with AutoTokenizer.from_pretrained"
             raise argument_error("tokenizer", "that of the model", repr(tokenizer), remedy)
         else:
+            check_shards(model)
             causal_lm.check_linear_head(model)
             run_device = next(model.parameters()).device
         if adapters:

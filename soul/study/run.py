@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from soul._extras import require
-from soul.checkpoint.local import save_model
+from soul.checkpoint.saving import save_model
 from soul.data.instructions import IGNORANCE
 from soul.evaluate.logs import write_json
 from soul.models.encoding import encode_for

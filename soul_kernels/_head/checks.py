@@ -82,8 +82,11 @@ def check_head(
     """
     head = as_head(weight, bias)
     check_options(options)
-    weight, bias, logit_scale, softcap, _ = head
+    weight, bias, logit_scale, softcap, *_ = head
     sharded = is_dtensor(weight)
+    if head.own_tokens and not sharded:
+        remedy = "leave own_tokens out: a whole head needs no other process"
+        raise argument_error("weight", "a head in shards with own_tokens", "a plain tensor", remedy)
     if not sharded:
         check_not_dtensor("hidden", hidden)
         check_not_dtensor("bias", bias)
@@ -205,9 +208,9 @@ def check_class_weights(class_weights: Tensor | None, head: Head, options: Resol
     if class_weights is None:
         return None
     check_device("class_weights", class_weights, head.weight)
-    if class_weights.shape != head.weight.shape[:1]:
+    if class_weights.shape != (head.n_vocab,):
         got, remedy = tuple(class_weights.shape), "one value a vocabulary entry"
-        raise argument_error("class_weights", f"shape ({head.weight.shape[0]},)", got, remedy)
+        raise argument_error("class_weights", f"shape ({head.n_vocab},)", got, remedy)
     return class_weights.detach().to(options.result_dtype).contiguous()
 
 

@@ -32,7 +32,8 @@ class HeadGradients:
         device = head_rows.x.device
         # The first chunk overwrites dW. But in fp16 every chunk is added, and without rows there is no chunk: these need zeros.
         self.fp16 = head_rows.x.dtype == torch.float16
-        new = torch.zeros if self.fp16 or not len(head_rows) else torch.empty
+        new = torch.zeros if self.fp16 or not head_rows.most_rows else torch.empty
+        self._is_first = True
         self.x = torch.empty(head_rows.x.shape, dtype=dtype, device=device) if needs.hidden else None
         self.weight = new(head_rows.head.weight.shape, dtype=dtype, device=device) if needs.weight else None
         self.bias = torch.zeros(head_rows.n_vocab, dtype=dtype, device=device) if needs.bias else None
@@ -40,10 +41,11 @@ class HeadGradients:
     def sums(self) -> Gradients:
         """Return the gradients of rows, weight and bias; call it once.
 
-        With a head in shards the gradient of the rows is added up over the processes, unless a reduce-scatter will do so.
+        With a head in shards the gradient of the rows is added up over the processes, unless a reduce-scatter will do so, or
+        has done so in each round.
         """
         shard = self.head_rows.head.shard
-        if self.x is not None and shard is not None and not shard.partial_hidden:
+        if self.x is not None and shard is not None and not (shard.partial_hidden or shard.own_tokens):
             add_up(shard, self.x)
         return self.x, self.weight, self.bias
 
@@ -65,7 +67,8 @@ class HeadGradients:
             # and the upstream factor that will multiply it is not known yet.
             bounds = self.head_rows.bounds(chunk, coefficients, *others)
             if self.weight is not None or self.bias is not None:
-                bounds = bounds.max()
+                rounds = self.head_rows.rounds
+                bounds = bounds.max() if rounds is None else rounds.largest_of(bounds)
             scale = torch.exp2((6 - torch.frexp(bounds).exponent).clamp(max=100))
             coefficients = coefficients * scale
             others = tuple(None if other is None else other * scale for other in others)
@@ -75,21 +78,32 @@ class HeadGradients:
         """Add the gradients of a chunk from the gradient of its logits [n, V], which in fp16 is multiplied by ``scale``."""
         rows = chunk.span
         if self.x is not None:
-            product_with_weight(dlogits, self.head_rows.head.weight, self.x[rows])
+            self._fill_x(self.x[rows], dlogits)
         if self.weight is not None and scale is None:
             with products_in(self.head_rows.options.compute_dtype, dlogits):
-                _accumulate_fp32(self.weight, dlogits.T, self.head_rows.x[rows], first=chunk.start == 0)
+                _accumulate_fp32(self.weight, dlogits.T, self.head_rows.loaded_x, first=self._is_first)
+            self._is_first = False
         bias = None if self.bias is None else dlogits.sum(0, dtype=self.bias.dtype)
         if scale is not None:
             if self.x is not None:
                 self.x[rows] /= scale.view(-1, 1)
             if self.weight is not None:
                 weight = torch.empty_like(self.weight)
-                mm_fp32(dlogits.T, self.head_rows.x[rows], weight)
+                mm_fp32(dlogits.T, self.head_rows.loaded_x, weight)
                 self.weight += weight.div_(scale)
             bias = None if bias is None else bias / scale
         if self.bias is not None and bias is not None:
             self.bias += bias
+
+    def _fill_x(self, out: Tensor, dlogits: Tensor) -> None:
+        """Write the gradient of this process's rows of a chunk into ``out`` [n, D]."""
+        rounds, weight = self.head_rows.rounds, self.head_rows.head.weight
+        if rounds is None:
+            product_with_weight(dlogits, weight, out)
+        else:
+            partial = out.new_empty((len(dlogits), out.shape[1]))
+            product_with_weight(dlogits, weight, partial)
+            out.copy_(rounds.sum_of_own(partial, len(out)))
 
 
 def _accumulate_fp32(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

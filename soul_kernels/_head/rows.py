@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from soul_kernels._head.checks import LOGPS, Comparison, RowValues
+from soul_kernels._head.rounds import RoundFunctions, Rounds
 from soul_kernels._head.shards import ShardFunctions
 from soul_kernels.backends import multiplies_bf16
 from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, default_chunk_bytes, row_width
@@ -61,6 +62,7 @@ class RowFunctions(NamedTuple):
     divergence_gradient: Callable[..., None]
     likeliest_statistics: Callable[..., None]
     draw_labels: Callable[..., None]
+    predictions: Callable[..., None]
 
 
 def row_functions(backend: str) -> RowFunctions | ModuleType:
@@ -69,7 +71,7 @@ def row_functions(backend: str) -> RowFunctions | ModuleType:
         return _rows
     return RowFunctions(
         token_statistics, token_gradient, statistics_and_gradient, divergence_statistics, divergence_gradient,
-        likeliest_statistics, draw_labels,
+        likeliest_statistics, draw_labels, _rows.predictions,
     )  # fmt: skip
 
 
@@ -104,8 +106,11 @@ class HeadRows:
         shape: (B, T).
         options: the `ResolvedOptions` of the call.
         functions: the row functions of its backend; for a head in shards, around them `ShardFunctions`.
+        rounds: the `Rounds` of processes with tokens of their own and a head in shards; None in all other cases.
         n_vocab: the number of columns of logits: V, or the rows of a head in shards that are here.
         limit: the largest number of rows in a chunk.
+        most_rows: R; in rounds, the largest R of a process.
+        loaded_x: the hidden states of the loaded chunk; in rounds, those of all processes.
         x: [R, D], hidden states of the rows, in the factor dtype of `ResolvedOptions`.
         head: the `Head`; its weight is in the compute dtype, its bias in the dtype of results.
         labels: [R] int64.
@@ -139,6 +144,10 @@ class HeadRows:
         self.options = options
         functions = row_functions(options.backend)
         self.functions: Any = functions if head.shard is None else ShardFunctions(functions, head.shard)
+        self.rounds: Rounds | None = None
+        if head.shard is not None and head.shard.own_tokens:
+            self.rounds = Rounds(head.shard)
+            self.functions = RoundFunctions(self.functions, self.rounds)
         self.host_indices = token_indices if token_indices is not None and token_indices.device.type == "cpu" else None
         from_labels = token_indices is None
         if token_indices is None:  # waits for the device; to avoid that, pass `token_indices`
@@ -160,6 +169,10 @@ class HeadRows:
         self.predictions = torch.empty_like(self.labels) if row_values.predict else None
         chunk_bytes = default_chunk_bytes(device) if options.chunk_bytes is None else options.chunk_bytes
         self.limit = chunk_rows(largest, options, comparison is not None, chunk_bytes)
+        self.most_rows = len(self)
+        if self.rounds is not None:
+            self.limit = max(1, self.limit // self.rounds.n_processes)
+            (self.most_rows,) = self.rounds.largest(len(self))
         self.free_scratch()
         self.kind: str | None = None
         self._runs = [Run(0, len(self.indices), None)]
@@ -187,14 +200,15 @@ class HeadRows:
         sequences = indices // max(self.shape[1], 1)
         self.kind = comparison.kind
         self.beta = comparison.beta
-        if comparison.needed is not None and (from_labels or self.host_indices is not None):
+        packs = self.rounds is None and (from_labels or self.host_indices is not None)
+        if comparison.needed is not None and packs:
             host_indices = indices.cpu() if self.host_indices is None else self.host_indices
             mask = comparison.needed.cpu()[host_indices // max(self.shape[1], 1)]
             self._runs = _runs_of_mask(mask)
             picked = mask.nonzero()[:, 0].to(indices.device, non_blocking=True)
             indices = indices.index_select(0, picked)
             sequences = sequences.index_select(0, picked)
-        elif n_rows:  # indices on the device only: every row gets one of the reference model, and the objective ignores some
+        elif n_rows:  # every row gets one of the reference model, and the objective ignores some
             self._runs = [Run(0, n_rows, 0)]
         self.ref_x = self._select(comparison.hidden, indices)
         if comparison.needed is not None and len(indices) == n_rows:  # hidden states of the others may be NaN
@@ -218,10 +232,13 @@ class HeadRows:
 
     def even_chunks(self) -> list[Chunk]:
         """Cut the rows into equal chunks within the budget; a cut may divide a sequence."""
-        n_rows = len(self)
+        n_rows = self.most_rows
         count = -(-n_rows // self.limit)
-        size = min(-(-n_rows // max(count, 1) // TILE) * TILE if n_rows > TILE else n_rows, self.limit)
-        return [Chunk(start, min(start + size, n_rows), 0, self.shape[0]) for start in range(0, n_rows, max(size, 1))]
+        size = min(-(-n_rows // max(count, 1) // TILE) * TILE if n_rows > TILE else n_rows, self.limit, n_rows)
+        own = len(self)
+        return [
+            Chunk(min(start, own), min(start + size, own), 0, self.shape[0], size) for start in range(0, n_rows, max(size, 1))
+        ]
 
     def sequence_chunks(self, together: int = 1) -> list[Chunk] | None:
         """Cut the rows between sequences so that ``together`` consecutive ones stay in one chunk.
@@ -231,6 +248,11 @@ class HeadRows:
         """
         if self.host_indices is None and self.indices.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
+        chunks = self._own_sequence_chunks(together)
+        return chunks if self.rounds is None else self.rounds.aligned(chunks, len(self), self.shape[0])
+
+    def _own_sequence_chunks(self, together: int) -> list[Chunk] | None:
+        """Return the chunks of `sequence_chunks` without regard to other processes, or None."""
         indices = self.host_indices if self.host_indices is not None else self.indices.cpu()
         counts = torch.bincount(indices // max(self.shape[1], 1), minlength=self.shape[0]).tolist()
         chunks = []
@@ -252,19 +274,35 @@ class HeadRows:
             self._logits = self._scratch(len(self), self.options.logits_dtype)
             if self.kind is not None:
                 self._ref_logits = self._scratch(len(self.ref_x), self.options.logits_dtype)
-        self._loaded = self._logits[: chunk.stop - chunk.start, : self.n_vocab]
+        self.loaded_x = self._of_round(self.x[chunk.span], chunk)
+        self._loaded = self._logits[: len(self.loaded_x), : self.n_vocab]
         for start, stop, ref in self._runs_of(chunk):
-            local = slice(start - chunk.start, stop - chunk.start)
-            _product(self.x[start:stop], self.head, self._loaded[local])
+            local = self._local(chunk, start, stop)
+            _product(self.loaded_x[local], self.head, self._loaded[local])
             if ref is not None:
-                _product(self.ref_x[ref], self.ref_head, self._loaded_ref_logits(chunk, ref))
+                _product(self._of_round(self.ref_x[ref], chunk), self.ref_head, self._loaded_ref_logits(chunk, ref))
+
+    def _of_round(self, x: Tensor, chunk: Chunk) -> Tensor:
+        """Return the hidden states of a chunk; in rounds, those of the chunks of all processes."""
+        return x if self.rounds is None else self.rounds.all_rows(x, chunk.size)
+
+    def _local(self, chunk: Chunk, start: int, stop: int) -> slice:
+        """Return the place of rows ``start`` to ``stop`` among those of a loaded chunk; in rounds all rows are one run."""
+        return slice(start - chunk.start, stop - chunk.start) if self.rounds is None else slice(None)
 
     def _scratch(self, n_rows: int, dtype: torch.dtype) -> Tensor:
         """Return scratch memory for at most ``n_rows`` rows of a chunk."""
-        return self.x.new_empty((min(self.limit, n_rows), self.row_width), dtype=dtype)
+        if self.rounds is not None:
+            n_rows = min(self.limit, self.most_rows) * self.rounds.n_processes
+        else:
+            n_rows = min(self.limit, n_rows)
+        return self.x.new_empty((n_rows, self.row_width), dtype=dtype)
 
     def _runs_of(self, chunk: Chunk) -> Iterator[tuple[int, int, slice | None]]:
         """Yield each run of a chunk as its first row, the first row after it, and its rows of the reference model or None."""
+        if self.rounds is not None:
+            yield chunk.start, chunk.stop, None if self.kind is None else chunk.span
+            return
         for run in self._runs:
             start = max(run.start, chunk.start)
             stop = min(run.stop, chunk.stop)
@@ -275,6 +313,8 @@ class HeadRows:
     def _loaded_ref_logits(self, chunk: Chunk, ref: slice) -> Tensor:
         """Return the loaded raw products of some rows of the reference model."""
         assert self._ref_logits is not None, "load() comes first"
+        if self.rounds is not None:
+            return self._ref_logits[: len(self._loaded), : self.n_vocab]
         first = next(rows.start for _, _, rows in self._runs_of(chunk) if rows is not None)
         return self._ref_logits[ref.start - first : ref.stop - first, : self.n_vocab]
 
@@ -294,18 +334,15 @@ class HeadRows:
                 labels = self.labels[start:stop]
                 self.functions.token_statistics(ref_logits, labels, self.ref_statistics[:, ref], **transform)
                 self.functions.divergence_statistics(
-                    self._loaded[start - chunk.start : stop - chunk.start], ref_logits, labels, self.statistics[:, start:stop],
+                    self._loaded[self._local(chunk, start, stop)], ref_logits, labels, self.statistics[:, start:stop],
                     self.ref_statistics[:, ref], self.divergences[:, start:stop], **self._divergence_options(ref),
                 )  # fmt: skip
 
     def _predict(self, chunk: Chunk) -> None:
-        """Fill in the predictions of the loaded chunk, in one more read of it, if they are asked for.
-
-        Scale and cap are monotonic, so that the largest raw product (with a negative scale the smallest) has the largest logit.
-        """
+        """Fill in the predictions of the loaded chunk, in one more read of it, if they are asked for."""
         if self.predictions is not None:
-            best = self._loaded.argmax(1) if self.head.logit_scale > 0 else self._loaded.argmin(1)
-            self.predictions[chunk.span] = torch.where(self.labels[chunk.span] == IGNORE_INDEX, IGNORE_INDEX, best)
+            labels, rising = self.labels[chunk.span], self.head.logit_scale > 0
+            self.functions.predictions(self._loaded, labels, self.predictions[chunk.span], rising=rising)
 
     def gradient(
         self, chunk: Chunk, coefficients: Tensor, divergence_coefficients: Tensor | None = None,
@@ -329,7 +366,7 @@ class HeadRows:
         if mean_coefficients is not None:
             others |= {"mean_coefficients": mean_coefficients, "class_weights": self.row_values.class_weights}
         for start, stop, ref in self._runs_of(chunk):
-            local = slice(start - chunk.start, stop - chunk.start)
+            local = self._local(chunk, start, stop)
             labels = self.labels[start:stop]
             statistics = self.statistics[:, start:stop]
             if ref is None:
@@ -376,7 +413,7 @@ class HeadRows:
         if mean_coefficients is not None:
             class_weights = self.row_values.class_weights
             largest = 1.0 if class_weights is None else class_weights.abs().max()
-            bounds = bounds + mean_coefficients.abs() * largest / self.n_vocab
+            bounds = bounds + mean_coefficients.abs() * largest / self.head.n_vocab
         return bounds * abs(self.head.logit_scale)
 
     def _out(self) -> Tensor:
@@ -466,7 +503,7 @@ class HeadRows:
     def free_scratch(self) -> None:
         """Free the scratch memory of the chunks; `load` allocates it again."""
         self._logits = self._ref_logits = None
-        self._loaded = self.x.new_empty(0)
+        self._loaded = self.loaded_x = self.x.new_empty(0)
 
 
 def _runs_of_mask(mask: Tensor) -> list[Run]:

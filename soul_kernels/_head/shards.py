@@ -10,8 +10,9 @@ A row function wants the label among its columns. A row whose label is elsewhere
 with the statistics of column 0 in place of the label's: its own log p, and -p where 1 - p of the label would stand. With these
 numbers every formula that treats the label's column apart gives column 0 the same values as any other column, up to rounding.
 
-What is exchanged, for each chunk: three numbers a token for its statistics, and three for those of the reference model; the
-sums of a divergence; and for a drawn label the logsumexp and the label. Statistics are gathered and not reduced, because a sum
+What is exchanged, for each chunk: three numbers a token for its statistics, three more for those that metrics need, one for
+the mean logit, and three for the statistics of the reference model; the sums of a divergence; for a drawn label the logsumexp
+and the label; and for a predicted one its logit and its number. Statistics are gathered and not reduced, because a sum
 of exponentials needs the maximum first. That is one exchange in place of two, and all processes combine the same numbers in the
 same order, so that they have the same bits. The gradient of the hidden states is added up once, in fp32; hidden states that are
 cut along the tokens get theirs by a reduce-scatter, in their own dtype.
@@ -31,7 +32,16 @@ from torch._guards import detect_fake_mode
 
 from soul_kernels.errors import argument_error
 from soul_kernels.reference import _rows, token_draw
-from soul_kernels.reference.token_logprob import LOGP, N_BASIC, ONE_MINUS_P, ROW_MAX, TOTAL, transformed
+from soul_kernels.reference.token_logprob import (
+    HIT,
+    LOGP,
+    N_ALL,
+    N_BASIC,
+    ONE_MINUS_P,
+    ROW_MAX,
+    TOTAL,
+    transformed,
+)
 from soul_kernels.tokens import IGNORE_INDEX, Head, Reference, VocabShard
 
 
@@ -63,9 +73,11 @@ def local_arguments(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     if head.bias is not None and not _is_cut_alike("bias", head.bias, shard):
         remedy = "distribute it over the mesh of the weight, with the same placements"
         raise argument_error("bias", f"a DTensor with placements {_placements(head.weight)}", _described(head.bias), remedy)
+    if head.own_tokens and is_dtensor(hidden):
+        raise argument_error("hidden", "a plain tensor with own_tokens", _described(hidden), "pass hidden.to_local()")
     hidden, partial = _whole_hidden("hidden", hidden, shard)
     bias = None if head.bias is None else _to_local(head.bias)
-    shard = shard._replace(partial_hidden=partial)
+    shard = shard._replace(partial_hidden=partial, own_tokens=head.own_tokens)
     return hidden, head._replace(weight=_to_local(head.weight), bias=bias, shard=shard)
 
 
@@ -106,7 +118,7 @@ def _shard_of(name: str, weight: Any) -> VocabShard:
 
 def _is_cut_alike(name: str, tensor: Any, shard: VocabShard) -> bool:
     """Tell whether a tensor is a DTensor that is cut along its first dimension as the shard is."""
-    return is_dtensor(tensor) and _shard_of(name, tensor) == shard._replace(partial_hidden=False)
+    return is_dtensor(tensor) and _shard_of(name, tensor) == shard._replace(partial_hidden=False, own_tokens=False)
 
 
 def _to_local(tensor: Any) -> Tensor:
@@ -156,13 +168,6 @@ def _described(tensor: Any) -> str:
     return f"a DTensor with placements {_placements(tensor)}" if is_dtensor(tensor) else f"a plain tensor {tuple(tensor.shape)}"
 
 
-def check_whole(head: Head, caller: str) -> None:
-    """Raise if a head is in shards, for callers that need all of it."""
-    if head.shard is not None:
-        remedy = "gather it: weight.full_tensor() returns the whole tensor, and autograd goes through it"
-        raise argument_error("weight", f"a whole head for {caller}", "one that is cut along the vocabulary", remedy)
-
-
 # Exchanges
 
 
@@ -200,32 +205,55 @@ class ShardFunctions:
         self.functions = functions
         self.shard = shard
 
-    def token_statistics(self, logits: Tensor, labels: Tensor, statistics: Tensor, **transform: Any) -> None:
-        """Do what `soul_kernels.token_logprob.token_statistics` does, for four statistics, in one exchange."""
+    def token_statistics(
+        self, logits: Tensor, labels: Tensor, statistics: Tensor, *, means: Tensor | None = None,
+        class_weights: Tensor | None = None, **transform: Any,
+    ) -> None:  # fmt: skip
+        """Do what `soul_kernels.token_logprob.token_statistics` does, in one exchange."""
         mine, local_labels = self._local(labels)
-        # Logit of the label, or -inf; maximum of the columns; sum of exp(z - maximum) over the columns but the label.
-        values = statistics.new_tensor([-torch.inf, _rows.LOWEST, 0.0])[:, None].repeat(1, len(labels))
+        has_all = len(statistics) == N_ALL
+        # Logit of the label, or -inf; maximum of the columns; sum of exp(z - maximum) over the columns but the label. Then hit,
+        # entropy and variance among the columns, if they are asked for; and the columns' part of the mean logit.
+        values = statistics.new_zeros((N_BASIC + 3, len(labels)))
+        values[0] = -torch.inf
+        values[1] = _rows.LOWEST
         if self.shard.n_rows:
-            own = statistics.new_empty((N_BASIC, len(labels)))
-            self.functions.token_statistics(logits, local_labels, own, **transform)
+            own = statistics.new_empty((len(statistics), len(labels)))
+            options = {} if means is None else {"means": values[-1], "class_weights": self._own_columns(class_weights)}
+            self.functions.token_statistics(logits, local_labels, own, **options, **transform)
             at_label = self._logits(logits, local_labels.clamp(min=0), **transform)
             values[0] = torch.where(mine, at_label, -torch.inf)
             values[1] = own[ROW_MAX]
             values[2] = own[TOTAL] * torch.where(mine, own[ONE_MINUS_P], 1.0)
-        at_label, maxima, rests = gather(self.shard, values).unbind(1)
+            if has_all:
+                values[3:6] = own[HIT:]
+                values[3].masked_fill_(~mine, 0.0)
+            values[-1] *= self.shard.n_rows / self.shard.n_vocab
+        sent = [0, 1, 2, *((3, 4, 5) if has_all else ()), *((6,) if means is not None else ())]
+        gathered = gather(self.shard, values[sent])
+        at_label, maxima, rests = gathered[:, :3].unbind(1)
         row_max = maxima.amax(0)
         rest = (rests * (maxima - row_max).exp()).sum(0)
         valid = (labels >= 0) & (labels < self.shard.n_vocab)
+        if has_all:
+            statistics[HIT:] = _metrics(gathered)
         _rows.fill_statistics(statistics, labels, valid, at_label.amax(0), row_max, rest)
+        if means is not None:
+            means.copy_(gathered[:, -1].sum(0).masked_fill(~valid, 0.0))
 
     def token_gradient(
-        self, logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, **transform: Any
-    ) -> None:
+        self, logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, *,
+        mean_coefficients: Tensor | None = None, class_weights: Tensor | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         """Do what `soul_kernels.token_logprob.token_gradient` does, without exchange."""
         if self.shard.n_rows:
             mine, local_labels = self._local(labels)
+            transform = {name: options[name] for name in ("logit_scale", "softcap")}
             statistics = self._standing_in(logits, mine, statistics, **transform)
-            self.functions.token_gradient(logits, local_labels, statistics, coefficients, out, **transform)
+            if mean_coefficients is not None:
+                mean_coefficients = mean_coefficients * (self.shard.n_rows / self.shard.n_vocab)  # of the columns' mean
+                options |= {"mean_coefficients": mean_coefficients, "class_weights": self._own_columns(class_weights)}
+            self.functions.token_gradient(logits, local_labels, statistics, coefficients, out, **options)
 
     def statistics_and_gradient(
         self, logits: Tensor, labels: Tensor, statistics: Tensor, coefficients: Tensor, out: Tensor, **transform: Any
@@ -300,6 +328,24 @@ class ShardFunctions:
         self.statistics_and_gradient(logits, labels, statistics, coefficients, out, **transform)
         labels.masked_fill_(statistics[LOGP].isnan(), IGNORE_INDEX)
 
+    def predictions(self, logits: Tensor, labels: Tensor, predictions: Tensor, *, rising: bool) -> None:
+        """Do what `soul_kernels.reference._rows.predictions` does, in one exchange."""
+        best = torch.stack([torch.full(labels.shape, -torch.inf, device=labels.device), torch.zeros_like(labels)]).double()
+        if self.shard.n_rows:
+            columns = torch.empty_like(labels)
+            self.functions.predictions(logits, torch.zeros_like(labels), columns, rising=rising)
+            largest = logits.gather(1, columns[:, None])[:, 0].double()
+            best = torch.stack([largest if rising else -largest, (columns + self.shard.start).double()])
+        largest, numbers = gather(self.shard, best).unbind(1)
+        chosen = numbers.gather(0, largest.argmax(0, keepdim=True))[0].long()  # of equals the first
+        predictions.copy_(torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, chosen))
+
+    def _own_columns(self, class_weights: Tensor | None) -> Tensor | None:
+        """Return the class weights of the columns that are here."""
+        if class_weights is None:
+            return None
+        return class_weights[self.shard.start : self.shard.start + self.shard.n_rows]
+
     def _local(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return whether each label is among the columns; and the labels by column, or 0 for a valid label elsewhere."""
         local = labels - self.shard.start
@@ -320,3 +366,36 @@ class ShardFunctions:
         out[LOGP] = torch.where(mine, statistics[LOGP], logp)
         out[ONE_MINUS_P] = torch.where(mine, statistics[ONE_MINUS_P], -logp.exp())
         return out
+
+
+def _metrics(gathered: Tensor) -> Tensor:
+    """Return hit, entropy and variance [3, n] of whole rows from those among the columns of each process.
+
+    The row's distribution is a mixture of those of the processes, with weights w. The mean of -log p under the part of one
+    process is its entropy - log w; the entropy of the row is the mean of these, and its variance that of the parts plus that of
+    these means. All is measured from the heaviest part, whose log w comes from the weights of the others: where a label has
+    p = 1 - 1e-10 the entropy is as small, and differences of rounded numbers would be all noise.
+
+    Args:
+        gathered: [processes, 6 or more, n]: logit of the label or -inf, maximum, sum of exp(z - maximum) without the label, hit,
+            entropy, variance.
+    """
+    at_label, maxima, rests, hits, entropies, variances = gathered[:, :6].double().unbind(1)
+    lse = maxima + (rests + (at_label - maxima).exp()).log()
+    heaviest = lse.argmax(0, keepdim=True)
+    w = (lse - lse.gather(0, heaviest)).exp()
+    others = w.scatter(0, heaviest, 0.0)
+    total = 1 + others.sum(0)
+    log_w = (lse - lse.gather(0, heaviest) - total.log()).scatter(0, heaviest, -others.sum(0, keepdim=True).log1p())
+    means = torch.where(w > 0, entropies - log_w, 0.0)
+    first_mean = means.gather(0, heaviest)
+    away = torch.where(w > 0, means - first_mean, 0.0)
+    shift = (w * away).sum(0) / total
+    entropy = first_mean[0] + shift
+    variance = (w * (variances + away**2)).sum(0) / total - shift**2
+    # The label is the argmax if it is that of its own columns and no column of another process is larger, or equal and before it.
+    ranks = torch.arange(len(maxima), device=maxima.device)[:, None]
+    owner = at_label.argmax(0)
+    best = at_label.amax(0)
+    loses = ((maxima > best) | ((maxima == best) & (ranks < owner))) & (ranks != owner)
+    return torch.stack([hits.sum(0) * ~loses.any(0), entropy, variance.clamp(min=0)]).to(gathered.dtype)

@@ -156,9 +156,12 @@ def _sweep_chunks(
         chunks = sequence_chunks
     loss = torch.zeros((), dtype=head_rows.options.result_dtype, device=head_rows.x.device)
     for chunk in chunks:
-        start, stop, first, last = chunk
+        start, stop, first, last, _ = chunk
         head_rows.load(chunk)
         head_rows.measure(chunk)
+        if first == last:  # of a process that has fewer chunks than others
+            gradients.add(chunk, *torch.zeros((1 if head_rows.kind is None else 2, 0), dtype=loss.dtype, device=loss.device))
+            continue
         piece = _measured(head_rows, batch, start, stop).sequences(first, last)
         if len(chunks) > 1 and additive == "tokens":  # sequences are cut: leave the tokens of other chunks out
             piece = piece.tokens(head_rows.scatter(torch.ones_like(head_rows.labels[start:stop]), start, stop).bool())
@@ -314,13 +317,15 @@ def _asked(predictions: Tensor, predict: bool) -> Tensor:
 
 def sweep_gnb(
     hidden: Tensor, head: Head, keep: Tensor, uniforms: Tensor, token_indices: Tensor | None, options: ResolvedOptions,
-    needs: Needs,
+    needs: Needs, n_tokens: Tensor | float | None = None,
 ) -> SweepResult:  # fmt: skip
     """Return the loss of `soul_kernels.linear_gnb`, the drawn labels, and the gradients, computed in one sweep."""
     check_indices(token_indices, keep, hidden)
     head_rows = DrawnRows(hidden, head, keep, token_indices, options, uniforms)
     gradients = HeadGradients(head_rows, needs) if any(needs) else None
-    share = 1 / keep.sum().clamp(min=1).to(options.result_dtype)
+    share = 1 / (keep.sum().clamp(min=1) if n_tokens is None else torch.as_tensor(n_tokens)).to(
+        keep.device, options.result_dtype
+    )
     for chunk in head_rows.even_chunks():
         head_rows.load(chunk)
         head_rows.measure(chunk)

@@ -74,6 +74,15 @@ def token_statistics(
         means.masked_fill_(~valid, 0.0)
 
 
+def predictions(logits: Tensor, labels: Tensor, predictions: Tensor, *, rising: bool) -> None:
+    """Write the column of each row's largest raw product, or if not ``rising`` of the smallest, into ``predictions`` [n].
+
+    That is the entry with the largest logit, since scale and cap are monotonic. It is -100 where the label is.
+    """
+    best = logits.argmax(1) if rising else logits.argmin(1)
+    predictions.copy_(torch.where(labels == IGNORE_INDEX, IGNORE_INDEX, best))
+
+
 def fill_statistics(
     statistics: Tensor, labels: Tensor, valid: Tensor, at_label: Tensor, others_max: Tensor, rest: Tensor
 ) -> None:  # fmt: skip

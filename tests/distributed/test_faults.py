@@ -22,7 +22,7 @@ HOW = ("--epochs", 6)  # 12 steps, with checkpoints after each fourth
 PROGRAM = """
 import os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from soul.checkpoint import local, sharded
+from soul.checkpoint import saving, sharded
 from soul.distributed import watch
 
 watch.SILENT_SECONDS = {silent}
@@ -46,7 +46,7 @@ if place == "step":
 elif place == "checkpoint":
     sharded._Writer.write_data = counting(sharded._Writer.write_data)
 else:
-    local._save_model = counting(local._save_model)
+    saving._save_model = counting(saving._save_model)
 sys.argv = words
 runpy.run_module("soul", run_name="__main__")
 """

@@ -15,9 +15,10 @@ import torch.distributed as dist
 import soul
 import soul_kernels
 from soul import losses
-from soul_kernels import LinearOptions, Reference, linear_cross_entropy, linear_logprob, linear_objective, linear_statistics
+from soul_kernels import LinearOptions, Reference, linear_logprob
 from soul_kernels.backends import has_triton
 from soul_kernels.errors import ArgumentError
+from soul_kernels.reference import linear_cross_entropy as cross_entropy_reference
 from soul_kernels.reference import linear_gnb as gnb_reference
 from soul_kernels.reference import linear_kl as kl_reference
 from soul_kernels.reference import linear_loss as loss_reference
@@ -54,6 +55,16 @@ OPS = {
     "gnb": {"bias": True},
     "gnb, padded": {"n_vocab": 4, "hidden": "tokens", "padded": True},
     "gnb, vocabulary 1": {"n_vocab": 1},
+    "statistics": {"bias": True},
+    "statistics, vocabulary 4": {"n_vocab": 4, "padded": True},
+    "objective, statistics": {"objective": losses.CEU(alpha=0.7), "bias": True},
+    "cross-entropy": {"cross_entropy": {"reduction": "mean"}, "hidden": "tokens"},
+    "cross-entropy, smoothed": {"cross_entropy": {"label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True}, "bias": True},
+    "cross-entropy, vocabulary 4": {"cross_entropy": {"label_smoothing": 0.2, "class_weights": True}, "n_vocab": 4},
+    "cross-entropy of tokens": {
+        "cross_entropy": {"reduction": "none", "label_smoothing": 0.2, "class_weights": True},
+        "lse": True,
+    },
 }
 # 1 - p of the label is 1e-10 or so at every token; the label is in the first shard or in the last.
 MEMORISED = {
@@ -63,6 +74,8 @@ MEMORISED = {
         "logprob": {},
         "objective": {"objective": losses.NPO(beta=0.2, alpha=1.3)},
         "kl": {"kind": "kl"},
+        "statistics": {},
+        "objective, statistics": {"objective": losses.CEU(ignore_first=0, alpha=0.0)},
     }.items()
 }
 OPS |= MEMORISED
@@ -102,12 +115,13 @@ def make(case, dtype):
         inputs["ref_bias"] = inputs["bias"].index_fill(0, row, 27.0)
         inputs["bias"].index_fill_(0, row, 28.0)
     labels[0, :3] = labels[1, 5:] = labels[2] = -100
-    return inputs | {"labels": labels, "uniforms": torch.rand(B, T, generator=generator)}
+    inputs |= {"labels": labels, "uniforms": torch.rand(B, T, generator=generator), "is_forget": torch.arange(B) % 2 == 0}
+    return inputs | {"class_weights": torch.rand(n_vocab, generator=generator).to(dtype)}
 
 
 def call(name, case, inputs, ops, options):
     """Call the op of a case with hidden states and head, of which some are in shards; return its results and its loss."""
-    logprob, objective, kl, gnb = ops
+    logprob, objective, kl, gnb, statistics, cross_entropy = ops
     head = {name: inputs[name] for name in ("hidden", "weight", "bias")} | options
     labels = inputs["labels"]
     reference = Reference(inputs["ref_hidden"], None if case.get("shared") else inputs["ref_weight"], inputs["ref_bias"])
@@ -115,15 +129,26 @@ def call(name, case, inputs, ops, options):
         values = logprob(**head, labels=labels)
         return [values], (values * inputs["upstream"]).sum()
     if name.startswith("gnb"):
-        loss, drawn = gnb(**head, keep=labels != -100, uniforms=inputs["uniforms"])
+        mean = {"n_tokens": inputs["n_tokens"]} if "n_tokens" in inputs else {}
+        loss, drawn = gnb(**head, keep=labels != -100, uniforms=inputs["uniforms"], **mean)
         return [loss, drawn], 3 * loss
+    if name.startswith("statistics"):
+        return [*statistics(**head, labels=labels)], None
+    if "cross_entropy" in case:
+        choices = dict(case["cross_entropy"])
+        if "class_weights" in choices:
+            choices["class_weights"] = inputs["class_weights"]
+        values, lse, predicted = cross_entropy(**head, labels=labels, return_lse="lse" in case, **choices)
+        if "lse" in case:
+            return [values, predicted, lse], ((values + lse) * inputs["upstream"]).sum()
+        return [values, predicted], 3 * values
     if "objective" in case:
         loss, logps = objective(
-            **head, labels=labels, objective=case["objective"], is_forget=torch.arange(B) % 2 == 0, reference=reference,
-            ref_logps=inputs["ref_logps"].to(loss_dtype(inputs)),
+            **head, labels=labels, objective=inputs.get("objective", case["objective"]), is_forget=inputs["is_forget"],
+            reference=reference, ref_logps=inputs["ref_logps"].to(loss_dtype(inputs)),
         )  # fmt: skip
         return [loss, logps], 3 * loss
-    divergence = {key: case[key] for key in ("kind", "beta", "strengths") if key in case}
+    divergence = {key: inputs.get(key, case[key]) for key in ("kind", "beta", "strengths") if key in case}
     values = kl(**head, labels=labels, reference=reference, **divergence)
     return [values], (values * inputs["upstream"]).sum()
 
@@ -136,10 +161,29 @@ def returning_logps(*args, **kwargs):
     return soul_kernels.linear_objective(*args, return_logps=True, **kwargs)
 
 
-def in_one_process(name, variant):
+def cross_entropy(*args, **kwargs):
+    values, *lse, predictions = soul_kernels.linear_cross_entropy(*args, return_predictions=True, **kwargs)
+    return values, lse[0] if lse else None, predictions.ids
+
+
+def reference_cross_entropy(*args, return_lse, **kwargs):
+    return cross_entropy_reference.linear_cross_entropy(*args, **kwargs)
+
+
+OURS = (
+    soul_kernels.linear_logprob, returning_logps, soul_kernels.linear_kl, soul_kernels.linear_gnb,
+    soul_kernels.linear_statistics, cross_entropy,
+)  # fmt: skip
+REFERENCES = (
+    loss_reference.linear_logprob, loss_reference.linear_objective, kl_reference.linear_kl, gnb_reference.linear_gnb,
+    loss_reference.linear_statistics, reference_cross_entropy,
+)  # fmt: skip
+
+
+def in_one_process(name, variant, case=None):
     """Return results and gradients of the reference in fp64, for inputs that have been rounded to the dtype of a variant."""
     dtype, options, *_ = VARIANTS[variant]
-    case = OPS[name]
+    case = OPS[name] if case is None else case
     inputs = {
         key: value.double() if value is not None and value.is_floating_point() and key != "uniforms" else value
         for key, value in make(case, dtype).items()
@@ -148,10 +192,10 @@ def in_one_process(name, variant):
     leaves = [key for key in trained if inputs[key] is not None]
     for key in leaves:
         inputs[key].requires_grad_()
-    ops = (loss_reference.linear_logprob, loss_reference.linear_objective, kl_reference.linear_kl, gnb_reference.linear_gnb)
     options = {key: value for key, value in options.items() if key != "backend"}
-    results, loss = call(name, case, inputs, map(loose, ops), options)
-    return results, dict(zip(leaves, torch.autograd.grad(loss, [inputs[key] for key in leaves])))
+    results, loss = call(name, case, inputs, map(loose, REFERENCES), options)
+    gradients = [] if loss is None else torch.autograd.grad(loss, [inputs[key] for key in leaves])
+    return results, dict(zip(leaves, gradients))
 
 
 def placed(case, inputs, mesh):
@@ -184,7 +228,6 @@ def worker(folder, variants, names, more):
 
 def computed(name, variant, mesh):
     """Return results, whole gradients, and the bytes of the head's gradient that are here."""
-    ops = (soul_kernels.linear_logprob, returning_logps, soul_kernels.linear_kl, soul_kernels.linear_gnb)
     dtype, options, *_ = VARIANTS[variant]
     case = OPS[name]
     inputs = placed(case, make(case, dtype), mesh)
@@ -194,8 +237,9 @@ def computed(name, variant, mesh):
     chunked = {"chunk_bytes": 9 * 64 * 4 * (2 if "kind" in case else 1), **options}  # three chunks
     if case.get("padded"):
         chunked["token_indices"] = torch.arange(B * T)
-    results, loss = call(name, case, inputs, map(loose, ops), chunked)
-    loss.backward()
+    results, loss = call(name, case, inputs, map(loose, OURS), chunked)
+    if loss is not None:
+        loss.backward()
     gradients = {key: inputs[key].grad for key in leaves if inputs[key].grad is not None}
     held = gradients["weight"].to_local().nbytes if "weight" in gradients else 0
     whole = {key: g.full_tensor() if hasattr(g, "full_tensor") else g for key, g in gradients.items()}
@@ -418,11 +462,6 @@ def test_what_does_not_make_up_a_head_is_refused_with_the_remedy(mesh):
         (f"{not_tokens}got a DTensor", logprob(h=by(hidden, Partial()))),
         (r"bias: expected a DTensor with placements .*, got a plain tensor \(131,\); distribute it over", logprob(b=bias)),
         (r"bias: expected a plain tensor, or a DTensor that Shard\(0\)", logprob(b=by(bias, Replicate()))),
-        ("weight: expected a whole head for linear_statistics, got one that is cut .*; gather it",
-         lambda: linear_statistics(hidden, rows, labels)),
-        ("weight: expected a whole head for linear_cross_entropy, got", lambda: linear_cross_entropy(hidden, rows, labels)),
-        ("weight: expected a whole head for CEU, which needs statistics, got",
-         lambda: linear_objective(hidden, rows, labels, losses.CEU(alpha=0.0))),
         ("backend: expected 'auto', 'triton' or 'torch' with a head in shards, got 'ref", logprob(backend="reference")),
         ("weight: expected a whole head under torch.compile, torch.func and where tensors hold no values, got a DTensor",
          lambda: torch.func.grad(lambda h: logprob(h)().sum())(hidden)),

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import time
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 
 from soul import SOUL, SophiaG, release_gradients
 from soul.distributed import exit_process
+from soul.distributed.shards import local
 from soul.optim.curvature import RetainFisher
+from soul.optim.scales import decoded, own_scales
+from soul_kernels import sophia_step
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -458,7 +462,18 @@ def tensor_parallel_worker(folder):
     opt.step()
     offsets = [offset for step_group in opt._stepper.stepped[0] for offset in step_group.tensor_offsets]
     result = {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
-    return result | {"hybrid": [hybrid(*case) for case in HYBRID]}
+    return result | {"hybrid": [hybrid(*case) for case in HYBRID], "blocks": blocks(mesh)}
+
+
+def blocks(mesh):
+    """Return a tensor cut by rows and columns, stepped with 8-bit states in shards and alone; and a refusal."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    tensors = [distribute_tensor(tensor, mesh, [Shard(0), Shard(1)]) for tensor in column_tensors(1)]
+    try:
+        column_steps(tensors[0].redistribute(mesh, [Shard(1), Shard(1)]))
+    except ValueError as error:
+        return (own_outcome(column_steps(*tensors)), stepped_alone(*tensors)), str(error)
 
 
 HYBRID = [
@@ -501,6 +516,9 @@ def test_fsdp_over_tensor_parallelism_and_with_copies_of_shards(tmp_path):
             if "max_grad_norm" in options:
                 assert got["telemetry"]["grad_norm"] == pytest.approx(one["telemetry"]["grad_norm"], rel=1e-6)
                 assert got["fraction"] == pytest.approx(one["fraction"])
+    for (own, alone), refusal in (process["blocks"] for process in results):
+        assert not differing(own, alone)
+        assert refusal.startswith("state_dtype: expected fp32 or bf16 where columns are sharded, and one dimension by several")
     assert all(f["telemetry"] == results[0]["telemetry"] and f["rho"] == results[0]["rho"] for f in results)
     assert results[0]["telemetry"]["grad_norm"] == pytest.approx(results[0]["norm"], rel=1e-6)
     assert [f["offsets"] for f in results] == [[0, 0], [24, 4], [12, 2], [36, 6]]  # rank 1 has the other half of the rows
@@ -642,29 +660,102 @@ def rows_results(folder, placed, load=None):
     return results
 
 
-def columns_results(mesh):
-    """Steps of columns in shards that have whole groups, and the refusal of those that do not."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+# Columns of 64 are cut between groups, which then are those of rows. All others have groups of their own in each shard: two
+# whose last group is shorter, shards of unequal size, and one that leaves the second process nothing.
+COLUMNS = ((5, 64), (5, 96), (3, 32, 3), (3, 3, 32), (3, 1, 32))
+# Half of the largest distance of two neighbouring codes, for a group whose largest magnitude is 1.
+HALF_CODE = {"exp_avg": 0.0083, "hessian": 0.004}
 
-    results = {}
-    generator = torch.Generator().manual_seed(0)
-    for n_columns in (64, 96):
-        param = torch.nn.Parameter(distribute_tensor(torch.randn(5, n_columns, generator=generator), mesh, [Shard(1)]))
-        param.grad = distribute_tensor(torch.randn(5, n_columns, generator=generator), mesh, [Shard(1)])
-        try:
-            opt = SOUL([param], lr=0.01, state_dtype="8bit")
-            opt.step()
-            results[f"{n_columns} columns"] = [whole(value) for value in (param, *opt.state[param].values())]
-        except ValueError as error:
-            results[f"{n_columns} columns"] = str(error)
-    return results
+
+def column_tensors(number):
+    generator = torch.Generator().manual_seed(number)
+    return [torch.randn(COLUMNS[number], generator=generator) for _ in range(3)]
+
+
+def column_steps(values, *grads, **options):
+    """Return the optimizer of one parameter, with 8-bit states, after some steps."""
+    param = torch.nn.Parameter(values.clone())
+    opt = SOUL([param], lr=0.01, state_dtype="8bit", **options)
+    for grad in grads:
+        param.grad = grad.clone()
+        opt.step()
+    return opt
+
+
+def column_outcome(opt):
+    """Return the parameter and its state by name, whole, and the decoded states."""
+    ((param, state),) = opt.state.items()
+    decoded_states = {f"{name}, decoded": decoded(state, name) for name in HALF_CODE}
+    return {name: whole(tensor) for name, tensor in {"param": param, **state, **decoded_states}.items()}
+
+
+def own_outcome(opt):
+    """Return what this process holds of the parameter, of codes and of scales."""
+    ((param, state),) = opt.state.items()
+    codes = {name: local(state[name]).clone() for name in HALF_CODE}
+    scales = {f"{name}_scale": own_scales(state[f"{name}_scale"], param).clone() for name in HALF_CODE}
+    return {"param": local(param).detach().clone(), **codes, **scales}
+
+
+def stepped_alone(values, *grads):
+    """Step what this process holds with the op, whose groups are counted from the first element; return as `own_outcome`."""
+    result = {"param": local(values).clone()}
+    result |= {name: torch.zeros_like(result["param"], dtype=torch.uint8) for name in HALF_CODE}
+    n_bytes = -(-result["param"].numel() // 32) * 2
+    result |= {f"{name}_scale": torch.zeros(n_bytes, dtype=torch.uint8) for name in HALF_CODE}
+    lists = {"exp_avg_scales": [result["exp_avg_scale"]], "hessian_scales": [result["hessian_scale"]]}
+    for grad in grads:
+        sophia_step([result["param"]], [local(grad)], [result["exp_avg"]], [result["hessian"]], lr=0.01, beta1=0.9, beta2=0.95,
+                    rho=0.04, bs=5120, weight_decay=0.1, backend="reference", **lists)  # fmt: skip
+    return result
+
+
+def loaded_with_warnings(opt, checkpoint):
+    """Return the outcome of an optimizer that has loaded a checkpoint, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        opt.load_state_dict(checkpoint)
+    return column_outcome(opt), [str(warning.message) for warning in caught]
+
+
+def columns_results(mesh):
+    """Steps of columns in shards, and what becomes of their states when they are loaded."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    results = []
+    for number in range(len(COLUMNS)):
+        tensors = [distribute_tensor(tensor, mesh, [Shard(1)]) for tensor in column_tensors(number)]
+        opt = column_steps(*tensors)
+        checkpoint = copy.deepcopy(opt.state_dict())
+        whole_checkpoint = checkpoint | {"state": {0: {name: whole(value) for name, value in checkpoint["state"][0].items()}}}
+        other = column_steps(tensors[0], tensors[2])
+        results.append({
+            "whole": column_outcome(opt),
+            "own": own_outcome(opt),
+            "alone": stepped_alone(*tensors),
+            "offloaded": column_outcome(column_steps(*tensors, state_offload=True)),
+            "checkpoint": whole_checkpoint,
+            "same shards": loaded_with_warnings(other, checkpoint),
+            "same shards, from whole tensors": loaded_with_warnings(other, whole_checkpoint),
+            "from one process": loaded_with_warnings(other, column_steps(*column_tensors(number)).state_dict()),
+        })  # fmt: skip
+    with_gaps = DTensor.from_local(torch.zeros(48, 5).t(), mesh, [Shard(1)], shape=torch.Size((5, 96)), stride=(96, 1))
+    try:
+        SOUL([torch.nn.Parameter(with_gaps)], state_dtype="8bit")
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+    return {"columns": results, "with gaps": refusal}
 
 
 @pytest.mark.slow(reason="starts five processes")
 @pytest.mark.covers("24-bit and stochastic weights", "FSDP2")
 @pytest.mark.covers("8-bit states", "TP")
 def test_rows_in_shards_are_stepped_and_resharded_bit_for_bit(tmp_path):
-    """24-bit and stochastic weights, 8-bit states, on 1, 2 and 3 processes; what two have saved, three and one go on with."""
+    """24-bit and stochastic weights, 8-bit states, on 1, 2 and 3 processes; what two have saved, three and one go on with.
+
+    Shards of columns have 8-bit states as well. Between shards and one process these are encoded anew, with one warning.
+    """
     two = run(tmp_path, rows_worker, False)
     (tmp_path / "init").unlink(missing_ok=True)
     three = run(tmp_path, rows_worker, True, world=3)
@@ -673,13 +764,31 @@ def test_rows_in_shards_are_stepped_and_resharded_bit_for_bit(tmp_path):
     for number, case in enumerate(STORED):
         for result in (*[rank["results"] for rank in (*two, *three)], again):
             assert not differing(result[number], one[number]), case
-    refusal = "state_dtype: expected fp32 or bf16 where shards do not have a multiple of 32 columns, got '8bit' for parameter 0"
-    generator = torch.Generator().manual_seed(0)
-    param = torch.randn(5, 64, generator=generator).requires_grad_()
-    param.grad = torch.randn(5, 64, generator=generator)
-    opt = SOUL([param], lr=0.01, state_dtype="8bit")
-    opt.step()
     for rank in two:
-        assert rank["96 columns"].startswith(refusal)
-        for value, want in zip(rank["64 columns"], (param, *opt.state[param].values()), strict=True):
-            assert torch.equal(value, want)
+        assert rank["with gaps"].startswith(
+            "state_dtype: expected fp32 or bf16 where shards of columns have gaps, got '8bit' for"
+        )
+        for number, columns in enumerate(rank["columns"]):
+            check_columns(columns, number)
+
+
+def check_columns(columns, number):
+    """Compare what `columns_results` returns of one tensor with steps of one process."""
+    in_rows = number == 0
+    assert not differing(columns["own"], columns["alone"])  # a shard is stepped as the tensor that it is
+    assert not differing(columns["offloaded"], columns["whole"])
+    for how in ("same shards", "same shards, from whole tensors"):
+        outcome, messages = columns[how]
+        outcome["param"] = columns["whole"]["param"]  # of another optimizer
+        assert not messages and not differing(outcome, columns["whole"]), how
+    one = column_steps(*column_tensors(number))
+    values = column_outcome(one)
+    other = column_steps(*column_tensors(number)[:2])
+    for want, (outcome, messages) in (
+        (columns["whole"], loaded_with_warnings(other, columns["checkpoint"])),
+        (values, columns["from one process"]),
+    ):
+        assert len(messages) == (0 if in_rows else 1) and all("encoded anew" in text for text in messages)
+        for name, half in HALF_CODE.items():
+            error = (outcome[f"{name}, decoded"] - want[f"{name}, decoded"]).abs().max()
+            assert error <= (0 if in_rows else half) * want[f"{name}, decoded"].abs().max(), (COLUMNS[number], name)

@@ -199,10 +199,11 @@ def test_two_processes_are_one(results, name):
 
 
 def assert_as_one(family, options, ranks, how=None):
-    """Hold the results of two processes against a run of one, which is not compiled."""
-    first, second = ranks
-    records, weights = run(family, {**options, "compile": False}, **(how or {}))
-    assert second["weights"] == {} and lasting(first["records"]) == lasting(second["records"])
+    """Hold the results of several processes against a run of one, which is not compiled, and whose model is whole."""
+    first, *others = ranks
+    whole = {"compile": False, "replicas": 1, "cpu_offload": False}
+    records, weights = run(family, {**options, **whole}, **(how or {}))
+    assert all(other["weights"] == {} and lasting(first["records"]) == lasting(other["records"]) for other in others)
     got = first["weights"]
     assert list(got) == list(weights)
     if how:  # adapters, which begin at random and at 0

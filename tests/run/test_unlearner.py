@@ -410,6 +410,8 @@ def test_unlearner_from_python(tokenizer, folder, tmp_path):
     (dict(adapters=dict(rank=2, targets=["q_proj", "prj"])), "lora_targets: expected linear layers of the model, got 'prj'"),
     (dict(adapters=dict(rank=2, alpha=float("nan"))), "lora_alpha: expected a positive number, got nan"),
     (dict(adapters=dict(rank=2, alpha=0)), "lora_alpha: expected a positive number, got 0"),
+    (dict(config=UnlearnConfig(replicas=2)), "replicas: expected a divisor of 1, the number of processes, got 2; each copy"),
+    (dict(config=UnlearnConfig(cpu_offload=True)), "cpu_offload: expected False with one process, got True; FSDP2 offloads"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_named(options, message, tokenizer):
     arguments = dict(model=tiny_model(), forget=examples(2), retain=examples(2), tokenizer=tokenizer) | options
@@ -429,6 +431,8 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
     (dict(cuda_graph=True, state_offload=True), "state_offload: expected False with cuda_graph, got True; a graph replays"),
     (dict(state_offload=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_offload belongs to it"),
+    (dict(cpu_offload=True, state_offload=True), "state_offload: expected False with cpu_offload, got True; the states then"),
+    (dict(replicas=0), "replicas: expected a positive whole number, got 0"),
     (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
     (dict(schedule="step"), "schedule: expected one of 'linear', 'cosine', 'constant'"),
     (dict(state_dtype="4bit"), "state_dtype: expected one of"),
@@ -447,6 +451,7 @@ def test_options_that_exclude_each_other(options, message):
     (("--merge",), "merge: expected nothing without --lora-rank"),
     (("--lora-alpha=0",), "lora_alpha: expected nothing without --lora-rank"),
     (("--lora-dropout=0.1",), "lora_dropout: expected nothing without --lora-rank"),
+    (("--replicas=2",), "replicas: expected a divisor of 1, the number of processes, got 2"),
     (("--gpus=8",), "gpus: expected 1 without --dry-run, got 8; torchrun"),
     (("--lora-rank=2", "--lora-targets=q_proj,k_prj"), "lora_targets: expected linear layers of the model, got 'k_prj'"),
 ])  # fmt: skip

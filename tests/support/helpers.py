@@ -26,7 +26,7 @@ def loose(op):
     def call(*args, **keywords):
         if options := popped(keywords, LinearOptions._fields):
             keywords["options"] = LinearOptions(**options)
-        if transform := popped(keywords, ("logit_scale", "softcap")):
+        if transform := popped(keywords, ("logit_scale", "softcap", "own_tokens")):
             keywords["weight"] = Head(keywords["weight"], keywords.pop("bias", None), **transform)
         if reference := popped(keywords, Reference._fields, "ref_"):
             keywords["reference"] = Reference(**{"hidden": None} | reference)

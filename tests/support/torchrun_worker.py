@@ -4,6 +4,7 @@ It makes several runs in one set of processes, since a set takes seconds to star
 """
 
 import errno
+import hashlib
 import importlib
 import json
 import os
@@ -21,7 +22,7 @@ import soul
 from soul.checkpoint import Stopped, local, sharded
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.distributed import Processes, exit_process, started
-from soul.distributed.processes import whole_state
+from soul.distributed.gather import on_first_with_tensors
 from soul.models import causal_lm, load
 from tests.support.models import examples, tiny_model, tiny_tokenizer
 
@@ -60,9 +61,19 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
         source = dict(zip(("model", "tokenizer"), load(directory, dtype=dtype)))
     unlearner = soul.Unlearner(forget=rows[:5], retain=rows[5:], config=config, adapters=adapters, **source)
     records = unlearner.run(output, progress=False, **how)
+    if config.replicas > 1:
+        check_copies(unlearner.model, dist.get_world_size() // config.replicas)
     if Processes.of(unlearner.model).size == 1:
         return records, {name: tensor.clone() for name, tensor in unlearner.model.state_dict().items()}
-    return records, whole_state(unlearner.model)
+    return records, on_first_with_tensors(unlearner.model, lambda tensors: tensors.state()) or {}
+
+
+def check_copies(model, n_shards):
+    """Raise unless all copies of the shards of a model have the same bits; a head in shards has one copy."""
+    parameters = [parameter.detach() for parameter in model.parameters() if parameter.device_mesh.ndim == 2]
+    shards = [parameter.to_local().contiguous().view(-1).view(torch.uint8) for parameter in parameters]
+    digests = Processes.here().gather(hashlib.sha256(torch.cat(shards).numpy().tobytes()).hexdigest())
+    assert digests == digests[:n_shards] * (len(digests) // n_shards), digests
 
 
 def saved(model, directory):

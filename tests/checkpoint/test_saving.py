@@ -1,0 +1,162 @@
+"""A model in shards is saved as one process saves it, bit for bit, and a tensor at a time."""
+
+import errno
+import inspect
+import json
+import os
+import weakref
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+
+from soul.checkpoint import save_model, saving
+from soul.distributed import gather, shard
+from tests.distributed.test_processes import run
+from tests.support.models import COMMON, lora_model, tiny_model, tiny_tokenizer
+
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo"),
+    pytest.mark.slow(reason="two processes save seven models"),
+]
+EXPERTS = MixtralConfig(**COMMON, num_key_value_heads=1, num_local_experts=2)
+MODELS = {
+    "tied": lambda: tiny_model("llama, tied"),
+    "untied, of two dtypes": lambda: two_dtypes(tiny_model("llama, untied")),
+    "head with a bias": lambda: tiny_model("phi, head with a bias"),
+    "adapters": lambda: lora_model(r=3),
+    "adapters, merged": lambda: lora_model(r=3),
+    "experts, stored one by one": lambda: AutoModelForCausalLM.from_config(EXPERTS),
+    "several files": lambda: tiny_model("llama, untied"),
+}
+LIMIT = 20_000  # bytes of one of "several files": less than the embedding has, more than the largest weight of a layer
+
+
+def two_dtypes(model):
+    """Put the layers in bf16, so that safetensors does not store the tensors in the order of their names."""
+    model.model.layers.to(torch.bfloat16)
+    return model
+
+
+def made(name, folder):
+    """Return a model as a run has it: read from files, or with adapters."""
+    if "adapters" not in name:
+        return AutoModelForCausalLM.from_pretrained(folder / f"of {name}", dtype="auto")
+    torch.manual_seed(1)
+    return MODELS[name]()
+
+
+def limit_files(patch):
+    """Make ``LIMIT`` the default size of a file."""
+    real = PreTrainedModel.save_pretrained
+    signature = inspect.signature(real)
+    parameters = [p.replace(default=LIMIT) if p.name == "max_shard_size" else p for p in signature.parameters.values()]
+
+    def save_pretrained(self, directory, **options):
+        real(self, directory, **{"max_shard_size": LIMIT, **options})
+
+    save_pretrained.__signature__ = signature.replace(parameters=parameters)
+    patch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+
+
+def fill_disk(patch):
+    """Leave the disk room for the header of a file of weights and one tensor."""
+
+    class File:
+        def __init__(self, *args):
+            self.file = open(*args)
+            self.writes_left = 2
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, data):
+            self.writes_left -= 1
+            if self.writes_left < 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self.file.write(data)
+
+    patch.setattr(saving, "open", File, raising=False)
+
+
+def count_held(patch):
+    """Return a list with the number of whole tensors that this process held, at each time that it had one more."""
+    real = gather.full
+    wholes = []
+    held = []
+
+    def full(tensor):
+        whole = real(tensor)
+        wholes.append(weakref.ref(whole))
+        held.append(sum(reference() is not None for reference in wholes))
+        return whole
+
+    patch.setattr(gather, "full", full)
+    return held
+
+
+def worker(folder):
+    """Save every model in shards; return, by name, how many whole tensors this process held at most, or the error."""
+    results = {}
+    for name in [*MODELS, "full disk"]:
+        (folder / name).mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            model = shard(made("tied" if name == "full disk" else name, folder), torch.device("cpu"))
+            if "merged" in name:
+                model = model.merge_and_unload()
+            if name == "several files":
+                limit_files(patch)
+            if name == "full disk":
+                fill_disk(patch)
+            held = count_held(patch)
+            try:
+                save_model(model, tiny_tokenizer(), folder / name)
+                results[name] = max(held)
+            except OSError as error:
+                results[name] = str(error)
+    return results
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    for name, make in MODELS.items():
+        if "adapters" not in name:
+            make().save_pretrained(folder / f"of {name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return run(folder, worker)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_save_what_one_process_saves(results, folder, tmp_path, monkeypatch, name):
+    model = made(name, folder)
+    if "merged" in name:
+        model = model.merge_and_unload()
+    if name == "several files":
+        limit_files(monkeypatch)
+    (tmp_path / "one").mkdir()
+    save_model(model, tiny_tokenizer(), tmp_path / "one")
+    one, two = contents(tmp_path / "one"), contents(folder / name)
+    different = {file for file in one.keys() | two.keys() if one.get(file) != two.get(file)}
+    assert different <= ({"adapter_config.json"} if name == "adapters" else set())  # where peft writes sets, in any order
+    first, second = (result[name] for result in results)
+    assert second == 1 and (first == 1) == (name not in ("adapters", "experts, stored one by one"))
+    if name == "several files":
+        assert len(set(json.loads(one["model.safetensors.index.json"])["weight_map"].values())) > 3
+
+
+def test_a_full_disk_ends_all_and_leaves_nothing(results, folder):
+    message = f"{folder / 'full disk'}: the model could not be saved (No space left on device)"
+    assert [result["full disk"] for result in results] == [message, message]
+    assert contents(folder / "full disk") == {}
