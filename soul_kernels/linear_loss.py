@@ -36,8 +36,8 @@ from soul_kernels._head.checks import (
     needed_gradients,
 )
 from soul_kernels._head.flat import takes_flat
-from soul_kernels._head.rows import HeadRows
 from soul_kernels._head.rounds import with_one_scale
+from soul_kernels._head.rows import HeadRows
 from soul_kernels._head.sweeps import (
     ObjectiveCall,
     reference_objective,

@@ -159,13 +159,15 @@ class ShardedCheckpoints(Checkpoints):
             check_fits(path.name, model_tensors, saved)
             if self.processes.first:
                 warn_of_environment(path, state["environment"], environment(model))
-            cut = cast(DTensor, next(model.parameters()))  # as all parameters are, and their states
+            owners = _parameters_of_states(state["parts"], components)
+            first = next(model.parameters())
             tensors = {MODEL_PREFIX + name: tensor for name, tensor in model_tensors.items()}
             for name, tensor in layout.tensors.items():
                 if name in tensors:
                     continue
                 dtype = tensor.properties.dtype
                 if layout.sharded[name]:
+                    cut = cast(DTensor, owners.get(name, first))
                     tensors[name] = empty(tensor.size, dtype=dtype, device_mesh=cut.device_mesh, placements=cut.placements)
                 else:
                     tensors[name] = torch.empty(tensor.size, dtype=dtype, device="cpu")
@@ -196,6 +198,26 @@ class ShardedCheckpoints(Checkpoints):
         if self.processes.first:
             warnings.warn(f"{path}: {damage}; trying the one before it", stacklevel=3)
         return None
+
+
+def _parameters_of_states(parts: State, components: Mapping[str, Stateful]) -> dict[str, torch.Tensor]:
+    """Return the parameters to whose states the tensors of a checkpoint belong, by the name of a tensor.
+
+    A state is cut as its parameter is. Most parameters are cut alike, but not a head that is in shards over all processes.
+
+    Args:
+        parts: JSON values of the components, as `soul.checkpoint.format.pack` makes them.
+        components: objects with a state, by name; those that are optimizers count.
+    """
+    owners: dict[str, torch.Tensor] = {}
+    for name, content in parts["dict"]:
+        component = components.get(name)
+        if isinstance(component, torch.optim.Optimizer):
+            parameters = [parameter for group in component.param_groups for parameter in group["params"]]
+            for number, state in dict(content["dict"])["state"]["dict"]:
+                values = (value for _, value in state["dict"] if isinstance(value, dict) and "tensor" in value)
+                owners |= {value["tensor"]: parameters[number] for value in values}
+    return owners
 
 
 def _cause(error: CheckpointException) -> Exception:

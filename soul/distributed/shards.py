@@ -27,24 +27,21 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
-def laid_out_as(target: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Return values in such shards that ``target.copy_`` takes them.
+def laid_out_as(target: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """Return a whole tensor, which every process has, in the shards of a DTensor; without one of both, the tensor as it is.
+
+    Nothing is sent.
 
     Args:
-        target: a DTensor of the same shape; or any other tensor, for which the values stay as they are.
-        values: a whole tensor, which every process has: it is cut, and nothing is sent. Or a DTensor: from another mesh it is
-            gathered, a call that all processes must make.
+        target: a DTensor of the same shape; or any other tensor.
+        whole: values.
     """
-    if not is_sharded(target):
-        return values
+    if not is_sharded(target) or is_sharded(whole):
+        return whole
     from torch.distributed.tensor import distribute_tensor
 
     sharded = cast("DTensor", target)
-    if is_sharded(values):
-        if cast("DTensor", values).device_mesh == sharded.device_mesh:
-            return values
-        values = cast("DTensor", values).full_tensor()
-    return distribute_tensor(values, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return distribute_tensor(whole, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def wait_for_offload(param: torch.Tensor) -> None:

@@ -40,10 +40,10 @@ COPIES = {
     "influence": ("llama, tied", {"method": "influence", "method_options": {"curvature": "woodfisher", "damping": 1.0}}),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
-IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "cpu_offload": True, "clip_target": 0.5, "eval_every": 2})
-# 24-bit weights with 8-bit states, the head in shards over all processes; the first process alone reads the model. Checkpoints
-# after each second step of 4.
-BF16 = {"method": "graddiff", "state_dtype": "8bit", "replicas": 2, "head_in_shards": True, "backend": "torch"}
+IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})
+# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4. The head
+# is cut over all processes, everything else over two.
+BF16 = {"method": "graddiff", "state_dtype": "8bit", "backend": "torch", "replicas": 2, "head_in_shards": True}
 SAVED = {"dtype": "bfloat16", "save_every": 2, "files": "by name"}
 CASES = {
     **{name: [family, {**options, "replicas": 2}, {}] for name, (family, options) in COPIES.items()},
@@ -63,7 +63,11 @@ CASES = {
         {**BF16, "replicas": 1, "head_in_shards": False},
         {**SAVED, "output": "left", "resume": True},
     ],
-    "in main memory": [*IN_MAIN_MEMORY, {}],
+    "in main memory": [
+        IN_MAIN_MEMORY[0],
+        {**IN_MAIN_MEMORY[1], "cpu_offload": True, "head_in_shards": True},
+        {},
+    ],
     "aim": [AIM[0], {**AIM[1], "epochs": 3, "replicas": 2}, {"output": "aim"}],
     "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
     "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],

@@ -69,9 +69,9 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
 
 
 def check_copies(model, n_shards):
-    """Raise unless all copies of the shards of a model have the same bits. Of a head in shards there is one copy."""
-    copied = [parameter for parameter in model.parameters() if parameter.device_mesh.ndim > 1]
-    shards = [parameter.detach().to_local().contiguous().view(-1).view(torch.uint8) for parameter in copied]
+    """Raise unless all copies of the shards of a model have the same bits; a head in shards has one copy."""
+    parameters = [parameter.detach() for parameter in model.parameters() if parameter.device_mesh.ndim == 2]
+    shards = [parameter.to_local().contiguous().view(-1).view(torch.uint8) for parameter in parameters]
     digests = Processes.here().gather(hashlib.sha256(torch.cat(shards).numpy().tobytes()).hexdigest())
     assert digests == digests[:n_shards] * (len(digests) // n_shards), digests
 
