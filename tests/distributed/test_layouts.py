@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed.test_torchrun import AIM, LORA, assert_as_one, ended, equal, lasting, torchrun
+from tests.distributed.test_torchrun import AIM, LORA, TIMEOUT, assert_as_one, ended, equal, lasting, torchrun
 
 pytestmark = [
     pytest.mark.slow(reason="starts four processes"),
@@ -37,7 +37,16 @@ COPIES = {
         "llama, untied",
         {**CURVATURE, "state_dtype": None, "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
     ),
-    "influence": ("llama, tied", {"method": "influence", "method_options": {"curvature": "woodfisher", "damping": 1.0}}),
+    # Of the head there is one copy, of all else there are two.
+    "influence": (
+        "llama, tied",
+        {
+            "method": "influence",
+            "method_options": {"curvature": "woodfisher", "damping": 1.0},
+            "head_in_shards": True,
+            "backend": "torch",
+        },
+    ),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
 IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})
@@ -78,7 +87,7 @@ CASES = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     (folder / "cases.json").write_text(json.dumps(list(CASES.values())))
-    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder, processes=4))
+    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder, processes=4), timeout=3 * TIMEOUT)
     assert status == 0, errors
     return folder
 
