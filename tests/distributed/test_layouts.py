@@ -112,6 +112,7 @@ def test_released_gradients_and_offloaded_states_leave_the_weights_as_they_are(r
 
 
 @pytest.mark.covers("checkpoints, resumed bit for bit", "HSDP")
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "HSDP")
 def test_copies_resume_bit_for_bit(results, folder):
     """Each piece of a tensor is in the file of one process alone."""
     assert all(rank["error"] == "Stopped" for rank in results["stopped"])
@@ -121,6 +122,7 @@ def test_copies_resume_bit_for_bit(results, folder):
 
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "HSDP")
+@pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "HSDP")
 def test_a_model_in_main_memory_is_that_of_one_process(results):
     """Read, stepped, stopped and saved, with copies and without. On a machine without a GPU nothing is copied to and fro.
 
