@@ -109,7 +109,7 @@ def results(folder):
 @pytest.mark.covers("curvature of retain data", "HSDP")
 @pytest.mark.covers("influence", "HSDP")
 @pytest.mark.covers("compilation (`--compile`)", "HSDP")
-@pytest.mark.covers("loss of a head along the vocabulary", "HSDP")
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "HSDP")
 def test_two_copies_of_shards_are_one_process(results, name):
     """Up to fp32 rounding; the worker compares the bits of the copies."""
     assert_as_one(*COPIES[name], results[name])
@@ -130,6 +130,7 @@ def test_released_gradients_and_offloaded_states_leave_the_weights_as_they_are(r
 
 
 @pytest.mark.covers("checkpoints, resumed bit for bit", "HSDP")
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "HSDP")
 def test_copies_resume_bit_for_bit(results, folder):
     """Each piece of a tensor is in the file of one process alone."""
     assert all(rank["error"] == "Stopped" for rank in results["stopped"])
@@ -146,6 +147,7 @@ def test_all_copies_are_led_to_an_aim_alike(results, folder):
 
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "HSDP")
+@pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "HSDP")
 def test_a_model_in_main_memory_is_that_of_one_process(results):
     """Read, stepped, stopped and saved, with copies and without. On a machine without a GPU nothing is copied to and fro.
 
