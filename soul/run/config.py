@@ -290,10 +290,13 @@ class UnlearnConfig:
             raise argument_error("backend", "another one than 'reference' with head_in_shards", repr(self.backend), remedy)
 
     def _check_offload(self) -> None:
-        """Raise for options that have no meaning where parameters are in main memory."""
+        """Raise for options that do not go with the place of the parameters."""
         if self.cpu_offload and self.state_offload:
             remedy = "the states then are where they are stepped, in main memory: leave it out"
             raise argument_error("state_offload", "False with cpu_offload", True, remedy)
+        if self.head_in_shards and self.replicas > 1 and self.optimizer == "adamw":
+            remedy = "torch forms no norm over the meshes of the head and of the rest: leave one of them out, or use soul"
+            raise argument_error("head_in_shards", "False with adamw and replicas", True, remedy)
 
     def _check_influence(self) -> None:
         """Raise for options that the method "influence" does not take."""

@@ -77,7 +77,7 @@ CASES = {
         {**IN_MAIN_MEMORY[1], "cpu_offload": True, "head_in_shards": True},
         {},
     ],
-    "aim": [AIM[0], {**AIM[1], "epochs": 3, "replicas": 2}, {"output": "aim"}],
+    "aim": [AIM[0], {**AIM[1], "epochs": 3, "replicas": 2, "head_in_shards": False}, {"output": "aim"}],
     "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
     "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
