@@ -73,12 +73,11 @@ EQUAL = {
 IN_SHARDS = {"backend": "torch", "head_in_shards": True}
 EQUAL |= {
     "head in shards, an empty part": ("llama, untied", {"method": "ga", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
-    "head in shards, KL, micro-batches, release": ("llama, untied", {
+    "tied head in shards, KL, micro-batches, release": ("llama, tied", {
         "method": "klmin", "batch_size": 1, "accumulate": 2, "gradient_release": True, "max_grad_norm": None, **IN_SHARDS}),
     "head in shards, curvature, evaluation": ("llama, untied", {
         "method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8, "gradient_checkpointing": True, "eval_every": 2,
         "eval_metrics": ["forget_rouge"], "keep_best": "max forget_prob", **IN_SHARDS}),
-    "tied head in shards": ("gpt2, tied", {"method": "npo", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
     "tied head in shards, influence": ("llama, tied", {
         "method": "influence", "method_options": {"curvature": "fisher", "clip": 1e-2}, **IN_SHARDS}),
 }  # fmt: skip
@@ -637,6 +636,31 @@ def test_a_model_of_other_tensors_than_the_first_process_has_is_refused(group_of
     with pytest.raises(ValueError, match="model: expected the parameters and buffers of the first process, got more.weight"):
         shard_from_first(model, torch.device("cpu"))
     assert not any(is_sharded(p) or p.is_meta for p in model.parameters())
+
+
+class ScaledEmbedding(torch.nn.Embedding):
+    """As Gemma 3 has."""
+
+    def forward(self, ids):
+        return 2.0 * super().forward(ids)
+
+
+def test_a_head_in_shards_is_made_of_plain_layers(group_of_one):
+    """Nothing was changed where it is refused; an untied embedding may be anything."""
+    untied, tied = tiny_model("llama, untied"), tiny_model("llama, tied")
+    for model in (untied, tied):
+        model.get_input_embeddings().__class__ = ScaledEmbedding
+    shard(untied, torch.device("cpu"), head_in_shards=True)
+    assert all(is_sharded(p) for p in untied.parameters())
+    with pytest.raises(ValueError, match="head_in_shards: expected a torch.nn.Embedding, got ScaledEmbedding; what"):
+        shard(tied, torch.device("cpu"), head_in_shards=True)
+    assert not any(is_sharded(p) for p in tied.parameters())
+
+
+def test_one_process_is_told_that_its_head_is_whole():
+    config = UnlearnConfig(epochs=1, batch_size=5, backend="torch", head_in_shards=True)
+    with pytest.warns(UserWarning, match="head_in_shards: one process has the whole head; leave it out, it changes nothing"):
+        unlearn(tiny_model(), tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False)
 
 
 def sharded_run(checkpoints):
