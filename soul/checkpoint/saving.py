@@ -119,9 +119,7 @@ def _save_numbers(model: "PreTrainedModel", scratch: pathlib.Path, tensors: Whol
     metadata: dict[str, str] = {}
     index: dict[str, dict[str, int]] = {"metadata": {}}
     try:
-        model.save_pretrained(
-            scratch, state_dict=state, max_shard_size=1
-        )  # a file for each number, so that files show an order
+        model.save_pretrained(scratch, state_dict=state, max_shard_size=1)  # a file for each number shows their order
         for path in sorted(scratch.glob("*.safetensors")):
             with require("safetensors", "hf").safe_open(path, "pt") as file:
                 metadata = file.metadata()

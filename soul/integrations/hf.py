@@ -15,7 +15,6 @@ so must `SOULTrainerMixin.prepare_reference_model`, which `soul.integrations.ope
 """
 
 import collections.abc
-import copy
 import dataclasses
 import inspect
 import random
@@ -27,6 +26,7 @@ import torch
 from soul import losses
 from soul.data.examples import Sequence
 from soul.distributed.shards import hidden_sharding
+from soul.integrations import zero
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
 from soul.models.head_call import call_at_head, shifted_labels
@@ -82,7 +82,7 @@ def optimizer_of(soul_args: object, args: "TrainingArguments") -> tuple[type[Sop
     if getattr(args, "deepspeed_plugin", None) is not None:
         options.pop("max_grad_norm", None)
         if options.get("skip_nonfinite"):
-            remedy = "the optimizer sees one process's piece of the gradients: leave it out, or use FSDP2"
+            remedy = "it steps the Trainer's groups one after the other: set check_grad_overflow in its section bf16"
             raise argument_error("soul_args.skip_nonfinite", "not True under DeepSpeed", "True", remedy)
     return OPTIMIZERS[name], {"lr": args.learning_rate, **options}
 
@@ -95,8 +95,8 @@ class SOULTrainerMixin(_Trainer):
 
     Clipping: either by the Trainer's ``max_grad_norm`` (its default is 1); or within the step, without a pass over the
     gradients and without waiting for the device, by ``soul_args={"max_grad_norm": 1.0}`` and ``max_grad_norm=0`` in the
-    TrainingArguments. Under DeepSpeed, where a step sees one process's piece of the gradients, that number becomes
-    ``gradient_clipping`` of DeepSpeed's configuration, and ``clip_fraction`` is not logged.
+    TrainingArguments. Under DeepSpeed, which steps the Trainer's parameter groups one after the other, that number becomes
+    ``gradient_clipping`` of DeepSpeed's configuration.
 
     Gradient accumulation: the loss is the mean over micro-batches of their losses, each a mean over its own tokens or
     sequences. ``num_items_in_batch`` is accepted, and does not change it.
@@ -162,7 +162,7 @@ class SOULTrainerMixin(_Trainer):
         if plugin is None:
             return
         if self.curvature is not None:
-            remedy = "it hides the gradients that h would be refreshed from: use optimizer 'soul', or FSDP2"
+            remedy = "it adds the gradients of all backward passes up, so h would have none of its own: use 'soul', or FSDP2"
             raise argument_error("soul_args.curvature", "none under DeepSpeed", repr(self.curvature), remedy)
         if "optimizer" in plugin.deepspeed_config:
             got = plugin.deepspeed_config["optimizer"]
@@ -262,23 +262,23 @@ class SOULTrainerMixin(_Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as the Trainer does, with ``clip_fraction`` beside the loss.
 
-        It is the fraction of the coordinates that moved by the full lr. It is left out under DeepSpeed and FSDP1, where the
+        It is the fraction of the coordinates that moved by the full lr. It is left out under FSDP1, where the
         optimizer sees one process's piece only.
         """
         optimizer = self._inner_optimizer()
-        counts_all = isinstance(optimizer, SophiaG) and not any(hidden_sharding(g["params"]) for g in optimizer.param_groups)
+        counts_all = isinstance(optimizer, SophiaG) and all(
+            hidden_sharding(group["params"]) != "FSDP1" for group in optimizer.param_groups
+        )
         if "loss" in logs and counts_all:
-            fractions = optimizer.clip_fraction()
-            sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
-            known = [(fraction, size) for fraction, size in zip(fractions, sizes) if fraction == fraction]  # not NaN
-            if known:
-                logs = {**logs, "clip_fraction": sum(f * n for f, n in known) / sum(n for _, n in known)}
+            stepped = [group for group in optimizer.telemetry()["groups"] if group["numel"]]
+            if stepped:
+                clipped = sum(group["clip_fraction"] * group["numel"] for group in stepped)
+                logs = {**logs, "clip_fraction": clipped / sum(group["numel"] for group in stepped)}
         return super().log(logs, *args, **kwargs)
 
     def prepare_reference_model(self, model: torch.nn.Module) -> torch.nn.Module:
-        """Return a frozen copy of ``model``, in evaluation mode, prepared by accelerate as the model is."""
-        _check_in_one_piece(model)
-        copied = copy.deepcopy(model).to(self.accelerator.device).eval().requires_grad_(False)
+        """Return a frozen copy of ``model``, whole and in evaluation mode, prepared by accelerate as the model is."""
+        copied = zero.whole_copy(model).to(self.accelerator.device).eval().requires_grad_(False)
         return self.accelerator.prepare_model(copied, evaluation_mode=True)
 
     def _prepare_reference(self, objective: losses.Objective) -> None:
@@ -292,9 +292,9 @@ class SOULTrainerMixin(_Trainer):
         evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         ours = [dataset for dataset in (self.train_dataset, *evaluated) if isinstance(dataset, UnlearningDataset)]
         if objective.divergence is None and any(dataset is self.train_dataset for dataset in ours):
-            _check_in_one_piece(self.model)
-            for dataset in ours:
-                dataset.add_reference(self.model)
+            with zero.computing(self.model):
+                for dataset in ours:
+                    dataset.add_reference(self.model)
         elif not causal_lm.has_adapters(causal_lm.bare(self.model)):
             self.ref_model = self.prepare_reference_model(self.model)
 
@@ -307,9 +307,9 @@ class SOULTrainerMixin(_Trainer):
         return by_model or getattr(self, "compute_loss_func", None) is not None
 
     def _inner_optimizer(self) -> Any:
-        """Return the optimizer without accelerate's wrapper."""
-        optimizer = self.optimizer
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        """Return the optimizer without the wrappers of accelerate and DeepSpeed."""
+        optimizer: Any = self.optimizer
+        while getattr(optimizer, "optimizer", None) is not None:  # DeepSpeed's wrapper is no torch.optim.Optimizer
             optimizer = optimizer.optimizer
         return optimizer
 
@@ -465,10 +465,3 @@ def _entries(soul_args: object) -> dict[str, Any]:
     if soul_args is None or isinstance(soul_args, Mapping):
         return dict(soul_args or {})
     raise argument_error("soul_args", "a mapping or a dataclass", type(soul_args).__name__, "for instance {'rho': 0.04}")
-
-
-def _check_in_one_piece(model: torch.nn.Module) -> None:
-    """Raise if DeepSpeed partitioned the model while it was loaded: its pieces cannot be gathered for a reference model yet."""
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        remedy = "load it before the TrainingArguments are made, or pass ref_model"
-        raise argument_error("model", "a whole model, for the objective's reference", "pieces of DeepSpeed's ZeRO-3", remedy)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from soul.distributed.shards import is_sharded, local, wait_for_offload
+from soul.distributed.shards import hidden_sharding, is_sharded, local, wait_for_offload
 from soul.optim.optimizer import SophiaG
 from soul_kernels.errors import argument_error
 
@@ -94,7 +94,11 @@ class Curvature:
 
         Returns:
             Whether h was refreshed.
+
+        Raises:
+            ArgumentError: the optimizer is under DeepSpeed's ZeRO.
         """
+        self._check_gradients_are_shown()
         if not self.schedule.tick():
             return False
         params = list(dict.fromkeys(p for group in self.optimizer.param_groups for p in group["params"]))
@@ -109,6 +113,13 @@ class Curvature:
                 for p, grad in zip(params, grads):
                     p.grad = grad
         return True
+
+    def _check_gradients_are_shown(self) -> None:
+        """Raise if DeepSpeed's ZeRO has put its pieces into the optimizer's groups, or with stage 3 nothing at all."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        if not any(groups) or any(hidden_sharding(params) == "DeepSpeed" for params in groups):
+            remedy = "it adds the gradients of all backward passes up, and shows them in its step only: use soul.SOUL, or FSDP2"
+            raise argument_error("optimizer", "one whose parameters hold their gradients", "pieces of DeepSpeed's ZeRO", remedy)
 
     def _refresh(self, closure: Callable[[], torch.Tensor], params: list[torch.Tensor]) -> None:
         """Form the gradients of the loss, and move every h towards their squares."""

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from soul.distributed.shards import is_sharded
 from soul.optim.options import Number, ParamGroup
 from soul.optim.step_groups import GroupWork
 from soul_kernels import grad_norm
@@ -18,12 +17,12 @@ T = TypeVar("T")
 
 
 def total_norm(work: Sequence[GroupWork]) -> torch.Tensor | None:
-    """Return the L2 norm of all gradients, over all groups and shards: fp32 [] on the first device; None without gradients."""
+    """Return the L2 norm of all gradients, of all groups, shards and pieces: fp32 [] on the first device; or None."""
     norms = []
     for group, _, step_groups, all_grads in work:
         for step_group, grads in zip(step_groups, all_grads):
             norm = grad_norm(grads, table=step_group.norm_table, backend=group["backend"])
-            if is_sharded(step_group.params[0]):
+            if step_group.is_divided:
                 norm = step_group.sum_over_shards(norm.double().square()).sqrt().float()
             norms.append(norm)
     if len(norms) > 1:

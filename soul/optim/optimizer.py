@@ -85,10 +85,10 @@ class SophiaG(Optimizer):
         capturable: the step can be captured in a CUDA graph: lr, weight_decay, rho and bs become fp32 tensors on the device in
             the groups, where a scheduler fills them and a replay reads them. Run one step before the capture.
         max_grad_norm: L2 norm that the gradients of all groups together are scaled down to, as ``clip_grad_norm_`` does, but
-            within the step: the gradients themselves stay as they are, and nothing is rounded in between. Under DeepSpeed's
-            ZeRO and FSDP1, where the optimizer sees one process's piece of the gradients, this option, rho="auto" and
-            ``skip_nonfinite`` are refused. Under torch's ZeroRedundancyOptimizer, which looks like a whole model, leave them
-            out as well.
+            within the step: the gradients themselves stay as they are, and nothing is rounded in between. This option and
+            ``skip_nonfinite`` are refused under FSDP1, where the optimizer sees one process's piece of the gradients, and under
+            DeepSpeed's ZeRO if it steps several groups or sub-groups, one after the other. Under torch's
+            ZeroRedundancyOptimizer, which looks like a whole model, leave both and rho="auto" out as well.
         param_rounding: how parameters below fp32 are stored: "nearest", "stochastic" or "compensated" (8 more bits in the state
             ``low_bits``; see `export_fp32`). "auto" is "compensated". fp32 parameters are stored exactly in any case. If you
             write other values into a parameter, its old ``low_bits`` still add up to half a unit in the last place.
@@ -216,7 +216,6 @@ class SophiaG(Optimizer):
             ValueError: an option or a parameter does not fit; the group is not added.
         """
         super().add_param_group(param_group)
-        self._stepper.forget_numel()
         group = self.param_groups[-1]
         try:
             check_group(group, len(self.param_groups) - 1)
@@ -224,6 +223,7 @@ class SophiaG(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._stepper.group_added()
 
     @overload
     def step(self, closure: None = None, bs: Number | None = None) -> None: ...
@@ -351,16 +351,18 @@ class SophiaG(Optimizer):
     def telemetry(self) -> dict[str, Any]:
         """Return the telemetry of the last step; wait for the device.
 
-        With DTensors every process must call this: it adds up over shards.
+        With DTensors, and under DeepSpeed's ZeRO, every process must call this: it adds up over shards or pieces. ZeRO fills
+        pieces up to one size, and what it fills them up with is among the coordinates.
 
         Returns:
             A dict: ``groups``, for each group a dict of ``clip_fraction``, ``update_norm`` (the L2 norm of the update before
-            rounding), ``lost_fraction`` (of the coordinates, those whose update was lost in rounding to nearest; 0 with other
-            roundings) and ``rho``; ``skipped_steps`` since the optimizer was made or loaded; and ``grad_norm``, before
-            clipping, or None if the step did not need it. NaN for a group without gradients in the last step.
+            rounding; NaN under ZeRO-3), ``lost_fraction`` (of the coordinates, those whose update was lost in rounding to
+            nearest; 0 with other roundings), ``rho`` and ``numel``, the coordinates; ``skipped_steps`` since the optimizer was
+            made or loaded; and ``grad_norm``, before clipping, or None if the step did not need it. NaN for a group without
+            gradients in the last step.
 
         Raises:
-            ArgumentError: under DeepSpeed's ZeRO or FSDP1 the optimizer counts its own process's piece alone.
+            ArgumentError: under FSDP1 the optimizer counts its own process's piece alone.
         """
         return self._stepper.telemetry()
 

@@ -128,32 +128,48 @@ def check_releasable(group: ParamGroup) -> None:
             raise argument_error(name, "None or False with gradient release", group[name], remedy)
 
 
-def check_not_in_pieces(group: ParamGroup, first: torch.Tensor | None = None) -> None:
-    """Raise for an option that needs all gradients, if a framework shows the optimizer one process's piece of them only.
+def check_not_in_pieces(group: ParamGroup, first: torch.Tensor | None = None, n_groups: int = 1) -> None:
+    """Raise for an option that needs gradients which a framework does not show the optimizer in the same step.
+
+    DeepSpeed's ZeRO shows every process its piece of the parameters, so that numbers can be added up over the processes. But it
+    steps the parameter groups one after the other, and with stage 3 the sub-groups of each, with one gradient at a time.
 
     Args:
         group: a parameter group.
         first: its first parameter in the first step; None: this is the first step.
+        n_groups: number of parameter groups of the optimizer.
 
     Raises:
-        ArgumentError: ``max_grad_norm`` or ``skip_nonfinite`` under DeepSpeed's ZeRO or FSDP1; ``rho="auto"`` under FSDP1, or
-            if ZeRO-3 steps one sub-group after the other, each of which would move rho.
+        ArgumentError: ``max_grad_norm`` or ``skip_nonfinite`` under ZeRO with several groups or sub-groups; ``rho="auto"`` with
+            several sub-groups, each of which would move rho; any of them under FSDP1; or ``capturable`` under ZeRO.
     """
     clips = group["max_grad_norm"] not in (None, math.inf)
-    if not (clips or group["skip_nonfinite"] or group["clip_target"] is not None):
+    if not (clips or group["skip_nonfinite"] or group["capturable"] or group["clip_target"] is not None):
         return
     framework = hidden_sharding(group["params"])
     if framework is None:
         return
-    condition = f"under {framework}, which shows the optimizer no more than this process's piece of the gradients"
-    if clips:
-        remedies = {"DeepSpeed": "set gradient_clipping in DeepSpeed's configuration", "FSDP1": "clip by its clip_grad_norm_"}
-        raise argument_error("max_grad_norm", f"None {condition}", group["max_grad_norm"], remedies[framework])
-    if group["skip_nonfinite"]:
-        raise argument_error("skip_nonfinite", f"False {condition}", True, "leave it out, or use FSDP2")
-    if framework != "DeepSpeed":  # whose pieces are of one size, so that their counts make a fraction
+    if group["capturable"] and framework == "DeepSpeed":
+        remedy = "its step waits for the device, so no CUDA graph can hold it: leave the option out"
+        raise argument_error("capturable", "False under DeepSpeed", True, remedy)
+    several = first is not None and group["params"][0] is not first
+    clip_remedy = "set gradient_clipping in DeepSpeed's configuration"
+    skip_remedy = "set check_grad_overflow in the section bf16 of DeepSpeed's configuration"
+    condition = "where ZeRO steps several groups or sub-groups of parameters, one after the other"
+    if framework == "FSDP1":
+        condition = "under FSDP1, which shows the optimizer no more than this process's piece of the gradients"
+        clip_remedy = "clip by its clip_grad_norm_"
+        skip_remedy = "leave it out, or use FSDP2"
+    if framework == "FSDP1" or several or n_groups > 1:
+        if clips:
+            raise argument_error("max_grad_norm", f"None {condition}", group["max_grad_norm"], clip_remedy)
+        if group["skip_nonfinite"]:
+            raise argument_error("skip_nonfinite", f"False {condition}", True, skip_remedy)
+    if group["clip_target"] is None:
+        return
+    if framework == "FSDP1":
         raise argument_error("rho", f"a number {condition}", "'auto'", "pass one, tuned in one process or under FSDP2")
-    if first is not None and group["params"][0] is not first:
+    if several:
         remedy = "raise sub_group_size in DeepSpeed's configuration above the number of parameters, or pass a number"
         raise argument_error("rho", "a number where ZeRO-3 steps several sub-groups one by one", "'auto'", remedy)
 

@@ -50,9 +50,10 @@ def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRe
         check_releasable(group)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     foreign = set(params) - set(model.parameters())
-    if foreign:
+    if foreign or not params:  # DeepSpeed's ZeRO puts others into the groups, or takes them out
         expected = "a module that has all parameters of the optimizer"
-        raise argument_error("model", expected, f"one without {len(foreign)} of them", "pass the whole model")
+        got = f"one without {len(foreign)} of them" if params else "an optimizer without parameters"
+        raise argument_error("model", expected, got, "pass the whole model; under DeepSpeed gradients cannot be released")
     world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
     if world > 1 and not all(map(is_sharded, params)):
         got = f"plain parameters in {world} processes"

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from soul.distributed.shards import device_and_sharding, first_number, hidden_sharding, is_sharded, local, splits
+from soul.distributed.shards import (
+    NUMBER_SPACING,
+    device_and_sharding,
+    first_number,
+    hidden_sharding,
+    is_sharded,
+    local,
+    splits,
+)
 from soul.optim.offload import OffloadedStates
 from soul.optim.options import (
     FIXED,
@@ -84,7 +92,9 @@ class StepGroup:
         offloaded: takes steps and updates if the states are in main memory.
         norm_table: for the launches of `grad_norm`.
         telemetry: fp64 [3] on the device, the counts of the last step.
-        numel: coordinates of the parameters, over all shards.
+        is_piece: whether the only parameter is this process's piece of a group under DeepSpeed's ZeRO.
+        is_divided: whether other processes hold other shards or pieces.
+        numel: coordinates of the parameters, over all shards, and over all pieces with what ZeRO fills them up with.
         prepared_for: what the last step that was prepared in full depends on, apart from tensors and ``ON_DEVICE``.
 
     The ops walk dense tensors. A parameter with gaps, such as a slice of columns, is stepped in a dense buffer: `dense_params`
@@ -102,8 +112,11 @@ class StepGroup:
         self.offloaded = OffloadedStates()
         self.norm_table = TensorTable()
         self.telemetry = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self._is_piece = hidden_sharding(params) == "DeepSpeed" and torch.distributed.is_initialized()
-        pieces = torch.distributed.get_world_size() if self._is_piece else 1  # all of one size: ZeRO fills the last one up
+        self.is_piece = hidden_sharding(params) == "DeepSpeed" and torch.distributed.is_initialized()
+        if self.is_piece:  # which does not tell its position in the parameters: the noise of each process is its own
+            self.tensor_offsets = [(1 + torch.distributed.get_rank()) * NUMBER_SPACING]
+        self.is_divided = self.is_piece or self._mesh is not None
+        pieces = torch.distributed.get_world_size() if self.is_piece else 1  # all of one size: ZeRO fills the last one up
         self.numel = sum(p.numel() for p in params) * pieces
         self.prepared_for: object = None
         # Reading one entry of all states takes as long as all else in a small step: hence itemgetter if all states have it.
@@ -224,7 +237,7 @@ class StepGroup:
 
     def sum_over_shards(self, value: torch.Tensor) -> torch.Tensor:
         """Add up, in place, numbers that every process has for its own shards, or its piece under ZeRO; return them."""
-        if self._is_piece:
+        if self.is_piece:
             torch.distributed.all_reduce(value)
         if self._mesh is None:
             return value
@@ -269,7 +282,8 @@ class StepGroups:
     def __init__(self, optimizer: GroupedOptimizer) -> None:
         self._optimizer = weakref.proxy(optimizer)  # a cycle would keep states on a GPU until Python collects garbage
         self._step_groups: dict[Hashable, list[StepGroup]] = {}  # by index of the parameter group, or by parameter
-        self._first_params: dict[int, torch.Tensor] = {}  # index of a group -> its first parameter in the first step
+        self._first_params: dict[int, torch.Tensor] = {}  # id of a group -> its first parameter in the first step
+        self.n_groups = len(getattr(optimizer, "param_groups", ()))  # ZeRO shows one group at a time
         self._known_states: list[dict[str, Any]] = []  # the states that the step groups were made for
         # Index of a group -> version, and the options in FIXED and in ON_DEVICE that have been checked; None if not lasting.
         self._options: dict[int, tuple[int, tuple[Any, ...] | None, tuple[Any, ...] | None]] = {}
@@ -298,7 +312,8 @@ class StepGroups:
         for index, group in enumerate(groups):
             options_version = self._check_options(group, index)
             params = group["params"]
-            check_not_in_pieces(group, self._first_params.setdefault(index, params[0]) if params else None)
+            first = self._first_params.setdefault(id(group), params[0]) if params else None
+            check_not_in_pieces(group, first, self.n_groups)
             grads = [p.grad for p in params]
             if capturing:
                 self._check_capture(group, index, grads, bs)
@@ -387,6 +402,8 @@ class StepGroups:
         self._known_states = list(state.values())
         first = sum(len(each["params"]) for each in self._optimizer.param_groups[:index])
         tensor_ids = {id(p): first + position for position, p in reversed(list(enumerate(group["params"])))}
+        if hidden_sharding(group["params"]) == "DeepSpeed":  # shows one piece at a time, so each would be the first
+            tensor_ids = {id(p): number for number, p in enumerate(state)}
         return [
             StepGroup(together, [state[p] for p in together], [tensor_ids[id(p)] for p in together])
             for together in _stepped_together(params)

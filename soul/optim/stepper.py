@@ -44,7 +44,7 @@ class Stepper:
 
     Attributes:
         step_groups: the `StepGroups` of the optimizer.
-        stepped: index of a parameter group -> its step groups in the last step.
+        stepped: id of a parameter group -> its step groups in the last step. ZeRO makes several calls of one step.
         transfers: device -> the way of offloaded states between main memory and this device.
     """
 
@@ -59,9 +59,10 @@ class Stepper:
         self._numel: int | None = None  # elements of all parameters
         self.transfers: dict[torch.device, Transfers] = {}
 
-    def forget_numel(self) -> None:
-        """Let the elements of all parameters be counted anew, after a group was added."""
+    def group_added(self) -> None:
+        """Let groups, and the elements of all parameters, be counted anew."""
         self._numel = None
+        self.step_groups.n_groups = len(self._optimizer.param_groups)
 
     def step(
         self, bs: Number | None, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None, *, released: bool
@@ -86,14 +87,25 @@ class Stepper:
         except ValueError:
             self.step_groups.check_gradients()  # its errors name parameters; those of the ops name entries of lists
             raise
-        self.stepped = {index: list(group_work.step_groups) for index, group_work in enumerate(work)}
+        if not self._goes_on(work):
+            self.stepped = {}
+        for group_work in work:
+            self.stepped.setdefault(id(group_work.group), []).extend(group_work.step_groups)
+
+    def _goes_on(self, work: list[GroupWork]) -> bool:
+        """Tell whether this is more of the last step: DeepSpeed's ZeRO steps its pieces in one call after the other."""
+        pieces = [step_group.params[0] for step_group in _step_groups(work) if step_group.is_piece]
+        if not pieces:
+            return False
+        stepped = {id(step_group.params[0]) for step_groups in self.stepped.values() for step_group in step_groups}
+        return not any(id(piece) in stepped for piece in pieces)
 
     def step_one(self, param: torch.Tensor, grad_scale: torch.Tensor | None, found_inf: torch.Tensor | None) -> None:
         """Step one parameter; arguments as in `step`."""
         group_work = self.step_groups.collect_one(param)
         (step_group,) = group_work.step_groups
         index, _ = self.step_groups.position_of(param)
-        stepped = self.stepped.setdefault(index, [])
+        stepped = self.stepped.setdefault(id(self._optimizer.param_groups[index]), [])
         if step_group in stepped:  # another backward pass has begun
             stepped.clear()
         stepped.append(step_group)
@@ -283,7 +295,7 @@ class Stepper:
             check_counts_all(step_groups)
         param_groups = self._optimizer.param_groups
         return {
-            "groups": [group_telemetry(group, self.stepped.get(index, [])) for index, group in enumerate(param_groups)],
+            "groups": [group_telemetry(group, self.stepped.get(id(group), [])) for group in param_groups],
             "skipped_steps": 0 if self._skipped is None else int(self._skipped),
             "grad_norm": None if self._norm is None else float(self._norm),
         }

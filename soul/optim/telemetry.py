@@ -18,7 +18,7 @@ from soul_kernels.errors import argument_error
 RHO_RANGE = (1e-12, 1e12)  # of a rho that is steered
 
 
-def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str, float]:
+def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str, float | int]:
     """Return the entry of a parameter group in `soul.SophiaG.telemetry`; wait for the device."""
     together: dict[Hashable, list[StepGroup]] = {}  # one sum over processes for all that are sharded alike
     for step_group in step_groups:
@@ -29,22 +29,24 @@ def group_telemetry(group: ParamGroup, step_groups: list[StepGroup]) -> dict[str
         totals += alike[0].sum_over_shards(counts).cpu()
     clipped, lost, squares = totals.tolist()
     numel = sum(step_group.numel for step_group in step_groups) or float("nan")
+    # ZeRO-3, which numbers its pieces, fills them up with memory that nobody has written: its weight decay is part of the norm.
+    has_norm = step_groups and not any(each.is_piece and hasattr(each.params[0], "ds_id") for each in step_groups)
     return {
         "clip_fraction": clipped / numel,
-        "update_norm": squares**0.5 if step_groups else float("nan"),
+        "update_norm": squares**0.5 if has_norm else float("nan"),
         "lost_fraction": lost / numel,
         "rho": float(group["rho"]),
+        "numel": sum(step_group.numel for step_group in step_groups),
     }
 
 
 def check_counts_all(step_groups: list[StepGroup]) -> None:
-    """Raise if a framework has cut the parameters, and this process has counted its own piece alone."""
+    """Raise if FSDP1 has cut the parameters, and this process has counted its own piece alone."""
     for step_group in step_groups:
-        framework = hidden_sharding(step_group.params)
-        if framework is not None:
+        if hidden_sharding(step_group.params) == "FSDP1":
             remedy = "measure in one process, or under FSDP2"
             expected = "an optimizer of whole parameters or DTensors"
-            raise argument_error("telemetry", expected, f"one process's piece under {framework}", remedy)
+            raise argument_error("telemetry", expected, "one process's piece under FSDP1", remedy)
 
 
 def steer_rho(group: ParamGroup, step_groups: list[StepGroup], skip: torch.Tensor | None, hessian_in_step: bool) -> None:

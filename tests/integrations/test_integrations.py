@@ -360,15 +360,6 @@ def test_what_deepspeed_cannot_do_is_refused_before_the_trainer_is_made(tmp_path
                            soul_args=soul_args)  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", [losses.NPO(), losses.KLMin()], ids=repr)
-def test_a_reference_of_a_model_in_pieces_is_refused(objective, tmp_path):
-    """Without the check it ended in torch's error about the weight of an embedding."""
-    model = tiny_model()
-    next(model.parameters()).ds_id = 0  # as on a model that from_pretrained has loaded under ZeRO-3
-    with pytest.raises(ValueError, match="model: expected a whole model, .* load it before the TrainingArguments are made"):
-        make(tmp_path, model, objective)
-
-
 def test_dataset_draws_retain_rows_by_epoch_and_keeps_pairs_together():
     forget, retain = sequences(6), sequences(50)
     dataset = UnlearningDataset(forget, retain, pairs=True)

@@ -17,6 +17,7 @@ from trainer.unlearn.grad_diff import GradDiff  # open-unlearning's
 
 from soul import losses
 from soul.compat import COMPAT
+from soul.integrations import zero
 from soul.integrations.hf import SOULTrainerMixin
 from soul_kernels.errors import argument_error, check_choice
 
@@ -76,7 +77,8 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
 
     def prepare_reference_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """Return a frozen copy of ``model``, made by open-unlearning's code, which knows DeepSpeed."""
-        return self._prepare_ref_model(model).requires_grad_(False)
+        whole = zero.whole_copy(model) if zero.in_pieces(model) else model
+        return self._prepare_ref_model(whole).requires_grad_(False)
 
 
 def _trainer_of(method: str) -> type[SOULUnlearn]:
