@@ -146,8 +146,8 @@ class Case:
                 remedy = "leave it out, or plan for several GPUs"
                 raise argument_error(name, "False on one GPU", True, remedy)
         if self.head_in_shards and self.shape.tied:
-            remedy = "the embedding is needed whole: leave it out"
-            raise argument_error("head_in_shards", "a head that is not the embedding", self.shape.name, remedy)
+            remedy = "a run cuts both, but no plan counts it yet: leave it out of the plan"
+            raise argument_error("head_in_shards", "a head that is not tied to the embeddings", self.shape.name, remedy)
         if self.load_in_4bit and self.adapters is None:
             remedy = "codes of 4 bits have no gradient: pass --lora-rank 16"
             raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
