@@ -95,6 +95,7 @@ class WoodFisher:
         blockwise: treat each tensor as a block of its own, leaving out the elements of F that connect two tensors.
         add_up: adds a tensor of dot products up over the processes that hold shards of the gradients; None: this process has
             all of them.
+        shares: for each tensor, the part of its products that this process adds; None: all of them.
 
     Raises:
         ArgumentError: n or damping does not fit.
@@ -107,6 +108,7 @@ class WoodFisher:
         damping: float,
         blockwise: bool = False,
         add_up: Callable[[Tensor], Tensor] | None = None,
+        shares: list[float] | None = None,
     ) -> None:
         if isinstance(n, bool) or not (isinstance(n, int) and n >= 1):
             raise argument_error("n", "an integer >= 1", repr(n), "it is the number of gradients")
@@ -115,6 +117,7 @@ class WoodFisher:
         self.damping = damping
         self.blockwise = blockwise
         self._add_up = add_up
+        self._shares = shares
         self.products: list[tuple[list[Tensor], list[float]]] = []  # (o_i, n + g_i . o_i for each tensor)
 
     def add(self, grads: Tensors) -> None:
@@ -158,6 +161,8 @@ class WoodFisher:
     def _dots(self, a: Tensors, b: Tensors) -> list[float]:
         """Return a dot product for each tensor: that of its block, or that of all tensors together."""
         dots = [torch.dot(x.flatten(), y.detach().float().flatten()).item() for x, y in zip(a, b)]
+        if self._shares is not None:
+            dots = [dot * share for dot, share in zip(dots, self._shares)]
         if self._add_up is not None:
             dots = self._add_up(torch.tensor(dots, dtype=torch.float64, device="cpu")).tolist()
         return dots if self.blockwise else [sum(dots)] * len(dots)
@@ -269,7 +274,7 @@ def unlearn_once(
         raise argument_error("batch_size", "an integer >= 1", repr(batch_size), "8, for instance")
     params = trained(model)
     processes = Processes.of(model)
-    copies = n_copies(params[0])  # of each shard, all of which are in a sum over the processes
+    shares = [1 / n_copies(p) for p in params]  # of each tensor in a sum over the processes: copies of a shard count once
     shards = [local(p.detach()) for p in params]
     backend = resolve_head_backend(backend, head(model)[0])
     if step is None:
@@ -289,21 +294,25 @@ def unlearn_once(
                 blockwise=blockwise,
                 memory_gb=memory_gb,
                 processes=processes,
-                copies=copies,
+                shares=shares,
             )
         else:
             hessians, retain_nll = _diagonal(
                 model, params, retain, batch_size, backend, drawn=curvature == "gnb", generator=generator
             )
             if damping is None:
-                damping = _default_damping(hessians, processes)
+                damping = _default_damping(hessians, processes, shares)
             direction = _over_diagonal(forget_grads, hessians, damping)
     moved = processes.together(lambda: _moved(shards, direction, step, clip))
-    norm = torch.stack([(new.float() - shard.float()).norm().double() for new, shard in zip(moved, shards)]).norm()
+    norms = torch.stack([(new.float() - shard.float()).norm().double() for new, shard in zip(moved, shards)])
     for shard, new in zip(shards, moved):
         shard.copy_(new)
-    sums = {"forget_nll": forget_nll, "retain_nll": retain_nll, "update_norm": norm.square() / copies}
-    totals = processes.totals({name: torch.as_tensor(value, device=norm.device) for name, value in sums.items()})
+    sums = {
+        "forget_nll": forget_nll,
+        "retain_nll": retain_nll,
+        "update_norm": (norms.square() * norms.new_tensor(shares)).sum(),
+    }
+    totals = processes.totals({name: torch.as_tensor(value, device=norms.device) for name, value in sums.items()})
     update_norm = totals.pop("update_norm").sqrt()
     nlls = {name: float(value) for name, value in totals.items()}
     return {**nlls, "step": float(step), "damping": float(damping), "update_norm": float(update_norm)}
@@ -351,16 +360,12 @@ def _over_woodfisher(
     blockwise: bool,
     memory_gb: float,
     processes: Processes,
-    copies: int,
+    shares: list[float],
 ) -> tuple[list[Tensor], Tensor | float]:
     """Return ``F^-1 v`` and the mean negative log-likelihood of a retain token; with products of all gradients if they fit."""
     largest = max(processes.gather(sum(v.numel() for v in vectors)))  # all processes must hold equally many gradients
     held = most_held(memory_gb, largest)
-
-    def add_up(products: Tensor) -> Tensor:
-        return processes.add_up(products) / copies
-
-    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=add_up)
+    options: dict[str, Any] = dict(damping=damping, blockwise=blockwise, add_up=processes.add_up, shares=shares)
     if held < gradients.n:
         return solve_streamed(gradients, gradients.n, vectors, held=held, **options), gradients.nll
     fisher = WoodFisher(gradients.n, **options)
@@ -397,11 +402,12 @@ def _diagonal(
     return hessians, retain_nll
 
 
-def _default_damping(hessians: Tensors, processes: Processes) -> float:
+def _default_damping(hessians: Tensors, processes: Processes, shares: list[float]) -> float:
     """Return 0.1 times the mean of the diagonal."""
-    n_params = processes.total(sum(h.numel() for h in hessians))
-    total = torch.stack([h.sum(dtype=torch.float64) for h in hessians]).sum()
-    damping = float(0.1 * processes.add_up(total) / n_params)
+    counts = torch.stack([h.new_tensor(h.numel(), dtype=torch.float64) for h in hessians])
+    sums = torch.stack([h.sum(dtype=torch.float64) for h in hessians])
+    total, n_params = processes.add_up(torch.stack([sums, counts]) @ sums.new_tensor(shares))
+    damping = float(0.1 * total / n_params)
     check_positive("damping", damping, REMEDY)
     return damping
 

@@ -38,6 +38,7 @@ def solve_streamed(
     held: int,
     blockwise: bool = False,
     add_up: Callable[[Tensor], Tensor] | None = None,
+    shares: Sequence[float] | None = None,
 ) -> list[Tensor]:
     """Return ``F^-1 v``, a list of fp32 tensors.
 
@@ -53,6 +54,7 @@ def solve_streamed(
         held: number of gradients in memory, >= 1.
         blockwise: treat each tensor as a block of its own, as `soul.run.influence.WoodFisher` does.
         add_up: adds a tensor up over the processes that hold shards of the gradients; None: this process has all of them.
+        shares: for each tensor, the part of its products that this process adds; None: all of them.
     """
     vectors = [v.detach().float() for v in vectors]
     blocks = len(vectors) if blockwise else 1
@@ -65,9 +67,9 @@ def solve_streamed(
             if len(kept) < held:
                 kept.append(wide)
             if begin == 0:
-                projections[:, index] = _dots(wide, vectors, blockwise)
+                projections[:, index] = _dots(wide, vectors, blockwise, shares)
             for other, one in enumerate(kept, begin):
-                gram[:, other, index] = gram[:, index, other] = _dots(one, wide, blockwise)
+                gram[:, other, index] = gram[:, index, other] = _dots(one, wide, blockwise, shares)
     if add_up is not None:
         gram, projections = add_up(gram), add_up(projections)
     system = gram + n * damping * torch.eye(n, dtype=torch.float64, device="cpu")
@@ -80,7 +82,9 @@ def solve_streamed(
     return results
 
 
-def _dots(a: Sequence[Tensor], b: Sequence[Tensor], blockwise: bool) -> Tensor:
+def _dots(a: Sequence[Tensor], b: Sequence[Tensor], blockwise: bool, shares: Sequence[float] | None) -> Tensor:
     """Return the dot product of two gradients, [1] fp64, or of each of their tensors, [number of tensors]."""
     dots = torch.stack([torch.dot(x.flatten(), y.flatten()).double() for x, y in zip(a, b)]).cpu()
+    if shares is not None:
+        dots = dots * dots.new_tensor(shares)
     return dots if blockwise else dots.sum(0, keepdim=True)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed.test_torchrun import LORA, assert_as_one, ended, equal, lasting, torchrun
+from tests.distributed.test_torchrun import AIM, LORA, TIMEOUT, assert_as_one, ended, equal, lasting, torchrun
 
 pytestmark = [
     pytest.mark.slow(reason="starts four processes"),
@@ -20,7 +20,14 @@ CURVATURE = {"method": "graddiff", "curvature": "retain", "curvature_every": 2, 
 COPIES = {
     "reference, rho, clipping, evaluation": (
         "llama, untied",
-        {"method": "npo", "clip_target": 0.5, "eval_every": 2, "keep_best": "max forget_prob"},
+        {
+            "method": "npo",
+            "clip_target": 0.5,
+            "eval_every": 2,
+            "keep_best": "max forget_prob",
+            "head_in_shards": True,
+            "backend": "torch",
+        },
     ),
     "one ratio of the batch": (
         "llama, tied",
@@ -30,7 +37,16 @@ COPIES = {
         "llama, untied",
         {**CURVATURE, "state_dtype": None, "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
     ),
-    "influence": ("llama, tied", {"method": "influence", "method_options": {"curvature": "woodfisher", "damping": 1.0}}),
+    # Of the head there is one copy, of all else there are two.
+    "influence": (
+        "llama, tied",
+        {
+            "method": "influence",
+            "method_options": {"curvature": "woodfisher", "damping": 1.0},
+            "head_in_shards": True,
+            "backend": "torch",
+        },
+    ),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
 IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})
@@ -61,6 +77,7 @@ CASES = {
         {**IN_MAIN_MEMORY[1], "cpu_offload": True, "head_in_shards": True},
         {},
     ],
+    "aim": [AIM[0], {**AIM[1], "epochs": 3, "replicas": 2}, {"output": "aim"}],
     "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
     "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
@@ -70,7 +87,7 @@ CASES = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     (folder / "cases.json").write_text(json.dumps(list(CASES.values())))
-    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder, processes=4))
+    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder, processes=4), timeout=3 * TIMEOUT)
     assert status == 0, errors
     return folder
 
@@ -92,6 +109,7 @@ def results(folder):
 @pytest.mark.covers("curvature of retain data", "HSDP")
 @pytest.mark.covers("influence", "HSDP")
 @pytest.mark.covers("compilation (`--compile`)", "HSDP")
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "HSDP")
 def test_two_copies_of_shards_are_one_process(results, name):
     """Up to fp32 rounding; the worker compares the bits of the copies."""
     assert_as_one(*COPIES[name], results[name])
@@ -120,13 +138,20 @@ def test_copies_resume_bit_for_bit(results, folder):
     assert (folder / "whole" / "model.safetensors").exists() and not (folder / "broken" / "checkpoints").exists()
 
 
+@pytest.mark.covers("aim", "HSDP")
+def test_all_copies_are_led_to_an_aim_alike(results, folder):
+    first, *others = results["aim"]
+    assert all(lasting(first["records"]) == lasting(other["records"]) for other in others)
+    assert "forget_prob" in json.loads((folder / "aim" / "verdict.json").read_text())
+
+
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "HSDP")
 @pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "HSDP")
 def test_a_model_in_main_memory_is_that_of_one_process(results):
     """Read, stepped, stopped and saved, with copies and without. On a machine without a GPU nothing is copied to and fro.
 
-    A checkpoint goes on with another number of copies, of shards, and outside of main memory; last bits then differ.
+    A checkpoint goes on with another number of copies and of shards, of the head too, and out of main memory; last bits differ.
     """
     assert_as_one(*IN_MAIN_MEMORY, results["in main memory"])
     assert results["stopped in main memory"][0]["error"] == "Stopped"

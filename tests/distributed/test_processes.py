@@ -463,7 +463,8 @@ def tensor_parallel_worker(folder):
     opt.step()
     offsets = [offset for step_group in opt._stepper.stepped[0] for offset in step_group.tensor_offsets]
     result = {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
-    return result | {"hybrid": [hybrid(*case) for case in HYBRID], "blocks": blocks(mesh)}
+    hybrids = [hybrid(*case, folder / f"hybrid {number}") for number, case in enumerate(HYBRID)]
+    return result | {"hybrid": hybrids, "blocks": blocks(mesh)}
 
 
 def blocks(mesh):
@@ -484,17 +485,19 @@ HYBRID = [
 ]
 
 
-def hybrid(dtype, options):
-    """Return what HSDP makes of three steps: shards over two processes, and two copies of them."""
+def hybrid(dtype, options, folder):
+    """Return what HSDP makes of three steps: shards over two processes, and two copies of them. Save it too."""
     net = shard(
         make_net(dtype, options), dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     )
     opt = SOUL(net.parameters(), lr=0.01, **options)
     train(net, opt, range(3))
+    dcp.save(state_dicts(net, opt), checkpoint_id=folder)
     return outcome(net, opt)
 
 
 @pytest.mark.slow(reason="starts four processes")
+@pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "HSDP")
 @pytest.mark.covers("norm, clipping, rho, telemetry", "TP")
 @pytest.mark.covers("norm, clipping, rho, telemetry", "HSDP")
 @pytest.mark.covers("24-bit and stochastic weights", "HSDP")
@@ -517,6 +520,10 @@ def test_fsdp_over_tensor_parallelism_and_with_copies_of_shards(tmp_path):
             if "max_grad_norm" in options:
                 assert got["telemetry"]["grad_norm"] == pytest.approx(one["telemetry"]["grad_norm"], rel=1e-6)
                 assert got["fraction"] == pytest.approx(one["fraction"])
+        net = make_net(dtype, options)
+        opt = SOUL(net.parameters(), lr=9.0, **options)
+        restore(net, opt, tmp_path / f"hybrid {number}")
+        assert not differing(outcome(net, opt)["state"], results[0]["hybrid"][number]["state"]), options
     for (own, alone), refusal in (process["blocks"] for process in results):
         assert not differing(own, alone)
         assert refusal.startswith("state_dtype: expected fp32 or bf16 where columns are sharded, and one dimension by several")

@@ -174,10 +174,10 @@ def torchrun(*words, processes=2):
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
-def ended(process):
+def ended(process, timeout=TIMEOUT):
     """Return the exit status, and what the process has printed."""
     try:
-        out, errors = process.communicate(timeout=TIMEOUT)
+        out, errors = process.communicate(timeout=timeout)
     finally:
         process.kill()
     return process.returncode, out, errors
