@@ -22,7 +22,7 @@ from tests.support import architecture
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOT_OPS = {"rounding"}  # device functions: tested, but nothing to time on their own
-BESIDE = {"backends", "bundles", "chunks", "errors", "tensors", "tokens"}  # public, and no ops
+BESIDE = {"backends", "bundles", "chunks", "errors", "lookup", "tensors", "tokens"}  # public, and no ops
 
 
 def stems(folder, prefix=""):

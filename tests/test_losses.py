@@ -227,6 +227,8 @@ def test_ragged_batches(name, lengths, backend, device):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.covers("objectives that are sums over sequences", "one process")
+@pytest.mark.covers("NPO with one ratio of the batch", "one process")
 def test_references_agree_with_the_definitions(name, device):
     for p in (0.5, 1 - 1e-7):  # there -log p is below what log_softmax can say
         check(name, p, device, backend="reference")

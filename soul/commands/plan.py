@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--state-offload", action="store_true", help="keep soul's states in main memory")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
+    how.add_argument("--load-in-4bit", action="store_true", help="with --lora-rank: the model below the adapters in 4 bits")
     how.add_argument("--dtype", default="auto", metavar="NAME", help="dtype of the parameters: bfloat16 or float32 (default: "
                      "bfloat16 for soul and under adapters, float32 for adamw)")  # fmt: skip
 
@@ -49,12 +50,13 @@ def run(args: argparse.Namespace) -> None:
     limit = math.inf if args.gradient_release else 1.0
     config = UnlearnConfig(**{name: getattr(args, name) for name in names}, max_grad_norm=limit)
     adapters = None
-    if args.lora_rank is None and args.lora_targets:
-        raise argument_error("lora_targets", "nothing without --lora-rank", args.lora_targets, "pass --lora-rank N")
+    for name in ("lora_targets", "load_in_4bit"):
+        if args.lora_rank is None and getattr(args, name):
+            raise argument_error(name, "nothing without --lora-rank", getattr(args, name), "pass --lora-rank N")
     if args.lora_rank is not None:
         adapters = dict(rank=args.lora_rank, targets=names_of(args.lora_targets) if args.lora_targets else "all-linear")
     tokens = tokens_of(config, args.length, args.labelled)
-    options = dict(dtype=args.dtype, adapters=adapters, **card_options(args))
+    options = dict(dtype=args.dtype, adapters=adapters, load_in_4bit=args.load_in_4bit, **card_options(args))
     planned = plan(args.model, config, tokens, **options)
     fitting = ways(args.model, config, length=args.length, labelled=args.labelled, **options)
     print_result(planned.table(), "", fitting.table())

@@ -362,7 +362,8 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         check_supported(config)
     require("transformers", "hf")
     if args.dry_run:
-        plan = plan_run(args.model, args.forget, args.retain, config, dtype=args.dtype, adapters=adapters, **card)
+        how = dict(dtype=args.dtype, adapters=adapters, load_in_4bit=args.load_in_4bit, **card)
+        plan = plan_run(args.model, args.forget, args.retain, config, **how)
         print_result(plan.table())
         return 0
     processes.on_first(lambda: check_hub(args))
@@ -559,9 +560,6 @@ def _adapters(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     if args.load_in_4bit and args.merge:
         raise cannot_merge_error()
-    if args.load_in_4bit and args.dry_run:
-        remedy = "plan without it: the weights of linear layers then take about 0.52 bytes each in place of 2"
-        raise argument_error("load_in_4bit", "nothing with --dry-run, which plans no quantized model", True, remedy)
     targets = names_of(args.lora_targets) if args.lora_targets else "all-linear"
     return dict(rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout, targets=targets)
 

@@ -22,6 +22,7 @@ that may differ between processes; the sums in `shard`; and the ``reshard`` in `
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from soul.distributed.shards import is_sharded, local
 from soul.distributed.watch import key, watched
 from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
+from soul_kernels.lookup import look_up
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -237,13 +239,14 @@ def shard(
         cpu_offload: keep shards of parameters and gradients in main memory, where the optimizer then steps them; layers are
             gathered on the device.
         head_in_shards: never gather the head. It is cut along the vocabulary, each process computes with its own rows for the
-            tokens of all processes (`soul_kernels.Head.own_tokens`), and has the gradient of these rows alone.
+            tokens of all processes (`soul_kernels.Head.own_tokens`), and has the gradient of these rows alone. Embeddings that
+            are tied to it are looked up in the same way (`soul_kernels.lookup`).
 
     Returns:
         The model.
 
     Raises:
-        ArgumentError: ``head_in_shards``, and the head is tied to the embeddings, or is not a plain linear layer.
+        ArgumentError: ``head_in_shards``, and the head, or embeddings that are tied to it, are no plain layers of torch.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -283,21 +286,27 @@ def _cut_head(model: "PreTrainedModel", mesh: "DeviceMesh") -> set[torch.nn.Para
     """Cut the head of a model along the vocabulary, in place, and return its parameters.
 
     Its own forward pass, which only generation calls, then takes the same hidden states in all processes, and returns all
-    logits in each.
+    logits in each. Embeddings that are tied to it share its parameter as before.
     """
     from torch.distributed.tensor import Replicate
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    layer = model.get_output_embeddings()
-    names = [name for name, p in model.named_parameters(remove_duplicate=False) if p is getattr(layer, "weight", None)]
-    if len(names) > 1:
-        remedy = f"every process looks up rows of the whole table in {names[0]}: leave head_in_shards out"
-        raise argument_error("head_in_shards", "a head of its own", "one that is tied to the embeddings", remedy)
-    if type(layer) is not torch.nn.Linear:
-        remedy = "leave head_in_shards out"
-        raise argument_error("head_in_shards", "a head that is a torch.nn.Linear", type(layer).__name__, remedy)
+    layer, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = layer.weight is embeddings.weight
+    for module, kind in ((layer, torch.nn.Linear), *(((embeddings, torch.nn.Embedding),) if is_tied else ())):
+        if type(module) is not kind:
+            remedy = "what another layer computes is not known: leave head_in_shards out"
+            raise argument_error("head_in_shards", f"a torch.nn.{kind.__name__}", type(module).__name__, remedy)
     parallelize_module(layer, mesh, ColwiseParallel(output_layouts=Replicate()))
+    if is_tied:
+        embeddings.weight = layer.weight
+        embeddings.forward = functools.partial(_embedded, embeddings)
     return set(layer.parameters())
+
+
+def _embedded(embeddings: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    """Return what the forward pass of embeddings in shards returns for this process's tokens."""
+    return look_up(ids, embeddings.weight, embeddings.padding_idx)
 
 
 def sharded_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -17,10 +17,20 @@ from soul.data.examples import Counts, Example, Question, Sequence
 from soul.data.templates import Template, check_template
 from soul.evaluate import metrics
 from soul.evaluate.attacks import CostlyAttacks, costly_columns, without_end
-from soul.models.causal_lm import autocast, device_of, evaluating, greedy, head, hidden_states, token_statistics, transform
+from soul.models.causal_lm import (
+    autocast,
+    device_of,
+    evaluating,
+    greedy,
+    head,
+    hidden_states,
+    lm_head,
+    token_statistics,
+    transform,
+)
 from soul.models.encoding import encode_for
 from soul.output.progress import track
-from soul_kernels import Head, LinearOptions, Reference, TokenStatistics, linear_kl
+from soul_kernels import LinearOptions, Reference, TokenStatistics, linear_kl
 from soul_kernels.backends import BACKENDS
 from soul_kernels.errors import argument_error, check_choice, check_whole
 from soul_kernels.tokens import IGNORE_INDEX
@@ -416,7 +426,6 @@ def kl_divergence(
     if transform(other) != transform(model):
         remedy = "compare models of one family"
         raise argument_error("other", f"logits with {transform(model)}", transform(other), remedy)
-    weight, bias = head(model)
     ref_weight, ref_bias = head(other)
     device = device_of(model)
     total = 0.0
@@ -426,8 +435,7 @@ def kl_divergence(
             batch = collate(sequences_of_batch, [], device=device)
             reference = Reference(hidden_states(other, batch), ref_weight, ref_bias)
             options = LinearOptions(token_indices=batch.token_indices, backend=backend)
-            lm_head = Head(weight, bias, **transform(model))
-            values = linear_kl(hidden_states(model, batch), lm_head, batch.labels, reference, options=options)
+            values = linear_kl(hidden_states(model, batch), lm_head(model), batch.labels, reference, options=options)
             total += values.sum().item()
             count += len(batch.token_indices)
     return total / count

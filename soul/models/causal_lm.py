@@ -96,7 +96,7 @@ def stored_head(model: "PreTrainedModel") -> tuple[Tensor, Tensor | None]:
 def lm_head(model: "PreTrainedModel") -> Head:
     """Return the head with scale and cap, as the ops of ``soul_kernels`` take it beside this process's tokens.
 
-    Of a model in shards it is to be called within `soul.distributed.gathered`.
+    Of a model in shards it is to be called within `soul.distributed.processes.gathered`.
     """
     weight, bias = head(model)
     return Head(weight, bias, **transform(model), own_tokens=is_sharded(weight) and hasattr(model, COMPUTE))

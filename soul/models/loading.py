@@ -122,12 +122,12 @@ def _unmap(model: torch.nn.Module) -> None:
     Transformers maps safetensors into memory. If the file were overwritten, the weights would change; if it were truncated, the
     process would end by SIGBUS.
     """
-    for tensor in track([*model.parameters(), *model.buffers(), *_scales(model)], "reading weights"):
+    for tensor in track([*model.parameters(), *model.buffers(), *scales_of(model)], "reading weights"):
         if not tensor.untyped_storage().resizable():  # a mapped file cannot grow
             tensor.data = tensor.data.clone()
 
 
-def _scales(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+def scales_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """Yield the tensors that a model quantized by bitsandbytes has beside its parameters."""
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)

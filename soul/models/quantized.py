@@ -4,6 +4,7 @@ The layers multiply by themselves: bitsandbytes dequantizes a weight where it is
 taken apart by this library, which needs its weight as numbers: `dequantized`.
 """
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 EXTRA = "quant"
+BLOCK = 64  # weights with a scale of one byte
+SUPERBLOCK = 256  # scales with a scale of their own in fp32
+TABLES = 4 * (16 + 256 + 1)  # bytes beside each weight: the values of codes, those of scales, and their offset, in fp32
 
 
 def four_bit(dtype: torch.dtype) -> "BitsAndBytesConfig":
@@ -28,6 +32,12 @@ def four_bit(dtype: torch.dtype) -> "BitsAndBytesConfig":
         require(module, EXTRA)
     options: dict[str, Any] = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     return require("transformers", "hf").BitsAndBytesConfig(load_in_4bit=True, **options)
+
+
+def four_bit_bytes(numel: int) -> int:
+    """Return the bytes of a weight as `four_bit` stores it: half a byte for an element, scales, and tables."""
+    n_scales = math.ceil(numel / BLOCK)
+    return math.ceil(numel / 2) + n_scales + 4 * math.ceil(n_scales / SUPERBLOCK) + TABLES
 
 
 def is_quantized(model: torch.nn.Module) -> bool:

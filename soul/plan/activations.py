@@ -77,6 +77,25 @@ def recomputed_bytes(case: Case) -> float:
     return layer_bytes(case) if case.config.gradient_checkpointing else 0
 
 
+def forward_bytes(case: Case) -> float:
+    """Return the bytes that the forward pass of a layer holds besides the hidden state that it keeps, with checkpointing.
+
+    In the MLP these are three inner tensors (the activated gate, up and their product, or those of a layer without a gate),
+    the normalized hidden states and the sum before them. Adapters have their input, their result and its multiple in fp32, in
+    place of the product. 0 without checkpointing, where the backward pass takes more.
+    """
+    if not case.config.gradient_checkpointing:
+        return 0
+    shape = case.shape
+    size = case.compute_dtype.itemsize
+    inner = (3 if shape.gated else 2) * size
+    hidden = size + (FLOAT if case.casts else size)
+    if case.adapters is not None:
+        inner += 2 * FLOAT - size
+        hidden += FLOAT
+    return case.tokens.n * (shape.intermediate * inner + shape.hidden * hidden)
+
+
 def last_norm_bytes(case: Case) -> int:
     """Return the bytes that the norm after the layers saves: its input in fp32 and, if it is trained, its normalized input."""
     element = FLOAT if case.casts else case.compute_dtype.itemsize

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from soul_kernels.errors import argument_error
 
 NETWORK = 50e9  # bytes a second into and out of each GPU, the default: one 400 Gbit/s link for each GPU
+MAIN_MEMORY = 300e9  # bytes a second of a machine, which its GPUs share: eight channels of DDR5-4800
+NODE = 8  # GPUs of a machine
 
 
 class Card(NamedTuple):

@@ -1,7 +1,10 @@
 """The input of a plan, checked: a model's shape, the options of a run, its batches, and the hardware."""
 
+import collections
 import dataclasses
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ import torch
 from soul.losses import OBJECTIVES, Objective
 from soul.models.adapters import check_rank, is_named
 from soul.models.loading import DTYPES
+from soul.models.quantized import four_bit_bytes
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul.run.config import UnlearnConfig
@@ -99,6 +103,7 @@ class Case:
         gpus: number of GPUs over which FSDP2 shards parameters, gradients and states.
         network: bytes a second into and out of each GPU.
         autocast: whether fp32 parameters are multiplied as bf16 copies, as on a GPU.
+        load_in_4bit: whether the linear layers below adapters are stored in 4 bits, whole on each GPU.
 
     Raises:
         ArgumentError: a value is unknown or out of range, or two of them do not go together.
@@ -114,10 +119,12 @@ class Case:
     gpus: int = 1
     network: float = NETWORK
     autocast: bool = True
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, tuple(DTYPES))
         check_hardware(self.attention, self.gpus, self.network, self.card.host_bandwidth)
+        self._check_layout()
         if self.adapters is not None:
             check_rank(self.adapters["rank"])
         targets = None if self.adapters is None else self.adapters.get("targets", "all-linear")
@@ -129,7 +136,83 @@ class Case:
             remedy = "leave it out, and lower the batch size"
             raise argument_error("gradient_checkpointing", "a family that supports it", self.shape.name, remedy)
 
+    def _check_layout(self) -> None:
+        """Raise unless the options of how the model is stored go together."""
+        if self.gpus % self.replicas:
+            remedy = "each copy is cut over gpus / replicas GPUs"
+            raise argument_error("replicas", f"a divisor of {self.gpus} GPUs", self.replicas, remedy)
+        for name in ("cpu_offload", "head_in_shards"):
+            if getattr(self, name) and self.gpus == 1:
+                remedy = "leave it out, or plan for several GPUs"
+                raise argument_error(name, "False on one GPU", True, remedy)
+        if self.head_in_shards and self.shape.tied:
+            remedy = "the embedding is needed whole: leave it out"
+            raise argument_error("head_in_shards", "a head that is not the embedding", self.shape.name, remedy)
+        if self.load_in_4bit and self.adapters is None:
+            remedy = "codes of 4 bits have no gradient: pass --lora-rank 16"
+            raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
+
     @property
+    def replicas(self) -> int:
+        """The number of copies of the shards (HSDP)."""
+        return getattr(self.config, "replicas", 1)
+
+    @property
+    def cpu_offload(self) -> bool:
+        """Whether the shards of parameters, gradients and states are in main memory, where the optimizer steps."""
+        return getattr(self.config, "cpu_offload", False)
+
+    @property
+    def head_in_shards(self) -> bool:
+        """Whether the head stays in shards of rows, for each of which its own process computes the logits."""
+        return getattr(self.config, "head_in_shards", False)
+
+    @property
+    def shards(self) -> int:
+        """The number of GPUs over which one copy of the model is cut."""
+        return self.gpus // self.replicas
+
+    @property
+    def cut_numel(self) -> int:
+        """The number of parameters, without adapters, that are cut into shards: all but those in 4 bits."""
+        return self.shape.numel - (self.shape.linear_numel if self.load_in_4bit else 0)
+
+    @functools.cached_property
+    def whole_layer_numel(self) -> float:
+        """The number of elements of a layer that FSDP2 gathers, on average, without adapters and weights in 4 bits."""
+        sizes = self.shape.sizes["other"] + (collections.Counter() if self.load_in_4bit else self.shape.sizes["linear"])
+        return self._padded(sizes) / self.shape.layers
+
+    @functools.cached_property
+    def whole_rest_numel(self) -> int:
+        """The number of elements outside of the layers that FSDP2 gathers: all but a head that stays in shards."""
+        head: dict[tuple[int, ...], int] = {(self.shape.vocab, self.shape.head_width): 1} if self.head_in_shards else {}
+        return self._padded(self.shape.sizes["rest"]) - self._padded(head)
+
+    @functools.cached_property
+    def whole_trained_numel(self) -> float:
+        """The number of trained elements of a layer whose gradients FSDP2 scatters together, on average."""
+        if self.adapters is None:
+            return self.whole_layer_numel
+        return self._padded(collections.Counter(self.trained_shapes)) / self.shape.layers
+
+    def _padded(self, sizes: Mapping[tuple[int, ...], int]) -> int:
+        """Return the number of elements of some tensors, as FSDP2 gathers and scatters them: in shards of equally many rows.
+
+        Args:
+            sizes: shape -> number of such tensors.
+        """
+        rows = {size: -(-size[0] // self.shards) * self.shards for size in sizes}
+        return sum(rows[size] * math.prod(size[1:]) * count for size, count in sizes.items())
+
+    @functools.cached_property
+    def code_bytes(self) -> int:
+        """The bytes of the weights in 4 bits, which are whole on each GPU."""
+        if not self.load_in_4bit:
+            return 0
+        return sum(four_bit_bytes(n_out * n_in) for n_out, n_in in self.shape.linear.values())
+
+    @functools.cached_property
     def objective(self) -> Objective:
         """The run's objective."""
         return objective_of(self.config)
@@ -173,7 +256,7 @@ class Case:
             return dict(self.shape.linear)
         return {name: size for name, size in self.shape.linear.items() if any(_matches(name, target) for target in targets)}
 
-    @property
+    @functools.cached_property
     def trained_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the trained parameters."""
         if self.adapters is None:

@@ -14,9 +14,10 @@ import math
 
 import torch
 
+from soul.models.quantized import BLOCK
 from soul.optim.offload import BUCKET_BYTES
 from soul.optim.states import new_state
-from soul.plan.activations import FLOAT, last_norm_bytes, recomputed_bytes, saved_bytes, working_bytes
+from soul.plan.activations import FLOAT, forward_bytes, last_norm_bytes, recomputed_bytes, saved_bytes, working_bytes
 from soul.plan.case import Case
 from soul_kernels.chunks import row_bytes
 from soul_kernels.reference.token_logprob import N_BASIC
@@ -30,12 +31,10 @@ def phases(case: Case) -> dict[str, dict[str, int]]:
     The forward pass is largest at its end, in the loss. For the backward pass the largest moment counts.
     """
     accumulated = gradient_bytes(case) if case.config.accumulate > 1 else 0
-    activations = saved_bytes(case) + last_norm_bytes(case)
-    forward = {"gradients": accumulated, "activations": activations} | _loss(case)
-    moments = [_loss_backward(case, accumulated), _last_layer(case, accumulated), _first_layer(case, accumulated)]
-    backward = max(moments, key=lambda components: sum(components.values()))
-    forward["gathered from shards"] = gathered_bytes(case)
-    backward["gathered from shards"] = gathered_bytes(case) + scattered_bytes(case)
+    forward = max((_in_a_layer(case, accumulated), _in_the_loss(case, accumulated)), key=_sum)
+    moments = [_loss_backward, _last_layer, _first_layer]
+    moments += [_layer_before_last, _layer_scattered, _rest_scattered] if case.gpus > 1 else []
+    backward = max((moment(case, accumulated) for moment in moments), key=_sum)
     by_phase = {FORWARD: forward, BACKWARD: backward}
     if not case.config.gradient_release:
         by_phase[STEP] = {"gradients": gradient_bytes(case)}
@@ -46,24 +45,43 @@ def phases(case: Case) -> dict[str, dict[str, int]]:
     }
 
 
+def _sum(components: dict[str, float]) -> float:
+    return sum(components.values())
+
+
 def resident(case: Case) -> dict[str, float]:
     """Return component -> bytes of what is allocated all the time on each GPU; with several GPUs, shards of it."""
-    whole = {"parameters": case.shape.numel * case.parameter_dtype.itemsize}
-    if case.adapters is not None:
-        whole["adapters"] = trained_numel(case) * case.trained_dtype.itemsize
-    if not case.config.state_offload:
-        whole |= state_bytes(case)
-    sizes = {name: size / case.gpus for name, size in whole.items()}
+    cut = 0.0 if case.cpu_offload else shard_bytes(case)
+    sizes: dict[str, float] = {"parameters": case.code_bytes + cut}
+    if not case.cpu_offload:
+        sizes |= {"adapters": adapter_bytes(case) / case.shards}
     if case.config.state_offload:
         sizes["states on their way"] = 2 * min(BUCKET_BYTES, host_bytes(case))
+    elif not case.cpu_offload:
+        sizes |= {name: size / case.shards for name, size in state_bytes(case).items()}
     if case.has_divergence and case.adapters is None:  # a copy of the head, and the hidden states of a batch
-        sizes["reference"] = _head_bytes(case) + _hidden_bytes(case)
-    return sizes
+        copies = case.shards if case.head_in_shards else 1
+        sizes["reference"] = _head_bytes(case) / copies + _hidden_bytes(case)
+    return {name: size for name, size in sizes.items() if size}
+
+
+def shard_bytes(case: Case) -> float:
+    """Return the bytes of the shards of all parameters that are cut, without adapters."""
+    return case.cut_numel * case.parameter_dtype.itemsize / case.shards
+
+
+def adapter_bytes(case: Case) -> int:
+    """Return the bytes of all adapters."""
+    return 0 if case.adapters is None else trained_numel(case) * case.trained_dtype.itemsize
 
 
 def host_bytes(case: Case) -> float:
-    """Return the bytes of states in main memory for each GPU: 0 unless they are offloaded."""
-    return sum(state_bytes(case).values()) / case.gpus if case.config.state_offload else 0
+    """Return the bytes in main memory for each GPU: offloaded states; or shards of parameters, gradients and states."""
+    states = sum(state_bytes(case).values()) / case.shards
+    if case.cpu_offload:
+        gradients = trained_numel(case) * case.trained_dtype.itemsize / case.shards
+        return shard_bytes(case) + adapter_bytes(case) / case.shards + gradients + states
+    return states if case.config.state_offload else 0
 
 
 def state_bytes(case: Case) -> dict[str, int]:
@@ -87,8 +105,8 @@ def _sizes_of_state(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str
 
 
 def gradient_bytes(case: Case) -> float:
-    """Return the bytes of all gradients; with several GPUs, of the shards on each."""
-    return trained_numel(case) * case.trained_dtype.itemsize / case.gpus
+    """Return the bytes of all gradients on a GPU; with several GPUs, of the shards on each."""
+    return 0 if case.cpu_offload else trained_numel(case) * case.trained_dtype.itemsize / case.shards
 
 
 def trained_numel(case: Case) -> int:
@@ -96,22 +114,28 @@ def trained_numel(case: Case) -> int:
     return sum(map(math.prod, case.trained_shapes))
 
 
-def gathered_bytes(case: Case) -> float:
+def gathered_bytes(case: Case, layers: int = 2) -> float:
     """Return the bytes of whole parameters on each GPU under FSDP2; 0 on one GPU.
 
-    Two layers are whole at a time, the one in use and the next one. What is outside of the layers stays whole from the forward
-    to the backward pass.
+    What is outside of the layers stays whole from the forward to the backward pass. Shards in main memory come up before they
+    are gathered.
+
+    Args:
+        case: the case.
+        layers: number of layers that are whole at a time: the one in use and the next one.
     """
-    shape = case.shape
-    return (2 * shape.layer_numel + shape.outside_numel) * case.parameter_dtype.itemsize if case.gpus > 1 else 0
+    if case.gpus == 1:
+        return 0
+    layer = case.whole_layer_numel * case.parameter_dtype.itemsize
+    if case.adapters is not None:
+        layer += case.whole_trained_numel * case.trained_dtype.itemsize
+    on_its_way = layer / case.shards if case.cpu_offload else 0
+    return layers * layer + case.whole_rest_numel * case.parameter_dtype.itemsize + on_its_way
 
 
 def scattered_bytes(case: Case) -> float:
-    """Return the bytes of whole gradients on each GPU under FSDP2.
-
-    These are two layers: one whose gradients are being formed, and one whose gradients are on their way to their shards.
-    """
-    return 2 * case.shape.layer_numel * case.parameter_dtype.itemsize if case.gpus > 1 and case.adapters is None else 0
+    """Return the bytes of the whole gradients of a layer on their way to their shards under FSDP2, which are fp32."""
+    return FLOAT * case.whole_trained_numel if case.gpus > 1 else 0
 
 
 def _head_bytes(case: Case) -> int:
@@ -123,8 +147,12 @@ def _hidden_bytes(case: Case) -> int:
     return case.tokens.n * case.shape.head_width * case.compute_dtype.itemsize
 
 
-def _loss(case: Case) -> dict[str, float]:
-    """Return component -> bytes of the fused loss at its largest: see `soul_kernels.linear_loss`."""
+def _in_the_loss(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes at the end of the forward pass, in the fused loss: see `soul_kernels.linear_loss`.
+
+    A head in shards is used in rounds, in which every process puts in a chunk: each computes its part of the vocabulary for all
+    of these rows, and so as many logits as for one chunk of its own.
+    """
     shape = case.shape
     options = case.head_options
     rows = case.tokens.n_labelled
@@ -136,16 +164,41 @@ def _loss(case: Case) -> dict[str, float]:
     hidden = _hidden_bytes(case) + rows * (bytes_of_row + shape.head_width * FLOAT) + compared * bytes_of_row
     if case.has_divergence and case.adapters is not None:
         hidden += _hidden_bytes(case)  # a forward without the adapters
+    if case.head_in_shards:  # the hidden states of a round, and their gradient
+        hidden += case.shards * min(rows, limit) * shape.head_width * (options.compute_dtype.itemsize + FLOAT)
     return {
+        "gradients": accumulated,
+        "activations": saved_bytes(case) + last_norm_bytes(case),
         "logits of a chunk": min(rows, limit) * plain + min(compared, limit) * (with_reference - plain),
         "hidden states at the head": hidden,
         "head's gradient in fp32": _fp32_head_gradient(case),
         "bf16 copies of matrices": _bf16_copies(case) + (2 * shape.head_numel if case.casts else 0),
+        "gathered from shards": gathered_bytes(case),
     }
 
 
-def _fp32_head_gradient(case: Case) -> int:
-    return case.shape.head_numel * FLOAT if case.adapters is None else 0
+def _in_a_layer(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes in the forward pass of the last layer, with checkpointing; without it the loss takes more."""
+    return {
+        "gradients": accumulated,
+        "activations": saved_bytes(case) + forward_bytes(case),
+        "bf16 copies of matrices": _bf16_copies(case),
+        "dequantized weights": _dequantized(case),
+        "gathered from shards": gathered_bytes(case),
+    }
+
+
+def _dequantized(case: Case) -> float:
+    """Return the bytes of the largest weight of 4 bits as its product takes it, with its scales in fp32."""
+    if not case.load_in_4bit:
+        return 0
+    numel = max(map(math.prod, case.shape.linear.values()))
+    return numel * (case.compute_dtype.itemsize + FLOAT / BLOCK)
+
+
+def _fp32_head_gradient(case: Case) -> float:
+    whole = case.shape.head_numel * FLOAT if case.adapters is None else 0
+    return whole / case.shards if case.head_in_shards else whole
 
 
 def _bf16_copies(case: Case) -> int:
@@ -162,44 +215,94 @@ def _loss_backward(case: Case, accumulated: float) -> dict[str, float]:
         "hidden states at the head": rows + _hidden_bytes(case),
         "head's gradient in fp32": _fp32_head_gradient(case),
         "bf16 copies of matrices": _bf16_copies(case),
+        "gathered from shards": gathered_bytes(case),
     }
 
 
 def _last_layer(case: Case, accumulated: float) -> dict[str, float]:
     """Return component -> bytes in the backward pass of the last layer, which comes first."""
-    largest = max(map(math.prod, case.shape.linear.values())) * case.parameter_dtype.itemsize
-    new = _pending_gradients(case) + largest if case.config.gradient_release else _head_gradient(case)
-    return {
-        "gradients": accumulated + new,
-        "activations": saved_bytes(case) + recomputed_bytes(case),
-        "gradients of activations": working_bytes(case),
-        "bf16 copies of matrices": _bf16_copies(case),
-    }
+    pending = _pending_gradients(case) if case.config.gradient_release else _head_gradient(case)
+    return _in_a_layers_backward(case, accumulated + pending, saved_bytes(case))
 
 
 def _first_layer(case: Case, accumulated: float) -> dict[str, float]:
     """Return component -> bytes in the backward pass of the first layer and the embedding, when all gradients exist."""
-    gradients = accumulated or gradient_bytes(case)
+    gradients = accumulated or gradient_bytes(case) - _largest_gradient(case) / case.shards
     if case.config.gradient_release:
-        gradients = accumulated + _head_gradient(case)  # the embedding's has the same size
+        embedding = _head_gradient(case)  # has the same size
+        gradients = accumulated + max(0, embedding - _largest_gradient(case))
+    gradients += _pending_gradients(case)
+    components = _in_a_layers_backward(case, gradients, saved_bytes(case) / case.shape.layers)
+    components["bf16 copies of matrices"] = 0
+    components["gathered from shards"] += scattered_bytes(case)
+    return components
+
+
+def _layer_before_last(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes in the backward pass of the last but one layer, with the last one's gradients on their way."""
+    saved = saved_bytes(case) * (1 - 1 / case.shape.layers)
+    components = _in_a_layers_backward(case, accumulated + _pending_gradients(case), saved)
+    components["gathered from shards"] += scattered_bytes(case)
+    return components
+
+
+def _layer_scattered(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes as FSDP2 copies the gradients of the last layer into an fp32 tensor, which it scatters."""
+    whole = case.whole_trained_numel * case.trained_dtype.itemsize
     return {
-        "gradients": gradients + _pending_gradients(case),
-        "activations": saved_bytes(case) / case.shape.layers + recomputed_bytes(case),
-        "gradients of activations": working_bytes(case),
+        "gradients": accumulated + _pending_gradients(case) + whole,
+        "activations": saved_bytes(case) * (1 - 1 / case.shape.layers),
+        "gradients of activations": 2 * case.tokens.n * case.shape.hidden * case.compute_dtype.itemsize,
+        "gathered from shards": gathered_bytes(case, layers=1) + scattered_bytes(case),
     }
 
 
-def _head_gradient(case: Case) -> int:
+def _rest_scattered(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes at the end of the backward pass, as FSDP2 does so with what is outside of the layers."""
+    trained = case.whole_rest_numel if case.adapters is None else 0
+    gradients = accumulated or (0 if case.config.gradient_release else gradient_bytes(case))
+    return {
+        "gradients": gradients + trained * case.parameter_dtype.itemsize,
+        "gathered from shards": FLOAT * trained,
+    }
+
+
+def _in_a_layers_backward(case: Case, gradients: float, saved: float) -> dict[str, float]:
+    """Return component -> bytes in the backward pass of a layer, as the gradient of its largest matrix is formed.
+
+    Args:
+        case: the case.
+        gradients: bytes of the gradients that exist before.
+        saved: bytes of what the layers have saved that are not through.
+    """
+    return {
+        "gradients": gradients + _largest_gradient(case),
+        "activations": saved + recomputed_bytes(case),
+        "gradients of activations": working_bytes(case),
+        "bf16 copies of matrices": _bf16_copies(case),
+        "dequantized weights": _dequantized(case),
+        "gathered from shards": gathered_bytes(case),
+    }
+
+
+def _largest_gradient(case: Case) -> int:
+    """Return the bytes of the largest gradient of a matrix in a layer; those of adapters are left out."""
+    return max(map(math.prod, case.shape.linear.values())) * case.parameter_dtype.itemsize if case.adapters is None else 0
+
+
+def _head_gradient(case: Case) -> float:
     """Return the bytes of the head's gradient in the dtype of the parameter; the embedding's has the same size."""
-    return _head_bytes(case) if case.adapters is None else 0
+    if case.adapters is not None:
+        return 0
+    return _head_bytes(case) / (case.shards if case.head_in_shards else 1)
 
 
 def _pending_gradients(case: Case) -> float:
     """Return the bytes of the gradients that stay whole until the end of the backward pass.
 
     The gradient of a tied head waits for the embedding's, to which it is added. FSDP2 scatters all gradients of parameters
-    outside of the layers together.
+    outside of the layers together: until then the head's is whole.
     """
-    if case.gpus > 1 and case.adapters is None:
-        return case.shape.outside_numel * case.parameter_dtype.itemsize
-    return _head_gradient(case) if case.shape.tied else 0
+    if case.gpus > 1 or case.shape.tied:
+        return _head_gradient(case)
+    return 0

@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of states in main memory for each GPU, with ``state_offload``."""
+        """Bytes in main memory for each GPU, of states or of all shards, where they are offloaded."""
         return math.ceil(host_bytes(self.case))
 
     @property
@@ -85,11 +85,13 @@ class Plan:
         tokens = case.tokens
         shape = case.shape
         trained = f"{trained_numel(case):,} trained" if case.adapters else "all trained"
+        dtype = f"{case.dtype}, linear layers in 4 bits" if case.load_in_4bit else case.dtype
         accumulated = f" x {case.config.accumulate} micro-batches" if case.config.accumulate > 1 else ""
-        hardware = f"{case.gpus} x {case.card.name}, FSDP2" if case.gpus > 1 else f"1 x {case.card.name}"
+        layout = "FSDP2" if case.replicas == 1 else f"FSDP2 with {case.replicas} copies of the shards"
+        hardware = f"{case.gpus} x {case.card.name}, {layout}" if case.gpus > 1 else f"1 x {case.card.name}"
         run = f"{case.config.method}, {case.config.optimizer}"
         data = f"{tokens.sequences} sequences of {tokens.length} tokens, {tokens.n_labelled:,} labelled{accumulated}"
-        return f"{shape.name}: {shape.numel:,} parameters in {case.dtype}, {trained}; {run}; {data}; {hardware}"
+        return f"{shape.name}: {shape.numel:,} parameters in {dtype}, {trained}; {run}; {data}; {hardware}"
 
     def _conclusion(self) -> Iterator[str]:
         """Yield the lines below the table: whether the run fits, its time, and what was not counted."""
@@ -100,8 +102,9 @@ class Plan:
             verdict = f"it does not fit: {-left:.1f} GB too much"
         yield f"Peak: {gigabytes(self.peak_bytes)} GB in {self.peak_phase}; {verdict} (CUDA context and fragments not counted)."
         if self.host_bytes:
+            what = "shards of parameters, gradients and states" if self.case.cpu_offload else "states"
             yield (
-                f"Main memory: {gigabytes(self.host_bytes)} GB of states for each GPU (torch rounds each pinned tensor up to a "
+                f"Main memory: {gigabytes(self.host_bytes)} GB of {what} for each GPU (torch rounds each pinned tensor up to a "
                 f"power of two); they pass the link at {card.host_bandwidth / 1e9:g} GB/s in each direction."
             )
         times = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in self.seconds.items())
@@ -134,6 +137,7 @@ def plan(
     dtype: str = "auto",
     adapters: dict[str, Any] | None = None,
     attention: str = "sdpa",
+    load_in_4bit: bool = False,
     steps: Sequence[Sequence[Tokens]] | None = None,
 ) -> Plan:
     """Plan a run: its memory on each GPU, and a lower bound of its time::
@@ -156,6 +160,7 @@ def plan(
         dtype: dtype of the parameters, as in `soul.Unlearner`.
         adapters: arguments of `soul.models.add_adapters`, or None.
         attention: "sdpa" or "eager", as transformers calls them.
+        load_in_4bit: store the linear layers below adapters in 4 bits, as in `soul.Unlearner`.
         steps: list of `Tokens` for each step, for the time of the whole run; or None.
 
     Returns:
@@ -171,7 +176,7 @@ def plan(
     card = card_of(card)
     if host_bandwidth is not None:
         card = card._replace(host_bandwidth=host_bandwidth)
-    case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card, gpus, network)
+    case = Case(shape_of(model), config, tokens, dtype, adapters, attention, card, gpus, network, load_in_4bit=load_in_4bit)
     steps_and_seconds = None
     if steps is not None:
         floors = (floor_seconds(step_seconds(case, batches), config.gradient_release) for batches in steps)

@@ -26,7 +26,12 @@ FULL_PARAMETER: dict[str, dict[str, Any]] = {
     "8-bit states, release, checkpointing": SMALLEST,
     "the same, states offloaded": OFFLOADED,
 }
-ADAPTERS: dict[str, dict[str, Any]] = {"SOUL": dict(), "SOUL, checkpointing": dict(gradient_checkpointing=True)}
+# The same -> options of the run, and whether the base is in 4 bits.
+ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
+    "SOUL": (dict(), False),
+    "SOUL, checkpointing": (dict(gradient_checkpointing=True), False),
+    "SOUL, checkpointing, base in 4 bits": (dict(gradient_checkpointing=True), True),
+}
 SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="8bit")
 
 
@@ -44,8 +49,9 @@ def adapter_table() -> Iterator[str]:
     yield "| model | adapters of rank 16 on all linear layers | GB | peak in | fits on | floor of a step, h100 |"
     yield "|---|---|---|---|---|---|"
     for model in PRESETS:
-        for name, options in ADAPTERS.items():
-            yield _row(model, name, plan(model, UnlearnConfig(**options), length=LENGTH, adapters=dict(rank=16)))
+        for name, (options, in_codes) in ADAPTERS.items():
+            how: dict[str, Any] = dict(adapters=dict(rank=16), load_in_4bit=in_codes)
+            yield _row(model, name, plan(model, UnlearnConfig(**options), length=LENGTH, **how))
 
 
 def sharded_table() -> Iterator[str]:

@@ -1,5 +1,6 @@
 """The properties of a model that decide memory and time: the shapes of its parameters, and the widths of a layer."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -67,7 +68,17 @@ class Shape:
     @functools.cached_property
     def outside_numel(self) -> int:
         """Number of parameters outside the layers: embeddings, the last norm, a head that is not tied."""
-        return sum(math.prod(size) for name, size in self.parameters.items() if not _in_layer(name))
+        return sum(math.prod(size) * count for size, count in self.sizes["rest"].items())
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, "collections.Counter[tuple[int, ...]]"]:
+        """Group ("linear" or "other" in the layers, "rest" outside of them) -> shape of a parameter -> number of such ones."""
+        sizes: dict[str, collections.Counter[tuple[int, ...]]] = {
+            key: collections.Counter() for key in ("linear", "other", "rest")
+        }
+        for name, size in self.parameters.items():
+            sizes["rest" if not _in_layer(name) else "linear" if name in self.linear else "other"][size] += 1
+        return sizes
 
     @property
     def layer_numel(self) -> float:

@@ -1,14 +1,18 @@
 """A lower bound of the time of a step, on paper.
 
-It consists of FLOPs of matrix products, bytes of the optimizer, traffic of FSDP2, and traffic of states that are offloaded.
+It consists of FLOPs of matrix products, bytes of the optimizer, weights of 4 bits that are dequantized, traffic of FSDP2, and
+traffic of states or parameters that are in main memory.
 """
 
 from collections.abc import Mapping, Sequence
 
+from soul.plan.cards import MAIN_MEMORY, NODE
 from soul.plan.case import Case, Tokens
 from soul.plan.memory import host_bytes, state_bytes, trained_numel
 
 GEMMS, OPTIMIZER, NETWORK, TRANSFER = "matrix products", "optimizer", "network", "transfer of states"
+DEQUANTIZATION, LINK = "dequantization", "transfer of parameters"
+FP32 = 4  # bytes of an element of a gradient on its way to its shard
 
 
 def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[str, float]:
@@ -24,32 +28,53 @@ def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[st
     else:
         n_batches = len(batches)
         products = sum(flops(case, tokens) for tokens in batches)
+    memory = MAIN_MEMORY / min(case.gpus, NODE) if case.cpu_offload else case.card.bandwidth
     seconds = {
         GEMMS: products / case.card.flops,
-        OPTIMIZER: optimizer_bytes(case) / case.card.bandwidth,
+        OPTIMIZER: optimizer_bytes(case) / memory,
     }
+    if case.load_in_4bit:
+        seconds[DEQUANTIZATION] = dequantization_bytes(case) * n_batches / case.card.bandwidth
     if case.gpus > 1:
         seconds[NETWORK] = network_bytes(case) * n_batches / case.network
+    if case.cpu_offload:
+        seconds[LINK] = link_bytes(case) * n_batches / case.card.host_bandwidth
     if case.config.state_offload:
         seconds[TRANSFER] = host_bytes(case) / case.card.host_bandwidth
     return seconds
 
 
 def floor_seconds(seconds: Mapping[str, float], released: bool = False) -> float:
-    """Return the lower bound of a step: the larger of matrix products and network, and the optimizer after it.
+    """Return the lower bound of a step: matrix products, or network or link if these take longer, and the optimizer after them.
 
-    Offloaded states come up while others go down. The optimizer waits for them; with gradient release, where it steps in the
-    backward pass, they may pass behind everything else.
+    Weights are dequantized between the products. Offloaded states come up while others go down. The optimizer waits for them;
+    with gradient release, where it steps in the backward pass, they may pass behind everything else.
 
     Args:
         seconds: of each component.
         released: whether gradients are released.
     """
-    compute = max(seconds[GEMMS], seconds.get(NETWORK, 0))
+    products = seconds[GEMMS] + seconds.get(DEQUANTIZATION, 0)
+    compute = max(products, seconds.get(NETWORK, 0), seconds.get(LINK, 0))
     transfer = seconds.get(TRANSFER, 0)
     if released:
         return max(compute + seconds[OPTIMIZER], transfer)
     return compute + max(seconds[OPTIMIZER], transfer)
+
+
+def passes(case: Case) -> tuple[int, int]:
+    """Return how often a micro-batch goes through the layers: forward, and backward to their inputs.
+
+    Layers are gone through again for recomputation, and without their adapters for a reference model.
+    """
+    recomputed = 1 if case.config.gradient_checkpointing else 0
+    bare = 1 if case.adapters is not None and case.has_divergence else 0
+    return 1 + recomputed + bare, 1
+
+
+def dequantization_bytes(case: Case) -> float:
+    """Return the bytes that one micro-batch moves for weights of 4 bits: codes are read and numbers written in every pass."""
+    return sum(passes(case)) * (case.code_bytes + case.shape.linear_numel * case.compute_dtype.itemsize)
 
 
 def flops(case: Case, tokens: Tokens) -> int:
@@ -63,15 +88,11 @@ def flops(case: Case, tokens: Tokens) -> int:
     shape = case.shape
     frozen = case.adapters is not None
     recomputed = 1 if case.config.gradient_checkpointing else 0
-    passes = 1 + recomputed + (1 if frozen else 2)  # forward, recomputation, gradients by inputs and by weights
-    if frozen and case.has_divergence:
-        passes += 1  # the model without its adapters
-    linear = 2 * tokens.n * shape.linear_numel * passes
+    linear = 2 * tokens.n * shape.linear_numel * (sum(passes(case)) + (0 if frozen else 1))  # 1: gradients by weights
     product = tokens.sequences * tokens.length**2 * shape.heads * shape.head_dim  # half of 2 B T T H d
     attention = product * shape.layers * (2 * (1 + recomputed) + 5 + (2 if frozen and case.has_divergence else 0))
     sweep = 4 if frozen else 6
-    if case.objective.additive is None and tokens.n_labelled > case.chunk_rows:
-        sweep += 2
+    sweep += 2 if _sweeps_twice(case, tokens) else 0
     head = shape.head_numel * (tokens.n_labelled * sweep + 2 * case.n_compared(tokens))
     adapters = 0
     if frozen:
@@ -79,8 +100,13 @@ def flops(case: Case, tokens: Tokens) -> int:
     return linear + attention + head + adapters
 
 
+def _sweeps_twice(case: Case, tokens: Tokens) -> bool:
+    """Tell whether the loss goes over the logits twice, since coefficients need all of them and no chunk has all."""
+    return case.objective.additive is None and tokens.n_labelled > case.chunk_rows
+
+
 def optimizer_bytes(case: Case) -> float:
-    """Return the bytes that an update moves on one GPU.
+    """Return the bytes that an update moves on one GPU, or in main memory where the parameters are there.
 
     Parameters and states are read and written, gradients are read, and read once more for their norm. States that are offloaded
     are also written as they come up, and read as they go down.
@@ -88,11 +114,44 @@ def optimizer_bytes(case: Case) -> float:
     trained_bytes = trained_numel(case) * case.trained_dtype.itemsize
     states = sum(state_bytes(case).values())
     norms = 1 if case.config.max_grad_norm not in (None, float("inf")) else 0
-    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.gpus + 2 * host_bytes(case)
+    copied = 2 * host_bytes(case) if case.config.state_offload else 0
+    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.shards + copied
+
+
+def used_bytes(case: Case) -> float:
+    """Return the bytes of the parameters that FSDP2 gathers in one micro-batch: layers twice, what is outside of them once.
+
+    Adapters are gathered with their layers. Weights in 4 bits and a head in shards are not gathered.
+    """
+    shape = case.shape
+    in_codes = shape.linear_numel if case.load_in_4bit else 0
+    rest = shape.outside_numel - (shape.head_numel if case.head_in_shards else 0)
+    size = (2 * (shape.numel - shape.outside_numel - in_codes) + rest) * case.parameter_dtype.itemsize
+    return size + (0 if case.adapters is None else 2 * trained_numel(case) * case.trained_dtype.itemsize)
 
 
 def network_bytes(case: Case) -> float:
-    """Return the bytes into each GPU in one micro-batch under FSDP2: parameters gathered twice, gradients scattered once."""
-    received = (case.gpus - 1) / case.gpus  # of every tensor: the shards of the others
-    gathered = 2 * case.shape.numel * case.parameter_dtype.itemsize
-    return received * (gathered + trained_numel(case) * case.trained_dtype.itemsize)
+    """Return the bytes into each GPU in one micro-batch under FSDP2.
+
+    With s shards a GPU receives the other s - 1 of what is gathered, and scatters gradients in fp32 once. Each of N copies of
+    the shards has its sum added up over the copies: 2 (N - 1) / N of a shard. A head in shards gathers the hidden states of all
+    labelled tokens, with a second sweep twice, and scatters their gradients.
+    """
+    others = (case.shards - 1) / case.shards  # of every tensor: the shards of the others
+    scattered = FP32 * trained_numel(case)
+    if case.head_in_shards:
+        scattered -= FP32 * case.shape.head_numel if case.adapters is None else 0
+    copies = 2 * (case.replicas - 1) / case.replicas * scattered / case.shards
+    received = others * (used_bytes(case) + scattered) + copies
+    if case.head_in_shards:
+        rows = case.tokens.n_labelled * (case.shards - 1) * case.shape.head_width
+        received += rows * (case.compute_dtype.itemsize * (2 if _sweeps_twice(case, case.tokens) else 1) + FP32)
+    return received
+
+
+def link_bytes(case: Case) -> float:
+    """Return the bytes that pass from main memory to a GPU in one micro-batch: the shards of what is gathered.
+
+    Gradients go the other way, at the same time, and are fewer.
+    """
+    return used_bytes(case) / case.shards

@@ -4,7 +4,7 @@ How it works. `ways` plans what was asked for with every subset of the savings, 
 all parameters and for adapters, on one card, and on 2, 4, 8, ... up to those given. A way is a subset that fits. It saves by
 nothing that it could do without: a subset of which a part fits as well is left out, unless it is faster by `FASTER`. Ways are
 ordered by the floor of a step, in which every card takes a batch of its own: this is also the order of the cards' time for a
-sequence. A new option that saves memory is a line of `_savings`.
+sequence. A new option that saves memory is a line of `_savings`; one that soul unlearn has under another name, of ``FLAGS``.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from soul.distributed.processes import check_supported
+from soul.plan.cards import NODE
 from soul.plan.case import objective_of
 from soul.plan.planner import Plan, gigabytes, in_words, plan, tokens_of
 from soul.plan.shapes import PRESETS, SHORT_NAMES, shape_of
@@ -25,7 +26,6 @@ from soul_kernels.errors import ArgumentError
 ROOM = 1e9  # bytes that a way leaves on each card, for the CUDA context and fragments
 FASTER = 0.95  # of the time of a step, with which a way is listed that saves more than it must
 RANK = 16  # of adapters, if none is given
-NODE = 8  # cards of a machine
 
 # Field of `UnlearnConfig` -> flag; each is written where it differs from the default.
 FLAGS = {
@@ -42,7 +42,12 @@ FLAGS = {
 
 
 class Saving(NamedTuple):
-    """Options that save memory, and what to call them."""
+    """Options that save memory, and what to call them.
+
+    Attributes:
+        label: name in the table.
+        fields: fields of `UnlearnConfig`, and ``load_in_4bit``.
+    """
 
     label: str
     fields: dict[str, Any]
@@ -116,6 +121,7 @@ def ways(
     gpus: int = 1,
     dtype: str = "auto",
     adapters: dict[str, Any] | None = None,
+    load_in_4bit: bool = False,
     **hardware: Any,
 ) -> Ways:
     """Return the ways to run a model on one card, or on any number of cards up to ``gpus``.
@@ -128,6 +134,7 @@ def ways(
         gpus: number of cards that there are.
         dtype: dtype of the parameters, as in `soul.Unlearner`.
         adapters: arguments of `soul.models.add_adapters`, which every way then has; None: adapters and all parameters.
+        load_in_4bit: whether every way has its base in 4 bits, which leaves those with adapters.
         **hardware: ``card``, ``network``, ``host_bandwidth`` and ``attention`` of `soul.plan.plan`.
 
     Returns:
@@ -144,15 +151,15 @@ def ways(
     refused: ArgumentError | None = None
     for kind, n in itertools.product(kinds, _counts(gpus)):
         found: list[Way] = []
-        for subset in _subsets(_savings(config)):
+        for subset in _subsets(_savings(config, kind, load_in_4bit, n)):
             fields = {field: value for saving in subset for field, value in saving.fields.items()}
+            how = {"load_in_4bit": fields.pop("load_in_4bit", load_in_4bit), "dtype": dtype, "adapters": kind, **hardware}
             try:
                 changed = dataclasses.replace(config, **fields)
                 if n > 1:
                     check_supported(changed)
                 fewer = labelled if labelled is None else labelled * changed.batch_size // config.batch_size
-                tokens = tokens_of(changed, length, fewer)
-                planned = plan(shape, changed, tokens, gpus=n, dtype=dtype, adapters=kind, **hardware)
+                planned = plan(shape, changed, tokens_of(changed, length, fewer), gpus=n, **how)
             except ArgumentError as error:  # for instance a family that cannot recompute its layers
                 refused = refused or error
                 continue
@@ -201,13 +208,15 @@ def command(model: str, planned: Plan, length: int, dtype: str = "auto") -> str:
         words += ["--lora-rank", f"{adapters['rank']}"]
         if adapters.get("targets", "all-linear") != "all-linear":
             words += ["--lora-targets", ",".join(adapters["targets"])]
+    if planned.case.load_in_4bit:
+        words += ["--load-in-4bit"]
     if dtype != "auto":
         words += ["--dtype", dtype]
     return shlex.join(words)
 
 
-def _savings(config: UnlearnConfig) -> list[Saving]:
-    """Return what saves memory and is not asked for already."""
+def _savings(config: UnlearnConfig, adapters: dict[str, Any] | None, load_in_4bit: bool, gpus: int) -> list[Saving]:
+    """Return what saves memory with or without adapters on so many cards, and is not asked for already."""
     savings = [
         Saving("checkpointing", {"gradient_checkpointing": True}),
         Saving("8-bit states", {"state_dtype": "8bit"}),
@@ -215,7 +224,10 @@ def _savings(config: UnlearnConfig) -> list[Saving]:
         Saving("one row at a time", {"batch_size": 1, "accumulate": config.accumulate * config.batch_size}),
         Saving("offload", {"state_offload": True}),
     ]
-    return [saving for saving in savings if all(getattr(config, field) != value for field, value in saving.fields.items())]
+    savings = [saving for saving in savings if any(getattr(config, field) != value for field, value in saving.fields.items())]
+    if adapters is not None and not load_in_4bit and gpus == 1:
+        savings.append(Saving("base in 4 bits", {"load_in_4bit": True}))
+    return savings
 
 
 def _subsets(savings: Sequence[Saving]) -> Iterator[tuple[Saving, ...]]:

@@ -32,7 +32,9 @@ SOUL_FIELDS = (
     "curvature", "clip_target", "gradient_release", "cuda_graph", "state_dtype", "state_offload", "param_rounding",
     "published_code",
 )  # fmt: skip
-INFLUENCE_FIELDS = ("method", "batch_size", "seed", "backend", "aim", "keep_retain", "replicas", *DATA_FIELDS)
+INFLUENCE_FIELDS = (
+    "method", "batch_size", "seed", "backend", "aim", "keep_retain", "replicas", "head_in_shards", *DATA_FIELDS,
+)  # fmt: skip
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 LAYOUT = ("replicas", "cpu_offload", "head_in_shards")  # where a model lies, as soul.distributed.shard takes it
 MEMORIZE = "memorize"
@@ -73,8 +75,8 @@ class UnlearnConfig:
         batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
-        head_in_shards: with several processes, never gather the output head: each of them has its rows of the vocabulary, and
-            their gradient, alone. The head must not be tied to the embeddings.
+        head_in_shards: with several processes, never gather the output head, nor embeddings that are tied to it: each of them
+            has its rows of the vocabulary, and their gradient, alone.
         max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
             step.
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
@@ -202,6 +204,7 @@ class UnlearnConfig:
         self._check_optimizer()
         self._check_release()
         self._check_graph()
+        self._check_head()
         self._check_offload()
         self._check_influence()
         if self.published_code and self.curvature != "unlearn":
@@ -279,6 +282,12 @@ class UnlearnConfig:
             if self.cuda_graph and getattr(self, name) != fixed:
                 remedy = remedies.get(name, "leave one of them out")
                 raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
+
+    def _check_head(self) -> None:
+        """Raise for a backend that cannot compute with a part of the head."""
+        if self.head_in_shards and self.backend == "reference":
+            remedy = "it computes whole rows of logits: leave one of them out"
+            raise argument_error("backend", "another one than 'reference' with head_in_shards", repr(self.backend), remedy)
 
     def _check_offload(self) -> None:
         """Raise for options that have no meaning where parameters are in main memory."""

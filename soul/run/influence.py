@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from soul import losses
 from soul.data.batches import NO_SEQUENCE, Batch, collate
 from soul.data.examples import Sequence
 from soul.distributed.processes import Processes, gathered
 from soul.distributed.shards import is_sharded, local, n_copies
-from soul.models.causal_lm import autocast, evaluating, head, hidden_states, trained, transform
+from soul.models.causal_lm import autocast, evaluating, head, hidden_states, lm_head, trained
 from soul.output.progress import track
 from soul.run.streamed_fisher import most_held, solve_streamed
-from soul_kernels import Head, LinearOptions, hessian_ema, linear_gnb, linear_objective
+from soul_kernels import LinearOptions, hessian_ema, linear_cross_entropy, linear_gnb
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error, check_choice, check_positive
 from soul_kernels.tokens import IGNORE_INDEX
@@ -430,26 +429,29 @@ def _gradients(
         count = _tokens(sequences[start : start + batch_size])
         own, _ = processes.share(sequences[start : start + batch_size], [])
         batch = collate(own or [NO_SEQUENCE], [], device=head(model)[0].device)
-        own_share = len(batch.token_indices) / max(1, count)
-        loss, nll = gathered(model, functools.partial(_losses, model, batch, backend, drawn, generator))
-        yield count / total, _derivatives(loss * own_share, params), nll.detach() * own_share
+        loss, nll = gathered(model, functools.partial(_losses, model, batch, max(1, count), backend, drawn, generator))
+        yield count / total, _derivatives(loss, params), nll.detach()
 
 
 def _losses(
-    model: "PreTrainedModel", batch: Batch, backend: str, drawn: bool, generator: torch.Generator | None
+    model: "PreTrainedModel", batch: Batch, n_tokens: int, backend: str, drawn: bool, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean negative log-likelihoods of the labels to differentiate, which may be drawn, and of the true labels."""
+    """Return the sums over this batch of the negative log-likelihoods, divided by ``n_tokens``.
+
+    The first one is that of the labels to differentiate, which may be drawn, the second one that of the true labels.
+    """
     options = LinearOptions(token_indices=batch.token_indices, backend=backend)
-    objective = losses.PO(alpha=0.0)
-    model_head = Head(*head(model), **transform(model))
+    model_head = lm_head(model)
     with autocast(model):
         hidden = hidden_states(model, batch)
         if not drawn:
-            loss = linear_objective(hidden, model_head, batch.labels, objective, options=options)
+            loss = linear_cross_entropy(hidden, model_head, batch.labels, reduction="sum", options=options) / n_tokens
             return loss, loss.detach()
-        loss, _ = linear_gnb(hidden, model_head, batch.labels != IGNORE_INDEX, generator=generator, options=options)
+        keep = batch.labels != IGNORE_INDEX
+        loss, _ = linear_gnb(hidden, model_head, keep, generator=generator, n_tokens=n_tokens, options=options)
         with torch.no_grad():
-            return loss, linear_objective(hidden, model_head, batch.labels, objective, options=options)
+            nll = linear_cross_entropy(hidden, model_head, batch.labels, reduction="sum", options=options)
+            return loss, nll / n_tokens
 
 
 def _derivatives(loss: Tensor, params: Tensors) -> list[Tensor]:

@@ -243,8 +243,9 @@ def curvature_loss(
 
     def share_of(batch: Batch) -> Tensor:
         if generator is not None:
-            options = {"backend": config.backend, "chunk_bytes": chunk_bytes}
-            return gnb_loss(model, batch, generator=generator, n_tokens=n_tokens, **options)
+            return gnb_loss(
+                model, batch, generator=generator, n_tokens=n_tokens, backend=config.backend, chunk_bytes=chunk_bytes
+            )
         return -token_logps(model, batch, config.backend, chunk_bytes).sum() / n_tokens
 
     for batch in batches[:-1]:

@@ -172,10 +172,10 @@ class RoundFunctions:
         **options: Any,
     ) -> None:  # fmt: skip
         """Do what `ShardFunctions.divergence_gradient` does."""
-        values = (statistics, ref_statistics, divergences, coefficients, weights)
         self.functions.divergence_gradient(
-            logits, ref_logits, self._all(logits, labels, IGNORE_INDEX), *(self._all(logits, value) for value in values), out,
-            strengths=self._all(logits, strengths), **options,
+            logits, ref_logits, self._all(logits, labels, IGNORE_INDEX), self._all(logits, statistics),
+            self._all(logits, ref_statistics), self._all(logits, divergences), self._all(logits, coefficients),
+            self._all(logits, weights), out, strengths=self._all(logits, strengths), **options,
         )  # fmt: skip
 
     def likeliest_statistics(self, logits: Tensor, labels: Tensor, statistics: Tensor, **transform: Any) -> None:

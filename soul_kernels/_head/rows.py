@@ -142,12 +142,13 @@ class HeadRows:
         device = hidden.device
         self.shape = labels.shape
         self.options = options
-        functions = row_functions(options.backend)
-        self.functions: Any = functions if head.shard is None else ShardFunctions(functions, head.shard)
+        self.functions: Any = row_functions(options.backend)
         self.rounds: Rounds | None = None
-        if head.shard is not None and head.shard.own_tokens:
-            self.rounds = Rounds(head.shard)
-            self.functions = RoundFunctions(self.functions, self.rounds)
+        if head.shard is not None:
+            self.functions = ShardFunctions(self.functions, head.shard)
+            if head.shard.own_tokens:
+                self.rounds = Rounds(head.shard)
+                self.functions = RoundFunctions(self.functions, self.rounds)
         self.host_indices = token_indices if token_indices is not None and token_indices.device.type == "cpu" else None
         from_labels = token_indices is None
         if token_indices is None:  # waits for the device; to avoid that, pass `token_indices`

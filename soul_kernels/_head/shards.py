@@ -69,7 +69,7 @@ def local_arguments(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or detect_fake_mode((hidden, head.weight)):
         expected = "a whole head under torch.compile, torch.func and where tensors hold no values"
         raise argument_error("weight", expected, _described(head.weight), "call the op outside of it")
-    shard = _shard_of("weight", head.weight)
+    shard = shard_of("weight", head.weight)
     if head.bias is not None and not _is_cut_alike("bias", head.bias, shard):
         remedy = "distribute it over the mesh of the weight, with the same placements"
         raise argument_error("bias", f"a DTensor with placements {_placements(head.weight)}", _described(head.bias), remedy)
@@ -96,8 +96,12 @@ def local_reference(reference: Reference, shard: VocabShard) -> Reference:
     )  # fmt: skip
 
 
-def _shard_of(name: str, weight: Any) -> VocabShard:
-    """Return the `VocabShard` of a weight [V, D], a DTensor."""
+def shard_of(name: str, weight: Any) -> VocabShard:
+    """Return the `VocabShard` of a weight [V, D], a DTensor.
+
+    Raises:
+        ArgumentError: it is not cut by rows along one dimension of its mesh.
+    """
     mesh = weight.device_mesh
     cut = [dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
     if len(cut) != 1 or not weight.placements[cut[0]].is_shard(0) or mesh.get_coordinate() is None:
@@ -118,7 +122,7 @@ def _shard_of(name: str, weight: Any) -> VocabShard:
 
 def _is_cut_alike(name: str, tensor: Any, shard: VocabShard) -> bool:
     """Tell whether a tensor is a DTensor that is cut along its first dimension as the shard is."""
-    return is_dtensor(tensor) and _shard_of(name, tensor) == shard._replace(partial_hidden=False, own_tokens=False)
+    return is_dtensor(tensor) and shard_of(name, tensor) == shard._replace(partial_hidden=False, own_tokens=False)
 
 
 def _to_local(tensor: Any) -> Tensor:
@@ -377,8 +381,8 @@ def _metrics(gathered: Tensor) -> Tensor:
     p = 1 - 1e-10 the entropy is as small, and differences of rounded numbers would be all noise.
 
     Args:
-        gathered: [processes, 6 or more, n]: logit of the label or -inf, maximum, sum of exp(z - maximum) without the label, hit,
-            entropy, variance.
+        gathered: [processes, 6 or more, n]: logit of the label or -inf, maximum, sum of exp(z - maximum) without the label,
+            hit, entropy, variance.
     """
     at_label, maxima, rests, hits, entropies, variances = gathered[:, :6].double().unbind(1)
     lse = maxima + (rests + (at_label - maxima).exp()).log()
@@ -393,7 +397,7 @@ def _metrics(gathered: Tensor) -> Tensor:
     shift = (w * away).sum(0) / total
     entropy = first_mean[0] + shift
     variance = (w * (variances + away**2)).sum(0) / total - shift**2
-    # The label is the argmax if it is that of its own columns and no column of another process is larger, or equal and before it.
+    # The label is the argmax if it is that of its own columns, and no other column is larger, or equal and before it.
     ranks = torch.arange(len(maxima), device=maxima.device)[:, None]
     owner = at_label.argmax(0)
     best = at_label.amax(0)

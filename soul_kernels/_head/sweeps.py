@@ -323,9 +323,8 @@ def sweep_gnb(
     check_indices(token_indices, keep, hidden)
     head_rows = DrawnRows(hidden, head, keep, token_indices, options, uniforms)
     gradients = HeadGradients(head_rows, needs) if any(needs) else None
-    share = 1 / (keep.sum().clamp(min=1) if n_tokens is None else torch.as_tensor(n_tokens)).to(
-        keep.device, options.result_dtype
-    )
+    count = keep.sum().clamp(min=1) if n_tokens is None else torch.as_tensor(n_tokens, device=keep.device)
+    share = 1 / count.to(options.result_dtype)
     for chunk in head_rows.even_chunks():
         head_rows.load(chunk)
         head_rows.measure(chunk)

@@ -6,12 +6,15 @@ The processes divide the sequences of tests/distributed/test_head_shards.py amon
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import soul_kernels
 from soul import losses
 from soul_kernels import LinearOptions, TokenBatch
 from soul_kernels.backends import has_triton
 from soul_kernels.errors import ArgumentError
+from soul_kernels.lookup import look_up
 from soul_kernels.tokens import Head
 from tests.distributed.test_head_shards import OPS, OURS, VARIANTS, B, D, call, in_one_process, make
 from tests.distributed.test_processes import run
@@ -30,6 +33,7 @@ NAMES = [
     for name, case in OPS.items()
     if case.get("hidden") is None and case.get("cross_entropy", {}).get("reduction") != "mean" and "memorised 5" not in name
 ]
+N_BYTES = 200  # rows of a head whose bytes are counted
 PER_SEQUENCE = ("hidden", "ref_hidden", "labels", "uniforms", "upstream", "ref_logps", "is_forget")
 OWN = {
     "cross-entropy, smoothed": {"reduction": "sum", "label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True},
@@ -70,7 +74,7 @@ def worker(folder, variants, names, divisions):
         for division in divisions
         for name in names
     }
-    return results | {"factors": of_factors(mesh)}
+    return results | {"factors": of_factors(mesh), "bytes": of_bytes(mesh), "embeddings": of_embeddings(mesh)}
 
 
 def computed(name, variant, sequences, mesh):
@@ -122,6 +126,68 @@ def of_factors(mesh):
     return ""
 
 
+def of_embeddings(mesh):
+    """Return embeddings of this process's tokens, and the whole gradient of the table and that of its own function."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.manual_seed(5)
+    table, upstream = torch.randn(11, D), torch.randn(6, 2, D)
+    ids = torch.tensor([[0, 3], [10, 10], [4, 3], [7, 5], [5, 6], [10, 0]])
+    by_count = {}
+    for n_own in (4, 6):  # of 6 rows in the first process: the other one has 2 or none
+        start, stop = ((0, n_own), (n_own, 6))[dist.get_rank()]
+        weight = distribute_tensor(table, mesh, [Shard(0)]).requires_grad_()
+        values = look_up(ids[start:stop], weight, padding_idx=3)
+        (values * upstream[start:stop]).sum().backward()
+        whole = table.clone().requires_grad_()
+        want = torch.nn.functional.embedding(ids, whole, padding_idx=3)
+        (want * upstream).sum().backward()
+        by_count[n_own] = {
+            "values": values.detach(),
+            "want": want.detach()[start:stop],
+            "gradient": weight.grad.full_tensor(),
+            "want gradient": whole.grad,
+        }
+    return by_count
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest fp32 tensor with D columns that an operation returns, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32 and tensor.shape[1:] == (D,):
+                self.bytes = max(self.bytes, tensor.nbytes)
+        return result
+
+
+def of_bytes(mesh):
+    """Return the bytes of the largest gradient of the head that a step makes here: of a whole head, and of one in shards."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    sizes = []
+    for own_tokens in (False, True):
+        weight = torch.randn(N_BYTES, D, dtype=torch.bfloat16)
+        weight = (distribute_tensor(weight, mesh, [Shard(0)]) if own_tokens else weight).requires_grad_()
+        hidden = torch.randn(B, 3, D, dtype=torch.bfloat16, requires_grad=True)
+        head = Head(weight, own_tokens=own_tokens)
+        with Largest() as largest:
+            loss = soul_kernels.linear_objective(
+                hidden,
+                head,
+                torch.ones(B, 3, dtype=torch.int64),
+                losses.NPO(alpha=0.0),
+                ref_logps=torch.zeros(B),
+                options=LinearOptions(backend="torch"),
+            )
+            loss.backward()
+        sizes.append(largest.bytes)
+    return sizes
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     return run(tmp_path_factory.mktemp("two"), worker, ["fp64"], NAMES, ["uneven", "nothing in one"])
@@ -158,9 +224,22 @@ def test_two_processes_with_tokens_of_their_own_are_one(division, name, results)
 def test_a_loss_with_another_factor_in_each_process_is_refused(results):
     """The sum over their tokens is formed before the factors are known."""
     for process in results:
-        assert process["factors"].startswith(
-            "loss: expected the same upstream gradient in all processes that share a head, got 1,"
-        )
+        assert process["factors"].startswith("loss: expected the same upstream gradient in all processes that share a head, ")
+
+
+def test_embeddings_in_shards_are_those_of_the_whole_table(results):
+    """Bit for bit, and so is the gradient but for the order of its sums; a row of padding gets none."""
+    for process in results:
+        for got in process["embeddings"].values():
+            assert torch.equal(got["values"], got["want"])
+            assert_close(got["gradient"], got["want gradient"], 1e-6, "gradient")
+            assert not got["gradient"][3].any()
+
+
+def test_no_process_ever_has_the_whole_gradient_of_the_head(results):
+    """Of two processes each has half of it: the fp32 tensor of a whole head has V D 4 bytes."""
+    for process in results:
+        assert process["bytes"] == [N_BYTES * D * 4, N_BYTES // 2 * D * 4]
 
 
 @pytest.mark.slow(reason="starts processes that run kernels in Triton's interpreter")

@@ -22,28 +22,31 @@ COPIES = {
         "llama, untied",
         {"method": "npo", "clip_target": 0.5, "eval_every": 2, "keep_best": "max forget_prob"},
     ),
-    "micro-batches, pairs": (
-        "llama, tied",
-        {"method": "dpo", "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
-    ),
     "one ratio of the batch": (
         "llama, tied",
         {"method": "npo", "method_options": {"reduction": "token_mean"}, "backend": "torch"},
     ),
-    "curvature": ("llama, untied", {**CURVATURE, "state_dtype": None}),
+    "curvature, micro-batches": (
+        "llama, untied",
+        {**CURVATURE, "state_dtype": None, "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
+    ),
     "influence": ("llama, tied", {"method": "influence", "method_options": {"curvature": "woodfisher", "damping": 1.0}}),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
 IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})
-# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4. The head is
-# cut over all processes, everything else over two.
+# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4. The head
+# is cut over all processes, everything else over two.
 BF16 = {"method": "graddiff", "state_dtype": "8bit", "backend": "torch", "replicas": 2, "head_in_shards": True}
 SAVED = {"dtype": "bfloat16", "save_every": 2, "files": "by name"}
 CASES = {
     **{name: [family, {**options, "replicas": 2}, {}] for name, (family, options) in COPIES.items()},
     "adapters": [LORA[0], {**LORA[1], "replicas": 2}, LORA[2]],
     "kept": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2}, {}],
-    "released": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2, "gradient_release": True}, {}],
+    "released": [
+        "llama, untied",
+        {**CURVATURE, "max_grad_norm": None, "replicas": 2, "gradient_release": True, "state_offload": True},
+        {},
+    ],
     "whole": ["llama, untied", BF16, {**SAVED, "output": "whole"}],
     "stopped": ["llama, untied", BF16, {**SAVED, "output": "broken", "stop": 3}],
     "resumed": ["llama, untied", BF16, {**SAVED, "output": "broken", "resume": True}],
@@ -58,6 +61,7 @@ CASES = {
         {**IN_MAIN_MEMORY[1], "cpu_offload": True, "head_in_shards": True},
         {},
     ],
+    "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
     "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
 
@@ -100,13 +104,15 @@ def test_adapters_over_copies_are_those_of_one_process(results):
 
 
 @pytest.mark.covers("gradient release", "HSDP")
-def test_released_gradients_leave_the_weights_as_they_are(results):
+@pytest.mark.covers("states in main memory (`--state-offload`)", "HSDP")
+def test_released_gradients_and_offloaded_states_leave_the_weights_as_they_are(results):
     (got, *others), (want, *_) = results["released"], results["kept"]
     assert all(lasting(got["records"]) == lasting(other["records"]) for other in others)
     assert all(torch.equal(got["weights"][name], tensor) for name, tensor in want["weights"].items())
 
 
 @pytest.mark.covers("checkpoints, resumed bit for bit", "HSDP")
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "HSDP")
 def test_copies_resume_bit_for_bit(results, folder):
     """Each piece of a tensor is in the file of one process alone."""
     assert all(rank["error"] == "Stopped" for rank in results["stopped"])
@@ -116,6 +122,7 @@ def test_copies_resume_bit_for_bit(results, folder):
 
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "FSDP2")
 @pytest.mark.covers("parameters in main memory (CPUOffloadPolicy)", "HSDP")
+@pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "HSDP")
 def test_a_model_in_main_memory_is_that_of_one_process(results):
     """Read, stepped, stopped and saved, with copies and without. On a machine without a GPU nothing is copied to and fro.
 
@@ -130,7 +137,12 @@ def test_a_model_in_main_memory_is_that_of_one_process(results):
         assert torch.allclose(resumed["weights"][name].float(), tensor.float(), rtol=1e-2, atol=1e-4), name
 
 
-def test_copies_that_do_not_fit_are_refused(results, folder):
+@pytest.mark.refuses(
+    "CUDA graphs (`--cuda-graph`)", "HSDP", "a graph repeats addresses, and shards are gathered into memory that changes"
+)
+def test_graphs_and_copies_that_do_not_fit_are_refused(results, folder):
+    for rank in results["graph"]:
+        assert rank["text"].startswith("cuda_graph: expected False with several processes, got True; ")
     for rank in results["three copies"]:
         assert rank["text"].startswith("replicas: expected a divisor of 4, the number of processes, got 3; ")
     assert not (folder / "refused").exists()

@@ -24,6 +24,7 @@ from soul.distributed.shards import local
 from soul.optim.curvature import RetainFisher
 from soul.optim.scales import decoded, own_scales
 from soul_kernels import sophia_step
+from soul_kernels.reference.rounding import join
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
 
@@ -640,7 +641,7 @@ def rows_worker(folder, load):
     def placed(tensor):
         return distribute_tensor(tensor, mesh, [Shard(0)])
 
-    return {"results": rows_results(folder, placed, load), **(columns_results(mesh) if not load else {})}
+    return {"results": rows_results(folder, placed, load), **(columns_results(mesh, folder) if not load else {})}
 
 
 def rows_results(folder, placed, load=None):
@@ -682,6 +683,13 @@ def column_steps(values, *grads, **options):
     return opt
 
 
+def weights_of_24_bits(tensors):
+    """Return the fp32 values of a bf16 parameter and its low bits after a step."""
+    values, grad, _ = (tensor.bfloat16() for tensor in tensors)
+    ((param, state),) = column_steps(values, grad).state.items()
+    return join(whole(param), whole(state["low_bits"]))
+
+
 def column_outcome(opt):
     """Return the parameter and its state by name, whole, and the decoded states."""
     ((param, state),) = opt.state.items()
@@ -718,7 +726,7 @@ def loaded_with_warnings(opt, checkpoint):
     return column_outcome(opt), [str(warning.message) for warning in caught]
 
 
-def columns_results(mesh):
+def columns_results(mesh, folder):
     """Steps of columns in shards, and what becomes of their states when they are loaded."""
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -730,6 +738,7 @@ def columns_results(mesh):
         whole_checkpoint = checkpoint | {"state": {0: {name: whole(value) for name, value in checkpoint["state"][0].items()}}}
         other = column_steps(tensors[0], tensors[2])
         results.append({
+            "24 bits": weights_of_24_bits(tensors),
             "whole": column_outcome(opt),
             "own": own_outcome(opt),
             "alone": stepped_alone(*tensors),
@@ -739,6 +748,7 @@ def columns_results(mesh):
             "same shards, from whole tensors": loaded_with_warnings(other, whole_checkpoint),
             "from one process": loaded_with_warnings(other, column_steps(*column_tensors(number)).state_dict()),
         })  # fmt: skip
+    dcp.save({"state": opt.state_dict()["state"]}, checkpoint_id=folder / "columns")
     with_gaps = DTensor.from_local(torch.zeros(48, 5).t(), mesh, [Shard(1)], shape=torch.Size((5, 96)), stride=(96, 1))
     try:
         SOUL([torch.nn.Parameter(with_gaps)], state_dtype="8bit")
@@ -750,11 +760,13 @@ def columns_results(mesh):
 
 @pytest.mark.slow(reason="starts five processes")
 @pytest.mark.covers("24-bit and stochastic weights", "FSDP2")
+@pytest.mark.covers("24-bit and stochastic weights", "TP")
 @pytest.mark.covers("8-bit states", "TP")
 def test_rows_in_shards_are_stepped_and_resharded_bit_for_bit(tmp_path):
     """24-bit and stochastic weights, 8-bit states, on 1, 2 and 3 processes; what two have saved, three and one go on with.
 
-    Shards of columns have 8-bit states as well. Between shards and one process these are encoded anew, with one warning.
+    Shards of columns have 24-bit weights, with noise of their own, and 8-bit states. Between shards and one process these are
+    encoded anew, with one warning.
     """
     two = run(tmp_path, rows_worker, False)
     (tmp_path / "init").unlink(missing_ok=True)
@@ -770,11 +782,16 @@ def test_rows_in_shards_are_stepped_and_resharded_bit_for_bit(tmp_path):
         )
         for number, columns in enumerate(rank["columns"]):
             check_columns(columns, number)
+    one = column_steps(*column_tensors(len(COLUMNS) - 1))
+    with pytest.raises(dcp.api.CheckpointException, match="Size mismatch between saved .* for state.0.exp_avg_scale"):
+        dcp.load({"state": one.state_dict()["state"]}, checkpoint_id=tmp_path / "columns", no_dist=True)
 
 
 def check_columns(columns, number):
     """Compare what `columns_results` returns of one tensor with steps of one process."""
     in_rows = number == 0
+    weights = weights_of_24_bits(column_tensors(number))
+    assert ((columns["24 bits"] - weights).abs() <= 2.0**-15 * weights.abs()).all()  # the last of 16 bits of mantissa
     assert not differing(columns["own"], columns["alone"])  # a shard is stepped as the tensor that it is
     assert not differing(columns["offloaded"], columns["whole"])
     for how in ("same shards", "same shards, from whole tensors"):

@@ -104,7 +104,7 @@ def trained(model, opt, ref_model, steps, objective, curvature=None, **_):
 
 def optimizer(model, options=None, curvature=None, **_):
     params = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options = {"lr": 1e-3, "bs": 8, **(options or {})}
+    options = {"lr": 1e-3, "bs": 5000, **(options or {})}  # a part of the coordinates is clipped
     return SOUL(params, **options) if curvature is None else SophiaG(params, bias_correction=True, **options)
 
 
@@ -112,7 +112,7 @@ def program(case, mesh, folder):
     """Return losses, telemetry, and whole parameters of some steps."""
     model, ref_model = models(mesh, case.get("adapters", False))
     if case.get("checkpointing"):
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # as every version of transformers has it
         model.train()
     opt = optimizer(model, case.get("optimizer"), case.get("curvature"))
     values = trained(model, opt, ref_model, STEPS, **case)
@@ -218,7 +218,7 @@ def test_two_processes_are_one(name, results, folder):
     start = {key: parameter.detach() for key, parameter in models(None, case.get("adapters", False))[0].named_parameters()}
     assert_moved_alike(got["params"], one["params"], start)
     assert got["rho"] == pytest.approx(one["rho"], rel=1e-4)
-    if "grad_norm" in one["telemetry"]:
+    if "max_grad_norm" in case.get("optimizer", {}):
         assert got["telemetry"]["grad_norm"] == pytest.approx(one["telemetry"]["grad_norm"], rel=1e-4)
 
 

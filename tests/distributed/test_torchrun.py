@@ -69,6 +69,20 @@ EQUAL = {
     "influence, streamed": ("gpt2, tied", {"method": "influence", "method_options": {
         "curvature": "woodfisher", "damping": 1.0, "memory_gb": 1e-9, "blockwise": True}}),
 }  # fmt: skip
+# The head is never gathered.
+IN_SHARDS = {"backend": "torch", "head_in_shards": True}
+EQUAL |= {
+    "head in shards, an empty part": ("llama, untied", {"method": "ga", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
+    "head in shards, KL, micro-batches, release": ("llama, untied", {
+        "method": "klmin", "batch_size": 1, "accumulate": 2, "gradient_release": True, "max_grad_norm": None, **IN_SHARDS}),
+    "head in shards, curvature, evaluation": ("llama, untied", {
+        "method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8, "gradient_checkpointing": True, "eval_every": 2,
+        "eval_metrics": ["forget_rouge"], "keep_best": "max forget_prob", **IN_SHARDS}),
+    "tied head in shards": ("gpt2, tied", {"method": "npo", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
+    "tied head in shards, influence": ("llama, tied", {
+        "method": "influence", "method_options": {"curvature": "fisher", "clip": 1e-2}, **IN_SHARDS}),
+}  # fmt: skip
+DRAWN = {"method": "npo", "curvature": "gnb", "curvature_every": 2, "bs": 8, "accumulate": 2, "batch_size": 1}
 # With gradient release; without it the first one is of EQUAL.
 RELEASED = {
     "released, micro-batches": "micro-batches, pairs, no clipping",
@@ -81,7 +95,11 @@ LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"ra
 LORA_SAVED = ("llama, tied", {"method": "npo"}, {"adapters": {"rank": 3, "dropout": 0.1}, "save_every": 2})
 AIM_STOP = 17  # of 24 steps
 # The pilot, evaluations that move alpha and the rate, and points that are put back.
-AIM = ("llama, untied", {"method": "npo", "aim": "forget_prob=0.0005", "epochs": 12, "optimizer": "adamw"}, {"save_every": 8})
+AIM = (
+    "llama, untied",
+    {"method": "npo", "aim": "forget_prob=0.0005", "epochs": 12, "optimizer": "adamw", **IN_SHARDS},
+    {"save_every": 8},
+)
 # Dropout, which draws in each process; checkpoints after each second step of 4.
 SAVED = ("llama, tied", {"method": "npo"}, {"dropout": 0.1, "save_every": 2})
 BF16 = ("llama, tied", {"method": "graddiff", "state_dtype": "8bit"}, {"dtype": "bfloat16", "save_every": 2})
@@ -114,6 +132,8 @@ CASES = {
         {"method": "influence", "method_options": {"clip": 1e-2}},
         {"output": "drawn"},
     ],
+    "drawn labels": ["llama, untied", {**DRAWN, "backend": "torch"}, {}],
+    "drawn labels, head in shards": ["llama, untied", {**DRAWN, **IN_SHARDS}, {}],
     **{name: [*case, {}] for name, case in KEPT.items()},
     **{
         name: [family, {**options, "gradient_release": True}, {}]
@@ -137,7 +157,7 @@ CASES = {
     "adapters whole": saved(LORA_SAVED, "adapters whole", files="by name"),
     "adapters stopped": saved(LORA_SAVED, "adapters broken", stop=3),
     "adapters resumed": saved(LORA_SAVED, "adapters broken", resume=True),
-    "aim whole": saved(AIM, "aim whole"),
+    "aim whole": saved(AIM, "aim whole", files="by name"),
     "aim stopped": saved(AIM, "aim broken", stop=AIM_STOP),
     "aim resumed": saved(AIM, "aim broken", resume=True),
     "cached": ["llama, tied", {"method": "npo", "epochs": 1, "reference_cache": "cache"}, {}],
@@ -193,6 +213,7 @@ def lasting(records):
 @pytest.mark.covers("compilation (`--compile`)", "FSDP2")
 @pytest.mark.covers("influence", "FSDP2")
 @pytest.mark.covers("evaluation and best point during a run", "FSDP2")
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "FSDP2")
 def test_two_processes_are_one(results, name):
     """Weights agree up to fp32 rounding, relative to how far they have moved, and both processes keep the same log."""
     assert_as_one(*EQUAL[name], results[name])
@@ -201,7 +222,7 @@ def test_two_processes_are_one(results, name):
 def assert_as_one(family, options, ranks, how=None):
     """Hold the results of several processes against a run of one, which is not compiled, and whose model is whole."""
     first, *others = ranks
-    whole = {"compile": False, "replicas": 1, "cpu_offload": False}
+    whole = {"compile": False, "replicas": 1, "cpu_offload": False, "head_in_shards": False}
     records, weights = run(family, {**options, **whole}, **(how or {}))
     assert all(other["weights"] == {} and lasting(first["records"]) == lasting(other["records"]) for other in others)
     got = first["weights"]
@@ -287,6 +308,18 @@ def test_adapters_resume_bit_for_bit_and_are_saved_alone(results, folder):
     assert len(trained) == len(saved_adapters)
     for name, tensor in saved_adapters.items():
         assert torch.equal(tensor, trained[name.replace(".weight", ".default.weight")])
+
+
+@pytest.mark.covers("head in shards (`--head-in-shards`)", "FSDP2")
+def test_labels_are_drawn_alike_with_a_head_in_shards(results):
+    """From the same uniform numbers in each process; the weights agree up to rounding."""
+    (whole, _), (cut, _) = results["drawn labels"], results["drawn labels, head in shards"]
+    start = tiny_model("llama, untied").state_dict()
+    moved = sum((tensor - start[name]).double().square().sum() for name, tensor in whole["weights"].items()).sqrt()
+    off = sum((tensor - cut["weights"][name]).double().square().sum() for name, tensor in whole["weights"].items()).sqrt()
+    assert moved > 0 and off <= 1e-4 * moved, f"{off / moved:.1e}"
+    for one, two in zip(lasting(whole["records"]), lasting(cut["records"]), strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.covers("aim", "FSDP2")

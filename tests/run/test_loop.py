@@ -406,6 +406,7 @@ def test_gradients_are_clipped_and_their_norm_is_logged(optimizer, tokenizer, mo
 
 @pytest.mark.parametrize("make", [lambda: tiny_model(), lambda: tiny_model("gpt2, tied"), lambda: lora_model(lora_dropout=0.5)],
                          ids=["llama", "gpt2", "lora"])  # fmt: skip
+@pytest.mark.covers("gradient checkpointing", "one process")
 def test_gradient_checkpointing_changes_memory_only(make, tokenizer):
     results = []
     for checkpointing in (False, True):
