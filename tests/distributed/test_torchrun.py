@@ -4,6 +4,7 @@ A set of processes takes seconds to start: most runs share one (tests/support/to
 """
 
 import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -92,6 +93,9 @@ KEPT = {"curvature, no clipping": ("llama, untied", {**EQUAL["curvature"][1], "m
 # inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
 LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
 LORA_SAVED = ("llama, tied", {"method": "npo"}, {"adapters": {"rank": 3, "dropout": 0.1}, "save_every": 2})
+# The same over a base of 4 bits, which each process reads and has whole.
+CODES = ("llama, untied", {"method": "npo"}, {"adapters": {"rank": 3}, "files": "by name", "in_codes": True, "save_every": 2})
+HAS_CODES = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "accelerate"))
 AIM_STOP = 17  # of 24 steps
 # The pilot, evaluations that move alpha and the rate, and points that are put back.
 AIM = (
@@ -319,6 +323,20 @@ def test_labels_are_drawn_alike_with_a_head_in_shards(results):
     assert moved > 0 and off <= 1e-4 * moved, f"{off / moved:.1e}"
     for one, two in zip(lasting(whole["records"]), lasting(cut["records"]), strict=True):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.skipif(not HAS_CODES, reason="the extra quant is not installed")
+@pytest.mark.covers("adapters over a base of 4 bits", "FSDP2")
+def test_adapters_over_a_base_of_four_bits(results, folder, tmp_path):
+    """Those of one process; the base is whole in each; resumed bit for bit, and saved without the base."""
+    family, options, how = CODES
+    whole, resumed = results["codes whole"], results["codes resumed"][0]
+    assert_as_one(family, options, whole, {**how, "output": tmp_path / "one"})
+    assert results["codes stopped"][0]["error"] == "Stopped" and equal(whole[0], resumed)
+    codes = [tensor for tensor in whole[0]["weights"].values() if tensor.dtype == torch.uint8 and tensor.dim() == 2]
+    assert len(codes) == 2 * 7
+    saved_adapters = safetensors.torch.load_file(folder / "codes whole" / "adapter_model.safetensors")
+    assert saved_adapters and all("lora_" in name for name in saved_adapters)
 
 
 @pytest.mark.covers("aim", "FSDP2")
