@@ -19,7 +19,7 @@ def add_card(group: argparse._ActionsContainer, hint: str = "") -> None:
     group.add_argument("--gpus", type=int, default=1, metavar="N", help=f"{hint}GPUs that FSDP2 shards over (default: "
                        "%(default)s)")  # fmt: skip
     group.add_argument("--network", type=float, default=NETWORK / 1e9, metavar="GB/S", help=f"{hint}bandwidth into each GPU "
-                       "(default: %(default)s)")  # fmt: skip
+                       "from other machines (default: %(default)s)")  # fmt: skip
     group.add_argument("--host-bandwidth", type=float, metavar="GB/S", help=f"{hint}bandwidth between main memory and each "
                        "GPU, in each direction, for --state-offload (default: the card's)")  # fmt: skip
     group.add_argument("--attention", default="sdpa", metavar="NAME", help=f"{hint}sdpa or eager (default: %(default)s)")

@@ -36,10 +36,19 @@ SAVINGS: tuple[tuple[dict[str, Any], str], ...] = (
     ({"gradient_checkpointing": True}, "a third more time, since the activations of all layers do not fit"),
     ({"gradient_checkpointing": True, "state_dtype": "8bit"}, "two bytes for SOUL's two states, since longer ones do not fit"),
     (
+        {"gradient_checkpointing": True, "state_dtype": "8bit", "state_offload": True},
+        "SOUL's states in main memory, from which they pass over the GPU in every step, since they do not fit beside the rest",
+    ),
+    (
         {"gradient_checkpointing": True, "lora_rank": 16, "batch_size": 1, "accumulate": 4},
-        "adapters, since gradients and states of all parameters do not fit; --merge adds them to the weights",
+        "adapters, since the gradients of all parameters do not fit; --merge adds them to the weights",
+    ),
+    (
+        {"gradient_checkpointing": True, "lora_rank": 16, "load_in_4bit": True, "batch_size": 1, "accumulate": 4},
+        "adapters over a model in 4 bits (pip install 'soul-kernels[quant]'), since it does not fit in 16",
     ),
 )
+ADAPTED = ("lora_rank", "load_in_4bit")  # options among these that are none of `UnlearnConfig`
 
 
 class Proposal(NamedTuple):
@@ -113,13 +122,16 @@ def _propose(inputs: RunInputs, config: UnlearnConfig, card: Card, device: str) 
     """Return the first set of ``SAVINGS`` that fits on the card; if none does, the one that needs least."""
     proposals = []
     for options, reason in SAVINGS:
+        if device == "cpu" and "state_offload" in options:  # the states are in main memory anyway
+            continue
         rank = options.get("lora_rank")
         adapters = None if rank is None else {"rank": rank}
-        fields = {name: value for name, value in options.items() if name != "lora_rank"}
+        fields = {name: value for name, value in options.items() if name not in ADAPTED}
         changed = dataclasses.replace(config, **fields)
         dtype = parameter_dtype("auto", changed, adapters, device)
         try:
-            plan = plan_inputs(inputs, changed, card=card, dtype=dtype, adapters=adapters)
+            how = dict(card=card, dtype=dtype, adapters=adapters, load_in_4bit=options.get("load_in_4bit", False))
+            plan = plan_inputs(inputs, changed, **how)
         except ArgumentError:  # a family without gradient checkpointing
             continue
         proposals.append(Proposal(options, reason, plan))
@@ -184,6 +196,8 @@ SAVING_REASONS = {
     "accumulate": "micro-batches in a step",
     "gradient_checkpointing": "one hidden state a layer is kept, the rest is computed again",
     "state_dtype": "one byte for an element of each of SOUL's states",
+    "state_offload": "the same numbers, and more time",
+    "load_in_4bit": "nf4 of bitsandbytes, which the adapters learn to live with",
     "lora_rank": "adapters of this rank are trained in place of the model",
 }
 

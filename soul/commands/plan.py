@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--gradient-checkpointing", action="store_true", help="keep one hidden state per layer")
     how.add_argument("--gradient-release", action="store_true", help="step in the backward pass; without norm clipping")
     how.add_argument("--state-offload", action="store_true", help="keep soul's states in main memory")
+    how.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the shards (HSDP; default: %(default)s)")
+    how.add_argument(
+        "--cpu-offload", action="store_true", help="keep shards of parameters, gradients and states in main memory"
+    )
+    how.add_argument("--head-in-shards", action="store_true", help="never gather the output head")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
     how.add_argument("--load-in-4bit", action="store_true", help="with --lora-rank: the model below the adapters in 4 bits")
@@ -46,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from soul.run.config import UnlearnConfig
 
     names = ("method", "optimizer", "state_dtype", "param_rounding", "batch_size", "accumulate", "gradient_checkpointing",
-             "gradient_release", "state_offload")  # fmt: skip
+             "gradient_release", "state_offload", "replicas", "cpu_offload", "head_in_shards")  # fmt: skip
     limit = math.inf if args.gradient_release else 1.0
     config = UnlearnConfig(**{name: getattr(args, name) for name in names}, max_grad_norm=limit)
     adapters = None

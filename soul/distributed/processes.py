@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from soul.distributed.shards import is_sharded, local
+from soul.distributed.shards import is_in_codes, is_sharded, local
 from soul.distributed.watch import key, watched
 from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
@@ -233,7 +233,7 @@ def shard(
 
     Args:
         model: a Hugging Face model, the same in every process. Peft may have wrapped it: the frozen weights are cut like the
-            adapters.
+            adapters. Weights in 4 bits, whose codes cannot be cut, stay whole in each process, where they are.
         device: type "cpu" or "cuda".
         replicas: number of copies of the shards, a divisor of the number of processes. A head in shards has one copy.
         cpu_offload: keep shards of parameters and gradients in main memory, where the optimizer then steps them; layers are
@@ -268,11 +268,12 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy(),
     }
     root = model.get_base_model() if hasattr(model, "get_base_model") else model  # it stays where adapters are merged into it
-    head = _cut_head(root, all_processes) if head_in_shards else None
+    head = _cut_head(root, all_processes) if head_in_shards else set()
+    codes = {parameter for parameter in root.parameters() if is_in_codes(parameter)}
     layer_classes = set(root._no_split_modules or ())  # names of classes
     for module in [module for module in root.modules() if type(module).__name__ in layer_classes]:
-        fully_shard(module, **how)
-    fully_shard(root, **how, ignored_params=head)
+        fully_shard(module, **how, ignored_params=codes)
+    fully_shard(root, **how, ignored_params=codes | head)
     for module in root.modules():
         if isinstance(module, FSDPModule):  # the sum of the gradients, not their mean
             module.set_gradient_divide_factor(1.0)

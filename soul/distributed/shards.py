@@ -22,6 +22,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def is_in_codes(tensor: torch.Tensor) -> bool:
+    """Tell whether these are codes of bitsandbytes, of 4 bits, which have no gradient and cannot be cut into rows."""
+    return hasattr(tensor, "quant_state")
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the shard of a DTensor that this process holds; any other tensor as it is."""
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor

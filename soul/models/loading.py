@@ -46,6 +46,22 @@ def check_name(name: str | pathlib.Path) -> None:
         raise argument_error("model", "a directory with config.json, or a hub name", str(name), "check the path")
 
 
+def is_stored_in_codes(name: str | pathlib.Path) -> bool:
+    """Tell whether the files of a model, or of the one below adapters, are quantized; no weights are read.
+
+    False where there is no such model: `load` says so.
+    """
+    try:
+        adapter_config = adapter_config_of(name)
+        if adapter_config is None:
+            config = config_of(name)
+        else:
+            config = config_of(adapter_config["base_model_name_or_path"], adapter_config.get("revision"))
+    except (OSError, ValueError):
+        return False
+    return bool(config.get("quantization_config"))
+
+
 def load(
     name: str | pathlib.Path,
     *,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from soul._extras import require
+from soul.distributed.shards import is_in_codes
 from soul_kernels.errors import ArgumentError, argument_error
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def four_bit_bytes(numel: int) -> int:
 
 def is_quantized(model: torch.nn.Module) -> bool:
     """Tell whether a model has quantized weights: transformers says so, or a weight has a state of bitsandbytes."""
-    return bool(getattr(model, "is_quantized", False)) or any(hasattr(p, "quant_state") for p in model.parameters())
+    return bool(getattr(model, "is_quantized", False)) or any(map(is_in_codes, model.parameters()))
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from soul.distributed.processes import check_layout
 from soul.losses import OBJECTIVES, Objective
 from soul.models.adapters import check_rank, is_named
 from soul.models.loading import DTYPES
@@ -137,17 +138,8 @@ class Case:
             raise argument_error("gradient_checkpointing", "a family that supports it", self.shape.name, remedy)
 
     def _check_layout(self) -> None:
-        """Raise unless the options of how the model is stored go together."""
-        if self.gpus % self.replicas:
-            remedy = "each copy is cut over gpus / replicas GPUs"
-            raise argument_error("replicas", f"a divisor of {self.gpus} GPUs", self.replicas, remedy)
-        for name in ("cpu_offload", "head_in_shards"):
-            if getattr(self, name) and self.gpus == 1:
-                remedy = "leave it out, or plan for several GPUs"
-                raise argument_error(name, "False on one GPU", True, remedy)
-        if self.head_in_shards and self.shape.tied:
-            remedy = "the embedding is needed whole: leave it out"
-            raise argument_error("head_in_shards", "a head that is not the embedding", self.shape.name, remedy)
+        """Raise unless the model can be stored as the options say."""
+        check_layout(self.config, self.gpus)
         if self.load_in_4bit and self.adapters is None:
             remedy = "codes of 4 bits have no gradient: pass --lora-rank 16"
             raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
@@ -155,17 +147,17 @@ class Case:
     @property
     def replicas(self) -> int:
         """The number of copies of the shards (HSDP)."""
-        return getattr(self.config, "replicas", 1)
+        return self.config.replicas
 
     @property
     def cpu_offload(self) -> bool:
         """Whether the shards of parameters, gradients and states are in main memory, where the optimizer steps."""
-        return getattr(self.config, "cpu_offload", False)
+        return self.config.cpu_offload
 
     @property
     def head_in_shards(self) -> bool:
         """Whether the head stays in shards of rows, for each of which its own process computes the logits."""
-        return getattr(self.config, "head_in_shards", False)
+        return self.config.head_in_shards and self.gpus > 1
 
     @property
     def shards(self) -> int:

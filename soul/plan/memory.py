@@ -60,8 +60,8 @@ def resident(case: Case) -> dict[str, float]:
     elif not case.cpu_offload:
         sizes |= {name: size / case.shards for name, size in state_bytes(case).items()}
     if case.has_divergence and case.adapters is None:  # a copy of the head, and the hidden states of a batch
-        copies = case.shards if case.head_in_shards else 1
-        sizes["reference"] = _head_bytes(case) / copies + _hidden_bytes(case)
+        parts = case.gpus if case.head_in_shards else 1
+        sizes["reference"] = _head_bytes(case) / parts + _hidden_bytes(case)
     return {name: size for name, size in sizes.items() if size}
 
 
@@ -165,7 +165,7 @@ def _in_the_loss(case: Case, accumulated: float) -> dict[str, float]:
     if case.has_divergence and case.adapters is not None:
         hidden += _hidden_bytes(case)  # a forward without the adapters
     if case.head_in_shards:  # the hidden states of a round, and their gradient
-        hidden += case.shards * min(rows, limit) * shape.head_width * (options.compute_dtype.itemsize + FLOAT)
+        hidden += case.gpus * min(rows, limit) * shape.head_width * (options.compute_dtype.itemsize + FLOAT)
     return {
         "gradients": accumulated,
         "activations": saved_bytes(case) + last_norm_bytes(case),
@@ -198,7 +198,7 @@ def _dequantized(case: Case) -> float:
 
 def _fp32_head_gradient(case: Case) -> float:
     whole = case.shape.head_numel * FLOAT if case.adapters is None else 0
-    return whole / case.shards if case.head_in_shards else whole
+    return whole / case.gpus if case.head_in_shards else whole
 
 
 def _bf16_copies(case: Case) -> int:
@@ -294,7 +294,7 @@ def _head_gradient(case: Case) -> float:
     """Return the bytes of the head's gradient in the dtype of the parameter; the embedding's has the same size."""
     if case.adapters is not None:
         return 0
-    return _head_bytes(case) / (case.shards if case.head_in_shards else 1)
+    return _head_bytes(case) / (case.gpus if case.head_in_shards else 1)
 
 
 def _pending_gradients(case: Case) -> float:

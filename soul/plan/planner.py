@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from soul.distributed.processes import check_supported
-from soul.plan.cards import NETWORK, Card, card_of
+from soul.plan.cards import NETWORK, NODE, Card, card_of
 from soul.plan.case import Case, Tokens, objective_of
 from soul.plan.memory import host_bytes, phases, trained_numel
 from soul.plan.shapes import Shape, shape_of
@@ -108,7 +108,10 @@ class Plan:
                 f"power of two); they pass the link at {card.host_bandwidth / 1e9:g} GB/s in each direction."
             )
         times = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in self.seconds.items())
-        network = f", {self.case.network / 1e9:g} GB/s a GPU as given" if self.case.gpus > 1 else ""
+        network = ""
+        if self.case.gpus > 1:
+            within = f"{(card.peer_bandwidth or self.case.network) / 1e9:g} GB/s between the GPUs of a machine"
+            network = f", {within}" + (f", {self.case.network / 1e9:g} GB/s a GPU as given" if self.case.gpus > NODE else "")
         yield (
             f"Floor of a step: {in_words(self.step_seconds)} ({times}), at {card.bandwidth / 1e9:,.0f} GB/s and "
             f"{card.flops / 1e12:,.0f} TFLOP/s ({card.source}){network}: an estimate on paper."
@@ -154,7 +157,7 @@ def plan(
         length: tokens of a sequence.
         card: a `Card`, a name in ``CARDS``, or "GB:GB/s:TFLOP/s".
         gpus: number of GPUs over which FSDP2 shards parameters, gradients and states, each with a micro-batch of its own.
-        network: bytes a second into each GPU.
+        network: bytes a second into each GPU from other machines, and within one if the card does not know that rate.
         host_bandwidth: bytes a second between main memory and each GPU, in each direction, for ``state_offload``; None: the
             card's.
         dtype: dtype of the parameters, as in `soul.Unlearner`.

@@ -36,7 +36,7 @@ def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[st
     if case.load_in_4bit:
         seconds[DEQUANTIZATION] = dequantization_bytes(case) * n_batches / case.card.bandwidth
     if case.gpus > 1:
-        seconds[NETWORK] = network_bytes(case) * n_batches / case.network
+        seconds[NETWORK] = network_seconds(case) * n_batches
     if case.cpu_offload:
         seconds[LINK] = link_bytes(case) * n_batches / case.card.host_bandwidth
     if case.config.state_offload:
@@ -130,23 +130,32 @@ def used_bytes(case: Case) -> float:
     return size + (0 if case.adapters is None else 2 * trained_numel(case) * case.trained_dtype.itemsize)
 
 
-def network_bytes(case: Case) -> float:
-    """Return the bytes into each GPU in one micro-batch under FSDP2.
+def network_bytes(case: Case) -> tuple[float, float]:
+    """Return the bytes into each GPU in one micro-batch under FSDP2: between the shards of a copy, and between all GPUs.
 
     With s shards a GPU receives the other s - 1 of what is gathered, and scatters gradients in fp32 once. Each of N copies of
     the shards has its sum added up over the copies: 2 (N - 1) / N of a shard. A head in shards gathers the hidden states of all
-    labelled tokens, with a second sweep twice, and scatters their gradients.
+    labelled tokens, with a second sweep twice, and scatters their gradients; if it is tied to the embeddings, these of all
+    tokens come from the shards, and their gradients go there.
     """
     others = (case.shards - 1) / case.shards  # of every tensor: the shards of the others
     scattered = FP32 * trained_numel(case)
+    if case.head_in_shards and case.adapters is None:
+        scattered -= FP32 * case.shape.head_numel
+    between = 2 * (case.replicas - 1) / case.replicas * scattered / case.shards
     if case.head_in_shards:
-        scattered -= FP32 * case.shape.head_numel if case.adapters is None else 0
-    copies = 2 * (case.replicas - 1) / case.replicas * scattered / case.shards
-    received = others * (used_bytes(case) + scattered) + copies
-    if case.head_in_shards:
-        rows = case.tokens.n_labelled * (case.shards - 1) * case.shape.head_width
-        received += rows * (case.compute_dtype.itemsize * (2 if _sweeps_twice(case, case.tokens) else 1) + FP32)
-    return received
+        size = case.compute_dtype.itemsize
+        bytes_of_token = size * (2 if _sweeps_twice(case, case.tokens) else 1) + FP32
+        states = case.tokens.n_labelled * bytes_of_token + (case.tokens.n * 2 * size if case.shape.tied else 0)
+        between += (case.gpus - 1) * case.shape.head_width * states
+    return others * (used_bytes(case) + scattered), between
+
+
+def network_seconds(case: Case) -> float:
+    """Return the seconds that the bytes of `network_bytes` take: within a machine at the rate of its links between GPUs."""
+    peers = case.card.peer_bandwidth or case.network
+    shards, between = network_bytes(case)
+    return shards / (peers if case.shards <= NODE else case.network) + between / (peers if case.gpus <= NODE else case.network)
 
 
 def link_bytes(case: Case) -> float:

@@ -4,7 +4,10 @@ How it works. `ways` plans what was asked for with every subset of the savings, 
 all parameters and for adapters, on one card, and on 2, 4, 8, ... up to those given. A way is a subset that fits. It saves by
 nothing that it could do without: a subset of which a part fits as well is left out, unless it is faster by `FASTER`. Ways are
 ordered by the floor of a step, in which every card takes a batch of its own: this is also the order of the cards' time for a
-sequence. A new option that saves memory is a line of `_savings`; one that soul unlearn has under another name, of ``FLAGS``.
+sequence. The first ``LISTED`` are kept of each number of cards, with adapters and without.
+
+A new option that saves memory is a line of `_savings`. Subsets are planned from small to large; a larger one is not planned
+where a part of it fits and the other options of it slow a run down, as `Saving.slows` says.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ from soul_kernels.errors import ArgumentError
 
 ROOM = 1e9  # bytes that a way leaves on each card, for the CUDA context and fragments
 FASTER = 0.95  # of the time of a step, with which a way is listed that saves more than it must
+LISTED = 2  # ways on each number of cards, with adapters and without
 RANK = 16  # of adapters, if none is given
 
 # Field of `UnlearnConfig` -> flag; each is written where it differs from the default.
@@ -38,19 +42,24 @@ FLAGS = {
     "gradient_checkpointing": "--gradient-checkpointing",
     "gradient_release": "--gradient-release",
     "max_grad_norm": "--max-grad-norm",
+    "head_in_shards": "--head-in-shards",
+    "cpu_offload": "--cpu-offload",
+    "replicas": "--replicas",
 }
 
 
 class Saving(NamedTuple):
-    """Options that save memory, and what to call them.
+    """Options that save memory, or time without taking much of it, and what to call them.
 
     Attributes:
         label: name in the table.
         fields: fields of `UnlearnConfig`, and ``load_in_4bit``.
+        slows: whether no run is faster with them.
     """
 
     label: str
     fields: dict[str, Any]
+    slows: bool = True
 
 
 class Way(NamedTuple):
@@ -86,16 +95,17 @@ class Way(NamedTuple):
 
 
 class Ways(NamedTuple):
-    """The ways that fit, cheapest first; and the one that comes nearest, which is needed if there are none."""
+    """The ways that fit, cheapest first; the one that comes nearest, which is needed if there are none; and the cards."""
 
     fitting: list[Way]
     nearest: Way
+    gpus: int
 
     def table(self) -> str:
         """Return them as a table in markdown, with the command lines below it."""
         case = self.nearest.plan.case
         tokens = case.tokens.sequences * case.config.accumulate
-        where = f"{case.shape.name} on {case.gpus} x {case.card.name}"
+        where = f"{case.shape.name} on {self.gpus} x {case.card.name}"
         room = f"{ROOM / 1e9:g} GB a GPU for the CUDA context and fragments"
         each = f"Each GPU takes {tokens} sequences of {case.tokens.length} tokens a step."
         if self.fitting:
@@ -151,7 +161,12 @@ def ways(
     refused: ArgumentError | None = None
     for kind, n in itertools.product(kinds, _counts(gpus)):
         found: list[Way] = []
-        for subset in _subsets(_savings(config, kind, load_in_4bit, n)):
+        savings = _savings(config, kind, load_in_4bit, n)
+        slow = {saving.label for saving in savings if saving.slows}
+        for subset in _subsets(savings):
+            labels = tuple(saving.label for saving in subset)
+            if any({*way.savings} < {*labels} and {*labels} - {*way.savings} <= slow for way in found if way.fits):
+                continue  # a part of it fits, and is not slower
             fields = {field: value for saving in subset for field, value in saving.fields.items()}
             how = {"load_in_4bit": fields.pop("load_in_4bit", load_in_4bit), "dtype": dtype, "adapters": kind, **hardware}
             try:
@@ -163,15 +178,19 @@ def ways(
             except ArgumentError as error:  # for instance a family that cannot recompute its layers
                 refused = refused or error
                 continue
-            labels = tuple(saving.label for saving in subset)
             found.append(Way(planned, labels, command(name, planned, length, dtype)))
-        fitting += _worth_listing([way for way in found if way.fits])
+        worth_listing = _worth_listing([way for way in found if way.fits])
+        fitting += sorted(worth_listing, key=_cost)[:LISTED]
         every += found
     if not every:
         assert refused is not None
         raise refused
-    fitting.sort(key=lambda way: (way.plan.step_seconds, way.plan.case.gpus, len(way.savings)))
-    return Ways(fitting, min(every, key=lambda way: way.excess_bytes))
+    return Ways(sorted(fitting, key=_cost), min(every, key=lambda way: way.excess_bytes), gpus)
+
+
+def _cost(way: Way) -> tuple[float, int, int]:
+    """Return what ways are ordered by: the floor of a step first."""
+    return way.plan.step_seconds, way.plan.case.gpus, len(way.savings)
 
 
 def _worth_listing(fitting: Sequence[Way]) -> Iterator[Way]:
@@ -219,15 +238,22 @@ def _savings(config: UnlearnConfig, adapters: dict[str, Any] | None, load_in_4bi
     """Return what saves memory with or without adapters on so many cards, and is not asked for already."""
     savings = [
         Saving("checkpointing", {"gradient_checkpointing": True}),
-        Saving("8-bit states", {"state_dtype": "8bit"}),
-        Saving("gradient release", {"gradient_release": True, "max_grad_norm": math.inf}),
+        Saving("8-bit states", {"state_dtype": "8bit"}, slows=False),
+        Saving("gradient release", {"gradient_release": True, "max_grad_norm": math.inf}, slows=False),
         Saving("one row at a time", {"batch_size": 1, "accumulate": config.accumulate * config.batch_size}),
         Saving("offload", {"state_offload": True}),
     ]
-    savings = [saving for saving in savings if any(getattr(config, field) != value for field, value in saving.fields.items())]
-    if adapters is not None and not load_in_4bit and gpus == 1:
-        savings.append(Saving("base in 4 bits", {"load_in_4bit": True}))
-    return savings
+    if adapters is not None and not load_in_4bit:
+        savings.append(Saving("base in 4 bits", {"load_in_4bit": True}, slows=False))  # fewer bytes are gathered
+    if gpus > 1:
+        savings.append(Saving("parameters in main memory", {"cpu_offload": True}))
+    if gpus > 1 and adapters is None:
+        savings.append(Saving("head in shards", {"head_in_shards": True}, slows=False))
+    if gpus > NODE and gpus % NODE == 0 and config.replicas == 1:  # saves no memory, but time
+        savings.append(Saving(f"{gpus // NODE} copies of the shards", {"replicas": gpus // NODE}, slows=False))
+    return [
+        saving for saving in savings if any(getattr(config, field, None) != value for field, value in saving.fields.items())
+    ]
 
 
 def _subsets(savings: Sequence[Saving]) -> Iterator[tuple[Saving, ...]]:

@@ -24,10 +24,11 @@ from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
 from soul.distributed.processes import Processes, check_layout, check_shards, check_supported, shard
 from soul.distributed.scatter import shard_from_first
+from soul.distributed.shards import is_in_codes
 from soul.models import causal_lm
 from soul.models.adapters import add_adapters
 from soul.models.encoding import encode_for
-from soul.models.loading import load, pick_device
+from soul.models.loading import is_stored_in_codes, load, pick_device
 from soul.models.quantized import cannot_merge_error, is_quantized
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import (
@@ -78,8 +79,9 @@ class Unlearner:
             for all on a processor without AMX, which multiplies bf16 slowly.
         device: "auto", "cpu" or "cuda", for a model by name.
         adapters: arguments of `soul.models.add_adapters`, to train LoRA adapters instead of the model; or None.
-        load_in_4bit: with adapters, for a model by name in one process: keep its linear layers in 4 bits (bitsandbytes). A
-            loaded model may be quantized already, by a ``quantization_config`` of its own.
+        load_in_4bit: with adapters, for a model by name: keep its linear layers in 4 bits (bitsandbytes). Each of several
+            processes then reads them, and has them whole. A loaded model may be quantized already, by a
+            ``quantization_config`` of its own.
         control: for a config with an aim: rows that must be kept and are not trained on, like ``forget``. None: some of the
             retain rows are held out.
         unseen: for a config with an aim: rows like those to forget that the model has never seen, from which the aim is taken
@@ -142,9 +144,9 @@ class Unlearner:
         self.counts = {name: Counts() for name in data}
         run_device = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
         if several:
-            by_name = isinstance(model, (str, os.PathLike))
-            processes.check_alike(self._contents(weights=not by_name))
-            self.model = (shard_from_first if by_name else shard)(self.model, run_device, **layout)
+            in_each = not isinstance(model, (str, os.PathLike)) or is_quantized(self.model)
+            processes.check_alike(self._contents(weights=in_each))
+            self.model = (shard if in_each else shard_from_first)(self.model, run_device, **layout)
         prepare(self.model, self.tokenizer, self._forget, self._retain, self.config, self.counts)
         self._sources = {name: str(source) for name, source in data.items() if isinstance(source, (str, os.PathLike))}
         self._saved: pathlib.Path | None = None  # the output directory of a run that has ended
@@ -174,8 +176,10 @@ class Unlearner:
         if isinstance(model, (str, os.PathLike)):
             run_device = pick_device(device)
             dtype = parameter_dtype(dtype, self.config, adapters, run_device.type)
-            # In several processes a GPU may have no room for the whole model: it is cut on the CPU. The first one reads it.
-            where = {"device": "cpu", "mapped": True, "weights": Processes.here().first} if several else {"device": run_device}
+            where: dict[str, Any] = {"device": run_device}
+            if several and not (self._load_in_4bit or is_stored_in_codes(os.fspath(model))):
+                # A GPU may have no room for the whole model: it is cut on the CPU. The first process reads it.
+                where = {"device": "cpu", "mapped": True, "weights": Processes.here().first}
             model, tokenizer = load(os.fspath(model), dtype=dtype, load_in_4bit=self._load_in_4bit, **where)
         elif tokenizer is None or isinstance(tokenizer, (str, os.PathLike)):
             remedy = "a loaded model comes without its tokenizer: load that with AutoTokenizer.from_pretrained"
@@ -188,9 +192,9 @@ class Unlearner:
             torch.manual_seed(self.config.seed)
             model = add_adapters(model, **adapters)
         if is_quantized(model):
-            if several:
-                remedy = "FSDP2 cannot cut codes of 4 bits: run one process, or leave the quantization out"
-                raise argument_error("model", "one that is not quantized, with several processes", "a quantized one", remedy)
+            if several and not any(map(is_in_codes, model.parameters())):
+                remedy = "FSDP2 would cut its codes: run one process, or quantize to 4 bits with bitsandbytes"
+                raise argument_error("model", "weights in 4 bits of bitsandbytes, or none in codes", "other codes", remedy)
             causal_lm.trained(model)  # refuses one without adapters
         self.model = model
         self.tokenizer = tokenizer

@@ -89,7 +89,7 @@ class Rounds:
     def all_values(self, values: Tensor, size: int, fill: float = 0) -> Tensor:
         """Return values [..., processes * size] of all rows of a round from those of this process, [..., n]."""
         own = torch.nn.functional.pad(values, (0, size - values.shape[-1]), value=fill)
-        return gather(self.shard, own).movedim(0, -2).flatten(-2)
+        return gather(self.shard, own).movedim(0, -2).flatten(-2).contiguous()  # for the kernels
 
     def keep_own(self, values: Tensor, own: Tensor) -> None:
         """Write this process's part of values [..., processes * size] of a round into ``own`` [..., n]."""

@@ -64,7 +64,7 @@ def case_of(name):
     return OPS[name] | ({"cross_entropy": OWN[name]} if name in OWN else {})
 
 
-def worker(folder, variants, names, divisions):
+def worker(folder, variants, names, divisions, more=()):
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -74,7 +74,7 @@ def worker(folder, variants, names, divisions):
         for division in divisions
         for name in names
     }
-    return results | {"factors": of_factors(mesh), "bytes": of_bytes(mesh), "embeddings": of_embeddings(mesh)}
+    return results | {name: MORE[name](mesh) for name in more}
 
 
 def computed(name, variant, sequences, mesh):
@@ -188,9 +188,12 @@ def of_bytes(mesh):
     return sizes
 
 
+MORE = {"factors": of_factors, "bytes": of_bytes, "embeddings": of_embeddings}
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), worker, ["fp64"], NAMES, ["uneven", "nothing in one"])
+    return run(tmp_path_factory.mktemp("two"), worker, ["fp64"], NAMES, ["uneven", "nothing in one"], list(MORE))
 
 
 def check(processes, variant, division, name):

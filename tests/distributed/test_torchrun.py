@@ -4,6 +4,7 @@ A set of processes takes seconds to start: most runs share one (tests/support/to
 """
 
 import errno
+import importlib.util
 import json
 import os
 import pathlib
@@ -73,12 +74,11 @@ EQUAL = {
 IN_SHARDS = {"backend": "torch", "head_in_shards": True}
 EQUAL |= {
     "head in shards, an empty part": ("llama, untied", {"method": "ga", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
-    "head in shards, KL, micro-batches, release": ("llama, untied", {
+    "tied head in shards, KL, micro-batches, release": ("llama, tied", {
         "method": "klmin", "batch_size": 1, "accumulate": 2, "gradient_release": True, "max_grad_norm": None, **IN_SHARDS}),
     "head in shards, curvature, evaluation": ("llama, untied", {
         "method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8, "gradient_checkpointing": True, "eval_every": 2,
         "eval_metrics": ["forget_rouge"], "keep_best": "max forget_prob", **IN_SHARDS}),
-    "tied head in shards": ("gpt2, tied", {"method": "npo", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
     "tied head in shards, influence": ("llama, tied", {
         "method": "influence", "method_options": {"curvature": "fisher", "clip": 1e-2}, **IN_SHARDS}),
 }  # fmt: skip
@@ -93,6 +93,9 @@ KEPT = {"curvature, no clipping": ("llama, untied", {**EQUAL["curvature"][1], "m
 # inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
 LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
 LORA_SAVED = ("llama, tied", {"method": "npo"}, {"adapters": {"rank": 3, "dropout": 0.1}, "save_every": 2})
+# The same over a base of 4 bits, which each process reads and has whole.
+CODES = ("llama, untied", {"method": "npo"}, {"adapters": {"rank": 3}, "files": "by name", "in_codes": True, "save_every": 2})
+HAS_CODES = all(importlib.util.find_spec(name) for name in ("bitsandbytes", "accelerate"))
 AIM_STOP = 17  # of 24 steps
 # The pilot, evaluations that move alpha and the rate, and points that are put back.
 AIM = (
@@ -320,6 +323,20 @@ def test_labels_are_drawn_alike_with_a_head_in_shards(results):
     assert moved > 0 and off <= 1e-4 * moved, f"{off / moved:.1e}"
     for one, two in zip(lasting(whole["records"]), lasting(cut["records"]), strict=True):
         assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.skipif(not HAS_CODES, reason="the extra quant is not installed")
+@pytest.mark.covers("adapters over a base of 4 bits", "FSDP2")
+def test_adapters_over_a_base_of_four_bits(results, folder, tmp_path):
+    """Those of one process; the base is whole in each; resumed bit for bit, and saved without the base."""
+    family, options, how = CODES
+    whole, resumed = results["codes whole"], results["codes resumed"][0]
+    assert_as_one(family, options, whole, {**how, "output": tmp_path / "one"})
+    assert results["codes stopped"][0]["error"] == "Stopped" and equal(whole[0], resumed)
+    codes = [tensor for tensor in whole[0]["weights"].values() if tensor.dtype == torch.uint8 and tensor.dim() == 2]
+    assert len(codes) == 2 * 7
+    saved_adapters = safetensors.torch.load_file(folder / "codes whole" / "adapter_model.safetensors")
+    assert saved_adapters and all("lora_" in name for name in saved_adapters)
 
 
 @pytest.mark.covers("aim", "FSDP2")
@@ -637,6 +654,31 @@ def test_a_model_of_other_tensors_than_the_first_process_has_is_refused(group_of
     with pytest.raises(ValueError, match="model: expected the parameters and buffers of the first process, got more.weight"):
         shard_from_first(model, torch.device("cpu"))
     assert not any(is_sharded(p) or p.is_meta for p in model.parameters())
+
+
+class ScaledEmbedding(torch.nn.Embedding):
+    """As Gemma 3 has."""
+
+    def forward(self, ids):
+        return 2.0 * super().forward(ids)
+
+
+def test_a_head_in_shards_is_made_of_plain_layers(group_of_one):
+    """Nothing was changed where it is refused; an untied embedding may be anything."""
+    untied, tied = tiny_model("llama, untied"), tiny_model("llama, tied")
+    for model in (untied, tied):
+        model.get_input_embeddings().__class__ = ScaledEmbedding
+    shard(untied, torch.device("cpu"), head_in_shards=True)
+    assert all(is_sharded(p) for p in untied.parameters())
+    with pytest.raises(ValueError, match="head_in_shards: expected a torch.nn.Embedding, got ScaledEmbedding; what"):
+        shard(tied, torch.device("cpu"), head_in_shards=True)
+    assert not any(is_sharded(p) for p in tied.parameters())
+
+
+def test_one_process_is_told_that_its_head_is_whole():
+    config = UnlearnConfig(epochs=1, batch_size=5, backend="torch", head_in_shards=True)
+    with pytest.warns(UserWarning, match="head_in_shards: one process has the whole head; leave it out, it changes nothing"):
+        unlearn(tiny_model(), tiny_tokenizer(), examples(5), examples(9)[5:], config, progress=False)
 
 
 def sharded_run(checkpoints):

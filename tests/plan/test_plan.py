@@ -1,5 +1,6 @@
 """The planner: exact parameter counts, and the bytes that a step really takes."""
 
+import argparse
 import contextlib
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ import soul.optim.optimizer
 import soul.run.loop
 from soul import SOUL, Unlearner
 from soul.cli import main
+from soul.commands.unlearn import add_arguments
 from soul.data.batches import collate
 from soul.data.examples import Sequence
 from soul.distributed.processes import shard
@@ -313,9 +315,9 @@ def test_plan_command(capsys):
     options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
     printed = capsys.readouterr().out
     assert printed == f"{plan('7b', config_of(**options)).table()}\n\n{ways('7b', config_of(**options)).table()}\n"
-    assert main(["plan", "--model=70b", "--gpus=64", "--lora-rank=8", "--length=128", "--labelled=99", "--network=25"]) == 0
+    assert main(["plan", "--model=70b", "--gpus=16", "--lora-rank=8", "--length=128", "--labelled=99", "--network=25"]) == 0
     printed = capsys.readouterr().out
-    assert "103,546,880 trained" in printed and "8 sequences of 128 tokens, 99 labelled; 64 x h100" in printed
+    assert "103,546,880 trained" in printed and "8 sequences of 128 tokens, 99 labelled; 16 x h100" in printed
     assert "25 GB/s a GPU as given" in printed
     assert "does not run" not in printed
     assert main(["plan", "--model=7b", "--gpus=2", "--state-dtype=8bit"]) == 0 and "does not run" not in capsys.readouterr().out
@@ -495,23 +497,24 @@ def test_options_that_take_longer():
     sharded = step_seconds(case(gpus=8))
     assert sharded["optimizer"] == base["optimizer"] / 8
     rest = 2 * 32000 * 4096 + 4096  # gathered once in place of twice
-    assert sharded["network"] == pytest.approx(7 / 8 * ((2 + 2 + 4) * 6_738_415_616 - 2 * rest) / 50e9)  # gradients in fp32
+    assert sharded["network"] == pytest.approx(7 / 8 * ((2 + 2 + 4) * 6_738_415_616 - 2 * rest) / 450e9)  # gradients in fp32
+    assert step_seconds(case(gpus=16))["network"] > 8 * sharded["network"]  # between machines
     assert floor_seconds(sharded) == max(sharded["network"], sharded["matrix products"]) + sharded["optimizer"]
 
 
-@pytest.mark.parametrize("ranks", [64, 256])
-def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks):
+@pytest.mark.parametrize("ranks, layout", [(64, {}), (256, {}), (256, dict(replicas=4))], ids=str)
+def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
     """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8)
     config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=False)
-    planned = plan(shape_of(config), config_of(state_dtype="8bit"), gpus=ranks)
+    planned = plan(shape_of(config), config_of(state_dtype="8bit", **layout), gpus=ranks)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        shard(model, torch.device("cpu"))
+        shard(model, torch.device("cpu"), **layout)
         params = list(model.parameters())
         states = [new_state(param, SOUL(params, state_dtype="8bit").param_groups[0], ()) for param in params]
         counted = {
@@ -531,6 +534,8 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks):
 # Labels are few, as a CPU needs copies for the loss that a GPU does not: the loss is compared above.
 @pytest.mark.parametrize("ranks, options", [
     (64, dict()), (256, dict(checkpoints=True)), (64, dict(checkpoints=True, dtype="float32")),
+    (64, dict(checkpoints=True, layout=dict(head_in_shards=True, replicas=4))),
+    (64, dict(checkpoints=True, layout=dict(cpu_offload=True))),
     (256, dict(checkpoints=True, adapters=dict(rank=8, targets="all-linear"))),
 ], ids=str)  # fmt: skip
 def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
@@ -540,7 +545,7 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    options = dict(checkpoints=False, dtype="bfloat16", adapters=None) | options
+    options = dict(checkpoints=False, dtype="bfloat16", adapters=None, layout={}) | options
     sizes = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
     config = LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=False)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -549,7 +554,7 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
         shape = shape_of(model)
         if options["adapters"]:
             model = add_adapters(model, **options["adapters"])
-        shard(model.train(), torch.device("cpu"))
+        shard(model.train(), torch.device("cpu"), **options["layout"])
         one_batch = batch(96, 1, 4, False, 512)
         live = LiveBytes([*model.parameters(), *model.buffers()])
         known = live.now
@@ -559,7 +564,7 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
             logps.sum().backward()
     finally:
         torch.distributed.destroy_process_group()
-    run = config_of(gradient_checkpointing=options["checkpoints"])
+    run = config_of(gradient_checkpointing=options["checkpoints"], **options["layout"])
     tokens = Tokens(4, 96, labelled=4)
     hardware = "sdpa", card_of("h100"), ranks
     case = Case(shape, run, tokens, options["dtype"], options["adapters"], *hardware, autocast=False)
@@ -617,6 +622,52 @@ def test_a_base_of_four_bits_is_whole_on_each_card():
     assert "base in 4 bits" in listed.fitting[0].savings and "--lora-rank 16 --load-in-4bit" in listed.fitting[0].command
 
 
+def test_layouts_of_several_cards():
+    def layout(gpus=16, **options):
+        return plan("70b", config_of(gradient_checkpointing=True, **options), gpus=gpus)
+
+    base, head, copies, offloaded = layout(), layout(head_in_shards=True), layout(replicas=2), layout(cpu_offload=True)
+    n_params, n_head = 70_553_706_496, 128256 * 8192
+    name = "head's gradient in fp32"
+    assert head.phases[FORWARD][name] == 4 * n_head / 16 == base.phases[FORWARD][name] / 16
+    # The hidden states of all labelled tokens are gathered in place of the head.
+    assert base.seconds["network"] - head.seconds["network"] == pytest.approx(
+        (15 / 16 * n_head * (2 + 4) - 15 * 4096 * 8192 * (2 + 4)) / 50e9
+    )
+    for component in ("parameters", "optimizer states", "low bits"):
+        assert copies.phases[STEP][component] == pytest.approx(2 * base.phases[STEP][component])
+    outside = 2 * n_head + 8192
+    within = 7 / 8 * ((2 + 2 + 4) * n_params - 2 * outside) / 450e9  # the shards of a copy are in one machine
+    assert copies.seconds["network"] == pytest.approx(within + 2 * 1 / 2 * 4 * n_params / 8 / 50e9)
+    assert "parameters" not in offloaded.phases[FORWARD] and offloaded.peak_bytes < base.peak_bytes
+    held = sum(base.phases[STEP][component] for component in ("parameters", "gradients", "optimizer states", "low bits"))
+    assert offloaded.host_bytes == pytest.approx(held)
+    assert offloaded.seconds["transfer of parameters"] == pytest.approx((2 * 2 * n_params - 2 * outside) / 16 / 64e9)
+    assert offloaded.seconds["optimizer"] == pytest.approx(base.seconds["optimizer"] * 3000 / (300 / 8))
+    assert "GB of shards of parameters, gradients and states for each GPU" in offloaded.table()
+    assert "16 x h100, FSDP2 with 2 copies of the shards" in copies.title()
+
+
+def test_layouts_are_among_the_ways():
+    """Each is an option of the command, whose parser takes the line."""
+    listed = [
+        *ways("8b", UnlearnConfig(), card="12:500:100", gpus=4).fitting,
+        *ways("70b", UnlearnConfig(), gpus=16, adapters=dict(rank=16)).fitting,
+    ]
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    runs = []
+    for way in listed:
+        words = shlex.split(way.command)
+        runs.append(parser.parse_args(words[words.index("unlearn") + 1 :]))
+        case, run = way.plan.case, runs[-1]
+        layout = case.replicas, case.cpu_offload, case.head_in_shards, case.load_in_4bit
+        assert layout == (run.replicas, run.cpu_offload, run.head_in_shards, run.load_in_4bit)
+        assert run.batch_size == case.config.batch_size * case.gpus
+    for name, default in (("replicas", 1), ("cpu_offload", False), ("head_in_shards", False), ("load_in_4bit", False)):
+        assert any(getattr(run, name) != default for run in runs), name
+
+
 def test_cards():
     assert plan("1b", card="48:864:181").case.card == Card("48:864:181", 48e9, 864e9, 181e12)
     assert plan("1b", card=Card("x", 1e9, 1e9, 1e12)).fits is False
@@ -638,6 +689,8 @@ def test_cards():
     (lambda: plan({"model_type": "mamba"}), "model: expected layers with attention heads, got MambaConfig"),
     (lambda: plan("1b", adapters=dict(rank=0)), "lora_rank: expected a positive whole number, got 0"),
     (lambda: plan("1b", load_in_4bit=True), "load_in_4bit: expected adapters"),
+    (lambda: plan("1b", config_of(replicas=3), gpus=4), "replicas: expected a divisor of 4"),
+    (lambda: plan("1b", config_of(cpu_offload=True)), "cpu_offload: expected False with one process"),
     (lambda: ways("1b", UnlearnConfig(), gpus=2, load_in_4bit=True, dtype="int8"), "dtype"),
     (lambda: plan("1b", length=0), "length"),
     (lambda: plan("1b", tokens=Tokens(2, 8, labelled=17)), "labelled: expected .* at most 16"),

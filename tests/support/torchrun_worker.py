@@ -29,11 +29,13 @@ from tests.support.models import examples, tiny_model, tiny_tokenizer
 unlearn_module = importlib.import_module("soul.run.loop")
 
 
-def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, adapters=None, files=None, **how):
+def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, adapters=None, files=None,
+        in_codes=False, **how):  # fmt: skip
     """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process.
 
     ``odd`` is what the last process does otherwise: an option of the config or of the run, "data", "weights" or "activation".
     ``files``: the model is read from fp32 files beside ``output``: "by name", by the run itself; "whole", in every process.
+    ``in_codes``: by name, in 4 bits.
     """
     odd = odd if odd and dist.get_rank() == dist.get_world_size() - 1 else {}
     how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
@@ -54,7 +56,7 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
             module.attention_dropout = dropout
     if files:
         directory = saved(model, output.with_name(f"{output.name}, files"))
-        source = {"model": directory, "dtype": dtype, "device": "cpu"}
+        source = {"model": directory, "dtype": dtype, "device": "cpu", "load_in_4bit": in_codes}
     else:
         source = {"model": model.to(getattr(torch, dtype)), "tokenizer": tiny_tokenizer()}
     if files == "whole":
@@ -78,10 +80,10 @@ def check_copies(model, n_shards):
 
 def saved(model, directory):
     """Save a model, in the first process alone; return the directory."""
-    if dist.get_rank() == 0:
+    if Processes.here().first:
         model.save_pretrained(directory)
         tiny_tokenizer().save_pretrained(directory)
-    dist.barrier()
+    Processes.here().any(False)  # waits for the first one
     return directory
 
 
