@@ -294,9 +294,6 @@ class UnlearnConfig:
         if self.cpu_offload and self.state_offload:
             remedy = "the states then are where they are stepped, in main memory: leave it out"
             raise argument_error("state_offload", "False with cpu_offload", True, remedy)
-        if self.head_in_shards and self.replicas > 1 and self.optimizer == "adamw":
-            remedy = "torch forms no norm over the meshes of the head and of the rest: leave one of them out, or use soul"
-            raise argument_error("head_in_shards", "False with adamw and replicas", True, remedy)
 
     def _check_influence(self) -> None:
         """Raise for options that the method "influence" does not take."""

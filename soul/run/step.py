@@ -15,6 +15,7 @@ from torch import Tensor
 
 from soul.data.batches import Batch
 from soul.distributed.processes import Processes, full, gathered
+from soul.distributed.shards import device_and_sharding
 from soul.losses import Objective
 from soul.models.causal_lm import (
     as_reference,
@@ -167,13 +168,29 @@ def _answer_probabilities(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return (((logps * mask).sum(1) / n_tokens.clamp(min=1)).exp() * rows).sum(), rows.sum()
 
 
+def _clip(params: list[Tensor], limit: float) -> Tensor:
+    """Clip gradients in place as ``clip_grad_norm_`` does; return their norm before it, a whole tensor.
+
+    It forms no norm over two meshes, which a head in shards beside copies of the rest has.
+    """
+    alike: dict[object, list[Tensor]] = {}
+    for param in params:
+        alike.setdefault(device_and_sharding(param)[1], []).append(param)
+    grads = ([p.grad for p in same if p.grad is not None] for same in alike.values())
+    norms = [full(torch.nn.utils.get_total_norm(some)) for some in grads if some]
+    norm = norms[0] if len(norms) == 1 else torch.stack([some.to(norms[0].device) for some in norms]).norm()
+    for same in alike.values():
+        torch.nn.utils.clip_grads_with_norm_(same, limit, norm)
+    return norm
+
+
 def _update(optimizer: torch.optim.Optimizer, config: UnlearnConfig) -> Tensor | None:
     """Clip and step; return the norm of the gradients before clipping, on the device, or None if they are already freed."""
     if not isinstance(optimizer, SophiaG):
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(params, norm_limit(config) or math.inf)
+        norm = _clip(params, norm_limit(config) or math.inf)
         optimizer.step()
-        return full(norm)
+        return norm
     optimizer.step()  # which clips in the same pass
     return None if config.gradient_release else optimizer.grad_norm()
 

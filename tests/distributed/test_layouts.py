@@ -47,6 +47,7 @@ COPIES = {
             "backend": "torch",
         },
     ),
+    "two meshes": ("llama, untied", {"method": "graddiff", "optimizer": "adamw", "head_in_shards": True, "backend": "torch"}),
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
 IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})

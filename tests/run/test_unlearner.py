@@ -433,7 +433,6 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(cuda_graph=True, state_offload=True), "state_offload: expected False with cuda_graph, got True; a graph replays"),
     (dict(state_offload=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_offload belongs to it"),
     (dict(cpu_offload=True, state_offload=True), "state_offload: expected False with cpu_offload, got True; the states then"),
-    (dict(head_in_shards=True, replicas=2, optimizer="adamw"), "head_in_shards: expected False with adamw and replicas, got"),
     (dict(head_in_shards=True, backend="reference"), "backend: expected another one than 'reference' with head_in_shards"),
     (dict(replicas=0), "replicas: expected a positive whole number, got 0"),
     (dict(lr="1e-5"), "lr: expected a number >= 0.0, got '1e-5'"),  # as YAML reads it
