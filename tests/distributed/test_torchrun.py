@@ -128,6 +128,11 @@ def saved(case, output, **how):
     return [family, options, {**defaults, "output": output, **how}]
 
 
+CODES_CASES = {
+    "codes whole": saved(CODES, "codes whole"),
+    "codes stopped": saved(CODES, "codes broken", stop=3),
+    "codes resumed": saved(CODES, "codes broken", resume=True),
+}
 CASES = {
     **{name: [*case, {}] for name, case in EQUAL.items()},
     "influence by drawn labels": [
@@ -160,6 +165,7 @@ CASES = {
     "adapters whole": saved(LORA_SAVED, "adapters whole", files="by name"),
     "adapters stopped": saved(LORA_SAVED, "adapters broken", stop=3),
     "adapters resumed": saved(LORA_SAVED, "adapters broken", resume=True),
+    **(CODES_CASES if HAS_CODES else {}),
     "aim whole": saved(AIM, "aim whole", files="by name"),
     "aim stopped": saved(AIM, "aim broken", stop=AIM_STOP),
     "aim resumed": saved(AIM, "aim broken", resume=True),
