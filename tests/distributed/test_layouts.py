@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed.test_torchrun import AIM, LORA, TIMEOUT, assert_as_one, ended, equal, lasting, torchrun
+from tests.distributed.test_torchrun import AIM, CODES, HAS_CODES, LORA, TIMEOUT, assert_as_one, ended, equal, lasting, torchrun
 
 pytestmark = [
     pytest.mark.slow(reason="starts four processes"),
@@ -58,6 +58,17 @@ SAVED = {"dtype": "bfloat16", "save_every": 2, "files": "by name"}
 CASES = {
     **{name: [family, {**options, "replicas": 2}, {}] for name, (family, options) in COPIES.items()},
     "adapters": [LORA[0], {**LORA[1], "replicas": 2}, LORA[2]],
+    **(
+        {
+            "codes": [
+                CODES[0],
+                {**CODES[1], "replicas": 2, "head_in_shards": True, "backend": "torch"},
+                {**CODES[2], "output": "codes"},
+            ]
+        }
+        if HAS_CODES
+        else {}
+    ),
     "kept": ["llama, untied", {**CURVATURE, "max_grad_norm": None, "replicas": 2}, {}],
     "released": [
         "llama, untied",
@@ -120,6 +131,14 @@ def test_two_copies_of_shards_are_one_process(results, name):
 def test_adapters_over_copies_are_those_of_one_process(results):
     family, options, how = LORA
     assert_as_one(family, options, results["adapters"], how)
+
+
+@pytest.mark.skipif(not HAS_CODES, reason="the extra quant is not installed")
+@pytest.mark.covers("adapters over a base of 4 bits", "HSDP")
+def test_adapters_over_a_base_of_four_bits(results, tmp_path):
+    """Each process has the whole base; the head is in shards over all of them."""
+    family, options, how = CODES
+    assert_as_one(family, options, results["codes"], {**how, "output": tmp_path / "one"})
 
 
 @pytest.mark.covers("gradient release", "HSDP")

@@ -23,6 +23,7 @@ from soul.checkpoint import Stopped, local, sharded
 from soul.checkpoint.sharded import ShardedCheckpoints
 from soul.distributed import Processes, exit_process, started
 from soul.distributed.gather import on_first_with_tensors
+from soul.distributed.shards import is_sharded
 from soul.models import causal_lm, load
 from tests.support.models import examples, tiny_model, tiny_tokenizer
 
@@ -72,7 +73,7 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
 
 def check_copies(model, n_shards):
     """Raise unless all copies of the shards of a model have the same bits; a head in shards has one copy."""
-    parameters = [parameter.detach() for parameter in model.parameters() if parameter.device_mesh.ndim == 2]
+    parameters = [p.detach() for p in model.parameters() if is_sharded(p) and p.device_mesh.ndim == 2]
     shards = [parameter.to_local().contiguous().view(-1).view(torch.uint8) for parameter in parameters]
     digests = Processes.here().gather(hashlib.sha256(torch.cat(shards).numpy().tobytes()).hexdigest())
     assert digests == digests[:n_shards] * (len(digests) // n_shards), digests
