@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from tests.distributed.test_torchrun import AIM, CODES, HAS_CODES, LORA, TIMEOUT, assert_as_one, ended, equal, lasting, torchrun
+from tests.distributed.test_torchrun import AIM, CODES, HAS_CODES, LORA, assert_as_one, ended, equal, lasting, torchrun
 
 pytestmark = [
     pytest.mark.slow(reason="starts four processes"),
@@ -99,7 +99,7 @@ CASES = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     (folder / "cases.json").write_text(json.dumps(list(CASES.values())))
-    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder, processes=4), timeout=3 * TIMEOUT)
+    status, _, errors = ended(torchrun("tests.support.torchrun_worker", folder, processes=4))
     assert status == 0, errors
     return folder
 

@@ -35,9 +35,12 @@ from tests.support.models import examples, tiny_model, tiny_tokenizer
 from tests.support.torchrun_worker import run
 
 ROOT = pathlib.Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.slow(reason="runs of two processes take a minute; FSDP2 itself is always tested, in test_processes.py"),
+    pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch without gloo"),
+]
 VOLATILE = ("tokens_per_s", "peak_memory_gib")
-TIMEOUT = 300  # of the longest set of processes, which takes 40 s on two idle cores
+TIMEOUT = 600  # of the longest set of processes, which takes a minute on two idle cores
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it puts into the environment
 
 # 5 examples to forget in batches of 3: one process has 2 forget and 1 retain sequences, the other the opposite; then, with 2
@@ -519,7 +522,6 @@ def test_the_variables_of_torchrun_are_ignored_for_one_process(monkeypatch):
     assert launched() == 1
 
 
-@pytest.mark.slow(reason="waits until a process gives up")
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_missing_processes_are_waited_for_until_the_timeout(rank, monkeypatch):
     monkeypatch.setattr("soul.distributed.processes.JOIN_SECONDS", 1)
@@ -558,7 +560,6 @@ def words(command_folder, output, *more):
     return ["soul", "unlearn", *paths, *how.split(), *more]
 
 
-@pytest.mark.slow(reason="starts two processes of the command")
 def test_the_command_ends_with_status_2_in_every_process_that_differs(command_folder):
     """This happens on two machines if somebody types another number on one."""
     port = free_port()
@@ -592,7 +593,6 @@ runpy.run_module("soul", run_name="__main__")
 """
 
 
-@pytest.mark.slow(reason="imports torch beside threads that take the interpreter's lock from it")
 def test_threads_that_take_the_gil_at_exit_do_not_abort_torchrun():
     """Gloo's threads do so once in hundreds of runs, these every time (CPython before 3.14). The output is not lost."""
     environment = {**os.environ, "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -611,7 +611,6 @@ def children(pid):
     return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.slow(reason="starts three sets of processes, and kills one")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the processes in /proc")
 def test_a_killed_command_resumes_bit_for_bit_and_closely_with_more_processes(results, command_folder):
     """One process gets SIGKILL at some time after step 9, and torchrun ends the other one."""
