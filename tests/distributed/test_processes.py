@@ -372,7 +372,7 @@ def noise_worker(folder):
         param.grad = torch.ones_like(param)
         opt = SOUL([param], lr=0.1, **options)
         opt.step()
-        offsets.append(opt._stepper.stepped[0][0].tensor_offsets[0])
+        offsets.append(next(iter(opt._stepper.stepped.values()))[0].tensor_offsets[0])
         checkpoint = opt.state_dict()
         opt.load_state_dict(copy.deepcopy(checkpoint))
         del checkpoint["param_groups"][0]["noise"]  # of the first version, which had no number

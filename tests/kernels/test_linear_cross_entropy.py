@@ -307,8 +307,8 @@ def test_bad_input_is_named(change, message):
     ("_head.sweeps", "derivatives[0], None, *derivatives[1:]", "derivatives[0], None, *derivatives[2:], None"),
     ("_head.rows", "self.means[chunk.span], ", "self.means[: chunk.stop - chunk.start], "),
     ("_head.rows", "statistics[ROW_MAX] + statistics[TOTAL].log()", "statistics[ROW_MAX]"),
-    ("_head.rows", "best = self._loaded.argmax(1)", "best = self._loaded.argmin(1)"),
-    ("_head.rows", "IGNORE_INDEX, best)", "IGNORE_INDEX, best.flip(0))"),
+    ("reference._rows", "best = logits.argmax(1)", "best = logits.argmin(1)"),
+    ("reference._rows", "IGNORE_INDEX, best)", "IGNORE_INDEX, best.flip(0))"),
 ])  # fmt: skip
 def test_mutants_do_not_pass(module, old, new, device, tmp_path, monkeypatch):
     use_mutant(module, old, new, tmp_path, monkeypatch)

@@ -111,7 +111,7 @@ def test_bad_input_is_named(change, message):
 
 @pytest.mark.parametrize("module, old, new", [
     ("_head.sweeps", "(-share).expand", "share.expand"),
-    ("_head.sweeps", "1 / keep.sum()", "1 / 1 + 0 * keep.sum()"),
+    ("_head.sweeps", "count = keep.sum().clamp(min=1)", "count = keep.sum().clamp(max=1)"),
     ("_head.rows", "self.uniforms[chunk.span]", "self.uniforms[: chunk.stop - chunk.start]"),
     ("_head.rows", "self.uniforms = self.gather(uniforms)", "self.uniforms = uniforms.flatten()[: len(self)].clone()"),
 ])  # fmt: skip

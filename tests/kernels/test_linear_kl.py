@@ -131,7 +131,7 @@ def test_bad_input_is_named(change, message):
 
 
 @pytest.mark.parametrize("module, old, new", [
-    ("_head.rows", "_product(self.ref_x[ref]", "_product(self.ref_x[: ref.stop - ref.start]"),  # the first chunk's reference
+    ("_head.rows", "self.ref_x[ref], chunk", "self.ref_x[: ref.stop - ref.start], chunk"),  # the first chunk's reference
     ("_head.rows", "index_select(0, sequences)", "index_select(0, 0 * sequences)"),  # the first sequence's strength
     ("_head.rows", "divergence_coefficients[local], out", "0 * divergence_coefficients[local], out"),
     ("_head.sweeps", "(torch.zeros_like(values), values)", "(values, values)"),

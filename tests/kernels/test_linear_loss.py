@@ -632,7 +632,7 @@ def test_a_weight_changed_before_backward_is_noticed(backend, device):
 
 
 @pytest.mark.parametrize("module, old, new", [
-    ("_head.gradients", "first=chunk.start == 0", "first=True"),  # only the last chunk's dW
+    ("_head.gradients", "first=self._is_first", "first=True"),  # only the last chunk's dW
     ("_head.sweeps", "dense[first:last] = derivative", "dense[: last - first] = derivative"),  # wrong sequence
     ("_head.sweeps", "loss += value", "loss = value"),
     ("_head.gradients", "gradient.mul_(scale)", "gradient"),  # upstream dropped
@@ -641,7 +641,7 @@ def test_a_weight_changed_before_backward_is_noticed(backend, device):
     ("_head.sweeps", "objective(head_rows.log_probs(), batch)", "objective(zeros, batch)"),
     ("_head.rows", "out.add_(head.bias)", "out"),
     ("_head.gradients", "dlogits.sum(0, dtype=self.bias.dtype)", "0.0"),
-    ("_head.rows", "_product(self.x[start:stop]", "_product(self.x[local]"),
+    ("_head.rows", "self.x[chunk.span], chunk", "self.x[: chunk.stop - chunk.start], chunk"),
     ("token_logprob", "row.label, factors.at_label, -", "row.label, -factors.at_label, "),
     ("token_logprob", "coefficient = tl.load(coefficients_ptr + row.index)", "coefficient = 0.0"),  # zero gradient
 ])  # fmt: skip
