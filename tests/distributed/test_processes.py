@@ -395,6 +395,7 @@ NOISY = [
 ]
 
 
+@pytest.mark.slow(reason="starts processes; FSDP2 is tested always")
 def test_checkpoints_of_other_noise_are_refused_where_shards_draw_it(tmp_path):
     for rank, result in enumerate(run(tmp_path, noise_worker)):
         assert result["offsets"] == [18 * rank, 18 * rank, 0, 18 * rank, (1 + rank) << 40]

@@ -94,6 +94,7 @@ def inputs(device, backend="triton"):
 
 
 CASES = ["graddiff", "npo", "ceu", "klmin", "undial", "logprob", "kl", "gnb", "no rows"]
+FROZEN = pytest.mark.slow(reason="compiles every case once more, without the gradients of the head")
 
 
 def run(model, x, loss_of, call):
@@ -102,7 +103,7 @@ def run(model, x, loss_of, call):
     return loss.detach(), others, torch.autograd.grad(loss, leaves)
 
 
-@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("frozen_head", [False, pytest.param(True, marks=FROZEN)])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_without_a_graph_break(name, backend, frozen_head, device):

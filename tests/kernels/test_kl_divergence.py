@@ -252,6 +252,7 @@ def test_masked_entries_of_other_divergences(kind, device):
     assert (gradient[2] == 0).all() and (divergences[:, 2] == 0).all()
 
 
+@pytest.mark.slow(reason="compiles the kernels anew for each of them")
 @pytest.mark.parametrize("old, new", [
     ("far = a * (d - 1.0) + b", "far = a * d"),
     ("near = a * d * d * (0.5", "near = a * d * d * (1.0"),

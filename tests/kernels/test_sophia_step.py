@@ -504,6 +504,7 @@ def check_low_precision(step, device, steps=120):
     assert (m - 1).abs().max() < 0.083 + 0.01 and (h - 1).abs().max() < 0.078 + 0.01
 
 
+@pytest.mark.slow(reason="compiles the kernels anew for each of them")
 @pytest.mark.parametrize("old, new", [
     ("new, low = split(p - change, words", "new, low = split(p - change, words * 0"),  # not stochastic: cut off
     ("tl.store(pointers.low + block.offsets, low", "tl.store(pointers.low + block.offsets, low * 0"),  # low bits lost

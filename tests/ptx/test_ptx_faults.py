@@ -186,6 +186,7 @@ def kernels_of(call, card):
 SLOW = pytest.mark.slow(reason="draws once for each of a hundred barriers; one of them is removed from the source always")
 
 
+@pytest.mark.slow(reason="executes kernels for every barrier that they have")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[SLOW] * ("draw" in name)) for name in CALLS])
 def test_a_barrier_that_was_removed_from_a_compiled_kernel(name, card):
     """Remove each barrier singly: a race is found, or a result changes."""
