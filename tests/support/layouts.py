@@ -13,6 +13,29 @@ TESTS = pathlib.Path(__file__).parents[1]
 BEGIN, END = "<!-- layouts -->\n", "<!-- end -->"
 LAYOUTS = ("one process", "FSDP2", "HSDP", "TP", "DeepSpeed")
 
+# Cells that no test can fill: (start of the feature's name, layout) -> why.
+NONE = {
+    ("checkpoints of torch", "one process"): "there are no shards",
+    ("checkpoints of torch", "DeepSpeed"): "it has checkpoints of its own",
+    ("checkpoints, resumed", "TP"): "a program of one's own takes those of torch.distributed.checkpoint",
+    ("aim", "DeepSpeed"): "of runs of `soul unlearn`",
+    ("evaluation", "DeepSpeed"): "of runs of `soul unlearn`",
+    ("influence", "DeepSpeed"): "of runs of `soul unlearn`",
+    ("compilation", "TP"): "of runs of `soul unlearn`",
+    ("compilation", "DeepSpeed"): "of runs of `soul unlearn`",
+    ("CUDA graphs", "one process"): "needs a GPU: `make test-gpu`",
+    ("CUDA graphs", "TP"): "of runs of `soul unlearn`",
+    ("head in shards", "one process"): "there are no shards",
+    ("head in shards", "TP"): "as the loss of a head along the vocabulary",
+    ("head in shards", "DeepSpeed"): "of runs of `soul unlearn`",
+    ("loss of a head", "one process"): "there are no shards",
+    ("loss of a head", "FSDP2"): "as the head in shards",
+    ("loss of a head", "HSDP"): "as the head in shards",
+    ("loss of a head", "DeepSpeed"): "ZeRO gathers the head",
+    ("parameters in main memory", "TP"): "a policy of FSDP2",
+    ("parameters in main memory", "DeepSpeed"): "a policy of FSDP2",
+}
+
 
 class Mark(NamedTuple):
     """A mark of a test; ``reason`` is None if the test covers the feature."""
@@ -55,7 +78,11 @@ def table(marked):
             covered = [mark.test for mark in here if mark.reason is None]
             refused = [mark.reason for mark in here if mark.reason is not None]
             numbers = [notes.setdefault(test, len(notes) + 1) for test in covered]
-            cells.append(f"tested [{', '.join(map(str, numbers))}]" if covered else f"refused: {refused[0]}" if refused else "")
+            reasons = [why for (start, of), why in NONE.items() if feature.startswith(start) and of == layout]
+            if covered:
+                cells.append(f"tested [{', '.join(map(str, numbers))}]")
+            else:
+                cells.append(f"refused: {refused[0]}" if refused else f"none: {reasons[0]}" if reasons else "")
         lines.append(f"| {' | '.join([feature, *cells])} |")
     return "\n".join([*lines, "", *(f"{number}. `{test}`" for test, number in notes.items())]) + "\n"
 
