@@ -372,7 +372,7 @@ def noise_worker(folder):
         param.grad = torch.ones_like(param)
         opt = SOUL([param], lr=0.1, **options)
         opt.step()
-        offsets.append(next(iter(opt._stepper.stepped.values()))[0].tensor_offsets[0])
+        offsets.append(opt._stepper.stepped[id(opt.param_groups[0])][0].tensor_offsets[0])
         checkpoint = opt.state_dict()
         opt.load_state_dict(copy.deepcopy(checkpoint))
         del checkpoint["param_groups"][0]["noise"]  # of the first version, which had no number
@@ -462,7 +462,7 @@ def tensor_parallel_worker(folder):
     net(batch(0)[0]).square().sum().backward()
     norm = torch.cat([p.grad.full_tensor().flatten() for p in net.parameters()]).norm().item()
     opt.step()
-    offsets = [offset for step_group in opt._stepper.stepped[0] for offset in step_group.tensor_offsets]
+    offsets = [offset for step_group in opt._stepper.stepped[id(opt.param_groups[0])] for offset in step_group.tensor_offsets]
     result = {"norm": norm, "rho": opt.param_groups[0]["rho"].item(), "telemetry": opt.telemetry(), "offsets": offsets}
     hybrids = [hybrid(*case, folder / f"hybrid {number}") for number, case in enumerate(HYBRID)]
     return result | {"hybrid": hybrids, "blocks": blocks(mesh)}
