@@ -32,6 +32,7 @@ NONE = {
     ("loss of a head", "FSDP2"): "as the head in shards",
     ("loss of a head", "HSDP"): "as the head in shards",
     ("loss of a head", "DeepSpeed"): "ZeRO gathers the head",
+    ("NPO with one ratio", "DeepSpeed"): "every process forms the ratio of its own batch",
     ("parameters in main memory", "TP"): "a policy of FSDP2",
     ("parameters in main memory", "DeepSpeed"): "a policy of FSDP2",
 }
