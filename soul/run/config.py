@@ -75,8 +75,8 @@ class UnlearnConfig:
         batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
-        head_in_shards: with several processes, never gather the output head, nor embeddings that are tied to it: each of them
-            has its rows of the vocabulary, and their gradient, alone.
+        head_in_shards: with several processes, never gather the output head, nor the embeddings: each of them has its rows of
+            the vocabulary, and their gradient, alone.
         max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
             step.
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.

@@ -37,7 +37,7 @@ COPIES = {
         "llama, untied",
         {**CURVATURE, "state_dtype": None, "accumulate": 2, "batch_size": 2, "gradient_checkpointing": True},
     ),
-    # Of the head there is one copy, of all else there are two.
+    # Of head and embeddings there is one copy, of all else there are two.
     "influence": (
         "llama, tied",
         {
@@ -51,8 +51,8 @@ COPIES = {
     "compiled": ("gpt2, tied", {"method": "ga", "optimizer": "adamw", "compile": True}),
 }
 IN_MAIN_MEMORY = ("llama, untied", {"method": "npo", "clip_target": 0.5, "eval_every": 2, "backend": "torch"})
-# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4. The head
-# is cut over all processes, everything else over two.
+# 24-bit weights with 8-bit states; the first process alone reads the model. Checkpoints after each second step of 4. Head and
+# embeddings are cut over all processes, everything else over two.
 BF16 = {"method": "graddiff", "state_dtype": "8bit", "backend": "torch", "replicas": 2, "head_in_shards": True}
 SAVED = {"dtype": "bfloat16", "save_every": 2, "files": "by name"}
 CASES = {

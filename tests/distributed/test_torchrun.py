@@ -73,7 +73,7 @@ EQUAL = {
     "influence, streamed": ("gpt2, tied", {"method": "influence", "method_options": {
         "curvature": "woodfisher", "damping": 1.0, "memory_gb": 1e-9, "blockwise": True}}),
 }  # fmt: skip
-# The head is never gathered.
+# Head and embeddings are never gathered.
 IN_SHARDS = {"backend": "torch", "head_in_shards": True}
 EQUAL |= {
     "head in shards, an empty part": ("llama, untied", {"method": "ga", "batch_size": 1, "optimizer": "adamw", **IN_SHARDS}),
@@ -91,7 +91,8 @@ RELEASED = {
     "released, micro-batches": "micro-batches, pairs, no clipping",
     "released, curvature": "curvature, no clipping",
 }
-KEPT = {"curvature, no clipping": ("llama, untied", {**EQUAL["curvature"][1], "max_grad_norm": None, "state_dtype": "8bit"})}
+KEPT = {"curvature, no clipping": ("llama, untied", {
+    **EQUAL["curvature"][1], "max_grad_norm": None, "state_dtype": "8bit", **IN_SHARDS})}  # fmt: skip
 # Adapters: the reference is the model without them, computed in every step for KL, and once before it for NPO. Dropout on their
 # inputs; merged and saved a tensor at a time; adapters alone, which are resumed.
 LORA = ("llama, untied", {"method": "klmin", "batch_size": 4}, {"adapters": {"rank": 3}})
@@ -164,7 +165,8 @@ CASES = {
     "by time": saved(SAVED, "by time", save_every=0, save_minutes=8, clock=[240.0, 0.0]),
     "asked": ["llama, tied", {"method": "npo"}, {"output": "asked", "samples": 2}],
     "adapters": [*LORA],
-    "adapters merged": saved(LORA, "merged", merge=True),
+    # Frozen embeddings, looked up in shards.
+    "adapters merged": saved((LORA[0], {**LORA[1], **IN_SHARDS}, LORA[2]), "merged", merge=True),
     "adapters whole": saved(LORA_SAVED, "adapters whole", files="by name"),
     "adapters stopped": saved(LORA_SAVED, "adapters broken", stop=3),
     "adapters resumed": saved(LORA_SAVED, "adapters broken", resume=True),
@@ -668,16 +670,26 @@ class ScaledEmbedding(torch.nn.Embedding):
         return 2.0 * super().forward(ids)
 
 
-def test_a_head_in_shards_is_made_of_plain_layers(group_of_one):
-    """Nothing was changed where it is refused; an untied embedding may be anything."""
-    untied, tied = tiny_model("llama, untied"), tiny_model("llama, tied")
-    for model in (untied, tied):
+def test_head_and_embeddings_in_shards_are_plain_layers(group_of_one):
+    """Nothing was changed where a layer is refused. Untied embeddings other than torch's own are gathered, as positions are."""
+    kinds = ("llama, untied", "gpt2, tied", "llama, untied", "llama, untied", "llama, tied")
+    plain, tied, scaled, clipped, both = map(tiny_model, kinds)
+    clipped.get_input_embeddings().max_norm = 1.0
+    for model in (scaled, both):
         model.get_input_embeddings().__class__ = ScaledEmbedding
-    shard(untied, torch.device("cpu"), head_in_shards=True)
-    assert all(is_sharded(p) for p in untied.parameters())
-    with pytest.raises(ValueError, match="head_in_shards: expected a torch.nn.Embedding, got ScaledEmbedding; what"):
-        shard(tied, torch.device("cpu"), head_in_shards=True)
-    assert not any(is_sharded(p) for p in tied.parameters())
+    ids = torch.tensor([[3, 7, 3]])
+    for model, gathers in ((plain, False), (tied, False), (scaled, True), (clipped, True)):
+        embeddings = model.get_input_embeddings()
+        want = embeddings(ids)
+        shard(model, torch.device("cpu"), head_in_shards=True)
+        assert all(is_sharded(p) for p in model.parameters())
+        model.unshard()
+        assert is_sharded(model.get_output_embeddings().weight) and is_sharded(embeddings.weight) != gathers
+        assert torch.equal(embeddings(ids), want)
+    assert not is_sharded(tied.transformer.wpe.weight)
+    with pytest.raises(ValueError, match=r"head_in_shards: expected a torch.nn.Embedding, got ScaledEmbedding\(.*\); what"):
+        shard(both, torch.device("cpu"), head_in_shards=True)
+    assert not any(is_sharded(p) for p in both.parameters())
 
 
 def test_one_process_is_told_that_its_head_is_whole():

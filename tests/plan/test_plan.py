@@ -502,20 +502,28 @@ def test_options_that_take_longer():
     assert floor_seconds(sharded) == max(sharded["network"], sharded["matrix products"]) + sharded["optimizer"]
 
 
-@pytest.mark.parametrize("ranks, layout", [(64, {}), (256, {}), (256, dict(replicas=4))], ids=str)
-def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
-    """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly."""
+@pytest.mark.parametrize("ranks, tied, layout", [
+    (64, False, {}), (256, False, {}), (64, False, dict(head_in_shards=True)), (256, False, dict(replicas=4)),
+    (256, True, dict(replicas=4, head_in_shards=True)), (64, False, dict(replicas=4, head_in_shards=True, cpu_offload=True)),
+], ids=str)  # fmt: skip
+def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, tied, layout):
+    """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly.
+
+    Parameters that are kept in main memory are those that FSDP2 cuts.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8)
-    config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=False)
+    config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=tied)
     planned = plan(shape_of(config), config_of(state_dtype="8bit", **layout), gpus=ranks)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         shard(model, torch.device("cpu"), **layout)
-        params = list(model.parameters())
+        parts = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
+        in_shards = parts if "head_in_shards" in layout else set()
+        params = list(in_shards if "cpu_offload" in layout else model.parameters())
         states = [new_state(param, SOUL(params, state_dtype="8bit").param_groups[0], ()) for param in params]
         counted = {
             "parameters": sum(local(param).nbytes for param in params),
@@ -523,11 +531,12 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
             "optimizer states": sum(local(tensor).nbytes for state in states for tensor in state.values()),
         }
         layers = {param for layer in model.model.layers[:2] for param in layer.parameters()}
-        outside = {param for name, param in model.named_parameters() if ".layers." not in name}
+        outside = {param for name, param in model.named_parameters() if ".layers." not in name} - in_shards
         whole = sum(2 * param.numel() for param in layers | outside)
     finally:
         torch.distributed.destroy_process_group()
     assert resident(planned.case) == pytest.approx(counted, rel=0.05)
+    whole *= 1 + ("cpu_offload" in layout) / 2 / planned.case.shards  # the shards of a layer on their way up
     assert planned.phases[FORWARD]["gathered from shards"] == pytest.approx(whole, rel=0.05)
 
 
@@ -535,6 +544,7 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
 @pytest.mark.parametrize("ranks, options", [
     (64, dict()), (256, dict(checkpoints=True)), (64, dict(checkpoints=True, dtype="float32")),
     (64, dict(checkpoints=True, layout=dict(head_in_shards=True, replicas=4))),
+    (256, dict(tied=True, layout=dict(head_in_shards=True))), (4, dict(checkpoints=True, layout=dict(head_in_shards=True))),
     (64, dict(checkpoints=True, layout=dict(cpu_offload=True))),
     (256, dict(checkpoints=True, adapters=dict(rank=8, targets="all-linear"))),
 ], ids=str)  # fmt: skip
@@ -545,9 +555,9 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    options = dict(checkpoints=False, dtype="bfloat16", adapters=None, layout={}) | options
+    options = dict(checkpoints=False, dtype="bfloat16", adapters=None, layout={}, tied=False) | options
     sizes = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=False)
+    config = LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=options["tied"])
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options["dtype"]))
@@ -566,7 +576,7 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
         torch.distributed.destroy_process_group()
     run = config_of(gradient_checkpointing=options["checkpoints"], **options["layout"])
     tokens = Tokens(4, 96, labelled=4)
-    hardware = "sdpa", card_of("h100"), ranks
+    hardware = "sdpa", card_of("2:1000:1000"), ranks  # its chunks are those of a CPU
     case = Case(shape, run, tokens, options["dtype"], options["adapters"], *hardware, autocast=False)
     always = sum(resident(case).values())
     planned = {phase: sum(components.values()) - always for phase, components in phases(case).items()}
@@ -630,10 +640,13 @@ def test_layouts_of_several_cards():
     n_params, n_head = 70_553_706_496, 128256 * 8192
     name = "head's gradient in fp32"
     assert head.phases[FORWARD][name] == 4 * n_head / 16 == base.phases[FORWARD][name] / 16
-    # The hidden states of all labelled tokens are gathered in place of the head.
+    # The hidden states of all tokens go to all processes and back, in place of the head and of the embeddings.
     assert base.seconds["network"] - head.seconds["network"] == pytest.approx(
-        (15 / 16 * n_head * (2 + 4) - 15 * 4096 * 8192 * (2 + 4)) / 50e9
+        (15 / 16 * 2 * n_head * (2 + 4) - 15 * 4096 * 8192 * (2 + 4 + 2 + 2)) / 50e9
     )
+    both = layout(head_in_shards=True, replicas=2)
+    for component, held in both.phases[STEP].items():  # the layers exist twice, head and embeddings once
+        assert held == pytest.approx(2 * base.phases[STEP][component] * (1 - n_head / n_params), rel=1e-3)
     for component in ("parameters", "optimizer states", "low bits"):
         assert copies.phases[STEP][component] == pytest.approx(2 * base.phases[STEP][component])
     outside = 2 * n_head + 8192
