@@ -106,7 +106,8 @@ def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterat
         probes = carrier.new_tensor(PROBES)
         probes = torch.nn.functional.pad(probes, (0, max(0, _width(weight) - len(carrier) - len(probes))))
         calls.append((value.detach(), probes))
-        return _as_logits(torch.cat([carrier, probes])[None, None], weight)
+        row = torch.cat([carrier[None, None], probes[None, None]], dim=2)  # no view, of which FSDP2 would warn
+        return _as_logits(row, weight)
 
     def value_of(logits: Tensor) -> Tensor:
         if len(calls) != 1:

@@ -30,14 +30,15 @@ CASES = {
     "h of the retain batch": (losses.GradDiff(), {"optimizer": "sophiag", "curvature": "retain_fisher", "every": 2}),
 }
 BATCH = 4  # sequences of a step, of one length: means are the same whoever takes which
-N_BATCHES = {"one process": 1, "FSDP2": 2, "HSDP": 4, "TP": 1}  # processes with a batch of their own
+CUT_BY_TRANSFORMERS = {"TP": {"tp_size": 2}, "FSDP2 over TP": {"fsdp_size": 2, "tp_size": 2}}
+N_BATCHES = {"one process": 1, "FSDP2": 2, "HSDP": 4, "TP": 1, "FSDP2 over TP": 2}  # processes with a batch of their own
 
 
 def loaded(folder, layout):
     """Return the model of all tests; for tensor parallelism cut by transformers, which reads it from the directory."""
-    if layout != "TP":
+    if layout not in CUT_BY_TRANSFORMERS:
         return tiny_model("llama, untied")
-    config = transformers.distributed.DistributedConfig(tp_size=2)
+    config = transformers.distributed.DistributedConfig(**CUT_BY_TRANSFORMERS[layout])
     return transformers.AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config, dtype=torch.float32)
 
 
@@ -63,7 +64,7 @@ def trained(folder, name, layout, ref_model=None):
     return trainer, [[entry["loss"], entry["clip_fraction"]] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def worker(folder, layout):
+def worker(_, folder, layout):
     """Return for each case the whole parameters and the log; before FSDP2's, those of a program without a Trainer."""
     from accelerate.state import AcceleratorState
 
@@ -74,16 +75,16 @@ def worker(folder, layout):
     results = {}
     if layout == "FSDP2":
         results["program"] = program(folder, sharded=True)
-    if layout != "TP":
+    if layout not in CUT_BY_TRANSFORMERS:
         os.environ |= FSDP2_PLUGIN
     for name, (objective, _) in CASES.items():
         ref_model = None
-        if layout == "TP" and objective.divergence:
+        if layout in CUT_BY_TRANSFORMERS and objective.divergence:
             with pytest.raises(ValueError, match="ref_model: expected a reference model for NPO, .* distributed_config"):
                 trained(folder, name, layout)
             ref_model = loaded(folder, layout)
         trainer, log = trained(folder, name, layout, ref_model)
-        assert trainer.accelerator.is_fsdp2 == (layout != "TP")
+        assert trainer.accelerator.is_fsdp2 == (layout not in CUT_BY_TRANSFORMERS)
         parameters = [whole(parameter).detach() for parameter in trainer.model.parameters()]
         results[name] = [parameters, log, str(trainer.model.lm_head.weight.placements)]
         AcceleratorState._reset_state()
@@ -156,9 +157,9 @@ def assert_trained_alike(results, one_process, placements):
 
 
 @pytest.mark.covers("Trainer mixin", "FSDP2")
-def test_two_shards_are_one_process(folder, one_process):
+def test_two_shards_are_one_process(folder, one_process, tmp_path):
     """Also a program without a Trainer: both processes have the same batch, so their mean gradient is that of one."""
-    results = run(folder, worker, "FSDP2")
+    results = run(tmp_path, worker, folder, "FSDP2")
     values, parameters = program(folder, sharded=False)
     for got_values, got in (result["program"] for result in results):
         assert torch.allclose(got_values, values, rtol=1e-5)
@@ -167,12 +168,25 @@ def test_two_shards_are_one_process(folder, one_process):
 
 
 @pytest.mark.covers("Trainer mixin", "HSDP")
-def test_two_copies_of_two_shards_are_one_process(folder, one_process):
-    assert_trained_alike(run(folder, worker, "HSDP", world=4), one_process, "(Replicate(), Shard(dim=0))")
+def test_two_copies_of_two_shards_are_one_process(folder, one_process, tmp_path):
+    assert_trained_alike(run(tmp_path, worker, folder, "HSDP", world=4), one_process, "(Replicate(), Shard(dim=0))")
 
 
-@pytest.mark.skipif(not hasattr(transformers, "distributed"), reason="transformers without tensor parallelism by DTensors")
+needs_distributed_config = pytest.mark.skipif(
+    not hasattr(transformers, "distributed"), reason="transformers without tensor parallelism by DTensors"
+)
+
+
+@needs_distributed_config
 @pytest.mark.covers("Trainer mixin", "TP")
-def test_tensor_parallelism_is_one_process(folder, one_process):
+def test_tensor_parallelism_is_one_process(folder, one_process, tmp_path):
     """With a reference model that is passed where the objective needs one: the model itself cannot be copied."""
-    assert_trained_alike(run(folder, worker, "TP"), one_process, "(Shard(dim=0),)")
+    assert_trained_alike(run(tmp_path, worker, folder, "TP"), one_process, "(Shard(dim=0),)")
+
+
+@needs_distributed_config
+def test_shards_of_tensor_parallelism_are_one_process(folder, one_process, tmp_path):
+    """Layers are in shards of FSDP2, cut from those of tensor parallelism, and only a forward pass gathers them."""
+    assert_trained_alike(
+        run(tmp_path, worker, folder, "FSDP2 over TP", world=4), one_process, "(_StridedShard(dim=0, sf=2), Shard(dim=0))"
+    )
