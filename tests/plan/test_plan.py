@@ -547,6 +547,7 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, tied, layout):
     (256, dict(tied=True, layout=dict(head_in_shards=True))), (4, dict(checkpoints=True, layout=dict(head_in_shards=True))),
     (64, dict(checkpoints=True, layout=dict(cpu_offload=True))),
     (256, dict(checkpoints=True, adapters=dict(rank=8, targets="all-linear"))),
+    (4, dict(checkpoints=True, adapters=dict(rank=8, targets="all-linear"), layout=dict(head_in_shards=True))),
 ], ids=str)  # fmt: skip
 def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
     """The peak of a micro-batch, forward and backward, on rank 0 of a group whose other processes do not exist.
@@ -661,6 +662,14 @@ def test_layouts_of_several_cards():
     assert "16 x h100, FSDP2 with 2 copies of the shards" in copies.title()
 
 
+def test_embeddings_that_do_more_than_look_up_rows_are_gathered():
+    """Those of Gemma are scaled; a run refuses them where they are tied to the head, and so does the plan."""
+    config = FAMILIES["gemma2, capped"]()
+    config.tie_word_embeddings = False
+    case = plan(config, config_of(head_in_shards=True), gpus=2).case
+    assert not case.looks_up and case.vocabulary == {(case.shape.vocab, case.shape.hidden): 1}
+
+
 def test_layouts_are_among_the_ways():
     """Each is an option of the command, whose parser takes the line."""
     listed = [
@@ -677,6 +686,8 @@ def test_layouts_are_among_the_ways():
         layout = case.replicas, case.cpu_offload, case.head_in_shards, case.load_in_4bit
         assert layout == (run.replicas, run.cpu_offload, run.head_in_shards, run.load_in_4bit)
         assert run.batch_size == case.config.batch_size * case.gpus
+    frozen = [way for way in listed if way.plan.case.adapters is not None]
+    assert any(way.plan.case.head_in_shards for way in frozen)  # head and embeddings are gathered there too
     for name, default in (("replicas", 1), ("cpu_offload", False), ("head_in_shards", False), ("load_in_4bit", False)):
         assert any(getattr(run, name) != default for run in runs), name
 
@@ -704,6 +715,8 @@ def test_cards():
     (lambda: plan("1b", load_in_4bit=True), "load_in_4bit: expected adapters"),
     (lambda: plan("1b", config_of(replicas=3), gpus=4), "replicas: expected a divisor of 4"),
     (lambda: plan("1b", config_of(cpu_offload=True)), "cpu_offload: expected False with one process"),
+    (lambda: plan(FAMILIES["gemma2, capped"](), config_of(head_in_shards=True), gpus=2),
+     "head_in_shards: expected embeddings that are a torch.nn.Embedding, got those of gemma2, which are tied to the head"),
     (lambda: ways("1b", UnlearnConfig(), gpus=2, load_in_4bit=True, dtype="int8"), "dtype"),
     (lambda: plan("1b", length=0), "length"),
     (lambda: plan("1b", tokens=Tokens(2, 8, labelled=17)), "labelled: expected .* at most 16"),
