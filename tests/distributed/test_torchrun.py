@@ -82,7 +82,8 @@ EQUAL |= {
     "head in shards, curvature, evaluation": ("llama, untied", {
         "method": "ceu", "curvature": "retain", "curvature_every": 2, "bs": 8, "gradient_checkpointing": True, "eval_every": 2,
         "eval_metrics": ["forget_rouge"], "keep_best": "max forget_prob", **IN_SHARDS}),
-    "tied head in shards, influence": ("llama, tied", {
+    # Beside a table of positions, which is gathered.
+    "tied head in shards, influence": ("gpt2, tied", {
         "method": "influence", "method_options": {"curvature": "fisher", "clip": 1e-2}, **IN_SHARDS}),
 }  # fmt: skip
 DRAWN = {"method": "npo", "curvature": "gnb", "curvature_every": 2, "bs": 8, "accumulate": 2, "batch_size": 1}
