@@ -18,6 +18,7 @@ from soul_kernels.lookup import look_up
 from soul_kernels.tokens import Head
 from tests.distributed.test_head_shards import OPS, OURS, VARIANTS, B, D, call, in_one_process, make
 from tests.distributed.test_processes import run
+from tests.support import parity
 from tests.support.helpers import assert_close, loose
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -239,10 +240,14 @@ def test_embeddings_in_shards_are_those_of_the_whole_table(results):
             assert not got["gradient"][3].any()
 
 
+@pytest.mark.counts
 def test_no_process_ever_has_the_whole_gradient_of_the_head(results):
     """Of two processes each has half of it: the fp32 tensor of a whole head has V D 4 bytes."""
     for process in results:
         assert process["bytes"] == [N_BYTES * D * 4, N_BYTES // 2 * D * 4]
+        parity.count(
+            f"fp32 gradient of a head of {N_BYTES:,} x {D}, in each of two processes; head in shards", *process["bytes"]
+        )
 
 
 @pytest.mark.slow(reason="starts processes that run kernels in Triton's interpreter")
