@@ -4,8 +4,8 @@ It is what Linux counts of all of them together beyond what they had before (Pss
 The model has 106 million parameters in bf16.
 """
 
+import functools
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -95,14 +95,14 @@ def worker(folder, tiny_folder, model_folder):
         load(tiny_folder, "float32")  # which imports all modules
         for dtype in ("float32", "bfloat16"):
             model = None  # of the call before
-            model, taken = most_bytes(lambda: load(model_folder, dtype))
+            model, taken = most_bytes(functools.partial(load, model_folder, dtype))
             loaded.setdefault(dtype, []).append(taken)
     saved = []
     for save in (saved_at_once, saved_one_by_one):
         target = folder / save.__name__
         if Processes.here().first:
             target.mkdir()
-        saved.append(most_bytes(lambda: save(model, target))[1])
+        saved.append(most_bytes(functools.partial(save, model, target))[1])
     return {"loaded": loaded, "saved": saved}
 
 
