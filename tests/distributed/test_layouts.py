@@ -100,7 +100,7 @@ CASES = {
         {**IN_MAIN_MEMORY[1], "cpu_offload": True, "head_in_shards": True},
         {},
     ],
-    "aim": [AIM[0], {**AIM[1], "epochs": 3, "replicas": 2, "head_in_shards": False}, {"output": "aim"}],
+    "aim": [AIM[0], {**AIM[1], "epochs": 6, "replicas": 2, "head_in_shards": False}, {"output": "aim"}],
     "graph": ["llama, tied", {"cuda_graph": True, "replicas": 2}, {"output": "refused"}],
     "three copies": ["llama, untied", {**BF16, "replicas": 3}, {"output": "refused"}],
 }
@@ -171,7 +171,7 @@ def test_copies_resume_bit_for_bit(results, folder):
 
 @pytest.mark.covers("aim", "HSDP")
 def test_all_copies_are_led_to_an_aim_alike(results, folder, tmp_path):
-    """The log of one process, and its weights."""
+    """As one process is; the weights are those of the nearest point, which is not the last one."""
     family, options, _ = CASES["aim"]
     assert_as_one(family, options, results["aim"], {"output": tmp_path / "one"})
     assert "forget_prob" in json.loads((folder / "aim" / "verdict.json").read_text())

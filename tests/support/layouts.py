@@ -24,6 +24,7 @@ UNITS = {
     "element": "of an element",
     "norm": "of the norm",
     "absolute": "in a parameter",
+    "log": "of a number of the log",
 }
 
 # Cells that no test can fill: (start of the feature's name, layout) -> why.

@@ -7,6 +7,7 @@ all of them on the page.
 """
 
 import datetime
+import math
 import os
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -80,6 +81,19 @@ def elements_alike(got, want, rtol=0.0, atol=0.0, case="", versus=ONE):
         assert value.dtype == wanted.dtype, f"{case}: {name}"
         errors.append(((value.double() - wanted.double()).abs() / (wanted.double().abs() + atol / rtol)).flatten())
     within("element", torch.cat(errors).max(), rtol, case, versus)
+
+
+def logs_alike(got, want, rel=1e-4, floor=0.1, case="", versus=ONE):
+    """Compare the records of two logs: |got - want| <= rel max(|want|, floor) for each number, the rest is the same."""
+    assert [list(record) for record in got] == [list(record) for record in want]
+    errors = [0.0]
+    for value, wanted in ((one[name], other[name]) for one, other in zip(got, want) for name in other):
+        if isinstance(wanted, float):
+            errors.append(abs(value - wanted) / max(abs(wanted), floor))
+        else:
+            assert value == wanted, case
+    assert not any(map(math.isnan, errors)), case
+    within("log", max(errors), rel, case, versus)
 
 
 def norms_alike(got, want, limit, case, versus):
