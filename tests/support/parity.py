@@ -46,7 +46,7 @@ _of_test: list[Measured | Counted] = []  # of the test that runs
 def within(unit, error, limit, case, versus=ONE):
     """Assert that a difference is within its limit, and keep it."""
     error = float(error.detach() if isinstance(error, torch.Tensor) else error)
-    assert error <= limit, f"{case}: {error:.1e} > {limit:.0e} {layouts.UNITS[unit]}"
+    assert 0 <= error <= limit, f"{case}: {error:.1e} > {limit:.0e} {layouts.UNITS[unit]}"
     _of_test.append(Measured(unit, versus, limit, error, str(case)))
 
 
