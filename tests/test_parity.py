@@ -62,18 +62,17 @@ def test_of_each_kind_the_largest_is_written_and_the_numbers_of_other_tests_stay
     monkeypatch.setattr(layouts, "MEASURED", tmp_path / "parity.json")
     layouts.MEASURED.write_text("{}")
     numbers = [Measured("movement", parity.ONE, 1e-4, error, case) for error, case in ((1e-6, "a"), (3.14159e-6, "b"))]
-    numbers += [Measured("bits", "a run", 0.0, 0.0, "a"), Counted("x", 8, 4), Counted("x", 8, 4)]
+    numbers += [Measured("bits", "a run", 0.0, 0.0, "a"), *[Counted("x", 8, 4_200_000_000, "counted")] * 2]
     entry = parity.entry(numbers)
     assert entry["measured"] == [
         {"unit": "movement", "versus": parity.ONE, "limit": 1e-4, "error": 3.1e-6, "case": "b", "cases": 2},
         {"unit": "bits", "versus": "a run", "limit": 0.0, "error": 0.0, "case": "a", "cases": 1},
     ]
-    assert entry["bytes"] == [{"what": "x", "before": 8, "after": 4}]
+    assert entry["bytes"] == [{"what": "x", "before": 8, "after": 4_200_000_000, "how": "counted"}]
     layouts.write_measured({one: entry, "tests/test_gone.py::test_gone": entry})
     layouts.write_measured({other: parity.entry(numbers[:1])})
     assert list(layouts.measured()) == [one, other] and layouts.measured()[one] == entry
     notes = "\n".join(layouts.notes_of([one, "tests/test_x.py::test_x"]))
-    assert (
-        f"1. `{one}`: differs from one process by at most 3.1e-6 of the movement (limit 1e-4; largest of 2 cases: b); " in notes
-    )
-    assert "bit for bit as a run\n2. `tests/test_x.py::test_x`\n" in notes and "| x | 8 | 4 |" in layouts.table_of_bytes()
+    words = "differs from one process by at most 3.1e-6 of the movement (limit 1e-4; largest of 2 cases: b)"
+    assert f"1. `{one}`: bit for bit as a run; {words}\n2. `tests/test_x.py::test_x`\n" in notes
+    assert f"| x | 8 | 4.2 GB | counted: `{one}` |" in layouts.table_of_bytes()

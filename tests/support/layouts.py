@@ -108,12 +108,21 @@ def write_measured(entries):
     MEASURED.write_text("{\n" + text + "\n}\n", encoding="utf-8")
 
 
-def difference(unit, versus, limit, error, case, cases):
-    """Return a measured difference in words."""
-    if unit == "bits":
-        return f"bit for bit as {versus}" + (f" ({cases} cases)" if cases > 1 else "")
-    where = f"; largest of {cases} cases: {case}" if cases > 1 else ""
-    return f"differs from {versus} by at most {short(error)} {UNITS[unit]} (limit {short(limit)}{where})"
+def differences(ones):
+    """Return the measured differences of a test in words."""
+    by_versus = {}
+    for one in ones:
+        how_many = f" ({one['cases']} cases)" if one["cases"] > 1 else ""
+        where = f"; largest of {one['cases']} cases: {one['case']}" if how_many else ""
+        numbers = f"{short(one['error'])} {UNITS[one['unit']]} (limit {short(one['limit'])}{where})"
+        exact, within = by_versus.setdefault(one["versus"], ([], []))
+        if one["unit"] == "bits":
+            exact.append(how_many)
+        else:
+            within.append(numbers)
+    words = [f"bit for bit as {versus}{exact[0]}" for versus, (exact, _) in by_versus.items() if exact]
+    words += [f"differs from {versus} by at most {', '.join(within)}" for versus, (_, within) in by_versus.items() if within]
+    return "; ".join(words)
 
 
 def short(number):
@@ -127,19 +136,29 @@ def notes_of(tests):
     by_test = measured()
     lines = []
     for number, test in enumerate(tests, start=1):
-        differences = [difference(**one) for one in by_test.get(test, {"measured": []})["measured"]]
-        lines.append(f"{number}. `{test}`" + (f": {'; '.join(differences)}" if differences else ""))
+        words = differences(by_test[test]["measured"]) if test in by_test else ""
+        lines.append(f"{number}. `{test}`" + (f": {words}" if words else ""))
     where = {f"{one['machine']}, torch {one['torch']}, {one['date']}" for one in by_test.values()}
     return [*lines, "", f"Measured on: {'; '.join(sorted(where))}."]
 
 
 def table_of_bytes():
     """Return the table of bytes before and after."""
-    lines = ["| bytes | before | after | counted by |", "|---|---|---|---|"]
-    for test, entry in measured().items():
-        for one in entry["bytes"]:
-            lines.append(f"| {one['what']} | {one['before']:,} | {one['after']:,} | `{test}` |")
+    lines = ["| what, and the feature | before | after | how |", "|---|---|---|---|"]
+    rows = [
+        (one["what"], one["before"], one["after"], one["how"], test) for test, e in measured().items() for one in e["bytes"]
+    ]
+    for what, before, after, how, test in sorted(rows):
+        lines.append(f"| {what} | {bytes_of(before)} | {bytes_of(after)} | {how}: `{test}` |")
     return "\n".join(lines) + "\n"
+
+
+def bytes_of(number):
+    """Return a number of bytes with its unit."""
+    for size, unit in ((1e9, "GB"), (1e6, "MB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
+    return f"{number:,}"
 
 
 def table(marked):

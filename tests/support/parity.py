@@ -33,11 +33,12 @@ class Measured(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """Bytes without a feature and with it."""
+    """Bytes without a feature and with it, and how they were found: "counted", "measured" or "computed"."""
 
     what: str
     before: int
     after: int
+    how: str
 
 
 _of_test: list[Measured | Counted] = []  # of the test that runs
@@ -50,9 +51,9 @@ def within(unit, error, limit, case, versus=ONE):
     _of_test.append(Measured(unit, versus, limit, error, str(case)))
 
 
-def count(what, before, after):
-    """Keep the bytes that a test has counted, and has compared with what they ought to be, for the table of the page."""
-    _of_test.append(Counted(what, int(before), int(after)))
+def count(what, before, after, how="counted"):
+    """Keep bytes that a test has compared with what they ought to be, for the table of the page."""
+    _of_test.append(Counted(what, int(before), int(after), how))
 
 
 def bit_for_bit(got, want, case="", versus=ONE):
