@@ -307,7 +307,8 @@ def check_shards(model: torch.nn.Module) -> None:
         ArgumentError: its parameters are DTensors, and `shard` has not made them.
     """
     if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
-        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
+        remedy = "nothing would gather its head: put it in shards with soul.distributed.shard"
+        raise argument_error("model", "a whole model", "one in shards", remedy)
 
 
 def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:

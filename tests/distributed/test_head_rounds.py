@@ -19,6 +19,7 @@ from soul_kernels.lookup import look_up
 from soul_kernels.tokens import Head
 from tests.distributed.test_head_shards import OPS, OURS, VARIANTS, B, D, call, in_one_process, make
 from tests.distributed.test_processes import run
+from tests.support import parity
 from tests.support.helpers import assert_close, loose
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -244,11 +245,14 @@ def test_embeddings_in_shards_are_those_of_the_whole_table(results):
             assert not got["gradient"][3].any()
 
 
+@pytest.mark.counts
 def test_no_process_ever_has_the_whole_gradient_of_head_or_embeddings(results):
     """Of two processes each has half of it: the fp32 tensor of a whole head has V D 4 bytes. The embeddings' has a row for all
     tokens of other processes."""
     for process in results:
         assert process["bytes"] == [N_BYTES * D * 4, N_BYTES // 2 * D * 4, (N_BYTES // 2 + 1) * D * 4]
+        what = f"fp32 gradient of a head of {N_BYTES:,} x {D}, in each of two processes; head in shards"
+        parity.count(what, *process["bytes"][:2])
 
 
 def test_hidden_states_of_a_round_take_no_more_memory_than_its_logits():

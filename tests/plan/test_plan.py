@@ -45,6 +45,7 @@ from soul.run.step import train_step
 from soul_kernels import TokenBatch
 from soul_kernels.backends import interpreting
 from soul_kernels.errors import ArgumentError
+from tests.support import parity
 from tests.support.helpers import needs_kernels_on_cpu, peak_bytes
 from tests.support.live_bytes import LiveBytes
 from tests.support.models import FAMILIES, examples, tiny_model, tiny_tokenizer
@@ -329,11 +330,14 @@ def test_plan_command(capsys):
     assert "lora_targets: expected nothing without --lora-rank" in capsys.readouterr().err
 
 
+@pytest.mark.counts
 def test_offloaded_states_take_main_memory_and_the_link():
     """The 8B, all parameters, within 32 GB; the same states, but for two buckets of them, are in main memory."""
     options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
     inside, outside = plan("8b", config_of(**options)), plan("8b", config_of(**options, state_offload=True))
     assert outside.peak_bytes <= 32e9 and inside.host_bytes == 0
+    what = "llama-3.1-8b, all parameters, 8-bit states, release, checkpointing, on one card; states in main memory"
+    parity.count(what, inside.peak_bytes, outside.peak_bytes, "computed")
     sizes = inside.phases[FORWARD]
     assert outside.host_bytes == sizes["optimizer states"] + sizes["low bits"]
     assert outside.phases[FORWARD]["states on their way"] == 2 * BUCKET_BYTES
@@ -633,6 +637,7 @@ def test_a_base_of_four_bits_is_whole_on_each_card():
     assert "base in 4 bits" in listed.fitting[0].savings and "--lora-rank 16 --load-in-4bit" in listed.fitting[0].command
 
 
+@pytest.mark.counts
 def test_layouts_of_several_cards():
     def layout(gpus=16, **options):
         return plan("70b", config_of(gradient_checkpointing=True, **options), gpus=gpus)
@@ -641,6 +646,8 @@ def test_layouts_of_several_cards():
     n_params, n_head = 70_553_706_496, 128256 * 8192
     name = "head's gradient in fp32"
     assert head.phases[FORWARD][name] == 4 * n_head / 16 == base.phases[FORWARD][name] / 16
+    what = "fp32 gradient of the head of llama-3-70b, on each of 16 cards; head in shards"
+    parity.count(what, base.phases[FORWARD][name], head.phases[FORWARD][name], "computed")
     # The hidden states of all tokens go to all processes and back, in place of the head and of the embeddings.
     assert base.seconds["network"] - head.seconds["network"] == pytest.approx(
         (15 / 16 * 2 * n_head * (2 + 4) - 15 * 4096 * 8192 * (2 + 4 + 2 + 2)) / 50e9
