@@ -53,7 +53,7 @@ def check_codes_are_whole(model: torch.nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and not parameter.dtype.is_floating_point:
-            remedy = "cut its head alone, along the vocabulary, and leave quantized layers whole; or load the base in bf16"
+            remedy = "a cut parts codes from their scales: cut its head alone, along the vocabulary, or load the base in bf16"
             raise argument_error("model", "codes of 4 bits that are whole in each process", f"a shard of {name}", remedy)
 
 

@@ -150,7 +150,8 @@ class Case:
             raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
         if self.head_in_shards and self.shape.tied and not self.looks_up:
             got = f"those of {self.shape.name}, which are tied to the head"
-            raise argument_error("head_in_shards", "embeddings that are a torch.nn.Embedding", got, "leave it out")
+            remedy = "what another layer computes is not known: leave it out"
+            raise argument_error("head_in_shards", "embeddings that are a torch.nn.Embedding", got, remedy)
 
     @property
     def replicas(self) -> int:
