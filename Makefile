@@ -23,8 +23,9 @@ TESTS_PTX := tests/ptx tests/optim tests/models tests/test_losses.py tests/test_
     tests/run/test_influence.py tests/run/test_unlearner.py \
     $(filter-out %/test_compile.py %/test_compiled.py %/test_interpreter.py,$(wildcard tests/kernels/test_*.py))
 
-# Of parity: files with tests of layouts, of which test_torchrun.py takes longest.
-TESTS_PARITY := $(filter-out tests/clients/%,$(shell grep -rlE 'covers.*"(FSDP2|HSDP|TP)"|mark.counts' tests --include='test_*.py'))
+# Of parity: files with tests of layouts; the one that takes longest begins.
+LONGEST := tests/distributed/test_torchrun.py
+TESTS_PARITY := $(LONGEST) $(filter-out tests/clients/% $(LONGEST),$(shell grep -rlE 'covers.*"(FSDP2|HSDP|TP)"|mark.counts' tests --include='test_*.py'))
 # Of test-clients: whose code, and a checkout of locuslab/open-unlearning; without one only its interface is tested.
 CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.py))
 OPEN_UNLEARNING ?=
