@@ -35,7 +35,7 @@ TRACKERS = {
     "trackio": ["trackio>=0.43"],
     "mlflow": ["mlflow>=3.17"],
 }
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", "accelerate>=1.7", *DURABILITY]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", *DURABILITY, *QUANT]
 
 setup(
     name="soul-kernels",

@@ -310,6 +310,15 @@ def _embedded(embeddings: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor
     return look_up(ids, embeddings.weight, embeddings.padding_idx)
 
 
+def is_sharded_by_others(model: torch.nn.Module) -> bool:
+    """Tell whether FSDP2 has cut a model, but not `shard`: only a forward pass of the whole model then gathers its layers."""
+    if hasattr(model, COMPUTE) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def sharded_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Return the layers of a model that `shard` has cut, each of which is gathered on its own; [] for a whole model."""
     if not hasattr(model, COMPUTE):

@@ -9,9 +9,9 @@
     trainer.train()
 
 Without ``objective`` the mixin changes the optimizer only. It works with transformers 4.57 and 5, and with 4.45, which
-open-unlearning pins; with accelerate, DDP, FSDP2 and models wrapped by peft. Nothing is patched: the mixin overrides public
-methods of the Trainer and calls the base class for everything that is not its own. These methods must keep their names, and
-so must `SOULTrainerMixin.prepare_reference_model`, which `soul.integrations.open_unlearning` overrides.
+open-unlearning pins; with accelerate, DDP, FSDP2, HSDP, tensor parallelism and models wrapped by peft. Nothing is patched: the
+mixin overrides public methods of the Trainer and calls the base class for everything that is not its own. These methods must
+keep their names, and so must `SOULTrainerMixin.prepare_reference_model`, which `soul.integrations.open_unlearning` overrides.
 """
 
 import collections.abc
@@ -25,7 +25,7 @@ import torch
 
 from soul import losses
 from soul.data.examples import Sequence
-from soul.distributed.shards import hidden_sharding
+from soul.distributed.shards import hidden_sharding, is_sharded
 from soul.integrations import zero
 from soul.model_loss import unlearning_loss
 from soul.models import causal_lm
@@ -106,7 +106,8 @@ class SOULTrainerMixin(_Trainer):
         soul_args: as in `optimizer_of`. Also ``curvature`` ("retain_fisher" or "gnb", on the retain batch; for "sophiag",
             whose h stays 0 otherwise) and ``every`` (optimizer steps from one refresh to the next, 10).
         objective: a `soul.losses.Objective`; None: the Trainer's own loss.
-        ref_model: a frozen reference model for objectives that need one; None: a copy of the model is made if it is needed.
+        ref_model: a frozen reference model for objectives that need one; None: a copy of the model is made if it is needed,
+            which works for any model but one in shards (tensor parallelism).
             Without ``objective`` it goes to the base class, which must have an argument of this name, as TRL's DPOTrainer does.
         **kwargs: as for the Trainer.
 
@@ -286,6 +287,9 @@ class SOULTrainerMixin(_Trainer):
 
         Log-probabilities go into the data sets, if they are ours and nothing else is needed. A peft model is its own reference
         model, with its adapters off. Otherwise a copy of the model is kept.
+
+        Raises:
+            ArgumentError: the model would have to be copied, and its parameters are in shards already.
         """
         if self.ref_model is not None or not (objective.needs_reference or objective.divergence):
             return
@@ -296,6 +300,10 @@ class SOULTrainerMixin(_Trainer):
                 for dataset in ours:
                     dataset.add_reference(self.model)
         elif not causal_lm.has_adapters(causal_lm.bare(self.model)):
+            if any(map(is_sharded, self.model.parameters())):  # whose forward functions belong to this very model
+                expected = f"a reference model for {type(objective).__name__}, since a model in shards cannot be copied"
+                remedy = "load one with the same distributed_config, and pass it"
+                raise argument_error("ref_model", expected, None, remedy)
             self.ref_model = self.prepare_reference_model(self.model)
 
     def _trainer_assumes_division(self, num_items_in_batch: Any) -> bool:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from soul.distributed.processes import COMPUTE, Processes, gathered, is_finite, reshard, sharded_layers
-from soul.distributed.shards import is_sharded, local
-from soul.models.quantized import dequantized, is_quantized
+from soul.distributed.processes import COMPUTE, Processes, full, gathered, is_finite, reshard, sharded_layers
+from soul.distributed.shards import is_sharded, local, splits
+from soul.models.quantized import check_codes_are_whole, dequantized, is_quantized
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
 from soul_kernels.reference.token_logprob import transformed
@@ -451,12 +451,14 @@ def check_linear_head(model: "PreTrainedModel") -> None:
     into the head until logits reach 100, because small logits would not show a cap.
 
     Raises:
-        ArgumentError: the head is not linear, or has an adapter; a weight or a logit is not finite; or the logits differ.
+        ArgumentError: the head is not linear, or has an adapter; a weight or a logit is not finite; the logits differ; or codes
+            of 4 bits are in shards.
     """
     family = type(model).__name__
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise argument_error("model", "a linear language-model head", family, "this family is not supported")
+    check_codes_are_whole(model)
     weight, bias = head(model)
     options = transform(model)
     if weight.is_meta:  # the empty model of a plan has no values to try
@@ -467,21 +469,55 @@ def check_linear_head(model: "PreTrainedModel") -> None:
         hidden = hidden_states(model, trial)
         agree = hidden.shape[-1] == weight.shape[1]
         if agree:
-            largest = abs(options["logit_scale"]) * torch.nn.functional.linear(hidden, weight, bias).abs().max().float()
+            raw = raw_logits(hidden, weight, bias)
+            largest = abs(options["logit_scale"]) * raw.abs().max().float()
             enlarge = max(1.0, 100.0 / largest.clamp(min=1e-6).item())
-            formula = transformed(torch.nn.functional.linear(hidden * enlarge, weight, bias).float(), **options)
+            formula = transformed(raw_logits(hidden * enlarge, weight, bias).float(), **options)
             hook = layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * enlarge, *inputs[1:]))
             try:
-                logits = model(input_ids=trial.input_ids, attention_mask=trial.attention_mask, use_cache=False).logits.float()
+                logits = model(input_ids=trial.input_ids, attention_mask=trial.attention_mask, use_cache=False).logits
             finally:
                 hook.remove()
+            logits = of_all_processes(logits, weight).float()
             if not logits.isfinite().all():
                 check_weights(model)
                 remedy = "are the weights whole, and within the range of their dtype?"
                 raise argument_error("model", "finite logits", f"NaN or inf from {family}", remedy)
-            agree = formula.shape == logits.shape and (formula - logits).abs().max() <= 1e-2 * logits.abs().max()
+            agree = formula.shape == logits.shape and bool((formula - logits).abs().max() <= 1e-2 * logits.abs().max())
     if not agree:
         raise unexpected_logits_error(model)
+
+
+def raw_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``hidden @ weight.T + bias`` [..., V], whole, without gradient. Of a head in shards each process forms a part.
+
+    Args:
+        hidden: [..., D], the same in all processes.
+        weight: [V, D].
+        bias: [V] or None.
+    """
+    logits = torch.nn.functional.linear(hidden, local(weight), None if bias is None else local(bias))
+    return of_all_processes(logits, weight)
+
+
+def of_all_processes(logits: Tensor, weight: Tensor) -> Tensor:
+    """Return logits [..., V], whole, of a head in shards that may have returned those of this process's part of the vocabulary.
+
+    Args:
+        logits: [..., V], or the part of this process, as a plain tensor or as a DTensor.
+        weight: [V, D], the head's.
+    """
+    if is_sharded(logits):
+        return full(logits)
+    if logits.shape[-1] == len(weight):
+        return logits
+    from torch.distributed.tensor import DTensor, Shard
+
+    head_weight = cast("DTensor", weight)
+    columns = [Shard(logits.dim() - 1) if splits(placement) else placement for placement in head_weight.placements]
+    shape = torch.Size((*logits.shape[:-1], len(weight)))
+    stride = torch.empty(shape, device="meta").stride()
+    return full(DTensor.from_local(logits, head_weight.device_mesh, columns, run_check=False, shape=shape, stride=stride))
 
 
 def unexpected_logits_error(model: torch.nn.Module) -> ArgumentError:

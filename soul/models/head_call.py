@@ -31,6 +31,7 @@ from soul._extras import require
 from soul.distributed.processes import full
 from soul.distributed.shards import is_sharded, local
 from soul.models import causal_lm
+from soul.models.quantized import check_codes_are_whole
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.token_logprob import transformed
 from soul_kernels.tensors import has_data
@@ -60,7 +61,7 @@ def call_at_head(model: torch.nn.Module, inputs: Mapping[str, Tensor], function:
 
     Raises:
         ArgumentError: the model's logits are not a linear map of its hidden states, scaled and capped as its configuration
-            says; it does not call its head exactly once; or it is compiled as a whole.
+            says; it does not call its head exactly once; it is compiled as a whole; or its codes of 4 bits are in shards.
     """
     inner = causal_lm.bare(model)
     _check_not_compiled(model, inner)
@@ -87,6 +88,8 @@ def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterat
     """
     layer = head_layer(model)
     transform = causal_lm.transform(model)
+    if model not in _VERIFIED:
+        check_codes_are_whole(model)
     custom_forward = _custom_forward(layer)
     has_no_values = torch.compiler.is_compiling()
     verified = has_no_values or _VERIFIED.get(model) == transform
@@ -103,7 +106,8 @@ def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterat
         probes = carrier.new_tensor(PROBES)
         probes = torch.nn.functional.pad(probes, (0, max(0, _width(weight) - len(carrier) - len(probes))))
         calls.append((value.detach(), probes))
-        return _as_logits(torch.cat([carrier, probes])[None, None], weight)
+        row = torch.cat([carrier[None, None], probes[None, None]], dim=2)  # no view, of which FSDP2 would warn
+        return _as_logits(row, weight)
 
     def value_of(logits: Tensor) -> Tensor:
         if len(calls) != 1:
@@ -224,9 +228,9 @@ def _check_linear(
 ) -> None:
     """Raise unless the head's custom forward is ``hidden @ weight.T + bias``, by trying it at one position."""
     with torch.no_grad():
-        row = hidden.reshape(-1, hidden.shape[-1])[-1:]
-        got = forward(row)
-        expected = torch.nn.functional.linear(row, weight, bias)
+        row = full(hidden).reshape(-1, hidden.shape[-1])[-1:]
+        got = causal_lm.of_all_processes(forward(row), weight)
+        expected = causal_lm.raw_logits(row, weight, bias)
         if got.shape != expected.shape or not ((got - expected).abs() <= 1e-2 * expected.abs().max()).all():
             raise causal_lm.unexpected_logits_error(model)
 

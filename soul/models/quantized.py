@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from soul._extras import require
-from soul.distributed.shards import is_in_codes
+from soul.distributed.shards import is_in_codes, is_sharded
 from soul_kernels.errors import ArgumentError, argument_error
 
 if TYPE_CHECKING:
@@ -44,6 +44,17 @@ def four_bit_bytes(numel: int) -> int:
 def is_quantized(model: torch.nn.Module) -> bool:
     """Tell whether a model has quantized weights: transformers says so, or a weight has a state of bitsandbytes."""
     return bool(getattr(model, "is_quantized", False)) or any(map(is_in_codes, model.parameters()))
+
+
+def check_codes_are_whole(model: torch.nn.Module) -> None:
+    """Raise for a model whose codes of 4 bits tensor parallelism has cut.
+
+    A scale belongs to 64 codes in the order of memory, whatever the rows are, and bitsandbytes multiplies by whole weights.
+    """
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter) and not parameter.dtype.is_floating_point:
+            remedy = "cut its head alone, along the vocabulary, and leave quantized layers whole; or load the base in bf16"
+            raise argument_error("model", "codes of 4 bits that are whole in each process", f"a shard of {name}", remedy)
 
 
 def dequantized(weight: Tensor) -> Tensor:

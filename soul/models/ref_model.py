@@ -24,7 +24,7 @@ from torch import Tensor
 from soul._extras import require
 from soul.data.batches import Batch, collate
 from soul.data.examples import Sequence
-from soul.distributed.processes import COMPUTE, Processes, full, gathered
+from soul.distributed.processes import COMPUTE, Processes, full, gathered, is_sharded_by_others
 from soul.models.causal_lm import (
     as_reference,
     autocast,
@@ -36,12 +36,15 @@ from soul.models.causal_lm import (
     stored_head,
     token_logps,
 )
+from soul.models.head_call import call_at_head
 from soul.models.quantized import dequantized, scales
 from soul.output.directory import check_writable
 from soul.output.files import whole
 from soul.output.progress import track
+from soul_kernels import Head, LinearOptions, linear_logprob
 from soul_kernels.backends import resolve_head_backend
 from soul_kernels.errors import argument_error
+from soul_kernels.tokens import Transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,14 +108,31 @@ def reference_logps(
 
     def compute() -> Tensor:
         sums = [torch.empty(0, device=device)]
+        by_forward = is_sharded_by_others(model)
         with as_reference(model):
-            _check_head(model)
+            if not by_forward:
+                _check_head(model)
             for batch in _batches(dataset, batch_size, device):
-                sums.append(token_logps(model, batch, backend).sum(1))
+                logps = _logps_in_forward(model, batch, backend) if by_forward else token_logps(model, batch, backend).sum(1)
+                sums.append(logps)
         return torch.cat(sums).cpu()
 
     convention = {"batch_size": batch_size, "backend": backend, "sum": "over labelled tokens"}
     return _cached(cache, "logps", (len(dataset),), compute, model, dataset, tokenizer, convention).tolist()
+
+
+def _logps_in_forward(model: "PreTrainedModel", batch: Batch, backend: str) -> Tensor:
+    """Return the summed log-probabilities [B] of a batch, by a forward pass of the model with all its hooks."""
+
+    def sums(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+        options = LinearOptions(token_indices=batch.token_indices, backend=backend)
+        return linear_logprob(hidden, Head(weight, bias, **transform), batch.labels, options=options).sum(1)
+
+    inputs = {"input_ids": batch.input_ids}
+    if batch.attention_mask is not None:
+        inputs["attention_mask"] = batch.attention_mask
+    with autocast(model):
+        return call_at_head(model, inputs, sums)
 
 
 def reference_hidden(
@@ -164,7 +184,7 @@ def reference_hidden(
 
 
 def _check_head(model: "PreTrainedModel") -> None:
-    """Raise for a model that `check_linear_head` refuses. A sharded model was checked by `soul.Unlearner` before sharding."""
+    """Raise for a model that `check_linear_head` refuses. `soul.Unlearner` checks a model before it cuts it."""
     if not hasattr(model, COMPUTE):
         check_linear_head(model)
 

@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO in two processes on the CPU: by its own engine, and by the Trainer as open-unlearning starts it."""
 
+import importlib.util
 import json
 import math
 import os
@@ -302,7 +303,7 @@ def trainer_of(folder, make, objective, soul_args, *, pieces=False, **options):
     defaults = dict(output_dir=str(folder), max_steps=STEPS, max_grad_norm=0, remove_unused_columns=False, learning_rate=1e-3,
                     lr_scheduler_type="constant", report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
                     logging_steps=1, dataloader_pin_memory=False)  # fmt: skip
-    model = make()  # before the arguments, as open-unlearning does
+    model = make(folder)  # before the arguments, as open-unlearning does
     if pieces:
         model.save_pretrained(folder / "model")  # which the first process does
         torch.distributed.barrier()
@@ -320,14 +321,26 @@ def logged(trainer):
     return [entry["loss"] for entry in steps], [entry["clip_fraction"] for entry in steps]
 
 
-TRAINED = {  # model, objective, whether it is loaded in pieces, and TrainingArguments
-    "tied head": (lambda: tiny_model("llama, tied"), losses.NPO(), False, {}),
-    "checkpointing": (lambda: tiny_model("llama, untied"), losses.GradDiff(), False, {"gradient_checkpointing": True}),
-    "reference of hidden states": (lambda: tiny_model("llama, untied"), losses.NPO(retain="kl"), False, {}),
-    "adapters": (lambda: lora_model("llama, untied", r=3), losses.NPO(), False, {}),
-    "pieces, reference by itself": (lambda: tiny_model("llama, tied"), losses.NPO(), True, {}),
-    "pieces, reference in a copy": (lambda: tiny_model("llama, untied"), losses.NPO(retain="kl"), True, {}),
+def over_codes(folder):
+    """Return adapters over a base of 4 bits, which transformers quantizes as it reads files that the first process writes."""
+    from tests.models.test_quantized import adapted
+
+    tiny_model("llama, untied").save_pretrained(folder / "base")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return adapted(folder / "base")
+
+
+TRAINED = {  # model by folder, objective, whether it is loaded in pieces, and TrainingArguments
+    "tied head": (lambda _: tiny_model("llama, tied"), losses.NPO(), False, {}),
+    "checkpointing": (lambda _: tiny_model("llama, untied"), losses.GradDiff(), False, {"gradient_checkpointing": True}),
+    "reference of hidden states": (lambda _: tiny_model("llama, untied"), losses.NPO(retain="kl"), False, {}),
+    "adapters": (lambda _: lora_model("llama, untied", r=3), losses.NPO(), False, {}),
+    "pieces, reference by itself": (lambda _: tiny_model("llama, tied"), losses.NPO(), True, {}),
+    "pieces, reference in a copy": (lambda _: tiny_model("llama, untied"), losses.NPO(retain="kl"), True, {}),
 }
+if all(importlib.util.find_spec(module) for module in ("bitsandbytes", "accelerate")):
+    TRAINED["adapters over a base of 4 bits"] = (over_codes, losses.NPO(), False, {})
 
 
 def shipped():
@@ -356,7 +369,7 @@ def trainer_worker(folder):
         transformers.integrations.deepspeed.unset_hf_deepspeed_config()
     for name, options in (("skip", {"skip_nonfinite": True}), ("curvature", {"optimizer": "sophiag", "curvature": "gnb"})):
         try:
-            trainer_of(folder, tiny_model, losses.NPO(), options)
+            trainer_of(folder, lambda _: tiny_model(), losses.NPO(), options)
         except ValueError as error:
             results[name] = str(error)
     return results
@@ -370,6 +383,7 @@ def trainers(tmp_path_factory):
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.covers("Trainer mixin", "DeepSpeed")
 @pytest.mark.covers("adapters (LoRA)", "DeepSpeed")
+@pytest.mark.covers("adapters over a base of 4 bits", "DeepSpeed")
 @pytest.mark.covers("gradient checkpointing", "DeepSpeed")
 @pytest.mark.covers("objectives that are sums over sequences", "DeepSpeed")
 @pytest.mark.covers("reference model (KL, DPO, NPO)", "DeepSpeed")

@@ -6,6 +6,7 @@ norms are whole in both processes. One process runs the same program on the whol
 """
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -33,11 +34,15 @@ CASES = {
     "adapters": {"objective": losses.KLMin(alpha=0.7), "adapters": True},
     "saved": {"objective": losses.GradDiff(), "save": True},
 }
+HAS_CODES = all(importlib.util.find_spec(module) for module in ("bitsandbytes", "accelerate"))
+CODES = {"objective": losses.KLMin(alpha=0.7), "adapters": True, "codes": True}  # the head alone is cut
+if HAS_CODES:
+    CASES["adapters over a base of 4 bits"] = CODES
 EIGHT_BITS = {"objective": losses.GradDiff(), "optimizer": {"state_dtype": "8bit"}}
 
 
-def cut(model, mesh):
-    """Cut the linear layers and the head of a model in place; below adapters, their second matrices like the layers."""
+def cut(model, mesh, layers=True):
+    """Cut the head of a model in place, and its linear layers or not; below adapters, their second matrices like the layers."""
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     rows, columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
@@ -45,9 +50,9 @@ def cut(model, mesh):
     for name, module in model.named_modules():
         layer = next((part for part in reversed(name.split(".")) if part.endswith("_proj")), None)
         if isinstance(module, torch.nn.Linear) and "lora_A" not in name:
-            if layer in rows or name.endswith("lm_head"):
+            if name.endswith("lm_head") or (layers and layer in rows):
                 plan[name] = ColwiseParallel()
-            elif layer in columns:
+            elif layers and layer in columns:
                 plan[name] = RowwiseParallel()
     return parallelize_module(model, mesh, plan)
 
@@ -62,10 +67,18 @@ def batch():
     return sides
 
 
-def models(mesh, adapters=False):
-    """Return a model and a reference model of other weights, which adapters make needless."""
+def models(mesh, adapters=False, codes=None):
+    """Return a model and a reference model of other weights, which adapters make needless.
+
+    ``codes``: the directory above a base model; the adapters then are over its weights in 4 bits, and the head alone is cut.
+    """
     from tests.support.models import lora_model, tiny_model  # transformers, which only the processes of this file import
 
+    if codes is not None:
+        from tests.models.test_quantized import adapted
+
+        model = adapted(codes / "base")
+        return model if mesh is None else cut(model, mesh, layers=False), None
     model = lora_model(r=4) if adapters else tiny_model("llama, untied")
     ref_model = None
     if not adapters:
@@ -110,7 +123,7 @@ def optimizer(model, options=None, curvature=None, **_):
 
 def program(case, mesh, folder):
     """Return losses, telemetry, and whole parameters of some steps."""
-    model, ref_model = models(mesh, case.get("adapters", False))
+    model, ref_model = models(mesh, case.get("adapters", False), folder if case.get("codes") else None)
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable()  # as every version of transformers has it
         model.train()
@@ -148,18 +161,23 @@ def of_cut_parameters(mesh, releases):
     return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
-def refusals(mesh):
+def refusals(mesh, folder):
     """Return the errors of what does not work with a model that somebody else has cut, or with whole parameters beside it."""
     from soul.data.examples import Example
     from tests.support.models import tiny_tokenizer
 
     model, _ = models(mesh)
     rows = [[Example("a", f" {name} {i}") for i in range(2)] for name in ("b", "c")]
-    texts = []
-    for call in (
+    calls = [
         lambda: release_gradients(model, optimizer(model)),
         lambda: soul.Unlearner(model, *rows, tokenizer=tiny_tokenizer()),
-    ):
+    ]
+    if HAS_CODES:
+        codes = cut(models(None, codes=folder)[0], mesh)
+        calls.append(lambda: soul.unlearning_loss(codes, batch(), losses.GradDiff()))
+        calls.append(lambda: soul.reference_logps(codes, []))
+    texts = []
+    for call in calls:
         try:
             call()
         except ValueError as error:
@@ -177,13 +195,17 @@ def worker(folder):
         "scales": list(cut_state["hessian_scale"].shape),
         "8bit, offloaded": eight_bits(mesh, state_offload=True)[0],
         "released": [of_cut_parameters(mesh, releases) for releases in (False, True)],
-        "refusals": refusals(mesh),
+        "refusals": refusals(mesh, folder),
     }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tensor parallel")
+    from tests.support.models import tiny_model
+
+    folder = tmp_path_factory.mktemp("tensor parallel")
+    tiny_model("llama, untied").save_pretrained(folder / "base")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +221,7 @@ def assert_moved_alike(got, want, start, limit=1e-4):
     assert moved > 0 and off <= limit * moved, f"{off / moved:.1e}"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if "4 bits" not in name])
 @pytest.mark.covers("reference model (KL, DPO, NPO)", "TP")
 @pytest.mark.covers("curvature of retain data", "TP")
 @pytest.mark.covers("adapters (LoRA)", "TP")
@@ -215,7 +237,8 @@ def test_two_processes_are_one(name, results, folder):
     assert all(torch.equal(got["params"][key], other["params"][key]) for key in got["params"])
     assert got["telemetry"] == other["telemetry"]
     assert torch.allclose(got["losses"], one["losses"], rtol=1e-5)
-    start = {key: parameter.detach() for key, parameter in models(None, case.get("adapters", False))[0].named_parameters()}
+    untrained, _ = models(None, case.get("adapters", False), folder if case.get("codes") else None)
+    start = {key: parameter.detach() for key, parameter in untrained.named_parameters()}
     assert_moved_alike(got["params"], one["params"], start)
     assert got["rho"] == pytest.approx(one["rho"], rel=1e-4)
     if "max_grad_norm" in case.get("optimizer", {}):
@@ -267,3 +290,13 @@ def test_runs_are_refused(results):
     """`soul.Unlearner` cuts a model itself."""
     for process in results:
         assert process["refusals"][1].startswith("model: expected ")
+
+
+@pytest.mark.skipif(not HAS_CODES, reason="the extra quant is not installed")
+@pytest.mark.covers("adapters over a base of 4 bits", "TP")
+def test_adapters_over_a_base_of_four_bits_whose_head_is_cut(results, folder):
+    """The layers stay whole in each process. Where torch has cut them, their scales do not fit, and they are refused."""
+    test_two_processes_are_one("adapters over a base of 4 bits", results, folder)
+    for process in results:
+        for text in process["refusals"][2:]:
+            assert text.startswith("model: expected codes of 4 bits that are whole in each process, got a shard of "), text

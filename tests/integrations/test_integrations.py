@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import os
 import pathlib
 import sys
 import types
@@ -22,7 +21,6 @@ from soul.models.ref_model import reference_hidden, reference_logps
 from soul.run.config import UnlearnConfig
 from soul.run.prepare import prepare
 from soul_kernels import Head, Reference, _launch, linear_objective
-from tests.distributed.test_processes import run
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, mutant, needs_kernels_on_cpu, relative_error
 from tests.support.models import examples, lora_model, sequences, tiny_model, tiny_tokenizer
@@ -506,106 +504,6 @@ def test_trl_conversations_go_through_the_chat_template():
     tokenizer.chat_template = "{% if add_generation_prompt %}other{% endif %}{{ messages[-1].content }}"
     with pytest.raises(ValueError, match="a completion that follows its prompt"):
         trl.examples([{"prompt": user, "completion": said}], tokenizer)
-
-
-def sharded_worker(folder):
-    """NPO with a precomputed reference, two steps: the optimizer of the Trainer's groups, over shards."""
-    from torch.distributed.fsdp import fully_shard
-
-    os.environ["TRITON_INTERPRET"] = "0"
-    batch = torch.load(folder / "batch.pt", weights_only=True)
-    model = tiny_model("llama, untied")
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    groups = [[p for n, p in model.named_parameters() if ("norm" in n) == norm] for norm in (False, True)]
-    cls, options = optimizer_of({"max_grad_norm": 0.1}, types.SimpleNamespace(learning_rate=1e-3, max_grad_norm=0))
-    optimizer = cls([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], **options)
-    values = []
-    for _ in range(2):
-        loss = unlearning_loss(model, batch, losses.NPO(beta=0.5))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        values.append(loss.detach())
-    plain = [values, [p.full_tensor().detach() for p in model.parameters()]]
-    return [*plain, *trained_by_accelerate(folder)]
-
-
-# What ``accelerate launch`` sets for a configuration with fsdp_version: 2.
-FSDP2_PLUGIN = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false",
-}  # fmt: skip
-# rho is steered, and fractions are logged, over all shards; a divergence needs a reference model, which is whole.
-BY_ACCELERATE = {
-    "npo": (losses.NPO(), {"max_grad_norm": 0.1, "rho": "auto"}),
-    "npo, kl": (losses.NPO(retain="kl"), {"max_grad_norm": 0.1}),
-    "h of the retain batch": (losses.GradDiff(), {"optimizer": "sophiag", "curvature": "retain_fisher", "every": 2}),
-}
-
-
-def trained_by(folder, name, batch_size, *, fsdp2=False):
-    """Return a Trainer after three steps, on sequences of one length: means are the same whoever takes which."""
-    from accelerate.state import DistributedType, PartialState
-
-    objective, soul_args = BY_ACCELERATE[name]
-    args = arguments(folder, per_device_train_batch_size=batch_size)
-    if fsdp2:  # accelerate takes the plugin where there are accelerators only, and asks for nothing else of them
-        assert args.device.type == "cpu"
-        PartialState().__dict__["distributed_type"] = DistributedType.MULTI_XPU
-    torch.manual_seed(3)
-    dataset = UnlearningDataset(sequences(60)[::5], sequences(40)[::5])
-    model = tiny_model("llama, untied")
-    options = dict(data_collator=collate_unlearning, objective=objective, soul_args=dict(soul_args))
-    trainer = UnlearnTrainer(model=model, args=args, train_dataset=dataset, **options)
-    trainer.train()
-    return trainer, [[entry["loss"], entry["clip_fraction"]] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def trained_by_accelerate(folder):
-    """Return for each case the whole parameters and the log, as accelerate's FSDP2 plugin has trained them."""
-    from accelerate.state import AcceleratorState
-
-    rank = str(torch.distributed.get_rank())
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}  # the group exists already
-    os.environ |= {**FSDP2_PLUGIN, **address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-    for name in BY_ACCELERATE:
-        trainer, log = trained_by(folder, name, 2, fsdp2=True)
-        assert trainer.accelerator.is_fsdp2
-        yield [[p.full_tensor().detach() for p in trainer.model.parameters()], log]
-        AcceleratorState._reset_state()
-
-
-@pytest.mark.slow(reason="starts processes")
-@pytest.mark.covers("Trainer mixin", "FSDP2")
-def test_loss_and_optimizer_under_fsdp2(tmp_path):
-    """Both processes have the same batch, so their mean gradient is that of one. Then the Trainer, with a share for each."""
-    torch.save(inputs_of(sequences(3), sequences(2), False), tmp_path / "batch.pt")
-    batch = torch.load(tmp_path / "batch.pt", weights_only=True)
-    model = tiny_model("llama, untied")
-    batch["forget"]["ref_logps"] = torch.tensor([-20.0, -25.0, -21.0])
-    torch.save(batch, tmp_path / "batch.pt")
-    results = run(tmp_path, sharded_worker)
-    groups = [[p for n, p in model.named_parameters() if ("norm" in n) == norm] for norm in (False, True)]
-    optimizer = SOUL([{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], 1e-3,
-                     max_grad_norm=0.1)  # fmt: skip
-    for step in range(2):
-        loss = unlearning_loss(model, batch, losses.NPO(beta=0.5))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert all(torch.allclose(values[step], loss, rtol=1e-5) for values, *_ in results)
-    for _, parameters, *_ in results:
-        for got, want in zip(parameters, model.parameters()):
-            assert (got - want).abs().max() < 1e-4  # a tenth of a step: at the threshold a coordinate may fall either way
-    for index, name in enumerate(BY_ACCELERATE, start=2):
-        trainer, log = trained_by(tmp_path, name, 4)
-        for parameters, log_of_process in (result[index] for result in results):
-            assert log_of_process == [pytest.approx(entry, rel=1e-3, abs=1e-4) for entry in log], name
-            for got, want in zip(parameters, trainer.model.parameters(), strict=True):
-                assert (got - want).abs().max() < 1e-4, name
 
 
 # open-unlearning's public interface, after its src/trainer/{__init__,base,unlearn/base,unlearn/grad_diff}.py: what calls the
