@@ -160,6 +160,16 @@ def seed():
     random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def short_reports(monkeypatch):
+    """Reports of runs have no pictures, and few tokens of the model's answers: both take two thirds of a run of a tiny model.
+
+    Where reports are tested a fixture of this name does nothing.
+    """
+    monkeypatch.setattr("soul.report.charts.svg", lambda chart, name: f'<svg id="{name}"></svg>')
+    monkeypatch.setattr("soul.run.notes.MAX_NEW_TOKENS", 4)
+
+
 @pytest.fixture
 def card(request):
     """The driver that executes PTX, with every check on; what is found while a test plants faults is not counted."""
