@@ -74,5 +74,5 @@ def test_of_each_kind_the_largest_is_written_and_the_numbers_of_other_tests_stay
     assert list(layouts.measured()) == [one, other] and layouts.measured()[one] == entry
     notes = "\n".join(layouts.notes_of([one, "tests/test_x.py::test_x"]))
     words = "differs from one process by at most 3.1e-6 of the movement (limit 1e-4; largest of 2 cases: b)"
-    assert f"1. `{one}`: bit for bit as a run; {words}\n2. `tests/test_x.py::test_x`\n" in notes
+    assert f"1. `{one}`: equal bit for bit to a run; {words}\n2. `tests/test_x.py::test_x`\n" in notes
     assert f"| x | 8 | 4.2 GB | counted: `{one}` |" in layouts.table_of_bytes()

@@ -258,9 +258,9 @@ def test_a_gradient_of_one_process_that_is_not_finite_skips_the_step_of_all(engi
 
 
 @pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.refuses("CUDA graphs (`--cuda-graph`)", "DeepSpeed", "its step waits for the device")
-@pytest.mark.refuses("curvature of retain data", "DeepSpeed", "it adds the gradients of all backward passes up")
-@pytest.mark.refuses("gradient release", "DeepSpeed", "it adds gradients up over processes out of sight")
+@pytest.mark.refuses("CUDA graphs (`--cuda-graph`)", "DeepSpeed", "a step of ZeRO waits for the device")
+@pytest.mark.refuses("curvature of retain data", "DeepSpeed", "ZeRO adds up the gradients of all backward passes")
+@pytest.mark.refuses("gradient release", "DeepSpeed", "ZeRO adds up the gradients of all processes, out of sight")
 def test_what_cannot_work_is_refused_and_changes_nothing(engines, zero):
     """In the step, max_grad_norm of one process's piece gave 42% of the movement as error."""
     net = make_net()

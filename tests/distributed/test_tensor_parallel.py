@@ -276,9 +276,9 @@ def test_gradients_of_parameters_in_shards_are_released(results):
         assert process["refusals"][0].startswith("model: expected one process, or sharded parameters, got plain parameters")
 
 
-@pytest.mark.refuses("aim", "TP", "runs take models that `soul.distributed.shard` has cut")
-@pytest.mark.refuses("evaluation and best point during a run", "TP", "runs take models that `soul.distributed.shard` has cut")
-@pytest.mark.refuses("influence", "TP", "runs take models that `soul.distributed.shard` has cut")
+@pytest.mark.refuses("aim", "TP", "a run cuts its model itself, by `soul.distributed.shard`")
+@pytest.mark.refuses("evaluation and best point during a run", "TP", "a run cuts its model itself, by `soul.distributed.shard`")
+@pytest.mark.refuses("influence", "TP", "a run cuts its model itself, by `soul.distributed.shard`")
 def test_runs_are_refused(results):
     """`soul.Unlearner` cuts a model itself."""
     for process in results:

@@ -418,7 +418,9 @@ def test_unlearner_from_python(tokenizer, folder, tmp_path):
     (dict(config=UnlearnConfig(replicas=2)), "replicas: expected a divisor of 1, the number of processes, got 2; each copy"),
     (dict(config=UnlearnConfig(cpu_offload=True)), "cpu_offload: expected False with one process, got True; FSDP2 offloads"),
 ])  # fmt: skip
-@pytest.mark.refuses("parameters in main memory (CPUOffloadPolicy)", "one process", "FSDP2 offloads shards")
+@pytest.mark.refuses(
+    "parameters in main memory (CPUOffloadPolicy)", "one process", "FSDP2, which offloads, needs several processes"
+)
 def test_what_does_not_fit_is_named(options, message, tokenizer):
     arguments = dict(model=tiny_model(), forget=examples(2), retain=examples(2), tokenizer=tokenizer) | options
     with pytest.raises(ValueError) as error:
