@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import random
 
@@ -12,7 +13,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core, and threads of one would only wait for those of another
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
-
+# Processes of tests are forked from one that has imported this and computed nothing: importing takes seconds.
+multiprocessing.set_forkserver_preload(["tests.support.runs", "tests.distributed.test_processes"])
 
 WORKERS = pytest.StashKey[list]()  # what the workers of pytest-xdist have executed as PTX
 EXTRAS = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml", "accelerate", "rouge_score",
@@ -162,6 +164,16 @@ def backend(request, monkeypatch):
 def seed():
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def short_reports(monkeypatch):
+    """Reports of runs have no pictures, and few tokens of the model's answers: both take two thirds of a run of a tiny model.
+
+    Where reports are tested a fixture of this name does nothing.
+    """
+    monkeypatch.setattr("soul.report.charts.svg", lambda chart, name: f'<svg id="{name}"></svg>')
+    monkeypatch.setattr("soul.run.notes.MAX_NEW_TOKENS", 4)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import os
 import pathlib
 import re
 import runpy
@@ -12,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 
 import soul
 import soul_kernels
 from soul_kernels import _versions
+from tests import conftest
 from tests.support import architecture
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,8 +38,8 @@ def test_every_op_has_its_reference_test_and_benchmark():
     assert ops - NOT_OPS == stems("bench", "bench_")
 
 
-def imported(path):
-    return (name for node in ast.walk(ast.parse(path.read_text())) for name in names_of(node))
+def imported(tree):
+    return (name for node in architecture.nodes(tree) for name in names_of(node))
 
 
 def names_of(node):
@@ -155,11 +156,10 @@ def test_a_planted_breach_is_found(rule, file, line, house):
     assert len(rule(planted)) == 1  # and none without it: the tests above
 
 
-def test_only_one_module_imports_triton():
-    for package in ("soul_kernels", "soul"):
-        users = [path.name for path in (ROOT / package).rglob("*.py") if any(
-            name.partition(".")[0] == "triton" for name in imported(path))]  # fmt: skip
-        assert users == ["_launch.py"] * (package == "soul_kernels")
+def test_only_one_module_imports_triton(house):
+    ours = [module for module in house if module.partition(".")[0] in ("soul_kernels", "soul")]
+    users = [module for module in ours if any(name.partition(".")[0] == "triton" for name in imported(house[module]))]
+    assert users == ["soul_kernels._launch"]
 
 
 OPTIONAL = {"transformers", "trl", "peft", "datasets", "matplotlib", "scipy", "sklearn", "rouge_score"}
@@ -181,7 +181,7 @@ BUILT = {"apex", "dion", "transformer_engine"}  # by commands of their own: benc
 OURS = {"soul", "soul_kernels", "bench", "trainer"}  # the last one is open-unlearning's own
 
 
-def test_what_is_imported_is_declared(monkeypatch):
+def test_what_is_imported_is_declared(house, monkeypatch):
     """Dependencies are declared in setup.py, not installed by chance through another package."""
     setuptools = pytest.importorskip("setuptools")
     declared = {}
@@ -190,22 +190,23 @@ def test_what_is_imported_is_declared(monkeypatch):
     lines = [*declared["install_requires"], *(line for extra in declared["extras_require"].values() for line in extra)]
     names = {re.match(r"[\w-]+", line)[0].lower() for line in lines}
     known = OURS | BUILT | sys.stdlib_module_names
-    for path in (path for folder in ("soul", "soul_kernels", "bench") for path in (ROOT / folder).rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        required = [node.args[0].value for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args
+    for module, tree in house.items():
+        if module.partition(".")[0] == "tests":
+            continue
+        required = [node.args[0].value for node in architecture.nodes(tree) if isinstance(node, ast.Call) and node.args
                     and getattr(node.func, "id", None) == "require" and isinstance(node.args[0], ast.Constant)]  # fmt: skip
-        for name in {name.split(".")[0] for name in [*imported(path), *required] if name} - known:
+        for name in {name.split(".")[0] for name in [*imported(tree), *required] if name} - known:
             needed = DISTRIBUTIONS.get(name, name).replace("_", "-")
-            assert needed in names, f"{path.relative_to(ROOT)} imports {name}, and setup.py does not ask for {needed}"
+            assert needed in names, f"{module} imports {name}, and setup.py does not ask for {needed}"
 
 
-def test_tests_are_collected_without_the_extras():
+def test_tests_are_collected_without_the_extras(house):
     """One module that cannot be imported, and pytest runs nothing at all; a machine with a GPU may have next to nothing."""
     optional = {"accelerate", "datasets", "matplotlib", "peft", "pyarrow", "rouge_score", "scipy", "sklearn"}
-    for path in [path for path in (ROOT / "tests").rglob("*.py") if "clients" not in path.parts]:
-        names = {name.split(".")[0] for node in ast.parse(path.read_text()).body for name in names_of(node)}
+    for module in [module for module in house if module.startswith("tests.") and not module.startswith("tests.clients")]:
+        names = {name.split(".")[0] for node in house[module].body for name in names_of(node)}
         wrong = optional & names
-        assert not wrong, f"{path.name} imports {wrong}: pytest.importorskip where it is used"
+        assert not wrong, f"{module} imports {wrong}: pytest.importorskip where it is used"
 
 
 def run_without(*modules, code):
@@ -233,6 +234,7 @@ def test_import_leaves_the_compiler_where_it_is():
     assert "soul.run.loop" in modules and not [m for m in modules if re.match(r"torch\._(dynamo|inductor|functorch)|sympy", m)]
 
 
+@pytest.mark.slow(reason="a process that imports torch and both packages again and again")
 def test_an_old_torch_or_triton_is_named_before_anything_fails():
     """At import, with the versions that setup.py asks for; later versions, and what is no version, pass."""
     code = """
@@ -260,6 +262,7 @@ def test_an_old_torch_or_triton_is_named_before_anything_fails():
         assert f"{package}>={'.'.join(map(str, oldest))}" in requirements
 
 
+@pytest.mark.slow(reason="a process that imports torch and transformers; each command's own tests have its missing extras")
 def test_command_names_the_missing_extra(tmp_path):
     """In one process, since each takes seconds to import torch."""
     out = str(tmp_path / "out")
@@ -324,8 +327,8 @@ def test_version_and_public_names():
         assert all(hasattr(module, name) for name in module.__all__)
 
 
-def test_options_that_would_have_no_effect_on_kernels_are_refused():
-    command = [sys.executable, "-m", "pytest", "--ptx-strict", "tests/kernels/test_grad_norm.py"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 4 and "--ptx-strict: expected no GPU" in ended.stderr
+def test_options_that_would_have_no_effect_on_kernels_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    config = types.SimpleNamespace(getoption=lambda name: name == "ptx_strict")
+    with pytest.raises(pytest.UsageError, match="^--ptx-strict: expected no GPU"):
+        conftest.choose_kernels(config)

@@ -7,6 +7,7 @@ import pathlib
 import random
 import re
 import resource
+import shutil
 import warnings
 
 import pytest
@@ -49,10 +50,18 @@ def foreign(path):
         safetensors.torch.save_file({"x": torch.zeros(2)}, path)
 
 
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    """A directory of checkpoints, and the model and the records of the run that left them."""
+    directory = tmp_path_factory.mktemp("saved")
+    return directory, *run(tokenizer, Checkpoints(directory, every=2))
+
+
 @pytest.mark.parametrize("damage", [truncate, flip, foreign, pathlib.Path.unlink], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
-def test_a_damaged_checkpoint_is_passed_over(name, damage, tokenizer, tmp_path):
-    whole, want = run(tokenizer, Checkpoints(tmp_path, every=2))
+def test_a_damaged_checkpoint_is_passed_over(name, damage, saved, tokenizer, tmp_path):
+    directory, whole, want = saved
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "step-6" / name)
     with pytest.warns(UserWarning, match="step-6: .*(readable|damaged).*; trying the one before it"):
         model, records = run(tokenizer, Checkpoints(tmp_path, every=2, resume=True))

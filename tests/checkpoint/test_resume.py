@@ -52,10 +52,8 @@ def folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def processes():
-    """Return a context that forks processes from one that has imported everything and computed nothing, so they start fast."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.runs"])
-    return context
+    """Return a context that forks processes from one that has imported everything (tests/conftest.py), so they start fast."""
+    return multiprocessing.get_context("forkserver")
 
 
 def start(processes, *args):
@@ -192,11 +190,16 @@ def _step_to_nan(model, *_):
     return {"loss": torch.tensor(float("nan")), "forget_nll": torch.tensor(1.0)}
 
 
-@pytest.mark.parametrize("method", [
+METHODS = [
     dict(method="graddiff"), dict(method="dpo"), dict(method="klmin"), dict(method="undial", method_options={"retain": "kl"}),
-], ids=lambda options: options["method"])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("optimizer", ["soul", "adamw"])
+]  # fmt: skip
+MANY = pytest.mark.slow(reason="three runs for each; every method, every dtype and both optimizers are always tested")
+
+
+@pytest.mark.parametrize("optimizer, dtype, method", [
+    pytest.param(optimizer, dtype, method, marks=MANY if index and (optimizer, dtype) != ("soul", torch.bfloat16) else [])
+    for optimizer in ("soul", "adamw") for dtype in (torch.float32, torch.bfloat16) for index, method in enumerate(METHODS)
+], ids=str)  # fmt: skip
 def test_resumes_in_the_middle_of_an_epoch(optimizer, dtype, method, tokenizer, tmp_path):
     """Stop at step 2 of 3 in the first epoch: the order of both sets continues, and references stay those of the model
     before unlearning. bf16 with SOUL is compensated, so the low bits beside the weights must be restored as well.

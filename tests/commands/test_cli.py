@@ -326,6 +326,7 @@ def test_a_dry_run_is_a_result(folder, monkeypatch):
     assert main([*command(folder), "--dry-run"]) == 1
 
 
+@pytest.mark.slow(reason="a process that imports transformers; the statuses of broken consoles are always tested")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no descriptors to inherit")
 def test_a_process_ends_with_the_status_of_its_work(folder):
     """Python flushes standard output once more when it exits, and would end with 120. A descriptor that is closed must not

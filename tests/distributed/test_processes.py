@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import time
 import warnings
 
@@ -35,10 +36,12 @@ TIMEOUT = 300  # of a set of processes, which takes 10 s on two idle cores
 def run(folder, worker, *args, world=2, timeout=TIMEOUT):
     """Call ``worker(folder, *args)`` in ``world`` processes with a process group; return what each of them returned.
 
-    A failed process ends the others, and its exception is raised here.
+    A failed process ends the others, and its exception is raised here. They are forked from a process that has imported
+    everything (tests/conftest.py), but for Triton's interpreter, which Triton chooses when it is imported.
     """
+    method = "spawn" if os.environ.get("TRITON_INTERPRET") == "1" else "forkserver"
     context = torch.multiprocessing.start_processes(
-        _start, (folder, world, worker, args), world, join=False, start_method="spawn"
+        _start, (folder, world, worker, args), world, join=False, start_method=method
     )
     end = time.monotonic() + timeout
     try:

@@ -627,7 +627,13 @@ def configuration(path, folder):
     return {"handler": config["handler"], "args": args, "method_args": config["method_args"]}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+MANY = pytest.mark.slow(reason="a run of the Trainer for each; those that differ in data or rate are always tested")
+ALWAYS = ("SOULNPO", "SOULDPO", "SOULUNDIAL")
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(path, id=path.stem, marks=[] if path.stem in ALWAYS else MANY) for path in sorted(CONFIGS.glob("*.yaml"))
+])  # fmt: skip
 def test_open_unlearning_trains_with_every_configuration(path, tmp_path, open_unlearning):
     """Trainers are registered by name, made by load_trainer and evaluated by its evaluators; 4 steps reduce the loss."""
     config = configuration(path, tmp_path)

@@ -51,12 +51,15 @@ def same(got, want):
     return torch.equal(got, want)
 
 
+MANY = pytest.mark.slow(reason="compiles for each; the dtypes are those of other cases, rounded in other ways")
+
+
 @pytest.mark.parametrize("p_dtype, state_dtype, rounding", [
     (FLOAT, FLOAT, "nearest"),
-    (BRAIN, BRAIN, "nearest"),
+    pytest.param(BRAIN, BRAIN, "nearest", marks=MANY),
     (BRAIN, FLOAT, "stochastic"),
     (BRAIN, "8bit", "compensated"),
-    (HALF, FLOAT, "compensated"),
+    pytest.param(HALF, FLOAT, "compensated", marks=MANY),
 ], ids=str)  # fmt: skip
 def test_compiled_step_equals_the_reference_bit_for_bit(p_dtype, state_dtype, rounding, small_blocks):
     """Every rounding and every storage of a state, each once. All 27 combinations were compared when this was written."""
@@ -78,7 +81,7 @@ def test_compiled_step_equals_the_reference_bit_for_bit(p_dtype, state_dtype, ro
     assert torch.equal(counted[0, :2], counted[1, :2]) and counted[0, 0] > 0
 
 
-@pytest.mark.parametrize("state_dtype", [FLOAT, BRAIN, "8bit"], ids=str)
+@pytest.mark.parametrize("state_dtype", [FLOAT, pytest.param(BRAIN, marks=MANY), "8bit"], ids=str)
 def test_compiled_ema_equals_the_reference_bit_for_bit(state_dtype, small_blocks):
     lists, more = make_storage(SHAPES, CPU, BRAIN, state_dtype, "nearest")
     scales = more.get("hessian_scales")
@@ -137,7 +140,7 @@ def run(function, **options):
     return param[0, 0].item(), [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
-@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("threads", [2, pytest.param(5, marks=pytest.mark.slow(reason="compiles once more, without caches"))])
 def test_loops_are_divided_among_all_threads(threads, fresh):
     """Inductor judges by the examples on which a variant is proven; short ones would leave every step to one thread."""
     before = torch.get_num_threads()

@@ -36,6 +36,7 @@ def test_each_kernel_in_tritons_interpreter():
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-2000:]
 
 
+@pytest.mark.slow(reason="processes that import torch and Triton")
 @pytest.mark.skipif(not has_triton(), reason="Triton's own switch")
 @pytest.mark.parametrize("value, expected", [("true", True), ("", False)])
 def test_the_switch_is_read_as_triton_reads_it(value, expected):

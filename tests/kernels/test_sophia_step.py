@@ -292,7 +292,8 @@ PLACES = {
 
 @pytest.mark.parametrize("backend, p_dtype, state_dtype, rounding", [
     *((backend, *storage) for backend in ("reference", "triton") for storage in CUT),
-    pytest.param("compile", BRAIN, BRAIN, "compensated", marks=COMPILES),
+    pytest.param("compile", BRAIN, BRAIN, "compensated", marks=[
+        COMPILES, pytest.mark.slow(reason="compiles; the same in 8 bits, where pieces are groups too, is always compiled")]),
     pytest.param("compile", BRAIN, "8bit", "compensated", marks=COMPILES),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("place", PLACES)

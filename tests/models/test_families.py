@@ -105,7 +105,12 @@ OUT = {
 }
 
 
-@pytest.mark.parametrize("family", [name for kind in IN.values() for name in kind])
+SLOW = pytest.mark.slow(reason="imports and makes a model for each; every third family is always tested")
+
+
+@pytest.mark.parametrize("family", [
+    pytest.param(name, marks=SLOW if index % 3 else []) for kind in IN.values() for index, name in enumerate(kind)
+])  # fmt: skip
 def test_families_that_are_in(family):
     name, sizes = {name: case for kind in IN.values() for name, case in kind.items()}[family]
     torch.manual_seed(0)

@@ -27,7 +27,7 @@ def test_hutchinson_estimates_the_diagonal():
     x, matrix, loss = quadratic()
     opt = SophiaG([x], betas=(0.9, 0.995), bias_correction=True, bs=1, backend="reference")
     hutchinson = curvature.Hutchinson(opt, every=1)
-    for _ in range(3000):
+    for _ in range(1000):  # with bias correction h has forgotten how it began
         hutchinson.step(loss)
     h = opt.state[x]["hessian"]
     assert_close(h, matrix.diagonal(), 0.1, "diagonal")  # the mean of about 400 draws of +-|off-diagonal|
@@ -79,7 +79,7 @@ def test_gnb_with_sampled_labels_estimates_the_gauss_newton_diagonal():
         keep = torch.ones(1, 40, dtype=torch.bool)
         return linear_gnb(x[None], w.T, keep, generator=generator, options=LinearOptions(backend="reference"))[0]
 
-    for _ in range(2000):
+    for _ in range(1000):
         gnb.step(loss)
     p = torch.softmax(x @ w.detach(), -1)
     want = (x * x).T @ (p - p * p) / 40

@@ -543,9 +543,13 @@ DATALESS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("options", DATALESS)
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("mode", ["fake", "meta"])
+MANY = pytest.mark.slow(reason="the reference of every option in both modes; plain and everything are always tested")
+
+
+@pytest.mark.parametrize("mode, backend, options", [
+    pytest.param(mode, backend, options, marks=MANY if backend == "reference" and options in ("8bit", "stochastic") else [])
+    for mode in ("fake", "meta") for backend in ("auto", "reference") for options in DATALESS
+])  # fmt: skip
 def test_steps_on_tensors_without_data(mode, backend, options):
     """FakeTensorMode and the device meta have shapes and dtypes alone, for estimates of memory and exports of graphs."""
     with FakeTensorMode() if mode == "fake" else torch.device("meta"), warnings.catch_warnings():

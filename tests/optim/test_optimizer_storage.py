@@ -116,10 +116,14 @@ def bf16_run(steps=500, lr=5e-6, weight_decay=0.1, zero_gradients=False, **optio
     return moved.flatten(), (exact.detach().double() - start).flatten(), start.flatten()
 
 
+SLOW = pytest.mark.slow(reason="500 steps; 24-bit weights are tested with 8-bit states, each rounding bit for bit elsewhere")
+
+
 @pytest.mark.parametrize("options, low, high", [
-    ({"param_rounding": "compensated"}, 0.99, 1.01),
+    pytest.param({"param_rounding": "compensated"}, 0.99, 1.01, marks=SLOW),
     ({"param_rounding": "compensated", "state_dtype": "8bit"}, 0.97, 1.03),  # another h, hence another clip here and there
-    ({"param_rounding": "stochastic"}, 0.95, 1.05),  # unbiased, but noisy: 4 standard deviations of 4096 walks
+    # Unbiased, but noisy: 4 standard deviations of 4096 walks.
+    pytest.param({"param_rounding": "stochastic"}, 0.95, 1.05, marks=SLOW),
     ({"param_rounding": "nearest"}, -1.0, 0.3),  # the published practice; the reason for all of this
 ], ids=["compensated", "8bit", "stochastic", "nearest"])  # fmt: skip
 def test_bf16_goes_as_far_as_fp32(options, low, high):

@@ -307,15 +307,19 @@ FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 CANONICAL_NAN = {16: 0x7FFF, 32: 0x7FFFFFFF, 64: 0x7FFFFFFFFFFFFFFF}
 
 
+BITS_OF = {np.dtype(FLOATS[name]): np.dtype(DTYPES[f"b{bits}"]) for name, bits in (("f16", 16), ("f32", 32), ("f64", 64))}
+ONE = np.uint32(1)  # numpy converts Python's numbers at every call
+LEAST_NORMAL = np.uint32(0x00FFFFFF)  # of the bits without the sign, times two, less one
+
+
 def _has_nan(values: np.ndarray) -> bool:
-    flat = values.ravel("K")
-    norm = np.dot(flat, flat)  # NaN if and only if an element is: the cheapest way to know
+    norm = np.vdot(values, values)  # NaN if and only if an element is: the cheapest way to know
     return bool(norm != norm)
 
 
 def _canonical(out: np.ndarray) -> np.ndarray:
     """Return the bits of a new float array, with canonical NaNs."""
-    bits = out.view(DTYPES[f"b{out.dtype.itemsize * 8}"])
+    bits = out.view(BITS_OF[out.dtype])
     if _has_nan(out):
         bits[np.isnan(out)] = CANONICAL_NAN[out.dtype.itemsize * 8]
     return bits
@@ -323,20 +327,21 @@ def _canonical(out: np.ndarray) -> np.ndarray:
 
 def _flush(bits: np.ndarray) -> np.ndarray:
     """Return fp32 bits with zeros of the same sign for subnormal numbers; the same array where there are none."""
-    subnormal = (bits << 1) - 1 < 0x00FFFFFF  # zero wraps around to the largest integer
-    return np.where(subnormal, bits & 0x80000000, bits) if subnormal.any() else bits
+    if bits.size == 1:
+        return bits & 0x80000000 if 0 < bits.item() & 0x7FFFFFFF < 0x00800000 else bits
+    shifted = bits << ONE
+    shifted -= ONE  # zero wraps around to the largest integer
+    if shifted.min() >= LEAST_NORMAL:
+        return bits
+    return np.where(shifted < LEAST_NORMAL, bits & 0x80000000, bits)
 
 
 def _on_f32(operation: Function, ftz: str = "") -> Function:
     """Apply an operation on fp32 arrays that returns a new one."""
-
-    def function(*operands: np.ndarray) -> np.ndarray:
-        if ftz:
-            operands = tuple(map(_flush, operands))
-        out = _canonical(operation(*(operand.view(np.float32) for operand in operands)))
-        return _flush(out) if ftz else out
-
-    return function
+    dtype = np.dtype(np.float32)
+    if ftz:
+        return lambda *operands: _flush(_canonical(operation(*[_flush(operand).view(dtype) for operand in operands])))
+    return lambda *operands: _canonical(operation(*[operand.view(dtype) for operand in operands]))
 
 
 def _on_f64(operation: Function) -> Function:
@@ -381,14 +386,20 @@ def _sum_to_odd(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where(even, np.where(outward, bits + 1, bits - 1), bits).view(np.float64)
 
 
+OF_A_TIE, TIE = np.uint64(35), np.uint64(1 << 63)
+JUST_NORMAL = np.uint32(0x01000000)
+
+
 def _fma_f32(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     product = np.multiply(a, b, dtype=np.float64)  # 48 bits: exact
     total = np.add(product, c, dtype=np.float64)
     out = total.astype(np.float32)
     # Two roundings differ from one only where the first lands on a tie of the second. Among normal numbers ties are known
     # by their 29 lowest bits, 1 and zeros; subnormal results and the least normal one are all taken for ties.
-    doubtful = total.view(np.uint64) << 35 == 1 << 63
-    doubtful |= (out.view(np.uint32) << 1) - 1 < 0x01000000
+    doubtful = total.view(np.uint64) << OF_A_TIE == TIE
+    shifted = out.view(np.uint32) << ONE
+    shifted -= ONE
+    doubtful |= shifted < JUST_NORMAL
     if doubtful.any():
         product, c = np.broadcast_to(product, total.shape), np.broadcast_to(c, total.shape)
         out[doubtful] = _sum_to_odd(product[doubtful], c[doubtful].astype(np.float64)).astype(np.float32)

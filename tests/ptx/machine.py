@@ -13,6 +13,7 @@ into `_OPERATIONS` here where it does more. Either needs its test in ``tests/ptx
 
 import collections
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -469,6 +470,12 @@ def _is_shared(instruction: Instruction) -> bool:
     return ".shared" in instruction.opcode
 
 
+@functools.cache
+def _all_lanes(rows: int, threads: int) -> tuple[Array, Array]:
+    """Return row and thread of every lane."""
+    return np.repeat(np.arange(rows), threads), np.tile(np.arange(threads), rows)
+
+
 class _Lanes(NamedTuple):
     """The threads that take part in an access.
 
@@ -488,8 +495,7 @@ class _Lanes(NamedTuple):
         """Return row in the batch and thread of each active lane."""
         if self.mask is not None:
             return np.nonzero(self.mask)
-        rows, threads = self.shape
-        return np.repeat(np.arange(rows), threads), np.tile(np.arange(threads), rows)
+        return _all_lanes(*self.shape)
 
     def merged(self, before: Array, values: Array) -> Array:
         """Return a register in which the active lanes have new values."""

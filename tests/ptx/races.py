@@ -28,10 +28,10 @@ class Shared:
         self.granule = granule
         self.epoch = 0
         self.warp_epoch = 0
-        words = n_bytes // granule
-        # Axis 0: epoch, epoch of the warp, thread, warp; of the last store and the last load.
-        self.stores = np.full((4, programs, words), NEVER, np.int32)
-        self.loads = np.full((4, programs, words), NEVER, np.int32)
+        self.words = n_bytes // granule
+        # Axis 0: epoch, epoch of the warp, thread, warp; of the last store and the last load. Axis 1: words, of all programs.
+        self.stores = np.full((4, programs * self.words), NEVER, np.int32)
+        self.loads = np.full((4, programs * self.words), NEVER, np.int32)
 
     def select(self, chosen: Array) -> "Shared":
         """Return the tracker of some of the programs."""
@@ -39,8 +39,10 @@ class Shared:
         selected.granule = self.granule
         selected.epoch = self.epoch
         selected.warp_epoch = self.warp_epoch
-        selected.stores = self.stores[:, chosen]
-        selected.loads = self.loads[:, chosen]
+        selected.words = self.words
+        programs = (4, len(chosen), self.words)
+        selected.stores = self.stores.reshape(programs)[:, chosen].reshape(4, -1)
+        selected.loads = self.loads.reshape(programs)[:, chosen].reshape(4, -1)
         return selected
 
     def barrier(self) -> None:
@@ -54,35 +56,42 @@ class Shared:
 
     def access(self, writes: bool, rows: Array, threads: Array, offsets: Array, size: int) -> int | None:
         """Record one instruction's accesses; return the first lane that races with an earlier one."""
-        for start in range(0, size, self.granule):
-            words = (offsets + start) // self.granule
-            racing = self._unordered(self.stores, rows, threads, words)
+        warps = threads // WARP
+        first = rows * self.words + offsets // self.granule
+        for step in range(size // self.granule):
+            words = first + step
+            racing = self._racing(self.stores, threads, warps, words)
+            if racing is None and writes:
+                racing = self._racing(self.loads, threads, warps, words)
+            if racing is not None:
+                return racing
             if writes:
-                racing |= self._unordered(self.loads, rows, threads, words)
-            if racing.any():
-                return int(racing.argmax())
-            if writes:
-                for axis, value in enumerate((self.epoch, self.warp_epoch, threads, threads // WARP)):
-                    self.stores[axis, rows, words] = value
+                for axis, value in enumerate((self.epoch, self.warp_epoch, threads, warps)):
+                    self.stores[axis][words] = value
             else:
-                self._record_loads(rows, threads, words)
+                self._record_loads(threads, warps, words)
         return None
 
-    def _unordered(self, records: Array, rows: Array, threads: Array, words: Array) -> Array:
-        epoch, warp_epoch, thread, warp = records[:, rows, words]
-        ordered_in_warp = (warp == threads // WARP) & (warp_epoch < self.warp_epoch)
-        return (epoch == self.epoch) & (thread != threads) & ~ordered_in_warp
+    def _racing(self, records: Array, threads: Array, warps: Array, words: Array) -> int | None:
+        """Return the first lane whose word another thread has accessed since the last barrier, and nothing orders the two."""
+        since = records[0].take(words) == self.epoch
+        if not since.any():
+            return None
+        _, warp_epoch, thread, warp = records[:, words]
+        ordered_in_warp = (warp == warps) & (warp_epoch < self.warp_epoch)
+        racing = since & (thread != threads) & ~ordered_in_warp
+        return int(racing.argmax()) if racing.any() else None
 
-    def _record_loads(self, rows: Array, threads: Array, words: Array) -> None:
-        epoch, _, thread, warp = self.loads[:, rows, words]
+    def _record_loads(self, threads: Array, warps: Array, words: Array) -> None:
+        epoch, _, thread, warp = self.loads[:, words]
         again = epoch == self.epoch
-        for axis, before, value in ((2, thread, threads), (3, warp, threads // WARP)):
+        for axis, before, value in ((2, thread, threads), (3, warp, warps)):
             record = self.loads[axis]
-            record[rows, words] = value
-            several = (record[rows, words] != value) | (again & (before != value))
-            record[rows[several], words[several]] = SEVERAL
-        self.loads[0, rows, words] = self.epoch
-        self.loads[1, rows, words] = self.warp_epoch
+            record[words] = value
+            several = (record.take(words) != value) | (again & (before != value))
+            record[words[several]] = SEVERAL
+        self.loads[0][words] = self.epoch
+        self.loads[1][words] = self.warp_epoch
 
 
 class Race(NamedTuple):

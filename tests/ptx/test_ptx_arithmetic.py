@@ -576,7 +576,11 @@ def mismatches(opcode: str, function: Callable[..., np.ndarray], types: list[str
 # ---- Forms ----
 
 
-@pytest.mark.parametrize("opcode", sorted(FORMS))
+MANY = pytest.mark.slow(reason="forms change when one is added; every fourth is always tested, and kernels use the common ones")
+SAMPLED = [pytest.param(opcode, marks=MANY if index % 4 else []) for index, opcode in enumerate(sorted(FORMS))]
+
+
+@pytest.mark.parametrize("opcode", SAMPLED)
 def test_form(opcode):
     function, operands, result = form(opcode)
     types = operand_types(opcode)
@@ -591,7 +595,7 @@ def test_form(opcode):
 SHAPES = [(1, 1), (3, 1), (1, 4), (3, 4)]
 
 
-@pytest.mark.parametrize("opcode", sorted(FORMS))
+@pytest.mark.parametrize("opcode", SAMPLED)
 def test_shapes(opcode):
     # Registers that are the same for all threads or all programs, and a register that is a transposed array: the values are
     # those of full registers, in a new array of the broadcast shape.

@@ -66,7 +66,15 @@ def test_a_rule_judges_points():
     assert parse_rule("forget_quality").is_better({"forget_quality": 0.2}, {"forget_quality": 0.1})
 
 
-def test_metrics_of_the_own_rows_are_those_of_an_evaluation(tokenizer):
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Answers have 8 tokens at most, in runs and evaluations alike."""
+    greedy = generate.__kwdefaults__["go_on"]
+    short = lambda *args, max_new_tokens, **more: greedy(*args, max_new_tokens=min(8, max_new_tokens), **more)  # noqa: E731
+    monkeypatch.setitem(generate.__kwdefaults__, "go_on", short)
+
+
+def test_metrics_of_the_own_rows_are_those_of_an_evaluation(short_answers, tokenizer):
     """Each against the functions of `soul.evaluate`, on the model as it is then; measuring changes no number of the run."""
     log = io.StringIO()
     model, records = run(tokenizer, eval_every=2, eval_metrics=OWN, log=log)
@@ -150,11 +158,8 @@ def folder(tmp_path_factory, tokenizer):
     return folder
 
 
-def test_numbers_of_tofu_are_those_of_soul_evaluate(folder, capsys, monkeypatch):
+def test_numbers_of_tofu_are_those_of_soul_evaluate(folder, short_answers, capsys):
     """The command, with a rule on a number of TOFU; then soul evaluate on the model that it has saved."""
-    greedy = generate.__kwdefaults__["go_on"]
-    short = lambda *args, max_new_tokens, **more: greedy(*args, max_new_tokens=min(8, max_new_tokens), **more)  # noqa: E731
-    monkeypatch.setitem(generate.__kwdefaults__, "go_on", short)
     data, logs = str(folder), str(folder / "retain")
     how = ["--max-length", "64", "--device", "cpu", "--backend", "reference"]
     evaluate = ["evaluate", "--data", data, *how, "--max-new-tokens", "8"]

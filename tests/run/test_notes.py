@@ -19,6 +19,11 @@ CHAT = ("{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% e
 CONFIG = UnlearnConfig(**FAST)
 
 
+@pytest.fixture(autouse=True)
+def short_reports():
+    """Notes and reports are those of a user."""
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return tiny_tokenizer()

@@ -65,8 +65,12 @@ def logits(model):
         return model.eval()(input_ids=torch.arange(12)[None]).logits.float()
 
 
+ALWAYS = ("gpt2, tied", "llama, untied", "phi, head with a bias", "gemma2, capped")  # each kind of head
+SLOW = pytest.mark.slow(reason="a run, an evaluation and a report for each family; each kind of head is always tested")
+
+
 @needs_rouge
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[] if name in ALWAYS else SLOW) for name in FAMILIES])
 def test_every_family_is_unlearned_saved_reloaded_and_evaluated(family, folder, tokenizer, tmp_path, capsys):
     tiny_model(family).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -118,9 +122,9 @@ def test_a_run_of_adapters_that_has_ended_is_not_begun_again(folder, tmp_path, c
     assert "this run has ended" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tiles", [True, False])
-@pytest.mark.parametrize("flags, dtype", [
-    ((), torch.bfloat16), (("--optimizer=adamw",), torch.float32), (("--optimizer=adamw", "--lora-rank=2"), torch.bfloat16),
+@pytest.mark.parametrize("flags, dtype, tiles", [  # all choices: the next test
+    ((), torch.bfloat16, True), (("--optimizer=adamw",), torch.float32, True),
+    (("--optimizer=adamw", "--lora-rank=2"), torch.bfloat16, False),
 ])  # fmt: skip
 def test_parameters_are_bf16_where_nothing_is_lost(flags, dtype, tiles, folder, tmp_path, monkeypatch):
     """bf16 is used if it loses no bits of an update, and no time on a processor without tiles for bf16 products."""
@@ -254,6 +258,7 @@ def test_schedules():
     assert results["cosine"][4] > results["linear"][4] and results["cosine"][9] < results["linear"][9]
 
 
+@pytest.mark.slow(reason="torch.compile traces a body for each shape of a batch")
 @pytest.mark.covers("compilation (`--compile`)", "one process")
 def test_a_compiled_body_gives_the_same_numbers(tokenizer, monkeypatch):
     """Without inductor, which needs a compiler: the same part is compiled, and the same steps follow."""

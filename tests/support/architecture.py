@@ -4,6 +4,7 @@ Imports within functions count like those at the top of a file: an arrow that is
 """
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -105,6 +106,12 @@ def read_modules(root: pathlib.Path) -> Modules:
             for package in PACKAGES for path in (root / package).rglob("*.py")}  # fmt: skip
 
 
+@functools.cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """Return all nodes of a tree, which every rule looks at."""
+    return tuple(ast.walk(tree))
+
+
 def module_name(path: pathlib.Path) -> str:
     """Return the dotted name of a module from its path within the repository."""
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
@@ -113,7 +120,7 @@ def module_name(path: pathlib.Path) -> str:
 def imports(modules: Modules) -> Iterator[Import]:
     """List the imports of our own modules, wherever in a file they stand."""
     for importer, tree in modules.items():
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if isinstance(node, ast.Import):
                 yield from (Import(importer, name.name, None, node.lineno) for name in node.names if name.name in modules)
             elif isinstance(node, ast.ImportFrom) and node.module:
@@ -170,7 +177,7 @@ def friend_access(modules: Modules) -> list[str]:
     for name, tree in modules.items():
         if name.partition(".")[0] != "soul":
             continue
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             attribute = _private_attribute(node)
             if attribute is not None and attribute not in FOREIGN_PRIVATE:
                 wrong.append(f"{name}:{node.lineno} {ast.unparse(node)}")
@@ -181,7 +188,7 @@ def _private_attribute(node: ast.AST) -> str | None:
     """Return the private attribute of another object that an expression reads or writes, or None."""
     if isinstance(node, ast.Attribute):
         owner, attribute = node.value, node.attr
-    elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr", "setattr", "delattr"):
         owner, attribute = node.args[0], getattr(node.args[1], "value", "")
     else:
         return None
@@ -214,7 +221,7 @@ def without_annotations(modules: Modules) -> list[str]:
     for name, tree in modules.items():
         if name.partition(".")[0] == "tests":
             continue
-        for node in ast.walk(tree):
+        for node in nodes(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_kernel(node):
                 continue
             arguments = node.args

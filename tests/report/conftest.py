@@ -1,0 +1,8 @@
+"""What all tests of reports share."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def short_reports() -> None:
+    """Reports have pictures."""
