@@ -133,7 +133,8 @@ def test_a_machine_holds_one_model_while_it_is_loaded_and_less_while_it_is_saved
     taken, *_ = run(tmp_path, worker, tmp_path / "tiny", model_folder, world=WORLD)
     n_bytes = (model_folder / "model.safetensors").stat().st_size
     before, after = taken["loaded"]["float32"]
-    assert before > 0.9 * WORLD * 2 * n_bytes and after < 1.2 * (2 + 1) * n_bytes  # shards in fp32, and the file
+    # Of three models at least two at once, whenever they are looked at; shards in fp32, and the file.
+    assert before > 2 * 2 * n_bytes and after < 1.2 * (2 + 1) * n_bytes
     before, after = taken["loaded"]["bfloat16"]
     assert max(before, after) < 1.2 * (1 + 1) * n_bytes
     before, after = taken["saved"]

@@ -6,6 +6,7 @@ read without running them, and of the differences that tests/support/parity.py h
 """
 
 import ast
+import functools
 import json
 import pathlib
 import sys
@@ -66,12 +67,15 @@ def marks(directory=TESTS):
     return [mark for test, decorators in _tests(directory) for mark in _of_test(test, decorators)]
 
 
+@functools.cache  # files take seconds to parse
 def _tests(directory):
-    """Yield the name of each test, and what decorates it."""
+    """Return the name of each test, and what decorates it."""
+    tests = []
     for path in sorted(directory.rglob("test_*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef):
-                yield f"{path.relative_to(directory.parent).as_posix()}::{node.name}", node.decorator_list
+                tests.append((f"{path.relative_to(directory.parent).as_posix()}::{node.name}", node.decorator_list))
+    return tests
 
 
 def _of_test(test, decorators):
