@@ -239,7 +239,8 @@ def shard(
             gathered on the device.
         head_in_shards: never gather the head, nor the embeddings. Both are cut along the vocabulary, each process computes with
             its own rows for the tokens of all processes, and has the gradient of these rows alone
-            (`soul.distributed.vocabulary`). Embeddings that are not tied to the head, and not torch's own layer, are gathered.
+            (`soul.distributed.vocabulary`). Embeddings that are not tied to the head, and are no torch.nn.Embedding or one
+            that a family scales, are gathered.
 
     Returns:
         The model.

@@ -5,15 +5,14 @@ FSDP2 then cuts everything else. The fused loss computes with a head in shards (
 looked up in shards of embeddings (`soul_kernels.lookup`). A process has the gradients of its own rows alone. They are complete,
 so nothing is left for FSDP2 to add up.
 
-Embeddings that are tied to the head have its parameter. Those that are not tied are cut if they are torch's own layer; what
-another layer computes is not known, so FSDP2 gathers it as before. Other tables, of positions or of single layers, are no input
-embeddings, and are gathered too.
+Embeddings that are tied to the head have its parameter. Those that are not tied are cut if they are torch's own layer, or one
+of a family that calls its forward pass and scales the result, as Gemma's does. What any other layer computes is not known, so
+FSDP2 gathers it as before. Other tables, of positions or of single layers, are no input embeddings, and are gathered too.
 
 Safe to change: which embeddings are cut, in `can_look_up`, which the planner asks too.
 """
 
-import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,9 +24,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class EmbeddingInShards(torch.nn.Embedding):
+    """Embeddings whose weight is a DTensor, cut by rows: looks up this process's tokens, together with all processes."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of ids [...] as torch's own layer does, [..., D]."""
+        return look_up(ids, self.weight, self.padding_idx)
+
+
 def can_look_up(embeddings: torch.nn.Module) -> bool:
-    """Tell whether a layer does nothing but look up rows, so that `soul_kernels.lookup.look_up` can take its place."""
-    return type(embeddings) is torch.nn.Embedding and embeddings.max_norm is None and not embeddings.scale_grad_by_freq
+    """Tell whether a layer looks its rows up by torch's own layer, so that `EmbeddingInShards` can take the place of that."""
+    if not isinstance(embeddings, torch.nn.Embedding) or embeddings.max_norm is not None or embeddings.scale_grad_by_freq:
+        return False
+    forward: Any = type(embeddings).forward
+    calls_super = "__class__" in forward.__code__.co_freevars  # as super() without arguments does
+    return "forward" not in vars(embeddings) and (calls_super or forward is torch.nn.Embedding.forward)
+
+
+def _class_in_shards(kind: type[torch.nn.Embedding]) -> type[torch.nn.Embedding]:
+    """Return the class of a layer in shards; ``super().forward`` of a family's own class is EmbeddingInShards' in it."""
+    if kind is torch.nn.Embedding:
+        return EmbeddingInShards
+    return type(f"{kind.__name__}InShards", (kind, EmbeddingInShards), {})
 
 
 def vocabulary_layers(model: "PreTrainedModel") -> list[torch.nn.Linear | torch.nn.Embedding]:
@@ -43,7 +61,8 @@ def vocabulary_layers(model: "PreTrainedModel") -> list[torch.nn.Linear | torch.
     if can_look_up(embeddings):
         return [head, embeddings]
     if embeddings.weight is head.weight:
-        raise argument_error("head_in_shards", "a torch.nn.Embedding", repr(embeddings), remedy)
+        expected = "embeddings that are looked up by torch.nn.Embedding"
+        raise argument_error("head_in_shards", expected, repr(embeddings), remedy)
     return [head]
 
 
@@ -69,10 +88,5 @@ def cut_vocabulary(model: "PreTrainedModel", mesh: "DeviceMesh") -> set[torch.nn
             whole = embeddings.weight
             weight = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]), requires_grad=whole.requires_grad)
         embeddings.weight = weight
-        embeddings.forward = functools.partial(_embedded, embeddings)  # type: ignore[method-assign]
+        embeddings.__class__ = _class_in_shards(type(embeddings))
     return {parameter for layer in (head, *others) for parameter in layer.parameters()}
-
-
-def _embedded(embeddings: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    """Return what the forward pass of embeddings in shards returns for this process's tokens."""
-    return look_up(ids, embeddings.weight, embeddings.padding_idx)

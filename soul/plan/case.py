@@ -151,7 +151,7 @@ class Case:
         if self.head_in_shards and self.shape.tied and not self.looks_up:
             got = f"those of {self.shape.name}, which are tied to the head"
             remedy = "what another layer computes is not known: leave it out"
-            raise argument_error("head_in_shards", "embeddings that are a torch.nn.Embedding", got, remedy)
+            raise argument_error("head_in_shards", "embeddings that are looked up by torch.nn.Embedding", got, remedy)
 
     @property
     def replicas(self) -> int:

@@ -31,7 +31,7 @@ from soul.models.ref_model import reference_head
 from soul.optim.offload import BUCKET_BYTES
 from soul.optim.release import release_gradients
 from soul.optim.states import new_state
-from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of, ways
+from soul.plan import PRESETS, Card, Tokens, card_of, plan, shape_of, shapes, ways
 from soul.plan.activations import layer_bytes
 from soul.plan.case import Case
 from soul.plan.memory import BACKWARD, FORWARD, STEP, phases, resident
@@ -669,9 +669,15 @@ def test_layouts_of_several_cards():
     assert "16 x h100, FSDP2 with 2 copies of the shards" in copies.title()
 
 
-def test_embeddings_that_do_more_than_look_up_rows_are_gathered():
-    """Those of Gemma are scaled; a run refuses them where they are tied to the head, and so does the plan."""
+def test_embeddings_that_read_their_rows_themselves_are_gathered(monkeypatch):
+    """A run refuses them where they are tied to the head, and so does the plan. Those of Gemma, which are scaled, are not."""
     config = FAMILIES["gemma2, capped"]()
+    assert plan(config, config_of(head_in_shards=True), gpus=2).case.looks_up
+    monkeypatch.setattr(shapes, "can_look_up", lambda _: False)
+    with pytest.raises(
+        ValueError, match="head_in_shards: expected embeddings that are looked up .* got those of gemma2, which"
+    ):
+        plan(config, config_of(head_in_shards=True), gpus=2)
     config.tie_word_embeddings = False
     case = plan(config, config_of(head_in_shards=True), gpus=2).case
     assert not case.looks_up and case.vocabulary == {(case.shape.vocab, case.shape.hidden): 1}
@@ -722,8 +728,6 @@ def test_cards():
     (lambda: plan("1b", load_in_4bit=True), "load_in_4bit: expected adapters"),
     (lambda: plan("1b", config_of(replicas=3), gpus=4), "replicas: expected a divisor of 4"),
     (lambda: plan("1b", config_of(cpu_offload=True)), "cpu_offload: expected False with one process"),
-    (lambda: plan(FAMILIES["gemma2, capped"](), config_of(head_in_shards=True), gpus=2),
-     "head_in_shards: expected embeddings that are a torch.nn.Embedding, got those of gemma2, which are tied to the head"),
     (lambda: ways("1b", UnlearnConfig(), gpus=2, load_in_4bit=True, dtype="int8"), "dtype"),
     (lambda: plan("1b", length=0), "length"),
     (lambda: plan("1b", tokens=Tokens(2, 8, labelled=17)), "labelled: expected .* at most 16"),
