@@ -23,6 +23,9 @@ TESTS_PTX := tests/ptx tests/optim tests/models tests/test_losses.py tests/test_
     tests/run/test_influence.py tests/run/test_unlearner.py \
     $(filter-out %/test_compile.py %/test_compiled.py %/test_interpreter.py,$(wildcard tests/kernels/test_*.py))
 
+# Of parity: files with tests of layouts; the one that takes longest begins.
+LONGEST := tests/distributed/test_torchrun.py
+TESTS_PARITY := $(LONGEST) $(filter-out tests/clients/% $(LONGEST),$(shell grep -rlE 'covers.*"(FSDP2|HSDP|TP)"|mark.counts' tests --include='test_*.py'))
 # Of test-clients: whose code, and a checkout of locuslab/open-unlearning; without one only its interface is tested.
 CLIENTS ?= $(patsubst tests/clients/test_%.py,%,$(wildcard tests/clients/test_*.py))
 OPEN_UNLEARNING ?=
@@ -30,7 +33,7 @@ TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_func
 TESTS_trl := tests/test_examples.py::test_trl_trains
 TESTS_lightning := tests/test_examples.py::test_lightning_module_unlearns
 
-.PHONY: help install demo chromium test test-slow test-all test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
+.PHONY: help install demo chromium test test-slow test-all parity test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +89,12 @@ evidence: install .triton/3.6/installed ## write anew what the compilers make of
 test-gpu: ## the same tests on a GPU, with the Python that is active, four files at a time; test-compile needs none
 	@printf '%s\n' $(TESTS) | TRITON_INTERPRET=0 xargs -P 4 -I FILE sh -c 'report=$$(timeout $(LIMIT) $(PYTHON) -m pytest FILE --slow 2>&1); \
 	    status=$$?; printf "%s\nFILE: status $$status\n\n" "$$report"; [ $$status = 0 ] || [ $$status = 5 ]'
+
+# Tests that did not run keep their numbers.
+parity: install .venv-clients/deepspeed/installed ## measure how far layouts of processes are from one: tests/distributed/parity.json, docs/layouts.md
+	$(PYTEST) --slow --parity -m 'covers or counts' $(PARALLEL) $(TESTS_PARITY)
+	.venv-clients/deepspeed/bin/python -m pytest --slow --parity -m covers tests/clients/test_deepspeed.py
+	$(BIN)/python -m tests.support.layouts docs/layouts.md
 
 # `make -k` goes on where a client fails.
 test-clients: $(CLIENTS:%=test-client-%) ## with other people's code, each in an environment of its own; OPEN_UNLEARNING=checkout

@@ -32,7 +32,7 @@ from bench._steps import EagerStep, OurStep, mask_of, sequences_of
 from soul.data.batches import Batch, collate
 from soul.data.examples import Sequence
 from soul.plan import Tokens, plan
-from soul.plan.time import flops, optimizer_bytes
+from soul.plan.time import flops, optimizer_share
 from soul.run.config import UnlearnConfig
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def make_case(
     def cost(name: str) -> tuple[float, float]:
         """Return the FLOPs and bytes that a variant needs at least."""
         if name.startswith("ours"):
-            return flops(planned.case, planned.case.tokens), optimizer_bytes(planned.case)
+            return flops(planned.case, planned.case.tokens), optimizer_share(planned.case).total
         eager = plan(shape, config_of(), dtype=name_of_dtype).case
         passes = 7 * shape.numel * dtype.itemsize + shape.numel * dtype.itemsize  # states like the parameters; the norm
         if name.startswith("published"):

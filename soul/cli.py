@@ -67,7 +67,8 @@ def _status(words: list[str]) -> int:
         args = _parsed(parser, expand(words, parser_of))
         if launched() > 1 and command not in RUNS:
             expected = " or ".join(f"'soul {name}'" for name in RUNS)
-            raise argument_error("torchrun", expected, f"'soul {command}'", "start it without torchrun, in one process")
+            remedy = "start it without torchrun: each process would do all of the work"
+            raise argument_error("torchrun", expected, f"'soul {command}'", remedy)
         is_first = launched() == 1 or int(os.environ["RANK"]) == 0
         with notices.filtered(), progress.shown(is_first):
             status = args.run(args)

@@ -139,6 +139,27 @@ def chunk_rows(n_vocab: int, options: ResolvedOptions, has_ref_model: bool, chun
     return limit // TILE * TILE or limit
 
 
+def round_rows(
+    n_vocab: int, width: int, options: ResolvedOptions, has_ref_model: bool, chunk_bytes: int, n_processes: int
+) -> int:  # fmt: skip
+    """Return the number of rows that each process puts into a round, in which processes compute their rows together.
+
+    The budget is that of the logits of a round. Its hidden states and their gradient take as much again at most: with many
+    processes, each of which has few columns, these would otherwise be the larger part.
+
+    Args:
+        n_vocab: columns that a process has, of all rows.
+        width: of the hidden states.
+        options: `ResolvedOptions`.
+        has_ref_model: whether there are logits of a reference model too.
+        chunk_bytes: the budget.
+        n_processes: number of processes.
+    """
+    limit = chunk_rows(n_vocab, options, has_ref_model, chunk_bytes)
+    bytes_of_row = width * (options.factor_dtype.itemsize + options.result_dtype.itemsize)
+    return max(1, min(limit, chunk_bytes // bytes_of_row) // n_processes)
+
+
 def check_options(options: LinearOptions) -> None:
     """Raise unless ``options`` are `LinearOptions`."""
     if not isinstance(options, LinearOptions):

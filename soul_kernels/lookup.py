@@ -1,11 +1,13 @@
 """Embeddings of tokens from a table that is cut by rows, for processes with tokens of their own.
 
-This is the other end of a head in shards (`soul_kernels.Head.own_tokens`): where embeddings and head are tied, both use the
-same rows. It goes in rounds, as the ops on the head do (`_head.rounds`). In a round each process puts in some of its tokens.
-Every process looks up those whose rows it has, and takes zeros for the others. The sums over the processes, each of one row and
-zeros, go back to the processes of the tokens. In backward the gradients go to all processes, and each adds up those of its own
-rows. So no process ever has the whole table or its whole gradient, and the embeddings are those of the whole table, bit for
-bit.
+This is the other end of a head in shards (`soul_kernels.Head.own_tokens`). Where both are tied they use the same rows.
+It goes in rounds, as the ops on the head do (`_head.rounds`). In a round each process puts in some of its tokens. Every process
+looks up those whose rows it has, and takes zeros for the others. The sums over the processes, each of one row and zeros, go
+back to the processes of the tokens. In backward the gradients go to all processes, and each adds up those of its own rows. So
+no process ever has the whole table or its whole gradient, and the embeddings are those of the whole table, bit for bit.
+
+Safe to change: the size of a round, which changes only the order of the sums in backward. Not safe: a number of rounds that
+differs between processes.
 """
 
 from typing import Any
@@ -20,6 +22,9 @@ from soul_kernels.chunks import default_chunk_bytes
 from soul_kernels.tokens import VocabShard
 
 NO_TOKEN = -1  # where a process has fewer tokens than others
+# Memory of a round at most. At 50 GB/s its rows travel for milliseconds, which is long beside the start of a collective.
+ROUND_BYTES = 2**28
+FLOAT = 4  # bytes of an element of the gradients that are added up
 
 
 def look_up(ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -55,10 +60,7 @@ class _LookUp(torch.autograd.Function):
         out = rows.new_empty((ids.numel(), rows.shape[1]))
         for own, size in _rounds(rounds, out):
             here, local = _local_rows(rounds, ids.reshape(-1)[own], size)
-            partial = out.new_zeros((len(local), out.shape[1]))
-            if len(rows):
-                partial = torch.nn.functional.embedding(local.where(here, 0), rows).masked_fill_(~here[:, None], 0.0)
-            out[own] = rounds.sum_of_own(partial, len(out[own]))
+            out[own] = rounds.sum_of_own(_rows_or_zeros(rows, here, local), len(out[own]))
         return out.view(*ids.shape, rows.shape[1])
 
     @staticmethod
@@ -81,15 +83,28 @@ class _LookUp(torch.autograd.Function):
         return sums.to(dtype), None, None, None
 
 
-def _rounds(rounds: Rounds, states: Tensor) -> list[tuple[slice, int]]:
-    """Return the part of this process's tokens in each round, and the largest number of tokens that a process has in it.
+def round_size(width: int, itemsize: int, n_processes: int, budget: int) -> int:
+    """Return the number of tokens that each process puts into a round.
 
-    The embeddings of a round, of all processes, take about as much memory as a chunk of logits.
+    The rows of all of them, of ``width`` elements of ``itemsize`` bytes, and their fp32 copies in backward take ``budget``
+    bytes, or `ROUND_BYTES` if these are fewer.
     """
+    return max(1, min(budget, ROUND_BYTES) // (width * (itemsize + FLOAT) * n_processes))
+
+
+def _rounds(rounds: Rounds, states: Tensor) -> list[tuple[slice, int]]:
+    """Return the part of this process's tokens in each round, and the largest number of tokens that a process has in it."""
     n_tokens, width = states.shape
     most, budget = rounds.largest(n_tokens, default_chunk_bytes(states.device))
-    size = max(1, budget // (width * states.itemsize * rounds.n_processes))
+    size = round_size(width, states.itemsize, rounds.n_processes, budget)
     return [(slice(start, start + size), min(size, most - start)) for start in range(0, most, size)]
+
+
+def _rows_or_zeros(rows: Tensor, here: Tensor, local: Tensor) -> Tensor:
+    """Return the rows of the tokens of a round [n, D]; zeros where a row is not here."""
+    if not len(rows):
+        return rows.new_zeros((len(local), rows.shape[1]))
+    return torch.nn.functional.embedding(local.where(here, 0), rows).masked_fill_(~here[:, None], 0.0)
 
 
 def _local_rows(rounds: Rounds, ids: Tensor, size: int) -> tuple[Tensor, Tensor]:

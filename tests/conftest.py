@@ -24,6 +24,8 @@ EXTRAS = ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyar
 def pytest_addoption(parser):
     parser.addoption("--all-extras", action="store_true", help="a missing extra is an error, and no reason to skip (make test)")
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow (make test-all)")
+    parser.addoption("--parity", action="store_true", help="write what tests of several processes measure into "
+                     "tests/distributed/parity.json (make parity)")  # fmt: skip
 
     group = parser.getgroup("ptx", "kernels compiled for a GPU and executed on the CPU (tests/ptx)")
     targets = ["sm_80", "sm_90", "sm_100"]
@@ -114,6 +116,10 @@ def pytest_configure(config):
     missing = [name for name in EXTRAS if importlib.util.find_spec(name) is None]
     if missing and config.getoption("all_extras"):
         raise pytest.UsageError(f"not installed: {', '.join(missing)}; is it in the extras of setup.py?")
+    if config.getoption("parity"):
+        from tests.support.parity import Recorder  # after the kernels were chosen
+
+        config.pluginmanager.register(Recorder())
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,7 +8,7 @@ import pytest
 
 import soul
 import soul_kernels
-from tests.support.layouts import marks, with_table
+from tests.support.layouts import marks, measured, of_several_processes, that_count, with_tables
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "bench/README.md", *ROOT.glob("soul/**/*.md")]
@@ -33,7 +33,16 @@ def test_links_lead_somewhere(page):
 
 def test_the_table_of_layouts_is_made_of_the_tests():
     page = ROOT / "docs" / "layouts.md"
-    assert with_table(page.read_text()) == page.read_text(), "python -m tests.support.layouts docs/layouts.md"
+    assert with_tables(page.read_text()) == page.read_text(), "python -m tests.support.layouts docs/layouts.md"
+
+
+def test_each_test_of_several_processes_has_measured_how_far_it_is_from_one():
+    """Of a test that is new or gone: `make parity`, or pytest --slow --parity with its file, and then the command above."""
+    entries = measured()
+    covering, counting = of_several_processes(marks()), that_count()
+    assert sorted(entries) == sorted({*covering, *counting})
+    assert all(entries[test]["measured"] for test in covering) and all(entries[test]["bytes"] for test in counting)
+    assert all(one["error"] <= one["limit"] for entry in entries.values() for one in entry["measured"])
 
 
 def test_a_mark_of_a_layout_that_does_not_exist_is_an_error(tmp_path):

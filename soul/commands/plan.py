@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--cpu-offload", action="store_true", help="keep shards of parameters, gradients and states in main memory"
     )
-    how.add_argument("--head-in-shards", action="store_true", help="never gather the output head")
+    how.add_argument("--head-in-shards", action="store_true", help="never gather output head and embeddings")
     how.add_argument("--lora-rank", type=int, metavar="R", help="train LoRA adapters of this rank instead of the model")
     how.add_argument("--lora-targets", metavar="A,B", help="names of layers (default: all linear layers but the head)")
     how.add_argument("--load-in-4bit", action="store_true", help="with --lora-rank: the model below the adapters in 4 bits")

@@ -206,7 +206,7 @@ def add_training(group: argparse._ActionsContainer) -> None:
     add(
         "--head-in-shards",
         action="store_true",
-        help="with torchrun: never gather the output head; each process has its rows of the vocabulary, and their gradient",
+        help="with torchrun: never gather output head and embeddings; each process has its rows of both, and their gradient",
     )
     add("--compile", action="store_true", help="the model's body under torch.compile")
     add("--cuda-graph", action="store_true", help="replay the whole step as one CUDA graph, a graph for each shape")

@@ -1,5 +1,6 @@
-"""Several processes: the group that torchrun starts (`processes`), the piece of a tensor that each one holds (`shards`), and a
-model that one of them has read, cut into the shards of all (`scatter`), or that one of them writes (`gather`).
+"""Several processes: the group that torchrun starts (`processes`), the piece of a tensor that each one holds (`shards`), head
+and embeddings that stay in shards (`vocabulary`), and a model that one of them has read, cut into the shards of all
+(`scatter`), or that one of them writes (`gather`).
 
 May import: output.
 Start reading with `processes`.

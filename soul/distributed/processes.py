@@ -22,7 +22,6 @@ that may differ between processes; the sums in `shard`; and the ``reshard`` in `
 import contextlib
 import dataclasses
 import datetime
-import functools
 import json
 import math
 import os
@@ -36,13 +35,12 @@ import torch
 import torch.distributed as dist
 
 from soul.distributed.shards import is_in_codes, is_sharded, local
+from soul.distributed.vocabulary import cut_vocabulary
 from soul.distributed.watch import key, watched
 from soul.output.console import safe_stream
 from soul_kernels.errors import ArgumentError, argument_error
-from soul_kernels.lookup import look_up
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
     from transformers import PreTrainedModel
@@ -235,12 +233,13 @@ def shard(
         model: a Hugging Face model, the same in every process. Peft may have wrapped it: the frozen weights are cut like the
             adapters. Weights in 4 bits, whose codes cannot be cut, stay whole in each process, where they are.
         device: type "cpu" or "cuda".
-        replicas: number of copies of the shards, a divisor of the number of processes. A head in shards has one copy.
+        replicas: number of copies of the shards, a divisor of the number of processes. Head and embeddings that are never
+            gathered have one copy.
         cpu_offload: keep shards of parameters and gradients in main memory, where the optimizer then steps them; layers are
             gathered on the device.
-        head_in_shards: never gather the head. It is cut along the vocabulary, each process computes with its own rows for the
-            tokens of all processes (`soul_kernels.Head.own_tokens`), and has the gradient of these rows alone. Embeddings that
-            are tied to it are looked up in the same way (`soul_kernels.lookup`).
+        head_in_shards: never gather the head, nor the embeddings. Both are cut along the vocabulary, each process computes with
+            its own rows for the tokens of all processes, and has the gradient of these rows alone
+            (`soul.distributed.vocabulary`). Embeddings that are not tied to the head, and not torch's own layer, are gathered.
 
     Returns:
         The model.
@@ -268,12 +267,12 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy(),
     }
     root = model.get_base_model() if hasattr(model, "get_base_model") else model  # it stays where adapters are merged into it
-    head = _cut_head(root, all_processes) if head_in_shards else set()
-    codes = {parameter for parameter in root.parameters() if is_in_codes(parameter)}
+    ignored = cut_vocabulary(root, all_processes) if head_in_shards else set()
+    ignored |= {parameter for parameter in root.parameters() if is_in_codes(parameter)}
     layer_classes = set(root._no_split_modules or ())  # names of classes
     for module in [module for module in root.modules() if type(module).__name__ in layer_classes]:
-        fully_shard(module, **how, ignored_params=codes)
-    fully_shard(root, **how, ignored_params=codes | head)
+        fully_shard(module, **how, ignored_params=ignored)
+    fully_shard(root, **how, ignored_params=ignored)
     for module in root.modules():
         if isinstance(module, FSDPModule):  # the sum of the gradients, not their mean
             module.set_gradient_divide_factor(1.0)
@@ -281,33 +280,6 @@ def shard(
     setattr(root, COMPUTE, types.MethodType(lambda _, compute: compute(), root))
     register_fsdp_forward_method(root, COMPUTE)
     return model
-
-
-def _cut_head(model: "PreTrainedModel", mesh: "DeviceMesh") -> set[torch.nn.Parameter]:
-    """Cut the head of a model along the vocabulary, in place, and return its parameters.
-
-    Its own forward pass, which only generation calls, then takes the same hidden states in all processes, and returns all
-    logits in each. Embeddings that are tied to it share its parameter as before.
-    """
-    from torch.distributed.tensor import Replicate
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    layer, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = layer.weight is embeddings.weight
-    for module, kind in ((layer, torch.nn.Linear), *(((embeddings, torch.nn.Embedding),) if is_tied else ())):
-        if type(module) is not kind:
-            remedy = "what another layer computes is not known: leave head_in_shards out"
-            raise argument_error("head_in_shards", f"a torch.nn.{kind.__name__}", type(module).__name__, remedy)
-    parallelize_module(layer, mesh, ColwiseParallel(output_layouts=Replicate()))
-    if is_tied:
-        embeddings.weight = layer.weight
-        embeddings.forward = functools.partial(_embedded, embeddings)
-    return set(layer.parameters())
-
-
-def _embedded(embeddings: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    """Return what the forward pass of embeddings in shards returns for this process's tokens."""
-    return look_up(ids, embeddings.weight, embeddings.padding_idx)
 
 
 def is_sharded_by_others(model: torch.nn.Module) -> bool:
@@ -335,13 +307,14 @@ def check_shards(model: torch.nn.Module) -> None:
         ArgumentError: its parameters are DTensors, and `shard` has not made them.
     """
     if not hasattr(model, COMPUTE) and any(is_sharded(parameter) for parameter in model.parameters()):
-        raise argument_error("model", "a whole model", "one in shards", "put it in shards with soul.distributed.shard")
+        remedy = "nothing would gather its head: put it in shards with soul.distributed.shard"
+        raise argument_error("model", "a whole model", "one in shards", remedy)
 
 
 def gathered(model: torch.nn.Module, compute: Callable[[], T]) -> T:
     """Return ``compute()``; for a sharded model, run it with embeddings, head and last norm gathered into whole tensors.
 
-    A head that `shard` keeps in shards stays a DTensor.
+    A head and embeddings that `shard` keeps in shards stay DTensors.
 
     The fused loss takes hidden states from the body of the model, and the head itself. So the model's own forward pass, in
     which FSDP2 would gather these tensors, is never called. Instead ``compute`` runs as a forward pass of the root module; the

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from soul.distributed.processes import Processes, shard
 from soul.distributed.shards import is_sharded
+from soul.distributed.vocabulary import vocabulary_layers
 from soul.output.progress import track
 from soul_kernels.errors import argument_error
 
@@ -65,7 +66,8 @@ def shard_from_first(
     parts = _tensors(model)
     boxes = processes.gather({name: _box(part) for name, part in parts.items()})
     values = {}
-    on_device = {id(part) for part in model.get_output_embeddings().parameters()} if head_in_shards else set()
+    layers = vocabulary_layers(model) if head_in_shards else []  # these compute with their shards, which stay on the device
+    on_device = {id(part) for layer in layers for part in layer.parameters()}
     for name, part in track(parts.items(), "sharing weights"):
         own = _own_part(whole.pop(name), part, [boxes_of_process[name] for boxes_of_process in boxes], processes)
         value = _like(part, own.to(device))

@@ -200,7 +200,8 @@ def head_layer(model: "PreTrainedModel") -> Any:
         return layer
     if kind.__module__.partition(".")[0] != "torch" or layer.weight.dtype not in _DTYPES:
         got = f"{kind.__name__} of {layer.weight.dtype} in {type(model).__name__}"
-        raise argument_error("model", "a head that is not quantized", got, "leave the head out of the quantization")
+        remedy = "the loss multiplies by its values: leave the head out of the quantization"
+        raise argument_error("model", "a head that is not quantized", got, remedy)
     if getattr(model.config, "is_encoder_decoder", False):
         remedy = "an encoder-decoder predicts from another sequence; it is not supported"
         raise argument_error("model", "a causal language model", type(model).__name__, remedy)
@@ -211,7 +212,7 @@ def _check_not_compiled(*modules: torch.nn.Module) -> None:
     """Raise for a model that is compiled as a whole: its head has been traced and can no longer be replaced."""
     for module in modules:
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            remedy = "compile only the part that yields the hidden states: model.base_model.compile()"
+            remedy = "its logits are part of the program: compile only the body, model.base_model.compile()"
             raise argument_error("model", "a model whose head is not compiled", "one compiled as a whole", remedy)
 
 

@@ -53,7 +53,7 @@ def check_codes_are_whole(model: torch.nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and not parameter.dtype.is_floating_point:
-            remedy = "cut its head alone, along the vocabulary, and leave quantized layers whole; or load the base in bf16"
+            remedy = "a cut parts codes from their scales: cut its head alone, along the vocabulary, or load the base in bf16"
             raise argument_error("model", "codes of 4 bits that are whole in each process", f"a shard of {name}", remedy)
 
 
@@ -68,15 +68,32 @@ def dequantized(weight: Tensor) -> Tensor:
         return require("bitsandbytes.functional", EXTRA).dequantize_4bit(weight.detach(), state)
     if not weight.is_floating_point():
         got = f"{type(weight).__name__} of {weight.dtype}"
-        remedy = "leave the head out of the quantization (llm_int8_skip_modules=['lm_head'])"
+        remedy = "its values are not known here: leave the head out of the quantization (llm_int8_skip_modules=['lm_head'])"
         raise argument_error("model", "a head of floating point, or of 4 bits of bitsandbytes", got, remedy)
     return weight
 
 
 def cannot_merge_error() -> ArgumentError:
     """Return the `ArgumentError` for adapters that are to be merged into weights of 4 bits, which would round them away."""
+    why = "4 bits would round them away"
     remedy = "leave it out; merge the saved adapters into the unquantized model: PeftModel.from_pretrained(model, output)"
-    return argument_error("merge", "False with a quantized model", "True", f"{remedy}.merge_and_unload()")
+    return argument_error("merge", "False with a quantized model", "True", f"{why}: {remedy}.merge_and_unload()")
+
+
+def check_codes(model: torch.nn.Module) -> None:
+    """Raise unless the codes of a quantized model, if it has any, are those that several processes leave whole.
+
+    Raises:
+        ArgumentError: the model is quantized by another library than bitsandbytes, or to another number of bits than 4.
+    """
+    if is_quantized(model) and not any(map(is_in_codes, model.parameters())):
+        config = getattr(model.config, "quantization_config", None)
+        of = config if isinstance(config, dict) else vars(config) if config is not None else {}
+        method = of.get("quant_method", "another library")
+        bits = " of 8 bits" if of.get("load_in_8bit") or of.get("_load_in_8bit") else ""
+        remedy = "FSDP2 would cut them apart from their scales: run one process, or quantize to 4 bits with bitsandbytes"
+        expected = "weights in 4 bits of bitsandbytes, or none in codes, in several processes"
+        raise argument_error("model", expected, f"codes{bits} of {getattr(method, 'value', method)}", remedy)
 
 
 def scales(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -59,9 +59,8 @@ class Fp32Parameters(dict[torch.Tensor, torch.Tensor], contextlib.AbstractContex
 
     def __enter__(self) -> "Fp32Parameters":
         if any(is_sharded(param) for param in self):
-            raise argument_error(
-                "export_fp32", "whole parameters in a with statement", "DTensors", "use the dict: values of shards"
-            )
+            remedy = "the values are those of this process's shards: use the dict without with"
+            raise argument_error("export_fp32", "whole parameters in a with statement", "DTensors", remedy)
         self._stored = {param: param.data for param in self}
         for param, value in self.items():
             param.data = value

@@ -124,7 +124,7 @@ def check_releasable(group: ParamGroup) -> None:
         ("clip_target", "the clipped fraction over"),
     ):
         if group[name]:
-            remedy = f"it needs {needs} all gradients before the first parameter moves"
+            remedy = f"it needs {needs} all gradients before the first parameter moves: leave it out, or gradient release"
             raise argument_error(name, "None or False with gradient release", group[name], remedy)
 
 
@@ -170,7 +170,8 @@ def check_not_in_pieces(group: ParamGroup, first: torch.Tensor | None = None, n_
     if framework == "FSDP1":
         raise argument_error("rho", f"a number {condition}", "'auto'", "pass one, tuned in one process or under FSDP2")
     if several:
-        remedy = "raise sub_group_size in DeepSpeed's configuration above the number of parameters, or pass a number"
+        remedy = "each would move it for the next: raise sub_group_size in DeepSpeed's configuration above the number of "
+        remedy += "parameters, or pass a number"
         raise argument_error("rho", "a number where ZeRO-3 steps several sub-groups one by one", "'auto'", remedy)
 
 
@@ -311,6 +312,7 @@ def check_group(group: ParamGroup, index: int) -> None:
 def _check_sharded(name: str, param: Any, group: ParamGroup) -> None:
     """Raise for a DTensor (``param``) that is a partial sum, and for shards that 8-bit states do not know."""
     if any(placement.is_partial() for placement in param.placements):
-        raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), "redistribute it first")
+        remedy = "a step of a part of a sum is no step of the sum: redistribute it to Replicate() or Shard(0) first"
+        raise argument_error(name, "a replicated or sharded DTensor", str(param.placements), remedy)
     if group["state_dtype"] == "8bit":
         check_state_shards(name, param)

@@ -39,7 +39,8 @@ def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRe
             either. It is refused in its ``step`` only, after parameters have been stepped with scaled gradients.
     """
     if not isinstance(optimizer, SophiaG):
-        raise argument_error("optimizer", "a SophiaG or SOUL", type(optimizer).__name__, "other optimizers step all at once")
+        remedy = "others step all parameters at once: use one of these"
+        raise argument_error("optimizer", "a SophiaG or SOUL", type(optimizer).__name__, remedy)
     if optimizer.gradient_release is not None:
         remedy = "call remove() of its gradient_release first"
         raise argument_error("optimizer", "one whose gradients are not released", "one whose gradients are", remedy)
@@ -53,7 +54,8 @@ def release_gradients(model: torch.nn.Module, optimizer: SophiaG) -> "GradientRe
     if foreign or not params:  # DeepSpeed's ZeRO puts others into the groups, or takes them out
         expected = "a module that has all parameters of the optimizer"
         got = f"one without {len(foreign)} of them" if params else "an optimizer without parameters"
-        raise argument_error("model", expected, got, "pass the whole model; under DeepSpeed gradients cannot be released")
+        remedy = "pass the whole model; DeepSpeed adds gradients up over processes out of sight: leave release out there"
+        raise argument_error("model", expected, got, remedy)
     world = torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
     if world > 1 and not all(map(is_sharded, params)):
         got = f"plain parameters in {world} processes"

@@ -96,9 +96,11 @@ def check_state_shards(name: str, param: torch.Tensor) -> None:
     got = f"'8bit' for {name}, {tuple(param.shape)} with {sharded.placements}"
     if len(cuts) > len(set(cuts)):
         expected = "fp32 or bf16 where columns are sharded, and one dimension by several dimensions of the mesh"
-        raise argument_error("state_dtype", expected, got, "shard by rows, or use bf16 states")
+        remedy = "a checkpoint could not tell the scales of such shards apart: shard by rows, or use bf16 states"
+        raise argument_error("state_dtype", expected, got, remedy)
     if not local(param).is_contiguous():
-        raise argument_error("state_dtype", "fp32 or bf16 where shards of columns have gaps", got, "make them contiguous")
+        remedy = "a scale belongs to neighbours in memory: make the shards contiguous"
+        raise argument_error("state_dtype", "fp32 or bf16 where shards of columns have gaps", got, remedy)
 
 
 def new_scales(param: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -44,7 +44,7 @@ def check_counts_all(step_groups: list[StepGroup]) -> None:
     """Raise if FSDP1 has cut the parameters, and this process has counted its own piece alone."""
     for step_group in step_groups:
         if hidden_sharding(step_group.params) == "FSDP1":
-            remedy = "measure in one process, or under FSDP2"
+            remedy = "nothing says that they are pieces, so sums over processes are not formed: use one process, or FSDP2"
             expected = "an optimizer of whole parameters or DTensors"
             raise argument_error("telemetry", expected, "one process's piece under FSDP1", remedy)
 

@@ -17,10 +17,15 @@ from soul.models.quantized import four_bit_bytes
 from soul.plan.cards import NETWORK, Card
 from soul.plan.shapes import Shape
 from soul.run.config import UnlearnConfig
-from soul_kernels.chunks import ResolvedOptions, chunk_rows, memory_share
+from soul_kernels.chunks import ResolvedOptions, chunk_rows, memory_share, round_rows
 from soul_kernels.errors import argument_error, check_choice, check_whole
 
 ATTENTIONS = ("sdpa", "eager")
+
+
+def numel_of(sizes: Mapping[tuple[int, ...], int]) -> int:
+    """Return the number of elements of some tensors: shape -> number of such ones."""
+    return sum(math.prod(size) * count for size, count in sizes.items())
 
 
 def check_hardware(attention: str, gpus: int, network: float, host_bandwidth: float | None = None) -> None:
@@ -143,6 +148,10 @@ class Case:
         if self.load_in_4bit and self.adapters is None:
             remedy = "codes of 4 bits have no gradient: pass --lora-rank 16"
             raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
+        if self.head_in_shards and self.shape.tied and not self.looks_up:
+            got = f"those of {self.shape.name}, which are tied to the head"
+            remedy = "what another layer computes is not known: leave it out"
+            raise argument_error("head_in_shards", "embeddings that are a torch.nn.Embedding", got, remedy)
 
     @property
     def replicas(self) -> int:
@@ -158,6 +167,25 @@ class Case:
     def head_in_shards(self) -> bool:
         """Whether the head stays in shards of rows, for each of which its own process computes the logits."""
         return self.config.head_in_shards and self.gpus > 1
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the embeddings stay in shards of rows too, in which tokens are looked up."""
+        return self.head_in_shards and self.shape.embedding is not None
+
+    @functools.cached_property
+    def vocabulary(self) -> "collections.Counter[tuple[int, ...]]":
+        """Shape -> number of the parameters that stay in shards of rows: head and embeddings.
+
+        Their shards lie over all GPUs, whatever the number of copies of the rest.
+        """
+        tables: collections.Counter[tuple[int, ...]] = collections.Counter()
+        if self.head_in_shards:
+            tables[self.shape.vocab, self.shape.head_width] += 1
+        if self.looks_up and not self.shape.tied:
+            assert self.shape.embedding is not None
+            tables[self.shape.embedding] += 1
+        return tables
 
     @property
     def shards(self) -> int:
@@ -177,9 +205,8 @@ class Case:
 
     @functools.cached_property
     def whole_rest_numel(self) -> int:
-        """The number of elements outside of the layers that FSDP2 gathers: all but a head that stays in shards."""
-        head: dict[tuple[int, ...], int] = {(self.shape.vocab, self.shape.head_width): 1} if self.head_in_shards else {}
-        return self._padded(self.shape.sizes["rest"]) - self._padded(head)
+        """The number of elements outside of the layers that FSDP2 gathers: all but head and embeddings that stay in shards."""
+        return self._padded(self.shape.sizes["rest"] - self.vocabulary)
 
     @functools.cached_property
     def whole_trained_numel(self) -> float:
@@ -215,10 +242,12 @@ class Case:
         return self.objective.divergence is not None
 
     def n_compared(self, tokens: Tokens) -> int:
-        """Return the number of tokens of a micro-batch at which the divergence is computed."""
+        """Return the number of tokens of a micro-batch at which the divergence is computed; with a head in shards at all."""
         divergence = self.objective.divergence
         if divergence is None:
             return 0
+        if self.head_in_shards:
+            return tokens.n_labelled
         if tokens.compared is not None:
             return tokens.compared
         return tokens.n_labelled if divergence.of == "all" else -(-tokens.n_labelled // 2)
@@ -256,6 +285,12 @@ class Case:
         rank = self.adapters["rank"]
         return [size for n_out, n_in in self.adapted_layers.values() for size in ((rank, n_in), (n_out, rank))]
 
+    @functools.cached_property
+    def trained_parts(self) -> "tuple[collections.Counter[tuple[int, ...]], collections.Counter[tuple[int, ...]]]":
+        """Shape -> number of the trained parameters that FSDP2 cuts; and of those that stay in shards of rows."""
+        rows = self.vocabulary if self.adapters is None else collections.Counter()
+        return collections.Counter(self.trained_shapes) - rows, rows
+
     @property
     def trained_dtype(self) -> torch.dtype:
         """The dtype of the trained parameters; adapters are fp32."""
@@ -267,9 +302,18 @@ class Case:
         return ResolvedOptions(self.compute_dtype, torch.float32, memory_share(self.card.memory))
 
     @property
+    def columns(self) -> int:
+        """The most columns of logits on a GPU."""
+        return -(-self.shape.vocab // self.gpus) if self.head_in_shards else self.shape.vocab
+
+    @property
     def chunk_rows(self) -> int:
-        """The most rows in a chunk of the fused loss, on a GPU."""
-        return chunk_rows(self.shape.vocab, self.head_options, self.has_divergence, memory_share(self.card.memory))
+        """The most rows that a GPU puts into a chunk of the fused loss."""
+        budget = memory_share(self.card.memory)
+        if self.head_in_shards:
+            width = self.shape.head_width
+            return round_rows(self.columns, width, self.head_options, self.has_divergence, budget, self.gpus)
+        return chunk_rows(self.columns, self.head_options, self.has_divergence, budget)
 
 
 def _matches(name: str, target: str) -> bool:

@@ -11,6 +11,7 @@ it is alive; tests/plan/test_plan.py compares the sums with steps of small model
 import collections
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -18,11 +19,39 @@ from soul.models.quantized import BLOCK
 from soul.optim.offload import BUCKET_BYTES
 from soul.optim.states import new_state
 from soul.plan.activations import FLOAT, forward_bytes, last_norm_bytes, recomputed_bytes, saved_bytes, working_bytes
-from soul.plan.case import Case
-from soul_kernels.chunks import row_bytes
+from soul.plan.case import Case, numel_of
+from soul_kernels.chunks import memory_share, row_bytes
+from soul_kernels.lookup import round_size
 from soul_kernels.reference.token_logprob import N_BASIC
 
 FORWARD, BACKWARD, STEP = "forward and loss", "backward", "optimizer step"
+TOKEN_NUMBERS = 18  # bytes for each token that is looked up: its row twice, and two masks
+
+
+class Share(NamedTuple):
+    """Bytes on one GPU, or in main memory for it.
+
+    Attributes:
+        cut: of what FSDP2 cuts into shards, which ``cpu_offload`` moves to main memory.
+        rows: of head and embeddings that stay in shards of rows; these are always on the GPU.
+    """
+
+    cut: float
+    rows: float
+
+    @classmethod
+    def of(cls, case: Case, cut: float, rows: float) -> "Share":
+        """Return the share of one GPU of bytes that lie over the GPUs of a copy, and of such that lie over all of them."""
+        return cls(cut / case.shards, rows / case.gpus)
+
+    @property
+    def total(self) -> float:
+        """Bytes of both."""
+        return self.cut + self.rows
+
+    def on_gpu(self, case: Case) -> float:
+        """Return the bytes that are on the GPU."""
+        return self.rows if case.cpu_offload else self.total
 
 
 def phases(case: Case) -> dict[str, dict[str, int]]:
@@ -31,9 +60,11 @@ def phases(case: Case) -> dict[str, dict[str, int]]:
     The forward pass is largest at its end, in the loss. For the backward pass the largest moment counts.
     """
     accumulated = gradient_bytes(case) if case.config.accumulate > 1 else 0
-    forward = max((_in_a_layer(case, accumulated), _in_the_loss(case, accumulated)), key=_sum)
+    first = [_in_a_layer, _in_the_loss] + ([_looked_up] if case.looks_up else [])
+    forward = max((moment(case, accumulated) for moment in first), key=_sum)
     moments = [_loss_backward, _last_layer, _first_layer]
     moments += [_layer_before_last, _layer_scattered, _rest_scattered] if case.gpus > 1 else []
+    moments += [_lookup_backward] if case.looks_up and case.adapters is None else []
     backward = max((moment(case, accumulated) for moment in moments), key=_sum)
     by_phase = {FORWARD: forward, BACKWARD: backward}
     if not case.config.gradient_release:
@@ -51,23 +82,24 @@ def _sum(components: dict[str, float]) -> float:
 
 def resident(case: Case) -> dict[str, float]:
     """Return component -> bytes of what is allocated all the time on each GPU; with several GPUs, shards of it."""
-    cut = 0.0 if case.cpu_offload else shard_bytes(case)
-    sizes: dict[str, float] = {"parameters": case.code_bytes + cut}
+    sizes: dict[str, float] = {"parameters": case.code_bytes + parameter_share(case).on_gpu(case)}
     if not case.cpu_offload:
         sizes |= {"adapters": adapter_bytes(case) / case.shards}
     if case.config.state_offload:
         sizes["states on their way"] = 2 * min(BUCKET_BYTES, host_bytes(case))
-    elif not case.cpu_offload:
-        sizes |= {name: size / case.shards for name, size in state_bytes(case).items()}
+    else:
+        sizes |= {name: share.on_gpu(case) for name, share in state_shares(case).items()}
     if case.has_divergence and case.adapters is None:  # a copy of the head, and the hidden states of a batch
         parts = case.gpus if case.head_in_shards else 1
         sizes["reference"] = _head_bytes(case) / parts + _hidden_bytes(case)
     return {name: size for name, size in sizes.items() if size}
 
 
-def shard_bytes(case: Case) -> float:
-    """Return the bytes of the shards of all parameters that are cut, without adapters."""
-    return case.cut_numel * case.parameter_dtype.itemsize / case.shards
+def parameter_share(case: Case) -> Share:
+    """Return the bytes of all parameters that are cut, without adapters."""
+    rows = numel_of(case.vocabulary)
+    size = case.parameter_dtype.itemsize
+    return Share.of(case, (case.cut_numel - rows) * size, rows * size)
 
 
 def adapter_bytes(case: Case) -> int:
@@ -77,23 +109,29 @@ def adapter_bytes(case: Case) -> int:
 
 def host_bytes(case: Case) -> float:
     """Return the bytes in main memory for each GPU: offloaded states; or shards of parameters, gradients and states."""
-    states = sum(state_bytes(case).values()) / case.shards
+    states = state_shares(case).values()
     if case.cpu_offload:
-        gradients = trained_numel(case) * case.trained_dtype.itemsize / case.shards
-        return shard_bytes(case) + adapter_bytes(case) / case.shards + gradients + states
-    return states if case.config.state_offload else 0
+        shares = parameter_share(case), gradient_share(case), *states
+        return sum(share.cut for share in shares) + adapter_bytes(case) / case.shards
+    return sum(share.total for share in states) if case.config.state_offload else 0
 
 
-def state_bytes(case: Case) -> dict[str, int]:
+def state_shares(case: Case) -> dict[str, Share]:
     """Return component -> bytes of the optimizer's states of all trained parameters, as `soul.optim.states` makes them."""
+    cut, rows = (_state_bytes(case, sizes) for sizes in case.trained_parts)
+    return {name: Share.of(case, cut.get(name, 0), rows.get(name, 0)) for name in {**cut, **rows}}
+
+
+def _state_bytes(case: Case, sizes: "collections.Counter[tuple[int, ...]]") -> dict[str, int]:
+    """Return component -> bytes of the states of some parameters: shape -> number of such ones."""
     if case.config.optimizer == "adamw":
-        return {"optimizer states": 2 * case.trained_dtype.itemsize * trained_numel(case)}
-    sizes: collections.Counter[str] = collections.Counter()
-    for shape, count in collections.Counter(case.trained_shapes).items():
+        return {"optimizer states": 2 * case.trained_dtype.itemsize * numel_of(sizes)}
+    states: collections.Counter[str] = collections.Counter()
+    for shape, count in sizes.items():
         state = _sizes_of_state(shape, case.trained_dtype, case.config.state_dtype, case.config.param_rounding)
         for name, nbytes in state.items():
-            sizes["low bits" if name == "low_bits" else "optimizer states"] += count * nbytes
-    return dict(sizes)
+            states["low bits" if name == "low_bits" else "optimizer states"] += count * nbytes
+    return dict(states)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -104,14 +142,20 @@ def _sizes_of_state(shape: tuple[int, ...], dtype: torch.dtype, state_dtype: str
     return {name: tensor.nbytes for name, tensor in state.items()}
 
 
+def gradient_share(case: Case) -> Share:
+    """Return the bytes of all gradients."""
+    cut, rows = (numel_of(sizes) * case.trained_dtype.itemsize for sizes in case.trained_parts)
+    return Share.of(case, cut, rows)
+
+
 def gradient_bytes(case: Case) -> float:
     """Return the bytes of all gradients on a GPU; with several GPUs, of the shards on each."""
-    return 0 if case.cpu_offload else trained_numel(case) * case.trained_dtype.itemsize / case.shards
+    return gradient_share(case).on_gpu(case)
 
 
 def trained_numel(case: Case) -> int:
     """Return the number of trained elements."""
-    return sum(map(math.prod, case.trained_shapes))
+    return sum(map(numel_of, case.trained_parts))
 
 
 def gathered_bytes(case: Case, layers: int = 2) -> float:
@@ -151,15 +195,16 @@ def _in_the_loss(case: Case, accumulated: float) -> dict[str, float]:
     """Return component -> bytes at the end of the forward pass, in the fused loss: see `soul_kernels.linear_loss`.
 
     A head in shards is used in rounds, in which every process puts in a chunk: each computes its part of the vocabulary for all
-    of these rows, and so as many logits as for one chunk of its own.
+    of these rows.
     """
     shape = case.shape
     options = case.head_options
     rows = case.tokens.n_labelled
     compared = case.n_compared(case.tokens)
     limit = case.chunk_rows
-    plain = row_bytes(shape.vocab, options, False)
-    with_reference = row_bytes(shape.vocab, options, True)
+    together = case.gpus if case.head_in_shards else 1
+    plain = together * row_bytes(case.columns, options, False)
+    with_reference = together * row_bytes(case.columns, options, True)
     bytes_of_row = shape.head_width * options.compute_dtype.itemsize + N_BASIC * FLOAT  # hidden states and statistics
     hidden = _hidden_bytes(case) + rows * (bytes_of_row + shape.head_width * FLOAT) + compared * bytes_of_row
     if case.has_divergence and case.adapters is not None:
@@ -231,7 +276,8 @@ def _first_layer(case: Case, accumulated: float) -> dict[str, float]:
     if case.config.gradient_release:
         embedding = _head_gradient(case)  # has the same size
         gradients = accumulated + max(0, embedding - _largest_gradient(case))
-    gradients += _pending_gradients(case)
+    if case.config.gradient_release or accumulated or not case.head_in_shards:  # else it is among all gradients
+        gradients += _pending_gradients(case)
     components = _in_a_layers_backward(case, gradients, saved_bytes(case) / case.shape.layers)
     components["bf16 copies of matrices"] = 0
     components["gathered from shards"] += scattered_bytes(case)
@@ -298,11 +344,58 @@ def _head_gradient(case: Case) -> float:
 
 
 def _pending_gradients(case: Case) -> float:
-    """Return the bytes of the gradients that stay whole until the end of the backward pass.
+    """Return the bytes of the head's gradient while it waits for the end of the backward pass.
 
     The gradient of a tied head waits for the embedding's, to which it is added. FSDP2 scatters all gradients of parameters
-    outside of the layers together: until then the head's is whole.
+    outside of the layers together: until then the head's is whole. That of an untied head in shards is complete at once; only
+    if it is not added to others, nor released, does it stay.
     """
-    if case.gpus > 1 or case.shape.tied:
-        return _head_gradient(case)
-    return 0
+    stays = case.gpus > 1
+    if case.head_in_shards:
+        stays = case.config.accumulate == 1 and not case.config.gradient_release
+    return _head_gradient(case) if stays or case.shape.tied else 0
+
+
+def _round_tokens(case: Case) -> int:
+    """Return the number of tokens in a round in which embeddings are looked up in shards, of all GPUs together."""
+    assert case.shape.embedding is not None
+    size = case.parameter_dtype.itemsize
+    budget = memory_share(case.card.memory)
+    return case.gpus * min(case.tokens.n, round_size(case.shape.embedding[1], size, case.gpus, budget))
+
+
+def _embedded_bytes(case: Case, tokens: int) -> int:
+    """Return the bytes of the embeddings of some tokens."""
+    assert case.shape.embedding is not None
+    return tokens * case.shape.embedding[1] * case.parameter_dtype.itemsize
+
+
+def _looked_up(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes as embeddings are looked up in shards, at the beginning of the forward pass."""
+    tokens = _round_tokens(case)
+    return {
+        "gradients": accumulated,
+        "activations": _embedded_bytes(case, case.tokens.n),
+        "embeddings of a round": _embedded_bytes(case, tokens) + TOKEN_NUMBERS * tokens,
+        "gathered from shards": case.whole_rest_numel * case.parameter_dtype.itemsize,
+    }
+
+
+def _lookup_backward(case: Case, accumulated: float) -> dict[str, float]:
+    """Return component -> bytes as the gradient of embeddings in shards is formed, at the end of the backward pass.
+
+    The gradients of a round come in their own dtype, and are copied to fp32. Their sums exist twice: of the round, and of all
+    rounds.
+    """
+    assert case.shape.embedding is not None
+    tokens = _round_tokens(case)
+    sums = FLOAT * math.prod(case.shape.embedding) / case.gpus
+    in_fp32 = FLOAT * tokens * case.shape.embedding[1]
+    copied = 0 if case.parameter_dtype.itemsize == FLOAT else _embedded_bytes(case, tokens)
+    gradients = accumulated or (_pending_gradients(case) if case.config.gradient_release else gradient_bytes(case))
+    return {
+        "gradients": gradients,
+        "gradients of activations": _embedded_bytes(case, case.tokens.n),
+        "embeddings of a round": in_fp32 + max(copied, sums) + TOKEN_NUMBERS / 2 * tokens + sums,
+        "gathered from shards": scattered_bytes(case),
+    }

@@ -4,9 +4,9 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from soul.plan.cards import CARDS
+from soul.plan.cards import CARDS, NODE
 from soul.plan.planner import Plan, plan
 from soul.plan.shapes import PRESETS, Shape, llama
 from soul.plan.ways import ways
@@ -35,6 +35,30 @@ ADAPTERS: dict[str, tuple[dict[str, Any], bool]] = {
 SHARDED: dict[str, Any] = dict(gradient_checkpointing=True, state_dtype="8bit")
 
 
+class Layout(NamedTuple):
+    """What a run on several cards has beside `SHARDED`.
+
+    Attributes:
+        label: its name in the table.
+        options: options of the run.
+        machines: number of machines over which a copy of the model lies; 0: there is one copy, over all cards.
+    """
+
+    label: str
+    options: dict[str, Any] = {}
+    machines: int = 0
+
+
+PLAIN = Layout("one copy")
+HEAD = Layout("head in shards", dict(head_in_shards=True))
+COPIES = Layout("a copy on each machine", machines=1)
+HEAD_AND_COPIES = Layout("a copy on each machine, head in shards", dict(head_in_shards=True), machines=1)
+STATES = Layout("states in main memory", dict(state_offload=True))
+HEAD_AND_STATES = Layout("states in main memory, head in shards", dict(state_offload=True, head_in_shards=True))
+IN_MAIN_MEMORY = Layout("a copy in the main memory of each machine", dict(cpu_offload=True), machines=1)
+TWICE = Layout("head in shards, twice the batch", dict(head_in_shards=True, batch_size=2 * UnlearnConfig.batch_size))
+
+
 def full_parameter_table() -> Iterator[str]:
     """Yield the lines of the table of full-parameter runs on a single card."""
     yield "| model | what is trained | GB | peak in | fits on | floor of a step, h100 |"
@@ -56,27 +80,48 @@ def adapter_table() -> Iterator[str]:
 
 def sharded_table() -> Iterator[str]:
     """Yield the lines of the table of full-parameter runs under FSDP2."""
-    yield from _sharded([("llama-2-7b", (2, 4, 8)), ("llama-3.1-8b", (2, 4, 8)), ("llama-3-70b", (8, 16, 32, 64))])
+    yield from _sharded([
+        *(("llama-2-7b", gpus, [PLAIN]) for gpus in (2, 4, 8)),
+        ("llama-3.1-8b", 2, [PLAIN, HEAD]),
+        ("llama-3.1-8b", 4, [PLAIN]),
+        ("llama-3.1-8b", 8, [PLAIN, HEAD]),
+        ("llama-3-70b", 8, [PLAIN, HEAD]),
+        ("llama-3-70b", 16, [PLAIN, HEAD, COPIES, HEAD_AND_COPIES]),
+        ("llama-3-70b", 32, [PLAIN]),
+    ])  # fmt: skip
 
 
 def many_cards_table() -> Iterator[str]:
     """Yield the lines of the table of full-parameter runs on 64 to 1,024 cards."""
-    yield from _sharded([("llama-3-70b", (64, 256, 1024)), (LARGEST, (64, 256, 1024))])
+    fits = Layout("a copy on every 16 machines", machines=16)
+    yield from _sharded([
+        ("llama-3-70b", 64, [PLAIN, HEAD, COPIES, HEAD_AND_COPIES]),
+        ("llama-3-70b", 256, [PLAIN, HEAD, COPIES]),
+        ("llama-3-70b", 1024, [PLAIN, HEAD, COPIES]),
+        (LARGEST, 64, [PLAIN, HEAD, STATES, HEAD_AND_STATES, IN_MAIN_MEMORY]),
+        (LARGEST, 256, [PLAIN, HEAD, TWICE, fits, IN_MAIN_MEMORY]),
+        (LARGEST, 1024, [PLAIN, HEAD, IN_MAIN_MEMORY]),
+    ])  # fmt: skip
 
 
-def _sharded(counts: Sequence[tuple[str | Shape, Sequence[int]]]) -> Iterator[str]:
-    """Yield the lines of a table of runs of models on several numbers of cards."""
-    yield "| model | h100s | GB on each | of these gathered from shards | fits | matrix products | network | floor of a step |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for model, numbers in counts:
-        name = model if isinstance(model, str) else model.name
-        for gpus in numbers:
-            planned = plan(model, UnlearnConfig(**SHARDED), length=LENGTH, gpus=gpus)
+def _sharded(rows: Sequence[tuple[str | Shape, int, Sequence[Layout]]]) -> Iterator[str]:
+    """Yield the lines of a table of runs of models on several numbers of cards, in some layouts."""
+    columns = ["model", "h100s", "layout", "GB on each", "of these gathered", "main memory, GB for each", "fits",
+               "matrix products", "network", "floor of a step"]  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for model, gpus, layouts in rows:
+        for label, options, machines in layouts:
+            replicas = gpus // (machines * NODE) if machines else 1
+            planned = plan(model, UnlearnConfig(**SHARDED, **options, replicas=replicas), length=LENGTH, gpus=gpus)
             gathered = planned.phases[planned.peak_phase]["gathered from shards"]
             seconds = [planned.seconds["matrix products"], planned.seconds["network"], planned.step_seconds]
-            times = " | ".join(f"{1000 * value:,.0f} ms" for value in seconds)
-            cells = f"{planned.peak_bytes / 1e9:.1f} | {gathered / 1e9:.1f} | {'yes' if planned.fits else 'no'} | {times}"
-            yield f"| {name} | {gpus:,} | {cells} |"
+            cells = [
+                planned.case.shape.name, f"{gpus:,}", label, f"{planned.peak_bytes / 1e9:.1f}", f"{gathered / 1e9:.1f}",
+                f"{planned.host_bytes / 1e9:.1f}" if planned.host_bytes else "", "yes" if planned.fits else "no",
+                *(f"{1000 * value:,.0f} ms" for value in seconds),
+            ]  # fmt: skip
+            yield f"| {' | '.join(cells)} |"
 
 
 def smallest_7b_plan() -> Iterator[str]:

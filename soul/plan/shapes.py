@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from soul._extras import require
+from soul.distributed.vocabulary import can_look_up
 from soul.models.files import check_config, config_of
 from soul_kernels.errors import ArgumentError, argument_error
 
@@ -38,6 +39,7 @@ class Shape:
         parameters: name -> shape of every parameter; a tied one counts once.
         linear: name -> (out, in) of the weights of linear layers, without the head.
         supports_checkpointing: whether the family can recompute its layers.
+        embedding: (rows, columns) of the input embeddings; None if their layer does more than look up rows.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Shape:
     parameters: dict[str, tuple[int, ...]] = dataclasses.field(repr=False)
     linear: dict[str, tuple[int, int]] = dataclasses.field(repr=False)
     supports_checkpointing: bool = True
+    embedding: tuple[int, int] | None = None
 
     @functools.cached_property
     def numel(self) -> int:
@@ -145,6 +148,7 @@ def llama(
         tied=tied,
         parameters=parameters,
         linear=linear,
+        embedding=(vocab, hidden),
     )
 
 
@@ -233,7 +237,7 @@ def empty_model(config: "Mapping[str, Any] | PretrainedConfig") -> "PreTrainedMo
 def _shape_of_model(model: "PreTrainedModel", name: str | None) -> Shape:
     """Return the `Shape` of a model of transformers, loaded or on the meta device."""
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None:
         raise argument_error("model", "a language-model head", type(model).__name__, "this family is not supported")
     linear = {}
@@ -259,8 +263,9 @@ def _shape_of_model(model: "PreTrainedModel", name: str | None) -> Shape:
         vocab=head.weight.shape[0],
         head_width=head.weight.shape[1],
         gated=any("gate" in path for path in linear),
-        tied=head.weight is model.get_input_embeddings().weight,
+        tied=head.weight is embeddings.weight,
         parameters={path: tuple(parameter.shape) for path, parameter in model.named_parameters()},
         linear=linear,
         supports_checkpointing=model.supports_gradient_checkpointing,
+        embedding=tuple(embeddings.weight.shape) if can_look_up(embeddings) else None,
     )

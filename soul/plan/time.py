@@ -7,8 +7,8 @@ traffic of states or parameters that are in main memory.
 from collections.abc import Mapping, Sequence
 
 from soul.plan.cards import MAIN_MEMORY, NODE
-from soul.plan.case import Case, Tokens
-from soul.plan.memory import host_bytes, state_bytes, trained_numel
+from soul.plan.case import Case, Tokens, numel_of
+from soul.plan.memory import Share, gradient_share, host_bytes, state_shares, trained_numel
 
 GEMMS, OPTIMIZER, NETWORK, TRANSFER = "matrix products", "optimizer", "network", "transfer of states"
 DEQUANTIZATION, LINK = "dequantization", "transfer of parameters"
@@ -28,10 +28,11 @@ def step_seconds(case: Case, batches: Sequence[Tokens] | None = None) -> dict[st
     else:
         n_batches = len(batches)
         products = sum(flops(case, tokens) for tokens in batches)
+    moved = optimizer_share(case)
     memory = MAIN_MEMORY / min(case.gpus, NODE) if case.cpu_offload else case.card.bandwidth
     seconds = {
         GEMMS: products / case.card.flops,
-        OPTIMIZER: optimizer_bytes(case) / memory,
+        OPTIMIZER: moved.cut / memory + moved.rows / case.card.bandwidth,
     }
     if case.load_in_4bit:
         seconds[DEQUANTIZATION] = dequantization_bytes(case) * n_batches / case.card.bandwidth
@@ -68,8 +69,12 @@ def passes(case: Case) -> tuple[int, int]:
     Layers are gone through again for recomputation, and without their adapters for a reference model.
     """
     recomputed = 1 if case.config.gradient_checkpointing else 0
-    bare = 1 if case.adapters is not None and case.has_divergence else 0
-    return 1 + recomputed + bare, 1
+    return 1 + recomputed + _bare_passes(case), 1
+
+
+def _bare_passes(case: Case) -> int:
+    """Return how often a micro-batch goes through the layers without their adapters, for a reference model."""
+    return 1 if case.adapters is not None and case.has_divergence else 0
 
 
 def dequantization_bytes(case: Case) -> float:
@@ -105,27 +110,29 @@ def _sweeps_twice(case: Case, tokens: Tokens) -> bool:
     return case.objective.additive is None and tokens.n_labelled > case.chunk_rows
 
 
-def optimizer_bytes(case: Case) -> float:
+def optimizer_share(case: Case) -> Share:
     """Return the bytes that an update moves on one GPU, or in main memory where the parameters are there.
 
     Parameters and states are read and written, gradients are read, and read once more for their norm. States that are offloaded
     are also written as they come up, and read as they go down.
     """
-    trained_bytes = trained_numel(case) * case.trained_dtype.itemsize
-    states = sum(state_bytes(case).values())
     norms = 1 if case.config.max_grad_norm not in (None, float("inf")) else 0
-    copied = 2 * host_bytes(case) if case.config.state_offload else 0
-    return (2 * (trained_bytes + states) + trained_bytes * (1 + norms)) / case.shards + copied
+    copied = 2 if case.config.state_offload else 0
+    trained, states = gradient_share(case), state_shares(case).values()
+    return Share(
+        cut=(3 + norms) * trained.cut + (2 + copied) * sum(share.cut for share in states),
+        rows=(3 + norms) * trained.rows + (2 + copied) * sum(share.rows for share in states),
+    )
 
 
 def used_bytes(case: Case) -> float:
     """Return the bytes of the parameters that FSDP2 gathers in one micro-batch: layers twice, what is outside of them once.
 
-    Adapters are gathered with their layers. Weights in 4 bits and a head in shards are not gathered.
+    Adapters are gathered with their layers. Weights in 4 bits, and a head and embeddings in shards, are not gathered.
     """
     shape = case.shape
     in_codes = shape.linear_numel if case.load_in_4bit else 0
-    rest = shape.outside_numel - (shape.head_numel if case.head_in_shards else 0)
+    rest = shape.outside_numel - numel_of(case.vocabulary)
     size = (2 * (shape.numel - shape.outside_numel - in_codes) + rest) * case.parameter_dtype.itemsize
     return size + (0 if case.adapters is None else 2 * trained_numel(case) * case.trained_dtype.itemsize)
 
@@ -134,21 +141,31 @@ def network_bytes(case: Case) -> tuple[float, float]:
     """Return the bytes into each GPU in one micro-batch under FSDP2: between the shards of a copy, and between all GPUs.
 
     With s shards a GPU receives the other s - 1 of what is gathered, and scatters gradients in fp32 once. Each of N copies of
-    the shards has its sum added up over the copies: 2 (N - 1) / N of a shard. A head in shards gathers the hidden states of all
-    labelled tokens, with a second sweep twice, and scatters their gradients; if it is tied to the embeddings, these of all
-    tokens come from the shards, and their gradients go there.
+    the shards has its sum added up over the copies: 2 (N - 1) / N of a shard. Head and embeddings in shards exchange
+    `token_bytes` of every GPU with all others.
     """
     others = (case.shards - 1) / case.shards  # of every tensor: the shards of the others
-    scattered = FP32 * trained_numel(case)
-    if case.head_in_shards and case.adapters is None:
-        scattered -= FP32 * case.shape.head_numel
+    scattered = FP32 * numel_of(case.trained_parts[0])
     between = 2 * (case.replicas - 1) / case.replicas * scattered / case.shards
-    if case.head_in_shards:
-        size = case.compute_dtype.itemsize
-        bytes_of_token = size * (2 if _sweeps_twice(case, case.tokens) else 1) + FP32
-        states = case.tokens.n_labelled * bytes_of_token + (case.tokens.n * 2 * size if case.shape.tied else 0)
-        between += (case.gpus - 1) * case.shape.head_width * states
-    return others * (used_bytes(case) + scattered), between
+    return others * (used_bytes(case) + scattered), between + (case.gpus - 1) * token_bytes(case)
+
+
+def token_bytes(case: Case) -> float:
+    """Return the bytes that one GPU's tokens of a micro-batch send to every other GPU, for a head and embeddings in shards.
+
+    The head takes the hidden states of all labelled tokens, those of the reference model too, with a second sweep twice, and
+    gives their gradients in fp32. Embeddings of all tokens come from the shards, once more for a pass without adapters; their
+    gradients go there.
+    """
+    if not case.head_in_shards:
+        return 0
+    shape, size = case.shape, case.compute_dtype.itemsize
+    sent = (2 if _sweeps_twice(case, case.tokens) else 1) * (2 if case.has_divergence else 1)
+    states = case.tokens.n_labelled * shape.head_width * (size * sent + FP32)
+    if shape.embedding is None:
+        return states
+    times = 1 + _bare_passes(case) + (1 if case.adapters is None else 0)
+    return states + case.tokens.n * shape.embedding[1] * times * case.parameter_dtype.itemsize
 
 
 def network_seconds(case: Case) -> float:

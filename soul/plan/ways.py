@@ -247,7 +247,6 @@ def _savings(config: UnlearnConfig, adapters: dict[str, Any] | None, load_in_4bi
         savings.append(Saving("base in 4 bits", {"load_in_4bit": True}, slows=False))  # fewer bytes are gathered
     if gpus > 1:
         savings.append(Saving("parameters in main memory", {"cpu_offload": True}))
-    if gpus > 1 and adapters is None:
         savings.append(Saving("head in shards", {"head_in_shards": True}, slows=False))
     if gpus > NODE and gpus % NODE == 0 and config.replicas == 1:  # saves no memory, but time
         savings.append(Saving(f"{gpus // NODE} copies of the shards", {"replicas": gpus // NODE}, slows=False))

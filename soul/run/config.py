@@ -75,8 +75,8 @@ class UnlearnConfig:
         batch_size: forget examples in a micro-batch (each with its refusal for DPO); as many retain sequences go with them.
         accumulate: micro-batches in a step. Loss and gradient are those of one batch of all of them up to rounding: every mean
             is over the whole step. Gradients are added up in the dtype of the parameters.
-        head_in_shards: with several processes, never gather the output head, nor embeddings that are tied to it: each of them
-            has its rows of the vocabulary, and their gradient, alone.
+        head_in_shards: with several processes, never gather the output head, nor the embeddings: each of them has its rows of
+            the vocabulary, and their gradient, alone.
         max_grad_norm: global L2 norm that larger gradients are scaled down to; None or inf: no clipping. SOUL clips within its
             step.
         gradient_checkpointing: keep one hidden state per layer, and compute the rest again in the backward pass.
@@ -236,7 +236,8 @@ class UnlearnConfig:
                 raise argument_error("keep_retain", "nothing without an aim", self.keep_retain, "pass an aim, such as 'auto'")
             return
         if self.cuda_graph:
-            raise argument_error("cuda_graph", "False with an aim", True, "alpha moves, and a graph would repeat the first one")
+            remedy = "alpha moves, and a graph would repeat the first one: leave it out, or pass the aim 'off'"
+            raise argument_error("cuda_graph", "False with an aim", True, remedy)
         for name in ("stop_forget_prob", "stop_retain_prob"):
             if getattr(self, name) is not None:
                 raise argument_error(
@@ -269,19 +270,21 @@ class UnlearnConfig:
         for name, off in (("max_grad_norm", "inf"), ("clip_target", None)):
             value = norm_limit(self) if name == "max_grad_norm" else self.clip_target
             if self.gradient_release and value is not None:
-                raise argument_error(name, f"{off} with gradient_release", value, "it needs all gradients at once")
+                remedy = f"it needs all gradients at once: set it to {off}, or leave gradient_release out"
+                raise argument_error(name, f"{off} with gradient_release", value, remedy)
 
     def _check_graph(self) -> None:
         """Raise for options that a graph cannot replay."""
         remedies = {
-            "accumulate": "raise batch_size",
+            "accumulate": "a graph replays one backward pass and its step: raise batch_size",
+            "gradient_checkpointing": "it puts random states back, which a capture cannot: leave one of them out",
+            "gradient_release": "it steps in the backward pass, and a graph replays one step after it: leave one of them out",
             "state_offload": "a graph replays fixed memory, through which no buckets of states pass: leave one of them out",
         }
-        for name in ("accumulate", "gradient_checkpointing", "gradient_release", "state_offload"):
+        for name in remedies:
             fixed = getattr(UnlearnConfig, name)
             if self.cuda_graph and getattr(self, name) != fixed:
-                remedy = remedies.get(name, "leave one of them out")
-                raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedy)
+                raise argument_error(name, f"{fixed} with cuda_graph", getattr(self, name), remedies[name])
 
     def _check_head(self) -> None:
         """Raise for a backend that cannot compute with a part of the head."""

@@ -52,7 +52,8 @@ def check_samples(samples: int | None, config: UnlearnConfig) -> None:
     if samples is not None:
         check_whole("samples", samples, "0 asks the model before and after the run only", low=0)
     if samples and config.compile:
-        raise argument_error("samples", "0 with compile", samples, "leave one of them out")
+        remedy = "answers of each length would compile it anew: leave one of them out"
+        raise argument_error("samples", "0 with compile", samples, remedy)
 
 
 class Prompt(NamedTuple):

@@ -109,7 +109,8 @@ def check_no_overlap(forget: list[Example], retain: list[Example]) -> None:
 def _check_device(config: UnlearnConfig, weight: torch.Tensor) -> None:
     """Raise unless the options can run on the device of the model."""
     if config.cuda_graph and not weight.is_cuda:
-        raise argument_error("cuda_graph", "a model on a GPU", str(weight.device), "leave it out")
+        remedy = "no other device has such graphs: leave it out"
+        raise argument_error("cuda_graph", "a model on a GPU", str(weight.device), remedy)
     if config.state_offload and weight.device.type == "cpu":
         warnings.warn(
             "state_offload: on a CPU the states are in main memory anyway; leave it out, it only adds copies", stacklevel=1

@@ -24,12 +24,11 @@ from soul.data.examples import Counts, Example, answerable
 from soul.data.templates import Template
 from soul.distributed.processes import Processes, check_layout, check_shards, check_supported, shard
 from soul.distributed.scatter import shard_from_first
-from soul.distributed.shards import is_in_codes
 from soul.models import causal_lm
 from soul.models.adapters import add_adapters
 from soul.models.encoding import encode_for
 from soul.models.loading import is_stored_in_codes, load, pick_device
-from soul.models.quantized import cannot_merge_error, is_quantized
+from soul.models.quantized import cannot_merge_error, check_codes, is_quantized
 from soul.models.ref_model import base_weights, configuration, digest
 from soul.output.directory import (
     CHECKPOINTS,
@@ -192,9 +191,8 @@ class Unlearner:
             torch.manual_seed(self.config.seed)
             model = add_adapters(model, **adapters)
         if is_quantized(model):
-            if several and not any(map(is_in_codes, model.parameters())):
-                remedy = "FSDP2 would cut its codes: run one process, or quantize to 4 bits with bitsandbytes"
-                raise argument_error("model", "weights in 4 bits of bitsandbytes, or none in codes", "other codes", remedy)
+            if several:
+                check_codes(model)
             causal_lm.trained(model)  # refuses one without adapters
         self.model = model
         self.tokenizer = tokenizer

@@ -111,7 +111,8 @@ def check_head(
     if sharded:
         if not resolved.fused:
             expected = "'auto', 'triton' or 'torch' with a head in shards"
-            raise argument_error("backend", expected, "'reference'", "or gather the head: weight.full_tensor()")
+            remedy = "it computes whole rows of logits: choose one of these, or gather the head: weight.full_tensor()"
+            raise argument_error("backend", expected, "'reference'", remedy)
         hidden, head = local_arguments(hidden, head)
     return hidden, head, resolved
 

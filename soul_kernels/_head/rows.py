@@ -41,7 +41,7 @@ from soul_kernels._head.checks import LOGPS, Comparison, RowValues
 from soul_kernels._head.rounds import RoundFunctions, Rounds
 from soul_kernels._head.shards import ShardFunctions
 from soul_kernels.backends import multiplies_bf16
-from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, default_chunk_bytes, row_width
+from soul_kernels.chunks import TILE, Chunk, ResolvedOptions, chunk_rows, default_chunk_bytes, round_rows, row_width
 from soul_kernels.kl_divergence import divergence_gradient, divergence_statistics
 from soul_kernels.reference import _rows
 from soul_kernels.reference.token_logprob import ENTROPY, HIT, LOGP, N_ALL, N_BASIC, ONE_MINUS_P, ROW_MAX, TOTAL, VARIANCE
@@ -169,10 +169,12 @@ class HeadRows:
         self.means = self._new(len(self.indices)) if row_values.mean else None
         self.predictions = torch.empty_like(self.labels) if row_values.predict else None
         chunk_bytes = default_chunk_bytes(device) if options.chunk_bytes is None else options.chunk_bytes
-        self.limit = chunk_rows(largest, options, comparison is not None, chunk_bytes)
+        has_ref_model = comparison is not None
+        self.limit = chunk_rows(largest, options, has_ref_model, chunk_bytes)
         self.most_rows = len(self)
         if self.rounds is not None:
-            self.limit = max(1, self.limit // self.rounds.n_processes)
+            n_processes = self.rounds.n_processes
+            self.limit = round_rows(largest, self.x.shape[1], options, has_ref_model, chunk_bytes, n_processes)
             (self.most_rows,) = self.rounds.largest(len(self))
         self.free_scratch()
         self.kind: str | None = None

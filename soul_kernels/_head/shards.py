@@ -68,7 +68,8 @@ def local_arguments(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or detect_fake_mode((hidden, head.weight)):
         expected = "a whole head under torch.compile, torch.func and where tensors hold no values"
-        raise argument_error("weight", expected, _described(head.weight), "call the op outside of it")
+        remedy = "processes exchange sums within the op, for which they need values: call it outside of these"
+        raise argument_error("weight", expected, _described(head.weight), remedy)
     shard = shard_of("weight", head.weight)
     if head.bias is not None and not _is_cut_alike("bias", head.bias, shard):
         remedy = "distribute it over the mesh of the weight, with the same placements"

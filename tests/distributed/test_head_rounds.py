@@ -13,11 +13,13 @@ import soul_kernels
 from soul import losses
 from soul_kernels import LinearOptions, TokenBatch
 from soul_kernels.backends import has_triton
+from soul_kernels.chunks import ResolvedOptions, chunk_rows, memory_share, round_rows
 from soul_kernels.errors import ArgumentError
 from soul_kernels.lookup import look_up
 from soul_kernels.tokens import Head
 from tests.distributed.test_head_shards import OPS, OURS, VARIANTS, B, D, call, in_one_process, make
 from tests.distributed.test_processes import run
+from tests.support import parity
 from tests.support.helpers import assert_close, loose
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
@@ -33,7 +35,7 @@ NAMES = [
     for name, case in OPS.items()
     if case.get("hidden") is None and case.get("cross_entropy", {}).get("reduction") != "mean" and "memorised 5" not in name
 ]
-N_BYTES = 200  # rows of a head whose bytes are counted
+N_BYTES = 200  # rows of a head and of a table whose bytes are counted
 PER_SEQUENCE = ("hidden", "ref_hidden", "labels", "uniforms", "upstream", "ref_logps", "is_forget")
 OWN = {
     "cross-entropy, smoothed": {"reduction": "sum", "label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True},
@@ -165,7 +167,8 @@ class Largest(TorchDispatchMode):
 
 
 def of_bytes(mesh):
-    """Return the bytes of the largest gradient of the head that a step makes here: of a whole head, and of one in shards."""
+    """Return the bytes of the largest fp32 gradient of the head that a step makes here: of a whole head, and of one in shards;
+    and of embeddings in shards."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     sizes = []
@@ -185,7 +188,10 @@ def of_bytes(mesh):
             )
             loss.backward()
         sizes.append(largest.bytes)
-    return sizes
+    table = distribute_tensor(torch.randn(N_BYTES, D, dtype=torch.bfloat16), mesh, [Shard(0)]).requires_grad_()
+    with Largest() as largest:
+        look_up(torch.arange(6), table).sum().backward()
+    return [*sizes, largest.bytes]
 
 
 MORE = {"factors": of_factors, "bytes": of_bytes, "embeddings": of_embeddings}
@@ -239,10 +245,27 @@ def test_embeddings_in_shards_are_those_of_the_whole_table(results):
             assert not got["gradient"][3].any()
 
 
-def test_no_process_ever_has_the_whole_gradient_of_the_head(results):
-    """Of two processes each has half of it: the fp32 tensor of a whole head has V D 4 bytes."""
+@pytest.mark.counts
+def test_no_process_ever_has_the_whole_gradient_of_head_or_embeddings(results):
+    """Of two processes each has half of it: the fp32 tensor of a whole head has V D 4 bytes. The embeddings' has a row for all
+    tokens of other processes."""
     for process in results:
-        assert process["bytes"] == [N_BYTES * D * 4, N_BYTES // 2 * D * 4]
+        assert process["bytes"] == [N_BYTES * D * 4, N_BYTES // 2 * D * 4, (N_BYTES // 2 + 1) * D * 4]
+        what = f"fp32 gradient of a head of {N_BYTES:,} x {D}, in each of two processes; head in shards"
+        parity.count(what, *process["bytes"][:2])
+
+
+def test_hidden_states_of_a_round_take_no_more_memory_than_its_logits():
+    """With LLaMA-3.1-70B on cards of 80 GB: where n processes put in as many rows as their logits allow, 64 of them would have
+    hidden states of 12.9 GB."""
+    options = ResolvedOptions(torch.bfloat16, torch.float32, None)
+    budget, width = memory_share(80e9), 8192
+    for n, want, of_logits in ((8, 4880, 4880), (64, 800, 4800)):
+        columns = -(-128256 // n)
+        assert round_rows(columns, width, options, False, budget, n) == want
+        assert chunk_rows(columns, options, False, budget) // n == of_logits
+        assert want * n * width * (2 + 4) <= budget
+    assert round_rows(4, 10**9, options, False, budget, 1000) == 1
 
 
 @pytest.mark.slow(reason="starts processes that run kernels in Triton's interpreter")

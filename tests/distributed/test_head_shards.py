@@ -23,6 +23,7 @@ from soul_kernels.reference import linear_gnb as gnb_reference
 from soul_kernels.reference import linear_kl as kl_reference
 from soul_kernels.reference import linear_loss as loss_reference
 from tests.distributed.test_processes import run
+from tests.support import parity
 from tests.support import tolerances as tol
 from tests.support.helpers import assert_close, assert_rows_close, loose, mutant
 
@@ -79,6 +80,7 @@ MEMORISED = {
     }.items()
 }
 OPS |= MEMORISED
+REFERENCE = "the reference in fp64 in one process"
 CAPPED = {"logit_scale": 0.7, "softcap": 8.0}
 # dtype and options of a backend -> the largest errors of values and of gradients.
 VARIANTS = {
@@ -355,11 +357,16 @@ def check(processes, variant, name):
         got = process[f"{variant}, {name}"]
         for value, first, expected in zip(got["results"], rank_0["results"], want, strict=True):
             assert torch.equal(value, first)  # bit for bit, so that all processes decide alike
-            assert_close(value, expected, 0.0 if expected.dtype == torch.int64 else limit, name)
+            if expected.dtype == torch.int64:
+                parity.bit_for_bit(value, expected, f"{variant}, {name}", REFERENCE)
+            else:
+                parity.norms_alike(value, expected, limit, f"{variant}, {name}", REFERENCE)
         assert got["gradients"].keys() == want_gradients.keys()
         for key, expected in want_gradients.items():
             assert got["gradients"][key].dtype == dtype
-            assert_close(got["gradients"][key], expected, gradient_limit, f"gradient of {key}")
+            parity.norms_alike(
+                got["gradients"][key], expected, gradient_limit, f"{variant}, {name}, gradient of {key}", REFERENCE
+            )
             if key == "weight" and variant == "fp32":
                 assert_rows_close(got["gradients"][key], expected, tol.WORST_ROW_KL, f"gradient of {key}")
     if "weight" in want_gradients:

@@ -16,6 +16,7 @@ import soul
 from soul import SOUL, SophiaG, losses, release_gradients
 from soul.optim.curvature import GNB, RetainFisher
 from tests.distributed.test_processes import outcome, restore, run, state_dicts, whole
+from tests.support import parity
 
 pytestmark = [
     pytest.mark.slow(reason="starts two processes that import transformers"),
@@ -213,14 +214,6 @@ def results(folder):
     return run(folder, worker)
 
 
-def assert_moved_alike(got, want, start, limit=1e-4):
-    """Compare parameters relative to how far they have moved."""
-    assert got.keys() == want.keys()
-    moved = sum((want[name] - start[name]).double().square().sum() for name in want).sqrt()
-    off = sum((want[name] - got[name]).double().square().sum() for name in want).sqrt()
-    assert moved > 0 and off <= limit * moved, f"{off / moved:.1e}"
-
-
 @pytest.mark.parametrize("name", [name for name in CASES if "4 bits" not in name])
 @pytest.mark.covers("reference model (KL, DPO, NPO)", "TP")
 @pytest.mark.covers("curvature of retain data", "TP")
@@ -239,7 +232,7 @@ def test_two_processes_are_one(name, results, folder):
     assert torch.allclose(got["losses"], one["losses"], rtol=1e-5)
     untrained, _ = models(None, case.get("adapters", False), folder if case.get("codes") else None)
     start = {key: parameter.detach() for key, parameter in untrained.named_parameters()}
-    assert_moved_alike(got["params"], one["params"], start)
+    parity.moved_alike(got["params"], one["params"], start)
     assert got["rho"] == pytest.approx(one["rho"], rel=1e-4)
     if "max_grad_norm" in case.get("optimizer", {}):
         assert got["telemetry"]["grad_norm"] == pytest.approx(one["telemetry"]["grad_norm"], rel=1e-4)
@@ -254,10 +247,10 @@ def test_8_bit_states_also_in_shards_of_columns_that_cut_groups(results):
     one, _ = eight_bits(None)
     start = dict(models(None)[0].named_parameters())
     for process in (first, second):
-        assert all(torch.equal(process["8bit"][name], value) for name, value in process["8bit, offloaded"].items())
+        parity.bit_for_bit(process["8bit, offloaded"], process["8bit"], versus="states beside their parameters")
         assert all(torch.equal(process["8bit"][name], value) for name, value in first["8bit"].items())
     params = [{name: state[name] for name in start} for state in (first["8bit"], one)]
-    assert_moved_alike(*params, {name: parameter.detach() for name, parameter in start.items()}, limit=0.05)
+    parity.moved_alike(*params, {name: parameter.detach() for name, parameter in start.items()}, limit=0.05)
 
 
 @pytest.mark.covers("checkpoints of torch.distributed.checkpoint, for another number of processes", "TP")
@@ -271,7 +264,7 @@ def test_what_two_processes_have_saved_one_goes_on_with(results, folder):
     trained(model, opt, None, 1, **case)
     start = {name: parameter.detach() for name, parameter in models(None)[0].named_parameters()}
     params = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    assert_moved_alike(params, got["params"], start)
+    parity.moved_alike(params, got["params"], start, versus="two processes that went on")
 
 
 @pytest.mark.covers("gradient release", "TP")
@@ -279,13 +272,13 @@ def test_gradients_of_parameters_in_shards_are_released(results):
     """Of those alone: nothing says whether the gradient of a whole parameter is complete, so these are refused."""
     for process in results:
         kept, released = process["released"]
-        assert all(torch.equal(kept[name], value) for name, value in released.items())
+        parity.bit_for_bit(released, kept, versus="the same steps without release")
         assert process["refusals"][0].startswith("model: expected one process, or sharded parameters, got plain parameters")
 
 
-@pytest.mark.refuses("aim", "TP", "runs take models that `soul.distributed.shard` has cut")
-@pytest.mark.refuses("evaluation and best point during a run", "TP", "runs take models that `soul.distributed.shard` has cut")
-@pytest.mark.refuses("influence", "TP", "runs take models that `soul.distributed.shard` has cut")
+@pytest.mark.refuses("aim", "TP", "a run cuts its model itself, by `soul.distributed.shard`")
+@pytest.mark.refuses("evaluation and best point during a run", "TP", "a run cuts its model itself, by `soul.distributed.shard`")
+@pytest.mark.refuses("influence", "TP", "a run cuts its model itself, by `soul.distributed.shard`")
 def test_runs_are_refused(results):
     """`soul.Unlearner` cuts a model itself."""
     for process in results:

@@ -45,6 +45,7 @@ from soul.run.step import train_step
 from soul_kernels import TokenBatch
 from soul_kernels.backends import interpreting
 from soul_kernels.errors import ArgumentError
+from tests.support import parity
 from tests.support.helpers import needs_kernels_on_cpu, peak_bytes
 from tests.support.live_bytes import LiveBytes
 from tests.support.models import FAMILIES, examples, tiny_model, tiny_tokenizer
@@ -333,11 +334,14 @@ def test_plan_command(capsys):
     assert "lora_targets: expected nothing without --lora-rank" in capsys.readouterr().err
 
 
+@pytest.mark.counts
 def test_offloaded_states_take_main_memory_and_the_link():
     """The 8B, all parameters, within 32 GB; the same states, but for two buckets of them, are in main memory."""
     options = dict(state_dtype="8bit", gradient_release=True, gradient_checkpointing=True)
     inside, outside = plan("8b", config_of(**options)), plan("8b", config_of(**options, state_offload=True))
     assert outside.peak_bytes <= 32e9 and inside.host_bytes == 0
+    what = "llama-3.1-8b, all parameters, 8-bit states, release, checkpointing, on one card; states in main memory"
+    parity.count(what, inside.peak_bytes, outside.peak_bytes, "computed")
     sizes = inside.phases[FORWARD]
     assert outside.host_bytes == sizes["optimizer states"] + sizes["low bits"]
     assert outside.phases[FORWARD]["states on their way"] == 2 * BUCKET_BYTES
@@ -506,20 +510,28 @@ def test_options_that_take_longer():
     assert floor_seconds(sharded) == max(sharded["network"], sharded["matrix products"]) + sharded["optimizer"]
 
 
-@pytest.mark.parametrize("ranks, layout", [(64, {}), (256, {}), (256, dict(replicas=4))], ids=str)
-def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
-    """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly."""
+@pytest.mark.parametrize("ranks, tied, layout", [
+    (64, False, {}), (256, False, {}), (64, False, dict(head_in_shards=True)), (256, False, dict(replicas=4)),
+    (256, True, dict(replicas=4, head_in_shards=True)), (64, False, dict(replicas=4, head_in_shards=True, cpu_offload=True)),
+], ids=str)  # fmt: skip
+def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, tied, layout):
+    """Counted on rank 0, on the meta device, in a group whose other processes do not exist; rows do not divide evenly.
+
+    Parameters that are kept in main memory are those that FSDP2 cuts.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=3, num_attention_heads=32, num_key_value_heads=8)
-    config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=False)
+    config = LlamaConfig(**sizes, vocab_size=32003, tie_word_embeddings=tied)
     planned = plan(shape_of(config), config_of(state_dtype="8bit", **layout), gpus=ranks)
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         shard(model, torch.device("cpu"), **layout)
-        params = list(model.parameters())
+        parts = {*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()}
+        in_shards = parts if "head_in_shards" in layout else set()
+        params = list(in_shards if "cpu_offload" in layout else model.parameters())
         states = [new_state(param, SOUL(params, state_dtype="8bit").param_groups[0], ()) for param in params]
         counted = {
             "parameters": sum(local(param).nbytes for param in params),
@@ -527,11 +539,12 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
             "optimizer states": sum(local(tensor).nbytes for state in states for tensor in state.values()),
         }
         layers = {param for layer in model.model.layers[:2] for param in layer.parameters()}
-        outside = {param for name, param in model.named_parameters() if ".layers." not in name}
+        outside = {param for name, param in model.named_parameters() if ".layers." not in name} - in_shards
         whole = sum(2 * param.numel() for param in layers | outside)
     finally:
         torch.distributed.destroy_process_group()
     assert resident(planned.case) == pytest.approx(counted, rel=0.05)
+    whole *= 1 + ("cpu_offload" in layout) / 2 / planned.case.shards  # the shards of a layer on their way up
     assert planned.phases[FORWARD]["gathered from shards"] == pytest.approx(whole, rel=0.05)
 
 
@@ -540,8 +553,10 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, layout):
     pytest.param(64, dict(), marks=MANY), (256, dict(checkpoints=True)),
     pytest.param(64, dict(checkpoints=True, dtype="float32"), marks=MANY),
     (64, dict(checkpoints=True, layout=dict(head_in_shards=True, replicas=4))),
+    (256, dict(tied=True, layout=dict(head_in_shards=True))), (4, dict(checkpoints=True, layout=dict(head_in_shards=True))),
     (64, dict(checkpoints=True, layout=dict(cpu_offload=True))),
     (256, dict(checkpoints=True, adapters=dict(rank=8, targets="all-linear"))),
+    (4, dict(checkpoints=True, adapters=dict(rank=8, targets="all-linear"), layout=dict(head_in_shards=True))),
 ], ids=str)  # fmt: skip
 def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
     """The peak of a micro-batch, forward and backward, on rank 0 of a group whose other processes do not exist.
@@ -550,9 +565,9 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    options = dict(checkpoints=False, dtype="bfloat16", adapters=None, layout={}) | options
+    options = dict(checkpoints=False, dtype="bfloat16", adapters=None, layout={}, tied=False) | options
     sizes = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    config = LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=False)
+    config = LlamaConfig(**sizes, vocab_size=512, tie_word_embeddings=options["tied"])
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options["dtype"]))
@@ -571,7 +586,7 @@ def test_planned_activations_are_those_of_fsdp2_on_many_ranks(ranks, options):
         torch.distributed.destroy_process_group()
     run = config_of(gradient_checkpointing=options["checkpoints"], **options["layout"])
     tokens = Tokens(4, 96, labelled=4)
-    hardware = "sdpa", card_of("h100"), ranks
+    hardware = "sdpa", card_of("2:1000:1000"), ranks  # its chunks are those of a CPU
     case = Case(shape, run, tokens, options["dtype"], options["adapters"], *hardware, autocast=False)
     always = sum(resident(case).values())
     planned = {phase: sum(components.values()) - always for phase, components in phases(case).items()}
@@ -627,6 +642,7 @@ def test_a_base_of_four_bits_is_whole_on_each_card():
     assert "base in 4 bits" in listed.fitting[0].savings and "--lora-rank 16 --load-in-4bit" in listed.fitting[0].command
 
 
+@pytest.mark.counts
 def test_layouts_of_several_cards():
     def layout(gpus=16, **options):
         return plan("70b", config_of(gradient_checkpointing=True, **options), gpus=gpus)
@@ -635,10 +651,15 @@ def test_layouts_of_several_cards():
     n_params, n_head = 70_553_706_496, 128256 * 8192
     name = "head's gradient in fp32"
     assert head.phases[FORWARD][name] == 4 * n_head / 16 == base.phases[FORWARD][name] / 16
-    # The hidden states of all labelled tokens are gathered in place of the head.
+    what = "fp32 gradient of the head of llama-3-70b, on each of 16 cards; head in shards"
+    parity.count(what, base.phases[FORWARD][name], head.phases[FORWARD][name], "computed")
+    # The hidden states of all tokens go to all processes and back, in place of the head and of the embeddings.
     assert base.seconds["network"] - head.seconds["network"] == pytest.approx(
-        (15 / 16 * n_head * (2 + 4) - 15 * 4096 * 8192 * (2 + 4)) / 50e9
+        (15 / 16 * 2 * n_head * (2 + 4) - 15 * 4096 * 8192 * (2 + 4 + 2 + 2)) / 50e9
     )
+    both = layout(head_in_shards=True, replicas=2)
+    for component, held in both.phases[STEP].items():  # the layers exist twice, head and embeddings once
+        assert held == pytest.approx(2 * base.phases[STEP][component] * (1 - n_head / n_params), rel=1e-3)
     for component in ("parameters", "optimizer states", "low bits"):
         assert copies.phases[STEP][component] == pytest.approx(2 * base.phases[STEP][component])
     outside = 2 * n_head + 8192
@@ -651,6 +672,14 @@ def test_layouts_of_several_cards():
     assert offloaded.seconds["optimizer"] == pytest.approx(base.seconds["optimizer"] * 3000 / (300 / 8))
     assert "GB of shards of parameters, gradients and states for each GPU" in offloaded.table()
     assert "16 x h100, FSDP2 with 2 copies of the shards" in copies.title()
+
+
+def test_embeddings_that_do_more_than_look_up_rows_are_gathered():
+    """Those of Gemma are scaled; a run refuses them where they are tied to the head, and so does the plan."""
+    config = FAMILIES["gemma2, capped"]()
+    config.tie_word_embeddings = False
+    case = plan(config, config_of(head_in_shards=True), gpus=2).case
+    assert not case.looks_up and case.vocabulary == {(case.shape.vocab, case.shape.hidden): 1}
 
 
 def test_layouts_are_among_the_ways():
@@ -669,6 +698,8 @@ def test_layouts_are_among_the_ways():
         layout = case.replicas, case.cpu_offload, case.head_in_shards, case.load_in_4bit
         assert layout == (run.replicas, run.cpu_offload, run.head_in_shards, run.load_in_4bit)
         assert run.batch_size == case.config.batch_size * case.gpus
+    frozen = [way for way in listed if way.plan.case.adapters is not None]
+    assert any(way.plan.case.head_in_shards for way in frozen)  # head and embeddings are gathered there too
     for name, default in (("replicas", 1), ("cpu_offload", False), ("head_in_shards", False), ("load_in_4bit", False)):
         assert any(getattr(run, name) != default for run in runs), name
 
@@ -696,6 +727,8 @@ def test_cards():
     (lambda: plan("1b", load_in_4bit=True), "load_in_4bit: expected adapters"),
     (lambda: plan("1b", config_of(replicas=3), gpus=4), "replicas: expected a divisor of 4"),
     (lambda: plan("1b", config_of(cpu_offload=True)), "cpu_offload: expected False with one process"),
+    (lambda: plan(FAMILIES["gemma2, capped"](), config_of(head_in_shards=True), gpus=2),
+     "head_in_shards: expected embeddings that are a torch.nn.Embedding, got those of gemma2, which are tied to the head"),
     (lambda: ways("1b", UnlearnConfig(), gpus=2, load_in_4bit=True, dtype="int8"), "dtype"),
     (lambda: plan("1b", length=0), "length"),
     (lambda: plan("1b", tokens=Tokens(2, 8, labelled=17)), "labelled: expected .* at most 16"),

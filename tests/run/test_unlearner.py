@@ -418,7 +418,9 @@ def test_unlearner_from_python(tokenizer, folder, tmp_path):
     (dict(config=UnlearnConfig(replicas=2)), "replicas: expected a divisor of 1, the number of processes, got 2; each copy"),
     (dict(config=UnlearnConfig(cpu_offload=True)), "cpu_offload: expected False with one process, got True; FSDP2 offloads"),
 ])  # fmt: skip
-@pytest.mark.refuses("parameters in main memory (CPUOffloadPolicy)", "one process", "FSDP2 offloads shards")
+@pytest.mark.refuses(
+    "parameters in main memory (CPUOffloadPolicy)", "one process", "FSDP2, which offloads, needs several processes"
+)
 def test_what_does_not_fit_is_named(options, message, tokenizer):
     arguments = dict(model=tiny_model(), forget=examples(2), retain=examples(2), tokenizer=tokenizer) | options
     with pytest.raises(ValueError) as error:
@@ -433,7 +435,7 @@ def test_what_does_not_fit_is_named(options, message, tokenizer):
     (dict(state_dtype="8bit", optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_dtype belongs to it"),
     (dict(published_code=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; published_code belongs to it"),
     (dict(rho=0.1, clip_target=0.5), "rho: expected 0.04 with clip_target, got 0.1; rho starts there and moves"),
-    (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; raise batch_size"),
+    (dict(cuda_graph=True, accumulate=2), "accumulate: expected 1 with cuda_graph, got 2; a graph replays one backward"),
     (dict(cuda_graph=True, gradient_checkpointing=True), "gradient_checkpointing: expected False with cuda_graph"),
     (dict(cuda_graph=True, state_offload=True), "state_offload: expected False with cuda_graph, got True; a graph replays"),
     (dict(state_offload=True, optimizer="adamw"), "optimizer: expected 'soul', got 'adamw'; state_offload belongs to it"),
@@ -454,7 +456,7 @@ def test_options_that_exclude_each_other(options, message):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--cuda-graph",), "cuda_graph: expected a model on a GPU, got cpu; leave it out"),
+    (("--cuda-graph",), "cuda_graph: expected a model on a GPU, got cpu; no other device has such graphs: leave it out"),
     (("--merge",), "merge: expected nothing without --lora-rank"),
     (("--lora-alpha=0",), "lora_alpha: expected nothing without --lora-rank"),
     (("--lora-dropout=0.1",), "lora_dropout: expected nothing without --lora-rank"),

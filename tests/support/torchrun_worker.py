@@ -31,12 +31,12 @@ unlearn_module = importlib.import_module("soul.run.loop")
 
 
 def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None, adapters=None, files=None,
-        in_codes=False, **how):  # fmt: skip
+        in_codes=False, codes=None, **how):  # fmt: skip
     """One run over 5 examples, by default of 2 epochs; the log, and the whole weights in the first process.
 
     ``odd`` is what the last process does otherwise: an option of the config or of the run, "data", "weights" or "activation".
     ``files``: the model is read from fp32 files beside ``output``: "by name", by the run itself; "whole", in every process.
-    ``in_codes``: by name, in 4 bits.
+    ``in_codes``: by name, in 4 bits. ``codes``: the model says that it is quantized in this way.
     """
     odd = odd if odd and dist.get_rank() == dist.get_world_size() - 1 else {}
     how |= {name: odd[name] for name in odd if name in ("save_every", "resume")}
@@ -51,6 +51,8 @@ def run(family, options, output=None, *, dtype="float32", dropout=0.0, odd=None,
         model.model.norm.weight.data[-1] += 1e-3
     if "activation" in odd:
         model.config.hidden_act = odd["activation"]
+    if codes:
+        model.is_quantized, model.config.quantization_config = True, codes
     model.config.attention_dropout = dropout
     for module in model.modules():
         if hasattr(module, "attention_dropout"):

@@ -65,12 +65,12 @@ class SOULUnlearn(SOULTrainerMixin, GradDiff):
         if "retain" in known:
             options.setdefault("retain", RETAIN_LOSS_TYPES[retain_loss_type])
         elif retain_loss_type != "NLL":
-            remedy = "klmin has the KL term already, and ga has no retain term"
+            remedy = "klmin has the KL term already, and ga has no retain term: leave it out"
             raise argument_error("retain_loss_type", f"NLL for {method}", retain_loss_type, remedy)
         objective = losses.get(method, **options)
         check_choice("compat", compat, COMPAT)
         if compat and objective.divergence is None:
-            remedy = "only a KL retain term and UNDIAL count other positions in its code: see docs/objectives.md"
+            remedy = "only a KL retain term and UNDIAL count other positions in its code: leave it out (docs/objectives.md)"
             raise argument_error("compat", f"None for {method} with retain_loss_type {retain_loss_type}", compat, remedy)
         self.compat = compat
         super().__init__(*args, objective=objective, soul_args=soul_args, **kwargs)
