@@ -226,6 +226,7 @@ def test_import_is_silent_and_needs_neither_triton_nor_extras():
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
+@pytest.mark.slow(reason="a process that imports torch; that an import is silent is always tested")
 def test_import_leaves_the_compiler_where_it_is():
     """torch.compile's front end takes longer to import than torch itself, and torch imports it when it is first used."""
     code = "import torch, sys; before = {*sys.modules}; import soul; print(*sorted({*sys.modules} - before))"

@@ -274,7 +274,7 @@ def test_kernels_in_rounds(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     names = ["objective", "objective, lowered labels", "gnb", "statistics", "cross-entropy, smoothed"]
     names = [name for name in names if name in NAMES]
-    processes = run(tmp_path, worker, ["kernels"], names, ["of three"], world=3)
+    processes = run(tmp_path, worker, ["kernels"], names, ["of three"], world=3, start_method="spawn")
     for name in names:
         check(processes, "kernels", "of three", name)
 

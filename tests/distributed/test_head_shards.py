@@ -426,7 +426,7 @@ def test_kernels_on_shards(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     names = ["logprob, padded", "objective", "objective, lowered labels", "kl, padded", "jsd", "gnb, padded"]
     names.append("logprob, memorised 130")
-    processes = run(tmp_path, worker, ["kernels"], names, [])
+    processes = run(tmp_path, worker, ["kernels"], names, [], start_method="spawn")
     for name in names:
         check(processes, "kernels", name)
 

@@ -130,7 +130,7 @@ def test_a_machine_holds_one_model_while_it_is_loaded_and_less_while_it_is_saved
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # so that what is freed leaves the process
     tiny_model("llama, untied").save_pretrained(tmp_path / "tiny")
     tiny_tokenizer().save_pretrained(tmp_path / "tiny")
-    taken, *_ = run(tmp_path, worker, tmp_path / "tiny", model_folder, world=WORLD)
+    taken, *_ = run(tmp_path, worker, tmp_path / "tiny", model_folder, world=WORLD, start_method="spawn")
     n_bytes = (model_folder / "model.safetensors").stat().st_size
     before, after = taken["loaded"]["float32"]
     # Of three models at least two at once, whenever they are looked at; shards in fp32, and the file.

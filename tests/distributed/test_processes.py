@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import os
 import time
 import warnings
 
@@ -33,15 +32,14 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 TIMEOUT = 300  # of a set of processes, which takes 10 s on two idle cores
 
 
-def run(folder, worker, *args, world=2, timeout=TIMEOUT):
+def run(folder, worker, *args, world=2, timeout=TIMEOUT, start_method="forkserver"):
     """Call ``worker(folder, *args)`` in ``world`` processes with a process group; return what each of them returned.
 
     A failed process ends the others, and its exception is raised here. They are forked from a process that has imported
-    everything (tests/conftest.py), but for Triton's interpreter, which Triton chooses when it is imported.
+    everything (tests/conftest.py); what a test puts into the environment needs new ones (``start_method="spawn"``).
     """
-    method = "spawn" if os.environ.get("TRITON_INTERPRET") == "1" else "forkserver"
     context = torch.multiprocessing.start_processes(
-        _start, (folder, world, worker, args), world, join=False, start_method=method
+        _start, (folder, world, worker, args), world, join=False, start_method=start_method
     )
     end = time.monotonic() + timeout
     try:

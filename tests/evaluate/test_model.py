@@ -206,6 +206,7 @@ def test_numbers_that_cannot_be_printed_must_be_in_a_file(folder, monkeypatch):
     assert main(from_logs(folder)) == 0 and (folder / "out.json").is_file()
 
 
+@pytest.mark.slow(reason="a process that imports torch and scipy")
 def test_logs_need_no_models(folder):
     """Nor what loads them; but scipy, of which half may be there."""
     refused, words = from_logs(folder, json="b.json"), from_logs(folder)

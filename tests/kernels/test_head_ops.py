@@ -106,7 +106,7 @@ def run(model, x, loss_of, call):
 
 @pytest.mark.parametrize("frozen_head", [False, pytest.param(True, marks=FROZEN)])
 @pytest.mark.parametrize("backend, name", [
-    pytest.param(backend, name, marks=[] if backend == "aot_eager" or name in ("npo", "gnb") else EVERY)
+    pytest.param(backend, name, marks=[] if backend == "aot_eager" or name == "npo" else EVERY)
     for backend in BACKENDS for name in CASES
 ])  # fmt: skip
 def test_compiled_without_a_graph_break(name, backend, frozen_head, device):

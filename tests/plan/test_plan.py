@@ -162,8 +162,12 @@ MEASURED = {
 }  # fmt: skip
 
 
+MANY = pytest.mark.slow(reason="a step under a profiler for each; states, activations, checkpoints and adapters always are")
+ALWAYS = ("bf16 soul, short", "bf16, long", "bf16, long, checkpoints", "fp32, KL to a reference", "adapters")
+
+
 @needs_kernels_on_cpu
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ALWAYS else MANY) for name in MEASURED])
 def test_plan_is_within_15_percent_of_what_a_step_takes(name):
     measured = measure(**MEASURED[name])
     planned = phases(measured.case)
@@ -546,7 +550,8 @@ def test_planned_shards_are_those_of_fsdp2_on_many_ranks(ranks, tied, layout):
 
 # Labels are few, as a CPU needs copies for the loss that a GPU does not: the loss is compared above.
 @pytest.mark.parametrize("ranks, options", [
-    (64, dict()), (256, dict(checkpoints=True)), (64, dict(checkpoints=True, dtype="float32")),
+    pytest.param(64, dict(), marks=MANY), (256, dict(checkpoints=True)),
+    pytest.param(64, dict(checkpoints=True, dtype="float32"), marks=MANY),
     (64, dict(checkpoints=True, layout=dict(head_in_shards=True, replicas=4))),
     (256, dict(tied=True, layout=dict(head_in_shards=True))), (4, dict(checkpoints=True, layout=dict(head_in_shards=True))),
     (64, dict(checkpoints=True, layout=dict(cpu_offload=True))),

@@ -23,7 +23,8 @@ same way. A NaN that arithmetic produces is the canonical one (0x7fffffff, 0x7ff
     units in the last place. The ISA allows ``ex2`` and ``div`` 2 of them, ``tanh`` far more.
 
 **To add a form**, add a line to the function at the end of this file that lists its family, and teach its meaning to the oracle
-in ``test_ptx_arithmetic.py``, which runs every form and fails for one that it cannot compute in integers and fractions.
+in ``test_ptx_arithmetic.py``, which runs every form (with ``--slow``) and fails for one that it cannot compute in integers and
+fractions.
 **To remember**: numpy has other code for the last few elements of an array than for many; ``fmin`` of a signaling NaN, for one,
 depends on an element's place.
 """

@@ -150,7 +150,10 @@ def test_the_pilot_leaves_no_trace(known, tokenizer, monkeypatch):
     assert all(tries >= 1 for tries in seen) and len(seen) == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"optimizer": "soul", "curvature": "retain", "clip_target": 0.5}])
+@pytest.mark.parametrize("options", [
+    pytest.param({}, marks=pytest.mark.slow(reason="five runs; those of SOUL, which has more to save, are always made")),
+    {"optimizer": "soul", "curvature": "retain", "clip_target": 0.5},
+], ids=str)  # fmt: skip
 def test_a_stopped_run_goes_on_bit_for_bit(options, known, tokenizer, tmp_path):
     """Stopped after an evaluation, and between two; the log is the same, with its events."""
     options = {"epochs": 10, **options}
@@ -196,7 +199,7 @@ def test_methods_without_a_retain_term_are_judged(method, known, tokenizer):
     assert "alpha" not in records[-1]
 
 
-@pytest.mark.parametrize("method", ["po", "dpo"])
+@pytest.mark.parametrize("method", [pytest.param("po", marks=pytest.mark.slow(reason="judged as those of DPO are")), "dpo"])
 def test_refusals_are_judged_by_greedy_answers(method, known, tokenizer, tmp_path, monkeypatch):
     _, records, measures = run(known, tokenizer, method=method, epochs=8, log=tmp_path / "log.jsonl")
     verdict = measures.verdict
