@@ -180,7 +180,7 @@ def test_the_ops_are_what_their_fakes_promise(name, backend, device, monkeypatch
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["triton", pytest.param("torch", marks=EVERY), "reference"])
 def test_compiled_calls_check_labels_and_rows(backend, device):
     torch._dynamo.reset()
     hidden = torch.randn(B, T, D, device=device)
@@ -268,8 +268,10 @@ def test_without_kernels_ops_are_compiled_by_inductor():
     assert_close(torch.autograd.grad(got, weight)[0], torch.autograd.grad(want, weight)[0], 1e-6, "gradient")
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend, dtype", [
+    ("torch", torch.float64), ("reference", torch.bfloat16), pytest.param("torch", torch.bfloat16, marks=EVERY),
+    pytest.param("reference", torch.float64, marks=EVERY),
+])  # fmt: skip
 def test_without_kernels_compiled_ops_keep_the_dtype_of_their_results(dtype, backend, device):
     """fp64 in, fp64 out; of bf16 the gradients are rounded once."""
     torch._dynamo.reset()
