@@ -70,7 +70,7 @@ test-all: install ## every test
 test-ptx: $(TARGETS:%=test-ptx-%) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6, OPTIONS
 
 $(TARGETS:%=test-ptx-%): test-ptx-%: install $(if $(TRITON),.triton/$(TRITON)/installed)
-	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) $(PARALLEL) --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
+	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) $(PARALLEL) --slow -m 'many or not slow' --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
 
 .triton/%/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* 'triton==$*.*'

@@ -1,9 +1,11 @@
+import collections
 import dataclasses
 import importlib
 import importlib.util
 import multiprocessing
 import os
 import random
+import re
 
 import pytest
 import torch
@@ -100,8 +102,30 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"PTX (sm_{driver.target.arch}): {numbers}")
 
 
+# Tests of numbers with at least so many cases are sampled. Mutants and errors, which are quick to raise, are not.
+MANY = 6
+SAMPLED = re.compile(r"tests/(kernels|optim|bench|checkpoint|models|run)/|tests/test_(losses|functional|patching)")
+WHOLE = re.compile("mutant|bad|refused|wrong|named")
+
+
+def sample(items):
+    """Mark two of three cases slow where a test has many: which ones depends on the name of the test alone."""
+    by_test = collections.defaultdict(list)
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        if SAMPLED.match(test) and not WHOLE.search(test) and not item.get_closest_marker("slow"):
+            by_test[test].append(item)
+    for test, cases in by_test.items():
+        if len(cases) >= MANY:
+            for item in random.Random(test).sample(cases, 2 * len(cases) // 3):
+                item.add_marker(pytest.mark.slow(reason="one of many cases, of which a third are always tested"))
+                item.add_marker(pytest.mark.many)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at -m
 def pytest_collection_modifyitems(config, items):
     """Leave out the tests marked slow, each of which says why it is, unless they are asked for."""
+    sample(items)
     slow = [item for item in items if item.get_closest_marker("slow")]
     for item in slow:
         if not item.get_closest_marker("slow").kwargs.get("reason"):

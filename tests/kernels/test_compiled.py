@@ -140,7 +140,8 @@ def run(function, **options):
     return param[0, 0].item(), [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
 
 
-@pytest.mark.parametrize("threads", [2, pytest.param(5, marks=pytest.mark.slow(reason="compiles once more, without caches"))])
+@pytest.mark.slow(reason="compiles without caches")
+@pytest.mark.parametrize("threads", [2, 5])
 def test_loops_are_divided_among_all_threads(threads, fresh):
     """Inductor judges by the examples on which a variant is proven; short ones would leave every step to one thread."""
     before = torch.get_num_threads()

@@ -359,8 +359,14 @@ def averages(beta2, steps, sparse=1.0):
     return (reference.decode(code, scale, "hessian").double().mean() / exact.mean()).item()
 
 
-@pytest.mark.parametrize("beta2, steps, sparse", [(0.95, 60, 1.0), (0.95, 60, 0.1), (0.99, 300, 1.0), (0.99, 300, 0.1),
-                                                  (0.999, 1000, 1.0), (0.999, 1000, 0.1)])  # fmt: skip
+SHORT = pytest.mark.slow(reason="averages that forget more slowly, which are harder, are always tested")
+
+
+@pytest.mark.parametrize("beta2, steps, sparse", [
+    pytest.param(0.95, 60, 1.0, marks=SHORT), pytest.param(0.95, 60, 0.1, marks=SHORT),
+    pytest.param(0.99, 300, 1.0, marks=SHORT), pytest.param(0.99, 300, 0.1, marks=SHORT),
+    (0.999, 1000, 1.0), (0.999, 1000, 0.1),
+])  # fmt: skip
 def test_8_bit_averages_have_the_right_mean(beta2, steps, sparse, monkeypatch):
     assert averages(beta2, steps, sparse) == pytest.approx(1, abs=0.01)
     if beta2 == 0.999 and sparse < 1:  # this is what the noise is for

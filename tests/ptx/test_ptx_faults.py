@@ -59,6 +59,7 @@ def test_a_chunk_that_is_done_twice(card, monkeypatch):
         one_step(sophia_step)
 
 
+@pytest.mark.slow(reason="compiles and compares a kernel; a mask that is too long is always planted")
 def test_a_flipped_sign(card):
     want = one_step(sophia_step)
     card.edit = lambda ptx: re.sub(r"\bsub(\.rn)?\.f32", r"add\1.f32", ptx, count=1)
@@ -84,6 +85,7 @@ def draw(draw_labels=draw_labels, dtype=torch.float32):
     return results
 
 
+@pytest.mark.slow(reason="compiles three kernels; races with and without a barrier are always tested in test_ptx.py")
 def test_a_barrier_that_was_removed_from_the_source(card, tmp_path):
     for dtype in (torch.float32, torch.bfloat16):
         draw(dtype=dtype)
