@@ -14,6 +14,9 @@ PARALLEL := -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorde
 TESTS ?= $(filter-out tests/kernels/test_compile.py tests/clients/%,$(wildcard tests/test_*.py tests/*/test_*.py))
 LIMIT ?= 400
 
+# Also the cases that make test leaves out of tests with many cases, but nothing else that is slow.
+EVERY_CASE := --slow -m 'many or not slow'
+
 # Of test-ptx: GPUs to compile for; another version of Triton, in a folder of its own (of test-compile too); more options of
 # pytest; files that launch kernels themselves.
 TARGETS ?= sm_80 sm_90 sm_100
@@ -70,7 +73,7 @@ test-all: install ## every test
 test-ptx: $(TARGETS:%=test-ptx-%) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6, OPTIONS
 
 $(TARGETS:%=test-ptx-%): test-ptx-%: install $(if $(TRITON),.triton/$(TRITON)/installed)
-	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) $(PARALLEL) --slow -m 'many or not slow' --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
+	PYTHONPATH=$(if $(TRITON),.triton/$(TRITON)) $(PYTEST) $(PARALLEL) $(EVERY_CASE) --ptx $* --ptx-strict $(OPTIONS) $(TESTS_PTX)
 
 .triton/%/installed:
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .triton/$* 'triton==$*.*'
@@ -100,7 +103,7 @@ parity: install .venv-clients/deepspeed/installed ## measure how far layouts of 
 test-clients: $(CLIENTS:%=test-client-%) ## with other people's code, each in an environment of its own; OPEN_UNLEARNING=checkout
 
 $(CLIENTS:%=test-client-%): test-client-%: .venv-clients/%/installed
-	OPEN_UNLEARNING='$(OPEN_UNLEARNING)' .venv-clients/$*/bin/python -m pytest tests/clients/test_$*.py $(TESTS_$*)
+	OPEN_UNLEARNING='$(OPEN_UNLEARNING)' .venv-clients/$*/bin/python -m pytest $(EVERY_CASE) tests/clients/test_$*.py $(TESTS_$*)
 
 .venv-clients/%/installed: tests/clients/requirements-%.txt setup.py
 	$(PYTHON) -m venv .venv-clients/$*

@@ -102,10 +102,11 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"PTX (sm_{driver.target.arch}): {numbers}")
 
 
-# Tests of numbers with at least so many cases are sampled. Mutants and errors, which are quick to raise, are not.
+# Tests of numbers with at least so many cases are sampled. Mutants are not, nor errors, which are quick to raise, nor what the
+# compilers make of kernels, which make test-compile alone looks at.
 MANY = 6
 SAMPLED = re.compile(r"tests/(kernels|optim|bench|checkpoint|models|run)/|tests/test_(losses|functional|patching)")
-WHOLE = re.compile("mutant|bad|refused|wrong|named")
+WHOLE = re.compile("mutant|bad|refused|wrong|named|test_compile.py")
 
 
 def sample(items):
