@@ -3,7 +3,6 @@
 import argparse
 
 from soul import __version__
-from soul._extras import MissingExtra, require
 from soul.output.console import print_result
 
 HELP = "versions, devices and backends, for a bug report"
@@ -15,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    import importlib.metadata
     import platform
     import shutil
 
@@ -37,14 +37,16 @@ def run(args: argparse.Namespace) -> None:
         compiler = shutil.which(cpp_compiler())
         backend = f"compile, by {compiler}" if compiler else f"reference, without {cpp_compiler()}"
         lines.append(f"steps from {PAYS} parameters on: {backend}")
-    for extra, modules in {
-        "hf": ("transformers", "tokenizers", "safetensors", "peft", "datasets", "pyarrow", "yaml"),
-        "eval": ("rouge_score", "scipy", "sklearn"),
+    for extra, packages in {
+        "hf": ("transformers", "tokenizers", "safetensors", "huggingface-hub", "peft", "datasets", "pyarrow", "PyYAML"),
+        "eval": ("rouge-score", "scipy", "scikit-learn"),
         "plots": ("matplotlib",),
+        "quant": ("bitsandbytes", "accelerate"),
+        "durability": ("torchao",),
     }.items():
-        for module in modules:
+        for package in packages:
             try:
-                lines.append(f"{module} {getattr(require(module, extra), '__version__', 'installed')}")
-            except MissingExtra as error:
-                lines.append(str(error))
+                lines.append(f"{package} {importlib.metadata.version(package)}")
+            except importlib.metadata.PackageNotFoundError:
+                lines.append(f"{package} is not installed; run: pip install 'soul-kernels[{extra}]'")
     print_result(*lines)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from soul._extras import require
 from soul.models.files import MAX_RANK, check_patterns
+from soul.output.notices import filtered
 from soul_kernels.errors import argument_error, check_positive, check_range, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@filtered()
 def add_adapters(
     model: "PreTrainedModel",
     *,

@@ -12,6 +12,7 @@ from soul.models.adapters import load_adapters
 from soul.models.causal_lm import check_linear_head
 from soul.models.files import adapter_config_of, check_directory, config_of
 from soul.models.quantized import four_bit, is_quantized
+from soul.output.notices import filtered
 from soul.output.progress import bars_of_transformers, task, track
 from soul_kernels.errors import ArgumentError, argument_error, check_choice
 
@@ -62,6 +63,7 @@ def is_stored_in_codes(name: str | pathlib.Path) -> bool:
     return bool(config.get("quantization_config"))
 
 
+@filtered()
 def load(
     name: str | pathlib.Path,
     *,

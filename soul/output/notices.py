@@ -1,7 +1,8 @@
-"""Warnings of other libraries that a user of the command can do nothing about, and that are therefore not shown.
+"""Warnings of other libraries that a user can do nothing about, and that are therefore not shown.
 
-Each is named by its own text, with the reason; every other warning is shown as ever. `filtered` is for commands only: a program
-that imports the library decides itself what it shows.
+Each is named by its own text, with the reason; every other warning is shown as ever. `filtered` is around a whole command. In a
+program that imports the library it is only around the loading of models, where the library imports others; the rest of what
+such a program shows is its own decision.
 """
 
 import contextlib
@@ -68,6 +69,17 @@ NOTICES = (
         r"register_constant\(\) on Enum subclasses is deprecated and will be an error in a future release\.",
         "torchao calls it when it is imported",
         "torch.utils._pytree",
+    ),
+    Notice(
+        r"Failed to load CPU gemm_4bit_forward from kernels-community: .*",
+        "bitsandbytes looks for it on the hub when it is imported, and multiplies by code of its own without it; peft imports "
+        "bitsandbytes wherever it is",
+        "bitsandbytes.backends.cpu.ops",
+    ),
+    Notice(
+        r"Skipping publisher trust check for 'kernels-community/quantization-bitsandbytes' because .* offline mode\.",
+        "the same search, with HF_HUB_OFFLINE",
+        "kernels._internals.hf_hub",
     ),
 )
 

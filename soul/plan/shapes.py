@@ -14,6 +14,7 @@ import torch
 from soul._extras import require
 from soul.distributed.vocabulary import can_look_up
 from soul.models.files import check_config, config_of
+from soul.output.notices import filtered
 from soul_kernels.errors import ArgumentError, argument_error
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ def read_config(name: str | os.PathLike[str]) -> "PretrainedConfig":
         raise argument_error("model", expected, f"{name} ({reason})", "check the name") from error
 
 
+@filtered()
 def empty_model(config: "Mapping[str, Any] | PretrainedConfig") -> "PreTrainedModel":
     """Return a model of transformers on the meta device, which takes no memory, from a configuration or its dict.
 

@@ -37,7 +37,7 @@ WINGS = {
     "tasks": {"_extras", "data", "evaluate", "models", "presets"},
     "checkpoint": {"_extras", "distributed", "models", "output"},
     "run": {"_extras", "checkpoint", "data", "distributed", "evaluate", "hub", "losses", "models", "optim", "output"},
-    "plan": {"_extras", "data", "distributed", "losses", "models", "optim", "run"},
+    "plan": {"_extras", "data", "distributed", "losses", "models", "optim", "output", "run"},
     "durability": {"_extras", "data", "evaluate", "models", "run"},
     "study": {"_extras", "checkpoint", "data", "evaluate", "losses", "models", "output", "report", "run"},
     "integrations": {"compat", "data", "distributed", "losses", "model_loss", "models", "optim"},
