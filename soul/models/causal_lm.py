@@ -21,7 +21,7 @@ from torch import Tensor
 
 from soul.distributed.processes import COMPUTE, Processes, full, gathered, is_finite, reshard, sharded_layers
 from soul.distributed.shards import is_sharded, local, splits
-from soul.models.quantized import check_codes_are_whole, dequantized, is_quantized
+from soul.models.quantized import dequantized, is_quantized, keep_codes
 from soul_kernels import Head, LinearOptions, TokenStatistics, linear_gnb, linear_logprob, linear_statistics
 from soul_kernels.errors import ArgumentError, argument_error
 from soul_kernels.reference.token_logprob import transformed
@@ -306,6 +306,7 @@ def _switch(base: "PreTrainedModel", action: str) -> Callable[..., None]:
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Put a model into evaluation mode, without gradients, within the ``with`` block; every module then gets its mode back."""
+    keep_codes(model)  # bitsandbytes would pack them in this mode
     modes = [(module, module.training) for module in model.modules()]
     try:
         with torch.no_grad():
@@ -458,7 +459,7 @@ def check_linear_head(model: "PreTrainedModel") -> None:
     layer = model.get_output_embeddings()
     if layer is None or not hasattr(layer, "weight"):
         raise argument_error("model", "a linear language-model head", family, "this family is not supported")
-    check_codes_are_whole(model)
+    keep_codes(model)
     weight, bias = head(model)
     options = transform(model)
     if weight.is_meta:  # the empty model of a plan has no values to try

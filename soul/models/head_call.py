@@ -31,7 +31,7 @@ from soul._extras import require
 from soul.distributed.processes import full
 from soul.distributed.shards import is_sharded, local
 from soul.models import causal_lm
-from soul.models.quantized import check_codes_are_whole
+from soul.models.quantized import keep_codes
 from soul_kernels.errors import argument_error
 from soul_kernels.reference.token_logprob import transformed
 from soul_kernels.tensors import has_data
@@ -89,7 +89,7 @@ def function_at_head(model: "PreTrainedModel", function: HeadFunction) -> Iterat
     layer = head_layer(model)
     transform = causal_lm.transform(model)
     if model not in _VERIFIED:
-        check_codes_are_whole(model)
+        keep_codes(model)
     custom_forward = _custom_forward(layer)
     has_no_values = torch.compiler.is_compiling()
     verified = has_no_values or _VERIFIED.get(model) == transform

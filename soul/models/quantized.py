@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 EXTRA = "quant"
+PACKS = "support_avx512bf16_for_cpu"  # attribute of a layer of bitsandbytes
+PACKED = "original_qshape"  # attribute of the state of a weight that it has packed, and perhaps unpacked
 BLOCK = 64  # weights with a scale of one byte
 SUPERBLOCK = 256  # scales with a scale of their own in fp32
 TABLES = 4 * (16 + 256 + 1)  # bytes beside each weight: the values of codes, those of scales, and their offset, in fp32
@@ -46,25 +48,44 @@ def is_quantized(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False)) or any(map(is_in_codes, model.parameters()))
 
 
-def check_codes_are_whole(model: torch.nn.Module) -> None:
-    """Raise for a model whose codes of 4 bits tensor parallelism has cut.
+def keep_codes(model: torch.nn.Module) -> None:
+    """Keep the codes of a model as its file has them: bitsandbytes never packs them anew, and nobody has cut them.
 
-    A scale belongs to 64 codes in the order of memory, whatever the rows are, and bitsandbytes multiplies by whole weights.
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 replaces the codes of a layer by packed ones at its first forward in eval mode
+    without gradient. Widths that are no multiple of 64 fail there, `dequantize_4bit` reads packed codes as if they were not
+    packed, and the scales stay rounded to bf16 when training unpacks them. This is the one place that prevents it: it sets
+    ``support_avx512bf16_for_cpu`` of each layer to False.
+
+    Raises:
+        ArgumentError: a layer is packed already. Or tensor parallelism has cut codes: a scale belongs to 64 codes in the order
+            of memory, whatever the rows are, and bitsandbytes multiplies by whole weights.
     """
     for name, parameter in model.named_parameters():
         if is_sharded(parameter) and not parameter.dtype.is_floating_point:
             remedy = "a cut parts codes from their scales: cut its head alone, along the vocabulary, or load the base in bf16"
             raise argument_error("model", "codes of 4 bits that are whole in each process", f"a shard of {name}", remedy)
+        _check_unpacked(parameter, name)
+    for layer in model.modules():
+        if hasattr(layer, PACKS):
+            setattr(layer, PACKS, False)
+
+
+def _check_unpacked(weight: Tensor, name: str = "a weight") -> None:
+    if hasattr(getattr(weight, "quant_state", None), PACKED):
+        got = f"{name}, packed for AVX512-BF16 by a forward before this call, which has rounded its scales"
+        remedy = "load the model again, and call soul.models.quantized.keep_codes(model) before its first forward"
+        raise argument_error("model", "codes of 4 bits as its file has them", got, remedy)
 
 
 def dequantized(weight: Tensor) -> Tensor:
     """Return a weight of 4 bits as a new tensor, in the dtype it had before; a weight of any floating dtype as it is.
 
     Raises:
-        ArgumentError: it is quantized in another way.
+        ArgumentError: it is quantized in another way, or packed (`keep_codes`).
     """
     state = getattr(weight, "quant_state", None)
     if state is not None:
+        _check_unpacked(weight)
         return require("bitsandbytes.functional", EXTRA).dequantize_4bit(weight.detach(), state)
     if not weight.is_floating_point():
         got = f"{type(weight).__name__} of {weight.dtype}"
