@@ -1,6 +1,6 @@
 """Data: names and files (`sources`, `rows`) -> questions and answers (`templates`) -> token ids (`examples`) -> `batches`.
 
-May import: _extras, _limits.
+May import: _connection, _extras, _limits.
 Start reading with `examples`.
 """
 

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from soul._connection import hub_asked_once
 from soul._extras import MissingExtra, require
 from soul.data.rows import ChooseColumns, Row, check_text
 from soul_kernels.errors import argument_error
@@ -142,7 +143,9 @@ def _token_bounds(source: str, name: str, text: str) -> list[int]:
 
 def _tokenizer(source: str, name: str) -> "PreTrainedTokenizerBase":
     try:
-        return require("transformers", "hf").AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        transformers = require("transformers", "hf")
+        with hub_asked_once(source, name):
+            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except MissingExtra:
         raise
     except Exception as error:  # the libraries raise many kinds for a name without a tokenizer

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from soul._connection import hub_asked_once
 from soul._extras import require
 from soul.data.examples import Counts, Example, Question
 from soul.data.protocols import passages, safe_rlhf
@@ -341,7 +342,8 @@ def _hub_rows(source: str, repository: str, subset: str | None, split: str, choo
         remedy = "give the path of a file in it, or start the command elsewhere"
         raise argument_error(source, "a data set on the hub", f"the folder {repository} here", remedy)
     try:
-        dataset = _with_needed_columns(load_dataset(repository, subset, split=split), choose, source)
+        with hub_asked_once(source, repository):
+            dataset = _with_needed_columns(load_dataset(repository, subset, split=split), choose, source)
         result: list[Row] = [(f"{source}, row {index}", dict(row)) for index, row in enumerate(dataset)]
     except ArgumentError:
         raise

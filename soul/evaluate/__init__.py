@@ -1,6 +1,6 @@
 """Evaluation of what a model still knows: the runs of models (`model`), the formulas (`metrics`), TOFU's log files (`logs`).
 
-May import: _extras, data, models, output.
+May import: _connection, _extras, data, models, output.
 Start reading with `model`.
 """
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from soul._connection import hub_asked_once
 from soul._extras import MissingExtra, require
 from soul.data.examples import Question, Sequence
 from soul.data.templates import Template
@@ -57,11 +58,12 @@ class SentenceEncoder:
         self.batch_size = batch_size
         try:
             check_directory(name)
-            config_of(name)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-            self.model, info = transformers.AutoModel.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
+            with hub_asked_once("sentence_model", name):
+                config_of(name)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+                self.model, info = transformers.AutoModel.from_pretrained(
+                    name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                )
         except (ArgumentError, MissingExtra):
             raise
         except Exception as error:  # the libraries raise many kinds for a broken or foreign checkpoint

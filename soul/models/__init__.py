@@ -1,6 +1,6 @@
 """Hugging Face causal language models: loading them, their body and head, adapters, and the reference model (`ref_model`).
 
-May import: _extras, data, distributed, output.
+May import: _connection, _extras, data, distributed, output.
 Start reading with `causal_lm`, which takes a model apart, then `head_call`, which runs one whole with a function as its head.
 """
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from soul._connection import hub_asked_once
 from soul._extras import MissingExtra, require
 from soul.models.adapters import load_adapters
 from soul.models.causal_lm import check_linear_head
@@ -52,12 +53,14 @@ def is_stored_in_codes(name: str | pathlib.Path) -> bool:
 
     False where there is no such model: `load` says so.
     """
+    revision = None
     try:
-        adapter_config = adapter_config_of(name)
-        if adapter_config is None:
-            config = config_of(name)
-        else:
-            config = config_of(adapter_config["base_model_name_or_path"], adapter_config.get("revision"))
+        with hub_asked_once("model", name):
+            adapter_config = adapter_config_of(name)
+        if adapter_config is not None:
+            name, revision = adapter_config["base_model_name_or_path"], adapter_config.get("revision")
+        with hub_asked_once("model", name):
+            config = config_of(name, revision)
     except (OSError, ValueError):
         return False
     return bool(config.get("quantization_config"))
@@ -104,21 +107,16 @@ def _load(
     check_choice("dtype", dtype, tuple(DTYPES))
     check_name(name)
     try:
-        adapter_config = adapter_config_of(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if adapter_config is None and not weights:
-            return _empty_model(name, DTYPES[dtype]), tokenizer
-        if adapter_config is None:
-            model = _load_model(name, DTYPES[dtype], device, load_in_4bit)
-        else:
-            base = adapter_config["base_model_name_or_path"]
-            revision = adapter_config.get("revision")
-            if adapter_config_of(base, revision) is not None:
-                got = f"{base}, which has adapters itself"
-                remedy = "merge those into their model first"
-                raise argument_error("adapter_config.json, base_model_name_or_path", "a model", got, remedy)
-            base_model = _load_model(base, DTYPES[dtype], device, load_in_4bit, revision)
-            model = load_adapters(name, adapter_config, base_model, tokenizer)
+        with hub_asked_once("model", name):
+            adapter_config = adapter_config_of(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            if adapter_config is None and not weights:
+                return _empty_model(name, DTYPES[dtype]), tokenizer
+            if adapter_config is None:
+                model = _load_model(name, DTYPES[dtype], device, load_in_4bit)
+            else:
+                base_model = _load_base(adapter_config, DTYPES[dtype], device, load_in_4bit)
+                model = load_adapters(name, adapter_config, base_model, tokenizer)
     except (ArgumentError, MissingExtra):
         raise
     except Exception as error:  # the libraries raise many kinds for a broken or foreign checkpoint
@@ -152,6 +150,20 @@ def scales_of(model: torch.nn.Module) -> Iterator[torch.Tensor]:
         while state is not None:  # the scales may be quantized too
             yield from (value for value in vars(state).values() if isinstance(value, torch.Tensor))
             state = getattr(state, "state2", None)
+
+
+def _load_base(
+    adapter_config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, load_in_4bit: bool
+) -> "PreTrainedModel":
+    """Load the model below adapters."""
+    base = adapter_config["base_model_name_or_path"]
+    revision = adapter_config.get("revision")
+    with hub_asked_once("model", base):
+        if adapter_config_of(base, revision) is not None:
+            got = f"{base}, which has adapters itself"
+            remedy = "merge those into their model first"
+            raise argument_error("adapter_config.json, base_model_name_or_path", "a model", got, remedy)
+        return _load_model(base, dtype, device, load_in_4bit, revision)
 
 
 def _load_model(

@@ -1,6 +1,6 @@
 """Memory and time of a run, computed from shapes and options before it starts; nothing is measured.
 
-May import: _extras, data, distributed, losses, models, optim, output, run.
+May import: _connection, _extras, data, distributed, losses, models, optim, output, run.
 Start reading with `planner`, then `memory` and `activations` for bytes and `time` for seconds; `ways` plans many options.
 """
 

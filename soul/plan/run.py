@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from soul._connection import hub_asked_once
 from soul._extras import MissingExtra, require
 from soul.data.examples import Counts
 from soul.data.examples import Sequence as TokenSequence
@@ -90,7 +91,9 @@ def read_tokenizer(model: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
         raise argument_error("model", "a model with a tokenizer", f"the preset {model!r}", remedy)
     read_config(model)  # a wrong path is named before the tokenizer is missed
     try:
-        return require("transformers", "hf").AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        transformers = require("transformers", "hf")
+        with hub_asked_once("model", model):
+            return transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except MissingExtra:
         raise
     except Exception as error:  # the libraries raise many kinds for a broken tokenizer

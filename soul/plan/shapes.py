@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import difflib
 import functools
 import math
 import os
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from soul._connection import hub_asked_once
 from soul._extras import require
 from soul.distributed.vocabulary import can_look_up
 from soul.models.files import check_config, config_of
@@ -195,17 +197,20 @@ def read_config(name: str | os.PathLike[str]) -> "PretrainedConfig":
     """
     transformers = require("transformers", "hf")
     looks_local = str(name).startswith((".", "/", "~")) or pathlib.Path(name).exists()
+    expected = f"a directory with config.json, a hub name, or one of {', '.join(PRESETS)}"
     if looks_local and not (pathlib.Path(name) / "config.json").is_file():
-        expected = f"a directory with config.json, a hub name, or one of {', '.join(PRESETS)}"
         raise argument_error("model", expected, str(name), "check the path")
+    similar = difflib.get_close_matches(str(name).lower(), PRESETS)
+    if similar and not looks_local and "/" not in str(name):
+        raise argument_error("model", expected, str(name), f"did you mean {' or '.join(similar)}?")
     try:
-        config_of(name)  # checks it
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with hub_asked_once("model", name):
+            config_of(name)  # checks it
+            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except ArgumentError:
         raise
     except Exception as error:  # the libraries raise many kinds for a name that is unknown
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        expected = f"a directory, a hub name, or one of {', '.join(PRESETS)}"
         raise argument_error("model", expected, f"{name} ({reason})", "check the name") from error
 
 

@@ -1,6 +1,6 @@
 """Tasks of unlearning: what is forgotten and kept, and what is measured. `soul unlearn` and `soul evaluate` take them by name.
 
-May import: _extras, data, evaluate, models, presets.
+May import: _connection, _extras, data, evaluate, models, presets.
 Start reading with `task`, then `published`, which has the five that come with the library.
 """
 

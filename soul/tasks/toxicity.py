@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from soul._connection import hub_asked_once
 from soul._extras import MissingExtra, require
 from soul.models.files import check_directory, config_of
 from soul.tasks.measures import Scorer
@@ -97,9 +98,10 @@ def _load(name: str, device: torch.device | str) -> tuple["PreTrainedModel", "Pr
     check_scorer(name)
     try:
         check_directory(name)
-        config_of(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False)
+        with hub_asked_once("scorer", name):
+            config_of(name)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=False)
     except (ArgumentError, MissingExtra):
         raise
     except Exception as error:  # the libraries raise many kinds: no such name, no connection, another kind of model
