@@ -18,11 +18,12 @@ HF = [
     "datasets>=4.0",
     "pyarrow>=17.0",
     "numpy>=2.0",
+    "scipy>=1.13",  # intervals of the verdict
     "pyyaml>=6.0.1",
     "jinja2>=3.1.6",  # in whose sandbox chat templates run; older ones let them out
     "tqdm>=4.66.3",
 ]
-EVAL = ["scipy>=1.13", "scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
+EVAL = ["scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
 PLOTS = ["matplotlib>=3.9"]
 # No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
 DURABILITY = ["torchao>=0.13"]

@@ -35,6 +35,7 @@ from soul.plan.run import plan_run
 from soul.report.run import report_on_run
 from soul.run.aim import AUTO, OFF, parse_aim, summary
 from soul.run.config import MEMORIZE, METHODS, UnlearnConfig
+from soul.run.judge import failed_lines
 from soul.run.loop import Record
 from soul.run.measures import Measures
 from soul.run.notes import check_samples
@@ -50,6 +51,7 @@ AIM_EPOCHS = 20  # at most, with an aim
 AIM_CLIP_TARGET = 0.5  # of SOUL with an aim
 INFLUENCE = "influence"
 UNSTEERED = ("ga", INFLUENCE)  # methods without a retain term, whose run an aim judges and does not steer
+SHOWN_FAILURES = 10  # rows that failed, on the terminal; verdict.json has all of them
 FEW_CONTROL = 8  # rows, below which the output says so
 CHANCE_NOISE = 0.1  # an aim this much below chance is still chance
 
@@ -107,6 +109,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--unseen", metavar="DATA", help="rows like those to forget that the model never saw: the aim where rows have no prompt"
     )
+    add(
+        "--untouched",
+        metavar="DATA",
+        help="rows to be kept that neither train nor steer the run, asked before and after it (default: some of --retain)",
+    )
+    add(
+        "--paraphrases",
+        metavar="DATA",
+        help="rows of question and paraphrases (a list): forget questions in other words, in which the model is asked too",
+    )
+    add("--draws", type=int, default=4, metavar="K", help="drawn answers to each forget question after the run (default 4)")
     options = parser.add_argument_group("run")
     add = options.add_argument
     add(
@@ -382,6 +395,8 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
         device=args.device,
         control=args.control,
         unseen=args.unseen,
+        untouched=args.untouched,
+        paraphrases=args.paraphrases,
         load_in_4bit=args.load_in_4bit,
     )
     if processes.first:
@@ -410,7 +425,13 @@ def _train(args: argparse.Namespace, unrecorded: set[str]) -> int:
             print(f"{_steps(records)} in {seconds:.1f} s; {written}")
             print(*report_on_run(output), sep="\n")
             card_of_run(output)
-            print(summary(unlearner.measures.verdict))
+            verdict = unlearner.measures.verdict
+            outcome, *lines = summary(verdict)
+            failed = failed_lines(verdict.get("failed", ()))
+            print(*lines, *failed[:SHOWN_FAILURES], sep="\n")
+            if len(failed) > SHOWN_FAILURES:
+                print(f"and {len(failed) - SHOWN_FAILURES} more: {output / VERDICT_FILE}, 'failed'")
+            print(outcome)
         return _status(unlearner.measures.verdict)
     probability_after = unlearner.forget_probability()
     if processes.first:
@@ -434,7 +455,7 @@ def _settle(args: argparse.Namespace) -> None:
         args.aim = OFF if tuned or args.method in UNSTEERED else AUTO
     aims = parse_aim(args.aim) is not None
     if not aims:
-        for name in ("keep_retain", "control", "unseen"):
+        for name in ("keep_retain", "control", "unseen", "untouched", "paraphrases"):
             if getattr(args, name) not in (None, UnlearnConfig.keep_retain):
                 got = f"{getattr(args, name)}, and {'--aim off' if not tuned else '--' + tuned[0].replace('_', '-')}"
                 raise argument_error(name, "nothing without an aim", got, "pass --aim auto")
@@ -520,7 +541,7 @@ def _check_ended(args: argparse.Namespace, output: pathlib.Path, config: Unlearn
     data = _read_json(output / DATA_FILE)
     digests = {name: counts["content"] for name, counts in data.items() if isinstance(counts, dict) and "content" in counts}
     if digests:  # the rows decide, wherever the data are now
-        for name in ("forget", "retain", "control", "unseen"):
+        for name in ("forget", "retain", "control", "unseen", "untouched"):
             saved.pop(name, None)
             now.pop(name, None)
             source = getattr(args, name)

@@ -29,6 +29,8 @@ COLUMNS: tuple[tuple[str, ...], ...] = (
 )
 # Columns of TOFU's perturbed sets.
 QUESTION = ("question", "answer", "paraphrased_question", "paraphrased_answer", "perturbed_answer")
+# Columns that a row may have beside these, for `soul.data.facts`.
+BESIDE = ("key", "paraphrases", "paraphrased_question")
 _PERCENTS = {"forget": ("01", "05", "10"), "retain": ("99", "95", "90"), "holdout": ("01", "05", "10")}
 TOFU = (
     "full",
@@ -73,7 +75,7 @@ def rows(source: Source, name: str = "rows", *, drop: bool = False, counts: Coun
         ArgumentError: there is no such file or name (the known ones are listed), or it cannot be read; a column is missing or
             holds no text; a row is blank and ``drop`` is false; or all rows are blank.
     """
-    all_rows = read(source, name, _columns)
+    all_rows = read(source, name, _all_columns)
     columns = _columns(*all_rows[0])
     last = columns[-1]
     with_text = [(where, row) for where, row in all_rows if not (drop and last in row and _is_blank(row[last]))]
@@ -193,6 +195,11 @@ def _columns(where: str, row: Collection[str]) -> tuple[str, ...]:
             return columns
     known = " or ".join("/".join(columns) for columns in COLUMNS)
     raise argument_error(where, f"columns {known}", "/".join(row) or "none", "rename the columns")
+
+
+def _all_columns(where: str, names: Collection[str]) -> Collection[str]:
+    """Return the columns of ``_columns``, and those of ``BESIDE`` that there are."""
+    return (*_columns(where, names), *(name for name in BESIDE if name in names))
 
 
 def _is_blank(value: object) -> bool:

@@ -374,9 +374,17 @@ def greedy(
 
 
 def sampled(
-    model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor, *, max_new_tokens: int, pad_token_id: int, seed: int
+    model: "PreTrainedModel",
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    max_new_tokens: int,
+    pad_token_id: int,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
 ) -> Tensor:
-    """Return prompts with continuations drawn from the model's own distribution, at temperature 1, as `greedy` does.
+    """Return prompts with continuations drawn from the model's own distribution, as `greedy` does.
 
     The random generators are left as they were. The model must not be in shards.
 
@@ -387,9 +395,16 @@ def sampled(
         max_new_tokens: as in `greedy`.
         pad_token_id: as in `greedy`.
         seed: of the draw; the same seed draws the same tokens.
+        temperature: by which the logits are divided.
+        top_p: the most likely tokens that together have this probability are drawn from.
     """
     options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_token_id, "num_beams": 1}
-    draw = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}  # whatever the model's own configuration asks for
+    draw = {
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": top_p,
+    }  # whatever the model's own configuration asks for
     devices = [input_ids.device] if input_ids.is_cuda else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -73,6 +73,7 @@ def report_on_run(directory: pathlib.Path, numbers: Record | None = None) -> lis
 def run_page(run: Run) -> Page:
     """Return the page of a run."""
     sections = [
+        Section("Rows that failed", _failed(run)),
         Section("Forgetting and keeping", _probabilities(run)),
         Section("Metrics during the run", _metrics(run)),
         Section("What the model says", _samples(run)),
@@ -114,7 +115,9 @@ def _verdict(run: Run) -> Verdict:
 
 def _verdict_on_aim(run: Run) -> Verdict:
     verdict = run.verdict
-    sentences = []
+    sentences = [str(text) for text in verdict.get("sentences", ())]
+    if verdict.get("not_judged"):
+        sentences.append(f"Judged by probability alone, not by what the model says: {verdict['not_judged']}.")
     if is_number(verdict.get("forget_prob")) and is_number(verdict.get("aim")):
         source = f" ({verdict['aim_source']})" if verdict.get("aim_source") else ""
         start = f", from {probability(verdict['forget_prob_start'])}" if is_number(verdict.get("forget_prob_start")) else ""
@@ -132,6 +135,25 @@ def _verdict_on_aim(run: Run) -> Verdict:
     if verdict["reached"]:
         return Verdict(GOOD, "Aim reached", tuple(sentences))
     return Verdict(BAD, "Aim not reached", tuple(sentences))
+
+
+def _failed(run: Run) -> tuple[Block, ...]:
+    """Return the rows that failed, with what the model was asked and said."""
+    rows = [row for row in run.verdict.get("failed", ()) if isinstance(row, dict)]
+    if not rows:
+        return ()
+    head = ("Failure", "Asked", "The model said", "Words that count", "Before")
+    cells = (
+        (
+            str(row.get("failure")),
+            str(row.get("asked")),
+            str(row.get("said")),
+            ", ".join(row.get("keys", ())),
+            str(row.get("before", "")),
+        )
+        for row in rows
+    )
+    return (Table(head, tuple(tuple(shortened(cell) for cell in line) for line in cells), plain=True),)
 
 
 def _verdict_without_aim(run: Run) -> Verdict:

@@ -459,14 +459,46 @@ def advice(target: Target, forget_prob: float, control_prob: float | None, steer
     return "give more retain rows that resemble what must be kept, raise --epochs, or accept less with --keep-retain or --aim"
 
 
-def summary(result: Mapping[str, Any]) -> str:
-    """Return a verdict in one line of text, the last line of the command."""
+def advice_on(findings: Mapping[str, Any], by_probability: str) -> str:
+    """Return what to try after a run whose model failed when it was asked.
+
+    Args:
+        findings: ``forgotten``, ``kept`` and ``fluent`` of `soul.run.judge.Judge.findings`.
+        by_probability: `advice` by the probabilities; "" if these are as they should be.
+    """
+    forgotten, kept, fluent = (findings[name] for name in ("forgotten", "kept", "fluent"))
+    if by_probability:
+        return by_probability
+    if not fluent["holds"]:
+        return "lower --lr: the model no longer writes as before"
+    if not kept["holds"]:
+        return "keep more: give more retain rows that resemble those that were lost, or accept less with --keep-retain"
+    if forgotten["too_far"]:
+        return "forget less: raise --aim"
+    return (
+        "forget more: lower the probability to be reached with --aim forget_prob=X, and add the failing questions to --forget"
+    )
+
+
+def summary(result: Mapping[str, Any]) -> list[str]:
+    """Return a verdict in lines of text, the last lines of the command; the first one is the outcome.
+
+    Args:
+        result: of `verdict`, with the findings of `soul.run.judge` where the model was asked.
+    """
     name = "probability" if result["measure"] == "probability" else "questions answered,"
-    forget = f"forget {name} {result['forget_prob_start']:.3f} -> {result['forget_prob']:.3f} (aim {result['aim']:.3f})"
+    forget = f"{result['forget_prob_start']:.3f} -> {result['forget_prob']:.3f}, to be at most {result['aim']:.3f}"
     control = ""
     if result["control_prob"] is not None:
         level = result["keep"] * result["control_prob_start"]
-        control = f", control {result['control_prob_start']:.3f} -> {result['control_prob']:.3f} (at least {level:.3f})"
-    if result["reached"]:
-        return f"aim reached: {forget}{control}"
-    return f"aim not reached: {forget}{control}; {result['reason']}; {result['advice']}"
+        control = f"; control {result['control_prob_start']:.3f} -> {result['control_prob']:.3f}, to be at least {level:.3f}"
+    lines = ["aim reached" if result["reached"] else f"aim not reached: {result['reason']}; {result['advice']}"]
+    if "sentences" in result:
+        outcomes = [f"{name}: {'yes' if result[name]['holds'] else 'no'}" for name in ("forgotten", "kept", "fluent")]
+        lines = [f"{'aim reached' if result['reached'] else 'aim not reached'} ({', '.join(outcomes)})"]
+        lines[0] += f"; {result['advice']}" if result["advice"] else ""
+        lines += result["sentences"]
+    if result.get("not_judged"):
+        lines.append(f"Judged by {name.rstrip(',')} alone, not by what the model says: {result['not_judged']}.")
+    lines.append(f"Forget {name} {forget}{control}.")
+    return lines

@@ -33,7 +33,7 @@ SOUL_FIELDS = (
     "published_code",
 )  # fmt: skip
 INFLUENCE_FIELDS = (
-    "method", "batch_size", "seed", "backend", "aim", "keep_retain", "replicas", "head_in_shards", *DATA_FIELDS,
+    "method", "batch_size", "seed", "backend", "aim", "keep_retain", "draws", "replicas", "head_in_shards", *DATA_FIELDS,
 )  # fmt: skip
 METHODS: dict[str, type] = {**losses.OBJECTIVES, "influence": Influence}
 LAYOUT = ("replicas", "cpu_offload", "head_in_shards")  # where a model lies, as soul.distributed.shard takes it
@@ -115,7 +115,9 @@ class UnlearnConfig:
             evaluation to evaluation, ``epochs`` is a cap, and ``schedule`` is not used (docs/running.md). None or "off": no
             aim.
         keep_retain: fraction of their probability that control rows must keep for an aim to be reached.
-        seed: seed of the data order and of the refusals.
+        draws: for a config with an aim: drawn answers to each forget question after the run; one that says the fact is enough
+            to fail.
+        seed: seed of the data order, of the refusals and of the drawn answers.
         backend: "auto", "triton", "compile", "torch" or "reference".
         reference_cache: directory that keeps what `soul.models.ref_model` computes; or None.
 
@@ -169,6 +171,7 @@ class UnlearnConfig:
     stop_retain_prob: float | None = None
     aim: str | None = None
     keep_retain: float = 0.95
+    draws: int = 4
     seed: int = 0
     backend: str = "auto"
     reference_cache: str | None = None
@@ -187,7 +190,7 @@ class UnlearnConfig:
         if not isinstance(self.method_options, dict):
             remedy = "for instance {'beta': 0.1}"
             raise argument_error("method_options", "a dict of the method's arguments", repr(self.method_options), remedy)
-        for name in ("epochs", "batch_size", "accumulate", "max_length", "bs", "curvature_every", "replicas"):
+        for name in ("epochs", "batch_size", "accumulate", "max_length", "draws", "bs", "curvature_every", "replicas"):
             check_whole(name, getattr(self, name), "check the options")
         check_choice("curvature", self.curvature, CURVATURES)
         check_choice("state_dtype", self.state_dtype, (None, "float32", "bfloat16", "8bit"))

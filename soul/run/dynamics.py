@@ -13,8 +13,8 @@ import torch
 from soul.data.examples import Example, Sequence
 from soul.data.sources import perturbed, read_questions
 from soul.models.causal_lm import evaluating
-from soul.run.pilot import Tensors, restore, snapshot
 from soul.run.rule import ALWAYS, OWN, QUANTITIES, SETS, TOFU, metrics_of, parse_rule
+from soul.run.weights import Tensors, restore, snapshot
 from soul_kernels.errors import argument_error
 
 if TYPE_CHECKING:

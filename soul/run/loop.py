@@ -33,7 +33,6 @@ from soul.optim.optimizer import SophiaG
 from soul.optim.release import GradientRelease, release_gradients
 from soul.output.directory import no_follow
 from soul.output.progress import Task, shown, task
-from soul.run.aim import verdict
 from soul.run.config import UnlearnConfig, build_curvature, build_optimizer, build_scheduler
 from soul.run.dynamics import Dynamics
 from soul.run.feed import Feed
@@ -283,10 +282,10 @@ class UnlearningRun:
             return
         step = len(self.records)
         if self._steering is not None:
-            measures.verdict = self._steering.end(step)
+            self._steering.end(step)
         else:
             reason = self.records[-1].get("stopped", f"{self._config.epochs} epochs have passed")
-            measures.verdict = verdict(measures.target, measures.forget_all(), measures.control(), step, reason, steered=False)
+            measures.conclude(step, reason, steered=False)
         _write_line(self._log, {"event": "verdict", **measures.verdict})
         self._trackers.write({"event": "verdict", **measures.verdict, "step": step})  # its own step may lie before the last
 
@@ -566,7 +565,7 @@ def _unlearn_by_influence(
         _check_weights(model, [record], method)
         if measures is not None:
             reason = "one step was taken"
-            measures.verdict = verdict(measures.target, measures.forget_all(), measures.control(), 1, reason, steered=False)
+            measures.conclude(1, reason, steered=False)
             _write_line(file, {"event": "verdict", **measures.verdict})
             trackers.write({"event": "verdict", **measures.verdict})
     return [record]

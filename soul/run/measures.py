@@ -11,15 +11,19 @@ end of the text included.
 import dataclasses
 import operator
 import random
+import types
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from soul.data.examples import Example, Sequence, is_refused
+from soul.data.facts import Fact
 from soul.distributed.processes import Processes
 from soul.losses import DPO, NPO, Objective
 from soul.models.causal_lm import evaluating
 from soul.models.encoding import encode_for
-from soul.run.aim import AUTO, OFF, Target, parse_aim
+from soul.run.aim import AUTO, OFF, Target, advice_on, parse_aim, verdict
 from soul.run.config import UnlearnConfig
+from soul.run.judge import CONTROL, FORGET, SCHEMA, UNSEEN, UNTOUCHED, Judge
 from soul.run.prepare import check_no_overlap
 from soul_kernels.errors import argument_error
 
@@ -33,6 +37,9 @@ SAMPLE = 64  # forget rows of an evaluation; the others are looked at only if th
 ANSWERS = 16  # the same where answers are generated
 REFUSED_AIM = 0.1  # of the forget questions may still be answered
 NEW_TOKENS = 24  # of a generated answer, enough for a refusal
+UNTOUCHED_SHARE = 0.1  # of the retain rows
+UNTOUCHED_ROWS = (4, 64)  # at least, at most
+ENOUGH_ROWS = 24  # retain rows that are no control rows: of fewer none are split off
 CHANCE_PAIRS = 64  # questions with answers of others, at most
 
 
@@ -43,11 +50,16 @@ class AimData(NamedTuple):
         control: rows that must be kept and are never trained on.
         wrong: false answers to forget questions, from the data; [] without any.
         unseen: rows like those to forget that the model has never seen; [] without any.
+        untouched: rows that must be kept, and that are looked at only before and after the run; [] without any.
+        facts: the rows with their keys and other wordings, by their examples; one that is not here is judged by its
+            probability alone.
     """
 
     control: list[Example]
     wrong: list[Example]
     unseen: list[Example]
+    untouched: list[Example] = []
+    facts: Mapping[Example, Fact] = types.MappingProxyType({})
 
 
 def split_control(
@@ -92,6 +104,44 @@ def split_control(
     if retain and not trained:
         raise argument_error("control", "fewer rows than retain", f"all {len(retain)} of them", "give other control rows")
     return trained, control
+
+
+def split_untouched(
+    forget: list[Example], retain: list[Example], control: list[Example], untouched: list[Example] | None, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """Return the rows to train on and the untouched rows: those that are given, or some of the retain rows.
+
+    Without ``untouched`` a tenth of the retain rows is drawn, at least 4 and at most 64, if there are ``ENOUGH_ROWS``.
+
+    Args:
+        forget: examples to forget.
+        retain: examples to retain, without the control rows.
+        control: the control rows.
+        untouched: examples from ``--untouched``, or None.
+        seed: seed of the draw.
+
+    Raises:
+        ArgumentError: an untouched row is to be forgotten, or it steers the run.
+    """
+    if untouched is not None:
+        for name, rows in (("forget", forget), ("control", control)):
+            shared = len(set(untouched) & set(rows))
+            if shared:
+                remedy = "they show what a run keeps that has not looked at them: give rows of their own"
+                raise argument_error("untouched", f"other rows than {name}", f"{shared} of {name} in it", remedy)
+    else:
+        to_forget = set(forget)
+        candidates = [index for index, example in enumerate(retain) if example not in to_forget]
+        if len(candidates) < ENOUGH_ROWS:
+            return retain, []
+        low, high = UNTOUCHED_ROWS
+        count = min(high, max(low, int(UNTOUCHED_SHARE * len(retain))))
+        untouched = [retain[index] for index in sorted(random.Random(seed).sample(candidates, count))]
+    held_out = set(untouched)
+    trained = [example for example in retain if example not in held_out]
+    if retain and not trained:
+        raise argument_error("untouched", "fewer rows than retain", f"all {len(retain)} of them", "give other untouched rows")
+    return trained, untouched
 
 
 def starting_alpha(objective: Objective, forget: list[Sequence]) -> float:
@@ -207,6 +257,51 @@ class Measures:
                 remedy = f"{remedy}; or lower the aim"
             got = f"{forget_start:.4g} before the first step"
             raise argument_error("aim", f"a forget probability above the aim, {self.target.aim:.4g} ({source})", got, remedy)
+        self._judge, self.not_judged = self._make_judge(forget, data)
+
+    def _make_judge(self, forget: list[Example], data: AimData) -> tuple[Judge | None, str]:
+        """Return who judges what the model says; or None, and why there is nobody."""
+        reason = ""
+        if self._processes.size > 1:
+            reason = "a model in shards generates no answers"
+        elif self._config.compile:
+            reason = "answers of each length would compile the model anew"
+        elif not getattr(self._model, "can_generate", lambda: True)():
+            reason = "the model does not generate"
+        if reason:
+            return None, reason
+        rows = {FORGET: forget, CONTROL: data.control, UNTOUCHED: data.untouched, UNSEEN: data.unseen}
+        sets = {
+            name: [data.facts.get(example) or Fact(example, answer=example.content) for example in examples]
+            for name, examples in rows.items()
+        }
+        judge = Judge(self._model, self._tokenizer, sets, self._config, teaches_refusals=self.refuses)
+        return (judge, "") if judge.is_able else (None, "no row says which words carry its fact (column 'key')")
+
+    @property
+    def found_keys(self) -> int:
+        """The number of rows whose keys were found from the model."""
+        return 0 if self._judge is None else self._judge.found
+
+    def conclude(self, step: int, reason: str, *, steered: bool) -> dict[str, Any]:
+        """Set and return the verdict on the model as it is now.
+
+        Args:
+            step: the step after which it is saved.
+            reason: why the run ended there, in words.
+            steered: whether a `soul.run.aim.Controller` chose learning rate and alpha.
+        """
+        result = verdict(self.target, self.forget_all(), self.control(), step, reason, steered)
+        result |= {"schema": SCHEMA, "prob_reached": result["reached"]}
+        if self._judge is None:
+            result["not_judged"] = self.not_judged
+        else:
+            findings = self._judge.findings(self._model)
+            result |= findings
+            result["reached"] = all(findings[name]["holds"] for name in ("forgotten", "kept", "fluent"))
+            result["advice"] = "" if result["reached"] else advice_on(findings, result["advice"])
+        self.verdict = result
+        return result
 
     def forget(self) -> float:
         """Return the probability of the forget rows.

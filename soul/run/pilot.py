@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from soul.checkpoint.format import mutable_tensors, random_state, set_random_state
+from soul.checkpoint.format import random_state, set_random_state
 from soul.distributed.processes import Processes
-from soul.distributed.shards import is_sharded
 from soul.losses import Objective
 from soul.optim.curvature import Curvature
 from soul.optim.optimizer import SophiaG
@@ -24,29 +23,16 @@ from soul.run.config import UnlearnConfig, build_curvature, build_optimizer
 from soul.run.feed import Feed
 from soul.run.measures import Measures
 from soul.run.step import curvature_loss, train_step
+from soul.run.weights import restore, snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Tensors = dict[str, torch.Tensor]
 Event = dict[str, Any]  # a line of the log that is no step
 
 TRAINING_PASSES = 3  # over a token of a step: forward, and twice that backward; an evaluation takes one
 LONGEST = 4  # steps of a try
 REFUSAL_HASTE = 3.0  # refusals are to become certain, and a model says them only then
-
-
-def snapshot(model: torch.nn.Module) -> Tensors:
-    """Return copies of the tensors that a step may change: on the CPU or, of a sharded model, in its shards."""
-    tensors = mutable_tensors(model)
-    return {name: t.clone() if is_sharded(t) else t.to("cpu", copy=True) for name, t in tensors.items()}
-
-
-def restore(model: torch.nn.Module, tensors: Tensors) -> None:
-    """Put copies of `snapshot` back."""
-    with torch.no_grad():
-        for name, tensor in mutable_tensors(model).items():
-            tensor.copy_(tensors[name])
 
 
 def run_pilot(

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from soul.losses import Objective
-from soul.run.aim import EVALUATION_SHARE, Controller, verdict
+from soul.run.aim import EVALUATION_SHARE, Controller
 from soul.run.config import UnlearnConfig
 from soul.run.feed import Feed
 from soul.run.measures import SAMPLE, Measures
-from soul.run.pilot import TRAINING_PASSES, Event, Tensors, restore, run_pilot, snapshot
+from soul.run.pilot import TRAINING_PASSES, Event, run_pilot
+from soul.run.weights import Tensors, restore, snapshot
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -235,8 +236,7 @@ class Steering:
                 restore(self._model, self._nearest)
                 step = self._nearest_step
                 reason += f", and the nearest point was saved, that of step {step}"
-        measures = self._measures
-        return verdict(measures.target, measures.forget_all(), measures.control(), step, reason, steered=True)
+        return self._measures.conclude(step, reason, steered=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that decides what follows, for a checkpoint."""

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import torch
@@ -21,6 +21,7 @@ from soul.checkpoint.local import Checkpoints, Stopped, has_ended
 from soul.checkpoint.saving import save_model
 from soul.data import sources
 from soul.data.examples import Counts, Example, answerable
+from soul.data.facts import Fact, facts, read_paraphrases
 from soul.data.templates import Template
 from soul.distributed.processes import Processes, check_layout, check_shards, check_supported, shard
 from soul.distributed.scatter import shard_from_first
@@ -45,7 +46,7 @@ from soul.output.directory import (
 from soul.output.progress import shown
 from soul.run.config import LAYOUT, UnlearnConfig, parameter_dtype
 from soul.run.loop import Record, unlearn
-from soul.run.measures import AimData, Measures, split_control
+from soul.run.measures import AimData, Measures, split_control, split_untouched
 from soul.run.notes import Notes, check_samples
 from soul.run.prepare import prepare
 from soul.run.trackers import Trackers, check_trackers
@@ -85,6 +86,10 @@ class Unlearner:
             retain rows are held out.
         unseen: for a config with an aim: rows like those to forget that the model has never seen, from which the aim is taken
             where rows have no prompts; or None.
+        untouched: for a config with an aim: rows that must be kept, that are not trained on and do not steer the run: the
+            model is asked them before and after it. None: some of the retain rows are held out, if there are enough.
+        paraphrases: for a config with an aim: rows of ``{"question", "paraphrases"}`` with other wordings of forget questions,
+            beside those in a column ``paraphrases`` of ``forget``; or None.
 
     Attributes:
         model: the model, with its adapters.
@@ -112,6 +117,8 @@ class Unlearner:
         adapters: dict[str, Any] | None = None,
         control: Source | None = None,
         unseen: Source | None = None,
+        untouched: Source | None = None,
+        paraphrases: Source | None = None,
         load_in_4bit: bool = False,
     ) -> None:
         self.model: PreTrainedModel
@@ -135,11 +142,12 @@ class Unlearner:
             remedy = "codes of 4 bits have no gradient: pass adapters={'rank': 16}, or --lora-rank 16"
             raise argument_error("load_in_4bit", "adapters on a quantized model", "all parameters to be trained", remedy)
         self._load_in_4bit = load_in_4bit
-        sources_by_name = {"forget": forget, "retain": retain, "control": control, "unseen": unseen}
+        sources_by_name = {"forget": forget, "retain": retain, "control": control, "unseen": unseen, "untouched": untouched}
         data = {name: source for name, source in sources_by_name.items() if source is not None}
-        for name in ("control", "unseen"):
-            if name in data and not self.config.aims:
+        for name, source in (("control", control), ("unseen", unseen), ("untouched", untouched), ("paraphrases", paraphrases)):
+            if source is not None and not self.config.aims:
                 raise argument_error(name, "None without an aim", "rows", "pass an aim, or leave them out")
+        self._paraphrases = paraphrases
         self.counts = {name: Counts() for name in data}
         run_device = processes.together(lambda: self._load(model, tokenizer, data, dtype, device, adapters, several))
         if several:
@@ -201,9 +209,13 @@ class Unlearner:
         if self.config.aims:
             control = self._examples("control", rows["control"]) if "control" in rows else None
             unseen = self._examples("unseen", rows["unseen"]) if "unseen" in rows else []
+            untouched = self._examples("untouched", rows["untouched"]) if "untouched" in rows else None
             self._retain, control = split_control(self._forget, self._retain, control, self.config.seed)
+            self._retain, untouched = split_untouched(self._forget, self._retain, control, untouched, self.config.seed)
             self.counts.setdefault("control", Counts(rows=len(control)))
-            self._aim_data = AimData(control, self._false_answers(rows["forget"]), unseen)
+            if untouched:
+                self.counts.setdefault("untouched", Counts(rows=len(untouched)))
+            self._aim_data = AimData(control, self._false_answers(rows["forget"]), unseen, untouched, self._facts(rows))
         return run_device
 
     def _contents(self, weights: bool) -> dict[str, Any]:
@@ -217,7 +229,7 @@ class Unlearner:
         data = {"forget": self._forget, "retain": self._retain}
         if self.config.aims:
             aim = self._aim_data
-            data |= {"control": aim.control, "wrong": aim.wrong, "unseen": aim.unseen}
+            data |= {"control": aim.control, "wrong": aim.wrong, "unseen": aim.unseen, "untouched": aim.untouched}
         return {
             **{f"configuration of the model, {name}": value for name, value in configuration(self.model).items()},
             **{f"content of {name}": checksum([vars(example) for example in examples]) for name, examples in data.items()},
@@ -243,6 +255,16 @@ class Unlearner:
             counts = self.counts[name]
             return answerable(examples, self.tokenizer, max_length=config.max_length, name=name, counts=counts)
         return examples
+
+    def _facts(self, rows: Mapping[str, Rows]) -> dict[Example, Fact]:
+        """Return the rows of all sets with their keys and other wordings, by their examples."""
+        template = Template(self.config.template, self.tokenizer, self.config.system)
+        by_example = {fact.example: fact for name in rows if name != "forget" for fact in facts(rows[name], template)}
+        wordings: dict[str, list[str]] = {}
+        if self._paraphrases is not None:
+            questions = {fact.question for fact in facts(rows["forget"], template)} - {""}
+            wordings = read_paraphrases(self._paraphrases, questions)
+        return by_example | {fact.example: fact for fact in facts(rows["forget"], template, wordings)}
 
     def _false_answers(self, rows: Rows) -> list[Example]:
         """Return questions with a false answer each, where all rows have some, as in TOFU's perturbed files; else []."""

@@ -1,0 +1,134 @@
+"""The judge: a model as it was, one that has lost everything, and the words of the findings."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from soul.data import Template
+from soul.data.facts import facts
+from soul.data.sources import rows
+from soul.evaluate.keys import find_keys
+from soul.evaluate.said import Probe
+from soul.models.encoding import encode_for
+from soul.run.aim import summary
+from soul.run.config import UnlearnConfig
+from soul.run.judge import Judge, failed_lines
+from soul_kernels.errors import ArgumentError
+from tests.support.models import tiny_model, tiny_tokenizer
+
+pytest.importorskip("scipy", reason="the extra hf is not installed")
+
+CONFIG = UnlearnConfig(method="npo", aim="auto", backend="reference", draws=2)
+COUNT = 12
+
+
+def data(first, last):
+    return [
+        {"question": f"Where does number {i} live?", "answer": f"In house {i * 7}.", "key": str(i * 7)}
+        for i in range(first, last)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def known(tokenizer):
+    """A tiny model that knows all rows by heart."""
+    model = tiny_model()
+    sets = [fact.example for fact in facts(rows(data(1, 1 + COUNT)), Template())]
+    sequences = encode_for(model, tokenizer, sets, CONFIG, "rows")
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+    ids = torch.tensor([s.input_ids + [0] * (longest - len(s.input_ids)) for s in sequences])
+    labels = torch.tensor([s.labels + [-100] * (longest - len(s.labels)) for s in sequences])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def sets():
+    forget, control, untouched = data(1, 5), data(5, 9), data(9, 13)
+    return {"forget": facts(rows(forget), Template()), "control": facts(rows(control), Template()),
+            "untouched": facts(rows(untouched), Template())}  # fmt: skip
+
+
+def test_a_model_as_it_was_has_forgotten_nothing_and_kept_everything(known, tokenizer, sets):
+    model = copy.deepcopy(known)
+    judge = Judge(model, tokenizer, sets, CONFIG)
+    findings = judge.findings(model)
+    assert not findings["forgotten"]["holds"] and findings["forgotten"]["as_asked"]["said"] == 4
+    assert findings["forgotten"]["too_little"] and not findings["forgotten"]["too_far"]
+    assert findings["kept"]["holds"] and findings["fluent"]["holds"]
+    assert [findings["kept"][side]["said"] for side in ("steered", "untouched")] == [4, 4]
+    assert findings["kept"]["untouched"]["key_ratio_worst_tenth"] == 1.0 and findings["fluent"]["kl"] == 0.0
+    assert len(findings["failed"]) == 4 and all(row["set"] == "forget" for row in findings["failed"])
+    assert "4 of 4 as asked" in findings["sentences"][0] and findings["sentences"][1].startswith("Kept: yes")
+    assert failed_lines(findings["failed"])[0].startswith("still said: Where does number 1 live? ->")
+    assert judge.findings(model) == findings  # a run that is resumed decides alike
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, known.get_parameter(name))
+
+
+def test_a_model_that_lost_everything_has_not_kept_it(known, tokenizer, sets):
+    """With new weights nothing is said, and both sides of what was to be kept are lost; the rows are named."""
+    model = copy.deepcopy(known)
+    judge = Judge(model, tokenizer, sets, CONFIG)
+    other = tiny_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(other.get_parameter(name))
+    findings = judge.findings(model)
+    assert findings["forgotten"]["as_asked"]["said"] == 0
+    assert not findings["kept"]["holds"] and not findings["fluent"]["holds"]
+    assert [findings["kept"][side]["said"] for side in ("steered", "untouched")] == [0, 0]
+    assert {row["set"] for row in findings["failed"]} >= {"control", "untouched"}
+    assert findings["fluent"]["kl"] > 1
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name))
+
+
+@pytest.mark.parametrize("own, refusals, too_far", [(-9.0, False, True), (-1.0, False, False), (-9.0, True, False)])
+def test_an_answer_that_is_pressed_to_zero_has_gone_too_far(known, tokenizer, monkeypatch, own, refusals, too_far):
+    """Where the words of all other rows are likelier than the right ones, that marks what was removed."""
+    judge = Judge(known, tokenizer, {"forget": facts(rows(data(1, 9)), Template())}, CONFIG, teaches_refusals=refusals)
+    monkeypatch.setattr(Probe, "key_logps", lambda self, model, others=False: {row: [own, -2.0, -3.0] for row in self.judged})
+    findings = judge.findings(known)
+    assert findings["forgotten"]["membership"]["rate"] == (1.0 if own > -2 else 0.0)
+    assert findings["forgotten"]["too_far"] is too_far
+    assert ("too far" in findings["sentences"][0]) is too_far
+    assert findings["forgotten"]["key_prob"]["after"] == pytest.approx(math.exp(own))
+
+
+def test_rows_without_keys_get_them_from_the_model(known, tokenizer):
+    without = [{name: value for name, value in row.items() if name != "key"} for row in data(1, 1 + COUNT)]
+    rows_without = facts(rows(without), Template())
+    keys = find_keys(known, tokenizer, rows_without, CONFIG, backend="reference")
+    truth = [row["key"] for row in data(1, 1 + COUNT)]
+    assert sum(key == (number,) for key, number in zip(keys, truth)) >= COUNT - 1
+    judge = Judge(known, tokenizer, {"forget": rows_without}, CONFIG)
+    assert judge.is_able and judge.found >= COUNT - 1
+
+
+def test_no_draws_are_refused_before_a_run():
+    with pytest.raises(ArgumentError, match="draws"):
+        UnlearnConfig(method="npo", aim="auto", draws=0)
+
+
+def test_the_last_lines_of_the_command(known, tokenizer, sets):
+    findings = Judge(known, tokenizer, sets, CONFIG).findings(known)
+    result = dict(reached=False, measure="probability", forget_prob=0.1, forget_prob_start=0.6, aim=0.2, control_prob=None,
+                  advice="forget more", reason="held")  # fmt: skip
+    lines = summary(result | findings)
+    assert lines[0] == "aim not reached (forgotten: no, kept: yes, fluent: yes); forget more"
+    assert lines[1:4] == findings["sentences"] and lines[-1].startswith("Forget probability 0.600 -> 0.100")
+    assert "no row says" in " ".join(summary(result | {"not_judged": "no row says which words"}))
