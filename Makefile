@@ -36,7 +36,10 @@ TESTS_open_unlearning := tests/integrations/test_integrations.py tests/test_func
 TESTS_trl := tests/test_examples.py::test_trl_trains
 TESTS_lightning := tests/test_examples.py::test_lightning_module_unlearns
 
-.PHONY: help install demo chromium test test-slow test-all parity test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
+# Of matrix: rows by name (.ci/matrix.py); without any, all.
+ROWS ?=
+
+.PHONY: help install demo chromium test test-slow test-all matrix parity test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +72,10 @@ test-slow: install ## what `make test` leaves out: processes that are started an
 
 test-all: install ## every test
 	$(PYTEST) --all-extras $(PARALLEL) --slow
+
+matrix: install ## tests in other environments, each in .venv-matrix, and their table in docs/testing.md; ROWS="py310 oldest"
+	$(BIN)/python -m pip install --quiet 'uv>=0.8'
+	$(BIN)/python .ci/matrix.py $(ROWS)
 
 test-ptx: $(TARGETS:%=test-ptx-%) ## kernels as PTX with every check on; TARGETS="sm_80 sm_90 sm_100", TRITON=3.6, OPTIONS
 
@@ -127,5 +134,5 @@ dist: install ## source distribution and wheel, in dist, checked for what they h
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python .ci/check_dist.py dist
 
-clean: ## remove .venv, .venv-clients and all that was made
-	rm -rf .venv .venv-clients .triton out build dist *.egg-info .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-clients, .venv-matrix and all that was made
+	rm -rf .venv .venv-clients .venv-matrix .triton out build dist *.egg-info .pytest_cache .ruff_cache

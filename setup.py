@@ -36,7 +36,7 @@ TRACKERS = {
     "trackio": ["trackio>=0.43"],
     "mlflow": ["mlflow>=3.17"],
 }
-TEST = ["pytest>=8.0", "pytest-xdist>=3.6", "numpy>=2.0", *DURABILITY, *QUANT]
+TEST = ["pytest>=8.0", "pytest-xdist>=3.8", "numpy>=2.0", *DURABILITY, *QUANT]
 
 setup(
     name="soul-kernels",

@@ -17,6 +17,15 @@ try:
     import triton.language as tl
 except ImportError:  # not Linux, or Triton left out: kernels are defined, never launched
 
+    class _NoKernel:
+        """Stand-in for a kernel, which says why it cannot be launched."""
+
+        def __init__(self, function: Callable) -> None:
+            self.fn = function
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+            raise RuntimeError(f"{getattr(self.fn, '__name__', 'the kernel')} cannot be launched: Triton is not installed")
+
     class _NoTriton:
         """Stand-in for both modules, with which kernel modules can be imported."""
 
@@ -26,8 +35,8 @@ except ImportError:  # not Linux, or Triton left out: kernels are defined, never
         def __call__(self, *args: Any) -> Any:
             return self
 
-        def jit(self, function: Callable | None = None, **options: Any) -> Callable:
-            return function if function is not None else lambda function: function
+        def jit(self, function: Callable | None = None, **options: Any) -> Any:
+            return _NoKernel if function is None else _NoKernel(function)
 
     triton = tl = _NoTriton()
 else:

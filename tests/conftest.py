@@ -149,11 +149,16 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """A test of what needs an extra is skipped where that is missing, with the words that a user would read."""
+    """A test of what needs an extra, or Triton, is skipped where that is missing, with the words that a user would read."""
     from soul._extras import MissingExtra
+    from soul_kernels.backends import has_triton
 
     try:
         return (yield)
+    except (RuntimeError, ValueError) as error:
+        if has_triton() or "Triton is not installed" not in str(error):
+            raise
+        pytest.skip(str(error))
     except MissingExtra as error:
         if item.config.getoption("all_extras"):
             raise
