@@ -26,7 +26,7 @@ HF = [
 EVAL = ["scikit-learn>=1.5", "rouge-score>=0.1.2", "sacrebleu>=2.4.3"]
 PLOTS = ["matplotlib>=3.9"]
 # No part of "all": peft imports it wherever it is, and it then says which of its GPU libraries do not load.
-DURABILITY = ["torchao>=0.13"]
+DURABILITY = ["torchao>=0.16"]
 # A base of 4 bits below adapters. No part of "all", for the same reason; the oldest versions that were tried.
 QUANT = ["bitsandbytes>=0.50", "accelerate>=1.7"]
 # A tracker's extra has its name (soul/run/trackers.py). The oldest versions that were tried.

@@ -40,7 +40,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Environment:
-    """What uv installs: ``resolution`` as uv names it, ``without`` what is removed afterwards, ``system`` if any user may run it."""
+    """What uv installs: ``resolution`` as uv names it, ``without``: removed afterwards, ``system``: any user may run it."""
 
     python: str
     resolution: str = "highest"
