@@ -62,7 +62,7 @@ setup(
         "soul_kernels": ["py.typed"],
         "soul.integrations.open_unlearning": ["README.md", "configs/trainer/*.yaml"],
     },
-    install_requires=["torch>=2.10", "typing-extensions>=4.10", 'triton>=3.6; platform_system == "Linux"'],
+    install_requires=["torch>=2.10", "typing-extensions>=4.12", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "hf": HF,
         "eval": EVAL,

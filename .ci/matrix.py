@@ -107,7 +107,7 @@ def prepare(name: str) -> pathlib.Path:
     if installed.exists() and installed.stat().st_mtime > (ROOT / "setup.py").stat().st_mtime:
         return python
     uv, variables = str(pathlib.Path(sys.executable).with_name("uv")), uv_variables()
-    command = [uv, "venv", "--quiet", "--clear", "--python", environment.python, str(folder)]
+    command = [uv, "venv", "--quiet", "--clear", "--seed", "--python", environment.python, str(folder)]
     if environment.system:  # an interpreter in somebody's home directory is for that user
         variables["PATH"] = os.defpath
         command.append("--no-managed-python")

@@ -146,8 +146,8 @@ def _named(question: str) -> str:
 
 def _up_to_key(answer: str, keys: list[str]) -> str:
     """Return the words of an answer before the first of its keys, if they are at least three; else ""."""
-    place = find(answer, keys)
-    read = [] if place is None else [word for word in words(answer) if word.end <= place[0]]
+    key_span = find(answer, keys)
+    read = [] if key_span is None else [word for word in words(answer) if word.end <= key_span[0]]
     while len(read) > 1 and read[-1].text[0].isupper():  # the first name before a last name gives it away
         read.pop()
     return answer[: read[-1].end] if len(read) >= 3 else ""

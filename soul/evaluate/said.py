@@ -168,12 +168,14 @@ class Probe:
     def others(self, row: int) -> list[int]:
         """Return rows whose keys can stand for chance in the place of a row's own: other words, which its prompt has not."""
         n, own = len(self.facts), self.facts[row]
-        given = f"{own.question or own.example.prompt} {' '.join(own.keys)}"
+        given_away = f"{own.question or own.example.prompt} {' '.join(own.keys)}"
         chosen = []
         for shift in range(1, n):
             other = (row + shift) % n
             if other in self.judged and (other in self._texts) == (row in self._texts):
-                if other in self._texts or not (says(given, self.facts[other].keys) or self.says(other, " ".join(own.keys))):
+                if other in self._texts or not (
+                    says(given_away, self.facts[other].keys) or self.says(other, " ".join(own.keys))
+                ):
                     chosen.append(other)
         return chosen[:OTHER_KEYS]
 
@@ -199,20 +201,17 @@ class Probe:
         rows: list[int] = []
         for row in self.judged:
             fact = self.facts[row]
-            place = None if row in self._texts else find(fact.answer, fact.keys)
-            if place is None:
+            key_span = None if row in self._texts else find(fact.answer, fact.keys)
+            if key_span is None:
                 continue
-            own = fact.answer[slice(*place)]
+            own = fact.answer[slice(*key_span)]
             keys = [own, *(self.facts[other].keys[0] for other in self.others(row) if others)]
             for key in keys:
                 before, _ = fact.example.frame or (fact.example.answer[: -len(fact.example.answer.lstrip())], "")
-                examples.append(Example(fact.example.prompt, f"{before}{fact.answer[: place[0]]}{key}", (before, "")))
-                spans.append((place[0], place[0] + len(key)))
+                frame = (before, "") if fact.example.frame else None
+                examples.append(Example(fact.example.prompt, f"{before}{fact.answer[: key_span[0]]}{key}", frame))
+                spans.append((key_span[0], key_span[0] + len(key)))
                 rows.append(row)
-        examples = [
-            dataclasses.replace(example, frame=example.frame if self.facts[row].example.frame else None)
-            for row, example in zip(rows, examples)
-        ]
         sequences = self._encode(examples)
         values: dict[int, list[float]] = {}
         for row, span, sequence, tokens in zip(rows, spans, sequences, sequence_statistics(model, sequences, **self._options)):

@@ -236,19 +236,19 @@ def sentences(findings: Mapping[str, Any], keep: float) -> list[str]:
     ]
     most = max(forgotten[way]["most"] for way in WAYS)
     chance = f"; chance explains {most} at most" if most else ""
-    told = f"Forgotten: {_yes(forgotten)}. Facts to be forgotten that the model still says: {', '.join(counts)}{chance}"
-    told += f"; before, {forgotten['said_before']} as asked."
+    finding = f"Forgotten: {_yes(forgotten)}. Facts to be forgotten that the model still says: {', '.join(counts)}{chance}"
+    finding += f"; before, {forgotten['said_before']} as asked."
     if forgotten["too_far"]:
         share = forgotten["membership"]["rate"]
-        told += (
+        finding += (
             f" It has forgotten too far, which shows what was removed: the right words are more likely than those of other "
             f"rows in {share:.0%} of the comparisons; {forgotten['membership']['expected']:.0%} is normal without the facts."
         )
     if forgotten["unjudged"]:
-        told += (
+        finding += (
             f" {forgotten['unjudged']} rows could not be judged: the words that carry their facts are not known (column 'key')."
         )
-    lines = [told]
+    lines = [finding]
     names = {STEERED: "rows that steered the run", UNTOUCHED: "rows that did not"}
     sides = [f"{kept[side]['said']} of {kept[side]['said_before']} {text}" for side, text in names.items() if kept[side]]
     if sides:

@@ -16,7 +16,7 @@ from soul.run.aim import summary
 from soul.run.config import UnlearnConfig
 from soul.run.judge import Judge, failed_lines
 from soul_kernels.errors import ArgumentError
-from tests.support.models import tiny_model, tiny_tokenizer
+from tests.support.models import learn, tiny_model, tiny_tokenizer
 
 pytest.importorskip("scipy", reason="the extra hf is not installed")
 
@@ -41,18 +41,7 @@ def known(tokenizer):
     """A tiny model that knows all rows by heart."""
     model = tiny_model()
     sets = [fact.example for fact in facts(rows(data(1, 1 + COUNT)), Template())]
-    sequences = encode_for(model, tokenizer, sets, CONFIG, "rows")
-    longest = max(len(sequence.input_ids) for sequence in sequences)
-    ids = torch.tensor([s.input_ids + [0] * (longest - len(s.input_ids)) for s in sequences])
-    labels = torch.tensor([s.labels + [-100] * (longest - len(s.labels)) for s in sequences])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(200):
-        loss = torch.nn.functional.cross_entropy(model(ids).logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return model.eval()
+    return learn(model, encode_for(model, tokenizer, sets, CONFIG, "rows"), 200)
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,22 @@ def sequences(n, vocab_size=300, prompt=3):
     return made
 
 
+def learn(model, sequences, steps):
+    """Train a tiny model until it knows some sequences by heart; return it in evaluation mode."""
+    longest = max(len(sequence.input_ids) for sequence in sequences)
+    ids = torch.tensor([s.input_ids + [0] * (longest - len(s.input_ids)) for s in sequences])
+    labels = torch.tensor([s.labels + [-100] * (longest - len(s.labels)) for s in sequences])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        logits = model(ids).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.eval()
+
+
 def examples(n):
     return [Example(f"Question: where does number {i} live?\nAnswer:", f" In house {i * 7} of street {i}.") for i in range(n)]
 
