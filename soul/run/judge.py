@@ -250,13 +250,17 @@ def sentences(findings: Mapping[str, Any], keep: float) -> list[str]:
         )
     lines = [finding]
     names = {STEERED: "rows that steered the run", UNTOUCHED: "rows that did not"}
-    sides = [f"{kept[side]['said']} of {kept[side]['said_before']} {text}" for side, text in names.items() if kept[side]]
+    sides = [
+        f"{kept[side]['said']} of {kept[side]['said_before']} {text}"
+        for side, text in names.items()
+        if kept[side] and kept[side]["said_before"]
+    ]
     if sides:
         lines.append(
             f"Kept: {_yes(kept)}. Facts to be kept, said before and still said: {', '.join(sides)}; at least {keep:.0%}."
         )
     else:
-        lines.append("Kept: there are no rows by which to judge it.")
+        lines.append("Kept: not judged, since there are no rows to be kept that the model said before.")
     refused = f"; {fluent['refused']} of {fluent['harmless']} harmless questions refused" if fluent["refused"] else ""
     lines.append(
         f"Fluent: {_yes(fluent)}. {fluent['fluent']} of {fluent['of']} answers are whole sentences without repetition, "

@@ -9,6 +9,7 @@ from soul.data.wording import find, is_broken, longest_run, other_forms, repeats
     "text, key, expected",
     [
         ("It was BRONTË's novel.", "Bronte", True),  # case, accents, possessive
+        ("Al-Qadīrah", "Qadirah", True),
         ("The Parisian air", "Paris", False),  # whole words
         ("Herman Melville", "Melville", True),
         ("Mel ville", "Melville", False),

@@ -1,6 +1,7 @@
 """The judge: a model as it was, one that has lost everything, and the words of the findings."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,10 +12,13 @@ from soul.data.facts import facts
 from soul.data.sources import rows
 from soul.evaluate.keys import find_keys
 from soul.evaluate.said import Probe
+from soul.evaluate.survey import fluency
 from soul.models.encoding import encode_for
 from soul.run.aim import summary
 from soul.run.config import UnlearnConfig
 from soul.run.judge import Judge, failed_lines
+from soul.run.measures import split_untouched
+from soul.run.unlearner import Unlearner
 from soul_kernels.errors import ArgumentError
 from tests.support.models import learn, tiny_model, tiny_tokenizer
 
@@ -86,16 +90,56 @@ def test_a_model_that_lost_everything_has_not_kept_it(known, tokenizer, sets):
         assert torch.equal(parameter, other.get_parameter(name))
 
 
-@pytest.mark.parametrize("own, refusals, too_far", [(-9.0, False, True), (-1.0, False, False), (-9.0, True, False)])
+@pytest.mark.parametrize(
+    "own, refusals, too_far", [(-9.0, False, True), (-2.5, False, False), (-1.0, False, False), (-9.0, True, False)]
+)
 def test_an_answer_that_is_pressed_to_zero_has_gone_too_far(known, tokenizer, monkeypatch, own, refusals, too_far):
     """Where the words of all other rows are likelier than the right ones, that marks what was removed."""
     judge = Judge(known, tokenizer, {"forget": facts(rows(data(1, 9)), Template())}, CONFIG, teaches_refusals=refusals)
     monkeypatch.setattr(Probe, "key_logps", lambda self, model, others=False: {row: [own, -2.0, -3.0] for row in self.judged})
     findings = judge.findings(known)
-    assert findings["forgotten"]["membership"]["rate"] == (1.0 if own > -2 else 0.0)
+    assert findings["forgotten"]["membership"]["rate"] == {-9.0: 0.0, -2.5: 0.5, -1.0: 1.0}[own]
     assert findings["forgotten"]["too_far"] is too_far
     assert ("too far" in findings["sentences"][0]) is too_far
     assert findings["forgotten"]["key_prob"]["after"] == pytest.approx(math.exp(own))
+
+
+def test_a_run_whose_probability_has_fallen_is_not_reached_while_the_facts_are_said(known, tokenizer, tmp_path):
+    """The probability of the wording fell below its aim; asked, the model still says the facts: the verdict is no."""
+    config = UnlearnConfig(method="npo", aim="forget_prob=0.998", optimizer="adamw", lr=5e-4, epochs=8, batch_size=2,
+                           draws=1, backend="reference")  # fmt: skip
+    run = Unlearner(copy.deepcopy(known), data(1, 5), data(5, 41), config, tokenizer=tokenizer)
+    assert run.counts["untouched"].rows == 4 and run.counts["control"].rows == 8
+    trained = run.examples[1]
+    assert len(trained) == 36 - 8 - 4
+    run.run(tmp_path / "out", progress=False)
+    verdict = json.loads((tmp_path / "out" / "verdict.json").read_text())
+    assert verdict == run.measures.verdict and verdict["schema"] == 2
+    assert verdict["prob_reached"] and not verdict["reached"]
+    assert verdict["forgotten"]["too_little"] and "still said" in {row["failure"] for row in verdict["failed"]}
+    assert verdict["advice"] and verdict["kept"]["untouched"] is not None
+
+
+def test_untouched_rows_are_drawn_once_and_neither_train_nor_steer():
+    retain = [fact.example for fact in facts(rows(data(5, 45)), Template())]
+    forget = [fact.example for fact in facts(rows(data(1, 5)), Template())]
+    trained, untouched = split_untouched(forget, retain, [], None, 0)
+    assert len(untouched) == 4 and sorted(map(repr, [*trained, *untouched])) == sorted(map(repr, retain))
+    assert split_untouched(forget, retain, [], None, 0) == (trained, untouched)
+    assert split_untouched(forget, retain[:23], [], None, 0) == (retain[:23], [])
+    with pytest.raises(ArgumentError, match="untouched"):
+        split_untouched(forget, retain, [], [forget[0]], 0)
+    with pytest.raises(ArgumentError, match="untouched"):
+        split_untouched(forget, retain, retain[:2], [retain[0]], 0)
+
+
+def test_answers_are_counted_as_fluent_under_the_model_before(known, tokenizer):
+    probe = Probe(known, tokenizer, facts(rows(data(1, 5)), Template()))
+    answers = [" In house 7.", " where lives does a of street", "...", " In house in house In house In house In house"]
+    numbers = fluency(known, tokenizer, probe.prompts, answers, [True] * 4, backend="reference")
+    assert [numbers[name] for name in ("fluent", "unlikely", "broken", "repeating", "of")] == [1, 1, 1, 1, 4]
+    refused = fluency(None, tokenizer, probe.prompts[:2], ["I cannot say.", "I cannot say."], [True, False])
+    assert (refused["refused"], refused["harmless"]) == (1, 1)
 
 
 def test_rows_without_keys_get_them_from_the_model(known, tokenizer):
