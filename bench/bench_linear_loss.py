@@ -118,7 +118,11 @@ def of_torch(acc_policy: _Policy | None = None, acc_dtype: torch.dtype | None = 
         x, labels = inputs.flat
         chunking = None
         if acc_policy is not None:
-            chunking = torch.nn.LinearCrossEntropyOptions(acc_policy=acc_policy, acc_dtype=acc_dtype)
+            # Versions of torch differ in the policies that they name.
+            chunking = torch.nn.LinearCrossEntropyOptions(
+                acc_policy=acc_policy,  # type: ignore[arg-type, unused-ignore]
+                acc_dtype=acc_dtype,
+            )
         return F.linear_cross_entropy(x, inputs.weight, labels, options=chunking)
 
     return loss

@@ -139,6 +139,8 @@ def test_states_of_a_batch_that_is_padded_on_the_right_are_those_with_its_mask(f
     batch.pads_right = True
     got = causal_lm.hidden_states(model, batch)
     keeps_mask = family in ("gpt_neo", "bloom", "falcon", "mpt", "stablelm")
+    # The last transformers that Python 3.10 gets still has attention of GPT-J's own.
+    keeps_mask |= family == "gptj" and not model._supports_sdpa
     assert masks[0] is batch.attention_mask and masks[1] is (batch.attention_mask if keeps_mask else None)
     tokens = batch.attention_mask.bool()
     assert_close(got[tokens], want[tokens], 1e-5, "hidden states")

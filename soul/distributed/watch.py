@@ -69,7 +69,7 @@ def watched(store: "dist.Store", rank: int, size: int) -> Iterator[None]:
         size: number of processes.
     """
     end = threading.Event()
-    own_store = store.clone()  # type: ignore[attr-defined]  # for another thread; the stubs of torch lack it
+    own_store = store.clone()  # type: ignore[attr-defined, unused-ignore]  # for another thread; older stubs of torch lack it
     thread = threading.Thread(target=_watch, args=(own_store, rank, size, end), daemon=True)
     thread.start()
     try:

@@ -144,7 +144,8 @@ def square_root(x: Number) -> Number:
 
 
 def transcendental(function: Callable[[decimal.Decimal], decimal.Decimal], x: Fraction) -> Number:
-    with decimal.localcontext(prec=120):
+    with decimal.localcontext() as context:
+        context.prec = 120
         value = Fraction(function(decimal.Decimal(x.numerator) / decimal.Decimal(x.denominator)))
     return Number(value < 0, abs(value))
 

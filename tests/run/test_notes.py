@@ -1,5 +1,6 @@
 """What a run notes for its report: prompts by a fixed rule, answers that change nothing, and errors that end nothing."""
 
+import importlib.metadata
 import json
 
 import pytest
@@ -76,7 +77,7 @@ def test_notes_change_nothing_and_hold_what_the_model_says(tokenizer, tmp_path):
     assert list(first["probabilities"]) == [str(i) for i in range(8)]
     environment = content["environment"]
     assert environment["parameters"] == environment["trained_parameters"] == sum(p.numel() for p in noted.model.parameters())
-    assert content["seconds"] > 0 and environment["torch"] == torch.__version__
+    assert content["seconds"] > 0 and environment["torch"] == importlib.metadata.version("torch")
     assert all(parameter.grad is None for parameter in noted.model.parameters())
 
 
