@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 
 import pytest
-import torch
 
 from soul import UnlearnConfig, Unlearner
 from soul.cli import main
