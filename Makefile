@@ -39,7 +39,7 @@ TESTS_lightning := tests/test_examples.py::test_lightning_module_unlearns
 # Of matrix: rows by name (.ci/matrix.py); without any, all.
 ROWS ?=
 
-.PHONY: help install demo chromium test test-slow test-all matrix parity test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
+.PHONY: help install demo chromium test test-slow test-all test-cpu matrix parity test-ptx $(TARGETS:%=test-ptx-%) test-compile evidence test-gpu test-clients $(CLIENTS:%=test-client-%) bench lint docs dist clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,11 @@ test-slow: install ## what `make test` leaves out: processes that are started an
 
 test-all: install ## every test
 	$(PYTEST) --all-extras $(PARALLEL) --slow
+
+# A newcomer there has no Triton: what is left is the import, references, data, models and the command.
+test-cpu: ## where Triton is not to be had (macOS, Windows), with the Python that is active
+	$(PYTHON) -m pip install --quiet --editable '.[all,test]'
+	$(PYTHON) -m pytest $(PARALLEL) tests/test_losses.py tests/optim/test_optimizer.py tests/data tests/models tests/commands/test_cli.py
 
 matrix: install ## tests in other environments, each in .venv-matrix, and their table in docs/testing.md; ROWS="py310 oldest"
 	$(BIN)/python -m pip install --quiet 'uv>=0.8'

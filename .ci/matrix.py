@@ -71,7 +71,7 @@ ROWS = {f"py3{minor}": Row(f"newest versions, Python 3.{minor}", f"py3{minor}") 
     "oldest": Row("oldest versions of setup.py", "oldest"),
     "no-triton": Row("Triton is not installed", "no-triton"),
     "no-compiler": Row("no C or C++ compiler", "py311", without_compiler=True),
-    "other-user": Row("not root; checkout and home are read-only", "other-user", other_user=True),
+    "other-user": Row("not root; checkout and home are read-only, `TRITON_CACHE_DIR` is not", "other-user", other_user=True),
 }
 for name, variable, value, flag in [
     ("aten-default", "ATEN_CPU_CAPABILITY", "default", ""),

@@ -50,11 +50,16 @@ def assert_close(got, want, tolerance, what):
     assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
 
 
-def assert_rows_close(got, want, tolerance, what):
-    """Check the worst row of a matrix; a whole-matrix norm hides one wrong row among many."""
+def assert_rows_close(got, want, tolerance, what, terms=None):
+    """Check the worst row of a matrix; a whole-matrix norm hides one wrong row among many.
+
+    ``terms``: sizes [rows] of what the rows are differences of. Of a row in which nearly all cancels, only these tell how far
+    rounding may take it.
+    """
     got, want = got.detach().double().cpu(), want.detach().double().cpu()
     floor = want.norm(dim=-1).mean().item() * 1e-3  # rows that are zero but for rounding
-    errors = (got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=floor + 1e-300)
+    sizes = want.norm(dim=-1) + (0 if terms is None else terms.detach().cpu())
+    errors = (got - want).norm(dim=-1) / sizes.clamp(min=floor + 1e-300)
     worst = int(errors.argmax())
     assert errors.max() <= tolerance, f"{what}: row {worst} has relative error {errors.max():.2e} > {tolerance:.0e}"
 
