@@ -268,6 +268,14 @@ def compiled(model: "PreTrainedModel") -> Iterator[None]:
     Its parameters keep their names. When shapes change it is compiled once more, for any shape. Of a model in shards each layer
     is compiled by itself: FSDP2 gathers and frees its parameters between the layers, by code that cannot be compiled.
     """
+    # Within a checkpoint, which transformers 5.25 puts inside each layer's forward, transformers sets and resets a variable of
+    # its own: without this no graph of the layer is made.
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True), _compiled(model):
+        yield
+
+
+@contextlib.contextmanager
+def _compiled(model: "PreTrainedModel") -> Iterator[None]:
     layers = sharded_layers(model)
     if layers:
         with _compiled_forwards(layers):

@@ -298,8 +298,10 @@ def test_stopped_by_sigterm_in_one_process_all_go_on_bit_for_bit(results, folder
 
 
 def test_one_compilation_serves_all_layers(results):
-    """There are two layers; a second compilation is for batches of any shape."""
-    assert all(1 <= rank["graphs"] <= 2 for rank in results["compiled"])
+    """There are two layers: each by itself would be compiled for steps, for batches of any shape and, as torch 2.10 does it,
+    for evaluations without gradients."""
+    graphs = [rank["graphs"] for rank in results["compiled"]]
+    assert all(1 <= count <= 3 for count in graphs), graphs
 
 
 @pytest.mark.parametrize("name", RELEASED)
