@@ -64,6 +64,7 @@ LIKELY = 1.1  # of the aim: so high an estimate of the forget probability may be
 MARGIN = 0.01  # of the start of the control rows: so far below their level an estimate may be where it does
 HASTE = 3.0  # times the wanted pace: what is faster goes back too, since the next steps would go too far
 IN_TIME = 0.5  # fraction of the steps to come within which the forget rows should come to their aim
+FURTHER = 0.5  # times the aim, where the model still says what its probability says it has forgotten
 KEEP_WEIGHT = 4.0  # of a loss of control probability against what is left to forget, in `Target.distance`
 
 
@@ -158,6 +159,7 @@ class Controller:
         fall: the fraction of ``lr`` that is used after the warm-up.
         in_a_row: number of the last evaluations at which the aim held.
         backs: number of times that the run went back.
+        further: number of times that the aim was lowered, by ``FURTHER`` each.
     """
 
     _CHANGING = (
@@ -168,6 +170,7 @@ class Controller:
         "fall",
         "in_a_row",
         "backs",
+        "further",
         "_is_exact",
         "_risen_from",
         "_slack",
@@ -176,7 +179,8 @@ class Controller:
     )
 
     def __init__(self, target: Target, *, lr: float, alpha: float, warmup: int, steps: int, interval: float = 1.0) -> None:
-        self.target = target
+        self._target = target
+        self.further = 0
         self.interval = interval
         self.begin(lr, alpha)
         self.warmup = warmup
@@ -189,6 +193,16 @@ class Controller:
         self._left: float | None = 1.0  # None after going back
         self._step = 0
         self._risen_from = 0  # the step after which the learning rate began to rise
+
+    @property
+    def target(self) -> Target:
+        """What is to be reached now."""
+        return dataclasses.replace(self._target, aim=self._target.aim * FURTHER**self.further)
+
+    def go_further(self) -> None:
+        """Lower the aim: it was reached, and the model still says what is to be forgotten."""
+        self.further += 1
+        self.in_a_row = 0
 
     def begin(self, lr: float, alpha: float) -> None:
         """Set learning rate and alpha, before the first step."""

@@ -12,6 +12,7 @@ The words in which they are told are made here alone; the command and the report
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 2  # of verdict.json; 1 had the probabilities alone
 FLUENT = 0.9  # of the answers that were fluent before
+FEW = 16  # forget rows that are asked during a run, at most
+ONE_DRAW = Drawing(draws=1)
 REFUSED = 0.1  # of the harmless questions: so many more refusals than before are too many
 FORGET, CONTROL, UNTOUCHED, UNSEEN = "forget", "control", "untouched", "unseen"
 STEERED = "steered"  # what the control rows are called in a verdict
@@ -87,6 +90,25 @@ class Judge:
         own = [(prompt, tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for prompt, text in texts]
         self._own_texts = OwnTexts(model, [continued(prompt, ids) for prompt, ids in own if ids])
         self._weights = snapshot(model)
+        order = list(self._forget.judged)
+        random.Random(config.seed).shuffle(order)
+        self._few = self._probe(model, [self._forget.facts[row] for row in sorted(order[:FEW])])
+
+    def asked(self, model: "PreTrainedModel") -> Numbers:
+        """Ask a few forget rows during a run: is its aim worth stopping at?
+
+        Returns:
+            ``rows`` asked, ``said`` in any way, ``most`` that chance explains, and ``forgotten``: no way of asking
+            finds more than that; for whole numbers only, so that a resumed run decides alike.
+        """
+        numbers = survey(self._few, self._few.ask(model, ONE_DRAW), ONE_DRAW, self._said_by_chance)
+        ways = [numbers[way] for way in WAYS]
+        return {
+            "rows": numbers["rows"],
+            "said": max(way["said"] for way in ways),
+            "most": max(way["most"] for way in ways),
+            "forgotten": all(way["said"] <= way["most"] for way in ways),
+        }
 
     def findings(self, model: "PreTrainedModel") -> dict[str, Any]:
         """Return what is to be added to the verdict on a model after its run.

@@ -283,6 +283,10 @@ class Measures:
         """The number of rows whose keys were found from the model."""
         return 0 if self._judge is None else self._judge.found
 
+    def asked(self) -> dict[str, Any] | None:
+        """Return what the model says of a few forget rows now (`soul.run.judge.Judge.asked`); None if nobody can tell."""
+        return None if self._judge is None else self._judge.asked(self._model)
+
     def conclude(self, step: int, reason: str, *, steered: bool) -> dict[str, Any]:
         """Set and return the verdict on the model as it is now.
 

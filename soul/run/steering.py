@@ -21,6 +21,7 @@ ALIKE = 0.5  # of the way: before that the forget rows are alike, and the batche
 SUDDEN = 0.2  # of the way, by the batches of two steps: an evaluation is due earlier
 FINER = 0.01  # a point must be nearer by this much to be kept in place of another
 LONGEST_WARMUP = 10  # steps
+REACHED = "the aim held at two evaluations in a row"
 SHARED_NEWS = 0.5  # of the change of one part of the control rows: how much of it the others are thought to have changed
 
 
@@ -31,7 +32,8 @@ class Steering:
     fits into a tenth of the passes of the steps so far. It takes one part of the control rows after the other, since no part
     falls as all of them do. The forget rows are judged by their probability in the batches of the last steps, as many as show
     each of them once. Where by these estimates the aim may hold for the second time in a row, the forget rows themselves are
-    measured and, if they hold, all control rows.
+    measured and, if they hold, all control rows. The run ends there only if the model, asked a few forget questions, no longer
+    answers them; otherwise it goes on to half the probability.
 
     Args:
         model: the model before its first step.
@@ -126,7 +128,7 @@ class Steering:
         self._seen = [*self._seen, record["batch_forget_prob"]][-self._window :]
         self._retain_nlls.append(record["retain_nll"])
         is_last = record["step"] == self._steps
-        target = measures.target
+        target = self._controller.target
         seen = sum(self._seen) / len(self._seen)
         if target.left(seen) > ALIKE:
             latest = self._seen[self.events[-1]["step"] - record["step"] :]
@@ -186,8 +188,14 @@ class Steering:
             self.went_back = True
             event["back_to"] = self._nearest_step
         if self._controller.reached:
-            record["stopped"] = "the aim held at two evaluations in a row"
-            self._nearest = {}  # the model itself is the one to save
+            asked = measures.asked()
+            if asked is None or asked["forgotten"]:
+                record["stopped"] = REACHED
+                self._nearest = {}  # the model itself is the one to save
+            else:
+                self._controller.go_further()
+                self._nearest_distance = self._controller.target.distance(forget_prob, control_prob)
+            event |= {} if asked is None else {"asked": asked}
         self.events.append(event)
         return event
 
@@ -229,7 +237,7 @@ class Steering:
         Args:
             step: number of steps taken.
         """
-        reason = "the aim held at two evaluations in a row"
+        reason = REACHED
         if not self._controller.reached:
             reason = f"{self._config.epochs} epochs have passed"
             if self._nearest and self._nearest_step != step:

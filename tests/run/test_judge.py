@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from soul.checkpoint import Stopped
 from soul.data import Template
 from soul.data.facts import facts
 from soul.data.sources import rows
@@ -14,6 +15,7 @@ from soul.evaluate.keys import find_keys
 from soul.evaluate.said import Probe
 from soul.evaluate.survey import fluency
 from soul.models.encoding import encode_for
+from soul.run import unlearner
 from soul.run.aim import summary
 from soul.run.config import UnlearnConfig
 from soul.run.judge import Judge, failed_lines
@@ -21,6 +23,7 @@ from soul.run.measures import split_untouched
 from soul.run.unlearner import Unlearner
 from soul_kernels.errors import ArgumentError
 from tests.support.models import learn, tiny_model, tiny_tokenizer
+from tests.support.runs import StopAfter, numbers
 
 pytest.importorskip("scipy", reason="the extra hf is not installed")
 
@@ -118,6 +121,28 @@ def test_a_run_whose_probability_has_fallen_is_not_reached_while_the_facts_are_s
     assert verdict["prob_reached"] and not verdict["reached"]
     assert verdict["forgotten"]["too_little"] and "still said" in {row["failure"] for row in verdict["failed"]}
     assert verdict["advice"] and verdict["kept"]["untouched"] is not None
+
+
+def test_a_run_goes_on_until_the_model_no_longer_says_it_and_resumes_alike(known, tokenizer, tmp_path, monkeypatch):
+    """The probability is reached at once; the run ends where the model, asked, no longer answers."""
+    config = UnlearnConfig(method="npo", aim="forget_prob=0.95", keep_retain=0.1, optimizer="adamw", lr=2e-3, epochs=40,
+                           batch_size=2, draws=1, backend="reference")  # fmt: skip
+
+    def run(name, **options):
+        one = Unlearner(copy.deepcopy(known), data(1, 5), data(5, 41), config, tokenizer=tokenizer)
+        return one.run(tmp_path / name, progress=False, **options), one.measures
+
+    records, measures = run("whole")
+    events = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    asked = [event["asked"] for event in events if "asked" in event]
+    assert [numbers["forgotten"] for numbers in asked] == [False] * (len(asked) - 1) + [True] and len(asked) > 1
+    assert "stopped" in records[-1] and not measures.verdict["forgotten"]["too_little"]
+    lowered = next(event["step"] for event in events if "asked" in event)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(unlearner, "Checkpoints", lambda directory, **options: StopAfter(directory, lowered + 1, **options))
+        run("killed")
+    resumed, again = run("killed", resume=True)
+    assert numbers(resumed) == numbers(records) and again.verdict == measures.verdict
 
 
 def test_untouched_rows_are_drawn_once_and_neither_train_nor_steer():

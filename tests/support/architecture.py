@@ -74,6 +74,7 @@ FOREIGN_PRIVATE = {
     "_actions": "argparse lists the options of a parser nowhere else",
     "_compiled_call_impl": "torch has no public way back from Module.compile, nor to ask whether a module is compiled",
     "_disable_dynamo": "as in torch.optim: torch.compiler.disable imports the compiler, which takes longer than torch",
+    "_dynamo": "torch.compiler.config has not the option about side effects within a checkpoint",
     "_exit": "os._exit, which documents it",
     "_foreach_add_": "one launch for a list of tensors, as in torch.optim",
     "_foreach_zero_": "the same",
